@@ -1,0 +1,1 @@
+"""Weights on disk: Hugging Face directories, Megatron checkpoints, and the table that joins them."""

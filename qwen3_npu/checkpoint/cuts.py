@@ -1,0 +1,171 @@
+"""How one Megatron tensor of Qwen3 is cut out of Hugging Face tensors: the kinds of rows in the weight table.
+
+A cut answers with *pieces*: "these rows and columns of that Hugging Face tensor are these of mine". Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.model.arch import Qwen3Arch
+
+Region = tuple[tuple[int, int], ...]  # (start, stop) per dimension
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of one Hugging Face tensor and its place in a Megatron tensor.
+
+    Attributes:
+        hf: the Hugging Face tensor's name.
+        source: the part of it.
+        target: its place, in the Megatron tensor's `view`; the same size as `source` (leading dimensions of size 1
+            may be added).
+        transposed: rows of the source are columns of the target.
+        padding: fills rows that the model does not have; never copied back.
+    """
+
+    hf: str
+    source: Region
+    target: Region
+    transposed: bool = False
+    padding: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a cut needs to know: the model, how it is cut and which shard is asked for."""
+
+    arch: Qwen3Arch
+    layout: Layout
+    rank: Rank
+
+
+Cut = Callable[[Place, Sequence[str]], tuple[tuple[int, ...], tuple[int, ...], list[Piece]]]
+
+
+def _span(size: int, parts: int, index: int) -> tuple[int, int]:
+    return size * index // parts, size * (index + 1) // parts
+
+
+def _stack(names: Sequence[str], spans: Sequence[tuple[int, int]], columns: tuple[int, int]) -> tuple:
+    """Row spans of several matrices below each other, all with the same columns."""
+    pieces, row = [], 0
+    for name, (start, stop) in zip(names, spans, strict=True):
+        pieces.append(Piece(name, ((start, stop), columns), ((row, row + stop - start), (0, columns[1] - columns[0]))))
+        row += stop - start
+    shape = (row, columns[1] - columns[0])
+    return shape, shape, pieces
+
+
+def whole(size: Callable[[Qwen3Arch], int]) -> Cut:
+    """A vector that every tensor-parallel rank has."""
+
+    def cut(at: Place, hf: Sequence[str]) -> tuple:
+        n = size(at.arch)
+        return (n,), (n,), [Piece(hf[0], ((0, n),), ((0, n),))]
+
+    return cut
+
+
+def vocabulary(at: Place, hf: Sequence[str]) -> tuple:
+    """Rows of the padded vocabulary; rows past the model's own repeat its last one, as MindSpeed-LLM 2.1.0 does."""
+    hidden, vocab = (0, at.arch.hidden_size), at.arch.vocab_size
+    start, stop = _span(at.layout.padded_vocab_size, at.layout.tensor, at.rank.tensor)
+    real = min(max(stop, start), vocab) - start
+    pieces = [Piece(hf[0], ((start, start + real), hidden), ((0, real), hidden))] if real > 0 else []
+    for row in range(max(real, 0), stop - start):
+        pieces.append(Piece(hf[0], ((vocab - 1, vocab), hidden), ((row, row + 1), hidden), padding=True))
+    shape = (stop - start, at.arch.hidden_size)
+    return shape, shape, pieces
+
+
+def qkv(at: Place, hf: Sequence[str]) -> tuple:
+    """Per key/value head: its query heads, then the key head, then the value head; heads cut across TP."""
+    arch, d = at.arch, at.arch.head_dim
+    first, last = _span(arch.num_key_value_heads, at.layout.tensor, at.rank.tensor)
+    names, spans = [], []
+    for group in range(first, last):
+        q = arch.heads_per_group * d
+        names += hf
+        spans += [(group * q, (group + 1) * q), (group * d, (group + 1) * d), (group * d, (group + 1) * d)]
+    return _stack(names, spans, (0, arch.hidden_size))
+
+
+def columns(width: Callable[[Qwen3Arch], int]) -> Cut:
+    """A matrix whose columns are cut across TP (row-parallel linear)."""
+
+    def cut(at: Place, hf: Sequence[str]) -> tuple:
+        return _stack(hf, [(0, at.arch.hidden_size)], _span(width(at.arch), at.layout.tensor, at.rank.tensor))
+
+    return cut
+
+
+def gate_up(at: Place, hf: Sequence[str]) -> tuple:
+    """Gate above up, each cut across TP: the local matrix is [gate_local; up_local]."""
+    span = _span(at.arch.intermediate_size, at.layout.tensor, at.rank.tensor)
+    return _stack(hf, [span, span], (0, at.arch.hidden_size))
+
+
+def router(at: Place, hf: Sequence[str]) -> tuple:
+    return _stack(hf, [(0, at.arch.num_experts)], (0, at.arch.hidden_size))
+
+
+def local_experts(at: Place) -> tuple[range, tuple[int, int]]:
+    """This rank's experts, and its span of their FFN width."""
+    span = _span(at.arch.moe_intermediate_size, at.layout.expert_tensor, at.rank.expert_tensor)
+    return range(*_span(at.arch.num_experts, at.layout.expert, at.rank.expert)), span
+
+
+def expert_gate_up(at: Place, hf: Sequence[str]) -> tuple:
+    """One expert's gate above its up, as in a dense layer."""
+    _, span = local_experts(at)
+    return _stack(hf, [span, span], (0, at.arch.hidden_size))
+
+
+def expert_down(at: Place, hf: Sequence[str]) -> tuple:
+    """One expert's down projection."""
+    return _stack(hf, [(0, at.arch.hidden_size)], local_experts(at)[1])
+
+
+def experts_fc1(at: Place, hf: Sequence[str]) -> tuple:
+    """All local experts' [gate | up], transposed: memory (expert, hidden, 2 * ffn), stored as (hidden, rest)."""
+    experts, (start, stop) = local_experts(at)
+    hidden, width = at.arch.hidden_size, stop - start
+    pieces = [
+        Piece(
+            name.format(e=expert),
+            ((start, stop), (0, hidden)),
+            ((local, local + 1), (0, hidden), (half * width, (half + 1) * width)),
+            transposed=True,
+        )
+        for local, expert in enumerate(experts)
+        for half, name in enumerate(hf)
+    ]
+    return (hidden, len(experts) * 2 * width), (len(experts), hidden, 2 * width), pieces
+
+
+def experts_fc2(at: Place, hf: Sequence[str]) -> tuple:
+    """All local experts' down projections, transposed: memory (expert, ffn, hidden), stored as (rest, hidden)."""
+    experts, (start, stop) = local_experts(at)
+    hidden, width = at.arch.hidden_size, stop - start
+    pieces = [
+        Piece(
+            hf[0].format(e=expert),
+            ((0, hidden), (start, stop)),
+            ((local, local + 1), (0, width), (0, hidden)),
+            transposed=True,
+        )
+        for local, expert in enumerate(experts)
+    ]
+    return (len(experts) * width, hidden), (len(experts), width, hidden), pieces
+
+
+def attention_width(arch: Qwen3Arch) -> int:
+    return arch.num_attention_heads * arch.head_dim
+
+
+def ffn_width(arch: Qwen3Arch) -> int:
+    return arch.intermediate_size

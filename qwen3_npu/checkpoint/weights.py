@@ -1,0 +1,165 @@
+"""The weight table: every Megatron tensor of Qwen3, and where each part of it lies in the Hugging Face tensors.
+
+One declaration, read in both directions. A row says how its tensor is cut into pieces (`cuts.py`). Converting to
+Megatron copies pieces forward, converting back copies them backward, resharding does one after the other, loading
+into a live model copies them into its parameters. Pure arithmetic: no torch, no files, no process groups.
+
+Names and layouts are those of MindSpeed-LLM's "local" models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from qwen3_npu.checkpoint import cuts
+from qwen3_npu.checkpoint.cuts import Cut, Piece, Place
+from qwen3_npu.distributed.layout import NOOP, Layout, Rank, single
+from qwen3_npu.model.arch import Qwen3Arch
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One tensor of one rank's Megatron checkpoint.
+
+    Attributes:
+        name: local name, e.g. `decoder.layers.3.mlp.linear_fc2.weight`.
+        shape: as stored.
+        view: the shape in which `pieces` are given; the same elements in the same order.
+        chunk: virtual pipeline chunk that holds it.
+        layer: the model's layer number, or None outside the layers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    chunk: int
+    layer: int | None
+
+
+FIRST, LAYER, LAST = "first stage", "each layer", "last stage"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: Megatron name, Hugging Face names, how it is cut, where it lives, which models have it.
+
+    In the names, {l} is the model's layer number, {e} an expert's number in the model and {k} its number on the rank.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    cut: Cut
+    where: str
+    when: Callable[[Qwen3Arch, Layout], bool] = lambda arch, layout: True
+
+
+def _dense(arch: Qwen3Arch, layout: Layout) -> bool:
+    return not arch.is_moe
+
+
+def _moe(arch: Qwen3Arch, layout: Layout) -> bool:
+    return arch.is_moe
+
+
+def _stacked(arch: Qwen3Arch, layout: Layout) -> bool:
+    return arch.is_moe and layout.stacked_experts
+
+
+def _single_experts(arch: Qwen3Arch, layout: Layout) -> bool:
+    return arch.is_moe and not layout.stacked_experts
+
+
+def _hidden(arch: Qwen3Arch) -> int:
+    return arch.hidden_size
+
+
+def _head(arch: Qwen3Arch) -> int:
+    return arch.head_dim
+
+
+_ATTENTION, _MLP, _EXPERT = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp.", "model.layers.{l}.mlp.experts.{e}."
+_GATE_UP = (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight")
+_DOWN = (_EXPERT + "down_proj.weight",)
+_ONE_EXPERT = "mlp.experts.local_experts.{k}."
+
+EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), cuts.vocabulary, FIRST)
+OUTPUT = Row("output_layer.weight", ("lm_head.weight",), cuts.vocabulary, LAST)
+
+TABLE: tuple[Row, ...] = (
+    EMBEDDING,
+    Row("input_layernorm.weight", ("model.layers.{l}.input_layernorm.weight",), cuts.whole(_hidden), LAYER),
+    Row("self_attention.linear_qkv.weight", tuple(f"{_ATTENTION}{x}_proj.weight" for x in "qkv"), cuts.qkv, LAYER),
+    Row("self_attention.q_layernorm.weight", (_ATTENTION + "q_norm.weight",), cuts.whole(_head), LAYER),
+    Row("self_attention.k_layernorm.weight", (_ATTENTION + "k_norm.weight",), cuts.whole(_head), LAYER),
+    Row(
+        "self_attention.linear_proj.weight", (_ATTENTION + "o_proj.weight",), cuts.columns(cuts.attention_width), LAYER
+    ),
+    Row("pre_mlp_layernorm.weight", ("model.layers.{l}.post_attention_layernorm.weight",), cuts.whole(_hidden), LAYER),
+    Row("mlp.linear_fc1.weight", (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"), cuts.gate_up, LAYER, _dense),
+    Row("mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), cuts.columns(cuts.ffn_width), LAYER, _dense),
+    Row("mlp.router.weight", (_MLP + "gate.weight",), cuts.router, LAYER, _moe),
+    Row("mlp.experts.weight1", _GATE_UP, cuts.experts_fc1, LAYER, _stacked),
+    Row("mlp.experts.weight2", _DOWN, cuts.experts_fc2, LAYER, _stacked),
+    Row(_ONE_EXPERT + "linear_fc1.weight", _GATE_UP, cuts.expert_gate_up, LAYER, _single_experts),
+    Row(_ONE_EXPERT + "linear_fc2.weight", _DOWN, cuts.expert_down, LAYER, _single_experts),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), cuts.whole(_hidden), LAST),
+    OUTPUT,
+)
+
+
+def shards(arch: Qwen3Arch, layout: Layout, rank: Rank) -> Iterator[Shard]:
+    """Every tensor of one rank's checkpoint, in the model's order, with the pieces it is made of.
+
+    A tied output layer has no weight of its own on one pipeline stage; on several, the last stage holds a copy of the
+    embedding, which is not copied back.
+    """
+    at = Place(arch, layout, rank)
+    rows = [row for row in TABLE if row.when(arch, layout)]
+    for chunk, layers in enumerate(layout.chunks[rank.pipeline]):
+        if rank.pipeline == 0 and chunk == 0:
+            yield from (_shard(at, row, row.megatron, row.hf, chunk, None) for row in rows if row.where == FIRST)
+        for local, layer in enumerate(layers):
+            if layer != NOOP:
+                yield from _layer_shards(at, [row for row in rows if row.where == LAYER], chunk, local, layer)
+        if rank.pipeline == layout.pipeline - 1 and chunk == layout.virtual - 1:
+            for row in rows:
+                if row.where == LAST and not (row is OUTPUT and arch.tie_word_embeddings):
+                    yield _shard(at, row, row.megatron, row.hf, chunk, None)
+            if arch.tie_word_embeddings and layout.pipeline > 1:
+                yield _copy(_shard(at, OUTPUT, OUTPUT.megatron, EMBEDDING.hf, chunk, None))
+
+
+def _layer_shards(at: Place, rows: Sequence[Row], chunk: int, local: int, layer: int) -> Iterator[Shard]:
+    for row in rows:
+        # A row per expert has {k} in its name; every other row stands for itself (and may name all experts).
+        experts = enumerate(cuts.local_experts(at)[0]) if "{k}" in row.megatron else [(0, "{e}")]
+        for k, expert in experts:
+            name = f"decoder.layers.{local}.{row.megatron.format(k=k)}"
+            yield _shard(at, row, name, [h.format(l=layer, e=expert) for h in row.hf], chunk, layer)
+
+
+def _shard(at: Place, row: Row, name: str, hf: Sequence[str], chunk: int, layer: int | None) -> Shard:
+    shape, view, pieces = row.cut(at, hf)
+    return Shard(name=name, shape=shape, view=view, pieces=tuple(pieces), chunk=chunk, layer=layer)
+
+
+def _copy(shard: Shard) -> Shard:
+    return dataclasses.replace(shard, pieces=tuple(dataclasses.replace(p, padding=True) for p in shard.pieces))
+
+
+def hf_shapes(arch: Qwen3Arch) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor of this model, in the order of the layers.
+
+    Read off the table: the uncut model's pieces cover each tensor, so its size is where the last piece ends.
+    """
+    layout = single(arch)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards(arch, layout, Rank(0, 0, 0, 0)):
+        for piece in shard.pieces:
+            if not piece.padding:
+                ends = tuple(stop for _, stop in piece.source)
+                before = shapes.get(piece.hf, (0,) * len(ends))
+                shapes[piece.hf] = tuple(max(pair) for pair in zip(before, ends, strict=True))
+    return shapes

@@ -1,0 +1,242 @@
+"""Declare a flag once: a dataclass field is the flag, its type, default, unit, help and check.
+
+No torch here, nor in anything this imports: `--help` must answer in well under a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from qwen3_npu.errors import UsageError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Inert:
+    """A flag of Megatron or MindSpeed-LLM scripts that is accepted and changes nothing here.
+
+    Attributes:
+        reason: why it has no effect, shown to the user.
+        nargs: how many values it takes: 0 (a switch), 1, "?", "*" or "+".
+        only: if not empty, the values that agree with this code; any other value is an error.
+    """
+
+    reason: str
+    nargs: int | str = 0
+    only: tuple[str, ...] = ()
+
+
+def flag(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    unit: str = "",
+    choices: Sequence[Any] | None = None,
+    names: Sequence[str] = (),
+    minimum: float | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """One command line flag; the field's name is its first spelling (`train_iters` -> `--train-iters`).
+
+    Args:
+        default: without one the flag is required. A list default is copied.
+        unit: shown in `--help`.
+        names: further spellings, e.g. `("--variable-seq-lengths",)`.
+        minimum: smallest value allowed (for a list: of each element).
+    """
+    meta = {"help": help, "unit": unit, "choices": choices, "names": names, "minimum": minimum, "metavar": metavar}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def option(name: str) -> str:
+    """The command line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse prints the whole usage here, which for 150 flags hides the one line that matters.
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"{self.prog}: see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _fields(groups: Sequence[type]) -> dict[str, tuple[type, dataclasses.Field]]:
+    """Field name -> (group that declares it first, field). A field shared by two groups is one flag."""
+    found: dict[str, tuple[type, dataclasses.Field]] = {}
+    for group in groups:
+        for f in dataclasses.fields(group):
+            found.setdefault(f.name, (group, f))
+    return found
+
+
+def _default(f: dataclasses.Field) -> Any:
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
+
+
+def _unwrap(hint: Any) -> Any:
+    """`int | None` -> `int`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
+
+
+def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
+    """`kind` as an argparse type that also refuses values under the field's minimum."""
+    minimum = f.metadata["minimum"]
+    if minimum is None:
+        return kind
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is too small; the minimum is {minimum}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return convert
+
+
+def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any) -> None:
+    meta, kind = f.metadata, _unwrap(hint)
+    default, required = _default(f), _default(f) is dataclasses.MISSING
+    text = meta["help"] + (f" [{meta['unit']}]" if meta["unit"] else "")
+    if not required and default not in (None, [], "") and kind is not bool:
+        text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+    text = text.replace("%", "%%")
+    names = [option(f.name), *meta["names"]]
+    common = {"dest": f.name, "help": text, "required": required, "default": None if required else default}
+    if kind is bool:
+        parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+    elif typing.get_origin(kind) is list:
+        element = typing.get_args(kind)[0]
+        parser.add_argument(
+            *names, nargs="+", type=_checked(element, f), choices=meta["choices"], metavar=meta["metavar"], **common
+        )
+    else:
+        parser.add_argument(*names, type=_checked(kind, f), choices=meta["choices"], metavar=meta["metavar"], **common)
+
+
+def _epilog(inert: Mapping[str, Inert]) -> str:
+    if not inert:
+        return ""
+    width = max(map(len, inert))
+    lines = [f"  {name:<{width}}  {entry.reason}" for name, entry in sorted(inert.items())]
+    return "accepted, no effect here:\n" + "\n".join(lines)
+
+
+def build_parser(
+    prog: str, description: str, groups: Sequence[type], inert: Mapping[str, Inert]
+) -> argparse.ArgumentParser:
+    """An argparse parser with one argument group per dataclass."""
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        epilog=_epilog(inert),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sections: dict[type, argparse._ArgumentGroup] = {}
+    for name, (group, f) in _fields(groups).items():
+        if group not in sections:
+            sections[group] = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
+        _add(sections[group], f, typing.get_type_hints(group)[name])
+    for name, entry in inert.items():
+        dest = "inert " + name  # a space: can never collide with a field
+        if entry.nargs == 0:
+            parser.add_argument(name, dest=dest, action="store_true", help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(
+                name, dest=dest, nargs=None if entry.nargs == 1 else entry.nargs, help=argparse.SUPPRESS
+            )
+    return parser
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
+    known = [s for action in parser._actions for s in action.option_strings]
+    flags = [u for u in unknown if u.startswith("-")] or unknown
+    parser.error("; ".join(f"unknown flag {u}{did_you_mean(u.split('=')[0], known)}" for u in flags))
+
+
+def _check_inert(namespace: dict[str, Any], inert: Mapping[str, Inert]) -> list[str]:
+    """The notes on inert flags that were given. A value that contradicts this code is a `UsageError`."""
+    notes = []
+    for name, entry in inert.items():
+        given = namespace.get("inert " + name)
+        if given in (None, False):
+            continue
+        values = given if isinstance(given, list) else [given]
+        if entry.only:
+            wrong = [v for v in values if str(v) not in entry.only]
+            if wrong:
+                raise UsageError(f"{name} {wrong[0]}: {entry.reason}; use {' or '.join(entry.only)} or drop the flag")
+        else:
+            notes.append(f"{name}: no effect here: {entry.reason}")
+    return notes
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """What the command line said.
+
+    Attributes:
+        groups: one instance per dataclass, in the order asked for.
+        notes: a line per accepted flag that has no effect; for the start-up log.
+        given: names of the fields that were on the command line (not defaults).
+    """
+
+    groups: tuple[Any, ...]
+    notes: list[str]
+    given: frozenset[str]
+
+
+def parse(
+    prog: str,
+    description: str,
+    groups: Sequence[type],
+    inert: Mapping[str, Inert] | None = None,
+    argv: Sequence[str] | None = None,
+) -> Parsed:
+    """Parse argv into one instance per dataclass; a field declared by several groups is given to each.
+
+    Raises:
+        SystemExit: 0 for `--help`, 2 for an unknown flag (with a suggestion) or a bad value.
+        UsageError: a group's own `__post_init__` refused.
+    """
+    inert = inert or {}
+    parser = build_parser(prog, description, groups, inert)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse_unknown(parser, unknown)
+    values = vars(namespace)
+    given = {
+        action.dest
+        for action in parser._actions
+        for word in (sys.argv[1:] if argv is None else argv)
+        if word.split("=")[0] in action.option_strings
+    }
+    notes = _check_inert(values, inert)
+    built = tuple(g(**{f.name: values[f.name] for f in dataclasses.fields(g)}) for g in groups)
+    return Parsed(groups=built, notes=notes, given=frozenset(given))
+
+
+def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry point: `UsageError` becomes one line on stderr and exit status 2."""
+    try:
+        code = main() or 0
+    except UsageError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr, flush=True)
+        code = 130
+    raise SystemExit(code)

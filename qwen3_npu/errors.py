@@ -1,0 +1,30 @@
+"""The one exception that is the user's to mend, and helpers that word it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UsageError(ValueError):
+    """The user asked for something impossible.
+
+    The text names the flag or file, the value and the way out. Entry points print it on one line, without a
+    traceback, and exit with status 2 (`cli.run`).
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean X?"` for the closest of `known`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def choose(table: Mapping[str, T], name: str, what: str) -> T:
+    """`table[name]`, or a `UsageError` that lists the known names (`what` is the flag)."""
+    if name in table:
+        return table[name]
+    raise UsageError(f"unknown {what} {name}; known: {', '.join(table)}{did_you_mean(name, table)}")

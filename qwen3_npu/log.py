@@ -1,0 +1,37 @@
+"""Console output of a distributed job: rank 0 speaks, the others only when something is wrong."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+LOGGER = logging.getLogger("qwen3_npu")
+
+
+class _Format(logging.Formatter):
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.prefix = f"[rank {rank}] " if world_size > 1 and rank > 0 else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return f"{self.prefix}{level}{record.getMessage()}"
+
+
+def setup(rank: int = 0, world_size: int = 1) -> None:
+    """Send this package's messages to stdout; ranks other than 0 print warnings only. Safe to call again."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Format(rank, world_size))
+    LOGGER.handlers[:] = [handler]
+    LOGGER.propagate = False
+    LOGGER.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def info(message: str) -> None:
+    """A line from rank 0."""
+    LOGGER.info(message)
+
+
+def warning(message: str) -> None:
+    """A line from any rank."""
+    LOGGER.warning(message)
