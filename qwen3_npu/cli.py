@@ -17,18 +17,20 @@ from qwen3_npu.errors import UsageError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
-class Inert:
-    """A flag of Megatron or MindSpeed-LLM scripts that is accepted and changes nothing here.
+class Foreign:
+    """A flag of Megatron or MindSpeed-LLM scripts that is known and changes nothing here.
 
     Attributes:
-        reason: why it has no effect, shown to the user.
+        reason: why it has no effect (or is refused), shown to the user.
         nargs: how many values it takes: 0 (a switch), 1, "?", "*" or "+".
         only: if not empty, the values that agree with this code; any other value is an error.
+        refused: giving it at all is an error, because it asks for another architecture or result.
     """
 
     reason: str
     nargs: int | str = 0
     only: tuple[str, ...] = ()
+    refused: bool = False
 
 
 def flag(
@@ -58,6 +60,9 @@ def flag(
 def option(name: str) -> str:
     """The command line spelling of a field."""
     return "--" + name.replace("_", "-")
+
+
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,40 +113,47 @@ def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
 
 def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any) -> None:
     meta, kind = f.metadata, _unwrap(hint)
-    default, required = _default(f), _default(f) is dataclasses.MISSING
+    default = _default(f)
+    required = default is dataclasses.MISSING
     text = meta["help"] + (f" [{meta['unit']}]" if meta["unit"] else "")
     if not required and default not in (None, [], "") and kind is not bool:
         text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
     text = text.replace("%", "%%")
     names = [option(f.name), *meta["names"]]
-    common = {"dest": f.name, "help": text, "required": required, "default": None if required else default}
+    if required:
+        text += " (required)"
+    # `parse` asks for required flags itself, after it has named the unknown ones: a typo is both.
+    common = {"dest": f.name, "help": text, "default": None if required else default}
+    metavar = meta["metavar"] or (None if meta["choices"] else _METAVARS.get(kind))
     if kind is bool:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
-    elif typing.get_origin(kind) is list:
-        element = typing.get_args(kind)[0]
-        parser.add_argument(
-            *names, nargs="+", type=_checked(element, f), choices=meta["choices"], metavar=meta["metavar"], **common
-        )
-    else:
-        parser.add_argument(*names, type=_checked(kind, f), choices=meta["choices"], metavar=meta["metavar"], **common)
+        return
+    if typing.get_origin(kind) is list:
+        kind = typing.get_args(kind)[0]
+        common |= {"nargs": "+"}
+        metavar = metavar or _METAVARS.get(kind)
+    parser.add_argument(*names, type=_checked(kind, f), choices=meta["choices"], metavar=metavar, **common)
 
 
-def _epilog(inert: Mapping[str, Inert]) -> str:
-    if not inert:
-        return ""
-    width = max(map(len, inert))
-    lines = [f"  {name:<{width}}  {entry.reason}" for name, entry in sorted(inert.items())]
-    return "accepted, no effect here:\n" + "\n".join(lines)
+def _epilog(foreign: Mapping[str, Foreign]) -> str:
+    lines = []
+    for title, refused in (("accepted, no effect here:", False), ("known and refused:", True)):
+        entries = {name: entry for name, entry in sorted(foreign.items()) if entry.refused == refused}
+        if entries:
+            width = max(map(len, entries))
+            lines += [title, *(f"  {name:<{width}}  {entry.reason}" for name, entry in entries.items())]
+    return "\n".join(lines)
 
 
 def build_parser(
-    prog: str, description: str, groups: Sequence[type], inert: Mapping[str, Inert]
+    prog: str, description: str, groups: Sequence[type], foreign: Mapping[str, Foreign]
 ) -> argparse.ArgumentParser:
     """An argparse parser with one argument group per dataclass."""
     parser = _Parser(
         prog=prog,
         description=description,
-        epilog=_epilog(inert),
+        epilog=_epilog(foreign),
+        usage="%(prog)s [flags]",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -150,14 +162,13 @@ def build_parser(
         if group not in sections:
             sections[group] = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
         _add(sections[group], f, typing.get_type_hints(group)[name])
-    for name, entry in inert.items():
-        dest = "inert " + name  # a space: can never collide with a field
+    for name, entry in foreign.items():
+        dest = _foreign_dest(name)
         if entry.nargs == 0:
             parser.add_argument(name, dest=dest, action="store_true", help=argparse.SUPPRESS)
         else:
-            parser.add_argument(
-                name, dest=dest, nargs=None if entry.nargs == 1 else entry.nargs, help=argparse.SUPPRESS
-            )
+            nargs = None if entry.nargs == 1 else entry.nargs
+            parser.add_argument(name, dest=dest, nargs=nargs, help=argparse.SUPPRESS)
     return parser
 
 
@@ -167,20 +178,24 @@ def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> NoRe
     parser.error("; ".join(f"unknown flag {u}{did_you_mean(u.split('=')[0], known)}" for u in flags))
 
 
-def _check_inert(namespace: dict[str, Any], inert: Mapping[str, Inert]) -> list[str]:
-    """The notes on inert flags that were given. A value that contradicts this code is a `UsageError`."""
+def _foreign_dest(name: str) -> str:
+    return "foreign " + name  # the space: it can never collide with a field
+
+
+def _check_foreign(given: set[str], values: dict[str, Any], foreign: Mapping[str, Foreign]) -> list[str]:
+    """The notes on foreign flags that were given. One that contradicts this code is a `UsageError`."""
     notes = []
-    for name, entry in inert.items():
-        given = namespace.get("inert " + name)
-        if given in (None, False):
+    for name, entry in foreign.items():
+        if _foreign_dest(name) not in given:
             continue
-        values = given if isinstance(given, list) else [given]
-        if entry.only:
-            wrong = [v for v in values if str(v) not in entry.only]
-            if wrong:
-                raise UsageError(f"{name} {wrong[0]}: {entry.reason}; use {' or '.join(entry.only)} or drop the flag")
-        else:
+        value = values[_foreign_dest(name)]
+        words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if entry.refused:
+            raise UsageError(f"{name}: {entry.reason}; drop the flag")
+        if not entry.only:
             notes.append(f"{name}: no effect here: {entry.reason}")
+        elif words not in entry.only:
+            raise UsageError(f"{name} {words}: {entry.reason}; use {' or '.join(entry.only)} or drop the flag")
     return notes
 
 
@@ -203,7 +218,7 @@ def parse(
     prog: str,
     description: str,
     groups: Sequence[type],
-    inert: Mapping[str, Inert] | None = None,
+    foreign: Mapping[str, Foreign] | None = None,
     argv: Sequence[str] | None = None,
 ) -> Parsed:
     """Parse argv into one instance per dataclass; a field declared by several groups is given to each.
@@ -212,19 +227,22 @@ def parse(
         SystemExit: 0 for `--help`, 2 for an unknown flag (with a suggestion) or a bad value.
         UsageError: a group's own `__post_init__` refused.
     """
-    inert = inert or {}
-    parser = build_parser(prog, description, groups, inert)
+    foreign = foreign or {}
+    parser = build_parser(prog, description, groups, foreign)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         _refuse_unknown(parser, unknown)
     values = vars(namespace)
+    required = {name for name, (_, f) in _fields(groups).items() if _default(f) is dataclasses.MISSING}
+    if missing := [option(name) for name in _fields(groups) if name in required and values[name] is None]:
+        parser.error(f"required: {', '.join(missing)}")
     given = {
         action.dest
         for action in parser._actions
         for word in (sys.argv[1:] if argv is None else argv)
         if word.split("=")[0] in action.option_strings
     }
-    notes = _check_inert(values, inert)
+    notes = _check_foreign(given, values, foreign)
     built = tuple(g(**{f.name: values[f.name] for f in dataclasses.fields(g)}) for g in groups)
     return Parsed(groups=built, notes=notes, given=frozenset(given))
 

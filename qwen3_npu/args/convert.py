@@ -1,0 +1,103 @@
+"""Flags of `convert_ckpt.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.cli import Foreign, flag
+
+HF, MEGATRON = "hf", "mg"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertArgs:
+    """what to convert, and where to"""
+
+    load_model_type: str = flag(HF, choices=[HF, MEGATRON], help="format of --load-dir")
+    save_model_type: str = flag(MEGATRON, choices=[HF, MEGATRON], help="format to write")
+    load_dir: str = flag(metavar="DIR", help="Hugging Face directory, or Megatron checkpoint folder")
+    save_dir: str = flag(metavar="DIR", help="folder to write; if it already holds Hugging Face weights, its mg2hf/")
+    ckpt_step: int | None = flag(
+        None, minimum=0, help="iteration of a Megatron checkpoint to read; default: the tracker's"
+    )
+    model_type_hf: str | None = flag(
+        None, choices=["qwen3", "qwen3-moe"], help="checked against the model; never needed, config.json says it"
+    )
+    hf_cfg_dir: str | None = flag(
+        None, metavar="DIR", help="config.json and tokenizer files for an HF output; default: those in the checkpoint"
+    )
+    params_dtype: str | None = flag(
+        None, choices=["bf16", "fp16", "fp32"], help="dtype to write; default: that of the source"
+    )
+    max_shard_size: float = flag(5.0, minimum=0.001, unit="GB", help="largest .safetensors file of an HF output")
+    jobs: int | None = flag(None, minimum=1, unit="processes", help="files written at once; default: CPUs, up to 4")
+    resume: bool = flag(False, help="continue a conversion that was interrupted")
+    overwrite: bool = flag(False, help="replace an existing output")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetArgs:
+    """layout of a Megatron output"""
+
+    target_tensor_parallel_size: int = flag(1, minimum=1, unit="ranks", help="ranks that share one layer (TP)")
+    target_pipeline_parallel_size: int = flag(1, minimum=1, unit="stages", help="pipeline stages (PP)")
+    target_expert_parallel_size: int = flag(1, minimum=1, unit="ranks", help="ranks that share the experts (EP)")
+    expert_tensor_parallel_size: int | None = flag(
+        None, minimum=1, unit="ranks", help="ranks that share one expert (ETP); default: as TP"
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, minimum=1, unit="layers", help="layers of one model chunk in an interleaved pipeline (VPP)"
+    )
+    num_layer_list: str | None = flag(None, metavar="N,N,..", help="layers of each pipeline stage, if uneven")
+    noop_layers: str | None = flag(
+        None, metavar="N,N,..", help="places without weights, e.g. 94,95 to make 96 of 94 layers"
+    )
+    moe_grouped_gemm: bool = flag(True, help="stack experts in two tensors per layer; --no-: a pair per expert")
+    make_vocab_size_divisible_by: int = flag(1, minimum=1, unit="rows", help="pad the vocabulary to this times TP")
+    padded_vocab_size: int | None = flag(None, minimum=1, unit="rows", help="rows of the padded vocabulary, if fixed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LegacyConvertArgs:
+    """MindSpeed-LLM 2.1.0 converter"""
+
+    use_mcore_models: bool = flag(False, help="as in 2.1.0: an HF output goes to <save-dir>/mg2hf")
+    model_type: str | None = flag(None, choices=["GPT"], help="as --use-mcore-models")
+
+    @property
+    def is_v1(self) -> bool:
+        return self.use_mcore_models or self.model_type is not None
+
+
+_CONFIG = "the architecture comes from config.json"
+_TOKENIZER = "tokenizer files are copied, none is loaded"
+_ALL_MOE = "every layer of a Qwen3-MoE has experts"
+
+FOREIGN: dict[str, Foreign] = {
+    "--spec": Foreign("Qwen3 has one specification", nargs="+"),
+    "--transformer-impl": Foreign("one implementation on every device", nargs=1),
+    "--tokenizer-model": Foreign(_TOKENIZER, nargs=1),
+    "--tokenizer-name-or-path": Foreign(_TOKENIZER, nargs=1),
+    "--tokenizer-type": Foreign(_TOKENIZER, nargs=1),
+    "--num-layers": Foreign(_CONFIG, nargs=1),
+    "--load-hf-from-config": Foreign(_CONFIG),
+    "--ckpt-cfg-path": Foreign(_CONFIG, nargs=1),
+    "--true-vocab-size": Foreign(_CONFIG, nargs=1),
+    "--first-k-dense-replace": Foreign(_ALL_MOE, nargs=1),
+    "--moe-layer-freq": Foreign(_ALL_MOE, nargs=1),
+    "--mtp-num-layers": Foreign("Qwen3 has no multi-token prediction layers", nargs=1, only=("0",)),
+    "--save-layer-by-layer": Foreign("tensors are always written as they come"),
+    "--load-checkpoint-loosely": Foreign("a missing or unexpected tensor is always an error"),
+    "--use-rotary-position-embeddings": Foreign("Qwen3 always has rotary embeddings"),
+    "--add-qkv-bias": Foreign("Qwen3 has no bias in q, k and v (Qwen2.5 has)", refused=True),
+    "--add-dense-bias": Foreign("Qwen3 has no bias", refused=True),
+    "--post-norm": Foreign("Qwen3 has no norm after attention and MLP", refused=True),
+    "--w-pack": Foreign("Qwen3 has no packed weights", nargs="?", refused=True),
+    "--mla-mm-split": Foreign("Qwen3 has no multi-latent attention", refused=True),
+    "--moe-tp-extend-ep": Foreign("use --expert-tensor-parallel-size 1", refused=True),
+    "--schedules-method": Foreign("the DualPipe layer order is not written", nargs=1, refused=True),
+    "--qlora-nf4": Foreign("quantised weights are not written", refused=True),
+    "--orm": Foreign("reward models are not converted", refused=True),
+    "--load-from-legacy": Foreign("checkpoints of legacy Megatron models are not read", refused=True),
+    "--save-to-legacy": Foreign("checkpoints of legacy Megatron models are not written", refused=True),
+}

@@ -1,0 +1,134 @@
+"""Writing `torch.save`'s zip format tensor by tensor, without torch and without holding the model.
+
+The pickle with names, shapes and dtypes goes first; storages follow as they are produced, each aligned to 64 bytes as
+torch aligns them. `torch.load(path, weights_only=True)` reads the result, with or without `mmap=True`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from qwen3_npu.checkpoint.tensors import DType
+
+_ALIGNMENT = 64
+_ZIP64_EXTRA = 20  # bytes that zipfile adds to a local header it opens with force_zip64
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written later."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return tuple(int(np.prod(self.shape[i + 1 :], dtype=np.int64)) for i in range(len(self.shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchName:
+    """A name inside torch, written into the pickle without importing torch."""
+
+    module: str
+    name: str
+
+    def __call__(self) -> None:  # pickle wants the function of a reduction to be callable
+        raise AssertionError("only written, never called")
+
+
+@dataclasses.dataclass(frozen=True)
+class _StorageId:
+    key: str
+    tensor: Tensor
+
+
+# The pure-python pickler is the one whose handling of single types can be extended; it is as old as pickle itself.
+class _Pickler(pickle._Pickler):  # type: ignore[name-defined]
+    dispatch: ClassVar[dict] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=2)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _StorageId):
+            storage = TorchName("torch", obj.tensor.dtype.storage)
+            return ("storage", storage, obj.key, "cpu", obj.tensor.numel)
+        return None
+
+    def save_torch_name(self, obj: TorchName) -> None:
+        self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
+        self.memoize(obj)
+
+    def save_tensor(self, obj: Tensor) -> None:
+        storage = _StorageId(str(len(self.tensors)), obj)
+        self.tensors.append(obj)
+        arguments = (storage, 0, obj.shape, obj.stride, False, collections.OrderedDict())
+        self.save_reduce(TorchName("torch._utils", "_rebuild_tensor_v2"), arguments)
+
+    def save_dtype(self, obj: DType) -> None:
+        self.save_torch_name(TorchName("torch", obj.torch))
+
+    dispatch[TorchName] = save_torch_name
+    dispatch[Tensor] = save_tensor
+    dispatch[DType] = save_dtype
+
+
+class PtWriter:
+    """One checkpoint file being written.
+
+    `content` is any plain data with `Tensor`s in it (and `DType`s, written as torch dtypes). Then `write` is given every
+    tensor's data, in the order in which the tensors appear in `content`.
+    """
+
+    def __init__(self, path: Path, content: Any) -> None:
+        buffer = io.BytesIO()
+        pickler = _Pickler(buffer)
+        pickler.dump(content)
+        self.tensors: Iterator[tuple[int, Tensor]] = enumerate(pickler.tensors)
+        self.file = open(path, "wb")
+        self.archive = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self.root = path.stem
+        self._entry("data.pkl", [buffer.getvalue()])
+        self._entry("byteorder", [b"little"])
+
+    def write(self, array: np.ndarray) -> None:
+        """The next tensor's data; its dtype and number of elements must be those announced."""
+        key, tensor = next(self.tensors)
+        if array.size != tensor.numel or array.dtype != tensor.dtype.carrier:
+            raise AssertionError(f"tensor {key}: {array.shape} {array.dtype} written, {tensor} announced")
+        self._entry(f"data/{key}", [memoryview(np.ascontiguousarray(array)).cast("B")] if array.size else [])
+
+    def _entry(self, name: str, parts: list) -> None:
+        info = zipfile.ZipInfo(f"{self.root}/{name}")  # the fixed date makes equal content equal bytes
+        start = self.archive.fp.tell() + 30 + len(info.filename) + _ZIP64_EXTRA + 4
+        padding = -start % _ALIGNMENT
+        info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+        with self.archive.open(info, "w", force_zip64=True) as entry:
+            for part in parts:
+                entry.write(part)
+
+    def close(self) -> None:
+        """Finish the archive and flush it to disk."""
+        if (left := next(self.tensors, None)) is not None:
+            raise AssertionError(f"tensor {left[0]} was not written")
+        self._entry("version", [b"3\n"])
+        self.archive.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()

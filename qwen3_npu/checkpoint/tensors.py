@@ -1,0 +1,124 @@
+"""Tensors as bytes: dtypes that numpy carries, and reading a region of a tensor that lies in a file. No torch.
+
+bfloat16 has no numpy dtype; its bits travel as uint16. Nothing is converted unless `convert` is called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+
+from qwen3_npu.checkpoint.cuts import Region
+from qwen3_npu.errors import UsageError
+
+_BLOCK = 8 << 20  # bytes read at a time when only some columns are wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class DType:
+    """A floating point type under the names of the file formats.
+
+    Attributes:
+        torch: torch's name, e.g. "bfloat16".
+        safetensors: code in a safetensors header.
+        storage: class name in a torch checkpoint.
+        carrier: numpy dtype of the same size.
+    """
+
+    torch: str
+    safetensors: str
+    storage: str
+    carrier: np.dtype
+
+    @property
+    def itemsize(self) -> int:
+        return self.carrier.itemsize
+
+
+BF16 = DType("bfloat16", "BF16", "BFloat16Storage", np.dtype("<u2"))
+F16 = DType("float16", "F16", "HalfStorage", np.dtype("<f2"))
+F32 = DType("float32", "F32", "FloatStorage", np.dtype("<f4"))
+DTYPES = (BF16, F16, F32)
+BY_SAFETENSORS = {d.safetensors: d for d in DTYPES}
+BY_STORAGE = {d.storage: d for d in DTYPES}
+BY_TORCH = {d.torch: d for d in DTYPES} | {"bf16": BF16, "fp16": F16, "fp32": F32}
+
+
+def to_float32(array: np.ndarray, dtype: DType) -> np.ndarray:
+    """The values as float32; exact for every dtype of `DTYPES`."""
+    if dtype is BF16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def from_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """float32 values rounded to nearest even, as torch rounds them."""
+    if dtype is not BF16:
+        return values.astype(dtype.carrier)
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    # Adding could carry a NaN into infinity; torch writes the quiet NaN 0x7FC0.
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def convert(array: np.ndarray, source: DType, target: DType) -> np.ndarray:
+    """The tensor in another dtype; the same array if it is the same dtype."""
+    return array if source is target else from_float32(to_float32(array, source), target)
+
+
+def full(shape: tuple[int, ...]) -> Region:
+    """The region that is the whole tensor."""
+    return tuple((0, n) for n in shape)
+
+
+def slices(region: Region) -> tuple[slice, ...]:
+    """A region as a numpy or torch index."""
+    return tuple(slice(start, stop) for start, stop in region)
+
+
+def sizes(region: Region) -> tuple[int, ...]:
+    """The shape of a region."""
+    return tuple(stop - start for start, stop in region)
+
+
+def _read_into(fd: int, offset: int, out: np.ndarray, path: str) -> None:
+    """Fill a contiguous array from a file."""
+    view = memoryview(out).cast("B") if out.size else memoryview(b"")
+    done = 0
+    while done < len(view):
+        n = os.preadv(fd, [view[done:]], offset + done)
+        if n == 0:
+            raise UsageError(f"{path} ends early: byte {offset + done} was expected; the file is truncated")
+        done += n
+
+
+def read_region(fd: int, offset: int, shape: tuple[int, ...], dtype: DType, region: Region, path: str) -> np.ndarray:
+    """A part of a contiguous tensor that starts at byte `offset` of an open file.
+
+    Memory beyond the result is bounded by a few MB: rows of which only some columns are wanted pass through a block.
+
+    Raises:
+        UsageError: the file is shorter than it should be (`path` names it).
+    """
+    out = np.empty(sizes(region), dtype.carrier)
+    _fill(fd, offset, shape, region, out, path)
+    return out
+
+
+def _fill(fd: int, offset: int, shape: tuple[int, ...], region: Region, out: np.ndarray, path: str) -> None:
+    row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * out.itemsize
+    start, stop = region[0] if region else (0, 1)
+    if region[1:] == full(shape[1:]):
+        _read_into(fd, offset + start * row_bytes, out, path)
+    elif len(shape) == 2:
+        rows = max(1, _BLOCK // row_bytes)
+        columns = slice(*region[1])
+        for row in range(start, stop, rows):
+            block = np.empty((min(rows, stop - row), shape[1]), out.dtype)
+            _read_into(fd, offset + row * row_bytes, block, path)
+            out[row - start : row - start + len(block)] = block[:, columns]
+    else:
+        for index in range(start, stop):
+            _fill(fd, offset + index * row_bytes, shape[1:], region[1:], out[index - start], path)
