@@ -11,7 +11,6 @@ from pathlib import Path
 from qwen3_npu import log
 from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.hf_files import CARRIED_FILES, carry_files, is_hf_weights, open_hf
-from qwen3_npu.checkpoint.mg_args import number_list
 from qwen3_npu.checkpoint.mg_files import MegatronReader
 from qwen3_npu.checkpoint.source import Source
 from qwen3_npu.checkpoint.tensors import BY_TORCH
@@ -21,6 +20,7 @@ from qwen3_npu.checkpoint.write_mg import ITERATION, write_megatron, write_track
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, read_hf_config
+from qwen3_npu.numbers import number_list
 
 
 def convert(args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> Path:

@@ -86,7 +86,8 @@ def qkv(at: Place, hf: Sequence[str]) -> tuple:
     """Per key/value head: its query heads, then the key head, then the value head; heads cut across TP."""
     arch, d = at.arch, at.arch.head_dim
     first, last = _span(arch.num_key_value_heads, at.layout.tensor, at.rank.tensor)
-    names, spans = [], []
+    names: list[str] = []
+    spans: list[tuple[int, int]] = []
     for group in range(first, last):
         q = arch.heads_per_group * d
         names += hf

@@ -8,13 +8,13 @@ converter back to Hugging Face takes the heads from the second, which its own tr
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from qwen3_npu.checkpoint.tensors import DType
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.numbers import number_list
 
 
 def to_args(arch: Qwen3Arch, layout: Layout, dtype: DType) -> dict[str, Any]:
@@ -143,19 +143,3 @@ def layout_from_args(
         padded_vocab_size=padded_vocab_size,
         stacked_experts=stacked_experts,
     )
-
-
-def number_list(value: str | Sequence[int] | set[int] | None) -> list[int]:
-    """`"94,95"`, `[94, 95]`, `{94, 95}` or nothing -> [94, 95] or [].
-
-    Raises:
-        UsageError: not numbers.
-    """
-    if not value:
-        return []
-    if isinstance(value, str):
-        try:
-            return [int(part) for part in value.split(",")]
-        except ValueError:
-            raise UsageError(f"{value!r} is not a list of numbers such as 94,95") from None
-    return sorted(value) if isinstance(value, set) else list(value)

@@ -92,8 +92,8 @@ class _Pickler(pickle._Pickler):  # type: ignore[name-defined]
 class PtWriter:
     """One checkpoint file being written.
 
-    `content` is any plain data with `Tensor`s in it (and `DType`s, written as torch dtypes). Then `write` is given every
-    tensor's data, in the order in which the tensors appear in `content`.
+    `content` is any plain data with `Tensor`s in it (and `DType`s, written as torch dtypes). Then `write` is given
+    every tensor's data, in the order in which the tensors appear in `content`.
     """
 
     def __init__(self, path: Path, content: Any) -> None:

@@ -1,0 +1,86 @@
+"""Flags of Megatron and MindSpeed-LLM training scripts that change nothing here, each with the reason."""
+
+from __future__ import annotations
+
+from qwen3_npu.cli import Foreign
+
+_QWEN3 = "Qwen3 is always built so"
+_KERNELS = "--kernels chooses the implementation"
+_ALWAYS = "always on"
+_OVERLAP = "communication is overlapped by --overlap-grad-reduce and --overlap-param-gather"
+_SWAP = "tensors are not swapped to the host; use --recompute-granularity or --use-distributed-optimizer"
+_DPO = "preference training is not offered"
+_ALL_MOE = "every layer of a Qwen3-MoE has experts"
+_EXPERTS = "experts are always stacked and multiplied together"
+
+FOREIGN: dict[str, Foreign] = {
+    # the architecture, said again
+    "--use-mcore-models": Foreign("there is no other implementation"),
+    "--spec": Foreign("Qwen3 has one specification", nargs="+"),
+    "--transformer-impl": Foreign("there is no other implementation", nargs=1),
+    "--model-type-hf": Foreign("config.json says it", nargs=1),
+    "--group-query-attention": Foreign(_QWEN3),
+    "--qk-layernorm": Foreign(_QWEN3),
+    "--swiglu": Foreign(_QWEN3),
+    "--disable-bias-linear": Foreign(_QWEN3),
+    "--use-rotary-position-embeddings": Foreign(_QWEN3),
+    "--position-embedding-type": Foreign("Qwen3 has rotary embeddings", nargs=1, only=("rope",)),
+    "--normalization": Foreign("Qwen3 has RMSNorm", nargs=1, only=("RMSNorm",)),
+    "--rotary-percent": Foreign("Qwen3 rotates whole heads", nargs=1, only=("1", "1.0")),
+    "--moe-layer-freq": Foreign(_ALL_MOE, nargs=1, only=("-1", "1")),
+    "--first-k-dense-replace": Foreign(_ALL_MOE, nargs=1, only=("-1", "0")),
+    "--add-qkv-bias": Foreign("Qwen3 has no bias in q, k and v (Qwen2.5 has)", refused=True),
+    "--add-dense-bias": Foreign("Qwen3 has no bias", refused=True),
+    "--post-norm": Foreign("Qwen3 has no norm after attention and MLP", refused=True),
+    # kernels and numerics
+    "--use-flash-attn": Foreign(_KERNELS),
+    "--use-fused-rmsnorm": Foreign(_KERNELS),
+    "--use-fused-swiglu": Foreign(_KERNELS),
+    "--use-fused-rotary-pos-emb": Foreign(_KERNELS),
+    "--use-fused-ring-attention-update": Foreign(_KERNELS),
+    "--use-fused-moe-token-permute-and-unpermute": Foreign(_KERNELS),
+    "--moe-permute-fusion": Foreign(_KERNELS),
+    "--no-masked-softmax-fusion": Foreign(_KERNELS),
+    "--use-fusion-attn-v2": Foreign(_KERNELS),
+    "--no-gradient-accumulation-fusion": Foreign("gradients are accumulated in float32 without it"),
+    "--gemm-gradient-accumulation-fusion": Foreign("gradients are accumulated in float32 without it"),
+    "--no-bias-swiglu-fusion": Foreign(_KERNELS),
+    "--attention-softmax-in-fp32": Foreign(_ALWAYS),
+    "--attention-mask-type": Foreign("attention is causal, within documents where they are packed", nargs=1),
+    "--initial-loss-scale": Foreign("bfloat16 needs no loss scale", nargs=1),
+    "--fp16": Foreign("float16 training is not offered; use --bf16", refused=True),
+    "--moe-grouped-gemm": Foreign(_EXPERTS),
+    "--moe-permutation-async-comm": Foreign(_OVERLAP),
+    "--moe-alltoall-overlap-comm": Foreign(_OVERLAP),
+    "--moe-allgather-overlap-comm": Foreign(_OVERLAP),
+    "--moe-fb-overlap": Foreign(_OVERLAP),
+    "--moe-zero-memory": Foreign(_SWAP, nargs=1),
+    "--use-ascend-coc": Foreign(_OVERLAP),
+    "--coc-fused-kernel": Foreign(_OVERLAP),
+    "--coc-parallel-num": Foreign(_OVERLAP, nargs=1),
+    "--coc-mode": Foreign(_OVERLAP, nargs=1),
+    "--use-ascend-mc2": Foreign(_OVERLAP),
+    "--use-mc2": Foreign(_OVERLAP),
+    "--use-cp-send-recv-overlap": Foreign("sends and receives of a ring are always overlapped"),
+    # memory
+    "--reuse-fp32-param": Foreign(_SWAP),
+    "--swap-optimizer": Foreign(_SWAP),
+    "--swap-optimizer-times": Foreign(_SWAP, nargs=1),
+    "--swap-attention": Foreign(_SWAP),
+    "--swap-modules": Foreign(_SWAP, nargs=1),
+    # running
+    "--distributed-backend": Foreign("--device chooses it", nargs=1),
+    "--disable-gloo-group": Foreign("no gloo group is made beside the device's"),
+    "--log-throughput": Foreign(_ALWAYS),
+    "--tokenizer-type": Foreign("Hugging Face tokenizers only", nargs=1),
+    "--tokenizer-not-use-fast": Foreign("the fast tokenizer is always used"),
+    "--num-workers": Foreign("samples are read from memory-mapped files without workers", nargs=1),
+    "--no-create-attention-mask-in-dataloader": Foreign("no mask of the size of the square is ever made"),
+    # other trainings
+    "--is-pairwise-dataset": Foreign(_DPO, refused=True),
+    "--dpo-loss-type": Foreign(_DPO, nargs=1, refused=True),
+    "--dpo-beta": Foreign(_DPO, nargs=1, refused=True),
+    "--dpo-label-smoothing": Foreign(_DPO, nargs=1, refused=True),
+    "--pref-ftx": Foreign(_DPO, nargs=1, refused=True),
+    "--ref-model": Foreign(_DPO, nargs=1, refused=True),
+}

@@ -1,0 +1,43 @@
+"""Flags that say how model and data are cut across devices."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.cli import flag
+from qwen3_npu.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelArgs:
+    """how the model is cut across devices"""
+
+    tensor_model_parallel_size: int = flag(1, minimum=1, unit="devices", help="devices that share one layer (TP)")
+    pipeline_model_parallel_size: int = flag(1, minimum=1, unit="stages", help="pipeline stages (PP)")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, minimum=1, unit="layers", help="layers of one model chunk in an interleaved pipeline (VPP)"
+    )
+    num_layer_list: str | None = flag(None, metavar="N,N,..", help="layers of each pipeline stage, if uneven")
+    noop_layers: str | None = flag(None, metavar="N,N,..", help="places in the pipeline without weights, e.g. 94,95")
+    expert_model_parallel_size: int = flag(1, minimum=1, unit="devices", help="devices that share the experts (EP)")
+    expert_tensor_parallel_size: int | None = flag(
+        None, minimum=1, unit="devices", help="devices that share one expert (ETP); default: as TP"
+    )
+    sequence_parallel: bool = flag(False, help="cut activations outside attention and MLP along the sequence, over TP")
+
+    def __post_init__(self) -> None:
+        if self.num_layers_per_virtual_pipeline_stage and self.pipeline_model_parallel_size == 1:
+            raise UsageError("--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeArgs:
+    """where it runs"""
+
+    device: str = flag("auto", choices=["auto", "npu", "cuda", "cpu"], help="kind of device")
+    kernels: str = flag("auto", choices=["auto", "reference", "torch"], help="implementation of the hot operations")
+    seed: int = flag(1234, minimum=0, help="of weights, dropout and data order")
+    deterministic: bool = flag(
+        False, names=("--npu-deterministic", "--use-deter-comp"), help="only operations that repeat bit for bit"
+    )
+    distributed_timeout_minutes: float = flag(10, minimum=0.1, unit="min", help="longest wait in a collective")

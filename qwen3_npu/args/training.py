@@ -1,0 +1,135 @@
+"""Flags of the training itself: batch, steps, optimizer, data, checkpoints, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.cli import flag
+from qwen3_npu.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainArgs:
+    """batch and steps"""
+
+    micro_batch_size: int = flag(1, minimum=1, unit="samples", help="samples per device and forward pass")
+    global_batch_size: int | None = flag(
+        None,
+        minimum=1,
+        unit="samples",
+        help="samples per optimizer step; default: one micro-batch per data-parallel rank",
+    )
+    train_iters: int = flag(minimum=0, unit="steps", help="optimizer steps of the whole training")
+    seq_length: int = flag(4096, minimum=1, unit="tokens", help="tokens of a sample")
+    bf16: bool = flag(False, help="weights and activations in bfloat16, optimizer state in float32; default: float32")
+    attention_dropout: float = flag(0.0, minimum=0, help="dropout of attention weights")
+    hidden_dropout: float = flag(0.0, minimum=0, help="dropout of the residual branches")
+    init_method_std: float = flag(0.02, minimum=0, help="standard deviation of random initial weights")
+    recompute_granularity: str | None = flag(
+        None, choices=["full", "selective"], help="recompute whole layers, or attention only, instead of keeping them"
+    )
+    recompute_method: str | None = flag(None, choices=["uniform", "block"], help="which layers `full` recomputes")
+    recompute_num_layers: int | None = flag(
+        None, minimum=1, unit="layers", help="uniform: layers per recomputed group; block: layers to recompute"
+    )
+    moe_aux_loss_coeff: float | None = flag(
+        None, minimum=0, help="weight of the load-balancing loss; default: config.json's router_aux_loss_coef"
+    )
+    moe_router_load_balancing_type: str = flag(
+        "aux_loss", choices=["aux_loss", "softmax_topk", "none"], help="softmax_topk and none: no balancing loss"
+    )
+    moe_token_dispatcher_type: str = flag(
+        "alltoall", choices=["alltoall", "alltoall_seq", "allgather"], help="how tokens reach their experts"
+    )
+    moe_router_dtype: str | None = flag(None, choices=["fp32", "fp64"], help="of the router; default: the model's")
+    manual_gc: bool = flag(False, help="collect Python's garbage at the same steps on all ranks")
+    manual_gc_interval: int = flag(0, minimum=0, unit="steps", help="between collections; 0: never")
+
+    def __post_init__(self) -> None:
+        if self.recompute_granularity == "full" and None in (self.recompute_method, self.recompute_num_layers):
+            raise UsageError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
+        if self.recompute_granularity != "full" and self.recompute_method is not None:
+            raise UsageError("--recompute-method needs --recompute-granularity full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerArgs:
+    """optimizer and learning rate"""
+
+    lr: float = flag(minimum=0, help="highest learning rate")
+    min_lr: float = flag(0.0, minimum=0, help="lowest learning rate")
+    lr_decay_style: str = flag("linear", choices=["constant", "linear", "cosine", "WSD"], help="shape of the decay")
+    lr_decay_iters: int | None = flag(None, minimum=1, unit="steps", help="end of the decay; default: --train-iters")
+    lr_warmup_iters: int = flag(0, minimum=0, unit="steps", help="linear warm-up")
+    lr_warmup_fraction: float | None = flag(None, minimum=0, help="warm-up as a fraction of the decay steps")
+    lr_warmup_init: float = flag(0.0, minimum=0, help="learning rate at the start of the warm-up")
+    lr_wsd_decay_iters: int | None = flag(None, minimum=1, unit="steps", help="last steps in which WSD decays")
+    lr_wsd_decay_style: str = flag(
+        "exponential", choices=["exponential", "linear", "cosine", "minus_sqrt"], help="shape of WSD's decay"
+    )
+    weight_decay: float = flag(0.01, minimum=0, help="decoupled, on matrices only")
+    adam_beta1: float = flag(0.9, minimum=0, help="decay of the first moment")
+    adam_beta2: float = flag(0.999, minimum=0, help="decay of the second moment")
+    adam_eps: float = flag(1e-8, minimum=0, help="added to the root of the second moment")
+    clip_grad: float = flag(1.0, minimum=0, help="largest gradient norm; 0: no clipping")
+    use_distributed_optimizer: bool = flag(False, help="cut optimizer state over data-parallel ranks (ZeRO-1)")
+    overlap_grad_reduce: bool = flag(False, help="reduce gradients while backward runs")
+    overlap_param_gather: bool = flag(False, help="gather parameters while forward runs")
+
+    def __post_init__(self) -> None:
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
+            raise UsageError("--lr-warmup-fraction and --lr-warmup-iters say the same thing; give one")
+        if self.lr_warmup_fraction is not None and self.lr_warmup_fraction >= 1:
+            raise UsageError(f"--lr-warmup-fraction {self.lr_warmup_fraction} must be below 1")
+        if self.min_lr > self.lr:
+            raise UsageError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
+        if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
+            raise UsageError("--lr-decay-style WSD needs --lr-wsd-decay-iters")
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise UsageError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataArgs:
+    """data"""
+
+    data_path: list[str] = flag(
+        metavar="[WEIGHT] PREFIX", help="prefix of a .bin/.idx pair, or several with weights: 0.3 a 0.7 b"
+    )
+    split: str = flag("969,30,1", metavar="A,B,C", help="shares of documents for training, validation and test")
+    data_cache_path: str | None = flag(
+        None, metavar="DIR", help="folder of index caches; default: cache/ beside the first prefix"
+    )
+    tokenizer_name_or_path: str | None = flag(
+        None,
+        metavar="DIR",
+        names=("--tokenizer-model",),
+        help="tokenizer folder; its config.json may be the architecture",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointArgs:
+    """checkpoints"""
+
+    load: str | None = flag(None, metavar="DIR", help="checkpoint folder to start from or to resume")
+    save: str | None = flag(None, metavar="DIR", help="checkpoint folder to write")
+    save_interval: int | None = flag(None, minimum=1, unit="steps", help="between checkpoints; always one at the end")
+    ckpt_format: str = flag("torch", choices=["torch"], help="layout on disk")
+    ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
+    finetune: bool = flag(False, help="take only the weights: step 0, new optimizer, new data order")
+    load_optim: bool = flag(True, help="load the optimizer's state")
+    load_rng: bool = flag(True, help="load the random generators' state")
+    save_optim: bool = flag(True, help="save the optimizer's state")
+    save_rng: bool = flag(True, help="save the random generators' state")
+    exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportArgs:
+    """reports"""
+
+    log_interval: int = flag(100, minimum=1, unit="steps", help="between log lines")
+    eval_interval: int = flag(1000, minimum=1, unit="steps", help="between evaluations on the validation share")
+    eval_iters: int = flag(100, minimum=0, unit="batches", help="global batches of one evaluation; 0: none")
+    tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")

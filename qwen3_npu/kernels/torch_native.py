@@ -1,0 +1,100 @@
+"""torch's own fused operations, for CPU and CUDA. Signatures as in `kernels/reference.py`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
+    """One causal block, [s, b, n, d] with queries at the end of the keys."""
+    s, t = q.shape[0], k.shape[0]
+    mask = None
+    if 1 < s < t:  # SDPA's is_causal would align queries with the first keys
+        mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=s == t, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.permute(2, 0, 1, 3)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    cu_seqlens: Sequence[int] | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Scaled dot product attention; packed documents one after the other, so memory grows with tokens, not squares."""
+    if cu_seqlens is None:
+        return _sdpa(q, k, v, scale, dropout)
+    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+    documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([_sdpa(*document, scale, dropout) for document in documents])
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """torch's rms_norm."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotation in one pass; its gradient is the rotation back, so only cos and sin are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    # Both halves of cos are the same, and of sin.
+    cos, sin = cos[..., :half], sin[..., :half]
+    first, second = x[..., :half], x[..., half:]
+    out = torch.empty_like(x)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding without temporaries of x's size."""
+    return _Rotary.apply(x, cos, sin)
+
+
+class _Swiglu(torch.autograd.Function):
+    """Keeps only its input; the gradient recomputes the sigmoid."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=d_up)
+        d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return out
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """SwiGLU that keeps one tensor for backward instead of three."""
+    return _Swiglu.apply(x)

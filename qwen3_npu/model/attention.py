@@ -1,0 +1,122 @@
+"""Qwen3's self-attention: fused qkv, norm of each query and key head, rotary embedding, causal attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from qwen3_npu.kernels import Kernels
+from qwen3_npu.model.sequence import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSubmodules:
+    """What the attention is made of."""
+
+    linear_qkv: ModuleSpec | type
+    q_layernorm: ModuleSpec | type
+    k_layernorm: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+
+
+class SelfAttention(MegatronModule):
+    """Grouped-query attention over one micro-batch.
+
+    Replaces megatron's SelfAttention through the spec, with the same parameter names: megatron's core attention refuses
+    packed documents and context parallelism without Transformer Engine, and rotary embedding has no seam of its own.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: AttentionSubmodules,
+        layer_number: int,
+        *,
+        kernels: Kernels,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number, self.kernels = layer_number, kernels
+        self.head_dim = config.kv_channels
+        self.scale = self.head_dim**-0.5
+        tp = pg_collection.tp.size()
+        self.local_groups = config.num_query_groups // tp
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        query_width, key_width = config.num_attention_heads * self.head_dim, config.num_query_groups * self.head_dim
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            query_width + 2 * key_width,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=pg_collection.tp,
+        )
+        norm = {"config": config, "hidden_size": self.head_dim, "eps": config.layernorm_epsilon}
+        self.q_layernorm = build_module(submodules.q_layernorm, **norm)
+        self.k_layernorm = build_module(submodules.k_layernorm, **norm)
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            query_width,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=pg_collection.tp,
+        )
+        self.recompute = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+
+    def forward(
+        self, hidden_states: torch.Tensor, *, packed_seq_params: Sequence, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One layer's attention.
+
+        Args:
+            hidden_states: [s, b, hidden] (s / TP under sequence parallelism).
+            packed_seq_params: positions and documents of the tokens.
+
+        Returns:
+            [s, b, hidden] (as it came in) and no bias.
+        """
+        q, k, v = self.query_key_value(hidden_states)
+        cos, sin = packed_seq_params.cos_sin
+        q = self.kernels.rotary(self.q_layernorm(q), cos, sin)
+        k = self.kernels.rotary(self.k_layernorm(k), cos, sin)
+
+        def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return self.core_attention(q, k, v, packed_seq_params)
+
+        out = tensor_parallel.checkpoint(core, False, q, k, v) if self.recompute else core(q, k, v)
+        return self.linear_proj(out.flatten(2))
+
+    def query_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [s, b, n, d] and k, v [s, b, g, d] of this TP rank's heads."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        s, b, _ = mixed.shape
+        mixed = mixed.view(s, b, self.local_groups, self.heads_per_group + 2, self.head_dim)
+        q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=3)
+        return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+
+    def core_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+        """Attention of the local heads; dropout, if any, differs between TP ranks."""
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if dropout == 0.0:
+            return self.kernels.attention(q, k, v, scale=self.scale, cu_seqlens=sequence.cu_seqlens)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            return self.kernels.attention(q, k, v, scale=self.scale, cu_seqlens=sequence.cu_seqlens, dropout=dropout)

@@ -1,0 +1,120 @@
+"""Qwen3Arch and flags -> megatron's TransformerConfig. The one place that knows both vocabularies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from qwen3_npu.args.parallel import ParallelArgs
+from qwen3_npu.args.training import TrainArgs
+from qwen3_npu.distributed.layout import Layout, plan
+from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.numbers import number_list
+
+
+def make_layout(
+    arch: Qwen3Arch, parallel: ParallelArgs, vocab_divisible_by: int = 1, padded_vocab_size: int | None = None
+) -> Layout:
+    """The layout that the parallel flags describe.
+
+    Raises:
+        UsageError: it does not fit this architecture.
+    """
+    return plan(
+        arch,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
+        layers_per_virtual_stage=parallel.num_layers_per_virtual_pipeline_stage,
+        num_layer_list=number_list(parallel.num_layer_list) or None,
+        noop_layers=number_list(parallel.noop_layers),
+        vocab_divisible_by=vocab_divisible_by,
+        padded_vocab_size=padded_vocab_size,
+    )
+
+
+def transformer_config(
+    arch: Qwen3Arch, layout: Layout, parallel: ParallelArgs, train: TrainArgs, *, overlaps_p2p_safely: bool
+) -> TransformerConfig:
+    """The configuration of every module.
+
+    Args:
+        overlaps_p2p_safely: see `Platform`.
+    """
+    dtype = torch.bfloat16 if train.bf16 else torch.float32
+    config: dict[str, Any] = {
+        "num_layers": layout.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.intermediate_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_key_value_heads,
+        "kv_channels": arch.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.rms_norm_eps,
+        "qk_layernorm": True,  # makes megatron sum the gradients of q_layernorm and k_layernorm over TP
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "use_te_activation_func": True,  # the MLP's activation is the module that the spec names
+        "add_bias_linear": False,
+        "attention_dropout": train.attention_dropout,
+        "hidden_dropout": train.hidden_dropout,
+        "init_method_std": train.init_method_std,
+        "transformer_impl": "local",
+        # megatron's fusions need Transformer Engine, apex or torch.compile; ours are the kernels.
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "bf16": train.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
+        "sequence_parallel": parallel.sequence_parallel,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        # Gradients are divided by the number of supervised tokens of the global batch: the only rule under which one
+        # process and many compute the same thing for every way of cutting the batch.
+        "calculate_per_token_loss": True,
+        "recompute_granularity": train.recompute_granularity,
+        "recompute_method": train.recompute_method,
+        "recompute_num_layers": train.recompute_num_layers,
+        "deallocate_pipeline_outputs": overlaps_p2p_safely,
+    }
+    if layout.pipeline > 1:
+        config["pipeline_model_parallel_layout"] = _stages(layout)
+    if layout.virtual > 1:
+        # Batched sends and receives between two stages get mixed up (wrong losses, exit 0), so never batched here.
+        config |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if arch.is_moe:
+        config |= _moe(arch, train)
+    return TransformerConfig(**config)
+
+
+def _stages(layout: Layout) -> list[list[str]]:
+    """megatron's pipeline layout: what each model chunk holds, virtual chunk slowest."""
+    stages = [["decoder"] * len(stage[v]) for v in range(layout.virtual) for stage in layout.chunks]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def _moe(arch: Qwen3Arch, train: TrainArgs) -> dict[str, Any]:
+    coefficient = arch.router_aux_loss_coef if train.moe_aux_loss_coeff is None else train.moe_aux_loss_coeff
+    balanced = train.moe_router_load_balancing_type == "aux_loss" and coefficient > 0
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_router_topk": arch.num_experts_per_tok,
+        "moe_ffn_hidden_size": arch.moe_intermediate_size,
+        # Softmax over the chosen experts equals softmax over all of them, chosen ones divided by their sum.
+        "moe_router_pre_softmax": not arch.norm_topk_prob,
+        "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
+        "moe_aux_loss_coeff": coefficient if balanced else 0.0,
+        "moe_token_dispatcher_type": train.moe_token_dispatcher_type.removesuffix("_seq"),
+        "moe_router_dtype": train.moe_router_dtype,
+    }

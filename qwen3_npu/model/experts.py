@@ -1,0 +1,74 @@
+"""Experts stacked in two tensors, multiplied by one grouped matrix multiplication each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from qwen3_npu.kernels import Kernels
+
+
+class GroupedExperts(MegatronModule):
+    """This rank's experts.
+
+    Parameters (MindSpeed-LLM's names and memory layout):
+        weight1: [hidden, experts * 2 ffn], memory (expert, hidden, [gate | up]).
+        weight2: [experts * ffn, hidden], memory (expert, ffn, hidden).
+    ffn is cut over the expert tensor parallel group.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        kernels: Kernels,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.kernels, self.num_local_experts = kernels, num_local_experts
+        self.hidden = config.hidden_size
+        self.ffn = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        self.pg_collection = pg_collection
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+
+        def parameter(rows: int, columns: int, cut: int, init: Any) -> torch.nn.Parameter:
+            weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=device))
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=cut, stride=1)
+            # Experts of different EP ranks are different weights: not summed over the data-parallel group.
+            weight.allreduce = config.expert_model_parallel_size == 1
+            if config.perform_initialization:
+                name = tensor_parallel.random.get_expert_parallel_rng_tracker_name()
+                with tensor_parallel.get_cuda_rng_tracker().fork(name):
+                    init(weight)
+            return weight
+
+        experts = num_local_experts
+        self.weight1 = parameter(self.hidden, experts * 2 * self.ffn, 1, config.init_method)
+        self.weight2 = parameter(experts * self.ffn, self.hidden, 0, config.output_layer_init_method)
+
+    def forward(
+        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Run each expert on its tokens.
+
+        Args:
+            tokens: [rows, hidden], sorted by expert.
+            tokens_per_expert: [experts], counts; on the host.
+            probs: [rows], router weight of each row.
+
+        Returns:
+            [rows, hidden], and no bias.
+        """
+        counts = tokens_per_expert.tolist()
+        weight1 = self.weight1.view(self.num_local_experts, self.hidden, 2 * self.ffn)
+        weight2 = self.weight2.view(self.num_local_experts, self.ffn, self.hidden)
+        inner = self.kernels.swiglu(self.kernels.grouped_matmul(tokens, weight1, counts))
+        inner = (inner * probs.unsqueeze(-1)).to(tokens.dtype)
+        return self.kernels.grouped_matmul(inner, weight2, counts), None

@@ -1,0 +1,43 @@
+"""What the rest of the code may ask about the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """A kind of device.
+
+    Attributes:
+        name: "npu", "cuda" or "cpu".
+        backend: collective backend for `init_process_group`.
+        activate: makes megatron-core work here; to be called before anything imports it.
+        bind: local rank -> the device of this process, made current.
+        synchronize: wait for the device.
+        memory_peak: bytes, the most that was allocated (for cpu: resident set) so far.
+        memory_total: bytes of one device.
+        device_name: as the vendor calls it.
+        peak_flops: dense bf16 FLOP/s of one device as published, or None where that is not known.
+        overlaps_p2p_safely: whether pipeline output may be freed while a send of it is under way.
+    """
+
+    name: str
+    backend: str
+    activate: Callable[[], None]
+    bind: Callable[[int], torch.device]
+    synchronize: Callable[[], None]
+    memory_peak: Callable[[], int]
+    memory_total: Callable[[], int]
+    device_name: Callable[[], str]
+    peak_flops: Callable[[], float | None]
+    overlaps_p2p_safely: bool
+
+
+def published_peak(table: dict[str, float], device_name: str) -> float | None:
+    """The entry of the longest key contained in the device's name; None if there is none."""
+    keys = [key for key in table if key.lower() in device_name.lower()]
+    return table[max(keys, key=len)] if keys else None

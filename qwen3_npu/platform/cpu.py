@@ -1,0 +1,40 @@
+"""CPU with gloo: laptops, tests, CI."""
+
+from __future__ import annotations
+
+import resource
+
+import psutil
+import torch
+
+from qwen3_npu.platform.base import Platform
+
+
+def why_not() -> str | None:
+    """Why this device cannot be used; None if it can."""
+    if torch.cuda.is_available():
+        # The redirect makes torch.cuda mean the CPU for the whole process; a GPU program may be relying on it.
+        return "this machine has a CUDA GPU; hide it with CUDA_VISIBLE_DEVICES="
+    return None
+
+
+def _activate() -> None:
+    from qwen3_npu.platform import cpu_redirect
+
+    cpu_redirect.apply()
+
+
+def platform() -> Platform:
+    return Platform(
+        name="cpu",
+        backend="gloo",
+        activate=_activate,
+        bind=lambda local_rank: torch.device("cpu"),
+        synchronize=lambda: None,
+        memory_peak=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        memory_total=lambda: psutil.virtual_memory().total,
+        device_name=lambda: "CPU",
+        peak_flops=lambda: None,
+        # gloo sends from the tensor's own memory: freeing it early sends whatever comes to lie there.
+        overlaps_p2p_safely=False,
+    )

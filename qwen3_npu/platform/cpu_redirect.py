@@ -1,0 +1,166 @@
+"""Make "cuda" mean the CPU, so that megatron-core runs where there is no accelerator.
+
+The mirror image of torch_npu.contrib.transfer_to_npu. `REDIRECTED` is the whole list; a test pins it. Each entry says
+what in megatron-core 0.16.1 needs it. Must be applied before megatron is imported: it copies some names at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+
+class _Stream:
+    """A CUDA stream or event where everything is synchronous already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.time = time.perf_counter()
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def record_event(self, event: Any = None) -> _Stream:
+        return event if event is not None else _Stream()
+
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other: _Stream) -> float:
+        return (other.time - self.time) * 1e3
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Generators:
+    """`torch.cuda.default_generators`: on the CPU there is one generator."""
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    """A tensor factory for which device="cuda" is the CPU."""
+
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _cuda_type_name(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return wrapper
+
+
+def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """megatron's `maybe_move_tensor_to_cpu` where the tensor is there already."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(state)
+
+
+def _replacements() -> dict[str, tuple[Any, str]]:
+    """Full name -> (replacement, who needs it)."""
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    table: dict[str, tuple[Any, str]] = {
+        "torch.cuda.current_device": (lambda: torch.device("cpu"), "device= of every allocation"),
+        "torch.cuda.synchronize": (nothing, "pipeline p2p, timers"),
+        "torch.cuda.empty_cache": (nothing, "checkpointing"),
+        "torch.cuda.Stream": (_Stream, "DDP and all-to-all side streams"),
+        "torch.cuda.Event": (_Stream, "all-to-all dispatcher"),
+        "torch.cuda.stream": (_stream_context, "with torch.cuda.stream(...)"),
+        "torch.cuda.current_stream": (lambda device=None: _Stream(), "waits between streams"),
+        "torch.cuda.default_stream": (lambda device=None: _Stream(), "DDP buckets"),
+        "torch.cuda.manual_seed": (lambda seed: torch.default_generator.manual_seed(seed), "RNG tracker"),
+        "torch.cuda.get_rng_state": (_get_rng_state, "RNG tracker"),
+        "torch.cuda.random.get_rng_state": (_get_rng_state, "RNG tracker"),
+        "torch.cuda.default_generators": (_Generators(), "RNG tracker"),
+        # Without CUDA torch queues these calls for ever: seeds would silently never be applied.
+        "torch.cuda._lazy_call": (lambda call, **kwargs: call(), "RNG tracker"),
+        "torch.Tensor.cuda": (lambda self, *args, **kwargs: self, "schedules, optimizer, embedding"),
+        "torch.nn.Module.cuda": (lambda self, *args, **kwargs: self, "model.cuda()"),
+        "torch.Tensor.record_stream": (lambda self, stream: None, "all-to-all dispatcher"),
+        "torch.Tensor.type": (_cuda_type_name(torch.Tensor.type), "optimizers compare with 'torch.cuda.FloatTensor'"),
+    }
+    for name in ("zeros", "ones", "empty", "full", "tensor", "arange"):
+        table[f"torch.{name}"] = (_on_cpu(getattr(torch, name)), "device='cuda' literals")
+    return table
+
+
+# In megatron's own namespaces: the two places that ask a tensor whether it is on a GPU.
+_MEGATRON = {
+    "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": (_splits_to_host, "all-to-all split sizes"),
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": (_splits_to_host, "the same, copied"),
+}
+
+REDIRECTED: dict[str, str] = {name: why for name, (_, why) in (_replacements() | _MEGATRON).items()}
+_applied = False
+
+
+def _assign(name: str, value: Any) -> None:
+    owner_name, attribute = name.rsplit(".", 1)
+    parts = owner_name.split(".")
+    owner: Any = __import__(parts[0])
+    for index, part in enumerate(parts[1:], start=2):
+        if not hasattr(owner, part):
+            __import__(".".join(parts[:index]))
+        owner = getattr(owner, part)
+    setattr(owner, attribute, value)
+
+
+def apply() -> None:
+    """Redirect, once per process."""
+    global _applied
+    if _applied:
+        return
+    _applied = True
+    # torch caches the set of factories that `with torch.device(...)` acts on at its first use; it must hold the
+    # originals, which the wrappers call, or such blocks (transformers loads models in one) lose their effect.
+    _device_constructors()
+    for name, (value, _) in _replacements().items():
+        _assign(name, value)
+
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()  # torch.compile would call a C++ compiler for every helper
+    for name, (value, _) in _MEGATRON.items():
+        _assign(name, value)
+    # CPU and "GPU" share one generator here, so the tracker's check that only the GPU's moved always fires.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

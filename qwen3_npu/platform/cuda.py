@@ -1,0 +1,45 @@
+"""NVIDIA GPUs with NCCL."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen3_npu.platform.base import Platform, published_peak
+
+# Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets.
+PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H20": 148e12}
+PEAK_FLOPS |= {"H100 PCIe": 756e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def why_not() -> str | None:
+    """Why this device cannot be used; None if it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device (torch.cuda.is_available() is False)"
+    return None
+
+
+def _activate() -> None:
+    from megatron.core import jit
+
+    # torch.compile of megatron's small helpers costs more at start than it gives: ours replace the hot ones.
+    jit.disable_jit_fuser()
+
+
+def _bind(local_rank: int) -> torch.device:
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def platform() -> Platform:
+    return Platform(
+        name="cuda",
+        backend="nccl",
+        activate=_activate,
+        bind=_bind,
+        synchronize=torch.cuda.synchronize,
+        memory_peak=torch.cuda.max_memory_allocated,
+        memory_total=lambda: torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+        device_name=torch.cuda.get_device_name,
+        peak_flops=lambda: published_peak(PEAK_FLOPS, torch.cuda.get_device_name()),
+        overlaps_p2p_safely=True,
+    )
