@@ -19,8 +19,9 @@ class UsageError(ValueError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean X?"` for the closest of `known`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    bare = {name.lstrip("-"): name for name in known}  # leading dashes would make any two flags look alike
+    close = difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.6)
+    return f"; did you mean {bare[close[0]]}?" if close else ""
 
 
 def choose(table: Mapping[str, T], name: str, what: str) -> T:

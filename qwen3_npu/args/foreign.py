@@ -70,7 +70,7 @@ FOREIGN: dict[str, Foreign] = {
     "--swap-modules": Foreign(_SWAP, nargs=1),
     # running
     "--distributed-backend": Foreign("--device chooses it", nargs=1),
-    "--disable-gloo-group": Foreign("no gloo group is made beside the device's"),
+    "--disable-gloo-group": Foreign("gloo gathers the optimizer's state for checkpoints"),
     "--log-throughput": Foreign(_ALWAYS),
     "--tokenizer-type": Foreign("Hugging Face tokenizers only", nargs=1),
     "--tokenizer-not-use-fast": Foreign("the fast tokenizer is always used"),

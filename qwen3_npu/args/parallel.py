@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from qwen3_npu.cli import flag
+from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.numbers import number_list
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,3 +44,25 @@ class RuntimeArgs:
         False, names=("--npu-deterministic", "--use-deter-comp"), help="only operations that repeat bit for bit"
     )
     distributed_timeout_minutes: float = flag(10, minimum=0.1, unit="min", help="longest wait in a collective")
+
+
+def make_layout(
+    arch: Qwen3Arch, parallel: ParallelArgs, vocab_divisible_by: int = 1, padded_vocab_size: int | None = None
+) -> Layout:
+    """The layout that the parallel flags describe.
+
+    Raises:
+        UsageError: it does not fit this architecture.
+    """
+    return plan(
+        arch,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
+        layers_per_virtual_stage=parallel.num_layers_per_virtual_pipeline_stage,
+        num_layer_list=number_list(parallel.num_layer_list) or None,
+        noop_layers=number_list(parallel.noop_layers),
+        vocab_divisible_by=vocab_divisible_by,
+        padded_vocab_size=padded_vocab_size,
+    )

@@ -36,6 +36,8 @@ def convert(args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) ->
         raise UsageError(f"--model-type-hf {args.model_type_hf}, but the model in {args.load_dir} is {arch}")
     log.info(f"model:  {arch}")
     log.info(f"source: {args.load_dir}" + (f" ({source.layout})" if isinstance(source, MegatronReader) else ""))
+    if isinstance(source, MegatronReader):
+        source.check()
     source.close()
     dtype = BY_TORCH[args.params_dtype] if args.params_dtype else dtype
     options = {"workers": args.jobs or min(os.cpu_count() or 1, 4), "resume": args.resume, "overwrite": args.overwrite}

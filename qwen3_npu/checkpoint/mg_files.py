@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from qwen3_npu.checkpoint.cuts import Piece, Region
 from qwen3_npu.checkpoint.mg_args import arch_from_args, layout_from_args
 from qwen3_npu.checkpoint.pt_reader import PtFile, TensorRef
 from qwen3_npu.checkpoint.tensors import DType, sizes, slices
-from qwen3_npu.checkpoint.weights import Shard, hf_shapes, shards
+from qwen3_npu.checkpoint.weights import EMBEDDING, Shard, hf_shapes, shards
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
@@ -75,102 +76,84 @@ class _Place(NamedTuple):
     rank: Rank
 
 
-class MegatronReader:
-    """The Hugging Face tensors that a Megatron checkpoint holds (one side of conversions; see `source.py`)."""
+Models = Callable[[dict[str, Any], int, int], dict[str, Any]]
 
-    def __init__(self, root: str | Path, iteration: int | None = None, hf_config: str | Path | None = None) -> None:
-        """Open every rank's file and check that the tensors of its layout are there.
 
-        Args:
-            hf_config: folder of the config.json that says the architecture; by default the one in the checkpoint, or
-                the arguments saved with the weights.
+def weights_of(content: dict[str, Any], chunk: int, chunks: int) -> dict[str, Any]:
+    """The state dict of one of `chunks` virtual pipeline chunks."""
+    return content["model" if chunks == 1 else f"model{chunk}"]
 
-        Raises:
-            UsageError: a file, folder or tensor is missing, damaged or of another shape.
-        """
-        self.root = Path(root)
-        self.folder = checkpoint_folder(root, iteration)
-        first = self._first_file()
-        self.args: argparse.Namespace = first.content.get("args", argparse.Namespace())
-        self.arch = self._architecture(hf_config)
-        self.layout = self._layout(first)
-        first.close()
-        self.shapes = hf_shapes(self.arch)
-        self.files = {rank: PtFile(self._path(rank)) for rank in self.layout.ranks()}
-        self.places: dict[str, list[_Place]] = {name: [] for name in self.shapes}
-        seen: set[tuple[str, Region]] = set()
-        for rank, file in self.files.items():
-            expected = list(shards(self.arch, self.layout, rank))
-            _check(file, expected, self.layout)
-            for shard in expected:
+
+class ShardedTensors:
+    """Tensors of a known layout in one file per rank, read as regions of Hugging Face tensors. Files open on demand.
+
+    Args:
+        models: content of a file, chunk, number of chunks -> the dict of tensors in it.
+        prefer: a rank whose file is tried first for what several ranks hold.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        file: str,
+        arch: Qwen3Arch,
+        layout: Layout,
+        models: Models = weights_of,
+        prefer: Rank | None = None,
+    ) -> None:
+        self.folder, self.file, self.arch, self.layout, self.models = folder, file, arch, layout, models
+        ranks = sorted(layout.ranks(), key=lambda rank: rank != prefer)  # stable: the preferred one first
+        self.opened: dict[Rank, PtFile] = {}
+        self.places: dict[str, dict[Region, list[_Place]]] = {name: {} for name in hf_shapes(arch)}
+        for rank in ranks:
+            for shard in shards(arch, layout, rank):
                 for piece in shard.pieces:
-                    # Replicated tensors are read from the first rank that has them.
-                    if not piece.padding and (piece.hf, piece.source) not in seen:
-                        seen.add((piece.hf, piece.source))
-                        self.places[piece.hf].append(_Place(piece, shard, rank))
+                    if not piece.padding:
+                        self.places[piece.hf].setdefault(piece.source, []).append(_Place(piece, shard, rank))
 
-    def _first_file(self) -> PtFile:
-        paths = sorted(self.folder.glob(f"mp_rank_*/{WEIGHTS}"))
-        if not paths:
-            raise UsageError(f"{self.folder} holds no mp_rank_*/{WEIGHTS}")
-        file = PtFile(paths[0])
-        if not isinstance(file.content, dict) or not any(k in file.content for k in ("model", "model0")):
-            raise UsageError(f"{paths[0]} has no 'model'; it is not a Megatron checkpoint")
-        return file
+    def open(self, rank: Rank) -> PtFile:
+        """One rank's file, opened once."""
+        if rank not in self.opened:
+            path = self.folder / self.layout.folder(rank) / self.file
+            if not path.is_file():
+                raise UsageError(f"{path} does not exist; the checkpoint's args say {self.layout}")
+            self.opened[rank] = PtFile(path)
+        return self.opened[rank]
 
-    def _architecture(self, hf_config: str | Path | None) -> Qwen3Arch:
-        folder = Path(hf_config) if hf_config else self.root
-        if hf_config or (folder / "config.json").is_file():
-            return from_hf_config(read_hf_config(folder), str(folder / "config.json"))
-        return arch_from_args(self.args, str(self.folder))
+    def _tensor(self, place: _Place) -> TensorRef | None:
+        content = self.open(place.rank).content
+        return self.models(content, place.shard.chunk, self.layout.virtual).get(place.shard.name)
 
-    def _layout(self, first: PtFile) -> Layout:
-        virtual = sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit())
-        names = [name for key in _model_keys(first.content) for name in first.content[key]]
-        embedding = next(
-            (
-                first.content[k][n]
-                for k in _model_keys(first.content)
-                for n in first.content[k]
-                if "word_embeddings" in n
-            ),
-            None,
-        )
-        if embedding is None:
-            raise UsageError(f"{first.path} has no word embedding; it is not the first pipeline stage of a GPT model")
-        tensor = getattr(self.args, "tensor_model_parallel_size", 1)
-        return layout_from_args(
-            self.args,
-            self.arch,
-            padded_vocab_size=embedding.shape[0] * tensor,
-            virtual=max(virtual, 1),
-            stacked_experts=not any("local_experts" in name for name in names),
-        )
-
-    def _path(self, rank: Rank) -> Path:
-        path = self.folder / self.layout.folder(rank) / WEIGHTS
-        if not path.is_file():
-            raise UsageError(f"{path} does not exist; the checkpoint's args say {self.layout}")
-        return path
+    def _holder(self, name: str, source: Region) -> tuple[_Place, TensorRef]:
+        """The first rank that has this piece: replicas are the same, and of some only one rank writes its copy."""
+        for place in self.places[name][source]:
+            tensor = self._tensor(place)
+            if tensor is not None:
+                if tensor.shape != place.shard.shape:
+                    raise UsageError(
+                        f"{self.open(place.rank).path}: {place.shard.name} has shape {tensor.shape}; "
+                        f"{place.shard.shape} expected for layout {self.layout}"
+                    )
+                return place, tensor
+        raise UsageError(f"{self.folder}: no file holds {name}")
 
     def dtype(self, name: str) -> DType:
-        place = self.places[name][0]
-        return self._tensor(place).dtype
-
-    def _tensor(self, place: _Place) -> TensorRef:
-        return model_dict(self.files[place.rank].content, place.shard.chunk, self.layout)[place.shard.name]
+        place, tensor = self._holder(name, next(iter(self.places[name])))
+        if tensor.dtype is None:
+            raise UsageError(f"{self.open(place.rank).path}: {place.shard.name} is not float32, float16 or bfloat16")
+        return tensor.dtype
 
     def read(self, name: str, region: Region) -> np.ndarray:
         """A part of one Hugging Face tensor, put together from the shards that hold it."""
         out = np.empty(sizes(region), self.dtype(name).carrier)
-        for place in self.places[name]:
-            common = _intersect(region, place.piece.source)
+        for source in self.places[name]:
+            common = _intersect(region, source)
             if common is not None:
                 inside = tuple((a - o, b - o) for (a, b), (o, _) in zip(common, region, strict=True))
-                out[slices(inside)] = self._read_piece(place, common)
+                out[slices(inside)] = self._read_piece(*self._holder(name, source), common)
         return out
 
-    def _read_piece(self, place: _Place, wanted: Region) -> np.ndarray:
+    def _read_piece(self, place: _Place, tensor: TensorRef, wanted: Region) -> np.ndarray:
         piece = place.piece
         offsets = [(a - o, b - o) for (a, b), (o, _) in zip(wanted, piece.source, strict=True)]
         if piece.transposed:
@@ -179,22 +162,86 @@ class MegatronReader:
         target = piece.target[:lead] + tuple(
             (o + a, o + b) for (a, b), (o, _) in zip(offsets, piece.target[lead:], strict=True)
         )
-        data = self.files[place.rank].read(self._tensor(place), place.shard.view, target)
+        data = self.open(place.rank).read(tensor, place.shard.view, target)
         data = data.reshape(data.shape[lead:])
         return data.T if piece.transposed else data
 
     def close(self) -> None:
-        for file in self.files.values():
+        for file in self.opened.values():
             file.close()
 
 
-def _model_keys(content: dict[str, Any]) -> list[str]:
-    return [key for key in content if key == "model" or (key.startswith("model") and key[5:].isdigit())]
+class MegatronReader(ShardedTensors):
+    """The weights of a Megatron checkpoint (one side of conversions; see `source.py`)."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        iteration: int | None = None,
+        hf_config: str | Path | None = None,
+        prefer: Rank | None = None,
+    ) -> None:
+        """Find out architecture and layout.
+
+        Args:
+            hf_config: folder of the config.json that says the architecture; by default the one in the checkpoint, or
+                the arguments saved with the weights.
+
+        Raises:
+            UsageError: not a checkpoint, or it does not say what it is.
+        """
+        folder = checkpoint_folder(root, iteration)
+        first = _first_file(folder)
+        self.args: argparse.Namespace = first.content.get("args", argparse.Namespace())
+        config = Path(hf_config or root)
+        if hf_config or (config / "config.json").is_file():
+            arch = from_hf_config(read_hf_config(config), str(config / "config.json"))
+        else:
+            arch = arch_from_args(self.args, str(folder))
+        layout = _layout(first, self.args, arch)
+        first.close()
+        super().__init__(folder, WEIGHTS, arch, layout, prefer=prefer)
+
+    def check(self) -> None:
+        """Open every file and check names and shapes of all tensors.
+
+        Raises:
+            UsageError: a file or tensor is missing, damaged, of another shape, or not expected.
+        """
+        for rank in self.layout.ranks():
+            _check(self.open(rank), list(shards(self.arch, self.layout, rank)), self.layout)
 
 
-def model_dict(content: dict[str, Any], chunk: int, layout: Layout) -> dict[str, Any]:
-    """The state dict of one virtual chunk."""
-    return content["model" if layout.virtual == 1 else f"model{chunk}"]
+def checkpoint_args(root: str | Path, iteration: int | None = None) -> tuple[argparse.Namespace, str]:
+    """The arguments saved in a checkpoint, and the file they are in."""
+    first = _first_file(checkpoint_folder(root, iteration))
+    first.close()
+    return first.content.get("args", argparse.Namespace()), str(first.path)
+
+
+def _first_file(folder: Path) -> PtFile:
+    paths = sorted(folder.glob(f"mp_rank_*/{WEIGHTS}"))
+    if not paths:
+        raise UsageError(f"{folder} holds no mp_rank_*/{WEIGHTS}")
+    file = PtFile(paths[0])
+    if not isinstance(file.content, dict) or not any(k in file.content for k in ("model", "model0")):
+        raise UsageError(f"{paths[0]} has no 'model'; it is not a Megatron checkpoint")
+    return file
+
+
+def _layout(first: PtFile, args: argparse.Namespace, arch: Qwen3Arch) -> Layout:
+    virtual = max(1, sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit()))
+    tensors = {name: t for chunk in range(virtual) for name, t in weights_of(first.content, chunk, virtual).items()}
+    embedding = tensors.get(EMBEDDING.megatron)
+    if embedding is None:
+        raise UsageError(f"{first.path} has no word embedding; it is not the first pipeline stage of a GPT model")
+    return layout_from_args(
+        args,
+        arch,
+        padded_vocab_size=embedding.shape[0] * getattr(args, "tensor_model_parallel_size", 1),
+        virtual=virtual,
+        stacked_experts=not any("local_experts" in name for name in tensors),
+    )
 
 
 def _intersect(a: Region, b: Region) -> Region | None:
@@ -206,7 +253,7 @@ def _check(file: PtFile, expected: list[Shard], layout: Layout) -> None:
     """Every tensor that the layout puts on this rank is there, of its shape, and no other."""
     for chunk in range(layout.virtual):
         wanted = {shard.name: shard for shard in expected if shard.chunk == chunk}
-        found = model_dict(file.content, chunk, layout)
+        found = weights_of(file.content, chunk, layout.virtual)
         found = {name: value for name, value in found.items() if not name.endswith(_NOT_WEIGHTS)}
         for what, names in (("missing", wanted.keys() - found.keys()), ("not expected", found.keys() - wanted.keys())):
             if names:

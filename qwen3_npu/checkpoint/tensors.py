@@ -41,8 +41,9 @@ BF16 = DType("bfloat16", "BF16", "BFloat16Storage", np.dtype("<u2"))
 F16 = DType("float16", "F16", "HalfStorage", np.dtype("<f2"))
 F32 = DType("float32", "F32", "FloatStorage", np.dtype("<f4"))
 DTYPES = (BF16, F16, F32)
+U8 = DType("uint8", "U8", "ByteStorage", np.dtype("u1"))  # states of random generators, never weights
 BY_SAFETENSORS = {d.safetensors: d for d in DTYPES}
-BY_STORAGE = {d.storage: d for d in DTYPES}
+BY_STORAGE = {d.storage: d for d in (*DTYPES, U8)}
 BY_TORCH = {d.torch: d for d in DTYPES} | {"bf16": BF16, "fp16": F16, "fp32": F32}
 
 

@@ -23,7 +23,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
 ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
-_VERSION = 3.0  # Megatron's checkpoint_version
+CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RankFile:
             models[key] = {s.name: Tensor(self.dtype, s.shape) for s in wanted if s.chunk == chunk}
         content: dict[str, Any] = {
             "args": argparse.Namespace(**to_args(self.arch, self.layout, self.dtype), iteration=ITERATION),
-            "checkpoint_version": _VERSION,
+            "checkpoint_version": CHECKPOINT_VERSION,
             "iteration": ITERATION,
             **models,
         }

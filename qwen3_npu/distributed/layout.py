@@ -151,6 +151,22 @@ def single(arch: Qwen3Arch) -> Layout:
     return plan(arch)
 
 
+def check_world_size(layout: Layout, world_size: int) -> None:
+    """Raises: UsageError: the processes cannot be divided into copies of the model."""
+    model = layout.tensor * layout.pipeline
+    if world_size % model:
+        raise UsageError(
+            f"{world_size} processes cannot hold copies of TP {layout.tensor} x PP {layout.pipeline}: start a multiple "
+            f"of {model}, or change the parallel sizes"
+        )
+    experts = layout.expert * layout.expert_tensor * layout.pipeline
+    if world_size % experts:
+        raise UsageError(
+            f"{world_size} processes cannot hold copies of EP {layout.expert} x ETP {layout.expert_tensor} x PP "
+            f"{layout.pipeline}: start a multiple of {experts}, or change the parallel sizes"
+        )
+
+
 def divisors(number: int) -> str:
     """The divisors of a number, for messages."""
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -69,6 +69,12 @@ class Qwen3Arch:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    def same_weights(self, other: Qwen3Arch) -> bool:
+        """Whether both have tensors of the same names and shapes."""
+        names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        names += "head_dim tie_word_embeddings num_experts moe_intermediate_size"
+        return all(getattr(self, name) == getattr(other, name) for name in names.split())
+
     def __str__(self) -> str:
         kind = f"MoE {self.num_experts} experts top-{self.num_experts_per_tok}" if self.is_moe else "dense"
         tied = "tied" if self.tie_word_embeddings else "untied"

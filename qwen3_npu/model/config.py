@@ -9,31 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.parallel import ParallelArgs
 from qwen3_npu.args.training import TrainArgs
-from qwen3_npu.distributed.layout import Layout, plan
+from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
-from qwen3_npu.numbers import number_list
-
-
-def make_layout(
-    arch: Qwen3Arch, parallel: ParallelArgs, vocab_divisible_by: int = 1, padded_vocab_size: int | None = None
-) -> Layout:
-    """The layout that the parallel flags describe.
-
-    Raises:
-        UsageError: it does not fit this architecture.
-    """
-    return plan(
-        arch,
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        expert=parallel.expert_model_parallel_size,
-        expert_tensor=parallel.expert_tensor_parallel_size,
-        layers_per_virtual_stage=parallel.num_layers_per_virtual_pipeline_stage,
-        num_layer_list=number_list(parallel.num_layer_list) or None,
-        noop_layers=number_list(parallel.noop_layers),
-        vocab_divisible_by=vocab_divisible_by,
-        padded_vocab_size=padded_vocab_size,
-    )
 
 
 def transformer_config(

@@ -55,6 +55,32 @@ class Router(TopKRouter):
         dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
         return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype))
 
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation: torch.Tensor,
+        aux_loss_coeff: float,
+        aux_loss: torch.Tensor,
+        aux_loss_name: str,
+        reduce_group: Any,
+        reduce_group_has_dp: bool = False,
+        valid_token_count: Any = None,
+    ) -> torch.Tensor:
+        """As megatron's, with the balancing loss weighted by the tokens of all ranks that share a micro-batch.
+
+        megatron-core 0.16.1 weights it by this rank's tokens, so cutting the sequence (sequence or context
+        parallelism) makes it that many times weaker than one process has it.
+        """
+        local_tokens = activation.shape[0] if valid_token_count is None else valid_token_count
+        return super().attach_and_log_load_balancing_loss(
+            activation,
+            aux_loss_coeff,
+            aux_loss,
+            aux_loss_name,
+            reduce_group,
+            reduce_group_has_dp,
+            local_tokens * self.tp_cp_group.size(),
+        )
+
 
 class NoopLayer(MegatronModule, BaseTransformerLayer):
     """A place in the pipeline that holds no weights and changes nothing (--noop-layers)."""

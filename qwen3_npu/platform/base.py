@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ class Platform:
     Attributes:
         name: "npu", "cuda" or "cpu".
         backend: collective backend for `init_process_group`.
-        activate: makes megatron-core work here; to be called before anything imports it.
+        prepare: makes megatron-core work here (call `activate`).
         bind: local rank -> the device of this process, made current.
         synchronize: wait for the device.
         memory_peak: bytes, the most that was allocated (for cpu: resident set) so far.
@@ -27,7 +28,7 @@ class Platform:
 
     name: str
     backend: str
-    activate: Callable[[], None]
+    prepare: Callable[[], None]
     bind: Callable[[int], torch.device]
     synchronize: Callable[[], None]
     memory_peak: Callable[[], int]
@@ -35,6 +36,12 @@ class Platform:
     device_name: Callable[[], str]
     peak_flops: Callable[[], float | None]
     overlaps_p2p_safely: bool
+
+    def activate(self) -> None:
+        """Make megatron-core work on this device; to be called before anything imports it."""
+        # What megatron warns of at import (no apex, no Transformer Engine, its own deprecations) is our choice of parts.
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+        self.prepare()
 
 
 def published_peak(table: dict[str, float], device_name: str) -> float | None:

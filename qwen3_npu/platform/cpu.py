@@ -28,7 +28,7 @@ def platform() -> Platform:
     return Platform(
         name="cpu",
         backend="gloo",
-        activate=_activate,
+        prepare=_activate,
         bind=lambda local_rank: torch.device("cpu"),
         synchronize=lambda: None,
         memory_peak=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -34,7 +34,7 @@ def platform() -> Platform:
     return Platform(
         name="cuda",
         backend="nccl",
-        activate=_activate,
+        prepare=_activate,
         bind=_bind,
         synchronize=torch.cuda.synchronize,
         memory_peak=torch.cuda.max_memory_allocated,

@@ -49,7 +49,7 @@ def platform() -> Platform:
     return Platform(
         name="npu",
         backend="hccl",
-        activate=_activate,
+        prepare=_activate,
         bind=_bind,
         synchronize=npu.synchronize,
         memory_peak=npu.max_memory_allocated,

@@ -1,0 +1,29 @@
+#!/usr/bin/env python3
+"""Train a Qwen3 model with Megatron-Core, under torchrun or as a single process."""
+
+from qwen3_npu import cli, log
+from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+from qwen3_npu.distributed import environment
+from qwen3_npu.training.plan import make_plan
+
+
+def main() -> None:
+    rank, world_size, _ = environment.ranks()
+    log.setup(rank, world_size)
+    parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN)
+    args = PretrainArgs(*parsed.groups)
+    plan = make_plan(args, world_size)
+    for note in parsed.notes:
+        log.info(note)
+    from qwen3_npu.platform import select
+
+    platform = select(args.runtime.device)
+    platform.activate()
+    from qwen3_npu.training.loop import run
+
+    run(platform, args, plan)
+
+
+if __name__ == "__main__":
+    cli.run("pretrain_gpt.py", main)

@@ -1,0 +1,126 @@
+"""Optimizer state as tensors of the parameters' own shapes: float32 weight, first and second moment of each.
+
+In this form the weight table says where every part of it belongs, so it is saved and resumed in any layout. megatron's
+distributed optimizer keeps flat shards instead; they are gathered to, and scattered from, its data-parallel rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+
+KEYS = ("param", "exp_avg", "exp_avg_sq")
+Names = dict[torch.nn.Parameter, tuple[int, str]]  # parameter -> virtual chunk, name
+
+
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that hold parameters: experts have one of their own."""
+    found = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [part for part in found if part.optimizer is not None]
+
+
+def parameter_names(chunks: Sequence[torch.nn.Module]) -> Names:
+    """Names of the trained parameters of the model chunks (not wrapped)."""
+    return {p: (i, name) for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters() if p.requires_grad}
+
+
+def step_count(optimizer: MegatronOptimizer) -> int:
+    """Updates made so far."""
+    steps = {int(state["step"]) for part in parts(optimizer) for state in part.optimizer.state.values()}
+    return max(steps, default=0)
+
+
+def gather(optimizer: MegatronOptimizer, names: Names) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+    """(chunk, name) -> {param, exp_avg, exp_avg_sq}, float32, each of the parameter's local shape.
+
+    Every rank must call this. With a distributed optimizer only data-parallel rank 0 gets the tensors; the others get
+    those of the parameters they are rank 0 for.
+    """
+    found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for part in parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            flat = part.get_parameter_state_dp_zero()
+            if flat is not None:
+                for parameter, views in _views(part, flat):
+                    found[names[parameter]] = views
+        else:
+            for parameter, main in _main_parameters(part):
+                state = part.optimizer.state[main]
+                found[names[parameter]] = {"param": main.detach(), **{k: state[k] for k in KEYS[1:]}}
+    return found
+
+
+@torch.no_grad()
+def restore(
+    optimizer: MegatronOptimizer, names: Names, step: int, read: Callable[[int, str, str], torch.Tensor]
+) -> None:
+    """The reverse of `gather`. Every rank must call this.
+
+    Args:
+        step: updates made before.
+        read: (chunk, name, key) -> tensor of the parameter's local shape; called where the tensor is needed.
+    """
+    for part in parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            _restore_distributed(part, names, read)
+        else:
+            for parameter, main in _main_parameters(part):
+                main.copy_(read(*names[parameter], "param"))
+                for key in KEYS[1:]:
+                    part.optimizer.state[main][key].copy_(read(*names[parameter], key))
+        for state in part.optimizer.state.values():
+            state["step"].fill_(step)
+
+
+def _main_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """(model parameter, the float32 tensor that the optimizer updates)."""
+    if hasattr(part, "float16_groups"):
+        for halves, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            yield from zip(halves, mains, strict=True)
+        for group in part.fp32_from_fp32_groups:
+            yield from ((p, p) for p in group)
+    else:
+        for group in part.optimizer.param_groups:
+            yield from ((p, p) for p in group["params"])
+
+
+def _views(part: DistributedOptimizer, flat: dict) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
+    """Each parameter's place in the flat buffers of `get_parameter_state_dp_zero`.
+
+    The buffers hold all buckets one after the other, without the padding between them.
+    """
+    for index, buffer in enumerate(part.buffers):
+        tensors = next(iter(flat[index].values()))
+        starts, total = [], 0
+        for bucket in buffer.buckets:
+            starts.append(total - bucket.offset)
+            total += bucket.numel_unpadded
+        for parameter, (begin, end, bucket) in buffer.param_index_map.items():
+            place = slice(starts[bucket] + begin, starts[bucket] + end)
+            yield parameter, {key: tensors[key][place].view(parameter.shape) for key in KEYS}
+
+
+def _restore_distributed(
+    part: DistributedOptimizer, names: Names, read: Callable[[int, str, str], torch.Tensor]
+) -> None:
+    flat: dict[Any, Any] | None = None
+    if part.data_parallel_group_gloo.rank() == 0:
+        flat = {"buckets_coalesced": True}
+        for index, ranges in enumerate(part.gbuf_ranges):
+            size = part.buffers[index].numel_unpadded
+            tensors: dict[str, Any] = {key: torch.empty(size, dtype=torch.float32) for key in KEYS}
+            flat[index] = {dtype: {**tensors, "numel_unpadded": size} for dtype in ranges}
+        for parameter, views in _views(part, flat):
+            for key, view in views.items():
+                view.copy_(read(*names[parameter], key))
+    # megatron-core 0.16.1 copies every entry of the state, also torch's own step, which the checkpoint lacks there
+    # (KeyError), and its load_state_dict gives all parameters one step tensor, which then counts once per parameter
+    # (silently wrong updates). So the steps are taken out, and each keeps its own.
+    steps = {main: state.pop("step") for main, state in part.optimizer.state.items()}
+    part.load_parameter_state_from_dp_zero(flat)
+    for main, step in steps.items():
+        part.optimizer.state[main]["step"] = step

@@ -1,0 +1,1 @@
+"""Data: raw files to token files, token files to batches."""

@@ -1,0 +1,58 @@
+"""From samples to the micro-batches of one rank. The order is a function of the step alone, for any number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from qwen3_npu.model.sequence import Sequence as TokenSequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the device.
+
+    Attributes:
+        tokens, labels: [b, s] int64; labels are shifted already: labels[i] follows tokens[i].
+        loss_mask: [b, s] float32; 1 where the label is supervised.
+        sequence: positions and documents.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    sequence: TokenSequence
+
+
+def sample_numbers(
+    consumed: int, *, global_batch: int, micro_batch: int, data_parallel: int, data_rank: int
+) -> Iterator[range]:
+    """The samples of each of this rank's micro-batches in the step that starts after `consumed` samples.
+
+    Micro-batch m of data-parallel rank r is the r-th of the `data_parallel` runs of `micro_batch` samples in round m.
+    """
+    per_round = micro_batch * data_parallel
+    for start in range(consumed + data_rank * micro_batch, consumed + global_batch, per_round):
+        yield range(start, start + micro_batch)
+
+
+def micro_batches(
+    dataset: Any,
+    numbers: Iterator[range],
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+    make_sequence: Callable[[torch.Tensor], TokenSequence],
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Read, stack and move micro-batches.
+
+    Args:
+        make_sequence: positions [b, s] -> what the layers need to know of them.
+    """
+    for wanted in numbers:
+        fields = {k: v.to(device, non_blocking=True) for k, v in collate([dataset[n] for n in wanted]).items()}
+        tokens = fields["tokens"]
+        positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape[0], -1)
+        yield Batch(tokens, fields["labels"], fields["loss_mask"], make_sequence(positions))

@@ -1,0 +1,107 @@
+"""Pretraining samples: megatron's GPTDataset over one or several indexed datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from qwen3_npu.args.training import DataArgs
+from qwen3_npu.data.indexed import check_vocabulary, open_indexed
+from qwen3_npu.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokenizer:
+    """What GPTDataset asks of a tokenizer; the data has its tokens already."""
+
+    unique_identifiers: dict[str, str] = dataclasses.field(default_factory=dict)
+    vocab_size: int | None = None
+    eod: int = -1
+
+
+def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """`["0.3", "a", "0.7", "b"]` -> (["a", "b"], [0.3, 0.7]); `["a"]` -> (["a"], None).
+
+    Raises:
+        UsageError: weights and prefixes do not alternate.
+    """
+
+    def number(text: str) -> float | None:
+        try:
+            return float(text)
+        except ValueError:
+            return None
+
+    weights = [number(text) for text in data_path[::2]]
+    if len(data_path) > 1 and len(data_path) % 2 == 0 and None not in weights:
+        if any(w is None or w <= 0 for w in weights):
+            raise UsageError(f"--data-path {' '.join(data_path)}: weights must be above 0")
+        return list(data_path[1::2]), [w for w in weights if w is not None]
+    if any(number(text) is not None and not Path(text + ".idx").exists() for text in data_path):
+        raise UsageError(f"--data-path {' '.join(data_path)}: give WEIGHT PREFIX pairs, or prefixes without any weight")
+    return list(data_path), None
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Samples for training, validation and test; None where there are none."""
+
+    train: Any
+    valid: Any
+    test: Any
+
+
+def check_data(data: DataArgs, vocab_size: int) -> str:
+    """Check every file of --data-path; a fingerprint of them all.
+
+    Raises:
+        UsageError: see `open_indexed` and `check_vocabulary`.
+    """
+    digest = hashlib.sha256()
+    for prefix in blend(data.data_path)[0]:
+        indexed = open_indexed(prefix)
+        check_vocabulary(indexed, vocab_size)
+        digest.update(indexed.fingerprint().encode())
+    return digest.hexdigest()[:16]
+
+
+def build_splits(
+    data: DataArgs, *, fingerprint: str, seq_length: int, seed: int, samples: tuple[int, int, int]
+) -> Splits:
+    """The datasets. Every rank calls this; rank 0 builds index caches, the others wait and map them.
+
+    Args:
+        fingerprint: of the data files (`check_data`): caches of other data are never taken for these.
+        samples: how many samples of each split will be asked for.
+    """
+    prefixes, weights = blend(data.data_path)
+    cache = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend=(prefixes, weights),
+        split=data.split,
+        path_to_cache=str(cache / fingerprint),
+        tokenizer=_Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    try:
+        train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, config).build()
+    except OSError as error:
+        raise UsageError(f"index caches cannot be written in {cache}: {error}; give --data-cache-path") from None
+    return Splits(train, valid, test)
+
+
+def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack samples: tokens, labels [b, s] int64, loss_mask [b, s] float32."""
+    return {key: torch.stack([s[key] for s in samples]) for key in ("tokens", "labels", "loss_mask")}

@@ -1,0 +1,84 @@
+"""megatron's optimizer over torch's AdamW, and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from qwen3_npu.args.training import OptimizerArgs, TrainArgs
+from qwen3_npu.checkpoint.optimizer_state import parts
+
+
+def wrap_model(
+    config: TransformerConfig, chunks: Sequence[torch.nn.Module], args: OptimizerArgs
+) -> list[DistributedDataParallel]:
+    """Model chunks with bf16 conversion at their borders and gradient buffers reduced over data-parallel ranks."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+    )
+    modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
+    # Only the first chunk's communication has something to overlap with.
+    return [DistributedDataParallel(config, ddp, m, disable_bucketing=i > 0) for i, m in enumerate(modules)]
+
+
+def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerArgs, *, bf16: bool) -> MegatronOptimizer:
+    """AdamW with float32 state; weight decay on matrices only. Its state exists from the start."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_eps,
+        clip_grad=args.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_param_gather=args.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(config, list(chunks))
+    for part in parts(optimizer):
+        for group in part.optimizer.param_groups:
+            group["fused"] = True  # one pass over each tensor instead of a dozen
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                # Made here, not in the first step: too little memory shows at once.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+    return optimizer
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, args: OptimizerArgs, train: TrainArgs, global_batch: int
+) -> OptimizerParamScheduler:
+    """Learning rate by samples seen, as Megatron counts; the flags count steps."""
+    decay_steps = args.lr_decay_iters or train.train_iters
+    warmup = args.lr_warmup_fraction * decay_steps if args.lr_warmup_fraction is not None else args.lr_warmup_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=args.lr_warmup_init,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        # The schedule must be longer than its warm-up, also when a test trains for one step.
+        lr_warmup_steps=min(warmup * global_batch, max(decay_steps, 1) * global_batch - 1),
+        lr_decay_steps=max(decay_steps, 1) * global_batch,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=train.train_iters * global_batch,
+        wd_incr_style="constant",
+        wsd_decay_steps=args.lr_wsd_decay_iters * global_batch if args.lr_wsd_decay_iters else None,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )

@@ -1,0 +1,83 @@
+"""What follows from flags, config.json and the number of processes; settled before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from qwen3_npu.args.model import check_shapes
+from qwen3_npu.args.parallel import make_layout
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.checkpoint.architecture import find_architecture
+from qwen3_npu.distributed.layout import Layout, check_world_size
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.numbers import number_list
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training whose sizes fit together.
+
+    Attributes:
+        config: folder whose config.json and tokenizer files go with the checkpoints; None if there is none.
+        data_parallel: copies of the model.
+        global_batch: samples per step.
+        num_microbatches: forward passes of each copy per step.
+    """
+
+    arch: Qwen3Arch
+    found_in: str
+    config: Path | None
+    layout: Layout
+    data_parallel: int
+    global_batch: int
+    num_microbatches: int
+
+
+def make_plan(args: PretrainArgs, world_size: int) -> Plan:
+    """Everything that follows from flags, config.json and the number of processes.
+
+    Raises:
+        UsageError: something does not fit.
+    """
+    noop = len(number_list(args.parallel.noop_layers))
+    tokenizer = args.data.tokenizer_name_or_path
+    arch, found_in, config = find_architecture(
+        args.model, args.shape, load=args.checkpoint.load, tokenizer=tokenizer, noop_layers=noop
+    )
+    check_shapes(args.shape, arch, noop)
+    if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
+        config = Path(tokenizer)
+    layout = make_layout(arch, args.parallel, args.shape.make_vocab_size_divisible_by, args.shape.padded_vocab_size)
+    check_world_size(layout, world_size)
+    _check_sequence(args, arch)
+    data_parallel = world_size // (layout.tensor * layout.pipeline)
+    micro = args.train.micro_batch_size
+    global_batch = args.train.global_batch_size or micro * data_parallel
+    if global_batch % (micro * data_parallel):
+        raise UsageError(
+            f"--global-batch-size {global_batch} is not a multiple of --micro-batch-size {micro} x {data_parallel} "
+            f"data-parallel ranks"
+        )
+    num_microbatches = global_batch // (micro * data_parallel)
+    if layout.virtual > 1 and num_microbatches % layout.pipeline:
+        raise UsageError(
+            f"an interleaved pipeline of {layout.pipeline} stages needs a multiple of {layout.pipeline} micro-batches "
+            f"per step; --global-batch-size {global_batch} gives {num_microbatches}"
+        )
+    return Plan(arch, found_in, config, layout, data_parallel, global_batch, num_microbatches)
+
+
+def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
+    seq, tp = args.train.seq_length, args.parallel.tensor_model_parallel_size
+    longest = args.shape.max_position_embeddings or arch.max_position_embeddings
+    if seq > longest:
+        raise UsageError(
+            f"--seq-length {seq} is above the model's {longest} positions; "
+            f"raise --max-position-embeddings to train longer"
+        )
+    if arch.is_moe and tp > 1 and not args.parallel.sequence_parallel:
+        raise UsageError(f"a MoE model at --tensor-model-parallel-size {tp} trains with --sequence-parallel only; add it")
+    if args.parallel.sequence_parallel and seq % tp:
+        raise UsageError(f"--sequence-parallel needs --seq-length {seq} to be a multiple of the TP size {tp}")
