@@ -39,7 +39,7 @@ class Platform:
 
     def activate(self) -> None:
         """Make megatron-core work on this device; to be called before anything imports it."""
-        # What megatron warns of at import (no apex, no Transformer Engine, its own deprecations) is our choice of parts.
+        # What megatron warns of at import (no apex, no Transformer Engine, deprecations) is our choice of parts.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         self.prepare()
 

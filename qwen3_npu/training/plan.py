@@ -78,6 +78,8 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
             f"raise --max-position-embeddings to train longer"
         )
     if arch.is_moe and tp > 1 and not args.parallel.sequence_parallel:
-        raise UsageError(f"a MoE model at --tensor-model-parallel-size {tp} trains with --sequence-parallel only; add it")
+        raise UsageError(
+            f"a MoE model at --tensor-model-parallel-size {tp} trains with --sequence-parallel only; add it"
+        )
     if args.parallel.sequence_parallel and seq % tp:
         raise UsageError(f"--sequence-parallel needs --seq-length {seq} to be a multiple of the TP size {tp}")

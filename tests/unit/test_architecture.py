@@ -1,0 +1,127 @@
+"""The house: imports point downwards, light modules stay light, files stay small, every flag is explained."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "qwen3_npu"
+ENTRY_POINTS = sorted(p for p in ROOT.glob("*.py") if p.name != "setup.py")
+
+LEVELS = {"training": 4, "inference": 4, "evaluation": 4, "checkpoint": 3, "data": 3, "model": 2, "distributed": 2}
+LEVELS |= {"kernels": 1, "platform": 1}
+# Importable anywhere, without torch.
+LIGHT = ("errors", "cli", "args", "log", "progress", "numbers", "model.arch", "model.sizes")
+LIGHT += ("distributed.layout", "distributed.environment")
+SIDEWAYS_ALLOWED = {("evaluation", "inference"), ("model", "distributed"), ("distributed", "model")}
+
+
+def modules() -> list[tuple[str, Path]]:
+    """(dotted name inside the package, file)."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found.append((".".join(p for p in parts if p != "__init__"), path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Everything a file imports, at any depth of nesting."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def is_light(module: str) -> bool:
+    return any(module == light or module.startswith(light + ".") for light in LIGHT)
+
+
+def level(module: str) -> int:
+    return 0 if is_light(module) or not module else LEVELS[module.split(".")[0]]
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: x if isinstance(x, str) else "")
+def test_imports_point_downwards(module: str, path: Path) -> None:
+    own = module.split(".")[0]
+    for imported in imports(path):
+        if not imported.startswith("qwen3_npu.") or not module:
+            continue
+        target = imported.removeprefix("qwen3_npu.")
+        package = target.split(".")[0]
+        if package not in LEVELS or is_light(target) or package == own:
+            continue
+        allowed = level(target) < level(module) or (own, package) in SIDEWAYS_ALLOWED
+        assert allowed, f"{module} (level {level(module)}) imports {target} (level {level(target)})"
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: x if isinstance(x, str) else "")
+def test_vendor_imports_are_in_their_place(module: str, path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert "torch_npu" not in roots or module in ("platform.npu", "kernels.npu")
+    assert "mindspeed" not in roots or module == "kernels.mindspeed"
+    assert not any(name.startswith("megatron.training") for name in imports(path))
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: x if isinstance(x, str) else "")
+def test_files_are_small(module: str, path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400, "split it by idea"
+
+
+def test_light_modules_import_no_torch() -> None:
+    names = [f"qwen3_npu.{m}" for m, _ in modules() if is_light(m)]
+    code = f"import importlib, sys\nfor n in {names!r}: importlib.import_module(n)\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS, ids=lambda p: p.name)
+def test_help_is_quick_and_imports_no_torch(script: Path) -> None:
+    code = (
+        f"import runpy, sys\nsys.argv = [{script.name!r}, '--help']\n"
+        f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        f"except SystemExit as e: assert not e.code\n"
+        f"assert 'torch' not in sys.modules"
+    )
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "--" in result.stdout
+    # Under a second on an idle machine; tests share theirs.
+    assert time.perf_counter() - start < 3
+
+
+def flag_groups() -> list[type]:
+    """Every dataclass of flags in qwen3_npu.args."""
+    import importlib
+
+    found = []
+    for path in (PACKAGE / "args").glob("*.py"):
+        module = importlib.import_module(f"qwen3_npu.args.{path.stem}" if path.stem != "__init__" else "qwen3_npu.args")
+        found += [v for v in vars(module).values() if dataclasses.is_dataclass(v) and v.__module__ == module.__name__]
+    return found
+
+
+def test_every_flag_has_help_and_every_group_a_title() -> None:
+    groups = [g for g in flag_groups() if any("help" in f.metadata for f in dataclasses.fields(g))]
+    assert len(groups) >= 10
+    for group in groups:
+        assert group.__doc__
+        for field in dataclasses.fields(group):
+            assert field.metadata.get("help"), f"{group.__name__}.{field.name} has no help"
+
+
+def test_the_cpu_redirect_is_this_list() -> None:
+    from qwen3_npu.platform import cpu_redirect
+
+    expected = (ROOT / "tests" / "golden" / "cpu_redirect.txt").read_text().split()
+    assert sorted(cpu_redirect.REDIRECTED) == expected, "the redirect may grow or shrink on purpose only"
