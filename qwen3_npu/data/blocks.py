@@ -12,6 +12,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import orjson
+
 from qwen3_npu.data.inputs import InputFile
 
 BLOCK_BYTES = 1 << 20
@@ -76,33 +78,6 @@ def first(blocks: Iterable[Block], count: int | None) -> Iterator[Block]:
             return
 
 
-class Cutter:
-    """Collects records of a format that has to be read record by record, into blocks."""
-
-    def __init__(self, file: str, decode: Callable[[Any], dict[str, Any]]) -> None:
-        self.file, self.decode = file, decode
-        self._start()
-
-    def _start(self) -> None:
-        self.numbers: list[int] = []
-        self.items: list[Any] = []
-        self.size = 0
-
-    def add(self, number: int, item: Any, size: int) -> Iterator[Block]:
-        """Take a record of `size` bytes; gives the block that it filled, if any."""
-        self.numbers.append(number)
-        self.items.append(item)
-        self.size += size
-        if self.size >= BLOCK_BYTES:
-            yield from self.rest()
-
-    def rest(self) -> Iterator[Block]:
-        """What is left at the end of the file."""
-        if self.items:
-            yield Block(self.file, self.numbers, self.items, self.decode, self.size)
-            self._start()
-
-
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """An opened file.
@@ -114,6 +89,36 @@ class Stream:
 
     reader: io.BufferedReader
     consumed: Callable[[], int]
+
+
+class Cutter:
+    """Collects records of a format that has to be read record by record, into blocks."""
+
+    def __init__(self, file: InputFile, stream: Stream, decode: Callable[[Any], dict[str, Any]]) -> None:
+        self.file, self.stream, self.decode = str(file.path), stream, decode
+        self.before = 0
+        self._start()
+
+    def _start(self) -> None:
+        self.numbers: list[int] = []
+        self.items: list[Any] = []
+        self.length = 0
+
+    def add(self, number: int, item: Any, length: int) -> Iterator[Block]:
+        """Take a record of about `length` bytes; gives the block that it filled, if any."""
+        self.numbers.append(number)
+        self.items.append(item)
+        self.length += length
+        if self.length >= BLOCK_BYTES:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Block]:
+        """What is left at the end of the file."""
+        if self.items:
+            now = self.stream.consumed()
+            yield Block(self.file, self.numbers, self.items, self.decode, now - self.before)
+            self.before = now
+            self._start()
 
 
 @contextlib.contextmanager
@@ -139,7 +144,10 @@ def checked_row(row: Any) -> dict[str, Any]:
 def checked_text(record: Any) -> Any:
     """The record itself. Raises: ValueError: its text holds half of a surrogate pair, which has no UTF-8 form."""
     try:
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("not valid Unicode: half of a surrogate pair") from None
+        orjson.dumps(record)
+    except TypeError:  # or a number of more than 64 bits, which is none of our business
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("not valid Unicode: half of a surrogate pair") from None
     return record

@@ -66,6 +66,9 @@ class Encoder(Protocol):
     def encode(self, texts: Sequence[str]) -> Tokens:
         """The tokens of each text."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+
 
 class ReferenceEncoder:
     """Hugging Face's `tokenizers`."""
@@ -80,6 +83,9 @@ class ReferenceEncoder:
         lengths = np.fromiter(map(len, ids), np.int32, len(ids))
         flat = np.fromiter((token for one in ids for token in one), np.int32, int(lengths.sum(dtype=np.int64)))
         return Tokens(flat, lengths)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 class FastEncoder:
@@ -100,6 +106,9 @@ class FastEncoder:
             start = int(result.lengths[:short].sum(dtype=np.int64))
             self._compare(texts[short], result.ids[start : start + int(result.lengths[short])])
         return result
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.reference.decode(ids)
 
     def _encode(self, texts: Sequence[str]) -> Tokens:
         ids, offsets = self.tokenizer.encode_batch_flat(list(texts))

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from qwen3_npu.errors import UsageError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = len(_MAGIC) + 8 + 1 + 8 + 8
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
-INT32 = 4
 _PIECE = 1 << 20  # documents of an index handled at once
 
 
@@ -34,11 +34,13 @@ class Indexed:
     Attributes:
         lengths: int32 [sequences], tokens of each.
         tokens: all tokens, memory-mapped.
+        borders: int64 [documents + 1], 0 and, for each document, the sequence after it.
     """
 
     prefix: str
     lengths: np.ndarray
     tokens: np.ndarray
+    borders: np.ndarray
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -48,7 +50,7 @@ class Indexed:
         return hashlib.sha256(Path(self.prefix + ".idx").read_bytes()).hexdigest()[:16]
 
 
-def open_indexed(prefix: str | Path) -> Indexed:
+def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:
     """Open a pair and check that the files are whole and agree with each other.
 
     Raises:
@@ -58,7 +60,7 @@ def open_indexed(prefix: str | Path) -> Indexed:
     idx, bin_ = Path(prefix + ".idx"), Path(prefix + ".bin")
     if missing := [str(p) for p in (idx, bin_) if not p.is_file()]:
         raise UsageError(
-            f"--data-path {prefix}: {' and '.join(missing)} not found; give the prefix that "
+            f"{flag} {prefix}: {' and '.join(missing)} not found; give the prefix that "
             f"preprocess_data.py printed, without .bin"
         )
     size = idx.stat().st_size
@@ -78,7 +80,8 @@ def open_indexed(prefix: str | Path) -> Indexed:
     needed = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize
     if bin_.stat().st_size < needed:
         raise UsageError(f"{bin_} is truncated: {bin_.stat().st_size} bytes, {needed} expected; preprocess it again")
-    return Indexed(prefix, lengths, np.memmap(bin_, dtype, "r", 0, (needed // dtype.itemsize,)))
+    ends = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 12 * sequences, (borders,))
+    return Indexed(prefix, lengths, np.memmap(bin_, dtype, "r", 0, (needed // dtype.itemsize,)), ends)
 
 
 def check_vocabulary(data: Indexed, vocab_size: int, sample: int = 1 << 20) -> None:
@@ -176,18 +179,27 @@ def publish(writers: Sequence[IndexedWriter]) -> None:
         os.unlink(writer._temporary()[1])
 
 
-def write_index(file: BinaryIO, lengths: np.ndarray) -> None:
-    """The .idx file of int32 documents with these lengths, one sequence each; written in pieces."""
-    count = len(lengths)
-    file.write(_MAGIC + (1).to_bytes(8, "little") + bytes([INT32]))
-    file.write(count.to_bytes(8, "little") + (count + 1).to_bytes(8, "little"))
+def write_index(
+    file: BinaryIO, lengths: np.ndarray, borders: np.ndarray | None = None, dtype: npt.DTypeLike = np.int32
+) -> None:
+    """The .idx file of sequences with these lengths; written in pieces.
+
+    Args:
+        borders: of documents; None: one document per sequence.
+    """
+    count, size = len(lengths), np.dtype(dtype).itemsize
+    code = next(code for code, known in _DTYPES.items() if np.dtype(known) == dtype)
+    ends = count + 1 if borders is None else len(borders)
+    file.write(_MAGIC + (1).to_bytes(8, "little") + bytes([code]))
+    file.write(count.to_bytes(8, "little") + ends.to_bytes(8, "little"))
     pieces = [slice(start, start + _PIECE) for start in range(0, count, _PIECE)]
     for piece in pieces:
         file.write(lengths[piece].astype(np.int32).tobytes())
     offset = 0
     for piece in pieces:
-        ends = offset + np.cumsum(lengths[piece], dtype=np.int64) * 4
-        file.write(np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes())
-        offset = int(ends[-1])
-    for start in range(0, count + 1, _PIECE):
-        file.write(np.arange(start, min(start + _PIECE, count + 1), dtype=np.int64).tobytes())
+        after = offset + np.cumsum(lengths[piece], dtype=np.int64) * size
+        file.write(np.concatenate(([offset], after[:-1])).astype(np.int64).tobytes())
+        offset = int(after[-1])
+    for start in range(0, ends, _PIECE):
+        stop = min(start + _PIECE, ends)
+        file.write((np.arange(start, stop, dtype=np.int64) if borders is None else borders[start:stop]).tobytes())

@@ -16,27 +16,10 @@ from pathlib import Path
 from qwen3_npu import log
 from qwen3_npu.data.encoder import Tokens
 from qwen3_npu.data.indexed import IndexedWriter, publish
+from qwen3_npu.data.totals import Totals
 from qwen3_npu.errors import UsageError
 
 PART_BYTES = 256 << 20
-
-
-@dataclasses.dataclass
-class Totals:
-    """Sums over all blocks written.
-
-    Attributes:
-        documents, tokens: of each output.
-        counts: what else happened to records.
-        bad: records that cannot be used.
-    """
-
-    blocks: int = 0
-    records: int = 0
-    bad: int = 0
-    documents: Counter[str] = dataclasses.field(default_factory=Counter)
-    tokens: Counter[str] = dataclasses.field(default_factory=Counter)
-    counts: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 class Output:
@@ -74,12 +57,10 @@ class Output:
         return {name: tuple(position) for name, position in saved["positions"].items()}  # type: ignore[misc]
 
     def add(self, outputs: Mapping[str, Tokens]) -> None:
-        """Append documents."""
-        for name, tokens in outputs.items():
-            self.writers[name].add(tokens.ids, tokens.lengths)
-            self.totals.documents[name] += len(tokens.lengths)
-            self.totals.tokens[name] += len(tokens.ids)
-            self.unsaved += tokens.ids.nbytes
+        """Append documents of those outputs that this run keeps."""
+        for name, writer in self.writers.items():
+            writer.add(outputs[name].ids, outputs[name].lengths)
+            self.unsaved += outputs[name].ids.nbytes
 
     def finish_part(self) -> None:
         """Once enough is written: all of it to the disk, then the record."""
@@ -100,10 +81,12 @@ class Output:
         publish(list(self.writers.values()))
         self.record.unlink(missing_ok=True)
 
-    def abandon(self) -> bool:
-        """After a failure: drop what no --resume can use; whether there is something to resume."""
-        if self.record.exists():
-            return True
+    def resumable(self) -> bool:
+        """Whether --resume could go on."""
+        return self.record.exists()
+
+    def remove(self) -> None:
+        """Drop everything that is not published."""
         for writer in self.writers.values():
             writer.abort()
-        return False
+        self.record.unlink(missing_ok=True)

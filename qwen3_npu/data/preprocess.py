@@ -6,25 +6,35 @@ import collections
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
-from qwen3_npu.data.blocks import first
+from qwen3_npu.data.check import check
 from qwen3_npu.data.encoder import open_encoder
 from qwen3_npu.data.handlers import HANDLERS
+from qwen3_npu.data.indexed import IndexedWriter
+from qwen3_npu.data.merge import merge
 from qwen3_npu.data.output import Output
-from qwen3_npu.data.produced import Handler, Produced
+from qwen3_npu.data.pack import PackRule, pack
+from qwen3_npu.data.pipeline import documents
+from qwen3_npu.data.produced import Handler
 from qwen3_npu.data.readers import Inputs, open_inputs
 from qwen3_npu.data.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.errors import UsageError, choose
-from qwen3_npu.progress import Progress, human
+from qwen3_npu.progress import human
 
-_BAD_SHOWN = 20
-T = TypeVar("T")
-R = TypeVar("R")
+# Flags that do not change what is written.
+_WITHOUT_EFFECT = {
+    "input",
+    "max_bad_records",
+    "tokenizer_backend",
+    "workers",
+    "log_interval",
+    "resume",
+    "output_prefix",
+}
 
 
 def preprocess(args: PreprocessArgs) -> int:
@@ -33,7 +43,16 @@ def preprocess(args: PreprocessArgs) -> int:
     Raises:
         UsageError: an input, the tokenizer or the output cannot be used, or records are broken.
     """
-    make = choose(HANDLERS, args.input.handler_name or "(none)", "--handler-name")
+    looks_only = args.check.check or args.check.show > 0
+    prefix = args.output.output_prefix
+    if prefix is None and not looks_only:
+        raise UsageError("--output-prefix is needed: the start of the output's names")
+    if args.output.merge_group_keys:
+        merge(args.input.input, args.output.merge_group_keys, str(prefix))
+        return 0
+    if args.input.handler_name is None:
+        raise UsageError(f"--handler-name is needed: what the records are; one of {', '.join(HANDLERS)}")
+    make = choose(HANDLERS, args.input.handler_name, "--handler-name")
     inputs = open_inputs(args.input.input, args.input.hf_datasets_params)
     if args.tokenizer.tokenizer_name_or_path is None:
         raise UsageError("--tokenizer-name-or-path is needed: the folder of a downloaded Qwen3 model")
@@ -42,90 +61,69 @@ def preprocess(args: PreprocessArgs) -> int:
     encoder = open_encoder(tokenizer, args.tokenizer.tokenizer_backend, workers)
     handler = make(args, tokenizer, encoder)
     log.info(f"input: {_described(inputs)}; tokens by {encoder.name}, {workers} workers")
-    output = Output(
-        args.output.output_prefix, handler.outputs, _identity(args, inputs, tokenizer), resume=args.output.resume
-    )
-    try:
-        _write(args, inputs, handler, output, workers)
-        if not output.totals.records:
-            raise UsageError(f"--input {' '.join(args.input.input)}: it holds no records")
-        if not any(output.totals.documents.values()):
-            raise UsageError(f"--input {' '.join(args.input.input)}: no record gave a document{_counted(output)}")
-        output.publish()
-    except OSError as error:
-        output.abandon()
-        raise UsageError(f"--output-prefix {args.output.output_prefix}: cannot be written: {error}") from None
-    except (UsageError, KeyboardInterrupt):
-        if output.abandon():
-            log.info("what is finished is kept: --resume goes on from there")
-        raise
-    _report(output)
+    if looks_only:
+        return check(args, inputs, handler, encoder, workers)
+    _write(args, inputs, handler, tokenizer, workers)
     return 0
 
 
-def _write(args: PreprocessArgs, inputs: Inputs, handler: Handler, output: Output, workers: int) -> None:
-    totals = output.totals
-    blocks = first(inputs.blocks(handler.columns), args.input.max_samples)
-    counters = {"bytes": "B", "records": " records", "tokens": " tokens"}
-    with Progress("preprocess", inputs.size, counters) as progress, ThreadPoolExecutor(workers) as pool:
-        waiting = {"bytes": 0, "records": 0, "tokens": 0}
-        for done in range(totals.blocks):
-            block = next(blocks, None)
-            if block is None:
-                raise AssertionError(f"block {done} is gone though the inputs are the same")
-            progress.counts["bytes"] += block.size
-        for block, produced in _in_order(pool, handler, blocks, 2 * workers):
-            _count_bad(args, produced, output)
-            output.add(produced.outputs)
-            totals.blocks += 1
-            totals.records += produced.records
-            totals.counts.update(produced.counts)
-            output.finish_part()
-            waiting["bytes"] += block.size
-            waiting["records"] += produced.records
-            waiting["tokens"] += produced.tokens
-            if waiting["records"] >= args.output.log_interval:
-                progress.add(**waiting)
-                waiting = dict.fromkeys(waiting, 0)
-        progress.add(**waiting)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int
-) -> Iterator[tuple[T, R]]:
-    """(item, function(item)) in the order of the items, with at most `ahead` of them under way."""
-    waiting: collections.deque = collections.deque()
+def _write(args: PreprocessArgs, inputs: Inputs, handler: Handler, tokenizer: TokenizerFolder, workers: int) -> None:
+    prefix, packs = str(args.output.output_prefix), args.instruction.pack
+    # Packing needs all samples first; attention_mask is made of them.
+    names = [n for n in handler.outputs if not (packs and n.endswith("attention_mask"))]
+    identity = _identity(args, inputs, tokenizer)
+    output = Output(prefix + "_unpacked" if packs else prefix, names, identity, resume=args.output.resume)
     try:
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > ahead:
-                item, future = waiting.popleft()
-                yield item, future.result()
-        while waiting:
-            item, future = waiting.popleft()
-            yield item, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
+        for _, produced in documents(args, inputs, handler, workers, output.totals, "preprocess"):
+            output.add(produced.outputs)
+            output.finish_part()
+        if not any(output.totals.documents.values()):
+            raise UsageError(f"--input {' '.join(args.input.input)}: nothing to write; {output.totals}")
+        if packs:
+            _pack(args, tokenizer, output, handler.outputs)
+        else:
+            output.publish()
+            _report(output)
+    except (OSError, UsageError, KeyboardInterrupt) as error:
+        if output.resumable():
+            log.info("what is finished is kept: --resume goes on from there")
+        else:
+            output.remove()
+        if isinstance(error, OSError):
+            raise UsageError(f"--output-prefix {prefix}: cannot be written: {error.strerror or error}") from None
+        raise
 
 
-def _count_bad(args: PreprocessArgs, produced: Produced, output: Output) -> None:
-    """Report broken records; stop when there are more than allowed."""
-    for record in produced.bad:
-        output.totals.bad += 1
-        if output.totals.bad > args.input.max_bad_records:
-            hint = f"{output.totals.bad} broken records; --max-bad-records N leaves out up to N"
-            raise UsageError(f"{record} ({hint})")
-        if output.totals.bad <= _BAD_SHOWN:
-            log.warning(f"left out: {record}")
-        elif output.totals.bad == _BAD_SHOWN + 1:
-            log.warning("left out: more, which are counted but not shown")
+def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: Output, names: Sequence[str]) -> None:
+    chosen, prefix = args.instruction, args.output.output_prefix
+    rule = PackRule(chosen.seq_length or 0, tokenizer.pad(), chosen.neat_pack, chosen.n_subs)
+    prefixes = [f"{prefix}_{name}_document" for name in names]
+    writers = [IndexedWriter(p) for p in prefixes]
+    try:
+        packs = pack(list(output.writers.values()), writers, rule)
+    except BaseException:
+        for writer in writers:
+            writer.abort()
+        raise
+    output.remove()
+    samples, tokens = (next(iter(counter.values())) for counter in (output.totals.documents, output.totals.tokens))
+    log.info(f"{output.totals}")
+    filled = 100 * tokens / (packs * rule.length)
+    log.info(f"{samples} samples in {packs} packs of {rule.length} tokens, {filled:.1f} % of them filled")
+    for p in prefixes:
+        log.info(f"written: {p}.bin .idx")
+
+
+def _report(output: Output) -> None:
+    totals = output.totals
+    log.info(f"{totals}")
+    for name, prefix in output.prefixes.items():
+        log.info(f"written: {prefix}.bin .idx: {totals.documents[name]} documents, {totals.tokens[name]} tokens")
 
 
 def _identity(args: PreprocessArgs, inputs: Inputs, tokenizer: TokenizerFolder) -> str:
     """Changes with whatever changes the output."""
-    irrelevant = {"input", "max_bad_records", "tokenizer_backend", "workers", "log_interval", "resume"}
-    flags = {k: v for group in args for k, v in vars(group).items() if k not in irrelevant}
+    flags = {k: v for group in args for k, v in vars(group).items() if k not in _WITHOUT_EFFECT}
     everything: list[Any] = [inputs.identity(), tokenizer.identity, sorted(flags.items())]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
@@ -135,18 +133,3 @@ def _described(inputs: Inputs) -> str:
         return f"dataset {inputs.dataset}"
     kinds = collections.Counter(file.format for file in inputs.files)
     return f"{', '.join(f'{n} {kind}' for kind, n in kinds.items())}, {human(inputs.size, 'B')}"
-
-
-def _counted(output: Output) -> str:
-    totals = output.totals
-    parts = [f"{n} {what}" for what, n in totals.counts.items() if n]
-    if totals.bad:
-        parts.append(f"{totals.bad} broken records left out")
-    return "; " + ", ".join(parts) if parts else ""
-
-
-def _report(output: Output) -> None:
-    totals = output.totals
-    log.info(f"{totals.records} records{_counted(output)}")
-    for name, prefix in output.prefixes.items():
-        log.info(f"written: {prefix}.bin .idx: {totals.documents[name]} documents, {totals.tokens[name]} tokens")

@@ -20,12 +20,14 @@ class Produced:
         records: how many records were read.
         counts: what else happened, e.g. "empty text" -> 3.
         bad: records that cannot be used.
+        warnings: what --check finds -> the records.
     """
 
     outputs: Mapping[str, Tokens]
     records: int
     counts: Counter[str]
     bad: Sequence[BadRecord]
+    warnings: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

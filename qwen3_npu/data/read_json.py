@@ -20,7 +20,7 @@ def read_json(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
     """The first character tells which of both it is."""
     with open_stream(file) as stream:
         if stream.reader.peek(4096).lstrip(_SPACE).startswith(b"["):
-            cutter = Cutter(str(file.path), checked_row)
+            cutter = Cutter(file, stream, checked_row)
             text = io.TextIOWrapper(stream.reader, encoding="utf-8-sig")
             for number, (element, size) in enumerate(_Array(file, text), start=1):
                 yield from cutter.add(number, element, size)

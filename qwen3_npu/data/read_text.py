@@ -86,8 +86,8 @@ def _text_record(line: bytes) -> dict[str, Any]:
 
 def read_wikitext(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
     """Articles of WikiText (wiki.train.tokens): one starts at each line ` = Title = ` between blank lines."""
-    cutter = Cutter(str(file.path), _text_record)
     with open_stream(file) as stream:
+        cutter = Cutter(file, stream, _text_record)
         article: list[bytes] = []
         start, blank_before = 1, True
         for number, (line, after) in enumerate(itertools.pairwise(itertools.chain(stream.reader, [b""])), start=1):
@@ -97,7 +97,7 @@ def read_wikitext(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
             article.append(line)
             blank_before = not line.strip()
         yield from _article(cutter, start, article)
-    yield from cutter.rest()
+        yield from cutter.rest()
 
 
 def _article(cutter: Cutter, start: int, lines: list[bytes]) -> Iterator[Block]:
@@ -116,7 +116,7 @@ def read_csv(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
             header = next(rows, [])
             if not any(header):
                 raise UsageError(f"{file.path}: the first line of a .csv names its columns; it is empty")
-            cutter = Cutter(str(file.path), lambda row: _csv_record(header, row))
+            cutter = Cutter(file, stream, lambda row: _csv_record(header, row))
             for row in filter(None, rows):
                 yield from cutter.add(rows.line_num, row, sum(map(len, row)) + len(row))
             yield from cutter.rest()
