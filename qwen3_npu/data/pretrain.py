@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ def build_splits(
         fingerprint: of the data files (`check_data`): caches of other data are never taken for these.
         samples: how many samples of each split will be asked for.
     """
+    if not re.fullmatch(r"\d+(\.\d*)?(,\d+(\.\d*)?){0,2}", data.split) or not any(
+        float(x) for x in data.split.split(",")
+    ):
+        raise UsageError(f"--split {data.split}: three numbers such as 969,30,1 expected")
     prefixes, weights = blend(data.data_path)
     cache = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
     config = GPTDatasetConfig(
@@ -95,11 +100,35 @@ def build_splits(
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+    config.split_matrix = _needed_splits(data.split, config.split_matrix, samples, prefixes)
     try:
         train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, config).build()
     except OSError as error:
         raise UsageError(f"index caches cannot be written in {cache}: {error}; give --data-cache-path") from None
     return Splits(train, valid, test)
+
+
+def _needed_splits(
+    text: str, matrix: Sequence[tuple[float, float] | None], samples: Sequence[int], prefixes: Sequence[str]
+) -> list[tuple[float, float] | None]:
+    """The shares that are drawn from; None for the others.
+
+    megatron-core loops for ever over a share without documents, so such a share must never reach it.
+
+    Raises:
+        UsageError: a share that is drawn from is 0 or has no document.
+    """
+    needed: list[tuple[float, float] | None] = []
+    for name, share, wanted in zip(("training", "validation", "test"), matrix, samples, strict=True):
+        needed.append(share if wanted else None)
+        for prefix in prefixes if wanted else ():
+            count = len(open_indexed(prefix))
+            if share is None or round(share[0] * count) == round(share[1] * count):
+                advice = (
+                    "; give another --split or --eval-iters 0" if name == "validation" else "; give another --split"
+                )
+                raise UsageError(f"--split {text} leaves no document of {prefix} ({count}) for {name}{advice}")
+    return needed
 
 
 def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
