@@ -47,7 +47,7 @@ def write_model(folder: Path, model: Qwen3Arch, *, seed: int = 0, dtype: DType =
     writer = SafetensorsWriter(folder / SINGLE, {name: (dtype, shape) for name, shape in shapes.items()})
     for name, shape in shapes.items():
         values = rng.standard_normal(shape, dtype=np.float32)
-        values = 1 + 0.2 * values if len(shape) == 1 else values * (0.5 if "embed" in name else shape[-1] ** -0.5)
+        values = 1 + 0.2 * values if len(shape) == 1 else values * shape[-1] ** -0.5
         writer.write(name, from_float32(values.astype(np.float32), dtype))
     writer.close()
     write_config(model, None, folder, dtype)
@@ -59,7 +59,7 @@ def write_tokens(prefix: Path, *, vocab: int = 256, documents: int = 120, seed: 
     rng = np.random.default_rng(seed)
     writer = IndexedWriter(prefix)
     lengths = rng.integers(20, 120, documents)
-    tokens = [np.cumsum(rng.integers(1, 4, n)) % (vocab - 2) + 2 for n in lengths]
+    tokens = [(rng.integers(vocab) + np.cumsum(rng.integers(1, 4, n))) % (vocab - 2) + 2 for n in lengths]
     writer.add(np.concatenate(tokens).astype(np.int32), lengths.astype(np.int32))
     writer.close()
     return prefix

@@ -24,7 +24,7 @@ class _Tokenizer:
 
     unique_identifiers: dict[str, str] = dataclasses.field(default_factory=dict)
     vocab_size: int | None = None
-    eod: int = -1
+    eod: int = -2  # -1 is GPTDataset's padding
 
 
 def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
