@@ -43,6 +43,7 @@ class RuntimeArgs:
     deterministic: bool = flag(
         False, names=("--npu-deterministic", "--use-deter-comp"), help="only operations that repeat bit for bit"
     )
+    dry_run: bool = flag(False, help="check flags, model, layout and data, say what would be done, and stop")
     distributed_timeout_minutes: float = flag(10, minimum=0.1, unit="min", help="longest wait in a collective")
 
 

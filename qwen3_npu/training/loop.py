@@ -29,11 +29,14 @@ from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.step import StepResult, evaluate_step, train_step
 
 
-def run(platform: Platform, args: PretrainArgs, plan: Plan) -> None:
-    """The whole training, from joining the other processes to the last checkpoint."""
+def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) -> None:
+    """The whole training, from joining the other processes to the last checkpoint.
+
+    Args:
+        fingerprint: of the data files.
+    """
     if args.checkpoint.save:
         training_state.check_writable(args.checkpoint.save)
-    fingerprint = pretrain.check_data(args.data, plan.arch.vocab_size)
     with process_group(platform, args.runtime) as world, model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
         trainer.load()
@@ -47,10 +50,7 @@ class Trainer:
     def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
         chosen = kernels.select(args.runtime.kernels)
-        log.info(f"model: {plan.arch} (from {plan.found_in})")
-        log.info(f"layout: {plan.layout}, DP{plan.data_parallel} on {world.size} x {platform.device_name()}")
-        log.info(f"batch: {plan.global_batch} samples = {plan.data_parallel} x {plan.num_microbatches} micro-batches")
-        log.info(f"kernels: {chosen}")
+        log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = transformer_config(
             plan.arch, plan.layout, args.parallel, args.train, overlaps_p2p_safely=platform.overlaps_p2p_safely
         )

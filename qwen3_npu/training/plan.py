@@ -13,6 +13,7 @@ from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
+from qwen3_npu.progress import human
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,19 @@ class Plan:
     data_parallel: int
     global_batch: int
     num_microbatches: int
+
+    def describe(self, args: PretrainArgs) -> list[str]:
+        """What will be done, a line each."""
+        train = args.train
+        tokens = self.global_batch * train.seq_length
+        return [
+            f"model: {self.arch} (from {self.found_in})",
+            f"layout: {self.layout}, DP{self.data_parallel}",
+            f"batch: {self.global_batch} samples of {train.seq_length} tokens = {human(tokens)} tokens: "
+            f"{self.data_parallel} ranks x {self.num_microbatches} micro-batches x {train.micro_batch_size}",
+            f"training: {train.train_iters} steps, {human(train.train_iters * tokens)} tokens, "
+            f"{'bfloat16' if train.bf16 else 'float32'}",
+        ]
 
 
 def make_plan(args: PretrainArgs, world_size: int) -> Plan:

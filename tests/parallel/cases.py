@@ -12,7 +12,7 @@ import torch.distributed as dist
 from qwen3_npu import cli
 from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
-from qwen3_npu.data import pretrain
+from qwen3_npu.data.prefixes import check_data
 from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.loop import Trainer
@@ -25,7 +25,7 @@ def trainer(platform: Platform, world: World, flags: list[str]) -> Iterator[Trai
     parsed = cli.parse("test", "", GROUPS, FOREIGN, argv=flags)
     args = PretrainArgs(*parsed.groups)
     plan = make_plan(args, world.size)
-    fingerprint = pretrain.check_data(args.data, plan.arch.vocab_size)
+    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size)
     with model_parallel(plan.layout, args.parallel, args.runtime):
         made = Trainer(platform, world, args, plan)
         made.load()

@@ -70,10 +70,11 @@ class TestSplits:
 
     def build(self, prefix: Path, split: str, samples: tuple[int, int, int]) -> object:
         from qwen3_npu.args.training import DataArgs
-        from qwen3_npu.data.pretrain import build_splits, check_data
+        from qwen3_npu.data.prefixes import check_data
+        from qwen3_npu.data.pretrain import build_splits
 
         data = DataArgs(data_path=[str(prefix)], split=split)
-        fingerprint = check_data(data, 256)
+        fingerprint = check_data(data.data_path, 256)
         return build_splits(data, fingerprint=fingerprint, seq_length=16, seed=1, samples=samples)
 
     def test_a_share_without_documents_is_refused(self, tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ class TestSplits:
 
 
 def test_blend() -> None:
-    from qwen3_npu.data.pretrain import blend
+    from qwen3_npu.data.prefixes import blend
 
     assert blend(["a"]) == (["a"], None)
     assert blend(["0.3", "a", "0.7", "b"]) == (["a", "b"], [0.3, 0.7])
