@@ -7,7 +7,7 @@ import pytest
 from worlds import World
 
 STEPS = 10
-BASE = ["--seq-length", "32", "--global-batch-size", "8", "--lr", "1e-3", "--train-iters", str(STEPS)]
+BASE = ["--seq-length", "32", "--global-batch-size", "8", "--lr", "3e-3", "--train-iters", str(STEPS)]
 BASE += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--device", "cpu", "--eval-iters", "0"]
 
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -19,6 +19,9 @@ ETP1 = ["--expert-tensor-parallel-size", "1"]
 ZERO = ["--use-distributed-optimizer"]
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+
+ULYSSES = ["--context-parallel-size", "2", "--context-parallel-algo", "ulysses_cp_algo"]
+RING = ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"]
 
 LAYOUTS = {
     "one process, micro-batches of 4": (1, ["--micro-batch-size", "4"]),
@@ -32,12 +35,21 @@ LAYOUTS = {
     "PP2 VPP2": (2, PP2 + VPP),
     "PP2 uneven": (2, [*PP2, "--num-layer-list", "1,3"]),
     "PP2 noop": (2, [*PP2, "--noop-layers", "0,5"]),
+    "CP2 ulysses": (2, ULYSSES),
+    "CP2 ring": (2, RING),
+    "CP2 ring, reference kernels": (2, [*RING, "--kernels", "reference"]),
+    "CP2 ulysses, selective recompute": (2, [*ULYSSES, "--recompute-granularity", "selective"]),
     "DP2": (2, []),
     "DP2 distributed optimizer": (2, ZERO),
     "DP2 distributed optimizer, overlapped": (2, ZERO + OVERLAP),
     "TP2 PP2": (4, TP2 + PP2),
     "TP2 PP2 VPP2 SP": (4, TP2 + PP2 + VPP + SP),
     "TP2 SP DP2 distributed optimizer": (4, TP2 + SP + ZERO),
+    "CP4 ulysses": (4, ["--context-parallel-size", "4", *ULYSSES[2:]]),
+    "CP4 ring": (4, ["--context-parallel-size", "4", *RING[2:], "--micro-batch-size", "2"]),
+    "CP2 ulysses TP2 SP": (4, ULYSSES + TP2 + SP),
+    "CP2 ring TP2 SP distributed optimizer": (4, RING + TP2 + SP + ZERO),
+    "CP2 ring PP2 VPP2": (4, RING + PP2 + VPP),
     "PP2 DP2 distributed optimizer, overlapped": (4, PP2 + ZERO + OVERLAP),
 }
 MOE_LAYOUTS = {
@@ -48,6 +60,8 @@ MOE_LAYOUTS = {
     "EP2": (2, EP2),
     "EP2 allgather": (2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
     "EP2 distributed optimizer": (2, EP2 + ZERO),
+    "EP2 CP2 ring": (4, EP2 + RING),
+    "CP2 ulysses TP2 SP": (4, ULYSSES + TP2 + SP),
     "TP2 SP EP2": (4, TP2 + SP + EP2),
     "TP2 SP EP2 ETP1 distributed optimizer": (4, TP2 + SP + EP2 + ETP1 + ZERO),
     "TP2 SP PP2": (4, TP2 + SP + PP2),

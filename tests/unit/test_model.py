@@ -24,13 +24,14 @@ def built(folder: Path, kernel: str = "auto", **train: object) -> Iterator[torch
     from qwen3_npu.distributed.launch import model_parallel, model_rank
     from qwen3_npu.model.build import build_model
     from qwen3_npu.model.config import transformer_config
+    from qwen3_npu.model.spec import Parts
 
     source, parallel = open_hf(folder), ParallelArgs()
     layout = make_layout(source.arch, parallel)
     arguments = TrainArgs(train_iters=1, **{"moe_router_load_balancing_type": "none", **train})
     with model_parallel(layout, parallel, RuntimeArgs()):
         config = transformer_config(source.arch, layout, parallel, arguments, overlaps_p2p_safely=False)
-        chunks = build_model(source.arch, config, layout, kernels.select(kernel))
+        chunks = build_model(source.arch, config, layout, Parts(kernels.select(kernel)))
         load_weights(source, layout, model_rank(), chunks)
         yield chunks[0]
 
