@@ -44,15 +44,18 @@ def micro_batches(
     numbers: Iterator[range],
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
     make_sequence: Callable[[torch.Tensor], TokenSequence],
+    shard: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Read, stack and move micro-batches.
+    """Read, stack, cut and move micro-batches.
 
     Args:
         make_sequence: positions [b, s] -> what the layers need to know of them.
+        shard: this rank's part of the sequences.
     """
     for wanted in numbers:
-        fields = {k: v.to(device, non_blocking=True) for k, v in collate([dataset[n] for n in wanted]).items()}
+        fields = collate([dataset[n] for n in wanted])
         tokens = fields["tokens"]
-        positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape[0], -1)
-        yield Batch(tokens, fields["labels"], fields["loss_mask"], make_sequence(positions))
+        fields["positions"] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+        fields = {k: v.to(device, non_blocking=True) for k, v in shard(fields).items()}
+        yield Batch(fields["tokens"], fields["labels"], fields["loss_mask"], make_sequence(fields["positions"]))

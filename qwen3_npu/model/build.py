@@ -8,10 +8,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.distributed.layout import Layout
-from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.model.lora import freeze_base
 from qwen3_npu.model.loss import cross_entropy
-from qwen3_npu.model.spec import block_spec
+from qwen3_npu.model.spec import Parts, block_spec
 
 
 class Qwen3Model(GPTModel):
@@ -25,7 +25,7 @@ class Qwen3Model(GPTModel):
         arch: Qwen3Arch,
         config: TransformerConfig,
         layout: Layout,
-        kernels: Kernels,
+        parts: Parts,
         *,
         chunk: int = 0,
         pre_process: bool = True,
@@ -34,7 +34,7 @@ class Qwen3Model(GPTModel):
         stage = parallel_state.get_pipeline_model_parallel_rank()
         super().__init__(
             config,
-            block_spec(arch, kernels, layout.chunks[stage][chunk]),
+            block_spec(arch, parts, layout.chunks[stage][chunk]),
             vocab_size=layout.padded_vocab_size,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=pre_process,
@@ -50,18 +50,21 @@ class Qwen3Model(GPTModel):
         return cross_entropy(logits, labels.t(), self.pg_collection.tp, self.arch.vocab_size).t()
 
 
-def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, kernels: Kernels) -> list[Qwen3Model]:
-    """This rank's model chunks, one without virtual pipeline stages; weights random."""
+def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, parts: Parts) -> list[Qwen3Model]:
+    """This rank's model chunks, one without virtual pipeline stages; weights random, with LoRA all but it frozen."""
     stage, last = parallel_state.get_pipeline_model_parallel_rank(), layout.pipeline - 1
-    return [
+    chunks = [
         Qwen3Model(
             arch,
             config,
             layout,
-            kernels,
+            parts,
             chunk=chunk,
             pre_process=stage == 0 and chunk == 0,
             post_process=stage == last and chunk == layout.virtual - 1,
         )
         for chunk in range(layout.virtual)
     ]
+    if parts.lora.on:
+        freeze_base(chunks)
+    return chunks

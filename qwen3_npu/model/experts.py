@@ -67,8 +67,11 @@ class GroupedExperts(MegatronModule):
             [rows, hidden], and no bias.
         """
         counts = tokens_per_expert.tolist()
-        weight1 = self.weight1.view(self.num_local_experts, self.hidden, 2 * self.ffn)
-        weight2 = self.weight2.view(self.num_local_experts, self.ffn, self.hidden)
-        inner = self.kernels.swiglu(self.kernels.grouped_matmul(tokens, weight1, counts))
+        inner = self.kernels.swiglu(self.multiply(1, tokens, counts))
         inner = (inner * probs.unsqueeze(-1)).to(tokens.dtype)
-        return self.kernels.grouped_matmul(inner, weight2, counts), None
+        return self.multiply(2, inner, counts), None
+
+    def multiply(self, which: int, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Each expert's rows of x times its matrix in weight1 or weight2."""
+        weight = self.weight1 if which == 1 else self.weight2
+        return self.kernels.grouped_matmul(x, weight.view(self.num_local_experts, x.shape[-1], -1), counts)

@@ -41,6 +41,7 @@ class Platform:
         """Make megatron-core work on this device; to be called before anything imports it."""
         # What megatron warns of at import (no apex, no Transformer Engine, deprecations) is our choice of parts.
         warnings.filterwarnings("ignore", module=r"megatron\.")
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
         self.prepare()
 
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from qwen3_npu import log
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
 from qwen3_npu.platform.base import Platform
-from qwen3_npu.progress import duration
+from qwen3_npu.progress import duration, human
 from qwen3_npu.training.step import StepResult
 
 
@@ -82,8 +82,8 @@ class Reporter:
             f"loss {self.window.loss / self.window.steps:.6f}",
             f"grad norm {result.grad_norm:.4f}",
             f"lr {result.learning_rate:.4e}",
-            f"{tokens:.1f} tokens/s/device",
-            f"{flops / 1e12:.3g} TFLOP/s/device",
+            f"{human(tokens, 'tokens/s')}/device",
+            f"{human(flops, 'FLOP/s')}/device",
         ]
         rates = {"tokens_per_s_per_device": tokens, "tflops_per_device": flops / 1e12, "memory_gib": memory}
         if self.peak:
