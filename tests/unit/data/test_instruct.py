@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_lines
+from lines import write_lines
 
 from qwen3_npu.data.instruct import limits
 from qwen3_npu.data.pack import knapsacks

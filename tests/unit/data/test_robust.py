@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_lines
+from lines import write_lines
 
 from qwen3_npu.data import encoder, output, pipeline
 from qwen3_npu.data.encoder import PROBES, FastEncoder, open_encoder
