@@ -32,7 +32,7 @@ class ConvertArgs:
     ckpt_format: str = flag(
         "torch", choices=["torch", "torch_dist"], help="of a Megatron output; that of an input is found out"
     )
-    max_shard_size: float = flag(5.0, minimum=0.001, unit="GB", help="largest .safetensors file of an HF output")
+    max_shard_size: float = flag(5.0, minimum=1e-6, unit="GB", help="largest .safetensors file of an HF output")
     jobs: int | None = flag(None, minimum=1, unit="processes", help="files written at once; default: CPUs, up to 4")
     resume: bool = flag(False, help="continue a conversion that was interrupted")
     overwrite: bool = flag(False, help="replace an existing output")

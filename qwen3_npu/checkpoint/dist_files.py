@@ -18,7 +18,7 @@ import numpy as np
 
 from qwen3_npu.checkpoint.cuts import Region, intersect, relative
 from qwen3_npu.checkpoint.dist_metadata import StoredChunk, read_metadata
-from qwen3_npu.checkpoint.dist_table import key_of, layer_places, numbered_key, whole
+from qwen3_npu.checkpoint.dist_table import key_of, layer_places, possible_keys, whole
 from qwen3_npu.checkpoint.lora_table import Contents, is_lora
 from qwen3_npu.checkpoint.mg_args import layout_from_args, lora_from_args
 from qwen3_npu.checkpoint.mg_files import architecture
@@ -82,13 +82,10 @@ class DistReader(PieceReader[None]):
 
     def _key(self, place: Place) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """The stored tensor that should hold a place, the place's leading indices in it, and how many there are."""
-        key, lead = key_of(place.shard, self.layers)
-        counts = (self.layout.num_layers, self.arch.num_experts)[: len(lead)]
-        if lead and key not in self.stored:
-            numbered, rest = numbered_key(key, lead)
-            if numbered in self.stored:
-                return numbered, rest, counts[1:]
-        return key, lead, counts
+        usual = key_of(place.shard, self.layers)
+        key, lead = next((found for found in possible_keys(*usual) if found[0] in self.stored), usual)
+        counts = (self.layout.num_layers, self.arch.num_experts)[: len(usual[1])]
+        return key, lead, counts[len(usual[1]) - len(lead) :]
 
     def find(self, place: Place) -> tuple[str, tuple[int, ...]] | None:
         key, lead, counts = self._key(place)

@@ -4,14 +4,17 @@ megatron-core stores each tensor of the layers under one key for all layers, who
 
     embedding.word_embeddings.weight                        [vocabulary, hidden]
     decoder.layers.self_attention.linear_qkv.weight         [layers, out, in]
+    decoder.layers.self_attention.linear_qkv.layer_norm_weight    [layers, hidden]    (input_layernorm.weight)
     decoder.layers.mlp.linear_fc1.weight                    [layers, [gate | up], in]
+    decoder.layers.mlp.linear_fc1.layer_norm_weight         [layers, hidden]          (pre_mlp_layernorm.weight)
     decoder.layers.mlp.experts.experts.linear_fc1.weight    [layers, experts, [gate | up], in]
     decoder.final_layernorm.weight, output_layer.weight     (no output layer if it is tied)
 
 Layers are numbered as Megatron numbers them, places without weights included. A layer's tensor is thus the uncut
 Megatron tensor of the table with one pair of matrices per expert, and LoRA tensors follow the same rule. Files and
 their sizes follow the cut that the training had; where a tensor of one rank lies in the whole one, this module says.
-Source: `GPTModel.sharded_state_dict` and the strategies of megatron.core.dist_checkpointing 0.16.
+Source: `GPTModel.sharded_state_dict` with the local specification (whose keys map renames the two norms, as MindSpeed-
+LLM's Qwen3 specification does), and the strategies of megatron.core.dist_checkpointing 0.16.
 """
 
 from __future__ import annotations
@@ -37,6 +40,11 @@ _CUT = {
     "linear_proj": (1, 1),
     "linear_fc1": (0, 2),
     "linear_fc2": (1, 1),
+}
+# The keys of norms that Transformer Engine holds in the linear after them; local specifications follow it.
+_RENAMED = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 # Modules for which megatron-core stores an (empty) extra state.
 _WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -91,12 +99,20 @@ def key_of(shard: Shard, places: dict[int, int], first_expert: int = 0) -> tuple
     rest, lead = match[2], (places[shard.layer],)
     if expert := _EXPERT.fullmatch(rest):
         return f"decoder.layers.mlp.experts.experts.{expert[2]}", (*lead, first_expert + int(expert[1]))
-    return f"decoder.layers.{rest}", lead
+    return f"decoder.layers.{_RENAMED.get(rest, rest)}", lead
 
 
-def numbered_key(key: str, lead: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The same tensor where layers have keys of their own (megatron-core's "non-homogeneous" layers)."""
-    return key.replace("decoder.layers.", f"decoder.layers.{lead[0]}.", 1), lead[1:]
+def possible_keys(key: str, lead: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Where other models keep the tensor that `key_of` places: the usual key first.
+
+    Norms may keep their own name (as in Transformer Engine's MoE layers), and layers may have keys of their own
+    (megatron-core's "non-homogeneous" layers).
+    """
+    original = {f"decoder.layers.{renamed}": f"decoder.layers.{name}" for name, renamed in _RENAMED.items()}
+    for name in dict.fromkeys((key, original.get(key, key))):
+        yield name, lead
+        if lead:
+            yield name.replace("decoder.layers.", f"decoder.layers.{lead[0]}.", 1), lead[1:]
 
 
 def chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chunk]:

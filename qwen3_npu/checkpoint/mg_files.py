@@ -142,7 +142,7 @@ class MegatronReader(ShardedTensors):
         self.args: argparse.Namespace = first.content.get("args", argparse.Namespace())
         arch = architecture(Path(root), hf_config, self.args)
         virtual = max(1, sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit()))
-        tensors = _tensors(first, range(virtual), virtual)
+        tensors = _tensors(first, range(virtual), virtual) | _first_layers(folder, virtual)
         lora = lora_from_args(self.args, tensors, lora_alpha, str(folder))
         self.contents = Contents(arch, base=not all(map(is_lora, tensors)), lora=lora)
         layout = _layout(tensors, self.args, self.contents, virtual, first.path)
@@ -194,6 +194,17 @@ def _first_file(folder: Path) -> PtFile:
     if not isinstance(file.content, dict) or not any(k in file.content for k in ("model", "model0")):
         raise UsageError(f"{paths[0]} has no 'model'; it is not a Megatron checkpoint")
     return file
+
+
+def _first_layers(folder: Path, virtual: int) -> dict[str, Any]:
+    """Name -> shape of what the first file with layers holds: a stage may consist of places without weights."""
+    for path in sorted(folder.glob(f"mp_rank_*/{WEIGHTS}")):
+        file = PtFile(path)
+        file.close()
+        tensors = _tensors(file, range(virtual), virtual)
+        if any("layers." in name for name in tensors):
+            return tensors
+    return {}
 
 
 def _tensors(file: PtFile, chunks: Iterable[int], virtual: int) -> dict[str, Any]:
