@@ -118,7 +118,7 @@ def write_floats(folder: Path, arch: Qwen3Arch, dtype: DType = F32, seed: int = 
     writer = SafetensorsWriter(folder / SINGLE, {name: (dtype, shape) for name, shape in shapes.items()})
     for name, shape in shapes.items():
         values = rng.standard_normal(shape, dtype=np.float32)
-        values = 1 + 0.2 * values if len(shape) == 1 else values * (0.5 if "embed" in name else shape[-1] ** -0.5)
+        values = 1 + 0.2 * values if len(shape) == 1 else values * (0.2 if "embed" in name else shape[-1] ** -0.5)
         writer.write(name, from_float32(values.astype(np.float32), dtype))
     writer.close()
     write_config(arch, None, folder, dtype)
@@ -142,7 +142,7 @@ def write_adapter(
     for name, shape in shapes.items():
         stem, projection, matrix, _ = name.rsplit(".", 3)
         first = f"{stem}.{first_of[projection]}.{matrix}.weight"
-        scale = shape[-1] ** -0.5
+        scale = shape[-1] ** -0.5 * (1 if matrix == "lora_A" else 0.1)
         values[name] = (rng.standard_normal(shape) * scale).astype(np.float32)
         if shared_a and matrix == "lora_A" and first in values:
             values[name] = values[first]
