@@ -6,15 +6,14 @@ import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
-from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, TargetArgs
+from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.dist_files import DistReader
-from qwen3_npu.checkpoint.hf_files import SafetensorsFile, indexed_files, is_hf_weights
+from qwen3_npu.checkpoint.hf_files import SafetensorsFile, is_hf_weights, weight_map
 from qwen3_npu.checkpoint.mg_files import MegatronReader
 from qwen3_npu.checkpoint.mg_folder import TORCH_DIST
 from qwen3_npu.checkpoint.opening import open_checkpoint
 from qwen3_npu.checkpoint.outputs import Output
 from qwen3_npu.checkpoint.plan import Plan
-from qwen3_npu.checkpoint.tensors import DType
 from qwen3_npu.checkpoint.weights import hf_shapes
 from qwen3_npu.checkpoint.write_dist import DistOutput
 from qwen3_npu.checkpoint.write_hf import HfOutput, PeftOutput, plan_hf_files
@@ -91,7 +90,7 @@ def found_output(
     if isinstance(output, PeftOutput):
         return output
     assert isinstance(output, MegatronOutput)
-    opened = open_checkpoint(output.root, hf_config=args.hf_cfg_dir, lora_alpha=what.sources.lora_alpha)
+    opened = open_checkpoint(output.root, kind=MEGATRON, hf_config=args.hf_cfg_dir, lora_alpha=what.sources.lora_alpha)
     if not isinstance(opened, (MegatronReader, DistReader)):
         raise UsageError(f"{output.root} holds no Megatron checkpoint but {opened}")
     cut = output.cut
@@ -107,18 +106,18 @@ def found_output(
 
 
 def _found_hf(output: HfOutput, args: ConvertArgs) -> HfOutput:
-    folder, known = output.folder, hf_shapes(output.arch)
-    names = indexed_files(folder) or sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
+    folder = output.folder
+    headers: dict[str, SafetensorsFile] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        headers[path.name] = SafetensorsFile(path)
+        headers[path.name].close()
+    if not headers:
         raise UsageError(f"{folder} holds no .safetensors file")
-    files: dict[str, list[str]] = {}
-    dtypes: list[DType] = []
-    for name in names:
-        files[name] = []
-        if (folder / name).is_file():  # else it is reported as missing
-            file = SafetensorsFile(folder / name)
-            files[name] = [tensor for tensor in file.header if tensor in known]
-            dtypes += [file.dtype(tensor) for tensor in files[name]]
-            file.close()
-    dtype = dtypes[0] if dtypes and args.params_dtype is None else output.dtype
+    # Where the index says that each tensor is; without one, where it is. One that is nowhere is missing in the first.
+    places = weight_map(folder) or {name: file for file, header in headers.items() for name in header.header}
+    files: dict[str, list[str]] = {file: [] for file in (*headers, *places.values())}
+    for name in hf_shapes(output.arch):
+        files[places.get(name, next(iter(files)))].append(name)
+    first = next(iter(headers.values()))
+    dtype = first.dtype(next(iter(first.header))) if args.params_dtype is None and first.header else output.dtype
     return HfOutput(output.root, output.arch, None, dtype, files)

@@ -134,23 +134,24 @@ def open_hf(folder: str | Path) -> HfReader:
     return HfReader(folder, hf_shapes(arch), arch)
 
 
-def indexed_files(folder: Path) -> list[str]:
-    """Names of the files that a directory's index names; none if it has no index.
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, as a directory's index says; empty if it has no index.
 
     Raises:
         UsageError: the index cannot be read.
     """
     index = folder / INDEX
     if not index.is_file():
-        return []
+        return {}
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(Path(file).name) for name, file in names.items()}
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UsageError(f"{index} is not a safetensors index; download it again") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if names := indexed_files(folder):
+    if names := sorted(set(weight_map(folder).values())):
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
             raise UsageError(f"{folder}: {len(missing)} of {len(names)} weight files missing: {listed(missing)}")

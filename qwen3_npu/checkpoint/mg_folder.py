@@ -24,7 +24,7 @@ def read_tracker(root: Path) -> str | None:
     """What the tracker file says: an iteration, "release", or None if there is no such file."""
     try:
         return (root / TRACKER).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from qwen3_npu.args.convert import HF, MEGATRON
 from qwen3_npu.checkpoint.dist_files import DistReader
 from qwen3_npu.checkpoint.hf_files import HfReader, is_hf_weights, open_hf
 from qwen3_npu.checkpoint.merge import MergedSource, SharedA
@@ -21,6 +22,7 @@ Opened = Checkpoint | MergedSource | SharedA
 def open_checkpoint(
     folder: str | Path,
     *,
+    kind: str | None = None,
     iteration: int | None = None,
     hf_config: str | Path | None = None,
     lora_alpha: float | None = None,
@@ -29,6 +31,7 @@ def open_checkpoint(
     """Whatever lies in a folder: a Hugging Face model, a PEFT adapter, or a Megatron checkpoint in either format.
 
     Args:
+        kind: what the user says it is, `HF` or `MEGATRON`; None: to be found out.
         iteration: of a Megatron checkpoint; the tracker's if None.
         hf_config: folder of the config.json that says the architecture, if the folder does not (rightly).
         lora_alpha: of an adapter whose checkpoint does not say it.
@@ -38,13 +41,23 @@ def open_checkpoint(
         UsageError: there is nothing of the kind, or it is not whole.
     """
     folder = Path(folder)
-    if is_peft(folder):
+    is_hf = is_peft(folder) or is_hf_weights(folder)
+    is_megatron = read_tracker(folder) is not None or format_of(folder) is not None
+    if kind == HF and is_megatron and not is_hf:
+        raise UsageError(f"{folder} holds a Megatron checkpoint; give --load-model-type mg")
+    if kind == MEGATRON and is_hf and not is_megatron:
+        raise UsageError(f"{folder} holds a Hugging Face {_model_or_adapter(folder)}; give --load-model-type hf")
+    if is_peft(folder) and kind != MEGATRON:
         return PeftReader(folder, arch or _peft_architecture(folder, hf_config))
-    if is_hf_weights(folder) or ((folder / "config.json").is_file() and read_tracker(folder) is None):
+    if kind == HF or (kind is None and not is_megatron):
         return open_hf(folder)
     if format_of(checkpoint_folder(folder, iteration)) == TORCH_DIST:
         return DistReader(folder, iteration, hf_config, lora_alpha)
     return MegatronReader(folder, iteration, hf_config, lora_alpha=lora_alpha)
+
+
+def _model_or_adapter(folder: Path) -> str:
+    return "adapter" if is_peft(folder) else "model"
 
 
 def _peft_architecture(folder: Path, hf_config: str | Path | None) -> Qwen3Arch:
@@ -58,13 +71,14 @@ class Sources:
     """What a conversion reads, and how; every worker process opens it for itself.
 
     Attributes:
-        load: model or adapter.
+        load, kind: model or adapter, and what the user says it is.
         lora_load: adapter to merge into it.
         merge: merge the adapter that is in `load` itself.
         shared_a: give a PEFT adapter the form of a Megatron one.
     """
 
     load: str
+    kind: str | None = None
     iteration: int | None = None
     hf_config: str | None = None
     lora_load: str | None = None
@@ -74,7 +88,11 @@ class Sources:
 
     def open_base(self) -> Checkpoint:
         return open_checkpoint(
-            self.load, iteration=self.iteration, hf_config=self.hf_config, lora_alpha=self.lora_alpha
+            self.load,
+            kind=self.kind,
+            iteration=self.iteration,
+            hf_config=self.hf_config,
+            lora_alpha=self.lora_alpha,
         )
 
     def open_adapter(self, arch: Qwen3Arch) -> Checkpoint:

@@ -72,6 +72,11 @@ def _size(sizes: Any = ()) -> tuple:
     return tuple(sizes)
 
 
+def _member(owner: Any, name: str) -> Unknown:
+    """How Python 3.11 pickles a member of an enum. Nothing is looked up."""
+    return Unknown(owner, name)
+
+
 _MEANINGS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("argparse", "Namespace"): argparse.Namespace,
@@ -83,6 +88,7 @@ _MEANINGS: dict[tuple[str, str], Any] = {
     ("builtins", "frozenset"): frozenset,
     ("builtins", "slice"): slice,
     ("builtins", "complex"): complex,
+    ("builtins", "getattr"): _member,
     ("_codecs", "encode"): lambda text, encoding: str(text).encode("latin1"),
 }
 _INERT_MODULES = ("torch", "numpy", "megatron", "mindspeed", "mindspeed_llm", "pathlib", "datetime", "enum", "signal")
@@ -96,6 +102,7 @@ class _Unpickler(pickle.Unpickler):
         self.path = path
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # as protocol 2 calls it, which torch uses
         if (module, name) in _MEANINGS:
             return _MEANINGS[module, name]
         if module == "torch" and name in BY_TORCH:

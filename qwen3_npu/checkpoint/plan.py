@@ -18,13 +18,6 @@ from qwen3_npu.checkpoint.weights import EMBEDDING
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 
-_HINTS = {
-    "hf": "a Hugging Face model; give --load-model-type hf",
-    "peft": "a PEFT adapter; give --load-model-type hf",
-    "torch": "a Megatron checkpoint; give --load-model-type mg",
-    "torch_dist": "a Megatron checkpoint; give --load-model-type mg",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -54,10 +47,10 @@ def make_plan(args: ConvertArgs, lora: LoraConvertArgs) -> Plan:
     for flag, folder in (("--load-dir", args.load_dir), ("--lora-load", lora.lora_load)):
         if folder is not None and not Path(folder).is_dir():
             raise UsageError(f"{flag} {folder} is not a directory")
-    sources = Sources(args.load_dir, args.ckpt_step, args.hf_cfg_dir, lora.lora_load, lora.lora_alpha)
+    sources = Sources(
+        args.load_dir, args.load_model_type, args.ckpt_step, args.hf_cfg_dir, lora.lora_load, lora.lora_alpha
+    )
     base = sources.open_base()
-    if (args.load_model_type == HF) != (base.format in ("hf", "peft")):
-        raise UsageError(f"--load-model-type {args.load_model_type}, but {args.load_dir} holds {_HINTS[base.format]}")
     if args.model_type_hf and (args.model_type_hf == "qwen3-moe") != base.arch.is_moe:
         raise UsageError(f"--model-type-hf {args.model_type_hf}, but the model in {args.load_dir} is {base.arch}")
     base.check()

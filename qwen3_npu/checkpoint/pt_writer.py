@@ -138,9 +138,13 @@ class PtWriter:
         start = self.archive.fp.tell() + 30 + len(info.filename) + _ZIP64_EXTRA + 4
         padding = -start % _ALIGNMENT
         info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-        with self.archive.open(info, "w", force_zip64=True) as entry:
-            for part in parts:
-                entry.write(part)
+        try:
+            with self.archive.open(info, "w", force_zip64=True) as entry:
+                for part in parts:
+                    entry.write(part)
+        except OSError:
+            self.archive.fp = None  # or it would try to finish the archive, on the full disk, when it is collected
+            raise
 
     def _end(self) -> None:
         if (left := next(self.tensors, None)) is not None:

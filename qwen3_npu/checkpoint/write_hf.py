@@ -16,8 +16,8 @@ from qwen3_npu.checkpoint.hf_files import (
     INDEX,
     SafetensorsFile,
     SafetensorsWriter,
-    indexed_files,
     plan_files,
+    weight_map,
     write_index,
 )
 from qwen3_npu.checkpoint.jobs import Item, Record, Stored
@@ -100,7 +100,7 @@ class HfOutput(Output):
 
     def strays(self) -> list[str]:
         made = {job.name for job in self.jobs}
-        found = {path.name for path in self.folder.glob("*.safetensors")} | set(indexed_files(self.folder))
+        found = {path.name for path in self.folder.glob("*.safetensors")} | set(weight_map(self.folder).values())
         return sorted(found - made)
 
 
