@@ -126,6 +126,21 @@ class CheckpointArgs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitArgs:
+    """when to stop early"""
+
+    max_skipped_updates: int = flag(
+        10,
+        minimum=0,
+        unit="steps",
+        help="updates in a row that may be skipped for a NaN or Inf in loss or gradients",
+    )
+    exit_signal_handler: bool = flag(False, help="on SIGTERM or SIGUSR1 save a checkpoint and end")
+    exit_duration_in_mins: float | None = flag(None, minimum=0, unit="min", help="save a checkpoint and end after this")
+    exit_interval: int | None = flag(None, minimum=1, unit="steps", help="save a checkpoint and end at its multiples")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportArgs:
     """reports"""
 
