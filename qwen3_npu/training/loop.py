@@ -62,7 +62,12 @@ class Trainer:
         context_parallel = None
         if args.parallel.context_parallel_size > 1:
             context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
-        parts = Parts(chosen, context_parallel=context_parallel)
+        parts = Parts(
+            chosen,
+            context_parallel=context_parallel,
+            recompute_activation=args.train.recompute_activation_function,
+            loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+        )
         self.modules = build_model(plan.arch, config, plan.layout, parts)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
