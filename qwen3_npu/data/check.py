@@ -14,12 +14,13 @@ from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.blocks import Block, first
 from qwen3_npu.data.encoder import Encoder, Tokens
-from qwen3_npu.data.instruct import CUT, DROPPED, IGNORED, UNSUPERVISED, ConversationHandler
+from qwen3_npu.data.instruct import CUT, DROPPED, UNSUPERVISED, ConversationHandler
 from qwen3_npu.data.lint import lint
 from qwen3_npu.data.pipeline import documents
 from qwen3_npu.data.produced import Handler, Produced
 from qwen3_npu.data.readers import Inputs
 from qwen3_npu.data.totals import Totals
+from qwen3_npu.data.turns import IGNORED
 from qwen3_npu.errors import UsageError
 
 _GIVEN, _LEARNED, _PLAIN = "\033[2m", "\033[1;32m", "\033[0m"

@@ -42,10 +42,10 @@ def hf_template(tokenizer: TokenizerFolder) -> Template:
     Raises:
         UsageError: there is none, it is broken, or the tokenizer names no eos_token to end turns with.
     """
+    renderer = _Renderer(load_template(tokenizer), tokenizer)
     end = tokenizer.named("eos_token")
     if end is None:
         raise UsageError(f"--prompt-type hf: {tokenizer.path} names no eos_token")
-    renderer = _Renderer(load_template(tokenizer), tokenizer)
     opening = renderer.opening()
 
     def render(conversation: Conversation, thinking: bool | None, last_only: bool) -> list[Turn]:

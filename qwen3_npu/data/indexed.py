@@ -142,6 +142,10 @@ class IndexedWriter:
             os.fsync(file.fileno())
         return self.files[0].tell(), self.files[1].tell()
 
+    def close(self) -> None:
+        """Finish a single pair and make it visible."""
+        publish([self])
+
     def _finish(self) -> None:
         self.position()
         self._close()

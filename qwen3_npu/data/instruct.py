@@ -14,8 +14,8 @@ from qwen3_npu.data.encoder import Encoder, Tokens
 from qwen3_npu.data.produced import Produced
 from qwen3_npu.data.records import Columns
 from qwen3_npu.data.templates import Template, Turn, render_pair
+from qwen3_npu.data.turns import IGNORED, kept_tokens, limits
 
-IGNORED = -100
 CUT, DROPPED, UNSUPERVISED = "over-long samples cut", "over-long samples left out", "samples without anything to learn"
 
 
@@ -34,28 +34,6 @@ class Style(NamedTuple):
     longest: int | None
     cut: bool
     eod: int | None
-
-
-class Limits(NamedTuple):
-    """Tokens that are kept of a turn."""
-
-    source: int
-    target: int
-
-
-def limits(source: int, target: int, room: int) -> Limits:
-    """How much of a turn fits into `room` tokens: the longer part gives way, both in proportion if both are long.
-
-    LLaMA-Factory's rule (0.9.4), which MindSpeed-LLM uses.
-    """
-    if target * 2 < room:
-        most = room
-    elif source * 2 < room:
-        most = room - source
-    else:
-        most = int(room * (target / (source + target)))
-    kept = min(most, target)
-    return Limits(min(max(room - kept, 0), source), kept)
 
 
 class ConversationHandler(abc.ABC):
@@ -149,7 +127,7 @@ class InstructionHandler(ConversationHandler):
             if room is not None and lengths[i] > room:
                 counts[CUT if style.cut else DROPPED] += 1
                 if style.cut:
-                    where = _cut(turns, encoded.lengths[piece : piece + count].tolist(), room)
+                    where = kept_tokens(_sizes(turns, encoded.lengths[piece : piece + count].tolist()), room)
                     sample = sample[0][where], sample[1][where]
             if room is None or len(sample[0]) <= room:
                 if (sample[1] != IGNORED).any():
@@ -164,27 +142,22 @@ class InstructionHandler(ConversationHandler):
         return Tokens(joined[0], sizes), Tokens(joined[1], sizes)
 
 
+def _sizes(turns: Sequence[Turn], lengths: list[int]) -> list[tuple[int, int]]:
+    """Tokens of the source and of the target of each turn, of the tokens of each string."""
+    sizes, piece = [], 0
+    for turn in turns:
+        middle = piece + len(turn.source)
+        stop = middle + len(turn.target)
+        sizes.append((sum(lengths[piece:middle]), sum(lengths[middle:stop])))
+        piece = stop
+    return sizes
+
+
 def _sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Sums over runs of `sizes` values, int32."""
     totals = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
     ends = np.cumsum(sizes, dtype=np.int64)
     return (totals[ends] - totals[ends - sizes]).astype(np.int32)
-
-
-def _cut(turns: Sequence[Turn], lengths: Sequence[int], room: int) -> np.ndarray:
-    """Which tokens of an over-long sample stay; turns that find no room are left out."""
-    places, start, piece, used = [], 0, 0, 0
-    for turn in turns:
-        middle = piece + len(turn.source)
-        stop = middle + len(turn.target)
-        source, target = sum(lengths[piece:middle]), sum(lengths[middle:stop])
-        if used < room:
-            keep = limits(source, target, room - used)
-            places.append(np.arange(start, start + keep.source))
-            places.append(np.arange(start + source, start + source + keep.target))
-            used += keep.source + keep.target
-        start, piece = start + source + target, stop
-    return np.concatenate(places)
 
 
 class PairwiseHandler(ConversationHandler):

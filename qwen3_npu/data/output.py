@@ -6,7 +6,6 @@ many blocks they hold. A part is finished when its bytes are on the disk; what l
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections import Counter
@@ -67,7 +66,7 @@ class Output:
         if self.unsaved < PART_BYTES:
             return
         positions = {name: writer.position() for name, writer in self.writers.items()}
-        saved = {"identity": self.identity, "positions": positions, "totals": dataclasses.asdict(self.totals)}
+        saved = {"identity": self.identity, "positions": positions, "totals": vars(self.totals)}
         temporary = self.record.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(saved, file)

@@ -121,10 +121,14 @@ def _report(output: Output) -> None:
         log.info(f"written: {prefix}.bin .idx: {totals.documents[name]} documents, {totals.tokens[name]} tokens")
 
 
+def identifying_flags(args: PreprocessArgs) -> list[tuple[str, Any]]:
+    """The flags that change what is written."""
+    return sorted((k, v) for group in args for k, v in vars(group).items() if k not in _WITHOUT_EFFECT)
+
+
 def _identity(args: PreprocessArgs, inputs: Inputs, tokenizer: TokenizerFolder) -> str:
     """Changes with whatever changes the output."""
-    flags = {k: v for group in args for k, v in vars(group).items() if k not in _WITHOUT_EFFECT}
-    everything: list[Any] = [inputs.identity(), tokenizer.identity, sorted(flags.items())]
+    everything: list[Any] = [inputs.identity(), tokenizer.identity, identifying_flags(args)]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from qwen3_npu.args.training import DataArgs
 from qwen3_npu.data.indexed import open_indexed
 from qwen3_npu.data.prefixes import blend
+from qwen3_npu.data.rows import Rows, pretraining_rows
 from qwen3_npu.errors import UsageError
 
 
@@ -97,3 +98,28 @@ def _needed_splits(
 def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Stack samples: tokens, labels [b, s] int64, loss_mask [b, s] float32."""
     return {key: torch.stack([s[key] for s in samples]) for key in ("tokens", "labels", "loss_mask")}
+
+
+def document_rows(
+    samples: Sequence[dict[str, torch.Tensor]],
+    *,
+    eod: int,
+    reset_position_ids: bool,
+    reset_attention_mask: bool,
+    eod_mask_loss: bool,
+) -> Rows:
+    """Samples as rows that know their documents, for --reset-position-ids, --reset-attention-mask, --eod-mask-loss.
+
+    Args:
+        eod: the token that ends documents (`documents.find_eod`).
+    """
+    fields = collate(samples)
+    return pretraining_rows(
+        fields["tokens"].numpy(),
+        fields["labels"].numpy(),
+        fields["loss_mask"].numpy(),
+        eod=eod,
+        reset_position_ids=reset_position_ids,
+        reset_attention_mask=reset_attention_mask,
+        eod_mask_loss=eod_mask_loss,
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -85,9 +84,3 @@ def documents() -> Callable[[object], list[list[int]]]:
         return [dataset[i].tolist() for i in range(len(dataset))]
 
     return read
-
-
-def write_lines(path: Path, records: list[dict]) -> Path:
-    """Records as a .jsonl file."""
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lines import write_lines
 
-from conftest import write_lines
-from qwen3_npu.data.instruct import limits
 from qwen3_npu.data.pack import knapsacks
+from qwen3_npu.data.turns import limits
 from qwen3_npu.errors import UsageError
 
 ALPACA = [
