@@ -4,6 +4,7 @@
 from qwen3_npu import cli, log
 from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+from qwen3_npu.data.prefixes import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.training.plan import make_plan
 
@@ -14,15 +15,20 @@ def main() -> None:
     parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN)
     args = PretrainArgs(*parsed.groups)
     plan = make_plan(args, world_size)
-    for note in parsed.notes:
-        log.info(note)
+    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size)
+    for line in plan.describe(args) + parsed.notes:
+        log.info(line)
+    if args.runtime.dry_run:
+        return
     from qwen3_npu.platform import select
 
     platform = select(args.runtime.device)
     platform.activate()
+    from qwen3_npu.distributed.failure import recorded
     from qwen3_npu.training.loop import run
 
-    run(platform, args, plan)
+    with recorded():
+        run(platform, args, plan, fingerprint)
 
 
 if __name__ == "__main__":

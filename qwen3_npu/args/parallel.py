@@ -26,6 +26,12 @@ class ParallelArgs:
     expert_tensor_parallel_size: int | None = flag(
         None, minimum=1, unit="devices", help="devices that share one expert (ETP); default: as TP"
     )
+    context_parallel_size: int = flag(1, minimum=1, unit="devices", help="devices that share one sequence (CP)")
+    context_parallel_algo: str = flag(
+        "ulysses_cp_algo",
+        choices=["ulysses_cp_algo", "megatron_cp_algo"],
+        help="ulysses: exchange sequence for heads; megatron: pass keys and values around a ring",
+    )
     sequence_parallel: bool = flag(False, help="cut activations outside attention and MLP along the sequence, over TP")
 
     def __post_init__(self) -> None:
@@ -43,6 +49,7 @@ class RuntimeArgs:
     deterministic: bool = flag(
         False, names=("--npu-deterministic", "--use-deter-comp"), help="only operations that repeat bit for bit"
     )
+    dry_run: bool = flag(False, help="check flags, model, layout and data, say what would be done, and stop")
     distributed_timeout_minutes: float = flag(10, minimum=0.1, unit="min", help="longest wait in a collective")
 
 

@@ -173,6 +173,7 @@ def load(trained: Trained, args: CheckpointArgs) -> Position:
         return Position()
     if is_hf_weights(args.load):
         source = open_hf(args.load)
+        _check_same_model(source.arch, trained.arch, args.load)
         load_weights(source, trained.layout, model_rank(), trained.chunks)
         source.close()
         trained.optimizer.reload_model_params()
@@ -185,12 +186,16 @@ def load(trained: Trained, args: CheckpointArgs) -> Position:
         trained.optimizer.reload_model_params()
         return Position()
     reader = MegatronReader(args.load, args.ckpt_step, prefer=model_rank())
-    if not reader.arch.same_weights(trained.arch):
-        raise UsageError(f"--load {args.load} holds {reader.arch}; the model is {trained.arch}")
+    _check_same_model(reader.arch, trained.arch, args.load)
     load_weights(reader, trained.layout, model_rank(), trained.chunks)
     position = _resume(trained, args, reader)
     reader.close()
     return position
+
+
+def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, load: str) -> None:
+    if not there.same_weights(here):
+        raise UsageError(f"--load {load} holds {there}; the model is {here}")
 
 
 def _resume(trained: Trained, args: CheckpointArgs, reader: MegatronReader) -> Position:

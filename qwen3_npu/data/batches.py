@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qwen3_npu.data.rows import Rows
 from qwen3_npu.model.sequence import Sequence as TokenSequence
 
 
@@ -44,15 +45,41 @@ def micro_batches(
     numbers: Iterator[range],
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
     make_sequence: Callable[[torch.Tensor], TokenSequence],
+    shard: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Read, stack and move micro-batches.
+    """Read, stack, cut and move micro-batches.
 
     Args:
         make_sequence: positions [b, s] -> what the layers need to know of them.
+        shard: this rank's part of the sequences.
     """
     for wanted in numbers:
-        fields = {k: v.to(device, non_blocking=True) for k, v in collate([dataset[n] for n in wanted]).items()}
+        fields = collate([dataset[n] for n in wanted])
         tokens = fields["tokens"]
-        positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape[0], -1)
-        yield Batch(tokens, fields["labels"], fields["loss_mask"], make_sequence(positions))
+        fields["positions"] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+        fields = {k: v.to(device, non_blocking=True) for k, v in shard(fields).items()}
+        yield Batch(fields["tokens"], fields["labels"], fields["loss_mask"], make_sequence(fields["positions"]))
+
+
+def row_batches(
+    dataset: Any,
+    numbers: Iterator[range],
+    make_rows: Callable[[Sequence[Any]], Rows],
+    make_sequence: Callable[[torch.Tensor, tuple[int, ...] | None], TokenSequence],
+    shard: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    device: torch.device,
+) -> Iterator[Batch]:
+    """As `micro_batches`, for rows that know their positions and documents.
+
+    Args:
+        make_rows: samples -> `Rows`.
+        make_sequence: positions [b, s] of this rank's part and the borders in the whole rows -> what the layers need.
+    """
+    for wanted in numbers:
+        rows = make_rows([dataset[n] for n in wanted])
+        names = ("tokens", "labels", "loss_mask", "positions")
+        fields = shard({name: torch.from_numpy(getattr(rows, name)) for name in names})
+        fields = {name: field.to(device, non_blocking=True) for name, field in fields.items()}
+        sequence = make_sequence(fields["positions"], rows.cu_seqlens)
+        yield Batch(fields["tokens"], fields["labels"], fields["loss_mask"], sequence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from qwen3_npu.args.training import DataArgs
-from qwen3_npu.data.indexed import check_vocabulary, open_indexed
+from qwen3_npu.data.indexed import open_indexed
+from qwen3_npu.data.prefixes import blend
+from qwen3_npu.data.rows import Rows, pretraining_rows
 from qwen3_npu.errors import UsageError
 
 
@@ -23,30 +25,7 @@ class _Tokenizer:
 
     unique_identifiers: dict[str, str] = dataclasses.field(default_factory=dict)
     vocab_size: int | None = None
-    eod: int = -1
-
-
-def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """`["0.3", "a", "0.7", "b"]` -> (["a", "b"], [0.3, 0.7]); `["a"]` -> (["a"], None).
-
-    Raises:
-        UsageError: weights and prefixes do not alternate.
-    """
-
-    def number(text: str) -> float | None:
-        try:
-            return float(text)
-        except ValueError:
-            return None
-
-    weights = [number(text) for text in data_path[::2]]
-    if len(data_path) > 1 and len(data_path) % 2 == 0 and None not in weights:
-        if any(w is None or w <= 0 for w in weights):
-            raise UsageError(f"--data-path {' '.join(data_path)}: weights must be above 0")
-        return list(data_path[1::2]), [w for w in weights if w is not None]
-    if any(number(text) is not None and not Path(text + ".idx").exists() for text in data_path):
-        raise UsageError(f"--data-path {' '.join(data_path)}: give WEIGHT PREFIX pairs, or prefixes without any weight")
-    return list(data_path), None
+    eod: int = -2  # -1 is GPTDataset's padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +37,6 @@ class Splits:
     test: Any
 
 
-def check_data(data: DataArgs, vocab_size: int) -> str:
-    """Check every file of --data-path; a fingerprint of them all.
-
-    Raises:
-        UsageError: see `open_indexed` and `check_vocabulary`.
-    """
-    digest = hashlib.sha256()
-    for prefix in blend(data.data_path)[0]:
-        indexed = open_indexed(prefix)
-        check_vocabulary(indexed, vocab_size)
-        digest.update(indexed.fingerprint().encode())
-    return digest.hexdigest()[:16]
-
-
 def build_splits(
     data: DataArgs, *, fingerprint: str, seq_length: int, seed: int, samples: tuple[int, int, int]
 ) -> Splits:
@@ -81,6 +46,10 @@ def build_splits(
         fingerprint: of the data files (`check_data`): caches of other data are never taken for these.
         samples: how many samples of each split will be asked for.
     """
+    if not re.fullmatch(r"\d+(\.\d*)?(,\d+(\.\d*)?){0,2}", data.split) or not any(
+        float(x) for x in data.split.split(",")
+    ):
+        raise UsageError(f"--split {data.split}: three numbers such as 969,30,1 expected")
     prefixes, weights = blend(data.data_path)
     cache = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
     config = GPTDatasetConfig(
@@ -95,6 +64,7 @@ def build_splits(
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+    config.split_matrix = _needed_splits(data.split, config.split_matrix, samples, prefixes)
     try:
         train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, config).build()
     except OSError as error:
@@ -102,6 +72,54 @@ def build_splits(
     return Splits(train, valid, test)
 
 
+def _needed_splits(
+    text: str, matrix: Sequence[tuple[float, float] | None], samples: Sequence[int], prefixes: Sequence[str]
+) -> list[tuple[float, float] | None]:
+    """The shares that are drawn from; None for the others.
+
+    megatron-core loops for ever over a share without documents, so such a share must never reach it.
+
+    Raises:
+        UsageError: a share that is drawn from is 0 or has no document.
+    """
+    needed: list[tuple[float, float] | None] = []
+    for name, share, wanted in zip(("training", "validation", "test"), matrix, samples, strict=True):
+        needed.append(share if wanted else None)
+        for prefix in prefixes if wanted else ():
+            count = len(open_indexed(prefix))
+            if share is None or round(share[0] * count) == round(share[1] * count):
+                advice = (
+                    "; give another --split or --eval-iters 0" if name == "validation" else "; give another --split"
+                )
+                raise UsageError(f"--split {text} leaves no document of {prefix} ({count}) for {name}{advice}")
+    return needed
+
+
 def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Stack samples: tokens, labels [b, s] int64, loss_mask [b, s] float32."""
     return {key: torch.stack([s[key] for s in samples]) for key in ("tokens", "labels", "loss_mask")}
+
+
+def document_rows(
+    samples: Sequence[dict[str, torch.Tensor]],
+    *,
+    eod: int,
+    reset_position_ids: bool,
+    reset_attention_mask: bool,
+    eod_mask_loss: bool,
+) -> Rows:
+    """Samples as rows that know their documents, for --reset-position-ids, --reset-attention-mask, --eod-mask-loss.
+
+    Args:
+        eod: the token that ends documents (`documents.find_eod`).
+    """
+    fields = collate(samples)
+    return pretraining_rows(
+        fields["tokens"].numpy(),
+        fields["labels"].numpy(),
+        fields["loss_mask"].numpy(),
+        eod=eod,
+        reset_position_ids=reset_position_ids,
+        reset_attention_mask=reset_attention_mask,
+        eod_mask_loss=eod_mask_loss,
+    )

@@ -53,11 +53,12 @@ def model_parallel(layout: Layout, parallel: ParallelArgs, runtime: RuntimeArgs)
     """
     from megatron.core import parallel_state
 
-    check_world_size(layout, dist.get_world_size())
+    check_world_size(layout, dist.get_world_size(), parallel.context_parallel_size)
     parallel_state.initialize_model_parallel(
         layout.tensor,
         layout.pipeline,
         layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=True,  # the optimizer's state is gathered on the host for checkpoints
@@ -66,7 +67,12 @@ def model_parallel(layout: Layout, parallel: ParallelArgs, runtime: RuntimeArgs)
         set_seeds(runtime)
         yield
     finally:
+        # megatron forgets its groups and ends only some; each keeps threads, and a process may train more than once.
+        groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
         parallel_state.destroy_model_parallel()
+        for group in groups:
+            with contextlib.suppress(ValueError):  # ended already
+                dist.destroy_process_group(group)
 
 
 def set_seeds(runtime: RuntimeArgs) -> None:

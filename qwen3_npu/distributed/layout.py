@@ -151,13 +151,14 @@ def single(arch: Qwen3Arch) -> Layout:
     return plan(arch)
 
 
-def check_world_size(layout: Layout, world_size: int) -> None:
-    """Raises: UsageError: the processes cannot be divided into copies of the model."""
-    model = layout.tensor * layout.pipeline
+def check_world_size(layout: Layout, world_size: int, context: int = 1) -> None:
+    """Raises: UsageError: the processes cannot be divided into copies of the model (`context`: ranks per sequence)."""
+    model = layout.tensor * layout.pipeline * context
     if world_size % model:
+        name = f"TP {layout.tensor} x PP {layout.pipeline}" + (f" x CP {context}" if context > 1 else "")
         raise UsageError(
-            f"{world_size} processes cannot hold copies of TP {layout.tensor} x PP {layout.pipeline}: start a multiple "
-            f"of {model}, or change the parallel sizes"
+            f"{world_size} processes cannot hold copies of {name}: start a multiple of {model}, "
+            f"or change the parallel sizes"
         )
     experts = layout.expert * layout.expert_tensor * layout.pipeline
     if world_size % experts:

@@ -20,6 +20,8 @@ class Kernels:
     """One implementation per operation; signatures are those in `kernels/reference.py`."""
 
     attention: Callable
+    attention_block: Callable
+    attention_block_backward: Callable
     rms_norm: Callable
     rotary: Callable
     swiglu: Callable
@@ -33,6 +35,8 @@ class Kernels:
 _TABLES: dict[str, Kernels] = {
     "reference": Kernels(
         attention=reference.attention,
+        attention_block=reference.attention_block,
+        attention_block_backward=reference.attention_block_backward,
         rms_norm=reference.rms_norm,
         rotary=reference.rotary,
         swiglu=reference.swiglu,
@@ -40,6 +44,8 @@ _TABLES: dict[str, Kernels] = {
     ),
     "torch": Kernels(
         attention=torch_native.attention,
+        attention_block=torch_native.attention_block,
+        attention_block_backward=torch_native.attention_block_backward,
         rms_norm=torch_native.rms_norm,
         rotary=torch_native.rotary,
         swiglu=torch_native.swiglu,

@@ -36,15 +36,81 @@ def attention(
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     scores = torch.einsum("sbnd,tbnd->bnst", q, k).float() * scale
-    visible = torch.arange(t, device=q.device) <= torch.arange(t - s, t, device=q.device)[:, None]
-    if cu_seqlens is not None:
-        document = torch.zeros(s, dtype=torch.long, device=q.device)
-        document[list(cu_seqlens[1:-1])] = 1
-        document = document.cumsum(0)
-        visible = visible & (document[:, None] == document)
+    visible = _visible(s, t, cu_seqlens, q.device)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(q.dtype)
     weights = torch.nn.functional.dropout(weights, dropout)
     return torch.einsum("bnst,tbnd->sbnd", weights, v)
+
+
+def attention_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, cu_seqlens: Sequence[int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One block of a larger attention, to be merged with others by its log-sum-exp. Without autograd.
+
+    Args:
+        q: [s, b, n, d].
+        k, v: [t, b, g, d].
+        cu_seqlens: documents of a diagonal block (t = s): causal within each. None: every query sees every key.
+
+    Returns:
+        The normalised output [s, b, n, d], and the log-sum-exp of the scaled scores [s, b, n], float32.
+    """
+    _, v, scores = _block_scores(q, k, v, scale, cu_seqlens)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp()
+    return torch.einsum("bnst,tbnd->sbnd", weights, v.float()).to(q.dtype), lse.permute(2, 0, 1)
+
+
+def attention_block_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    cu_seqlens: Sequence[int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of one block, given the merged `out` and `lse` of all blocks (arXiv:2205.14135, appendix B).
+
+    Returns:
+        Gradients of q, k and v in their shapes.
+    """
+    groups = k.shape[2]
+    k_all, v_all, scores = _block_scores(q, k, v, scale, cu_seqlens)
+    weights = (scores - lse.permute(1, 2, 0).unsqueeze(-1)).exp()
+    grad, out = grad.float(), out.float()
+    dv = torch.einsum("bnst,sbnd->tbnd", weights, grad)
+    d_weights = torch.einsum("sbnd,tbnd->bnst", grad, v_all.float())
+    delta = (grad * out).sum(-1).permute(1, 2, 0).unsqueeze(-1)
+    d_scores = weights * (d_weights - delta) * scale
+    dq = torch.einsum("bnst,tbnd->sbnd", d_scores, k_all.float())
+    dk = torch.einsum("bnst,sbnd->tbnd", d_scores, q.float())
+    dk, dv = (x.unflatten(2, (groups, -1)).sum(3) for x in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _block_scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cu_seqlens: Sequence[int] | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k and v for every query head, and the masked scores [b, n, s, t]."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("sbnd,tbnd->bnst", q, k).float() * scale
+    if cu_seqlens is not None:
+        scores = scores.masked_fill(~_visible(q.shape[0], k.shape[0], cu_seqlens, q.device), float("-inf"))
+    return k, v, scores
+
+
+def _visible(s: int, t: int, cu_seqlens: Sequence[int] | None, device: torch.device) -> torch.Tensor:
+    """[s, t] bool: which keys a query sees; queries are the last s positions."""
+    visible = torch.arange(t, device=device) <= torch.arange(t - s, t, device=device)[:, None]
+    if cu_seqlens is not None:
+        document = torch.zeros(s, dtype=torch.long, device=device)
+        document[list(cu_seqlens[1:-1])] = 1
+        document = document.cumsum(0)
+        visible = visible & (document[:, None] == document)
+    return visible
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

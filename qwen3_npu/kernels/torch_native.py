@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from qwen3_npu.kernels import reference
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
@@ -35,9 +37,68 @@ def attention(
     """Scaled dot product attention; packed documents one after the other, so memory grows with tokens, not squares."""
     if cu_seqlens is None:
         return _sdpa(q, k, v, scale, dropout)
-    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+    lengths = _lengths(cu_seqlens)
     documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([_sdpa(*document, scale, dropout) for document in documents])
+
+
+def attention_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, cu_seqlens: Sequence[int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block by the CPU's flash attention; on other devices the reference, whose scores are block-sized."""
+    if q.device.type != "cpu":
+        return reference.attention_block(q, k, v, scale=scale, cu_seqlens=cu_seqlens)
+    results = [
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, is_causal=causal, scale=scale)
+        for *heads, causal in _documents(q, k, v, cu_seqlens)
+    ]
+    out = torch.cat([out.permute(2, 0, 1, 3) for out, _ in results])
+    return out, torch.cat([lse.permute(2, 0, 1) for _, lse in results])
+
+
+def attention_block_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    cu_seqlens: Sequence[int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Its gradients."""
+    if q.device.type != "cpu":
+        return reference.attention_block_backward(grad, q, k, v, out, lse, scale=scale, cu_seqlens=cu_seqlens)
+    groups = k.shape[2]
+    parts = []
+    lengths = _lengths(cu_seqlens) or [q.shape[0]]
+    saved = zip(*(x.split(lengths) for x in (grad, out, lse)), strict=True)
+    for (*heads, causal), (d, o, total) in zip(_documents(q, k, v, cu_seqlens), saved, strict=True):
+        parts.append(
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                d.permute(1, 2, 0, 3), *heads, o.permute(1, 2, 0, 3), total.permute(1, 2, 0), 0.0, causal, scale=scale
+            )
+        )
+    dq, dk, dv = (torch.cat([part[i].permute(2, 0, 1, 3) for part in parts]) for i in range(3))
+    dk, dv = (x.unflatten(2, (groups, -1)).sum(3) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _lengths(cu_seqlens: Sequence[int] | None) -> list[int] | None:
+    return None if cu_seqlens is None else [end - start for start, end in itertools.pairwise(cu_seqlens)]
+
+
+def _documents(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int] | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]:
+    """q, k, v of each document as [b, n, s, d], key/value heads repeated; and whether attention is causal."""
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+    lengths = _lengths(cu_seqlens)
+    parts = [(q, k, v)] if lengths is None else zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    for document in parts:
+        yield *(x.permute(1, 2, 0, 3) for x in document), lengths is not None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_npu.errors import UsageError
+from qwen3_npu.progress import human
 
 DENSE, MOE = "qwen3", "qwen3_moe"
 
@@ -81,7 +82,7 @@ class Qwen3Arch:
         return (
             f"Qwen3 {kind}, {self.num_hidden_layers} layers, hidden {self.hidden_size}, "
             f"{self.num_attention_heads}/{self.num_key_value_heads} heads x {self.head_dim}, "
-            f"vocabulary {self.vocab_size}, {tied}, {parameter_count(self) / 1e9:.3g} B parameters"
+            f"vocabulary {self.vocab_size}, {tied}, {human(parameter_count(self))} parameters"
         )
 
 

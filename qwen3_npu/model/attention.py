@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.sequence import Sequence
 
@@ -40,11 +41,13 @@ class SelfAttention(MegatronModule):
         layer_number: int,
         *,
         kernels: Kernels,
+        context_parallel: ContextParallel | None,
         pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number, self.kernels = layer_number, kernels
+        self.context_parallel, self.cp_group = context_parallel, pg_collection.cp
         self.head_dim = config.kv_channels
         self.scale = self.head_dim**-0.5
         tp = pg_collection.tp.size()
@@ -116,7 +119,14 @@ class SelfAttention(MegatronModule):
     def core_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         """Attention of the local heads; dropout, if any, differs between TP ranks."""
         dropout = self.config.attention_dropout if self.training else 0.0
+        options = {"scale": self.scale, "cu_seqlens": sequence.cu_seqlens, "dropout": dropout}
+
+        def attend() -> torch.Tensor:
+            if self.context_parallel is not None:
+                return self.context_parallel.attention(q, k, v, self.cp_group, **options)
+            return self.kernels.attention(q, k, v, **options)
+
         if dropout == 0.0:
-            return self.kernels.attention(q, k, v, scale=self.scale, cu_seqlens=sequence.cu_seqlens)
+            return attend()
         with tensor_parallel.get_cuda_rng_tracker().fork():
-            return self.kernels.attention(q, k, v, scale=self.scale, cu_seqlens=sequence.cu_seqlens, dropout=dropout)
+            return attend()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -11,22 +13,47 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
 from qwen3_npu.model.experts import GroupedExperts
-from qwen3_npu.model.modules import NoopLayer, RMSNorm, Router, SwiGLU
+from qwen3_npu.model.lora import LoraExperts, LoraLinear
+from qwen3_npu.model.modules import NoopLayer, RecomputedMLP, RMSNorm, SwiGLU
+from qwen3_npu.model.router import Router
 
 
-def layer_spec(arch: Qwen3Arch, kernels: Kernels) -> ModuleSpec:
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the layers are made of.
+
+    Attributes:
+        context_parallel: how attention sees the whole sequence where a rank holds a part of it.
+        recompute_activation: compute the MLP's activation again in backward instead of keeping it.
+        loss_chunk: tokens whose logits exist at the same time; 0: all.
+    """
+
+    kernels: Kernels
+    lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
+    context_parallel: ContextParallel | None = None
+    recompute_activation: bool = False
+    loss_chunk: int = 0
+
+
+def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
     """One Qwen3 layer."""
+    kernels = parts.kernels
     norm = ModuleSpec(RMSNorm, params={"kernel": kernels.rms_norm})
     attention = ModuleSpec(
         SelfAttention,
-        params={"kernels": kernels},
+        params={"kernels": kernels, "context_parallel": parts.context_parallel},
         submodules=AttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, linear_proj=RowParallelLinear, q_layernorm=norm, k_layernorm=norm
+            linear_qkv=_linear("linear_qkv", ColumnParallelLinear, parts.lora),
+            linear_proj=_linear("linear_proj", RowParallelLinear, parts.lora),
+            q_layernorm=norm,
+            k_layernorm=norm,
         ),
     )
     return ModuleSpec(
@@ -36,33 +63,42 @@ def layer_spec(arch: Qwen3Arch, kernels: Kernels) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=_experts(kernels) if arch.is_moe else _mlp(arch, kernels),
+            mlp=_experts(parts) if arch.is_moe else _mlp(arch, parts),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def block_spec(arch: Qwen3Arch, kernels: Kernels, layers: Sequence[int]) -> TransformerBlockSubmodules:
+def block_spec(arch: Qwen3Arch, parts: Parts, layers: Sequence[int]) -> TransformerBlockSubmodules:
     """The layers of one model chunk, `NOOP` for an empty place, and the final norm."""
-    layer, noop = layer_spec(arch, kernels), ModuleSpec(NoopLayer)
+    layer, noop = layer_spec(arch, parts), ModuleSpec(NoopLayer)
     return TransformerBlockSubmodules(
         layer_specs=[noop if number == NOOP else layer for number in layers],
-        layer_norm=ModuleSpec(RMSNorm, params={"kernel": kernels.rms_norm}),
+        layer_norm=ModuleSpec(RMSNorm, params={"kernel": parts.kernels.rms_norm}),
     )
 
 
-def _mlp(arch: Qwen3Arch, kernels: Kernels) -> ModuleSpec:
+def _linear(name: str, linear: type, lora: LoraArgs) -> ModuleSpec | type:
+    if lora.on and name in lora.lora_target_modules:
+        return ModuleSpec(LoraLinear, params={"linear": linear, "args": lora})
+    return linear
+
+
+def _mlp(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
     return ModuleSpec(
-        MLP,
+        RecomputedMLP if parts.recompute_activation else MLP,
         params={"ffn_hidden_size": arch.intermediate_size},
         submodules=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear,
-            linear_fc2=RowParallelLinear,
-            activation_func=ModuleSpec(SwiGLU, params={"kernel": kernels.swiglu}),
+            linear_fc1=_linear("linear_fc1", ColumnParallelLinear, parts.lora),
+            linear_fc2=_linear("linear_fc2", RowParallelLinear, parts.lora),
+            activation_func=ModuleSpec(SwiGLU, params={"kernel": parts.kernels.swiglu}),
         ),
     )
 
 
-def _experts(kernels: Kernels) -> ModuleSpec:
-    experts = ModuleSpec(GroupedExperts, params={"kernels": kernels})
+def _experts(parts: Parts) -> ModuleSpec:
+    params: dict[str, Any] = {"kernels": parts.kernels, "recompute_activation": parts.recompute_activation}
+    experts = ModuleSpec(GroupedExperts, params=params)
+    if parts.lora.on and {"linear_fc1", "linear_fc2"} & set(parts.lora.lora_target_modules):
+        experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora})
     return ModuleSpec(MoELayer, submodules=MoESubmodules(experts=experts, router=Router))

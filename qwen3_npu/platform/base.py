@@ -41,7 +41,11 @@ class Platform:
         """Make megatron-core work on this device; to be called before anything imports it."""
         # What megatron warns of at import (no apex, no Transformer Engine, deprecations) is our choice of parts.
         warnings.filterwarnings("ignore", module=r"megatron\.")
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
         self.prepare()
+        from qwen3_npu.platform import mcore_fixes
+
+        mcore_fixes.apply()
 
 
 def published_peak(table: dict[str, float], device_name: str) -> float | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 
@@ -86,6 +87,42 @@ def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = F
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _uneven_all_gather(original: Callable) -> Callable:
+    """gloo gathers equal sizes only; NCCL and HCCL also others."""
+
+    @functools.wraps(original)
+    def wrapper(tensor_list: list, tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({t.shape for t in tensor_list}) == 1:
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        for rank, part in enumerate(tensor_list):
+            source = dist.get_global_rank(group, rank)
+            if source == dist.get_rank():
+                part.copy_(tensor)
+            dist.broadcast(part, source, group=group)
+        return None
+
+    return wrapper
+
+
+def _uneven_reduce_scatter(original: Callable) -> Callable:
+    """The same for the reverse."""
+
+    @functools.wraps(original)
+    def wrapper(
+        output: torch.Tensor, input_list: list, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if len({t.shape for t in input_list}) == 1:
+            return original(output, input_list, op=op, group=group, async_op=async_op)
+        for rank, part in enumerate(input_list):
+            part = part.clone()
+            dist.all_reduce(part, op=op, group=group)
+            if rank == dist.get_rank(group):
+                output.copy_(part)
+        return None
+
+    return wrapper
+
+
 def _get_rng_state(device: Any = None) -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -116,6 +153,8 @@ def _replacements() -> dict[str, tuple[Any, str]]:
         "torch.nn.Module.cuda": (lambda self, *args, **kwargs: self, "model.cuda()"),
         "torch.Tensor.record_stream": (lambda self, stream: None, "all-to-all dispatcher"),
         "torch.Tensor.type": (_cuda_type_name(torch.Tensor.type), "optimizers compare with 'torch.cuda.FloatTensor'"),
+        "torch.distributed.all_gather": (_uneven_all_gather(dist.all_gather), "all-to-all dispatcher under ETP"),
+        "torch.distributed.reduce_scatter": (_uneven_reduce_scatter(dist.reduce_scatter), "its backward"),
     }
     for name in ("zeros", "ones", "empty", "full", "tensor", "arange"):
         table[f"torch.{name}"] = (_on_cpu(getattr(torch, name)), "device='cuda' literals")

@@ -18,22 +18,29 @@ from qwen3_npu.checkpoint import training_state
 from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data import pretrain
 from qwen3_npu.data.batches import Batch, micro_batches, sample_numbers
+from qwen3_npu.distributed.context_parallel import ContextParallel, shard
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.sequence import Sequence
+from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.training.exits import Exits
+from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.step import StepResult, evaluate_step, train_step
 
 
-def run(platform: Platform, args: PretrainArgs, plan: Plan) -> None:
-    """The whole training, from joining the other processes to the last checkpoint."""
+def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) -> None:
+    """The whole training, from joining the other processes to the last checkpoint.
+
+    Args:
+        fingerprint: of the data files.
+    """
     if args.checkpoint.save:
         training_state.check_writable(args.checkpoint.save)
-    fingerprint = pretrain.check_data(args.data, plan.arch.vocab_size)
     with process_group(platform, args.runtime) as world, model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
         trainer.load()
@@ -47,15 +54,21 @@ class Trainer:
     def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
         chosen = kernels.select(args.runtime.kernels)
-        log.info(f"model: {plan.arch} (from {plan.found_in})")
-        log.info(f"layout: {plan.layout}, DP{plan.data_parallel} on {world.size} x {platform.device_name()}")
-        log.info(f"batch: {plan.global_batch} samples = {plan.data_parallel} x {plan.num_microbatches} micro-batches")
-        log.info(f"kernels: {chosen}")
+        log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = transformer_config(
             plan.arch, plan.layout, args.parallel, args.train, overlaps_p2p_safely=platform.overlaps_p2p_safely
         )
         self.dtype = config.params_dtype
-        self.modules = build_model(plan.arch, config, plan.layout, chosen)
+        context_parallel = None
+        if args.parallel.context_parallel_size > 1:
+            context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
+        parts = Parts(
+            chosen,
+            context_parallel=context_parallel,
+            recompute_activation=args.train.recompute_activation_function,
+            loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+        )
+        self.modules = build_model(plan.arch, config, plan.layout, parts)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
@@ -68,6 +81,8 @@ class Trainer:
         self.trained = Trained(plan.arch, plan.layout, self.modules, self.optimizer, self.scheduler)
         self.position = Position()
         self.splits: Any = None
+        self.guard = NanGuard(args.exits.max_skipped_updates)
+        self.exits = Exits(args.exits)
 
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
@@ -96,7 +111,12 @@ class Trainer:
         }
         return [
             micro_batches(
-                dataset, sample_numbers(consumed, **numbers), pretrain.collate, self.sequence, self.world.device
+                dataset,
+                sample_numbers(consumed, **numbers),
+                pretrain.collate,
+                self.sequence,
+                self.shard,
+                self.world.device,
             )
             for _ in self.chunks
         ]
@@ -104,6 +124,12 @@ class Trainer:
     def sequence(self, positions: torch.Tensor) -> Sequence:
         """What the layers need to know of tokens at these positions."""
         return Sequence(positions, None, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
+
+    def shard(self, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This context-parallel rank's part of the sequences."""
+        parallel = self.args.parallel
+        rank = parallel_state.get_context_parallel_rank()
+        return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, rank)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -121,10 +147,15 @@ class Trainer:
             self.optimizer,
             self.scheduler,
             self.batches(self.splits.train, self.position.samples),
+            self.guard,
             global_batch=self.plan.global_batch,
             **self.sizes,
         )
-        self.position = Position(self.position.iteration + 1, self.position.samples + self.plan.global_batch)
+        before = self.position
+        self.position = Position(before.iteration + 1, before.samples + self.plan.global_batch)
+        if result.skipped:
+            samples = range(before.samples, self.position.samples)
+            self.guard.report(self.position.iteration, result.loss, result.grad_norm, samples)
         return result
 
     def train(self) -> None:
@@ -136,7 +167,8 @@ class Trainer:
         reporter = self._reporter()
         if args.train.manual_gc:
             gc.disable()
-        while self.position.iteration < last:
+        stop: str | None = None
+        while self.position.iteration < last and stop is None:
             result = self.step()
             iteration = self.position.iteration
             reporter.step(iteration, result)
@@ -144,11 +176,14 @@ class Trainer:
                 gc.collect()
             if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
                 self.evaluate(reporter)
+            stop = self.exits.reason(iteration, self.world.device)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
-            if args.checkpoint.save and (due or iteration == last):
+            if args.checkpoint.save and (due or stop or iteration == last):
                 self.save()
                 reporter.restart_clock()
         reporter.close()
+        if stop is not None:
+            log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
 
     def _reporter(self) -> Reporter:
         args = self.args

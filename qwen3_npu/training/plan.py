@@ -9,10 +9,11 @@ from qwen3_npu.args.model import check_shapes
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.architecture import find_architecture
-from qwen3_npu.distributed.layout import Layout, check_world_size
+from qwen3_npu.distributed.layout import Layout, check_world_size, divisors
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
+from qwen3_npu.progress import human
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,20 @@ class Plan:
     global_batch: int
     num_microbatches: int
 
+    def describe(self, args: PretrainArgs) -> list[str]:
+        """What will be done, a line each."""
+        train, cp = args.train, args.parallel.context_parallel_size
+        context = f" CP{cp} ({args.parallel.context_parallel_algo})" if cp > 1 else ""
+        tokens = self.global_batch * train.seq_length
+        return [
+            f"model: {self.arch} (from {self.found_in})",
+            f"layout: {self.layout}{context}, DP{self.data_parallel}",
+            f"batch: {self.global_batch} samples of {train.seq_length} tokens = {human(tokens)} tokens: "
+            f"{self.data_parallel} ranks x {self.num_microbatches} micro-batches x {train.micro_batch_size}",
+            f"training: {train.train_iters} steps, {human(train.train_iters * tokens)} tokens, "
+            f"{'bfloat16' if train.bf16 else 'float32'}",
+        ]
+
 
 def make_plan(args: PretrainArgs, world_size: int) -> Plan:
     """Everything that follows from flags, config.json and the number of processes.
@@ -50,9 +65,10 @@ def make_plan(args: PretrainArgs, world_size: int) -> Plan:
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
     layout = make_layout(arch, args.parallel, args.shape.make_vocab_size_divisible_by, args.shape.padded_vocab_size)
-    check_world_size(layout, world_size)
+    context = args.parallel.context_parallel_size
+    check_world_size(layout, world_size, context)
     _check_sequence(args, arch)
-    data_parallel = world_size // (layout.tensor * layout.pipeline)
+    data_parallel = world_size // (layout.tensor * layout.pipeline * context)
     micro = args.train.micro_batch_size
     global_batch = args.train.global_batch_size or micro * data_parallel
     if global_batch % (micro * data_parallel):
@@ -81,5 +97,35 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
         raise UsageError(
             f"a MoE model at --tensor-model-parallel-size {tp} trains with --sequence-parallel only; add it"
         )
-    if args.parallel.sequence_parallel and seq % tp:
-        raise UsageError(f"--sequence-parallel needs --seq-length {seq} to be a multiple of the TP size {tp}")
+    multiple, why = sequence_multiple(args)
+    if seq % multiple:
+        raise UsageError(f"--seq-length {seq} must be a multiple of {multiple} ({why})")
+    _check_context_parallel(args, arch)
+
+
+def sequence_multiple(args: PretrainArgs) -> tuple[int, str]:
+    """Every sequence's length must be a multiple of this; and why."""
+    parallel = args.parallel
+    multiple, why = parallel.context_parallel_size, []
+    if parallel.context_parallel_size > 1:
+        if parallel.context_parallel_algo == "megatron_cp_algo":
+            multiple *= 2
+        why.append(f"--context-parallel-size {parallel.context_parallel_size}, {parallel.context_parallel_algo}")
+    if parallel.sequence_parallel:
+        multiple *= parallel.tensor_model_parallel_size
+        why.append(f"--sequence-parallel over TP {parallel.tensor_model_parallel_size}")
+    return multiple, " and ".join(why)
+
+
+def _check_context_parallel(args: PretrainArgs, arch: Qwen3Arch) -> None:
+    size, algorithm = args.parallel.context_parallel_size, args.parallel.context_parallel_algo
+    if size == 1:
+        return
+    heads = arch.num_attention_heads // args.parallel.tensor_model_parallel_size
+    if algorithm == "ulysses_cp_algo" and heads % size:
+        raise UsageError(
+            f"--context-parallel-size {size} with ulysses_cp_algo does not divide the {heads} query heads of a TP "
+            f"rank; use megatron_cp_algo or one of {divisors(heads)}"
+        )
+    if algorithm == "megatron_cp_algo" and args.train.attention_dropout:
+        raise UsageError("--attention-dropout is not offered with megatron_cp_algo; use ulysses_cp_algo")

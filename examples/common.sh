@@ -1,0 +1,46 @@
+# Sourced by the scripts beside it. Defines
+#   launch SCRIPT FLAGS...   start SCRIPT on every device of this node under torchrun (NNODES > 1: once per node)
+#   run SCRIPT FLAGS...      start SCRIPT as one process on the host
+# From the environment: NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT; DRY_RUN=1 only checks and prints.
+# The exit status is the program's. Output also goes to logs/ in the current directory.
+set -euo pipefail
+
+QWEN3_NPU="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-0}"
+MASTER_ADDR="${MASTER_ADDR:-localhost}"
+MASTER_PORT="${MASTER_PORT:-6000}"
+PYTHON="${PYTHON:-python}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # what torchrun would set, without its warning
+
+with_log() { # command...
+    local log="logs/$(basename "$0" .sh)_node${NODE_RANK}.log"
+    mkdir -p logs
+    echo "log: $PWD/$log"
+    "$@" 2>&1 | tee "$log"
+}
+
+run() {
+    local command=("$PYTHON" "$QWEN3_NPU/$1" "${@:2}")
+    if [ -n "${DRY_RUN:-}" ]; then
+        echo "${command[@]@Q}"
+        return
+    fi
+    with_log "${command[@]}"
+}
+
+launch() {
+    local world=$((NPUS_PER_NODE * NNODES))
+    local script="$QWEN3_NPU/$1"
+    # Mistakes in flags, model, layout and data show here in a second, as one line and exit status 2.
+    local check=(env WORLD_SIZE="$world" "$PYTHON" "$script" "${@:2}" --dry-run)
+    if [ -n "${DRY_RUN:-}" ]; then "${check[@]}"; else "${check[@]}" >/dev/null; fi
+    local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPUS_PER_NODE" --nnodes "$NNODES"
+        --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$script" "${@:2}")
+    if [ -n "${DRY_RUN:-}" ]; then
+        echo "${command[@]@Q}"
+        return
+    fi
+    with_log "${command[@]}"
+}

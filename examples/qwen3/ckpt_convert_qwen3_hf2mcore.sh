@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Hugging Face weights -> Megatron shards. Further flags are passed on: bash ckpt_convert_qwen3_hf2mcore.sh --jobs 8
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+HF_DIR="${HF_DIR:-./model_from_hf/qwen3_hf}"
+MCORE_DIR="${MCORE_DIR:-./model_weights/qwen3_mcore}"
+
+run convert_ckpt.py \
+    --load-model-type hf --load-dir "$HF_DIR" \
+    --save-model-type mg --save-dir "$MCORE_DIR" \
+    --target-tensor-parallel-size "${TP:-8}" \
+    --target-pipeline-parallel-size "${PP:-1}" \
+    "$@"

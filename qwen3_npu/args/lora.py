@@ -1,0 +1,32 @@
+"""Flags of LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.cli import flag
+from qwen3_npu.errors import UsageError
+
+TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraArgs:
+    """LoRA (on with --lora-r)"""
+
+    lora_r: int = flag(0, minimum=0, help="rank of the updates; 0: train all weights")
+    lora_alpha: float = flag(32, minimum=0, help="updates are multiplied by alpha / r")
+    lora_dropout: float = flag(0.0, minimum=0, help="dropout of the updates' input")
+    lora_target_modules: list[str] = flag(list(TARGETS), choices=TARGETS, help="linears that get an update")
+    lora_load: str | None = flag(None, metavar="DIR", help="checkpoint with updates to start from; the base is --load")
+    lora_ckpt_filter: bool = flag(False, help="save the updates only, not the base weights")
+
+    def __post_init__(self) -> None:
+        if not self.lora_r and (self.lora_load or self.lora_ckpt_filter):
+            raise UsageError("--lora-load and --lora-ckpt-filter need --lora-r")
+        if self.lora_dropout >= 1:
+            raise UsageError(f"--lora-dropout {self.lora_dropout} must be below 1")
+
+    @property
+    def on(self) -> bool:
+        return self.lora_r > 0

@@ -1,0 +1,195 @@
+"""Flags of `preprocess_data.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from typing import Any
+
+from qwen3_npu.cli import Foreign, flag
+from qwen3_npu.errors import UsageError
+
+_THINKING = {"true": True, "false": False, "none": None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputArgs:
+    """what to read"""
+
+    input: list[str] = flag(
+        metavar="PATH",
+        help="files, folders or patterns of .jsonl .json .parquet .arrow .csv .txt, WikiText's .tokens (.gz or .zst "
+        "may follow), or the name of a Hugging Face dataset; with --merge-group-keys a folder of .bin/.idx pairs",
+    )
+    handler_name: str | None = flag(
+        None,
+        metavar="NAME",
+        help="what the records are: General-, Alpaca- or SharegptPretrainHandler; AlpacaStyle-, SharegptStyle- or "
+        "OpenAIInstructionHandler; AlpacaStyle- or SharegptStylePairwiseHandler",
+    )
+    json_keys: list[str] = flag(["text"], metavar="KEY", help="columns of pretraining text; each gives its own files")
+    map_keys: str | None = flag(
+        None,
+        metavar="JSON",
+        help='names of other columns: \'{"prompt": "question", "query": "", "response": "answer"}\'',
+    )
+    hf_datasets_params: str | None = flag(
+        None, metavar="FILE", help="JSON file of arguments for datasets.load_dataset (path, name, split, ..)"
+    )
+    max_samples: int | None = flag(None, minimum=1, unit="records", help="read only so many; default: all")
+    max_bad_records: int = flag(
+        0, minimum=0, unit="records", help="how many broken records to leave out (each is reported) before stopping"
+    )
+
+    def __post_init__(self) -> None:
+        self.mapping()
+
+    def mapping(self) -> dict[str, Any]:
+        """--map-keys.
+
+        Raises:
+            UsageError: it is no JSON object.
+        """
+        try:
+            keys = json.loads(self.map_keys or "{}")
+        except ValueError as error:
+            raise UsageError(f"--map-keys {self.map_keys}: not JSON: {error}; quote it with '..' in a shell") from None
+        if not isinstance(keys, dict):
+            raise UsageError(f'--map-keys {self.map_keys}: an object is expected, such as {{"prompt": "question"}}')
+        return keys
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerArgs:
+    """tokens"""
+
+    tokenizer_name_or_path: str | None = flag(
+        None, metavar="DIR", names=("--tokenizer-model",), help="folder of the tokenizer (a downloaded Qwen3 model)"
+    )
+    tokenizer_backend: str = flag(
+        "auto", choices=["auto", "fastokens", "tokenizers"], help="library; auto: the fastest that gives right tokens"
+    )
+    append_eod: bool = flag(False, help="end each document with the tokenizer's eos_token")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructionArgs:
+    """conversations"""
+
+    prompt_type: str | None = flag(
+        None,
+        choices=["qwen", "qwen3", "hf"],
+        help="how conversations are written: as MindSpeed-LLM's templates of that name, or as the tokenizer's own "
+        "chat template",
+    )
+    enable_thinking: str = flag(
+        "none",
+        metavar="|".join(_THINKING),
+        help="answers without thoughts get empty ones: true: to learn, none: given; false: given, and thoughts removed",
+    )
+    seq_length: int | None = flag(None, minimum=2, unit="tokens", help="samples stay below it; packs have it exactly")
+    overlong: str = flag("cut", choices=["cut", "drop"], help="what happens to longer samples (both are counted)")
+    pack: bool = flag(False, help="several samples in one of --seq-length tokens")
+    neat_pack: bool = flag(False, help="with --pack: keep the borders, so that samples do not attend to each other")
+    n_subs: int = flag(1, minimum=1, unit="subsets", help="with --pack: parts of the data that are packed apart")
+
+    def __post_init__(self) -> None:
+        if self.neat_pack and not self.pack:
+            raise UsageError("--neat-pack says how to pack; it needs --pack")
+        if self.pack and self.seq_length is None:
+            raise UsageError("--pack needs --seq-length: the tokens of a pack")
+        if self.enable_thinking.lower() not in _THINKING:
+            raise UsageError(f"--enable-thinking {self.enable_thinking}: it is {', '.join(_THINKING)}")
+        if self.prompt_type == "qwen" and self.thinking is not None:
+            raise UsageError(
+                f"--enable-thinking {self.enable_thinking}: --prompt-type qwen knows no thoughts; use qwen3 or drop it"
+            )
+
+    @property
+    def thinking(self) -> bool | None:
+        """--enable-thinking as a value."""
+        return _THINKING[self.enable_thinking.lower()]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputArgs:
+    """what to write"""
+
+    output_prefix: str | None = flag(
+        None, metavar="PREFIX", help="start of the output's names: <prefix>_text_document.bin, .."
+    )
+    merge_group_keys: list[str] | None = flag(
+        None, metavar="KEY", help="join all pairs of files in --input whose names hold KEY, to <prefix>_<KEY>"
+    )
+    workers: int | None = flag(
+        None, minimum=1, unit="threads", help="work at once; the output is the same for any; default: CPUs"
+    )
+    log_interval: int = flag(1000, minimum=1, unit="records", help="between progress lines, at most one in 10 s")
+    resume: bool = flag(False, help="go on with a run that was killed, after its last finished part")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckArgs:
+    """looking before writing"""
+
+    check: bool = flag(False, help="write nothing: statistics and warnings")
+    show: int = flag(0, minimum=0, unit="samples", help="write nothing: show samples, what is learned in colour")
+    strict: bool = flag(False, help="with --check: exit 1 if there is a warning")
+
+    def __post_init__(self) -> None:
+        if self.strict and not self.check:
+            raise UsageError("--strict says what --check returns; it needs --check")
+
+
+class PreprocessArgs(typing.NamedTuple):
+    """The groups of flags."""
+
+    input: InputArgs
+    tokenizer: TokenizerArgs
+    instruction: InstructionArgs
+    output: OutputArgs
+    check: CheckArgs
+
+
+GROUPS = tuple(typing.get_type_hints(PreprocessArgs).values())
+
+_TRAINING = "training pads the vocabulary"
+_STREAM = "inputs are always read as streams, nothing is cached"
+_TOKENIZER = "--tokenizer-name-or-path is all it takes"
+_SENTENCES = "documents are not split into sentences"
+_OTHER_MODELS = "Qwen3's templates have no such thing"
+_LLAMA_FACTORY = "dataset_info.json is not read; give the file as --input, its columns as --map-keys"
+
+FOREIGN: dict[str, Foreign] = {
+    "--tokenizer-type": Foreign(
+        "Hugging Face tokenizers only", nargs=1, only=("PretrainedFromHF", "HuggingFaceTokenizer")
+    ),
+    "--tokenizer-not-use-fast": Foreign("tokens are the same either way"),
+    "--vocab-file": Foreign(_TOKENIZER, nargs=1),
+    "--merge-file": Foreign(_TOKENIZER, nargs=1),
+    "--make-vocab-size-divisible-by": Foreign(_TRAINING, nargs=1),
+    "--pad-vocab-size-to": Foreign(_TRAINING, nargs=1),
+    "--pad-to-multiple-of": Foreign("training pads its batches", nargs=1, only=("1",)),
+    "--dataset-impl": Foreign("there is one format of output", nargs=1, only=("mmap",)),
+    "--streaming": Foreign(_STREAM),
+    "--cache-dir": Foreign(_STREAM, nargs=1),
+    "--overwrite-cache": Foreign(_STREAM),
+    "--seed": Foreign("samples keep their order; training shuffles with its own --seed", nargs=1),
+    "--mix-strategy": Foreign("inputs follow each other", nargs=1, only=("concat",)),
+    "--interleave-probs": Foreign(
+        "inputs follow each other; training blends with --data-path weights", 1, refused=True
+    ),
+    "--drop-thinking": Foreign(_OTHER_MODELS, nargs=1),
+    "--reasoning-effort": Foreign(_OTHER_MODELS, nargs=1, refused=True),
+    "--reward-tokens": Foreign("reward models are not trained", nargs="+", refused=True),
+    "--split-sentences": Foreign(_SENTENCES, refused=True),
+    "--keep-newlines": Foreign(_SENTENCES),
+    "--prompt-type-path": Foreign("the templates are built in", nargs=1, refused=True),
+    "--dataset-dir": Foreign(_LLAMA_FACTORY, nargs=1, refused=True),
+    "--dataset-additional-keys": Foreign("outputs hold tokens only", nargs="*", refused=True),
+    "--script-data-dir": Foreign("loading scripts are not run", nargs=1, refused=True),
+    "--datasets": Foreign("give them all as --input", nargs="+", refused=True),
+    "--data-obfuscation": Foreign("tokens are not obfuscated", refused=True),
+    "--obf-seed-content": Foreign("tokens are not obfuscated", nargs=1, refused=True),
+}

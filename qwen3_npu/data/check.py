@@ -1,0 +1,170 @@
+"""`--check` and `--show`: look at what would be written, and write nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from qwen3_npu import log
+from qwen3_npu.args.preprocess import PreprocessArgs
+from qwen3_npu.data.blocks import Block, first
+from qwen3_npu.data.encoder import Encoder, Tokens
+from qwen3_npu.data.instruct import CUT, DROPPED, UNSUPERVISED, ConversationHandler
+from qwen3_npu.data.lint import lint
+from qwen3_npu.data.pipeline import documents
+from qwen3_npu.data.produced import Handler, Produced
+from qwen3_npu.data.readers import Inputs
+from qwen3_npu.data.totals import Totals
+from qwen3_npu.data.turns import IGNORED
+from qwen3_npu.errors import UsageError
+
+_GIVEN, _LEARNED, _PLAIN = "\033[2m", "\033[1;32m", "\033[0m"
+_BAR = 40
+
+
+class Watch:
+    """A handler that looks at conversations on the way."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler, self.outputs, self.columns = handler, handler.outputs, handler.columns
+
+    def __call__(self, block: Block) -> Produced:
+        """The documents of a block, with warnings."""
+        produced = self.handler(block)
+        if isinstance(self.handler, ConversationHandler):
+            conversations, _ = self.handler.conversations(block, Counter())
+            for number, conversation in conversations:
+                for text in set(lint(conversation, self.handler.style.thinking)):
+                    produced.warnings.setdefault(text, []).append(number)
+        return produced
+
+
+def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Encoder, workers: int) -> int:
+    """Show samples, statistics and warnings; the exit status: 1 with --strict and a warning.
+
+    Raises:
+        UsageError: as in writing.
+    """
+    if args.check.show:
+        _show(first(inputs.blocks(handler.columns), args.input.max_samples), handler, encoder, args.check.show)
+    if not args.check.check:
+        return 0
+    totals, lengths, supervised, hashes = Totals(), _Numbers(), _Numbers(), _Numbers(np.uint64)
+    warnings: Counter[str] = Counter()
+    places: dict[str, str] = {}
+    for block, produced in documents(args, inputs, Watch(handler), workers, totals, "check"):
+        for text, numbers in produced.warnings.items():
+            warnings[text] += len(numbers)
+            places.setdefault(text, f"{block.file}:{numbers[0]}")
+        ids = produced.outputs[handler.outputs[0]]
+        lengths.add(ids.lengths)
+        hashes.add(np.array([_hash(part) for part in _split(ids)], np.uint64))
+        if labels := _labels(handler.outputs, produced):
+            supervised.add(np.array([int((part != IGNORED).sum()) for part in _split(labels)]))
+    if not totals.records:
+        raise UsageError(f"--input {' '.join(args.input.input)}: it holds no records")
+    _statistics(handler, totals, lengths.all(), supervised.all())
+    return _warn(args, totals, warnings, places, hashes.all())
+
+
+class _Numbers:
+    """Numbers that come in pieces."""
+
+    def __init__(self, dtype: type = np.int64) -> None:
+        self.parts: list[np.ndarray] = [np.zeros(0, dtype)]
+        self.dtype = dtype
+
+    def add(self, part: np.ndarray) -> None:
+        self.parts.append(part.astype(self.dtype))
+
+    def all(self) -> np.ndarray:
+        return np.concatenate(self.parts)
+
+
+def _split(tokens: Tokens) -> Iterator[np.ndarray]:
+    start = 0
+    for length in tokens.lengths.tolist():
+        yield tokens.ids[start : start + length]
+        start += length
+
+
+def _hash(ids: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(ids).data, digest_size=8).digest(), "little")
+
+
+def _labels(outputs: Sequence[str], produced: Produced) -> Tokens | None:
+    return next((produced.outputs[name] for name in outputs if name.endswith("labels")), None)
+
+
+def _show(blocks: Iterator[Block], handler: Handler, encoder: Encoder, count: int) -> None:
+    """Print samples: what is given dim, what is learned green; between brackets where there are no colours."""
+    pairs = [(i, i.replace("input_ids", "labels")) for i in handler.outputs if i.endswith("input_ids")]
+    shown = 0
+    for block in blocks:
+        produced = handler(block)
+        for bad in produced.bad:
+            log.warning(str(bad))
+        columns = pairs or [(name, name) for name in handler.outputs]
+        rows = [list(zip(*(_split(produced.outputs[name]) for name in both), strict=True)) for both in columns]
+        for i in range(max(map(len, rows))):
+            for (name, _), row in zip(columns, rows, strict=True):
+                if i < len(row):
+                    _print(f"sample {shown + 1}, {name.removeprefix('packed_')}", row[i][0], row[i][1], encoder)
+            shown += 1
+            if shown == count:
+                return
+
+
+def _print(title: str, ids: np.ndarray, labels: np.ndarray, encoder: Encoder) -> None:
+    colours = sys.stdout.isatty()
+    learned = labels != IGNORED
+    log.info(f"--- {title}: {len(ids)} tokens, {int(learned.sum())} learned")
+    borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    text = ""
+    for start, stop in itertools.pairwise(borders):
+        part = encoder.decode(ids[start:stop].tolist())
+        if colours:
+            text += f"{_LEARNED if learned[start] else _GIVEN}{part}{_PLAIN}"
+        else:
+            text += f"[[{part}]]" if learned[start] else part
+    log.info(text)
+
+
+def _statistics(handler: Handler, totals: Totals, lengths: np.ndarray, supervised: np.ndarray) -> None:
+    log.info(f"{totals}")
+    if not len(lengths):
+        return
+    quantiles = ", ".join(f"{name} {np.quantile(lengths, q):.0f}" for name, q in (("median", 0.5), ("95 %", 0.95)))
+    log.info(
+        f"{handler.outputs[0]}: {len(lengths)} documents, {lengths.sum()} tokens; "
+        f"shortest {lengths.min()}, {quantiles}, longest {lengths.max()}, mean {lengths.mean():.1f}"
+    )
+    if len(supervised):
+        log.info(f"learned: {supervised.sum()} tokens, {100 * supervised.sum() / max(lengths.sum(), 1):.1f} %")
+    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(exponents)
+    for exponent in range(exponents.min(), exponents.max() + 1):
+        bar = "#" * -(-_BAR * int(counts[exponent]) // int(counts.max()))
+        log.info(f"  up to {2**exponent:>8} tokens {counts[exponent]:>9} {bar}")
+
+
+def _warn(
+    args: PreprocessArgs, totals: Totals, warnings: Counter[str], places: dict[str, str], hashes: np.ndarray
+) -> int:
+    """Print warnings, the most frequent first; the exit status."""
+    for text, count in totals.counts.items():
+        if count and (text in (CUT, DROPPED, UNSUPERVISED) or "not used" in text):
+            warnings[text] += count
+    if duplicates := len(hashes) - len(np.unique(hashes)):
+        warnings["documents that are there already"] += duplicates
+    if totals.bad:
+        warnings["broken records"] += totals.bad
+    for text, count in warnings.most_common():
+        log.warning(f"{count} x {text}" + (f", first {places[text]}" if text in places else ""))
+    log.info(f"{len(warnings)} warnings" if warnings else "no warnings")
+    return 1 if warnings and args.check.strict else 0

@@ -1,0 +1,60 @@
+"""Documents inside a sequence of tokens: their borders, positions and loss. No torch.
+
+Borders are (0, ..., s): document k is [borders[k], borders[k + 1]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen3_npu.data.indexed import Indexed
+from qwen3_npu.errors import UsageError
+
+_LOOKED_AT = 1000
+
+
+def borders_at_eod(tokens: np.ndarray, eod: int) -> list[int]:
+    """Documents that end with `eod`, which belongs to them (`--reset-attention-mask` in pretraining, as Megatron)."""
+    ends = (np.flatnonzero(tokens == eod) + 1).tolist()
+    return [0, *ends] if ends and ends[-1] == len(tokens) else [0, *ends, len(tokens)]
+
+
+def borders_of_segments(segments: np.ndarray) -> list[int]:
+    """Documents as numbers that change from one to the next (--neat-pack); padding, 0, is one document."""
+    return [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
+
+
+def joined(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Borders of rows that are laid one after the other."""
+    found, offset = [0], 0
+    for borders in rows:
+        found += [offset + border for border in borders[1:]]
+        offset += borders[-1]
+    return tuple(found)
+
+
+def positions(borders: Sequence[int]) -> np.ndarray:
+    """The place of each token in its document, int64 [s]."""
+    starts, sizes = np.array(borders[:-1]), np.diff(borders)
+    return np.arange(borders[-1]) - np.repeat(starts, sizes)
+
+
+def find_eod(data: Indexed, flag: str) -> int:
+    """The token that ends every document.
+
+    Args:
+        flag: what needs it, for the message.
+
+    Raises:
+        UsageError: documents do not end with one and the same token.
+    """
+    ends = np.cumsum(data.lengths[:_LOOKED_AT], dtype=np.int64) - 1
+    last = np.unique(data.tokens[ends])
+    if len(last) != 1 or data.lengths[:_LOOKED_AT].min() == 0:
+        raise UsageError(
+            f"{flag}: the documents of {data.prefix} do not end with an end-of-document token; "
+            f"preprocess them with --append-eod"
+        )
+    return int(last[0])

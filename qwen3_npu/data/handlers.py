@@ -1,0 +1,92 @@
+"""The table of `--handler-name`: what reads a record, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qwen3_npu.args.preprocess import PreprocessArgs
+from qwen3_npu.data.encoder import Encoder
+from qwen3_npu.data.hf_template import hf_template
+from qwen3_npu.data.instruct import ConversationHandler, InstructionHandler, PairwiseHandler, Style
+from qwen3_npu.data.pretrain_text import PretrainHandler, TextOf, alpaca_text, sharegpt_text, text_value
+from qwen3_npu.data.produced import Handler
+from qwen3_npu.data.records import (
+    ALPACA,
+    ALPACA_PAIRS,
+    OPENAI,
+    SHAREGPT,
+    SHAREGPT_PAIRS,
+    Columns,
+    Names,
+    alpaca,
+    alpaca_pair,
+    openai,
+    sharegpt,
+    sharegpt_pair,
+)
+from qwen3_npu.data.templates import QWEN, QWEN3, Template
+from qwen3_npu.data.tokenizer import TokenizerFolder
+from qwen3_npu.errors import UsageError
+
+Make = Callable[[PreprocessArgs, TokenizerFolder, Encoder], Handler]
+_TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
+    "qwen": lambda tokenizer: QWEN,
+    "qwen3": lambda tokenizer: QWEN3,
+    "hf": hf_template,
+}
+
+
+def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
+    def make(args: PreprocessArgs, tokenizer: TokenizerFolder, encoder: Encoder) -> Handler:
+        for flag, value in (("--prompt-type", args.instruction.prompt_type), ("--map-keys", args.input.map_keys)):
+            if value is not None:
+                raise UsageError(f"{flag} is for conversations; {args.input.handler_name} takes plain text")
+        if args.instruction.pack or args.instruction.seq_length is not None:
+            raise UsageError(
+                f"--pack and --seq-length are for conversations; training cuts the text of {args.input.handler_name} "
+                f"into samples itself"
+            )
+        eod = tokenizer.eos() if args.tokenizer.append_eod else None
+        return PretrainHandler(text_of, args.input.json_keys, columns or args.input.json_keys, encoder, eod)
+
+    return make
+
+
+def _conversations(
+    kind: type[ConversationHandler],
+    read: Callable[[Mapping[str, Any], Columns], Any],
+    names: Names,
+    has_tags: bool = False,
+) -> Make:
+    def make(args: PreprocessArgs, tokenizer: TokenizerFolder, encoder: Encoder) -> Handler:
+        chosen = args.instruction
+        if chosen.prompt_type is None:
+            raise UsageError(f"{args.input.handler_name} needs --prompt-type qwen3, qwen or hf")
+        if kind is PairwiseHandler and chosen.pack:
+            raise UsageError(f"--pack: the pairs of {args.input.handler_name} are not packed")
+        template = _TEMPLATES[chosen.prompt_type](tokenizer)
+        for token in template.tokens:
+            tokenizer.id(token, f"--prompt-type {chosen.prompt_type}")
+        style = Style(
+            template,
+            chosen.thinking,
+            None if chosen.seq_length is None else chosen.seq_length - 1,
+            chosen.overlong == "cut",
+            tokenizer.eos() if args.tokenizer.append_eod and kind is InstructionHandler else None,
+        )
+        return kind(read, Columns(names, args.input.mapping(), has_tags=has_tags), style, encoder)
+
+    return make
+
+
+HANDLERS: dict[str, Make] = {
+    "GeneralPretrainHandler": _pretrain(text_value),
+    "AlpacaPretrainHandler": _pretrain(alpaca_text, ("instruction", "input", "output")),
+    "SharegptPretrainHandler": _pretrain(sharegpt_text),
+    "AlpacaStyleInstructionHandler": _conversations(InstructionHandler, alpaca, ALPACA),
+    "SharegptStyleInstructionHandler": _conversations(InstructionHandler, sharegpt, SHAREGPT, has_tags=True),
+    "OpenAIInstructionHandler": _conversations(InstructionHandler, openai, OPENAI),
+    "AlpacaStylePairwiseHandler": _conversations(PairwiseHandler, alpaca_pair, ALPACA_PAIRS),
+    "SharegptStylePairwiseHandler": _conversations(PairwiseHandler, sharegpt_pair, SHAREGPT_PAIRS, has_tags=True),
+}

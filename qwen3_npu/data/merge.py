@@ -1,0 +1,63 @@
+"""`--merge-group-keys`: join pairs of files that were made in pieces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from qwen3_npu import log
+from qwen3_npu.data.indexed import open_indexed, write_index
+from qwen3_npu.errors import UsageError
+
+_PIECE = 4 << 20  # tokens copied at once
+
+
+def merge(folders: Sequence[str], keys: Sequence[str], prefix: str) -> None:
+    """Join all pairs in a folder whose names hold a key, in the order of their names, to <prefix>_<key>.
+
+    Raises:
+        UsageError: no such pairs, half a pair, or pairs of different kinds.
+    """
+    if len(folders) != 1 or not Path(folders[0]).is_dir():
+        raise UsageError(f"--input {' '.join(folders)}: --merge-group-keys takes one folder of .bin/.idx pairs")
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+    for key in keys:
+        _merge(Path(folders[0]), key, f"{prefix}_{key}")
+
+
+def _merge(folder: Path, key: str, target: str) -> None:
+    paths = [p for p in folder.iterdir() if p.suffix in (".bin", ".idx") and key in p.stem and p.is_file()]
+    prefixes = sorted({str(p.with_suffix("")) for p in paths} - {target})
+    if not prefixes:
+        raise UsageError(f"--merge-group-keys {key}: no .bin/.idx pair in {folder} has it in its name")
+    parts = [open_indexed(p, "--merge-group-keys") for p in prefixes]
+    if len({part.tokens.dtype for part in parts}) > 1:
+        raise UsageError(f"--merge-group-keys {key}: the pairs in {folder} hold different types of numbers")
+    sequences = np.cumsum([0, *(len(part) for part in parts)])
+    borders = np.concatenate([[0], *(p.borders[1:] + before for p, before in zip(parts, sequences, strict=False))])
+    try:
+        with open(target + ".bin.tmp", "wb") as file:
+            for part in parts:
+                for start in range(0, len(part.tokens), _PIECE):
+                    file.write(part.tokens[start : start + _PIECE].data)
+            _to_disk(file)
+        with open(target + ".idx.tmp", "wb") as file:
+            write_index(
+                file, np.concatenate([p.lengths for p in parts]), borders.astype(np.int64), parts[0].tokens.dtype
+            )
+            _to_disk(file)
+        Path(target + ".idx").unlink(missing_ok=True)
+        for extension in (".bin", ".idx"):
+            os.replace(target + extension + ".tmp", target + extension)
+    except OSError as error:
+        raise UsageError(f"--output-prefix: {target} cannot be written: {error.strerror}") from None
+    log.info(f"written: {target}.bin .idx: {len(borders) - 1} documents of {len(parts)} pairs")
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,78 @@
+"""Records to documents in threads, in the order of the input, with progress and an account of what was left out."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from qwen3_npu import log
+from qwen3_npu.args.preprocess import PreprocessArgs
+from qwen3_npu.data.blocks import Block, first
+from qwen3_npu.data.produced import Handler, Produced
+from qwen3_npu.data.readers import Inputs
+from qwen3_npu.data.totals import Totals
+from qwen3_npu.errors import UsageError
+from qwen3_npu.progress import Progress
+
+_BAD_SHOWN = 20
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def documents(
+    args: PreprocessArgs, inputs: Inputs, handler: Handler, workers: int, totals: Totals, what: str
+) -> Iterator[tuple[Block, Produced]]:
+    """Each block and what becomes of it, behind those that `totals` counts already; keeps `totals` up to date.
+
+    Raises:
+        UsageError: an input is damaged, or more records are broken than --max-bad-records.
+    """
+    blocks = first(inputs.blocks(handler.columns), args.input.max_samples)
+    counters = {"bytes": "B", "records": "records", "tokens": "tokens"}
+    with Progress(what, inputs.size or None, counters) as progress, ThreadPoolExecutor(workers) as pool:
+        for _ in range(totals.blocks):
+            progress.counts["bytes"] += next(blocks).size
+        waiting = dict.fromkeys(counters, 0)
+        for block, produced in in_order(pool, handler, blocks, 2 * workers):
+            _count_bad(produced, totals, args.input.max_bad_records)
+            totals.add(produced)
+            yield block, produced
+            for name, count in zip(waiting, (block.size, produced.records, produced.tokens), strict=True):
+                waiting[name] += count
+            if waiting["records"] >= args.output.log_interval:
+                progress.add(**waiting)
+                waiting = dict.fromkeys(counters, 0)
+        progress.add(**waiting)
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int
+) -> Iterator[tuple[T, R]]:
+    """(item, function(item)) in the order of the items, with at most `ahead` more under way."""
+    waiting: collections.deque = collections.deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > ahead:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+def _count_bad(produced: Produced, totals: Totals, allowed: int) -> None:
+    """Report broken records; stop when there are more than allowed."""
+    for record in produced.bad:
+        totals.bad += 1
+        if totals.bad > allowed:
+            raise UsageError(f"{record} (broken records: {totals.bad}; --max-bad-records N leaves out up to N)")
+        if totals.bad <= _BAD_SHOWN:
+            log.warning(f"left out: {record}")
+        elif totals.bad == _BAD_SHOWN + 1:
+            log.warning("left out: more, which are counted but not shown")

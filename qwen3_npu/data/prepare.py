@@ -1,0 +1,109 @@
+"""Raw files in `--data-path`: preprocessed once, into a folder named by their content, and found there later."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3_npu import log
+from qwen3_npu.args.preprocess import PreprocessArgs
+from qwen3_npu.data.inputs import InputFile, exists, find_files
+from qwen3_npu.data.preprocess import identifying_flags, preprocess
+from qwen3_npu.data.tokenizer import open_tokenizer
+from qwen3_npu.errors import UsageError
+
+_DIGESTS = "digests.json"
+_PIECE = 16 << 20
+
+
+def prepare_data_path(data_path: Sequence[str], recipe: PreprocessArgs, cache: str | Path) -> list[str]:
+    """`--data-path` with every raw file, folder or pattern replaced by the prefix of what it was preprocessed into.
+
+    Weights and prefixes of .bin/.idx pairs stay as they are. Several processes may call this at once: each result
+    appears whole, whoever makes it first. To do the work once, let one process call it, the others behind a barrier.
+
+    Args:
+        recipe: flags of preprocessing; its input and output_prefix are replaced.
+        cache: folder of prepared data, made if needed.
+
+    Returns:
+        As many words. For text the full prefix (`.._text_document`), for conversations the bare one.
+
+    Raises:
+        UsageError: as preprocess_data.py.
+    """
+    return [_prepared(word, recipe, Path(cache)) if _is_raw(word) else word for word in data_path]
+
+
+def _is_raw(word: str) -> bool:
+    is_prefix = any(Path(word + end).exists() for end in (".idx", "_packed_input_ids_document.idx"))
+    return not is_prefix and exists(word)
+
+
+def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
+    source, output = recipe.input, recipe.output
+    tokenizer = open_tokenizer(recipe.tokenizer.tokenizer_name_or_path or "")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        digests = _Digests(cache)
+        content = [(file.format, file.compression, digests.of(file)) for file in find_files([word])]
+        key = hashlib.sha256(json.dumps([content, tokenizer.identity, identifying_flags(recipe)]).encode()).hexdigest()
+        folder = cache / key[:24]
+        if folder.is_dir():
+            log.info(f"{word}: prepared before, in {folder}")
+        else:
+            log.info(f"{word}: raw data, preprocessed into {folder}")
+            building = cache / f"{folder.name}.{os.uname().nodename}.{os.getpid()}.tmp"
+            arguments = recipe._replace(
+                input=dataclasses.replace(source, input=[word]),
+                output=dataclasses.replace(output, output_prefix=str(building / "data")),
+            )
+            _build(arguments, building, folder)
+    except OSError as error:
+        raise UsageError(f"--data-cache-path {cache}: {word} cannot be prepared there: {error}") from None
+    if "Pretrain" in (source.handler_name or ""):
+        return str(folder / f"data_{source.json_keys[0]}_document")
+    return str(folder / "data")
+
+
+def _build(arguments: PreprocessArgs, building: Path, folder: Path) -> None:
+    try:
+        preprocess(arguments)
+        try:
+            os.rename(building, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+class _Digests:
+    """SHA-256 of files, remembered for as long as their size and time stay the same."""
+
+    def __init__(self, cache: Path) -> None:
+        self.file = cache / _DIGESTS
+        self.known: dict[str, Any] = {}
+        if self.file.is_file():
+            self.known = json.loads(self.file.read_text(encoding="utf-8"))
+
+    def of(self, file: InputFile) -> str:
+        """The digest of a file's content."""
+        path, stat = str(file.path.resolve()), file.path.stat()
+        seen = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        if self.known.get(path, [None])[0] != seen:
+            digest = hashlib.sha256()
+            with file.path.open("rb") as stream:
+                while piece := stream.read(_PIECE):
+                    digest.update(piece)
+            self.known[path] = [seen, digest.hexdigest()]
+            temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(self.known), encoding="utf-8")
+            os.replace(temporary, self.file)
+        return self.known[path][1]

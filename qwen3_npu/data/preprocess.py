@@ -1,0 +1,139 @@
+"""`preprocess_data.py`: read, encode and write, all at once, in the order of the input."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from qwen3_npu import log
+from qwen3_npu.args.preprocess import PreprocessArgs
+from qwen3_npu.data.check import check
+from qwen3_npu.data.encoder import open_encoder
+from qwen3_npu.data.handlers import HANDLERS
+from qwen3_npu.data.indexed import IndexedWriter
+from qwen3_npu.data.merge import merge
+from qwen3_npu.data.output import Output
+from qwen3_npu.data.pack import PackRule, pack
+from qwen3_npu.data.pipeline import documents
+from qwen3_npu.data.produced import Handler
+from qwen3_npu.data.readers import Inputs, open_inputs
+from qwen3_npu.data.tokenizer import TokenizerFolder, open_tokenizer
+from qwen3_npu.errors import UsageError, choose
+from qwen3_npu.progress import human
+
+# Flags that do not change what is written.
+_WITHOUT_EFFECT = {
+    "input",
+    "max_bad_records",
+    "tokenizer_backend",
+    "workers",
+    "log_interval",
+    "resume",
+    "output_prefix",
+}
+
+
+def preprocess(args: PreprocessArgs) -> int:
+    """Do what the command line says; the exit status.
+
+    Raises:
+        UsageError: an input, the tokenizer or the output cannot be used, or records are broken.
+    """
+    looks_only = args.check.check or args.check.show > 0
+    prefix = args.output.output_prefix
+    if prefix is None and not looks_only:
+        raise UsageError("--output-prefix is needed: the start of the output's names")
+    if args.output.merge_group_keys:
+        merge(args.input.input, args.output.merge_group_keys, str(prefix))
+        return 0
+    if args.input.handler_name is None:
+        raise UsageError(f"--handler-name is needed: what the records are; one of {', '.join(HANDLERS)}")
+    make = choose(HANDLERS, args.input.handler_name, "--handler-name")
+    inputs = open_inputs(args.input.input, args.input.hf_datasets_params)
+    if args.tokenizer.tokenizer_name_or_path is None:
+        raise UsageError("--tokenizer-name-or-path is needed: the folder of a downloaded Qwen3 model")
+    tokenizer = open_tokenizer(args.tokenizer.tokenizer_name_or_path)
+    workers = args.output.workers or len(os.sched_getaffinity(0))
+    encoder = open_encoder(tokenizer, args.tokenizer.tokenizer_backend, workers)
+    handler = make(args, tokenizer, encoder)
+    log.info(f"input: {_described(inputs)}; tokens by {encoder.name}, {workers} workers")
+    if looks_only:
+        return check(args, inputs, handler, encoder, workers)
+    _write(args, inputs, handler, tokenizer, workers)
+    return 0
+
+
+def _write(args: PreprocessArgs, inputs: Inputs, handler: Handler, tokenizer: TokenizerFolder, workers: int) -> None:
+    prefix, packs = str(args.output.output_prefix), args.instruction.pack
+    # Packing needs all samples first; attention_mask is made of them.
+    names = [n for n in handler.outputs if not (packs and n.endswith("attention_mask"))]
+    identity = _identity(args, inputs, tokenizer)
+    output = Output(prefix + "_unpacked" if packs else prefix, names, identity, resume=args.output.resume)
+    try:
+        for _, produced in documents(args, inputs, handler, workers, output.totals, "preprocess"):
+            output.add(produced.outputs)
+            output.finish_part()
+        if not any(output.totals.documents.values()):
+            raise UsageError(f"--input {' '.join(args.input.input)}: nothing to write; {output.totals}")
+        if packs:
+            _pack(args, tokenizer, output, handler.outputs)
+        else:
+            output.publish()
+            _report(output)
+    except (OSError, UsageError, KeyboardInterrupt) as error:
+        if output.resumable():
+            log.info("what is finished is kept: --resume goes on from there")
+        else:
+            output.remove()
+        if isinstance(error, OSError):
+            raise UsageError(f"--output-prefix {prefix}: cannot be written: {error.strerror or error}") from None
+        raise
+
+
+def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: Output, names: Sequence[str]) -> None:
+    chosen, prefix = args.instruction, args.output.output_prefix
+    rule = PackRule(chosen.seq_length or 0, tokenizer.pad(), chosen.neat_pack, chosen.n_subs)
+    prefixes = [f"{prefix}_{name}_document" for name in names]
+    writers = [IndexedWriter(p) for p in prefixes]
+    try:
+        packs = pack(list(output.writers.values()), writers, rule)
+    except BaseException:
+        for writer in writers:
+            writer.abort()
+        raise
+    output.remove()
+    samples, tokens = (next(iter(counter.values())) for counter in (output.totals.documents, output.totals.tokens))
+    log.info(f"{output.totals}")
+    filled = 100 * tokens / (packs * rule.length)
+    log.info(f"{samples} samples in {packs} packs of {rule.length} tokens, {filled:.1f} % of them filled")
+    for p in prefixes:
+        log.info(f"written: {p}.bin .idx")
+
+
+def _report(output: Output) -> None:
+    totals = output.totals
+    log.info(f"{totals}")
+    for name, prefix in output.prefixes.items():
+        log.info(f"written: {prefix}.bin .idx: {totals.documents[name]} documents, {totals.tokens[name]} tokens")
+
+
+def identifying_flags(args: PreprocessArgs) -> list[tuple[str, Any]]:
+    """The flags that change what is written."""
+    return sorted((k, v) for group in args for k, v in vars(group).items() if k not in _WITHOUT_EFFECT)
+
+
+def _identity(args: PreprocessArgs, inputs: Inputs, tokenizer: TokenizerFolder) -> str:
+    """Changes with whatever changes the output."""
+    everything: list[Any] = [inputs.identity(), tokenizer.identity, identifying_flags(args)]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+
+def _described(inputs: Inputs) -> str:
+    if inputs.dataset:
+        return f"dataset {inputs.dataset}"
+    kinds = collections.Counter(file.format for file in inputs.files)
+    return f"{', '.join(f'{n} {kind}' for kind, n in kinds.items())}, {human(inputs.size, 'B')}"

@@ -1,0 +1,107 @@
+"""Handlers for pretraining: a record's text, and nothing else, becomes a document per output."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen3_npu.data.blocks import BadRecord, Block, parse
+from qwen3_npu.data.encoder import Encoder, Tokens
+from qwen3_npu.data.produced import Produced
+
+# (record, column) -> text; raises ValueError.
+TextOf = Callable[[Mapping[str, Any], str], str]
+
+# MindSpeed-LLM's text of an Alpaca record, letter by letter ("###None" where there is no input, too).
+_ALPACA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    "USER: Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n###{input}\n\n### Response: ASSISTANT: {output}"
+)
+
+
+def value(record: Mapping[str, Any], column: str) -> Any:
+    """A column of a record. Raises: ValueError: the record has none, or nothing in it."""
+    if column not in record:
+        raise ValueError(f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}")
+    if record[column] is None:
+        raise ValueError(f"column {column!r} is null")
+    return record[column]
+
+
+def text_value(record: Mapping[str, Any], column: str) -> str:
+    """A column of text. Raises: ValueError: as `value`, or it is no text."""
+    text = value(record, column)
+    if not isinstance(text, str):
+        raise ValueError(f"column {column!r} is not text but {type(text).__name__}")
+    return text
+
+
+def alpaca_text(record: Mapping[str, Any], column: str) -> str:
+    """An instruction, its input and the answer as one text."""
+    given = record.get("input")
+    return _ALPACA.format(
+        instruction=text_value(record, "instruction"),
+        input=f" Input:\n{given}" if given else None,
+        output=text_value(record, "output"),
+    )
+
+
+def sharegpt_text(record: Mapping[str, Any], column: str) -> str:
+    """All messages of a conversation, one after the other."""
+    messages = value(record, column)
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError(f"column {column!r} is not a list of messages")
+    return "".join(text_value(m, "value" if m.get("value") is not None else "content") for m in messages)
+
+
+class PretrainHandler:
+    """Documents of text columns; empty texts give none."""
+
+    def __init__(
+        self, text_of: TextOf, keys: Sequence[str], columns: Sequence[str], encoder: Encoder, eod: int | None
+    ) -> None:
+        """
+        Args:
+            keys: columns to take, each its own output.
+            eod: token that ends each document, if any.
+        """
+        self.text_of, self.outputs, self.columns, self.encoder, self.eod = text_of, keys, columns, encoder, eod
+
+    def __call__(self, block: Block) -> Produced:
+        records, bad = parse(block)
+        texts: dict[str, list[str]] = {key: [] for key in self.outputs}
+        for number, record in records:
+            try:
+                row = [self.text_of(record, key) for key in self.outputs]
+            except ValueError as error:
+                bad.append(BadRecord(block.file, number, str(error)))
+                continue
+            for key, text in zip(self.outputs, row, strict=True):
+                texts[key].append(text)
+        counts: Counter[str] = Counter()
+        outputs = {}
+        for key in self.outputs:
+            filled = [text for text in texts[key] if text]
+            counts["empty texts left out"] += len(texts[key]) - len(filled)
+            outputs[key] = _ended(self.encoder.encode(filled), self.eod)
+        return Produced(outputs, len(block.numbers), counts, sorted(bad, key=lambda b: b.number))
+
+
+def _ended(tokens: Tokens, eod: int | None) -> Tokens:
+    """Each document with `eod` after it."""
+    if eod is None or not len(tokens.lengths):
+        return tokens
+    lengths = tokens.lengths + 1
+    ends = np.cumsum(lengths, dtype=np.int64) - 1
+    is_text = np.ones(len(tokens.ids) + len(lengths), bool)
+    is_text[ends] = False
+    ids = np.empty(len(is_text), np.int32)
+    ids[is_text] = tokens.ids
+    ids[ends] = eod
+    return Tokens(ids, lengths)

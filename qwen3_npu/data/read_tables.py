@@ -1,0 +1,118 @@
+"""Tables of columns: Parquet and Arrow files, and datasets of the Hugging Face library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qwen3_npu.data.blocks import BLOCK_BYTES, Block
+from qwen3_npu.data.inputs import InputFile
+from qwen3_npu.errors import UsageError
+
+_MOST_ROWS = 1024
+
+
+def read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+    """Rows of a Parquet file; only `columns` are read from disk."""
+    import pyarrow.parquet as pq
+
+    with file.path.open("rb") as raw:
+        # A buffer makes it read pages as they are needed, not a column's whole row group.
+        table = pq.ParquetFile(raw, buffer_size=BLOCK_BYTES, pre_buffer=False)
+        wanted = _wanted(table.schema_arrow.names, columns)
+        meta = table.metadata
+        size = sum(meta.row_group(g).total_byte_size for g in range(meta.num_row_groups))
+        rows = _rows_per_block(size, meta.num_rows)
+        number = 1
+        for batch in table.iter_batches(rows, columns=wanted):
+            yield from _batch_blocks(str(file.path), batch, number, file.size / max(meta.num_rows, 1), rows)
+            number += batch.num_rows
+
+
+def read_arrow(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+    """Rows of an Arrow IPC file, in the stream format (as `datasets` writes) or the file format."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(file.path)) as raw:
+        if raw.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(raw)
+            batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            raw.seek(0)
+            batches = reader = pa.ipc.open_stream(raw)
+        wanted = _wanted(reader.schema.names, columns)
+        number, before = 1, 0
+        for batch in batches:
+            now = min(raw.tell(), file.size)
+            chosen = batch.select(wanted)
+            rows = _rows_per_block(chosen.nbytes, batch.num_rows)
+            yield from _batch_blocks(str(file.path), chosen, number, (now - before) / max(batch.num_rows, 1), rows)
+            number, before = number + batch.num_rows, now
+
+
+def _wanted(present: Sequence[str], columns: Sequence[str]) -> list[str]:
+    # A column that is missing is missed by the handler, which can say what it is for.
+    return [name for name in present if name in columns] or list(present)
+
+
+def _rows_per_block(size: int, rows: int) -> int:
+    return max(1, min(_MOST_ROWS, BLOCK_BYTES * rows // max(size, 1)))
+
+
+def _batch_blocks(file: str, batch: Any, number: int, bytes_per_row: float, rows: int) -> Iterator[Block]:
+    for start in range(0, batch.num_rows, rows):
+        part = batch.slice(start, rows)
+        numbers = range(number + start, number + start + part.num_rows)
+        yield Block(file, numbers, _rows(part), _record, round(part.num_rows * bytes_per_row))
+
+
+def _rows(batch: Any) -> Sequence[Any]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        # Some value is not UTF-8: go row by row to find which.
+        return [_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+
+
+def _row(batch: Any) -> dict[str, Any] | str:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return "not UTF-8"
+
+
+def _record(row: Any) -> dict[str, Any]:
+    if isinstance(row, str):
+        raise ValueError(row)
+    return row
+
+
+def read_dataset(name: str, arguments: dict[str, Any]) -> Iterator[Block]:
+    """Rows of a Hugging Face dataset, streamed.
+
+    Args:
+        arguments: of datasets.load_dataset, beside the name.
+
+    Raises:
+        UsageError: the library is missing, or it cannot open the dataset.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"--input {name}: no such file or folder; to load it as a Hugging Face dataset, pip install datasets"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, **{"split": "train", "streaming": True, **arguments})
+        for start, batch in enumerate(rows.iter(_MOST_ROWS)):
+            names = list(batch)
+            items = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            number = start * _MOST_ROWS + 1
+            yield Block(name, range(number, number + len(items)), items, _record, 0)
+    except UsageError:
+        raise
+    except Exception as error:
+        # The library raises many kinds for names that do not exist and machines without network.
+        raise UsageError(
+            f"--input {name}: no such file or folder, and `datasets` cannot load it: {str(error).splitlines()[0]}"
+        ) from None

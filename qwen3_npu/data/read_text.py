@@ -1,0 +1,132 @@
+"""Formats of lines: JSON lines, plain text, WikiText articles, comma-separated values."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import orjson
+
+from qwen3_npu.data.blocks import BLOCK_BYTES, Block, Cutter, Stream, checked_row, open_stream
+from qwen3_npu.data.inputs import InputFile
+from qwen3_npu.errors import UsageError
+
+_LONGEST_FIELD = 64 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_WIKITEXT_TITLE = re.compile(rb"^ = [^=].* = \r?\n$")
+
+
+def read_json_lines(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+    """One JSON object per line; blank lines are skipped."""
+    with open_stream(file) as stream:
+        yield from line_blocks(file, stream, json_record)
+
+
+def read_text_lines(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+    """One document per line, in column `text`; blank lines are skipped."""
+    with open_stream(file) as stream:
+        yield from line_blocks(file, stream, _text_record)
+
+
+def line_blocks(file: InputFile, stream: Stream, decode: Callable[[bytes], dict[str, Any]]) -> Iterator[Block]:
+    """Blocks of whole lines."""
+    rest, number, before = b"", 1, 0
+    while chunk := stream.reader.read(BLOCK_BYTES):
+        lines = (rest + chunk).split(b"\n")
+        rest = lines.pop()
+        if lines:
+            now = stream.consumed()
+            yield _block(file, lines, number, decode, now - before)
+            number, before = number + len(lines), now
+    if rest:
+        yield _block(file, [rest], number, decode, file.size - before)
+
+
+def _block(
+    file: InputFile, lines: list[bytes], number: int, decode: Callable[[bytes], dict[str, Any]], size: int
+) -> Block:
+    numbers: Sequence[int] = range(number, number + len(lines))
+    if not all(map(bytes.strip, lines)):
+        kept = [(n, line) for n, line in zip(numbers, lines, strict=True) if line.strip()]
+        numbers, lines = [n for n, _ in kept], [line for _, line in kept]
+    return Block(str(file.path), numbers, lines, decode, size)
+
+
+def json_record(line: bytes) -> dict[str, Any]:
+    """One line of JSON -> a record. Raises: ValueError: it is none."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return _lenient_json(line, error)
+    return record if isinstance(record, dict) else checked_row(record)
+
+
+def _lenient_json(line: bytes, error: Exception) -> dict[str, Any]:
+    """What Python's writer makes and strict JSON refuses, such as NaN."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as wrong:
+        raise ValueError(f"not UTF-8 (byte {wrong.start + 1} of the line)") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"not JSON: {error}") from None
+    return checked_row(record)
+
+
+def _text_record(line: bytes) -> dict[str, Any]:
+    try:
+        return {"text": line.removesuffix(b"\r").decode("utf-8")}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1})") from None
+
+
+def read_wikitext(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+    """Articles of WikiText (wiki.train.tokens): one starts at each line ` = Title = ` between blank lines."""
+    with open_stream(file) as stream:
+        cutter = Cutter(file, stream, _text_record)
+        article: list[bytes] = []
+        start, blank_before = 1, True
+        for number, (line, after) in enumerate(itertools.pairwise(itertools.chain(stream.reader, [b""])), start=1):
+            if blank_before and not after.strip() and _WIKITEXT_TITLE.match(line):
+                yield from _article(cutter, start, article)
+                article, start = [], number
+            article.append(line)
+            blank_before = not line.strip()
+        yield from _article(cutter, start, article)
+        yield from cutter.rest()
+
+
+def _article(cutter: Cutter, start: int, lines: list[bytes]) -> Iterator[Block]:
+    if any(map(bytes.strip, lines)):
+        text = b"".join(lines)
+        yield from cutter.add(start, text, len(text))
+
+
+def read_csv(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+    """Comma-separated values; the first line names the columns, every value is text."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    with open_stream(file) as stream:
+        text = io.TextIOWrapper(stream.reader, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.reader(text, strict=True)
+        try:
+            header = next(rows, [])
+            if not any(header):
+                raise UsageError(f"{file.path}: the first line of a .csv names its columns; it is empty")
+            cutter = Cutter(file, stream, lambda row: _csv_record(header, row))
+            for row in filter(None, rows):
+                yield from cutter.add(rows.line_num, row, sum(map(len, row)) + len(row))
+            yield from cutter.rest()
+        except csv.Error as error:
+            raise UsageError(f"{file.path}:{rows.line_num}: {error}; a quote is probably not closed") from None
+
+
+def _csv_record(header: list[str], row: list[str]) -> dict[str, Any]:
+    if len(row) != len(header):
+        raise ValueError(f"{len(row)} values, but the first line names {len(header)} columns")
+    if any(map(_SURROGATE.search, row)):
+        raise ValueError("not UTF-8")
+    return dict(zip(header, row, strict=True))

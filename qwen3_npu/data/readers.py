@@ -1,0 +1,100 @@
+"""Everything that `--input` names, as one stream of blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3_npu.data import inputs
+from qwen3_npu.data.blocks import Block
+from qwen3_npu.data.inputs import InputFile
+from qwen3_npu.data.read_json import read_json
+from qwen3_npu.data.read_tables import read_arrow, read_dataset, read_parquet
+from qwen3_npu.data.read_text import read_csv, read_json_lines, read_text_lines, read_wikitext
+from qwen3_npu.errors import UsageError
+
+_READERS: dict[str, Callable[[InputFile, Sequence[str]], Iterator[Block]]] = {
+    inputs.LINES: read_json_lines,
+    inputs.JSON: read_json,
+    inputs.PARQUET: read_parquet,
+    inputs.ARROW: read_arrow,
+    inputs.CSV: read_csv,
+    inputs.TEXT: read_text_lines,
+    inputs.WIKITEXT: read_wikitext,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What will be read.
+
+    Attributes:
+        files: on disk.
+        dataset: name of a Hugging Face dataset, where there are no files.
+        dataset_arguments: for loading it.
+    """
+
+    files: tuple[InputFile, ...]
+    dataset: str = ""
+    dataset_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk; 0 if unknown."""
+        return sum(file.size for file in self.files)
+
+    def identity(self) -> list[Any]:
+        """Changes when a file does: its path, size and time."""
+        stats = [(str(f.path), f.size, f.path.stat().st_mtime_ns) for f in self.files]
+        return [*stats, self.dataset, sorted(self.dataset_arguments.items())]
+
+    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+        """All records, in order.
+
+        Args:
+            columns: what the handler needs; tables are read by columns.
+
+        Raises:
+            UsageError: a file is damaged or not what its name says.
+        """
+        if self.dataset:
+            yield from read_dataset(self.dataset, self.dataset_arguments)
+        for file in self.files:
+            try:
+                yield from _READERS[file.format](file, columns)
+            except (OSError, ValueError) as error:
+                # pyarrow's errors are of both kinds; any other ValueError is ours.
+                if not isinstance(error, OSError) and not type(error).__module__.startswith("pyarrow"):
+                    raise
+                text = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UsageError(f"{file.path}: cannot be read as {file.format}: {text}") from None
+
+
+def open_inputs(names: Sequence[str], parameters: str | None = None) -> Inputs:
+    """Find what `--input` names.
+
+    Args:
+        parameters: a JSON file with arguments of datasets.load_dataset.
+
+    Raises:
+        UsageError: see `find_files`.
+    """
+    if parameters is not None:
+        arguments = _parameters(parameters)
+        return Inputs((), arguments.pop("path", names[0]), arguments)
+    if len(names) == 1 and not inputs.exists(names[0]) and not Path(names[0]).suffix and "*" not in names[0]:
+        return Inputs((), names[0])
+    return Inputs(tuple(inputs.find_files(names)))
+
+
+def _parameters(path: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--hf-datasets-params {path}: {error}") from None
+    if not isinstance(arguments, dict):
+        raise UsageError(f"--hf-datasets-params {path}: a JSON object of arguments is expected")
+    return arguments

@@ -1,0 +1,130 @@
+"""Samples to the rows of a micro-batch: shifted labels, padding, positions, document borders. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen3_npu.data.documents import borders_at_eod, borders_of_segments, joined, positions
+from qwen3_npu.data.instruction import Sample
+from qwen3_npu.data.turns import IGNORED
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One micro-batch.
+
+    Attributes:
+        tokens, labels: int64 [b, s]; labels[i] follows tokens[i] (0 where it is not supervised).
+        loss_mask: float32 [b, s]; 1 where the label is supervised.
+        positions: int64 [b, s].
+        cu_seqlens: borders of documents, (0, ..., s); the rows are then laid one after the other and b is 1. None if
+            each row is one document.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    positions: np.ndarray
+    cu_seqlens: tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """How long rows are made.
+
+    Attributes:
+        token: what they are filled with.
+        length: of every row; None: of the longest sample of the micro-batch.
+        multiple: that length is rounded up to a multiple of it.
+    """
+
+    token: int
+    length: int | None
+    multiple: int = 1
+
+    def of(self, samples: Sequence[Sample]) -> int:
+        """The length of the rows of these samples."""
+        length = self.length or max(len(sample.ids) for sample in samples)
+        return -(-length // self.multiple) * self.multiple
+
+
+def padding_multiple(pad_to_multiple_of: int, *, tensor: int, context: int) -> int:
+    """What lengths must be a multiple of: --pad-to-multiple-of, sequence parallelism over `tensor` ranks, and two
+    pieces of the sequence on each of `context` ranks."""
+    return math.lcm(pad_to_multiple_of, tensor * (2 * context if context > 1 else 1))
+
+
+def instruction_rows(
+    samples: Sequence[Sample], padding: Padding, *, per_document: bool, reset_positions: bool = True
+) -> Rows:
+    """Fine-tuning samples as rows.
+
+    Args:
+        per_document: attention stays within the documents of a pack; samples that are no packs are one each.
+        reset_positions: positions start anew in each document (as --reset-position-ids); else only in each row.
+    """
+    size = padding.of(samples)
+    shape = len(samples), size
+    tokens, labels = np.full(shape, padding.token, np.int64), np.full(shape, IGNORED, np.int64)
+    segments = np.zeros(shape, np.int64)
+    for row, sample in enumerate(samples):
+        count = len(sample.ids)
+        tokens[row, :count] = sample.ids
+        # The label of a place is the token after it, so a sample's last place has none.
+        labels[row, : count - 1] = sample.labels[1:]
+        segments[row, :count] = 1 if sample.segments is None else sample.segments
+    # The last token of a document does not predict the first one of the next.
+    labels[:, :-1][segments[:, :-1] != segments[:, 1:]] = IGNORED
+    mask = labels != IGNORED
+    return _rows(
+        tokens,
+        np.where(mask, labels, 0),
+        mask.astype(np.float32),
+        [borders_of_segments(row) for row in segments],
+        per_document=per_document and any(sample.segments is not None for sample in samples),
+        reset_positions=reset_positions and per_document,
+    )
+
+
+def pretraining_rows(
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    loss_mask: np.ndarray,
+    *,
+    eod: int,
+    reset_position_ids: bool,
+    reset_attention_mask: bool,
+    eod_mask_loss: bool,
+) -> Rows:
+    """Rows of pretraining text, whose documents end with `eod`, treated as Megatron does.
+
+    Args:
+        tokens, labels, loss_mask: [b, s]; labels are shifted already.
+        eod_mask_loss: what follows an eod is not predicted from it.
+    """
+    mask = loss_mask.astype(np.float32)
+    if eod_mask_loss:
+        mask = np.where(tokens == eod, np.float32(0), mask)
+    borders = [borders_at_eod(row, eod) for row in tokens]
+    return _rows(tokens, labels, mask, borders, per_document=reset_attention_mask, reset_positions=reset_position_ids)
+
+
+def _rows(
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    mask: np.ndarray,
+    borders: Sequence[Sequence[int]],
+    *,
+    per_document: bool,
+    reset_positions: bool,
+) -> Rows:
+    size = tokens.shape[1]
+    places = np.stack([positions(row if reset_positions else [0, size]) for row in borders])
+    if not per_document:
+        return Rows(tokens, labels, mask, places, None)
+    tokens, labels, mask, places = (array.reshape(1, -1) for array in (tokens, labels, mask, places))
+    return Rows(tokens, labels, mask, places, joined(borders))

@@ -1,0 +1,209 @@
+"""Conversations as Qwen's text: what the model is given (source) and what it learns to say (target), turn by turn.
+
+`qwen` and `qwen3` are MindSpeed-LLM's prompt types (LLaMA-Factory's 0.8.2 and 0.9.4), string by string; each string is
+encoded by itself. Tools, which crash there with qwen3, are written as the model's own chat template does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from qwen3_npu.data.conversation import (
+    ASSISTANT,
+    NO_THOUGHT,
+    TOOL,
+    Conversation,
+    Message,
+    Pair,
+    to_json,
+    without_thought,
+)
+
+END, ANSWER = "<|im_end|>", "<|im_start|>assistant\n"
+_QWEN_SYSTEM = "You are a helpful assistant."
+
+
+class Turn(NamedTuple):
+    """Strings that the model is given, then strings that it learns; either may be empty."""
+
+    source: list[str]
+    target: list[str]
+
+
+class Template(NamedTuple):
+    """A way to write conversations.
+
+    Attributes:
+        render: (conversation, --enable-thinking, whether only the last answer matters) -> turns; raises ValueError.
+        tokens: special tokens that it writes.
+    """
+
+    render: Callable[[Conversation, bool | None, bool], list[Turn]]
+    tokens: tuple[str, ...]
+
+
+def render_qwen(conversation: Conversation, thinking: bool | None, last_only: bool) -> list[Turn]:
+    """A default system message; the line end after an answer belongs to the next question; thoughts are plain text."""
+    system = (conversation.system or _QWEN_SYSTEM) + _qwen_tools(conversation.tools)
+    asked = f"<|im_start|>system\n{system}{END}\n"
+    turns = _Turns()
+    for message in conversation.messages:
+        if message.role == ASSISTANT:
+            turns.answer(message, [asked + ANSWER], [_thought(message) + _qwen_answer(message) + END])
+            asked = "\n"
+        else:
+            asked += f"<|im_start|>{message.role}\n{message.content}{END}\n"
+    return turns.done
+
+
+def render_qwen3(conversation: Conversation, thinking: bool | None, last_only: bool) -> list[Turn]:
+    """No default system message; the line end after an answer is learned.
+
+    An answer without thoughts gets empty ones: to learn with `thinking` true, given otherwise. With false, thoughts are
+    removed. Where only the last answer matters, earlier ones have no thoughts at all.
+    """
+    asked = _qwen3_system(conversation)
+    turns = _Turns()
+    for message, results in _grouped(conversation.messages):
+        if message.role != ASSISTANT:
+            asked += _qwen3_question(message, results)
+            continue
+        past = last_only and message is not conversation.messages[-1]
+        if thinking is False or past:
+            message = without_thought(message)
+        source, target = [asked + ANSWER], [_qwen3_answer(message)]
+        if not past and not message.has_thought():
+            if thinking:
+                target.insert(0, NO_THOUGHT)
+            else:
+                source.append(NO_THOUGHT)
+        turns.answer(message, source, target)
+        asked = ""
+    return turns.done
+
+
+def render_pair(pair: Pair, template: Template, thinking: bool | None) -> tuple[list[str], tuple[list[str], list[str]]]:
+    """Two answers to one prompt -> strings of the prompt, and of both answers."""
+    prompts, answers = [], []
+    for answer in (pair.chosen, pair.rejected):
+        conversation = pair.prompt._replace(messages=(*pair.prompt.messages, answer))
+        turns = template.render(conversation, thinking, True)
+        prompts.append([text for turn in turns[:-1] for text in (*turn.source, *turn.target)] + turns[-1].source)
+        answers.append(turns[-1].target)
+    if prompts[0] != prompts[1]:
+        # One answer has thoughts: the empty thoughts of the other are then a part of what it says.
+        for prompt, target in zip(prompts, answers, strict=True):
+            if prompt[-1] == NO_THOUGHT:
+                target.insert(0, prompt.pop())
+    return prompts[0], (answers[0], answers[1])
+
+
+class _Turns:
+    """Collects turns; an answer that is not learned becomes part of the next turn's source."""
+
+    def __init__(self) -> None:
+        self.done: list[Turn] = []
+        self.given: list[str] = []
+
+    def answer(self, message: Message, source: list[str], target: list[str]) -> None:
+        if message.learned:
+            self.done.append(Turn(self.given + source, target))
+            self.given = []
+        else:
+            self.given += source + target
+
+
+def _thought(message: Message) -> str:
+    return "" if message.reasoning is None else f"<think>\n{message.reasoning.strip(chr(10))}\n</think>\n\n"
+
+
+def _qwen_answer(message: Message) -> str:
+    if not message.calls:
+        return message.content
+    if len(message.calls) > 1:
+        raise ValueError(f"{len(message.calls)} function calls in one message, which --prompt-type qwen cannot write")
+    (call,) = message.calls
+    text = f"Action: {call.name}\nAction Input: {to_json(call.arguments)}"
+    return f"{message.content}\n{text}" if message.content else text
+
+
+def _qwen_tools(tools: tuple[dict[str, Any], ...]) -> str:
+    """What prompt type `qwen` adds to the system message to list tools."""
+    if not tools:
+        return ""
+    listed, names = "", []
+    for tool in (tool["function"] for tool in tools):
+        parameters = tool.get("parameters") or {}
+        properties = parameters.get("properties", {})
+        if not isinstance(properties, dict) or "name" not in tool:
+            raise ValueError(f"a tool has a name and parameters with properties, not {repr(tool)[:80]}")
+        required = parameters.get("required") or []
+        arguments = "".join(_qwen_argument(name, p, name in required) for name, p in properties.items())
+        listed += f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\n"
+        listed += f"Tool Args:\n{arguments}\n"
+        names.append(tool["name"])
+    return (
+        f"You have access to the following tools:\n{listed}Use the following format if using a tool:\n```\n"
+        f"Action: tool name (one of [{', '.join(names)}]).\n"
+        "Action Input: the input to the tool, in a JSON format representing the kwargs "
+        '(e.g. ```{"input": "hello world", "num_beams": 5}```).\n```\n'
+    )
+
+
+def _qwen_argument(name: str, parameter: Any, required: bool) -> str:
+    if not isinstance(parameter, dict):
+        raise ValueError(f"a tool's argument {name!r} is no object but {repr(parameter)[:80]}")
+    text = f"  - {name} ({parameter.get('type', '')}{', required' if required else ''}): "
+    text += parameter.get("description", "")
+    if parameter.get("enum"):
+        text += f", should be one of [{', '.join(map(str, parameter['enum']))}]"
+    if parameter.get("items"):
+        text += f", where each item should be {parameter['items'].get('type', '')}"
+    return text + "\n"
+
+
+def _qwen3_system(conversation: Conversation) -> str:
+    system = conversation.system
+    if conversation.tools:
+        system += ("\n\n" if system else "") + _qwen3_tools(conversation.tools)
+    return f"<|im_start|>system\n{system}{END}\n" if system else ""
+
+
+def _qwen3_tools(tools: tuple[dict[str, Any], ...]) -> str:
+    listed = "".join("\n" + to_json(tool) for tool in tools)
+    return (
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{listed}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
+        'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    )
+
+
+def _grouped(messages: tuple[Message, ...]) -> Iterator[tuple[Message, list[Message]]]:
+    """Each message, but results of functions that follow each other once, as a group."""
+    group: list[Message] = []
+    for i, message in enumerate(messages):
+        group.append(message)
+        if not (message.role == TOOL and i + 1 < len(messages) and messages[i + 1].role == TOOL):
+            yield message, group
+            group = []
+
+
+def _qwen3_question(message: Message, results: list[Message]) -> str:
+    if message.role != TOOL:
+        return f"<|im_start|>{message.role}\n{message.content}{END}\n"
+    text = "".join(f"\n<tool_response>\n{result.content}\n</tool_response>" for result in results)
+    return f"<|im_start|>user{text}{END}\n"
+
+
+def _qwen3_answer(message: Message) -> str:
+    text = _thought(message) + message.content
+    for i, call in enumerate(message.calls):
+        text += "\n" if message.content or i else ""
+        text += f'<tool_call>\n{{"name": "{call.name}", "arguments": {call.arguments_text()}}}\n</tool_call>'
+    return text + END + "\n"
+
+
+QWEN = Template(render_qwen, ("<|im_start|>", END))
+QWEN3 = Template(render_qwen3, ("<|im_start|>", END, "<think>", "</think>"))

@@ -1,0 +1,93 @@
+"""What a tokenizer folder says about its tokens. Reads the files; no transformers, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3_npu.errors import UsageError
+
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFolder:
+    """A Hugging Face tokenizer folder.
+
+    Attributes:
+        special: token -> number of every added token (`<|im_end|>`, `<think>`, ...).
+        config: tokenizer_config.json.
+    """
+
+    path: Path
+    special: Mapping[str, int]
+    config: Mapping[str, Any]
+
+    @property
+    def json_path(self) -> str:
+        return str(self.path / "tokenizer.json")
+
+    def id(self, token: str, why: str) -> int:
+        """The number of a special token.
+
+        Raises:
+            UsageError: the tokenizer lacks it; `why` says what it is needed for.
+        """
+        if token not in self.special:
+            raise UsageError(
+                f"--tokenizer-name-or-path {self.path}: it has no token {token}, which {why} needs; "
+                f"give the folder of a Qwen3 model"
+            )
+        return self.special[token]
+
+    def named(self, name: str) -> str | None:
+        """`eos_token` or another role -> its text, if the folder gives it one."""
+        token = self.config.get(name)
+        return token.get("content") if isinstance(token, dict) else token
+
+    def eos(self) -> int:
+        """The number of the end-of-document token, as Megatron and MindSpeed-LLM append it: `eos_token`.
+
+        For a Qwen3 chat tokenizer that is `<|im_end|>`, for a Base one `<|endoftext|>`.
+        """
+        token = self.named("eos_token")
+        if token is None:
+            raise UsageError(f"--append-eod: {self.path / 'tokenizer_config.json'} names no eos_token")
+        return self.id(token, "--append-eod")
+
+    def pad(self) -> int:
+        """The number of the padding token; `<|endoftext|>` where none is named."""
+        return self.id(self.named("pad_token") or END_OF_TEXT, "padding")
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Changes when the tokenizer does."""
+        digest = hashlib.sha256(Path(self.json_path).read_bytes())
+        digest.update(json.dumps(self.config, sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def open_tokenizer(path: str) -> TokenizerFolder:
+    """Read a tokenizer folder.
+
+    Raises:
+        UsageError: it is not there, or not a tokenizer.
+    """
+    folder = Path(path)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        found = "is not a folder" if not folder.is_dir() else "holds no tokenizer.json"
+        raise UsageError(f"--tokenizer-name-or-path {path}: {found}; give the folder of a downloaded Qwen3 model")
+    config_file = folder / "tokenizer_config.json"
+    try:
+        added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        special = {token["content"]: int(token["id"]) for token in added}
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--tokenizer-name-or-path {path}: not a tokenizer ({error})") from None
+    return TokenizerFolder(folder, special, config)

@@ -1,0 +1,61 @@
+"""Turns in tokens: what is given (label -100), then what is learned; and how an over-long sample is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+IGNORED = -100  # the label of a token that is not supervised
+
+
+class Limits(NamedTuple):
+    """Tokens that are kept of a turn."""
+
+    source: int
+    target: int
+
+
+def limits(source: int, target: int, room: int) -> Limits:
+    """How much of a turn fits into `room` tokens: the longer part gives way, both in proportion if both are long.
+
+    LLaMA-Factory's rule (0.9.4), which MindSpeed-LLM uses in preprocessing and in training.
+    """
+    if target * 2 < room:
+        most = room
+    elif source * 2 < room:
+        most = room - source
+    else:
+        most = int(room * (target / (source + target)))
+    kept = min(most, target)
+    return Limits(min(max(room - kept, 0), source), kept)
+
+
+def kept_tokens(turns: Sequence[tuple[int, int]], room: int) -> np.ndarray:
+    """Which tokens of a sample stay, int64; turns that find no room are left out.
+
+    Args:
+        turns: tokens of the source and of the target of each.
+    """
+    places, start, used = [np.zeros(0, np.int64)], 0, 0
+    for source, target in turns:
+        if used < room:
+            keep = limits(source, target, room - used)
+            places.append(np.arange(start, start + keep.source))
+            places.append(np.arange(start + source, start + source + keep.target))
+            used += keep.source + keep.target
+        start += source + target
+    return np.concatenate(places)
+
+
+def turns_of(labels: np.ndarray) -> list[tuple[int, int]]:
+    """Tokens of the source and of the target of each turn, as the labels show them."""
+    learned = labels != IGNORED
+    borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(labels)]
+    runs = np.diff(borders).tolist()
+    if len(labels) and learned[0]:
+        runs.insert(0, 0)
+    if len(runs) % 2:
+        runs.append(0)
+    return list(zip(runs[::2], runs[1::2], strict=True))

@@ -1,0 +1,198 @@
+"""Ring context parallelism (arXiv:2310.01889): each rank keeps its queries; keys and values travel around the ring.
+
+The sequence is cut into 2c chunks; rank r of c holds chunks r and 2c-1-r, so that causal attention is the same work for
+every rank. While one pair of key/value chunks is attended to, the next is under way. Partial results are merged by
+their log-sum-exp; backward sends keys and values around again, their gradients with them.
+
+Packed documents: between two different chunks only one document can be common, the one across the border, so what the
+queries of one chunk see of another chunk is always a full rectangle; within a chunk it is causal, document by document.
+
+s = local sequence, b = batch, n = query heads, g = key/value heads, d = head size.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qwen3_npu.kernels import Kernels
+
+
+def chunk_numbers(size: int, rank: int) -> tuple[int, int]:
+    """The two of 2 x `size` chunks that a rank holds, in the order in which it holds them."""
+    return rank, 2 * size - 1 - rank
+
+
+def shard_indices(length: int, size: int, rank: int) -> torch.Tensor:
+    """Positions of a sequence that this rank holds."""
+    chunk = length // (2 * size)
+    return torch.cat([torch.arange(i * chunk, (i + 1) * chunk) for i in chunk_numbers(size, rank)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A part of the score matrix between this rank's queries and the keys that are here now.
+
+    Attributes:
+        queries, keys: local rows.
+        borders: documents of a diagonal block, starting at 0; None for a full rectangle.
+    """
+
+    queries: slice
+    keys: slice
+    borders: tuple[int, ...] | None
+
+
+def blocks(borders: Sequence[int], chunk: int, size: int, rank: int, source: int) -> Iterator[Block]:
+    """What this rank's queries see of the keys that rank `source` holds.
+
+    Args:
+        borders: of the documents in the whole sequence, (0, ..., length).
+        chunk: tokens of one chunk.
+    """
+    for i, mine in enumerate(chunk_numbers(size, rank)):
+        for j, theirs in enumerate(chunk_numbers(size, source)):
+            if theirs > mine:
+                continue
+            start, other = mine * chunk, theirs * chunk
+            if mine == theirs:
+                inside = [b - start for b in borders if start < b < start + chunk]
+                rows = slice(i * chunk, (i + 1) * chunk)
+                yield Block(rows, rows, (0, *inside, chunk))
+                continue
+            # The document of the last key before the queries; it is common if it reaches into their chunk.
+            document = bisect.bisect_right(borders, other + chunk - 1) - 1
+            first_key, end = max(borders[document], other), min(borders[document + 1], start + chunk)
+            if end > start:
+                yield Block(
+                    slice(i * chunk, i * chunk + end - start),
+                    slice(j * chunk + first_key - other, (j + 1) * chunk),
+                    None,
+                )
+
+
+class _Ring:
+    """Passes tensors to the next rank and takes those of the one before; the transfer runs while others compute."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        rank, size = group.rank(), group.size()
+        self.next = dist.get_global_rank(group, (rank + 1) % size)
+        self.previous = dist.get_global_rank(group, (rank - 1) % size)
+
+    def start(self, tensor: torch.Tensor) -> tuple[torch.Tensor, list]:
+        """Begin a transfer; the tensor must not change until it is finished."""
+        received = torch.empty_like(tensor)
+        operations = [
+            dist.P2POp(dist.isend, tensor, self.next, self.group),
+            dist.P2POp(dist.irecv, received, self.previous, self.group),
+        ]
+        return received, dist.batch_isend_irecv(operations)
+
+    @staticmethod
+    def finish(transfer: tuple[torch.Tensor, list]) -> torch.Tensor:
+        received, works = transfer
+        for work in works:
+            work.wait()
+        return received
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        borders: tuple[int, ...],
+        scale: float,
+        kernels: Kernels,
+        group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        size, rank = group.size(), group.rank()
+        chunk = q.shape[0] // 2
+        ring, here = _Ring(group), kv
+        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        lse = torch.full(q.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
+        for step in range(size):
+            transfer = ring.start(here) if step < size - 1 else None
+            for block in blocks(borders, chunk, size, rank, (rank - step) % size):
+                k, v = here[0, block.keys], here[1, block.keys]
+                part, part_lse = kernels.attention_block(q[block.queries], k, v, scale=scale, cu_seqlens=block.borders)
+                _merge(out[block.queries], lse[block.queries], part, part_lse)
+            if transfer is not None:
+                here = ring.finish(transfer)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, kv, out, lse)
+        ctx.options = borders, scale, kernels, group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        q, kv, out, lse = ctx.saved_tensors
+        borders, scale, kernels, group = ctx.options
+        size, rank = group.size(), group.rank()
+        chunk = q.shape[0] // 2
+        ring, here = _Ring(group), kv
+        grad = grad.contiguous()
+        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        # The gradient of the keys and values that are here; it follows them one step behind, and ends at their owner.
+        dkv_transfer: tuple[torch.Tensor, list] | None = None
+        for step in range(size):
+            transfer = ring.start(here) if step < size - 1 else None
+            mine = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
+            for block in blocks(borders, chunk, size, rank, (rank - step) % size):
+                rows, keys = block.queries, block.keys
+                dq_part, dk, dv = kernels.attention_block_backward(
+                    grad[rows],
+                    q[rows],
+                    here[0, keys],
+                    here[1, keys],
+                    out[rows],
+                    lse[rows],
+                    scale=scale,
+                    cu_seqlens=block.borders,
+                )
+                dq[rows] += dq_part
+                mine[0, keys] += dk
+                mine[1, keys] += dv
+            if dkv_transfer is not None:
+                mine += ring.finish(dkv_transfer)
+            dkv_transfer = ring.start(mine)
+            if transfer is not None:
+                here = ring.finish(transfer)
+        dkv = ring.finish(dkv_transfer)
+        return dq.to(q.dtype), dkv.to(kv.dtype), None, None, None, None
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Add a block's normalised result to the one so far, in place, each weighted by its share of the softmax's sum."""
+    total = torch.logaddexp(lse, part_lse)
+    out.mul_((lse - total).exp().unsqueeze(-1)).add_(part.float() * (part_lse - total).exp().unsqueeze(-1))
+    lse.copy_(total)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    borders: tuple[int, ...],
+    scale: float,
+    kernels: Kernels,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """Causal attention over the whole sequence.
+
+    Args:
+        q: [s, b, n, d]; k, v: [s, b, g, d], rows as `shard_indices` gives them, s even.
+        borders: of the documents in the whole sequence, (0, ..., s x ranks).
+
+    Returns:
+        [s, b, n, d].
+    """
+    return _RingAttention.apply(q, torch.stack((k, v)), borders, scale, kernels, group)

@@ -1,0 +1,176 @@
+"""LoRA (arXiv:2106.09685): low-rank updates beside frozen weights, W x + (alpha / r) B A x.
+
+Names and shapes are MindSpeed-LLM's, so checkpoints are exchanged:
+
+    linear_qkv, linear_fc1    base_layer.weight, lora_A.default.weight [r, in], lora_B.default.weight [out/tp, r]
+    linear_proj, linear_fc2   base_layer.weight, lora_A.default.weight [r, in/tp], lora_B.default.weight [out, r]
+    experts                   weight1_lora_a/_lora_b, weight2_lora_a/_lora_b, one update per expert
+
+One A serves q, k and v, and one serves gate and up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+
+from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.model.experts import GroupedExperts
+
+
+class _Weight(torch.nn.Module):
+    """Holds one parameter under the name `weight`."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+def _kaiming(weight: torch.Tensor) -> None:
+    """How peft initialises A."""
+    torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+class LoraLinear(MegatronModule):
+    """A frozen column- or row-parallel linear with its update.
+
+    The update is added inside its last matrix multiplication (addmm), and the factor alpha / r is applied to the narrow
+    product A x: no tensor of the output's size is made beside the output itself.
+    """
+
+    def __init__(self, *sizes: int, linear: type, args: LoraArgs, **options: Any) -> None:
+        """Args: linear: the base layer's class; `sizes` and `options` are its own arguments."""
+        super().__init__(config=options["config"])
+        self.base_layer = base = linear(*sizes, **options)
+        self.by_output = isinstance(base, ColumnParallelLinear)
+        self.scale, self.dropout = args.lora_alpha / args.lora_r, args.lora_dropout
+        self.group = base.tp_group
+        self.sequence_parallel = base.config.sequence_parallel
+        out_features, in_features = base.weight.shape
+        self.lora_A = torch.nn.ModuleDict({"default": self._weight(args.lora_r, in_features, not self.by_output, 1)})
+        self.lora_B = torch.nn.ModuleDict({"default": self._weight(out_features, args.lora_r, self.by_output, 0)})
+        if self.by_output:
+            _kaiming(self.lora_A["default"].weight)  # replicated: drawn outside the tracker, alike on every rank
+        else:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                _kaiming(self.lora_A["default"].weight)
+
+    def _weight(self, rows: int, columns: int, is_cut: bool, dim: int) -> _Weight:
+        like = self.base_layer.weight
+        weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=like.dtype, device=like.device))
+        if is_cut:
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+        else:
+            # Under sequence parallelism each rank sees a part of the tokens: megatron sums the gradient over TP.
+            weight.sequence_parallel = self.sequence_parallel
+        return _Weight(weight)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """As the base layer: [s, b, in] -> [s, b, out]."""
+        out, _ = self.base_layer(x)
+        narrow = torch.nn.functional.linear(self._dropped(x), self.lora_A["default"].weight) * self.scale
+        if self.by_output:
+            narrow = (
+                gather_from_sequence_parallel_region(narrow, group=self.group)
+                if self.sequence_parallel
+                else copy_to_tensor_model_parallel_region(narrow, group=self.group)
+            )
+        else:
+            narrow = (
+                reduce_scatter_to_sequence_parallel_region(narrow, group=self.group)
+                if self.sequence_parallel
+                else reduce_from_tensor_model_parallel_region(narrow, group=self.group)
+            )
+        weight = self.lora_B["default"].weight
+        return torch.addmm(out.flatten(0, 1), narrow.flatten(0, 1), weight.t()).view_as(out), None
+
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.dropout == 0.0:
+            return x
+        if self.by_output and not self.sequence_parallel:
+            return torch.nn.functional.dropout(x, self.dropout)  # x is the same on every TP rank, so is the mask
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            return torch.nn.functional.dropout(x, self.dropout)
+
+
+class LoraExperts(GroupedExperts):
+    """Stacked experts, frozen, with an update per expert.
+
+    Shapes (e experts of this rank, f = ffn / expert tensor parallel size), two-dimensional like the base weights:
+        weight1_lora_a [hidden, e r], memory (e, hidden, r)    weight1_lora_b [r, e 2f], memory (e, r, [gate | up])
+        weight2_lora_a [e f, r], memory (e, f, r)              weight2_lora_b [e r, hidden], memory (e, r, hidden)
+    """
+
+    def __init__(self, *sizes: Any, args: LoraArgs, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.scale, self.dropout, self.rank = args.lora_alpha / args.lora_r, args.lora_dropout, args.lora_r
+        e, r = self.num_local_experts, args.lora_r
+        cut = self.pg_collection.expt_tp.size() > 1
+        if "linear_fc1" in args.lora_target_modules:
+            self.weight1_lora_a = self._update(self.hidden, e * r, is_cut=False)
+            self.weight1_lora_b = self._update(r, e * 2 * self.ffn, is_cut=cut)
+            self._init_each(self.weight1_lora_a, self.hidden, alike=True)
+        if "linear_fc2" in args.lora_target_modules:
+            self.weight2_lora_a = self._update(e * self.ffn, r, is_cut=cut)
+            self.weight2_lora_b = self._update(e * r, self.hidden, is_cut=False)
+            self._init_each(self.weight2_lora_a, self.ffn, alike=False)
+
+    def _update(self, rows: int, columns: int, *, is_cut: bool) -> torch.nn.Parameter:
+        weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=self.weight1.dtype, device=self.weight1.device))
+        weight.allreduce = self.config.expert_model_parallel_size == 1
+        if is_cut or self.pg_collection.expt_tp.size() == 1:
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+        else:
+            # Replicated over the experts' tensor parallel group, each rank of which sees a part of the product.
+            weight.sequence_parallel = True
+        return weight
+
+    def _init_each(self, weight: torch.nn.Parameter, rows: int, *, alike: bool) -> None:
+        """Kaiming by the size of one expert's input; `alike`: the same on every rank that shares the experts."""
+        bound = math.sqrt(1 / (rows if alike else rows * self.pg_collection.expt_tp.size()))
+        name = tensor_parallel.random.get_expert_parallel_rng_tracker_name()
+        with tensor_parallel.get_cuda_rng_tracker().fork(name):
+            weight.data.uniform_(-bound, bound)
+        if alike:
+            torch.distributed.broadcast(
+                weight.data,
+                torch.distributed.get_global_rank(self.pg_collection.expt_tp, 0),
+                group=self.pg_collection.expt_tp,
+            )
+
+    def multiply(self, which: int, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """The base product plus the update's."""
+        out = super().multiply(which, x, counts)
+        a = getattr(self, f"weight{which}_lora_a", None)
+        if a is None:
+            return out
+        b, e = getattr(self, f"weight{which}_lora_b"), self.num_local_experts
+        if self.training and self.dropout:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                x = torch.nn.functional.dropout(x, self.dropout)
+        narrow = self.kernels.grouped_matmul(x, a.view(e, -1, self.rank), counts) * self.scale
+        return out + self.kernels.grouped_matmul(narrow, b.view(e, self.rank, -1), counts)
+
+
+def freeze_base(chunks: Iterable[torch.nn.Module]) -> None:
+    """Leave only the updates to train.
+
+    Before gradient buffers and optimizer are made: frozen weights then get neither, and megatron's linears keep no
+    activation for them.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_("lora_" in name)

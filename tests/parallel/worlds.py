@@ -1,0 +1,116 @@
+"""Worlds of 1, 2 or 4 gloo processes that stay up between tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class CaseFailed(Exception):
+    """A case raised on some rank; the text is its traceback."""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class World:
+    """`size` worker processes. A case that fails ends them; the next case starts new ones."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.processes: list[subprocess.Popen] = []
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=f".world{size}.log", delete=False)
+
+    def _start(self) -> None:
+        port = str(free_port())
+        for rank in range(self.size):
+            env = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self.size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            }
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-u", str(WORKER)],
+                    env=env,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self.log,
+                )
+            )
+        for process in self.processes:
+            if process.stdout.readline() != "ready\n":
+                text = Path(self.log.name).read_text()
+                self.stop()
+                raise CaseFailed(f"the world did not start:\n{text[-3000:]}")
+
+    def run(self, case: str, timeout: float = 240, **arguments: Any) -> Any:
+        """Run `cases.<case>` on every rank; what rank 0 returned.
+
+        Raises:
+            CaseFailed: it raised, or took longer than `timeout` seconds.
+        """
+        if not self.processes:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "result.json"
+            line = json.dumps({"case": case, "arguments": arguments, "result": str(result)}) + "\n"
+            timer = threading.Timer(timeout, self.stop)
+            timer.start()
+            try:
+                for process in self.processes:
+                    process.stdin.write(line)
+                    process.stdin.flush()
+                answers = self._answers()
+            finally:
+                timer.cancel()
+            errors = [f"rank {rank}:\n{a['error']}" for rank, a in answers if "error" in a]
+            if errors or len(answers) < self.size:
+                self.stop()
+                raise CaseFailed("\n".join(errors) or f"no answer in {timeout} s:\n{self._tail()}")
+            return json.loads(result.read_text())
+
+    def _answers(self) -> list[tuple[int, dict]]:
+        """One answer per rank, or those up to the first error: the others may wait for the failed one for ever."""
+        answers: list[tuple[int, dict]] = []
+        done = threading.Event()
+
+        def listen(rank: int) -> None:
+            with contextlib.suppress(ValueError):
+                line = self.processes[rank].stdout.readline()
+                answers.append((rank, json.loads(line) if line else {"error": f"ended:\n{self._tail()}"}))
+            if "error" in answers[-1][1] or len(answers) == self.size:
+                done.set()
+
+        for rank in range(self.size):
+            threading.Thread(target=listen, args=(rank,), daemon=True).start()
+        done.wait()
+        return sorted(answers, key=lambda a: a[0])
+
+    def _tail(self) -> str:
+        return Path(self.log.name).read_text()[-3000:]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+        self.processes = []

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up (once) and run all tests, or those given: bash tests/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tests/setup.sh
+qwen3_npu_setup pytest ruff mypy
+if [ $# -eq 0 ]; then
+    ruff check .
+    ruff format --check .
+    mypy
+fi
+exec python -m pytest "$@"

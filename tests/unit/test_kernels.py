@@ -1,0 +1,108 @@
+"""Every implementation of an operation equals the reference, forward and gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from qwen3_npu import kernels
+from qwen3_npu.errors import UsageError
+from qwen3_npu.kernels import reference
+
+OTHERS = [name for name in kernels.IMPLEMENTATIONS if name not in ("auto", "reference")]
+
+
+@pytest.fixture(params=OTHERS)
+def implementation(request: pytest.FixtureRequest) -> kernels.Kernels:
+    return kernels.select(request.param)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def assert_same(kernel, definition, *tensors: torch.Tensor, **options) -> None:
+    """Equal values, and equal gradients of a random projection of them."""
+    results = []
+    for function in (kernel, definition):
+        inputs = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+        out = function(*inputs, **options)
+        (out * randn(*out.shape, seed=7)).sum().backward()
+        results.append([out.detach(), *(t.grad for t in inputs)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("length", [1, 17, 64])
+def test_attention(implementation: kernels.Kernels, length: int, heads: tuple[int, int]) -> None:
+    q, k, v = (
+        randn(length, 2, heads[0], 16),
+        randn(length, 2, heads[1], 16, seed=1),
+        randn(length, 2, heads[1], 16, seed=2),
+    )
+    assert_same(implementation.attention, reference.attention, q, k, v, scale=0.25)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_of_the_last_positions(implementation: kernels.Kernels, queries: int) -> None:
+    k, v = randn(17, 2, 2, 16), randn(17, 2, 2, 16, seed=1)
+    assert_same(implementation.attention, reference.attention, randn(queries, 2, 4, 16), k, v, scale=0.25)
+
+
+@pytest.mark.parametrize("borders", [[0, 20], [0, 1, 2, 20], [0, 7, 13, 20]])
+def test_packed_attention(implementation: kernels.Kernels, borders: list[int]) -> None:
+    q, k, v = randn(20, 1, 4, 16), randn(20, 1, 2, 16, seed=1), randn(20, 1, 2, 16, seed=2)
+    assert_same(implementation.attention, reference.attention, q, k, v, scale=0.25, cu_seqlens=borders)
+
+
+def test_reference_attention_is_causal_and_keeps_documents_apart() -> None:
+    q, k, v = randn(9, 1, 2, 8), randn(9, 1, 2, 8, seed=1), randn(9, 1, 2, 8, seed=2)
+    out = reference.attention(q, k, v, scale=1.0, cu_seqlens=[0, 4, 9])
+    changed = v.clone()
+    changed[3] += 1
+    moved = (reference.attention(q, k, changed, scale=1.0, cu_seqlens=[0, 4, 9]) - out).abs().amax((1, 2, 3)) > 0
+    assert moved.tolist() == [i == 3 for i in range(9)]
+    expected = torch.softmax((q[5, 0, 0] * k[4:6, 0, 0]).sum(-1), 0) @ v[4:6, 0, 0]
+    torch.testing.assert_close(out[5, 0, 0], expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (17, 2, 96)])
+def test_rms_norm(implementation: kernels.Kernels, shape: tuple[int, ...]) -> None:
+    assert_same(implementation.rms_norm, reference.rms_norm, randn(*shape), 1 + randn(shape[-1]), eps=1e-6)
+
+
+def test_rotary(implementation: kernels.Kernels) -> None:
+    angles = randn(17, 1, 1, 8)
+    cos, sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))
+    for function in (implementation.rotary, reference.rotary):
+        rotated = function(randn(17, 2, 4, 16), cos, sin)
+        torch.testing.assert_close(rotated.norm(dim=-1), randn(17, 2, 4, 16).norm(dim=-1))
+    assert_same(
+        lambda x: implementation.rotary(x, cos, sin), lambda x: reference.rotary(x, cos, sin), randn(17, 2, 4, 16)
+    )
+
+
+@pytest.mark.parametrize("length", [1, 17])
+def test_swiglu(implementation: kernels.Kernels, length: int) -> None:
+    assert_same(implementation.swiglu, reference.swiglu, randn(length, 2, 96))
+
+
+def test_reference_swiglu_gates_with_the_first_half() -> None:
+    x = torch.tensor([0.0, 5.0, 3.0, 4.0])
+    torch.testing.assert_close(reference.swiglu(x), torch.tensor([0.0, 5.0 / (1 + 2.718281828**-5.0) * 4.0]))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 4, 2], [0, 0, 9, 0], [0, 0, 0, 0]])
+def test_grouped_matmul(implementation: kernels.Kernels, counts: list[int]) -> None:
+    x, weight = randn(sum(counts), 8), randn(4, 8, 6)
+    assert_same(implementation.grouped_matmul, reference.grouped_matmul, x, weight, counts=counts)
+
+
+def test_selection_is_printed_and_a_typo_refused() -> None:
+    chosen = str(kernels.select("auto"))
+    assert all(f.name + "=" in chosen for f in dataclasses.fields(kernels.Kernels))
+    with pytest.raises(UsageError, match="--kernels fast: known are"):
+        kernels.select("fast")
