@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Convert Qwen3 weights between Hugging Face directories and Megatron checkpoints."""
+"""Convert Qwen3 weights between Hugging Face directories and Megatron checkpoints; reshard, merge or export LoRA."""
 
 from qwen3_npu import cli, log
-from qwen3_npu.args.convert import FOREIGN, ConvertArgs, LegacyConvertArgs, TargetArgs
+from qwen3_npu.args.convert import FOREIGN, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 
 
-def main() -> None:
+def main() -> int:
     log.setup()
-    parsed = cli.parse("convert_ckpt.py", __doc__, (ConvertArgs, TargetArgs, LegacyConvertArgs), FOREIGN)
+    groups = (ConvertArgs, TargetArgs, LoraConvertArgs, LegacyConvertArgs)
+    parsed = cli.parse("convert_ckpt.py", __doc__, groups, FOREIGN)
     for note in parsed.notes:
         log.info(note)
     from qwen3_npu.checkpoint.convert import convert
 
-    convert(*parsed.groups)
+    return convert(*parsed.groups, parsed.given)
 
 
 if __name__ == "__main__":

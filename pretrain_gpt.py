@@ -24,9 +24,11 @@ def main() -> None:
 
     platform = select(args.runtime.device)
     platform.activate()
+    from qwen3_npu.distributed.failure import recorded
     from qwen3_npu.training.loop import run
 
-    run(platform, args, plan, fingerprint)
+    with recorded():
+        run(platform, args, plan, fingerprint)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ launch() {
     local world=$((NPUS_PER_NODE * NNODES))
     local script="$QWEN3_NPU/$1"
     # Mistakes in flags, model, layout and data show here in a second, as one line and exit status 2.
-    WORLD_SIZE="$world" "$PYTHON" "$script" "${@:2}" --dry-run
+    local check=(env WORLD_SIZE="$world" "$PYTHON" "$script" "${@:2}" --dry-run)
+    if [ -n "${DRY_RUN:-}" ]; then "${check[@]}"; else "${check[@]}" >/dev/null; fi
     local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPUS_PER_NODE" --nnodes "$NNODES"
         --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$script" "${@:2}")
     if [ -n "${DRY_RUN:-}" ]; then

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from qwen3_npu.errors import UsageError, did_you_mean
+from qwen3_npu.errors import Stopped, UsageError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,12 +248,12 @@ def parse(
 
 
 def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry point: `UsageError` becomes one line on stderr and exit status 2."""
+    """Run an entry point: `UsageError` becomes one line on stderr and exit status 2, `Stopped` one and status 1."""
     try:
         code = main() or 0
-    except UsageError as error:
+    except (UsageError, Stopped) as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)
         code = 130

@@ -17,6 +17,10 @@ class UsageError(ValueError):
     """
 
 
+class Stopped(RuntimeError):
+    """A run ended itself, in order and with a reason; entry points print it and exit with status 1."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean X?"` for the closest of `known`, or an empty string."""
     bare = {name.lstrip("-"): name for name in known}  # leading dashes would make any two flags look alike

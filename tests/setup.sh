@@ -39,7 +39,7 @@ qwen3_npu_setup() { # extra modules that must be there
         # torch first and exactly: whatever else asks for torch is then content with it.
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$QWEN3_NPU_ROOT/constraints.txt" torch
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$QWEN3_NPU_ROOT/constraints.txt" \
-            -e "$QWEN3_NPU_ROOT[dev]"
+            -e "$QWEN3_NPU_ROOT[dev,fast]"
     fi
     export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
 }

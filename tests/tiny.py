@@ -10,7 +10,7 @@ from qwen3_npu.checkpoint.hf_files import SINGLE, SafetensorsWriter
 from qwen3_npu.checkpoint.tensors import F32, DType, from_float32
 from qwen3_npu.checkpoint.weights import hf_shapes
 from qwen3_npu.checkpoint.write_hf import write_config
-from qwen3_npu.data.indexed import IndexedWriter
+from qwen3_npu.data.indexed import IndexedWriter, publish
 from qwen3_npu.model.arch import Qwen3Arch
 
 # Head size apart from hidden / heads, grouped heads, four layers for two stages of two chunks.
@@ -61,5 +61,5 @@ def write_tokens(prefix: Path, *, vocab: int = 256, documents: int = 120, seed: 
     lengths = rng.integers(20, 120, documents)
     tokens = [(rng.integers(vocab) + np.cumsum(rng.integers(1, 4, n))) % (vocab - 2) + 2 for n in lengths]
     writer.add(np.concatenate(tokens).astype(np.int32), lengths.astype(np.int32))
-    writer.close()
+    publish([writer])
     return prefix

@@ -29,10 +29,44 @@ class ConvertArgs:
     params_dtype: str | None = flag(
         None, choices=["bf16", "fp16", "fp32"], help="dtype to write; default: that of the source"
     )
-    max_shard_size: float = flag(5.0, minimum=0.001, unit="GB", help="largest .safetensors file of an HF output")
+    ckpt_format: str = flag(
+        "torch", choices=["torch", "torch_dist"], help="of a Megatron output; that of an input is found out"
+    )
+    max_shard_size: float = flag(5.0, minimum=1e-6, unit="GB", help="largest .safetensors file of an HF output")
     jobs: int | None = flag(None, minimum=1, unit="processes", help="files written at once; default: CPUs, up to 4")
     resume: bool = flag(False, help="continue a conversion that was interrupted")
     overwrite: bool = flag(False, help="replace an existing output")
+    verify: bool = flag(
+        False,
+        help="afterwards compare output and source on disk, tensor by tensor and bit for bit; exit 1 if not equal",
+    )
+    verify_only: bool = flag(False, help="write nothing; compare --save-dir with --load-dir as --verify does")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConvertArgs:
+    """LoRA: merged into the base, resharded, or exported to PEFT"""
+
+    lora_load: str | None = flag(
+        None, metavar="DIR", help="adapter (Megatron checkpoint or PEFT directory) to merge into the base in --load-dir"
+    )
+    lora_r: int | None = flag(
+        None, minimum=1, help="rank, checked against the adapter; without --lora-load: merge the one in --load-dir"
+    )
+    lora_alpha: float | None = flag(
+        None, minimum=0, help="the adapter is scaled by alpha / r; needed only if its checkpoint does not say it"
+    )
+    lora_target_modules: list[str] | None = flag(
+        None,
+        choices=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        help="modules with an adapter, checked against it",
+    )
+    save_lora_to_hf: bool = flag(False, help="write the adapter alone, as a PEFT directory")
+    lora_check: bool = flag(
+        True,
+        help="after a merge, print the largest difference of logits(base + adapter) and logits(merged): a few tokens "
+        "through all layers in float32 on the CPU, a tensor at a time, both sides read from disk",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

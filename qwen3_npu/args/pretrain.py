@@ -6,7 +6,7 @@ import typing
 
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
-from qwen3_npu.args.training import CheckpointArgs, DataArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
 
 
 class PretrainArgs(typing.NamedTuple):
@@ -20,6 +20,7 @@ class PretrainArgs(typing.NamedTuple):
     optimizer: OptimizerArgs
     data: DataArgs
     checkpoint: CheckpointArgs
+    exits: ExitArgs
     report: ReportArgs
 
 

@@ -26,15 +26,30 @@ class TrainArgs:
     hidden_dropout: float = flag(0.0, minimum=0, help="dropout of the residual branches")
     init_method_std: float = flag(0.02, minimum=0, help="standard deviation of random initial weights")
     recompute_granularity: str | None = flag(
-        None, choices=["full", "selective"], help="recompute whole layers, or attention only, instead of keeping them"
+        None, choices=["full", "selective"], help="recompute whole layers, or --recompute-modules of them, in backward"
     )
     recompute_method: str | None = flag(None, choices=["uniform", "block"], help="which layers `full` recomputes")
     recompute_num_layers: int | None = flag(
         None, minimum=1, unit="layers", help="uniform: layers per recomputed group; block: layers to recompute"
     )
+    recompute_modules: list[str] = flag(
+        ["core_attn"], choices=["core_attn", "mlp", "moe", "layernorm"], help="what `selective` recomputes"
+    )
+    recompute_activation_function: bool = flag(False, help="recompute the MLP's activation in backward")
+    recompute_norm: bool = flag(False, help="recompute the norms before attention and MLP in backward")
+    loss_compute_mode: str = flag(
+        "default", choices=["default", "chunk"], help="chunk: logits of --loss-chunk-size tokens at a time"
+    )
+    loss_chunk_size: int = flag(1024, minimum=1, unit="tokens", help="tokens whose logits exist at the same time")
     moe_aux_loss_coeff: float | None = flag(
         None, minimum=0, help="weight of the load-balancing loss; default: config.json's router_aux_loss_coef"
     )
+    moe_z_loss_coeff: float | None = flag(None, minimum=0, help="weight of the router's z loss")
+    moe_expert_capacity_factor: float | None = flag(
+        None, minimum=0, help="tokens an expert takes, times its even share; others are dropped; default: none is"
+    )
+    moe_token_drop_policy: str = flag("probs", choices=["probs", "position"], help="which tokens are dropped first")
+    moe_pad_expert_input_to_capacity: bool = flag(False, help="pad every expert's tokens to its capacity")
     moe_router_load_balancing_type: str = flag(
         "aux_loss", choices=["aux_loss", "softmax_topk", "none"], help="softmax_topk and none: no balancing loss"
     )
@@ -50,6 +65,8 @@ class TrainArgs:
             raise UsageError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
         if self.recompute_granularity != "full" and self.recompute_method is not None:
             raise UsageError("--recompute-method needs --recompute-granularity full")
+        if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
+            raise UsageError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +140,21 @@ class CheckpointArgs:
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitArgs:
+    """when to stop early"""
+
+    max_skipped_updates: int = flag(
+        10,
+        minimum=0,
+        unit="steps",
+        help="updates in a row that may be skipped for a NaN or Inf in loss or gradients",
+    )
+    exit_signal_handler: bool = flag(False, help="on SIGTERM or SIGUSR1 save a checkpoint and end")
+    exit_duration_in_mins: float | None = flag(None, minimum=0, unit="min", help="save a checkpoint and end after this")
+    exit_interval: int | None = flag(None, minimum=1, unit="steps", help="save a checkpoint and end at its multiples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

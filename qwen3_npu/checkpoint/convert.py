@@ -3,95 +3,153 @@ writer put together; nothing is held in memory but the tensors being written."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from qwen3_npu import log
-from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, TargetArgs
-from qwen3_npu.checkpoint.hf_files import CARRIED_FILES, carry_files, is_hf_weights, open_hf
-from qwen3_npu.checkpoint.mg_files import MegatronReader
-from qwen3_npu.checkpoint.source import Source
-from qwen3_npu.checkpoint.tensors import BY_TORCH
-from qwen3_npu.checkpoint.weights import EMBEDDING
-from qwen3_npu.checkpoint.write_hf import write_config, write_hf_weights
-from qwen3_npu.checkpoint.write_mg import ITERATION, write_megatron, write_tracker
-from qwen3_npu.distributed.layout import Layout, plan
+from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
+from qwen3_npu.checkpoint.choose_output import found_output, planned_output
+from qwen3_npu.checkpoint.hf_files import CARRIED_FILES, carry_files
+from qwen3_npu.checkpoint.jobs import run_jobs
+from qwen3_npu.checkpoint.manifest import write_manifest
+from qwen3_npu.checkpoint.opening import open_checkpoint
+from qwen3_npu.checkpoint.outputs import Output
+from qwen3_npu.checkpoint.plan import Plan, make_plan
+from qwen3_npu.checkpoint.probe import logits, probe_tokens
+from qwen3_npu.checkpoint.verify import differences
+from qwen3_npu.checkpoint.write_hf import PeftOutput, write_config
+from qwen3_npu.checkpoint.write_mg import MegatronOutput
+from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
-from qwen3_npu.model.arch import Qwen3Arch, read_hf_config
-from qwen3_npu.numbers import number_list
+from qwen3_npu.model.arch import read_hf_config
+
+_SHOWN = 100  # differences listed; the number of the rest is given
 
 
-def convert(args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> Path:
-    """Do what the command line says; the folder written.
+def convert(
+    args: ConvertArgs,
+    target: TargetArgs,
+    lora: LoraConvertArgs,
+    legacy: LegacyConvertArgs,
+    given: Collection[str] = (),
+) -> int:
+    """Do what the command line says.
+
+    Args:
+        given: names of the flags on the command line.
+
+    Returns:
+        The exit status: 1 if --verify or --verify-only found a difference, else 0.
 
     Raises:
         UsageError: the source cannot be read, or the target is impossible or exists already.
     """
-    open_source = _opener(args)
-    source = open_source()
-    arch, dtype = source.arch, source.dtype(EMBEDDING.hf[0])
-    if args.model_type_hf and (args.model_type_hf == "qwen3-moe") != arch.is_moe:
-        raise UsageError(f"--model-type-hf {args.model_type_hf}, but the model in {args.load_dir} is {arch}")
-    log.info(f"model:  {arch}")
-    log.info(f"source: {args.load_dir}" + (f" ({source.layout})" if isinstance(source, MegatronReader) else ""))
-    if isinstance(source, MegatronReader):
-        source.check()
-    source.close()
-    dtype = BY_TORCH[args.params_dtype] if args.params_dtype else dtype
-    options = {"workers": args.jobs or min(os.cpu_count() or 1, 4), "resume": args.resume, "overwrite": args.overwrite}
-    if args.save_model_type == HF:
-        folder = _hf_folder(args, legacy)
-        log.info(f"target: {folder} (Hugging Face, {dtype.torch})")
-        write_hf_weights(open_source, arch, folder, dtype, int(args.max_shard_size * 1e9), **options)
+    for note in _without_effect(args, given):
+        log.info(note)
+    plan = make_plan(args, lora)
+    log.info(f"model:  {plan.contents.arch}")
+    for name, facts in plan.facts.items():
+        log.info(f"{name + ':':<8}{facts['folder']} ({facts['layout']})")
+    if plan.merged:
+        log.info(f"merge:  {plan.merged}")
+    if args.verify_only:
+        try:
+            output = found_output(plan, args, target, legacy, given)
+        except UsageError as error:
+            return _report([str(error)], 0, Path(args.save_dir))
     else:
-        folder, layout = Path(args.save_dir), target_layout(arch, target)
-        log.info(f"target: {folder} ({layout}, {dtype.torch})")
-        write_megatron(open_source, arch, folder, layout, dtype, **options)
-    _carry(args, arch, folder, dtype)
-    if args.save_model_type != HF:
-        write_tracker(folder, str(ITERATION))
-    log.info(f"written: {folder}")
-    return folder
+        output = _write(plan, args, target, legacy)
+        if plan.merged and lora.lora_check:
+            _check_merge(plan, output)
+    if args.verify or args.verify_only:
+        lines, compared = differences(output.jobs, plan.sources, output.folder, _workers(args))
+        lines += [f"extra file: {name}" for name in output.strays()]
+        return _report(lines, compared, output.folder)
+    return 0
 
 
-def _opener(args: ConvertArgs) -> Callable[[], Source]:
-    """Opens the source that the flags name; can be sent to another process."""
-    if not Path(args.load_dir).is_dir():
-        raise UsageError(f"--load-dir {args.load_dir} is not a directory")
-    if args.load_model_type == HF:
-        return functools.partial(open_hf, args.load_dir)
-    return functools.partial(MegatronReader, args.load_dir, args.ckpt_step, args.hf_cfg_dir)
+def _workers(args: ConvertArgs) -> int:
+    return args.jobs or min(os.cpu_count() or 1, 4)
 
 
-def target_layout(arch: Qwen3Arch, target: TargetArgs) -> Layout:
-    """The layout that the target flags describe."""
-    return plan(
-        arch,
-        tensor=target.target_tensor_parallel_size,
-        pipeline=target.target_pipeline_parallel_size,
-        expert=target.target_expert_parallel_size,
-        expert_tensor=target.expert_tensor_parallel_size,
-        layers_per_virtual_stage=target.num_layers_per_virtual_pipeline_stage,
-        num_layer_list=number_list(target.num_layer_list) or None,
-        noop_layers=number_list(target.noop_layers),
-        vocab_divisible_by=target.make_vocab_size_divisible_by,
-        padded_vocab_size=target.padded_vocab_size,
-        stacked_experts=target.moe_grouped_gemm,
+def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
+    """Notes on flags of the other direction, which scripts carry along."""
+    layout = {field.name for field in dataclasses.fields(TargetArgs)} | {"ckpt_format"}
+    names = sorted(layout & set(given)) if args.save_model_type == HF else sorted({"max_shard_size"} & set(given))
+    kind = "a Hugging Face" if args.save_model_type == HF else "a Megatron"
+    return [f"{option(name)}: no effect on {kind} output" for name in names]
+
+
+def _write(plan: Plan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> Output:
+    """Write, publish and reveal the output; it is looked for only after everything is there."""
+    carried = _carried_from(args, legacy)
+    config = read_hf_config(carried) if (carried / "config.json").is_file() else None
+    output = planned_output(plan, args, target, legacy, config)
+    output.prepare(args.overwrite)
+    target_facts = output.facts()
+    layout = output.cut.layout if isinstance(output, MegatronOutput) else ""
+    kind = " ".join(str(part) for part in (target_facts["format"], layout, target_facts.get("dtype", "")) if part)
+    log.info(f"target: {output.root} ({kind})")
+    records = run_jobs(
+        output.jobs,
+        plan.sources,
+        output.stage,
+        plan=json.dumps({"sources": plan.facts, "merged": str(plan.merged), "target": target_facts}, indent=1),
+        workers=_workers(args),
+        resume=args.resume,
+        what="writing",
+    )
+    output.publish(records)
+    if not isinstance(output, PeftOutput):
+        carry_files(carried, output.root, [name for name in CARRIED_FILES if name != "config.json"])
+        if args.save_model_type != HF:
+            write_config(plan.contents.arch, config, output.root, plan.dtype)
+    place = output.folder.relative_to(output.root)
+    facts: dict[str, Any] = {
+        **plan.facts,
+        "merged": dataclasses.asdict(plan.merged) if plan.merged else None,
+        "target": target_facts,
+    }
+    write_manifest(output.root, facts, {str(place / name): record for name, record in records.items()})
+    output.reveal()
+    log.info(f"written: {output.root}")
+    return output
+
+
+def _carried_from(args: ConvertArgs, legacy: LegacyConvertArgs) -> Path:
+    """Where configuration and tokenizer files come from: the user says, or the source has them."""
+    target = Path(args.save_dir)
+    if args.hf_cfg_dir is None and legacy.is_v1 and args.save_model_type == HF and (target / "config.json").is_file():
+        return target
+    return Path(args.hf_cfg_dir or args.load_dir)
+
+
+def _check_merge(plan: Plan, output: Output) -> None:
+    """Print how far the merged weights on disk are from base and adapter side by side."""
+    tokens = probe_tokens(plan.contents.arch)
+    source, merged = plan.sources(), open_checkpoint(output.root)
+    expected, got = logits(source, tokens), logits(merged, tokens)
+    source.close()
+    merged.close()
+    log.info(
+        f"LoRA check: logits(base + adapter) and logits(merged) differ by at most {np.abs(expected - got).max():.3g}; "
+        f"the largest is {np.abs(expected).max():.3g} ({len(tokens)} tokens, {plan.dtype.torch} weights, float32 math)"
     )
 
 
-def _hf_folder(args: ConvertArgs, legacy: LegacyConvertArgs) -> Path:
-    """2.1.0 takes the original model's folder as --save-dir and writes mg2hf/ inside; its successor writes there."""
-    folder = Path(args.save_dir)
-    return folder / "mg2hf" if legacy.is_v1 or (is_hf_weights(folder) and not args.overwrite) else folder
-
-
-def _carry(args: ConvertArgs, arch: Qwen3Arch, folder: Path, dtype) -> None:
-    """Configuration and tokenizer files, from where the user says or from the source."""
-    source = Path(args.hf_cfg_dir or args.load_dir)
-    if folder.name == "mg2hf" and not args.hf_cfg_dir and (folder.parent / "config.json").is_file():
-        source = folder.parent
-    carry_files(source, folder, [name for name in CARRIED_FILES if name != "config.json"])
-    write_config(arch, read_hf_config(source) if (source / "config.json").is_file() else None, folder, dtype)
+def _report(lines: list[str], compared: int, folder: Path) -> int:
+    for line in lines[:_SHOWN]:
+        log.warning(line)
+    if len(lines) > _SHOWN:
+        log.warning(f"... and {len(lines) - _SHOWN} more")
+    if lines:
+        log.warning(f"{folder} is not what the source gives: {len(lines)} differences")
+        return 1
+    log.info(f"verified: {folder} is bit for bit what the source gives ({compared} tensors compared)")
+    return 0

@@ -33,6 +33,26 @@ class Piece:
     transposed: bool = False
     padding: bool = False
 
+    def part(self, wanted: Region) -> Region:
+        """Where a part of `source` lies in the Megatron tensor's view."""
+        offsets = [(start - o, stop - o) for (start, stop), (o, _) in zip(wanted, self.source, strict=True)]
+        if self.transposed:
+            offsets.reverse()
+        lead = len(self.target) - len(offsets)
+        inner = ((o + start, o + stop) for (start, stop), (o, _) in zip(offsets, self.target[lead:], strict=True))
+        return self.target[:lead] + tuple(inner)
+
+
+def intersect(a: Region, b: Region) -> Region | None:
+    """What two regions of one tensor have in common, or None."""
+    common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return common if all(start < stop for start, stop in common) else None
+
+
+def relative(region: Region, origin: Region) -> Region:
+    """A region counted from where `origin` starts."""
+    return tuple((start - o, stop - o) for (start, stop), (o, _) in zip(region, origin, strict=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:

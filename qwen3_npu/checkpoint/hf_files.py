@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.cuts import Region
+from qwen3_npu.checkpoint.lora_table import Contents
+from qwen3_npu.checkpoint.source import check_tensors, listed
 from qwen3_npu.checkpoint.tensors import BY_SAFETENSORS, DType, read_region
+from qwen3_npu.checkpoint.weights import hf_shapes
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 
@@ -82,7 +85,13 @@ class SafetensorsFile:
 
 
 class HfReader:
-    """The tensors of a Hugging Face Qwen3 directory (one side of every conversion; see `source.py`)."""
+    """The tensors of a Hugging Face Qwen3 directory (one side of conversions; see `source.py`).
+
+    Attributes:
+        contents: a model's weights.
+    """
+
+    format = "hf"
 
     def __init__(self, folder: str | Path, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch) -> None:
         """Open all files and check them against the tensors that the architecture has.
@@ -90,13 +99,16 @@ class HfReader:
         Raises:
             UsageError: a file is missing or truncated, or tensors are missing, extra or of another shape.
         """
-        self.folder, self.arch = Path(folder), arch
+        self.folder, self.arch, self.contents = Path(folder), arch, Contents(arch)
         self.files = [SafetensorsFile(path) for path in _weight_files(self.folder)]
         self.where = {name: file for file in self.files for name in file.header}
         if arch.tie_word_embeddings:
             # Published tied models store lm_head.weight all the same; it is the embedding.
             self.where.pop("lm_head.weight", None)
-        _compare(self.where, shapes, str(self.folder))
+        found = {name: file.shape(name) for name, file in self.where.items()}
+        check_tensors(found, shapes, str(self.folder), "this config.json")
+        for name in shapes:
+            self.dtype(name)  # an error now rather than after hours
 
     def dtype(self, name: str) -> DType:
         return self.where[name].dtype(name)
@@ -105,49 +117,50 @@ class HfReader:
         """A part of one tensor, in its own dtype (bfloat16 as uint16)."""
         return self.where[name].read(name, region)
 
+    def check(self) -> None:
+        """Nothing is left to check: opening did."""
+
     def close(self) -> None:
         for file in self.files:
             file.close()
 
+    def __str__(self) -> str:
+        return "Hugging Face"
+
 
 def open_hf(folder: str | Path) -> HfReader:
     """A Hugging Face directory with its own config.json as the architecture."""
-    from qwen3_npu.checkpoint.weights import hf_shapes
-
     arch = from_hf_config(read_hf_config(folder), str(Path(folder) / "config.json"))
     return HfReader(folder, hf_shapes(arch), arch)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, as a directory's index says; empty if it has no index.
+
+    Raises:
+        UsageError: the index cannot be read.
+    """
     index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise UsageError(f"{index} is not a safetensors index; download it again") from None
+    if not index.is_file():
+        return {}
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(Path(file).name) for name, file in names.items()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UsageError(f"{index} is not a safetensors index; download it again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if names := sorted(set(weight_map(folder).values())):
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
-            raise UsageError(f"{folder}: {len(missing)} of {len(names)} weight files missing: {', '.join(missing[:5])}")
+            raise UsageError(f"{folder}: {len(missing)} of {len(names)} weight files missing: {listed(missing)}")
         return [folder / n for n in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         other = "; it has pytorch_model*.bin: save it as safetensors" if list(folder.glob("*.bin")) else ""
         raise UsageError(f"{folder} holds no .safetensors file{other}")
     return files
-
-
-def _compare(where: Mapping[str, SafetensorsFile], shapes: Mapping[str, tuple[int, ...]], folder: str) -> None:
-    def first(names: Iterable[str]) -> str:
-        listed = sorted(names)
-        return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
-
-    if missing := shapes.keys() - where.keys():
-        raise UsageError(f"{folder}: tensors missing for this config.json: {first(missing)}")
-    if extra := where.keys() - shapes.keys():
-        raise UsageError(f"{folder}: tensors that a Qwen3 of this config.json does not have: {first(extra)}")
-    for name, shape in shapes.items():
-        if where[name].shape(name) != shape:
-            raise UsageError(f"{folder}: {name} has shape {where[name].shape(name)}; config.json says {shape}")
 
 
 def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES) -> list[str]:

@@ -9,86 +9,130 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.source import Source
+from qwen3_npu.checkpoint.source import Source, read_shard
+from qwen3_npu.checkpoint.tensors import DType
+from qwen3_npu.checkpoint.weights import Shard
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress, human
 
 _RECORD = ".record.json"
+_PLAN = "plan.json"
 _SPARE_BYTES = 64 << 20  # left free on the disk, for headers, configuration and tokenizer files
 
-Written = Callable[[str, np.ndarray], None]
+Result = TypeVar("Result")
+Count = Callable[[int], None]
+
+
+class Item(NamedTuple):
+    """A tensor to be written: a name that no other of its file has, the pieces it is made of, and its dtype."""
+
+    name: str
+    shard: Shard
+    dtype: DType
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shard.shape) * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """A tensor of a finished file."""
+
+    dtype: DType | None
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
 
 
 class FileJob(Protocol):
-    """One output file.
+    """One output file."""
 
-    Attributes:
-        name: path relative to the output folder.
-        size: bytes of the tensors in it.
-    """
+    @property
+    def name(self) -> str:
+        """Path relative to the output folder."""
 
-    name: str
-    size: int
+    def items(self) -> list[Item]:
+        """Every tensor of the file, in order."""
 
-    def write(self, source: Source, path: Path, written: Written) -> None:
-        """Make the file at `path`, flushed to disk; tell `written` of each tensor's name and data."""
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
+        """Make the file from the data of `items`, flushed to disk; what the record should remember besides."""
+
+    def stored(self, path: Path) -> dict[str, Stored]:
+        """The tensors of a finished file, under the names of `items`. Raises: UsageError: it cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A finished file: its size in bytes and the SHA-256 of each tensor's bytes."""
+    """A finished file.
+
+    Attributes:
+        bytes: its size.
+        sha256: of each tensor's bytes.
+        notes: what the job's `write` returned.
+    """
 
     bytes: int
     sha256: dict[str, str]
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def job_bytes(job: FileJob) -> int:
+    """Bytes of the tensors of a job."""
+    return sum(item.bytes for item in job.items())
 
 
 def run_jobs(
-    jobs: Sequence[FileJob], open_source: Callable[[], Source], stage: Path, *, workers: int, resume: bool, what: str
+    jobs: Sequence[FileJob],
+    open_source: Callable[[], Source],
+    stage: Path,
+    *,
+    plan: str,
+    workers: int,
+    resume: bool,
+    what: str,
 ) -> dict[str, Record]:
     """Write every file under `stage`; file name -> record.
 
     Args:
         open_source: opens the source; each worker process has its own.
+        plan: what is being done, in words; only a run with the same plan may resume it.
         workers: processes; 1 writes in this one.
         resume: keep files that an earlier run finished.
         what: first word of the progress line.
 
     Raises:
-        UsageError: no space, an earlier unfinished run (without `resume`), or the source is damaged.
+        UsageError: no space, an earlier unfinished run (without `resume`, or with another plan), or the source is
+            damaged.
     """
-    records = _earlier(stage) if resume else {}
+    records = _earlier(stage, plan) if resume else {}
     if not resume and stage.exists():
         raise UsageError(f"{stage} is an unfinished conversion; continue it with --resume or drop it with --overwrite")
     todo = [job for job in jobs if job.name not in records]
-    total = sum(job.size for job in todo)
+    total = sum(map(job_bytes, todo))
     _make_writable(stage)
     check_space(stage, total)
+    (stage / _PLAN).write_text(plan, encoding="utf-8")
     with Progress(what, total, {"bytes": "B"}) as progress:
-        if workers <= 1 or len(todo) <= 1:
-            source = open_source()
-            for job in todo:
-                records[job.name] = _write(job, source, stage, lambda n: progress.add(bytes=n))
-            source.close()
-        else:
-            records |= _in_processes(todo, open_source, stage, min(workers, len(todo)), progress)
+        records |= in_processes(_Write(stage), todo, open_source, workers, lambda count: progress.add(bytes=count))
     return {job.name: records[job.name] for job in jobs}
 
 
 def remove_records(stage: Path) -> None:
     """Drop the records once every file is finished."""
-    for path in stage.rglob("*" + _RECORD):
-        path.unlink()
+    for path in [*stage.rglob("*" + _RECORD), stage / _PLAN]:
+        path.unlink(missing_ok=True)
 
 
 def _make_writable(folder: Path) -> None:
@@ -111,8 +155,15 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _earlier(stage: Path) -> dict[str, Record]:
+def _earlier(stage: Path, plan: str) -> dict[str, Record]:
     """Files that an earlier run finished: their record is there and their size agrees with it."""
+    if not (stage / _PLAN).is_file():
+        return {}
+    if (stage / _PLAN).read_text(encoding="utf-8") != plan:
+        raise UsageError(
+            f"{stage} was begun with another source or other settings; repeat those with --resume, or drop it with "
+            f"--overwrite"
+        )
     records = {}
     for path in sorted(stage.rglob("*" + _RECORD)):
         file = path.with_name(path.name[: -len(_RECORD)])
@@ -122,26 +173,35 @@ def _earlier(stage: Path) -> dict[str, Record]:
     return records
 
 
-def _write(job: FileJob, source: Source, stage: Path, progress: Callable[[int], None]) -> Record:
-    path = stage / job.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    digests: dict[str, str] = {}
+@dataclasses.dataclass(frozen=True)
+class _Write:
+    """Makes the file of a job in a folder."""
 
-    def written(name: str, data: np.ndarray) -> None:
-        digests[name] = hashlib.sha256(memoryview(np.ascontiguousarray(data)).cast("B")).hexdigest()
-        progress(data.nbytes)
+    stage: Path
 
-    try:
-        job.write(source, temporary, written)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
-    os.replace(temporary, path)
-    record = Record(path.stat().st_size, digests)
-    record_path = path.with_name(path.name + _RECORD)
-    record_path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(record)), encoding="utf-8")
-    os.replace(record_path.with_suffix(".tmp"), record_path)
-    return record
+    def __call__(self, job: FileJob, source: Source, count: Count) -> Record:
+        path = self.stage / job.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        digests: dict[str, str] = {}
+
+        def tensors() -> Iterator[np.ndarray]:
+            for item in job.items():
+                data = np.ascontiguousarray(read_shard(source, item.shard, item.dtype))
+                digests[item.name] = hashlib.sha256(memoryview(data).cast("B") if data.size else b"").hexdigest()
+                yield data
+                count(data.nbytes)
+
+        try:
+            notes = job.write(temporary, tensors())
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}; --resume continues from here") from None
+        os.replace(temporary, path)
+        record = Record(path.stat().st_size, digests, notes)
+        record_path = path.with_name(path.name + _RECORD)
+        record_path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(record)), encoding="utf-8")
+        os.replace(record_path.with_suffix(".tmp"), record_path)
+        return record
 
 
 # A worker's own source and the counter it shares with the parent.
@@ -152,38 +212,49 @@ def _start_worker(open_source: Callable[[], Source], counter: Any) -> None:
     _worker["source"], _worker["counter"] = open_source(), counter
 
 
-def _work(job: FileJob, stage: Path) -> Record:
+def _work(function: Callable[[FileJob, Source, Count], Result], job: FileJob) -> Result:
     counter = _worker["counter"]
 
-    def progress(count: int) -> None:
+    def count(bytes_done: int) -> None:
         with counter.get_lock():
-            counter.value += count
+            counter.value += bytes_done
 
-    return _write(job, _worker["source"], stage, progress)
+    return function(job, _worker["source"], count)
 
 
-def _in_processes(
-    jobs: Sequence[FileJob], open_source: Callable[[], Source], stage: Path, workers: int, progress: Progress
-) -> dict[str, Record]:
+def in_processes(
+    function: Callable[[FileJob, Source, Count], Result],
+    jobs: Sequence[FileJob],
+    open_source: Callable[[], Source],
+    workers: int,
+    progress: Count,
+) -> dict[str, Result]:
+    """`function(job, source, count bytes)` for every job; job name -> result. With one worker in this process."""
+    if workers <= 1 or len(jobs) <= 1:
+        source = open_source()
+        try:
+            return {job.name: function(job, source, progress) for job in jobs}
+        finally:
+            source.close()
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     shown = 0
-    records = {}
     # The largest first: the last file to finish is then a small one.
-    jobs = sorted(jobs, key=lambda job: -job.size)
-    with ProcessPoolExecutor(workers, context, _start_worker, (open_source, counter)) as pool:
-        futures = {pool.submit(_work, job, stage): job for job in jobs}
+    jobs = sorted(jobs, key=lambda job: -job_bytes(job))
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (open_source, counter)) as pool:
+        futures = {pool.submit(_work, function, job): job for job in jobs}
         try:
             while not all(future.done() for future in futures):
-                time.sleep(0.1)
-                progress.add(bytes=counter.value - shown)
+                time.sleep(0.05)
+                progress(counter.value - shown)
                 shown = counter.value
                 if any(future.done() and future.exception() for future in futures):
                     break
-            for future in as_completed(futures):
-                records[futures[future].name] = future.result()
+            results = {futures[future].name: future.result() for future in as_completed(futures)}
+        except BrokenProcessPool:
+            raise UsageError("a worker process was killed (out of memory?); continue with --resume --jobs 1") from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    progress.add(bytes=counter.value - shown)
-    return records
+    progress(counter.value - shown)
+    return results

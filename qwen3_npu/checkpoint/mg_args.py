@@ -8,8 +8,10 @@ converter back to Hugging Face takes the heads from the second, which its own tr
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
+from qwen3_npu.checkpoint.lora_table import Lora, found_lora
 from qwen3_npu.checkpoint.tensors import DType
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
@@ -120,12 +122,19 @@ def arch_from_args(args: argparse.Namespace, where: str) -> Qwen3Arch:
 
 
 def layout_from_args(
-    args: argparse.Namespace, arch: Qwen3Arch, *, padded_vocab_size: int, virtual: int, stacked_experts: bool
+    args: argparse.Namespace,
+    arch: Qwen3Arch,
+    *,
+    padded_vocab_size: int,
+    virtual: int,
+    stacked_experts: bool,
+    expert_tensor: int | None = None,
 ) -> Layout:
     """The layout that a checkpoint's arguments describe.
 
     Args:
         padded_vocab_size, virtual, stacked_experts: read off the tensors themselves, which cannot be wrong.
+        expert_tensor: the same, if there are expert tensors (MindSpeed-LLM's converter does not save it).
     """
     pipeline = getattr(args, "pipeline_model_parallel_size", 1)
     noop = number_list(getattr(args, "noop_layers", None))
@@ -136,10 +145,36 @@ def layout_from_args(
         tensor=getattr(args, "tensor_model_parallel_size", 1),
         pipeline=pipeline,
         expert=getattr(args, "expert_model_parallel_size", None) or 1,
-        expert_tensor=getattr(args, "expert_tensor_parallel_size", None),
+        expert_tensor=expert_tensor or getattr(args, "expert_tensor_parallel_size", None),
         layers_per_virtual_stage=total // pipeline // virtual if virtual > 1 else None,
         num_layer_list=layer_list or None,
         noop_layers=noop,
         padded_vocab_size=padded_vocab_size,
         stacked_experts=stacked_experts,
     )
+
+
+def lora_args(lora: Lora) -> dict[str, Any]:
+    """What the args of a checkpoint with LoRA tensors say about them."""
+    return {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_target_modules": list(lora.targets)}
+
+
+def lora_from_args(
+    args: argparse.Namespace, shapes: Mapping[str, tuple[int, ...]], alpha: float | None, where: str
+) -> Lora | None:
+    """The adapter among Megatron tensors of these shapes, or None. Rank and targets are read off the tensors.
+
+    Args:
+        alpha: used if the arguments do not say it.
+
+    Raises:
+        UsageError: alpha is said nowhere.
+    """
+    if (found := found_lora(shapes, where)) is None:
+        return None
+    saved = getattr(args, "lora_alpha", None)
+    alpha = alpha if saved is None else float(saved)
+    if alpha is None:
+        raise UsageError(f"{where} holds LoRA tensors but its args have no lora_alpha; give --lora-alpha")
+    r, targets = found
+    return Lora(r, alpha, targets)

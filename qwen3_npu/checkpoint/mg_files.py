@@ -8,75 +8,41 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.cuts import Piece, Region
-from qwen3_npu.checkpoint.mg_args import arch_from_args, layout_from_args
+from qwen3_npu.checkpoint.cuts import Region
+from qwen3_npu.checkpoint.lora_table import Contents, is_lora
+from qwen3_npu.checkpoint.mg_args import arch_from_args, layout_from_args, lora_from_args
+from qwen3_npu.checkpoint.mg_folder import (
+    COMMON,
+    TORCH,
+    TORCH_DIST,
+    checkpoint_folder,
+    format_of,
+    iteration_name,
+    read_tracker,
+)
+from qwen3_npu.checkpoint.piece_reader import PieceReader, Place
 from qwen3_npu.checkpoint.pt_reader import PtFile, TensorRef
-from qwen3_npu.checkpoint.tensors import DType, sizes, slices
-from qwen3_npu.checkpoint.weights import EMBEDDING, Shard, hf_shapes, shards
+from qwen3_npu.checkpoint.source import check_tensors
+from qwen3_npu.checkpoint.tensors import DType
+from qwen3_npu.checkpoint.weights import EMBEDDING, Shard, shards
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 
-TRACKER, WEIGHTS = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
+__all__ = ["WEIGHTS", "MegatronReader", "ShardedTensors", "checkpoint_args", "iteration_name", "read_tracker"]
+
+WEIGHTS = "model_optim_rng.pt"
 # Entries of a model's state dict that are not weights.
 _NOT_WEIGHTS = ("_extra_state", "inv_freq")
 
-
-def iteration_name(iteration: int) -> str:
-    return f"iter_{iteration:07d}"
-
-
-def read_tracker(root: Path) -> str | None:
-    """What the tracker file says: an iteration, "release", or None if there is no such file."""
-    try:
-        return (root / TRACKER).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-
-
-def checkpoint_folder(root: str | Path, iteration: int | None = None) -> Path:
-    """The `iter_*` (or `release`) folder to load.
-
-    Args:
-        root: the checkpoint's folder, or an `iter_*` folder itself.
-        iteration: which one; the tracker's if None.
-
-    Raises:
-        UsageError: nothing to load there.
-    """
-    root = Path(root)
-    if root.name.startswith("iter_") and any(root.glob("mp_rank_*")):
-        return root
-    if iteration is not None:
-        name = iteration_name(iteration)
-    else:
-        tracked = read_tracker(root)
-        if tracked is None:
-            raise UsageError(f"{root} is not a Megatron checkpoint: it has no {TRACKER}")
-        if tracked != "release" and not tracked.isdigit():
-            raise UsageError(f"{root / TRACKER} says {tracked!r}; an iteration number or 'release' is expected")
-        name = "release" if tracked == "release" else iteration_name(int(tracked))
-    if not (root / name).is_dir():
-        there = ", ".join(sorted(p.name for p in root.glob("iter_*"))) or "none"
-        raise UsageError(f"{root / name} does not exist; iterations there: {there}")
-    return root / name
-
-
-class _Place(NamedTuple):
-    """Where a piece of a Hugging Face tensor lies."""
-
-    piece: Piece
-    shard: Shard
-    rank: Rank
-
-
 Models = Callable[[dict[str, Any], int, int], dict[str, Any]]
+Table = Callable[[Layout, Rank], Iterator[Shard]]
 
 
 def weights_of(content: dict[str, Any], chunk: int, chunks: int) -> dict[str, Any]:
@@ -84,12 +50,13 @@ def weights_of(content: dict[str, Any], chunk: int, chunks: int) -> dict[str, An
     return content["model" if chunks == 1 else f"model{chunk}"]
 
 
-class ShardedTensors:
+class ShardedTensors(PieceReader[Rank]):
     """Tensors of a known layout in one file per rank, read as regions of Hugging Face tensors. Files open on demand.
 
     Args:
         models: content of a file, chunk, number of chunks -> the dict of tensors in it.
         prefer: a rank whose file is tried first for what several ranks hold.
+        table: the tensors of a rank; by default a model's weights.
     """
 
     def __init__(
@@ -100,16 +67,13 @@ class ShardedTensors:
         layout: Layout,
         models: Models = weights_of,
         prefer: Rank | None = None,
+        table: Table | None = None,
     ) -> None:
         self.folder, self.file, self.arch, self.layout, self.models = folder, file, arch, layout, models
-        ranks = sorted(layout.ranks(), key=lambda rank: rank != prefer)  # stable: the preferred one first
+        self.table: Table = table or (lambda layout, rank: shards(arch, layout, rank))
         self.opened: dict[Rank, PtFile] = {}
-        self.places: dict[str, dict[Region, list[_Place]]] = {name: {} for name in hf_shapes(arch)}
-        for rank in ranks:
-            for shard in shards(arch, layout, rank):
-                for piece in shard.pieces:
-                    if not piece.padding:
-                        self.places[piece.hf].setdefault(piece.source, []).append(_Place(piece, shard, rank))
+        ranks = sorted(layout.ranks(), key=lambda rank: rank != prefer)  # stable: the preferred one first
+        super().__init__(((rank, shard) for rank in ranks for shard in self.table(layout, rank)), str(folder))
 
     def open(self, rank: Rank) -> PtFile:
         """One rank's file, opened once."""
@@ -120,51 +84,24 @@ class ShardedTensors:
             self.opened[rank] = PtFile(path)
         return self.opened[rank]
 
-    def _tensor(self, place: _Place) -> TensorRef | None:
-        content = self.open(place.rank).content
-        return self.models(content, place.shard.chunk, self.layout.virtual).get(place.shard.name)
+    def find(self, place: Place) -> TensorRef | None:
+        file = self.open(place.where)
+        tensor = self.models(file.content, place.shard.chunk, self.layout.virtual).get(place.shard.name)
+        if tensor is not None and tensor.shape != place.shard.shape:
+            raise UsageError(
+                f"{file.path}: {place.shard.name} has shape {tensor.shape}; {place.shard.shape} expected for layout "
+                f"{self.layout}"
+            )
+        return tensor
 
-    def _holder(self, name: str, source: Region) -> tuple[_Place, TensorRef]:
-        """The first rank that has this piece: replicas are the same, and of some only one rank writes its copy."""
-        for place in self.places[name][source]:
-            tensor = self._tensor(place)
-            if tensor is not None:
-                if tensor.shape != place.shard.shape:
-                    raise UsageError(
-                        f"{self.open(place.rank).path}: {place.shard.name} has shape {tensor.shape}; "
-                        f"{place.shard.shape} expected for layout {self.layout}"
-                    )
-                return place, tensor
-        raise UsageError(f"{self.folder}: no file holds {name}")
-
-    def dtype(self, name: str) -> DType:
-        place, tensor = self._holder(name, next(iter(self.places[name])))
+    def stored_dtype(self, place: Place, tensor: TensorRef) -> DType:
         if tensor.dtype is None:
-            raise UsageError(f"{self.open(place.rank).path}: {place.shard.name} is not float32, float16 or bfloat16")
+            path = self.open(place.where).path
+            raise UsageError(f"{path}: {place.shard.name} is not float32, float16 or bfloat16")
         return tensor.dtype
 
-    def read(self, name: str, region: Region) -> np.ndarray:
-        """A part of one Hugging Face tensor, put together from the shards that hold it."""
-        out = np.empty(sizes(region), self.dtype(name).carrier)
-        for source in self.places[name]:
-            common = _intersect(region, source)
-            if common is not None:
-                inside = tuple((a - o, b - o) for (a, b), (o, _) in zip(common, region, strict=True))
-                out[slices(inside)] = self._read_piece(*self._holder(name, source), common)
-        return out
-
-    def _read_piece(self, place: _Place, tensor: TensorRef, wanted: Region) -> np.ndarray:
-        piece = place.piece
-        offsets = [(a - o, b - o) for (a, b), (o, _) in zip(wanted, piece.source, strict=True)]
-        if piece.transposed:
-            offsets.reverse()
-        lead = len(piece.target) - len(offsets)
-        target = piece.target[:lead] + tuple(
-            (o + a, o + b) for (a, b), (o, _) in zip(offsets, piece.target[lead:], strict=True)
-        )
-        data = self.open(place.rank).read(tensor, place.shard.view, target)
-        data = data.reshape(data.shape[lead:])
-        return data.T if piece.transposed else data
+    def read_stored(self, place: Place, tensor: TensorRef, region: Region) -> np.ndarray:
+        return self.open(place.where).read(tensor, place.shard.view, region)
 
     def close(self) -> None:
         for file in self.opened.values():
@@ -172,7 +109,13 @@ class ShardedTensors:
 
 
 class MegatronReader(ShardedTensors):
-    """The weights of a Megatron checkpoint (one side of conversions; see `source.py`)."""
+    """What a Megatron checkpoint in the torch format holds (one side of conversions; see `source.py`).
+
+    Attributes:
+        contents: which tensors: a model's, an adapter's, or both.
+    """
+
+    format = TORCH
 
     def __init__(
         self,
@@ -180,27 +123,31 @@ class MegatronReader(ShardedTensors):
         iteration: int | None = None,
         hf_config: str | Path | None = None,
         prefer: Rank | None = None,
+        lora_alpha: float | None = None,
     ) -> None:
-        """Find out architecture and layout.
+        """Find out architecture, layout and contents.
 
         Args:
             hf_config: folder of the config.json that says the architecture; by default the one in the checkpoint, or
                 the arguments saved with the weights.
+            lora_alpha: of an adapter whose checkpoint does not say it.
 
         Raises:
             UsageError: not a checkpoint, or it does not say what it is.
         """
         folder = checkpoint_folder(root, iteration)
+        if format_of(folder) == TORCH_DIST:
+            raise UsageError(f"{folder} is in the torch_dist format; convert it first with --ckpt-format torch")
         first = _first_file(folder)
         self.args: argparse.Namespace = first.content.get("args", argparse.Namespace())
-        config = Path(hf_config or root)
-        if hf_config or (config / "config.json").is_file():
-            arch = from_hf_config(read_hf_config(config), str(config / "config.json"))
-        else:
-            arch = arch_from_args(self.args, str(folder))
-        layout = _layout(first, self.args, arch)
+        arch = architecture(Path(root), hf_config, self.args)
+        virtual = max(1, sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit()))
+        tensors = _tensors(first, range(virtual), virtual) | _first_layers(folder, virtual)
+        lora = lora_from_args(self.args, tensors, lora_alpha, str(folder))
+        self.contents = Contents(arch, base=not all(map(is_lora, tensors)), lora=lora)
+        layout = _layout(tensors, self.args, self.contents, virtual, first.path)
         first.close()
-        super().__init__(folder, WEIGHTS, arch, layout, prefer=prefer)
+        super().__init__(folder, WEIGHTS, arch, layout, prefer=prefer, table=self.contents.shards)
 
     def check(self) -> None:
         """Open every file and check names and shapes of all tensors.
@@ -209,12 +156,32 @@ class MegatronReader(ShardedTensors):
             UsageError: a file or tensor is missing, damaged, of another shape, or not expected.
         """
         for rank in self.layout.ranks():
-            _check(self.open(rank), list(shards(self.arch, self.layout, rank)), self.layout)
+            file, expected = self.open(rank), list(self.table(self.layout, rank))
+            for chunk in range(self.layout.virtual):
+                wanted = {shard.name: shard.shape for shard in expected if shard.chunk == chunk}
+                found = _tensors(file, [chunk], self.layout.virtual)
+                check_tensors(found, wanted, str(file.path), f"layout {self.layout}")
+
+    def saved_layout(self) -> Layout:
+        """The layout in which it was saved."""
+        return self.layout
+
+    def __str__(self) -> str:
+        return f"torch, {self.layout}, {self.contents}"
+
+
+def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namespace) -> Qwen3Arch:
+    """The model's architecture: as config.json says, else as the checkpoint's arguments do."""
+    config = Path(hf_config or root)
+    if hf_config or (config / "config.json").is_file():
+        return from_hf_config(read_hf_config(config), str(config / "config.json"))
+    return arch_from_args(args, str(root))
 
 
 def checkpoint_args(root: str | Path, iteration: int | None = None) -> tuple[argparse.Namespace, str]:
-    """The arguments saved in a checkpoint, and the file they are in."""
-    first = _first_file(checkpoint_folder(root, iteration))
+    """The arguments saved in a checkpoint of either format, and the file they are in."""
+    folder = checkpoint_folder(root, iteration)
+    first = PtFile(folder / COMMON) if format_of(folder) == TORCH_DIST else _first_file(folder)
     first.close()
     return first.content.get("args", argparse.Namespace()), str(first.path)
 
@@ -229,37 +196,59 @@ def _first_file(folder: Path) -> PtFile:
     return file
 
 
-def _layout(first: PtFile, args: argparse.Namespace, arch: Qwen3Arch) -> Layout:
-    virtual = max(1, sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit()))
-    tensors = {name: t for chunk in range(virtual) for name, t in weights_of(first.content, chunk, virtual).items()}
-    embedding = tensors.get(EMBEDDING.megatron)
-    if embedding is None:
-        raise UsageError(f"{first.path} has no word embedding; it is not the first pipeline stage of a GPT model")
+def _first_layers(folder: Path, virtual: int) -> dict[str, Any]:
+    """Name -> shape of what the first file with layers holds: a stage may consist of places without weights."""
+    for path in sorted(folder.glob(f"mp_rank_*/{WEIGHTS}")):
+        file = PtFile(path)
+        file.close()
+        tensors = _tensors(file, range(virtual), virtual)
+        if any("layers." in name for name in tensors):
+            return tensors
+    return {}
+
+
+def _tensors(file: PtFile, chunks: Iterable[int], virtual: int) -> dict[str, Any]:
+    """Name -> shape of what some chunks of a file hold (None for something that is no tensor)."""
+    return {
+        name: getattr(value, "shape", None)
+        for chunk in chunks
+        for name, value in weights_of(file.content, chunk, virtual).items()
+        if not name.endswith(_NOT_WEIGHTS)
+    }
+
+
+def _layout(tensors: dict[str, Any], args: argparse.Namespace, contents: Contents, virtual: int, path: Path) -> Layout:
+    arch, tensor_parallel = contents.arch, getattr(args, "tensor_model_parallel_size", 1)
+    padded = getattr(args, "padded_vocab_size", None) or arch.vocab_size
+    if contents.base:
+        if EMBEDDING.megatron not in tensors:
+            raise UsageError(f"{path} has no word embedding; it is not the first pipeline stage of a GPT model")
+        padded = tensors[EMBEDDING.megatron][0] * tensor_parallel
     return layout_from_args(
         args,
         arch,
-        padded_vocab_size=embedding.shape[0] * getattr(args, "tensor_model_parallel_size", 1),
+        padded_vocab_size=padded,
         virtual=virtual,
         stacked_experts=not any("local_experts" in name for name in tensors),
+        expert_tensor=_expert_tensor(tensors, args, arch),
     )
 
 
-def _intersect(a: Region, b: Region) -> Region | None:
-    common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
-    return common if all(start < stop for start, stop in common) else None
-
-
-def _check(file: PtFile, expected: list[Shard], layout: Layout) -> None:
-    """Every tensor that the layout puts on this rank is there, of its shape, and no other."""
-    for chunk in range(layout.virtual):
-        wanted = {shard.name: shard for shard in expected if shard.chunk == chunk}
-        found = weights_of(file.content, chunk, layout.virtual)
-        found = {name: value for name, value in found.items() if not name.endswith(_NOT_WEIGHTS)}
-        for what, names in (("missing", wanted.keys() - found.keys()), ("not expected", found.keys() - wanted.keys())):
-            if names:
-                listed = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                raise UsageError(f"{file.path}: tensors {what} for layout {layout}: {listed}")
-        for name, shard in wanted.items():
-            if not isinstance(found[name], TensorRef) or found[name].shape != shard.shape:
-                shape = getattr(found[name], "shape", "no tensor")
-                raise UsageError(f"{file.path}: {name} has shape {shape}; {shard.shape} expected for layout {layout}")
+def _expert_tensor(tensors: dict[str, Any], args: argparse.Namespace, arch: Qwen3Arch) -> int | None:
+    """Over how many ranks an expert is cut, read off a tensor that has the experts' width on one side."""
+    width = arch.moe_intermediate_size
+    stacked = width * (arch.num_experts // (getattr(args, "expert_model_parallel_size", None) or 1))
+    sides = {
+        "mlp.experts.weight2": (0, stacked),
+        "mlp.experts.weight2_lora_a": (0, stacked),
+        "mlp.experts.weight1_lora_b": (1, 2 * stacked),
+        "linear_fc2.weight": (1, width),
+        "linear_fc2.base_layer.weight": (1, width),
+        "linear_fc2.lora_A.default.weight": (1, width),
+        "linear_fc1.lora_B.default.weight": (0, 2 * width),
+    }
+    for name, shape in tensors.items():
+        for ending, (axis, size) in sides.items():
+            if ".experts." in name and name.endswith(ending) and shape[axis]:
+                return size // shape[axis]
+    return None

@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -58,10 +58,12 @@ class _StorageId:
 
 
 # The pure-python pickler is the one whose handling of single types can be extended; it is as old as pickle itself.
-class _Pickler(pickle._Pickler):  # type: ignore[name-defined]
+class TorchPickler(pickle._Pickler):  # type: ignore[name-defined]
+    """Writes `Tensor`s, `DType`s and `TorchName`s as torch pickles tensors, dtypes and names."""
+
     dispatch: ClassVar[dict] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, protocol=2)
         self.tensors: list[Tensor] = []
 
@@ -89,6 +91,20 @@ class _Pickler(pickle._Pickler):  # type: ignore[name-defined]
     dispatch[DType] = save_dtype
 
 
+class _FromHere:
+    """A file as if it began at its present position."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.start = file, file.tell()
+        self.write, self.flush = file.write, file.flush
+
+    def tell(self) -> int:
+        return self.file.tell() - self.start
+
+    def seek(self, offset: int) -> int:
+        return self.file.seek(offset + self.start)
+
+
 class PtWriter:
     """One checkpoint file being written.
 
@@ -97,13 +113,16 @@ class PtWriter:
     """
 
     def __init__(self, path: Path, content: Any) -> None:
+        self.file = open(path, "wb")
+        self._begin(self.file, content, path.stem)
+
+    def _begin(self, file: BinaryIO, content: Any, root: str) -> None:
         buffer = io.BytesIO()
-        pickler = _Pickler(buffer)
+        pickler = TorchPickler(buffer)
         pickler.dump(content)
         self.tensors: Iterator[tuple[int, Tensor]] = enumerate(pickler.tensors)
-        self.file = open(path, "wb")
-        self.archive = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self.root = path.stem
+        self.archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self.root = root
         self._entry("data.pkl", [buffer.getvalue()])
         self._entry("byteorder", [b"little"])
 
@@ -119,16 +138,34 @@ class PtWriter:
         start = self.archive.fp.tell() + 30 + len(info.filename) + _ZIP64_EXTRA + 4
         padding = -start % _ALIGNMENT
         info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-        with self.archive.open(info, "w", force_zip64=True) as entry:
-            for part in parts:
-                entry.write(part)
+        try:
+            with self.archive.open(info, "w", force_zip64=True) as entry:
+                for part in parts:
+                    entry.write(part)
+        except OSError:
+            self.archive.fp = None  # or it would try to finish the archive, on the full disk, when it is collected
+            raise
 
-    def close(self) -> None:
-        """Finish the archive and flush it to disk."""
+    def _end(self) -> None:
         if (left := next(self.tensors, None)) is not None:
             raise AssertionError(f"tensor {left[0]} was not written")
         self._entry("version", [b"3\n"])
         self.archive.close()
+
+    def close(self) -> None:
+        """Finish the archive and flush it to disk."""
+        self._end()
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
+
+
+class PtSection(PtWriter):
+    """A whole archive inside a larger file, from its present position on; `close` leaves the file open."""
+
+    def __init__(self, file: BinaryIO, content: Any) -> None:
+        self._begin(_FromHere(file), content, "archive")  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Finish the archive."""
+        self._end()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
 
-from qwen3_npu.checkpoint.cuts import Piece, Region
-from qwen3_npu.checkpoint.tensors import DType, convert, slices
+from qwen3_npu.checkpoint.cuts import Region, relative
+from qwen3_npu.checkpoint.tensors import DType, convert, full, row_blocks, slices
 from qwen3_npu.checkpoint.weights import Shard
+from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
 
 class Source(Protocol):
-    """Weights under their Hugging Face names, wherever they lie (`HfReader`, `MegatronReader`)."""
+    """Tensors under their Hugging Face names (an adapter's: under PEFT's), wherever they lie."""
 
     arch: Qwen3Arch
 
@@ -24,16 +26,57 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-def read_piece(source: Source, piece: Piece) -> np.ndarray:
-    """One piece's data in the orientation of its Megatron tensor (without leading dimensions of size 1)."""
-    data = source.read(piece.hf, piece.source)
-    return data.T if piece.transposed else data
+def read_tensor(source: Source, name: str, shape: tuple[int, ...], dtype: DType) -> np.ndarray:
+    """One whole Hugging Face tensor in `dtype`."""
+    out = np.empty(shape, dtype.carrier)
+    stored = source.dtype(name)
+    for block in row_blocks(full(shape), dtype.itemsize):
+        out[slices(block)] = convert(source.read(name, block), stored, dtype)
+    return out
 
 
 def read_shard(source: Source, shard: Shard, dtype: DType) -> np.ndarray:
-    """One Megatron tensor, put together from its pieces and converted to `dtype`. Shape: `shard.shape`."""
+    """One Megatron tensor, put together from its pieces and converted to `dtype`. Shape: `shard.shape`.
+
+    Beyond the result a few MB are in memory: pieces pass through in blocks.
+    """
     out = np.empty(shard.view, dtype.carrier)
     for piece in shard.pieces:
-        data = convert(read_piece(source, piece), source.dtype(piece.hf), dtype)
-        out[slices(piece.target)] = data
+        stored = source.dtype(piece.hf)
+        for block in row_blocks(piece.source, dtype.itemsize):
+            data = convert(source.read(piece.hf, block), stored, dtype)
+            out[slices(piece.part(block))] = data.T if piece.transposed else data
     return out.reshape(shard.shape)
+
+
+def inside(out: np.ndarray, part: Region, whole: Region) -> np.ndarray:
+    """The view of `out` (which holds region `whole` of a tensor) that holds region `part`."""
+    return out[slices(relative(part, whole))]
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
+
+
+def check_tensors(
+    found: Mapping[str, tuple[int, ...] | None], wanted: Mapping[str, tuple[int, ...]], where: str, what: str
+) -> None:
+    """Every tensor is there, of its shape, and no other.
+
+    Args:
+        found: name -> shape; None for something that is no tensor.
+        where, what: name the file and what decides which tensors belong in it, for messages.
+
+    Raises:
+        UsageError: tensors are missing, extra or of another shape.
+    """
+    if missing := wanted.keys() - found.keys():
+        raise UsageError(f"{where}: tensors missing for {what}: {listed(missing)}")
+    if extra := found.keys() - wanted.keys():
+        raise UsageError(f"{where}: tensors not expected for {what}: {listed(extra)}")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise UsageError(f"{where}: {name} has shape {found[name]}; {shape} expected for {what}")

@@ -6,14 +6,16 @@ bfloat16 has no numpy dtype; its bits travel as uint16. Nothing is converted unl
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
 from qwen3_npu.checkpoint.cuts import Region
 from qwen3_npu.errors import UsageError
 
-_BLOCK = 8 << 20  # bytes read at a time when only some columns are wanted
+_BLOCK = 8 << 20  # bytes handled at a time, where a tensor need not be handled whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +38,24 @@ class DType:
     def itemsize(self) -> int:
         return self.carrier.itemsize
 
+    def __reduce__(self) -> tuple:
+        # dtypes are compared by identity; in another process it is that process's own.
+        return _dtype_named, (self.torch,)
+
 
 BF16 = DType("bfloat16", "BF16", "BFloat16Storage", np.dtype("<u2"))
 F16 = DType("float16", "F16", "HalfStorage", np.dtype("<f2"))
 F32 = DType("float32", "F32", "FloatStorage", np.dtype("<f4"))
 DTYPES = (BF16, F16, F32)
 U8 = DType("uint8", "U8", "ByteStorage", np.dtype("u1"))  # states of random generators, never weights
+_BY_NAME = {d.torch: d for d in (*DTYPES, U8)}
 BY_SAFETENSORS = {d.safetensors: d for d in DTYPES}
 BY_STORAGE = {d.storage: d for d in (*DTYPES, U8)}
 BY_TORCH = {d.torch: d for d in DTYPES} | {"bf16": BF16, "fp16": F16, "fp32": F32}
+
+
+def _dtype_named(torch: str) -> DType:
+    return _BY_NAME[torch]
 
 
 def to_float32(array: np.ndarray, dtype: DType) -> np.ndarray:
@@ -69,6 +80,12 @@ def convert(array: np.ndarray, source: DType, target: DType) -> np.ndarray:
     return array if source is target else from_float32(to_float32(array, source), target)
 
 
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one dtype and shape are equal bit for bit (so a NaN equals itself, 0 is not -0)."""
+    bits = np.dtype(f"u{a.itemsize}")
+    return np.array_equal(np.ascontiguousarray(a).view(bits), np.ascontiguousarray(b).view(bits))
+
+
 def full(shape: tuple[int, ...]) -> Region:
     """The region that is the whole tensor."""
     return tuple((0, n) for n in shape)
@@ -82,6 +99,14 @@ def slices(region: Region) -> tuple[slice, ...]:
 def sizes(region: Region) -> tuple[int, ...]:
     """The shape of a region."""
     return tuple(stop - start for start, stop in region)
+
+
+def row_blocks(region: Region, itemsize: int) -> Iterator[Region]:
+    """A region cut into blocks of whole rows (along the first dimension) of a few MB each."""
+    (start, stop), *rest = region
+    rows = max(1, _BLOCK // (itemsize * math.prod(b - a for a, b in rest)))
+    for row in range(start, stop, rows):
+        yield ((row, min(row + rows, stop)), *rest)
 
 
 def _read_into(fd: int, offset: int, out: np.ndarray, path: str) -> None:

@@ -10,7 +10,7 @@ Names and layouts are those of MindSpeed-LLM's "local" models.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from qwen3_npu.checkpoint import cuts
 from qwen3_npu.checkpoint.cuts import Cut, Piece, Place
@@ -149,17 +149,18 @@ def _copy(shard: Shard) -> Shard:
     return dataclasses.replace(shard, pieces=tuple(dataclasses.replace(p, padding=True) for p in shard.pieces))
 
 
-def hf_shapes(arch: Qwen3Arch) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every Hugging Face tensor of this model, in the order of the layers.
-
-    Read off the table: the uncut model's pieces cover each tensor, so its size is where the last piece ends.
-    """
-    layout = single(arch)
+def covered(shards: Iterable[Shard]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that an uncut model's shards are made of: it ends where its last piece ends."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards(arch, layout, Rank(0, 0, 0, 0)):
+    for shard in shards:
         for piece in shard.pieces:
             if not piece.padding:
                 ends = tuple(stop for _, stop in piece.source)
                 before = shapes.get(piece.hf, (0,) * len(ends))
                 shapes[piece.hf] = tuple(max(pair) for pair in zip(before, ends, strict=True))
     return shapes
+
+
+def hf_shapes(arch: Qwen3Arch) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor of this model, in the order of the layers."""
+    return covered(shards(arch, single(arch), Rank(0, 0, 0, 0)))

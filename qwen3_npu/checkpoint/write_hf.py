@@ -1,86 +1,147 @@
-"""Write a Hugging Face directory from any source."""
+"""Write a Hugging Face directory: a model, or an adapter for PEFT."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from qwen3_npu.checkpoint.hf_files import INDEX, SafetensorsWriter, plan_files, write_index
-from qwen3_npu.checkpoint.jobs import Record, Written, remove_records, run_jobs
-from qwen3_npu.checkpoint.source import Source
-from qwen3_npu.checkpoint.tensors import DType, convert, full
-from qwen3_npu.checkpoint.weights import hf_shapes
-from qwen3_npu.errors import UsageError
+import numpy as np
+
+from qwen3_npu.checkpoint.cuts import Piece
+from qwen3_npu.checkpoint.hf_files import (
+    INDEX,
+    SafetensorsFile,
+    SafetensorsWriter,
+    plan_files,
+    weight_map,
+    write_index,
+)
+from qwen3_npu.checkpoint.jobs import Item, Record, Stored
+from qwen3_npu.checkpoint.lora_table import Lora, peft_shapes
+from qwen3_npu.checkpoint.outputs import Output, move_files, write_text
+from qwen3_npu.checkpoint.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
+from qwen3_npu.checkpoint.tensors import DType, full
+from qwen3_npu.checkpoint.weights import Shard, hf_shapes
 from qwen3_npu.model.arch import Qwen3Arch, to_hf_config
 
-_STAGE = ".conversion.partial"
+STAGE = ".conversion.partial"
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """One .safetensors file: its name and the tensors in it."""
+    """One .safetensors file; see `FileJob`."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     dtype: DType
 
-    @property
-    def size(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
+    def items(self) -> list[Item]:
+        return [
+            Item(name, Shard(name, shape, shape, (Piece(name, full(shape), full(shape)),), 0, None), self.dtype)
+            for name, shape in self.shapes.items()
+        ]
 
-    def write(self, source: Source, path: Path, written: Written) -> None:
-        """Tensor by tensor; see `FileJob`."""
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
         writer = SafetensorsWriter(path, {name: (self.dtype, shape) for name, shape in self.shapes.items()})
-        for name, shape in self.shapes.items():
-            data = convert(source.read(name, full(shape)), source.dtype(name), self.dtype)
+        for name, data in zip(self.shapes, tensors, strict=True):
             writer.write(name, data)
-            written(name, data)
         writer.close()
+        return {}
+
+    def stored(self, path: Path) -> dict[str, Stored]:
+        file = SafetensorsFile(path)
+
+        def tensor(name: str) -> Stored:
+            shape = file.shape(name)
+            return Stored(file.dtype(name), shape, lambda: file.read(name, full(shape)))
+
+        return {name: tensor(name) for name in file.header}
 
 
-def write_hf_weights(
-    open_source: Callable[[], Source],
-    arch: Qwen3Arch,
-    folder: Path,
-    dtype: DType,
-    max_bytes: int,
-    *,
-    workers: int = 1,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> dict[str, Record]:
-    """Write the .safetensors files and their index into `folder`; config.json is left to the caller, to write last.
+class HfOutput(Output):
+    """A Hugging Face model directory; config.json comes last."""
 
-    Raises:
-        UsageError: weights are there already (without `overwrite`), or see `run_jobs`.
-    """
-    stage = folder / _STAGE
-    old = [*folder.glob("*.safetensors"), *folder.glob(INDEX)]
-    if overwrite:
-        shutil.rmtree(stage, ignore_errors=True)
-    elif old:
-        raise UsageError(f"{folder} already holds weights; give --overwrite to replace them, or another --save-dir")
-    shapes = hf_shapes(arch)
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    files = plan_files(sizes, max_bytes)
-    jobs = [WeightFile(name, {n: shapes[n] for n in names}, dtype) for name, names in files.items()]
-    records = run_jobs(jobs, open_source, stage, workers=workers, resume=resume, what="writing safetensors")
-    remove_records(stage)
-    write_index(stage, files, sum(sizes.values()))
-    for path in old:
-        path.unlink()
-    for path in sorted(stage.iterdir()):  # the index sorts after the weights it names
-        os.replace(path, folder / path.name)
-    stage.rmdir()
-    return records
+    def __init__(
+        self, root: Path, arch: Qwen3Arch, config: dict | None, dtype: DType, files: Mapping[str, list[str]]
+    ) -> None:
+        """
+        Args:
+            config: a config.json that the model came from; what Qwen3Arch does not say is kept.
+            files: file name -> names of its tensors.
+        """
+        self.root = self.folder = root
+        self.stage = root / STAGE
+        self.arch, self.config, self.dtype, self.files = arch, config, dtype, files
+        shapes = hf_shapes(arch)
+        self.total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+        self.jobs = [WeightFile(name, {n: shapes[n] for n in names}, dtype) for name, names in files.items()]
+
+    def facts(self) -> dict[str, Any]:
+        return {"format": "hf", "dtype": self.dtype.torch, "files": list(self.files)}
+
+    def there(self) -> str | None:
+        return f"{self.folder} already holds weights" if self._old() else None
+
+    def _old(self) -> list[Path]:
+        return [*self.folder.glob("*.safetensors"), *self.folder.glob(INDEX)]
+
+    def publish(self, records: Mapping[str, Record]) -> None:
+        write_index(self.stage, self.files, self.total)
+        (self.folder / "config.json").unlink(missing_ok=True)  # without it, half-moved weights are no model
+        move_files(self.stage, self.folder, self._old())
+
+    def reveal(self) -> None:
+        text = json.dumps(to_hf_config(self.arch, self.config, self.dtype.torch), indent=2, ensure_ascii=False)
+        write_text(self.folder / "config.json", text + "\n")
+
+    def strays(self) -> list[str]:
+        made = {job.name for job in self.jobs}
+        found = {path.name for path in self.folder.glob("*.safetensors")} | set(weight_map(self.folder).values())
+        return sorted(found - made)
+
+
+def plan_hf_files(arch: Qwen3Arch, dtype: DType, max_bytes: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in hf_shapes(arch).items()}
+    return plan_files(sizes, max_bytes)
+
+
+class PeftOutput(Output):
+    """An adapter directory that `peft` loads; adapter_config.json comes last."""
+
+    def __init__(self, root: Path, arch: Qwen3Arch, lora: Lora, dtype: DType, base: str | None) -> None:
+        """
+        Args:
+            base: folder of the base model, if it is known; `peft` can load that by itself then.
+        """
+        self.root = self.folder = root
+        self.stage = root / STAGE
+        self.config, self.dtype = peft_config(lora, base), dtype
+        self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype)]
+
+    def facts(self) -> dict[str, Any]:
+        return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}
+
+    def there(self) -> str | None:
+        names = [name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (self.folder / name).exists()]
+        return f"{self.folder} already holds {' and '.join(names)}" if names else None
+
+    def publish(self, records: Mapping[str, Record]) -> None:
+        (self.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+        move_files(self.stage, self.folder, [p for p in [self.folder / ADAPTER_WEIGHTS] if p.exists()])
+
+    def reveal(self) -> None:
+        write_text(self.folder / ADAPTER_CONFIG, json.dumps(self.config, indent=2) + "\n")
+
+    def strays(self) -> list[str]:
+        return []
 
 
 def write_config(arch: Qwen3Arch, carry: dict | None, folder: Path, dtype: DType) -> None:
     """The config.json of a model whose weights have this dtype."""
     text = json.dumps(to_hf_config(arch, carry, dtype.torch), indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "config.json", text + "\n")

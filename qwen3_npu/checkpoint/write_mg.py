@@ -1,109 +1,142 @@
-"""Write a Megatron checkpoint in the torch format from any source."""
+"""Write a Megatron checkpoint in the torch format."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.checkpoint.jobs import Record, Written, remove_records, run_jobs
-from qwen3_npu.checkpoint.mg_args import to_args
-from qwen3_npu.checkpoint.mg_files import TRACKER, WEIGHTS, iteration_name
+import numpy as np
+
+from qwen3_npu.checkpoint.jobs import FileJob, Item, Record, Stored, remove_records
+from qwen3_npu.checkpoint.lora_table import Contents, is_lora
+from qwen3_npu.checkpoint.mg_args import lora_args, to_args
+from qwen3_npu.checkpoint.mg_files import WEIGHTS
+from qwen3_npu.checkpoint.mg_folder import TORCH, TRACKER, iteration_name, read_tracker
+from qwen3_npu.checkpoint.outputs import Output, sync_folder, write_text
+from qwen3_npu.checkpoint.pickles import TensorRef
+from qwen3_npu.checkpoint.pt_reader import PtFile
 from qwen3_npu.checkpoint.pt_writer import PtWriter, Tensor
-from qwen3_npu.checkpoint.source import Source, read_shard
-from qwen3_npu.checkpoint.tensors import DType
-from qwen3_npu.checkpoint.weights import Shard, shards
+from qwen3_npu.checkpoint.tensors import DType, full
+from qwen3_npu.checkpoint.weights import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
-from qwen3_npu.errors import UsageError
-from qwen3_npu.model.arch import Qwen3Arch
 
 ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
 CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
 
 
 @dataclasses.dataclass(frozen=True)
-class RankFile:
-    """One rank's `model_optim_rng.pt`."""
+class Cut:
+    """What is written, and how.
 
-    arch: Qwen3Arch
+    Attributes:
+        dtype, lora_dtype: of the model's weights, and of LoRA tensors.
+    """
+
+    contents: Contents
     layout: Layout
-    rank: Rank
     dtype: DType
+    lora_dtype: DType
+
+    def dtype_of(self, shard: Shard) -> DType:
+        return self.lora_dtype if is_lora(shard.name) else self.dtype
+
+
+def common_content(cut: Cut) -> dict[str, Any]:
+    """What every file of a converted checkpoint says beside its tensors."""
+    dtype = cut.dtype if cut.contents.base else cut.lora_dtype
+    args = to_args(cut.contents.arch, cut.layout, dtype) | {"iteration": ITERATION}
+    if cut.contents.lora:
+        args |= lora_args(cut.contents.lora)
+    return {"args": argparse.Namespace(**args), "checkpoint_version": CHECKPOINT_VERSION, "iteration": ITERATION}
+
+
+@dataclasses.dataclass(frozen=True)
+class RankFile:
+    """One rank's `model_optim_rng.pt`; see `FileJob`."""
+
+    cut: Cut
+    rank: Rank
 
     @property
     def name(self) -> str:
-        return f"{self.layout.folder(self.rank)}/{WEIGHTS}"
+        return f"{self.cut.layout.folder(self.rank)}/{WEIGHTS}"
 
-    @property
-    def size(self) -> int:
-        return sum(math.prod(shard.shape) for shard in self.shards()) * self.dtype.itemsize
+    def _key(self, chunk: int) -> str:
+        return "model" if self.cut.layout.virtual == 1 else f"model{chunk}"
 
-    def shards(self) -> Iterator[Shard]:
-        return shards(self.arch, self.layout, self.rank)
+    def items(self) -> list[Item]:
+        # Chunk by chunk, as the dicts of the file are: that is the order in which its tensors are announced.
+        shards = sorted(self.cut.contents.shards(self.cut.layout, self.rank), key=lambda shard: shard.chunk)
+        return [Item(f"{self._key(s.chunk)}.{s.name}", s, self.cut.dtype_of(s)) for s in shards]
 
-    def write(self, source: Source, path: Path, written: Written) -> None:
-        """Tensor by tensor; see `FileJob`."""
-        wanted = list(self.shards())
-        models: dict[str, dict[str, Tensor]] = {}
-        for chunk in range(self.layout.virtual):
-            key = "model" if self.layout.virtual == 1 else f"model{chunk}"
-            models[key] = {s.name: Tensor(self.dtype, s.shape) for s in wanted if s.chunk == chunk}
-        content: dict[str, Any] = {
-            "args": argparse.Namespace(**to_args(self.arch, self.layout, self.dtype), iteration=ITERATION),
-            "checkpoint_version": CHECKPOINT_VERSION,
-            "iteration": ITERATION,
-            **models,
-        }
-        writer = PtWriter(path, content)
-        for shard in wanted:
-            data = read_shard(source, shard, self.dtype)
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
+        models: dict[str, dict[str, Tensor]] = {self._key(chunk): {} for chunk in range(self.cut.layout.virtual)}
+        for _, shard, dtype in self.items():
+            models[self._key(shard.chunk)][shard.name] = Tensor(dtype, shard.shape)
+        writer = PtWriter(path, common_content(self.cut) | models)
+        for data in tensors:
             writer.write(data)
-            written(f"model{shard.chunk}.{shard.name}" if self.layout.virtual > 1 else shard.name, data)
         writer.close()
+        return {}
+
+    def stored(self, path: Path) -> dict[str, Stored]:
+        file = PtFile(path)
+
+        def tensor(ref: TensorRef) -> Stored:
+            return Stored(ref.dtype, ref.shape, lambda: file.read(ref, ref.shape, full(ref.shape)))
+
+        models = {key: value for key, value in file.content.items() if key.startswith("model")}
+        return {f"{key}.{name}": tensor(ref) for key, model in models.items() for name, ref in model.items()}
 
 
-def write_megatron(
-    open_source: Callable[[], Source],
-    arch: Qwen3Arch,
-    root: Path,
-    layout: Layout,
-    dtype: DType,
-    *,
-    workers: int = 1,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> dict[str, Record]:
-    """Write `<root>/iter_0000001`; the tracker file is left to the caller, who writes it last.
+class MegatronOutput(Output):
+    """`<root>/iter_0000001` in the torch format; the tracker file comes last."""
 
-    Raises:
-        UsageError: it exists (without `overwrite`), or see `run_jobs`.
-    """
-    folder = root / iteration_name(ITERATION)
-    stage = folder.with_name(folder.name + ".partial")
-    if overwrite:
-        shutil.rmtree(stage, ignore_errors=True)
-    elif folder.exists():
-        raise UsageError(f"{folder} exists; give --overwrite to replace it, or another --save-dir")
-    jobs = [RankFile(arch, layout, rank, dtype) for rank in layout.ranks()]
-    records = run_jobs(jobs, open_source, stage, workers=workers, resume=resume, what="writing Megatron shards")
-    remove_records(stage)
-    if folder.exists():
-        (root / TRACKER).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-    os.replace(stage, folder)
-    return {f"{folder.name}/{name}": record for name, record in records.items()}
+    format = TORCH
+
+    def __init__(self, root: Path, cut: Cut) -> None:
+        self.root, self.cut = root, cut
+        self.folder = root / iteration_name(ITERATION)
+        self.stage = self.folder.with_name(self.folder.name + ".partial")
+        self.jobs = self._jobs()
+
+    def _jobs(self) -> Sequence[FileJob]:
+        return [RankFile(self.cut, rank) for rank in self.cut.layout.ranks()]
+
+    def facts(self) -> dict[str, Any]:
+        dtypes = {"dtype": self.cut.dtype.torch} if self.cut.contents.base else {}
+        if self.cut.contents.lora:
+            dtypes |= {"lora_dtype": self.cut.lora_dtype.torch}
+        layout = dataclasses.asdict(self.cut.layout)
+        return {"format": self.format, **dtypes, "contents": str(self.cut.contents), "layout": layout}
+
+    def there(self) -> str | None:
+        if (tracked := read_tracker(self.root)) is not None:
+            return f"{self.root} already holds a checkpoint ({TRACKER} says {tracked})"
+        return f"{self.folder} exists" if self.folder.exists() else None
+
+    def publish(self, records: Mapping[str, Record]) -> None:
+        remove_records(self.stage)
+        if self.folder.exists():
+            (self.root / TRACKER).unlink(missing_ok=True)
+            shutil.rmtree(self.folder)
+        os.replace(self.stage, self.folder)
+        sync_folder(self.root)
+
+    def reveal(self) -> None:
+        write_tracker(self.root, str(ITERATION))
+
+    def strays(self) -> list[str]:
+        made = {job.name for job in self.jobs}
+        found = {str(path.relative_to(self.folder)) for path in self.folder.glob(f"*/{WEIGHTS}")}
+        return sorted(found - made)
 
 
 def write_tracker(root: Path, text: str) -> None:
     """The tracker file, atomically: it makes the checkpoint visible."""
-    temporary = root / (TRACKER + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, root / TRACKER)
+    write_text(root / TRACKER, text)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.checkpoint import checkpoint
 
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
@@ -43,7 +47,32 @@ class Qwen3Model(GPTModel):
             position_embedding_type="none",
             vp_stage=chunk if layout.virtual > 1 else None,
         )
-        self.arch = arch
+        self.arch, self.loss_chunk = arch, parts.loss_chunk
+
+    def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: Any) -> torch.Tensor:
+        """Logits [b, s, local vocabulary], or with labels [b, s] the loss of each token."""
+        if self.post_process and labels is not None and self.loss_chunk:
+            return self._loss_in_chunks(hidden_states, labels)
+        return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+
+    def _loss_in_chunks(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The same loss with the logits of a few tokens at a time, computed again in backward."""
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        output, sequence_parallel = self.output_layer, self.output_layer.sequence_parallel
+        if sequence_parallel:
+            # Gathered once for all chunks; its backward sums and scatters, so the layer itself must do neither.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+
+        def loss(hidden: torch.Tensor, labels_sb: torch.Tensor) -> torch.Tensor:
+            output.sequence_parallel, output.disable_grad_reduce = False, sequence_parallel
+            try:
+                logits, _ = output(hidden, weight=tied)
+            finally:
+                output.sequence_parallel, output.disable_grad_reduce = sequence_parallel, False
+            return cross_entropy(logits, labels_sb, self.pg_collection.tp, self.arch.vocab_size)
+
+        parts = zip(hidden_states.split(self.loss_chunk), labels.t().split(self.loss_chunk), strict=True)
+        return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in parts]).t()
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Loss of each token, [b, s] float32, from logits [s, b, local vocabulary]."""

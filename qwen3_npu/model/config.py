@@ -59,9 +59,7 @@ def transformer_config(
         # Gradients are divided by the number of supervised tokens of the global batch: the only rule under which one
         # process and many compute the same thing for every way of cutting the batch.
         "calculate_per_token_loss": True,
-        "recompute_granularity": train.recompute_granularity,
-        "recompute_method": train.recompute_method,
-        "recompute_num_layers": train.recompute_num_layers,
+        **_recompute(train),
         "deallocate_pipeline_outputs": overlaps_p2p_safely,
     }
     if layout.pipeline > 1:
@@ -72,6 +70,20 @@ def transformer_config(
     if arch.is_moe:
         config |= _moe(arch, train)
     return TransformerConfig(**config)
+
+
+def _recompute(train: TrainArgs) -> dict[str, Any]:
+    """What is computed again in backward. The activation function's part is in `model/spec.py`."""
+    granularity, modules = train.recompute_granularity, list(train.recompute_modules)
+    if granularity != "full" and train.recompute_norm:  # full recomputes the norms anyway
+        modules = [*(modules if granularity else ()), "layernorm"]
+        granularity = "selective"
+    return {
+        "recompute_granularity": granularity,
+        "recompute_method": train.recompute_method,
+        "recompute_num_layers": train.recompute_num_layers,
+        "recompute_modules": modules,
+    }
 
 
 def _stages(layout: Layout) -> list[list[str]]:
@@ -95,4 +107,8 @@ def _moe(arch: Qwen3Arch, train: TrainArgs) -> dict[str, Any]:
         "moe_aux_loss_coeff": coefficient if balanced else 0.0,
         "moe_token_dispatcher_type": train.moe_token_dispatcher_type.removesuffix("_seq"),
         "moe_router_dtype": train.moe_router_dtype,
+        "moe_z_loss_coeff": train.moe_z_loss_coeff,
+        "moe_expert_capacity_factor": train.moe_expert_capacity_factor,
+        "moe_token_drop_policy": train.moe_token_drop_policy,
+        "moe_pad_expert_input_to_capacity": train.moe_pad_expert_input_to_capacity,
     }

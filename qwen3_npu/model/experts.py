@@ -8,6 +8,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -30,9 +31,12 @@ class GroupedExperts(MegatronModule):
         *,
         kernels: Kernels,
         pg_collection: ProcessGroupCollection,
+        recompute_activation: bool = False,
     ) -> None:
+        """Args: recompute_activation: compute the activation again in backward instead of keeping it."""
         super().__init__(config=config)
         self.kernels, self.num_local_experts = kernels, num_local_experts
+        self.recompute_activation = recompute_activation
         self.hidden = config.hidden_size
         self.ffn = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         self.pg_collection = pg_collection
@@ -67,9 +71,17 @@ class GroupedExperts(MegatronModule):
             [rows, hidden], and no bias.
         """
         counts = tokens_per_expert.tolist()
-        inner = self.kernels.swiglu(self.multiply(1, tokens, counts))
-        inner = (inner * probs.unsqueeze(-1)).to(tokens.dtype)
-        return self.multiply(2, inner, counts), None
+        wide = self.multiply(1, tokens, counts)
+        if not (self.recompute_activation and self.training):
+            return self.multiply(2, self.activate(wide, probs), counts), None
+        kept = CheckpointWithoutOutput()
+        out = self.multiply(2, kept.checkpoint(self.activate, wide, probs), counts)
+        kept.discard_output_and_register_recompute(out)
+        return out, None
+
+    def activate(self, wide: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        """SwiGLU of each row [rows, 2 ffn], weighted by the router: [rows, ffn]."""
+        return (self.kernels.swiglu(wide) * probs.unsqueeze(-1)).to(wide.dtype)
 
     def multiply(self, which: int, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Each expert's rows of x times its matrix in weight1 or weight2."""

@@ -110,8 +110,8 @@ class LoraExperts(GroupedExperts):
     """Stacked experts, frozen, with an update per expert.
 
     Shapes (e experts of this rank, f = ffn / expert tensor parallel size), two-dimensional like the base weights:
-        weight1_lora_a [e * hidden, r], weight1_lora_b [e * r, 2 f]   memory (e, hidden, r) and (e, r, [gate | up])
-        weight2_lora_a [e * f, r],      weight2_lora_b [e * r, hidden]
+        weight1_lora_a [hidden, e r], memory (e, hidden, r)    weight1_lora_b [r, e 2f], memory (e, r, [gate | up])
+        weight2_lora_a [e f, r], memory (e, f, r)              weight2_lora_b [e r, hidden], memory (e, r, hidden)
     """
 
     def __init__(self, *sizes: Any, args: LoraArgs, **options: Any) -> None:
@@ -120,8 +120,8 @@ class LoraExperts(GroupedExperts):
         e, r = self.num_local_experts, args.lora_r
         cut = self.pg_collection.expt_tp.size() > 1
         if "linear_fc1" in args.lora_target_modules:
-            self.weight1_lora_a = self._update(e * self.hidden, r, is_cut=False)
-            self.weight1_lora_b = self._update(e * r, 2 * self.ffn, is_cut=cut)
+            self.weight1_lora_a = self._update(self.hidden, e * r, is_cut=False)
+            self.weight1_lora_b = self._update(r, e * 2 * self.ffn, is_cut=cut)
             self._init_each(self.weight1_lora_a, self.hidden, alike=True)
         if "linear_fc2" in args.lora_target_modules:
             self.weight2_lora_a = self._update(e * self.ffn, r, is_cut=cut)

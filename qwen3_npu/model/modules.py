@@ -1,4 +1,4 @@
-"""Small modules of the layer: norm, activation, router, and a layer that is not there. Each calls one kernel."""
+"""Small modules of the layer: norm, activation, MLP, and a layer that is not there. Each calls one kernel."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from megatron.core.utils import get_pg_rank
@@ -43,43 +44,15 @@ class SwiGLU(torch.nn.Module):
         return self.kernel(x)
 
 
-class Router(TopKRouter):
-    """megatron's top-k router with a gate that does not need Transformer Engine.
+class RecomputedMLP(MLP):
+    """An MLP that keeps the input of its activation but not the output (--recompute-activation-function)."""
 
-    In megatron-core 0.16.1 `router_gating_linear` names `te_general_gemm`, which exists only with Transformer Engine:
-    without it every MoE forward raises NameError.
-    """
-
-    def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [s, b, experts], in the dtype that --moe-router-dtype asks for."""
-        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
-        return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype))
-
-    def attach_and_log_load_balancing_loss(
-        self,
-        activation: torch.Tensor,
-        aux_loss_coeff: float,
-        aux_loss: torch.Tensor,
-        aux_loss_name: str,
-        reduce_group: Any,
-        reduce_group_has_dp: bool = False,
-        valid_token_count: Any = None,
-    ) -> torch.Tensor:
-        """As megatron's, with the balancing loss weighted by the tokens of all ranks that share a micro-batch.
-
-        megatron-core 0.16.1 weights it by this rank's tokens, so cutting the sequence (sequence or context
-        parallelism) makes it that many times weaker than one process has it.
-        """
-        local_tokens = activation.shape[0] if valid_token_count is None else valid_token_count
-        return super().attach_and_log_load_balancing_loss(
-            activation,
-            aux_loss_coeff,
-            aux_loss,
-            aux_loss_name,
-            reduce_group,
-            reduce_group_has_dp,
-            local_tokens * self.tp_cp_group.size(),
-        )
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        wide, _ = self.linear_fc1(hidden_states)
+        kept = CheckpointWithoutOutput()
+        out, bias = self.linear_fc2(kept.checkpoint(self.activation_func, wide))
+        kept.discard_output_and_register_recompute(out)
+        return out, bias
 
 
 class NoopLayer(MegatronModule, BaseTransformerLayer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -20,7 +21,8 @@ from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
 from qwen3_npu.model.experts import GroupedExperts
 from qwen3_npu.model.lora import LoraExperts, LoraLinear
-from qwen3_npu.model.modules import NoopLayer, RMSNorm, Router, SwiGLU
+from qwen3_npu.model.modules import NoopLayer, RecomputedMLP, RMSNorm, SwiGLU
+from qwen3_npu.model.router import Router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +31,15 @@ class Parts:
 
     Attributes:
         context_parallel: how attention sees the whole sequence where a rank holds a part of it.
+        recompute_activation: compute the MLP's activation again in backward instead of keeping it.
+        loss_chunk: tokens whose logits exist at the same time; 0: all.
     """
 
     kernels: Kernels
     lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
     context_parallel: ContextParallel | None = None
+    recompute_activation: bool = False
+    loss_chunk: int = 0
 
 
 def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
@@ -80,7 +86,7 @@ def _linear(name: str, linear: type, lora: LoraArgs) -> ModuleSpec | type:
 
 def _mlp(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
     return ModuleSpec(
-        MLP,
+        RecomputedMLP if parts.recompute_activation else MLP,
         params={"ffn_hidden_size": arch.intermediate_size},
         submodules=MLPSubmodules(
             linear_fc1=_linear("linear_fc1", ColumnParallelLinear, parts.lora),
@@ -91,7 +97,8 @@ def _mlp(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
 
 
 def _experts(parts: Parts) -> ModuleSpec:
-    experts = ModuleSpec(GroupedExperts, params={"kernels": parts.kernels})
+    params: dict[str, Any] = {"kernels": parts.kernels, "recompute_activation": parts.recompute_activation}
+    experts = ModuleSpec(GroupedExperts, params=params)
     if parts.lora.on and {"linear_fc1", "linear_fc2"} & set(parts.lora.lora_target_modules):
-        experts = ModuleSpec(LoraExperts, params={"kernels": parts.kernels, "args": parts.lora})
+        experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora})
     return ModuleSpec(MoELayer, submodules=MoESubmodules(experts=experts, router=Router))

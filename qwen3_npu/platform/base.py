@@ -43,6 +43,9 @@ class Platform:
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
         self.prepare()
+        from qwen3_npu.platform import mcore_fixes
+
+        mcore_fixes.apply()
 
 
 def published_peak(table: dict[str, float], device_name: str) -> float | None:

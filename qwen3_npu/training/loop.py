@@ -25,6 +25,8 @@ from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.sequence import Sequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.training.exits import Exits
+from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
 from qwen3_npu.training.report import Reporter
@@ -60,7 +62,12 @@ class Trainer:
         context_parallel = None
         if args.parallel.context_parallel_size > 1:
             context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
-        parts = Parts(chosen, context_parallel=context_parallel)
+        parts = Parts(
+            chosen,
+            context_parallel=context_parallel,
+            recompute_activation=args.train.recompute_activation_function,
+            loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+        )
         self.modules = build_model(plan.arch, config, plan.layout, parts)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
@@ -74,6 +81,8 @@ class Trainer:
         self.trained = Trained(plan.arch, plan.layout, self.modules, self.optimizer, self.scheduler)
         self.position = Position()
         self.splits: Any = None
+        self.guard = NanGuard(args.exits.max_skipped_updates)
+        self.exits = Exits(args.exits)
 
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
@@ -138,10 +147,15 @@ class Trainer:
             self.optimizer,
             self.scheduler,
             self.batches(self.splits.train, self.position.samples),
+            self.guard,
             global_batch=self.plan.global_batch,
             **self.sizes,
         )
-        self.position = Position(self.position.iteration + 1, self.position.samples + self.plan.global_batch)
+        before = self.position
+        self.position = Position(before.iteration + 1, before.samples + self.plan.global_batch)
+        if result.skipped:
+            samples = range(before.samples, self.position.samples)
+            self.guard.report(self.position.iteration, result.loss, result.grad_norm, samples)
         return result
 
     def train(self) -> None:
@@ -153,7 +167,8 @@ class Trainer:
         reporter = self._reporter()
         if args.train.manual_gc:
             gc.disable()
-        while self.position.iteration < last:
+        stop: str | None = None
+        while self.position.iteration < last and stop is None:
             result = self.step()
             iteration = self.position.iteration
             reporter.step(iteration, result)
@@ -161,11 +176,14 @@ class Trainer:
                 gc.collect()
             if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
                 self.evaluate(reporter)
+            stop = self.exits.reason(iteration, self.world.device)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
-            if args.checkpoint.save and (due or iteration == last):
+            if args.checkpoint.save and (due or stop or iteration == last):
                 self.save()
                 reporter.restart_clock()
         reporter.close()
+        if stop is not None:
+            log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
 
     def _reporter(self) -> Reporter:
         args = self.args

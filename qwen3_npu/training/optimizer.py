@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
@@ -58,6 +59,13 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
     return optimizer
+
+
+def clip_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Scale the gradients so that their norm, which is `norm` now, is at most --clip-grad (0: any)."""
+    for part in parts(optimizer):
+        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
 
 
 def build_scheduler(

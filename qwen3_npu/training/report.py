@@ -20,6 +20,7 @@ class _Window:
     """Steps since the last line."""
 
     steps: int = 0
+    updates: int = 0
     loss: float = 0.0
     start: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -66,7 +67,11 @@ class Reporter:
     def step(self, iteration: int, result: StepResult) -> None:
         """Count one training step; it is `iteration` (from 1)."""
         self.window.steps += 1
-        self.window.loss += result.loss
+        if result.skipped:
+            self._write(iteration, {"skipped": 1.0})
+        else:
+            self.window.updates += 1
+            self.window.loss += result.loss
         self._write(iteration, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate})
         if iteration % self.interval == 0 or iteration == self.last:
             self._line(iteration, result)
@@ -79,7 +84,7 @@ class Reporter:
         width = len(str(self.last))
         parts = [
             f"step {iteration:>{width}}/{self.last}",
-            f"loss {self.window.loss / self.window.steps:.6f}",
+            f"loss {self.window.loss / max(self.window.updates, 1):.6f}",
             f"grad norm {result.grad_norm:.4f}",
             f"lr {result.learning_rate:.4e}",
             f"{human(tokens, 'tokens/s')}/device",

@@ -15,6 +15,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from qwen3_npu.data.batches import Batch
+from qwen3_npu.training.guard import NanGuard
+from qwen3_npu.training.optimizer import clip_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +28,14 @@ class StepResult:
         tokens: supervised tokens of the global batch.
         grad_norm: of the gradients before clipping.
         learning_rate: that was applied.
+        skipped: the update was not made, for a number that is not finite.
     """
 
     loss: float
     tokens: int
     grad_norm: float
     learning_rate: float
+    skipped: bool = False
 
 
 def loss_of(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,13 +95,14 @@ def train_step(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     batches: Sequence[Iterator[Batch]],
+    guard: NanGuard,
     *,
     num_microbatches: int,
     seq_length: int,
     micro_batch: int,
     global_batch: int,
 ) -> StepResult:
-    """One step of training."""
+    """One step of training. The schedule of the learning rate does not move when the update is skipped."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -110,9 +115,14 @@ def train_step(
         forward_only=False,
     )
     rate = max((group["lr"] for group in optimizer.param_groups), default=0.0)
-    _, grad_norm, _ = optimizer.step()
-    scheduler.step(increment=global_batch)
-    return StepResult(loss, tokens, float(grad_norm or 0.0), rate)
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    skip = guard.judge(loss, grad_norm, next(chunks[0].parameters()).device)
+    if not skip:
+        clip_gradients(optimizer, grad_norm)
+        optimizer.step_with_ready_grads()
+        scheduler.step(increment=global_batch)
+    return StepResult(loss, tokens, grad_norm, rate, skip)
 
 
 def evaluate_step(chunks: Sequence[Any], batches: Sequence[Iterator[Batch]], **sizes: int) -> tuple[float, int]:

@@ -20,6 +20,7 @@ ZERO = ["--use-distributed-optimizer"]
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 
+CHUNKS = ["--loss-compute-mode", "chunk", "--loss-chunk-size", "7"]
 ULYSSES = ["--context-parallel-size", "2", "--context-parallel-algo", "ulysses_cp_algo"]
 RING = ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"]
 
@@ -28,7 +29,13 @@ LAYOUTS = {
     "one process, distributed optimizer": (1, ZERO),
     "one process, full recompute": (1, FULL),
     "one process, selective recompute": (1, ["--recompute-granularity", "selective"]),
+    "one process, block recompute": (1, [*FULL[:3], "block", *FULL[4:]]),
+    "one process, recomputed norms": (1, ["--recompute-norm"]),
+    "one process, recomputed activation": (1, ["--recompute-activation-function"]),
+    "one process, chunked loss": (1, CHUNKS),
     "one process, reference kernels": (1, ["--kernels", "reference"]),
+    "TP2 SP, chunked loss": (2, TP2 + SP + CHUNKS),
+    "TP2, chunked loss": (2, TP2 + CHUNKS),
     "TP2": (2, TP2),
     "TP2 SP": (2, TP2 + SP),
     "PP2": (2, PP2),
@@ -54,6 +61,10 @@ LAYOUTS = {
 }
 MOE_LAYOUTS = {
     "one process, reference kernels": (1, ["--kernels", "reference"]),
+    "one process, recomputed activation, moe": (
+        1,
+        ["--recompute-activation-function", "--recompute-granularity", "selective", "--recompute-modules", "moe"],
+    ),
     "TP2 SP": (2, TP2 + SP),
     "PP2 VPP2": (2, PP2 + VPP),
     "DP2 distributed optimizer": (2, ZERO),
@@ -77,7 +88,7 @@ class Baselines:
         self.results: dict[str, dict] = {}
 
     def flags(self, kind: str) -> list[str]:
-        balance = ["--moe-aux-loss-coeff", "0.02"] if kind == "moe" else []
+        balance = ["--moe-aux-loss-coeff", "0.02", "--moe-z-loss-coeff", "0.01"] if kind == "moe" else []
         return [*BASE, "--load", self.models[kind], "--data-path", self.tokens, *balance]
 
     def of(self, kind: str) -> dict:

@@ -1,0 +1,123 @@
+"""The output that the flags describe, or that lies on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
+from qwen3_npu.checkpoint.dist_files import DistReader
+from qwen3_npu.checkpoint.hf_files import SafetensorsFile, is_hf_weights, weight_map
+from qwen3_npu.checkpoint.mg_files import MegatronReader
+from qwen3_npu.checkpoint.mg_folder import TORCH_DIST
+from qwen3_npu.checkpoint.opening import open_checkpoint
+from qwen3_npu.checkpoint.outputs import Output
+from qwen3_npu.checkpoint.plan import Plan
+from qwen3_npu.checkpoint.weights import hf_shapes
+from qwen3_npu.checkpoint.write_dist import DistOutput
+from qwen3_npu.checkpoint.write_hf import HfOutput, PeftOutput, plan_hf_files
+from qwen3_npu.checkpoint.write_mg import Cut, MegatronOutput
+from qwen3_npu.distributed.layout import Layout, plan
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.numbers import number_list
+
+
+def target_layout(arch: Qwen3Arch, target: TargetArgs) -> Layout:
+    """The layout that the target flags describe."""
+    return plan(
+        arch,
+        tensor=target.target_tensor_parallel_size,
+        pipeline=target.target_pipeline_parallel_size,
+        expert=target.target_expert_parallel_size,
+        expert_tensor=target.expert_tensor_parallel_size,
+        layers_per_virtual_stage=target.num_layers_per_virtual_pipeline_stage,
+        num_layer_list=number_list(target.num_layer_list) or None,
+        noop_layers=number_list(target.noop_layers),
+        vocab_divisible_by=target.make_vocab_size_divisible_by,
+        padded_vocab_size=target.padded_vocab_size,
+        stacked_experts=target.moe_grouped_gemm,
+    )
+
+
+def planned_output(
+    what: Plan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, config: dict | None
+) -> Output:
+    """What is to be written.
+
+    Args:
+        config: the config.json that goes with it, if there is one.
+
+    Raises:
+        UsageError: the layout is impossible, or the output would replace the source.
+    """
+    root = Path(args.save_dir)
+    if not what.contents.base and what.contents.lora and args.save_model_type == HF:
+        output: Output = PeftOutput(root, what.contents.arch, what.contents.lora, what.lora_dtype, args.hf_cfg_dir)
+    elif args.save_model_type == HF:
+        root = _hf_root(root, legacy, args.overwrite or args.verify_only)
+        files = plan_hf_files(what.contents.arch, what.dtype, int(args.max_shard_size * 1e9))
+        output = HfOutput(root, what.contents.arch, config, what.dtype, files)
+    else:
+        cut = Cut(what.contents, target_layout(what.contents.arch, target), what.dtype, what.lora_dtype)
+        output = (DistOutput if args.ckpt_format == TORCH_DIST else MegatronOutput)(root, cut)
+    loads = [Path(folder).resolve() for folder in (what.sources.load, what.sources.lora_load) if folder]
+    if output.root.resolve() in loads:
+        raise UsageError(f"--save-dir {args.save_dir} is also read from; write to another folder")
+    return output
+
+
+def _hf_root(root: Path, legacy: LegacyConvertArgs, replaces: bool) -> Path:
+    """2.1.0 takes the original model's folder as --save-dir and writes mg2hf/ inside; its successor writes there."""
+    return root / "mg2hf" if legacy.is_v1 or (is_hf_weights(root) and not replaces) else root
+
+
+def found_output(
+    what: Plan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, given: Collection[str]
+) -> Output:
+    """What lies in --save-dir, as it should be. Layout, format and dtype that no flag says are those found there.
+
+    Args:
+        given: names of the flags on the command line.
+
+    Raises:
+        UsageError: nothing of the kind lies there, or it cannot be read.
+    """
+    output = planned_output(what, args, target, legacy, None)
+    if isinstance(output, HfOutput):
+        return _found_hf(output, args)
+    if isinstance(output, PeftOutput):
+        return output
+    assert isinstance(output, MegatronOutput)
+    opened = open_checkpoint(output.root, kind=MEGATRON, hf_config=args.hf_cfg_dir, lora_alpha=what.sources.lora_alpha)
+    if not isinstance(opened, (MegatronReader, DistReader)):
+        raise UsageError(f"{output.root} holds no Megatron checkpoint but {opened}")
+    cut = output.cut
+    if not {field.name for field in dataclasses.fields(TargetArgs)} & set(given):
+        cut = dataclasses.replace(cut, layout=opened.saved_layout())
+    if args.params_dtype is None:
+        first = opened.dtype(next(iter(cut.contents.shapes())))
+        cut = dataclasses.replace(cut, dtype=first, lora_dtype=cut.lora_dtype if cut.contents.base else first)
+    opened.close()
+    found = (DistOutput if opened.format == TORCH_DIST else MegatronOutput)(output.root, cut)
+    found.folder = opened.folder
+    return found
+
+
+def _found_hf(output: HfOutput, args: ConvertArgs) -> HfOutput:
+    folder = output.folder
+    headers: dict[str, SafetensorsFile] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        headers[path.name] = SafetensorsFile(path)
+        headers[path.name].close()
+    if not headers:
+        raise UsageError(f"{folder} holds no .safetensors file")
+    # Where the index says that each tensor is; without one, where it is. One that is nowhere is missing in the first.
+    places = weight_map(folder) or {name: file for file, header in headers.items() for name in header.header}
+    files: dict[str, list[str]] = {file: [] for file in (*headers, *places.values())}
+    for name in hf_shapes(output.arch):
+        files[places.get(name, next(iter(files)))].append(name)
+    first = next(iter(headers.values()))
+    dtype = first.dtype(next(iter(first.header))) if args.params_dtype is None and first.header else output.dtype
+    return HfOutput(output.root, output.arch, None, dtype, files)

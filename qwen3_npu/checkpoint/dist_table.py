@@ -1,0 +1,188 @@
+"""Where the tensors of the weight table lie in a torch_dist checkpoint: keys, global shapes and offsets.
+
+megatron-core stores each tensor of the layers under one key for all layers, whole over tensor and expert parallelism:
+
+    embedding.word_embeddings.weight                        [vocabulary, hidden]
+    decoder.layers.self_attention.linear_qkv.weight         [layers, out, in]
+    decoder.layers.self_attention.linear_qkv.layer_norm_weight    [layers, hidden]    (input_layernorm.weight)
+    decoder.layers.mlp.linear_fc1.weight                    [layers, [gate | up], in]
+    decoder.layers.mlp.linear_fc1.layer_norm_weight         [layers, hidden]          (pre_mlp_layernorm.weight)
+    decoder.layers.mlp.experts.experts.linear_fc1.weight    [layers, experts, [gate | up], in]
+    decoder.final_layernorm.weight, output_layer.weight     (no output layer if it is tied)
+
+Layers are numbered as Megatron numbers them, places without weights included. A layer's tensor is thus the uncut
+Megatron tensor of the table with one pair of matrices per expert, and LoRA tensors follow the same rule. Files and
+their sizes follow the cut that the training had; where a tensor of one rank lies in the whole one, this module says.
+Source: `GPTModel.sharded_state_dict` with the local specification (whose keys map renames the two norms, as MindSpeed-
+LLM's Qwen3 specification does), and the strategies of megatron.core.dist_checkpointing 0.16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+
+from qwen3_npu.checkpoint.cuts import Place, Region, local_experts
+from qwen3_npu.checkpoint.lora_table import Contents
+from qwen3_npu.checkpoint.weights import OUTPUT, Shard
+from qwen3_npu.distributed.layout import NOOP, Layout, Rank, plan
+from qwen3_npu.model.arch import Qwen3Arch
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.*)")
+# Modules whose weight is cut over tensor parallelism: the axis, and how many matrices below each other are cut each.
+_CUT = {
+    "word_embeddings": (0, 1),
+    "output_layer": (0, 1),
+    "linear_qkv": (0, 1),
+    "linear_proj": (1, 1),
+    "linear_fc1": (0, 2),
+    "linear_fc2": (1, 1),
+}
+# The keys of norms that Transformer Engine holds in the linear after them; local specifications follow it.
+_RENAMED = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+# Modules for which megatron-core stores an (empty) extra state.
+_WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A part of a stored tensor, as one rank saves it.
+
+    Attributes:
+        key: the stored tensor's name.
+        size: its whole shape.
+        region: the part; along leading dimensions (layer, expert) of size 1.
+        lead: how many of those there are.
+        shard: the part's data.
+    """
+
+    key: str
+    size: tuple[int, ...]
+    region: Region
+    lead: int
+    shard: Shard
+
+    @property
+    def label(self) -> str:
+        """The key and where the part starts, e.g. `decoder.layers.mlp.linear_fc1.weight/3.0.0`."""
+        return f"{self.key}/{'.'.join(str(start) for start, _ in self.region)}"
+
+
+def unstacked(layout: Layout) -> Layout:
+    """The layout with a pair of matrices per expert."""
+    return dataclasses.replace(layout, stacked_experts=False)
+
+
+def whole(arch: Qwen3Arch, padded_vocab_size: int, noop_layers: Sequence[int] = ()) -> Layout:
+    """The layout whose tensors are those that are stored."""
+    return unstacked(plan(arch, padded_vocab_size=padded_vocab_size, noop_layers=noop_layers))
+
+
+def layer_places(layout: Layout) -> dict[int, int]:
+    """The model's layer number -> its number among all places."""
+    places = [layer for virtual in range(layout.virtual) for stage in layout.chunks for layer in stage[virtual]]
+    return {layer: place for place, layer in enumerate(places) if layer != NOOP}
+
+
+def key_of(shard: Shard, places: dict[int, int], first_expert: int = 0) -> tuple[str, tuple[int, ...]]:
+    """The stored tensor that holds a shard, and the shard's leading indices (layer, expert) in it."""
+    if shard.layer is None:
+        return shard.name, ()
+    match = _LAYER.fullmatch(shard.name)
+    assert match, shard.name
+    rest, lead = match[2], (places[shard.layer],)
+    if expert := _EXPERT.fullmatch(rest):
+        return f"decoder.layers.mlp.experts.experts.{expert[2]}", (*lead, first_expert + int(expert[1]))
+    return f"decoder.layers.{_RENAMED.get(rest, rest)}", lead
+
+
+def possible_keys(key: str, lead: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Where other models keep the tensor that `key_of` places: the usual key first.
+
+    Norms may keep their own name (as in Transformer Engine's MoE layers), and layers may have keys of their own
+    (megatron-core's "non-homogeneous" layers).
+    """
+    original = {f"decoder.layers.{renamed}": f"decoder.layers.{name}" for name, renamed in _RENAMED.items()}
+    for name in dict.fromkeys((key, original.get(key, key))):
+        yield name, lead
+        if lead:
+            yield name.replace("decoder.layers.", f"decoder.layers.{lead[0]}.", 1), lead[1:]
+
+
+def chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chunk]:
+    """What one rank saves. Of several copies the first rank in `layout.ranks()` saves it."""
+    layout = unstacked(layout)
+    places, counts = layer_places(layout), (layout.num_layers, contents.arch.num_experts)
+    first_expert = local_experts(Place(contents.arch, layout, rank))[0].start
+    saves = {kind: _saves(layout, rank, *kind) for kind in itertools.product((False, True), repeat=2)}
+    for shard in contents.shards(layout, rank):
+        if shard.name == OUTPUT.megatron and contents.arch.tie_word_embeddings:
+            continue  # a copy of the embedding, which is not stored twice
+        axis, halves = _cut(shard.name)
+        is_expert = ".experts." in shard.name
+        parts, index = (layout.expert_tensor, rank.expert_tensor) if is_expert else (layout.tensor, rank.tensor)
+        if axis is None:
+            parts, index = 1, 0
+        if not saves[is_expert, axis is not None]:
+            continue
+        key, lead = key_of(shard, places, first_expert)
+        size = (*counts[: len(lead)], *(n * parts if i == axis else n for i, n in enumerate(shard.shape)))
+        for half in range(halves):
+            part = _rows(shard, half, halves)
+            start = [(half * parts + index) * n if i == axis else 0 for i, n in enumerate(part.shape)]
+            inner = ((o, o + n) for o, n in zip(start, part.shape, strict=True))
+            yield Chunk(key, size, (*((i, i + 1) for i in lead), *inner), len(lead), part)
+
+
+def _rows(shard: Shard, half: int, halves: int) -> Shard:
+    """One of the matrices below each other of which a shard is made."""
+    rows = shard.shape[0] // halves
+    pieces = [
+        dataclasses.replace(p, target=((p.target[0][0] - half * rows, p.target[0][1] - half * rows), *p.target[1:]))
+        for p in shard.pieces
+        if p.target[0][0] // rows == half
+    ]
+    shape = (rows, *shard.shape[1:])
+    return dataclasses.replace(shard, shape=shape, view=shape, pieces=tuple(pieces))
+
+
+def extra_states(contents: Contents, layout: Layout, rank: Rank) -> list[str]:
+    """Names of the empty objects that megatron-core saves beside the weights of one rank, and asks for on load."""
+    names = []
+    for chunk in chunks(contents, layout, rank):
+        stem, _, leaf = chunk.key.rpartition(".")
+        stem = stem.removesuffix(".base_layer")
+        first = not any(start for start, _ in chunk.region[chunk.lead :])
+        if leaf == "weight" and stem.endswith(_WITH_EXTRA_STATE) and first:
+            place = ".".join(str(start) for start, _ in chunk.region[: chunk.lead])
+            names.append(f"{stem}._extra_state/shard_{place}_{'.'.join(map(str, chunk.size[: chunk.lead]))}")
+    return names
+
+
+def _cut(name: str) -> tuple[int | None, int]:
+    """The axis over which a tensor is cut, and how many matrices it holds below each other."""
+    module = next((part for part in name.split(".") if part in _CUT), None)
+    if module is None:
+        return None, 1
+    axis, halves = _CUT[module]
+    # A has the input side of the weight, B the output side; the other side is the rank.
+    if ("lora_A" in name and axis == 0) or ("lora_B" in name and axis == 1):
+        return None, 1
+    return axis, halves
+
+
+def _saves(layout: Layout, rank: Rank, is_expert: bool, is_cut: bool) -> bool:
+    """Whether a rank is the first of its pipeline stage that holds the same tensor."""
+
+    def holds(r: Rank) -> tuple:
+        if is_expert:
+            return r.pipeline, r.expert, r.expert_tensor if is_cut else 0
+        return r.pipeline, r.tensor if is_cut else 0
+
+    return rank == next(r for r in layout.ranks() if holds(r) == holds(rank))

@@ -1,0 +1,199 @@
+"""LoRA tensors in the style of the weight table: derived from the rows of `weights.py`, so they are cut as those are.
+
+A LoRA of rank r adds (alpha / r) * B @ A to a weight. In a Megatron checkpoint each wrapped linear has one A, shared by
+the projections that it joins, and a B whose rows are in the order of the base weight's rows. Names and shapes are
+MindSpeed-LLM's (`in` and `out` are the whole sizes, L the layer's number on the rank, E the rank's experts, F its part
+of an expert's FFN width, H the hidden size):
+
+    decoder.layers.L.self_attention.linear_qkv     .base_layer.weight [out/TP, in]   the weight, under its new name
+                                                   .lora_A.default.weight [r, in]    on every TP rank
+                                                   .lora_B.default.weight [out/TP, r]
+    decoder.layers.L.self_attention.linear_proj    .base_layer.weight [out, in/TP]
+                                                   .lora_A.default.weight [r, in/TP]
+                                                   .lora_B.default.weight [out, r]   on every TP rank
+    decoder.layers.L.mlp.linear_fc1                as linear_qkv; rows of B are [gate | up] of the rank
+    decoder.layers.L.mlp.linear_fc2                as linear_proj
+    decoder.layers.L.mlp.experts.local_experts.K.linear_fc1 / .linear_fc2    as the dense ones, cut over ETP
+
+    decoder.layers.L.mlp.experts.weight1           its own name is kept
+                                .weight1_lora_a    [H, E r], memory (E, H, r)
+                                .weight1_lora_b    [r, E 2F], memory (E, r, [gate | up])
+                                .weight2_lora_a    [E F, r], memory (E, F, r)
+                                .weight2_lora_b    [E r, H], memory (E, r, H)
+    Stacked experts multiply from the right: weight1 (E, H, 2F) += (alpha / r) * lora_a (E, H, r) @ lora_b (E, r, 2F).
+
+Their pieces are pieces of PEFT's tensors, one pair per Hugging Face projection:
+
+    base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight [r, in]   .lora_B.weight [out, r]
+
+so a Megatron A holds q's, k's and v's A, which are therefore equal. The arguments of a checkpoint with LoRA tensors
+have `lora_r`, `lora_alpha` and `lora_target_modules`. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from qwen3_npu.checkpoint.cuts import Piece
+from qwen3_npu.checkpoint.weights import Shard, covered, shards
+from qwen3_npu.distributed.layout import Layout, Rank, single
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+
+# What --lora-target-modules may name, and the Hugging Face projections of each.
+TARGETS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+_STACKED = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
+_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """What an adapter is.
+
+    Attributes:
+        r: rank.
+        alpha: the adapter is scaled by alpha / r.
+        targets: names of `TARGETS`, in that order.
+    """
+
+    r: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
+
+    def __str__(self) -> str:
+        return f"LoRA r {self.r}, alpha {self.alpha:g}, {' '.join(self.targets)}"
+
+
+def is_lora(name: str) -> bool:
+    """Whether a Megatron name is that of a LoRA tensor."""
+    return "lora_" in name
+
+
+def peft_name(hf: str, matrix: str) -> str:
+    """PEFT's name of the "A" or "B" beside a Hugging Face weight."""
+    return f"{_PREFIX}{hf.removesuffix('.weight')}.lora_{matrix}.weight"
+
+
+def target_of(name: str) -> str | None:
+    """Which of `TARGETS` a base weight's Megatron name belongs to, if any."""
+    parts = name.split(".")
+    if parts[-1] in _STACKED:
+        return _STACKED[parts[-1]]
+    return parts[-2] if parts[-2] in TARGETS else None
+
+
+def base_shard(shard: Shard, lora: Lora) -> Shard:
+    """A base weight under the name that it has beside its adapter."""
+    if target_of(shard.name) not in lora.targets or len(shard.view) == 3:
+        return shard
+    return dataclasses.replace(shard, name=shard.name.removesuffix("weight") + "base_layer.weight")
+
+
+def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> Iterator[Shard]:
+    """Every LoRA tensor of one rank, in the model's order; pieces are of PEFT's tensors."""
+    for shard in shards(arch, layout, rank):
+        if target_of(shard.name) in lora.targets:
+            yield from _stacked(shard, lora.r) if len(shard.view) == 3 else _linear(shard, lora.r)
+
+
+def _linear(shard: Shard, r: int) -> Iterator[Shard]:
+    """A [r, in] and B [out, r] beside a weight [out, in]: each has the weight's cut along the side they share."""
+    rows, columns = shard.view
+    stem = shard.name.removesuffix("weight")
+    a = [Piece(peft_name(p.hf, "A"), ((0, r), p.source[1]), ((0, r), p.target[1])) for p in shard.pieces]
+    b = [Piece(peft_name(p.hf, "B"), (p.source[0], (0, r)), (p.target[0], (0, r))) for p in shard.pieces]
+    yield _beside(shard, f"{stem}lora_A.default.weight", (r, columns), (r, columns), a)
+    yield _beside(shard, f"{stem}lora_B.default.weight", (rows, r), (rows, r), b)
+
+
+def _stacked(shard: Shard, r: int) -> Iterator[Shard]:
+    """a (experts, in, r) and b (experts, r, out) beside a weight (experts, in, out), both transposed as it is."""
+    experts, inner, outer = shard.view
+    a = [
+        Piece(peft_name(p.hf, "A"), ((0, r), p.source[1]), (p.target[0], p.target[1], (0, r)), transposed=True)
+        for p in shard.pieces
+    ]
+    b = [
+        Piece(peft_name(p.hf, "B"), (p.source[0], (0, r)), (p.target[0], (0, r), p.target[2]), transposed=True)
+        for p in shard.pieces
+    ]
+    first = shard.name.endswith("weight1")  # stored as (inner, rest), weight2 as (rest, outer)
+    a_shape = (inner, experts * r) if first else (experts * inner, r)
+    b_shape = (r, experts * outer) if first else (experts * r, outer)
+    yield _beside(shard, f"{shard.name}_lora_a", a_shape, (experts, inner, r), a)
+    yield _beside(shard, f"{shard.name}_lora_b", b_shape, (experts, r, outer), b)
+
+
+def _beside(base: Shard, name: str, shape: tuple[int, ...], view: tuple[int, ...], pieces: list[Piece]) -> Shard:
+    # The heads of q share one A with the same piece: once is enough.
+    return Shard(name, shape, view, tuple(dict.fromkeys(pieces)), base.chunk, base.layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds: the tensors of a model, of an adapter, or both.
+
+    Attributes:
+        base: the model's own weights are there.
+        lora: the adapter, if LoRA tensors are there.
+    """
+
+    arch: Qwen3Arch
+    base: bool = True
+    lora: Lora | None = None
+
+    def shards(self, layout: Layout, rank: Rank) -> Iterator[Shard]:
+        """Every tensor of one rank's Megatron checkpoint."""
+        if self.base:
+            for shard in shards(self.arch, layout, rank):
+                yield base_shard(shard, self.lora) if self.lora else shard
+        if self.lora:
+            yield from adapter_shards(self.arch, self.lora, layout, rank)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every Hugging Face and PEFT tensor."""
+        return covered(self.shards(single(self.arch), Rank(0, 0, 0, 0)))
+
+    def __str__(self) -> str:
+        return " with ".join(part for part in ("weights" * self.base, str(self.lora or "")) if part)
+
+
+def peft_shapes(arch: Qwen3Arch, lora: Lora) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every PEFT tensor of an adapter."""
+    return Contents(arch, base=False, lora=lora).shapes()
+
+
+def found_lora(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[int, tuple[str, ...]] | None:
+    """Rank and targets of the LoRA tensors among Megatron tensors (of one rank), or None if there are none.
+
+    Raises:
+        UsageError: they have several ranks, or belong to modules that are not in `TARGETS`; `where` holds them.
+    """
+    ranks: set[int] = set()
+    targets: set[str] = set()
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        if name.endswith(".lora_A.default.weight"):
+            targets.add(parts[-4])
+            ranks.add(shape[-2])
+        elif parts[-1] in ("weight1_lora_b", "weight2_lora_a"):
+            targets.add(_STACKED[parts[-1][:7]])
+            ranks.add(shape[0] if parts[-1].endswith("b") else shape[1])
+    if not ranks:
+        return None
+    if len(ranks) > 1 or not targets <= TARGETS.keys():
+        raise UsageError(
+            f"{where} holds LoRA tensors of ranks {sorted(ranks)} on {sorted(targets)}; one rank, and targets among "
+            f"{', '.join(TARGETS)}, are supported"
+        )
+    return ranks.pop(), tuple(target for target in TARGETS if target in targets)

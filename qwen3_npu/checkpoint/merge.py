@@ -1,0 +1,110 @@
+"""LoRA adapters as sources: merged into their base, or with the one A per linear that Megatron adapters have."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qwen3_npu.checkpoint.cuts import Region, intersect, relative
+from qwen3_npu.checkpoint.lora_table import TARGETS, Contents, Lora, peft_name, peft_shapes
+from qwen3_npu.checkpoint.peft_files import PeftReader
+from qwen3_npu.checkpoint.source import Source, inside
+from qwen3_npu.checkpoint.tensors import F32, DType, full, same_bits, sizes, to_float32
+
+
+class MergedSource:
+    """base + (alpha / r) * B @ A, computed in float32 and cast once, to the dtype that is written.
+
+    Args:
+        base: holds the model's weights.
+        adapter: holds the adapter's tensors; may be the same source.
+    """
+
+    def __init__(self, base: Source, adapter: Source, lora: Lora) -> None:
+        self.base, self.adapter, self.lora, self.arch = base, adapter, lora, base.arch
+        self.contents = Contents(base.arch)
+        self.adapted = set(peft_shapes(base.arch, lora))
+
+    def dtype(self, name: str) -> DType:
+        return F32 if self.is_adapted(name) else self.base.dtype(name)
+
+    def is_adapted(self, name: str) -> bool:
+        return peft_name(name, "A") in self.adapted
+
+    def read(self, name: str, region: Region) -> np.ndarray:
+        weight = self.base.read(name, region)
+        if not self.is_adapted(name):
+            return weight
+        rows, columns = region
+        rank = (0, self.lora.r)
+        b = self.matrix(name, "B", (rows, rank)) * np.float32(self.lora.scale)
+        return to_float32(weight, self.base.dtype(name)) + b @ self.matrix(name, "A", (rank, columns))
+
+    def matrix(self, name: str, matrix: str, region: Region) -> np.ndarray:
+        """A part of the A or B beside a Hugging Face weight, float32."""
+        adapter = peft_name(name, matrix)
+        return to_float32(self.adapter.read(adapter, region), self.adapter.dtype(adapter))
+
+    def close(self) -> None:
+        self.base.close()
+        if self.adapter is not self.base:
+            self.adapter.close()
+
+
+class SharedA:
+    """A PEFT adapter whose projections of one linear have the same A.
+
+    Adapters from Megatron have it already. Of others, the A's of q, k and v (of gate and up) are put below each other
+    and each B beside zeros: rank and alpha grow by the number of projections, B @ A and alpha / r stay what they are.
+    """
+
+    def __init__(self, adapter: PeftReader) -> None:
+        self.adapter, self.arch = adapter, adapter.arch
+        lora = adapter.contents.lora
+        assert lora is not None
+        self.r = lora.r
+        # Projection -> its place among those of its linear that the adapter has.
+        self.siblings = {
+            projection: [name for name in TARGETS[target] if name in adapter.projections]
+            for target in lora.targets
+            for projection in TARGETS[target]
+        }
+        self.width = 1 if self._is_shared() else max(map(len, self.siblings.values()))
+        self.lora = Lora(lora.r * self.width, lora.alpha * self.width, lora.targets)
+        self.contents = Contents(self.arch, base=False, lora=self.lora)
+
+    def _sibling(self, name: str, projection: str) -> str:
+        stem, _, matrix, weight = name.rsplit(".", 3)
+        return f"{stem}.{projection}.{matrix}.{weight}"
+
+    def _is_shared(self) -> bool:
+        for name, shape in self.adapter.shapes.items():
+            first = self._sibling(name, self.siblings[name.split(".")[-3]][0])
+            if ".lora_A." in name and self.adapter.has(name) and first != name:
+                whole = full(shape)
+                if not same_bits(self.adapter.read(name, whole), self.adapter.read(first, whole)):
+                    return False
+        return True
+
+    def dtype(self, name: str) -> DType:
+        return self.adapter.dtype(name)
+
+    def read(self, name: str, region: Region) -> np.ndarray:
+        axis = 0 if ".lora_A." in name else 1  # the side of the rank
+        projection = name.split(".")[-3]
+        siblings = self.siblings[projection]
+        # Which projections' matrices it is made of, and their places along the rank.
+        parts = list(enumerate(siblings[: self.width]))
+        if axis == 1:
+            parts = [(place % self.width, s) for place, s in enumerate(siblings) if s == projection]
+        out = np.zeros(sizes(region), self.dtype(name).carrier)
+        for place, sibling in parts:
+            origin = [(0, 0), (0, 0)]
+            origin[axis] = (place * self.r, (place + 1) * self.r)
+            common = intersect(region, tuple(origin[i] if i == axis else region[i] for i in range(2)))
+            if common is not None:
+                data = self.adapter.read(self._sibling(name, sibling), relative(common, tuple(origin)))
+                inside(out, common, region)[...] = data
+        return out
+
+    def close(self) -> None:
+        self.adapter.close()

@@ -1,0 +1,84 @@
+"""Hugging Face tensors read by regions out of the Megatron tensors that hold their pieces, in whatever files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from qwen3_npu.checkpoint.cuts import Piece, Region, intersect
+from qwen3_npu.checkpoint.source import inside
+from qwen3_npu.checkpoint.tensors import DType, sizes
+from qwen3_npu.checkpoint.weights import Shard
+from qwen3_npu.errors import UsageError
+
+Where = TypeVar("Where")
+
+
+class Place(NamedTuple):
+    """Where a piece of a Hugging Face tensor lies."""
+
+    piece: Piece
+    shard: Shard
+    where: Any
+
+
+class PieceReader(Generic[Where]):
+    """A `Source` over Megatron tensors. What a tensor is, and how a region of it is read, a subclass says.
+
+    Args:
+        holders: every Megatron tensor and where it is, the preferred one of several copies first.
+        what: names the checkpoint in messages.
+    """
+
+    def __init__(self, holders: Iterable[tuple[Where, Shard]], what: str) -> None:
+        self.what = what
+        self.places: dict[str, dict[Region, list[Place]]] = {}
+        for where, shard in holders:
+            for piece in shard.pieces:
+                if not piece.padding:
+                    by_region = self.places.setdefault(piece.hf, {})
+                    by_region.setdefault(piece.source, []).append(Place(piece, shard, where))
+
+    def find(self, place: Place) -> Any:
+        """The stored tensor of a place, or None if it is not there. Raises: UsageError: it has another shape."""
+        raise NotImplementedError
+
+    def stored_dtype(self, place: Place, tensor: Any) -> DType:
+        raise NotImplementedError
+
+    def read_stored(self, place: Place, tensor: Any, region: Region) -> np.ndarray:
+        """A region (of the shard's view) of a stored tensor."""
+        raise NotImplementedError
+
+    def _holder(self, name: str, source: Region) -> tuple[Place, Any]:
+        """The first place that has this piece: replicas are the same, and of some only one rank writes its copy."""
+        for place in self.places[name][source]:
+            tensor = self.find(place)
+            if tensor is not None:
+                return place, tensor
+        raise UsageError(f"{self.what}: no file holds {name}")
+
+    def dtype(self, name: str) -> DType:
+        return self.stored_dtype(*self._holder(name, next(iter(self.places[name]))))
+
+    def read(self, name: str, region: Region) -> np.ndarray:
+        """A part of one Hugging Face tensor, put together from the tensors that hold it."""
+        out: np.ndarray | None = None
+        for source in self.places[name]:
+            common = intersect(region, source)
+            if common is None:
+                continue
+            place, tensor = self._holder(name, source)
+            data = self.read_stored(place, tensor, place.piece.part(common))
+            data = data.reshape(data.shape[data.ndim - len(common) :])
+            data = data.T if place.piece.transposed else data
+            if common == region:
+                return data
+            if out is None:
+                out = np.empty(sizes(region), data.dtype)
+            inside(out, common, region)[...] = data
+        if out is None:
+            raise AssertionError(f"no piece of {name} lies in {region}")
+        return out

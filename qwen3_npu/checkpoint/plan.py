@@ -1,0 +1,154 @@
+"""What a conversion reads and what it gives, settled from the flags and from what the folders hold."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
+from qwen3_npu.checkpoint.lora_table import Contents, Lora
+from qwen3_npu.checkpoint.manifest import MANIFEST
+from qwen3_npu.checkpoint.merge import MergedSource
+from qwen3_npu.checkpoint.opening import Checkpoint, Sources
+from qwen3_npu.checkpoint.source import Source
+from qwen3_npu.checkpoint.tensors import BY_TORCH, DType
+from qwen3_npu.checkpoint.weights import EMBEDDING
+from qwen3_npu.cli import option
+from qwen3_npu.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A conversion whose parts fit together.
+
+    Attributes:
+        contents: what the output holds.
+        dtype, lora_dtype: of the output's weights, and of its LoRA tensors.
+        merged: the adapter that is merged, if one is.
+        facts: of the sources, for the log, the manifest and --resume.
+    """
+
+    sources: Sources
+    contents: Contents
+    dtype: DType
+    lora_dtype: DType
+    merged: Lora | None
+    facts: dict[str, Any]
+
+
+def make_plan(args: ConvertArgs, lora: LoraConvertArgs) -> Plan:
+    """Open the sources, check them whole, and decide what is made of them.
+
+    Raises:
+        UsageError: a source cannot be read, is another one than the flags say, or gives nothing of the kind asked for.
+    """
+    for flag, folder in (("--load-dir", args.load_dir), ("--lora-load", lora.lora_load)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UsageError(f"{flag} {folder} is not a directory")
+    sources = Sources(
+        args.load_dir, args.load_model_type, args.ckpt_step, args.hf_cfg_dir, lora.lora_load, lora.lora_alpha
+    )
+    base = sources.open_base()
+    if args.model_type_hf and (args.model_type_hf == "qwen3-moe") != base.arch.is_moe:
+        raise UsageError(f"--model-type-hf {args.model_type_hf}, but the model in {args.load_dir} is {base.arch}")
+    base.check()
+    adapter = _adapter(lora, sources, base)
+    held = (adapter or base).contents.lora
+    _check_flags(lora, held, lora.lora_load or args.load_dir)
+    facts = {"source": _facts(base)} | ({"adapter": _facts(adapter)} if adapter else {})
+    for opened in (base, adapter):
+        if opened is not None:
+            opened.close()
+    sources = _decide(args, lora, sources, base, adapter)
+    with contextlib.closing(sources()) as source:
+        contents = source.contents
+        if lora.save_lora_to_hf:
+            contents = dataclasses.replace(contents, base=False)
+        dtype, lora_dtype = _dtypes(source, contents, args.params_dtype)
+    return Plan(sources, contents, dtype, lora_dtype, held if isinstance(source, MergedSource) else None, facts)
+
+
+def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Checkpoint | None:
+    """The adapter in --lora-load, which must fit the base in --load-dir."""
+    if lora.lora_load is None:
+        return None
+    if not base.contents.base or base.contents.lora:
+        raise UsageError(f"--lora-load needs a base without LoRA in --load-dir; {sources.load} holds {base.contents}")
+    adapter = sources.open_adapter(base.arch)
+    if adapter.contents.lora is None:
+        raise UsageError(f"--lora-load {lora.lora_load} holds no LoRA tensors")
+    if not adapter.arch.same_weights(base.arch):
+        raise UsageError(f"--lora-load {lora.lora_load} is for {adapter.arch}, but --load-dir holds {base.arch}")
+    adapter.check()
+    return adapter
+
+
+def _check_flags(lora: LoraConvertArgs, held: Lora | None, folder: str) -> None:
+    """The LoRA flags are assertions: rank, alpha and targets are the adapter's own."""
+    given: dict[str, Any] = {
+        "lora_r": lora.lora_r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_target_modules": None if lora.lora_target_modules is None else set(lora.lora_target_modules),
+        "save_lora_to_hf": lora.save_lora_to_hf or None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if held is None:
+        if given:
+            raise UsageError(f"{option(next(iter(given)))}: {folder} holds no LoRA tensors")
+        return
+    facts = {"lora_r": held.r, "lora_alpha": held.alpha, "lora_target_modules": set(held.targets)}
+    for name, fact in facts.items():
+        if name in given and given[name] != fact:
+            said = " ".join(sorted(given[name])) if isinstance(fact, set) else given[name]
+            raise UsageError(f"{option(name)} {said}, but the adapter in {folder} is {held}; drop the flag")
+
+
+def _decide(
+    args: ConvertArgs, lora: LoraConvertArgs, sources: Sources, base: Checkpoint, adapter: Checkpoint | None
+) -> Sources:
+    """Merge, reshard or export."""
+    to_hf = args.save_model_type == HF
+    if lora.save_lora_to_hf:
+        if not to_hf:
+            raise UsageError("--save-lora-to-hf writes a PEFT directory; give --save-model-type hf")
+        if (adapter or base).format == "peft":
+            raise UsageError("--save-lora-to-hf: the adapter is a PEFT directory already")
+        if adapter is None:
+            return sources
+        return Sources(str(lora.lora_load), lora_alpha=lora.lora_alpha)
+    if adapter is not None:
+        return sources
+    if not base.contents.base:
+        if to_hf:
+            raise UsageError(
+                f"{args.load_dir} holds an adapter only: merge it with --load-dir BASE --lora-load {args.load_dir}, or "
+                f"export it with --save-lora-to-hf"
+            )
+        return dataclasses.replace(sources, shared_a=True)
+    if base.contents.lora and (to_hf or lora.lora_r is not None):
+        return dataclasses.replace(sources, merge=True)
+    return sources
+
+
+def _dtypes(source: Source, contents: Contents, asked: str | None) -> tuple[DType, DType]:
+    """Of the weights, and of LoRA tensors."""
+    if asked:
+        return BY_TORCH[asked], BY_TORCH[asked]
+    adapters = [name for name in contents.shapes() if ".lora_" in name]
+    first = source.dtype(adapters[0]) if adapters else None
+    dtype = source.dtype(EMBEDDING.hf[0]) if contents.base else first
+    assert dtype is not None
+    return dtype, first or dtype
+
+
+def _facts(opened: Checkpoint) -> dict[str, Any]:
+    """What a source is, and by what it is known again."""
+    files = sorted(path for path in opened.folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        "folder": str(opened.folder),
+        "format": opened.format,
+        "layout": str(opened),
+        "files": {str(f.relative_to(opened.folder)): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
+    }

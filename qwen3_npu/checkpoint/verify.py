@@ -1,0 +1,67 @@
+"""Compare an output with its source, both on disk, tensor by tensor and bit for bit.
+
+Every tensor of every output file is made again from the source through the weight table and held against the file's,
+so copies on several ranks and padded rows are compared too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from qwen3_npu.checkpoint.jobs import Count, FileJob, in_processes, job_bytes
+from qwen3_npu.checkpoint.source import Source, read_shard
+from qwen3_npu.checkpoint.tensors import same_bits
+from qwen3_npu.errors import UsageError
+from qwen3_npu.progress import Progress
+
+
+class _Compare:
+    """Compares one file; its differences, a line each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, job: FileJob, source: Source, count: Count) -> list[str]:
+        return list(self._differences(job, source, count))
+
+    def _differences(self, job: FileJob, source: Source, count: Count) -> Iterator[str]:
+        path = self.folder / job.name
+        if not path.is_file():
+            yield f"missing file: {job.name}"
+            return
+        try:
+            stored = job.stored(path)
+        except UsageError as error:
+            yield f"unreadable file: {error}"
+            return
+        items = job.items()
+        names = {item.name for item in items}
+        yield from (f"missing: {job.name}: {name}" for name in sorted(names - stored.keys()))
+        yield from (f"extra: {job.name}: {name}" for name in sorted(stored.keys() - names))
+        for name, shard, wanted in items:
+            if name not in stored:
+                continue
+            dtype, shape, read = stored[name]
+            if shape != shard.shape or dtype is not wanted:
+                said = f"{list(shape)} {dtype.torch if dtype else 'of another dtype'}"
+                yield f"differs: {job.name}: {name} is {said}, not {list(shard.shape)} {wanted.torch}"
+                continue
+            expected = read_shard(source, shard, wanted)
+            try:
+                same = same_bits(expected, read().reshape(shape))
+            except UsageError as error:
+                yield f"unreadable: {job.name}: {name}: {error}"
+                continue
+            if not same:
+                yield f"differs: {job.name}: {name}"
+            count(expected.nbytes)
+
+
+def differences(
+    jobs: Sequence[FileJob], open_source: Callable[[], Source], folder: Path, workers: int
+) -> tuple[list[str], int]:
+    """What is missing, extra or different in the files of `jobs`, a line each; and how many tensors were compared."""
+    with Progress("comparing", sum(map(job_bytes, jobs)), {"bytes": "B"}) as progress:
+        found = in_processes(_Compare(folder), jobs, open_source, workers, lambda count: progress.add(bytes=count))
+    return [line for job in jobs for line in found[job.name]], sum(len(job.items()) for job in jobs)

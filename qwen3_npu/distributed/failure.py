@@ -1,0 +1,20 @@
+"""Let torchrun know why a rank failed: it shows the first failing rank's error last, after all the others' noise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Write an exception to the file that torchrun reads, and raise it again."""
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        yield
+    except Exception as error:
+        handler.record_exception(error)
+        raise

@@ -1,0 +1,49 @@
+"""Updates from bad numbers are skipped, by all ranks together."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from qwen3_npu import log
+from qwen3_npu.errors import Stopped
+
+
+def anywhere(bad: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank of the job. Every rank must call this."""
+    flag = torch.tensor(float(bad), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+class NanGuard:
+    """Counts skipped updates; ends the run when too many come in a row.
+
+    Args:
+        limit: skipped updates in a row that are borne.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.in_a_row, self.total = limit, 0, 0
+
+    def judge(self, loss: float, grad_norm: float, device: torch.device) -> bool:
+        """Whether this step's update must be skipped: a loss or gradient that is not finite, on any rank."""
+        skip = anywhere(not (math.isfinite(loss) and math.isfinite(grad_norm)), device)
+        self.in_a_row = self.in_a_row + 1 if skip else 0
+        self.total += skip
+        return skip
+
+    def report(self, iteration: int, loss: float, grad_norm: float, samples: range) -> None:
+        """Say what was skipped. Raises: Stopped: it was one too many."""
+        log.info(
+            f"warning: step {iteration}: update skipped: loss {loss:g}, grad norm {grad_norm:g}; samples "
+            f"{samples.start} to {samples.stop - 1}; {self.in_a_row} in a row, {self.total} in all"
+        )
+        if self.in_a_row > self.limit:
+            raise Stopped(
+                f"step {iteration}: {self.in_a_row} updates in a row were skipped, above --max-skipped-updates "
+                f"{self.limit}; the weights are those of step {iteration - self.in_a_row}; lower --lr, or look at the "
+                f"samples named above"
+            )

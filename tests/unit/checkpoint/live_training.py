@@ -1,0 +1,82 @@
+"""A training of two steps of each kind of model: saves a checkpoint, and what the live model then computes.
+
+    python live_training.py MODELS TOKENS OUT
+
+For each KIND in MODELS: OUT/KIND is the checkpoint, OUT/KIND.npy the logits of `TOKENS` in `live_tokens`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[3])]
+
+LIVE_TOKENS = [[7, 11, 13, 17, 19, 23, 29, 31], [2, 4, 8, 16, 32, 64, 128, 249]]
+FLAGS = ["--seq-length", "16", "--micro-batch-size", "2", "--train-iters", "2", "--lr", "1e-2", "--device", "cpu"]
+
+
+def main(models: Path, tokens: Path, out: Path) -> None:
+    from qwen3_npu.platform import select
+
+    platform = select("cpu")
+    platform.activate()
+    import numpy as np
+    import torch
+
+    from qwen3_npu import cli
+    from qwen3_npu.args.foreign import FOREIGN
+    from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+    from qwen3_npu.data import pretrain
+    from qwen3_npu.distributed.launch import model_parallel, process_group
+    from qwen3_npu.training.loop import Trainer
+    from qwen3_npu.training.plan import make_plan
+
+    def parsed(kind: str) -> PretrainArgs:
+        flags = [*FLAGS, "--load", str(models / kind), "--save", str(out / kind), "--data-path", str(tokens)]
+        return PretrainArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=flags).groups)
+
+    kinds = sorted(path.name for path in models.iterdir())
+    with process_group(platform, parsed(kinds[0]).runtime) as world:
+        for kind in kinds:
+            args = parsed(kind)
+            plan = make_plan(args, 1)
+            with model_parallel(plan.layout, args.parallel, args.runtime):
+                trainer = Trainer(platform, world, args, plan)
+                trainer.load()
+                trainer.open_data(pretrain.check_data(args.data, plan.arch.vocab_size))
+                for _ in range(2):
+                    trainer.step()
+                trainer.save()
+                ids = torch.tensor(LIVE_TOKENS)
+                positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+                model = trainer.modules[0].eval()
+                with torch.no_grad():
+                    logits = model(ids, positions, None, packed_seq_params=trainer.sequence(positions))
+                np.save(out / f"{kind}.npy", logits[..., : plan.arch.vocab_size].numpy())
+    again(out / kinds[0], out / "resaved")
+
+
+def again(folder: Path, copy: Path) -> None:
+    """The checkpoint as torch.save writes it, with the arguments that Megatron's trainings have besides."""
+    import torch
+    from megatron.core.transformer.enums import AttnBackend
+
+    content = torch.load(folder / "iter_0000002/mp_rank_00/model_optim_rng.pt", weights_only=False)
+    args: argparse.Namespace = content["args"]
+    args.attention_backend, args.device, args.path = AttnBackend.auto, torch.device("cpu"), Path("/x")
+    args.noop_layers, args.lr = set(), 1e-3
+    content["rng_state"] = [{"np_rng_state": __import__("numpy").random.get_state()}]
+    content["model"]["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
+    # A parameter that is a part of a larger storage, as with a flat parameter buffer.
+    flat = torch.cat([torch.zeros(5), content["model"]["decoder.final_layernorm.weight"].flatten()])
+    content["model"]["decoder.final_layernorm.weight"] = torch.nn.Parameter(flat[5:])
+    target = copy / "iter_0000002/mp_rank_00/model_optim_rng.pt"
+    target.parent.mkdir(parents=True)
+    torch.save(content, target)
+    (copy / "latest_checkpointed_iteration.txt").write_text("2")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]))

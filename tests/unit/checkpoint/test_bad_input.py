@@ -1,0 +1,180 @@
+"""Every bad input is one clear line and exit status 2, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import samples
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RANK = "iter_0000001/mp_rank_00/model_optim_rng.pt"
+
+
+@pytest.fixture
+def hf(models: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models["untied"], tmp_path / "hf"))
+
+
+@pytest.fixture
+def mg(models: dict[str, Path], tmp_path: Path) -> Path:
+    samples.to_mg(models["untied"], tmp_path / "mg")
+    return tmp_path / "mg"
+
+
+@pytest.fixture
+def dist(models: dict[str, Path], tmp_path: Path) -> Path:
+    samples.to_mg(models["untied"], tmp_path / "dist", "--ckpt-format", "torch_dist")
+    return tmp_path / "dist"
+
+
+def cut(path: Path, share: float = 0.7) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def edit(path: Path, **changes: object) -> None:
+    config = json.loads(path.read_text())
+    config.update(changes)
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def split(folder: Path) -> None:
+    """The model in several files, of which one is then gone."""
+    samples.ok("--load-dir", folder, "--save-dir", folder / "x", "--save-model-type", "hf", "--max-shard-size", 0.0001)
+    (folder / "model.safetensors").unlink()
+    for path in (folder / "x").iterdir():
+        shutil.move(path, folder / path.name)
+    min(folder.glob("model-00002-of-*.safetensors")).unlink()
+
+
+HF = {
+    "no folder": (shutil.rmtree, "is not a directory"),
+    "no config.json": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config.json is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+    "not Qwen3": (lambda f: edit(f / "config.json", model_type="llama"), "model_type is 'llama'"),
+    "another Qwen3": (lambda f: edit(f / "config.json", hidden_size=32), "has shape"),
+    "more layers": (lambda f: edit(f / "config.json", num_hidden_layers=5), "tensors missing"),
+    "fewer layers": (lambda f: edit(f / "config.json", num_hidden_layers=3), "tensors not expected"),
+    "truncated": (lambda f: cut(f / "model.safetensors"), "is truncated"),
+    "empty file": (lambda f: cut(f / "model.safetensors", 0), "is not a whole safetensors file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "--load-dir|not a Megatron|safetensors"),
+    "a shard is missing": (split, "1 of . weight files missing"),
+    "index is no index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not a safetensors index"),
+}
+
+
+@pytest.mark.parametrize("name", HF)
+def test_hugging_face_sources(name: str, hf: Path, tmp_path: Path) -> None:
+    import re
+
+    damage, message = HF[name]
+    damage(hf)
+    assert re.search(message, samples.refused("--load-dir", hf, "--save-dir", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+MG: dict[str, tuple[Callable, str]] = {
+    "no tracker": (lambda f: (f / TRACKER).unlink(), f"it has no {TRACKER}"),
+    "tracker of nothing": (
+        lambda f: (f / TRACKER).write_text("7"),
+        "iter_0000007 does not exist; iterations there: iter_",
+    ),
+    "tracker of nonsense": (lambda f: (f / TRACKER).write_text("x"), "says 'x'"),
+    "empty iteration": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "the checkpoint is not whole"),
+    "truncated": (lambda f: cut(f / RANK), "is not a whole torch checkpoint"),
+    "no zip": (lambda f: (f / RANK).write_bytes(b"x" * 999), "is not a whole torch checkpoint"),
+    "config of another model": (lambda f: edit(f / "config.json", num_hidden_layers=6), "tensors missing for layout"),
+    "a rank is missing": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "not whole"),
+}
+
+
+@pytest.mark.parametrize("name", MG)
+def test_megatron_sources(name: str, mg: Path, tmp_path: Path) -> None:
+    damage, message = MG[name]
+    damage(mg)
+    command = ("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", mg, "--save-dir", tmp_path / "out")
+    assert message in samples.refused(*command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_rank(models: dict[str, Path], tmp_path: Path) -> None:
+    samples.to_mg(models["untied"], tmp_path / "mg", "--target-tensor-parallel-size", 2)
+    shutil.rmtree(tmp_path / "mg" / "iter_0000001" / "mp_rank_01")
+    command = ("--load-model-type", "mg", "--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "out")
+    assert "mp_rank_01/model_optim_rng.pt does not exist; the checkpoint's args say TP2 PP1" in samples.refused(
+        *command
+    )
+
+
+DIST: dict[str, tuple[Callable, str]] = {
+    "no metadata": (lambda f: (f / ".metadata").unlink(), "has no .metadata"),
+    "no common.pt": (lambda f: (f / "common.pt").unlink(), "has no common.pt"),
+    "a file is missing": (lambda f: (f / "__0_0.distcp").unlink(), "__0_0.distcp cannot be opened"),
+    "truncated": (lambda f: cut(f / "__0_0.distcp"), "is truncated"),
+    "truncated metadata": (lambda f: cut(f / ".metadata"), "cannot be read"),
+    "metadata is something else": (lambda f: (f / ".metadata").write_bytes(b"\x80\x02N."), "is not the metadata"),
+    "a key is missing": (lambda f: rename_key(f, b"final_layernorm", b"xinal_layernorm"), "tensors missing for"),
+    "a chunk is missing": (lambda f: drop_chunk(f), "is not whole: a part of decoder.layers.2.mlp.linear_fc2"),
+}
+
+
+def rename_key(folder: Path, old: bytes, new: bytes) -> None:
+    path = folder / ".metadata"
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def drop_chunk(folder: Path) -> None:
+    from qwen3_npu.checkpoint.dist_metadata import read_metadata, write_metadata
+
+    tensors = read_metadata(folder / ".metadata")
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    stored = tensors[key]
+    kept = tuple(chunk for chunk in stored.chunks if chunk.region[0] != (2, 3))
+    write_metadata(folder / ".metadata", {**tensors, key: type(stored)(stored.dtype, stored.size, kept)}, {})
+
+
+@pytest.mark.parametrize("name", DIST)
+def test_torch_dist_sources(name: str, dist: Path, tmp_path: Path) -> None:
+    damage, message = DIST[name]
+    damage(dist / "iter_0000001")
+    command = ("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", dist, "--save-dir", tmp_path / "out")
+    assert message in samples.refused(*command)
+    assert not (tmp_path / "out").exists()
+
+
+TARGETS = {
+    "TP and heads": (("--target-tensor-parallel-size", 8), "8 does not divide the 4 KV heads; use one of 1, 2, 4"),
+    "PP and layers": (("--target-pipeline-parallel-size", 3), "3 does not divide the 4 layers"),
+    "EP of a dense model": (("--target-expert-parallel-size", 2), "needs a MoE model; this one is dense"),
+    "VPP": (("--num-layers-per-virtual-pipeline-stage", 3), "does not divide the 4 layers"),
+    "layer list": (("--num-layer-list", "1,2"), "must have 1 entries"),
+    "noop": (("--noop-layers", "9"), "distinct numbers from 0 to 4 expected"),
+    "noop is no list": (("--noop-layers", "a"), "is not a list of numbers"),
+    "vocabulary": (("--padded-vocab-size", 100), "is smaller than the model's vocabulary of 250"),
+    "unknown flag": (("--target-tensor-paralel-size", 2), "did you mean --target-tensor-parallel-size?"),
+    "another architecture": (("--add-qkv-bias",), "Qwen3 has no bias in q, k and v"),
+    "model type": (("--model-type-hf", "qwen3-moe"), "--model-type-hf qwen3-moe, but the model in"),
+    "load type": (("--load-model-type", "mg"), "holds a Hugging Face model; give --load-model-type hf"),
+    "format": (("--ckpt-format", "zarr"), "invalid choice: 'zarr'"),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    flags, message = TARGETS[name]
+    assert message in samples.refused("--load-dir", models["untied"], "--save-dir", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_wrong_load_type_of_a_megatron_checkpoint(mg: Path, tmp_path: Path) -> None:
+    line = samples.refused("--load-dir", mg, "--save-dir", tmp_path / "out")
+    assert "holds a Megatron checkpoint; give --load-model-type mg" in line
+
+
+def test_a_folder_that_cannot_be_written(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    line = samples.refused("--load-dir", models["untied"], "--save-dir", tmp_path / "file" / "out")
+    assert "choose another --save-dir" in line

@@ -1,0 +1,113 @@
+"""megatron-core itself loads the torch_dist checkpoints written here, and those that it saves are read here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import samples
+
+from qwen3_npu.checkpoint.tensors import BF16
+
+WORLD = 2
+# Cut otherwise than megatron loads it (TP2 EP2 ETP1, vocabulary of 256), so that it reads across our chunks.
+WRITTEN = ("--target-tensor-parallel-size", 4, "--target-pipeline-parallel-size", 2, "--ckpt-format", "torch_dist")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Kind -> Hugging Face directory; values, not random bits: megatron's own norms are float32 on the CPU."""
+    root = tmp_path_factory.mktemp("models")
+    return {kind: samples.write_floats(root / kind, arch, BF16) for kind, arch in samples.ARCHS.items()}
+
+
+@pytest.fixture(scope="module")
+def passed_through(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints written here, loaded and saved again by two processes of megatron-core: KIND/ours, KIND/theirs."""
+    root = tmp_path_factory.mktemp("megatron")
+    cases = []
+    for kind in samples.ARCHS:
+        expert = ("--target-expert-parallel-size", 4, "--expert-tensor-parallel-size", 2) if kind == "moe" else ()
+        samples.to_mg(models[kind], root / kind / "ours", *WRITTEN, *expert)
+        (root / kind / "theirs").mkdir()
+        (root / kind / "theirs" / "latest_checkpointed_iteration.txt").write_text("7")
+        cases.append(
+            {
+                "kind": kind,
+                "load": str(root / kind / "ours" / "iter_0000001"),
+                "save": str(root / kind / "theirs" / "iter_0000007"),
+                "dump": str(root / kind / "parameters"),
+                "vocab_size": samples.ARCHS[kind].vocab_size,
+            }
+        )
+    (root / "job.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("live_megatron.py")
+    command = [sys.executable, str(script)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(WORLD), str(root / "rendezvous"), str(root / "job.json")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in ranks]
+    if any(process.returncode for process in ranks):
+        pytest.fail("\n".join(outputs))
+    return root
+
+
+@pytest.mark.parametrize("kind", samples.ARCHS)
+def test_megatron_loads_what_is_written_here(
+    kind: str, passed_through: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    import torch
+
+    expert = ("--target-expert-parallel-size", WORLD, "--expert-tensor-parallel-size", 1) if kind == "moe" else ()
+    layout = ("--target-tensor-parallel-size", WORLD, *expert, "--no-moe-grouped-gemm", "--padded-vocab-size", 256)
+    samples.to_mg(models[kind], tmp_path / "mg", *layout)
+    for rank, folder in enumerate(sorted((tmp_path / "mg" / "iter_0000001").iterdir())):
+        with torch.serialization.safe_globals([__import__("argparse").Namespace]):
+            expected = torch.load(folder / "model_optim_rng.pt", weights_only=True, mmap=True)["model"]
+        got = torch.load(passed_through / kind / f"parameters_{rank}.pt", weights_only=True)
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            rows = slice(0, None)
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                # Rows of the padding are zeros after megatron's load (it knows that this shape may differ).
+                rows = slice(0, min(128, samples.ARCHS[kind].vocab_size - 128 * rank))
+            assert torch.equal(got[name][rows].to(tensor.dtype), tensor[rows]), name
+
+
+@pytest.mark.parametrize("kind", samples.ARCHS)
+def test_what_megatron_saves_is_read(kind: str, passed_through: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    samples.to_hf(passed_through / kind / "theirs", tmp_path / "hf", "--verify")
+    samples.assert_same_weights(models[kind], tmp_path / "hf")
+
+
+def test_torch_loads_the_torch_format_plainly(models: dict[str, Path], tmp_path: Path) -> None:
+    """`torch.load` with mmap and weights_only; args is an argparse.Namespace, as Megatron's is, so that is allowed."""
+    import argparse
+
+    import torch
+
+    samples.to_mg(models["moe"], tmp_path, "--target-expert-parallel-size", 2)
+    path = tmp_path / "iter_0000001" / "mp_rank_00_001" / "model_optim_rng.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        mapped = torch.load(path, weights_only=True, mmap=True)
+        whole = torch.load(path, weights_only=True)
+    assert mapped["args"].params_dtype is torch.bfloat16
+    assert mapped["args"].num_query_groups == mapped["args"].num_key_value_heads == 4
+    assert mapped["args"].expert_model_parallel_size == 2
+    arch = samples.ARCHS["moe"]
+    weight1 = mapped["model"]["decoder.layers.3.mlp.experts.weight1"]
+    assert torch.equal(weight1, whole["model"]["decoder.layers.3.mlp.experts.weight1"])
+    # Memory (expert, hidden, [gate | up]): the first expert of this rank is expert 4.
+    first = weight1.view(4, arch.hidden_size, -1)[0, :, arch.moe_intermediate_size :]
+    up = samples.weights(models["moe"])["model.layers.3.mlp.experts.4.up_proj.weight"]
+    assert np.array_equal(first.T.contiguous().view(torch.int16).numpy().view(np.uint16), up)
