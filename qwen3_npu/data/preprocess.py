@@ -53,9 +53,9 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
     if args.output.merge_group_keys:
         merge(args.input.input, args.output.merge_group_keys, str(prefix))
         return 0
-    if args.input.handler_name is None:
+    if args.records.handler_name is None:
         raise UsageError(f"--handler-name is needed: what the records are; one of {', '.join(HANDLERS)}")
-    make = choose(HANDLERS, args.input.handler_name, "--handler-name")
+    make = choose(HANDLERS, args.records.handler_name, "--handler-name")
     inputs = open_inputs(args.input.input, args.input.hf_datasets_params)
     chosen = args.tokenizer
     if chosen.tokenizer_name_or_path is None:

@@ -156,7 +156,7 @@ def bad_commands(tmp_path: Path) -> list[tuple[list, str]]:
         (["--input", good], "--handler-name is needed"),
         (["--input", good, *PRETRAIN, "--json-keys", "txt"], r"good.jsonl:1: no column 'txt'; there is 'text'"),
         (["--input", good, *PRETRAIN, "--prompt-type", "qwen3"], "takes plain text"),
-        (["--input", good, *PRETRAIN, "--pack", "--seq-length", 8], "--pack and --seq-length are for conversations"),
+        (["--input", good, *PRETRAIN, "--pack", "--seq-length", 8], "--pack is for conversations"),
         (["--input", good, "--handler-name", "AlpacaStyleInstructionHandler"], "needs --prompt-type"),
         (["--input", good, *ALPACA, "--map-keys", "{prompt: x}"], "--map-keys .*not JSON"),
         (["--input", good, *ALPACA, "--map-keys", '["x"]'], "an object is expected"),
