@@ -13,6 +13,7 @@ import pytest
 from lines import write_lines
 
 from qwen3_npu.data import preprocess
+from qwen3_npu.data.encoder import Encoder
 from qwen3_npu.errors import UsageError
 
 PRETRAIN = ("--handler-name", "GeneralPretrainHandler")
@@ -202,11 +203,16 @@ def test_a_hub_dataset(tmp_path: Path, run: Callable, documents: Callable, monke
 
 
 def test_real_samples_of_every_handler(
-    tmp_path: Path, run: Callable, documents: Callable, real_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    run: Callable,
+    documents: Callable,
+    real_data: Path,
+    real_encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each real file through its handler with the real tokenizer; megatron reads what comes out."""
-    loaded = preprocess.open_encoder(preprocess.start_loading(str(real_data / "qwen3-tokenizer")))
-    monkeypatch.setattr(preprocess, "open_encoder", lambda *_, **__: loaded)
+    monkeypatch.setattr(preprocess, "open_encoder", lambda *_, **__: real_encoder)
+    monkeypatch.setattr(preprocess, "start_loading", lambda *_: None)
     tools = ("--map-keys", '{"tools": "tools"}')
     commands = [
         ("c4_demo.jsonl", ("GeneralPretrainHandler",), 300, "text"),
