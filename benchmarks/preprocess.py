@@ -18,23 +18,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
-import random
 import shlex
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from texts import make_alpaca, make_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("fastokens", "tokenizers", "transformers", "datasets", "orjson", "pyarrow", "numpy")
@@ -93,8 +90,8 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 
 def align(row):
     question = "\\n".join(x for x in (row["instruction"], row["input"]) if x)
-    answer = {"role": "assistant", "content": row["output"]}
-    return {"prompt": [{"role": "user", "content": question}], "response": [answer]}
+    prompt, answer = {"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}
+    return {"prompt": [prompt], "response": [answer], "system": [""], "tools": [""]}
 
 def encode(row):
     given = f"<|im_start|>user\\n{row['prompt'][0]['content']}<|im_end|>\\n<|im_start|>assistant\\n"
@@ -106,6 +103,7 @@ def encode(row):
 
 rows = load_dataset("json", data_files=source, split="train", cache_dir=target + ".cache")
 rows = rows.map(align, num_proc=int(workers), remove_columns=rows.column_names)
+rows = rows.filter(lambda row: len(row["prompt"]) != 0 and len(row["response"]) != 0)
 rows = rows.map(encode, num_proc=int(workers), remove_columns=rows.column_names)
 files = {key: open(f"{target}_{key}.bin", "wb") for key in ("input_ids", "attention_mask", "labels")}
 for batch in rows.iter(batch_size=50):
@@ -160,62 +158,6 @@ def medians(runs: list[dict[str, float]]) -> dict[str, object]:
     found: dict[str, object] = {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
     found["all_seconds"] = [round(run["seconds"], 2) for run in runs]
     return found
-
-
-def texts(words: list[str]) -> Iterator[str]:
-    """Endless distinct texts: one third sources of installed packages while there are any, the rest walks."""
-    rng = random.Random(1)
-    known = " ".join(Path(name).read_text(encoding="utf-8") for name in words).split(" ")
-    after: dict[str, list[str]] = {}
-    for one, two in itertools.pairwise(known):
-        after.setdefault(one, []).append(two)
-    sources = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
-    rng.shuffle(sources)
-    seen = set()
-    for count in itertools.count():
-        if count % 3 == 0 and sources:
-            text = sources.pop().read_text(encoding="utf-8", errors="ignore")[:50_000]
-            if text and text not in seen:
-                seen.add(text)
-                yield text
-            continue
-        word, walk = rng.choice(known), []
-        for _ in range(rng.randint(200, 3000)):
-            walk.append(word)
-            if rng.random() < 0.03:
-                letters = "".join(rng.choices("abcdefghijklmnoprstuvwyz", k=rng.randint(3, 11)))
-                walk.append(letters if rng.random() < 0.7 else str(rng.randrange(10**6)))
-            word = rng.choice(after.get(word) or known)
-        yield " ".join(walk)
-
-
-def make_text(words: list[str], target: Path, size: int) -> None:
-    """.jsonl of about `size` bytes."""
-    written = 0
-    with target.open("w", encoding="utf-8") as out:
-        for text in texts(words):
-            written += out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            if written >= size:
-                return
-
-
-def make_alpaca(source: Path, target: Path, size: int) -> int:
-    """Alpaca records of about 1 kB, cut from texts; how many."""
-    count = written = 0
-    with source.open(encoding="utf-8") as lines, target.open("w", encoding="utf-8") as out:
-        for line in lines:
-            text = json.loads(line)["text"]
-            for start in range(0, len(text) - 1000, 1000):
-                row = {
-                    "instruction": text[start : start + 150],
-                    "input": "",
-                    "output": text[start + 150 : start + 1000],
-                }
-                written += out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-            if written > size:
-                break
-    return count
 
 
 def version(name: str) -> str | None:
@@ -285,7 +227,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-repeats", type=int, default=1, help="runs of the others and of the bigger input")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--alpaca-mb", type=float, default=20, help="size of the Alpaca records cut from the input")
+    parser.add_argument("--alpaca-mb", type=float, default=23, help="size of the Alpaca records cut from the input")
     args = parser.parse_args()
     args.tokenizer = os.path.abspath(args.tokenizer)
     with tempfile.TemporaryDirectory() as name:
