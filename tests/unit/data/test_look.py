@@ -170,6 +170,15 @@ def test_a_saved_dataset(tmp_path: Path, run: Callable, documents: Callable) -> 
     write_lines(tmp_path / "same.jsonl", [{"text": "one"}, {"text": "two"}])
     run("--input", tmp_path / "same.jsonl", *PRETRAIN, "--output-prefix", tmp_path / "s")
     assert documents(tmp_path / "o_text_document") == documents(tmp_path / "s_text_document")
+    (tmp_path / "dict.d").mkdir()
+    (tmp_path / "d").rename(tmp_path / "dict.d" / "train")
+    (tmp_path / "dict.d" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    run("--input", tmp_path / "dict.d", *PRETRAIN, "--output-prefix", tmp_path / "one")
+    assert documents(tmp_path / "one_text_document") == documents(tmp_path / "o_text_document")
+    (tmp_path / "dict.d" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(UsageError, match=r"several splits; name one: .*dict.d/train or .*dict.d/test"):
+        run("--input", tmp_path / "dict.d", *PRETRAIN, "--output-prefix", tmp_path / "o")
+    (tmp_path / "dict.d" / "train").rename(tmp_path / "d")
     (tmp_path / "d" / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "x"}]}))
     with pytest.raises(UsageError, match="flatten_indices"):
         run("--input", tmp_path / "d", *PRETRAIN, "--output-prefix", tmp_path / "o")
