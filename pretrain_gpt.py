@@ -15,7 +15,7 @@ def main() -> None:
     parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN)
     args = PretrainArgs(*parsed.groups)
     plan = make_plan(args, world_size)
-    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size)
+    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
     for line in plan.describe(args) + parsed.notes:
         log.info(line)
     if args.runtime.dry_run:

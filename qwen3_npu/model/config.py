@@ -14,11 +14,18 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 
 def transformer_config(
-    arch: Qwen3Arch, layout: Layout, parallel: ParallelArgs, train: TrainArgs, *, overlaps_p2p_safely: bool
+    arch: Qwen3Arch,
+    layout: Layout,
+    parallel: ParallelArgs,
+    train: TrainArgs,
+    *,
+    variable_lengths: bool = False,
+    overlaps_p2p_safely: bool,
 ) -> TransformerConfig:
     """The configuration of every module.
 
     Args:
+        variable_lengths: micro-batches differ in length.
         overlaps_p2p_safely: see `Platform`.
     """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
@@ -56,9 +63,10 @@ def transformer_config(
         "sequence_parallel": parallel.sequence_parallel,
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
-        # Gradients are divided by the number of supervised tokens of the global batch: the only rule under which one
+        # "token": gradients are divided by the supervised tokens of the global batch, the only rule under which one
         # process and many compute the same thing for every way of cutting the batch.
-        "calculate_per_token_loss": True,
+        "calculate_per_token_loss": train.loss_normalization == "token",
+        "variable_seq_lengths": variable_lengths,
         **_recompute(train),
         "deallocate_pipeline_outputs": overlaps_p2p_safely,
     }

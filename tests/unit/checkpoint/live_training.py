@@ -28,8 +28,9 @@ def main(models: Path, tokens: Path, out: Path) -> None:
     from qwen3_npu import cli
     from qwen3_npu.args.foreign import FOREIGN
     from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
-    from qwen3_npu.data import pretrain
+    from qwen3_npu.data.prefixes import check_data
     from qwen3_npu.distributed.launch import model_parallel, process_group
+    from qwen3_npu.model.sequence import Sequence
     from qwen3_npu.training.loop import Trainer
     from qwen3_npu.training.plan import make_plan
 
@@ -45,15 +46,16 @@ def main(models: Path, tokens: Path, out: Path) -> None:
             with model_parallel(plan.layout, args.parallel, args.runtime):
                 trainer = Trainer(platform, world, args, plan)
                 trainer.load()
-                trainer.open_data(pretrain.check_data(args.data, plan.arch.vocab_size))
+                trainer.open_data(check_data(args.data.data_path, plan.arch.vocab_size))
                 for _ in range(2):
                     trainer.step()
                 trainer.save()
                 ids = torch.tensor(LIVE_TOKENS)
                 positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
                 model = trainer.modules[0].eval()
+                sequence = Sequence(positions, None, plan.arch.rope_theta, plan.arch.head_dim, trainer.dtype)
                 with torch.no_grad():
-                    logits = model(ids, positions, None, packed_seq_params=trainer.sequence(positions))
+                    logits = model(ids, positions, None, packed_seq_params=sequence)
                 np.save(out / f"{kind}.npy", logits[..., : plan.arch.vocab_size].numpy())
     again(out / kinds[0], out / "resaved")
 
