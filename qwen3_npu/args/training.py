@@ -122,9 +122,9 @@ class DataArgs:
     split: str = flag("969,30,1", metavar="A,B,C", help="shares of documents for training, validation and test")
     stage: str = flag("pt", choices=["pt", "sft"], help="pretraining, or fine-tuning on instruction data")
     is_instruction_dataset: bool = flag(False, help="--data-path holds instruction data, as --stage sft says too")
-    variable_lengths: bool = flag(
+    variable_seq_lengths: bool = flag(
         False,
-        names=("--variable-seq-lengths", "--no-pad-to-seq-lengths"),
+        names=("--no-pad-to-seq-lengths",),
         help="pad each micro-batch of instruction data to its longest sample, not to --seq-length",
     )
     pad_to_multiple_of: int = flag(
@@ -147,7 +147,7 @@ class DataArgs:
     def __post_init__(self) -> None:
         if self.is_instruction and self.eod_mask_loss:
             raise UsageError("--eod-mask-loss is for pretraining text; instruction data say themselves what is learned")
-        if self.variable_lengths and not self.is_instruction:
+        if self.variable_seq_lengths and not self.is_instruction:
             raise UsageError("--no-pad-to-seq-lengths is for instruction data (--stage sft); text fills its sequences")
 
     @property

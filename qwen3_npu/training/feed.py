@@ -126,13 +126,13 @@ def _instructions(args: PretrainArgs, plan: Plan) -> Feed:
     if args.report.eval_iters and splits.valid is None:
         raise UsageError(f"--split {data.split} leaves no sample for validation; give another, or --eval-iters 0")
     multiple = padding_multiple(
-        data.pad_to_multiple_of if data.variable_lengths else 1,
+        data.pad_to_multiple_of if data.variable_seq_lengths else 1,
         tensor=args.parallel.tensor_model_parallel_size if args.parallel.sequence_parallel else 1,
         context=args.parallel.context_parallel_size,
     )
     tokenizer = open_tokenizer(data.tokenizer_name_or_path) if data.tokenizer_name_or_path else None
     pad = tokenizer.pad() if tokenizer else (plan.arch.eos_token_id or 0)
-    padding = Padding(pad, None if data.variable_lengths else train.seq_length, multiple)
+    padding = Padding(pad, None if data.variable_seq_lengths else train.seq_length, multiple)
     packs = per_document and any(file.kind is instruction.Kind.NEAT_PACK for file in files)
 
     def rows(samples: Sequence[Any]) -> Rows:
@@ -147,6 +147,6 @@ def _instructions(args: PretrainArgs, plan: Plan) -> Feed:
         splits.valid if args.report.eval_iters else None,
         rows,
         1 if packs else micro,
-        None if data.variable_lengths else length * (micro if packs else 1),
+        None if data.variable_seq_lengths else length * (micro if packs else 1),
         think,
     )

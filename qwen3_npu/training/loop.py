@@ -57,7 +57,7 @@ class Trainer:
             plan.layout,
             args.parallel,
             args.train,
-            variable_lengths=args.data.variable_lengths,
+            variable_lengths=args.data.variable_seq_lengths,
             overlaps_p2p_safely=platform.overlaps_p2p_safely,
         )
         self.dtype = config.params_dtype
