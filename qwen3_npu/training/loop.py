@@ -14,7 +14,6 @@ from megatron.core.distributed import finalize_model_grads
 
 from qwen3_npu import kernels, log
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint import training_state
 from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data import pretrain
 from qwen3_npu.data.batches import Batch, micro_batches, sample_numbers
@@ -30,6 +29,7 @@ from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
 from qwen3_npu.training.report import Reporter
+from qwen3_npu.training.saving import Saver, prepare
 from qwen3_npu.training.step import StepResult, evaluate_step, train_step
 
 
@@ -39,8 +39,7 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) ->
     Args:
         fingerprint: of the data files.
     """
-    if args.checkpoint.save:
-        training_state.check_writable(args.checkpoint.save)
+    prepare(args.checkpoint)
     with process_group(platform, args.runtime) as world, model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
         trainer.load()
@@ -78,7 +77,9 @@ class Trainer:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
             if args.optimizer.overlap_param_gather:
                 config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in self.chunks])
-        self.trained = Trained(plan.arch, plan.layout, self.modules, self.optimizer, self.scheduler)
+        trained = Trained(plan.arch, plan.layout, self.modules, self.optimizer, self.scheduler)
+        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed}
+        self.saver = Saver(trained, args.checkpoint, extra, plan.config)
         self.position = Position()
         self.splits: Any = None
         self.guard = NanGuard(args.exits.max_skipped_updates)
@@ -86,7 +87,7 @@ class Trainer:
 
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
-        self.position = training_state.load(self.trained, self.args.checkpoint)
+        self.position = self.saver.load()
 
     def open_data(self, fingerprint: str) -> None:
         """The samples of each split."""
@@ -179,9 +180,10 @@ class Trainer:
             stop = self.exits.reason(iteration, self.world.device)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
             if args.checkpoint.save and (due or stop or iteration == last):
-                self.save()
+                self.saver.save(self.position)
                 reporter.restart_clock()
         reporter.close()
+        self.saver.finish()
         if stop is not None:
             log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
 
@@ -210,12 +212,6 @@ class Trainer:
             loss, count = evaluate_step(self.chunks, batches, **self.sizes)
             total, tokens = total + loss * count, tokens + count
         reporter.evaluation(self.position.iteration, "validation", total / max(tokens, 1))
-
-    def save(self) -> None:
-        """A checkpoint of this step."""
-        extra = {**dataclasses.asdict(self.args.train), "seed": self.args.runtime.seed}
-        folder = training_state.save(self.trained, self.position, self.args.checkpoint, extra, self.plan.config)
-        log.info(f"saved: {folder}")
 
 
 def _one_or_list(items: list) -> Any:

@@ -48,7 +48,7 @@ def main(models: Path, tokens: Path, out: Path) -> None:
                 trainer.open_data(pretrain.check_data(args.data, plan.arch.vocab_size))
                 for _ in range(2):
                     trainer.step()
-                trainer.save()
+                trainer.saver.save(trainer.position)
                 ids = torch.tensor(LIVE_TOKENS)
                 positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
                 model = trainer.modules[0].eval()
