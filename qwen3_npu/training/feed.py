@@ -29,12 +29,15 @@ class Feed:
     """Samples and their form.
 
     Attributes:
+        args, plan: of the training.
         train, valid: sample number -> sample; `valid` None if there are none.
         make_rows: samples of a micro-batch -> its rows.
         rows, length: of every micro-batch, for the pipeline; None where lengths differ.
         think: marks of thoughts, if the data may have them.
     """
 
+    args: PretrainArgs
+    plan: Plan
     train: Any
     valid: Any
     make_rows: Callable[[Sequence[Any]], Rows]
@@ -46,28 +49,26 @@ class Feed:
         self,
         dataset: Any,
         consumed: int,
-        *,
-        args: PretrainArgs,
-        plan: Plan,
-        dtype: torch.dtype,
+        sequence: Callable[[torch.Tensor, tuple[int, ...] | None], TokenSequence],
         device: torch.device,
     ) -> Iterator[Batch]:
-        """This rank's micro-batches of the step that starts after `consumed` samples."""
+        """This rank's micro-batches of the step that starts after `consumed` samples.
+
+        Args:
+            sequence: positions of this rank's tokens and borders in the whole rows -> what the layers need.
+        """
+        plan, parallel = self.plan, self.args.parallel
         numbers = sample_numbers(
             consumed,
             global_batch=plan.global_batch,
-            micro_batch=args.train.micro_batch_size,
+            micro_batch=self.args.train.micro_batch_size,
             data_parallel=plan.data_parallel,
             data_rank=parallel_state.get_data_parallel_rank(),
         )
-        parallel = args.parallel
         cp_rank = parallel_state.get_context_parallel_rank()
 
         def local(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, cp_rank)
-
-        def sequence(positions: torch.Tensor, borders: tuple[int, ...] | None) -> TokenSequence:
-            return TokenSequence(positions, borders, plan.arch.rope_theta, plan.arch.head_dim, dtype)
 
         return row_batches(dataset, numbers, self.make_rows, sequence, local, device, self.think)
 
@@ -93,7 +94,7 @@ def _pretraining(args: PretrainArgs, plan: Plan, fingerprint: str) -> Feed:
         data, fingerprint=fingerprint, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan)
     )
     if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
-        return Feed(splits.train, splits.valid, pretrain.plain_rows, micro, seq)
+        return Feed(args, plan, splits.train, splits.valid, pretrain.plain_rows, micro, seq)
     flag = "--reset-attention-mask, --reset-position-ids and --eod-mask-loss"
     ends = {find_eod(open_indexed(prefix), flag) for prefix in blend(data.data_path)[0]}
     if len(ends) > 1:
@@ -110,7 +111,7 @@ def _pretraining(args: PretrainArgs, plan: Plan, fingerprint: str) -> Feed:
 
     # With --reset-attention-mask the rows are laid one after the other, borders and all.
     flat = data.reset_attention_mask
-    return Feed(splits.train, splits.valid, rows, 1 if flat else micro, seq * (micro if flat else 1))
+    return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, seq * (micro if flat else 1))
 
 
 def _instructions(args: PretrainArgs, plan: Plan) -> Feed:
@@ -143,6 +144,8 @@ def _instructions(args: PretrainArgs, plan: Plan) -> Feed:
     if tokenizer and {"<think>", "</think>"} <= tokenizer.special.keys():
         think = ThinkTokens(tokenizer.special["<think>"], tokenizer.special["</think>"])
     return Feed(
+        args,
+        plan,
         splits.train,
         splits.valid if args.report.eval_iters else None,
         rows,

@@ -12,13 +12,13 @@ from megatron.core.distributed import finalize_model_grads
 
 from qwen3_npu import kernels, log
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint import training_state
 from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data.batches import Batch
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
+from qwen3_npu.model.sequence import Sequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.exits import Exits
@@ -27,6 +27,7 @@ from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
 from qwen3_npu.training.report import Reporter
+from qwen3_npu.training.saving import Saver, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
@@ -36,8 +37,7 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) ->
     Args:
         fingerprint: of the data files.
     """
-    if args.checkpoint.save:
-        training_state.check_writable(args.checkpoint.save)
+    prepare(args.checkpoint)
     with process_group(platform, args.runtime) as world, model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
         trainer.load()
@@ -80,7 +80,9 @@ class Trainer:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
             if args.optimizer.overlap_param_gather:
                 config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in self.chunks])
-        self.trained = Trained(plan.arch, plan.layout, self.modules, self.optimizer, self.scheduler)
+        trained = Trained(plan.arch, plan.layout, self.modules, self.optimizer, self.scheduler)
+        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed}
+        self.saver = Saver(trained, args.checkpoint, extra, plan.config)
         self.position = Position()
         self.feed: Feed | None = None
         self.guard = NanGuard(args.exits.max_skipped_updates)
@@ -88,7 +90,7 @@ class Trainer:
 
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
-        self.position = training_state.load(self.trained, self.args.checkpoint)
+        self.position = self.saver.load()
 
     def open_data(self, fingerprint: str) -> None:
         """The samples of each split."""
@@ -97,11 +99,11 @@ class Trainer:
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
         assert self.feed is not None
-        args, device = self.args, self.world.device
-        return [
-            self.feed.batches(dataset, consumed, args=args, plan=self.plan, dtype=self.dtype, device=device)
-            for _ in self.chunks
-        ]
+        return [self.feed.batches(dataset, consumed, self.sequence, self.world.device) for _ in self.chunks]
+
+    def sequence(self, positions: torch.Tensor, borders: tuple[int, ...] | None = None) -> Sequence:
+        """What the layers need to know of tokens at these positions [b, s], in documents with these borders."""
+        return Sequence(positions, borders, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -153,8 +155,9 @@ class Trainer:
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
             if args.checkpoint.save and (due or stop or iteration == last):
                 with reporter.paused():
-                    self.save()
+                    self.saver.save(self.position)
         reporter.close()
+        self.saver.finish()
         if stop is not None:
             log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
 
@@ -180,12 +183,6 @@ class Trainer:
             batches = self.batches(self.feed.valid, number * self.plan.global_batch)
             total += evaluate_step(self.chunks, batches, **self.sizes)
         reporter.evaluation(self.position.iteration, "validation", total.loss)
-
-    def save(self) -> None:
-        """A checkpoint of this step."""
-        extra = {**dataclasses.asdict(self.args.train), "seed": self.args.runtime.seed}
-        folder = training_state.save(self.trained, self.position, self.args.checkpoint, extra, self.plan.config)
-        log.info(f"saved: {folder}")
 
 
 def _one_or_list(items: list) -> Any:

@@ -38,7 +38,8 @@ def train(platform: Platform, world: World, flags: list[str], steps: int) -> dic
     with trainer(platform, world, flags) as t:
         results = [t.step() for _ in range(steps)]
         if t.args.checkpoint.save:
-            t.save()
+            t.saver.save(t.position)
+            t.saver.finish()
         return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
 
 
