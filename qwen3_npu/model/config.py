@@ -67,6 +67,7 @@ def transformer_config(
         # process and many compute the same thing for every way of cutting the batch.
         "calculate_per_token_loss": train.loss_normalization == "token",
         "variable_seq_lengths": variable_lengths,
+        "moe_token_dispatcher_type": train.moe_token_dispatcher_type.removesuffix("_seq"),
         **_recompute(train),
         "deallocate_pipeline_outputs": overlaps_p2p_safely,
     }
@@ -113,7 +114,6 @@ def _moe(arch: Qwen3Arch, train: TrainArgs) -> dict[str, Any]:
         "moe_router_pre_softmax": not arch.norm_topk_prob,
         "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
         "moe_aux_loss_coeff": coefficient if balanced else 0.0,
-        "moe_token_dispatcher_type": train.moe_token_dispatcher_type.removesuffix("_seq"),
         "moe_router_dtype": train.moe_router_dtype,
         "moe_z_loss_coeff": train.moe_z_loss_coeff,
         "moe_expert_capacity_factor": train.moe_expert_capacity_factor,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.distributed import finalize_model_grads
 
 from qwen3_npu import kernels, log
