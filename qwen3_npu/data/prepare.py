@@ -38,10 +38,11 @@ def prepare_data_path(data_path: Sequence[str], recipe: PreprocessArgs, cache: s
     Raises:
         UsageError: as preprocess_data.py.
     """
-    return [_prepared(word, recipe, Path(cache)) if _is_raw(word) else word for word in data_path]
+    return [_prepared(word, recipe, Path(cache)) if is_raw(word) else word for word in data_path]
 
 
-def _is_raw(word: str) -> bool:
+def is_raw(word: str) -> bool:
+    """Whether a word of --data-path is raw data; else it is a weight or a prefix."""
     is_prefix = any(Path(word + end).exists() for end in (".idx", "_packed_input_ids_document.idx"))
     return not is_prefix and exists(word)
 
