@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-repeats", type=int, default=1, help="runs of the others and of the bigger input")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--alpaca-mb", type=float, default=23, help="size of the Alpaca records cut from the input")
+    parser.add_argument("--alpaca-mb", type=float, default=64, help="size of the Alpaca records cut from the input")
     args = parser.parse_args()
     args.tokenizer = os.path.abspath(args.tokenizer)
     with tempfile.TemporaryDirectory() as name:
