@@ -13,6 +13,7 @@ included; what is converted was read before (page cache). Targets:
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import math
 import os
@@ -86,7 +87,9 @@ def converted(flags: list[str]) -> tuple[float, int, int]:
     """Seconds, sum of the peaks of all processes in bytes, and their number."""
     peaks: dict[int, int] = {}
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(ROOT / "convert_ckpt.py"), *flags], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "convert_ckpt.py"), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     parent = psutil.Process(process.pid)
     while process.poll() is None:
         try:
@@ -127,8 +130,7 @@ def measure(name: str, folder: Path, repeats: int, extra: list[str]) -> dict[str
             took, peak, processes = converted(flags + extra)
             seconds[direction].append(took)
             peaks[direction].append((peak, processes))
-        same = all((hf / file.name).read_bytes() == file.read_bytes() for file in source.glob("*.safetensors"))
-        if not same:
+        if not all(filecmp.cmp(file, hf / file.name, shallow=False) for file in source.glob("*.safetensors")):
             raise SystemExit("the way there and back changed the weights")
         shutil.rmtree(mg)
         shutil.rmtree(hf)
