@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 from qwen3_npu import kernels, log
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.training_state import Position, Trained
-from qwen3_npu.data import pretrain
-from qwen3_npu.data.batches import Batch, micro_batches, sample_numbers
-from qwen3_npu.distributed.context_parallel import ContextParallel, shard
+from qwen3_npu.data.batches import Batch
+from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
@@ -25,12 +23,13 @@ from qwen3_npu.model.sequence import Sequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.exits import Exits
+from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, prepare
-from qwen3_npu.training.step import StepResult, evaluate_step, train_step
+from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
 def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) -> None:
@@ -55,7 +54,12 @@ class Trainer:
         chosen = kernels.select(args.runtime.kernels)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = transformer_config(
-            plan.arch, plan.layout, args.parallel, args.train, overlaps_p2p_safely=platform.overlaps_p2p_safely
+            plan.arch,
+            plan.layout,
+            args.parallel,
+            args.train,
+            variable_lengths=args.data.variable_seq_lengths,
+            overlaps_p2p_safely=platform.overlaps_p2p_safely,
         )
         self.dtype = config.params_dtype
         context_parallel = None
@@ -81,7 +85,7 @@ class Trainer:
         extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed}
         self.saver = Saver(trained, args.checkpoint, extra, plan.config)
         self.position = Position()
-        self.splits: Any = None
+        self.feed: Feed | None = None
         self.guard = NanGuard(args.exits.max_skipped_updates)
         self.exits = Exits(args.exits)
 
@@ -91,54 +95,24 @@ class Trainer:
 
     def open_data(self, fingerprint: str) -> None:
         """The samples of each split."""
-        train, report = self.args.train, self.args.report
-        evaluations = train.train_iters // report.eval_interval + 1
-        samples = tuple(n * self.plan.global_batch for n in (train.train_iters, evaluations * report.eval_iters, 0))
-        self.splits = pretrain.build_splits(
-            self.args.data,
-            fingerprint=fingerprint,
-            seq_length=train.seq_length,
-            seed=self.args.runtime.seed,
-            samples=samples,  # type: ignore[arg-type]
-        )
+        self.feed = open_feed(self.args, self.plan, fingerprint)
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
-        numbers = {
-            "global_batch": self.plan.global_batch,
-            "micro_batch": self.args.train.micro_batch_size,
-            "data_parallel": self.plan.data_parallel,
-            "data_rank": parallel_state.get_data_parallel_rank(),
-        }
-        return [
-            micro_batches(
-                dataset,
-                sample_numbers(consumed, **numbers),
-                pretrain.collate,
-                self.sequence,
-                self.shard,
-                self.world.device,
-            )
-            for _ in self.chunks
-        ]
+        assert self.feed is not None
+        return [self.feed.batches(dataset, consumed, self.sequence, self.world.device) for _ in self.chunks]
 
-    def sequence(self, positions: torch.Tensor) -> Sequence:
-        """What the layers need to know of tokens at these positions."""
-        return Sequence(positions, None, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
-
-    def shard(self, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This context-parallel rank's part of the sequences."""
-        parallel = self.args.parallel
-        rank = parallel_state.get_context_parallel_rank()
-        return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, rank)
+    def sequence(self, positions: torch.Tensor, borders: tuple[int, ...] | None = None) -> Sequence:
+        """What the layers need to know of tokens at these positions [b, s], in documents with these borders."""
+        return Sequence(positions, borders, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
 
     @property
     def sizes(self) -> dict[str, int]:
-        train = self.args.train
+        assert self.feed is not None
         return {
             "num_microbatches": self.plan.num_microbatches,
-            "seq_length": train.seq_length,
-            "micro_batch": train.micro_batch_size,
+            "seq_length": self.feed.length or self.args.train.seq_length,
+            "micro_batch": self.feed.rows,
         }
 
     def step(self) -> StepResult:
@@ -147,7 +121,7 @@ class Trainer:
             self.chunks,
             self.optimizer,
             self.scheduler,
-            self.batches(self.splits.train, self.position.samples),
+            self.batches(self.feed.train, self.position.samples),
             self.guard,
             global_batch=self.plan.global_batch,
             **self.sizes,
@@ -176,12 +150,13 @@ class Trainer:
             if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
                 gc.collect()
             if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
-                self.evaluate(reporter)
+                with reporter.paused():
+                    self.evaluate(reporter)
             stop = self.exits.reason(iteration, self.world.device)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
             if args.checkpoint.save and (due or stop or iteration == last):
-                self.saver.save(self.position)
-                reporter.restart_clock()
+                with reporter.paused():
+                    self.saver.save(self.position)
         reporter.close()
         self.saver.finish()
         if stop is not None:
@@ -192,8 +167,6 @@ class Trainer:
         return Reporter(
             self.platform,
             self.plan.arch,
-            seq_length=args.train.seq_length,
-            tokens_per_step=self.plan.global_batch * args.train.seq_length,
             devices=self.world.size,
             interval=args.report.log_interval,
             first=self.position.iteration,
@@ -204,14 +177,13 @@ class Trainer:
 
     def evaluate(self, reporter: Reporter) -> None:
         """The loss on the validation share, always on its first samples, so that losses compare."""
-        if self.splits.valid is None:
+        if self.feed.valid is None:
             return
-        total, tokens = 0.0, 0
+        total = NOTHING
         for number in range(self.args.report.eval_iters):
-            batches = self.batches(self.splits.valid, number * self.plan.global_batch)
-            loss, count = evaluate_step(self.chunks, batches, **self.sizes)
-            total, tokens = total + loss * count, tokens + count
-        reporter.evaluation(self.position.iteration, "validation", total / max(tokens, 1))
+            batches = self.batches(self.feed.valid, number * self.plan.global_batch)
+            total += evaluate_step(self.chunks, batches, **self.sizes)
+        reporter.evaluation(self.position.iteration, "validation", total.loss)
 
 
 def _one_or_list(items: list) -> Any:
