@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_npu import log
+from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import training_state
+from qwen3_npu.checkpoint import resume, training_state
 from qwen3_npu.checkpoint.training_state import Position, Trained
 
 
@@ -25,16 +26,20 @@ class Saver:
         config: folder whose config.json and tokenizer files are carried along.
     """
 
-    def __init__(self, trained: Trained, args: CheckpointArgs, extra: dict[str, Any], config: Path | None) -> None:
-        self.trained, self.args, self.extra, self.config = trained, args, extra, config
+    def __init__(
+        self, trained: Trained, args: CheckpointArgs, lora: LoraArgs, extra: dict[str, Any], config: Path | None
+    ) -> None:
+        self.trained, self.args, self.lora, self.extra, self.config = trained, args, lora, extra, config
 
     def load(self) -> Position:
-        """Weights and, when resuming, everything else. Raises: UsageError: see `training_state.load`."""
-        return training_state.load(self.trained, self.args)
+        """Weights and, when resuming, everything else. Raises: UsageError: see `resume.load`."""
+        return resume.load(self.trained, self.args, self.lora.lora_load)
 
     def save(self, position: Position) -> None:
         """A checkpoint of this step in --save."""
-        folder = training_state.save(self.trained, position, self.args, self.extra, self.config)
+        folder = training_state.save(
+            self.trained, position, self.args, self.extra, self.config, updates_only=self.lora.lora_ckpt_filter
+        )
         log.info(f"saved: {folder}")
 
     def finish(self) -> None:
