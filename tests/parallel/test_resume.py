@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from test_layouts import EP2, PP2, SP, TP2, VPP, ZERO
+from qwen3_npu.parity.rows import EP2, PP2, SP, TP2, VPP, ZERO
 from worlds import World, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
