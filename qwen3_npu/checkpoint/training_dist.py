@@ -27,7 +27,7 @@ from qwen3_npu.checkpoint.outputs import write_text
 from qwen3_npu.checkpoint.pt_reader import PtArchive
 from qwen3_npu.checkpoint.pt_writer import PtSection
 from qwen3_npu.checkpoint.source import Source, read_shard
-from qwen3_npu.checkpoint.tensors import BY_TORCH
+from qwen3_npu.checkpoint.tensors import BY_TORCH, sizes
 from qwen3_npu.checkpoint.write_dist import BACKENDS
 from qwen3_npu.distributed.layout import Layout, Rank
 
@@ -58,7 +58,8 @@ def write(snapshot: Snapshot, stage: Path) -> tuple[list[str], Any]:
                 if not source.holds(chunk.shard):
                     continue
                 dtype = source.dtype(chunk.shard.pieces[0].hf)
-                place = _section(file, to_torch(read_shard(source, chunk.shard, dtype), dtype))
+                data = read_shard(source, chunk.shard, dtype).reshape(sizes(chunk.region))
+                place = _section(file, to_torch(data, dtype))
                 tensors.append([prefix + chunk.key, dtype.torch, chunk.size, chunk.region, *place])
         for key in extra_states(contents, layout, rank):
             objects.append([key, *_section(file, [None])])

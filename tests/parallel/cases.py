@@ -17,7 +17,9 @@ from qwen3_npu import cli, log
 from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.checkpoint import training_torch
+from qwen3_npu.checkpoint.dist_table import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
+from qwen3_npu.checkpoint.weights import shards
 from qwen3_npu.data.prefixes import check_data
 from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.errors import Stopped, UsageError
@@ -89,6 +91,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
     with trainer(platform, world, flags) as t:
         t.step()
         t.saver.save(t.position)
+        t.saver.finish()
         if world.rank == rank:
             training_torch.write_content = full_disk  # type: ignore[assignment]
         raised = "nothing"
@@ -110,21 +113,22 @@ def full_disk(path: Path, content: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def megatron_reads(platform: Platform, world: World, flags: list[str], folder: str) -> int:
-    """Tensors of the model that megatron-core's own loading of a checkpoint gives, all equal to those loaded here."""
+def megatron_reads(platform: Platform, world: World, flags: list[str], folder: str) -> dict[str, Any]:
+    """megatron-core's own loading of a checkpoint must give the parameters that are loaded here."""
     from megatron.core import dist_checkpointing
 
     with trainer(platform, world, flags) as t:
-        (model,) = t.modules
-        expected = {name: p.detach().clone() for name, p in model.named_parameters()}
-        for parameter in model.parameters():
-            parameter.data.zero_()
-        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder), strict=False)
-        got = dict(model.named_parameters())
-        assert got.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(tensor, got[name]), name
-        return len(expected)
+        tensors = dist_checkpointing.load_plain_tensors(folder)
+        common = dist_checkpointing.load_common_state_dict(folder)
+        layout = t.plan.layout
+        parameters = dict(t.modules[0].named_parameters())
+        for shard in shards(t.plan.arch, layout, next(layout.ranks())):
+            key, lead = key_of(shard, layer_places(layout))
+            assert torch.equal(tensors[key][lead] if lead else tensors[key], parameters[shard.name]), key
+            moment = tensors[f"optimizer.state.exp_avg.{key}"]
+            assert moment.shape == tensors[key].shape, key
+            assert moment.any(), key
+        return {"parameters": len(parameters), "iteration": common["iteration"]}
 
 
 def dropout_masks(platform: Platform, world: World, flags: list[str]) -> list[list[float]]:
