@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qwen3_npu.checkpoint.cuts import Region, intersect
-from qwen3_npu.checkpoint.lora_table import Contents, Lora, is_lora
+from qwen3_npu.checkpoint.lora_table import Contents
 from qwen3_npu.checkpoint.piece_reader import PieceReader, Place
 from qwen3_npu.checkpoint.pt_writer import PtWriter, Tensor
 from qwen3_npu.checkpoint.source import Source, read_shard
@@ -115,24 +115,27 @@ def load_weights(
     layout: Layout,
     rank: Rank,
     chunks: Sequence[torch.nn.Module],
-    lora: Lora | None = None,
+    contents: Contents | None = None,
+    loads: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Fill this rank's parameters.
 
     Args:
         chunks: the model chunks, not wrapped.
-        lora: the adapter that the model has; it is left as it is if the source has none.
+        contents: what the model is made of; by default weights without LoRA updates.
+        loads: which parameters are filled, by their names.
     """
-    parameters = parameters_of(chunks)
-    wanted = list(Contents(source.arch, lora=lora).shards(layout, rank))
-    if differing := {(s.chunk, s.name) for s in wanted} ^ parameters.keys():
-        raise AssertionError(f"weight table and model disagree: {sorted(differing)[:5]}")
-    for shard in wanted:
-        if is_lora(shard.name) and source.contents.lora is None:
-            continue
-        parameter = parameters[shard.chunk, shard.name]
-        dtype = dtype_of(parameter)
-        parameter.copy_(to_torch(read_shard(source, shard, dtype), dtype))
+    contents = contents or Contents(source.arch)
+    for chunk, model in enumerate(chunks):
+        parameters = dict(model.named_parameters())
+        wanted = {s.name: s for s in contents.shards(layout, rank) if s.chunk == chunk}
+        if wanted.keys() != parameters.keys():
+            raise AssertionError(f"weight table and model disagree: {sorted(wanted.keys() ^ parameters.keys())[:5]}")
+        for name, shard in wanted.items():
+            if not loads(name):
+                continue
+            dtype = dtype_of(parameters[name])
+            parameters[name].copy_(to_torch(read_shard(source, shard, dtype), dtype))
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:

@@ -12,7 +12,9 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from qwen3_npu import kernels, log
+from qwen3_npu.args.lora import TARGETS, LoraArgs
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.checkpoint.lora_table import Contents, Lora
 from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data.batches import Batch
 from qwen3_npu.distributed.context_parallel import ContextParallel
@@ -23,6 +25,7 @@ from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.sequence import Sequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.progress import human
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
@@ -39,7 +42,8 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) ->
     Args:
         fingerprint: of the data files.
     """
-    args = args._replace(checkpoint=prepare(args.checkpoint))
+    checkpoint, lora = prepare(args.checkpoint, args.lora)
+    args = args._replace(checkpoint=checkpoint, lora=lora)
     with process_group(platform, args.runtime) as world, model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
         trainer.load()
@@ -72,6 +76,7 @@ class Trainer:
             context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
         parts = Parts(
             chosen,
+            lora=args.lora,
             context_parallel=context_parallel,
             recompute_activation=args.train.recompute_activation_function,
             loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
@@ -86,9 +91,15 @@ class Trainer:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
             if args.optimizer.overlap_param_gather:
                 config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in self.chunks])
-        trained = Trained(plan.arch, plan.layout, self.modules, self.optimizer, self.scheduler)
+        contents = Contents(plan.arch, lora=_lora(args.lora))
+        trained = Trained(contents, plan.layout, self.modules, self.optimizer, self.scheduler)
+        if contents.lora:
+            some, every = trained.optimized.parameters, contents.parameters
+            log.info(
+                f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
+            )
         extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed}
-        self.saver = Saver(trained, args.checkpoint, extra, plan.config)
+        self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
         self.position = Position()
         self.feed: Feed | None = None
         self.guard = NanGuard(args.exits.max_skipped_updates)
@@ -194,3 +205,9 @@ class Trainer:
 def _one_or_list(items: list) -> Any:
     """megatron takes one function, or a list of one per model chunk."""
     return items if len(items) > 1 else items[0]
+
+
+def _lora(args: LoraArgs) -> Lora | None:
+    """What the checkpoints say of LoRA updates."""
+    targets = tuple(target for target in TARGETS if target in args.lora_target_modules)
+    return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_npu import log
+from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import integrity, keep
 from qwen3_npu.errors import UsageError
@@ -43,7 +44,7 @@ def prepared(args: CheckpointArgs, monkeypatch: pytest.MonkeyPatch, restarts: in
     log.setup()
     log.LOGGER.addHandler(handler)
     try:
-        return prepare(args), "\n".join(said)
+        return prepare(args, LoraArgs())[0], "\n".join(said)
     finally:
         log.LOGGER.removeHandler(handler)
 
@@ -115,6 +116,18 @@ def test_a_restart_goes_on_from_what_this_job_saved(tmp_path: Path, monkeypatch:
     assert (again.load, again.finetune, again.ckpt_step) == (str(save), False, None)
     assert (again.load_optim, again.load_rng) == (True, False), "what is saved is what can be loaded"
     assert f"going on from {save} instead of --load {tmp_path / 'model'}" in said
+
+
+def test_a_restart_of_a_training_that_saves_updates_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen3_npu.training.saving import prepare
+
+    args = CheckpointArgs(load=str(tmp_path / "model"), save=str(tmp_path / "save"))
+    lora = LoraArgs(lora_r=4, lora_load=str(tmp_path / "first"), lora_ckpt_filter=True)
+    assert prepare(args, lora) == (args, lora)
+    track(tmp_path / "save", "7")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again, updates = prepare(args, lora)
+    assert (again.load, updates.lora_load) == (args.load, args.save), "the base is still where it was"
 
 
 def test_a_restart_before_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
