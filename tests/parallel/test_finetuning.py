@@ -352,11 +352,15 @@ def test_lora_resumes(worlds: dict[int, World], models: dict[str, str], data: di
     assert not whole["changed"]
     worlds[1].run("train", flags=[*flags, "--save", str(save), "--lora-ckpt-filter"], steps=3)
     worlds[1].run("train", flags=[*flags, "--save", str(whole_save)], steps=3)
+    dist = ["--save", str(tmp_path / "dist"), "--lora-ckpt-filter", "--ckpt-format", "torch_dist", "--async-save"]
+    worlds[1].run("train", flags=[*flags, *dist], steps=3)
     sizes = [next(folder.glob("iter_*/mp_rank_*/model_optim_rng.pt")).stat().st_size for folder in (save, whole_save)]
     assert sizes[0] < 0.4 * sizes[1]
-    again = worlds[1].run("train", flags=[*flags, "--lora-load", str(save)], steps=2)
-    assert again["loss"] == whole["loss"][3:5]
+    for updates in (save, tmp_path / "dist"):
+        again = worlds[1].run("train", flags=[*flags, "--lora-load", str(updates)], steps=2)
+        assert again["loss"] == whole["loss"][3:5]
     again = worlds[1].run("train", flags=[*flags, "--load", str(whole_save)], steps=2)
     assert again["loss"] == whole["loss"][3:5]
-    again = worlds[4].run("train", flags=[*flags, *TP2, *PP2, "--lora-load", str(save)], steps=2)
-    assert again["loss"] == pytest.approx(whole["loss"][3:5], rel=1e-5)
+    for updates in (save, tmp_path / "dist"):
+        again = worlds[4].run("train", flags=[*flags, *TP2, *PP2, "--lora-load", str(updates)], steps=2)
+        assert again["loss"] == pytest.approx(whole["loss"][3:5], rel=1e-5)
