@@ -20,6 +20,7 @@ class Kernels:
     """One implementation per operation; signatures are those in `kernels/reference.py`."""
 
     attention: Callable
+    decode_attention: Callable
     attention_block: Callable
     attention_block_backward: Callable
     rms_norm: Callable
@@ -35,6 +36,7 @@ class Kernels:
 _TABLES: dict[str, Kernels] = {
     "reference": Kernels(
         attention=reference.attention,
+        decode_attention=reference.decode_attention,
         attention_block=reference.attention_block,
         attention_block_backward=reference.attention_block_backward,
         rms_norm=reference.rms_norm,
@@ -44,6 +46,7 @@ _TABLES: dict[str, Kernels] = {
     ),
     "torch": Kernels(
         attention=torch_native.attention,
+        decode_attention=torch_native.decode_attention,
         attention_block=torch_native.attention_block,
         attention_block_backward=torch_native.attention_block_backward,
         rms_norm=torch_native.rms_norm,

@@ -42,6 +42,27 @@ def attention(
     return torch.einsum("bnst,tbnd->sbnd", weights, v)
 
 
+def decode_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *, scale: float
+) -> torch.Tensor:
+    """Attention of one new token of each sequence over the keys and values kept of it. Without autograd.
+
+    Args:
+        q: [b, n, d].
+        k, v: [b, g, t, d], n a multiple of g.
+        visible: [b, t] bool, which keys a sequence has; None: all.
+        scale: factor on q k^T.
+
+    Returns:
+        [b, n, d].
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("bnd,bntd->bnt", q, k).float() * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible.unsqueeze(1), float("-inf"))
+    return torch.einsum("bnt,bntd->bnd", scores.softmax(dim=-1).to(q.dtype), v)
+
+
 def attention_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, cu_seqlens: Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

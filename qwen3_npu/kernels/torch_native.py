@@ -42,6 +42,15 @@ def attention(
     return torch.cat([_sdpa(*document, scale, dropout) for document in documents])
 
 
+def decode_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *, scale: float
+) -> torch.Tensor:
+    """Scaled dot product attention, the query heads of one key head as its queries: keys are read once."""
+    mask = None if visible is None else visible[:, None, None]
+    out = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)), k, v, attn_mask=mask, scale=scale)
+    return out.flatten(1, 2)
+
+
 def attention_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, cu_seqlens: Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
