@@ -11,7 +11,7 @@ def main() -> None:
     log.setup(rank, world_size)
     parsed = cli.parse("inference.py", __doc__, GROUPS, FOREIGN)
     args = InferenceArgs(*parsed.groups)
-    from qwen3_npu.inference.plan import make_plan
+    from qwen3_npu.inference.plan import check_output, make_plan
 
     plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world_size)
     for line in plan.describe(args.weights) + parsed.notes:
@@ -23,7 +23,7 @@ def main() -> None:
     platform = select(args.runtime.device)
     platform.activate()
     from qwen3_npu.distributed.failure import recorded
-    from qwen3_npu.inference.run import check_output, run
+    from qwen3_npu.inference.run import run
 
     check_output(args.generate.output_dir)
     with recorded():

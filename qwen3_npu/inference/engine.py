@@ -69,8 +69,17 @@ class Engine:
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.computed = self.reused = 0
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, on_token: OnToken | None = None) -> None:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_token: OnToken | None = None,
+        on_done: Callable[[Request], None] | None = None,
+    ) -> None:
         """Complete every request, in place.
+
+        Args:
+            on_done: called with each request that has ended.
 
         Raises:
             UsageError: a prompt is empty, or leaves no room for an answer within the model's positions.
@@ -97,6 +106,8 @@ class Engine:
             self._step(batch, len(running) - len(batch), sampling)
             for request in batch:
                 self._judge(request, on_token)
+                if request.finish and on_done is not None:
+                    on_done(request)
             self._leave(running)
 
     def _make_room(self, capacity: int) -> None:

@@ -23,7 +23,7 @@ from qwen3_npu.inference.runner import Runner, opened
 from qwen3_npu.inference.sampling import Sampling
 from qwen3_npu.inference.text import Stream, Writer
 from qwen3_npu.platform.base import Platform
-from qwen3_npu.progress import Progress
+from qwen3_npu.progress import Progress, human
 
 RESULT = "text_generation_result"
 
@@ -119,6 +119,11 @@ class _Task:
             engine.generate(batch, self.sampling, on_token)
             if shows:
                 print(self.streams[batch[0].number].rest() + "\n", flush=True)
+        if progress is not None:
+            progress.close()
+        if engine.cache is not None:
+            size = human(engine.cache.bytes, "B")
+            log.info(f"cache: {engine.slots} x {engine.cache.capacity} tokens, {size} on each process")
         if engine.reused:
             log.info(f"prefix cache: {engine.reused} of {engine.reused + engine.computed} prompt tokens were there")
         return {}
@@ -169,14 +174,3 @@ def _save(results: list[dict[str, Any]], folder: Path) -> None:
         temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
         log.info(f"written: {path}")
-
-
-def check_output(folder: str) -> None:
-    """Raises: UsageError: --output-dir cannot be written; found out before generating."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / f".{RESULT}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"--output-dir {folder} cannot be written: {error.strerror}") from None

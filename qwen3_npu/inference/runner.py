@@ -25,7 +25,6 @@ from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.sequence import Sequence as Positions
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
-from qwen3_npu.progress import human
 
 
 @contextlib.contextmanager
@@ -80,7 +79,7 @@ class Runner:
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """Room for `slots` sequences of up to `capacity` tokens."""
-        cache = KVCache(
+        return KVCache(
             [layer.layer_number for layer in self.model.decoder.layers],
             slots=slots,
             capacity=capacity,
@@ -89,8 +88,6 @@ class Runner:
             dtype=self.dtype,
             device=self.device,
         )
-        log.info(f"cache: {slots} x {capacity} tokens, {human(cache.bytes, 'B')} on each process")
-        return cache
 
     def cached(self, cache: KVCache, kept: Sequence[Kept]) -> CachedSequence:
         """New tokens of sequences of a cache."""
