@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.evaluation import CUSTOM, LM_EVAL, EvaluationArgs
+from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
 from qwen3_npu.evaluation.asking import Asker
 from qwen3_npu.evaluation.custom import Case, is_right, load_cases
@@ -24,7 +25,7 @@ from qwen3_npu.evaluation.task import LIKELIHOOD, Task
 from qwen3_npu.evaluation.tasks import TASKS
 from qwen3_npu.inference.engine import Engine, Request
 from qwen3_npu.inference.plan import Plan
-from qwen3_npu.inference.runner import Runner, opened
+from qwen3_npu.inference.runner import Runner, loaded
 from qwen3_npu.inference.sampling import Sampling
 from qwen3_npu.inference.scoring import Choice, Scorer, choice_tokens
 from qwen3_npu.inference.text import Stream, Writer
@@ -35,7 +36,7 @@ _LIMIT = 128  # tokens of a generated answer to a custom question
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class Read:
     """A task's questions, read before the model is.
 
     Attributes:
@@ -54,6 +55,12 @@ class Loaded:
 
 
 def run(platform: Platform, args: EvaluationArgs, plan: Plan) -> None:
+    """The whole evaluation, from joining the other processes to the last file."""
+    with process_group(platform, args.runtime) as world:
+        evaluate(platform, world, args, plan)
+
+
+def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Plan) -> None:
     """Read all questions, load the model, evaluate, write."""
     writer = Writer(plan.tokenizer, args.prompts, backend="auto")
     if writer.args.template:
@@ -62,7 +69,7 @@ def run(platform: Platform, args: EvaluationArgs, plan: Plan) -> None:
         _load(name, path, args, writer)
         for name, path in zip(args.evaluate.task, args.evaluate.task_data_path, strict=True)
     ]
-    with opened(platform, args.runtime, args.weights, plan) as runner:
+    with loaded(platform, world, args.runtime, args.weights, plan) as runner:
         results = {}
         for task in tasks:
             start = time.monotonic()
@@ -82,11 +89,11 @@ def run(platform: Platform, args: EvaluationArgs, plan: Plan) -> None:
             _write(results, args, plan, Path(args.evaluate.output_dir))
 
 
-def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> Loaded:
+def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> Read:
     evaluate = args.evaluate
     if name == CUSTOM:
         cases = load_cases(path, evaluate.match, evaluate.max_eval_samples)
-        return Loaded(name, None, cases, [writer.text(case.messages) for case in cases], None)
+        return Read(name, None, cases, [writer.text(case.messages) for case in cases], None)
     task = TASKS[name]
     if evaluate.scoring != LM_EVAL and name not in ("mmlu", "cmmlu", "ceval"):
         raise UsageError(f"--scoring {evaluate.scoring} is for mmlu, cmmlu and ceval; {name} has --scoring {LM_EVAL}")
@@ -99,44 +106,44 @@ def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> Loaded:
             f"{name}: {len(missing)} of {len(task.subjects)} subjects have no file and do not count: {missing[0]} .."
         )
     asker = Asker(task, writer, language=evaluate.eval_language, scoring=evaluate.scoring)
-    return Loaded(name, task, questions, [asker.context(question) for question in questions], asker)
+    return Read(name, task, questions, [asker.context(question) for question in questions], asker)
 
 
 class _Evaluation:
     """One task on one model."""
 
-    def __init__(self, runner: Runner, writer: Writer, args: EvaluationArgs, loaded: Loaded) -> None:
-        self.runner, self.writer, self.args, self.loaded = runner, writer, args, loaded
+    def __init__(self, runner: Runner, writer: Writer, args: EvaluationArgs, read: Read) -> None:
+        self.runner, self.writer, self.args, self.read = runner, writer, args, read
 
     def run(self) -> tuple[list[Sample], str]:
         """A sample for each question, and a table for people if the task has one; on every process."""
-        loaded = self.loaded
-        if loaded.task is None:
-            return self._custom(loaded.items)
+        read = self.read
+        if read.task is None:
+            return self._custom(read.items)
         if self.args.evaluate.scoring != LM_EVAL:
-            said = self._generated(range(len(loaded.items)), self.args.evaluate.max_new_tokens or 2, ())
+            said = self._generated(range(len(read.items)), self.args.evaluate.max_new_tokens or 2, ())
             return [self._by_letter(q, c, said[i]) for i, (q, c) in enumerate(self._pairs())], ""
-        if loaded.task.method == LIKELIHOOD:
-            scores = self._scores({i: loaded.task.choices for i in range(len(loaded.items))})
+        if read.task.method == LIKELIHOOD:
+            scores = self._scores({i: read.task.choices for i in range(len(read.items))})
             return [self._by_likelihood(q, c, scores[i]) for i, (q, c) in enumerate(self._pairs())], ""
-        limit = self.args.evaluate.max_new_tokens or loaded.task.limit
-        said = self._generated(range(len(loaded.items)), limit, loaded.task.stop)
+        limit = self.args.evaluate.max_new_tokens or read.task.limit
+        said = self._generated(range(len(read.items)), limit, read.task.stop)
         return [self._by_filters(q, c, said[i]) for i, (q, c) in enumerate(self._pairs())], ""
 
     def _pairs(self) -> list[tuple[Question, str]]:
-        return list(zip(self.loaded.items, self.loaded.contexts, strict=True))
+        return list(zip(self.read.items, self.read.contexts, strict=True))
 
     # Asking the model
 
     def _scores(self, choices: dict[int, Sequence[str]]) -> dict[int, list[float]]:
         """Log-likelihood of each choice, by question."""
-        loaded = self.loaded
-        delimiter = loaded.asker.delimiter if loaded.asker else ""
+        read = self.read
+        delimiter = read.asker.delimiter if read.asker else ""
         encode = PieceEncoder(self.writer)
         listed = []
         for i, words in choices.items():
-            group = loaded.items[i].subject if loaded.task else "all"
-            tokens = choice_tokens(encode, loaded.contexts[i], [delimiter + word for word in words])
+            group = read.items[i].subject if read.task else "all"
+            tokens = choice_tokens(encode, read.contexts[i], [delimiter + word for word in words])
             listed += [Choice((i, j), group, *pair) for j, pair in enumerate(tokens)]
         scorer = Scorer(
             self.runner,
@@ -145,13 +152,13 @@ class _Evaluation:
         )
         found = scorer.score(listed, self._progress(len(choices)))
         total = scorer.computed + scorer.reused
-        log.info(f"{loaded.name}: {scorer.computed} of {total} prompt tokens computed, the rest is shared")
+        log.info(f"{read.name}: {scorer.computed} of {total} prompt tokens computed, the rest is shared")
         return {i: [found[i, j] for j in range(len(words))] for i, words in choices.items()}
 
     def _generated(self, numbers: Sequence[int], limit: int, stops: Sequence[str]) -> dict[int, str]:
         """The likeliest answer to each question."""
         runner, weights = self.runner, self.args.weights
-        requests = [Request(i, self.writer.tokens(self.loaded.contexts[i]), limit) for i in numbers]
+        requests = [Request(i, self.writer.tokens(self.read.contexts[i]), limit) for i in numbers]
         mine = [r for r in requests if r.number % runner.data_parallel == runner.data_rank]
         streams = {r.number: Stream(self.writer.encoder, runner.plan.eos, stops) for r in mine}
         slots = min(self.args.evaluate.evaluation_batch_size or 8, max(len(mine), 1))
@@ -170,13 +177,13 @@ class _Evaluation:
     def _progress(self, total: int) -> Callable[[int], None]:
         if self.runner.world.rank != 0:
             return lambda count: None
-        progress = Progress(self.loaded.name, total / self.runner.data_parallel, {"questions": "questions"})
+        progress = Progress(self.read.name, total / self.runner.data_parallel, {"questions": "questions"})
         return lambda count: progress.add(questions=count)
 
     # Judging the answers
 
     def _by_likelihood(self, question: Question, context: str, scores: list[float]) -> Sample:
-        task = self.loaded.task
+        task = self.read.task
         assert task is not None
         chosen = max(range(len(scores)), key=lambda i: scores[i])  # of equals the first, as argmax
         best = sorted(scores, reverse=True)
@@ -199,8 +206,8 @@ class _Evaluation:
         return self._sample(question, {"acc": float(letter == expected)}, None, log_entry)
 
     def _by_filters(self, question: Question, context: str, said: str) -> Sample:
-        assert self.loaded.task is not None
-        answers = {name: filtered(said, *rule) for name, rule in self.loaded.task.filters.items()}
+        assert self.read.task is not None
+        answers = {name: filtered(said, *rule) for name, rule in self.read.task.filters.items()}
         expected = question.columns["answer"]
         scores = {f"exact_match {name}": float(same_number(text, expected)) for name, text in answers.items()}
         return self._sample(
@@ -210,8 +217,8 @@ class _Evaluation:
     def _sample(
         self, question: Question, scores: dict[str, float], margin: float | None, entry: dict[str, Any]
     ) -> Sample:
-        assert self.loaded.task is not None
-        category = self.loaded.task.subjects[question.subject][0]
+        assert self.read.task is not None
+        category = self.read.task.subjects[question.subject][0]
         entry = {"subject": question.subject, "number": question.number, **entry, **scores}
         return Sample(question.subject, category, scores, margin, entry)
 
@@ -232,7 +239,7 @@ class _Evaluation:
                 answer = said[i].strip()
                 right = is_right(case, answer)
             pairs.append((case.answer.strip(), case.answer.strip() if right else answer))
-            entry = {"number": i, "prompt": self.loaded.contexts[i], "answer": answer, "expected": case.answer}
+            entry = {"number": i, "prompt": self.read.contexts[i], "answer": answer, "expected": case.answer}
             entry |= {"category": case.category, "match": case.match, "acc": float(right)}
             samples.append(Sample(case.category, case.category, {"acc": float(right)}, margin, entry))
         return samples, confusion(pairs)
@@ -241,7 +248,7 @@ class _Evaluation:
 class PieceEncoder:
     """Encodes texts that repeat each other's paragraphs, each paragraph once.
 
-    After an empty line a letter or digit always begins a new token of Qwen's (see the pattern in its tokenizer.json), so
+    After an empty line a letter or digit always begins a new token of Qwen's (the pattern in its tokenizer.json), so
     the tokens of a text are those of its paragraphs. Should a tokenizer differ, the first texts show it.
     """
 
@@ -281,7 +288,7 @@ def paragraphs(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _facts(task: Loaded, args: EvaluationArgs) -> dict[str, Any]:
+def _facts(task: Read, args: EvaluationArgs) -> dict[str, Any]:
     """What a score depends on besides the weights."""
     shots = args.evaluate.num_fewshot
     return {
@@ -295,7 +302,7 @@ def _facts(task: Loaded, args: EvaluationArgs) -> dict[str, Any]:
     }
 
 
-def _write_samples(task: Loaded, samples: Sequence[Sample], folder: Path) -> None:
+def _write_samples(task: Read, samples: Sequence[Sample], folder: Path) -> None:
     path = folder / f"samples_{task.name}.jsonl"
     write_text(path, "".join(json.dumps(sample.log, ensure_ascii=False) + "\n" for sample in samples))
     log.info(f"written: {path}")

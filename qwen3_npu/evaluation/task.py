@@ -38,7 +38,8 @@ class Task:
         answers: column value -> choice, where they differ.
         shots: examples before each question, unless the user says otherwise.
         drawn: examples are drawn for each question by Python's generator with this seed; None: the first ones.
-        stop, limit, filters: of `GENERATE` tasks: texts that end an answer, tokens, and name -> (expression, which match).
+        stop, limit: of `GENERATE` tasks: texts that end an answer, and its tokens.
+        filters: of `GENERATE` tasks: name -> (expression that finds the answer, which match).
     """
 
     name: str

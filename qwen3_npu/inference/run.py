@@ -13,13 +13,14 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.inference import GenerateArgs, InferenceArgs
+from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.beam import BeamSearch, beam_search
 from qwen3_npu.inference.chat import chat
 from qwen3_npu.inference.engine import Engine, Request
 from qwen3_npu.inference.plan import Plan
 from qwen3_npu.inference.prompts import Prompt, read_prompts
-from qwen3_npu.inference.runner import Runner, opened
+from qwen3_npu.inference.runner import Runner, loaded
 from qwen3_npu.inference.sampling import Sampling
 from qwen3_npu.inference.text import Stream, Writer
 from qwen3_npu.platform.base import Platform
@@ -29,22 +30,28 @@ RESULT = "text_generation_result"
 
 
 def run(platform: Platform, args: InferenceArgs, plan: Plan) -> None:
+    """Everything, from joining the other processes to the last file."""
+    with process_group(platform, args.runtime) as world:
+        generate(platform, world, args, plan)
+
+
+def generate(platform: Platform, world: World, args: InferenceArgs, plan: Plan) -> None:
     """Load the model and do every task."""
-    generate = args.generate
+    flags = args.generate
     writer = Writer(plan.tokenizer, args.prompts)
-    if args.prompts.template is not None or "chat" in generate.task:
+    if args.prompts.template is not None or "chat" in flags.task:
         plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
-    prompts = read_prompts(generate)
+    prompts = read_prompts(flags)
     texts = [writer.text(prompt) for prompt in prompts]
-    with opened(platform, args.runtime, args.weights, plan) as runner:
+    with loaded(platform, world, args.runtime, args.weights, plan) as runner:
         results = []
-        for task in generate.task:
+        for task in flags.task:
             if task == "chat":
                 chat(runner, writer, args)
             else:
                 results += _Task(runner, writer, args, task).run(prompts, texts)
         if results and runner.world.rank == 0:
-            _save(results, Path(generate.output_dir))
+            _save(results, Path(flags.output_dir))
 
 
 def sampling_of(args: GenerateArgs, seed: int, *, sample: bool) -> Sampling:

@@ -16,7 +16,7 @@ from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.live import load_weights
 from qwen3_npu.checkpoint.opening import Opened, Sources
-from qwen3_npu.distributed.launch import World, model_parallel, model_rank, process_group
+from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import Plan
 from qwen3_npu.model.build import build_model
@@ -28,15 +28,8 @@ from qwen3_npu.platform.base import Platform
 
 
 @contextlib.contextmanager
-def opened(platform: Platform, runtime: RuntimeArgs, weights: WeightArgs, plan: Plan) -> Iterator[Runner]:
-    """A loaded model, among the job's other processes."""
-    with process_group(platform, runtime) as world, loaded(platform, world, runtime, weights, plan) as runner:
-        yield runner
-
-
-@contextlib.contextmanager
 def loaded(platform: Platform, world: World, runtime: RuntimeArgs, weights: WeightArgs, plan: Plan) -> Iterator[Runner]:
-    """A loaded model in a process group that exists."""
+    """A loaded model, among the job's other processes."""
     with model_parallel(plan.layout, plan.parallel, runtime), torch.inference_mode():
         yield Runner(platform, world, runtime, weights, plan)
 

@@ -124,7 +124,7 @@ class Scorer:
             self.runner.anyone(True)
             self.runner.forward(tokens, self.runner.cached(self.cache, [Kept(0, start, len(tokens))]), [])
         self.computed += length
-        self.reused += length * len(rows)
+        self.reused += length * (len(rows) - 1)
         return length
 
     def _pass(self, batch: list[_Row], prefix: int) -> torch.Tensor | None:

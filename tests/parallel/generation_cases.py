@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import generation
@@ -26,3 +28,18 @@ def answers(platform: Any, world: Any, folder: str, flags: list[str]) -> dict[st
         while made.anyone(False):
             made.idle()
         return {**found, "beams": [request.generated]}
+
+
+def likelihoods(platform: Any, world: Any, folder: str, flags: list[str], data: str, out: str) -> list[list[float]]:
+    """Log-likelihoods of MMLU's choices, as `evaluation.py` writes them into samples_mmlu.jsonl."""
+    from qwen3_npu import cli
+    from qwen3_npu.args.evaluation import FOREIGN, GROUPS, EvaluationArgs
+    from qwen3_npu.evaluation.run import evaluate
+    from qwen3_npu.inference.plan import make_plan
+
+    words = ["--load", folder, "--task", "mmlu", "--task-data-path", data, "--device", "cpu", "--log-samples"]
+    args = EvaluationArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=[*words, "--output-dir", out, *flags]).groups)
+    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
+    evaluate(platform, world, args, plan)
+    samples = (json.loads(line) for line in (Path(out) / "samples_mmlu.jsonl").open()) if world.rank == 0 else ()
+    return [sample["loglikelihoods"] for sample in samples]

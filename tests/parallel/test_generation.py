@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import generation
+import quiz
+import tiny
 from worlds import World
 
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -58,3 +61,22 @@ def test_says_what_transformers_says(
     got = worlds[4].run("generation_cases.answers", folder=models[kind], flags=flags)
     assert got.pop("sampled") == samples[kind]
     assert got == expected[kind]
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Models with a tokenizer."""
+    root = tmp_path_factory.mktemp("readers")
+    found = {kind: tiny.write_model(root / kind, tiny.arch(kind, vocab_size=800)) for kind in ("tied", "moe")}
+    return {kind: str(quiz.write_tokenizer(folder)) for kind, folder in found.items()}
+
+
+@pytest.mark.parametrize(("kind", "flags"), [("tied", TP2 + PP2), ("moe", EP2 + PP2)])
+def test_scores_what_one_process_scores(
+    kind: str, flags: list[str], worlds: dict[int, World], readers: dict[str, str], tmp_path: Path
+) -> None:
+    given = {"folder": readers[kind], "data": str(quiz.write_mmlu(tmp_path / "mmlu", 4)), "out": str(tmp_path)}
+    alone = worlds[1].run("generation_cases.likelihoods", flags=[], **given)
+    together = worlds[4].run("generation_cases.likelihoods", flags=[*flags, "--sequence-parallel"], **given)
+    assert len(alone) == 4 + 5 + 6
+    assert [x for row in together for x in row] == pytest.approx([x for row in alone for x in row], abs=1e-4)
