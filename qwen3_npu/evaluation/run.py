@@ -69,7 +69,8 @@ def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Plan)
         _load(name, path, args, writer)
         for name, path in zip(args.evaluate.task, args.evaluate.task_data_path, strict=True)
     ]
-    with loaded(platform, world, args.runtime, args.weights, plan) as runner:
+    rows = args.evaluate.pass_tokens
+    with loaded(platform, world, args.runtime, args.weights, plan, rows=rows, copy_tied=False) as runner:
         results = {}
         for task in tasks:
             start = time.monotonic()

@@ -43,7 +43,7 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Plan) 
         plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
     prompts = read_prompts(flags)
     texts = [writer.text(prompt) for prompt in prompts]
-    with loaded(platform, world, args.runtime, args.weights, plan) as runner:
+    with loaded(platform, world, args.runtime, args.weights, plan, rows=_rows(flags, len(prompts))) as runner:
         results = []
         for task in flags.task:
             if task == "chat":
@@ -52,6 +52,15 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Plan) 
                 results += _Task(runner, writer, args, task).run(prompts, texts)
         if results and runner.world.rank == 0:
             _save(results, Path(flags.output_dir))
+
+
+def _rows(args: GenerateArgs, prompts: int) -> int:
+    """Tokens of most passes."""
+    if args.stream or args.task == ["chat"]:
+        return 1
+    if all(task.startswith("beam") for task in args.task):
+        return args.num_beams
+    return max(min(args.predict_batch_size, prompts), 1)
 
 
 def sampling_of(args: GenerateArgs, seed: int, *, sample: bool) -> Sampling:

@@ -22,16 +22,31 @@ from qwen3_npu.inference.plan import Plan
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.cache import CachedSequence, Kept, KVCache, PrefixedSequence
 from qwen3_npu.model.config import transformer_config
+from qwen3_npu.model.frozen import FrozenLinear, freeze_linears, run_layers
 from qwen3_npu.model.sequence import Sequence as Positions
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 
 
 @contextlib.contextmanager
-def loaded(platform: Platform, world: World, runtime: RuntimeArgs, weights: WeightArgs, plan: Plan) -> Iterator[Runner]:
-    """A loaded model, among the job's other processes."""
+def loaded(
+    platform: Platform,
+    world: World,
+    runtime: RuntimeArgs,
+    weights: WeightArgs,
+    plan: Plan,
+    *,
+    rows: int = 1,
+    copy_tied: bool = True,
+) -> Iterator[Runner]:
+    """A loaded model, among the job's other processes.
+
+    Args:
+        rows: tokens of most passes; weights are laid out for that many.
+        copy_tied: an output layer that shares the embedding's weight may have a copy in its own layout.
+    """
     with model_parallel(plan.layout, plan.parallel, runtime), torch.inference_mode():
-        yield Runner(platform, world, runtime, weights, plan)
+        yield Runner(platform, world, runtime, weights, plan, rows, copy_tied)
 
 
 class Runner:
@@ -43,7 +58,16 @@ class Runner:
         last: this process has the logits.
     """
 
-    def __init__(self, platform: Platform, world: World, runtime: RuntimeArgs, weights: WeightArgs, plan: Plan) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        world: World,
+        runtime: RuntimeArgs,
+        weights: WeightArgs,
+        plan: Plan,
+        rows: int,
+        copy_tied: bool,
+    ) -> None:
         self.world, self.plan, self.arch = world, plan, plan.arch
         chosen = kernels.select(runtime.kernels)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
@@ -60,13 +84,24 @@ class Runner:
             raise UsageError(f"--load {weights.load} holds {source.arch}; the model is {plan.arch}")
         load_weights(source, plan.layout, model_rank(), [self.model])
         source.close()
+        freeze_linears(self.model, chosen, rows)
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
         self.stage, self.last = self.pipeline.rank(), self.pipeline.rank() == self.pipeline.size() - 1
         self.data_rank, self.data_parallel = parallel_state.get_data_parallel_rank(), plan.data_parallel
         self.vocab_size = plan.arch.vocab_size
+        if self.last:
+            self.head = self._head(chosen, rows, copy_tied)
         self.sent: tuple[dist.Work, torch.Tensor] | None = None
         # Copies of the model that share experts exchange tokens in every pass: they must make the same number.
         self.in_step = plan.layout.expert > 1 and self.data_parallel > 1
+
+    def _head(self, chosen: kernels.Kernels, rows: int, copy_tied: bool) -> torch.nn.Module:
+        """The output layer; a weight that is the embedding too has to stay as it is, beside any copy."""
+        layer = self.model.output_layer
+        if not self.arch.tie_word_embeddings or isinstance(layer, FrozenLinear):
+            return layer
+        shared = self.model.shared_embedding_or_output_weight()
+        return FrozenLinear(layer, shared, chosen if copy_tied else kernels.select("reference"), rows)
 
     # What passes attend to
 
@@ -118,8 +153,7 @@ class Runner:
             Logits [len(wanted), vocabulary] in the model's dtype on the last pipeline stage, None on the others.
         """
         hidden = self._first(tokens) if self.stage == 0 else self._received(len(tokens))
-        self.model.decoder.set_input_tensor(hidden)
-        hidden = self.model.decoder(hidden, attention_mask=None, packed_seq_params=sequence)
+        hidden = run_layers(self.model.decoder, hidden, sequence)
         if not self.last:
             self._send(hidden)
             return None
@@ -127,8 +161,7 @@ class Runner:
             return hidden.new_empty(0, self.vocab_size)
         if len(wanted) < len(tokens):
             hidden = hidden[torch.tensor(wanted, device=self.device)]
-        tied = self.model.shared_embedding_or_output_weight() if self.arch.tie_word_embeddings else None
-        logits, _ = self.model.output_layer(hidden, weight=tied)
+        logits, _ = self.head(hidden)
         return gather_from_tensor_model_parallel_region(logits[:, 0])[:, : self.vocab_size]
 
     def idle(self) -> None:

@@ -27,6 +27,7 @@ class Kernels:
     rotary: Callable
     swiglu: Callable
     grouped_matmul: Callable
+    prepared_linear: Callable
 
     def __str__(self) -> str:
         chosen = {f.name: getattr(self, f.name).__module__.rsplit(".", 1)[-1] for f in dataclasses.fields(self)}
@@ -43,6 +44,7 @@ _TABLES: dict[str, Kernels] = {
         rotary=reference.rotary,
         swiglu=reference.swiglu,
         grouped_matmul=reference.grouped_matmul,
+        prepared_linear=reference.prepared_linear,
     ),
     "torch": Kernels(
         attention=torch_native.attention,
@@ -53,6 +55,7 @@ _TABLES: dict[str, Kernels] = {
         rotary=torch_native.rotary,
         swiglu=torch_native.swiglu,
         grouped_matmul=reference.grouped_matmul,
+        prepared_linear=torch_native.prepared_linear,
     ),
 }
 

@@ -5,7 +5,8 @@ s = sequence (queries), t = sequence (keys), b = batch, n = query heads, g = key
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -170,3 +171,16 @@ def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: Sequence[int])
         [rows, n].
     """
     return torch.cat([part @ matrix for part, matrix in zip(x.split(list(counts)), weight, strict=True)])
+
+
+def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear without autograd whose weight does not change any more and may be laid out anew.
+
+    Args:
+        weight: [n, k].
+        rows: how many rows x usually has; any number is right.
+
+    Returns:
+        x [..., k] -> x @ weight^T [..., n].
+    """
+    return functools.partial(torch.nn.functional.linear, weight=weight)

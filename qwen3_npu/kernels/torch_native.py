@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -168,3 +168,11 @@ class _Swiglu(torch.autograd.Function):
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """SwiGLU that keeps one tensor for backward instead of three."""
     return _Swiglu.apply(x)
+
+
+def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """On a CPU a copy of the weight in oneDNN's blocked layout, which few rows are multiplied with at memory speed."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return reference.prepared_linear(weight, rows)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
