@@ -34,11 +34,17 @@ class FrozenLinear(torch.nn.Module):
 
 def freeze_linears(model: torch.nn.Module, kernels: Kernels, rows: int) -> None:
     """Replace every linear that has a weight of its own, which is given up; one at a time, so memory hardly grows."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, ColumnParallelLinear | RowParallelLinear) and child.weight is not None:
-                setattr(module, name, FrozenLinear(child, child.weight, kernels, rows))
-                del child
+    linears = (ColumnParallelLinear, RowParallelLinear)
+    # Names, not the linears themselves: a list of those would keep their weights.
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, linears) and child.weight is not None
+    ]
+    for module, name in places:
+        setattr(module, name, FrozenLinear(linear := getattr(module, name), linear.weight, kernels, rows))
+        del linear
 
 
 def run_layers(block: TransformerBlock, hidden: torch.Tensor, sequence: Sequence) -> torch.Tensor:
