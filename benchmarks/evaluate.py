@@ -5,7 +5,8 @@
                                   [--tokenizer DIR] [--threads 2]
 
 Questions are made up (about as long as those of MMLU) unless --data and --tokenizer name files and a tokenizer.
-loading are not timed. Targets: 4 x the questions per second, peak memory at most 1.3 x the weights.
+Each side is a process of its own, so that its peak memory is its own; start-up and loading are not timed.
+Targets: 4 x the questions per second, peak memory at most 1.3 x the weights.
 The bound is the ratio of prompt tokens to tokens that are not shared.
 """
 

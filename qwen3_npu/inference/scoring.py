@@ -56,7 +56,7 @@ class Scorer:
         computed, reused: tokens that went through the model, and those that a common beginning saved.
     """
 
-    def __init__(self, runner: Runner, *, pass_tokens: int = 1024, prefix_cache: bool = True) -> None:
+    def __init__(self, runner: Runner, *, pass_tokens: int = 512, prefix_cache: bool = True) -> None:
         """Args: pass_tokens: tokens of one pass, unless a single row has more."""
         self.runner, self.pass_tokens, self.prefix_cache = runner, pass_tokens, prefix_cache
         self.cache: KVCache | None = None
