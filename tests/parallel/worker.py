@@ -7,6 +7,7 @@ Reads a JSON line {"case": name, "arguments": {...}, "result": path} from stdin;
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
@@ -28,7 +30,6 @@ def main() -> None:
 
     platform = select("cpu")
     platform.activate()
-    import cases
     from qwen3_npu.distributed.launch import process_group
 
     with process_group(platform, RuntimeArgs(distributed_timeout_minutes=2)) as world:
@@ -36,7 +37,10 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                result = getattr(cases, request["case"])(platform, world, **request["arguments"])
+                # "train", or of another file "generation_cases.greedy".
+                module, _, name = request["case"].rpartition(".")
+                case = getattr(importlib.import_module(module or "cases"), name)
+                result = case(platform, world, **request["arguments"])
             except BaseException:
                 answers.write(json.dumps({"error": traceback.format_exc()}) + "\n")
                 raise
