@@ -54,8 +54,12 @@ def _fusion_attention(
     causal: bool,
     cu_seqlens: Sequence[int] | None,
     dropout: float = 0.0,
+    softmax_layout: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out [s, b, n, d], and maximum and sum of the softmax, float32 ([b, n, s, 8]; with documents [s, n, 8])."""
+    """out [s, b, n, d], and maximum and sum of the softmax, float32: [b, n, s, 8], or of documents [s, n, 8].
+
+    The latter are in that order only with softmax_layout "TND".
+    """
     layout, ends = _layout(cu_seqlens)
     outputs = torch_npu.npu_fusion_attention(
         _to(layout, q),
@@ -71,7 +75,7 @@ def _fusion_attention(
         sparse_mode=_CAUSAL if causal else _ALL,
         actual_seq_qlen=ends,
         actual_seq_kvlen=ends,
-        softmax_layout="TND" if layout == "TND" else "",
+        softmax_layout=softmax_layout,
     )
     return outputs[0].view(q.shape), outputs[1], outputs[2]
 
@@ -81,6 +85,10 @@ def _layout(cu_seqlens: Sequence[int] | None) -> tuple[str, list[int] | None]:
     if cu_seqlens is None or len(cu_seqlens) == 2:
         return "SBH", None
     return "TND", list(cu_seqlens[1:])
+
+
+def _softmax_layout(cu_seqlens: Sequence[int] | None) -> str:
+    return "TND" if _layout(cu_seqlens)[0] == "TND" else ""
 
 
 def _to(layout: str, x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +130,10 @@ def attention_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, cu_seqlens: Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A block by npu_fusion_attention, whose softmax maximum and sum give the log-sum-exp."""
-    out, largest, total = _fusion_attention(q, k, v, scale=scale, causal=cu_seqlens is not None, cu_seqlens=cu_seqlens)
+    causal, order = cu_seqlens is not None, _softmax_layout(cu_seqlens)
+    out, largest, total = _fusion_attention(
+        q, k, v, scale=scale, causal=causal, cu_seqlens=cu_seqlens, softmax_layout=order
+    )
     lse = largest[..., 0] + total[..., 0].log()  # the last dimension holds eight copies
     return out, lse.unsqueeze(1) if lse.dim() == 2 else lse.permute(2, 0, 1)
 
@@ -159,7 +170,7 @@ def attention_block_backward(
         sparse_mode=_CAUSAL if causal else _ALL,
         actual_seq_qlen=ends,
         actual_seq_kvlen=ends,
-        softmax_layout="TND" if layout == "TND" else "",
+        softmax_layout=_softmax_layout(cu_seqlens),
     )
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 

@@ -6,6 +6,7 @@ Reads a JSON line {"case": name, "arguments": {...}, "result": path} from stdin;
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -16,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
-def main() -> None:
+def main(device: str = "cpu", modules: tuple[str, ...] = ("cases",)) -> None:
+    """Serve the functions of these modules as cases."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the code prints goes to the log with stderr
     import torch
@@ -25,9 +27,9 @@ def main() -> None:
     from qwen3_npu.args.parallel import RuntimeArgs
     from qwen3_npu.platform import select
 
-    platform = select("cpu")
+    platform = select(device)
     platform.activate()
-    import cases
+    cases = {name: f for module in modules for name, f in vars(importlib.import_module(module)).items()}
     from qwen3_npu.distributed.launch import process_group
 
     with process_group(platform, RuntimeArgs(distributed_timeout_minutes=2)) as world:
@@ -35,7 +37,7 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                result = getattr(cases, request["case"])(platform, world, **request["arguments"])
+                result = cases[request["case"]](platform, world, **request["arguments"])
             except BaseException:
                 answers.write(json.dumps({"error": traceback.format_exc()}) + "\n")
                 raise

@@ -1,0 +1,50 @@
+"""Worlds of simulated NPUs, the CPU world that they are compared with, models and data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "parallel")]
+
+import tiny
+import wheel
+from worlds import World
+
+
+@pytest.fixture(scope="session")
+def npu_worlds() -> Iterator[dict[int, World]]:
+    """World size -> processes with a simulated NPU each; skips where torch_npu's wheel cannot be had."""
+    try:
+        environment = wheel.environment()
+    except RuntimeError as error:
+        pytest.skip(f"no simulated NPU: {error}")
+    started = {size: World(size, HERE / "worker.py", environment) for size in (1, 2)}
+    yield started
+    for world in started.values():
+        world.stop()
+
+
+@pytest.fixture(scope="session")
+def cpu_world() -> Iterator[World]:
+    """One process on the CPU."""
+    world = World(1)
+    yield world
+    world.stop()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Kind -> Hugging Face directory of a tiny model."""
+    root = tmp_path_factory.mktemp("models")
+    return {kind: str(tiny.write_model(root / kind, tiny.arch(kind))) for kind in ("untied", "moe")}
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prefix of a token file."""
+    return str(tiny.write_tokens(tmp_path_factory.mktemp("tokens") / "text_document"))
