@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from qwen3_npu.checkpoint.lora_table import Contents
 from qwen3_npu.checkpoint.pt_writer import PtWriter, Tensor
 from qwen3_npu.checkpoint.source import Source, read_shard
 from qwen3_npu.checkpoint.tensors import BF16, BY_TORCH, U8, DType
-from qwen3_npu.checkpoint.weights import shards
 from qwen3_npu.distributed.layout import Layout, Rank
 
 
@@ -33,18 +33,30 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def load_weights(source: Source, layout: Layout, rank: Rank, chunks: Sequence[torch.nn.Module]) -> None:
+def load_weights(
+    source: Source,
+    layout: Layout,
+    rank: Rank,
+    chunks: Sequence[torch.nn.Module],
+    contents: Contents | None = None,
+    loads: Callable[[str], bool] = lambda name: True,
+) -> None:
     """Fill this rank's parameters.
 
     Args:
         chunks: the model chunks, not wrapped.
+        contents: what the model is made of; by default weights without LoRA updates.
+        loads: which parameters are filled, by their names.
     """
+    contents = contents or Contents(source.arch)
     for chunk, model in enumerate(chunks):
         parameters = dict(model.named_parameters())
-        wanted = {s.name: s for s in shards(source.arch, layout, rank) if s.chunk == chunk}
+        wanted = {s.name: s for s in contents.shards(layout, rank) if s.chunk == chunk}
         if wanted.keys() != parameters.keys():
             raise AssertionError(f"weight table and model disagree: {sorted(wanted.keys() ^ parameters.keys())[:5]}")
         for name, shard in wanted.items():
+            if not loads(name):
+                continue
             dtype = dtype_of(parameters[name])
             parameters[name].copy_(to_torch(read_shard(source, shard, dtype), dtype))
 

@@ -72,7 +72,7 @@ class DistFile:
 
         leads = {chunk.label: chunk.lead for chunk in self.chunks()}
         found = {}
-        for key, stored in read_metadata(path.parent / METADATA).items():
+        for key, stored in read_metadata(path.parent / METADATA)[0].items():
             for chunk in stored.chunks:
                 if chunk.file == path.name:
                     label = f"{key}/{'.'.join(str(start) for start, _ in chunk.region)}"

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "parallel")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parallel"))
 
 import tiny
 import wheel
 from worlds import World
+
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The published torch_npu wheel in a folder of its own, and a stub CANN under it.
 
-torch_npu must never be in the environment of the tests: with it installed, `import torch` fails where CANN is not. So it
-lies in a side folder (made once, in the user's cache) that only the simulated processes see.
+torch_npu must never be in the environment of the tests: where it is installed and CANN is not, `import torch` fails. So
+it lies in a side folder (made once, in the user's cache) that only the simulated processes see.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def trainer(platform: Platform, world: World, flags: list[str]) -> Iterator[Trai
     parsed = cli.parse("test", "", GROUPS, FOREIGN, argv=flags)
     args = PretrainArgs(*parsed.groups)
     plan = make_plan(args, world.size)
-    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size)
+    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
     with model_parallel(plan.layout, args.parallel, args.runtime):
         made = Trainer(platform, world, args, plan)
         made.load()
@@ -38,7 +38,8 @@ def train(platform: Platform, world: World, flags: list[str], steps: int) -> dic
     with trainer(platform, world, flags) as t:
         results = [t.step() for _ in range(steps)]
         if t.args.checkpoint.save:
-            t.save()
+            t.saver.save(t.position)
+            t.saver.finish()
         return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
 
 

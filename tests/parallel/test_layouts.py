@@ -102,7 +102,13 @@ def baselines(worlds: dict[int, World], models: dict[str, str], tokens: str) -> 
     return Baselines(worlds[1], models, tokens)
 
 
-CASES = [(kind, name, *LAYOUTS[name]) for kind in ("untied", "tied") for name in LAYOUTS]
+# Where it matters that embedding and output layer are one weight.
+TIED = ["one process, chunked loss", "TP2 SP, chunked loss", "TP2", "TP2 SP", "PP2", "PP2 VPP2", "PP2 noop"]
+TIED += ["DP2 distributed optimizer", "TP2 PP2", "TP2 PP2 VPP2 SP", "CP2 ring PP2 VPP2"]
+TIED += ["PP2 DP2 distributed optimizer, overlapped"]
+
+CASES = [("untied", name, *LAYOUTS[name]) for name in LAYOUTS]
+CASES += [("tied", name, *LAYOUTS[name]) for name in TIED]
 CASES += [("moe", name, *MOE_LAYOUTS[name]) for name in MOE_LAYOUTS]
 # Grouped by world size, so that few processes are up at a time.
 CASES.sort(key=lambda case: case[2])

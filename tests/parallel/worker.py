@@ -6,6 +6,7 @@ Reads a JSON line {"case": name, "arguments": {...}, "result": path} from stdin;
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -41,6 +42,7 @@ def main(device: str = "cpu", modules: tuple[str, ...] = ("cases",)) -> None:
             except BaseException:
                 answers.write(json.dumps({"error": traceback.format_exc()}) + "\n")
                 raise
+            gc.collect()  # models and process groups live in cycles, and each group has threads
             if world.rank == 0:
                 Path(request["result"]).write_text(json.dumps(result))
             answers.write(json.dumps({"ok": True}) + "\n")

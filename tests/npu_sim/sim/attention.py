@@ -44,7 +44,7 @@ def _masked(s: int, t: int, sparse_mode: int, mask: torch.Tensor | None) -> torc
 def _segments(
     tensors: list[torch.Tensor], heads: int, layout: str, q_ends: list[int] | None, k_ends: list[int] | None
 ) -> Iterator[list[torch.Tensor]]:
-    """[b, heads, length, d] of each document, one if the layout knows none; the first k_ends-side tensors are 1 and 2."""
+    """[b, heads, length, d] of each document, or of everything; tensors 1 and 2 are key and value."""
     if layout == "SBH":
         d = tensors[0].shape[-1] // heads
         yield [x.unflatten(2, (-1, d)).permute(1, 2, 0, 3).float() for x in tensors]

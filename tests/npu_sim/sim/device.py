@@ -13,12 +13,10 @@ import torch_npu
 from torch.utils._pytree import tree_leaves, tree_map
 
 # What torch_npu does itself, without a kernel: memory, views, copies between host and device.
-_TORCH_NPU = set(
-    """empty.memory_format empty_strided empty_like new_empty_strided new_empty as_strided view _reshape_alias unfold
-    record_stream _pin_memory is_pinned pin_memory resize_ set_ set_.source_Tensor set_.source_Storage
-    set_.source_Storage_storage_offset _local_scalar_dense is_set_to _has_compatible_shallow_copy_type alias detach
-    _to_copy lift_fresh storage_resize_""".split()
-)
+_TORCH_NPU = """empty.memory_format empty_strided empty_like new_empty_strided new_empty as_strided view
+    _reshape_alias unfold record_stream _pin_memory is_pinned pin_memory resize_ set_ set_.source_Tensor
+    set_.source_Storage set_.source_Storage_storage_offset _local_scalar_dense is_set_to
+    _has_compatible_shallow_copy_type alias detach _to_copy lift_fresh storage_resize_"""
 # Copies are between devices by nature; an index may lie on the host.
 _MIXED = ("copy_", "_copy_from", "_copy_from_and_resize", "index.Tensor", "index_put_", "_index_put_impl_")
 _RANDOM = ("normal", "uniform", "random", "bernoulli", "exponential", "multinomial", "randperm", "rand", "dropout")
@@ -27,13 +25,14 @@ _library = torch.library.Library("aten", "IMPL")
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a CPU tensor."""
+    """The same memory as a CPU tensor, which keeps it alive: a transfer may outlive the device's tensor."""
     if tensor.device.type != "npu":
         return tensor
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    memory.owner = storage
     flat = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
     return torch.empty(0, dtype=tensor.dtype).set_(flat, tensor.storage_offset(), tensor.shape, tensor.stride())
 
@@ -79,10 +78,10 @@ def _on_host(value: Any) -> Any:
 
 
 def _matmul_backward(grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, wanted: list[bool]) -> tuple:
-    """A gradient that other devices do not have as an operation of its own."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (a, b)]
-        grads = torch.autograd.grad(inputs[0] @ inputs[1], inputs, grad)
+    """A gradient that the host does not have as an operation of its own."""
+    if b.dim() != 2:
+        raise NotImplementedError(f"the gradient of matmul with {tuple(b.shape)} is not emulated")
+    grads = grad @ b.t(), a.flatten(0, -2).t() @ grad.flatten(0, -2)
     return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
 
@@ -131,7 +130,7 @@ def install() -> None:
         for full in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
             namespace, _, name = full.partition("::")
             packet, _, overload = name.partition(".")
-            if namespace != "aten" or name in _TORCH_NPU or not hasattr(torch.ops.aten, packet):
+            if namespace != "aten" or name in _TORCH_NPU.split() or not hasattr(torch.ops.aten, packet):
                 continue
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default", None)
             if operation is not None:

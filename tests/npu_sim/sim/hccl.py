@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sim.device import host
 from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo
 from torch.utils._pytree import tree_leaves, tree_map
 
-COLLECTIVES = """allreduce_ broadcast_ _allgather_base_ allgather_ _reduce_scatter_base_ reduce_scatter_ alltoall_base_
-alltoall_ send recv_ barrier reduce_ gather_ scatter_ allgather_into_tensor_coalesced_ allreduce_coalesced_""".split()
+from sim.device import host
+
+_COLLECTIVES = """allreduce_ broadcast_ _allgather_base_ allgather_ _reduce_scatter_base_ reduce_scatter_ alltoall_base_
+alltoall_ send recv_ barrier reduce_ gather_ scatter_ allgather_into_tensor_coalesced_
+allreduce_coalesced_ reduce_scatter_tensor_coalesced_"""
 _library = torch.library.Library("c10d", "IMPL")
 _host_groups: dict[str, tuple[Any, Any]] = {}  # group -> the same ranks on the host, boxed; and what keeps it alive
 
@@ -66,7 +68,7 @@ def _batch_isend_irecv(self: Any, kinds: list[str], tensors: list[torch.Tensor],
 def install() -> None:
     """Make "hccl" this."""
     dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(_create, True)
-    for name in COLLECTIVES:
+    for name in _COLLECTIVES.split():
         operation = getattr(torch.ops.c10d, name).default
         _library.impl(name, _emulated(operation, name), "PrivateUse1", allow_override=True)
     ProcessGroupGloo.batch_isend_irecv = _batch_isend_irecv

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
+
 from sim import attention
 from sim.attention import only_defaults, require
 from sim.device import device_of, host, to_device
-from torch.utils._pytree import tree_map
 
 # The status with which stub_cann/runtime.c answers where the kernel would start.
 _KERNEL_NOT_HERE = "error code is 361001"

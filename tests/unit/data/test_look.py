@@ -205,8 +205,8 @@ def test_real_samples_of_every_handler(
     tmp_path: Path, run: Callable, documents: Callable, real_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each real file through its handler with the real tokenizer; megatron reads what comes out."""
-    loaded = preprocess.open_encoder(preprocess.open_tokenizer(str(real_data / "qwen3-tokenizer")))
-    monkeypatch.setattr(preprocess, "open_encoder", lambda *_: loaded)
+    loaded = preprocess.open_encoder(preprocess.start_loading(str(real_data / "qwen3-tokenizer")))
+    monkeypatch.setattr(preprocess, "open_encoder", lambda *_, **__: loaded)
     tools = ("--map-keys", '{"tools": "tools"}')
     commands = [
         ("c4_demo.jsonl", ("GeneralPretrainHandler",), 300, "text"),

@@ -1,0 +1,195 @@
+"""Take up what --load and --lora-load hold: weights, LoRA updates, or a whole training, saved in any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+
+from qwen3_npu import log
+from qwen3_npu.args.training import CheckpointArgs
+from qwen3_npu.checkpoint import optimizer_state
+from qwen3_npu.checkpoint.hf_files import is_hf_weights, open_hf
+from qwen3_npu.checkpoint.live import load_weights, to_torch
+from qwen3_npu.checkpoint.lora_table import is_lora
+from qwen3_npu.checkpoint.merge import SharedA
+from qwen3_npu.checkpoint.mg_files import MegatronReader, ShardedTensors
+from qwen3_npu.checkpoint.mg_folder import read_tracker
+from qwen3_npu.checkpoint.peft_files import PeftReader, is_peft
+from qwen3_npu.checkpoint.pt_reader import PtFile, TensorRef
+from qwen3_npu.checkpoint.source import read_shard
+from qwen3_npu.checkpoint.tensors import F32, full
+from qwen3_npu.checkpoint.training_state import OPTIMIZER, Position, Trained
+from qwen3_npu.distributed.launch import model_rank
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+
+Base = Any  # HfReader or MegatronReader
+Updates = Any  # MegatronReader or SharedA
+
+
+def load(trained: Trained, args: CheckpointArgs, lora_load: str | None = None) -> Position:
+    """Weights and, when resuming, everything else. Every rank must call this.
+
+    Args:
+        lora_load: --lora-load.
+
+    Raises:
+        UsageError: nothing there (and it is not the folder that this training saves to), it is damaged, or does not
+            fit the model or its LoRA updates.
+    """
+    base = _open_base(trained, args)
+    if base is not None:
+        load_weights(
+            base, trained.layout, model_rank(), trained.chunks, trained.contents, lambda name: not is_lora(name)
+        )
+    updates = _open_updates(trained, base, lora_load)
+    if updates is not None:
+        load_weights(updates, trained.layout, model_rank(), trained.chunks, trained.contents, is_lora)
+    state = updates if trained.contents.lora else base
+    position = _take_up(trained, args, state)
+    for source in {id(source): source for source in (base, updates) if source is not None}.values():
+        source.close()
+    return position
+
+
+def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
+    """What --load holds; None: weights stay random."""
+    lora = trained.contents.lora
+    if args.load is None:
+        if lora:
+            raise UsageError("--lora-r trains updates of a given model; give it with --load")
+        log.info("weights: random (no --load)")
+        return None
+    if is_hf_weights(args.load):
+        source = open_hf(args.load)
+        _check_same_model(source.arch, trained.contents.arch, f"--load {args.load}")
+        log.info(f"weights: {args.load} (Hugging Face)")
+        return source
+    if args.ckpt_step is None and read_tracker(Path(args.load)) is None:
+        if args.exit_on_missing_checkpoint or args.load != args.save or lora:
+            raise UsageError(f"--load {args.load} holds no checkpoint and no Hugging Face model")
+        log.info(f"weights: random ({args.load} holds no checkpoint yet)")
+        return None
+    reader = MegatronReader(args.load, args.ckpt_step, prefer=model_rank())
+    _check_same_model(reader.arch, trained.contents.arch, f"--load {args.load}")
+    there = reader.contents
+    if not there.base:
+        raise UsageError(
+            f"--load {args.load} holds LoRA updates only; give the model they belong to with --load and this folder "
+            f"with --lora-load"
+        )
+    if there.lora and not lora:
+        raise UsageError(
+            f"--load {args.load} holds a {there.lora} beside the weights; train on with --lora-r {there.lora.r} "
+            f"--lora-alpha {there.lora.alpha:g}, or merge it with convert_ckpt.py"
+        )
+    log.info(f"weights: {reader.folder} ({reader.layout})")
+    return reader
+
+
+def _open_updates(trained: Trained, base: Base | None, lora_load: str | None) -> Updates | None:
+    """Where LoRA updates come from; None: they start anew."""
+    lora = trained.contents.lora
+    if lora is None:
+        return None
+    updates: Updates
+    if lora_load is None:
+        if base is None or base.contents.lora is None:
+            log.info("LoRA updates: new")
+            return None
+        updates = base
+    elif is_peft(Path(lora_load)):
+        updates = SharedA(PeftReader(Path(lora_load), trained.contents.arch))
+    elif read_tracker(Path(lora_load)) is None:
+        raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
+    else:
+        updates = MegatronReader(lora_load, prefer=model_rank(), lora_alpha=lora.alpha)
+        _check_same_model(updates.arch, trained.contents.arch, f"--lora-load {lora_load}")
+    there = updates.contents.lora
+    if there is None:
+        raise UsageError(f"--lora-load {lora_load} holds no LoRA updates")
+    if there != lora:
+        raise UsageError(
+            f"the LoRA updates to start from are {there}; the flags ask for {lora}: give --lora-r {there.r} "
+            f"--lora-alpha {there.alpha:g} --lora-target-modules {' '.join(there.targets)}"
+        )
+    if lora_load is not None:
+        log.info(f"LoRA updates: {lora_load}")
+    return updates
+
+
+def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
+    if not there.same_weights(here):
+        raise UsageError(f"{what} holds {there}; the model is {here}")
+
+
+def _take_up(trained: Trained, args: CheckpointArgs, source: Any) -> Position:
+    """Everything but the weights, if `source` is a training's checkpoint and is to be continued."""
+    why = None
+    if args.finetune:
+        why = "--finetune"
+    elif not isinstance(source, MegatronReader):
+        why = "nothing to resume"
+    else:
+        content = source.open(next(source.layout.ranks())).content
+        if "opt_param_scheduler" not in content:
+            why = "the checkpoint has weights only"
+    if why is not None:
+        trained.optimizer.reload_model_params()
+        log.info(f"training starts at step 0 ({why})")
+        return Position()
+    if args.load_optim:
+        _load_optimizer(trained, source)
+    else:
+        trained.optimizer.reload_model_params()
+    trained.scheduler.load_state_dict(content["opt_param_scheduler"])
+    if args.load_rng:
+        _load_rng(trained, source)
+    position = Position(content["iteration"], content["args"].consumed_train_samples)
+    log.info(f"resumed: {source.folder} ({source.layout}) at step {position.iteration}, sample {position.samples}")
+    return position
+
+
+def _load_optimizer(trained: Trained, reader: MegatronReader) -> None:
+    rank = model_rank()
+
+    def tensors_of(key: str) -> ShardedTensors:
+        models = lambda content, chunk, chunks: content["state"][key].get(chunk, {})  # noqa: E731
+        table = trained.optimized.shards
+        return ShardedTensors(reader.folder, OPTIMIZER, reader.arch, reader.layout, models, prefer=rank, table=table)
+
+    first = reader.folder / reader.layout.folder(next(reader.layout.ranks())) / OPTIMIZER
+    if not first.is_file():
+        raise UsageError(f"{reader.folder} was saved without optimizer state; give --no-load-optim or --finetune")
+    sources = {key: tensors_of(key) for key in optimizer_state.KEYS}
+    wanted = {(shard.chunk, shard.name): shard for shard in trained.optimized.shards(trained.layout, rank)}
+
+    def read(chunk: int, name: str, key: str) -> torch.Tensor:
+        return to_torch(read_shard(sources[key], wanted[chunk, name], F32), F32)
+
+    step = PtFile(first).content["step"]
+    optimizer_state.restore(trained.optimizer, optimizer_state.parameter_names(trained.chunks), step, read)
+    for source in sources.values():
+        source.close()
+
+
+def _load_rng(trained: Trained, reader: MegatronReader) -> None:
+    rank = model_rank()
+    if reader.layout != trained.layout:
+        log.info(f"random state: new, since the checkpoint's layout is {reader.layout}")
+        return
+    file = reader.open(rank)
+    if "rng_state" not in file.content:
+        raise UsageError(f"{reader.folder} was saved without random state; give --no-load-rng or --finetune")
+
+    def tensor(ref: TensorRef) -> torch.Tensor:
+        return torch.from_numpy(file.read(ref, ref.shape, full(ref.shape)))
+
+    state = file.content["rng_state"]
+    torch.set_rng_state(tensor(state["torch_rng_state"]))
+    torch.cuda.set_rng_state(tensor(state["cuda_rng_state"]))
+    tracker = {name: tensor(ref) for name, ref in state["rng_tracker_states"].items()}
+    tensor_parallel.get_cuda_rng_tracker().set_states(tracker)
