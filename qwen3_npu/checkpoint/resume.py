@@ -189,6 +189,8 @@ def _load_rng(trained: Trained, reader: MegatronReader) -> None:
         return torch.from_numpy(file.read(ref, ref.shape, full(ref.shape)))
 
     state = file.content["rng_state"]
+    if tensor(state["cuda_rng_state"]).numel() != torch.cuda.get_rng_state().numel():
+        raise UsageError(f"{reader.folder} has the random state of another kind of device; give --no-load-rng")
     torch.set_rng_state(tensor(state["torch_rng_state"]))
     torch.cuda.set_rng_state(tensor(state["cuda_rng_state"]))
     tracker = {name: tensor(ref) for name, ref in state["rng_tracker_states"].items()}

@@ -55,9 +55,9 @@ def why_not() -> str | None:
 
 def _activate() -> None:
     warnings.filterwarnings("ignore", message="The return value of get_device_capability is only for compatibility")
-    # The vendor's own redirect of torch.cuda to torch.npu (and of nccl to hccl). It tells what it does on two pages.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    # The vendor's own redirect of torch.cuda to torch.npu (and of nccl to hccl). It tells what it does on two pages,
+    # and resets the warning filters of the whole process; recorded, they are neither shown nor kept.
+    with warnings.catch_warnings(record=True):
         import torch_npu  # noqa: F401
         from torch_npu.contrib import transfer_to_npu  # noqa: F401
 

@@ -121,6 +121,13 @@ def kernel_differences(
     return results
 
 
+def operation_calls(platform: Platform, world: World) -> dict[str, int]:
+    """How often each of torch_npu's operations has run in this process."""
+    from sim.operations import CALLS
+
+    return dict(CALLS)
+
+
 def refusals(platform: Platform, world: World) -> dict[str, str]:
     """What the simulated device says to calls that a real one refuses too."""
     import torch_npu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import os
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="torch_npu")
+    faulthandler.enable()  # the stub ends the process where something is not emulated; this says from where
     stdout = os.dup(1)
     os.dup2(2, 1)  # torch_npu prints at import; what the tests read is answers only
     import sim

@@ -68,7 +68,7 @@ class World:
             if process.stdout.readline() != "ready\n":
                 text = Path(self.log.name).read_text()
                 self.stop()
-                raise CaseFailed(f"the world did not start:\n{text[-3000:]}")
+                raise CaseFailed(f"the world did not start:\n{text[-8000:]}")
 
     def run(self, case: str, timeout: float = 240, **arguments: Any) -> Any:
         """Run `cases.<case>` on every rank; what rank 0 returned.
@@ -114,7 +114,7 @@ class World:
         return sorted(answers, key=lambda a: a[0])
 
     def _tail(self) -> str:
-        return Path(self.log.name).read_text()[-3000:]
+        return Path(self.log.name).read_text()[-8000:]
 
     def stop(self) -> None:
         for process in self.processes:

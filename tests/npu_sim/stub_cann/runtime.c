@@ -95,6 +95,7 @@ aclError aclopSetCompileFlag(int flag) { return OK; }
     aclError name##GetWorkspaceSize(void) { return KERNEL_NOT_HERE; } \
     aclError name(void) { return KERNEL_NOT_HERE; }
 
+KERNEL(aclnnCast)
 KERNEL(aclnnFlashAttentionScore)
 KERNEL(aclnnFlashAttentionScoreV2)
 KERNEL(aclnnFlashAttentionScoreV3)
