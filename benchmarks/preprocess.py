@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """How fast `preprocess_data.py` is, beside others on the same machine in the same run. Prints JSON.
 
-    python benchmarks/preprocess.py --tokenizer DIR --input text.jsonl [--megatron DIR] [--repeats 3] [--workers 2]
+    python benchmarks/preprocess.py --tokenizer DIR --words wiki.valid.tokens [--mb 64] [--big-mb 1000] [--megatron DIR]
+    python benchmarks/preprocess.py --tokenizer DIR --input text.jsonl
 
-Whole processes are timed, start-up included. What is measured beside:
-  ceiling        the same tokens with nothing else: load the library, encode all texts, write nothing
+Whole processes are timed, start-up included; CPU seconds tell how far another load on the machine spoils the times.
+What is measured beside:
+  ceiling        the tokens with nothing else: load the library, read the texts, encode them, write nothing
   megatron       Megatron-LM's tools/preprocess_data.py (--megatron: a checkout of it that runs here), or without one
   like_megatron  what it does: a pool of processes, transformers' fast tokenizer called per document, a write for each
   like_mindspeed what MindSpeed-LLM's Alpaca handler does: datasets.map with processes, the tokenizer called per message
-Alpaca records are cut from the same texts, so they are distinct as well.
+With --words, the text is made: walks along the words of those files with new words and numbers between them, and the
+sources of installed packages; no document repeats. Alpaca records are cut from the same texts.
 """
 
 from __future__ import annotations
@@ -28,19 +31,13 @@ import time
 from pathlib import Path
 
 import psutil
+from texts import make_alpaca, make_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("fastokens", "tokenizers", "transformers", "datasets", "orjson", "pyarrow", "numpy")
 
 CEILING = """
 import sys, time, orjson
-texts = [orjson.loads(line)["text"] for line in open(sys.argv[2], "rb")]
-size = 1 << 20
-batches, batch, length = [], [], 0
-for text in texts:
-    batch.append(text); length += len(text)
-    if length >= size: batches.append(batch); batch, length = [], 0
-batches.append(batch)
 start = time.perf_counter()
 try:
     from fastokens import Tokenizer
@@ -48,10 +45,19 @@ try:
 except ImportError:
     from tokenizers import Tokenizer
     encode = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json").encode_batch_fast
-loaded = time.perf_counter()
-for batch in batches: encode(batch)
-end = time.perf_counter()
-print(loaded - start, end - loaded)
+load, encoding, batch, length = time.perf_counter() - start, 0.0, [], 0
+def flush():
+    global encoding, batch, length
+    start = time.perf_counter()
+    encode(batch)
+    encoding += time.perf_counter() - start
+    batch, length = [], 0
+for line in open(sys.argv[2], "rb"):
+    batch.append(orjson.loads(line)["text"])
+    length += len(batch[-1])
+    if length >= 1 << 20: flush()
+flush()
+print(load, encoding)
 """
 
 LIKE_MEGATRON = """
@@ -84,8 +90,8 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 
 def align(row):
     question = "\\n".join(x for x in (row["instruction"], row["input"]) if x)
-    answer = {"role": "assistant", "content": row["output"]}
-    return {"prompt": [{"role": "user", "content": question}], "response": [answer]}
+    prompt, answer = {"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}
+    return {"prompt": [prompt], "response": [answer], "system": [""], "tools": [""]}
 
 def encode(row):
     given = f"<|im_start|>user\\n{row['prompt'][0]['content']}<|im_end|>\\n<|im_start|>assistant\\n"
@@ -97,6 +103,7 @@ def encode(row):
 
 rows = load_dataset("json", data_files=source, split="train", cache_dir=target + ".cache")
 rows = rows.map(align, num_proc=int(workers), remove_columns=rows.column_names)
+rows = rows.filter(lambda row: len(row["prompt"]) != 0 and len(row["response"]) != 0)
 rows = rows.map(encode, num_proc=int(workers), remove_columns=rows.column_names)
 files = {key: open(f"{target}_{key}.bin", "wb") for key in ("input_ids", "attention_mask", "labels")}
 for batch in rows.iter(batch_size=50):
@@ -108,9 +115,10 @@ for batch in rows.iter(batch_size=50):
 
 
 def measure(command: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
-    """Seconds of a whole process and the most memory that it and its children held, in MB."""
-    start, most = time.perf_counter(), 0
+    """Seconds of a whole process, CPU seconds and the most memory of it and its children, in MB."""
+    most = 0
     with tempfile.TemporaryFile() as said:
+        before, start = os.times(), time.perf_counter()
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdout=said, stderr=said
         )
@@ -119,18 +127,19 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> di
             nonlocal most
             while process.poll() is None:
                 most = max(most, _memory(process.pid))
-                time.sleep(0.02)
+                time.sleep(0.05)
 
         watcher = threading.Thread(target=watch)
         watcher.start()
         status = process.wait()
-        seconds = time.perf_counter() - start
+        seconds, after = time.perf_counter() - start, os.times()
         watcher.join()
         said.seek(0)
         text = said.read().decode(errors="replace")
     if status:
         sys.exit(f"{shlex.join(command)} failed:\n{text[-2000:]}")
-    result = {"seconds": seconds, "peak_mb": most / 1e6}
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    result = {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": most / 1e6}
     if command[1] == "-c" and command[2] == CEILING:
         result["load_seconds"], result["encode_seconds"] = map(float, text.split()[-2:])
     return result
@@ -151,25 +160,6 @@ def medians(runs: list[dict[str, float]]) -> dict[str, object]:
     return found
 
 
-def make_alpaca(source: Path, target: Path, size: int) -> int:
-    """Alpaca records of about 1 kB, cut from texts; how many."""
-    count = written = 0
-    with source.open(encoding="utf-8") as lines, target.open("w", encoding="utf-8") as out:
-        for line in lines:
-            text = json.loads(line)["text"]
-            for start in range(0, len(text) - 1000, 1000):
-                row = {
-                    "instruction": text[start : start + 150],
-                    "input": "",
-                    "output": text[start + 150 : start + 1000],
-                }
-                written += out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-            if written > size:
-                break
-    return count
-
-
 def version(name: str) -> str | None:
     """Of an installed library."""
     try:
@@ -180,86 +170,116 @@ def version(name: str) -> str | None:
 
 def commands(args: argparse.Namespace, folder: Path, alpaca: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
     """What is measured: name -> (command, environment)."""
-    python, tokenizer, workers = sys.executable, args.tokenizer, str(args.workers)
-    common = ["--tokenizer-name-or-path", tokenizer, "--workers", workers]
-    ours = [python, "preprocess_data.py", *common, "--output-prefix"]
-    text = ["--input", args.input, "--handler-name", "GeneralPretrainHandler", "--append-eod"]
-    sft = ["--input", str(alpaca), "--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "qwen3"]
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    like = ["-c", LIKE_MEGATRON, tokenizer, args.input, str(folder / "like.bin"), workers]
+    python, tokenizer, workers, source = sys.executable, args.tokenizer, str(args.workers), args.input
+    ours = [python, "preprocess_data.py", "--tokenizer-name-or-path", tokenizer, "--workers", workers]
+    text = ["--handler-name", "GeneralPretrainHandler", "--append-eod"]
+    chat = ["--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "qwen3"]
+    threads, single = {"RAYON_NUM_THREADS": workers}, {"TOKENIZERS_PARALLELISM": "false"}
     found = {
-        "pretrain": ([*ours, str(folder / "ours"), *text], {}),
-        "ceiling": ([python, "-c", CEILING, tokenizer, args.input], paths | {"RAYON_NUM_THREADS": workers}),
-        "like_megatron": ([python, *like], {"TOKENIZERS_PARALLELISM": "false"}),
-        "alpaca": ([*ours, str(folder / "chat"), *sft], {}),
+        "pretrain": ([*ours, *text, "--input", source, "--output-prefix", str(folder / "ours")], {}),
+        "ceiling": ([python, "-c", CEILING, tokenizer, source], threads),
+        "alpaca": ([*ours, *chat, "--input", str(alpaca), "--output-prefix", str(folder / "chat")], {}),
         "like_mindspeed": (
             [python, "-c", LIKE_MINDSPEED, tokenizer, str(alpaca), str(folder / "ms"), workers],
-            {"TOKENIZERS_PARALLELISM": "false"},
+            single,
         ),
     }
     if args.megatron:
         tool = [python, f"{args.megatron}/tools/preprocess_data.py", "--tokenizer-type", "HuggingFaceTokenizer"]
         tool += ["--tokenizer-model", tokenizer, "--workers", workers, "--append-eod"]
-        tool += ["--input", args.input, "--output-prefix", str(folder / "megatron")]
+        tool += ["--input", source, "--output-prefix", str(folder / "megatron")]
         path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), args.megatron])
         found["megatron"] = (tool, {"PYTHONPATH": path})
-        del found["like_megatron"]
+    else:
+        like = [python, "-c", LIKE_MEGATRON, tokenizer, source, str(folder / "like.bin"), workers]
+        found["like_megatron"] = (like, single)
+    if args.big_mb:
+        big = str(folder / "big.jsonl")
+        found["big"] = ([*ours, *text, "--input", big, "--output-prefix", str(folder / "big")], {})
+        found["big_ceiling"] = ([python, "-c", CEILING, tokenizer, big], threads)
     return found
+
+
+def measured(
+    args: argparse.Namespace, what: dict[str, tuple[list[str], dict[str, str]]]
+) -> dict[str, list[dict[str, float]]]:
+    """All runs. One command after the other and then again: a machine that slows down slows down all of them."""
+    runs: dict[str, list[dict[str, float]]] = {}
+    for turn in range(args.repeats):
+        for name, (command, environment) in what.items():
+            if turn < args.peer_repeats or name in ("pretrain", "ceiling", "alpaca"):
+                print(f"{name} ..", file=sys.stderr, flush=True)
+                runs.setdefault(name, []).append(measure(command, environment))
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="folder of the Qwen3 tokenizer")
-    parser.add_argument("--input", required=True, help=".jsonl of distinct texts under `text`, 64 MB or so")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", help=".jsonl of distinct texts under `text`, 64 MB or so")
+    source.add_argument("--words", nargs="+", help="files of plain text to make such an input of")
+    parser.add_argument("--mb", type=float, default=64, help="size of the input made of --words")
+    parser.add_argument(
+        "--big-mb", type=float, default=0, help="size of a bigger input, the same texts again and again"
+    )
     parser.add_argument("--megatron", help="checkout of Megatron-LM")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer-repeats", type=int, default=1, help="runs of the others and of the bigger input")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--alpaca-mb", type=float, default=20, help="size of the Alpaca records cut from the input")
+    parser.add_argument("--alpaca-mb", type=float, default=64, help="size of the Alpaca records cut from the input")
     args = parser.parse_args()
-    args.input, args.tokenizer = os.path.abspath(args.input), os.path.abspath(args.tokenizer)
+    args.tokenizer = os.path.abspath(args.tokenizer)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        alpaca = folder / "alpaca.jsonl"
+        alpaca, made = folder / "alpaca.jsonl", folder / "text.jsonl"
+        if args.words:
+            make_text(args.words, made, int(args.mb * 1e6))
+        args.input = os.path.abspath(args.input or made)
         records = make_alpaca(Path(args.input), alpaca, int(args.alpaca_mb * 1e6))
-        runs: dict[str, list[dict[str, float]]] = {}
-        # One after the other and then again: a machine that slows down slows down all of them.
-        for _ in range(args.repeats):
-            for what, (command, environment) in commands(args, folder, alpaca).items():
-                runs.setdefault(what, []).append(measure(command, environment))
+        sizes = {"text": os.path.getsize(args.input) / 1e6, "alpaca": os.path.getsize(alpaca) / 1e6}
+        if args.big_mb:
+            data = Path(args.input).read_bytes()
+            with (folder / "big.jsonl").open("wb") as out:
+                for _ in range(max(round(args.big_mb / sizes["text"]), 1)):
+                    out.write(data)
+            sizes["big"] = os.path.getsize(folder / "big.jsonl") / 1e6
+        runs = measured(args, commands(args, folder, alpaca))
         tokens = os.path.getsize(folder / "ours_text_document.bin") // 4
-        same = None
-        if args.megatron:
-            made = [(folder / f"{who}_text_document.bin").read_bytes() for who in ("ours", "megatron")]
-            same = made[0] == made[1]
-        megabytes = [os.path.getsize(p) / 1e6 for p in (args.input, alpaca)]
-    results = {what: medians(found) for what, found in runs.items()}
+        peer = folder / ("megatron_text_document.bin" if args.megatron else "like.bin")
+        same = (folder / "ours_text_document.bin").read_bytes() == peer.read_bytes()
     seconds = {what: statistics.median(run["seconds"] for run in found) for what, found in runs.items()}
-    load, encode = (results["ceiling"][key] for key in ("load_seconds", "encode_seconds"))
-    peer = "megatron" if args.megatron else "like_megatron"
+    cpu = {what: statistics.median(run["cpu_seconds"] for run in found) for what, found in runs.items()}
+    peer_name = "megatron" if args.megatron else "like_megatron"
+
+    def ratio(slow: str, fast: str) -> dict[str, float]:
+        return {"time": round(seconds[slow] / seconds[fast], 2), "cpu": round(cpu[slow] / cpu[fast], 2)}
+
     report = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]},
         "versions": {library: version(library) for library in LIBRARIES},
-        "input": {
-            "text_mb": round(megabytes[0], 1),
-            "tokens": tokens,
-            "alpaca_mb": round(megabytes[1], 1),
-            "records": records,
-        },
-        "medians": results,
+        "input_mb": {what: round(size, 1) for what, size in sizes.items()},
+        "tokens": tokens,
+        "alpaca_records": records,
+        "medians": {what: medians(found) for what, found in runs.items()},
         "pretrain": {
-            "mb_per_s": round(megabytes[0] / seconds["pretrain"], 1),
+            "mb_per_s": round(sizes["text"] / seconds["pretrain"], 1),
             "tokens_per_s": round(tokens / seconds["pretrain"]),
-            "times_faster_than_" + peer: round(seconds[peer] / seconds["pretrain"], 1),
-            "same_bytes_as_megatron": same,
-            "times_the_ceiling_of_load_and_encode": round(seconds["pretrain"] / (float(load) + float(encode)), 2),
-            "times_the_ceiling_process": round(seconds["pretrain"] / seconds["ceiling"], 2),
+            "times_faster_than_" + peer_name: ratio(peer_name, "pretrain"),
+            "same_tokens_as_" + peer_name: same,
+            "times_the_ceiling": ratio("pretrain", "ceiling"),
         },
         "alpaca": {
             "records_per_s": round(records / seconds["alpaca"]),
-            "times_faster_than_like_mindspeed": round(seconds["like_mindspeed"] / seconds["alpaca"], 1),
+            "times_faster_than_like_mindspeed": ratio("like_mindspeed", "alpaca"),
         },
     }
+    if args.big_mb:
+        report["big"] = {
+            "mb_per_s": round(sizes["big"] / seconds["big"], 1),
+            "times_the_ceiling": ratio("big", "big_ceiling"),
+        }
     print(json.dumps(report, indent=1))
 
 

@@ -63,3 +63,46 @@ def write_tokens(prefix: Path, *, vocab: int = 256, documents: int = 120, seed: 
     writer.add(np.concatenate(tokens).astype(np.int32), lengths.astype(np.int32))
     publish([writer])
     return prefix
+
+
+def write_instructions(
+    prefix: Path, *, pack: int = 0, count: int = 24, vocab: int = 256, longest: int = 30, seed: int = 0
+) -> Path:
+    """Instruction data: conversations of one or two turns, whose answers go on as their questions do.
+
+    Args:
+        pack: tokens of a pack, as --pack --neat-pack; 0: a conversation per sample.
+        count: samples.
+    """
+    rng = np.random.default_rng(seed)
+    writers = [IndexedWriter(f"{prefix}_packed_{name}_document") for name in ("input_ids", "attention_mask", "labels")]
+    for _ in range(count):
+        ids: list[int] = []
+        labels: list[int] = []
+        segments: list[int] = []
+        while True:
+            conversation = [_turn(rng, vocab, longest) for _ in range(rng.integers(1, 3))]
+            size = sum(len(turn) for turn, _ in conversation)
+            if pack and len(ids) + size > pack:
+                break
+            number = segments[-1] + 1 if segments else 1
+            for turn, answer in conversation:
+                ids += turn
+                labels += [-100] * (len(turn) - answer) + turn[-answer:]
+                segments += [number] * len(turn)
+            if not pack:
+                break
+        padding = pack - len(ids) if pack else 0
+        columns = ids + [0] * padding, (segments if pack else [1] * len(ids)) + [0] * padding, labels + [-100] * padding
+        for writer, column in zip(writers, columns, strict=True):
+            writer.add(np.array(column, np.int32), np.array([len(column)], np.int32))
+    publish(writers)
+    return prefix
+
+
+def _turn(rng: np.random.Generator, vocab: int, longest: int) -> tuple[list[int], int]:
+    """Tokens of a question with its answer, and how many of them are the answer."""
+    size = int(rng.integers(6, longest // 2))
+    start, step = int(rng.integers(vocab)), int(rng.integers(1, 4))
+    tokens = [(start + step * i) % (vocab - 2) + 2 for i in range(size)]
+    return tokens, int(rng.integers(2, size - 2))

@@ -1,13 +1,14 @@
 """Text to tokens: `fastokens` where it is installed and agrees with `tokenizers`, else `tokenizers` itself.
 
 `tokenizers` defines what is right. A faster library is compared with it at the start, on texts that libraries get
-wrong, and again on one text of every batch; texts that are not in Unicode's form NFC always go to `tokenizers`
+wrong, and again on one text of every few batches; texts that are not in Unicode's form NFC always go to `tokenizers`
 (normalisation tables differ between libraries).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from qwen3_npu.data.loading import FAST, REFERENCE, Loading
 from qwen3_npu.errors import UsageError
 
 _LONGEST_SPOT_CHECK = 2000
+_BATCHES_PER_SPOT_CHECK = 8
 
 # Spaces, line ends, digits, contractions, scripts, combining marks, emoji, special tokens inside text.
 PROBES = (
@@ -86,23 +88,27 @@ class ReferenceEncoder:
 
 
 class FastEncoder:
-    """`fastokens`, with `tokenizers` for what is not NFC and to check one text of each batch."""
+    """`fastokens`, with `tokenizers` for what is not NFC and to check a text now and then."""
 
     name = FAST
 
     def __init__(self, tokenizer: Any, reference: ReferenceEncoder) -> None:
-        self.tokenizer, self.reference = tokenizer, reference
+        self.tokenizer, self.reference, self.batches = tokenizer, reference, itertools.count()
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         result = self._encode(texts)
         odd = [i for i, text in enumerate(texts) if not text.isascii() and not unicodedata.is_normalized("NFC", text)]
         if odd:
             result = _replaced(result, odd, self.reference.encode([texts[i] for i in odd]))
+        if next(self.batches) % _BATCHES_PER_SPOT_CHECK == 0:
+            self._spot_check(texts, result)
+        return result
+
+    def _spot_check(self, texts: Sequence[str], result: Tokens) -> None:
         short = next((i for i, text in enumerate(texts) if 0 < len(text) <= _LONGEST_SPOT_CHECK), None)
         if short is not None:
             start = int(result.lengths[:short].sum(dtype=np.int64))
             self._compare(texts[short], result.ids[start : start + int(result.lengths[short])])
-        return result
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.reference.decode(ids)
