@@ -60,7 +60,7 @@ class Trainer:
 
     def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
-        chosen = kernels.select(args.runtime.kernels)
+        chosen = kernels.select(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = transformer_config(
             plan.arch,
