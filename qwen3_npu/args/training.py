@@ -167,6 +167,13 @@ class CheckpointArgs:
     )
     ckpt_format: str = flag("torch", choices=["torch", "torch_dist"], help="files to write; either is read")
     async_save: bool = flag(False, help="copy what is saved to the host and write it while the training goes on")
+    save_hf_interval: int | None = flag(
+        None, minimum=1, unit="steps", help="between Hugging Face directories, each beside a checkpoint in --save"
+    )
+    enable_mg2hf_convert: bool = flag(False, help="write a Hugging Face directory of the last step")
+    hf_save_dir: str | None = flag(
+        None, metavar="DIR", help="where they go, as mg2hf_iteration<N>; default: --save, which all nodes must share"
+    )
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
     finetune: bool = flag(False, help="take only the weights: step 0, new optimizer, new data order")
     load_optim: bool = flag(True, help="load the optimizer's state")
@@ -174,6 +181,10 @@ class CheckpointArgs:
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
+
+    def __post_init__(self) -> None:
+        if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
+            raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

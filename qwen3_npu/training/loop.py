@@ -29,6 +29,7 @@ from qwen3_npu.progress import human
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
+from qwen3_npu.training.hf_export import HfExport
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
 from qwen3_npu.training.report import Reporter
@@ -100,6 +101,7 @@ class Trainer:
             )
         extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed}
         self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
+        self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
         self.feed: Feed | None = None
         self.guard = NanGuard(args.exits.max_skipped_updates)
@@ -170,11 +172,17 @@ class Trainer:
                     self.evaluate(reporter)
             stop = self.exits.reason(iteration, self.world.device)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
-            if args.checkpoint.save and (due or stop or iteration == last):
+            export = self.export.due(iteration, is_last=iteration == last)
+            if args.checkpoint.save and (due or export or stop or iteration == last):
                 with reporter.paused():
+                    self.export.finish()  # it may be reading a checkpoint that saving removes
                     self.saver.save(self.position)
+                    if export:
+                        self.saver.finish()
+                        self.export.start(iteration)
         reporter.close()
         self.saver.finish()
+        self.export.finish()
         if stop is not None:
             log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
 
