@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qwen3_npu.platform.base import Platform, published_peak
+from qwen3_npu.platform.base import Platform, published_peak, torch_profiler
 
 # Dense bf16 FLOP/s of one device (for A3: of one die, which is one device). 354e12 is the figure published for the
 # 64 GB 910B of Atlas 800T A2; for the others nothing was found that could be cited, so no MFU is printed there.
@@ -86,6 +86,8 @@ def _bind(local_rank: int) -> torch.device:
 
 
 def platform() -> Platform:
+    import torch_npu
+
     npu = torch.npu
     return Platform(
         name="npu",
@@ -97,5 +99,8 @@ def platform() -> Platform:
         memory_total=lambda: npu.get_device_properties(npu.current_device()).total_memory,
         device_name=npu.get_device_name,
         peak_flops=lambda: published_peak(PEAK_FLOPS, npu.get_device_name()),
+        profiler=torch_profiler(
+            [torch_npu.profiler.ProfilerActivity.CPU, torch_npu.profiler.ProfilerActivity.NPU], torch_npu.profiler
+        ),
         overlaps_p2p_safely=True,
     )
