@@ -96,7 +96,7 @@ def ours(folder: Path, flags: list[str], threads: int) -> dict[str, object]:
         "--split",
         "1,0,0",
     ]
-    command += ["--lr", "1e-4", "--log-interval", "1", "--tensorboard-dir", str(metrics), *flags]
+    command += ["--split", "1,0,0", "--lr", "1e-4", "--log-interval", "1", "--tensorboard-dir", str(metrics), *flags]
     output = _run(command, threads)
     lines = [json.loads(line) for line in (metrics / "metrics.jsonl").read_text().splitlines()]
     (metrics / "metrics.jsonl").unlink()
