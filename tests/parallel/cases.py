@@ -7,6 +7,7 @@ import errno
 import itertools
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qwen3_npu import log
 from qwen3_npu.checkpoint import training_torch
 from qwen3_npu.checkpoint.dist_table import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
+from qwen3_npu.checkpoint.optimizer_state import step_count
 from qwen3_npu.checkpoint.weights import shards
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.errors import Stopped, UsageError
@@ -142,6 +144,56 @@ def expert_load(platform: Platform, world: World, flags: list[str]) -> list[list
         t.step()
         load = take_expert_load(t.modules, t.plan.layout.num_layers, t.plan.arch.num_experts)
         return load.tokens.tolist()
+
+
+def poisoned(platform: Platform, world: World, flags: list[str], rank: int, steps: list[int]) -> list[dict[str, Any]]:
+    """Four steps, in some of which one rank finds a NaN among its gradients; what each rank did."""
+    with trainer(platform, world, flags) as t:
+        reduced = t.optimizer.prepare_grads
+
+        def prepare_grads() -> Any:
+            found = reduced()
+            if world.rank == rank and t.position.iteration + 1 in steps:
+                t.optimizer.get_parameters()[0].grad.view(-1)[0] = float("nan")
+            return found
+
+        t.optimizer.prepare_grads = prepare_grads
+        mine: dict[str, Any] = {"skipped": [], "changed": [], "stopped": None}
+        try:
+            for _ in range(4):
+                before = [p.detach().clone() for m in t.modules for p in m.parameters()]
+                result = t.step()
+                after = [p for m in t.modules for p in m.parameters()]
+                mine["skipped"].append(result.skipped)
+                mine["changed"].append(any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)))
+        except Stopped as error:
+            mine["stopped"] = str(error)
+        mine["updates"] = step_count(t.optimizer)
+        everyone: list[Any] = [None] * world.size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+
+def signalled(platform: Platform, world: World, flags: list[str], rank: int, step: int) -> list[int]:
+    """The step that each rank stops after when one of them gets SIGUSR1 in step `step`."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with trainer(platform, world, flags) as t:
+            plain = t.step
+
+            def step_with_signal() -> Any:
+                if world.rank == rank and t.position.iteration + 1 == step:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                return plain()
+
+            t.step = step_with_signal
+            t.train()
+            everyone = [0] * world.size
+            dist.all_gather_object(everyone, t.position.iteration)
+            return everyone
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def packing_isolation(platform: Platform, world: World, flags: list[str], changed: int) -> list[dict[str, list[float]]]:
