@@ -45,6 +45,8 @@ FOREIGN: dict[str, Foreign] = {
     "--no-gradient-accumulation-fusion": Foreign("gradients are accumulated in float32 without it"),
     "--gemm-gradient-accumulation-fusion": Foreign("gradients are accumulated in float32 without it"),
     "--no-bias-swiglu-fusion": Foreign(_KERNELS),
+    "--enable-hf2mg-convert": Foreign("--load takes a Hugging Face directory as it is"),
+    "--mg-save-dir": Foreign("--load takes a Hugging Face directory as it is, nothing is converted", nargs=1),
     "--calculate-per-token-loss": Foreign("it is the default; --loss-normalization chooses"),
     "--lora-modules-to-save": Foreign("only updates are trained; without --lora-r everything is", "+", refused=True),
     "--lora-register-forward-hook": Foreign("no hook is needed", nargs="+"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import itertools
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +14,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from qwen3_npu import cli, log
-from qwen3_npu.args.foreign import FOREIGN
-from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+from qwen3_npu import log
 from qwen3_npu.checkpoint import training_torch
 from qwen3_npu.checkpoint.dist_table import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
 from qwen3_npu.checkpoint.weights import shards
-from qwen3_npu.checkpoint.whole import gather_whole
-from qwen3_npu.data.prefixes import check_data
-from qwen3_npu.distributed.launch import World, model_parallel
+from qwen3_npu.distributed.launch import World
 from qwen3_npu.errors import Stopped, UsageError
+from qwen3_npu.parity.measure import measure, trainer
 from qwen3_npu.platform.base import Platform
-from qwen3_npu.training.loop import Trainer
-from qwen3_npu.training.plan import make_plan
 from qwen3_npu.training.step import evaluate_step
-
-
-@contextlib.contextmanager
-def trainer(platform: Platform, world: World, flags: list[str]) -> Iterator[Trainer]:
-    """A loaded trainer with data, as `pretrain_gpt.py` makes it from these flags."""
-    parsed = cli.parse("test", "", GROUPS, FOREIGN, argv=flags)
-    args = PretrainArgs(*parsed.groups)
-    plan = make_plan(args, world.size)
-    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
-    with model_parallel(plan.layout, args.parallel, args.runtime):
-        made = Trainer(platform, world, args, plan)
-        made.load()
-        made.open_data(fingerprint)
-        yield made
 
 
 def train(
@@ -136,29 +115,20 @@ def megatron_reads(platform: Platform, world: World, flags: list[str], folder: s
         return {"parameters": len(parameters), "iteration": common["iteration"]}
 
 
-def finetune(
-    platform: Platform, world: World, flags: list[str], steps: int, gradients: str, weights: str | None = None
-) -> dict[str, Any]:
-    """As `train`; the gradients of the first step go to a file, and so may the trained weights after the last one.
+def gradients(platform: Platform, world: World, flags: list[str], steps: int, file: str) -> dict[str, Any]:
+    """As `train`; the gradients of the first step go to a file.
 
-    Also says whether parameters that are not trained changed. For --clip-grad 0.
+    Also says whether parameters that are not trained changed.
     """
     with trainer(platform, world, flags) as t:
-        trained = t.saver.trained
         frozen = {n: p.detach().clone() for m in t.modules for n, p in m.named_parameters() if not p.requires_grad}
-        results = [t.step()]
-        whole = gather_whole(trained, "exp_avg")
-        results += [t.step() for _ in range(steps - 1)]
-        last = gather_whole(trained, "param") if weights else {}
+        measured = measure(t, steps)
         if world.rank == 0:
-            np.savez(gradients, **{name: a / (1 - t.args.optimizer.adam_beta1) for name, a in whole.items()})
-            if weights:
-                np.savez(weights, **last)
+            np.savez(file, **measured.gradients)
         now = {n: p for m in t.modules for n, p in m.named_parameters() if not p.requires_grad}
         return {
-            "loss": [r.loss for r in results],
-            "tokens": [r.tally.tokens for r in results],
-            "grad_norm": [r.grad_norm for r in results],
+            "loss": [r.loss for r in measured.steps],
+            "grad_norm": [r.grad_norm for r in measured.steps],
             "frozen": len(frozen),
             "changed": [n for n, before in frozen.items() if not torch.equal(now[n], before)],
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from test_layouts import TP2
+from qwen3_npu.parity.rows import TP2
 from test_resume import BASE
 from worlds import World
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from test_layouts import EP2, PP2, SP, TP2, VPP, ZERO
+from qwen3_npu.parity.rows import EP2, PP2, SP, TP2, VPP, ZERO
 from worlds import World
 
 BASE = ["--seq-length", "32", "--global-batch-size", "8", "--lr", "1e-3", "--train-iters", "6", "--device", "cpu"]
