@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/setup.sh
-qwen3_npu_setup matplotlib
+qwen3_npu_setup plot,fast matplotlib
 
 OUT="${1:-outputs/quickstart}"
 rm -rf "$OUT"

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/setup.sh
-qwen3_npu_setup pytest ruff mypy
+qwen3_npu_setup dev,fast pytest ruff mypy peft lm_eval
 if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .

@@ -15,7 +15,9 @@ for name in ("torch", "megatron.core", "transformers", "pyarrow", *sys.argv[2:])
 PY
 }
 
-qwen3_npu_setup() { # extra modules that must be there
+qwen3_npu_setup() { # extras to install, then modules of theirs that must be there
+    local extras="$1"
+    shift
     local python="${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}"
     if [ -n "$python" ] && (cd / && qwen3_npu_ready "$python" "$@"); then
         PATH="$VIRTUAL_ENV/bin:$PATH"
@@ -39,7 +41,7 @@ qwen3_npu_setup() { # extra modules that must be there
         # torch first and exactly: whatever else asks for torch is then content with it.
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$QWEN3_NPU_ROOT/constraints.txt" torch
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$QWEN3_NPU_ROOT/constraints.txt" \
-            -e "$QWEN3_NPU_ROOT[dev,fast]"
+            -e "$QWEN3_NPU_ROOT[$extras]"
     fi
     export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
 }

@@ -167,6 +167,13 @@ class CheckpointArgs:
     )
     ckpt_format: str = flag("torch", choices=["torch", "torch_dist"], help="files to write; either is read")
     async_save: bool = flag(False, help="copy what is saved to the host and write it while the training goes on")
+    save_hf_interval: int | None = flag(
+        None, minimum=1, unit="steps", help="between Hugging Face directories, each beside a checkpoint in --save"
+    )
+    enable_mg2hf_convert: bool = flag(False, help="write a Hugging Face directory of the last step")
+    hf_save_dir: str | None = flag(
+        None, metavar="DIR", help="where they go, as mg2hf_iteration<N>; default: --save, which all nodes must share"
+    )
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
     finetune: bool = flag(False, help="take only the weights: step 0, new optimizer, new data order")
     load_optim: bool = flag(True, help="load the optimizer's state")
@@ -174,6 +181,10 @@ class CheckpointArgs:
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
+
+    def __post_init__(self) -> None:
+        if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
+            raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,3 +210,24 @@ class ReportArgs:
     eval_interval: int = flag(1000, minimum=1, unit="steps", help="between evaluations on the validation share")
     eval_iters: int = flag(100, minimum=0, unit="batches", help="global batches of one evaluation; 0: none")
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileArgs:
+    """profiling"""
+
+    profile: bool = flag(False, help="trace some steps")
+    profile_step_start: int = flag(10, minimum=0, unit="steps", help="done before the trace begins")
+    profile_step_end: int = flag(12, minimum=1, unit="steps", help="done when it ends")
+    profile_ranks: list[int] = flag([0], help="ranks that trace; -1: all")
+    profile_save_path: str = flag("./profile", metavar="DIR", help="folder of the traces, one in it per rank")
+    profile_record_shapes: bool = flag(False, help="sizes of the operations' tensors")
+    profile_with_stack: bool = flag(False, help="lines of Python that the operations come from")
+    profile_with_memory: bool = flag(False, help="memory taken and given back")
+
+    def __post_init__(self) -> None:
+        if self.profile and self.profile_step_end <= self.profile_step_start:
+            raise UsageError(
+                f"--profile-step-end {self.profile_step_end} must be above --profile-step-start "
+                f"{self.profile_step_start}"
+            )

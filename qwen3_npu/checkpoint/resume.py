@@ -196,6 +196,8 @@ def _load_random(trained: Trained, state: TorchState | DistState) -> None:
     def tensor(ref: TensorRef) -> torch.Tensor:
         return torch.from_numpy(archive.read(ref, ref.shape, full(ref.shape)))
 
+    if tensor(content["cuda_rng_state"]).numel() != torch.cuda.get_rng_state().numel():
+        raise UsageError(f"{state.folder} has the random state of another kind of device; give --no-load-rng")
     torch.set_rng_state(tensor(content["torch_rng_state"]))
     torch.cuda.set_rng_state(tensor(content["cuda_rng_state"]))
     tracker = {name: tensor(ref) for name, ref in content["rng_tracker_states"].items()}

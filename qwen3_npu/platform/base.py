@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from qwen3_npu.args.training import ProfileArgs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Platform:
         memory_total: bytes of one device.
         device_name: as the vendor calls it.
         peak_flops: dense bf16 FLOP/s of one device as published, or None where that is not known.
+        profiler: folder for traces and flags -> torch's profiler, not started.
         overlaps_p2p_safely: whether pipeline output may be freed while a send of it is under way.
     """
 
@@ -35,6 +41,7 @@ class Platform:
     memory_total: Callable[[], int]
     device_name: Callable[[], str]
     peak_flops: Callable[[], float | None]
+    profiler: Callable[[Path, ProfileArgs], Any]
     overlaps_p2p_safely: bool
 
     def activate(self) -> None:
@@ -42,6 +49,9 @@ class Platform:
         # What megatron warns of at import (no apex, no Transformer Engine, deprecations) is our choice of parts.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
+        logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+            lambda record: "Unknown MLP type" not in record.getMessage()  # said of every MLP that a spec brings
+        )
         self.prepare()
         from qwen3_npu.platform import mcore_fixes
 
@@ -52,3 +62,18 @@ def published_peak(table: dict[str, float], device_name: str) -> float | None:
     """The entry of the longest key contained in the device's name; None if there is none."""
     keys = [key for key in table if key.lower() in device_name.lower()]
     return table[max(keys, key=len)] if keys else None
+
+
+def torch_profiler(activities: list[Any], module: Any = torch.profiler) -> Callable[[Path, ProfileArgs], Any]:
+    """`Platform.profiler` for torch's profiler, or for a vendor's module of the same interface."""
+
+    def make(folder: Path, args: ProfileArgs) -> Any:
+        return module.profile(
+            activities=activities,
+            on_trace_ready=module.tensorboard_trace_handler(str(folder)),
+            record_shapes=args.profile_record_shapes,
+            profile_memory=args.profile_with_memory,
+            with_stack=args.profile_with_stack,
+        )
+
+    return make

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen3_npu.platform.base import Platform, published_peak
+from qwen3_npu.platform.base import Platform, published_peak, torch_profiler
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H20": 148e12}
@@ -41,5 +41,6 @@ def platform() -> Platform:
         memory_total=lambda: torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
         device_name=torch.cuda.get_device_name,
         peak_flops=lambda: published_peak(PEAK_FLOPS, torch.cuda.get_device_name()),
+        profiler=torch_profiler([torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]),
         overlaps_p2p_safely=True,
     )

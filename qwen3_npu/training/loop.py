@@ -27,10 +27,13 @@ from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
 from qwen3_npu.training.exits import Exits
+from qwen3_npu.training.expert_load import ExpertLoad, take_expert_load
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
+from qwen3_npu.training.hf_export import HfExport
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
+from qwen3_npu.training.profiling import Profiler
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
@@ -60,7 +63,7 @@ class Trainer:
 
     def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
-        chosen = kernels.select(args.runtime.kernels)
+        chosen = kernels.select(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = transformer_config(
             plan.arch,
@@ -100,6 +103,8 @@ class Trainer:
             )
         extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed}
         self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
+        self.profiler = Profiler(args.profile, platform, world.rank)
+        self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
         self.feed: Feed | None = None
         self.guard = NanGuard(args.exits.max_skipped_updates)
@@ -160,9 +165,11 @@ class Trainer:
             gc.disable()
         stop: str | None = None
         while self.position.iteration < last and stop is None:
+            self.profiler.before(self.position.iteration)
             result = self.step()
             iteration = self.position.iteration
-            reporter.step(iteration, result)
+            self.profiler.after(iteration)
+            reporter.step(iteration, result, self._expert_load() if reporter.is_due(iteration) else None)
             if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
                 gc.collect()
             if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
@@ -170,13 +177,24 @@ class Trainer:
                     self.evaluate(reporter)
             stop = self.exits.reason(iteration, self.world.device)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
-            if args.checkpoint.save and (due or stop or iteration == last):
+            export = self.export.due(iteration, is_last=iteration == last)
+            if args.checkpoint.save and (due or export or stop or iteration == last):
                 with reporter.paused():
+                    self.export.finish()  # it may be reading a checkpoint that saving removes
                     self.saver.save(self.position)
+                    if export:
+                        self.saver.finish()
+                        self.export.start(iteration)
         reporter.close()
+        self.profiler.finish()
         self.saver.finish()
+        self.export.finish()
         if stop is not None:
             log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
+
+    def _expert_load(self) -> ExpertLoad | None:
+        arch = self.plan.arch
+        return take_expert_load(self.modules, self.plan.layout.num_layers, arch.num_experts) if arch.is_moe else None
 
     def _reporter(self) -> Reporter:
         args = self.args

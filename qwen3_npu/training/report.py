@@ -14,6 +14,7 @@ from qwen3_npu import log
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
+from qwen3_npu.training.expert_load import ExpertLoad
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
 
 
@@ -92,16 +93,24 @@ class Reporter:
 
             self.tensorboard = SummaryWriter(str(folder), purge_step=first + 1)
 
-    def step(self, iteration: int, result: StepResult) -> None:
-        """Count one training step; it is `iteration` (from 1)."""
+    def is_due(self, iteration: int) -> bool:
+        """Whether the step `iteration` ends with a line."""
+        return iteration % self.interval == 0 or iteration == self.last
+
+    def step(self, iteration: int, result: StepResult, load: ExpertLoad | None = None) -> None:
+        """Count one training step; it is `iteration` (from 1).
+
+        Args:
+            load: of the experts since the last line; only where `is_due`.
+        """
         self.window.add(result)
         if result.skipped:
             self._write(iteration, {"skipped": 1.0})
         self._write(iteration, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate})
-        if iteration % self.interval == 0 or iteration == self.last:
-            self._line(iteration, result)
+        if self.is_due(iteration):
+            self._line(iteration, result, load)
 
-    def _line(self, iteration: int, result: StepResult) -> None:
+    def _line(self, iteration: int, result: StepResult, load: ExpertLoad | None) -> None:
         self.platform.synchronize()
         window = self.window
         elapsed = time.perf_counter() - window.start
@@ -111,6 +120,11 @@ class Reporter:
         # A token attends to the stretch that it is in: on average so many tokens long.
         flops = tokens * flops_per_token(self.arch, window.computed.squares / max(real, 1))
         more, texts = window.fine_tuning()
+        if load is not None:
+            more |= load.values()
+            texts.append(str(load))
+            for number, tokens_of in zip(load.layers, load.tokens, strict=True):
+                self._bars(iteration, f"moe/load_layer_{number:03d}", tokens_of)
         memory = self.platform.memory_peak() / 2**30
         width = len(str(self.last))
         parts = [
@@ -154,6 +168,10 @@ class Reporter:
             self.metrics.write(json.dumps({"step": iteration, **values}) + "\n")
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, iteration)
+
+    def _bars(self, iteration: int, name: str, values: Any) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.add_histogram(name, values, iteration)
 
     def close(self) -> None:
         if self.metrics is not None:

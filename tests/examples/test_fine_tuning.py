@@ -76,7 +76,7 @@ def test_full_fine_tuning_learns_its_answers(work: Path) -> None:
 
     output = script(
         "tune_qwen3_14b_4K_full_ptd.sh",
-        *[*ON_CPU, "--lr", "5e-3", "--min-lr", "5e-4", "--log-interval", "10"],
+        *[*ON_CPU, "--lr", "5e-3", "--min-lr", "5e-4", "--log-interval", "10", "--enable-mg2hf-convert"],
         FOLDER=work,
         OMP_NUM_THREADS=2,
         HF_DIR="hf",
@@ -91,6 +91,8 @@ def test_full_fine_tuning_learns_its_answers(work: Path) -> None:
     assert losses[0] > 3
     assert losses[-1] < 0.1
     script("ckpt_convert_qwen3_mcore2hf.sh", FOLDER=work, MCORE_DIR="full", HF_OUT_DIR="trained")
+    exported = work / "full" / "mg2hf_iteration115" / "model.safetensors"
+    assert exported.read_bytes() == (work / "trained" / "model.safetensors").read_bytes()
 
     model = AutoModelForCausalLM.from_pretrained(work / "trained", dtype=torch.float32)
     ids, labels = (open_indexed(work / f"data/alpaca_packed_{name}_document") for name in ("input_ids", "labels"))
@@ -111,7 +113,7 @@ def test_lora_scripts(work: Path) -> None:
     script("ckpt_convert_qwen3_hf2mcore.sh", FOLDER=work, HF_DIR="hf", MCORE_DIR="mcore", TP=1, PP=2)
     output = script(
         "tune_qwen3_14b_4K_lora_ptd.sh",
-        *[*ON_CPU, "--lr", "5e-3", "--log-interval", "3"],
+        *[*ON_CPU, "--lr", "5e-3", "--log-interval", "3", "--save-hf-interval", "12", "--hf-save-dir", "exported"],
         FOLDER=work,
         NPUS_PER_NODE=2,
         PP=2,
@@ -129,6 +131,8 @@ def test_lora_scripts(work: Path) -> None:
     assert losses[-1] < losses[0] - 0.05
     merged = {"FOLDER": work, "MCORE_DIR": "mcore", "LORA_DIR": "lora"}
     script("ckpt_convert_qwen3_mcore2hf_lora.sh", **merged, HF_OUT_DIR="merged")
+    exported = work / "exported" / "mg2hf_iteration12" / "model.safetensors"
+    assert exported.read_bytes() == (work / "merged" / "model.safetensors").read_bytes()
     script("ckpt_convert_qwen3_mcore2mcore_lora.sh", **merged, MERGED_DIR="merged_mcore", TP=2, PP=1)
     script("ckpt_convert_qwen3_mcore2hf.sh", FOLDER=work, MCORE_DIR="merged_mcore", HF_OUT_DIR="merged_again")
     tokens = torch.arange(40)[None]

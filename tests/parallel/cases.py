@@ -23,6 +23,7 @@ from qwen3_npu.distributed.launch import World
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.parity.measure import measure, trainer
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.training.expert_load import take_expert_load
 from qwen3_npu.training.step import evaluate_step
 
 
@@ -132,6 +133,15 @@ def gradients(platform: Platform, world: World, flags: list[str], steps: int, fi
             "frozen": len(frozen),
             "changed": [n for n, before in frozen.items() if not torch.equal(now[n], before)],
         }
+
+
+def expert_load(platform: Platform, world: World, flags: list[str]) -> list[list[float]]:
+    """Tokens of each layer and expert in two steps."""
+    with trainer(platform, world, flags) as t:
+        t.step()
+        t.step()
+        load = take_expert_load(t.modules, t.plan.layout.num_layers, t.plan.arch.num_experts)
+        return load.tokens.tolist()
 
 
 def packing_isolation(platform: Platform, world: World, flags: list[str], changed: int) -> list[dict[str, list[float]]]:

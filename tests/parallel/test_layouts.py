@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen3_npu.parity.measure import largest_difference
-from qwen3_npu.parity.rows import TP2, Row, rows
+from qwen3_npu.parity.rows import EP2, FULL, PP2, RING, SP, TP2, Row, rows
 from worlds import World
 
 STEPS = 10
@@ -66,3 +66,13 @@ def test_tp_ranks_draw_different_dropout_masks(worlds: dict[int, World], baselin
     assert again == [first, second], "the seed decides the masks"
     other = worlds[2].run("dropout_masks", flags=[*baselines.flags("untied"), *TP2, "--seed", "7"])
     assert other != [first, second], "the seed is really applied"
+
+
+def test_expert_load_does_not_depend_on_the_layout(worlds: dict[int, World], baselines: Baselines) -> None:
+    """Two steps of 8 x 32 tokens to 2 experts each, counted once, whoever computes them and however often."""
+    flags = baselines.flags("moe")
+    expected = worlds[1].run("expert_load", flags=flags)
+    assert len(expected) == 4
+    assert all(sum(layer) == 2 * 8 * 32 * 2 for layer in expected)
+    for size, extra in ((4, TP2 + SP + EP2), (2, [*PP2, "--noop-layers", "0,5"]), (2, RING), (1, FULL)):
+        assert worlds[size].run("expert_load", flags=[*flags, *extra]) == expected

@@ -7,6 +7,7 @@ Reads a JSON line {"case": name, "arguments": {...}, "result": path} from stdin;
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -14,10 +15,12 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
-def main() -> None:
+def main(device: str = "cpu", modules: tuple[str, ...] = ("cases",)) -> None:
+    """Serve the functions of these modules as cases."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the code prints goes to the log with stderr
     import torch
@@ -26,9 +29,8 @@ def main() -> None:
     from qwen3_npu.args.parallel import RuntimeArgs
     from qwen3_npu.platform import select
 
-    platform = select("cpu")
+    platform = select(device)
     platform.activate()
-    import cases
     from qwen3_npu.distributed.launch import process_group
 
     with process_group(platform, RuntimeArgs(distributed_timeout_minutes=2)) as world:
@@ -36,7 +38,11 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                result = getattr(cases, request["case"])(platform, world, **request["arguments"])
+                # "train", or of another file "generation_cases.greedy".
+                module, _, name = request["case"].rpartition(".")
+                places = [importlib.import_module(file) for file in ([module] if module else modules)]
+                case = next(getattr(place, name) for place in places if hasattr(place, name))
+                result = case(platform, world, **request["arguments"])
             except BaseException:
                 answers.write(json.dumps({"error": traceback.format_exc()}) + "\n")
                 raise

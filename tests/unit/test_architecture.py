@@ -25,7 +25,7 @@ LEVELS = {
     "model": 2,
     "distributed": 2,
 }
-LEVELS |= {"kernels": 1, "platform": 1}
+LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4}
 # Importable anywhere, without torch.
 LIGHT = ("errors", "cli", "args", "log", "progress", "numbers", "model.arch", "model.sizes")
 LIGHT += ("distributed.layout", "distributed.environment")
