@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT), str(ROOT / "tests/parallel")]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 LIVE_TOKENS = [[7, 11, 13, 17, 19, 23, 29, 31], [2, 4, 8, 16, 32, 64, 128, 249]]
 FLAGS = ["--seq-length", "16", "--micro-batch-size", "2", "--train-iters", "2", "--lr", "1e-2", "--device", "cpu"]
@@ -26,9 +26,9 @@ def main(models: Path, tokens: Path, out: Path) -> None:
     import numpy as np
     import torch
 
-    from cases import trainer
     from qwen3_npu.args.parallel import RuntimeArgs
     from qwen3_npu.distributed.launch import process_group
+    from qwen3_npu.parity.measure import trainer
 
     kinds = sorted(path.name for path in models.iterdir())
     with process_group(platform, RuntimeArgs()) as world:
