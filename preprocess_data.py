@@ -10,9 +10,16 @@ def main() -> int:
     parsed = cli.parse("preprocess_data.py", __doc__, GROUPS, FOREIGN)
     for note in parsed.notes:
         log.info(note)
+    args = PreprocessArgs(*parsed.groups)
+    from qwen3_npu.data.loading import start_loading
+
+    folder, loading = args.tokenizer.tokenizer_name_or_path, None
+    if folder and not args.output.merge_group_keys:
+        # Most of a small run's time goes into this: it starts before numpy is imported.
+        loading = start_loading(folder, args.tokenizer.tokenizer_backend, args.output.workers)
     from qwen3_npu.data.preprocess import preprocess
 
-    return preprocess(PreprocessArgs(*parsed.groups))
+    return preprocess(args, loading)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,14 @@ def main() -> None:
     parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN)
     args = PretrainArgs(*parsed.groups)
     plan = make_plan(args, world_size)
-    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size)
+    from qwen3_npu.training.raw_data import prepared, raw_words
+
+    if args.runtime.dry_run and (raw := raw_words(args)):
+        parsed.notes.append(f"raw data: {' '.join(raw)} would be preprocessed")
+        fingerprint = ""
+    else:
+        args = prepared(args)
+        fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
     for line in plan.describe(args) + parsed.notes:
         log.info(line)
     if args.runtime.dry_run:

@@ -126,7 +126,13 @@ def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any) -> No
     common = {"dest": f.name, "help": text, "default": None if required else default}
     metavar = meta["metavar"] or (None if meta["choices"] else _METAVARS.get(kind))
     if kind is bool:
-        parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+        # argparse takes every name that begins with --no- for a denial; a further name is never one.
+        same = [name for name in names if name.startswith("--no-")]
+        common["help"] += f" (also {', '.join(same)})" if same else ""
+        positive = [name for name in names if name not in same]
+        parser.add_argument(*positive, action=argparse.BooleanOptionalAction, **common)
+        for name in same:
+            parser.add_argument(name, action="store_const", const=True, **{**common, "help": argparse.SUPPRESS})
         return
     if typing.get_origin(kind) is list:
         kind = typing.get_args(kind)[0]

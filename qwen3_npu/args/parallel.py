@@ -44,7 +44,14 @@ class RuntimeArgs:
     """where it runs"""
 
     device: str = flag("auto", choices=["auto", "npu", "cuda", "cpu"], help="kind of device")
-    kernels: str = flag("auto", choices=["auto", "reference", "torch"], help="implementation of the hot operations")
+    kernels: str = flag(
+        "auto",
+        choices=["auto", "reference", "torch", "npu", "mindspeed"],
+        help="implementation of the hot operations; auto: torch_npu's on an NPU, torch's own elsewhere",
+    )
+    kernel_overrides: list[str] = flag(
+        [], metavar="OPERATION=IMPLEMENTATION", help="other implementations for single operations: attention=reference"
+    )
     seed: int = flag(1234, minimum=0, help="of weights, dropout and data order")
     deterministic: bool = flag(
         False, names=("--npu-deterministic", "--use-deter-comp"), help="only operations that repeat bit for bit"

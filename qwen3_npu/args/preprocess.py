@@ -22,6 +22,15 @@ class InputArgs:
         help="files, folders or patterns of .jsonl .json .parquet .arrow .csv .txt, WikiText's .tokens (.gz or .zst "
         "may follow), or the name of a Hugging Face dataset; with --merge-group-keys a folder of .bin/.idx pairs",
     )
+    hf_datasets_params: str | None = flag(
+        None, metavar="FILE", help="JSON file of arguments for datasets.load_dataset (path, name, split, ..)"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordArgs:
+    """what the records are"""
+
     handler_name: str | None = flag(
         None,
         metavar="NAME",
@@ -33,9 +42,6 @@ class InputArgs:
         None,
         metavar="JSON",
         help='names of other columns: \'{"prompt": "question", "query": "", "response": "answer"}\'',
-    )
-    hf_datasets_params: str | None = flag(
-        None, metavar="FILE", help="JSON file of arguments for datasets.load_dataset (path, name, split, ..)"
     )
     max_samples: int | None = flag(None, minimum=1, unit="records", help="read only so many; default: all")
     max_bad_records: int = flag(
@@ -146,6 +152,7 @@ class PreprocessArgs(typing.NamedTuple):
     """The groups of flags."""
 
     input: InputArgs
+    records: RecordArgs
     tokenizer: TokenizerArgs
     instruction: InstructionArgs
     output: OutputArgs

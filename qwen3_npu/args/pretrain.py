@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import typing
 
+from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
+from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
 
 
 class PretrainArgs(typing.NamedTuple):
-    """The groups of flags."""
+    """The groups of flags; `record`, `tokenizer` and `instruction` are for raw files in --data-path."""
 
     model: ModelArgs
     shape: ShapeArgs
@@ -18,7 +20,11 @@ class PretrainArgs(typing.NamedTuple):
     runtime: RuntimeArgs
     train: TrainArgs
     optimizer: OptimizerArgs
+    lora: LoraArgs
     data: DataArgs
+    record: RecordArgs
+    tokenizer: TokenizerArgs
+    instruction: InstructionArgs
     checkpoint: CheckpointArgs
     exits: ExitArgs
     report: ReportArgs

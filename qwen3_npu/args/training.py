@@ -40,6 +40,12 @@ class TrainArgs:
     loss_compute_mode: str = flag(
         "default", choices=["default", "chunk"], help="chunk: logits of --loss-chunk-size tokens at a time"
     )
+    loss_normalization: str = flag(
+        "token",
+        choices=["token", "micro-batch"],
+        help="a step's loss is the mean over all its supervised tokens, or (as MindSpeed-LLM does without "
+        "--calculate-per-token-loss) the mean of its micro-batches' means",
+    )
     loss_chunk_size: int = flag(1024, minimum=1, unit="tokens", help="tokens whose logits exist at the same time")
     moe_aux_loss_coeff: float | None = flag(
         None, minimum=0, help="weight of the load-balancing loss; default: config.json's router_aux_loss_coef"
@@ -114,6 +120,20 @@ class DataArgs:
         metavar="[WEIGHT] PREFIX", help="prefix of a .bin/.idx pair, or several with weights: 0.3 a 0.7 b"
     )
     split: str = flag("969,30,1", metavar="A,B,C", help="shares of documents for training, validation and test")
+    stage: str = flag("pt", choices=["pt", "sft"], help="pretraining, or fine-tuning on instruction data")
+    is_instruction_dataset: bool = flag(False, help="--data-path holds instruction data, as --stage sft says too")
+    variable_seq_lengths: bool = flag(
+        False,
+        names=("--no-pad-to-seq-lengths",),
+        help="pad each micro-batch of instruction data to its longest sample, not to --seq-length",
+    )
+    pad_to_multiple_of: int = flag(
+        8, minimum=1, unit="tokens", help="with --variable-seq-lengths: round lengths up to it"
+    )
+    reset_attention_mask: bool = flag(False, help="attention stays within the documents of a sequence")
+    reset_position_ids: bool = flag(False, help="positions start anew in each document (instruction data: as above)")
+    eod_mask_loss: bool = flag(False, help="what follows the end of a document is not predicted from it")
+    shuffle: bool = flag(True, help="instruction data in another order each epoch")
     data_cache_path: str | None = flag(
         None, metavar="DIR", help="folder of index caches; default: cache/ beside the first prefix"
     )
@@ -124,6 +144,16 @@ class DataArgs:
         help="tokenizer folder; its config.json may be the architecture",
     )
 
+    def __post_init__(self) -> None:
+        if self.is_instruction and self.eod_mask_loss:
+            raise UsageError("--eod-mask-loss is for pretraining text; instruction data say themselves what is learned")
+        if self.variable_seq_lengths and not self.is_instruction:
+            raise UsageError("--no-pad-to-seq-lengths is for instruction data (--stage sft); text fills its sequences")
+
+    @property
+    def is_instruction(self) -> bool:
+        return self.stage == "sft" or self.is_instruction_dataset
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointArgs:
@@ -132,7 +162,18 @@ class CheckpointArgs:
     load: str | None = flag(None, metavar="DIR", help="checkpoint folder to start from or to resume")
     save: str | None = flag(None, metavar="DIR", help="checkpoint folder to write")
     save_interval: int | None = flag(None, minimum=1, unit="steps", help="between checkpoints; always one at the end")
-    ckpt_format: str = flag("torch", choices=["torch"], help="layout on disk")
+    save_total_limit: int | None = flag(
+        None, minimum=1, help="checkpoints of this training to keep; older ones are deleted; default: all"
+    )
+    ckpt_format: str = flag("torch", choices=["torch", "torch_dist"], help="files to write; either is read")
+    async_save: bool = flag(False, help="copy what is saved to the host and write it while the training goes on")
+    save_hf_interval: int | None = flag(
+        None, minimum=1, unit="steps", help="between Hugging Face directories, each beside a checkpoint in --save"
+    )
+    enable_mg2hf_convert: bool = flag(False, help="write a Hugging Face directory of the last step")
+    hf_save_dir: str | None = flag(
+        None, metavar="DIR", help="where they go, as mg2hf_iteration<N>; default: --save, which all nodes must share"
+    )
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
     finetune: bool = flag(False, help="take only the weights: step 0, new optimizer, new data order")
     load_optim: bool = flag(True, help="load the optimizer's state")
@@ -140,6 +181,10 @@ class CheckpointArgs:
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
+
+    def __post_init__(self) -> None:
+        if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
+            raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

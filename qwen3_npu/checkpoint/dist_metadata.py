@@ -48,8 +48,8 @@ class StoredTensor:
     chunks: tuple[StoredChunk, ...]
 
 
-def read_metadata(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint.
+def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, StoredChunk]]:
+    """Every tensor of the checkpoint, and every object (its region is empty).
 
     Raises:
         UsageError: the file is missing or damaged, or holds something that is not plain data.
@@ -62,10 +62,13 @@ def read_metadata(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(content.get("storage_data"), dict) or not isinstance(content.get("state_dict_metadata"), dict):
         raise UsageError(f"{path} is not the metadata of a torch_dist checkpoint")
     chunks: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+    objects: dict[str, StoredChunk] = {}
     for index, info in content["storage_data"].items():
         where = _fields(index, "fqn", "offset", "index")
         if where.get("offset") is not None:
             chunks.setdefault(where["fqn"], []).append((tuple(where["offset"]), info))
+        else:
+            objects[where["fqn"]] = _chunk((), (), info, path)
     tensors = {}
     for key, entry in content["state_dict_metadata"].items():
         fields = _fields(entry, "properties", "size", "chunks")
@@ -78,7 +81,7 @@ def read_metadata(path: Path) -> dict[str, StoredTensor]:
         dtype = _fields(fields["properties"], "dtype").get("dtype")
         stored = tuple(_chunk(offset, sizes.get(offset), info, path) for offset, info in chunks.get(key, []))
         tensors[key] = StoredTensor(dtype if isinstance(dtype, DType) else None, tuple(fields["size"]), stored)
-    return tensors
+    return tensors, objects
 
 
 def _chunk(offset: tuple[int, ...], size: tuple[int, ...] | None, info: Any, path: Path) -> StoredChunk:

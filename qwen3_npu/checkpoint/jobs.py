@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -32,6 +32,7 @@ _RECORD = ".record.json"
 _PLAN = "plan.json"
 _SPARE_BYTES = 64 << 20  # left free on the disk, for headers, configuration and tokenizer files
 
+T = TypeVar("T")
 Result = TypeVar("Result")
 Count = Callable[[int], None]
 
@@ -185,10 +186,13 @@ class _Write:
         temporary = path.with_name(path.name + ".tmp")
         digests: dict[str, str] = {}
 
+        def made(item: Item) -> np.ndarray:
+            data = np.ascontiguousarray(read_shard(source, item.shard, item.dtype))
+            digests[item.name] = hashlib.sha256(memoryview(data).cast("B") if data.size else b"").hexdigest()
+            return data
+
         def tensors() -> Iterator[np.ndarray]:
-            for item in job.items():
-                data = np.ascontiguousarray(read_shard(source, item.shard, item.dtype))
-                digests[item.name] = hashlib.sha256(memoryview(data).cast("B") if data.size else b"").hexdigest()
+            for data in one_ahead(made, job.items()):
                 yield data
                 count(data.nbytes)
 
@@ -202,6 +206,19 @@ class _Write:
         record_path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(record)), encoding="utf-8")
         os.replace(record_path.with_suffix(".tmp"), record_path)
         return record
+
+
+def one_ahead(function: Callable[[T], Result], items: Sequence[T]) -> Iterator[Result]:
+    """`map`, but a thread makes the next result while the caller uses the present one."""
+    with ThreadPoolExecutor(1) as thread:
+        made = None
+        for item in items:
+            following = thread.submit(function, item)
+            if made is not None:
+                yield made.result()
+            made = following
+        if made is not None:
+            yield made.result()
 
 
 # A worker's own source and the counter it shares with the parent.

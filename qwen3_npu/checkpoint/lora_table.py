@@ -33,6 +33,7 @@ have `lora_r`, `lora_alpha` and `lora_target_modules`. No torch here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 
 from qwen3_npu.checkpoint.cuts import Piece
@@ -163,6 +164,11 @@ class Contents:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every Hugging Face and PEFT tensor."""
         return covered(self.shards(single(self.arch), Rank(0, 0, 0, 0)))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers a checkpoint in one piece holds, without the padding of the vocabulary."""
+        return sum(math.prod(shard.shape) for shard in self.shards(single(self.arch), Rank(0, 0, 0, 0)))
 
     def __str__(self) -> str:
         return " with ".join(part for part in ("weights" * self.base, str(self.lora or "")) if part)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qwen3_npu.data.rows import Rows
+from qwen3_npu.data.thinking import ThinkTokens
 from qwen3_npu.model.sequence import Sequence as TokenSequence
 
 
@@ -20,12 +21,17 @@ class Batch:
         tokens, labels: [b, s] int64; labels are shifted already: labels[i] follows tokens[i].
         loss_mask: [b, s] float32; 1 where the label is supervised.
         sequence: positions and documents.
+        think_mask: [b, s] float32; 1 where the label belongs to a thought. None if they are not told apart.
+        amounts: [3] float32, this rank's share of the micro-batch: tokens that are no padding, all places, and
+            `Rows.squares`.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     sequence: TokenSequence
+    think_mask: torch.Tensor | None
+    amounts: torch.Tensor
 
 
 def sample_numbers(
@@ -40,28 +46,6 @@ def sample_numbers(
         yield range(start, start + micro_batch)
 
 
-def micro_batches(
-    dataset: Any,
-    numbers: Iterator[range],
-    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
-    make_sequence: Callable[[torch.Tensor], TokenSequence],
-    shard: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Read, stack, cut and move micro-batches.
-
-    Args:
-        make_sequence: positions [b, s] -> what the layers need to know of them.
-        shard: this rank's part of the sequences.
-    """
-    for wanted in numbers:
-        fields = collate([dataset[n] for n in wanted])
-        tokens = fields["tokens"]
-        fields["positions"] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
-        fields = {k: v.to(device, non_blocking=True) for k, v in shard(fields).items()}
-        yield Batch(fields["tokens"], fields["labels"], fields["loss_mask"], make_sequence(fields["positions"]))
-
-
 def row_batches(
     dataset: Any,
     numbers: Iterator[range],
@@ -69,17 +53,29 @@ def row_batches(
     make_sequence: Callable[[torch.Tensor, tuple[int, ...] | None], TokenSequence],
     shard: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     device: torch.device,
+    think: ThinkTokens | None = None,
 ) -> Iterator[Batch]:
-    """As `micro_batches`, for rows that know their positions and documents.
+    """Read, arrange, cut and move micro-batches.
 
     Args:
         make_rows: samples -> `Rows`.
         make_sequence: positions [b, s] of this rank's part and the borders in the whole rows -> what the layers need.
+        shard: this rank's part of [b, s] tensors.
+        think: marks of thoughts, if their loss is told apart.
     """
     for wanted in numbers:
         rows = make_rows([dataset[n] for n in wanted])
-        names = ("tokens", "labels", "loss_mask", "positions")
-        fields = shard({name: torch.from_numpy(getattr(rows, name)) for name in names})
+        arrays = {name: getattr(rows, name) for name in ("tokens", "labels", "loss_mask", "positions")}
+        if think is not None:
+            arrays["think_mask"] = think.mask(rows.tokens, rows.cu_seqlens)
+        fields = shard({name: torch.from_numpy(array) for name, array in arrays.items()})
         fields = {name: field.to(device, non_blocking=True) for name, field in fields.items()}
-        sequence = make_sequence(fields["positions"], rows.cu_seqlens)
-        yield Batch(fields["tokens"], fields["labels"], fields["loss_mask"], sequence)
+        share = fields["tokens"].shape[1] / rows.tokens.shape[1]
+        yield Batch(
+            fields["tokens"],
+            fields["labels"],
+            fields["loss_mask"],
+            make_sequence(fields.pop("positions"), rows.cu_seqlens),
+            fields.get("think_mask"),
+            torch.tensor([rows.real_tokens * share, rows.tokens.size * share, rows.squares * share], device=device),
+        )

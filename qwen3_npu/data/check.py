@@ -51,7 +51,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Encod
         UsageError: as in writing.
     """
     if args.check.show:
-        _show(first(inputs.blocks(handler.columns), args.input.max_samples), handler, encoder, args.check.show)
+        _show(first(inputs.blocks(handler.columns), args.records.max_samples), handler, encoder, args.check.show)
     if not args.check.check:
         return 0
     totals, lengths, supervised, hashes = Totals(), _Numbers(), _Numbers(), _Numbers(np.uint64)

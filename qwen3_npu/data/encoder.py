@@ -1,27 +1,26 @@
 """Text to tokens: `fastokens` where it is installed and agrees with `tokenizers`, else `tokenizers` itself.
 
 `tokenizers` defines what is right. A faster library is compared with it at the start, on texts that libraries get
-wrong, and again on one text of every batch; texts that are not in Unicode's form NFC always go to `tokenizers`
+wrong, and again on one text of every few batches; texts that are not in Unicode's form NFC always go to `tokenizers`
 (normalisation tables differ between libraries).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
+import itertools
 import unicodedata
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
 from qwen3_npu import log
-from qwen3_npu.data.tokenizer import TokenizerFolder
+from qwen3_npu.data.loading import FAST, REFERENCE, Loading
 from qwen3_npu.errors import UsageError
 
-FAST, REFERENCE = "fastokens", "tokenizers"
 _LONGEST_SPOT_CHECK = 2000
+_BATCHES_PER_SPOT_CHECK = 8
 
 # Spaces, line ends, digits, contractions, scripts, combining marks, emoji, special tokens inside text.
 PROBES = (
@@ -89,23 +88,27 @@ class ReferenceEncoder:
 
 
 class FastEncoder:
-    """`fastokens`, with `tokenizers` for what is not NFC and to check one text of each batch."""
+    """`fastokens`, with `tokenizers` for what is not NFC and to check a text now and then."""
 
     name = FAST
 
     def __init__(self, tokenizer: Any, reference: ReferenceEncoder) -> None:
-        self.tokenizer, self.reference = tokenizer, reference
+        self.tokenizer, self.reference, self.batches = tokenizer, reference, itertools.count()
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         result = self._encode(texts)
         odd = [i for i, text in enumerate(texts) if not text.isascii() and not unicodedata.is_normalized("NFC", text)]
         if odd:
             result = _replaced(result, odd, self.reference.encode([texts[i] for i in odd]))
+        if next(self.batches) % _BATCHES_PER_SPOT_CHECK == 0:
+            self._spot_check(texts, result)
+        return result
+
+    def _spot_check(self, texts: Sequence[str], result: Tokens) -> None:
         short = next((i for i, text in enumerate(texts) if 0 < len(text) <= _LONGEST_SPOT_CHECK), None)
         if short is not None:
             start = int(result.lengths[:short].sum(dtype=np.int64))
             self._compare(texts[short], result.ids[start : start + int(result.lengths[short])])
-        return result
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.reference.decode(ids)
@@ -137,49 +140,27 @@ def _replaced(tokens: Tokens, places: Sequence[int], new: Tokens) -> Tokens:
     return Tokens(np.concatenate(parts), lengths)
 
 
-def open_encoder(folder: TokenizerFolder, backend: str = "auto", threads: int = 1) -> Encoder:
-    """Load a tokenizer.
+def open_encoder(loading: Loading, *, forced: bool = False) -> Encoder:
+    """The fastest encoder that is right.
 
     Args:
-        backend: "auto", or one library.
-        threads: for libraries that have threads of their own.
+        forced: a fast library that cannot be used is an error.
 
     Raises:
-        UsageError: the forced library is missing or wrong for this tokenizer, or the file is damaged.
+        UsageError: that, or the tokenizer is damaged.
     """
-    # Both libraries read these when they first encode.
-    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
-    with ThreadPoolExecutor(2) as pool:
-        reference = pool.submit(_load_reference, folder)
-        fast = pool.submit(_load_fast, folder) if backend != REFERENCE else None
-        loaded = reference.result()
-        problem = fast.exception() if fast else None
-    if fast is None:
-        return loaded
+    reference = ReferenceEncoder(loading.reference.result())
+    if loading.fast is None:
+        return reference
+    problem = loading.fast.exception()
     if problem is None:
-        encoder = FastEncoder(fast.result(), loaded)
+        encoder = FastEncoder(loading.fast.result(), reference)
         wrong = encoder.disagreement(PROBES)
         if wrong is None:
             return encoder
         problem = ValueError(f"it encodes {wrong!r} differently")
     reason = "it is not installed (pip install fastokens)" if isinstance(problem, ImportError) else str(problem)
-    if backend == FAST:
+    if forced:
         raise UsageError(f"--tokenizer-backend {FAST}: {reason}; use --tokenizer-backend auto")
     log.warning(f"tokens are made by {REFERENCE}, which is many times slower than {FAST}: {reason}")
-    return loaded
-
-
-def _load_reference(folder: TokenizerFolder) -> ReferenceEncoder:
-    from tokenizers import Tokenizer
-
-    try:
-        return ReferenceEncoder(Tokenizer.from_file(folder.json_path))
-    except Exception as error:  # tokenizers raises no narrower type
-        raise UsageError(f"--tokenizer-name-or-path {folder.path}: tokenizer.json cannot be used: {error}") from None
-
-
-def _load_fast(folder: TokenizerFolder) -> Any:
-    from fastokens import Tokenizer
-
-    return Tokenizer.from_file(folder.json_path)
+    return reference

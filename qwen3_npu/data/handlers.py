@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.encoder import Encoder
 from qwen3_npu.data.hf_template import hf_template
@@ -39,16 +40,17 @@ TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
 
 def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
     def make(args: PreprocessArgs, tokenizer: TokenizerFolder, encoder: Encoder) -> Handler:
-        for flag, value in (("--prompt-type", args.instruction.prompt_type), ("--map-keys", args.input.map_keys)):
+        for flag, value in (("--prompt-type", args.instruction.prompt_type), ("--map-keys", args.records.map_keys)):
             if value is not None:
-                raise UsageError(f"{flag} is for conversations; {args.input.handler_name} takes plain text")
-        if args.instruction.pack or args.instruction.seq_length is not None:
+                raise UsageError(f"{flag} is for conversations; {args.records.handler_name} takes plain text")
+        if args.instruction.pack:
             raise UsageError(
-                f"--pack and --seq-length are for conversations; training cuts the text of {args.input.handler_name} "
-                f"into samples itself"
+                f"--pack is for conversations; training cuts the documents of {args.records.handler_name} into samples"
             )
+        if args.instruction.seq_length is not None:
+            log.info("--seq-length: no effect on documents of plain text; training cuts them into samples")
         eod = tokenizer.eos() if args.tokenizer.append_eod else None
-        return PretrainHandler(text_of, args.input.json_keys, columns or args.input.json_keys, encoder, eod)
+        return PretrainHandler(text_of, args.records.json_keys, columns or args.records.json_keys, encoder, eod)
 
     return make
 
@@ -62,9 +64,9 @@ def _conversations(
     def make(args: PreprocessArgs, tokenizer: TokenizerFolder, encoder: Encoder) -> Handler:
         chosen = args.instruction
         if chosen.prompt_type is None:
-            raise UsageError(f"{args.input.handler_name} needs --prompt-type qwen3, qwen or hf")
+            raise UsageError(f"{args.records.handler_name} needs --prompt-type qwen3, qwen or hf")
         if kind is PairwiseHandler and chosen.pack:
-            raise UsageError(f"--pack: the pairs of {args.input.handler_name} are not packed")
+            raise UsageError(f"--pack: the pairs of {args.records.handler_name} are not packed")
         template = TEMPLATES[chosen.prompt_type](tokenizer)
         for token in template.tokens:
             tokenizer.id(token, f"--prompt-type {chosen.prompt_type}")
@@ -75,7 +77,7 @@ def _conversations(
             chosen.overlong == "cut",
             tokenizer.eos() if args.tokenizer.append_eod and kind is InstructionHandler else None,
         )
-        return kind(read, Columns(names, args.input.mapping(), has_tags=has_tags), style, encoder)
+        return kind(read, Columns(names, args.records.mapping(), has_tags=has_tags), style, encoder)
 
     return make
 

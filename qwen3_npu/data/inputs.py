@@ -100,6 +100,8 @@ def _describe(path: Path) -> InputFile | None:
 def _of_folder(folder: Path) -> list[InputFile]:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
+        if len(splits) == 1:
+            return _of_folder(folder / splits[0])
         raise UsageError(
             f"--input {folder}: a dataset with several splits; name one: {' or '.join(str(folder / s) for s in splits)}"
         )

@@ -29,14 +29,14 @@ def documents(
     Raises:
         UsageError: an input is damaged, or more records are broken than --max-bad-records.
     """
-    blocks = first(inputs.blocks(handler.columns), args.input.max_samples)
+    blocks = first(inputs.blocks(handler.columns), args.records.max_samples)
     counters = {"bytes": "B", "records": "records", "tokens": "tokens"}
     with Progress(what, inputs.size or None, counters) as progress, ThreadPoolExecutor(workers) as pool:
         for _ in range(totals.blocks):
             progress.counts["bytes"] += next(blocks).size
         waiting = dict.fromkeys(counters, 0)
         for block, produced in in_order(pool, handler, blocks, 2 * workers):
-            _count_bad(produced, totals, args.input.max_bad_records)
+            _count_bad(produced, totals, args.records.max_bad_records)
             totals.add(produced)
             yield block, produced
             for name, count in zip(waiting, (block.size, produced.records, produced.tokens), strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen3_npu.data.indexed import check_vocabulary, open_indexed
+from qwen3_npu.data.instruction import InstructionFiles
 from qwen3_npu.errors import UsageError
 
 
@@ -33,14 +34,22 @@ def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
     return list(data_path), None
 
 
-def check_data(data_path: Sequence[str], vocab_size: int) -> str:
+def check_data(data_path: Sequence[str], vocab_size: int, *, instructions: bool = False) -> str:
     """Check every file of --data-path; a fingerprint of them all.
 
+    Args:
+        instructions: they are instruction data.
+
     Raises:
-        UsageError: see `open_indexed` and `check_vocabulary`.
+        UsageError: see `open_indexed`, `InstructionFiles` and `check_vocabulary`.
     """
     digest = hashlib.sha256()
     for prefix in blend(data_path)[0]:
+        if instructions:
+            files = InstructionFiles(prefix)
+            check_vocabulary(files.ids, vocab_size)
+            digest.update(files.fingerprint().encode())
+            continue
         indexed = open_indexed(prefix)
         check_vocabulary(indexed, vocab_size)
         digest.update(indexed.fingerprint().encode())

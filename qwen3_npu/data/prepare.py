@@ -38,16 +38,17 @@ def prepare_data_path(data_path: Sequence[str], recipe: PreprocessArgs, cache: s
     Raises:
         UsageError: as preprocess_data.py.
     """
-    return [_prepared(word, recipe, Path(cache)) if _is_raw(word) else word for word in data_path]
+    return [_prepared(word, recipe, Path(cache)) if is_raw(word) else word for word in data_path]
 
 
-def _is_raw(word: str) -> bool:
+def is_raw(word: str) -> bool:
+    """Whether a word of --data-path is raw data; else it is a weight or a prefix."""
     is_prefix = any(Path(word + end).exists() for end in (".idx", "_packed_input_ids_document.idx"))
     return not is_prefix and exists(word)
 
 
 def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
-    source, output = recipe.input, recipe.output
+    records, output = recipe.records, recipe.output
     tokenizer = open_tokenizer(recipe.tokenizer.tokenizer_name_or_path or "")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -61,14 +62,14 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
             log.info(f"{word}: raw data, preprocessed into {folder}")
             building = cache / f"{folder.name}.{os.uname().nodename}.{os.getpid()}.tmp"
             arguments = recipe._replace(
-                input=dataclasses.replace(source, input=[word]),
+                input=dataclasses.replace(recipe.input, input=[word]),
                 output=dataclasses.replace(output, output_prefix=str(building / "data")),
             )
             _build(arguments, building, folder)
     except OSError as error:
         raise UsageError(f"--data-cache-path {cache}: {word} cannot be prepared there: {error}") from None
-    if "Pretrain" in (source.handler_name or ""):
-        return str(folder / f"data_{source.json_keys[0]}_document")
+    if "Pretrain" in (records.handler_name or ""):
+        return str(folder / f"data_{records.json_keys[0]}_document")
     return str(folder / "data")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from qwen3_npu.data.check import check
 from qwen3_npu.data.encoder import open_encoder
 from qwen3_npu.data.handlers import HANDLERS
 from qwen3_npu.data.indexed import IndexedWriter
+from qwen3_npu.data.loading import Loading, available_cpus, start_loading
 from qwen3_npu.data.merge import merge
 from qwen3_npu.data.output import Output
 from qwen3_npu.data.pack import PackRule, pack
@@ -37,8 +37,11 @@ _WITHOUT_EFFECT = {
 }
 
 
-def preprocess(args: PreprocessArgs) -> int:
+def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
     """Do what the command line says; the exit status.
+
+    Args:
+        loading: the tokenizer, if it is on its way already.
 
     Raises:
         UsageError: an input, the tokenizer or the output cannot be used, or records are broken.
@@ -50,15 +53,17 @@ def preprocess(args: PreprocessArgs) -> int:
     if args.output.merge_group_keys:
         merge(args.input.input, args.output.merge_group_keys, str(prefix))
         return 0
-    if args.input.handler_name is None:
+    if args.records.handler_name is None:
         raise UsageError(f"--handler-name is needed: what the records are; one of {', '.join(HANDLERS)}")
-    make = choose(HANDLERS, args.input.handler_name, "--handler-name")
+    make = choose(HANDLERS, args.records.handler_name, "--handler-name")
     inputs = open_inputs(args.input.input, args.input.hf_datasets_params)
-    if args.tokenizer.tokenizer_name_or_path is None:
+    chosen = args.tokenizer
+    if chosen.tokenizer_name_or_path is None:
         raise UsageError("--tokenizer-name-or-path is needed: the folder of a downloaded Qwen3 model")
-    tokenizer = open_tokenizer(args.tokenizer.tokenizer_name_or_path)
-    workers = args.output.workers or len(os.sched_getaffinity(0))
-    encoder = open_encoder(tokenizer, args.tokenizer.tokenizer_backend, workers)
+    loading = loading or start_loading(chosen.tokenizer_name_or_path, chosen.tokenizer_backend, args.output.workers)
+    tokenizer = open_tokenizer(chosen.tokenizer_name_or_path)
+    workers = args.output.workers or available_cpus()
+    encoder = open_encoder(loading, forced=chosen.tokenizer_backend != "auto")
     handler = make(args, tokenizer, encoder)
     log.info(f"input: {_described(inputs)}; tokens by {encoder.name}, {workers} workers")
     if looks_only:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -95,9 +96,16 @@ def _needed_splits(
     return needed
 
 
-def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack samples: tokens, labels [b, s] int64, loss_mask [b, s] float32."""
-    return {key: torch.stack([s[key] for s in samples]) for key in ("tokens", "labels", "loss_mask")}
+def _stacked(samples: Sequence[dict[str, torch.Tensor]]) -> list[np.ndarray]:
+    """tokens, labels [b, s] int64 and loss_mask [b, s] float32."""
+    return [torch.stack([s[key] for s in samples]).numpy() for key in ("tokens", "labels", "loss_mask")]
+
+
+def plain_rows(samples: Sequence[dict[str, torch.Tensor]]) -> Rows:
+    """Samples as rows without regard to documents."""
+    tokens, labels, mask = _stacked(samples)
+    positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
+    return Rows(tokens, labels, mask, positions, None, tokens.size, tokens.size * tokens.shape[1])
 
 
 def document_rows(
@@ -113,11 +121,11 @@ def document_rows(
     Args:
         eod: the token that ends documents (`documents.find_eod`).
     """
-    fields = collate(samples)
+    tokens, labels, mask = _stacked(samples)
     return pretraining_rows(
-        fields["tokens"].numpy(),
-        fields["labels"].numpy(),
-        fields["loss_mask"].numpy(),
+        tokens,
+        labels,
+        mask,
         eod=eod,
         reset_position_ids=reset_position_ids,
         reset_attention_mask=reset_attention_mask,

@@ -71,6 +71,7 @@ class Columns:
                 raise UsageError(f"--map-keys: {name!r} must be mapped to a column's name, not to {column!r}")
         self.names: Names = {**defaults, **given}
         self.mapped = frozenset(given)
+        self.telling = [name for name in _TELLING if name not in self.names.values()]
         self.tags: Names = TAGS if tags is None else self._tags(tags)
 
     @staticmethod
@@ -89,8 +90,7 @@ class Columns:
 
     def unused(self, record: Mapping[str, Any]) -> list[str]:
         """What a record holds, but the conversation made of it lacks; for telling the user."""
-        used = self.names.values()
-        found = [f"column {name!r}" for name in _TELLING if record.get(name) and name not in used]
+        found = [f"column {name!r}" for name in self.telling if record.get(name)]
         messages = record.get(self.names.get("messages") or "")
         if isinstance(messages, list):
             keys = {key for m in messages if isinstance(m, dict) for key in _TELLING_KEYS if m.get(key)}
@@ -125,8 +125,7 @@ def alpaca(record: Mapping[str, Any], columns: Columns) -> Conversation:
         answer = answer[0]
     if not isinstance(answer, str):
         raise ValueError(f"column {columns.names['response']!r} is no answer but {_kind(answer)}")
-    question = _alpaca_question(record, columns)
-    return question._replace(messages=(*question.messages, Message(ASSISTANT, answer)))
+    return _alpaca(record, columns, Message(ASSISTANT, answer))
 
 
 def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
@@ -136,17 +135,17 @@ def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
         chosen, rejected = chosen[0], rejected[-1]  # both columns may hold [good, bad]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError(f"chosen and rejected are not two answers but {_kind(chosen)} and {_kind(rejected)}")
-    return Pair(_alpaca_question(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
+    return Pair(_alpaca(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
 
 
-def _alpaca_question(record: Mapping[str, Any], columns: Columns) -> Conversation:
-    messages = []
+def _alpaca(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Conversation:
+    messages: list[Message] = []
     for turn in columns.get(record, "history") or ():
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError("history is not a list of [question, answer]")
         messages += [Message(USER, turn[0]), Message(ASSISTANT, turn[1])]
     question = "\n".join(filter(None, (columns.text(record, "prompt"), columns.text(record, "query"))))
-    return Conversation((*messages, Message(USER, question)), columns.text(record, "system"))
+    return Conversation((*messages, Message(USER, question), *answer), columns.text(record, "system"))
 
 
 def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:

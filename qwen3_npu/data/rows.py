@@ -23,6 +23,8 @@ class Rows:
         positions: int64 [b, s].
         cu_seqlens: borders of documents, (0, ..., s); the rows are then laid one after the other and b is 1. None if
             each row is one document.
+        real_tokens: that are no padding.
+        squares: sum over the stretches that attend within themselves of their lengths' squares: what attention costs.
     """
 
     tokens: np.ndarray
@@ -30,6 +32,8 @@ class Rows:
     loss_mask: np.ndarray
     positions: np.ndarray
     cu_seqlens: tuple[int, ...] | None
+    real_tokens: int
+    squares: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +89,9 @@ def instruction_rows(
         np.where(mask, labels, 0),
         mask.astype(np.float32),
         [borders_of_segments(row) for row in segments],
-        per_document=per_document and any(sample.segments is not None for sample in samples),
+        per_document=per_document,
         reset_positions=reset_positions and per_document,
+        real=(segments != 0).sum(1),
     )
 
 
@@ -110,7 +115,15 @@ def pretraining_rows(
     if eod_mask_loss:
         mask = np.where(tokens == eod, np.float32(0), mask)
     borders = [borders_at_eod(row, eod) for row in tokens]
-    return _rows(tokens, labels, mask, borders, per_document=reset_attention_mask, reset_positions=reset_position_ids)
+    return _rows(
+        tokens,
+        labels,
+        mask,
+        borders,
+        per_document=reset_attention_mask,
+        reset_positions=reset_position_ids,
+        real=np.full(len(tokens), tokens.shape[1]),
+    )
 
 
 def _rows(
@@ -121,10 +134,13 @@ def _rows(
     *,
     per_document: bool,
     reset_positions: bool,
+    real: np.ndarray,
 ) -> Rows:
     size = tokens.shape[1]
     places = np.stack([positions(row if reset_positions else [0, size]) for row in borders])
     if not per_document:
-        return Rows(tokens, labels, mask, places, None)
+        return Rows(tokens, labels, mask, places, None, int(real.sum()), int((real**2).sum()))
+    ends = [np.minimum(row, count) for row, count in zip(borders, real, strict=True)]
+    squares = sum(int((np.diff(row) ** 2).sum()) for row in ends)
     tokens, labels, mask, places = (array.reshape(1, -1) for array in (tokens, labels, mask, places))
-    return Rows(tokens, labels, mask, places, joined(borders))
+    return Rows(tokens, labels, mask, places, joined(borders), int(real.sum()), squares)

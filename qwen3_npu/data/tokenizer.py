@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from qwen3_npu.errors import UsageError
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -80,12 +82,9 @@ def open_tokenizer(path: str) -> TokenizerFolder:
     """
     folder = Path(path)
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        found = "is not a folder" if not folder.is_dir() else "holds no tokenizer.json"
-        raise UsageError(f"--tokenizer-name-or-path {path}: {found}; give the folder of a downloaded Qwen3 model")
     config_file = folder / "tokenizer_config.json"
     try:
-        added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        added = orjson.loads(file.read_bytes())["added_tokens"]
         special = {token["content"]: int(token["id"]) for token in added}
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:

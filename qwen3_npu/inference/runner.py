@@ -69,7 +69,7 @@ class Runner:
         copy_tied: bool,
     ) -> None:
         self.world, self.plan, self.arch = world, plan, plan.arch
-        chosen = kernels.select(runtime.kernels)
+        chosen = kernels.select(runtime.kernels, platform.name, runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         train = TrainArgs(train_iters=0, bf16=weights.bf16)
         config = transformer_config(

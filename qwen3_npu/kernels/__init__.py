@@ -7,12 +7,22 @@ gradient. The model's ModuleSpec hands a kernel to the module that calls it (`mo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
-from qwen3_npu.errors import UsageError
-from qwen3_npu.kernels import reference, torch_native
+from qwen3_npu import log
+from qwen3_npu.errors import UsageError, did_you_mean
 
-IMPLEMENTATIONS = ("auto", "reference", "torch")
+# --kernels name -> module. A module holds the operations that it has; the next one in its chain serves the others.
+MODULES = {"reference": "reference", "torch": "torch_native", "npu": "npu", "mindspeed": "mindspeed"}
+_CHAINS = {
+    "reference": ("reference",),
+    "torch": ("torch", "reference"),
+    "npu": ("npu",),
+    "mindspeed": ("mindspeed", "npu"),
+}
+IMPLEMENTATIONS = ("auto", *MODULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,40 +38,64 @@ class Kernels:
     swiglu: Callable
     grouped_matmul: Callable
     prepared_linear: Callable
+    permute: Callable
+    unpermute: Callable
 
     def __str__(self) -> str:
         chosen = {f.name: getattr(self, f.name).__module__.rsplit(".", 1)[-1] for f in dataclasses.fields(self)}
         return " ".join(f"{name}={where}" for name, where in chosen.items())
 
 
-_TABLES: dict[str, Kernels] = {
-    "reference": Kernels(
-        attention=reference.attention,
-        decode_attention=reference.decode_attention,
-        attention_block=reference.attention_block,
-        attention_block_backward=reference.attention_block_backward,
-        rms_norm=reference.rms_norm,
-        rotary=reference.rotary,
-        swiglu=reference.swiglu,
-        grouped_matmul=reference.grouped_matmul,
-        prepared_linear=reference.prepared_linear,
-    ),
-    "torch": Kernels(
-        attention=torch_native.attention,
-        decode_attention=torch_native.decode_attention,
-        attention_block=torch_native.attention_block,
-        attention_block_backward=torch_native.attention_block_backward,
-        rms_norm=torch_native.rms_norm,
-        rotary=torch_native.rotary,
-        swiglu=torch_native.swiglu,
-        grouped_matmul=reference.grouped_matmul,
-        prepared_linear=torch_native.prepared_linear,
-    ),
-}
+OPERATIONS = tuple(field.name for field in dataclasses.fields(Kernels))
 
 
-def select(name: str) -> Kernels:
-    """The kernels for `--kernels`; `auto` takes torch's own fused operations."""
+def select(name: str, device: str = "cpu", overrides: Sequence[str] = ()) -> Kernels:
+    """The kernels for `--kernels` and `--kernel-overrides`.
+
+    Args:
+        name: of an implementation; `auto` is torch_npu's on an NPU, where this torch_npu has them, else torch's own.
+        device: "npu", "cuda" or "cpu".
+        overrides: `operation=implementation`.
+
+    Raises:
+        UsageError: unknown name, or an implementation asked for that is not here, with the reason.
+    """
     if name not in IMPLEMENTATIONS:
         raise UsageError(f"--kernels {name}: known are {', '.join(IMPLEMENTATIONS)}")
-    return _TABLES["torch" if name == "auto" else name]
+    chosen = {operation: _serve(operation, name, device, f"--kernels {name}") for operation in OPERATIONS}
+    for override in overrides:
+        operation, _, implementation = override.partition("=")
+        if operation not in OPERATIONS or implementation not in IMPLEMENTATIONS:
+            hint = did_you_mean(operation, OPERATIONS)
+            raise UsageError(
+                f"--kernel-overrides {override}: give operation=implementation{hint}; operations: "
+                f"{', '.join(OPERATIONS)}; implementations: {', '.join(IMPLEMENTATIONS)}"
+            )
+        chosen[operation] = _serve(operation, implementation, device, f"--kernel-overrides {override}")
+    return Kernels(**chosen)
+
+
+def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
+    """One operation from an implementation, or from those behind it; `auto` may fall back, and says so."""
+    if name == "auto":
+        if device == "npu" and (reason := _module("npu", flag).why_not(operation)) is not None:
+            log.info(f"warning: {operation} without torch_npu's kernel: {reason}; --kernels npu makes this an error")
+            name = "torch"
+        else:
+            name = "npu" if device == "npu" else "torch"
+    if name in ("npu", "mindspeed") and device != "npu":
+        raise UsageError(f"{flag}: runs on an NPU only, and the device is {device}; use --kernels auto")
+    for link in _CHAINS[name]:
+        module = _module(link, flag)
+        if hasattr(module, operation):
+            if reason := getattr(module, "why_not", lambda operation: None)(operation):
+                raise UsageError(f"{flag}: {operation}: {reason}; use --kernels auto")
+            return getattr(module, operation)
+    raise AssertionError(f"{operation} is nowhere")
+
+
+def _module(name: str, flag: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"qwen3_npu.kernels.{MODULES[name]}")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{flag}: {error.name} is not installed") from None

@@ -184,3 +184,37 @@ def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor],
         x [..., k] -> x @ weight^T [..., n].
     """
     return functools.partial(torch.nn.functional.linear, weight=weight)
+
+
+def permute(
+    tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Copy each token once for each of its experts; copies are sorted by expert, then by token.
+
+    Args:
+        tokens: [t, hidden].
+        routing_map: [t, experts] bool; every token has the same number of experts.
+        probs: [t, experts].
+        rows: t times the experts of a token.
+
+    Returns:
+        Copies [rows, hidden], the router's weight of each [rows], and what `unpermute` needs to know.
+    """
+    by_expert = routing_map.t().contiguous()
+    numbers = torch.arange(len(tokens), device=tokens.device).expand(by_expert.shape)
+    indices = numbers.masked_select(by_expert)
+    return tokens.index_select(0, indices), probs.t().contiguous().masked_select(by_expert), indices
+
+
+def unpermute(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Add up the copies of each token.
+
+    Args:
+        rows: [rows, hidden], in the order of `permute`.
+        indices: from the same implementation's `permute`.
+        tokens: t.
+
+    Returns:
+        [t, hidden].
+    """
+    return rows.new_zeros(tokens, rows.shape[1]).index_add(0, indices, rows)

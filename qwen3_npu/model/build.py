@@ -96,4 +96,7 @@ def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, part
     ]
     if parts.lora.on:
         freeze_base(chunks)
+        if config.recompute_granularity is not None and chunks[0].pre_process:
+            # A recomputed layer has gradients only if its input asks for one, and with a frozen embedding it would not.
+            chunks[0].embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     return chunks

@@ -14,11 +14,18 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 
 def transformer_config(
-    arch: Qwen3Arch, layout: Layout, parallel: ParallelArgs, train: TrainArgs, *, overlaps_p2p_safely: bool
+    arch: Qwen3Arch,
+    layout: Layout,
+    parallel: ParallelArgs,
+    train: TrainArgs,
+    *,
+    variable_lengths: bool = False,
+    overlaps_p2p_safely: bool,
 ) -> TransformerConfig:
     """The configuration of every module.
 
     Args:
+        variable_lengths: micro-batches differ in length.
         overlaps_p2p_safely: see `Platform`.
     """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
@@ -56,9 +63,11 @@ def transformer_config(
         "sequence_parallel": parallel.sequence_parallel,
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
-        # Gradients are divided by the number of supervised tokens of the global batch: the only rule under which one
+        # "token": gradients are divided by the supervised tokens of the global batch, the only rule under which one
         # process and many compute the same thing for every way of cutting the batch.
-        "calculate_per_token_loss": True,
+        "calculate_per_token_loss": train.loss_normalization == "token",
+        "variable_seq_lengths": variable_lengths,
+        "moe_token_dispatcher_type": train.moe_token_dispatcher_type.removesuffix("_seq"),
         **_recompute(train),
         "deallocate_pipeline_outputs": overlaps_p2p_safely,
     }
@@ -105,7 +114,6 @@ def _moe(arch: Qwen3Arch, train: TrainArgs) -> dict[str, Any]:
         "moe_router_pre_softmax": not arch.norm_topk_prob,
         "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
         "moe_aux_loss_coeff": coefficient if balanced else 0.0,
-        "moe_token_dispatcher_type": train.moe_token_dispatcher_type.removesuffix("_seq"),
         "moe_router_dtype": train.moe_router_dtype,
         "moe_z_loss_coeff": train.moe_z_loss_coeff,
         "moe_expert_capacity_factor": train.moe_expert_capacity_factor,

@@ -30,6 +30,8 @@ class Router(TopKRouter):
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config, pg_collection)
+        if not config.use_cpu_initialization:
+            self.cuda(torch.cuda.current_device())  # megatron makes the weight on the host and leaves it there
         self.tokens = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=self.weight.device)
         self.balance_loss = torch.zeros((), device=self.weight.device)
 

@@ -10,7 +10,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from qwen3_npu.args.lora import LoraArgs
@@ -19,6 +19,7 @@ from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
+from qwen3_npu.model.dispatcher import MoE
 from qwen3_npu.model.experts import GroupedExperts
 from qwen3_npu.model.lora import LoraExperts, LoraLinear
 from qwen3_npu.model.modules import NoopLayer, RecomputedMLP, RMSNorm, SwiGLU
@@ -101,4 +102,5 @@ def _experts(parts: Parts) -> ModuleSpec:
     experts = ModuleSpec(GroupedExperts, params=params)
     if parts.lora.on and {"linear_fc1", "linear_fc2"} & set(parts.lora.lora_target_modules):
         experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora})
-    return ModuleSpec(MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+    submodules = MoESubmodules(experts=experts, router=Router)
+    return ModuleSpec(MoE, params={"kernels": parts.kernels}, submodules=submodules)

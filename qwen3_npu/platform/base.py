@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -42,6 +43,9 @@ class Platform:
         # What megatron warns of at import (no apex, no Transformer Engine, deprecations) is our choice of parts.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
+        logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+            lambda record: "Unknown MLP type" not in record.getMessage()  # said of every MLP that a spec brings
+        )
         self.prepare()
         from qwen3_npu.platform import mcore_fixes
 

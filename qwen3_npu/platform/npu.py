@@ -1,24 +1,49 @@
 """Ascend NPUs with HCCL, through the vendor's torch_npu.
 
-Checked against torch_npu's documented interface; never run on an NPU.
+Checked against the real torch_npu with emulated kernels; never run on an NPU.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
+import warnings
+from typing import Any
 
 import torch
 
 from qwen3_npu.platform.base import Platform, published_peak
 
-# Dense bf16 FLOP/s of one device, as published for the 64 GB 910B (Atlas 800T A2).
-PEAK_FLOPS = {"Ascend910B": 354e12}
+# Dense bf16 FLOP/s of one device (for A3: of one die, which is one device). 354e12 is the figure published for the
+# 64 GB 910B of Atlas 800T A2; for the others nothing was found that could be cited, so no MFU is printed there.
+PEAK_FLOPS = {"Ascend910B1": 354e12, "Ascend910B2": 354e12}
+
+# Variables that are set where the user has not: value and reason.
+ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "order of communication and computation that megatron-core counts on"),
+    "HCCL_CONNECT_TIMEOUT": ("3600", "seconds for all ranks to come to the first collective; loading may take long"),
+    "HCCL_IF_BASE_PORT": ("25809", "HCCL's own 60000 lies where Linux takes ports for other connections"),
+    "PYTORCH_NPU_ALLOC_CONF": ("expandable_segments:True", "less memory lost between allocations"),
+    "TASK_QUEUE_ENABLE": ("2", "operations are prepared in a second thread"),
+    "TORCH_NPU_DEVICE_CAPABILITY": ("8.0", "torch 2.13's broadcast asks for it and fails without"),
+}
+# A variable that the left one cannot be combined with.
+_EXCLUDED_BY = {"TASK_QUEUE_ENABLE": "ASCEND_LAUNCH_BLOCKING"}
+
+
+def set_environment() -> None:
+    """Set what the user has not. torch_npu reads these at the first use of the device."""
+    for name, (value, _) in ENVIRONMENT.items():
+        if os.environ.get(_EXCLUDED_BY.get(name, ""), "0") == "0":
+            os.environ.setdefault(name, value)
 
 
 def why_not() -> str | None:
     """Why this device cannot be used; None if it can."""
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed (pip install qwen3-npu[npu])"
+    set_environment()
     try:
         import torch_npu
     except (ImportError, OSError) as error:
@@ -29,14 +54,30 @@ def why_not() -> str | None:
 
 
 def _activate() -> None:
-    # The vendor's own redirect of torch.cuda to torch.npu (and of nccl to hccl).
-    import torch_npu  # noqa: F401
+    warnings.filterwarnings("ignore", message="The return value of get_device_capability is only for compatibility")
+    # The vendor's own redirect of torch.cuda to torch.npu (and of nccl to hccl). It tells what it does on two pages,
+    # and resets the warning filters of the whole process; recorded, they are neither shown nor kept.
+    with warnings.catch_warnings(record=True):
+        import torch_npu  # noqa: F401
+        from torch_npu.contrib import transfer_to_npu  # noqa: F401
 
+    _call_types_cuda()
     # transfer_to_npu does not touch torch.compile, which megatron's jit_fuser is.
     from megatron.core import jit
-    from torch_npu.contrib import transfer_to_npu  # noqa: F401
 
     jit.disable_jit_fuser()
+
+
+def _call_types_cuda() -> None:
+    """Let `tensor.type()` be "torch.cuda.FloatTensor", which megatron's optimizers compare with."""
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def typed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        return result.replace("torch.npu.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = typed
 
 
 def _bind(local_rank: int) -> torch.device:

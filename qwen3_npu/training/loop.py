@@ -9,28 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 from qwen3_npu import kernels, log
+from qwen3_npu.args.lora import TARGETS, LoraArgs
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint import training_state
+from qwen3_npu.checkpoint.lora_table import Contents, Lora
 from qwen3_npu.checkpoint.training_state import Position, Trained
-from qwen3_npu.data import pretrain
-from qwen3_npu.data.batches import Batch, micro_batches, sample_numbers
-from qwen3_npu.distributed.context_parallel import ContextParallel, shard
+from qwen3_npu.data.batches import Batch
+from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
+from qwen3_npu.errors import Stopped
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.sequence import Sequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.progress import human
 from qwen3_npu.training.exits import Exits
+from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
+from qwen3_npu.training.hf_export import HfExport
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
 from qwen3_npu.training.report import Reporter
-from qwen3_npu.training.step import StepResult, evaluate_step, train_step
+from qwen3_npu.training.saving import Saver, prepare
+from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
 def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) -> None:
@@ -39,13 +43,17 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) ->
     Args:
         fingerprint: of the data files.
     """
-    if args.checkpoint.save:
-        training_state.check_writable(args.checkpoint.save)
+    checkpoint, lora = prepare(args.checkpoint, args.lora)
+    args = args._replace(checkpoint=checkpoint, lora=lora)
     with process_group(platform, args.runtime) as world, model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
         trainer.load()
         trainer.open_data(fingerprint)
-        trainer.train()
+        try:
+            trainer.train()
+        except Stopped:  # on every rank
+            trainer.saver.finish()
+            raise
 
 
 class Trainer:
@@ -53,10 +61,15 @@ class Trainer:
 
     def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
-        chosen = kernels.select(args.runtime.kernels)
+        chosen = kernels.select(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = transformer_config(
-            plan.arch, plan.layout, args.parallel, args.train, overlaps_p2p_safely=platform.overlaps_p2p_safely
+            plan.arch,
+            plan.layout,
+            args.parallel,
+            args.train,
+            variable_lengths=args.data.variable_seq_lengths,
+            overlaps_p2p_safely=platform.overlaps_p2p_safely,
         )
         self.dtype = config.params_dtype
         context_parallel = None
@@ -64,6 +77,7 @@ class Trainer:
             context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
         parts = Parts(
             chosen,
+            lora=args.lora,
             context_parallel=context_parallel,
             recompute_activation=args.train.recompute_activation_function,
             loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
@@ -78,66 +92,45 @@ class Trainer:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
             if args.optimizer.overlap_param_gather:
                 config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in self.chunks])
-        self.trained = Trained(plan.arch, plan.layout, self.modules, self.optimizer, self.scheduler)
+        contents = Contents(plan.arch, lora=_lora(args.lora))
+        trained = Trained(contents, plan.layout, self.modules, self.optimizer, self.scheduler)
+        if contents.lora:
+            some, every = trained.optimized.parameters, contents.parameters
+            log.info(
+                f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
+            )
+        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed}
+        self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
+        self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
-        self.splits: Any = None
+        self.feed: Feed | None = None
         self.guard = NanGuard(args.exits.max_skipped_updates)
         self.exits = Exits(args.exits)
 
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
-        self.position = training_state.load(self.trained, self.args.checkpoint)
+        self.position = self.saver.load()
 
     def open_data(self, fingerprint: str) -> None:
         """The samples of each split."""
-        train, report = self.args.train, self.args.report
-        evaluations = train.train_iters // report.eval_interval + 1
-        samples = tuple(n * self.plan.global_batch for n in (train.train_iters, evaluations * report.eval_iters, 0))
-        self.splits = pretrain.build_splits(
-            self.args.data,
-            fingerprint=fingerprint,
-            seq_length=train.seq_length,
-            seed=self.args.runtime.seed,
-            samples=samples,  # type: ignore[arg-type]
-        )
+        self.feed = open_feed(self.args, self.plan, fingerprint)
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
-        numbers = {
-            "global_batch": self.plan.global_batch,
-            "micro_batch": self.args.train.micro_batch_size,
-            "data_parallel": self.plan.data_parallel,
-            "data_rank": parallel_state.get_data_parallel_rank(),
-        }
-        return [
-            micro_batches(
-                dataset,
-                sample_numbers(consumed, **numbers),
-                pretrain.collate,
-                self.sequence,
-                self.shard,
-                self.world.device,
-            )
-            for _ in self.chunks
-        ]
+        assert self.feed is not None
+        return [self.feed.batches(dataset, consumed, self.sequence, self.world.device) for _ in self.chunks]
 
-    def sequence(self, positions: torch.Tensor) -> Sequence:
-        """What the layers need to know of tokens at these positions."""
-        return Sequence(positions, None, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
-
-    def shard(self, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This context-parallel rank's part of the sequences."""
-        parallel = self.args.parallel
-        rank = parallel_state.get_context_parallel_rank()
-        return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, rank)
+    def sequence(self, positions: torch.Tensor, borders: tuple[int, ...] | None = None) -> Sequence:
+        """What the layers need to know of tokens at these positions [b, s], in documents with these borders."""
+        return Sequence(positions, borders, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
 
     @property
     def sizes(self) -> dict[str, int]:
-        train = self.args.train
+        assert self.feed is not None
         return {
             "num_microbatches": self.plan.num_microbatches,
-            "seq_length": train.seq_length,
-            "micro_batch": train.micro_batch_size,
+            "seq_length": self.feed.length or self.args.train.seq_length,
+            "micro_batch": self.feed.rows,
         }
 
     def step(self) -> StepResult:
@@ -146,7 +139,7 @@ class Trainer:
             self.chunks,
             self.optimizer,
             self.scheduler,
-            self.batches(self.splits.train, self.position.samples),
+            self.batches(self.feed.train, self.position.samples),
             self.guard,
             global_batch=self.plan.global_batch,
             **self.sizes,
@@ -175,13 +168,21 @@ class Trainer:
             if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
                 gc.collect()
             if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
-                self.evaluate(reporter)
+                with reporter.paused():
+                    self.evaluate(reporter)
             stop = self.exits.reason(iteration, self.world.device)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
-            if args.checkpoint.save and (due or stop or iteration == last):
-                self.save()
-                reporter.restart_clock()
+            export = self.export.due(iteration, is_last=iteration == last)
+            if args.checkpoint.save and (due or export or stop or iteration == last):
+                with reporter.paused():
+                    self.export.finish()  # it may be reading a checkpoint that saving removes
+                    self.saver.save(self.position)
+                    if export:
+                        self.saver.finish()
+                        self.export.start(iteration)
         reporter.close()
+        self.saver.finish()
+        self.export.finish()
         if stop is not None:
             log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
 
@@ -190,8 +191,6 @@ class Trainer:
         return Reporter(
             self.platform,
             self.plan.arch,
-            seq_length=args.train.seq_length,
-            tokens_per_step=self.plan.global_batch * args.train.seq_length,
             devices=self.world.size,
             interval=args.report.log_interval,
             first=self.position.iteration,
@@ -202,22 +201,21 @@ class Trainer:
 
     def evaluate(self, reporter: Reporter) -> None:
         """The loss on the validation share, always on its first samples, so that losses compare."""
-        if self.splits.valid is None:
+        if self.feed.valid is None:
             return
-        total, tokens = 0.0, 0
+        total = NOTHING
         for number in range(self.args.report.eval_iters):
-            batches = self.batches(self.splits.valid, number * self.plan.global_batch)
-            loss, count = evaluate_step(self.chunks, batches, **self.sizes)
-            total, tokens = total + loss * count, tokens + count
-        reporter.evaluation(self.position.iteration, "validation", total / max(tokens, 1))
-
-    def save(self) -> None:
-        """A checkpoint of this step."""
-        extra = {**dataclasses.asdict(self.args.train), "seed": self.args.runtime.seed}
-        folder = training_state.save(self.trained, self.position, self.args.checkpoint, extra, self.plan.config)
-        log.info(f"saved: {folder}")
+            batches = self.batches(self.feed.valid, number * self.plan.global_batch)
+            total += evaluate_step(self.chunks, batches, **self.sizes)
+        reporter.evaluation(self.position.iteration, "validation", total.loss)
 
 
 def _one_or_list(items: list) -> Any:
     """megatron takes one function, or a list of one per model chunk."""
     return items if len(items) > 1 else items[0]
+
+
+def _lora(args: LoraArgs) -> Lora | None:
+    """What the checkpoints say of LoRA updates."""
+    targets = tuple(target for target in TARGETS if target in args.lora_target_modules)
+    return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None

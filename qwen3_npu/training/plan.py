@@ -97,6 +97,8 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
         raise UsageError(
             f"a MoE model at --tensor-model-parallel-size {tp} trains with --sequence-parallel only; add it"
         )
+    if arch.is_moe and args.data.variable_seq_lengths and args.train.moe_token_dispatcher_type == "allgather":
+        raise UsageError("--moe-token-dispatcher-type allgather needs micro-batches of one length; use alltoall")
     multiple, why = sequence_multiple(args)
     if seq % multiple:
         raise UsageError(f"--seq-length {seq} must be a multiple of {multiple} ({why})")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,24 +14,54 @@ from qwen3_npu import log
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
-from qwen3_npu.training.step import StepResult
+from qwen3_npu.training.step import NOTHING, StepResult, Tally
 
 
 @dataclasses.dataclass
 class _Window:
-    """Steps since the last line."""
+    """Steps since the last line.
+
+    Attributes:
+        loss: sum of the losses of `updates` steps.
+        computed, learned: of all steps, and of those whose update was made.
+    """
 
     steps: int = 0
     updates: int = 0
     loss: float = 0.0
+    computed: Tally = NOTHING
+    learned: Tally = NOTHING
     start: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        self.computed += result.tally
+        if not result.skipped:
+            self.updates += 1
+            self.loss += result.loss
+            self.learned += result.tally
+
+    def fine_tuning(self) -> tuple[dict[str, float], list[str]]:
+        """What is worth telling where not every token is learned: values, and as text. Empty for pretraining."""
+        computed, learned = self.computed, self.learned
+        if computed.tokens == computed.places:
+            return {}, []
+        packing = computed.real_tokens / computed.places
+        share = computed.tokens / max(computed.real_tokens, 1)
+        values = {"packing_efficiency": packing, "supervised_share": share}
+        texts = [f"{100 * share:.1f} % supervised", f"{100 * (1 - packing):.1f} % padding"]
+        answers = learned.tokens - learned.think_tokens
+        if learned.think_tokens and answers:
+            values["think_loss"] = learned.think_loss / learned.think_tokens
+            values["answer_loss"] = (learned.token_loss - learned.think_loss) / answers
+            texts.append(f"think {values['think_loss']:.4f}, answer {values['answer_loss']:.4f}")
+        return values, texts
 
 
 class Reporter:
     """Collects steps and reports every `interval` of them.
 
     Args:
-        tokens_per_step: of the global batch.
         devices: all of the job; rates are per device.
         first, last: steps before and after this run.
         folder: of metrics.jsonl and tensorboard events; None for the console only.
@@ -40,8 +72,6 @@ class Reporter:
         platform: Platform,
         arch: Qwen3Arch,
         *,
-        seq_length: int,
-        tokens_per_step: int,
         devices: int,
         interval: int,
         first: int,
@@ -49,9 +79,7 @@ class Reporter:
         folder: Path | None,
         speaks: bool,
     ) -> None:
-        self.platform, self.interval, self.last, self.speaks = platform, interval, last, speaks
-        self.tokens_per_device = tokens_per_step / devices
-        self.flops_per_step = self.tokens_per_device * flops_per_token(arch, seq_length)
+        self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
         self.window = _Window()
         self.metrics: TextIO | None = None
@@ -66,49 +94,60 @@ class Reporter:
 
     def step(self, iteration: int, result: StepResult) -> None:
         """Count one training step; it is `iteration` (from 1)."""
-        self.window.steps += 1
+        self.window.add(result)
         if result.skipped:
             self._write(iteration, {"skipped": 1.0})
-        else:
-            self.window.updates += 1
-            self.window.loss += result.loss
         self._write(iteration, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate})
         if iteration % self.interval == 0 or iteration == self.last:
             self._line(iteration, result)
 
     def _line(self, iteration: int, result: StepResult) -> None:
         self.platform.synchronize()
-        seconds = (time.perf_counter() - self.window.start) / self.window.steps
-        tokens, flops = self.tokens_per_device / seconds, self.flops_per_step / seconds
+        window = self.window
+        elapsed = time.perf_counter() - window.start
+        seconds, per_device_second = elapsed / window.steps, self.devices * elapsed
+        real = window.computed.real_tokens
+        tokens, supervised = real / per_device_second, window.computed.tokens / per_device_second
+        # A token attends to the stretch that it is in: on average so many tokens long.
+        flops = tokens * flops_per_token(self.arch, window.computed.squares / max(real, 1))
+        more, texts = window.fine_tuning()
         memory = self.platform.memory_peak() / 2**30
         width = len(str(self.last))
         parts = [
             f"step {iteration:>{width}}/{self.last}",
-            f"loss {self.window.loss / max(self.window.updates, 1):.6f}",
+            f"loss {window.loss / max(window.updates, 1):.6f}",
             f"grad norm {result.grad_norm:.4f}",
             f"lr {result.learning_rate:.4e}",
             f"{human(tokens, 'tokens/s')}/device",
+            *texts,
             f"{human(flops, 'FLOP/s')}/device",
         ]
-        rates = {"tokens_per_s_per_device": tokens, "tflops_per_device": flops / 1e12, "memory_gib": memory}
+        rates = {
+            "tokens_per_s_per_device": tokens,
+            "supervised_tokens_per_s_per_device": supervised,
+            "tflops_per_device": flops / 1e12,
+            "memory_gib": memory,
+        }
         if self.peak:
             parts.append(f"MFU {100 * flops / self.peak:.1f} %")
             rates["mfu"] = flops / self.peak
         parts += [f"{memory:.2f} GiB", f"{seconds:.3g} s/step", f"{duration((self.last - iteration) * seconds)} left"]
         log.info(" | ".join(parts))
-        self._write(iteration, rates | {"seconds_per_step": seconds})
+        self._write(iteration, rates | {"seconds_per_step": seconds} | more)
         self.window = _Window()
 
     def evaluation(self, iteration: int, split: str, loss: float) -> None:
         """The loss on another split after `iteration` steps."""
         log.info(f"step {iteration} | {split} loss {loss:.6f}")
         self._write(iteration, {f"{split}_loss": loss})
-        self.restart_clock()
 
-    def restart_clock(self) -> None:
-        """Leave out of the rates what was not training (evaluation, checkpoints)."""
-        if self.window.steps == 0:
-            self.window = _Window()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the rates what is not training (evaluation, checkpoints)."""
+        self.platform.synchronize()
+        began = time.perf_counter()
+        yield
+        self.window.start += time.perf_counter() - began
 
     def _write(self, iteration: int, values: dict[str, float]) -> None:
         if self.metrics is not None:

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from qwen3_npu.data.batches import Batch
 from qwen3_npu.training.guard import NanGuard
@@ -20,39 +21,91 @@ from qwen3_npu.training.optimizer import clip_gradients
 
 
 @dataclasses.dataclass(frozen=True)
+class Tally:
+    """Sums over a global batch; the same on every rank.
+
+    Attributes:
+        loss_sum, loss_weight: the step's loss is their ratio.
+        token_loss, tokens: losses of the supervised tokens, and their number.
+        real_tokens, places: tokens that are no padding, and all that were computed.
+        squares: sum of the squared lengths of what attends within itself.
+        think_loss, think_tokens: the supervised tokens that belong to thoughts.
+    """
+
+    loss_sum: float
+    loss_weight: float
+    token_loss: float
+    tokens: float
+    think_loss: float
+    think_tokens: float
+    real_tokens: float
+    places: float
+    squares: float
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(self.loss_weight, 1.0)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+NOTHING = Tally(*[0.0] * 9)
+
+
+@dataclasses.dataclass(frozen=True)
 class StepResult:
     """What one step did; the same on every rank.
 
     Attributes:
-        loss: mean over the supervised tokens of the global batch.
-        tokens: supervised tokens of the global batch.
+        loss: of the global batch, see --loss-normalization.
         grad_norm: of the gradients before clipping.
         learning_rate: that was applied.
         skipped: the update was not made, for a number that is not finite.
     """
 
-    loss: float
-    tokens: int
+    tally: Tally
     grad_norm: float
     learning_rate: float
     skipped: bool = False
 
+    @property
+    def loss(self) -> float:
+        return self.tally.loss
 
-def loss_of(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of the supervised tokens' losses, their number, and both for the report.
 
-    megatron divides gradients by the number of tokens of the whole global batch (`calculate_per_token_loss`).
+def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What backward starts from, what megatron divides it by, and the numbers of `Tally`.
+
+    Args:
+        per_token: megatron divides gradients by the supervised tokens of the whole global batch
+            (`calculate_per_token_loss`); else each micro-batch by its own, and by the number of micro-batches.
+        losses: [b, s] of this context-parallel rank's tokens.
     """
-    total = (losses * batch.loss_mask).sum()
-    count = batch.loss_mask.sum()
-    return total, count.to(torch.int), torch.stack((total.detach(), count))
+    total, count = (losses * batch.loss_mask).sum(), batch.loss_mask.sum()
+    token_loss = total.detach()
+    think_loss = think_tokens = torch.zeros_like(count)
+    if batch.think_mask is not None:
+        thoughts = batch.think_mask * batch.loss_mask
+        think_loss, think_tokens = (losses.detach() * thoughts).sum(), thoughts.sum()
+    if per_token:
+        divisor, weighted, weight = count, token_loss, count
+    else:
+        cp = parallel_state.get_context_parallel_world_size()
+        divisor = count.clone()
+        if cp > 1:
+            dist.all_reduce(divisor, group=parallel_state.get_context_parallel_group())
+        weighted, weight = token_loss / divisor.clamp(min=1), torch.full_like(count, 1 / cp)
+        total = total * cp  # gradients are averaged over context-parallel ranks too
+    sums = torch.stack((weighted, weight, token_loss, count, think_loss, think_tokens))
+    return total, divisor.to(torch.int), torch.cat((sums, batch.amounts))
 
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
     """megatron's callback: run one micro-batch through one model chunk."""
     batch = next(batches)
     output = model(batch.tokens, batch.sequence.positions, None, labels=batch.labels, packed_seq_params=batch.sequence)
-    return output, functools.partial(loss_of, batch)
+    return output, functools.partial(loss_of, batch, get_model_config(model).calculate_per_token_loss)
 
 
 def run_schedule(
@@ -63,14 +116,12 @@ def run_schedule(
     seq_length: int,
     micro_batch: int,
     forward_only: bool,
-) -> tuple[float, int]:
+) -> Tally:
     """Forward (and backward) over all micro-batches of this step.
 
     Args:
         batches: one iterator per model chunk, over the same micro-batches.
-
-    Returns:
-        The mean loss over all supervised tokens of the global batch, and their number; the same on every rank.
+        seq_length, micro_batch: of every micro-batch, unless the configuration says that they differ.
     """
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -82,12 +133,11 @@ def run_schedule(
         forward_only=forward_only,
     )
     device = next(chunks[0].parameters()).device
-    total = torch.stack(reports).sum(0) if reports else torch.zeros(2, device=device)
+    total = torch.stack(reports).sum(0) if reports else torch.zeros(len(dataclasses.fields(Tally)), device=device)
     # Only the last stage has losses; the sum over stages and data-parallel ranks tells every rank.
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    loss, count = total.tolist()
-    return loss / max(count, 1.0), int(count)
+    return Tally(*total.tolist())
 
 
 def train_step(
@@ -106,7 +156,7 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss, tokens = run_schedule(
+    tally = run_schedule(
         chunks,
         batches,
         num_microbatches=num_microbatches,
@@ -117,16 +167,16 @@ def train_step(
     rate = max((group["lr"] for group in optimizer.param_groups), default=0.0)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    skip = guard.judge(loss, grad_norm, next(chunks[0].parameters()).device)
+    skip = guard.judge(tally.loss, grad_norm, next(chunks[0].parameters()).device)
     if not skip:
         clip_gradients(optimizer, grad_norm)
         optimizer.step_with_ready_grads()
         scheduler.step(increment=global_batch)
-    return StepResult(loss, tokens, grad_norm, rate, skip)
+    return StepResult(tally, grad_norm, rate, skip)
 
 
-def evaluate_step(chunks: Sequence[Any], batches: Sequence[Iterator[Batch]], **sizes: int) -> tuple[float, int]:
-    """The loss on a global batch, without touching the weights."""
+def evaluate_step(chunks: Sequence[Any], batches: Sequence[Iterator[Batch]], **sizes: int) -> Tally:
+    """A global batch without touching the weights."""
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():

@@ -6,6 +6,7 @@ Reads a JSON line {"case": name, "arguments": {...}, "result": path} from stdin;
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -18,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
-def main() -> None:
+def main(device: str = "cpu", modules: tuple[str, ...] = ("cases",)) -> None:
+    """Serve the functions of these modules as cases."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the code prints goes to the log with stderr
     import torch
@@ -27,7 +29,7 @@ def main() -> None:
     from qwen3_npu.args.parallel import RuntimeArgs
     from qwen3_npu.platform import select
 
-    platform = select("cpu")
+    platform = select(device)
     platform.activate()
     from qwen3_npu.distributed.launch import process_group
 
@@ -38,11 +40,13 @@ def main() -> None:
             try:
                 # "train", or of another file "generation_cases.greedy".
                 module, _, name = request["case"].rpartition(".")
-                case = getattr(importlib.import_module(module or "cases"), name)
+                places = [importlib.import_module(file) for file in ([module] if module else modules)]
+                case = next(getattr(place, name) for place in places if hasattr(place, name))
                 result = case(platform, world, **request["arguments"])
             except BaseException:
                 answers.write(json.dumps({"error": traceback.format_exc()}) + "\n")
                 raise
+            gc.collect()  # models and process groups live in cycles, and each group has threads
             if world.rank == 0:
                 Path(request["result"]).write_text(json.dumps(result))
             answers.write(json.dumps({"ok": True}) + "\n")

@@ -1,10 +1,11 @@
-"""Worlds of 1, 2 or 4 gloo processes that stay up between tests."""
+"""Worlds of 1, 2 or 4 processes that stay up between tests."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -21,33 +22,45 @@ class CaseFailed(Exception):
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens on, below those that connections are given: it is still free a while later."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 class World:
-    """`size` worker processes. A case that fails ends them; the next case starts new ones."""
+    """`size` worker processes. A case that fails ends them; the next case starts new ones.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Args:
+        worker: the program that each process runs.
+        environment: in which it runs, beside this process's own.
+    """
+
+    def __init__(self, size: int, worker: Path = WORKER, environment: dict[str, str] | None = None) -> None:
+        self.size, self.worker, self.environment = size, worker, environment or {}
         self.processes: list[subprocess.Popen] = []
         self.log = tempfile.NamedTemporaryFile("w+", suffix=f".world{size}.log", delete=False)
 
     def _start(self) -> None:
         port = str(free_port())
         for rank in range(self.size):
-            env = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1",
-            }
+            env = (
+                os.environ
+                | self.environment
+                | {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(self.size),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "OMP_NUM_THREADS": "1",
+                }
+            )
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-u", str(WORKER)],
+                    [sys.executable, "-u", str(self.worker)],
                     env=env,
                     text=True,
                     stdin=subprocess.PIPE,
@@ -59,7 +72,7 @@ class World:
             if process.stdout.readline() != "ready\n":
                 text = Path(self.log.name).read_text()
                 self.stop()
-                raise CaseFailed(f"the world did not start:\n{text[-3000:]}")
+                raise CaseFailed(f"the world did not start:\n{text[-8000:]}")
 
     def run(self, case: str, timeout: float = 240, **arguments: Any) -> Any:
         """Run `cases.<case>` on every rank; what rank 0 returned.
@@ -105,7 +118,7 @@ class World:
         return sorted(answers, key=lambda a: a[0])
 
     def _tail(self) -> str:
-        return Path(self.log.name).read_text()[-3000:]
+        return Path(self.log.name).read_text()[-8000:]
 
     def stop(self) -> None:
         for process in self.processes:

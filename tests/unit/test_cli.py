@@ -20,6 +20,7 @@ class Sample:
     mode: str = flag("a", choices=["a", "b"], help="a mode")
     names: list[str] | None = flag(None, help="some names")
     pad: bool = flag(True, names=("--fill",), help="pad")
+    tight: bool = flag(False, names=("--no-room",), help="leave no room")
 
     def __post_init__(self) -> None:
         if self.mode == "b" and self.rate > 1:
@@ -43,6 +44,8 @@ def test_values_and_defaults() -> None:
     assert parsed.groups[0] == Sample(micro_batch_size=2, rate=0.25, names=["x", "y"], pad=False)
     assert parsed.given == {"micro_batch_size", "rate", "names", "pad"}
     assert parse("--no-fill").groups[0].pad is False
+    assert parse("--no-room").groups[0].tight
+    assert not parse("--no-tight").groups[0].tight
 
 
 @pytest.mark.parametrize(

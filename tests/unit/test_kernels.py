@@ -11,7 +11,7 @@ from qwen3_npu import kernels
 from qwen3_npu.errors import UsageError
 from qwen3_npu.kernels import reference
 
-OTHERS = [name for name in kernels.IMPLEMENTATIONS if name not in ("auto", "reference")]
+OTHERS = ["torch"]  # those of an NPU: tests/npu_sim
 
 
 @pytest.fixture(params=OTHERS)
@@ -101,8 +101,37 @@ def test_grouped_matmul(implementation: kernels.Kernels, counts: list[int]) -> N
     assert_same(implementation.grouped_matmul, reference.grouped_matmul, x, weight, counts=counts)
 
 
+def test_permute_and_unpermute(implementation: kernels.Kernels) -> None:
+    tokens, probs = randn(9, 8), randn(9, 4).softmax(-1)
+    chosen = probs.topk(2).indices
+    routing_map = torch.zeros(9, 4, dtype=torch.bool).scatter(1, chosen, True)
+    rows, weights, indices = implementation.permute(tokens, routing_map, probs, 18)
+    expected = [(expert, token) for expert in range(4) for token in range(9) if routing_map[token, expert]]
+    torch.testing.assert_close(rows, torch.stack([tokens[token] for _, token in expected]))
+    torch.testing.assert_close(weights, torch.stack([probs[token, expert] for expert, token in expected]))
+    back = implementation.unpermute(rows * weights[:, None], indices, 9)
+    torch.testing.assert_close(back, tokens * probs.gather(1, chosen).sum(1, keepdim=True))
+
+
 def test_selection_is_printed_and_a_typo_refused() -> None:
     chosen = str(kernels.select("auto"))
     assert all(f.name + "=" in chosen for f in dataclasses.fields(kernels.Kernels))
     with pytest.raises(UsageError, match="--kernels fast: known are"):
         kernels.select("fast")
+
+
+def test_single_operations_are_overridden() -> None:
+    chosen = kernels.select("torch", "cpu", ["attention=reference"])
+    assert chosen.attention is reference.attention
+    assert chosen.rms_norm is not reference.rms_norm
+    for wrong in ("attention", "atention=reference", "attention=fast"):
+        with pytest.raises(UsageError, match=f"--kernel-overrides {wrong}: give operation=implementation"):
+            kernels.select("torch", "cpu", [wrong])
+
+
+@pytest.mark.parametrize("name", ["npu", "mindspeed"])
+def test_a_forced_kernel_of_another_device_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--kernels {name}: runs on an NPU only, and the device is cuda"):
+        kernels.select(name, "cuda")
+    with pytest.raises(UsageError, match=f"--kernel-overrides swiglu={name}: runs on an NPU only"):
+        kernels.select("auto", "cpu", [f"swiglu={name}"])

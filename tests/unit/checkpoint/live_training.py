@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[3])]
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT), str(ROOT / "tests/parallel")]
 
 LIVE_TOKENS = [[7, 11, 13, 17, 19, 23, 29, 31], [2, 4, 8, 16, 32, 64, 128, 249]]
 FLAGS = ["--seq-length", "16", "--micro-batch-size", "2", "--train-iters", "2", "--lr", "1e-2", "--device", "cpu"]
@@ -25,36 +26,25 @@ def main(models: Path, tokens: Path, out: Path) -> None:
     import numpy as np
     import torch
 
-    from qwen3_npu import cli
-    from qwen3_npu.args.foreign import FOREIGN
-    from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
-    from qwen3_npu.data import pretrain
-    from qwen3_npu.distributed.launch import model_parallel, process_group
-    from qwen3_npu.training.loop import Trainer
-    from qwen3_npu.training.plan import make_plan
-
-    def parsed(kind: str) -> PretrainArgs:
-        flags = [*FLAGS, "--load", str(models / kind), "--save", str(out / kind), "--data-path", str(tokens)]
-        return PretrainArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=flags).groups)
+    from cases import trainer
+    from qwen3_npu.args.parallel import RuntimeArgs
+    from qwen3_npu.distributed.launch import process_group
 
     kinds = sorted(path.name for path in models.iterdir())
-    with process_group(platform, parsed(kinds[0]).runtime) as world:
+    with process_group(platform, RuntimeArgs()) as world:
         for kind in kinds:
-            args = parsed(kind)
-            plan = make_plan(args, 1)
-            with model_parallel(plan.layout, args.parallel, args.runtime):
-                trainer = Trainer(platform, world, args, plan)
-                trainer.load()
-                trainer.open_data(pretrain.check_data(args.data, plan.arch.vocab_size))
+            flags = [*FLAGS, "--load", str(models / kind), "--save", str(out / kind), "--data-path", str(tokens)]
+            with trainer(platform, world, flags) as training:
                 for _ in range(2):
-                    trainer.step()
-                trainer.save()
+                    training.step()
+                training.saver.save(training.position)
+                training.saver.finish()
                 ids = torch.tensor(LIVE_TOKENS)
                 positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
-                model = trainer.modules[0].eval()
+                model = training.modules[0].eval()
                 with torch.no_grad():
-                    logits = model(ids, positions, None, packed_seq_params=trainer.sequence(positions))
-                np.save(out / f"{kind}.npy", logits[..., : plan.arch.vocab_size].numpy())
+                    logits = model(ids, positions, None, packed_seq_params=training.sequence(positions))
+                np.save(out / f"{kind}.npy", logits[..., : training.plan.arch.vocab_size].numpy())
     again(out / kinds[0], out / "resaved")
 
 

@@ -129,7 +129,7 @@ def rename_key(folder: Path, old: bytes, new: bytes) -> None:
 def drop_chunk(folder: Path) -> None:
     from qwen3_npu.checkpoint.dist_metadata import read_metadata, write_metadata
 
-    tensors = read_metadata(folder / ".metadata")
+    tensors, _ = read_metadata(folder / ".metadata")
     key = "decoder.layers.mlp.linear_fc2.weight"
     stored = tensors[key]
     kept = tuple(chunk for chunk in stored.chunks if chunk.region[0] != (2, 3))

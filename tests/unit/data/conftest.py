@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from qwen3_npu.data.encoder import Encoder, open_encoder
+from qwen3_npu.data.loading import start_loading
 
 CORPUS = [
     "system user assistant You are a helpful assistant. What is the capital of France? The capital is Paris.",
@@ -54,6 +59,20 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def real_encoder(real_data: Path) -> Encoder:
+    """Qwen3's tokenizer, loaded once."""
+    return open_encoder(start_loading(str(real_data / "qwen3-tokenizer")))
+
+
+@pytest.fixture(scope="session")
+def real_transformers(real_data: Path) -> Any:
+    """Qwen3's tokenizer in transformers, loaded once."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(real_data / "qwen3-tokenizer")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from lines import write_lines
 
 from qwen3_npu.data import preprocess
+from qwen3_npu.data.encoder import Encoder
 from qwen3_npu.errors import UsageError
 
 PRETRAIN = ("--handler-name", "GeneralPretrainHandler")
@@ -169,6 +170,15 @@ def test_a_saved_dataset(tmp_path: Path, run: Callable, documents: Callable) -> 
     write_lines(tmp_path / "same.jsonl", [{"text": "one"}, {"text": "two"}])
     run("--input", tmp_path / "same.jsonl", *PRETRAIN, "--output-prefix", tmp_path / "s")
     assert documents(tmp_path / "o_text_document") == documents(tmp_path / "s_text_document")
+    (tmp_path / "dict.d").mkdir()
+    (tmp_path / "d").rename(tmp_path / "dict.d" / "train")
+    (tmp_path / "dict.d" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    run("--input", tmp_path / "dict.d", *PRETRAIN, "--output-prefix", tmp_path / "one")
+    assert documents(tmp_path / "one_text_document") == documents(tmp_path / "o_text_document")
+    (tmp_path / "dict.d" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(UsageError, match=r"several splits; name one: .*dict.d/train or .*dict.d/test"):
+        run("--input", tmp_path / "dict.d", *PRETRAIN, "--output-prefix", tmp_path / "o")
+    (tmp_path / "dict.d" / "train").rename(tmp_path / "d")
     (tmp_path / "d" / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "x"}]}))
     with pytest.raises(UsageError, match="flatten_indices"):
         run("--input", tmp_path / "d", *PRETRAIN, "--output-prefix", tmp_path / "o")
@@ -202,11 +212,16 @@ def test_a_hub_dataset(tmp_path: Path, run: Callable, documents: Callable, monke
 
 
 def test_real_samples_of_every_handler(
-    tmp_path: Path, run: Callable, documents: Callable, real_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    run: Callable,
+    documents: Callable,
+    real_data: Path,
+    real_encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each real file through its handler with the real tokenizer; megatron reads what comes out."""
-    loaded = preprocess.open_encoder(preprocess.open_tokenizer(str(real_data / "qwen3-tokenizer")))
-    monkeypatch.setattr(preprocess, "open_encoder", lambda *_: loaded)
+    monkeypatch.setattr(preprocess, "open_encoder", lambda *_, **__: real_encoder)
+    monkeypatch.setattr(preprocess, "start_loading", lambda *_: None)
     tools = ("--map-keys", '{"tools": "tools"}')
     commands = [
         ("c4_demo.jsonl", ("GeneralPretrainHandler",), 300, "text"),

@@ -15,9 +15,9 @@ import pytest
 from lines import write_lines
 
 from qwen3_npu.data import encoder, output, pipeline
-from qwen3_npu.data.encoder import PROBES, FastEncoder, open_encoder
+from qwen3_npu.data.encoder import PROBES, Encoder, FastEncoder, open_encoder
 from qwen3_npu.data.indexed import open_indexed
-from qwen3_npu.data.tokenizer import open_tokenizer
+from qwen3_npu.data.loading import start_loading
 from qwen3_npu.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -156,7 +156,7 @@ def bad_commands(tmp_path: Path) -> list[tuple[list, str]]:
         (["--input", good], "--handler-name is needed"),
         (["--input", good, *PRETRAIN, "--json-keys", "txt"], r"good.jsonl:1: no column 'txt'; there is 'text'"),
         (["--input", good, *PRETRAIN, "--prompt-type", "qwen3"], "takes plain text"),
-        (["--input", good, *PRETRAIN, "--pack", "--seq-length", 8], "--pack and --seq-length are for conversations"),
+        (["--input", good, *PRETRAIN, "--pack", "--seq-length", 8], "--pack is for conversations"),
         (["--input", good, "--handler-name", "AlpacaStyleInstructionHandler"], "needs --prompt-type"),
         (["--input", good, *ALPACA, "--map-keys", "{prompt: x}"], "--map-keys .*not JSON"),
         (["--input", good, *ALPACA, "--map-keys", '["x"]'], "an object is expected"),
@@ -210,14 +210,13 @@ def test_a_tokenizer_without_chat_tokens_is_refused(tmp_path: Path, run: Callabl
 def test_a_library_that_disagrees_is_not_used(
     tiny_tokenizer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = open_tokenizer(tiny_tokenizer)
-    reference = open_encoder(folder, "tokenizers")
+    reference = open_encoder(start_loading(tiny_tokenizer, "tokenizers"))
     monkeypatch.setattr(FastEncoder, "_encode", lambda self, texts: reference.encode([t.strip() for t in texts]))
     caplog.set_level("INFO", "qwen3_npu")
-    assert open_encoder(folder).name == "tokenizers"
+    assert open_encoder(start_loading(tiny_tokenizer)).name == "tokenizers"
     assert "encodes ' ' differently" in caplog.text
     with pytest.raises(UsageError, match="--tokenizer-backend fastokens"):
-        open_encoder(folder, "fastokens")
+        open_encoder(start_loading(tiny_tokenizer), forced=True)
 
 
 def test_a_library_that_is_missing_is_said_aloud(
@@ -225,23 +224,24 @@ def test_a_library_that_is_missing_is_said_aloud(
 ) -> None:
     monkeypatch.setitem(sys.modules, "fastokens", None)
     caplog.set_level("INFO", "qwen3_npu")
-    assert open_encoder(open_tokenizer(tiny_tokenizer)).name == "tokenizers"
+    assert open_encoder(start_loading(tiny_tokenizer)).name == "tokenizers"
     assert "not installed" in caplog.text
 
 
-def test_each_batch_is_checked(tiny_tokenizer: str) -> None:
+def test_batches_are_checked_on_the_way(tiny_tokenizer: str) -> None:
     pytest.importorskip("fastokens")
-    fast = open_encoder(open_tokenizer(tiny_tokenizer), "fastokens")
+    fast = open_encoder(start_loading(tiny_tokenizer))
     assert isinstance(fast, FastEncoder)
+    fast.encode(["one two", "three"])
     real = fast._encode
     fast._encode = lambda texts: encoder.Tokens(real(texts).ids[::-1], real(texts).lengths)  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="disagree on 'one two'"):
-        fast.encode(["one two", "three"])
+        _ = [fast.encode(["one two", "three"]) for _ in range(8)]
 
 
 def test_texts_that_are_not_nfc_go_to_the_reference(tiny_tokenizer: str) -> None:
     pytest.importorskip("fastokens")
-    fast = open_encoder(open_tokenizer(tiny_tokenizer), "fastokens")
+    fast = open_encoder(start_loading(tiny_tokenizer))
     assert isinstance(fast, FastEncoder)
     sent: list[str] = []
     reference = fast.reference.encode
@@ -253,12 +253,11 @@ def test_texts_that_are_not_nfc_go_to_the_reference(tiny_tokenizer: str) -> None
     assert [p.tolist() for p in parts] == [reference([t]).ids.tolist() for t in texts]
 
 
-def test_real_tokenizers_agree(real_data: Path) -> None:
+def test_real_tokenizers_agree(real_data: Path, real_encoder: Encoder) -> None:
     pytest.importorskip("fastokens")
-    fast = open_encoder(open_tokenizer(str(real_data / "qwen3-tokenizer")), "fastokens")
-    assert isinstance(fast, FastEncoder)
-    texts = [*PROBES, *(real_data / "sft" / "alpaca_zh_demo.json").read_text().splitlines()[:2000]]
-    tokens, expected = fast.encode(texts), fast.reference.encode(texts)
+    assert isinstance(real_encoder, FastEncoder)
+    texts = [*PROBES, *(real_data / "sft" / "alpaca_zh_demo.json").read_text().splitlines()[:1000]]
+    tokens, expected = real_encoder.encode(texts), real_encoder.reference.encode(texts)
     assert np.array_equal(tokens.ids, expected.ids)
     assert np.array_equal(tokens.lengths, expected.lengths)
 

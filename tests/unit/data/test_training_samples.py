@@ -166,13 +166,17 @@ def test_labels_are_shifted_and_rows_padded() -> None:
         Sample(np.array([5, 6, 7, 8, 9]), np.array([-100, -100, 7, 8, 9]), None),
         Sample(np.array([3, 4]), np.array([-100, 4]), None),
     ]
-    rows = instruction_rows(samples, Padding(0, None, 4), per_document=True)
+    rows = instruction_rows(samples, Padding(0, None, 4), per_document=False)
     assert rows.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [3, 4, 0, 0, 0, 0, 0, 0]]
     assert rows.labels.tolist() == [[0, 7, 8, 9, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0, 0, 0]]
     assert rows.loss_mask.tolist() == [[0, 1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
     assert rows.positions[0, :5].tolist() == [0, 1, 2, 3, 4]
     assert rows.cu_seqlens is None
     assert instruction_rows(samples, Padding(0, 16), per_document=False).tokens.shape == (2, 16)
+    laid = instruction_rows(samples, Padding(0, None, 4), per_document=True)
+    assert laid.tokens.tolist() == [rows.tokens.reshape(-1).tolist()], "one after the other"
+    assert laid.labels.tolist() == [rows.labels.reshape(-1).tolist()]
+    assert laid.cu_seqlens == (0, 5, 8, 10, 16), "a sample, its padding, and so on"
 
 
 def test_padding_fits_the_parallel_layout() -> None:

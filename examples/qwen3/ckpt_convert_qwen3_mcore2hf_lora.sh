@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# A model and the LoRA updates that were trained for it -> a Hugging Face directory with the updates merged in.
+# The updates alone, for PEFT: LORA_DIR as --load-dir and --save-lora-to-hf, without --lora-load.
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+MCORE_DIR="${MCORE_DIR:-./model_weights/qwen3_mcore}"          # the model; for a Hugging Face directory give LOAD_TYPE=hf
+LORA_DIR="${LORA_DIR:-./ckpt/qwen3_14b_lora}"
+HF_OUT_DIR="${HF_OUT_DIR:-./hf_weights/qwen3_hf_merged}"
+
+run convert_ckpt.py \
+    --load-model-type "${LOAD_TYPE:-mg}" --load-dir "$MCORE_DIR" --lora-load "$LORA_DIR" \
+    --save-model-type hf --save-dir "$HF_OUT_DIR" \
+    "$@"

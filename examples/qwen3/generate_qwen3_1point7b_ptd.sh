@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Generate text with Qwen3-1.7B on one node of 8 devices: PREDICT_DATA is a prompt or a file of prompts.
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+
+defaults MODEL=qwen3_1point7b NNODES=1 NPUS_PER_NODE=8 TP=1 PP=1
+
+generate "$@"

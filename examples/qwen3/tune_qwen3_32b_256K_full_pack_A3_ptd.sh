@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Fine-tune all weights of Qwen3-32B at 262144 tokens, samples packed, on 8 nodes of 16 devices (Atlas A3: 16 dies).
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+
+defaults MODEL=qwen3_32b NNODES=8 NPUS_PER_NODE=16 TP=8 PP=1 CP=8 MBS=1 GBS=32 SEQ_LENGTH=262144 \
+    RECOMPUTE="block 48" PACKED=1
+
+tune_full "$@"

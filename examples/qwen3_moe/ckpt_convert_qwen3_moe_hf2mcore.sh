@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Qwen3-30B-A3B: Hugging Face weights -> Megatron shards. Checkpoints load in any layout; this one is that of pretraining.
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+HF_DIR="${HF_DIR:-./model_from_hf/qwen3_30b_a3b_hf}"
+MCORE_DIR="${MCORE_DIR:-./model_weights/qwen3_30b_a3b_mcore}"
+
+run convert_ckpt.py \
+    --load-model-type hf --load-dir "$HF_DIR" \
+    --save-model-type mg --save-dir "$MCORE_DIR" \
+    --target-tensor-parallel-size "${TP:-1}" \
+    --target-pipeline-parallel-size "${PP:-2}" \
+    --target-expert-parallel-size "${EP:-8}" \
+    "$@"

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Data for Qwen3-MoE is made as for Qwen3.
+export TOKENIZER_PATH="${TOKENIZER_PATH:-./model_from_hf/qwen3_30b_a3b_hf}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../qwen3/data_convert_qwen3_instruction.sh" "$@"

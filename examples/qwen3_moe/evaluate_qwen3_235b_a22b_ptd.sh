@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# MMLU, 5-shot, of Qwen3-235B-A22B on 2 nodes of 8 devices; other tasks: TASK and DATA_PATH.
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+
+defaults MODEL=qwen3_235b_a22b NNODES=2 NPUS_PER_NODE=8 TP=1 PP=2 EP=8
+
+evaluate "$@"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# MMLU, 5-shot, of Qwen3-30B-A3B on one node of 8 devices; other tasks: TASK and DATA_PATH.
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+
+defaults MODEL=qwen3_30b_a3b NNODES=1 NPUS_PER_NODE=8 TP=4 PP=2 EP=1
+
+evaluate "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Pretrain Qwen3-235B-A22B at 4096 tokens, on 16 nodes of 16 devices (Atlas A3: 16 dies).
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+
+defaults MODEL=qwen3_235b_a22b NNODES=16 NPUS_PER_NODE=16 TP=1 PP=4 VPP=8 NOOP_LAYERS=94,95 EP=32 MBS=1 \
+    GBS=1024 SEQ_LENGTH=4096 RECOMPUTE="block 8"
+
+pretrain "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Pretrain Qwen3-30B-A3B at 4096 tokens, on 2 nodes of 8 devices.
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+
+defaults MODEL=qwen3_30b_a3b NNODES=2 NPUS_PER_NODE=8 TP=1 PP=2 EP=8 MBS=1 GBS=256 SEQ_LENGTH=4096 \
+    RECOMPUTE="uniform 1"
+
+pretrain "$@"

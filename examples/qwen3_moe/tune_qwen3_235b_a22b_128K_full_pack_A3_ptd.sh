@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Fine-tune all weights of Qwen3-235B-A22B at 131072 tokens, samples packed, on 16 nodes of 16 devices (Atlas A3: 16 dies).
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+
+defaults MODEL=qwen3_235b_a22b NNODES=16 NPUS_PER_NODE=16 TP=4 PP=8 VPP=4 NOOP_LAYERS=94,95 CP=8 EP=32 ETP=1 \
+    MBS=1 GBS=32 SEQ_LENGTH=131072 RECOMPUTE="uniform 1" PACKED=1 LR=12e-6 MIN_LR=12e-7
+
+tune_full "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Fine-tune all weights of Qwen3-30B-A3B at 32768 tokens, samples packed, on 2 nodes of 16 devices (Atlas A3: 16 dies).
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+
+defaults MODEL=qwen3_30b_a3b NNODES=2 NPUS_PER_NODE=16 TP=4 PP=2 EP=8 ETP=1 MBS=1 GBS=32 SEQ_LENGTH=32768 \
+    RECOMPUTE="uniform 1" PACKED=1 LR=1.25e-5 MIN_LR=1.25e-7
+
+tune_full "$@"

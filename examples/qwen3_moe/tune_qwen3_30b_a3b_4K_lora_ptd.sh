@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# LoRA fine-tuning of Qwen3-30B-A3B at 4096 tokens, on one node of 8 devices.
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+
+defaults MODEL=qwen3_30b_a3b NNODES=1 NPUS_PER_NODE=8 TP=4 PP=1 EP=1 MBS=8 GBS=64 SEQ_LENGTH=4096
+
+tune_lora "$@"

@@ -1,0 +1,86 @@
+# Sourced by the scripts of each size. A script says its sizes and calls one of
+#   pretrain | tune_full | tune_lora | generate | evaluate FLAGS...
+# Every NAME=VALUE given to `defaults` can be set in the environment instead, and every flag given to a script is passed
+# on last, so that it wins. Launching, logs and DRY_RUN=1: see common.sh.
+
+defaults() { # NAME=VALUE..., set where the environment does not say otherwise; MODEL is part of folder names
+    local pair name
+    for pair in "$@"; do
+        name="${pair%%=*}"
+        if [ -z "${!name+set}" ]; then printf -v "$name" '%s' "${pair#*=}"; fi
+    done
+    source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+    HF_DIR="${HF_DIR:-./model_from_hf/${MODEL}_hf}"       # config.json and tokenizer
+    CKPT_LOAD_DIR="${CKPT_LOAD_DIR:-$HF_DIR}"             # Hugging Face or converted weights, or a checkpoint
+    PARALLEL=(--tensor-model-parallel-size "${TP:-1}" --pipeline-model-parallel-size "${PP:-1}")
+    if [ -n "${VPP:-}" ]; then PARALLEL+=(--num-layers-per-virtual-pipeline-stage "$VPP"); fi
+    if [ -n "${NOOP_LAYERS:-}" ]; then PARALLEL+=(--noop-layers "$NOOP_LAYERS"); fi
+    if [ -n "${EP:-}" ]; then PARALLEL+=(--expert-model-parallel-size "$EP"); fi
+    if [ -n "${ETP:-}" ]; then PARALLEL+=(--expert-tensor-parallel-size "$ETP"); fi
+}
+
+train() { # flags of this kind of training...
+    if [ "${TP:-1}" -gt 1 ]; then PARALLEL+=(--sequence-parallel); fi
+    if [ -n "${CP:-}" ]; then
+        PARALLEL+=(--context-parallel-size "$CP" --context-parallel-algo "${CP_ALGO:-ulysses_cp_algo}")
+    fi
+    local memory=()
+    if [ -n "${RECOMPUTE:-}" ]; then # METHOD LAYERS
+        memory+=(--recompute-granularity full --recompute-method "${RECOMPUTE% *}")
+        memory+=(--recompute-num-layers "${RECOMPUTE#* }")
+    fi
+    if [ "$SEQ_LENGTH" -gt 40960 ]; then memory+=(--max-position-embeddings "$SEQ_LENGTH"); fi
+    launch pretrain_gpt.py \
+        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" --data-path $DATA_PATH --split 100,0,0 \
+        "${PARALLEL[@]}" "${memory[@]}" \
+        --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
+        --seq-length "$SEQ_LENGTH" --micro-batch-size "$MBS" --global-batch-size "$GBS" --bf16 \
+        --train-iters "${TRAIN_ITERS:-2000}" --save-interval "${SAVE_INTERVAL:-2000}" \
+        --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-warmup-fraction 0.01 \
+        --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 \
+        --log-interval 1 --eval-iters 0 --tensorboard-dir "$CKPT_SAVE_DIR/tensorboard" --seed 42 \
+        "$@"
+}
+
+pretrain() {
+    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/$MODEL}"
+    DATA_PATH="${DATA_PATH:-./dataset/enwiki_text_document}"
+    LR="${LR:-1.25e-6}" MIN_LR="${MIN_LR:-1.25e-7}"
+    train --init-method-std 0.01 "$@"
+}
+
+tune() { # as train; data with borders between samples (PACKED=1), or samples padded to their longest
+    DATA_PATH="${DATA_PATH:-./finetune_dataset/alpaca}"   # prefix of prepared data, or a raw file with --handler-name
+    local rows=--variable-seq-lengths
+    if [ -n "${PACKED:-}" ]; then rows=--reset-attention-mask; fi
+    train --stage sft --finetune --is-instruction-dataset --prompt-type qwen3 "$rows" \
+        --tokenizer-name-or-path "$HF_DIR" "$@"
+}
+
+tune_full() {
+    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_full}"
+    LR="${LR:-1.25e-6}" MIN_LR="${MIN_LR:-1.25e-7}"
+    tune "$@"
+}
+
+tune_lora() {
+    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_lora}" # the updates; the weights stay where they are
+    LR="${LR:-1.25e-5}" MIN_LR="${MIN_LR:-1.25e-7}"
+    tune --lora-r "${LORA_R:-16}" --lora-alpha "${LORA_ALPHA:-32}" --lora-ckpt-filter \
+        --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 "$@"
+}
+
+generate() {
+    launch inference.py \
+        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
+        --task ${TASK:-greedy} --predict-data "${PREDICT_DATA:-how are you?}" \
+        --max-new-tokens "${MAX_NEW_TOKENS:-256}" --hf-chat-template --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
+        "$@"
+}
+
+evaluate() {
+    launch evaluation.py \
+        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
+        --task ${TASK:-mmlu} --task-data-path ${DATA_PATH:-./mmlu/data} --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
+        "$@"
+}

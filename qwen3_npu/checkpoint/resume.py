@@ -1,0 +1,204 @@
+"""Take up what --load and --lora-load hold: weights, LoRA updates, or a whole training, saved in any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+
+from qwen3_npu import log
+from qwen3_npu.args.training import CheckpointArgs
+from qwen3_npu.checkpoint import optimizer_state
+from qwen3_npu.checkpoint.dist_files import DistReader
+from qwen3_npu.checkpoint.hf_files import is_hf_weights, open_hf
+from qwen3_npu.checkpoint.live import load_weights, to_torch
+from qwen3_npu.checkpoint.lora_table import is_lora
+from qwen3_npu.checkpoint.merge import SharedA
+from qwen3_npu.checkpoint.mg_files import MegatronReader
+from qwen3_npu.checkpoint.mg_folder import TORCH_DIST, checkpoint_folder, format_of
+from qwen3_npu.checkpoint.newest_whole import newest_whole
+from qwen3_npu.checkpoint.peft_files import PeftReader, is_peft
+from qwen3_npu.checkpoint.pickles import TensorRef
+from qwen3_npu.checkpoint.source import read_shard
+from qwen3_npu.checkpoint.tensors import F32, full
+from qwen3_npu.checkpoint.training_dist import DistState
+from qwen3_npu.checkpoint.training_state import Position, Trained
+from qwen3_npu.checkpoint.training_torch import TorchState
+from qwen3_npu.distributed.launch import model_rank
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+
+Base = Any  # HfReader, MegatronReader or DistReader
+Updates = Any  # SharedA, MegatronReader or DistReader
+
+
+def load(trained: Trained, args: CheckpointArgs, lora_load: str | None = None) -> Position:
+    """Weights and, when resuming, everything else. Every rank must call this.
+
+    Args:
+        lora_load: --lora-load.
+
+    Raises:
+        UsageError: nothing there (and it is not the folder that this training saves to), it is damaged, or does not
+            fit the model or its LoRA updates.
+    """
+    base = _open_base(trained, args)
+    if base is not None:
+        load_weights(
+            base, trained.layout, model_rank(), trained.chunks, trained.contents, lambda name: not is_lora(name)
+        )
+    updates = _open_updates(trained, base, lora_load)
+    if updates is not None:
+        load_weights(updates, trained.layout, model_rank(), trained.chunks, trained.contents, is_lora)
+    state = updates if trained.contents.lora else base
+    position = _take_up(trained, args, state)
+    for source in {id(source): source for source in (base, updates) if source is not None}.values():
+        source.close()
+    return position
+
+
+def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
+    """What --load holds; None: weights stay random."""
+    lora = trained.contents.lora
+    if args.load is None:
+        if lora:
+            raise UsageError("--lora-r trains updates of a given model; give it with --load")
+        log.info("weights: random (no --load)")
+        return None
+    if is_hf_weights(args.load):
+        source = open_hf(args.load)
+        _check_same_model(source.arch, trained.contents.arch, f"--load {args.load}")
+        log.info(f"weights: {args.load} (Hugging Face)")
+        return source
+    reader = _newest(args.load, args.ckpt_step)
+    if reader is None:
+        if args.exit_on_missing_checkpoint or args.load != args.save or lora:
+            raise UsageError(f"--load {args.load} holds no checkpoint and no Hugging Face model")
+        log.info(f"weights: random ({args.load} holds no checkpoint yet)")
+        return None
+    _check_same_model(reader.arch, trained.contents.arch, f"--load {args.load}")
+    there = reader.contents
+    if not there.base:
+        raise UsageError(
+            f"--load {args.load} holds LoRA updates only; give the model they belong to with --load and this folder "
+            f"with --lora-load"
+        )
+    if there.lora and not lora:
+        raise UsageError(
+            f"--load {args.load} holds a {there.lora} beside the weights; train on with --lora-r {there.lora.r} "
+            f"--lora-alpha {there.lora.alpha:g}, or merge it with convert_ckpt.py"
+        )
+    log.info(f"weights: {reader.folder} ({reader.layout})")
+    return reader
+
+
+def _open_updates(trained: Trained, base: Base | None, lora_load: str | None) -> Updates | None:
+    """Where LoRA updates come from; None: they start anew."""
+    lora = trained.contents.lora
+    if lora is None:
+        return None
+    updates: Updates
+    if lora_load is None:
+        if base is None or base.contents.lora is None:
+            log.info("LoRA updates: new")
+            return None
+        updates = base
+    elif is_peft(Path(lora_load)):
+        updates = SharedA(PeftReader(Path(lora_load), trained.contents.arch))
+    else:
+        updates = _newest(lora_load, None, lora_alpha=lora.alpha)
+        if updates is None:
+            raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
+        _check_same_model(updates.arch, trained.contents.arch, f"--lora-load {lora_load}")
+    there = updates.contents.lora
+    if there is None:
+        raise UsageError(f"--lora-load {lora_load} holds no LoRA updates")
+    if there != lora:
+        raise UsageError(
+            f"the LoRA updates to start from are {there}; the flags ask for {lora}: give --lora-r {there.r} "
+            f"--lora-alpha {there.alpha:g} --lora-target-modules {' '.join(there.targets)}"
+        )
+    if lora_load is not None:
+        log.info(f"LoRA updates: {lora_load}")
+    return updates
+
+
+def _newest(load: str, step: int | None, lora_alpha: float | None = None) -> MegatronReader | DistReader | None:
+    """The newest whole checkpoint of a folder, in either format; None: there is none. Every rank must call this."""
+    found = newest_whole(load, step)
+    if found is None:
+        return None
+    iteration = found if isinstance(found, int) else step
+    if format_of(checkpoint_folder(load, iteration)) == TORCH_DIST:
+        return DistReader(load, iteration, lora_alpha=lora_alpha)
+    return MegatronReader(load, iteration, prefer=model_rank(), lora_alpha=lora_alpha)
+
+
+def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
+    if not there.same_weights(here):
+        raise UsageError(f"{what} holds {there}; the model is {here}")
+
+
+def _take_up(trained: Trained, args: CheckpointArgs, source: Any) -> Position:
+    """Everything but the weights, if `source` is a training's checkpoint and is to be continued."""
+    why, state = None, None
+    if args.finetune:
+        why = "--finetune"
+    elif not isinstance(source, (MegatronReader, DistReader)):
+        why = "nothing to resume"
+    else:
+        state = DistState(source) if isinstance(source, DistReader) else TorchState(source)
+        if "opt_param_scheduler" not in state.common:
+            why = "the checkpoint has weights only"
+    if state is None or why is not None:
+        trained.optimizer.reload_model_params()
+        log.info(f"training starts at step 0 ({why})")
+        return Position()
+    if args.load_optim:
+        _load_optimizer(trained, state)
+    else:
+        trained.optimizer.reload_model_params()
+    trained.scheduler.load_state_dict(state.common["opt_param_scheduler"])
+    if args.load_rng:
+        _load_random(trained, state)
+    position = Position(state.common["iteration"], state.common["args"].consumed_train_samples)
+    log.info(f"resumed: {state.folder} ({state.layout}) at step {position.iteration}, sample {position.samples}")
+    return position
+
+
+def _load_optimizer(trained: Trained, state: TorchState | DistState) -> None:
+    if not state.has_optimizer:
+        raise UsageError(f"{state.folder} was saved without optimizer state; give --no-load-optim or --finetune")
+    rank = model_rank()
+    sources = {key: state.optimizer(key, trained.optimized, rank) for key in optimizer_state.KEYS}
+    wanted = {(shard.chunk, shard.name): shard for shard in trained.optimized.shards(trained.layout, rank)}
+
+    def read(chunk: int, name: str, key: str) -> torch.Tensor:
+        return to_torch(read_shard(sources[key], wanted[chunk, name], F32), F32)
+
+    names = optimizer_state.parameter_names(trained.chunks)
+    optimizer_state.restore(trained.optimizer, names, state.step, read)
+    for source in sources.values():
+        source.close()
+
+
+def _load_random(trained: Trained, state: TorchState | DistState) -> None:
+    if state.layout != trained.layout:
+        log.info(f"random state: new, since the checkpoint's layout is {state.layout}")
+        return
+    found = state.random(model_rank())
+    if found is None:
+        raise UsageError(f"{state.folder} was saved without random state; give --no-load-rng or --finetune")
+    content, archive = found
+
+    def tensor(ref: TensorRef) -> torch.Tensor:
+        return torch.from_numpy(archive.read(ref, ref.shape, full(ref.shape)))
+
+    if tensor(content["cuda_rng_state"]).numel() != torch.cuda.get_rng_state().numel():
+        raise UsageError(f"{state.folder} has the random state of another kind of device; give --no-load-rng")
+    torch.set_rng_state(tensor(content["torch_rng_state"]))
+    torch.cuda.set_rng_state(tensor(content["cuda_rng_state"]))
+    tracker = {name: tensor(ref) for name, ref in content["rng_tracker_states"].items()}
+    tensor_parallel.get_cuda_rng_tracker().set_states(tracker)

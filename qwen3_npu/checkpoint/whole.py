@@ -1,0 +1,43 @@
+"""What an optimizer holds, of every trained parameter in one piece, whatever the layout. For comparisons."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.distributed as dist
+
+from qwen3_npu.checkpoint import optimizer_state
+from qwen3_npu.checkpoint.cuts import Region
+from qwen3_npu.checkpoint.live import to_numpy
+from qwen3_npu.checkpoint.tensors import slices
+from qwen3_npu.checkpoint.training_state import Trained
+from qwen3_npu.distributed.launch import model_rank
+
+Piece = tuple[str, Region, np.ndarray]
+
+
+def gather_whole(trained: Trained, key: str) -> dict[str, np.ndarray]:
+    """Hugging Face (of LoRA updates: PEFT) name -> float32 tensor, on rank 0; empty elsewhere. Every rank must call it.
+
+    After the first step of an Adam without clipping, `exp_avg` is 1 - beta1 times the gradient.
+
+    Args:
+        key: of `optimizer_state.KEYS`.
+    """
+    gathered = optimizer_state.gather(trained.optimizer, optimizer_state.parameter_names(trained.chunks))
+    mine: list[Piece] = []
+    for shard in trained.optimized.shards(trained.layout, model_rank()):
+        if (shard.chunk, shard.name) in gathered:
+            view = to_numpy(gathered[shard.chunk, shard.name][key]).reshape(shard.view)
+            for piece in shard.pieces:
+                if piece.padding:
+                    continue
+                part = view[slices(piece.target)]
+                mine.append((piece.hf, piece.source, part.T if piece.transposed else part))
+    everyone: list[list[Piece] | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    whole: dict[str, np.ndarray] = {}
+    shapes = trained.optimized.shapes() if everyone else {}
+    for name, region, part in (piece for pieces in everyone or () for piece in pieces or ()):
+        tensor = whole.setdefault(name, np.full(shapes[name], np.nan, np.float32))
+        tensor[slices(region)] = part.reshape(tensor[slices(region)].shape)
+    return whole

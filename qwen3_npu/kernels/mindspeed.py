@@ -1,0 +1,30 @@
+"""MindSpeed's own operators (`mindspeed.ops`), used as a library. Signatures as in `kernels/reference.py`.
+
+MindSpeed is never imported as a patcher (`mindspeed.megatron_adaptor`), which needs megatron-core 0.12.1. Its operators
+compile themselves against CANN at their first call. Written from the source of MindSpeed's master branch of 2026; never
+run on an NPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mindspeed.ops.gmm import npu_gmm
+from mindspeed.ops.npu_rotary_position_embedding import npu_rotary_position_embedding
+
+from qwen3_npu.kernels.npu import group_ends
+
+_HALF = 0  # mode: first half against second half
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """npu_rotary_position_embedding."""
+    return npu_rotary_position_embedding(x.contiguous(), cos, sin, _HALF)
+
+
+def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """npu_gmm, which brings its own gradient."""
+    if x.shape[0] == 0:
+        return x @ weight[0]
+    return npu_gmm(x, weight, group_list=group_ends(counts, x.device), group_type=0)

@@ -1,0 +1,244 @@
+"""torch_npu's fused operations. Signatures as in `kernels/reference.py`.
+
+Semantics are those of torch_npu's own documentation of each operation (`help(torch_npu.npu_fusion_attention)` and so
+on). Only arguments that torch_npu 2.7.1 and 2.13.0 both have are used. Checked against the real torch_npu's dispatcher
+and argument checks with emulated kernels; never run on an NPU.
+
+s = sequence (queries), t = sequence (keys), b = batch, n = query heads, g = key/value heads, d = head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch_npu
+
+# Plain operations, which torch_npu has: one new token of each sequence against its cache, and linears as they are.
+from qwen3_npu.kernels.reference import decode_attention, prepared_linear
+
+__all__ = ["decode_attention", "prepared_linear"]
+
+# What each kernel calls, to tell a torch_npu that is too old at the start instead of in the first step.
+_NEEDS = {
+    "attention": ("npu_fusion_attention", "npu_fused_infer_attention_score"),
+    "attention_block": ("npu_fusion_attention",),
+    "attention_block_backward": ("npu_fusion_attention_grad",),
+    "rms_norm": ("npu_rms_norm",),
+    "rotary": ("npu_rotary_mul",),
+    "swiglu": ("npu_swiglu",),
+    "grouped_matmul": ("npu_grouped_matmul",),
+    "permute": ("npu_moe_token_permute_with_routing_map",),
+    "unpermute": ("npu_moe_token_unpermute_with_routing_map",),
+}
+# sparse_mode: no mask; causal, where the last query sees the last key ("rightDownCausal").
+_ALL, _CAUSAL = 0, 3
+_INFINITE = 2147483647
+
+
+def why_not(operation: str) -> str | None:
+    """Why an operation's kernel cannot be used with the installed torch_npu; None if it can."""
+    missing = [name for name in _NEEDS.get(operation, ()) if not hasattr(torch_npu, name)]
+    return f"torch_npu {torch_npu.__version__} has no {' and no '.join(missing)}" if missing else None
+
+
+@functools.cache
+def _compressed_mask(device: torch.device) -> torch.Tensor:
+    """What causal sparse modes ask for instead of a mask of the sequence's size: [2048, 2048], True = masked out."""
+    return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
+
+
+def _fusion_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Sequence[int] | None,
+    dropout: float = 0.0,
+    softmax_layout: str = "",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out [s, b, n, d], and maximum and sum of the softmax, float32: [b, n, s, 8], or of documents [s, n, 8].
+
+    The latter are in that order only with softmax_layout "TND".
+    """
+    layout, ends = _layout(cu_seqlens)
+    outputs = torch_npu.npu_fusion_attention(
+        _to(layout, q),
+        _to(layout, k),
+        _to(layout, v),
+        q.shape[2],
+        layout,
+        # Without a mask the operation ignores sparse_mode and attends to everything.
+        atten_mask=_compressed_mask(q.device) if causal else None,
+        scale=scale,
+        keep_prob=1.0 - dropout,
+        next_tockens=0 if causal else _INFINITE,
+        sparse_mode=_CAUSAL if causal else _ALL,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        softmax_layout=softmax_layout,
+    )
+    return outputs[0].view(q.shape), outputs[1], outputs[2]
+
+
+def _layout(cu_seqlens: Sequence[int] | None) -> tuple[str, list[int] | None]:
+    """The operation's layout, and the ends of the documents as it wants them: cumulative, without the leading 0."""
+    if cu_seqlens is None or len(cu_seqlens) == 2:
+        return "SBH", None
+    return "TND", list(cu_seqlens[1:])
+
+
+def _softmax_layout(cu_seqlens: Sequence[int] | None) -> str:
+    return "TND" if _layout(cu_seqlens)[0] == "TND" else ""
+
+
+def _to(layout: str, x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(2) if layout == "SBH" else x.flatten(0, 1)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    cu_seqlens: Sequence[int] | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """npu_fusion_attention; to decode from a cache of keys and values, the inference operation (16 bit only)."""
+    if k.shape[0] > q.shape[0] and not torch.is_grad_enabled() and q.dtype in (torch.bfloat16, torch.float16):
+        return _decode(q, k, v, scale)
+    return _fusion_attention(q, k, v, scale=scale, causal=True, cu_seqlens=cu_seqlens, dropout=dropout)[0]
+
+
+def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    many = q.shape[0] > 1  # one query sees every key; its branch of the operation takes no mask
+    out, _ = torch_npu.npu_fused_infer_attention_score(
+        q.transpose(0, 1).contiguous(),
+        k.transpose(0, 1).contiguous(),
+        v.transpose(0, 1).contiguous(),
+        atten_mask=_compressed_mask(q.device) if many else None,
+        num_heads=q.shape[2],
+        num_key_value_heads=k.shape[2],
+        scale=scale,
+        input_layout="BSND",
+        sparse_mode=_CAUSAL if many else _ALL,
+    )
+    return out.transpose(0, 1)
+
+
+def attention_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, cu_seqlens: Sequence[int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block by npu_fusion_attention, whose softmax maximum and sum give the log-sum-exp."""
+    causal, order = cu_seqlens is not None, _softmax_layout(cu_seqlens)
+    out, largest, total = _fusion_attention(
+        q, k, v, scale=scale, causal=causal, cu_seqlens=cu_seqlens, softmax_layout=order
+    )
+    lse = largest[..., 0] + total[..., 0].log()  # the last dimension holds eight copies
+    return out, lse.unsqueeze(1) if lse.dim() == 2 else lse.permute(2, 0, 1)
+
+
+def attention_block_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    cu_seqlens: Sequence[int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Its gradients. The operation needs exp(score - maximum) / sum only: maximum = lse and sum = 1 are as good."""
+    causal = cu_seqlens is not None
+    layout, ends = _layout(cu_seqlens)
+    largest = lse.squeeze(1) if layout == "TND" else lse.permute(1, 2, 0)
+    largest = largest.unsqueeze(-1).expand(*largest.shape, 8).contiguous()
+    dq, dk, dv, *_ = torch_npu.npu_fusion_attention_grad(
+        _to(layout, q),
+        _to(layout, k),
+        _to(layout, v),
+        _to(layout, grad.to(q.dtype)),
+        q.shape[2],
+        layout,
+        atten_mask=_compressed_mask(q.device) if causal else None,
+        softmax_max=largest,
+        softmax_sum=torch.ones_like(largest),
+        attention_in=_to(layout, out.to(q.dtype)),
+        scale_value=scale,
+        next_tockens=0 if causal else _INFINITE,
+        sparse_mode=_CAUSAL if causal else _ALL,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        softmax_layout=_softmax_layout(cu_seqlens),
+    )
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """npu_rms_norm."""
+    return torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """npu_rotary_mul, in its layout SBND with cos and sin [s, 1 or b, 1, d]."""
+    return torch_npu.npu_rotary_mul(x, cos, sin, rotary_mode="half")
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """npu_swiglu; it, too, gates with the first half."""
+    return torch_npu.npu_swiglu(x, dim=-1)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """torch_npu has no gradient for it. Groups are rows (m) here and in dx, the index summed over (k) in dw."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return _grouped(x, weight, ends, group_type=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        x, weight, ends = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _grouped(grad, weight.transpose(1, 2), ends, group_type=0)
+        if ctx.needs_input_grad[1]:
+            dw = _grouped(x.t(), grad, ends, group_type=2)
+        return dx, dw, None
+
+
+def _grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *, group_type: int) -> torch.Tensor:
+    return torch_npu.npu_grouped_matmul(
+        [x], [weight], group_list=ends, split_item=3, group_type=group_type, group_list_type=0
+    )[0]
+
+
+def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """npu_grouped_matmul with one output; groups are told by the cumulative rows."""
+    if x.shape[0] == 0:
+        return x @ weight[0]  # no rows, but gradients of the right shape
+    return _GroupedMatmul.apply(x, weight, group_ends(counts, x.device))
+
+
+def group_ends(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Where each group's rows end, int64 on the device."""
+    return torch.tensor(counts, dtype=torch.int64).cumsum(0).to(device, non_blocking=True)
+
+
+def permute(
+    tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """npu_moe_token_permute_with_routing_map."""
+    return torch_npu.npu_moe_token_permute_with_routing_map(tokens, routing_map, probs=probs, num_out_tokens=rows)
+
+
+def unpermute(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
+    """npu_moe_token_unpermute_with_routing_map, with the indices of its own permute."""
+    return torch_npu.npu_moe_token_unpermute_with_routing_map(rows, indices, [tokens, rows.shape[1]])

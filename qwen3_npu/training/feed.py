@@ -1,0 +1,155 @@
+"""What a training reads: samples, and how they become the micro-batches of a rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.data import instruction, pretrain
+from qwen3_npu.data.batches import Batch, row_batches, sample_numbers
+from qwen3_npu.data.documents import find_eod
+from qwen3_npu.data.indexed import open_indexed
+from qwen3_npu.data.prefixes import blend
+from qwen3_npu.data.rows import Padding, Rows, instruction_rows, padding_multiple
+from qwen3_npu.data.thinking import ThinkTokens
+from qwen3_npu.data.tokenizer import open_tokenizer
+from qwen3_npu.distributed.context_parallel import shard
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.sequence import Sequence as TokenSequence
+from qwen3_npu.training.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Samples and their form.
+
+    Attributes:
+        args, plan: of the training.
+        train, valid: sample number -> sample; `valid` None if there are none.
+        make_rows: samples of a micro-batch -> its rows.
+        rows, length: of every micro-batch, for the pipeline; None where lengths differ.
+        think: marks of thoughts, if the data may have them.
+    """
+
+    args: PretrainArgs
+    plan: Plan
+    train: Any
+    valid: Any
+    make_rows: Callable[[Sequence[Any]], Rows]
+    rows: int
+    length: int | None
+    think: ThinkTokens | None = None
+
+    def batches(
+        self,
+        dataset: Any,
+        consumed: int,
+        sequence: Callable[[torch.Tensor, tuple[int, ...] | None], TokenSequence],
+        device: torch.device,
+    ) -> Iterator[Batch]:
+        """This rank's micro-batches of the step that starts after `consumed` samples.
+
+        Args:
+            sequence: positions of this rank's tokens and borders in the whole rows -> what the layers need.
+        """
+        plan, parallel = self.plan, self.args.parallel
+        numbers = sample_numbers(
+            consumed,
+            global_batch=plan.global_batch,
+            micro_batch=self.args.train.micro_batch_size,
+            data_parallel=plan.data_parallel,
+            data_rank=parallel_state.get_data_parallel_rank(),
+        )
+        cp_rank = parallel_state.get_context_parallel_rank()
+
+        def local(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, cp_rank)
+
+        return row_batches(dataset, numbers, self.make_rows, sequence, local, device, self.think)
+
+
+def open_feed(args: PretrainArgs, plan: Plan, fingerprint: str) -> Feed:
+    """The samples that --data-path names. Every rank must call this.
+
+    Args:
+        fingerprint: of the data files.
+    """
+    return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan, fingerprint)
+
+
+def _samples(args: PretrainArgs, plan: Plan) -> tuple[int, int, int]:
+    """How many samples of each split are asked for."""
+    evaluations = args.train.train_iters // args.report.eval_interval + 1
+    return args.train.train_iters * plan.global_batch, evaluations * args.report.eval_iters * plan.global_batch, 0
+
+
+def _pretraining(args: PretrainArgs, plan: Plan, fingerprint: str) -> Feed:
+    data, seq, micro = args.data, args.train.seq_length, args.train.micro_batch_size
+    splits = pretrain.build_splits(
+        data, fingerprint=fingerprint, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan)
+    )
+    if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
+        return Feed(args, plan, splits.train, splits.valid, pretrain.plain_rows, micro, seq)
+    flag = "--reset-attention-mask, --reset-position-ids and --eod-mask-loss"
+    ends = {find_eod(open_indexed(prefix), flag) for prefix in blend(data.data_path)[0]}
+    if len(ends) > 1:
+        raise UsageError(f"{flag}: the data sets of --data-path end their documents with different tokens {ends}")
+
+    def rows(samples: Sequence[Any]) -> Rows:
+        return pretrain.document_rows(
+            samples,
+            eod=next(iter(ends)),
+            reset_position_ids=data.reset_position_ids,
+            reset_attention_mask=data.reset_attention_mask,
+            eod_mask_loss=data.eod_mask_loss,
+        )
+
+    # With --reset-attention-mask the rows are laid one after the other, borders and all.
+    flat = data.reset_attention_mask
+    return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, seq * (micro if flat else 1))
+
+
+def _instructions(args: PretrainArgs, plan: Plan) -> Feed:
+    data, train = args.data, args.train
+    prefixes, weights = blend(data.data_path)
+    per_document = data.reset_attention_mask or data.reset_position_ids
+    files = instruction.open_instructions(prefixes, plan.arch.vocab_size, per_document=per_document)
+    splits = instruction.instruction_splits(
+        files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
+    )
+    if splits.train is None:
+        raise UsageError(f"--split {data.split} leaves no sample of {' '.join(prefixes)} for training")
+    if args.report.eval_iters and splits.valid is None:
+        raise UsageError(f"--split {data.split} leaves no sample for validation; give another, or --eval-iters 0")
+    multiple = padding_multiple(
+        data.pad_to_multiple_of if data.variable_seq_lengths else 1,
+        tensor=args.parallel.tensor_model_parallel_size if args.parallel.sequence_parallel else 1,
+        context=args.parallel.context_parallel_size,
+    )
+    tokenizer = open_tokenizer(data.tokenizer_name_or_path) if data.tokenizer_name_or_path else None
+    pad = tokenizer.pad() if tokenizer else (plan.arch.eos_token_id or 0)
+    padding = Padding(pad, None if data.variable_seq_lengths else train.seq_length, multiple)
+    packs = per_document and any(file.kind is instruction.Kind.NEAT_PACK for file in files)
+
+    def rows(samples: Sequence[Any]) -> Rows:
+        return instruction_rows(samples, padding, per_document=packs)
+
+    micro, length = train.micro_batch_size, train.seq_length
+    think = None
+    if tokenizer and {"<think>", "</think>"} <= tokenizer.special.keys():
+        think = ThinkTokens(tokenizer.special["<think>"], tokenizer.special["</think>"])
+    return Feed(
+        args,
+        plan,
+        splits.train,
+        splits.valid if args.report.eval_iters else None,
+        rows,
+        1 if packs else micro,
+        None if data.variable_seq_lengths else length * (micro if packs else 1),
+        think,
+    )

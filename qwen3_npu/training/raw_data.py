@@ -1,0 +1,51 @@
+"""Raw files in --data-path: preprocessed once, before the processes join. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+from pathlib import Path
+
+from qwen3_npu.args.preprocess import CheckArgs, InputArgs, OutputArgs, PreprocessArgs
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.data.prefixes import blend
+from qwen3_npu.data.prepare import is_raw, prepare_data_path
+from qwen3_npu.errors import UsageError
+
+
+def raw_words(args: PretrainArgs) -> list[str]:
+    """The words of --data-path that are files, folders or patterns of raw data."""
+    return [word for word in blend(args.data.data_path)[0] if is_raw(word)]
+
+
+def prepared(args: PretrainArgs) -> PretrainArgs:
+    """The same arguments with prefixes of prepared data in --data-path.
+
+    Each process calls this before it joins the others, so that no collective waits for it: one does the work under a
+    lock on the cache, the others find it done.
+
+    Raises:
+        UsageError: as preprocess_data.py.
+    """
+    raw = raw_words(args)
+    if not raw:
+        return args
+    name = args.record.handler_name
+    if name is None:
+        raise UsageError(f"--data-path {raw[0]} is raw data; give --handler-name to say what its records are")
+    if args.data.is_instruction == ("Pretrain" in name):
+        kind = "instruction data" if args.data.is_instruction else "text (give --stage sft for instruction data)"
+        raise UsageError(f"--handler-name {name}: this training reads {kind}")
+    recipe = PreprocessArgs(
+        InputArgs(input=raw), args.record, args.tokenizer, args.instruction, OutputArgs(), CheckArgs()
+    )
+    cache = Path(args.data.data_cache_path or Path(raw[0]).parent / "cache")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{cache} cannot be written: {error.strerror}; give --data-cache-path") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        words = prepare_data_path(args.data.data_path, recipe, cache)
+    return args._replace(data=dataclasses.replace(args.data, data_path=words, data_cache_path=str(cache)))

@@ -1,0 +1,179 @@
+"""Every script of examples/: its flags parse with the real parser, its layout is legal for model and devices."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from qwen3_npu import cli
+from qwen3_npu.args import convert, preprocess
+from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.parallel import make_layout
+from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+from qwen3_npu.checkpoint.tensors import BF16
+from qwen3_npu.checkpoint.write_hf import write_config
+from qwen3_npu.distributed.layout import check_world_size
+from qwen3_npu.model.sizes import SIZES
+from qwen3_npu.training.plan import make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(p for kind in ("qwen3", "qwen3_moe") for p in (ROOT / "examples" / kind).glob("*.sh"))
+# A python that says what it was asked to run: the number of processes, then each word on a line of its own.
+ECHO = '#!/usr/bin/env bash\necho "WORLD=${WORLD_SIZE:-}"\nprintf "ARG %s\\n" "$@"\n'
+
+
+class Asked(NamedTuple):
+    """What a script would run."""
+
+    world: int
+    program: str
+    flags: list[str]
+
+
+@pytest.fixture(scope="module")
+def hf_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Size -> a folder with the config.json of that size."""
+    root = tmp_path_factory.mktemp("hf")
+    for size, arch in SIZES.items():
+        (root / size).mkdir()
+        write_config(arch, None, root / size, BF16)
+    return {size: root / size for size in SIZES}
+
+
+def size_of(script: Path) -> str:
+    name = script.stem.replace("0point6b", "0.6b").replace("1point7b", "1.7b").replace("_", "-")
+    found = [size for size in SIZES if size.removeprefix("qwen3-") in name.split("qwen3-", 1)[1]]
+    return max(found, key=len, default="qwen3-235b-a22b" if "235b" in name else "qwen3-30b-a3b")
+
+
+def ask(script: Path, tmp_path: Path, **environment: str) -> Asked:
+    echo = tmp_path / "python"
+    echo.write_text(ECHO)
+    echo.chmod(0o755)
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    env = clean | {"PYTHON": str(echo), "DRY_RUN": "1", **environment}
+    result = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    # Trainings and generation are checked by the program first (that is what is printed); others are shown only.
+    words = re.findall(r"^ARG (.*)$", result.stdout, re.M)
+    if not words:
+        words = [w.strip("'") for w in re.findall(r"'[^']*'", result.stdout)][1:]
+        return Asked(1, Path(words[0]).name, words[1:])
+    world = int(re.search(r"WORLD=(\d+)", result.stdout)[1])
+    assert words[-1] == "--dry-run"
+    return Asked(world, Path(words[0]).name, words[1:])
+
+
+def parse(asked: Asked) -> None:
+    """With the real parser; raises where the program would."""
+    if asked.program == "pretrain_gpt.py":
+        args = PretrainArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=asked.flags).groups)
+        make_plan(args, asked.world)
+    elif asked.program == "convert_ckpt.py":
+        groups = (convert.ConvertArgs, convert.TargetArgs, convert.LoraConvertArgs, convert.LegacyConvertArgs)
+        cli.parse("test", "", groups, convert.FOREIGN, argv=asked.flags)
+    elif asked.program == "preprocess_data.py":
+        cli.parse("test", "", preprocess.GROUPS, preprocess.FOREIGN, argv=asked.flags)
+    else:
+        name = f"qwen3_npu.args.{Path(asked.program).stem}"
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{asked.program} is not there yet")
+        module = importlib.import_module(name)
+        parsed = cli.parse("test", "", module.GROUPS, module.FOREIGN, argv=asked.flags)
+        size = Path(asked.flags[asked.flags.index("--hf-dir") + 1]).name
+        (parallel,) = (group for group in parsed.groups if type(group).__name__ == "ParallelArgs")
+        check_world_size(make_layout(SIZES[size], parallel), asked.world, 1)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_flags_and_layout(script: Path, hf_dirs: dict[str, Path], tmp_path: Path) -> None:
+    folder = str(hf_dirs[size_of(script)])
+    parse(ask(script, tmp_path, HF_DIR=folder, CKPT_LOAD_DIR=folder, TOKENIZER_PATH=folder))
+
+
+def test_the_check_sees_an_illegal_layout(hf_dirs: dict[str, Path], tmp_path: Path) -> None:
+    script = ROOT / "examples" / "qwen3" / "pretrain_qwen3_8b_4K_ptd.sh"
+    folder = str(hf_dirs["qwen3-8b"])
+    asked = ask(script, tmp_path, HF_DIR=folder, CKPT_LOAD_DIR=folder, TP="3")
+    with pytest.raises(ValueError, match="3 does not divide the 8 KV heads"):
+        parse(asked)
+    with pytest.raises(SystemExit):
+        parse(asked._replace(flags=[*asked.flags, "--no-such-flag"]))
+
+
+def test_every_size_has_its_scripts() -> None:
+    names = {p.stem for p in SCRIPTS}
+    for size in ("0point6b", "1point7b", "4b", "8b", "14b", "32b", "30b_a3b", "235b_a22b"):
+        for kind in ("pretrain", "full", "lora"):
+            assert any(f"qwen3_{size}_" in n and (n.startswith(kind) or f"_{kind}" in n) for n in names), (size, kind)
+
+
+def test_a_script_says_nothing_of_its_own(tmp_path: Path) -> None:
+    """The sizes are in the scripts, everything else is in recipes.sh."""
+    for script in SCRIPTS:
+        if "recipes.sh" in script.read_text():
+            lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+            assert len(lines) <= 5, script
+
+
+def launch_nodes(tmp_path: Path, hosts: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """`examples/launch_nodes.sh` with hosts that are this machine; the script tells what it was given."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/usr/bin/env bash\nhost=$1; shift\ncd /; HOST_NAME=$host exec bash -c "$*"\n')
+    ssh.chmod(0o755)
+    (tmp_path / "hosts").write_text(hosts)
+    job = tmp_path / "job.sh"
+    job.write_text(
+        'echo "$NODE_RANK/$NNODES $MASTER_ADDR ${DATA_PATH:-} in $PWD: $*"\n'
+        'if [ "${FAILS:-}" = "$HOST_NAME" ]; then exit 7; fi\n'
+        'if [ -n "${FAILS:-}" ]; then sleep 60; echo late; fi\n'
+    )
+    command = ["bash", str(ROOT / "examples" / "launch_nodes.sh"), "hosts", "job.sh", *arguments]
+    env = os.environ | {"SSH": str(ssh), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=50)
+
+
+def test_all_nodes_are_started(tmp_path: Path) -> None:
+    hosts = "a slots=8\n# spare\nb\n"
+    result = launch_nodes(tmp_path, hosts, "--lr", "1 2", DATA_PATH="0.3 x 0.7 y")
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == [
+        f"a: 0/2 a 0.3 x 0.7 y in {tmp_path}: --lr 1 2",
+        f"b: 1/2 a 0.3 x 0.7 y in {tmp_path}: --lr 1 2",
+    ]
+
+
+def test_a_failing_node_stops_the_others(tmp_path: Path) -> None:
+    result = launch_nodes(tmp_path, "a\nb\n", FAILS="b")
+    assert result.returncode == 7
+    assert "late" not in result.stdout
+    assert launch_nodes(tmp_path, "# nobody\n").returncode == 2
+
+
+def test_a_script_trains_a_tiny_model_in_its_layout_scaled_down(tmp_path: Path) -> None:
+    """The MoE script with experts and pipeline cut, on four processes of the CPU."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny
+
+    model = tiny.write_model(tmp_path / "hf", tiny.arch("moe"))
+    tokens = tiny.write_tokens(tmp_path / "text_document")
+    environment = {"NPUS_PER_NODE": "4", "NNODES": "1", "EP": "2", "GBS": "8", "SEQ_LENGTH": "32", "TRAIN_ITERS": "2"}
+    environment |= {"HF_DIR": str(model), "DATA_PATH": str(tokens), "CKPT_SAVE_DIR": "ckpt", "PYTHON": sys.executable}
+    environment |= {"MASTER_PORT": str(29100 + os.getpid() % 400), "LR": "1e-3", "MIN_LR": "0"}
+    script = ROOT / "examples" / "qwen3_moe" / "pretrain_qwen3_30b_a3b_4K_ptd.sh"
+    command = ["bash", str(script), "--device", "cpu", "--no-bf16"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, cwd=tmp_path, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert "TP1 PP2 EP2" in result.stdout
+    assert "step 2/2" in result.stdout
+    assert (tmp_path / "ckpt" / "iter_0000002" / "mp_rank_00_001_001" / "model_optim_rng.pt").is_file()

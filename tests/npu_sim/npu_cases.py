@@ -1,0 +1,199 @@
+"""What worlds of simulated NPUs can do beside the parallel tests' cases."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qwen3_npu.distributed.launch import World
+from qwen3_npu.kernels import reference
+from qwen3_npu.platform.base import Platform
+
+
+def _randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def _difference(kernel: Callable, definition: Callable, *tensors: torch.Tensor, **options: Any) -> float:
+    """Largest difference of values and gradients between the device's kernel and the reference on the host."""
+    results = []
+    for function, device in ((kernel, "npu"), (definition, "cpu")):
+        inputs = [t.to(device).detach().requires_grad_(t.is_floating_point()) for t in tensors]
+        out = function(*inputs, **options)
+        (out * _randn(*out.shape, seed=7).to(device)).sum().backward()
+        results.append([out, *(t.grad for t in inputs if t.is_floating_point())])
+    pairs = [(got.cpu(), expected) for got, expected in zip(*results, strict=True)]
+    assert all(got.shape == expected.shape for got, expected in pairs)
+    return max((got - expected).abs().max().item() for got, expected in pairs if got.numel())
+
+
+def _block_difference(npu: Any, cu_seqlens: list[int] | None) -> float:
+    q, k, v = _randn(20, 1, 4, 16), _randn(20, 1, 2, 16, seed=1), _randn(20, 1, 2, 16, seed=2)
+    grad, options = _randn(20, 1, 4, 16, seed=3), {"scale": 0.25, "cu_seqlens": cu_seqlens}
+    expected = reference.attention_block(q, k, v, **options)
+    got = npu.attention_block(q.npu(), k.npu(), v.npu(), **options)
+    saved = q, k, v, expected[0], expected[1] + 0.3  # as if other blocks had been merged
+    expected += reference.attention_block_backward(grad, *saved, **options)
+    got += npu.attention_block_backward(grad.npu(), *(x.npu() for x in saved), **options)
+    return max((a.cpu() - b).abs().max().item() for a, b in zip(got, expected, strict=True))
+
+
+def _decode_difference(npu: Any, queries: int) -> float:
+    q, k, v = (x.bfloat16() for x in (_randn(queries, 2, 4, 16), _randn(9, 2, 2, 16), _randn(9, 2, 2, 16, seed=1)))
+    with torch.no_grad():
+        got = npu.attention(q.npu(), k.npu(), v.npu(), scale=0.25).cpu()
+        exact = reference.attention(q.float(), k.float(), v.float(), scale=0.25)
+    assert got.dtype == torch.bfloat16
+    return (got.float() - exact).abs().max().item()
+
+
+def _rotary(module: Any) -> Callable:
+    angles = _randn(17, 1, 1, 8)
+    angles = torch.cat((angles, angles), -1)
+    return lambda x: module.rotary(x, angles.cos().to(x.device), angles.sin().to(x.device))
+
+
+def _there_and_back(module: Any) -> Callable:
+    """Copy tokens to their experts, treat each copy differently, add up."""
+
+    def function(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        chosen = probs.detach().topk(2).indices
+        routing_map = torch.zeros(probs.shape, dtype=torch.bool, device=tokens.device).scatter(1, chosen, True)
+        rows, weights, indices = module.permute(tokens, routing_map, probs, 2 * len(tokens))
+        factor = torch.arange(len(rows), device=tokens.device)[:, None]
+        return module.unpermute(rows * weights[:, None] * factor, indices, len(tokens))
+
+    return function
+
+
+def _measurements(npu: Any) -> dict[str, Callable[[], float]]:
+    q, k, v = _randn(17, 2, 4, 16), _randn(17, 2, 2, 16, seed=1), _randn(17, 2, 2, 16, seed=2)
+    packed = _randn(20, 1, 4, 16), _randn(20, 1, 2, 16, seed=1), _randn(20, 1, 2, 16, seed=2)
+    attention = npu.attention, reference.attention
+    grouped = npu.grouped_matmul, reference.grouped_matmul
+    return {
+        "attention": lambda: _difference(*attention, q, k, v, scale=0.25),
+        "attention, last positions": lambda: _difference(*attention, q[-5:], k, v, scale=0.25),
+        "attention, packed": lambda: _difference(*attention, *packed, scale=0.25, cu_seqlens=[0, 7, 13, 20]),
+        "attention, one document": lambda: _difference(*attention, *packed, scale=0.25, cu_seqlens=[0, 20]),
+        "attention block, full": lambda: _block_difference(npu, None),
+        "attention block, causal": lambda: _block_difference(npu, [0, 20]),
+        "attention block, packed": lambda: _block_difference(npu, [0, 7, 13, 20]),
+        "decode, one query": lambda: _decode_difference(npu, 1),
+        "decode, three queries": lambda: _decode_difference(npu, 3),
+        "rms_norm": lambda: _difference(npu.rms_norm, reference.rms_norm, q, 1 + _randn(16), eps=1e-6),
+        "rotary": lambda: _difference(_rotary(npu), _rotary(reference), q),
+        "swiglu": lambda: _difference(npu.swiglu, reference.swiglu, q),
+        "grouped_matmul": lambda: _difference(*grouped, _randn(9, 8), _randn(4, 8, 6), counts=[3, 0, 4, 2]),
+        "grouped_matmul, no rows": lambda: _difference(*grouped, _randn(0, 8), _randn(4, 8, 6), counts=[0, 0, 0, 0]),
+        "permute and unpermute": lambda: _difference(
+            _there_and_back(npu), _there_and_back(reference), _randn(9, 8), _randn(9, 4).softmax(-1)
+        ),
+    }
+
+
+def kernel_differences(
+    platform: Platform, world: World, change: tuple[str, str] | None = None
+) -> dict[str, float | str]:
+    """Each kernel against the reference: the largest difference, or what was raised.
+
+    Args:
+        change: a piece of kernels/npu.py's text and what to put in its place, first.
+    """
+    from qwen3_npu.kernels import npu
+
+    if change is not None:
+        text = Path(npu.__file__).read_text()
+        assert text.count(change[0]) == 1, f"{change[0]!r} is {text.count(change[0])} times in kernels/npu.py"
+        npu = types.ModuleType("changed")
+        exec(compile(text.replace(*change), "changed", "exec"), npu.__dict__)
+    results: dict[str, float | str] = {}
+    for name, measure in _measurements(npu).items():
+        try:
+            results[name] = measure()
+        except (RuntimeError, NotImplementedError) as error:
+            results[name] = str(error).splitlines()[0]
+    return results
+
+
+def operation_calls(platform: Platform, world: World) -> dict[str, int]:
+    """How often each of torch_npu's operations has run in this process."""
+    from sim.operations import CALLS
+
+    return dict(CALLS)
+
+
+def refusals(platform: Platform, world: World) -> dict[str, str]:
+    """What the simulated device says to calls that a real one refuses too."""
+    import torch_npu
+
+    x, q = torch.ones(4, 8, device="npu"), torch.ones(6, 2, 32, device="npu")
+    wrong: dict[str, Callable] = {
+        "devices": lambda: x + torch.ones(4, 8),
+        "device numbers": lambda: x + torch.ones(4, 8, device="npu:1"),
+        "matmul of devices": lambda: x @ torch.ones(8, 4),
+        "head_num": lambda: torch_npu.npu_fusion_attention(q, q, q, 0, "SBH"),
+        "layout": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SHB"),
+        "keep_prob": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", keep_prob=0.0),
+        "sparse_mode": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", sparse_mode=9),
+        "rotary_mode": lambda: torch_npu.npu_rotary_mul(q[None], q[None], q[None], "third"),
+        "dropout": lambda: torch.nn.functional.dropout(x, 0.5),
+    }
+    said = {}
+    for name, call in wrong.items():
+        try:
+            call()
+            said[name] = "accepted"
+        except (RuntimeError, NotImplementedError) as error:
+            said[name] = str(error).splitlines()[0]
+    return said
+
+
+def random_state(platform: Platform, world: World) -> list[list[float]]:
+    """Numbers drawn, drawn again from the state before, and drawn from another seed."""
+    torch.npu.manual_seed(3)
+    state = torch.npu.get_rng_state()
+    drawn = [torch.randn(8, device="npu")]
+    torch.npu.set_rng_state(state)
+    drawn.append(torch.randn(8, device="npu"))
+    drawn.append(torch.randn(8, device="npu"))
+    return [x.tolist() for x in drawn]
+
+
+def collectives(platform: Platform, world: World, maximum: str = "MAX") -> dict[str, Any]:
+    """Every collective on device tensors; on rank r they hold r + 1 and so on."""
+    rank, size = world.rank, world.size
+
+    def mine(n: int = 2) -> torch.Tensor:
+        return torch.arange(n, device="npu", dtype=torch.float32) + 10 * (rank + 1)
+
+    results: dict[str, Any] = {}
+    for name, op in {"sum": "SUM", "max": maximum, "min": "MIN"}.items():
+        results[name] = mine()
+        dist.all_reduce(results[name], op=getattr(dist.ReduceOp, op))
+    results["broadcast"] = mine()
+    dist.broadcast(results["broadcast"], 1)
+    results["all_gather"] = torch.empty(2 * size, device="npu")
+    dist.all_gather_into_tensor(results["all_gather"], mine())
+    results["reduce_scatter"] = torch.empty(1, device="npu")
+    dist.reduce_scatter_tensor(results["reduce_scatter"], mine(size))
+    results["all_to_all"] = torch.empty(2 if rank == 0 else 4, device="npu")  # rank 0 gets one of each, rank 1 two
+    dist.all_to_all_single(results["all_to_all"], mine(3), [1, 1] if rank == 0 else [2, 2], [1, 2])
+    results["ring"] = torch.empty(2, device="npu")
+    other = (rank + 1) % size
+    operations = [dist.P2POp(dist.isend, mine(), other), dist.P2POp(dist.irecv, results["ring"], other)]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    try:
+        dist.all_reduce(torch.ones(1))
+        results["host tensor"] = torch.zeros(1)
+    except RuntimeError as error:
+        results["host tensor"] = str(error).splitlines()[0]
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, {k: v if isinstance(v, str) else v.tolist() for k, v in results.items()})
+    return {name: [one[name] for one in everyone] for name in results}

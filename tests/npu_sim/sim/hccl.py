@@ -1,0 +1,74 @@
+"""HCCL by gloo: collectives on device tensors run over the same memory on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sim.device import host
+
+_COLLECTIVES = """allreduce_ broadcast_ _allgather_base_ allgather_ _reduce_scatter_base_ reduce_scatter_ alltoall_base_
+alltoall_ send recv_ barrier reduce_ gather_ scatter_ allgather_into_tensor_coalesced_
+allreduce_coalesced_ reduce_scatter_tensor_coalesced_"""
+_library = torch.library.Library("c10d", "IMPL")
+_host_groups: dict[str, tuple[Any, Any]] = {}  # group -> the same ranks on the host, boxed; and what keeps it alive
+
+
+def _create(options: Any, backend_options: Any) -> ProcessGroupGloo:
+    gloo = ProcessGroupGloo(options.store, options.group_rank, options.group_size, timeout=options.timeout)
+    group = ProcessGroup(options.store, options.group_rank, options.group_size)
+    group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
+    group._set_default_backend(ProcessGroup.BackendType.GLOO)
+    _host_groups[options.group_id] = group.boxed(), group
+    return gloo
+
+
+def _emulated(operation: Any, name: str) -> Callable:
+    def on_host(value: Any) -> Any:
+        if isinstance(value, torch.ScriptObject) and "ProcessGroup" in value._type().name():
+            return _host_groups[ProcessGroup.unbox(value).group_name][0]
+        return host(value) if isinstance(value, torch.Tensor) else value
+
+    def collective(*args: Any) -> Any:
+        for tensor in tree_leaves(list(args)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "npu":
+                raise RuntimeError(f"HCCL {name}: a tensor on {tensor.device}")
+            if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
+                raise RuntimeError(f"HCCL {name}: tensors must be contiguous")
+        result = operation(*[tree_map(on_host, value) for value in args])
+        return (args[0], result[-1]) if isinstance(result, tuple) else result  # (tensors, Work) or Work
+
+    return collective
+
+
+class _Works:
+    """Several transfers as one."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self.works = works
+
+    def wait(self, *_: Any) -> bool:
+        return all(work.wait() for work in self.works)
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self.works)
+
+
+def _batch_isend_irecv(self: Any, kinds: list[str], tensors: list[torch.Tensor], ranks: list[int]) -> _Works:
+    """What torch_npu's batch_isend_irecv calls on its ProcessGroupHCCL."""
+    transfers = zip(kinds, tensors, ranks, strict=True)
+    return _Works([(self.send if "send" in kind else self.recv)([host(t)], rank, 0) for kind, t, rank in transfers])
+
+
+def install() -> None:
+    """Make "hccl" this."""
+    dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(_create, True)
+    for name in _COLLECTIVES.split():
+        operation = getattr(torch.ops.c10d, name).default
+        _library.impl(name, _emulated(operation, name), "PrivateUse1", allow_override=True)
+    ProcessGroupGloo.batch_isend_irecv = _batch_isend_irecv

@@ -1,0 +1,110 @@
+"""Kernels of the simulated NPU: torch_npu's real calls, checked by its host code, give what the reference gives."""
+
+from __future__ import annotations
+
+import pytest
+
+from worlds import World
+
+# Errors in the kernels' use, and who must notice. Each has happened to somebody.
+MUTATIONS = {
+    "mask inverted": ("device=device).triu(1)", "device=device).tril()", "attention"),
+    "mask dropped": (
+        "atten_mask=_compressed_mask(q.device) if causal else None,\n        scale=",
+        "scale=",
+        "attention",
+    ),
+    "sparse_mode 0": ("_ALL, _CAUSAL = 0, 3", "_ALL, _CAUSAL = 0, 0", "attention"),
+    "leftUpCausal": ("_ALL, _CAUSAL = 0, 3", "_ALL, _CAUSAL = 0, 2", "attention, last positions"),
+    "scale dropped": ("        scale=scale,\n        keep_prob", "        keep_prob", "attention"),
+    "leading 0 in the lengths": ("list(cu_seqlens[1:])", "list(cu_seqlens)", "attention, packed"),
+    "lengths not cumulative": (
+        "list(cu_seqlens[1:])",
+        "[b - a for a, b in zip(cu_seqlens, cu_seqlens[1:])]",
+        "attention, packed",
+    ),
+    "statistics in another order": ('return "TND" if', 'return "" if', "attention block, packed"),
+    "gradient without scale": ("        scale_value=scale,\n", "", "attention block, full"),
+    "swiglu halves swapped": (
+        "torch_npu.npu_swiglu(x, dim=-1)",
+        "torch_npu.npu_swiglu(torch.cat(x.chunk(2, -1)[::-1], -1), dim=-1)",
+        "swiglu",
+    ),
+    "epsilon lost": ("epsilon=eps", "epsilon=1e-2", "rms_norm"),
+    "rotary of the other kind": ('rotary_mode="half"', 'rotary_mode="interleave"', "rotary"),
+    "counts instead of ends": ("dtype=torch.int64).cumsum(0)", "dtype=torch.int64)", "grouped_matmul"),
+    "weights not turned for dx": ("weight.transpose(1, 2)", "weight", "grouped_matmul"),
+    "gradient of weights by rows": (
+        "_grouped(x.t(), grad, ends, group_type=2)",
+        "_grouped(x, grad, ends, group_type=0)",
+        "grouped_matmul",
+    ),
+    "no router weights": ("probs=probs, num_out_tokens", "num_out_tokens", "permute and unpermute"),
+    "decoding without heads": ("        num_key_value_heads=k.shape[2],\n", "", "decode, one query"),
+    "a mask for one query": ("many = q.shape[0] > 1", "many = True", "decode, one query"),
+}
+
+
+def wrong(results: dict[str, float | str]) -> dict[str, float | str]:
+    """The kernels that raised or differ; decoding is in bfloat16."""
+    return {
+        name: result
+        for name, result in results.items()
+        if isinstance(result, str) or not result <= (2e-2 if name.startswith("decode") else 5e-6)
+    }
+
+
+def test_forward_and_backward_equal_the_reference(npu_worlds: dict[int, World]) -> None:
+    results = npu_worlds[1].run("kernel_differences")
+    assert len(results) == 15
+    assert wrong(results) == {}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_call_is_noticed(name: str, npu_worlds: dict[int, World]) -> None:
+    old, new, noticed_by = MUTATIONS[name]
+    assert noticed_by in wrong(npu_worlds[1].run("kernel_differences", change=(old, new)))
+
+
+def test_the_simulated_device_refuses_what_a_real_one_does(npu_worlds: dict[int, World]) -> None:
+    said = npu_worlds[1].run("refusals")
+    expected = {
+        "devices": "expected all tensors on one device",
+        "device numbers": "expected all tensors on one device",
+        "matmul of devices": "expected all tensors on one device",
+        "head_num": "head_num must > 0",
+        "layout": "layout",
+        "keep_prob": "keep_prob",
+        "sparse_mode": "sparse_mode",
+        "rotary_mode": "rotary_mode",
+        "dropout": "not emulated",
+    }
+    assert {name: text for name, text in said.items() if expected[name].lower() not in text.lower()} == {}
+
+
+def test_random_numbers_follow_the_devices_generator(npu_worlds: dict[int, World]) -> None:
+    first, again, after = npu_worlds[1].run("random_state")
+    assert first == again
+    assert first != after
+
+
+COLLECTIVES = {
+    "sum": [[30, 32], [30, 32]],
+    "max": [[20, 21], [20, 21]],
+    "min": [[10, 11], [10, 11]],
+    "broadcast": [[20, 21], [20, 21]],
+    "all_gather": [[10, 11, 20, 21], [10, 11, 20, 21]],
+    "reduce_scatter": [[30], [32]],
+    "all_to_all": [[10, 20], [11, 12, 21, 22]],
+    "ring": [[20, 21], [10, 11]],
+}
+
+
+def test_collectives(npu_worlds: dict[int, World]) -> None:
+    got = npu_worlds[2].run("collectives")
+    assert all("cpu" in text for text in got.pop("host tensor"))
+    assert got == COLLECTIVES
+
+
+def test_a_maximum_reduced_as_a_sum_is_noticed(npu_worlds: dict[int, World]) -> None:
+    assert npu_worlds[2].run("collectives", maximum="SUM")["max"] != COLLECTIVES["max"]

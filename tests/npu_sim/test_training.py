@@ -1,0 +1,141 @@
+"""Training on simulated NPUs equals training on the CPU: losses and gradient norms, fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from worlds import World
+
+STEPS = 3
+FLAGS = ["--seq-length", "32", "--global-batch-size", "4", "--lr", "3e-3", "--train-iters", str(STEPS)]
+FLAGS += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--eval-iters", "0", "--moe-aux-loss-coeff", "0.02"]
+
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+VPP = ["--num-layers-per-virtual-pipeline-stage", "1"]
+EP2 = ["--expert-model-parallel-size", "2"]
+ZERO = ["--use-distributed-optimizer"]
+ULYSSES = ["--context-parallel-size", "2", "--context-parallel-algo", "ulysses_cp_algo"]
+RING = ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"]
+FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+
+# What is computed, apart from how: kind of model and flags.
+TRAININGS = {
+    "dense": ("untied", []),
+    "packed": ("untied", ["--reset-attention-mask", "--reset-position-ids"]),
+    "LoRA": ("untied", ["--lora-r", "4"]),
+    "MoE": ("moe", []),
+    "MoE packed LoRA": ("moe", ["--reset-attention-mask", "--reset-position-ids", "--lora-r", "4"]),
+}
+CASES = {
+    "dense: one device": ("dense", 1, []),
+    "dense: full recompute": ("dense", 1, FULL),
+    "packed: one device": ("packed", 1, []),
+    "LoRA: one device": ("LoRA", 1, []),
+    "MoE: one device": ("MoE", 1, []),
+    "dense: TP2 SP": ("dense", 2, TP2),
+    "dense: PP2 VPP2": ("dense", 2, PP2 + VPP),
+    "dense: CP2 ulysses": ("dense", 2, ULYSSES),
+    "dense: DP2 distributed optimizer, overlapped": (
+        "dense",
+        2,
+        [*ZERO, "--overlap-grad-reduce", "--overlap-param-gather"],
+    ),
+    "packed: CP2 ring": ("packed", 2, RING),
+    "LoRA: TP2 SP, selective recompute": ("LoRA", 2, [*TP2, "--recompute-granularity", "selective"]),
+    "MoE: EP2 distributed optimizer": ("MoE", 2, EP2 + ZERO),
+    "MoE: TP2 SP": ("MoE", 2, TP2),
+    "MoE: CP2 ring": ("MoE", 2, RING),
+    "MoE packed LoRA: EP2": ("MoE packed LoRA", 2, EP2),
+}
+
+
+class Trainings:
+    """The flags of a training, and what the CPU computes for it.
+
+    LoRA's random updates differ between devices: such a training goes on from a checkpoint.
+    """
+
+    def __init__(self, world: World, models: dict[str, str], tokens: str, folder: Path) -> None:
+        self.world, self.models, self.tokens, self.folder = world, models, tokens, folder
+        self.results: dict[str, dict] = {}
+
+    def flags(self, name: str) -> list[str]:
+        kind, extra = TRAININGS[name]
+        flags = [*FLAGS, "--data-path", self.tokens, *extra]
+        if "--lora-r" not in extra:
+            return [*flags, "--load", self.models[kind]]
+        start = self.folder / name
+        if not start.exists():
+            self.world.run("train", flags=[*flags, "--load", self.models[kind], "--save", str(start)], steps=1)
+        return [*flags, "--load", str(start), "--no-load-rng"]
+
+    def on_cpu(self, name: str) -> dict:
+        if name not in self.results:
+            self.results[name] = self.world.run("train", flags=self.flags(name), steps=STEPS)
+        return self.results[name]
+
+
+@pytest.fixture(scope="module")
+def trainings(
+    cpu_world: World, models: dict[str, str], tokens: str, tmp_path_factory: pytest.TempPathFactory
+) -> Trainings:
+    return Trainings(cpu_world, models, tokens, tmp_path_factory.mktemp("starts"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_cpu(name: str, npu_worlds: dict[int, World], trainings: Trainings) -> None:
+    training, size, extra = CASES[name]
+    expected = trainings.on_cpu(training)
+    got = npu_worlds[size].run("train", flags=trainings.flags(training) + extra, steps=STEPS)
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+def test_the_trainings_differ(npu_worlds: dict[int, World], trainings: Trainings) -> None:
+    """Else the comparisons would say less than they seem to."""
+    second_losses = {trainings.on_cpu(name)["loss"][1] for name in TRAININGS}
+    assert len(second_losses) == len(TRAININGS)
+
+
+@pytest.mark.parametrize(("size", "extra"), [(1, []), (2, EP2 + ZERO)], ids=["one device", "EP2 distributed optimizer"])
+def test_a_resumed_training_continues(
+    size: int, extra: list[str], npu_worlds: dict[int, World], trainings: Trainings, tmp_path: Path
+) -> None:
+    """Saved on the NPU and resumed there: as without the interruption, bit for bit; and the CPU can go on from it."""
+    flags, world = trainings.flags("MoE") + extra, npu_worlds[size]
+    world.run("train", flags=[*flags, "--save", str(tmp_path)], steps=STEPS - 1)
+    rest = world.run("train", flags=[*flags, "--load", str(tmp_path)], steps=1)
+    expected = trainings.on_cpu("MoE")["loss"][-1]
+    assert rest["loss"] == pytest.approx([expected], rel=1e-5)
+    flags = [*trainings.flags("MoE"), "--load", str(tmp_path), "--no-load-rng"]
+    on_cpu = trainings.world.run("train", flags=flags, steps=1)
+    assert on_cpu["loss"] == pytest.approx([expected], rel=1e-5)
+
+
+def test_bfloat16_learns(npu_worlds: dict[int, World], trainings: Trainings) -> None:
+    losses = npu_worlds[1].run("train", flags=[*trainings.flags("MoE"), "--bf16"], steps=STEPS)["loss"]
+    assert losses == pytest.approx(trainings.on_cpu("MoE")["loss"], rel=5e-3)
+
+
+def test_torch_npus_operations_serve(npu_worlds: dict[int, World], trainings: Trainings) -> None:
+    """The comparisons above would hold with plain torch on the device, too."""
+    world = npu_worlds[1]
+    before = world.run("operation_calls")
+    world.run("train", flags=trainings.flags("MoE"), steps=1)
+    calls = {name: count - before.get(name, 0) for name, count in world.run("operation_calls").items()}
+    layers, micro_batches = 4, 4
+    passes = layers * micro_batches
+    expected = {
+        "npu_fusion_attention": passes,
+        "npu_fusion_attention_grad": passes,
+        "npu_rms_norm": 4 * passes + micro_batches,  # before attention and MLP, of queries and keys, and the last
+        "npu_rotary_mul": 2 * passes,
+        "npu_swiglu": passes,
+        "npu_grouped_matmul": 2 * 3 * passes,  # forward, gradients of input and weight
+        "npu_moe_token_permute_with_routing_map": passes,
+        "_npu_moe_token_unpermute_with_routing_map": passes,
+    }
+    assert {name: calls.get(name) for name in expected} == expected

@@ -1,0 +1,164 @@
+"""`python -m qwen3_npu.doctor`: every finding on made-up facts, and the real thing on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3_npu.args.doctor import DoctorArgs
+from qwen3_npu.doctor.checks import diagnose
+from qwen3_npu.doctor.findings import BLOCKER, WARNING, show
+from qwen3_npu.doctor.hosts import look_at_hosts, read_hostfile
+from qwen3_npu.doctor.machine import Facts, _cann
+from qwen3_npu.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+NPU = Facts(
+    python=(3, 11),
+    machine="aarch64",
+    packages={"torch": "2.7.1", "torch-npu": "2.7.1.post4", "megatron-core": "0.16.1", "transformers": "5.0"},
+    requirements=["torch>=2.7,<2.14", "megatron-core==0.16.1"],
+    environment={"ASCEND_HOME_PATH": "/cann"},
+    torch_npu=True,
+    wrong_apex=False,
+    cann="9.0.0",
+    driver="25.2",
+    npu_smi=True,
+    devices={"kind": "npu", "name": "Ascend910B2", "count": 8, "memory": [[60 * GIB, 61 * GIB]] * 8},
+    wanted=8,
+    all_reduce={"answer": "0.4 ms for 16 MiB"},
+    taken_ports=[],
+)
+
+
+def bad(**changes: object) -> list[tuple[str, str, str]]:
+    """(level, about, text and remedy) of what is not ok."""
+    found = diagnose(dataclasses.replace(NPU, **changes))
+    return [(f.level, f.about, f"{f.text} -> {f.remedy}") for f in found if f.level != "ok"]
+
+
+def test_a_good_machine_has_no_complaint() -> None:
+    assert bad() == []
+
+
+TLS = "ImportError: /env/lib/libgomp-d22c30c5.so.1.0.0: cannot allocate memory in static TLS block"
+CASES = [
+    ({"python": (3, 13)}, BLOCKER, "python", "use Python 3.10, 3.11 or 3.12"),
+    ({"requirements": None}, WARNING, "packages", "pip install -e ."),
+    ({"requirements": ["peft>=0.1"]}, BLOCKER, "peft", "pip install 'peft>=0.1'"),
+    ({"requirements": ["megatron-core==0.12.1"]}, BLOCKER, "megatron-core", "0.16.1 is installed, ==0.12.1 is needed"),
+    ({"torch_npu": False}, BLOCKER, "torch_npu", "an NPU driver but torch_npu is not installed"),
+    ({"packages": NPU.packages | {"torch": "2.13.0"}}, BLOCKER, "torch_npu", "built for torch 2.7.1; torch 2.13.0"),
+    ({"packages": NPU.packages | {"torch": "2.7.1+cu126"}}, BLOCKER, "torch", "CUDA build"),
+    ({"environment": {}}, BLOCKER, "CANN", "set_env.sh was not sourced"),
+    ({"cann": None}, WARNING, "CANN", "no version file"),
+    ({"cann": "8.3.RC1"}, WARNING, "CANN", "published for torch_npu 2.7.1.post4 is 9.0.0"),
+    ({"packages": NPU.packages | {"torch-npu": "2.7.1.post9"}}, WARNING, "CANN", "no published pair"),
+    ({"driver": None, "npu_smi": False}, BLOCKER, "driver", "install the driver"),
+    (
+        {"devices": {"error": TLS}, "all_reduce": None},
+        BLOCKER,
+        "devices",
+        "LD_PRELOAD=/env/lib/libgomp-d22c30c5.so.1.0.0",
+    ),
+    ({"devices": {"error": "ImportError: libhccl.so: cannot open"}}, BLOCKER, "devices", "set_env.sh"),
+    ({"wanted": 16}, BLOCKER, "devices", "set NPUS_PER_NODE=8, or look at ASCEND_RT_VISIBLE_DEVICES"),
+    (
+        {"devices": NPU.devices | {"memory": [[60 * GIB, 61 * GIB], [20 * GIB, 61 * GIB]]}},
+        WARNING,
+        "memory",
+        "device 1: 21.5 GB of 65.5 GB free",
+    ),
+    ({"all_reduce": {"error": "DistBackendError: timeout"}}, BLOCKER, "all-reduce", "HCCL_SOCKET_IFNAME"),
+    ({"all_reduce": {"answer": "wrong sum"}}, BLOCKER, "all-reduce", "faulty"),
+    ({"wrong_apex": True}, WARNING, "apex", "pip uninstall apex"),
+    ({"taken_ports": [6000, 25810]}, WARNING, "ports", "in use: 6000, 25810"),
+]
+
+
+@pytest.mark.parametrize(("changes", "level", "about", "words"), CASES, ids=[f"{c[2]}: {c[3]}" for c in CASES])
+def test_finding(changes: dict, level: str, about: str, words: str) -> None:
+    (found,) = bad(**changes)
+    assert found[:2] == (level, about)
+    assert words in found[2]
+
+
+def test_exit_status_and_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert show(diagnose(NPU)) == 0
+    assert show(diagnose(dataclasses.replace(NPU, wrong_apex=True))) == 0
+    capsys.readouterr()
+    assert show(diagnose(dataclasses.replace(NPU, wanted=16))) == 1
+    report = capsys.readouterr().out
+    assert "-> set NPUS_PER_NODE=8" in report
+    assert "1 blockers, 0 warnings" in report
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("version.cfg", "# version: 1.0\nversion=[7.8.0.1.231:8.3.RC1]"),
+        ("compiler/version.info", "Version=8.3.RC1\nversion_dir=8.3.RC1"),
+    ],
+)
+def test_the_version_of_cann_is_read(file: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert _cann({"ASCEND_HOME_PATH": str(tmp_path)}) == "8.3.RC1"
+    assert _cann({"ASCEND_HOME_PATH": str(tmp_path / "nothing")}) is None
+
+
+@pytest.fixture
+def ssh(tmp_path: Path) -> str:
+    """A command like ssh, to hosts "good", "late" (clock 100 s behind), "apart" (no shared folder) and "closed"."""
+    program = tmp_path / "fake_ssh"
+    program.write_text(
+        "#!/bin/bash\n"
+        "host=$1; shift\n"
+        "case $host in\n"
+        "closed) echo 'Permission denied' >&2; exit 255;;\n"
+        "late) echo $(($(date +%s) - 100)).5 shared;;\n"
+        'apart) bash -c "$*" | sed s/shared/apart/;;\n'
+        '*) bash -c "$*";;\n'
+        "esac\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return str(program)
+
+
+def test_hosts(ssh: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# a cluster\ngood slots=8\nlate\n\napart  # new\nclosed\n")
+    assert read_hostfile(str(hosts)) == ["good", "late", "apart", "closed"]
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    found = look_at_hosts(DoctorArgs(hostfile=str(hosts), shared_dir=str(shared), ssh=ssh))
+    said = {(f.about, f.level): f"{f.text} -> {f.remedy}" for f in found}
+    assert set(said) == {("good", "ok"), ("late", WARNING), ("apart", "ok"), ("apart", BLOCKER), ("closed", BLOCKER)}
+    assert "100 s off" in said["late", WARNING] or "99 s off" in said["late", WARNING]
+    assert "does not see" in said["apart", BLOCKER]
+    assert "Permission denied -> make" in said["closed", BLOCKER]
+    assert list(shared.iterdir()) == [], "the file that was looked for is gone again"
+
+
+def test_a_missing_hostfile_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        read_hostfile(str(tmp_path / "nothing"))
+
+
+def test_on_this_machine() -> None:
+    environment = os.environ | {"NPUS_PER_NODE": "2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "qwen3_npu.doctor", "--device", "cpu"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert "all-reduce" in result.stdout, result.stdout + result.stderr
+    assert "ms for 16 MiB" in result.stdout
+    assert result.returncode == ("BLOCKER" in result.stdout)
+    result = subprocess.run([*command, "--devise", "x"], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 2
+    assert "did you mean --device?" in result.stderr
