@@ -45,7 +45,9 @@ class EvaluateArgs:
     evaluation_batch_size: int | None = flag(
         None, minimum=1, unit="questions", help="generated at the same time; default: 8. Scored ones fill --pass-tokens"
     )
-    pass_tokens: int = flag(512, minimum=1, unit="tokens", help="scored in one pass; less needs less memory")
+    pass_tokens: int | None = flag(
+        None, minimum=1, unit="tokens", help="scored in one pass; less needs less memory; default: CPU 256, else 4096"
+    )
     max_new_tokens: int | None = flag(None, minimum=1, unit="tokens", help="longest answer; default: the task's")
     log_samples: bool = flag(False, help="write every question with its answer into samples_<task>.jsonl")
     output_dir: str = flag(".", metavar="DIR", help="folder of results.json and the samples")

@@ -69,7 +69,7 @@ def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Plan)
         _load(name, path, args, writer)
         for name, path in zip(args.evaluate.task, args.evaluate.task_data_path, strict=True)
     ]
-    rows = args.evaluate.pass_tokens
+    rows = pass_tokens(args, world.device.type)
     with loaded(platform, world, args.runtime, args.weights, plan, rows=rows, copy_tied=False) as runner:
         results = {}
         for task in tasks:
@@ -88,6 +88,11 @@ def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Plan)
             results[task.name] = {**_facts(task, args), **summary.json(), "seconds": round(seconds, 2)}
         if runner.world.rank == 0:
             _write(results, args, plan, Path(args.evaluate.output_dir))
+
+
+def pass_tokens(args: EvaluationArgs, device: str) -> int:
+    """Tokens of a pass: on a CPU more of them only take memory."""
+    return args.evaluate.pass_tokens or (256 if device == "cpu" else 4096)
 
 
 def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> Read:
@@ -148,10 +153,12 @@ class _Evaluation:
             listed += [Choice((i, j), group, *pair) for j, pair in enumerate(tokens)]
         scorer = Scorer(
             self.runner,
-            pass_tokens=self.args.evaluate.pass_tokens,
+            pass_tokens=pass_tokens(self.args, self.runner.device.type),
             prefix_cache=self.args.weights.prefix_cache and self.args.weights.use_kv_cache,
         )
-        found = scorer.score(listed, self._progress(len(choices)))
+        progress = self._progress(len(choices))
+        # A question may take several rows; what is shown are questions.
+        found = scorer.score(listed, lambda share: progress(share * len(choices) / self.runner.data_parallel))
         total = scorer.computed + scorer.reused
         log.info(f"{read.name}: {scorer.computed} of {total} prompt tokens computed, the rest is shared")
         return {i: [found[i, j] for j in range(len(words))] for i, words in choices.items()}
@@ -175,7 +182,7 @@ class _Evaluation:
             stream.rest()
         return dict(runner.gather([(number, stream.text) for number, stream in streams.items()]))
 
-    def _progress(self, total: int) -> Callable[[int], None]:
+    def _progress(self, total: int) -> Callable[[float], None]:
         if self.runner.world.rank != 0:
             return lambda count: None
         progress = Progress(self.read.name, total / self.runner.data_parallel, {"questions": "questions"})

@@ -82,11 +82,11 @@ def _ask() -> str | None:
 
 
 class Screen:
-    """Shows an answer; what stands between <think> and </think> is dimmed (on a terminal) or not shown."""
+    """Shows an answer; what stands between <think> and </think> is dimmed (off a terminal: marked) or not shown."""
 
     def __init__(self, out: TextIO, *, hidden: bool) -> None:
         self.out, self.hidden, self.colours = out, hidden, out.isatty()
-        self.thinking = False
+        self.thinking = self.after_thought = False
         self.waiting = ""  # may be the beginning of a tag
         self._put("qwen3_npu: ")
 
@@ -99,10 +99,12 @@ class Screen:
             if not found:
                 break
             self._show(before)
-            self.waiting = after.lstrip("\n") if self.thinking and self.hidden else after
+            self.waiting = after
             self.thinking = not self.thinking
-            if self.colours and not self.hidden:
-                self._put(_DIM if self.thinking else _PLAIN)
+            if self.hidden:
+                self.after_thought = not self.thinking
+            else:
+                self._put((_DIM if self.thinking else _PLAIN) if self.colours else tag)
         held = next((n for n in range(len(tag) - 1, 0, -1) if self.waiting.endswith(tag[:n])), 0)
         cut = len(self.waiting) - held
         self._show(self.waiting[:cut])
@@ -114,7 +116,10 @@ class Screen:
         self._put((_PLAIN if self.colours else "") + "\n")
 
     def _show(self, text: str) -> None:
-        if not (self.thinking and self.hidden):
+        if self.after_thought:  # the empty line that ends a hidden thought
+            text = text.lstrip("\n")
+        if text and not (self.thinking and self.hidden):
+            self.after_thought = False
             self._put(text)
 
     def _put(self, text: str) -> None:

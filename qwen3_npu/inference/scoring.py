@@ -63,22 +63,24 @@ class Scorer:
         self.computed = self.reused = 0
 
     def score(
-        self, choices: Sequence[Choice], on_done: Callable[[int], None] | None = None
+        self, choices: Sequence[Choice], on_done: Callable[[float], None] | None = None
     ) -> dict[tuple[int, int], float]:
         """Log-likelihood of every continuation, on every process.
 
         Args:
-            on_done: called with the number of rows done, on every process.
+            on_done: called with the share of this process's rows that a pass has done.
         """
         keys: list[tuple[int, int]] = []
         parts: list[torch.Tensor] = []
-        for batch, prefix in self._batches(self._share(_rows(choices, self.runner.plan.positions))):
+        groups = self._share(_rows(choices, self.runner.plan.positions))
+        total = sum(map(len, groups))
+        for batch, prefix in self._batches(groups):
             keys += [choice.key for row in batch for choice in row.choices]
             scores = self._pass(batch, prefix)
             if scores is not None:
                 parts.append(scores)
             if on_done is not None:
-                on_done(len(batch))
+                on_done(len(batch) / total)
         while self.runner.anyone(False):
             self.runner.idle()
         values = torch.cat(parts) if parts else torch.zeros(len(keys), dtype=torch.float64, device=self.runner.device)
