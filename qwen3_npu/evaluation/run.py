@@ -62,6 +62,7 @@ def run(platform: Platform, args: EvaluationArgs, plan: Plan) -> None:
 
 def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Plan) -> None:
     """Read all questions, load the model, evaluate, write."""
+    platform.return_freed_memory()
     writer = Writer(plan.tokenizer, args.prompts, backend="auto")
     if writer.args.template:
         plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))

@@ -30,6 +30,7 @@ class Platform:
         peak_flops: dense bf16 FLOP/s of one device as published, or None where that is not known.
         profiler: folder for traces and flags -> torch's profiler, not started.
         overlaps_p2p_safely: whether pipeline output may be freed while a send of it is under way.
+        return_freed_memory: from now on give large freed blocks back at once, where memory counts more than time.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Platform:
     peak_flops: Callable[[], float | None]
     profiler: Callable[[Path, ProfileArgs], Any]
     overlaps_p2p_safely: bool
+    return_freed_memory: Callable[[], None] = lambda: None
 
     def activate(self) -> None:
         """Make megatron-core work on this device; to be called before anything imports it."""
