@@ -156,7 +156,7 @@ def test_earlier_answers_of_a_conversation(model: Path) -> None:
         (["--predict-data", "{bad}"], "line 2: not JSON"),
         (["--prompt", "x", "--context-parallel-size", "2"], "is for training"),
         (["--prompt", "x", "--tensor-model-parallel-size", "2"], "1 processes cannot hold copies of TP 2"),
-        (["--prompt", "x", "--tokenizer-name-or-path", "nowhere"], "nowhere: is not a folder"),
+        (["--prompt", "x", "--tokenizer-name-or-path", "nowhere"], "nowhere holds no tokenizer.json"),
         (["--prompt", "x", "--load", "nowhere"], "nowhere holds no Hugging Face model and no Megatron checkpoint"),
         (["--prompt", "x", "--task", "beam_search", "--no-use-kv-cache"], "needs the cache"),
         (["--task", "chat"], "--task chat needs a template"),
