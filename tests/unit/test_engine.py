@@ -101,6 +101,29 @@ def test_a_conversation_computes_only_what_is_new(both: Both) -> None:
     assert second.generated == expected[0]
 
 
+@pytest.mark.parametrize("pass_tokens", [16, 1000])
+def test_scores_are_the_log_softmax_of_transformers(both: Both, pass_tokens: int) -> None:
+    """Continuations of one and of three tokens, with beginnings that are shared and that are not."""
+    from qwen3_npu.inference.scoring import Choice, Scorer
+
+    prompts = generation.prompts()
+    choices = [
+        Choice((i, length), "alone" if i == len(prompts) - 1 else "shared", tuple(prompt), length)
+        for i, prompt in enumerate(prompts)
+        for length in (1, 3 if len(prompt) > 3 else 2)
+    ]
+    expected = {}
+    for choice in choices:
+        logits = both.theirs(torch.tensor([choice.tokens[:-1]])).logits[0].log_softmax(-1)
+        targets = torch.tensor(choice.tokens[-choice.length :])
+        expected[choice.key] = logits[-choice.length :].gather(1, targets[:, None]).sum().item()
+    for prefix_cache in (True, False):
+        scorer = Scorer(both.made, pass_tokens=pass_tokens, prefix_cache=prefix_cache)
+        assert scorer.score(choices) == pytest.approx(expected, abs=1e-5)
+        assert (scorer.reused > 0) == prefix_cache
+        assert scorer.computed + scorer.reused == sum(len(prompt) - 1 for prompt in prompts)
+
+
 def test_what_does_not_fit_the_positions(both: Both) -> None:
     from qwen3_npu.inference.engine import Engine, Request
 

@@ -98,9 +98,12 @@ metric_list:
     )
 
 
+@pytest.mark.parametrize("positions", [4096, 300], ids=["beginnings are shared", "prompts lose their beginnings"])
 def test_mmlu_equals_lm_evaluation_harness(
-    process: Any, model: Path, mmlu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    positions: int, process: Any, mmlu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    arch = tiny.arch("tied", vocab_size=800, max_position_embeddings=positions)
+    model = quiz.write_tokenizer(tiny.write_model(tmp_path / "hf", arch))
     compare(process, model, mmlu, tmp_path, monkeypatch)
 
 
