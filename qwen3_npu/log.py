@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 LOGGER = logging.getLogger("qwen3_npu")
 
@@ -35,3 +37,14 @@ def info(message: str) -> None:
 def warning(message: str) -> None:
     """A line from any rank."""
     LOGGER.warning(message)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings only."""
+    level = LOGGER.level
+    LOGGER.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)

@@ -162,7 +162,11 @@ class CheckpointArgs:
     load: str | None = flag(None, metavar="DIR", help="checkpoint folder to start from or to resume")
     save: str | None = flag(None, metavar="DIR", help="checkpoint folder to write")
     save_interval: int | None = flag(None, minimum=1, unit="steps", help="between checkpoints; always one at the end")
-    ckpt_format: str = flag("torch", choices=["torch"], help="layout on disk")
+    save_total_limit: int | None = flag(
+        None, minimum=1, help="checkpoints of this training to keep; older ones are deleted; default: all"
+    )
+    ckpt_format: str = flag("torch", choices=["torch", "torch_dist"], help="files to write; either is read")
+    async_save: bool = flag(False, help="copy what is saved to the host and write it while the training goes on")
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
     finetune: bool = flag(False, help="take only the weights: step 0, new optimizer, new data order")
     load_optim: bool = flag(True, help="load the optimizer's state")

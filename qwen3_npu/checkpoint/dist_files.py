@@ -70,7 +70,8 @@ class DistReader(DistTensors):
         shapes = {key: tensor.size for key, tensor in stored.items()}
         lora = lora_from_args(self.args, shapes, lora_alpha, str(folder))
         contents = Contents(arch, base=not all(map(is_lora, shapes)), lora=lora)
-        padded = shapes.get(EMBEDDING.megatron, (arch.vocab_size,))[0]
+        said = getattr(self.args, "padded_vocab_size", None) or arch.vocab_size  # an adapter has no embedding
+        padded = shapes.get(EMBEDDING.megatron, (said,))[0]
         layout = whole(arch, padded, number_list(getattr(self.args, "noop_layers", None)))
         super().__init__(folder, stored, contents, layout)
 

@@ -169,7 +169,9 @@ def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES
     target.mkdir(parents=True, exist_ok=True)
     for name in copied:
         if (source / name).resolve() != (target / name).resolve():
-            shutil.copyfile(source / name, target / name)
+            temporary = target / (name + ".tmp")
+            shutil.copyfile(source / name, temporary)
+            os.replace(temporary, target / name)  # whole at any moment: the folder may be in use
     return copied
 
 

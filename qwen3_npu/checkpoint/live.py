@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from qwen3_npu.checkpoint.cuts import Region, intersect
 from qwen3_npu.checkpoint.lora_table import Contents
+from qwen3_npu.checkpoint.piece_reader import PieceReader, Place
 from qwen3_npu.checkpoint.pt_writer import PtWriter, Tensor
 from qwen3_npu.checkpoint.source import Source, read_shard
-from qwen3_npu.checkpoint.tensors import BF16, BY_TORCH, U8, DType
+from qwen3_npu.checkpoint.tensors import BF16, BY_TORCH, U8, DType, sizes, slices
+from qwen3_npu.checkpoint.weights import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
 
 
@@ -30,6 +34,79 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """The tensor on the host, bfloat16 as uint16; the same memory if it is there already."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
+def on_host(content: Any) -> Any:
+    """Nested dicts and lists with copies on the host for the tensors in them, which training then leaves alone."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: on_host(item) for key, item in content.items()}
+    return [on_host(item) for item in content] if isinstance(content, list) else content
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What is saved of one model rank.
+
+    Attributes:
+        common: what is the same on every rank: args, schedule, steps.
+        parameters: (virtual chunk, name) -> tensor.
+        optimizer: the same for each trained parameter that this rank has the state of; None: not saved.
+        step: updates made.
+        random: states of the random generators; None: not saved.
+    """
+
+    contents: Contents
+    layout: Layout
+    rank: Rank
+    common: dict[str, Any]
+    parameters: Mapping[tuple[int, str], torch.Tensor]
+    optimizer: Mapping[tuple[int, str], Mapping[str, torch.Tensor]] | None
+    step: int
+    random: dict[str, Any] | None
+
+
+class LiveTensors(PieceReader[None]):
+    """Tensors of one rank in memory, of its parameters' shapes, read as regions of Hugging Face tensors.
+
+    Args:
+        tensors: (virtual chunk, name) -> tensor, of some or all parameters.
+    """
+
+    def __init__(
+        self, tensors: Mapping[tuple[int, str], torch.Tensor], contents: Contents, layout: Layout, rank: Rank
+    ) -> None:
+        self.tensors, self.arch, self.contents = tensors, contents.arch, contents
+        shards = [shard for shard in contents.shards(layout, rank) if (shard.chunk, shard.name) in tensors]
+        self.here = {piece.hf for shard in shards for piece in shard.pieces}
+        super().__init__(((None, shard) for shard in shards), "this rank")
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether what a shard is made of is here; its layout may have another name for it."""
+        return any(piece.hf in self.here for piece in shard.pieces)
+
+    def find(self, place: Place) -> torch.Tensor:
+        return self.tensors[place.shard.chunk, place.shard.name]
+
+    def stored_dtype(self, place: Place, tensor: torch.Tensor) -> DType:
+        return dtype_of(tensor)
+
+    def dtype(self, name: str) -> DType:
+        # A rank may hold nothing but padding of a vocabulary; all its tensors have one dtype.
+        return super().dtype(name) if name in self.places else dtype_of(next(iter(self.tensors.values())))
+
+    def read(self, name: str, region: Region) -> np.ndarray:
+        if any(intersect(region, held) for held in self.places.get(name, ())):
+            return super().read(name, region)
+        # Padding repeats the vocabulary's last row, which another rank holds; what is in padded rows is never used.
+        return np.zeros(sizes(region), self.dtype(name).carrier)
+
+    def read_stored(self, place: Place, tensor: torch.Tensor, region: Region) -> np.ndarray:
+        return to_numpy(tensor.detach().view(place.shard.view)[slices(region)])
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 @torch.no_grad()
@@ -61,22 +138,37 @@ def load_weights(
             parameters[name].copy_(to_torch(read_shard(source, shard, dtype), dtype))
 
 
+def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:
+    """(virtual chunk, name) -> parameter."""
+    return {(i, name): p for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+
+
 def write_content(path: Path, content: Any) -> None:
     """Write nested dicts and lists with torch tensors in them as a torch checkpoint, flushed to disk.
 
     One tensor at a time is in host memory.
     """
+    announced, tensors = announce(content)
+    write_tensors(PtWriter(path, announced), tensors)
+
+
+def announce(content: Any) -> tuple[Any, list[torch.Tensor]]:
+    """The content with placeholders for its tensors, and the tensors in order."""
     tensors: list[torch.Tensor] = []
 
-    def announce(value: Any) -> Any:
+    def described(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             tensors.append(value)
             return Tensor(dtype_of(value), tuple(value.shape))
         if isinstance(value, dict):
-            return {key: announce(item) for key, item in value.items()}
-        return [announce(item) for item in value] if isinstance(value, list) else value
+            return {key: described(item) for key, item in value.items()}
+        return [described(item) for item in value] if isinstance(value, list) else value
 
-    writer = PtWriter(path, announce(content))
+    return described(content), tensors
+
+
+def write_tensors(writer: PtWriter, tensors: list[torch.Tensor]) -> None:
+    """Give a writer all tensors it was told of, and close it."""
     for tensor in tensors:
         writer.write(to_numpy(tensor))
     writer.close()

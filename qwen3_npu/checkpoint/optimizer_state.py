@@ -34,13 +34,17 @@ def step_count(optimizer: MegatronOptimizer) -> int:
     return max(steps, default=0)
 
 
-def gather(optimizer: MegatronOptimizer, names: Names) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+Gathered = dict[tuple[int, str], dict[str, torch.Tensor]]
+
+
+def gather(optimizer: MegatronOptimizer, names: Names, *, copy: bool = False) -> Gathered:
     """(chunk, name) -> {param, exp_avg, exp_avg_sq}, float32, each of the parameter's local shape.
 
     Every rank must call this. With a distributed optimizer only data-parallel rank 0 gets the tensors; the others get
-    those of the parameters they are rank 0 for.
+    those of the parameters they are rank 0 for. Those tensors are copies on the host; without a distributed optimizer
+    they are the optimizer's own, unless a copy is asked for.
     """
-    found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    found: Gathered = {}
     for part in parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             flat = part.get_parameter_state_dp_zero()
@@ -50,7 +54,8 @@ def gather(optimizer: MegatronOptimizer, names: Names) -> dict[tuple[int, str], 
         else:
             for parameter, main in _main_parameters(part):
                 state = part.optimizer.state[main]
-                found[names[parameter]] = {"param": main.detach(), **{k: state[k] for k in KEYS[1:]}}
+                tensors = {"param": main.detach(), **{k: state[k] for k in KEYS[1:]}}
+                found[names[parameter]] = {k: t.to("cpu", copy=True) if copy else t for k, t in tensors.items()}
     return found
 
 

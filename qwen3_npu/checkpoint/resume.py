@@ -11,23 +11,27 @@ from megatron.core import tensor_parallel
 from qwen3_npu import log
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import optimizer_state
+from qwen3_npu.checkpoint.dist_files import DistReader
 from qwen3_npu.checkpoint.hf_files import is_hf_weights, open_hf
 from qwen3_npu.checkpoint.live import load_weights, to_torch
 from qwen3_npu.checkpoint.lora_table import is_lora
 from qwen3_npu.checkpoint.merge import SharedA
-from qwen3_npu.checkpoint.mg_files import MegatronReader, ShardedTensors
-from qwen3_npu.checkpoint.mg_folder import read_tracker
+from qwen3_npu.checkpoint.mg_files import MegatronReader
+from qwen3_npu.checkpoint.mg_folder import TORCH_DIST, checkpoint_folder, format_of
+from qwen3_npu.checkpoint.newest_whole import newest_whole
 from qwen3_npu.checkpoint.peft_files import PeftReader, is_peft
-from qwen3_npu.checkpoint.pt_reader import PtFile, TensorRef
+from qwen3_npu.checkpoint.pickles import TensorRef
 from qwen3_npu.checkpoint.source import read_shard
 from qwen3_npu.checkpoint.tensors import F32, full
-from qwen3_npu.checkpoint.training_state import OPTIMIZER, Position, Trained
+from qwen3_npu.checkpoint.training_dist import DistState
+from qwen3_npu.checkpoint.training_state import Position, Trained
+from qwen3_npu.checkpoint.training_torch import TorchState
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
-Base = Any  # HfReader or MegatronReader
-Updates = Any  # MegatronReader or SharedA
+Base = Any  # HfReader, MegatronReader or DistReader
+Updates = Any  # SharedA, MegatronReader or DistReader
 
 
 def load(trained: Trained, args: CheckpointArgs, lora_load: str | None = None) -> Position:
@@ -68,12 +72,12 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
         _check_same_model(source.arch, trained.contents.arch, f"--load {args.load}")
         log.info(f"weights: {args.load} (Hugging Face)")
         return source
-    if args.ckpt_step is None and read_tracker(Path(args.load)) is None:
+    reader = _newest(args.load, args.ckpt_step)
+    if reader is None:
         if args.exit_on_missing_checkpoint or args.load != args.save or lora:
             raise UsageError(f"--load {args.load} holds no checkpoint and no Hugging Face model")
         log.info(f"weights: random ({args.load} holds no checkpoint yet)")
         return None
-    reader = MegatronReader(args.load, args.ckpt_step, prefer=model_rank())
     _check_same_model(reader.arch, trained.contents.arch, f"--load {args.load}")
     there = reader.contents
     if not there.base:
@@ -103,10 +107,10 @@ def _open_updates(trained: Trained, base: Base | None, lora_load: str | None) ->
         updates = base
     elif is_peft(Path(lora_load)):
         updates = SharedA(PeftReader(Path(lora_load), trained.contents.arch))
-    elif read_tracker(Path(lora_load)) is None:
-        raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
     else:
-        updates = MegatronReader(lora_load, prefer=model_rank(), lora_alpha=lora.alpha)
+        updates = _newest(lora_load, None, lora_alpha=lora.alpha)
+        if updates is None:
+            raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
         _check_same_model(updates.arch, trained.contents.arch, f"--lora-load {lora_load}")
     there = updates.contents.lora
     if there is None:
@@ -121,6 +125,17 @@ def _open_updates(trained: Trained, base: Base | None, lora_load: str | None) ->
     return updates
 
 
+def _newest(load: str, step: int | None, lora_alpha: float | None = None) -> MegatronReader | DistReader | None:
+    """The newest whole checkpoint of a folder, in either format; None: there is none. Every rank must call this."""
+    found = newest_whole(load, step)
+    if found is None:
+        return None
+    iteration = found if isinstance(found, int) else step
+    if format_of(checkpoint_folder(load, iteration)) == TORCH_DIST:
+        return DistReader(load, iteration, lora_alpha=lora_alpha)
+    return MegatronReader(load, iteration, prefer=model_rank(), lora_alpha=lora_alpha)
+
+
 def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
     if not there.same_weights(here):
         raise UsageError(f"{what} holds {there}; the model is {here}")
@@ -128,70 +143,62 @@ def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
 
 def _take_up(trained: Trained, args: CheckpointArgs, source: Any) -> Position:
     """Everything but the weights, if `source` is a training's checkpoint and is to be continued."""
-    why = None
+    why, state = None, None
     if args.finetune:
         why = "--finetune"
-    elif not isinstance(source, MegatronReader):
+    elif not isinstance(source, (MegatronReader, DistReader)):
         why = "nothing to resume"
     else:
-        content = source.open(next(source.layout.ranks())).content
-        if "opt_param_scheduler" not in content:
+        state = DistState(source) if isinstance(source, DistReader) else TorchState(source)
+        if "opt_param_scheduler" not in state.common:
             why = "the checkpoint has weights only"
-    if why is not None:
+    if state is None or why is not None:
         trained.optimizer.reload_model_params()
         log.info(f"training starts at step 0 ({why})")
         return Position()
     if args.load_optim:
-        _load_optimizer(trained, source)
+        _load_optimizer(trained, state)
     else:
         trained.optimizer.reload_model_params()
-    trained.scheduler.load_state_dict(content["opt_param_scheduler"])
+    trained.scheduler.load_state_dict(state.common["opt_param_scheduler"])
     if args.load_rng:
-        _load_rng(trained, source)
-    position = Position(content["iteration"], content["args"].consumed_train_samples)
-    log.info(f"resumed: {source.folder} ({source.layout}) at step {position.iteration}, sample {position.samples}")
+        _load_random(trained, state)
+    position = Position(state.common["iteration"], state.common["args"].consumed_train_samples)
+    log.info(f"resumed: {state.folder} ({state.layout}) at step {position.iteration}, sample {position.samples}")
     return position
 
 
-def _load_optimizer(trained: Trained, reader: MegatronReader) -> None:
+def _load_optimizer(trained: Trained, state: TorchState | DistState) -> None:
+    if not state.has_optimizer:
+        raise UsageError(f"{state.folder} was saved without optimizer state; give --no-load-optim or --finetune")
     rank = model_rank()
-
-    def tensors_of(key: str) -> ShardedTensors:
-        models = lambda content, chunk, chunks: content["state"][key].get(chunk, {})  # noqa: E731
-        table = trained.optimized.shards
-        return ShardedTensors(reader.folder, OPTIMIZER, reader.arch, reader.layout, models, prefer=rank, table=table)
-
-    first = reader.folder / reader.layout.folder(next(reader.layout.ranks())) / OPTIMIZER
-    if not first.is_file():
-        raise UsageError(f"{reader.folder} was saved without optimizer state; give --no-load-optim or --finetune")
-    sources = {key: tensors_of(key) for key in optimizer_state.KEYS}
+    sources = {key: state.optimizer(key, trained.optimized, rank) for key in optimizer_state.KEYS}
     wanted = {(shard.chunk, shard.name): shard for shard in trained.optimized.shards(trained.layout, rank)}
 
     def read(chunk: int, name: str, key: str) -> torch.Tensor:
         return to_torch(read_shard(sources[key], wanted[chunk, name], F32), F32)
 
-    step = PtFile(first).content["step"]
-    optimizer_state.restore(trained.optimizer, optimizer_state.parameter_names(trained.chunks), step, read)
+    names = optimizer_state.parameter_names(trained.chunks)
+    optimizer_state.restore(trained.optimizer, names, state.step, read)
     for source in sources.values():
         source.close()
 
 
-def _load_rng(trained: Trained, reader: MegatronReader) -> None:
-    rank = model_rank()
-    if reader.layout != trained.layout:
-        log.info(f"random state: new, since the checkpoint's layout is {reader.layout}")
+def _load_random(trained: Trained, state: TorchState | DistState) -> None:
+    if state.layout != trained.layout:
+        log.info(f"random state: new, since the checkpoint's layout is {state.layout}")
         return
-    file = reader.open(rank)
-    if "rng_state" not in file.content:
-        raise UsageError(f"{reader.folder} was saved without random state; give --no-load-rng or --finetune")
+    found = state.random(model_rank())
+    if found is None:
+        raise UsageError(f"{state.folder} was saved without random state; give --no-load-rng or --finetune")
+    content, archive = found
 
     def tensor(ref: TensorRef) -> torch.Tensor:
-        return torch.from_numpy(file.read(ref, ref.shape, full(ref.shape)))
+        return torch.from_numpy(archive.read(ref, ref.shape, full(ref.shape)))
 
-    state = file.content["rng_state"]
-    if tensor(state["cuda_rng_state"]).numel() != torch.cuda.get_rng_state().numel():
-        raise UsageError(f"{reader.folder} has the random state of another kind of device; give --no-load-rng")
-    torch.set_rng_state(tensor(state["torch_rng_state"]))
-    torch.cuda.set_rng_state(tensor(state["cuda_rng_state"]))
-    tracker = {name: tensor(ref) for name, ref in state["rng_tracker_states"].items()}
+    if tensor(content["cuda_rng_state"]).numel() != torch.cuda.get_rng_state().numel():
+        raise UsageError(f"{state.folder} has the random state of another kind of device; give --no-load-rng")
+    torch.set_rng_state(tensor(content["torch_rng_state"]))
+    torch.cuda.set_rng_state(tensor(content["cuda_rng_state"]))
+    tracker = {name: tensor(ref) for name, ref in content["rng_tracker_states"].items()}
     tensor_parallel.get_cuda_rng_tracker().set_states(tracker)

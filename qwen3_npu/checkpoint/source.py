@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from qwen3_npu.checkpoint.cuts import Region, relative
+from qwen3_npu.checkpoint.lora_table import Contents
 from qwen3_npu.checkpoint.tensors import DType, convert, full, row_blocks, slices
 from qwen3_npu.checkpoint.weights import Shard
 from qwen3_npu.errors import UsageError
@@ -18,6 +19,7 @@ class Source(Protocol):
     """Tensors under their Hugging Face names (an adapter's: under PEFT's), wherever they lie."""
 
     arch: Qwen3Arch
+    contents: Contents
 
     def dtype(self, name: str) -> DType: ...
 

@@ -1,8 +1,9 @@
 """Save a training: weights, optimizer, schedule, random state and data position; atomic. `resume.py` takes it up.
 
-    <root>/iter_0000010/mp_rank_.../model_optim_rng.pt   weights, args, schedule, random state
-                                   /optimizer.pt         float32 weights and moments, of the parameters' shapes
-    <root>/latest_checkpointed_iteration.txt             written last
+    <root>/iter_0000010/...                        in one of two formats: `training_torch.py`, `training_dist.py`
+                       /integrity.json             size and digest of every file
+    <root>/config.json, tokenizer files            what the weights are of
+    <root>/latest_checkpointed_iteration.txt       written last
 
 A checkpoint is made in `iter_*.partial` and renamed when every rank has finished, so a folder named `iter_*` is whole.
 """
@@ -15,6 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,20 +26,20 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import optimizer_state
+from qwen3_npu.checkpoint import integrity, keep, optimizer_state, training_dist, training_torch
 from qwen3_npu.checkpoint.hf_files import carry_files
-from qwen3_npu.checkpoint.live import dtype_of, write_content
+from qwen3_npu.checkpoint.live import Snapshot, dtype_of, on_host, parameters_of
 from qwen3_npu.checkpoint.lora_table import Contents, is_lora
 from qwen3_npu.checkpoint.mg_args import lora_args, to_args
-from qwen3_npu.checkpoint.mg_files import WEIGHTS
-from qwen3_npu.checkpoint.mg_folder import iteration_name
+from qwen3_npu.checkpoint.mg_folder import TORCH, TORCH_DIST, iteration_name
+from qwen3_npu.checkpoint.outputs import sync_folder
 from qwen3_npu.checkpoint.write_hf import write_config
 from qwen3_npu.checkpoint.write_mg import CHECKPOINT_VERSION, write_tracker
+from qwen3_npu.checkpoint.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout
-from qwen3_npu.errors import UsageError
 
-OPTIMIZER = "optimizer.pt"
+_FORMATS: dict[str, ModuleType] = {TORCH: training_torch, TORCH_DIST: training_dist}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,23 +76,20 @@ class Trained:
         return dataclasses.replace(self.contents, base=self.contents.lora is None)
 
 
-def save(
+def begin_save(
     trained: Trained,
     position: Position,
     args: CheckpointArgs,
     extra: dict[str, Any],
     config: Path | None,
     updates_only: bool = False,
-) -> Path:
-    """Write a checkpoint. Every rank must call this.
+) -> Writing:
+    """Write a checkpoint, with --async-save in a thread; `wait` of the result ends it. Every rank must call both.
 
     Args:
-        updates_only: of a LoRA training, not the frozen weights (--lora-ckpt-filter).
         extra: further entries of the saved args.
         config: folder whose config.json and tokenizer files are carried along.
-
-    Returns:
-        The finished folder.
+        updates_only: of a LoRA training, not the frozen weights (--lora-ckpt-filter).
     """
     root = Path(str(args.save))
     folder = root / iteration_name(position.iteration)
@@ -98,87 +97,81 @@ def save(
     if dist.get_rank() == 0:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
-    dist.barrier()
-    names = optimizer_state.parameter_names(trained.chunks)
-    gathered = optimizer_state.gather(trained.optimizer, names) if args.save_optim else {}
-    mine = trained.layout.folder(model_rank())
-    if _writes(mine):
-        (stage / mine).mkdir()
-        write_content(stage / mine / WEIGHTS, _content(trained, position, args, extra, updates_only))
-        if args.save_optim:
-            write_content(stage / mine / OPTIMIZER, _optimizer_content(trained.optimizer, gathered))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _publish(stage, folder, trained, config)
-    dist.barrier()
-    return folder
+    writers = _writers(trained.layout.folder(model_rank()))  # nobody writes before rank 0 has made the stage
+    snapshot = _snapshot(trained, position, args, extra, updates_only)
+    files, rank = _FORMATS[args.ckpt_format], dist.get_rank()
+
+    def write() -> None:
+        if rank in writers:
+            integrity.write_part(stage, rank, *files.write(snapshot, stage))
+
+    def publish() -> None:
+        parts = integrity.read_parts(stage, writers)
+        names = files.finish(snapshot, stage, [part["notes"] for part in parts])
+        integrity.write_manifest(stage, parts, names, writers)
+        integrity.sync_tree(stage)
+        _carry(config, trained, root)
+        keep.remove(folder)
+        os.replace(stage, folder)
+        sync_folder(root)
+        write_tracker(root, str(position.iteration))
+        if args.save_total_limit is not None:
+            keep.keep_newest(root, position.iteration, args.save_total_limit)
+
+    return Writing(str(folder), write, publish if rank == 0 else None, stage, writers, background=args.async_save)
 
 
-def _writes(folder: str) -> bool:
-    """Whether this rank is the first of those that hold the same shard."""
+def _writers(folder: str) -> list[int]:
+    """The ranks that write: the first of those that hold the same shard."""
     folders: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(folders, folder)
-    return folders.index(folder) == dist.get_rank()
+    return [rank for rank, name in enumerate(folders) if folders.index(name) == rank]
 
 
-def _content(
+def _snapshot(
     trained: Trained, position: Position, args: CheckpointArgs, extra: dict[str, Any], updates_only: bool
-) -> dict[str, Any]:
-    dtype = dtype_of(next(trained.chunks[0].parameters()))
-    saved_args = to_args(trained.contents.arch, trained.layout, dtype)
-    if trained.contents.lora:
-        saved_args |= lora_args(trained.contents.lora)
+) -> Snapshot:
+    """Everything that is saved of this rank; with --async-save copied to the host."""
+    contents = trained.optimized if updates_only else trained.contents
+    saved_args = to_args(contents.arch, trained.layout, dtype_of(next(trained.chunks[0].parameters())))
+    if contents.lora:
+        saved_args |= lora_args(contents.lora)
     saved_args |= {"iteration": position.iteration, "consumed_train_samples": position.samples, **extra}
-    keys = ["model"] if len(trained.chunks) == 1 else [f"model{i}" for i in range(len(trained.chunks))]
-    content: dict[str, Any] = {
-        "args": argparse.Namespace(**saved_args),
-        "checkpoint_version": CHECKPOINT_VERSION,
-        "iteration": position.iteration,
-        "opt_param_scheduler": trained.scheduler.state_dict(),
+    parameters: dict[tuple[int, str], Any] = {
+        place: parameter
+        for place, parameter in parameters_of(trained.chunks).items()
+        if contents.base or is_lora(place[1])
     }
-    for key, chunk in zip(keys, trained.chunks, strict=True):
-        content[key] = {n: p for n, p in chunk.named_parameters() if not updates_only or is_lora(n)}
+    gathered = None
+    if args.save_optim:
+        names = optimizer_state.parameter_names(trained.chunks)
+        gathered = optimizer_state.gather(trained.optimizer, names, copy=args.async_save)
+    random = None
     if args.save_rng:
-        content["rng_state"] = {
+        random = {
             "torch_rng_state": torch.get_rng_state(),
             "cuda_rng_state": torch.cuda.get_rng_state(),
-            "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+            "rng_tracker_states": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
         }
-    return content
+    return Snapshot(
+        contents,
+        trained.layout,
+        model_rank(),
+        common={
+            "args": argparse.Namespace(**saved_args),
+            "checkpoint_version": CHECKPOINT_VERSION,
+            "iteration": position.iteration,
+            "opt_param_scheduler": trained.scheduler.state_dict(),
+        },
+        parameters=on_host(parameters) if args.async_save else parameters,
+        optimizer=gathered,
+        step=optimizer_state.step_count(trained.optimizer),
+        random=on_host(random) if args.async_save else random,
+    )
 
 
-def _optimizer_content(
-    optimizer: MegatronOptimizer, gathered: dict[tuple[int, str], dict[str, torch.Tensor]]
-) -> dict[str, Any]:
-    state: dict[str, dict[int, dict[str, torch.Tensor]]] = {key: {} for key in optimizer_state.KEYS}
-    for (chunk, name), tensors in gathered.items():
-        for key, tensor in tensors.items():
-            state[key].setdefault(chunk, {})[name] = tensor
-    return {"step": optimizer_state.step_count(optimizer), "state": state}
-
-
-def _publish(stage: Path, folder: Path, trained: Trained, config: Path | None) -> None:
-    """Make a finished checkpoint visible."""
-    root = folder.parent
+def _carry(config: Path | None, trained: Trained, root: Path) -> None:
     if config is not None:
         carry_files(config, root)
     else:
         write_config(trained.contents.arch, None, root, dtype_of(next(trained.chunks[0].parameters())))
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(stage, folder)
-    directory = os.open(root, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-    write_tracker(root, str(int(folder.name.removeprefix("iter_"))))
-
-
-def check_writable(folder: str) -> None:
-    """Raises: UsageError: --save cannot be written; found out before training, not at its first checkpoint."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / ".probe"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"--save {folder} cannot be written: {error.strerror}") from None

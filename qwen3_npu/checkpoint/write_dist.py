@@ -22,7 +22,7 @@ from qwen3_npu.checkpoint.tensors import DType, full, sizes
 from qwen3_npu.checkpoint.write_mg import Cut, MegatronOutput, common_content
 from qwen3_npu.distributed.layout import Rank
 
-_BACKENDS = {
+BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -113,7 +113,7 @@ class DistOutput(MegatronOutput):
         tensors = {key: StoredTensor(*kinds[key], tuple(parts)) for key, parts in stored.items()}
         write_metadata(self.stage / METADATA, tensors, objects)
         PtWriter(self.stage / COMMON, common_content(self.cut)).close()
-        write_text(self.stage / CONFIG, json.dumps(_BACKENDS))
+        write_text(self.stage / CONFIG, json.dumps(BACKENDS))
         super().publish(records)
 
     def strays(self) -> list[str]:

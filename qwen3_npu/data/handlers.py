@@ -31,7 +31,7 @@ from qwen3_npu.data.tokenizer import TokenizerFolder
 from qwen3_npu.errors import UsageError
 
 Make = Callable[[PreprocessArgs, TokenizerFolder, Encoder], Handler]
-_TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
+TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
     "qwen": lambda tokenizer: QWEN,
     "qwen3": lambda tokenizer: QWEN3,
     "hf": hf_template,
@@ -67,7 +67,7 @@ def _conversations(
             raise UsageError(f"{args.records.handler_name} needs --prompt-type qwen3, qwen or hf")
         if kind is PairwiseHandler and chosen.pack:
             raise UsageError(f"--pack: the pairs of {args.records.handler_name} are not packed")
-        template = _TEMPLATES[chosen.prompt_type](tokenizer)
+        template = TEMPLATES[chosen.prompt_type](tokenizer)
         for token in template.tokens:
             tokenizer.id(token, f"--prompt-type {chosen.prompt_type}")
         style = Style(

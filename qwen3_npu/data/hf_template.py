@@ -66,6 +66,16 @@ def hf_template(tokenizer: TokenizerFolder) -> Template:
     return Template(render, (end,))
 
 
+def asked(tokenizer: TokenizerFolder, conversation: Conversation, thinking: bool | None) -> str:
+    """A conversation up to where the answer starts.
+
+    Raises:
+        UsageError: the tokenizer has no template, or a broken one.
+        ValueError: the template refuses the conversation.
+    """
+    return _Renderer(load_template(tokenizer), tokenizer)(conversation, thinking, ask=True)
+
+
 class _Renderer:
     """transformers' way of rendering: the same environment, filters and variables."""
 

@@ -14,3 +14,8 @@ def ranks() -> tuple[int, int, int]:
 def has_rendezvous() -> bool:
     """Whether a launcher says where the processes meet."""
     return "MASTER_ADDR" in os.environ
+
+
+def restarts() -> int:
+    """How often torchrun has started this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -35,7 +35,11 @@ def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     device = platform.bind(local_rank)
     timeout = datetime.timedelta(minutes=runtime.distributed_timeout_minutes)
     if environment.has_rendezvous():
-        dist.init_process_group(platform.backend, timeout=timeout)
+        # torchrun with a fixed --master-port keeps one store for all restarts; what the processes of an earlier start
+        # left in it (addresses, ids of communicators) makes those of the next wait for them for ever.
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store = dist.PrefixStore(f"start_{environment.restarts()}", store)
+        dist.init_process_group(platform.backend, timeout=timeout, store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group(platform.backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -123,7 +123,7 @@ class _RingAttention(torch.autograd.Function):
             for block in blocks(borders, chunk, size, rank, (rank - step) % size):
                 k, v = here[0, block.keys], here[1, block.keys]
                 part, part_lse = kernels.attention_block(q[block.queries], k, v, scale=scale, cu_seqlens=block.borders)
-                _merge(out[block.queries], lse[block.queries], part, part_lse)
+                merge(out[block.queries], lse[block.queries], part, part_lse)
             if transfer is not None:
                 here = ring.finish(transfer)
         out = out.to(q.dtype)
@@ -169,7 +169,7 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dkv.to(kv.dtype), None, None, None, None
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Add a block's normalised result to the one so far, in place, each weighted by its share of the softmax's sum."""
     total = torch.logaddexp(lse, part_lse)
     out.mul_((lse - total).exp().unsqueeze(-1)).add_(part.float() * (part_lse - total).exp().unsqueeze(-1))

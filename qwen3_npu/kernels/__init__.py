@@ -30,12 +30,14 @@ class Kernels:
     """One implementation per operation; signatures are those in `kernels/reference.py`."""
 
     attention: Callable
+    decode_attention: Callable
     attention_block: Callable
     attention_block_backward: Callable
     rms_norm: Callable
     rotary: Callable
     swiglu: Callable
     grouped_matmul: Callable
+    prepared_linear: Callable
     permute: Callable
     unpermute: Callable
 

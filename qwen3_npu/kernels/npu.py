@@ -16,6 +16,11 @@ from typing import Any
 import torch
 import torch_npu
 
+# Plain operations, which torch_npu has: one new token of each sequence against its cache, and linears as they are.
+from qwen3_npu.kernels.reference import decode_attention, prepared_linear
+
+__all__ = ["decode_attention", "prepared_linear"]
+
 # What each kernel calls, to tell a torch_npu that is too old at the start instead of in the first step.
 _NEEDS = {
     "attention": ("npu_fusion_attention", "npu_fused_infer_attention_score"),
@@ -35,7 +40,7 @@ _INFINITE = 2147483647
 
 def why_not(operation: str) -> str | None:
     """Why an operation's kernel cannot be used with the installed torch_npu; None if it can."""
-    missing = [name for name in _NEEDS[operation] if not hasattr(torch_npu, name)]
+    missing = [name for name in _NEEDS.get(operation, ()) if not hasattr(torch_npu, name)]
     return f"torch_npu {torch_npu.__version__} has no {' and no '.join(missing)}" if missing else None
 
 

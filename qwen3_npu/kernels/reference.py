@@ -5,7 +5,8 @@ s = sequence (queries), t = sequence (keys), b = batch, n = query heads, g = key
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -40,6 +41,27 @@ def attention(
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(q.dtype)
     weights = torch.nn.functional.dropout(weights, dropout)
     return torch.einsum("bnst,tbnd->sbnd", weights, v)
+
+
+def decode_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *, scale: float
+) -> torch.Tensor:
+    """Attention of one new token of each sequence over the keys and values kept of it. Without autograd.
+
+    Args:
+        q: [b, n, d].
+        k, v: [b, g, t, d], n a multiple of g.
+        visible: [b, t] bool, which keys a sequence has; None: all.
+        scale: factor on q k^T.
+
+    Returns:
+        [b, n, d].
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("bnd,bntd->bnt", q, k).float() * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible.unsqueeze(1), float("-inf"))
+    return torch.einsum("bnt,bntd->bnd", scores.softmax(dim=-1).to(q.dtype), v)
 
 
 def attention_block(
@@ -149,6 +171,19 @@ def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: Sequence[int])
         [rows, n].
     """
     return torch.cat([part @ matrix for part, matrix in zip(x.split(list(counts)), weight, strict=True)])
+
+
+def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear without autograd whose weight does not change any more and may be laid out anew.
+
+    Args:
+        weight: [n, k].
+        rows: how many rows x usually has; any number is right.
+
+    Returns:
+        x [..., k] -> x @ weight^T [..., n].
+    """
+    return functools.partial(torch.nn.functional.linear, weight=weight)
 
 
 def permute(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,15 @@ def attention(
     lengths = _lengths(cu_seqlens)
     documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([_sdpa(*document, scale, dropout) for document in documents])
+
+
+def decode_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *, scale: float
+) -> torch.Tensor:
+    """Scaled dot product attention, the query heads of one key head as its queries: keys are read once."""
+    mask = None if visible is None else visible[:, None, None]
+    out = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)), k, v, attn_mask=mask, scale=scale)
+    return out.flatten(1, 2)
 
 
 def attention_block(
@@ -159,3 +168,11 @@ class _Swiglu(torch.autograd.Function):
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """SwiGLU that keeps one tensor for backward instead of three."""
     return _Swiglu.apply(x)
+
+
+def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """On a CPU a copy of the weight in oneDNN's blocked layout, which few rows are multiplied with at memory speed."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return reference.prepared_linear(weight, rows)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.kernels import Kernels
+from qwen3_npu.model.cache import CachedSequence, PrefixedSequence
 from qwen3_npu.model.sequence import Sequence
 
 
@@ -118,6 +119,8 @@ class SelfAttention(MegatronModule):
 
     def core_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         """Attention of the local heads; dropout, if any, differs between TP ranks."""
+        if isinstance(sequence, CachedSequence | PrefixedSequence):
+            return sequence.attend(self.layer_number, self.kernels, q, k, v, self.scale)
         dropout = self.config.attention_dropout if self.training else 0.0
         options = {"scale": self.scale, "cu_seqlens": sequence.cu_seqlens, "dropout": dropout}
 

@@ -19,6 +19,7 @@ from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data.batches import Batch
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
+from qwen3_npu.errors import Stopped
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.sequence import Sequence
@@ -41,12 +42,17 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) ->
     Args:
         fingerprint: of the data files.
     """
-    prepare(args.checkpoint)
+    checkpoint, lora = prepare(args.checkpoint, args.lora)
+    args = args._replace(checkpoint=checkpoint, lora=lora)
     with process_group(platform, args.runtime) as world, model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
         trainer.load()
         trainer.open_data(fingerprint)
-        trainer.train()
+        try:
+            trainer.train()
+        except Stopped:  # on every rank
+            trainer.saver.finish()
+            raise
 
 
 class Trainer:

@@ -2,26 +2,92 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import resume, training_state
+from qwen3_npu.checkpoint import keep, resume, training_state
+from qwen3_npu.checkpoint.mg_folder import TRACKER, iteration_name
+from qwen3_npu.checkpoint.outputs import write_text
 from qwen3_npu.checkpoint.training_state import Position, Trained
+from qwen3_npu.checkpoint.writing import Writing
+from qwen3_npu.distributed import environment
+from qwen3_npu.errors import UsageError
+
+_BEFORE = "before_this_run.json"  # what the tracker was when the job began: later ones are its own checkpoints
 
 
-def prepare(args: CheckpointArgs) -> None:
-    """Look at the folders before anything costly. Raises: UsageError: --save cannot be written."""
-    if args.save:
-        training_state.check_writable(args.save)
+def prepare(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, LoraArgs]:
+    """Look at the folders before anything costly; the flags by which to load.
+
+    A job that torchrun has restarted goes on from the newest checkpoint that it has saved itself.
+
+    Raises:
+        UsageError: --save cannot be written.
+    """
+    if args.save is None:
+        if args.save_interval or args.async_save or args.save_total_limit:
+            log.info("no checkpoint will be saved: there is no --save")
+        return args, lora
+    root = Path(args.save)
+    _check_writable(root)
+    if args.save in (args.load, lora.lora_load):
+        return args, lora
+    if environment.restarts() > 0:
+        if _tracker_state(root) in (None, _before(root)):
+            return args, lora
+        instead = f"--lora-load {lora.lora_load}" if lora.lora_ckpt_filter else f"--load {args.load}"
+        log.info(f"restarted by torchrun: going on from {root} instead of {instead}")
+        args = dataclasses.replace(args, finetune=False, load_optim=args.save_optim, load_rng=args.save_rng)
+        if lora.lora_ckpt_filter:  # the base is not saved
+            return args, dataclasses.replace(lora, lora_load=args.save)
+        return dataclasses.replace(args, load=args.save, ckpt_step=None), dataclasses.replace(lora, lora_load=None)
+    if environment.ranks()[0] == 0:
+        write_text(root / _BEFORE, json.dumps(_tracker_state(root)))
+        if there := keep.iterations(root):
+            log.info(
+                f"warning: --save {root} already holds checkpoints up to {iteration_name(there[0])}, and --load is "
+                f"{args.load or 'not given'}: they are replaced as this training reaches their steps; to continue "
+                f"them give --{'lora-' * lora.lora_ckpt_filter}load {root}"
+            )
+    return args, lora
+
+
+def _tracker_state(root: Path) -> list | None:
+    """The tracker's text and time."""
+    try:
+        return [(root / TRACKER).read_text(encoding="utf-8"), (root / TRACKER).stat().st_mtime_ns]
+    except FileNotFoundError:
+        return None
+
+
+def _before(root: Path) -> list | None:
+    try:
+        return json.loads((root / _BEFORE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _check_writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"--save {root} cannot be written: {error.strerror}") from None
 
 
 class Saver:
     """Loads and saves what is trained. Every rank must call every method.
 
     Args:
+        args: as `prepare` gave them.
         extra: further entries of the saved args.
         config: folder whose config.json and tokenizer files are carried along.
     """
@@ -30,17 +96,30 @@ class Saver:
         self, trained: Trained, args: CheckpointArgs, lora: LoraArgs, extra: dict[str, Any], config: Path | None
     ) -> None:
         self.trained, self.args, self.lora, self.extra, self.config = trained, args, lora, extra, config
+        self.pending: Writing | None = None
 
     def load(self) -> Position:
         """Weights and, when resuming, everything else. Raises: UsageError: see `resume.load`."""
         return resume.load(self.trained, self.args, self.lora.lora_load)
 
     def save(self, position: Position) -> None:
-        """A checkpoint of this step in --save."""
-        folder = training_state.save(
+        """A checkpoint of this step in --save; with --async-save it is being written when this returns.
+
+        Raises:
+            Stopped: it, or the one before, could not be written.
+        """
+        self.finish()
+        self.pending = training_state.begin_save(
             self.trained, position, self.args, self.extra, self.config, updates_only=self.lora.lora_ckpt_filter
         )
-        log.info(f"saved: {folder}")
+        if self.args.async_save:
+            log.info(f"saving: {self.pending.what} in the background")
+        else:
+            self.finish()
 
     def finish(self) -> None:
-        """After the last step."""
+        """Wait for the checkpoint that is being written. Raises: Stopped: it could not be."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.wait()
+            log.info(f"saved: {pending.what}")

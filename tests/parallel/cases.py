@@ -2,75 +2,133 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import itertools
-from collections.abc import Iterator
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from qwen3_npu import cli
-from qwen3_npu.args.foreign import FOREIGN
-from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
-from qwen3_npu.checkpoint.whole import gather_whole
-from qwen3_npu.data.prefixes import check_data
-from qwen3_npu.distributed.launch import World, model_parallel
+from qwen3_npu import log
+from qwen3_npu.checkpoint import training_torch
+from qwen3_npu.checkpoint.dist_table import key_of, layer_places
+from qwen3_npu.checkpoint.live import write_content
+from qwen3_npu.checkpoint.weights import shards
+from qwen3_npu.distributed.launch import World
+from qwen3_npu.errors import Stopped, UsageError
+from qwen3_npu.parity.measure import measure, trainer
 from qwen3_npu.platform.base import Platform
-from qwen3_npu.training.loop import Trainer
-from qwen3_npu.training.plan import make_plan
 from qwen3_npu.training.step import evaluate_step
 
 
-@contextlib.contextmanager
-def trainer(platform: Platform, world: World, flags: list[str]) -> Iterator[Trainer]:
-    """A loaded trainer with data, as `pretrain_gpt.py` makes it from these flags."""
-    parsed = cli.parse("test", "", GROUPS, FOREIGN, argv=flags)
-    args = PretrainArgs(*parsed.groups)
-    plan = make_plan(args, world.size)
-    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
-    with model_parallel(plan.layout, args.parallel, args.runtime):
-        made = Trainer(platform, world, args, plan)
-        made.load()
-        made.open_data(fingerprint)
-        yield made
-
-
-def train(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:
-    """Loss and gradient norm of each of `steps` steps; saves a checkpoint at the end if --save is given."""
+def train(
+    platform: Platform, world: World, flags: list[str], steps: int, save_after: int | None = None
+) -> dict[str, Any]:
+    """Loss and gradient norm of each of `steps` steps; with --save a checkpoint after some of them (default: all)."""
     with trainer(platform, world, flags) as t:
-        results = [t.step() for _ in range(steps)]
-        if t.args.checkpoint.save:
-            t.saver.save(t.position)
-            t.saver.finish()
+        results = []
+        for number in range(1, steps + 1):
+            results.append(t.step())
+            if t.args.checkpoint.save and number == (save_after or steps):
+                t.saver.save(t.position)
+        t.saver.finish()
         return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
 
 
-def finetune(
-    platform: Platform, world: World, flags: list[str], steps: int, gradients: str, weights: str | None = None
-) -> dict[str, Any]:
-    """As `train`; the gradients of the first step go to a file, and so may the trained weights after the last one.
+def checkpoints(platform: Platform, world: World, flags: list[str], steps: int) -> None:
+    """A checkpoint after each of `steps` steps."""
+    with trainer(platform, world, flags) as t:
+        for _ in range(steps):
+            t.step()
+            t.saver.save(t.position)
+        t.saver.finish()
 
-    Also says whether parameters that are not trained changed. For --clip-grad 0.
+
+def resumed(platform: Platform, world: World, flags: list[str]) -> dict[str, Any]:
+    """Which step a training resumes at and what rank 0 says; "error": what every rank says is wrong."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.LOGGER.addHandler(handler)
+    log.LOGGER.setLevel(logging.INFO)
+    errors: list[str | None] = [None] * world.size
+    error, iteration = None, None
+    try:
+        with trainer(platform, world, flags) as t:
+            iteration = t.position.iteration
+    except UsageError as wrong:
+        error = str(wrong)
+    finally:
+        log.LOGGER.removeHandler(handler)
+    dist.all_gather_object(errors, error)
+    assert len(set(errors)) == 1, f"ranks disagree: {errors}"
+    return {"iteration": iteration, "error": error, "said": said}
+
+
+def failing_save(platform: Platform, world: World, flags: list[str], rank: int) -> list[str]:
+    """What each rank raises at the end when one of them cannot write its file."""
+    with trainer(platform, world, flags) as t:
+        t.step()
+        t.saver.save(t.position)
+        t.saver.finish()
+        if world.rank == rank:
+            training_torch.write_content = full_disk  # type: ignore[assignment]
+        raised = "nothing"
+        try:
+            t.step()
+            t.saver.save(t.position)
+            t.step()
+            t.saver.finish()
+        except Stopped as error:
+            raised = str(error)
+        finally:
+            training_torch.write_content = write_content
+    everyone = [""] * world.size
+    dist.all_gather_object(everyone, raised)
+    return everyone
+
+
+def full_disk(path: Path, content: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def megatron_reads(platform: Platform, world: World, flags: list[str], folder: str) -> dict[str, Any]:
+    """megatron-core's own loading of a checkpoint must give the parameters that are loaded here."""
+    from megatron.core import dist_checkpointing
+
+    with trainer(platform, world, flags) as t:
+        tensors = dist_checkpointing.load_plain_tensors(folder)
+        common = dist_checkpointing.load_common_state_dict(folder)
+        layout = t.plan.layout
+        parameters = dict(t.modules[0].named_parameters())
+        for shard in shards(t.plan.arch, layout, next(layout.ranks())):
+            key, lead = key_of(shard, layer_places(layout))
+            assert torch.equal(tensors[key][lead] if lead else tensors[key], parameters[shard.name]), key
+            moment = tensors[f"optimizer.state.exp_avg.{key}"]
+            assert moment.shape == tensors[key].shape, key
+            assert moment.any(), key
+        return {"parameters": len(parameters), "iteration": common["iteration"]}
+
+
+def gradients(platform: Platform, world: World, flags: list[str], steps: int, file: str) -> dict[str, Any]:
+    """As `train`; the gradients of the first step go to a file.
+
+    Also says whether parameters that are not trained changed.
     """
     with trainer(platform, world, flags) as t:
-        trained = t.saver.trained
         frozen = {n: p.detach().clone() for m in t.modules for n, p in m.named_parameters() if not p.requires_grad}
-        results = [t.step()]
-        whole = gather_whole(trained, "exp_avg")
-        results += [t.step() for _ in range(steps - 1)]
-        last = gather_whole(trained, "param") if weights else {}
+        measured = measure(t, steps)
         if world.rank == 0:
-            np.savez(gradients, **{name: a / (1 - t.args.optimizer.adam_beta1) for name, a in whole.items()})
-            if weights:
-                np.savez(weights, **last)
+            np.savez(file, **measured.gradients)
         now = {n: p for m in t.modules for n, p in m.named_parameters() if not p.requires_grad}
         return {
-            "loss": [r.loss for r in results],
-            "tokens": [r.tally.tokens for r in results],
-            "grad_norm": [r.grad_norm for r in results],
+            "loss": [r.loss for r in measured.steps],
+            "grad_norm": [r.grad_norm for r in measured.steps],
             "frozen": len(frozen),
             "changed": [n for n, before in frozen.items() if not torch.equal(now[n], before)],
         }

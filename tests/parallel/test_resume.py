@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from test_layouts import EP2, PP2, SP, TP2, VPP, ZERO
-from worlds import World, free_port
+from qwen3_npu.parity.rows import EP2, PP2, SP, TP2, VPP, ZERO
+from worlds import World
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = ["--seq-length", "32", "--global-batch-size", "8", "--lr", "1e-3", "--train-iters", "6", "--device", "cpu"]
 BASE += ["--lr-decay-style", "cosine", "--eval-iters", "0"]
+ETP1, PADDED = ["--expert-tensor-parallel-size", "1"], ["--padded-vocab-size", "512"]
 
 
-def interrupted(world: World, again: World, flags: list[str], save: Path, resumed_flags: list[str]) -> dict:
-    """Three steps, a checkpoint, three more steps in the second world; what the last three did."""
-    world.run("train", flags=[*flags, "--save", str(save)], steps=3)
-    return again.run("train", flags=[*resumed_flags, "--load", str(save)], steps=3)
-
-
+SAVED = {
+    "torch": [],
+    "torch, async": ["--async-save"],
+    "torch_dist": ["--ckpt-format", "torch_dist"],
+    "torch_dist, async": ["--ckpt-format", "torch_dist", "--async-save"],
+}
 SAME = {
-    "one process": (1, []),
-    "one process, dropout": (1, ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]),
-    "one process, bf16": (1, ["--bf16"]),
-    "one process, bf16, distributed optimizer": (1, ["--bf16", *ZERO]),
-    "DP2 distributed optimizer": (2, ZERO),
-    "TP2 SP PP2 VPP2": (4, TP2 + SP + PP2 + VPP),
-    "TP2 DP2 distributed optimizer, dropout": (4, [*TP2, *ZERO, "--hidden-dropout", "0.1"]),
+    "one process": (1, [], "torch, async"),
+    "one process, dropout": (1, ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"], "torch_dist"),
+    "one process, bf16": (1, ["--bf16"], "torch_dist, async"),
+    "one process, bf16, distributed optimizer": (1, ["--bf16", *ZERO], "torch"),
+    "DP2 distributed optimizer": (2, ZERO, "torch_dist, async"),
+    "TP2 SP PP2 VPP2": (4, TP2 + SP + PP2 + VPP, "torch"),
+    "TP2 DP2 distributed optimizer, dropout": (4, [*TP2, *ZERO, "--hidden-dropout", "0.1"], "torch_dist, async"),
 }
 
 
@@ -41,10 +37,11 @@ SAME = {
 def test_same_layout_continues_bit_for_bit(
     name: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
-    size, extra = SAME[name]
+    size, extra, saved = SAME[name]
     flags = [*BASE, "--data-path", tokens, *extra]
-    whole = worlds[size].run("train", flags=[*flags, "--load", models["tied"]], steps=6)
-    rest = interrupted(worlds[size], worlds[size], [*flags, "--load", models["tied"]], tmp_path, flags)
+    start = ["--load", models["tied"], "--save", str(tmp_path), *SAVED[saved]]
+    whole = worlds[size].run("train", flags=flags + start, steps=6, save_after=3)
+    rest = worlds[size].run("train", flags=[*flags, "--load", str(tmp_path)], steps=3)
     assert rest["loss"] == whole["loss"][3:]
     assert rest["grad_norm"] == whole["grad_norm"][3:]
 
@@ -55,20 +52,54 @@ OTHER = {
     "untied: TP2 PP2 VPP2 -> DP2 distributed optimizer": ("untied", 4, TP2 + PP2 + VPP, 2, ZERO),
     "moe: EP2 distributed optimizer -> TP2 SP": ("moe", 2, EP2 + ZERO, 2, TP2 + SP),
     "moe: TP2 SP EP2 -> PP2 distributed optimizer": ("moe", 4, TP2 + SP + EP2, 2, PP2 + ZERO),
+    "moe: TP2 SP EP2 ETP1, padded -> DP2": ("moe", 2, [*TP2, *SP, *EP2, *ETP1, *PADDED], 2, []),
 }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(worlds: dict[int, World], models: dict[str, str], tokens: str) -> Callable[[str], dict]:
+    """Kind -> what six steps of one process do."""
+
+    @functools.cache
+    def run(kind: str) -> dict:
+        return worlds[1].run("train", flags=[*BASE, "--data-path", tokens, "--load", models[kind]], steps=6)
+
+    return run
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_another_layout_continues_to_rounding(
-    name: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+    name: str,
+    worlds: dict[int, World],
+    models: dict[str, str],
+    tokens: str,
+    uninterrupted: Callable[[str], dict],
+    tmp_path: Path,
 ) -> None:
     kind, size, extra, other_size, other_extra = OTHER[name]
     flags = [*BASE, "--data-path", tokens]
-    load = ["--load", models[kind]]
-    whole = worlds[1].run("train", flags=flags + load, steps=6)
-    rest = interrupted(worlds[size], worlds[other_size], flags + extra + load, tmp_path, flags + other_extra)
-    assert rest["loss"] == pytest.approx(whole["loss"][3:], rel=1e-5)
-    assert rest["grad_norm"] == pytest.approx(whole["grad_norm"][3:], rel=1e-5)
+    whole = uninterrupted(kind)
+    for ckpt_format in ("torch", "torch_dist"):
+        save = str(tmp_path / ckpt_format)
+        start = [*flags, *extra, "--load", models[kind], "--save", save, "--ckpt-format", ckpt_format]
+        worlds[size].run("train", flags=start, steps=3)
+        rest = worlds[other_size].run("train", flags=[*flags, *other_extra, "--load", save], steps=3)
+        assert rest["loss"] == pytest.approx(whole["loss"][3:], rel=1e-5), ckpt_format
+        assert rest["grad_norm"] == pytest.approx(whole["grad_norm"][3:], rel=1e-5), ckpt_format
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_megatron_reads_the_model_part(
+    kind: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    """megatron_core.dist_checkpointing, on what a training at TP2 saved."""
+    flags = [*BASE, "--data-path", tokens]
+    start = [*flags, *TP2, "--load", models[kind], "--save", str(tmp_path), "--ckpt-format", "torch_dist"]
+    worlds[2].run("train", flags=start, steps=1)
+    load = [*flags, "--load", str(tmp_path)]
+    read = worlds[1].run("megatron_reads", flags=load, folder=str(tmp_path / "iter_0000001"))
+    assert read["parameters"] > 30
+    assert read["iteration"] == 1
 
 
 def test_finetune_and_no_load_optim_start_over(
@@ -81,53 +112,3 @@ def test_finetune_and_no_load_optim_start_over(
     assert finetuned["loss"] != resumed["loss"], "another first batch"
     fresh = worlds[1].run("train", flags=[*flags, "--load", str(tmp_path), "--no-load-optim"], steps=2)
     assert fresh["loss"][0] == resumed["loss"][0]
-
-
-def launch(processes: int, flags: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--master-port", str(free_port()), str(ROOT / "pretrain_gpt.py"), *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-
-
-def workers(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the training processes of a torchrun."""
-    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    """Step -> loss, the last one written."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def test_killed_while_saving(models: dict[str, str], tokens: str, tmp_path: Path) -> None:
-    flags = [*BASE, "--train-iters", "12", "--data-path", tokens, *TP2, "--save-interval", "1", "--log-interval", "100"]
-    whole = launch(2, [*flags, "--load", models["tied"], "--tensorboard-dir", str(tmp_path / "whole")])
-    assert whole.wait() == 0, whole.stdout.read()
-
-    save = tmp_path / "checkpoints"
-    first = launch(
-        2, [*flags, "--load", models["tied"], "--save", str(save), "--tensorboard-dir", str(tmp_path / "tb")]
-    )
-    killed_in_save = False
-    while first.poll() is None and not killed_in_save:
-        # The third checkpoint or later, so that there is something to fall back to.
-        partial = sorted(save.glob("iter_*.partial/mp_rank_*"))
-        if partial and int(partial[0].parent.name[5:12]) >= 3:
-            os.kill(workers(first)[1], signal.SIGKILL)
-            killed_in_save = True
-        time.sleep(0.0005)
-    output, _ = first.communicate(timeout=60)
-    assert killed_in_save, output
-    assert first.returncode != 0, "a killed rank must end the job with an error"
-
-    tracker = int((save / "latest_checkpointed_iteration.txt").read_text())
-    resume = launch(2, [*flags, "--load", str(save), "--save", str(save), "--tensorboard-dir", str(tmp_path / "tb")])
-    output, _ = resume.communicate(timeout=120)
-    assert resume.returncode == 0, output
-    assert f"at step {tracker}," in output, "the newest whole checkpoint is taken"
-    assert losses(tmp_path / "tb") == losses(tmp_path / "whole"), "exactly the uninterrupted run"
-    assert not list(save.glob("*.partial")), "leftovers of the killed save are gone"

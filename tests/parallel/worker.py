@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
@@ -30,7 +31,6 @@ def main(device: str = "cpu", modules: tuple[str, ...] = ("cases",)) -> None:
 
     platform = select(device)
     platform.activate()
-    cases = {name: f for module in modules for name, f in vars(importlib.import_module(module)).items()}
     from qwen3_npu.distributed.launch import process_group
 
     with process_group(platform, RuntimeArgs(distributed_timeout_minutes=2)) as world:
@@ -38,7 +38,11 @@ def main(device: str = "cpu", modules: tuple[str, ...] = ("cases",)) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                result = cases[request["case"]](platform, world, **request["arguments"])
+                # "train", or of another file "generation_cases.greedy".
+                module, _, name = request["case"].rpartition(".")
+                places = [importlib.import_module(file) for file in ([module] if module else modules)]
+                case = next(getattr(place, name) for place in places if hasattr(place, name))
+                result = case(platform, world, **request["arguments"])
             except BaseException:
                 answers.write(json.dumps({"error": traceback.format_exc()}) + "\n")
                 raise

@@ -15,7 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "qwen3_npu"
 ENTRY_POINTS = sorted(p for p in ROOT.glob("*.py") if p.name != "setup.py")
 
-LEVELS = {"training": 4, "inference": 4, "evaluation": 4, "checkpoint": 3, "data": 3, "model": 2, "distributed": 2}
+LEVELS = {
+    "parity": 5,
+    "training": 4,
+    "inference": 4,
+    "evaluation": 4,
+    "checkpoint": 3,
+    "data": 3,
+    "model": 2,
+    "distributed": 2,
+}
 LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4}
 # Importable anywhere, without torch.
 LIGHT = ("errors", "cli", "args", "log", "progress", "numbers", "model.arch", "model.sizes")

@@ -107,7 +107,7 @@ class TestConvert:
             (["--target-pipeline-parallel-size", "3"], "does not divide the 4 layers"),
             (["--target-tensor-parallel-size", "8"], "does not divide the 4 KV heads"),
             (["--load-dir", "/nonexistent"], "--load-dir /nonexistent is not a directory"),
-            (["--load-model-type", "mg"], "is not a Megatron checkpoint"),
+            (["--load-model-type", "mg"], "holds a Hugging Face model; give --load-model-type hf"),
             (["--model-type-hf", "qwen3-moe"], "--model-type-hf qwen3-moe, but the model"),
             (["--add-qkv-bias"], "Qwen3 has no bias"),
         ],

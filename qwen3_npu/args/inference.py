@@ -1,0 +1,155 @@
+"""Flags of `inference.py`; `evaluation.py` shares those of model and prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from qwen3_npu.args.foreign import FOREIGN as TRAINING
+from qwen3_npu.args.model import ModelArgs, ShapeArgs
+from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
+from qwen3_npu.cli import Foreign, flag
+from qwen3_npu.errors import UsageError
+
+TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+_THINKING = {"true": True, "false": False, "none": None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightArgs:
+    """weights"""
+
+    load: str = flag(
+        metavar="DIR", help="Hugging Face model, or Megatron checkpoint (torch or torch_dist) of any layout"
+    )
+    ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
+    lora_load: str | None = flag(None, metavar="DIR", help="LoRA adapter to merge: PEFT, or a Megatron checkpoint")
+    lora_alpha: float | None = flag(None, minimum=0, help="of an adapter whose checkpoint does not say it")
+    bf16: bool = flag(False, help="weights and activations in bfloat16; default: float32")
+    use_kv_cache: bool = flag(True, help="keep keys and values between tokens")
+    prefix_cache: bool = flag(True, help="compute what prompts begin with in common only once")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptArgs:
+    """prompts"""
+
+    tokenizer_name_or_path: str | None = flag(
+        None, metavar="DIR", names=("--tokenizer-model",), help="tokenizer folder; default: --load or --hf-dir"
+    )
+    prompt_type: str | None = flag(
+        None,
+        choices=["qwen", "qwen3", "hf"],
+        help="write prompts as conversations: as MindSpeed-LLM's templates of that name, or as the tokenizer's own "
+        "chat template; default: plain text",
+    )
+    hf_chat_template: bool = flag(False, help="the same as --prompt-type hf")
+    enable_thinking: str = flag(
+        "none",
+        choices=list(_THINKING),
+        help="whether the model may think before it answers; none: as the template has it by default",
+    )
+    system: str = flag("", help="system message of conversations")
+
+    def __post_init__(self) -> None:
+        if self.hf_chat_template and self.prompt_type not in (None, "hf"):
+            raise UsageError(f"--hf-chat-template and --prompt-type {self.prompt_type} name two templates; give one")
+
+    @property
+    def template(self) -> str | None:
+        """Which template writes prompts; None: they are plain text."""
+        return "hf" if self.hf_chat_template else self.prompt_type
+
+    @property
+    def thinking(self) -> bool | None:
+        """--enable-thinking as a value."""
+        return _THINKING[self.enable_thinking]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateArgs:
+    """generation"""
+
+    task: list[str] = flag(["greedy"], choices=TASKS, help="what to do, one after the other")
+    prompt: list[str] | None = flag(None, metavar="TEXT", help="prompts")
+    predict_data: str | None = flag(
+        None, metavar="TEXT|FILE", help="a prompt, or a file of them: one a line, or .jsonl with prompt or messages"
+    )
+    predict_batch_size: int = flag(8, minimum=1, unit="sequences", help="worked on at the same time by each model")
+    max_new_tokens: int = flag(128, minimum=1, unit="tokens", help="longest answer")
+    temperature: float = flag(0.7, minimum=0, help="logits are divided by it when sampling")
+    top_k: int = flag(50, minimum=0, unit="tokens", help="sample among the likeliest; 0: all")
+    top_p: float = flag(0.95, minimum=0, help="sample among the likeliest whose probabilities add up to it; 1: all")
+    num_beams: int = flag(4, minimum=1, unit="beams", help="sequences that a beam search follows")
+    length_penalty: float = flag(1.0, help="beams are ranked by log-likelihood / length to this power")
+    repetition_penalty: float = flag(1.0, minimum=0, help="logits of tokens that occurred are reduced by this factor")
+    stop: list[str] | None = flag(None, metavar="TEXT", help="texts that end an answer (they are not part of it)")
+    stream: bool = flag(False, help="print answers while they are made, one prompt after the other")
+    history_turns: int = flag(3, minimum=0, unit="turns", help="questions and answers that a chat remembers")
+    hide_thinking: bool = flag(False, help="do not show the model's thoughts in a chat; default: dimmed")
+    output_dir: str = flag(".", metavar="DIR", help="folder of text_generation_result.jsonl and .txt")
+
+    def __post_init__(self) -> None:
+        sampled = [task for task in self.task if task in ("do_sample", "beam_search_with_sampling")]
+        if sampled and self.temperature == 0:
+            raise UsageError(f"--task {sampled[0]} needs --temperature above 0; --task greedy has none")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p}: a probability above 0 and up to 1 is expected")
+        if self.repetition_penalty <= 0:
+            raise UsageError(f"--repetition-penalty {self.repetition_penalty} must be above 0; 1 changes nothing")
+        if self.prompt is None and self.predict_data is None and self.task != ["chat"]:
+            raise UsageError(f"--task {' '.join(self.task)} needs --prompt or --predict-data")
+
+
+class InferenceArgs(typing.NamedTuple):
+    """The groups of flags."""
+
+    model: ModelArgs
+    shape: ShapeArgs
+    parallel: ParallelArgs
+    runtime: RuntimeArgs
+    weights: WeightArgs
+    prompts: PromptArgs
+    generate: GenerateArgs
+
+
+GROUPS = tuple(typing.get_type_hints(InferenceArgs).values())
+
+_TRAINED = "nothing is trained"
+_LORA = "the adapter's tensors say it"
+_FOUND = "the folder shows it"
+
+SHARED_FOREIGN: dict[str, Foreign] = {
+    **TRAINING,
+    "--micro-batch-size": Foreign("--predict-batch-size and --evaluation-batch-size are the sizes here", nargs=1),
+    "--global-batch-size": Foreign(_TRAINED, nargs=1),
+    "--train-iters": Foreign(_TRAINED, nargs=1),
+    "--lr": Foreign(_TRAINED, nargs=1),
+    "--seq-length": Foreign("the cache is as long as the prompts and answers need", nargs=1),
+    "--max-length": Foreign("--max-new-tokens limits answers, the model's positions everything", nargs=1),
+    "--attention-dropout": Foreign(_TRAINED, nargs=1),
+    "--hidden-dropout": Foreign(_TRAINED, nargs=1),
+    "--init-method-std": Foreign(_TRAINED, nargs=1),
+    "--no-load-optim": Foreign(_TRAINED),
+    "--no-load-rng": Foreign(_TRAINED),
+    "--finetune": Foreign(_TRAINED),
+    "--use-distributed-optimizer": Foreign(_TRAINED),
+    "--moe-aux-loss-coeff": Foreign(_TRAINED, nargs=1),
+    "--moe-router-load-balancing-type": Foreign(_TRAINED, nargs=1),
+    "--moe-token-dispatcher-type": Foreign("tokens reach their experts by alltoall", nargs=1),
+    "--ckpt-format": Foreign(_FOUND, nargs=1),
+    "--exit-on-missing-checkpoint": Foreign("a missing checkpoint is always an error"),
+    "--lora-r": Foreign(_LORA, nargs=1),
+    "--lora-target-modules": Foreign(_LORA, nargs="+"),
+    "--lora-dropout": Foreign(_LORA, nargs=1),
+    "--lora-fusion": Foreign("adapters are merged into the weights when they are loaded"),
+    "--lora-ckpt-filter": Foreign(_FOUND),
+    "--max-tokens-to-oom": Foreign("the cache is allocated before the first token", nargs=1),
+    "--inference-max-requests": Foreign("--predict-batch-size is the number", nargs=1),
+}
+
+FOREIGN: dict[str, Foreign] = {
+    **SHARED_FOREIGN,
+    "--add-eos-token": Foreign("prompts are not ended", nargs="*"),
+    "--return-output-log-probs": Foreign("log-probabilities are always in the .jsonl"),
+}

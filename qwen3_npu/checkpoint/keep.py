@@ -1,0 +1,51 @@
+"""Which checkpoints of a training's folder there are, which one to take up, and which ones to delete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from qwen3_npu.checkpoint.integrity import is_sealed
+from qwen3_npu.checkpoint.mg_folder import iteration_name, read_tracker
+
+_REMOVED = ".removed"  # a checkpoint that is being deleted; it must not look like one meanwhile
+
+
+def iterations(root: Path) -> list[int]:
+    """Iterations whose folders are there, the newest first."""
+    return sorted((int(p.name[5:]) for p in root.glob("iter_*") if p.name[5:].isdigit() and p.is_dir()), reverse=True)
+
+
+def candidates(root: Path) -> list[int]:
+    """Iterations to take up, in order: the tracker's, then those before it.
+
+    Without a tracker they are those that a training finished: it was killed after its first checkpoint's last file,
+    before the tracker's. None if the tracker says "release" or nonsense; a reader says which.
+    """
+    tracked = read_tracker(root)
+    if tracked is None:
+        return [i for i in iterations(root) if is_sealed(root / iteration_name(i))]
+    return [int(tracked), *(i for i in iterations(root) if i < int(tracked))] if tracked.isdigit() else []
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; killed meanwhile, it leaves nothing that looks like one."""
+    if folder.exists():
+        doomed = folder.with_name(folder.name + _REMOVED)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def keep_newest(root: Path, iteration: int, limit: int) -> list[int]:
+    """Delete all but `limit` checkpoints up to `iteration`, which was just saved; those deleted.
+
+    Only what a training saved is deleted: never converted weights, nor checkpoints of later steps.
+    """
+    for leftover in root.glob(f"iter_*{_REMOVED}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    saved = [i for i in iterations(root) if i <= iteration and is_sealed(root / iteration_name(i))]
+    for old in saved[limit:]:
+        remove(root / iteration_name(old))
+    return saved[limit:]

@@ -1,0 +1,111 @@
+"""A checkpoint being written, in this thread or beside the training. The thread makes no collective call.
+
+Every writing rank makes its files in the stage and says so there (`integrity.write_part`). Rank 0 waits for all of
+them, adds what belongs to all, and makes the checkpoint visible. Nothing has to be agreed on while the training runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from qwen3_npu import log
+from qwen3_npu.checkpoint.integrity import part
+from qwen3_npu.errors import Stopped
+
+_POLL = 0.02  # seconds
+_PATIENCE = 20.0  # seconds for the other ranks' files once this process only waits for them in order to end
+
+
+class Writing:
+    """One checkpoint on its way to the disk.
+
+    Args:
+        what: names it.
+        write: makes this rank's files.
+        publish: on rank 0, makes the checkpoint visible once every rank has written.
+        stage, writers: where it is made, and the ranks that write.
+        background: in a thread; else the constructor returns when this rank has written, and `wait` publishes.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        write: Callable[[], None],
+        publish: Callable[[], None] | None,
+        stage: Path,
+        writers: Sequence[int],
+        *,
+        background: bool,
+    ) -> None:
+        self.what, self.write, self.publish, self.stage, self.writers = what, write, publish, stage, writers
+        self.error: str | None = None
+        self.abandoned = threading.Event()
+        self.written = threading.Event()
+        self.thread: threading.Thread | None = None
+        if background:
+            # Not a daemon: a process that ends finishes its files first.
+            self.thread = threading.Thread(target=self._run, name="checkpoint")
+            self.thread.start()
+        else:
+            self._write()
+
+    def _run(self) -> None:
+        self._write()
+        self._publish()
+
+    def _write(self) -> None:
+        try:
+            self.write()
+        except Exception as error:
+            self._fail(error)
+        self.written.set()
+
+    def _publish(self) -> None:
+        try:
+            if self.publish is not None and not self.error and self._all_written():
+                self.publish()
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.error = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+        log.warning(f"{self.what} was not saved: {self.error}")
+
+    def _all_written(self) -> bool:
+        missing, alone_since = list(self.writers), None
+        while missing and not self.abandoned.is_set():
+            missing = [rank for rank in missing if not (self.stage / part(rank)).is_file()]
+            if not threading.main_thread().is_alive():
+                alone_since = alone_since or time.monotonic()
+                if time.monotonic() - alone_since > _PATIENCE:
+                    raise RuntimeError(f"ranks {missing} did not finish their files")
+            if missing:
+                time.sleep(_POLL)
+        return not missing
+
+    def wait(self) -> None:
+        """Until the checkpoint is visible. Every rank must call this.
+
+        Raises:
+            Stopped: some rank could not write; on every rank.
+        """
+        self.written.wait()
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, self.error)
+        if any(errors):
+            self.abandoned.set()
+        if self.thread is not None:
+            self.thread.join()
+        else:
+            self._publish()
+        published = [self.error]
+        dist.broadcast_object_list(published, 0)
+        errors[0] = published[0]
+        for rank, error in enumerate(errors):
+            if error:
+                raise Stopped(f"{self.what} was not saved: rank {rank}: {error}")

@@ -1,0 +1,71 @@
+"""What a benchmark is: where its files lie, how its questions are written, what counts as right. Data, no code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+LIKELIHOOD, GENERATE = "likelihood", "generate"
+LETTERS = ("A", "B", "C", "D")
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """How questions are written in one language; {name} is a column of the question.
+
+    Attributes:
+        description: before the examples; {subject} is the subject's name in that language.
+        question: a question without its answer.
+    """
+
+    description: str
+    question: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """One benchmark.
+
+    Attributes:
+        version: changes when scores stop being comparable.
+        subjects: name -> (category, name as it is written in each language).
+        texts: language -> texts; the first language is the default.
+        columns: of the files, if they have no header.
+        rename: column of the files -> name here; needed are question and answer.
+        test, examples: names of files, in the order that they are looked for.
+        method: `LIKELIHOOD` of the choices, or `GENERATE` and extract.
+        choices: what is to be scored (and the values of `answer` that mean them); of `LIKELIHOOD` tasks.
+        answers: column value -> choice, where they differ.
+        shots: examples before each question, unless the user says otherwise.
+        drawn: examples are drawn for each question by Python's generator with this seed; None: the first ones.
+        stop, limit: of `GENERATE` tasks: texts that end an answer, and its tokens.
+        filters: of `GENERATE` tasks: name -> (expression that finds the answer, which match).
+    """
+
+    name: str
+    version: str
+    subjects: Mapping[str, tuple[str, Mapping[str, str]]]
+    texts: Mapping[str, Texts]
+    columns: tuple[str, ...] | None = None
+    rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    test: tuple[str, ...]
+    examples: tuple[str, ...]
+    method: str = LIKELIHOOD
+    choices: tuple[str, ...] = LETTERS
+    answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shots: int
+    drawn: int | None = None
+    stop: tuple[str, ...] = ()
+    limit: int = 256
+    filters: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+
+
+def english(category: str, names: str) -> dict[str, tuple[str, dict[str, str]]]:
+    """Subjects of a category whose names are written with spaces for underscores."""
+    return {name: (category, {"en": name.replace("_", " ")}) for name in names.split()}
+
+
+def chinese(category: str, names: str) -> dict[str, tuple[str, dict[str, str]]]:
+    """Subjects of a category as `name=Chinese name`, with spaces between."""
+    pairs = (pair.split("=") for pair in names.split())
+    return {name: (category, {"zh": written, "en": name.replace("_", " ")}) for name, written in pairs}

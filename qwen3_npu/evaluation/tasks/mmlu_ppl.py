@@ -1,0 +1,20 @@
+"""MMLU with MindSpeed-LLM's text for `mmlu_ppl` (two spaces after "about").
+
+There the letter with the lowest cross-entropy of prompt and letter together is the answer. The prompt's part of it is
+the same for all four and so is the number of tokens: it is the letter with the highest likelihood.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.evaluation.task import Texts
+from qwen3_npu.evaluation.tasks import mmlu
+
+TASK = dataclasses.replace(
+    mmlu.TASK,
+    name="mmlu_ppl",
+    texts={
+        "en": Texts("The following are multiple choice questions (with answers) about  {subject}.\n\n", mmlu.QUESTION)
+    },
+)

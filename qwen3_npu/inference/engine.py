@@ -1,0 +1,211 @@
+"""Generation for many prompts at once: prompts enter as others leave, equal beginnings are computed once.
+
+Every process runs the same program on the same prompts; the chosen tokens are all that the last pipeline stage has to
+tell the others. Copies of the model (data parallel) take different prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from qwen3_npu.errors import UsageError
+from qwen3_npu.inference.runner import Runner
+from qwen3_npu.inference.sampling import Sampling, choose
+from qwen3_npu.model.cache import Kept, KVCache
+
+# A prompt waits for another one's beginning if at least so many tokens are shared; copying costs next to nothing.
+_WORTH_SHARING = 16
+_PREFILL_TOKENS = 4096  # new prompts' tokens of one pass, unless a single prompt has more
+
+
+@dataclasses.dataclass
+class Request:
+    """A prompt and what becomes of it.
+
+    Attributes:
+        number: its place among all prompts.
+        tokens: the prompt, then what was generated.
+        prompt: tokens of the prompt.
+        limit: tokens to generate at most.
+        logprobs: of the chosen tokens, before penalty and temperature.
+        finish: why it ended: "eos", "stop" or "length"; empty while it runs.
+    """
+
+    number: int
+    tokens: list[int]
+    limit: int
+    prompt: int = 0
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    finish: str = ""
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt :]
+
+
+# Called with each new token's request on every process; True ends the answer.
+OnToken = Callable[[Request], bool]
+
+
+class Engine:
+    """Generates with one model.
+
+    Attributes:
+        computed, reused: prompt tokens that went through the model, and that were found in the cache.
+    """
+
+    def __init__(self, runner: Runner, *, slots: int, kv_cache: bool = True, prefix_cache: bool = True) -> None:
+        """Args: slots: sequences that are worked on at the same time."""
+        self.runner, self.slots = runner, slots
+        self.kv_cache, self.prefix_cache = kv_cache, prefix_cache and kv_cache
+        self.cache: KVCache | None = None
+        # Tokens whose keys and values each slot holds, of ended requests too.
+        self.held: list[list[int]] = [[] for _ in range(slots)]
+        self.computed = self.reused = 0
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_token: OnToken | None = None,
+        on_done: Callable[[Request], None] | None = None,
+    ) -> None:
+        """Complete every request, in place.
+
+        Args:
+            on_done: called with each request that has ended.
+
+        Raises:
+            UsageError: a prompt is empty, or leaves no room for an answer within the model's positions.
+        """
+        positions = self.runner.plan.positions
+        for request in requests:
+            if not request.tokens:
+                raise UsageError(f"prompt {request.number + 1} is empty")
+            if request.prompt >= positions:
+                raise UsageError(
+                    f"prompt {request.number + 1} has {request.prompt} tokens; the model has {positions} positions"
+                )
+            request.limit = min(request.limit, positions - request.prompt)
+        if self.kv_cache and requests:
+            self._make_room(max(r.prompt + r.limit for r in requests))
+        waiting, running = list(requests), list[Request]()
+        while self.runner.anyone(bool(waiting or running)):
+            if not waiting and not running:
+                self.runner.idle()
+                continue
+            entered = self._enter(waiting, len(running))
+            running += entered
+            batch = entered or running
+            self._step(batch, len(running) - len(batch), sampling)
+            for request in batch:
+                self._judge(request, on_token)
+                if request.finish and on_done is not None:
+                    on_done(request)
+            self._leave(running)
+
+    def _make_room(self, capacity: int) -> None:
+        if self.cache is None or self.cache.capacity < capacity:
+            old, self.cache = self.cache, None
+            capacity = min(max(capacity, 2 * old.capacity if old else 0), self.runner.plan.positions)
+            self.cache = self.runner.new_cache(self.slots, capacity)
+            if old is not None:
+                self.cache.data[:, :, :, :, : old.capacity] = old.data
+
+    def _enter(self, waiting: list[Request], busy: int) -> list[Request]:
+        """Requests for the slots behind those that are busy; each slot gets what is already known of its prompt."""
+        entered: list[Request] = []
+        tokens = 0
+        for request in list(waiting):
+            slot = busy + len(entered)
+            if slot == self.slots or (entered and tokens + request.prompt > _PREFILL_TOKENS):
+                break
+            source, known = self._known(request)
+            if self.prefix_cache and any(
+                common(other.tokens, request.tokens) >= known + _WORTH_SHARING for other in entered
+            ):
+                continue  # after the next pass its beginning is known
+            waiting.remove(request)
+            entered.append(request)
+            if self.cache is not None:
+                self._take(slot, source, known)
+                self.held[slot] = request.tokens[:known]
+            tokens += request.prompt - known
+            self.computed, self.reused = self.computed + request.prompt - known, self.reused + known
+        return entered
+
+    def _known(self, request: Request) -> tuple[int, int]:
+        """The slot that holds most of a prompt's beginning, and how much; its last token is computed in any case."""
+        if not self.prefix_cache:
+            return 0, 0
+        lengths = [common(held, request.tokens[:-1]) for held in self.held]
+        known = max(lengths)
+        return lengths.index(known), known
+
+    def _take(self, slot: int, source: int, known: int) -> None:
+        assert self.cache is not None
+        self.cache.copy(source, slot, known)
+
+    def _step(self, batch: list[Request], first_slot: int, sampling: Sampling) -> None:
+        """One pass, and a token for each of the batch, which lies in consecutive slots."""
+        runner = self.runner
+        if self.cache is None:
+            tokens = [token for request in batch for token in request.tokens]
+            counts = [len(request.tokens) for request in batch]
+            sequence = runner.packed(counts)
+        else:
+            slots = range(first_slot, first_slot + len(batch))
+            kept = [
+                Kept(s, len(self.held[s]), len(r.tokens) - len(self.held[s])) for s, r in zip(slots, batch, strict=True)
+            ]
+            tokens = [t for k, request in zip(kept, batch, strict=True) for t in request.tokens[k.start :]]
+            counts = [k.count for k in kept]
+            sequence = runner.cached(self.cache, kept)
+            for k, request in zip(kept, batch, strict=True):
+                self.held[k.slot] += request.tokens[k.start :]
+        ends = torch.tensor(counts).cumsum(0) - 1
+        logits = runner.forward(tokens, sequence, ends.tolist())
+        result = torch.empty(2, len(batch), dtype=torch.float64, device=runner.device)
+        if logits is not None:
+            logits = logits.float()
+            result[0] = chosen = choose(logits, sampling, [r.tokens for r in batch], [r.number for r in batch])
+            result[1] = logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+        ids, logprobs = runner.share(result).tolist()
+        for request, token, logprob in zip(batch, ids, logprobs, strict=True):
+            request.tokens.append(int(token))
+            request.logprobs.append(logprob)
+
+    def _judge(self, request: Request, on_token: OnToken | None) -> None:
+        if request.tokens[-1] in self.runner.plan.eos:
+            request.finish = "eos"
+        elif on_token is not None and on_token(request):
+            request.finish = "stop"
+        elif len(request.tokens) - request.prompt == request.limit:
+            request.finish = "length"
+
+    def _leave(self, running: list[Request]) -> None:
+        """Ended requests free their slots; the last running one moves into the gap, so that slots stay dense."""
+        for slot in reversed(range(len(running))):
+            if running[slot].finish:
+                last = len(running) - 1
+                if slot != last:
+                    running[slot] = running[last]
+                    if self.cache is not None:
+                        self._take(slot, last, len(self.held[last]))
+                        self.held[slot] = self.held[last]
+                        self.held[last] = []
+                running.pop()
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    return next(i for i in range(length) if first[i] != second[i])

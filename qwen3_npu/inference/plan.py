@@ -1,0 +1,134 @@
+"""What follows from flags, config.json and the number of processes; settled before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from qwen3_npu.args.inference import PromptArgs, WeightArgs
+from qwen3_npu.args.model import ModelArgs, ShapeArgs, check_shapes
+from qwen3_npu.args.parallel import ParallelArgs, make_layout
+from qwen3_npu.checkpoint.architecture import find_architecture
+from qwen3_npu.checkpoint.hf_files import is_hf_weights
+from qwen3_npu.checkpoint.mg_folder import format_of, read_tracker
+from qwen3_npu.data.tokenizer import TokenizerFolder, open_tokenizer
+from qwen3_npu.distributed.layout import Layout, check_world_size
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.numbers import number_list
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A model to run whose sizes fit together.
+
+    Attributes:
+        parallel: the parallel flags without those that only training has.
+        data_parallel: copies of the model.
+        positions: longest sequence.
+        eos: tokens that end an answer.
+        notes: flags that are changed, and why.
+    """
+
+    arch: Qwen3Arch
+    found_in: str
+    layout: Layout
+    parallel: ParallelArgs
+    data_parallel: int
+    positions: int
+    tokenizer: TokenizerFolder
+    eos: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    def describe(self, weights: WeightArgs) -> list[str]:
+        """What will be loaded, a line each."""
+        adapter = f" with the adapter {weights.lora_load}" if weights.lora_load else ""
+        copies = f", {self.data_parallel} copies" if self.data_parallel > 1 else ""
+        return [
+            f"model: {self.arch} (from {self.found_in})",
+            f"weights: {weights.load}{adapter}, {'bfloat16' if weights.bf16 else 'float32'}",
+            f"layout: {self.layout}{copies}",
+            *self.notes,
+        ]
+
+
+def make_plan(
+    model: ModelArgs,
+    shape: ShapeArgs,
+    parallel: ParallelArgs,
+    weights: WeightArgs,
+    prompts: PromptArgs,
+    world_size: int,
+) -> Plan:
+    """Everything that follows from flags, config.json and the number of processes.
+
+    Raises:
+        UsageError: something does not fit or is missing.
+    """
+    load = Path(weights.load)
+    if not is_hf_weights(load) and read_tracker(load) is None and format_of(load) is None:
+        raise UsageError(f"--load {load} holds no Hugging Face model and no Megatron checkpoint")
+    noop = len(number_list(parallel.noop_layers))
+    tokenizer_path = prompts.tokenizer_name_or_path
+    arch, found_in, config = find_architecture(
+        model, shape, load=weights.load, tokenizer=tokenizer_path, noop_layers=noop
+    )
+    check_shapes(shape, arch, noop)
+    parallel, notes = _without_training(parallel)
+    layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)
+    check_world_size(layout, world_size)
+    tokenizer = open_tokenizer(tokenizer_path or _beside(load, config))
+    return Plan(
+        arch=arch,
+        found_in=found_in,
+        layout=layout,
+        parallel=parallel,
+        data_parallel=world_size // (layout.tensor * layout.pipeline),
+        positions=shape.max_position_embeddings or arch.max_position_embeddings,
+        tokenizer=tokenizer,
+        eos=_eos(arch, tokenizer, [load, *([config] if config else []), tokenizer.path]),
+        notes=tuple(notes),
+    )
+
+
+def _without_training(parallel: ParallelArgs) -> tuple[ParallelArgs, list[str]]:
+    if parallel.context_parallel_size > 1:
+        raise UsageError(
+            f"--context-parallel-size {parallel.context_parallel_size} is for training; "
+            f"use --tensor-model-parallel-size or --pipeline-model-parallel-size"
+        )
+    notes = []
+    if parallel.sequence_parallel:
+        notes.append("--sequence-parallel: no effect here: a step has a few tokens only")
+    if parallel.num_layers_per_virtual_pipeline_stage:
+        notes.append("--num-layers-per-virtual-pipeline-stage: no effect here: each stage is one chunk")
+    return dataclasses.replace(parallel, sequence_parallel=False, num_layers_per_virtual_pipeline_stage=None), notes
+
+
+def _beside(load: Path, config: Path | None) -> str:
+    for folder in (load, config):
+        if folder is not None and (folder / "tokenizer.json").is_file():
+            return str(folder)
+    raise UsageError(f"{load} holds no tokenizer.json; give the tokenizer's folder with --tokenizer-name-or-path")
+
+
+def _eos(arch: Qwen3Arch, tokenizer: TokenizerFolder, folders: list[Path]) -> tuple[int, ...]:
+    """The ending tokens that generation_config.json, config.json and the tokenizer name, all of them."""
+    named: list[int | None] = [arch.eos_token_id, tokenizer.special.get(tokenizer.named("eos_token") or "")]
+    file = next((f for folder in folders if (f := folder / "generation_config.json").is_file()), None)
+    if file is not None:
+        listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        named += listed if isinstance(listed, list) else [listed]
+    return tuple(sorted({token for token in named if token is not None}))
+
+
+def check_output(folder: str) -> None:
+    """Raises: UsageError: --output-dir cannot be written; found out before the model is loaded."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--output-dir {folder} cannot be written: {error.strerror}") from None

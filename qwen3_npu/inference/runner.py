@@ -1,0 +1,248 @@
+"""The model, loaded and ready to run forward passes: packed tokens in, logits of chosen tokens out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from qwen3_npu import kernels, log
+from qwen3_npu.args.inference import WeightArgs
+from qwen3_npu.args.parallel import RuntimeArgs
+from qwen3_npu.args.training import TrainArgs
+from qwen3_npu.checkpoint.live import load_weights
+from qwen3_npu.checkpoint.opening import Opened, Sources
+from qwen3_npu.distributed.launch import World, model_parallel, model_rank
+from qwen3_npu.errors import UsageError
+from qwen3_npu.inference.plan import Plan
+from qwen3_npu.model.build import build_model
+from qwen3_npu.model.cache import CachedSequence, Kept, KVCache, PrefixedSequence
+from qwen3_npu.model.config import transformer_config
+from qwen3_npu.model.frozen import FrozenLinear, freeze_linears, run_layers
+from qwen3_npu.model.sequence import Sequence as Positions
+from qwen3_npu.model.spec import Parts
+from qwen3_npu.platform.base import Platform
+
+
+@contextlib.contextmanager
+def loaded(
+    platform: Platform,
+    world: World,
+    runtime: RuntimeArgs,
+    weights: WeightArgs,
+    plan: Plan,
+    *,
+    rows: int = 1,
+    copy_tied: bool = True,
+) -> Iterator[Runner]:
+    """A loaded model, among the job's other processes.
+
+    Args:
+        rows: tokens of most passes; weights are laid out for that many.
+        copy_tied: an output layer that shares the embedding's weight may have a copy in its own layout.
+    """
+    with model_parallel(plan.layout, plan.parallel, runtime), torch.inference_mode():
+        yield Runner(platform, world, runtime, weights, plan, rows, copy_tied)
+
+
+class Runner:
+    """One process's part of the model.
+
+    Attributes:
+        data_rank, data_parallel: which copy of the model this is, and how many there are.
+        vocab_size: logits of a token, without padding.
+        last: this process has the logits.
+    """
+
+    def __init__(
+        self,
+        platform: Platform,
+        world: World,
+        runtime: RuntimeArgs,
+        weights: WeightArgs,
+        plan: Plan,
+        rows: int,
+        copy_tied: bool,
+    ) -> None:
+        self.world, self.plan, self.arch = world, plan, plan.arch
+        chosen = kernels.select(runtime.kernels, platform.name, runtime.kernel_overrides)
+        log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
+        train = TrainArgs(train_iters=0, bf16=weights.bf16)
+        config = transformer_config(
+            plan.arch, plan.layout, plan.parallel, train, overlaps_p2p_safely=platform.overlaps_p2p_safely
+        )
+        config.perform_initialization = False  # every weight is loaded
+        self.dtype, self.device = config.params_dtype, world.device
+        (self.model,) = build_model(plan.arch, config, plan.layout, Parts(chosen))
+        self.model.eval().requires_grad_(False)
+        source = open_source(weights)
+        if not source.arch.same_weights(plan.arch):
+            raise UsageError(f"--load {weights.load} holds {source.arch}; the model is {plan.arch}")
+        load_weights(source, plan.layout, model_rank(), [self.model])
+        source.close()
+        freeze_linears(self.model, chosen, rows)
+        self.pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self.stage, self.last = self.pipeline.rank(), self.pipeline.rank() == self.pipeline.size() - 1
+        self.data_rank, self.data_parallel = parallel_state.get_data_parallel_rank(), plan.data_parallel
+        self.vocab_size = plan.arch.vocab_size
+        if self.last:
+            self.head = self._head(chosen, rows, copy_tied)
+        self.sent: tuple[dist.Work, torch.Tensor] | None = None
+        # Copies of the model that share experts exchange tokens in every pass: they must make the same number.
+        self.in_step = plan.layout.expert > 1 and self.data_parallel > 1
+
+    def _head(self, chosen: kernels.Kernels, rows: int, copy_tied: bool) -> torch.nn.Module:
+        """The output layer; a weight that is the embedding too has to stay as it is, beside any copy."""
+        layer = self.model.output_layer
+        if not self.arch.tie_word_embeddings or isinstance(layer, FrozenLinear):
+            return layer
+        shared = self.model.shared_embedding_or_output_weight()
+        return FrozenLinear(layer, shared, chosen if copy_tied else kernels.select("reference"), rows)
+
+    # What passes attend to
+
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        """Room for `slots` sequences of up to `capacity` tokens."""
+        return KVCache(
+            [layer.layer_number for layer in self.model.decoder.layers],
+            slots=slots,
+            capacity=capacity,
+            groups=self.arch.num_key_value_heads // self.plan.layout.tensor,
+            head_dim=self.arch.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def cached(self, cache: KVCache, kept: Sequence[Kept]) -> CachedSequence:
+        """New tokens of sequences of a cache."""
+        places = [place for k in kept for place in range(k.start, k.start + k.count)]
+        return CachedSequence(self._positions(places), None, *self._facts, cache=cache, kept=tuple(kept))
+
+    def packed(self, lengths: Sequence[int], cache: KVCache | None = None, prefix: int = 0) -> Positions:
+        """Whole documents, or what follows a prefix in slot 0 of a cache."""
+        borders, places = [0], []
+        for length in lengths:
+            borders.append(borders[-1] + length)
+            places += range(prefix, prefix + length)
+        if prefix:
+            assert cache is not None
+            return PrefixedSequence(self._positions(places), tuple(borders), *self._facts, cache=cache, prefix=prefix)
+        return Positions(self._positions(places), tuple(borders), *self._facts)
+
+    @property
+    def _facts(self) -> tuple[float, int, torch.dtype]:
+        return self.arch.rope_theta, self.arch.head_dim, self.dtype
+
+    def _positions(self, places: list[int]) -> torch.Tensor:
+        return torch.tensor([places], device=self.device)
+
+    # Passes
+
+    def forward(self, tokens: Sequence[int], sequence: Positions, wanted: Sequence[int]) -> torch.Tensor | None:
+        """One pass through the whole model.
+
+        Args:
+            tokens: packed as `sequence` says.
+            wanted: the tokens (by their place) whose logits are needed.
+
+        Returns:
+            Logits [len(wanted), vocabulary] in the model's dtype on the last pipeline stage, None on the others.
+        """
+        hidden = self._first(tokens) if self.stage == 0 else self._received(len(tokens))
+        hidden = run_layers(self.model.decoder, hidden, sequence)
+        if not self.last:
+            self._send(hidden)
+            return None
+        if not wanted:
+            return hidden.new_empty(0, self.vocab_size)
+        if len(wanted) < len(tokens):
+            hidden = hidden[torch.tensor(wanted, device=self.device)]
+        logits, _ = self.head(hidden)
+        return gather_from_tensor_model_parallel_region(logits[:, 0])[:, : self.vocab_size]
+
+    def idle(self) -> None:
+        """A pass that only serves the other copies of the model (see `in_step`)."""
+        self.forward([0], self.packed([1]), [])
+
+    def anyone(self, busy: bool) -> bool:
+        """Whether this copy of the model has work; where copies go in step, whether any has."""
+        if not self.in_step:
+            return busy
+        flag = torch.tensor([int(busy)], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+        return bool(flag.item())
+
+    def _first(self, tokens: Sequence[int]) -> torch.Tensor:
+        return self.model.embedding(torch.tensor([tokens], device=self.device), None)
+
+    def _received(self, tokens: int) -> torch.Tensor:
+        hidden = torch.empty(tokens, 1, self.arch.hidden_size, dtype=self.dtype, device=self.device)
+        dist.recv(hidden, dist.get_global_rank(self.pipeline, self.stage - 1), group=self.pipeline)
+        return hidden
+
+    def _send(self, hidden: torch.Tensor) -> None:
+        # Not waited for: while the next stage computes, this one may start the next pass.
+        self._finish_send()
+        hidden = hidden.contiguous()
+        work = dist.isend(hidden, dist.get_global_rank(self.pipeline, self.stage + 1), group=self.pipeline)
+        self.sent = work, hidden
+
+    def _finish_send(self) -> None:
+        if self.sent is not None:
+            self.sent[0].wait()
+            self.sent = None
+
+    # Results
+
+    def share(self, values: torch.Tensor) -> torch.Tensor:
+        """What the last stage has, on every process of this copy of the model.
+
+        Args:
+            values: of the same shape and dtype everywhere.
+        """
+        self._finish_send()
+        values = values.contiguous()
+        if self.plan.layout.tensor > 1:
+            # Ranks have the same logits; should a device round differently, they still go on with one text.
+            group = parallel_state.get_tensor_model_parallel_group()
+            dist.broadcast(values, dist.get_global_rank(group, 0), group=group)
+        if self.pipeline.size() > 1:
+            last = dist.get_global_rank(self.pipeline, self.pipeline.size() - 1)
+            dist.broadcast(values, last, group=self.pipeline)
+        return values
+
+    def gather(self, mine: list) -> list:
+        """The lists of all copies of the model as one, on every process."""
+        if self.data_parallel == 1:
+            return mine
+        parts: list[list] = [[] for _ in range(self.data_parallel)]
+        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
+        return [item for part in parts for item in part]
+
+    def agreed(self, value: object) -> object:
+        """Rank 0's value on every process."""
+        if self.world.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, 0)
+        return held[0]
+
+
+def open_source(weights: WeightArgs) -> Opened:
+    """The weights, with the adapter of --lora-load, or one that lies in --load itself, merged into them."""
+    sources = Sources(
+        weights.load, iteration=weights.ckpt_step, lora_load=weights.lora_load, lora_alpha=weights.lora_alpha
+    )
+    base = sources.open_base()
+    if not base.contents.base:
+        raise UsageError(
+            f"--load {weights.load} holds an adapter only; give it as --lora-load, and its model as --load"
+        )
+    if weights.lora_load is None and base.contents.lora is None:
+        return base
+    base.close()
+    return Sources(**{**vars(sources), "merge": True})()

@@ -1,0 +1,172 @@
+"""Log-likelihoods of given continuations: one pass for all that share it, common beginnings once, few logits.
+
+Tokens as in lm-evaluation-harness: context and continuation are encoded as one text, what is too long loses its
+beginning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from qwen3_npu.inference.engine import common
+from qwen3_npu.inference.runner import Runner
+from qwen3_npu.model.cache import Kept, KVCache
+
+_WORTH_SHARING = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A continuation to be scored.
+
+    Attributes:
+        key: names it among the results.
+        group: choices of one group are likely to begin alike.
+        tokens: context and continuation.
+        length: tokens of the continuation.
+    """
+
+    key: tuple[int, int]
+    group: str
+    tokens: tuple[int, ...]
+    length: int
+
+
+@dataclasses.dataclass
+class _Row:
+    """Tokens that go through the model, and the continuations that can be read off at their ends."""
+
+    tokens: tuple[int, ...]
+    choices: list[Choice] = dataclasses.field(default_factory=list)
+
+    @property
+    def logits(self) -> int:
+        """Places at the end whose logits are needed."""
+        return max(choice.length for choice in self.choices)
+
+
+class Scorer:
+    """Scores with one model.
+
+    Attributes:
+        computed, reused: tokens that went through the model, and those that a common beginning saved.
+    """
+
+    def __init__(self, runner: Runner, *, pass_tokens: int = 512, prefix_cache: bool = True) -> None:
+        """Args: pass_tokens: tokens of one pass, unless a single row has more."""
+        self.runner, self.pass_tokens, self.prefix_cache = runner, pass_tokens, prefix_cache
+        self.cache: KVCache | None = None
+        self.computed = self.reused = 0
+
+    def score(
+        self, choices: Sequence[Choice], on_done: Callable[[int], None] | None = None
+    ) -> dict[tuple[int, int], float]:
+        """Log-likelihood of every continuation, on every process.
+
+        Args:
+            on_done: called with the number of rows done, on every process.
+        """
+        keys: list[tuple[int, int]] = []
+        parts: list[torch.Tensor] = []
+        for batch, prefix in self._batches(self._share(_rows(choices, self.runner.plan.positions))):
+            keys += [choice.key for row in batch for choice in row.choices]
+            scores = self._pass(batch, prefix)
+            if scores is not None:
+                parts.append(scores)
+            if on_done is not None:
+                on_done(len(batch))
+        while self.runner.anyone(False):
+            self.runner.idle()
+        values = torch.cat(parts) if parts else torch.zeros(len(keys), dtype=torch.float64, device=self.runner.device)
+        return dict(self.runner.gather(list(zip(keys, self.runner.share(values).tolist(), strict=True))))
+
+    def _share(self, groups: dict[str, list[_Row]]) -> list[list[_Row]]:
+        """The groups that this copy of the model takes: the longest first, each to the copy with the least."""
+        loads = [0] * self.runner.data_parallel
+        mine = []
+        for rows in sorted(groups.values(), key=lambda rows: -sum(len(row.tokens) for row in rows)):
+            target = loads.index(min(loads))
+            loads[target] += sum(len(row.tokens) for row in rows)
+            if target == self.runner.data_rank:
+                mine.append(rows)
+        return mine
+
+    def _batches(self, groups: list[list[_Row]]) -> Iterator[tuple[list[_Row], int]]:
+        """Rows of one pass and the length of what they share, which lies in the cache by then."""
+        for rows in groups:
+            prefix = self._prefix(rows) if self.prefix_cache else 0
+            batch: list[_Row] = []
+            # Rows of similar length: nothing is padded, but passes take a similar time.
+            for row in sorted(rows, key=lambda row: len(row.tokens)):
+                if batch and sum(len(r.tokens) - prefix for r in (*batch, row)) > self.pass_tokens:
+                    yield batch, prefix
+                    batch = []
+                batch.append(row)
+            yield batch, prefix
+
+    def _prefix(self, rows: list[_Row]) -> int:
+        """Compute what all rows begin with; its length."""
+        first = rows[0].tokens
+        # Every row keeps the tokens whose logits are needed.
+        room = min(len(row.tokens) - row.logits for row in rows)
+        length = min([room, *(common(first, row.tokens) for row in rows)])
+        if len(rows) == 1 or length < _WORTH_SHARING:
+            return 0
+        if self.cache is None or self.cache.capacity < length:
+            self.cache = None  # the old one goes first
+            self.cache = self.runner.new_cache(1, min(-(-length // 256) * 256, self.runner.plan.positions))
+        for start in range(0, length, self.pass_tokens):
+            tokens = first[start : min(start + self.pass_tokens, length)]
+            self.runner.anyone(True)
+            self.runner.forward(tokens, self.runner.cached(self.cache, [Kept(0, start, len(tokens))]), [])
+        self.computed += length
+        self.reused += length * (len(rows) - 1)
+        return length
+
+    def _pass(self, batch: list[_Row], prefix: int) -> torch.Tensor | None:
+        """Scores of the batch's choices, float64, on the last stage."""
+        tokens = [token for row in batch for token in row.tokens[prefix:]]
+        lengths = [len(row.tokens) - prefix for row in batch]
+        self.computed += len(tokens)
+        ends = list(itertools.accumulate(lengths))
+        wanted = [place for row, end in zip(batch, ends, strict=True) for place in range(end - row.logits, end)]
+        self.runner.anyone(True)
+        logits = self.runner.forward(tokens, self.runner.packed(lengths, self.cache, prefix), wanted)
+        if logits is None:
+            return None
+        # The softmax's sum needs all of the vocabulary, the numerator only the words of the continuations.
+        total = logits.float().logsumexp(-1)
+        places, words, sizes = [], [], []
+        for row, last in zip(batch, itertools.accumulate(row.logits for row in batch), strict=True):
+            for choice in row.choices:
+                places += range(last - choice.length, last)
+                words += choice.tokens[len(choice.tokens) - choice.length :]
+                sizes.append(choice.length)
+        at = torch.tensor(places, device=logits.device)
+        found = logits[at, torch.tensor(words, device=logits.device)].float() - total[at]
+        return torch.stack([part.sum() for part in found.split(sizes)]).double()
+
+
+def _rows(choices: Sequence[Choice], positions: int) -> dict[str, list[_Row]]:
+    """What goes through the model, by group: continuations of one token after the same context share a row."""
+    groups: dict[str, dict[tuple[int, ...], _Row]] = {}
+    for choice in choices:
+        tokens = choice.tokens[-(positions + 1) :][:-1]
+        row = groups.setdefault(choice.group, {}).setdefault(tokens, _Row(tokens))
+        row.choices.append(choice)
+    return {group: list(rows.values()) for group, rows in groups.items()}
+
+
+def choice_tokens(encode: Callable[[list[str]], list[list[int]]], context: str, continuations: Sequence[str]) -> list:
+    """Tokens and length of each continuation of a context, encoded with it as one text.
+
+    A space at the context's end belongs to the continuation.
+    """
+    stripped = context.rstrip()
+    spaces = context[len(stripped) :]
+    whole = encode([stripped, *(stripped + spaces + text for text in continuations)])
+    return [(tuple(tokens), len(tokens) - len(whole[0])) for tokens in whole[1:]]

@@ -1,0 +1,116 @@
+"""Text around the model: prompts written by a template, answers decoded while they grow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from qwen3_npu.args.inference import PromptArgs
+from qwen3_npu.data.conversation import ASSISTANT, SYSTEM, Conversation, Message
+from qwen3_npu.data.encoder import Encoder, open_encoder
+from qwen3_npu.data.handlers import TEMPLATES
+from qwen3_npu.data.hf_template import asked
+from qwen3_npu.data.tokenizer import END_OF_TEXT, IM_END, TokenizerFolder
+from qwen3_npu.errors import UsageError
+
+_CUT_SHORT = "\ufffd"  # what a decoder writes for the first bytes of a character
+
+
+class Writer:
+    """Writes prompts as --prompt-type says, and as tokens.
+
+    Attributes:
+        encoder: text to tokens and back.
+    """
+
+    def __init__(self, tokenizer: TokenizerFolder, args: PromptArgs, *, backend: str = "tokenizers") -> None:
+        self.tokenizer, self.args = tokenizer, args
+        self.encoder: Encoder = open_encoder(tokenizer, backend)
+        self.special = sorted(tokenizer.special, key=len, reverse=True)
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """A conversation up to where the answer starts; without a template only a single message, as it is.
+
+        Raises:
+            UsageError: several messages and no template, or a template that refuses them.
+        """
+        system = self.args.system
+        if messages and messages[0].role == SYSTEM:
+            system, messages = messages[0].content, messages[1:]
+        if self.args.template is None:
+            if len(messages) != 1 or system:
+                raise UsageError(
+                    "a conversation of several messages, or with --system, needs a template: --prompt-type qwen3 or "
+                    "--hf-chat-template"
+                )
+            return messages[0].content
+        conversation = Conversation(tuple(messages), system)
+        try:
+            if self.args.template == "hf":
+                return asked(self.tokenizer, conversation, self.args.thinking)
+            template = TEMPLATES[self.args.template](self.tokenizer)
+            for token in template.tokens:
+                self.tokenizer.id(token, f"--prompt-type {self.args.template}")
+            waiting = conversation._replace(messages=(*messages, Message(ASSISTANT, "")))
+            turns = template.render(waiting, self.args.thinking, True)
+        except ValueError as error:
+            raise UsageError(f"--prompt-type {self.args.template}: {error}") from None
+        before = [text for turn in turns[:-1] for text in (*turn.source, *turn.target)]
+        return "".join([*before, *turns[-1].source])
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokens of a text; special tokens written in it are special."""
+        return self.encoder.encode([text]).ids.tolist()
+
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer of a conversation, whatever config.json says."""
+        return tuple(self.tokenizer.special[t] for t in (IM_END, END_OF_TEXT) if t in self.tokenizer.special)
+
+    def answer(self, tokens: Iterable[int], eos: Sequence[int]) -> str:
+        """What was generated, without the tokens that end it."""
+        return self.encoder.decode([token for token in tokens if token not in eos])
+
+
+class Stream:
+    """Decodes tokens as they come; holds back characters that are not whole, and what may become a stop text."""
+
+    def __init__(self, encoder: Encoder, eos: Sequence[int], stops: Sequence[str] = ()) -> None:
+        self.encoder, self.eos, self.stops = encoder, eos, stops
+        self.tokens: list[int] = []
+        self.text, self.shown = "", 0
+        self.first, self.read = 0, 0  # tokens whose text is decoded again with each new one, and those done with
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Take a token; the text that can be shown now."""
+        if token in self.eos:
+            return self.rest()
+        self.tokens.append(token)
+        # Some tokens change the text of the one before: decoding starts there.
+        before = self.encoder.decode(self.tokens[self.first : self.read])
+        now = self.encoder.decode(self.tokens[self.first :])
+        if len(now) <= len(before) or now.endswith(_CUT_SHORT):
+            return ""
+        self.text += now[len(before) :]
+        self.first, self.read = self.read, len(self.tokens)
+        places = [place for stop in self.stops if (place := self.text.find(stop)) >= 0]
+        if places:
+            self.stopped = True
+            self.text = self.text[: min(places)]
+        return self._show(len(self.text) if self.stopped else len(self.text) - self._held_back())
+
+    def rest(self) -> str:
+        """The end of the text, once no more tokens come."""
+        if not self.stopped:
+            before = self.encoder.decode(self.tokens[self.first : self.read])
+            self.text += self.encoder.decode(self.tokens[self.first :])[len(before) :]
+            self.first = self.read = len(self.tokens)
+        return self._show(len(self.text))
+
+    def _held_back(self) -> int:
+        """Characters at the end that a stop text may begin with."""
+        longest = max(map(len, self.stops), default=1) - 1
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(self.text[-n:]) for s in self.stops)), 0)
+
+    def _show(self, end: int) -> str:
+        shown, self.shown = self.shown, max(self.shown, end)
+        return self.text[shown : self.shown]

@@ -1,0 +1,160 @@
+"""Keys and values that are kept between forward passes, and how a forward pass attends to them.
+
+A pass takes the new tokens of several sequences packed in one row [s, 1, ...], so that unequal lengths cost no padding.
+The objects here are `Sequence`s: they travel to every layer as `packed_seq_params` and replace its core attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from qwen3_npu.distributed.ring import merge
+from qwen3_npu.kernels import Kernels
+from qwen3_npu.model.sequence import Sequence
+
+
+class KVCache:
+    """Preallocated keys and values.
+
+    Attributes:
+        data: [layers, 2, slots, g, capacity, d]; a slot holds one sequence.
+    """
+
+    def __init__(
+        self,
+        layer_numbers: Iterable[int],
+        *,
+        slots: int,
+        capacity: int,
+        groups: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Args: layer_numbers: of this rank's layers. groups: its key/value heads. capacity: tokens of a slot."""
+        self.index = {number: i for i, number in enumerate(layer_numbers)}
+        shape = (len(self.index), 2, slots, groups, capacity, head_dim)
+        # Zeros: a masked key has weight 0, which times NaN would be NaN.
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots, self.capacity = slots, capacity
+
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, [slots, g, capacity, d] each."""
+        return self.data[self.index[number]].unbind()
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first tokens of one slot into another."""
+        if source != target and length:
+            self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
+
+    def reorder(self, sources: list[int], first: int, length: int) -> None:
+        """Slot first + i becomes what slot sources[i] was (beam search)."""
+        moved = [i for i, source in enumerate(sources) if source != first + i]
+        if moved:
+            kept = self.data[:, :, [sources[i] for i in moved], :, :length]
+            self.data[:, :, [first + i for i in moved], :, :length] = kept
+
+    @property
+    def bytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+
+class Kept(NamedTuple):
+    """New tokens of one sequence: they follow `start` tokens that its slot holds."""
+
+    slot: int
+    start: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachedSequence(Sequence):
+    """New tokens of several sequences, each attending to what is kept of its own, and kept themselves.
+
+    Attributes:
+        cache: where keys and values are kept.
+        kept: the sequences, in the order of the packed tokens.
+    """
+
+    cache: KVCache
+    kept: tuple[Kept, ...]
+
+    @functools.cached_property
+    def is_decode(self) -> bool:
+        """One token of each of the first slots, in their order."""
+        return all(k.count == 1 and k.slot == i for i, k in enumerate(self.kept))
+
+    @functools.cached_property
+    def lengths(self) -> torch.Tensor:
+        """[sequences] int64: tokens kept before."""
+        return torch.tensor([k.start for k in self.kept], device=self.positions.device)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        return max(k.start + k.count for k in self.kept)
+
+    @functools.cached_property
+    def visible(self) -> torch.Tensor | None:
+        """[sequences, longest] bool: which keys each sequence has; None if they are equally long."""
+        if len({k.start for k in self.kept}) == 1:
+            return None
+        return torch.arange(self.longest, device=self.positions.device) <= self.lengths.unsqueeze(1)
+
+    @functools.cached_property
+    def slots(self) -> torch.Tensor:
+        return torch.arange(len(self.kept), device=self.positions.device)
+
+    def attend(
+        self, number: int, kernels: Kernels, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of layer `number`; q [s, 1, n, d], k and v [s, 1, g, d]; [s, 1, n, d]."""
+        keys, values = self.cache.layer(number)
+        if self.is_decode:
+            if len(self.kept) == 1:
+                keys[0, :, self.kept[0].start] = k[0, 0]
+                values[0, :, self.kept[0].start] = v[0, 0]
+            else:
+                keys[self.slots, :, self.lengths] = k[:, 0]
+                values[self.slots, :, self.lengths] = v[:, 0]
+            own = slice(0, len(self.kept)), slice(None), slice(0, self.longest)
+            return kernels.decode_attention(q[:, 0], keys[own], values[own], self.visible, scale=scale).unsqueeze(1)
+        out, first = [], 0
+        for slot, start, count in self.kept:
+            new, stored, end = slice(first, first + count), slice(start, start + count), start + count
+            keys[slot, :, stored] = k[new, 0].transpose(0, 1)
+            values[slot, :, stored] = v[new, 0].transpose(0, 1)
+            own = (x[slot, :, :end].transpose(0, 1).unsqueeze(1) for x in (keys, values))
+            out.append(kernels.attention(q[new], *own, scale=scale))
+            first += count
+        return torch.cat(out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixedSequence(Sequence):
+    """Packed documents that all follow the same prefix; nothing is kept of them.
+
+    Attention to the prefix is one block of all tokens against it, however many documents share it; it is merged with
+    the attention inside each document.
+
+    Attributes:
+        cache: its slot 0 holds the prefix.
+        prefix: tokens of the prefix.
+    """
+
+    cache: KVCache
+    prefix: int
+
+    def attend(
+        self, number: int, kernels: Kernels, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As `CachedSequence.attend`."""
+        keys, values = (x[0, :, : self.prefix].transpose(0, 1).unsqueeze(1) for x in self.cache.layer(number))
+        own, own_lse = kernels.attention_block(q, k, v, scale=scale, cu_seqlens=self.cu_seqlens)
+        out, lse = own.float(), own_lse.float().clone()
+        merge(out, lse, *kernels.attention_block(q, keys, values, scale=scale, cu_seqlens=None))
+        return out.to(q.dtype)

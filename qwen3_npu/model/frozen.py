@@ -1,0 +1,62 @@
+"""A model that will not be trained: linears that only multiply, layers without what training needs around them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from qwen3_npu.kernels import Kernels
+from qwen3_npu.model.modules import NoopLayer
+from qwen3_npu.model.sequence import Sequence
+
+
+class FrozenLinear(torch.nn.Module):
+    """A column- or row-parallel linear as one matrix multiplication with a weight in the kernel's own layout.
+
+    Column-parallel output stays cut; row-parallel output is summed over the tensor-parallel group.
+    """
+
+    def __init__(self, linear: torch.nn.Module, weight: torch.Tensor, kernels: Kernels, rows: int) -> None:
+        """Args: rows: how many a multiplication usually has."""
+        super().__init__()
+        self.multiply = kernels.prepared_linear(weight.detach(), rows)
+        summed = isinstance(linear, RowParallelLinear) and linear.tp_group.size() > 1
+        self.group = linear.tp_group if summed else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        out = self.multiply(x)
+        if self.group is not None:
+            dist.all_reduce(out, group=self.group)
+        return out, None
+
+
+def freeze_linears(model: torch.nn.Module, kernels: Kernels, rows: int) -> None:
+    """Replace every linear that has a weight of its own, which is given up; one at a time, so memory hardly grows."""
+    linears = (ColumnParallelLinear, RowParallelLinear)
+    # Names, not the linears themselves: a list of those would keep their weights.
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, linears) and child.weight is not None
+    ]
+    for module, name in places:
+        setattr(module, name, FrozenLinear(linear := getattr(module, name), linear.weight, kernels, rows))
+        del linear
+
+
+def run_layers(block: TransformerBlock, hidden: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """The layers and the final norm, [s, b, hidden].
+
+    What megatron's TransformerLayer computes without dropout; its bookkeeping takes longer than a layer of one token.
+    """
+    for layer in block.layers:
+        if isinstance(layer, NoopLayer):
+            continue
+        attended, _ = layer.self_attention(layer.input_layernorm(hidden), packed_seq_params=sequence)
+        hidden = hidden + attended
+        moved, _ = layer.mlp(layer.pre_mlp_layernorm(hidden))
+        hidden = hidden + moved
+    return hidden if block.final_layernorm is None else block.final_layernorm(hidden)

@@ -1,0 +1,72 @@
+"""Losses and gradients of a few steps of a tiny training, as `pretrain_gpt.py` makes it from its flags."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from qwen3_npu import cli
+from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+from qwen3_npu.checkpoint.whole import gather_whole
+from qwen3_npu.data.prefixes import check_data
+from qwen3_npu.distributed.launch import World, model_parallel
+from qwen3_npu.platform.base import Platform
+from qwen3_npu.training.loop import Trainer
+from qwen3_npu.training.plan import make_plan
+from qwen3_npu.training.step import StepResult
+
+
+@contextlib.contextmanager
+def trainer(platform: Platform, world: World, flags: Sequence[str]) -> Iterator[Trainer]:
+    """A loaded trainer with data."""
+    args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN, argv=list(flags)).groups)
+    plan = make_plan(args, world.size)
+    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
+    with model_parallel(plan.layout, args.parallel, args.runtime):
+        made = Trainer(platform, world, args, plan)
+        made.load()
+        made.open_data(fingerprint)
+        yield made
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What some steps did.
+
+    Attributes:
+        gradients: of the first step, clipped as --clip-grad says; Hugging Face (or PEFT) name -> float32 array; on
+            rank 0 only.
+    """
+
+    steps: list[StepResult]
+    gradients: dict[str, np.ndarray]
+
+
+def measure(made: Trainer, steps: int) -> Measured:
+    """Train. Every rank must call this."""
+    results = [made.step()]
+    moments = gather_whole(made.saver.trained, "exp_avg")
+    scale = 1 - made.args.optimizer.adam_beta1
+    results += [made.step() for _ in range(steps - 1)]
+    return Measured(results, {name: moment / scale for name, moment in moments.items()})
+
+
+def largest_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The largest difference of any tensor, relative to that tensor's largest element, and its name.
+
+    Raises:
+        ValueError: they are not the same tensors.
+    """
+    if found.keys() != expected.keys():
+        raise ValueError(f"other tensors: {sorted(found.keys() ^ expected.keys())[:5]}")
+    worst, where = 0.0, ""
+    for name, tensor in expected.items():
+        scale = float(np.abs(tensor).max()) or 1.0
+        difference = float(np.abs(found[name] - tensor).max()) / scale
+        if not difference <= worst:  # NaN is the worst
+            worst, where = difference, name
+    return worst, where

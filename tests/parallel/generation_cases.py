@@ -1,0 +1,45 @@
+"""Cases of generation; each runs on every rank and returns something for JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import generation
+
+
+def answers(platform: Any, world: Any, folder: str, flags: list[str]) -> dict[str, list[list[int]]]:
+    """Answers to the prompts by greedy decoding with different engines, by sampling and by beams."""
+    from qwen3_npu.inference.beam import BeamSearch, beam_search
+    from qwen3_npu.inference.engine import Request
+    from qwen3_npu.inference.sampling import Sampling
+
+    prompts = generation.prompts()
+    with generation.runner(platform, world, folder, *flags) as made:
+        found = {
+            "greedy": generation.generated(made, prompts, 64, Sampling()),
+            "no prefix cache": generation.generated(made, prompts, 12, Sampling(), prefix_cache=False, slots=2),
+            "no cache": generation.generated(made, prompts, 8, Sampling(), kv_cache=False),
+            "sampled": generation.generated(made, prompts, 12, Sampling(True, 0.8, 20, 0.9, seed=11)),
+        }
+        request = Request(0, list(prompts[2]), 12)
+        beam_search(made, request, BeamSearch(3, 1.0, Sampling()))
+        while made.anyone(False):
+            made.idle()
+        return {**found, "beams": [request.generated]}
+
+
+def likelihoods(platform: Any, world: Any, folder: str, flags: list[str], data: str, out: str) -> list[list[float]]:
+    """Log-likelihoods of MMLU's choices, as `evaluation.py` writes them into samples_mmlu.jsonl."""
+    from qwen3_npu import cli
+    from qwen3_npu.args.evaluation import FOREIGN, GROUPS, EvaluationArgs
+    from qwen3_npu.evaluation.run import evaluate
+    from qwen3_npu.inference.plan import make_plan
+
+    words = ["--load", folder, "--task", "mmlu", "--task-data-path", data, "--device", "cpu", "--log-samples"]
+    args = EvaluationArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=[*words, "--output-dir", out, *flags]).groups)
+    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
+    evaluate(platform, world, args, plan)
+    samples = (json.loads(line) for line in (Path(out) / "samples_mmlu.jsonl").open()) if world.rank == 0 else ()
+    return [sample["loglikelihoods"] for sample in samples]
