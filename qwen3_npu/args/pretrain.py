@@ -8,6 +8,7 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
+from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
 
 
@@ -28,6 +29,7 @@ class PretrainArgs(typing.NamedTuple):
     checkpoint: CheckpointArgs
     exits: ExitArgs
     report: ReportArgs
+    profile: ProfileArgs
 
 
 GROUPS = tuple(typing.get_type_hints(PretrainArgs).values())

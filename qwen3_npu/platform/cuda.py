@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from qwen3_npu.platform.base import Platform, published_peak
@@ -30,6 +32,10 @@ def _bind(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses
+
+
 def platform() -> Platform:
     return Platform(
         name="cuda",
@@ -42,4 +48,5 @@ def platform() -> Platform:
         device_name=torch.cuda.get_device_name,
         peak_flops=lambda: published_peak(PEAK_FLOPS, torch.cuda.get_device_name()),
         overlaps_p2p_safely=True,
+        be_deterministic=_be_deterministic,
     )

@@ -19,7 +19,7 @@ from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data.batches import Batch
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
-from qwen3_npu.errors import Stopped
+from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.sequence import Sequence
@@ -31,6 +31,7 @@ from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
+from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
@@ -60,6 +61,8 @@ class Trainer:
 
     def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
+        if args.train.moe_router_dtype == "fp64" and not platform.has_float64:
+            raise UsageError(f"--moe-router-dtype fp64: {platform.name} has no float64; use fp32")
         chosen = kernels.select(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = transformer_config(
@@ -158,8 +161,10 @@ class Trainer:
         reporter = self._reporter()
         if args.train.manual_gc:
             gc.disable()
+        profiling = Profiling(self.platform, args.profile, self.world.rank)
         stop: str | None = None
         while self.position.iteration < last and stop is None:
+            profiling.before(self.position.iteration + 1)
             result = self.step()
             iteration = self.position.iteration
             reporter.step(iteration, result)
@@ -169,6 +174,7 @@ class Trainer:
                 with reporter.paused():
                     self.evaluate(reporter)
             stop = self.exits.reason(iteration, self.world.device)
+            profiling.after(iteration, last=iteration == last or stop is not None)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
             if args.checkpoint.save and (due or stop or iteration == last):
                 with reporter.paused():

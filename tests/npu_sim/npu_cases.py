@@ -219,3 +219,23 @@ def answers(platform: Platform, world: World, folder: str, flags: list[str], lim
 
     with generation.runner(platform, world, folder, *flags) as made:
         return generation.generated(made, generation.prompts(), limit, Sampling(), slots=3)
+
+
+def platform_facts(platform: Platform, world: World, folder: str) -> dict[str, Any]:
+    """What the platform says of the (simulated) device, and that its profiler can be made."""
+    import torch_npu
+
+    from qwen3_npu.args.profile import ProfileArgs
+
+    x = torch.ones(2**20, device=world.device)
+    levels = ("level0", "level1", "level2")
+    made = [platform.profiler(ProfileArgs(profile=True, profile_level=n, profile_save_path=folder)) for n in levels]
+    return {
+        "name": platform.device_name(),
+        "peak": platform.peak_flops(),
+        "total": platform.memory_total(),
+        "allocated": platform.memory_peak() >= x.nbytes,
+        "profilers": all(isinstance(profiler, torch_npu.profiler.profile) for profiler in made),
+        "float64": platform.has_float64,
+        "type": x.type(),
+    }

@@ -1,0 +1,32 @@
+"""Record some steps of a training with the device's own profiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen3_npu import log
+from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.platform.base import Platform
+
+
+class Profiling:
+    """Starts and stops the profiler between steps, on the ranks that were asked for."""
+
+    def __init__(self, platform: Platform, args: ProfileArgs, rank: int) -> None:
+        self.args = args
+        chosen = args.profile and (rank in args.profile_ranks or -1 in args.profile_ranks)
+        self.profiler: Any = platform.profiler(args) if chosen else None
+        self.running = False
+
+    def before(self, iteration: int) -> None:
+        """To be called before step `iteration` (from 1)."""
+        if self.profiler is not None and not self.running and iteration == self.args.profile_step_start + 1:
+            self.profiler.start()
+            self.running = True
+
+    def after(self, iteration: int, *, last: bool) -> None:
+        """To be called after it; a training's last step ends a recording."""
+        if self.running and (iteration >= self.args.profile_step_end or last):
+            self.profiler.stop()
+            self.running = False
+            log.info(f"profile: {self.args.profile_save_path}")
