@@ -46,7 +46,8 @@ def why_not(operation: str) -> str | None:
 @functools.cache
 def _compressed_mask(device: torch.device) -> torch.Tensor:
     """What causal sparse modes ask for instead of a mask of the sequence's size: [2048, 2048], True = masked out."""
-    return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
+    with torch.inference_mode(False):  # generation may be the first to ask, and training wants it, too
+        return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
 
 def _fusion_attention(

@@ -125,6 +125,9 @@ def kernel_differences(
         assert text.count(change[0]) == 1, f"{change[0]!r} is {text.count(change[0])} times in kernels/npu.py"
         npu = types.ModuleType("changed")
         exec(compile(text.replace(*change), "changed", "exec"), npu.__dict__)
+    npu._compressed_mask.cache_clear()
+    with torch.inference_mode():  # what is made here once serves training, too
+        npu._compressed_mask(world.device)
     results: dict[str, float | str] = {}
     for name, measure in _measurements(npu).items():
         try:
@@ -227,6 +230,7 @@ def platform_facts(platform: Platform, world: World, folder: str) -> dict[str, A
 
     from qwen3_npu.args.profile import ProfileArgs
 
+    torch_npu.profiler.profile.__del__ = lambda self: None  # it stops a recording in CANN, begun or not
     x = torch.ones(2**20, device=world.device)
     levels = ("level0", "level1", "level2")
     made = [platform.profiler(ProfileArgs(profile=True, profile_level=n, profile_save_path=folder)) for n in levels]
