@@ -193,6 +193,14 @@ class Trainer:
         if stop is not None:
             log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
 
+    def close(self) -> None:
+        """Let go of the model, for a process that trains more than once."""
+        # Autograd nodes hold megatron's hooks, these hold model and optimizer, and both hold nodes (by views of parameters,
+        # and by what the dispatcher of experts keeps of the last tokens): circles that Python's collector cannot see.
+        for chunk in self.chunks:
+            for part in [*chunk.parameters(), *chunk.modules()]:
+                vars(part).clear()
+
     def _expert_load(self) -> ExpertLoad | None:
         arch = self.plan.arch
         return take_expert_load(self.modules, self.plan.layout.num_layers, arch.num_experts) if arch.is_moe else None
