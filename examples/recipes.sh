@@ -1,5 +1,5 @@
 # Sourced by the scripts of each size. A script says its sizes and calls one of
-#   pretrain | tune_full | tune_lora | generate | evaluate FLAGS...
+#   pretrain | tune_full | tune_lora | generate | chat | evaluate FLAGS...
 # Every NAME=VALUE given to `defaults` can be set in the environment instead, and every flag given to a script is passed
 # on last, so that it wins. Launching, logs and DRY_RUN=1: see common.sh.
 
@@ -75,6 +75,14 @@ generate() {
         --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
         --task ${TASK:-greedy} --predict-data "${PREDICT_DATA:-how are you?}" \
         --max-new-tokens "${MAX_NEW_TOKENS:-256}" --hf-chat-template --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
+        "$@"
+}
+
+chat() {
+    launch inference.py \
+        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
+        --task chat --hf-chat-template --enable-thinking "${ENABLE_THINKING:-true}" \
+        --max-new-tokens "${MAX_NEW_TOKENS:-2048}" --history-turns 10 --temperature 0.6 --top-k 20 --seed 42 \
         "$@"
 }
 

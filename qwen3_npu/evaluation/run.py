@@ -19,6 +19,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.evaluation.asking import Asker
 from qwen3_npu.evaluation.custom import Case, is_right, load_cases
 from qwen3_npu.evaluation.extract import filtered, mindspeed_letter, same_number
+from qwen3_npu.evaluation.pieces import PieceEncoder
 from qwen3_npu.evaluation.questions import Question, load_questions, missing_subjects
 from qwen3_npu.evaluation.report import RESULTS, Sample, Summary, confusion, write_json, write_text
 from qwen3_npu.evaluation.task import LIKELIHOOD, Task
@@ -62,6 +63,7 @@ def run(platform: Platform, args: EvaluationArgs, plan: Plan) -> None:
 
 def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Plan) -> None:
     """Read all questions, load the model, evaluate, write."""
+    platform.return_freed_memory()
     writer = Writer(plan.tokenizer, args.prompts, backend="auto")
     if writer.args.template:
         plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
@@ -251,49 +253,6 @@ class _Evaluation:
             entry |= {"category": case.category, "match": case.match, "acc": float(right)}
             samples.append(Sample(case.category, case.category, {"acc": float(right)}, margin, entry))
         return samples, confusion(pairs)
-
-
-class PieceEncoder:
-    """Encodes texts that repeat each other's paragraphs, each paragraph once.
-
-    After an empty line a letter or digit always begins a new token of Qwen's (the pattern in its tokenizer.json), so
-    the tokens of a text are those of its paragraphs. Should a tokenizer differ, the first texts show it.
-    """
-
-    def __init__(self, writer: Writer, checks: int = 8) -> None:
-        self.encoder, self.checks = writer.encoder, checks
-        self.known: dict[str, list[int]] = {}
-        self.safe = True
-
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text."""
-        if not self.safe:
-            return [self.encoder.encode([text]).ids.tolist() for text in texts]
-        found = [[token for piece in paragraphs(text) for token in self._piece(piece)] for text in texts]
-        if self.checks:
-            self.checks -= 1
-            whole = [self.encoder.encode([text]).ids.tolist() for text in texts]
-            if whole != found:
-                log.warning("this tokenizer joins paragraphs: texts are encoded whole, which takes longer")
-                self.safe = False
-                return whole
-        return found
-
-    def _piece(self, piece: str) -> list[int]:
-        if piece not in self.known:
-            self.known[piece] = self.encoder.encode([piece]).ids.tolist()
-        return self.known[piece]
-
-
-def paragraphs(text: str) -> list[str]:
-    """The text cut after every empty line that an ASCII letter or digit follows."""
-    pieces, start, at = [], 0, text.find("\n\n")
-    while at >= 0:
-        if text[at + 2 : at + 3].isascii() and text[at + 2 : at + 3].isalnum():
-            pieces.append(text[start : at + 2])
-            start = at + 2
-        at = text.find("\n\n", at + 1)
-    return [*pieces, text[start:]]
 
 
 def _facts(task: Read, args: EvaluationArgs) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def make_plan(
     parallel, notes = _without_training(parallel)
     layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)
     check_world_size(layout, world_size)
-    tokenizer = open_tokenizer(tokenizer_path or _beside(load, config))
+    tokenizer = open_tokenizer(_tokenizer(tokenizer_path, load, config))
     return Plan(
         arch=arch,
         found_in=found_in,
@@ -106,7 +106,13 @@ def _without_training(parallel: ParallelArgs) -> tuple[ParallelArgs, list[str]]:
     return dataclasses.replace(parallel, sequence_parallel=False, num_layers_per_virtual_pipeline_stage=None), notes
 
 
-def _beside(load: Path, config: Path | None) -> str:
+def _tokenizer(given: str | None, load: Path, config: Path | None) -> str:
+    if given is not None:
+        if not (Path(given) / "tokenizer.json").is_file():
+            raise UsageError(
+                f"--tokenizer-name-or-path {given} holds no tokenizer.json; give the folder of a downloaded Qwen3 model"
+            )
+        return given
     for folder in (load, config):
         if folder is not None and (folder / "tokenizer.json").is_file():
             return str(folder)

@@ -9,6 +9,7 @@ from qwen3_npu.data.conversation import ASSISTANT, SYSTEM, Conversation, Message
 from qwen3_npu.data.encoder import Encoder, open_encoder
 from qwen3_npu.data.handlers import TEMPLATES
 from qwen3_npu.data.hf_template import asked
+from qwen3_npu.data.loading import start_loading
 from qwen3_npu.data.tokenizer import END_OF_TEXT, IM_END, TokenizerFolder
 from qwen3_npu.errors import UsageError
 
@@ -24,7 +25,7 @@ class Writer:
 
     def __init__(self, tokenizer: TokenizerFolder, args: PromptArgs, *, backend: str = "tokenizers") -> None:
         self.tokenizer, self.args = tokenizer, args
-        self.encoder: Encoder = open_encoder(tokenizer, backend)
+        self.encoder: Encoder = open_encoder(start_loading(str(tokenizer.path), backend, 1))
         self.special = sorted(tokenizer.special, key=len, reverse=True)
 
     def text(self, messages: Sequence[Message]) -> str:

@@ -41,6 +41,7 @@ class Platform:
         profiler: --profile's flags -> an object with start and stop, which writes the recording.
         be_deterministic: settings for --deterministic, before the process groups are made.
         overlaps_p2p_safely: whether pipeline output may be freed while a send of it is under way.
+        return_freed_memory: from now on give large freed blocks back at once, where memory counts more than time.
     """
 
     name: str
@@ -53,9 +54,13 @@ class Platform:
     device_name: Callable[[], str]
     peak_flops: Callable[[], float | None]
     overlaps_p2p_safely: bool
+<<<<<<< HEAD
     has_float64: bool = True
     profiler: Callable[[ProfileArgs], Any] = torch_profiler
     be_deterministic: Callable[[], None] = lambda: None
+=======
+    return_freed_memory: Callable[[], None] = lambda: None
+>>>>>>> gen
 
     def activate(self) -> None:
         """Make megatron-core work on this device; to be called before anything imports it."""

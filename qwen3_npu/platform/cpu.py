@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 
 import psutil
@@ -24,6 +26,13 @@ def _activate() -> None:
     cpu_redirect.apply()
 
 
+def _return_freed_memory() -> None:
+    # glibc learns to keep freed blocks of up to 32 MB, in pieces that the next pass does not fit into; mallopt(3).
+    m_mmap_threshold, one_megabyte = -3, 1 << 20
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, one_megabyte)
+
+
 def platform() -> Platform:
     return Platform(
         name="cpu",
@@ -37,4 +46,5 @@ def platform() -> Platform:
         peak_flops=lambda: None,
         # gloo sends from the tensor's own memory: freeing it early sends whatever comes to lie there.
         overlaps_p2p_safely=False,
+        return_freed_memory=_return_freed_memory,
     )

@@ -156,10 +156,11 @@ def test_earlier_answers_of_a_conversation(model: Path) -> None:
         (["--predict-data", "{bad}"], "line 2: not JSON"),
         (["--prompt", "x", "--context-parallel-size", "2"], "is for training"),
         (["--prompt", "x", "--tensor-model-parallel-size", "2"], "1 processes cannot hold copies of TP 2"),
-        (["--prompt", "x", "--tokenizer-name-or-path", "nowhere"], "nowhere: is not a folder"),
+        (["--prompt", "x", "--tokenizer-name-or-path", "nowhere"], "nowhere holds no tokenizer.json"),
         (["--prompt", "x", "--load", "nowhere"], "nowhere holds no Hugging Face model and no Megatron checkpoint"),
         (["--prompt", "x", "--task", "beam_search", "--no-use-kv-cache"], "needs the cache"),
         (["--task", "chat"], "--task chat needs a template"),
+        (["--prompt", "x", "--lora-load", "{model}"], "holds a model and no adapter"),
     ],
 )
 def test_refusals(
@@ -168,6 +169,6 @@ def test_refusals(
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n{"prompt\n')
     with pytest.raises((UsageError, SystemExit)) as refused:
-        run(process, model, tmp_path, *(flag.format(bad=bad) for flag in flags))
+        run(process, model, tmp_path, *(flag.format(bad=bad, model=model) for flag in flags))
     assert message in str(refused.value) + capsys.readouterr().err
     assert not list(tmp_path.glob("text_generation_result*")), "nothing is half-written"
