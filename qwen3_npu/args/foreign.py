@@ -75,9 +75,7 @@ FOREIGN: dict[str, Foreign] = {
     "--swap-attention": Foreign(_SWAP),
     "--swap-modules": Foreign(_SWAP, nargs=1),
     # running
-    "--profile-level": Foreign("--profile-record-shapes, -with-stack and -with-memory choose what is traced", nargs=1),
     "--profile-data-simplification": Foreign("traces are written as they are"),
-    "--profile-with-cpu": Foreign(_ALWAYS),
     "--distributed-backend": Foreign("--device chooses it", nargs=1),
     "--disable-gloo-group": Foreign("gloo gathers the optimizer's state for checkpoints"),
     "--log-throughput": Foreign(_ALWAYS),

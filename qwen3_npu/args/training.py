@@ -210,24 +210,3 @@ class ReportArgs:
     eval_interval: int = flag(1000, minimum=1, unit="steps", help="between evaluations on the validation share")
     eval_iters: int = flag(100, minimum=0, unit="batches", help="global batches of one evaluation; 0: none")
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProfileArgs:
-    """profiling"""
-
-    profile: bool = flag(False, help="trace some steps")
-    profile_step_start: int = flag(10, minimum=0, unit="steps", help="done before the trace begins")
-    profile_step_end: int = flag(12, minimum=1, unit="steps", help="done when it ends")
-    profile_ranks: list[int] = flag([0], help="ranks that trace; -1: all")
-    profile_save_path: str = flag("./profile", metavar="DIR", help="folder of the traces, one in it per rank")
-    profile_record_shapes: bool = flag(False, help="sizes of the operations' tensors")
-    profile_with_stack: bool = flag(False, help="lines of Python that the operations come from")
-    profile_with_memory: bool = flag(False, help="memory taken and given back")
-
-    def __post_init__(self) -> None:
-        if self.profile and self.profile_step_end <= self.profile_step_start:
-            raise UsageError(
-                f"--profile-step-end {self.profile_step_end} must be above --profile-step-start "
-                f"{self.profile_step_start}"
-            )

@@ -32,6 +32,8 @@ class World:
 def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     """Join the job's other processes. Without torchrun the job is this process alone."""
     rank, size, local_rank = environment.ranks()
+    if runtime.deterministic:
+        platform.be_deterministic()
     device = platform.bind(local_rank)
     timeout = datetime.timedelta(minutes=runtime.distributed_timeout_minutes)
     if environment.has_rendezvous():

@@ -19,8 +19,8 @@ MODULES = {"reference": "reference", "torch": "torch_native", "npu": "npu", "min
 _CHAINS = {
     "reference": ("reference",),
     "torch": ("torch", "reference"),
-    "npu": ("npu",),
-    "mindspeed": ("mindspeed", "npu"),
+    "npu": ("npu", "reference"),
+    "mindspeed": ("mindspeed", "npu", "reference"),
 }
 IMPLEMENTATIONS = ("auto", *MODULES)
 

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 import torch_npu
 
-# Plain operations, which torch_npu has: one new token of each sequence against its cache, and linears as they are.
-from qwen3_npu.kernels.reference import decode_attention, prepared_linear
-
-__all__ = ["decode_attention", "prepared_linear"]
+from qwen3_npu.kernels import reference
 
 # What each kernel calls, to tell a torch_npu that is too old at the start instead of in the first step.
 _NEEDS = {
     "attention": ("npu_fusion_attention", "npu_fused_infer_attention_score"),
+    "decode_attention": ("npu_fused_infer_attention_score",),
     "attention_block": ("npu_fusion_attention",),
     "attention_block_backward": ("npu_fusion_attention_grad",),
     "rms_norm": ("npu_rms_norm",),
@@ -33,6 +31,7 @@ _NEEDS = {
     "permute": ("npu_moe_token_permute_with_routing_map",),
     "unpermute": ("npu_moe_token_unpermute_with_routing_map",),
 }
+_INFERENCE = (torch.bfloat16, torch.float16)  # what the inference operation takes
 # sparse_mode: no mask; causal, where the last query sees the last key ("rightDownCausal").
 _ALL, _CAUSAL = 0, 3
 _INFINITE = 2147483647
@@ -47,7 +46,8 @@ def why_not(operation: str) -> str | None:
 @functools.cache
 def _compressed_mask(device: torch.device) -> torch.Tensor:
     """What causal sparse modes ask for instead of a mask of the sequence's size: [2048, 2048], True = masked out."""
-    return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
+    with torch.inference_mode(False):  # generation may be the first to ask, and training wants it, too
+        return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
 
 def _fusion_attention(
@@ -109,13 +109,13 @@ def attention(
     cu_seqlens: Sequence[int] | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """npu_fusion_attention; to decode from a cache of keys and values, the inference operation (16 bit only)."""
-    if k.shape[0] > q.shape[0] and not torch.is_grad_enabled() and q.dtype in (torch.bfloat16, torch.float16):
-        return _decode(q, k, v, scale)
+    """npu_fusion_attention; for the last positions of a longer sequence the inference operation (16 bit only)."""
+    if k.shape[0] > q.shape[0] and not torch.is_grad_enabled() and q.dtype in _INFERENCE:
+        return _last_positions(q, k, v, scale)
     return _fusion_attention(q, k, v, scale=scale, causal=True, cu_seqlens=cu_seqlens, dropout=dropout)[0]
 
 
-def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _last_positions(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     many = q.shape[0] > 1  # one query sees every key; its branch of the operation takes no mask
     out, _ = torch_npu.npu_fused_infer_attention_score(
         q.transpose(0, 1).contiguous(),
@@ -129,6 +129,25 @@ def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
         sparse_mode=_CAUSAL if many else _ALL,
     )
     return out.transpose(0, 1)
+
+
+def decode_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *, scale: float
+) -> torch.Tensor:
+    """npu_fused_infer_attention_score, 16 bit only. It wants contiguous keys: a part of a cache is copied."""
+    if q.dtype not in _INFERENCE:
+        return reference.decode_attention(q, k, v, visible, scale=scale)
+    out, _ = torch_npu.npu_fused_infer_attention_score(
+        q.unsqueeze(2).contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        atten_mask=None if visible is None else ~visible[:, None, None],
+        num_heads=q.shape[1],
+        num_key_value_heads=k.shape[1],
+        scale=scale,
+        input_layout="BNSD",
+    )
+    return out.squeeze(2)
 
 
 def attention_block(

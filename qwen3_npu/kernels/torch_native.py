@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen3_npu.kernels import reference
+from qwen3_npu.kernels import cpu_attention, reference
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
     """One causal block, [s, b, n, d] with queries at the end of the keys."""
+    if cpu_attention.serves(q, k, dropout):
+        return cpu_attention.causal_attention(q, k, v, scale)
     s, t = q.shape[0], k.shape[0]
     mask = None
     if 1 < s < t:  # SDPA's is_causal would align queries with the first keys

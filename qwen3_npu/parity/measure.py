@@ -28,9 +28,12 @@ def trainer(platform: Platform, world: World, flags: Sequence[str]) -> Iterator[
     fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
     with model_parallel(plan.layout, args.parallel, args.runtime):
         made = Trainer(platform, world, args, plan)
-        made.load()
-        made.open_data(fingerprint)
-        yield made
+        try:
+            made.load()
+            made.open_data(fingerprint)
+            yield made
+        finally:
+            made.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,21 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen3_npu.args.training import ProfileArgs
+from qwen3_npu.args.profile import ProfileArgs
+
+
+def torch_profiler(args: ProfileArgs) -> Any:
+    """torch's profiler of the host and, if there is one, the GPU."""
+    return torch.profiler.profile(
+        record_shapes=args.profile_record_shapes,
+        profile_memory=args.profile_with_memory,
+        with_stack=args.profile_with_stack,
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(args.profile_save_path),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +37,9 @@ class Platform:
         memory_total: bytes of one device.
         device_name: as the vendor calls it.
         peak_flops: dense bf16 FLOP/s of one device as published, or None where that is not known.
-        profiler: folder for traces and flags -> torch's profiler, not started.
+        has_float64: whether the device computes in float64.
+        profiler: --profile's flags -> an object with start and stop, which writes the recording.
+        be_deterministic: settings for --deterministic, before the process groups are made.
         overlaps_p2p_safely: whether pipeline output may be freed while a send of it is under way.
         return_freed_memory: from now on give large freed blocks back at once, where memory counts more than time.
     """
@@ -42,9 +53,14 @@ class Platform:
     memory_total: Callable[[], int]
     device_name: Callable[[], str]
     peak_flops: Callable[[], float | None]
-    profiler: Callable[[Path, ProfileArgs], Any]
     overlaps_p2p_safely: bool
+<<<<<<< HEAD
+    has_float64: bool = True
+    profiler: Callable[[ProfileArgs], Any] = torch_profiler
+    be_deterministic: Callable[[], None] = lambda: None
+=======
     return_freed_memory: Callable[[], None] = lambda: None
+>>>>>>> gen
 
     def activate(self) -> None:
         """Make megatron-core work on this device; to be called before anything imports it."""
@@ -64,18 +80,3 @@ def published_peak(table: dict[str, float], device_name: str) -> float | None:
     """The entry of the longest key contained in the device's name; None if there is none."""
     keys = [key for key in table if key.lower() in device_name.lower()]
     return table[max(keys, key=len)] if keys else None
-
-
-def torch_profiler(activities: list[Any], module: Any = torch.profiler) -> Callable[[Path, ProfileArgs], Any]:
-    """`Platform.profiler` for torch's profiler, or for a vendor's module of the same interface."""
-
-    def make(folder: Path, args: ProfileArgs) -> Any:
-        return module.profile(
-            activities=activities,
-            on_trace_ready=module.tensorboard_trace_handler(str(folder)),
-            record_shapes=args.profile_record_shapes,
-            profile_memory=args.profile_with_memory,
-            with_stack=args.profile_with_stack,
-        )
-
-    return make

@@ -9,7 +9,7 @@ import resource
 import psutil
 import torch
 
-from qwen3_npu.platform.base import Platform, torch_profiler
+from qwen3_npu.platform.base import Platform
 
 
 def why_not() -> str | None:
@@ -44,7 +44,6 @@ def platform() -> Platform:
         memory_total=lambda: psutil.virtual_memory().total,
         device_name=lambda: "CPU",
         peak_flops=lambda: None,
-        profiler=torch_profiler([torch.profiler.ProfilerActivity.CPU]),
         # gloo sends from the tensor's own memory: freeing it early sends whatever comes to lie there.
         overlaps_p2p_safely=False,
         return_freed_memory=_return_freed_memory,

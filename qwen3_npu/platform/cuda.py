@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
-from qwen3_npu.platform.base import Platform, published_peak, torch_profiler
+from qwen3_npu.platform.base import Platform, published_peak
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H20": 148e12}
@@ -30,6 +32,10 @@ def _bind(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses
+
+
 def platform() -> Platform:
     return Platform(
         name="cuda",
@@ -41,6 +47,6 @@ def platform() -> Platform:
         memory_total=lambda: torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
         device_name=torch.cuda.get_device_name,
         peak_flops=lambda: published_peak(PEAK_FLOPS, torch.cuda.get_device_name()),
-        profiler=torch_profiler([torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]),
         overlaps_p2p_safely=True,
+        be_deterministic=_be_deterministic,
     )

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from qwen3_npu.platform.base import Platform, published_peak, torch_profiler
+from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.platform.base import Platform, published_peak
 
 # Dense bf16 FLOP/s of one device (for A3: of one die, which is one device). 354e12 is the figure published for the
 # 64 GB 910B of Atlas 800T A2; for the others nothing was found that could be cited, so no MFU is printed there.
@@ -85,9 +86,29 @@ def _bind(local_rank: int) -> torch.device:
     return torch.device("npu", local_rank)
 
 
-def platform() -> Platform:
-    import torch_npu
+def _profiler(args: ProfileArgs) -> Any:
+    """torch_npu's profiler; its recordings open in MindStudio Insight."""
+    from torch_npu import profiler
 
+    activities = [profiler.ProfilerActivity.NPU]
+    if args.profile_with_cpu:
+        activities.append(profiler.ProfilerActivity.CPU)
+    level = {"level_none": "Level_none"}.get(args.profile_level, args.profile_level.capitalize())
+    return profiler.profile(
+        activities=activities,
+        record_shapes=args.profile_record_shapes,
+        profile_memory=args.profile_with_memory,
+        with_stack=args.profile_with_stack,
+        on_trace_ready=profiler.tensorboard_trace_handler(args.profile_save_path),
+        experimental_config=profiler._ExperimentalConfig(profiler_level=getattr(profiler.ProfilerLevel, level)),
+    )
+
+
+def _be_deterministic() -> None:
+    os.environ["HCCL_DETERMINISTIC"] = "true"
+
+
+def platform() -> Platform:
     npu = torch.npu
     return Platform(
         name="npu",
@@ -99,8 +120,8 @@ def platform() -> Platform:
         memory_total=lambda: npu.get_device_properties(npu.current_device()).total_memory,
         device_name=npu.get_device_name,
         peak_flops=lambda: published_peak(PEAK_FLOPS, npu.get_device_name()),
-        profiler=torch_profiler(
-            [torch_npu.profiler.ProfilerActivity.CPU, torch_npu.profiler.ProfilerActivity.NPU], torch_npu.profiler
-        ),
         overlaps_p2p_safely=True,
+        has_float64=False,
+        profiler=_profiler,
+        be_deterministic=_be_deterministic,
     )

@@ -19,7 +19,7 @@ from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data.batches import Batch
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
-from qwen3_npu.errors import Stopped
+from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.sequence import Sequence
@@ -33,7 +33,7 @@ from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.hf_export import HfExport
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import Plan
-from qwen3_npu.training.profiling import Profiler
+from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
@@ -63,6 +63,8 @@ class Trainer:
 
     def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
+        if args.train.moe_router_dtype == "fp64" and not platform.has_float64:
+            raise UsageError(f"--moe-router-dtype fp64: {platform.name} has no float64; use fp32")
         chosen = kernels.select(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = transformer_config(
@@ -103,7 +105,6 @@ class Trainer:
             )
         extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed}
         self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
-        self.profiler = Profiler(args.profile, platform, world.rank)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
         self.feed: Feed | None = None
@@ -163,12 +164,12 @@ class Trainer:
         reporter = self._reporter()
         if args.train.manual_gc:
             gc.disable()
+        profiling = Profiling(self.platform, args.profile, self.world.rank)
         stop: str | None = None
         while self.position.iteration < last and stop is None:
-            self.profiler.before(self.position.iteration)
+            profiling.before(self.position.iteration + 1)
             result = self.step()
             iteration = self.position.iteration
-            self.profiler.after(iteration)
             reporter.step(iteration, result, self._expert_load() if reporter.is_due(iteration) else None)
             if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
                 gc.collect()
@@ -176,6 +177,7 @@ class Trainer:
                 with reporter.paused():
                     self.evaluate(reporter)
             stop = self.exits.reason(iteration, self.world.device)
+            profiling.after(iteration, last=iteration == last or stop is not None)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
             export = self.export.due(iteration, is_last=iteration == last)
             if args.checkpoint.save and (due or export or stop or iteration == last):
@@ -186,11 +188,19 @@ class Trainer:
                         self.saver.finish()
                         self.export.start(iteration)
         reporter.close()
-        self.profiler.finish()
         self.saver.finish()
         self.export.finish()
         if stop is not None:
             log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
+
+    def close(self) -> None:
+        """Let go of the model, for a process that trains more than once."""
+        # Autograd nodes hold megatron's hooks, these hold model and optimizer, and both hold nodes (by views of
+        # parameters, and by what the dispatcher of experts keeps of the last tokens): circles that Python's collector
+        # cannot see.
+        for chunk in self.chunks:
+            for part in [*chunk.parameters(), *chunk.modules()]:
+                vars(part).clear()
 
     def _expert_load(self) -> ExpertLoad | None:
         arch = self.plan.arch

@@ -1,40 +1,32 @@
-"""--profile: a trace of some steps, for tensorboard or chrome://tracing (on an NPU: MindStudio Insight)."""
+"""Record some steps of a training with the device's own profiler."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from qwen3_npu import log
-from qwen3_npu.args.training import ProfileArgs
+from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.platform.base import Platform
 
 
-class Profiler:
-    """Traces the steps after --profile-step-start up to --profile-step-end, on --profile-ranks."""
+class Profiling:
+    """Starts and stops the profiler between steps, on the ranks that were asked for."""
 
-    def __init__(self, args: ProfileArgs, platform: Platform, rank: int) -> None:
-        self.args, self.platform = args, platform
-        self.works = args.profile and (args.profile_ranks == [-1] or rank in args.profile_ranks)
-        self.folder = Path(args.profile_save_path) / f"rank{rank}"
-        self.trace: Any = None
+    def __init__(self, platform: Platform, args: ProfileArgs, rank: int) -> None:
+        self.args = args
+        chosen = args.profile and (rank in args.profile_ranks or -1 in args.profile_ranks)
+        self.profiler: Any = platform.profiler(args) if chosen else None
+        self.running = False
 
     def before(self, iteration: int) -> None:
-        """Call before each step; `iteration` steps are done."""
-        if self.works and iteration == self.args.profile_step_start:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.trace = self.platform.profiler(self.folder, self.args)
-            self.trace.start()
+        """To be called before step `iteration` (from 1)."""
+        if self.profiler is not None and not self.running and iteration == self.args.profile_step_start + 1:
+            self.profiler.start()
+            self.running = True
 
-    def after(self, iteration: int) -> None:
-        """Call after each step; `iteration` steps are done."""
-        if self.trace is not None and iteration >= self.args.profile_step_end:
-            self.finish()
-
-    def finish(self) -> None:
-        """Write what was traced, if anything."""
-        if self.trace is not None:
-            self.platform.synchronize()
-            self.trace.stop()
-            self.trace = None
-            log.info(f"trace: {self.folder}")
+    def after(self, iteration: int, *, last: bool) -> None:
+        """To be called after it; a training's last step ends a recording."""
+        if self.running and (iteration >= self.args.profile_step_end or last):
+            self.profiler.stop()
+            self.running = False
+            log.info(f"profile: {self.args.profile_save_path}")

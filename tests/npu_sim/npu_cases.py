@@ -52,6 +52,17 @@ def _decode_difference(npu: Any, queries: int) -> float:
     return (got.float() - exact).abs().max().item()
 
 
+def _cache_difference(npu: Any, lengths: list[int] | None) -> float:
+    """One new token of each of two sequences against a part of their cache."""
+    q, k, v = (x.bfloat16() for x in (_randn(2, 4, 16), _randn(2, 2, 9, 16), _randn(2, 2, 9, 16, seed=1)))
+    visible = None if lengths is None else torch.arange(7) < torch.tensor(lengths)[:, None]
+    part = slice(None), slice(None), slice(0, 7)
+    on_npu = None if visible is None else visible.npu()
+    got = npu.decode_attention(q.npu(), k.npu()[part], v.npu()[part], on_npu, scale=0.25).cpu()
+    exact = reference.decode_attention(q.float(), k.float()[part], v.float()[part], visible, scale=0.25)
+    return (got.float() - exact).abs().max().item()
+
+
 def _rotary(module: Any) -> Callable:
     angles = _randn(17, 1, 1, 8)
     angles = torch.cat((angles, angles), -1)
@@ -86,6 +97,8 @@ def _measurements(npu: Any) -> dict[str, Callable[[], float]]:
         "attention block, packed": lambda: _block_difference(npu, [0, 7, 13, 20]),
         "decode, one query": lambda: _decode_difference(npu, 1),
         "decode, three queries": lambda: _decode_difference(npu, 3),
+        "decode from a cache": lambda: _cache_difference(npu, None),
+        "decode from a cache, lengths": lambda: _cache_difference(npu, [7, 3]),
         "rms_norm": lambda: _difference(npu.rms_norm, reference.rms_norm, q, 1 + _randn(16), eps=1e-6),
         "rotary": lambda: _difference(_rotary(npu), _rotary(reference), q),
         "swiglu": lambda: _difference(npu.swiglu, reference.swiglu, q),
@@ -112,6 +125,9 @@ def kernel_differences(
         assert text.count(change[0]) == 1, f"{change[0]!r} is {text.count(change[0])} times in kernels/npu.py"
         npu = types.ModuleType("changed")
         exec(compile(text.replace(*change), "changed", "exec"), npu.__dict__)
+    npu._compressed_mask.cache_clear()
+    with torch.inference_mode():  # what is made here once serves training, too
+        npu._compressed_mask(world.device)
     results: dict[str, float | str] = {}
     for name, measure in _measurements(npu).items():
         try:
@@ -197,3 +213,33 @@ def collectives(platform: Platform, world: World, maximum: str = "MAX") -> dict[
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, {k: v if isinstance(v, str) else v.tolist() for k, v in results.items()})
     return {name: [one[name] for one in everyone] for name in results}
+
+
+def answers(platform: Platform, world: World, folder: str, flags: list[str], limit: int) -> list[list[int]]:
+    """Greedy answers to the prompts of the generation tests."""
+    import generation
+    from qwen3_npu.inference.sampling import Sampling
+
+    with generation.runner(platform, world, folder, *flags) as made:
+        return generation.generated(made, generation.prompts(), limit, Sampling(), slots=3)
+
+
+def platform_facts(platform: Platform, world: World, folder: str) -> dict[str, Any]:
+    """What the platform says of the (simulated) device, and that its profiler can be made."""
+    import torch_npu
+
+    from qwen3_npu.args.profile import ProfileArgs
+
+    torch_npu.profiler.profile.__del__ = lambda self: None  # it stops a recording in CANN, begun or not
+    x = torch.ones(2**20, device=world.device)
+    levels = ("level0", "level1", "level2")
+    made = [platform.profiler(ProfileArgs(profile=True, profile_level=n, profile_save_path=folder)) for n in levels]
+    return {
+        "name": platform.device_name(),
+        "peak": platform.peak_flops(),
+        "total": platform.memory_total(),
+        "allocated": platform.memory_peak() >= x.nbytes,
+        "profilers": all(isinstance(profiler, torch_npu.profiler.profile) for profiler in made),
+        "float64": platform.has_float64,
+        "type": x.type(),
+    }

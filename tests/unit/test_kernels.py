@@ -36,7 +36,7 @@ def assert_same(kernel, definition, *tensors: torch.Tensor, **options) -> None:
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-@pytest.mark.parametrize("length", [1, 17, 64])
+@pytest.mark.parametrize("length", [1, 17, 64, 150])
 def test_attention(implementation: kernels.Kernels, length: int, heads: tuple[int, int]) -> None:
     q, k, v = (
         randn(length, 2, heads[0], 16),

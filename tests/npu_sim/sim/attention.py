@@ -160,14 +160,23 @@ def infer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> tu
     known = {"atten_mask", "num_heads", "num_key_value_heads", "scale", "input_layout", "sparse_mode"}
     if unknown := {name for name in given if given[name] is not None} - known:
         raise NotImplementedError(f"{unknown} are not emulated")
-    require(given.get("input_layout") == "BSND", "only BSND is emulated")
+    layout, mask = given.get("input_layout"), given.get("atten_mask")
+    require(layout in ("BSND", "BNSD"), f"layout {layout} is not emulated")
     require(q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype, f"no {q.dtype} in inference")
     require(all(x.is_contiguous() for x in (q, k, v)), "inputs must be contiguous")
+    heads_first = [x.transpose(1, 2) if layout == "BSND" else x for x in (q, k, v)]
+    query, key, value = (x.float() for x in heads_first)
     heads = given.get("num_heads", 1), given.get("num_key_value_heads", 0)
-    require(q.shape[2] == heads[0] and k.shape[2] == (heads[1] or heads[0]), f"heads {heads} do not fit")
-    if q.shape[1] == 1:  # sparse_mode has no effect then
-        require(given.get("atten_mask") is None, "a mask with one query is not emulated")
+    require(query.shape[1] == heads[0] and key.shape[1] == (heads[1] or heads[0]), f"heads {heads} do not fit")
+    hidden = None
+    if query.shape[2] == 1:  # sparse_mode has no effect then
         given["sparse_mode"] = 0
-    by_head = [x.transpose(1, 2).float() for x in (q, k, v)]
-    scores, _, v_all = _scores(*by_head, given.get("scale", 1.0), given)
-    return (scores.softmax(-1) @ v_all).transpose(1, 2).to(q.dtype), torch.zeros(1)
+    if given.get("sparse_mode", 0) == 0 and mask is not None:  # a whole mask
+        require(query.shape[2] == 1, "a whole mask with several queries is not emulated")
+        require(tuple(mask.shape) == (len(query), 1, 1, key.shape[2]), f"a mask of shape {tuple(mask.shape)}")
+        hidden = given.pop("atten_mask")
+    scores, _, value = _scores(query, key, value, given.get("scale", 1.0), given)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
+    out = (scores.softmax(-1) @ value).to(q.dtype)
+    return out.transpose(1, 2) if layout == "BSND" else out, torch.zeros(1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import convert_ckpt
+import tiny
 from qwen3_npu import cli
 from qwen3_npu.checkpoint.hf_files import SINGLE, HfReader, SafetensorsFile, SafetensorsWriter, open_hf
 from qwen3_npu.checkpoint.lora_table import TARGETS, Lora, peft_shapes
@@ -22,20 +23,7 @@ from qwen3_npu.checkpoint.weights import hf_shapes
 from qwen3_npu.checkpoint.write_hf import write_config
 from qwen3_npu.model.arch import Qwen3Arch
 
-# Head size apart from hidden / heads, grouped heads, four layers for two stages of two chunks, an odd vocabulary.
-_DENSE = Qwen3Arch(
-    vocab_size=250,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=16,
-    tie_word_embeddings=False,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=1,
-)
+_DENSE = tiny.arch(vocab_size=250)  # an odd vocabulary
 ARCHS = {
     "untied": _DENSE,
     "tied": dataclasses.replace(_DENSE, tie_word_embeddings=True),

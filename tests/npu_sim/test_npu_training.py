@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from worlds import World
+from worlds import CaseFailed, World
 
 STEPS = 3
 FLAGS = ["--seq-length", "32", "--global-batch-size", "4", "--lr", "3e-3", "--train-iters", str(STEPS)]
@@ -139,3 +139,20 @@ def test_torch_npus_operations_serve(npu_worlds: dict[int, World], trainings: Tr
         "_npu_moe_token_unpermute_with_routing_map": passes,
     }
     assert {name: calls.get(name) for name in expected} == expected
+
+
+def test_the_platform_knows_its_device(npu_worlds: dict[int, World], tmp_path: Path) -> None:
+    assert npu_worlds[1].run("platform_facts", folder=str(tmp_path)) == {
+        "name": "Ascend910B1",
+        "peak": 354e12,
+        "total": 64 * 2**30,
+        "allocated": True,
+        "profilers": True,
+        "float64": False,
+        "type": "torch.cuda.FloatTensor",
+    }
+
+
+def test_float64_is_refused(npu_worlds: dict[int, World], trainings: Trainings) -> None:
+    with pytest.raises(CaseFailed, match="--moe-router-dtype fp64: npu has no float64; use fp32"):
+        npu_worlds[1].run("train", flags=[*trainings.flags("MoE"), "--moe-router-dtype", "fp64"], steps=1)
