@@ -108,7 +108,7 @@ class _Search:
         """The best continuations of all beams together, or drawn ones; best first."""
         sampling = self.search.sampling
         width = min(self.width, len(self.running) * self.runner.vocab_size)
-        result = torch.empty(2, width, dtype=torch.float64, device=self.runner.device)
+        scored = None
         if logits is not None:
             seen = [self.request.tokens + beam for beam in self.running]
             scores = penalized(logits.float().log_softmax(-1), seen, sampling.repetition_penalty)
@@ -120,10 +120,10 @@ class _Search:
                 places = drawn[total[drawn].argsort(descending=True)]
             else:
                 places = total.topk(width).indices
-            result[0], result[1] = total[places], places
-        scores, places = self.runner.share(result).tolist()
+            scored = places, total[places]
+        found, totals = self.runner.share_scored(scored, width)
         vocabulary = self.runner.vocab_size
-        return [Candidate(s, *divmod(int(p), vocabulary)) for s, p in zip(scores, places, strict=True)]
+        return [Candidate(score, *divmod(place, vocabulary)) for place, score in zip(found, totals, strict=True)]
 
     def _draw(self, total: torch.Tensor, step: int, width: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(

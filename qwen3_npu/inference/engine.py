@@ -171,14 +171,14 @@ class Engine:
                 self.held[k.slot] += request.tokens[k.start :]
         ends = torch.tensor(counts).cumsum(0) - 1
         logits = runner.forward(tokens, sequence, ends.tolist())
-        result = torch.empty(2, len(batch), dtype=torch.float64, device=runner.device)
+        scored = None
         if logits is not None:
             logits = logits.float()
-            result[0] = chosen = choose(logits, sampling, [r.tokens for r in batch], [r.number for r in batch])
-            result[1] = logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
-        ids, logprobs = runner.share(result).tolist()
+            chosen = choose(logits, sampling, [r.tokens for r in batch], [r.number for r in batch])
+            scored = chosen, logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+        ids, logprobs = runner.share_scored(scored, len(batch))
         for request, token, logprob in zip(batch, ids, logprobs, strict=True):
-            request.tokens.append(int(token))
+            request.tokens.append(token)
             request.logprobs.append(logprob)
 
     def _judge(self, request: Request, on_token: OnToken | None) -> None:

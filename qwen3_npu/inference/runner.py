@@ -215,6 +215,21 @@ class Runner:
             dist.broadcast(values, last, group=self.pipeline)
         return values
 
+    def share_scored(
+        self, scored: tuple[torch.Tensor, torch.Tensor] | None, count: int
+    ) -> tuple[list[int], list[float]]:
+        """Numbers and their scores, which the last stage has, on every process of this copy of the model.
+
+        Args:
+            scored: [count] int64 and [count] float32, or None.
+        """
+        # One transfer: the scores travel as the bits that they are (not every device knows float64).
+        both = torch.zeros(2, count, dtype=torch.int64, device=self.device)
+        if scored is not None:
+            both[0], both[1] = scored[0], scored[1].float().contiguous().view(torch.int32)
+        numbers, bits = self.share(both).cpu()
+        return numbers.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
+
     def gather(self, mine: list) -> list:
         """The lists of all copies of the model as one, on every process."""
         if self.data_parallel == 1:

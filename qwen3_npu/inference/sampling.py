@@ -84,9 +84,9 @@ def choose(
     for row, tokens, number in zip(warped(scores, sampling), seen, numbers, strict=True):
         # In the order of the vocabulary: were it that of the probabilities, two that are nearly equal could swap.
         ids = torch.nonzero(row > float("-inf")).squeeze(1)
-        cumulative = row[ids].double().softmax(-1).cumsum(-1)
+        cumulative = row[ids].cpu().double().softmax(-1).cumsum(-1)  # not every device knows float64
         place = torch.searchsorted(cumulative, uniform(sampling.seed, number, len(tokens)) * cumulative[-1], right=True)
-        chosen.append(ids[place.clamp_max(len(ids) - 1)])
+        chosen.append(ids[min(int(place), len(ids) - 1)])
     return torch.stack(chosen)
 
 

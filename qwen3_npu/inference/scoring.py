@@ -83,7 +83,7 @@ class Scorer:
                 on_done(len(batch) / total)
         while self.runner.anyone(False):
             self.runner.idle()
-        values = torch.cat(parts) if parts else torch.zeros(len(keys), dtype=torch.float64, device=self.runner.device)
+        values = torch.cat(parts) if parts else torch.zeros(len(keys), device=self.runner.device)
         return dict(self.runner.gather(list(zip(keys, self.runner.share(values).tolist(), strict=True))))
 
     def _share(self, groups: dict[str, list[_Row]]) -> list[list[_Row]]:
@@ -130,7 +130,7 @@ class Scorer:
         return length
 
     def _pass(self, batch: list[_Row], prefix: int) -> torch.Tensor | None:
-        """Scores of the batch's choices, float64, on the last stage."""
+        """Scores of the batch's choices, float32, on the last stage."""
         tokens = [token for row in batch for token in row.tokens[prefix:]]
         lengths = [len(row.tokens) - prefix for row in batch]
         self.computed += len(tokens)
@@ -150,7 +150,7 @@ class Scorer:
                 sizes.append(choice.length)
         at = torch.tensor(places, device=logits.device)
         found = logits[at, torch.tensor(words, device=logits.device)].float() - total[at]
-        return torch.stack([part.sum() for part in found.split(sizes)]).double()
+        return torch.stack([part.sum() for part in found.split(sizes)])
 
 
 def _rows(choices: Sequence[Choice], positions: int) -> dict[str, list[_Row]]:
