@@ -54,13 +54,10 @@ class Platform:
     device_name: Callable[[], str]
     peak_flops: Callable[[], float | None]
     overlaps_p2p_safely: bool
-<<<<<<< HEAD
     has_float64: bool = True
     profiler: Callable[[ProfileArgs], Any] = torch_profiler
     be_deterministic: Callable[[], None] = lambda: None
-=======
     return_freed_memory: Callable[[], None] = lambda: None
->>>>>>> gen
 
     def activate(self) -> None:
         """Make megatron-core work on this device; to be called before anything imports it."""
