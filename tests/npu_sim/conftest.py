@@ -22,7 +22,7 @@ from worlds import World
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def npu_worlds() -> Iterator[dict[int, World]]:
     """World size -> processes with a simulated NPU each; skips where torch_npu's wheel cannot be had."""
     try:
@@ -35,7 +35,7 @@ def npu_worlds() -> Iterator[dict[int, World]]:
         world.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cpu_world() -> Iterator[World]:
     """One process on the CPU."""
     world = World(1)

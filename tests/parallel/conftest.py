@@ -15,7 +15,7 @@ import tiny
 from worlds import World
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def worlds() -> Iterator[dict[int, World]]:
     """World size -> world, started at the first case."""
     started = {size: World(size) for size in (1, 2, 4)}
