@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 import convert_ckpt
-import tiny
 from qwen3_npu import cli
 from qwen3_npu.checkpoint.hf_files import SINGLE, HfReader, SafetensorsFile, SafetensorsWriter, open_hf
 from qwen3_npu.checkpoint.lora_table import TARGETS, Lora, peft_shapes
@@ -22,6 +21,7 @@ from qwen3_npu.checkpoint.tensors import BF16, F32, DType, from_float32, full
 from qwen3_npu.checkpoint.weights import hf_shapes
 from qwen3_npu.checkpoint.write_hf import write_config
 from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.parity import tiny
 
 _DENSE = tiny.arch(vocab_size=250)  # an odd vocabulary
 ARCHS = {
