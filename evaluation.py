@@ -11,21 +11,15 @@ def main() -> None:
     log.setup(rank, world_size)
     parsed = cli.parse("evaluation.py", __doc__, GROUPS, FOREIGN)
     args = EvaluationArgs(*parsed.groups)
-    from qwen3_npu.inference.plan import check_output, make_plan
+    from qwen3_npu.inference.start import start
 
-    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world_size)
-    for line in plan.describe(args.weights) + parsed.notes:
-        log.info(line)
-    if args.runtime.dry_run:
+    ready = start(args, parsed.notes, args.evaluate.output_dir)
+    if ready is None:
         return
-    from qwen3_npu.platform import select
-
-    platform = select(args.runtime.device)
-    platform.activate()
+    platform, plan = ready
     from qwen3_npu.distributed.failure import recorded
     from qwen3_npu.evaluation.run import run
 
-    check_output(args.evaluate.output_dir)
     with recorded():
         run(platform, args, plan)
 

@@ -8,11 +8,11 @@ import typing
 from qwen3_npu.args.foreign import FOREIGN as TRAINING
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
+from qwen3_npu.args.preprocess import THINKING
 from qwen3_npu.cli import Foreign, flag
 from qwen3_npu.errors import UsageError
 
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
-_THINKING = {"true": True, "false": False, "none": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class PromptArgs:
     hf_chat_template: bool = flag(False, help="the same as --prompt-type hf")
     enable_thinking: str = flag(
         "none",
-        choices=list(_THINKING),
+        choices=list(THINKING),
         help="whether the model may think before it answers; none: as the template has it by default",
     )
     system: str = flag("", help="system message of conversations")
@@ -63,7 +63,7 @@ class PromptArgs:
     @property
     def thinking(self) -> bool | None:
         """--enable-thinking as a value."""
-        return _THINKING[self.enable_thinking]
+        return THINKING[self.enable_thinking]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

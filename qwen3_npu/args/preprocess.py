@@ -10,7 +10,7 @@ from typing import Any
 from qwen3_npu.cli import Foreign, flag
 from qwen3_npu.errors import UsageError
 
-_THINKING = {"true": True, "false": False, "none": None}
+THINKING = {"true": True, "false": False, "none": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class InstructionArgs:
     )
     enable_thinking: str = flag(
         "none",
-        metavar="|".join(_THINKING),
+        metavar="|".join(THINKING),
         help="answers without thoughts get empty ones: true: to learn, none: given; false: given, and thoughts removed",
     )
     seq_length: int | None = flag(None, minimum=2, unit="tokens", help="samples stay below it; packs have it exactly")
@@ -105,8 +105,8 @@ class InstructionArgs:
             raise UsageError("--neat-pack says how to pack; it needs --pack")
         if self.pack and self.seq_length is None:
             raise UsageError("--pack needs --seq-length: the tokens of a pack")
-        if self.enable_thinking.lower() not in _THINKING:
-            raise UsageError(f"--enable-thinking {self.enable_thinking}: it is {', '.join(_THINKING)}")
+        if self.enable_thinking.lower() not in THINKING:
+            raise UsageError(f"--enable-thinking {self.enable_thinking}: it is {', '.join(THINKING)}")
         if self.prompt_type == "qwen" and self.thinking is not None:
             raise UsageError(
                 f"--enable-thinking {self.enable_thinking}: --prompt-type qwen knows no thoughts; use qwen3 or drop it"
@@ -115,7 +115,7 @@ class InstructionArgs:
     @property
     def thinking(self) -> bool | None:
         """--enable-thinking as a value."""
-        return _THINKING[self.enable_thinking.lower()]
+        return THINKING[self.enable_thinking.lower()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

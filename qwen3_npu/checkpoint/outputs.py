@@ -82,3 +82,14 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make a folder and try it, before anything costly. Raises: UsageError: `flag` names one that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -24,7 +25,7 @@ class Place(NamedTuple):
     where: Any
 
 
-class PieceReader(Generic[Where]):
+class PieceReader(abc.ABC, Generic[Where]):
     """A `Source` over Megatron tensors. What a tensor is, and how a region of it is read, a subclass says.
 
     Args:
@@ -41,16 +42,16 @@ class PieceReader(Generic[Where]):
                     by_region = self.places.setdefault(piece.hf, {})
                     by_region.setdefault(piece.source, []).append(Place(piece, shard, where))
 
+    @abc.abstractmethod
     def find(self, place: Place) -> Any:
         """The stored tensor of a place, or None if it is not there. Raises: UsageError: it has another shape."""
-        raise NotImplementedError
 
-    def stored_dtype(self, place: Place, tensor: Any) -> DType:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def stored_dtype(self, place: Place, tensor: Any) -> DType: ...
 
+    @abc.abstractmethod
     def read_stored(self, place: Place, tensor: Any, region: Region) -> np.ndarray:
         """A region (of the shard's view) of a stored tensor."""
-        raise NotImplementedError
 
     def _holder(self, name: str, source: Region) -> tuple[Place, Any]:
         """The first place that has this piece: replicas are the same, and of some only one rank writes its copy."""

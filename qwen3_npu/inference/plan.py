@@ -127,14 +127,3 @@ def _eos(arch: Qwen3Arch, tokenizer: TokenizerFolder, folders: list[Path]) -> tu
         listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         named += listed if isinstance(listed, list) else [listed]
     return tuple(sorted({token for token in named if token is not None}))
-
-
-def check_output(folder: str) -> None:
-    """Raises: UsageError: --output-dir cannot be written; found out before the model is loaded."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"--output-dir {folder} cannot be written: {error.strerror}") from None

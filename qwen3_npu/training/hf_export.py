@@ -43,12 +43,7 @@ class HfExport:
         return bool(interval and iteration % interval == 0) or (self.args.enable_mg2hf_convert and is_last)
 
     def start(self, iteration: int) -> None:
-        """Begin to convert the checkpoint of this step, which must be whole.
-
-        Raises:
-            Stopped: the directory before could not be written.
-        """
-        self.finish()
+        """Begin to convert the checkpoint of this step, which must be whole; the directory before must be finished."""
         if not self.works:
             return
         self.folder = Path(self.args.hf_save_dir or str(self.args.save)) / f"mg2hf_iteration{iteration}"

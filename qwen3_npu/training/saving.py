@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import keep, resume, training_state
 from qwen3_npu.checkpoint.mg_folder import TRACKER, iteration_name
-from qwen3_npu.checkpoint.outputs import write_text
+from qwen3_npu.checkpoint.outputs import check_writable, write_text
 from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.checkpoint.writing import Writing
 from qwen3_npu.distributed import environment
-from qwen3_npu.errors import UsageError
 
 _BEFORE = "before_this_run.json"  # what the tracker was when the job began: later ones are its own checkpoints
 
@@ -35,7 +33,7 @@ def prepare(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, LoraA
             log.info("no checkpoint will be saved: there is no --save")
         return args, lora
     root = Path(args.save)
-    _check_writable(root)
+    check_writable(root, "--save")
     if args.save in (args.load, lora.lora_load):
         return args, lora
     if environment.restarts() > 0:
@@ -71,16 +69,6 @@ def _before(root: Path) -> list | None:
         return json.loads((root / _BEFORE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _check_writable(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"--save {root} cannot be written: {error.strerror}") from None
 
 
 class Saver:
