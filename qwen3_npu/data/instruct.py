@@ -87,70 +87,52 @@ class InstructionHandler(ConversationHandler):
     def tokens(self, samples: Sequence[Sequence[Turn]], counts: Counter[str]) -> tuple[Tokens, Tokens]:
         """Samples as (input_ids, labels); `counts` tells what was cut or left out."""
         texts: list[str] = []
-        learned: list[bool] = []
-        pieces: list[int] = []
+        pieces: list[int] = []  # strings of each source and each target, in turn
         for turns in samples:
-            before = len(texts)
-            for turn in turns:
-                texts += turn.source
-                learned += [False] * len(turn.source)
-                texts += turn.target
-                learned += [True] * len(turn.target)
-            pieces.append(len(texts) - before)
+            for source, target in turns:
+                texts += source
+                texts += target
+                pieces += (len(source), len(target))
         encoded = self.encoder.encode(texts)
-        labels = np.where(np.repeat(np.array(learned, bool), encoded.lengths), encoded.ids, IGNORED).astype(np.int32)
-        lengths = _sums(encoded.lengths, np.array(pieces, np.int64))
-        return self._fitted(samples, encoded, labels, lengths, counts)
+        sizes = _sums(encoded.lengths, np.array(pieces, np.int64)).reshape(-1, 2)
+        learned = np.repeat(np.tile([False, True], len(sizes)), sizes.reshape(-1))
+        labels = np.where(learned, encoded.ids, np.int32(IGNORED))
+        return self._fitted(encoded.ids, labels, sizes, np.array([len(turns) for turns in samples], np.int64), counts)
 
     def _fitted(
-        self,
-        samples: Sequence[Sequence[Turn]],
-        encoded: Tokens,
-        labels: np.ndarray,
-        lengths: np.ndarray,
-        counts: Counter[str],
+        self, ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray, turns: np.ndarray, counts: Counter[str]
     ) -> tuple[Tokens, Tokens]:
-        """Every sample within the limit, with something to learn, and its eod."""
+        """Every sample within the limit, with something to learn, and its eod.
+
+        Args:
+            sizes: [turns, 2], tokens of the source and of the target of each turn.
+            turns: of each sample.
+        """
         style = self.style
         eod = [] if style.eod is None else [style.eod]
         room = None if style.longest is None else style.longest - len(eod)
-        supervised = _sums((labels != IGNORED).astype(np.int32), lengths)
+        lengths, supervised = _sums(sizes.sum(axis=1), turns), _sums(sizes[:, 1], turns)
         if not eod and supervised.all() and (room is None or lengths.max(initial=0) <= room):
-            return Tokens(encoded.ids, lengths), Tokens(labels, lengths)
-        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+            return Tokens(ids, lengths), Tokens(labels, lengths)
+        starts, first = (np.concatenate(([0], np.cumsum(each, dtype=np.int64))) for each in (lengths, turns))
         kept: list[tuple[np.ndarray, np.ndarray]] = []
-        piece = 0
-        for i, turns in enumerate(samples):
-            part = slice(int(starts[i]), int(starts[i + 1]))
-            count = sum(len(turn.source) + len(turn.target) for turn in turns)
-            sample = encoded.ids[part], labels[part]
+        for i in range(len(turns)):
+            sample = ids[starts[i] : starts[i + 1]], labels[starts[i] : starts[i + 1]]
             if room is not None and lengths[i] > room:
                 counts[CUT if style.cut else DROPPED] += 1
                 if style.cut:
-                    where = kept_tokens(_sizes(turns, encoded.lengths[piece : piece + count].tolist()), room)
+                    where = kept_tokens(sizes[first[i] : first[i + 1]].tolist(), room)
                     sample = sample[0][where], sample[1][where]
             if room is None or len(sample[0]) <= room:
                 if (sample[1] != IGNORED).any():
                     kept.append(sample)
                 else:
                     counts[UNSUPERVISED] += 1
-            piece += count
         end = np.array(eod, np.int32)
-        sizes = np.array([len(ids) + len(eod) for ids, _ in kept], np.int32)
+        kept_lengths = np.array([len(sample) + len(eod) for sample, _ in kept], np.int32)
         both = [[part for sample in kept for part in (sample[which], end)] for which in (0, 1)]
         joined = [np.concatenate(parts) if parts else end[:0] for parts in both]
-        return Tokens(joined[0], sizes), Tokens(joined[1], sizes)
-
-
-def _sizes(turns: Sequence[Turn], lengths: list[int]) -> list[tuple[int, int]]:
-    """Tokens of the source and of the target of each turn, of the tokens of each string."""
-    sizes, piece = [], 0
-    for turn in turns:
-        middle = piece + len(turn.source)
-        stop = middle + len(turn.target)
-        sizes.append((sum(lengths[piece:middle]), sum(lengths[middle:stop])))
-        piece = stop
-    return sizes
+        return Tokens(joined[0], kept_lengths), Tokens(joined[1], kept_lengths)
 
 
 def _sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
