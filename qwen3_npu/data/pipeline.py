@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -66,7 +66,7 @@ def documents(
 
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int
-) -> Iterator[tuple[T, R]]:
+) -> Generator[tuple[T, R]]:
     """(item, function(item)) in the order of the items, with at most `ahead` more under way."""
     waiting: collections.deque = collections.deque()
     try:
