@@ -43,6 +43,12 @@ def train(
         return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
 
 
+def whole_training(platform: Platform, world: World, flags: list[str]) -> None:
+    """What `pretrain_gpt.py` does with these flags, to the last checkpoint."""
+    with trainer(platform, world, flags) as t:
+        t.train()
+
+
 def checkpoints(platform: Platform, world: World, flags: list[str], steps: int) -> None:
     """A checkpoint after each of `steps` steps."""
     with trainer(platform, world, flags) as t:

@@ -1,4 +1,4 @@
-"""The example scripts of generation and evaluation do their work on a CPU, with a tiny model and one process."""
+"""The example scripts of generation and evaluation do their work on a CPU, with a tiny model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     cases.write_text(json.dumps({"instruction": "Is it?", "output": "yes", "choices": ["yes", "no"]}) + "\n")
     given = {
         "generate_qwen3_14b_ptd": {"PREDICT_DATA": "Once upon", "MAX_NEW_TOKENS": "4", "TASK": "greedy do_sample"},
-        "chat_qwen3_14b_ptd": {"MAX_NEW_TOKENS": "4"},
+        "chat_qwen3_14b_ptd": {"MAX_NEW_TOKENS": "4", "TP": "2", "NPUS_PER_NODE": "2"},
         "evaluate_qwen3_14b_ptd": {"DATA_PATH": str(mmlu)},
         "evaluate_qwen3_14b_lora_mmlu_ptd": {"DATA_PATH": str(mmlu / "test"), "CKPT_LORA": str(adapter)},
         "qwen3_14b_full_ptd_eval_custom_dataset": {"DATA_PATH": str(cases), "MATCH": "choice"},
