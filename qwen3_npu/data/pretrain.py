@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,13 +39,10 @@ class Splits:
     test: Any
 
 
-def build_splits(
-    data: DataArgs, *, fingerprint: str, seq_length: int, seed: int, samples: tuple[int, int, int]
-) -> Splits:
+def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[int, int, int]) -> Splits:
     """The datasets. Every rank calls this; rank 0 builds index caches, the others wait and map them.
 
     Args:
-        fingerprint: of the data files (`check_data`): caches of other data are never taken for these.
         samples: how many samples of each split will be asked for.
     """
     if not re.fullmatch(r"\d+(\.\d*)?(,\d+(\.\d*)?){0,2}", data.split) or not any(
@@ -52,13 +50,15 @@ def build_splits(
     ):
         raise UsageError(f"--split {data.split}: three numbers such as 969,30,1 expected")
     prefixes, weights = blend(data.data_path)
+    # Caches of other data are never taken for these.
+    content = hashlib.sha256("".join(open_indexed(prefix).fingerprint() for prefix in prefixes).encode()).hexdigest()
     cache = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
         blend=(prefixes, weights),
         split=data.split,
-        path_to_cache=str(cache / fingerprint),
+        path_to_cache=str(cache / content[:16]),
         tokenizer=_Tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
