@@ -45,7 +45,7 @@ class ConversationHandler(abc.ABC):
     """
 
     outputs: Sequence[str] = ()
-    look: Callable[[Any], Iterable[str]] = staticmethod(lambda conversation: ())
+    look: Callable[[Any], Iterable[str]] | None = None
 
     def __init__(self, read: Callable[[Mapping[str, Any], Columns], Any], columns: Columns, style: Style) -> None:
         self.read, self.names, self.style = read, columns, style
@@ -73,7 +73,7 @@ class ConversationHandler(abc.ABC):
             before = len(strings)
             try:
                 conversation = self.read(record, self.names)
-                for text in set(self.look(conversation)):
+                for text in set(self.look(conversation)) if self.look else ():
                     warnings.setdefault(text, []).append(number)
                 for piece in self.pieces(conversation):
                     texts += piece
