@@ -24,6 +24,7 @@ from qwen3_npu.checkpoint.weights import shards
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.parity.measure import measure, trainer
+from qwen3_npu.parity.memory import activations
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.expert_load import take_expert_load
 from qwen3_npu.training.step import evaluate_step
@@ -135,6 +136,17 @@ def gradients(platform: Platform, world: World, flags: list[str], steps: int, fi
             "frozen": len(frozen),
             "changed": [n for n, before in frozen.items() if not torch.equal(now[n], before)],
         }
+
+
+def activation_bytes(platform: Platform, world: World, flags: list[str]) -> list[dict[str, int]]:
+    """What the activations of a step take on each rank; see `Activations`."""
+    with trainer(platform, world, flags) as t:
+        t.step()
+        with activations() as counted:
+            t.step()
+        everyone: list[Any] = [None] * world.size
+        dist.all_gather_object(everyone, {"kept": counted.kept, "peak": counted.peak})
+        return everyone
 
 
 def expert_load(platform: Platform, world: World, flags: list[str]) -> list[list[float]]:
