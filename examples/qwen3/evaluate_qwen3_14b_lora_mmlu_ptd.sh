@@ -2,6 +2,6 @@
 # MMLU of Qwen3-14B with the LoRA adapter in CKPT_LORA (a LoRA training's checkpoint, or PEFT), merged while it is loaded.
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
 
-defaults MODEL=qwen3_14b NNODES=1 NPUS_PER_NODE=8 TP=2
+defaults MODEL=qwen3_14b HF_DIR=./model_from_hf/qwen3_hf NNODES=1 NPUS_PER_NODE=8 TP=2
 
 evaluate --lora-load "${CKPT_LORA:-./ckpt/${MODEL}_lora}" "$@"

@@ -3,8 +3,8 @@
 # accuracy, a confusion table, and every answer in samples_custom.jsonl.
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
 
-defaults MODEL=qwen3_14b NNODES=1 NPUS_PER_NODE=8 TP=8 TASK=custom DATA_PATH=./dataset/eval.jsonl \
-    CKPT_LOAD_DIR=./ckpt/qwen3_14b_full
+defaults MODEL=qwen3_14b HF_DIR=./model_from_hf/qwen3_hf CKPT_LOAD_DIR=./ckpt/qwen3_14b_full \
+    NNODES=1 NPUS_PER_NODE=8 TP=8 TASK=custom DATA_PATH=./dataset/eval.jsonl
 
 evaluate --match "${MATCH:-exact}" --log-samples --prompt-type "${PROMPT_TYPE:-qwen3}" \
     --max-new-tokens "${MAX_NEW_TOKENS:-256}" "$@"

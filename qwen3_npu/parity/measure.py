@@ -13,9 +13,9 @@ from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.checkpoint.whole import gather_whole
 from qwen3_npu.data.prefixes import check_data
-from qwen3_npu.distributed.launch import World, model_parallel
+from qwen3_npu.distributed.launch import World
 from qwen3_npu.platform.base import Platform
-from qwen3_npu.training.loop import Trainer
+from qwen3_npu.training.loop import Trainer, ready
 from qwen3_npu.training.plan import make_plan
 from qwen3_npu.training.step import StepResult
 
@@ -26,14 +26,8 @@ def trainer(platform: Platform, world: World, flags: Sequence[str]) -> Iterator[
     args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN, argv=list(flags)).groups)
     plan = make_plan(args, world.size)
     fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
-    with model_parallel(plan.layout, args.parallel, args.runtime):
-        made = Trainer(platform, world, args, plan)
-        try:
-            made.load()
-            made.open_data(fingerprint)
-            yield made
-        finally:
-            made.close()
+    with ready(platform, world, args, plan, fingerprint) as made:
+        yield made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from collections.abc import Iterator
@@ -47,15 +48,25 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) ->
     """
     checkpoint, lora = prepare(args.checkpoint, args.lora)
     args = args._replace(checkpoint=checkpoint, lora=lora)
-    with process_group(platform, args.runtime) as world, model_parallel(plan.layout, args.parallel, args.runtime):
-        trainer = Trainer(platform, world, args, plan)
-        trainer.load()
-        trainer.open_data(fingerprint)
+    with process_group(platform, args.runtime) as world, ready(platform, world, args, plan, fingerprint) as trainer:
         try:
             trainer.train()
         except Stopped:  # on every rank
             trainer.saver.finish()
             raise
+
+
+@contextlib.contextmanager
+def ready(platform: Platform, world: World, args: PretrainArgs, plan: Plan, fingerprint: str) -> Iterator[Trainer]:
+    """A trainer with weights and data, among processes that have joined."""
+    with model_parallel(plan.layout, args.parallel, args.runtime):
+        trainer = Trainer(platform, world, args, plan)
+        try:
+            trainer.load()
+            trainer.open_data(fingerprint)
+            yield trainer
+        finally:
+            trainer.close()
 
 
 class Trainer:

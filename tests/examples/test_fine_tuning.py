@@ -39,14 +39,14 @@ def script(name: str, *flags: str, **environment: Any) -> str:
 
 
 def records() -> list[dict[str, str]]:
-    """Short Alpaca samples; sums and countries where the real ones are not at hand."""
+    """Short Alpaca samples; sentences to finish where the real ones are not at hand."""
     if REAL.is_file():
         real = [r for r in json.loads(REAL.read_text(encoding="utf-8")) if len(r["output"]) > 10]
         return sorted(real, key=lambda r: len(r["instruction"] + r["input"] + r["output"]))[:SAMPLES]
-    return [
-        {"instruction": f"What is {n} times {n + 3}?", "input": "", "output": f"It is {n * (n + 3)}, of course."}
-        for n in range(SAMPLES)
-    ]
+    text = (ROOT / "examples" / "quickstart" / "text.txt").read_text(encoding="utf-8")
+    sentences = sorted((s.split(" ") for s in re.findall(r"\S[^.]+\.", text)), key=len)
+    halves = [(" ".join(words[:4]), " ".join(words[4:])) for words in sentences if len(words) > 5]
+    return [{"instruction": first, "input": "", "output": rest} for first, rest in dict(halves).items()][:SAMPLES]
 
 
 @pytest.fixture(scope="module")

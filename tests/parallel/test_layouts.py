@@ -12,8 +12,9 @@ from qwen3_npu.parity.rows import EP2, FULL, PP2, RING, SP, TP2, Row, rows
 from worlds import World
 
 STEPS = 10
-BASE = ["--seq-length", "32", "--global-batch-size", "8", "--lr", "3e-3", "--train-iters", str(STEPS)]
-BASE += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--device", "cpu", "--eval-iters", "0"]
+BASE = ["--seq-length", "32", "--global-batch-size", "8", "--micro-batch-size", "2", "--lr", "3e-3"]
+BASE += ["--train-iters", str(STEPS), "--lr-decay-style", "cosine", "--lr-warmup-iters", "2"]
+BASE += ["--device", "cpu", "--eval-iters", "0"]
 
 
 class Baselines:

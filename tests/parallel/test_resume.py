@@ -11,8 +11,8 @@ import pytest
 from qwen3_npu.parity.rows import EP2, PP2, SP, TP2, VPP, ZERO
 from worlds import World
 
-BASE = ["--seq-length", "32", "--global-batch-size", "8", "--lr", "1e-3", "--train-iters", "6", "--device", "cpu"]
-BASE += ["--lr-decay-style", "cosine", "--eval-iters", "0"]
+BASE = ["--seq-length", "32", "--global-batch-size", "8", "--micro-batch-size", "2", "--lr", "1e-3"]
+BASE += ["--train-iters", "6", "--device", "cpu", "--lr-decay-style", "cosine", "--eval-iters", "0"]
 ETP1, PADDED = ["--expert-tensor-parallel-size", "1"], ["--padded-vocab-size", "512"]
 
 
