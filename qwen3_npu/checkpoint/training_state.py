@@ -111,10 +111,11 @@ def begin_save(
         integrity.write_manifest(stage, parts, names, writers)
         integrity.sync_tree(stage)
         _carry(config, trained, root)
-        keep.remove(folder)
+        keep.move_aside(folder)
         os.replace(stage, folder)
         sync_folder(root)
         write_tracker(root, str(position.iteration))
+        keep.clear(root)
         if args.save_total_limit is not None:
             keep.keep_newest(root, position.iteration, args.save_total_limit)
 
