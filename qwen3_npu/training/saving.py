@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,17 @@ class Saver:
         Raises:
             Stopped: it, or the one before, could not be written.
         """
+        began = time.perf_counter()
         self.finish()
-        self.pending = training_state.begin_save(
+        writing = training_state.begin_save(
             self.trained, position, self.args, self.extra, self.config, updates_only=self.lora.lora_ckpt_filter
         )
         if self.args.async_save:
-            log.info(f"saving: {self.pending.what} in the background")
+            self.pending = writing
         else:
-            self.finish()
+            writing.wait()
+        done = "being saved" if self.args.async_save else "saved"
+        log.info(f"{done}: {writing.what}; training was held up for {time.perf_counter() - began:.2f} s")
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written. Raises: Stopped: it could not be."""

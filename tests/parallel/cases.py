@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from qwen3_npu import log
-from qwen3_npu.checkpoint import training_torch
+from qwen3_npu.checkpoint import spread_state, training_torch
 from qwen3_npu.checkpoint.dist_table import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
 from qwen3_npu.checkpoint.optimizer_state import step_count
@@ -81,7 +81,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         t.saver.save(t.position)
         t.saver.finish()
         if world.rank == rank:
-            training_torch.write_content = full_disk  # type: ignore[assignment]
+            training_torch.write_content = spread_state.write_content = full_disk  # type: ignore[assignment]
         raised = "nothing"
         try:
             t.step()
@@ -91,7 +91,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         except Stopped as error:
             raised = str(error)
         finally:
-            training_torch.write_content = write_content
+            training_torch.write_content = spread_state.write_content = write_content
     everyone = [""] * world.size
     dist.all_gather_object(everyone, raised)
     return everyone

@@ -207,9 +207,9 @@ def test_rank_0_waits_for_all_parts_in_the_background(tmp_path: Path) -> None:
     from qwen3_npu.checkpoint.writing import Writing
 
     published = threading.Event()
-    mine = lambda: integrity.write_part(tmp_path, 0, [], None)  # noqa: E731
-    writing = Writing("a checkpoint", mine, published.set, tmp_path, [0, 1], background=True)
-    writing.written.wait(10)
+    mine = lambda writing: integrity.write_part(tmp_path, 0, [], None)  # noqa: E731
+    writing = Writing("a checkpoint", [mine], published.set, tmp_path, [0, 1], background=True)
+    writing.done[0].wait(10)
     assert not published.wait(0.2), "rank 1 has not written yet"
     integrity.write_part(tmp_path, 1, [], None)
     assert published.wait(10)
