@@ -33,7 +33,10 @@ class TrainArgs:
         None, minimum=1, unit="layers", help="uniform: layers per recomputed group; block: layers to recompute"
     )
     recompute_modules: list[str] = flag(
-        ["core_attn"], choices=["core_attn", "mlp", "moe", "layernorm"], help="what `selective` recomputes"
+        ["core_attn"],
+        choices=["core_attn", "mlp", "moe", "layernorm"],
+        help="what `selective` recomputes; core_attn saves memory with --kernels reference only: the others keep no "
+        "scores",
     )
     recompute_activation_function: bool = flag(False, help="recompute the MLP's activation in backward")
     recompute_norm: bool = flag(False, help="recompute the norms before attention and MLP in backward")

@@ -19,6 +19,7 @@ from qwen3_npu.checkpoint.merge import SharedA
 from qwen3_npu.checkpoint.mg_files import MegatronReader
 from qwen3_npu.checkpoint.mg_folder import TORCH_DIST, checkpoint_folder, format_of
 from qwen3_npu.checkpoint.newest_whole import newest_whole
+from qwen3_npu.checkpoint.outputs import same_folder
 from qwen3_npu.checkpoint.peft_files import PeftReader, is_peft
 from qwen3_npu.checkpoint.pickles import TensorRef
 from qwen3_npu.checkpoint.source import read_shard
@@ -74,7 +75,8 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
         return source
     reader = _newest(args.load, args.ckpt_step)
     if reader is None:
-        if args.exit_on_missing_checkpoint or args.load != args.save or lora:
+        starts = args.save is not None and same_folder(args.load, args.save)
+        if args.exit_on_missing_checkpoint or not starts or lora:
             raise UsageError(f"--load {args.load} holds no checkpoint and no Hugging Face model")
         log.info(f"weights: random ({args.load} holds no checkpoint yet)")
         return None

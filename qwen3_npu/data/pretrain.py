@@ -1,4 +1,4 @@
-"""Pretraining samples: megatron's GPTDataset over one or several indexed datasets."""
+"""Pretraining samples of one or several token files, built with megatron's datasets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from qwen3_npu.args.training import DataArgs
 from qwen3_npu.data.indexed import open_indexed
 from qwen3_npu.data.prefixes import blend
 from qwen3_npu.data.rows import Rows, pretraining_rows
+from qwen3_npu.data.text_order import TextDataset
 from qwen3_npu.errors import UsageError
 
 
@@ -52,6 +53,9 @@ def build_splits(
     ):
         raise UsageError(f"--split {data.split}: three numbers such as 969,30,1 expected")
     prefixes, weights = blend(data.data_path)
+    if weights is None and len(prefixes) > 1:
+        # By their sizes. megatron would do so too, but end with the first epoch.
+        weights = [float(open_indexed(prefix).lengths.sum(dtype=np.int64)) for prefix in prefixes]
     cache = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -67,7 +71,7 @@ def build_splits(
     )
     config.split_matrix = _needed_splits(data.split, config.split_matrix, samples, prefixes)
     try:
-        train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, config).build()
+        train, valid, test = BlendedMegatronDatasetBuilder(TextDataset, list(samples), lambda: True, config).build()
     except OSError as error:
         raise UsageError(f"index caches cannot be written in {cache}: {error}; give --data-cache-path") from None
     return Splits(train, valid, test)

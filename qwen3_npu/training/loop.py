@@ -36,7 +36,7 @@ from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_
 from qwen3_npu.training.plan import Plan
 from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
-from qwen3_npu.training.saving import Saver, prepare
+from qwen3_npu.training.saving import Saver, continued, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
@@ -46,14 +46,16 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) ->
     Args:
         fingerprint: of the data files.
     """
-    checkpoint, lora = prepare(args.checkpoint, args.lora)
-    args = args._replace(checkpoint=checkpoint, lora=lora)
-    with process_group(platform, args.runtime) as world, ready(platform, world, args, plan, fingerprint) as trainer:
-        try:
-            trainer.train()
-        except Stopped:  # on every rank
-            trainer.saver.finish()
-            raise
+    prepare(args.checkpoint, args.lora)
+    with process_group(platform, args.runtime) as world:
+        checkpoint, lora = continued(args.checkpoint, args.lora)
+        args = args._replace(checkpoint=checkpoint, lora=lora)
+        with ready(platform, world, args, plan, fingerprint) as trainer:
+            try:
+                trainer.train()
+            except Stopped:  # on every rank
+                trainer.saver.finish()
+                raise
 
 
 @contextlib.contextmanager

@@ -59,6 +59,14 @@ class _Window:
         return values, texts
 
 
+def _open_lines(path: Path) -> TextIO:
+    """To write lines behind those there; without the last one if a killed process has not finished it."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
 class Reporter:
     """Collects steps and reports every `interval` of them.
 
@@ -87,7 +95,7 @@ class Reporter:
         self.tensorboard: Any = None
         if folder is not None and speaks:
             folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+            self.metrics = _open_lines(folder / "metrics.jsonl")
             # Here, not at the top: it takes a second, and only rank 0 with a folder needs it.
             from torch.utils.tensorboard import SummaryWriter
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from qwen3_npu import log
-from qwen3_npu.checkpoint import training_torch
+from qwen3_npu.checkpoint import spread_state, training_torch
 from qwen3_npu.checkpoint.dist_table import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
 from qwen3_npu.checkpoint.optimizer_state import step_count
@@ -24,6 +24,7 @@ from qwen3_npu.checkpoint.weights import shards
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.parity.measure import measure, trainer
+from qwen3_npu.parity.memory import activations
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.expert_load import take_expert_load
 from qwen3_npu.training.step import evaluate_step
@@ -86,7 +87,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         t.saver.save(t.position)
         t.saver.finish()
         if world.rank == rank:
-            training_torch.write_content = full_disk  # type: ignore[assignment]
+            training_torch.write_content = spread_state.write_content = full_disk  # type: ignore[assignment]
         raised = "nothing"
         try:
             t.step()
@@ -96,7 +97,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         except Stopped as error:
             raised = str(error)
         finally:
-            training_torch.write_content = write_content
+            training_torch.write_content = spread_state.write_content = write_content
     everyone = [""] * world.size
     dist.all_gather_object(everyone, raised)
     return everyone
@@ -141,6 +142,17 @@ def gradients(platform: Platform, world: World, flags: list[str], steps: int, fi
             "frozen": len(frozen),
             "changed": [n for n, before in frozen.items() if not torch.equal(now[n], before)],
         }
+
+
+def activation_bytes(platform: Platform, world: World, flags: list[str]) -> list[dict[str, int]]:
+    """What the activations of a step take on each rank; see `Activations`."""
+    with trainer(platform, world, flags) as t:
+        t.step()
+        with activations() as counted:
+            t.step()
+        everyone: list[Any] = [None] * world.size
+        dist.all_gather_object(everyone, {"kept": counted.kept, "peak": counted.peak})
+        return everyone
 
 
 def expert_load(platform: Platform, world: World, flags: list[str]) -> list[list[float]]:

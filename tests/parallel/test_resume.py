@@ -79,9 +79,9 @@ def test_another_layout_continues_to_rounding(
     kind, size, extra, other_size, other_extra = OTHER[name]
     flags = [*BASE, "--data-path", tokens]
     whole = uninterrupted(kind)
-    for ckpt_format in ("torch", "torch_dist"):
+    for ckpt_format, how in (("torch", []), ("torch_dist", ["--async-save"])):
         save = str(tmp_path / ckpt_format)
-        start = [*flags, *extra, "--load", models[kind], "--save", save, "--ckpt-format", ckpt_format]
+        start = [*flags, *extra, "--load", models[kind], "--save", save, "--ckpt-format", ckpt_format, *how]
         worlds[size].run("train", flags=start, steps=3)
         rest = worlds[other_size].run("train", flags=[*flags, *other_extra, "--load", save], steps=3)
         assert rest["loss"] == pytest.approx(whole["loss"][3:], rel=1e-5), ckpt_format
