@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,13 +40,10 @@ class Splits:
     test: Any
 
 
-def build_splits(
-    data: DataArgs, *, fingerprint: str, seq_length: int, seed: int, samples: tuple[int, int, int]
-) -> Splits:
+def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[int, int, int]) -> Splits:
     """The datasets. Every rank calls this; rank 0 builds index caches, the others wait and map them.
 
     Args:
-        fingerprint: of the data files (`check_data`): caches of other data are never taken for these.
         samples: how many samples of each split will be asked for.
     """
     if not re.fullmatch(r"\d+(\.\d*)?(,\d+(\.\d*)?){0,2}", data.split) or not any(
@@ -56,13 +54,15 @@ def build_splits(
     if weights is None and len(prefixes) > 1:
         # By their sizes. megatron would do so too, but end with the first epoch.
         weights = [float(open_indexed(prefix).lengths.sum(dtype=np.int64)) for prefix in prefixes]
+    # Caches of other data are never taken for these.
+    content = hashlib.sha256("".join(open_indexed(prefix).fingerprint() for prefix in prefixes).encode()).hexdigest()
     cache = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
         blend=(prefixes, weights),
         split=data.split,
-        path_to_cache=str(cache / fingerprint),
+        path_to_cache=str(cache / content[:16]),
         tokenizer=_Tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,

@@ -40,17 +40,13 @@ from qwen3_npu.training.saving import Saver, continued, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
-def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) -> None:
-    """The whole training, from joining the other processes to the last checkpoint.
-
-    Args:
-        fingerprint: of the data files.
-    """
+def run(platform: Platform, args: PretrainArgs, plan: Plan) -> None:
+    """The whole training, from joining the other processes to the last checkpoint."""
     prepare(args.checkpoint, args.lora)
     with process_group(platform, args.runtime) as world:
         checkpoint, lora = continued(args.checkpoint, args.lora)
         args = args._replace(checkpoint=checkpoint, lora=lora)
-        with ready(platform, world, args, plan, fingerprint) as trainer:
+        with ready(platform, world, args, plan) as trainer:
             try:
                 trainer.train()
             except Stopped:  # on every rank
@@ -59,13 +55,13 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) ->
 
 
 @contextlib.contextmanager
-def ready(platform: Platform, world: World, args: PretrainArgs, plan: Plan, fingerprint: str) -> Iterator[Trainer]:
+def ready(platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> Iterator[Trainer]:
     """A trainer with weights and data, among processes that have joined."""
     with model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
         try:
             trainer.load()
-            trainer.open_data(fingerprint)
+            trainer.open_data()
             yield trainer
         finally:
             trainer.close()
@@ -128,9 +124,9 @@ class Trainer:
         """Weights and, when resuming, everything else."""
         self.position = self.saver.load()
 
-    def open_data(self, fingerprint: str) -> None:
+    def open_data(self) -> None:
         """The samples of each split."""
-        self.feed = open_feed(self.args, self.plan, fingerprint)
+        self.feed = open_feed(self.args, self.plan)
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
