@@ -20,6 +20,7 @@ from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data.batches import Batch
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
+from qwen3_npu.distributed.nodes import check_shared
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
@@ -44,6 +45,8 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan) -> None:
     """The whole training, from joining the other processes to the last checkpoint."""
     prepare(args.checkpoint, args.lora)
     with process_group(platform, args.runtime) as world:
+        if args.checkpoint.save is not None:
+            check_shared(Path(args.checkpoint.save), "--save")
         checkpoint, lora = continued(args.checkpoint, args.lora)
         args = args._replace(checkpoint=checkpoint, lora=lora)
         with ready(platform, world, args, plan) as trainer:
