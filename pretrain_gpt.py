@@ -19,10 +19,9 @@ def main() -> None:
 
     if args.runtime.dry_run and (raw := raw_words(args)):
         parsed.notes.append(f"raw data: {' '.join(raw)} would be preprocessed")
-        fingerprint = ""
     else:
         args = prepared(args)
-        fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
+        check_data(args.data, plan.arch.vocab_size)
     for line in plan.describe(args) + parsed.notes:
         log.info(line)
     if args.runtime.dry_run:
@@ -35,7 +34,7 @@ def main() -> None:
     from qwen3_npu.training.loop import run
 
     with recorded():
-        run(platform, args, plan, fingerprint)
+        run(platform, args, plan)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ FOREIGN: dict[str, Foreign] = {
     "--swap-modules": Foreign(_SWAP, nargs=1),
     # running
     "--profile-data-simplification": Foreign("traces are written as they are"),
-    "--no-shared-storage": Foreign("all nodes must share the folders of data caches and checkpoints", refused=True),
+    "--no-shared-storage": Foreign("a node makes the data caches that it lacks; --save must be shared by all nodes"),
     "--distributed-backend": Foreign("--device chooses it", nargs=1),
     "--disable-gloo-group": Foreign("gloo gathers the optimizer's state for checkpoints"),
     "--log-throughput": Foreign(_ALWAYS),

@@ -161,6 +161,11 @@ class DataArgs:
     def is_instruction(self) -> bool:
         return self.stage == "sft" or self.is_instruction_dataset
 
+    @property
+    def per_document(self) -> bool:
+        """Whether the conversations of a pack are kept apart."""
+        return self.reset_attention_mask or self.reset_position_ids
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointArgs:

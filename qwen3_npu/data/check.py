@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from qwen3_npu.data.encoder import Encoder, Tokens
 from qwen3_npu.data.instruct import CUT, DROPPED, UNSUPERVISED, ConversationHandler
 from qwen3_npu.data.lint import lint
 from qwen3_npu.data.pipeline import documents
-from qwen3_npu.data.produced import Handler, Produced
+from qwen3_npu.data.produced import Handler, Produced, produce
 from qwen3_npu.data.readers import Inputs
 from qwen3_npu.data.totals import Totals
 from qwen3_npu.data.turns import IGNORED
@@ -27,37 +29,23 @@ _GIVEN, _LEARNED, _PLAIN = "\033[2m", "\033[1;32m", "\033[0m"
 _BAR = 40
 
 
-class Watch:
-    """A handler that looks at conversations on the way."""
-
-    def __init__(self, handler: Handler) -> None:
-        self.handler, self.outputs, self.columns = handler, handler.outputs, handler.columns
-
-    def __call__(self, block: Block) -> Produced:
-        """The documents of a block, with warnings."""
-        produced = self.handler(block)
-        if isinstance(self.handler, ConversationHandler):
-            conversations, _ = self.handler.conversations(block, Counter())
-            for number, conversation in conversations:
-                for text in set(lint(conversation, self.handler.style.thinking)):
-                    produced.warnings.setdefault(text, []).append(number)
-        return produced
-
-
-def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Encoder, workers: int) -> int:
+def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder]) -> int:
     """Show samples, statistics and warnings; the exit status: 1 with --strict and a warning.
 
     Raises:
         UsageError: as in writing.
     """
     if args.check.show:
-        _show(first(inputs.blocks(handler.columns), args.records.max_samples), handler, encoder, args.check.show)
+        blocks = first(inputs.blocks(handler.columns), args.records.max_samples)
+        _show(blocks, handler, encoder.result(), args.check.show)
     if not args.check.check:
         return 0
     totals, lengths, supervised, hashes = Totals(), _Numbers(), _Numbers(), _Numbers(np.uint64)
     warnings: Counter[str] = Counter()
     places: dict[str, str] = {}
-    for block, produced in documents(args, inputs, Watch(handler), workers, totals, "check"):
+    if isinstance(handler, ConversationHandler):
+        handler.look = functools.partial(lint, thinking=handler.style.thinking)
+    for block, produced in documents(args, inputs, handler, encoder, totals):
         for text, numbers in produced.warnings.items():
             warnings[text] += len(numbers)
             places.setdefault(text, f"{block.file}:{numbers[0]}")
@@ -106,7 +94,7 @@ def _show(blocks: Iterator[Block], handler: Handler, encoder: Encoder, count: in
     pairs = [(i, i.replace("input_ids", "labels")) for i in handler.outputs if i.endswith("input_ids")]
     shown = 0
     for block in blocks:
-        produced = handler(block)
+        produced = produce(handler, handler.prepare(block), encoder)
         for bad in produced.bad:
             log.warning(str(bad))
         columns = pairs or [(name, name) for name in handler.outputs]

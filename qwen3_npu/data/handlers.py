@@ -7,7 +7,6 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
-from qwen3_npu.data.encoder import Encoder
 from qwen3_npu.data.hf_template import hf_template
 from qwen3_npu.data.instruct import ConversationHandler, InstructionHandler, PairwiseHandler, Style
 from qwen3_npu.data.pretrain_text import PretrainHandler, TextOf, alpaca_text, sharegpt_text, text_value
@@ -30,7 +29,7 @@ from qwen3_npu.data.templates import QWEN, QWEN3, Template
 from qwen3_npu.data.tokenizer import TokenizerFolder
 from qwen3_npu.errors import UsageError
 
-Make = Callable[[PreprocessArgs, TokenizerFolder, Encoder], Handler]
+Make = Callable[[PreprocessArgs, TokenizerFolder], Handler]
 TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
     "qwen": lambda tokenizer: QWEN,
     "qwen3": lambda tokenizer: QWEN3,
@@ -39,7 +38,7 @@ TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
 
 
 def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
-    def make(args: PreprocessArgs, tokenizer: TokenizerFolder, encoder: Encoder) -> Handler:
+    def make(args: PreprocessArgs, tokenizer: TokenizerFolder) -> Handler:
         for flag, value in (("--prompt-type", args.instruction.prompt_type), ("--map-keys", args.records.map_keys)):
             if value is not None:
                 raise UsageError(f"{flag} is for conversations; {args.records.handler_name} takes plain text")
@@ -50,7 +49,7 @@ def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
         if args.instruction.seq_length is not None:
             log.info("--seq-length: no effect on documents of plain text; training cuts them into samples")
         eod = tokenizer.eos() if args.tokenizer.append_eod else None
-        return PretrainHandler(text_of, args.records.json_keys, columns or args.records.json_keys, encoder, eod)
+        return PretrainHandler(text_of, args.records.json_keys, columns or args.records.json_keys, eod)
 
     return make
 
@@ -61,7 +60,7 @@ def _conversations(
     names: Names,
     has_tags: bool = False,
 ) -> Make:
-    def make(args: PreprocessArgs, tokenizer: TokenizerFolder, encoder: Encoder) -> Handler:
+    def make(args: PreprocessArgs, tokenizer: TokenizerFolder) -> Handler:
         chosen = args.instruction
         if chosen.prompt_type is None:
             raise UsageError(f"{args.records.handler_name} needs --prompt-type qwen3, qwen or hf")
@@ -77,7 +76,7 @@ def _conversations(
             chosen.overlong == "cut",
             tokenizer.eos() if args.tokenizer.append_eod and kind is InstructionHandler else None,
         )
-        return kind(read, Columns(names, args.records.mapping(), has_tags=has_tags), style, encoder)
+        return kind(read, Columns(names, args.records.mapping(), has_tags=has_tags), style)
 
     return make
 

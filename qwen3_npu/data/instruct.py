@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qwen3_npu.data.blocks import BadRecord, Block, parse
-from qwen3_npu.data.encoder import Encoder, Tokens
-from qwen3_npu.data.produced import Produced
+from qwen3_npu.data.encoder import Tokens
+from qwen3_npu.data.produced import Prepared
 from qwen3_npu.data.records import Columns
-from qwen3_npu.data.templates import Template, Turn, render_pair
+from qwen3_npu.data.templates import Template, render_pair
 from qwen3_npu.data.turns import IGNORED, kept_tokens, limits
 
 CUT, DROPPED, UNSUPERVISED = "over-long samples cut", "over-long samples left out", "samples without anything to learn"
@@ -37,32 +38,52 @@ class Style(NamedTuple):
 
 
 class ConversationHandler(abc.ABC):
-    """The part that instruction and pairwise handlers share: records to conversations."""
+    """The part that instruction and pairwise handlers share: records to strings.
+
+    Attributes:
+        look: a conversation (or pair) -> warnings; set by --check.
+    """
 
     outputs: Sequence[str] = ()
+    look: Callable[[Any], Iterable[str]] | None = None
 
-    def __init__(
-        self, read: Callable[[Mapping[str, Any], Columns], Any], columns: Columns, style: Style, encoder: Encoder
-    ) -> None:
-        self.read, self.names, self.style, self.encoder = read, columns, style, encoder
+    def __init__(self, read: Callable[[Mapping[str, Any], Columns], Any], columns: Columns, style: Style) -> None:
+        self.read, self.names, self.style = read, columns, style
         self.columns: Sequence[str] = columns.all()
 
     @abc.abstractmethod
-    def __call__(self, block: Block) -> Produced:
-        """The documents of a block."""
+    def pieces(self, conversation: Any) -> Iterable[list[str]]:
+        """A conversation (or pair) as pieces, each of strings to encode one by one. Raises: ValueError: it has none."""
 
-    def conversations(self, block: Block, counts: Counter[str]) -> tuple[list[tuple[int, Any]], list[BadRecord]]:
-        """The conversations (or pairs) of a block with their record numbers, and the records that hold none."""
+    @abc.abstractmethod
+    def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
+        """The documents of each output; the layout is (strings of each piece, pieces of each sample)."""
+
+    def prepare(self, block: Block) -> Prepared:
+        """The strings of a block."""
         records, bad = parse(block)
-        found = []
+        texts: list[str] = []
+        strings: list[int] = []
+        pieces: list[int] = []
+        counts: Counter[str] = Counter()
+        warnings: dict[str, list[int]] = {}
         for number, record in records:
             for what in self.names.unused(record):
                 counts[f"records with a {what} that is not used"] += 1
+            before = len(strings)
             try:
-                found.append((number, self.read(record, self.names)))
+                conversation = self.read(record, self.names)
+                for text in set(self.look(conversation)) if self.look else ():
+                    warnings.setdefault(text, []).append(number)
+                for piece in self.pieces(conversation):
+                    texts += piece
+                    strings.append(len(piece))
             except ValueError as error:
                 bad.append(BadRecord(block.file, number, str(error)))
-        return found, bad
+            else:
+                pieces.append(len(strings) - before)
+        layout = np.array(strings, np.int64), np.array(pieces, np.int64)
+        return Prepared(texts, layout, len(block.numbers), counts, sorted(bad, key=lambda b: b.number), warnings)
 
 
 class InstructionHandler(ConversationHandler):
@@ -70,87 +91,53 @@ class InstructionHandler(ConversationHandler):
 
     outputs = ("packed_input_ids", "packed_attention_mask", "packed_labels")
 
-    def __call__(self, block: Block) -> Produced:
-        counts: Counter[str] = Counter()
-        conversations, bad = self.conversations(block, counts)
-        samples: list[list[Turn]] = []
-        for number, conversation in conversations:
-            try:
-                samples.append(self.style.template.render(conversation, self.style.thinking, False))
-            except ValueError as error:
-                bad.append(BadRecord(block.file, number, str(error)))
-        ids, labels = self.tokens(samples, counts)
-        ones = Tokens(np.ones(len(ids.ids), np.int32), ids.lengths)
-        outputs = dict(zip(self.outputs, (ids, ones, labels), strict=True))
-        return Produced(outputs, len(block.numbers), counts, sorted(bad, key=lambda b: b.number))
+    def pieces(self, conversation: Any) -> Iterable[list[str]]:
+        """The source and the target of each turn."""
+        return itertools.chain.from_iterable(self.style.template.render(conversation, self.style.thinking, False))
 
-    def tokens(self, samples: Sequence[Sequence[Turn]], counts: Counter[str]) -> tuple[Tokens, Tokens]:
-        """Samples as (input_ids, labels); `counts` tells what was cut or left out."""
-        texts: list[str] = []
-        learned: list[bool] = []
-        pieces: list[int] = []
-        for turns in samples:
-            before = len(texts)
-            for turn in turns:
-                texts += turn.source
-                learned += [False] * len(turn.source)
-                texts += turn.target
-                learned += [True] * len(turn.target)
-            pieces.append(len(texts) - before)
-        encoded = self.encoder.encode(texts)
-        labels = np.where(np.repeat(np.array(learned, bool), encoded.lengths), encoded.ids, IGNORED).astype(np.int32)
-        lengths = _sums(encoded.lengths, np.array(pieces, np.int64))
-        return self._fitted(samples, encoded, labels, lengths, counts)
+    def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
+        strings, pieces = prepared.layout
+        sizes = _sums(tokens.lengths, strings).reshape(-1, 2)
+        learned = np.repeat(np.tile([False, True], len(sizes)), sizes.reshape(-1))
+        labels = np.where(learned, tokens.ids, np.int32(IGNORED))
+        kept, kept_labels = self._fitted(tokens.ids, labels, sizes, pieces // 2, prepared.counts)
+        ones = Tokens(np.ones(len(kept.ids), np.int32), kept.lengths)
+        return dict(zip(self.outputs, (kept, ones, kept_labels), strict=True))
 
     def _fitted(
-        self,
-        samples: Sequence[Sequence[Turn]],
-        encoded: Tokens,
-        labels: np.ndarray,
-        lengths: np.ndarray,
-        counts: Counter[str],
+        self, ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray, turns: np.ndarray, counts: Counter[str]
     ) -> tuple[Tokens, Tokens]:
-        """Every sample within the limit, with something to learn, and its eod."""
+        """Every sample within the limit, with something to learn, and its eod.
+
+        Args:
+            sizes: [turns, 2], tokens of the source and of the target of each turn.
+            turns: of each sample.
+        """
         style = self.style
         eod = [] if style.eod is None else [style.eod]
         room = None if style.longest is None else style.longest - len(eod)
-        supervised = _sums((labels != IGNORED).astype(np.int32), lengths)
+        lengths, supervised = _sums(sizes.sum(axis=1), turns), _sums(sizes[:, 1], turns)
         if not eod and supervised.all() and (room is None or lengths.max(initial=0) <= room):
-            return Tokens(encoded.ids, lengths), Tokens(labels, lengths)
-        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+            return Tokens(ids, lengths), Tokens(labels, lengths)
+        starts, first = (np.concatenate(([0], np.cumsum(each, dtype=np.int64))) for each in (lengths, turns))
         kept: list[tuple[np.ndarray, np.ndarray]] = []
-        piece = 0
-        for i, turns in enumerate(samples):
-            part = slice(int(starts[i]), int(starts[i + 1]))
-            count = sum(len(turn.source) + len(turn.target) for turn in turns)
-            sample = encoded.ids[part], labels[part]
+        for i in range(len(turns)):
+            sample = ids[starts[i] : starts[i + 1]], labels[starts[i] : starts[i + 1]]
             if room is not None and lengths[i] > room:
                 counts[CUT if style.cut else DROPPED] += 1
                 if style.cut:
-                    where = kept_tokens(_sizes(turns, encoded.lengths[piece : piece + count].tolist()), room)
+                    where = kept_tokens(sizes[first[i] : first[i + 1]].tolist(), room)
                     sample = sample[0][where], sample[1][where]
             if room is None or len(sample[0]) <= room:
                 if (sample[1] != IGNORED).any():
                     kept.append(sample)
                 else:
                     counts[UNSUPERVISED] += 1
-            piece += count
         end = np.array(eod, np.int32)
-        sizes = np.array([len(ids) + len(eod) for ids, _ in kept], np.int32)
+        kept_lengths = np.array([len(sample) + len(eod) for sample, _ in kept], np.int32)
         both = [[part for sample in kept for part in (sample[which], end)] for which in (0, 1)]
         joined = [np.concatenate(parts) if parts else end[:0] for parts in both]
-        return Tokens(joined[0], sizes), Tokens(joined[1], sizes)
-
-
-def _sizes(turns: Sequence[Turn], lengths: list[int]) -> list[tuple[int, int]]:
-    """Tokens of the source and of the target of each turn, of the tokens of each string."""
-    sizes, piece = [], 0
-    for turn in turns:
-        middle = piece + len(turn.source)
-        stop = middle + len(turn.target)
-        sizes.append((sum(lengths[piece:middle]), sum(lengths[middle:stop])))
-        piece = stop
-    return sizes
+        return Tokens(joined[0], kept_lengths), Tokens(joined[1], kept_lengths)
 
 
 def _sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -170,30 +157,21 @@ class PairwiseHandler(ConversationHandler):
         "packed_rejected_labels",
     )
 
-    def __call__(self, block: Block) -> Produced:
-        counts: Counter[str] = Counter()
-        pairs, bad = self.conversations(block, counts)
-        texts: list[str] = []
-        pieces: list[int] = []
-        for number, pair in pairs:
-            try:
-                prompt, answers = render_pair(pair, self.style.template, self.style.thinking)
-            except ValueError as error:
-                bad.append(BadRecord(block.file, number, str(error)))
-                continue
-            for part in (prompt, *answers):
-                texts += part
-                pieces.append(len(part))
-        encoded = self.encoder.encode(texts)
-        lengths = _sums(encoded.lengths, np.array(pieces, np.int64))
-        parts = np.split(encoded.ids, np.cumsum(lengths[:-1], dtype=np.int64)) if len(lengths) else []
+    def pieces(self, conversation: Any) -> Iterable[list[str]]:
+        """The prompt and both answers."""
+        prompt, answers = render_pair(conversation, self.style.template, self.style.thinking)
+        return prompt, *answers
+
+    def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
+        strings, _ = prepared.layout
+        lengths = _sums(tokens.lengths, strings)
+        parts = np.split(tokens.ids, np.cumsum(lengths[:-1], dtype=np.int64)) if len(lengths) else []
         columns: dict[str, list[np.ndarray]] = {name: [] for name in self.outputs}
         for row in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-            if fitted := self._fitted(*row, counts):
+            if fitted := self._fitted(*row, prepared.counts):
                 for name, array in zip(self.outputs, fitted, strict=True):
                     columns[name].append(array)
-        outputs = {name: _joined(arrays) for name, arrays in columns.items()}
-        return Produced(outputs, len(block.numbers), counts, sorted(bad, key=lambda b: b.number))
+        return {name: _joined(arrays) for name, arrays in columns.items()}
 
     def _fitted(
         self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, counts: Counter[str]

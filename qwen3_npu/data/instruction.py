@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -80,14 +79,6 @@ class InstructionFiles:
             where = kept_tokens(turns_of(labels), longest)
             ids, labels = ids[where], labels[where]
         return Sample(ids[:longest], labels[:longest], None if segments is None else segments[:longest])
-
-    def fingerprint(self) -> str:
-        """Changes when the data does."""
-        digest = hashlib.sha256()
-        for data in (self.ids, self.mask, self.labels):
-            digest.update(data.fingerprint().encode())
-            digest.update(np.ascontiguousarray(data.tokens[:: max(len(data.tokens) // 65536, 1)]).tobytes())
-        return digest.hexdigest()[:16]
 
 
 class InstructionDataset:

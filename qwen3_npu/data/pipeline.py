@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.blocks import Block, first
-from qwen3_npu.data.produced import Handler, Produced
+from qwen3_npu.data.encoder import Encoder
+from qwen3_npu.data.loading import available_cpus
+from qwen3_npu.data.produced import Handler, Prepared, Produced, produce
 from qwen3_npu.data.readers import Inputs
 from qwen3_npu.data.totals import Totals
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress
 
 _BAD_SHOWN = 20
+_PREPARED = 16  # blocks that wait to be encoded
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def documents(
-    args: PreprocessArgs, inputs: Inputs, handler: Handler, workers: int, totals: Totals, what: str
+    args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], totals: Totals
 ) -> Iterator[tuple[Block, Produced]]:
     """Each block and what becomes of it, behind those that `totals` counts already; keeps `totals` up to date.
+
+    One thread prepares blocks (Python runs one at a time anyway), even before the encoder is there; --workers encode.
 
     Raises:
         UsageError: an input is damaged, or more records are broken than --max-bad-records.
     """
     blocks = first(inputs.blocks(handler.columns), args.records.max_samples)
     counters = {"bytes": "B", "records": "records", "tokens": "tokens"}
-    with Progress(what, inputs.size or None, counters) as progress, ThreadPoolExecutor(workers) as pool:
+    workers = args.output.workers or available_cpus()
+    what = "check" if args.check.check else "preprocess"
+    with (
+        Progress(what, inputs.size or None, counters) as progress,
+        ThreadPoolExecutor(1) as preparing,
+        ThreadPoolExecutor(workers) as encoding,
+        contextlib.closing(in_order(preparing, handler.prepare, blocks, _PREPARED)) as prepared,
+    ):
         for _ in range(totals.blocks):
             progress.counts["bytes"] += next(blocks).size
         waiting = dict.fromkeys(counters, 0)
-        for block, produced in in_order(pool, handler, blocks, 2 * workers):
+
+        def encoded(item: tuple[Block, Prepared]) -> Produced:
+            return produce(handler, item[1], encoder.result())
+
+        for (block, _), produced in in_order(encoding, encoded, prepared, 2 * workers):
             _count_bad(produced, totals, args.records.max_bad_records)
             totals.add(produced)
             yield block, produced
@@ -49,7 +66,7 @@ def documents(
 
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int
-) -> Iterator[tuple[T, R]]:
+) -> Generator[tuple[T, R]]:
     """(item, function(item)) in the order of the items, with at most `ahead` more under way."""
     waiting: collections.deque = collections.deque()
     try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen3_npu.args.training import DataArgs
 from qwen3_npu.data.indexed import check_vocabulary, open_indexed
-from qwen3_npu.data.instruction import InstructionFiles
+from qwen3_npu.data.instruction import open_instructions
 from qwen3_npu.errors import UsageError
 
 
@@ -34,23 +34,15 @@ def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
     return list(data_path), None
 
 
-def check_data(data_path: Sequence[str], vocab_size: int, *, instructions: bool = False) -> str:
-    """Check every file of --data-path; a fingerprint of them all.
-
-    Args:
-        instructions: they are instruction data.
+def check_data(data: DataArgs, vocab_size: int) -> None:
+    """Open every file of --data-path as training will, and look at its tokens.
 
     Raises:
-        UsageError: see `open_indexed`, `InstructionFiles` and `check_vocabulary`.
+        UsageError: see `blend`, `open_indexed`, `open_instructions` and `check_vocabulary`.
     """
-    digest = hashlib.sha256()
-    for prefix in blend(data_path)[0]:
-        if instructions:
-            files = InstructionFiles(prefix)
-            check_vocabulary(files.ids, vocab_size)
-            digest.update(files.fingerprint().encode())
-            continue
-        indexed = open_indexed(prefix)
-        check_vocabulary(indexed, vocab_size)
-        digest.update(indexed.fingerprint().encode())
-    return digest.hexdigest()[:16]
+    prefixes, _ = blend(data.data_path)
+    if data.is_instruction:
+        open_instructions(prefixes, vocab_size, per_document=data.per_document)
+    else:
+        for prefix in prefixes:
+            check_vocabulary(open_indexed(prefix), vocab_size)

@@ -6,12 +6,13 @@ import collections
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.check import check
-from qwen3_npu.data.encoder import open_encoder
+from qwen3_npu.data.encoder import Encoder, open_encoder
 from qwen3_npu.data.handlers import HANDLERS
 from qwen3_npu.data.indexed import IndexedWriter
 from qwen3_npu.data.loading import Loading, available_cpus, start_loading
@@ -62,24 +63,32 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
         raise UsageError("--tokenizer-name-or-path is needed: the folder of a downloaded Qwen3 model")
     loading = loading or start_loading(chosen.tokenizer_name_or_path, chosen.tokenizer_backend, args.output.workers)
     tokenizer = open_tokenizer(chosen.tokenizer_name_or_path)
-    workers = args.output.workers or available_cpus()
-    encoder = open_encoder(loading, forced=chosen.tokenizer_backend != "auto")
-    handler = make(args, tokenizer, encoder)
-    log.info(f"input: {_described(inputs)}; tokens by {encoder.name}, {workers} workers")
-    if looks_only:
-        return check(args, inputs, handler, encoder, workers)
-    _write(args, inputs, handler, tokenizer, workers)
+    handler = make(args, tokenizer)
+    with ThreadPoolExecutor(1) as pool:
+        encoder = pool.submit(_opened, args, inputs, loading)
+        if looks_only:
+            return check(args, inputs, handler, encoder)
+        _write(args, inputs, handler, encoder, tokenizer)
     return 0
 
 
-def _write(args: PreprocessArgs, inputs: Inputs, handler: Handler, tokenizer: TokenizerFolder, workers: int) -> None:
+def _opened(args: PreprocessArgs, inputs: Inputs, loading: Loading) -> Encoder:
+    encoder = open_encoder(loading, forced=args.tokenizer.tokenizer_backend != "auto")
+    workers = args.output.workers or available_cpus()
+    log.info(f"input: {_described(inputs)}; tokens by {encoder.name}, {workers} workers")
+    return encoder
+
+
+def _write(
+    args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], tokenizer: TokenizerFolder
+) -> None:
     prefix, packs = str(args.output.output_prefix), args.instruction.pack
     # Packing needs all samples first; attention_mask is made of them.
     names = [n for n in handler.outputs if not (packs and n.endswith("attention_mask"))]
     identity = _identity(args, inputs, tokenizer)
     output = Output(prefix + "_unpacked" if packs else prefix, names, identity, resume=args.output.resume)
     try:
-        for _, produced in documents(args, inputs, handler, workers, output.totals, "preprocess"):
+        for _, produced in documents(args, inputs, handler, encoder, output.totals):
             output.add(produced.outputs)
             output.finish_part()
         if not any(output.totals.documents.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.data.blocks import BadRecord, Block, parse
-from qwen3_npu.data.encoder import Encoder, Tokens
-from qwen3_npu.data.produced import Produced
+from qwen3_npu.data.encoder import Tokens
+from qwen3_npu.data.produced import Prepared
 
 # (record, column) -> text; raises ValueError.
 TextOf = Callable[[Mapping[str, Any], str], str]
@@ -63,17 +64,16 @@ def sharegpt_text(record: Mapping[str, Any], column: str) -> str:
 class PretrainHandler:
     """Documents of text columns; empty texts give none."""
 
-    def __init__(
-        self, text_of: TextOf, keys: Sequence[str], columns: Sequence[str], encoder: Encoder, eod: int | None
-    ) -> None:
+    def __init__(self, text_of: TextOf, keys: Sequence[str], columns: Sequence[str], eod: int | None) -> None:
         """
         Args:
             keys: columns to take, each its own output.
             eod: token that ends each document, if any.
         """
-        self.text_of, self.outputs, self.columns, self.encoder, self.eod = text_of, keys, columns, encoder, eod
+        self.text_of, self.outputs, self.columns, self.eod = text_of, keys, columns, eod
 
-    def __call__(self, block: Block) -> Produced:
+    def prepare(self, block: Block) -> Prepared:
+        """The texts that are not empty, those of each output together; the layout is how many each has."""
         records, bad = parse(block)
         texts: dict[str, list[str]] = {key: [] for key in self.outputs}
         for number, record in records:
@@ -84,13 +84,20 @@ class PretrainHandler:
                 continue
             for key, text in zip(self.outputs, row, strict=True):
                 texts[key].append(text)
-        counts: Counter[str] = Counter()
-        outputs = {}
-        for key in self.outputs:
-            filled = [text for text in texts[key] if text]
-            counts["empty texts left out"] += len(texts[key]) - len(filled)
-            outputs[key] = _ended(self.encoder.encode(filled), self.eod)
-        return Produced(outputs, len(block.numbers), counts, sorted(bad, key=lambda b: b.number))
+        filled = [[text for text in texts[key] if text] for key in self.outputs]
+        layout, together = [len(part) for part in filled], list(itertools.chain.from_iterable(filled))
+        counts = Counter({"empty texts left out": sum(map(len, texts.values())) - len(together)})
+        return Prepared(together, layout, len(block.numbers), counts, sorted(bad, key=lambda b: b.number))
+
+    def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
+        """Each text, with the end-of-document token if there is one."""
+        tokens = _ended(tokens, self.eod)
+        texts = np.cumsum([0, *prepared.layout])
+        borders = np.concatenate(([0], np.cumsum(tokens.lengths, dtype=np.int64)))[texts]
+        return {
+            key: Tokens(tokens.ids[borders[i] : borders[i + 1]], tokens.lengths[texts[i] : texts[i + 1]])
+            for i, key in enumerate(self.outputs)
+        }
 
 
 def _ended(tokens: Tokens, eod: int | None) -> Tokens:

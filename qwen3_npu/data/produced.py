@@ -1,14 +1,35 @@
-"""What becomes of a block of records."""
+"""What becomes of a block of records: strings, then tokens, then documents."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from qwen3_npu.data.blocks import BadRecord, Block
-from qwen3_npu.data.encoder import Tokens
+from qwen3_npu.data.encoder import Encoder, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The records of a block as strings.
+
+    Attributes:
+        texts: what has to be encoded.
+        layout: what its handler must know to make documents of the tokens.
+        records: how many records were read.
+        counts: what else happened, e.g. "empty text" -> 3.
+        bad: records that cannot be used, in order.
+        warnings: what --check finds -> the records.
+    """
+
+    texts: Sequence[str]
+    layout: Any
+    records: int
+    counts: Counter[str]
+    bad: Sequence[BadRecord]
+    warnings: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,17 +38,14 @@ class Produced:
 
     Attributes:
         outputs: name of an output (`text`, `packed_labels`, ..) -> its documents.
-        records: how many records were read.
-        counts: what else happened, e.g. "empty text" -> 3.
-        bad: records that cannot be used.
-        warnings: what --check finds -> the records.
+        records, counts, bad, warnings: as in Prepared.
     """
 
     outputs: Mapping[str, Tokens]
     records: int
     counts: Counter[str]
     bad: Sequence[BadRecord]
-    warnings: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    warnings: Mapping[str, Sequence[int]]
 
     @property
     def tokens(self) -> int:
@@ -36,7 +54,7 @@ class Produced:
 
 
 class Handler(Protocol):
-    """Makes documents of records. Safe to call in several threads.
+    """Makes documents of records. Both methods may run at once, `documents` in several threads.
 
     Attributes:
         outputs: the names of the outputs; each is a file <prefix>_<name>_document.
@@ -46,5 +64,18 @@ class Handler(Protocol):
     outputs: Sequence[str]
     columns: Sequence[str]
 
-    def __call__(self, block: Block) -> Produced:
-        """The documents of a block."""
+    def prepare(self, block: Block) -> Prepared:
+        """The strings of a block."""
+
+    def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
+        """The documents of each output. May add to `prepared.counts`.
+
+        Args:
+            tokens: of `prepared.texts`.
+        """
+
+
+def produce(handler: Handler, prepared: Prepared, encoder: Encoder) -> Produced:
+    """Encode what a handler prepared, and have it make documents of the tokens."""
+    outputs = handler.documents(prepared, encoder.encode(prepared.texts))
+    return Produced(outputs, prepared.records, prepared.counts, prepared.bad, prepared.warnings)

@@ -71,7 +71,7 @@ class Columns:
                 raise UsageError(f"--map-keys: {name!r} must be mapped to a column's name, not to {column!r}")
         self.names: Names = {**defaults, **given}
         self.mapped = frozenset(given)
-        self.telling = [name for name in _TELLING if name not in self.names.values()]
+        self.telling = {name: None for name in _TELLING if name not in self.names.values()}.keys()
         self.tags: Names = TAGS if tags is None else self._tags(tags)
 
     @staticmethod
@@ -90,7 +90,9 @@ class Columns:
 
     def unused(self, record: Mapping[str, Any]) -> list[str]:
         """What a record holds, but the conversation made of it lacks; for telling the user."""
-        found = [f"column {name!r}" for name in self.telling if record.get(name)]
+        found = []
+        if not self.telling.isdisjoint(record):  # seldom, and this is asked of every record
+            found = [f"column {name!r}" for name in self.telling if record.get(name)]
         messages = record.get(self.names.get("messages") or "")
         if isinstance(messages, list):
             keys = {key for m in messages if isinstance(m, dict) for key in _TELLING_KEYS if m.get(key)}
@@ -106,15 +108,18 @@ class Columns:
         column = self.names.get(name)
         if not column:
             return None
-        if column not in record and (name in self.mapped or name not in _OPTIONAL):
+        found = record.get(column)
+        if found is None and column not in record and (name in self.mapped or name not in _OPTIONAL):
             return value(record, column)  # says what is there
-        return record.get(column)
+        return found
 
     def text(self, record: Mapping[str, Any], name: str) -> str:
         """Likewise, as text; empty if there is none."""
         text = self.get(record, name)
-        if text is None or isinstance(text, str):
-            return text or ""
+        if text is None:
+            return ""
+        if isinstance(text, str):
+            return text
         raise ValueError(f"column {self.names[name]!r} is not text but {type(text).__name__}")
 
 

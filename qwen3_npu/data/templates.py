@@ -6,7 +6,7 @@ encoded by itself. Tools, which crash there with qwen3, are written as the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from qwen3_npu.data.conversation import (
@@ -65,20 +65,22 @@ def render_qwen3(conversation: Conversation, thinking: bool | None, last_only: b
     """
     asked = _qwen3_system(conversation)
     turns = _Turns()
-    for message, results in _grouped(conversation.messages):
+    messages = conversation.messages
+    for i, message in enumerate(messages):
         if message.role != ASSISTANT:
-            asked += _qwen3_question(message, results)
+            asked += _qwen3_question(messages, i)
             continue
-        past = last_only and message is not conversation.messages[-1]
+        past = last_only and message is not messages[-1]
         if thinking is False or past:
             message = without_thought(message)
-        source, target = [asked + ANSWER], [_qwen3_answer(message)]
+        asked, target = asked + ANSWER, [_qwen3_answer(message)]
         if not past and not message.has_thought():
             if thinking:
                 target.insert(0, NO_THOUGHT)
             else:
-                source.append(NO_THOUGHT)
-        turns.answer(message, source, target)
+                # One string less to encode, and the same tokens: <think> starts anew whatever stands before it.
+                asked += NO_THOUGHT
+        turns.answer(message, [asked], target)
         asked = ""
     return turns.done
 
@@ -94,8 +96,9 @@ def render_pair(pair: Pair, template: Template, thinking: bool | None) -> tuple[
     if prompts[0] != prompts[1]:
         # One answer has thoughts: the empty thoughts of the other are then a part of what it says.
         for prompt, target in zip(prompts, answers, strict=True):
-            if prompt[-1] == NO_THOUGHT:
-                target.insert(0, prompt.pop())
+            if prompt[-1].endswith(NO_THOUGHT):
+                target.insert(0, NO_THOUGHT)
+                prompt[-1] = prompt[-1].removesuffix(NO_THOUGHT)
     return prompts[0], (answers[0], answers[1])
 
 
@@ -180,21 +183,17 @@ def _qwen3_tools(tools: tuple[dict[str, Any], ...]) -> str:
     )
 
 
-def _grouped(messages: tuple[Message, ...]) -> Iterator[tuple[Message, list[Message]]]:
-    """Each message, but results of functions that follow each other once, as a group."""
-    group: list[Message] = []
-    for i, message in enumerate(messages):
-        group.append(message)
-        if not (message.role == TOOL and i + 1 < len(messages) and messages[i + 1].role == TOOL):
-            yield message, group
-            group = []
-
-
-def _qwen3_question(message: Message, results: list[Message]) -> str:
+def _qwen3_question(messages: tuple[Message, ...], place: int) -> str:
+    """Results of functions that follow each other are one message of the user."""
+    message = messages[place]
     if message.role != TOOL:
         return f"<|im_start|>{message.role}\n{message.content}{END}\n"
-    text = "".join(f"\n<tool_response>\n{result.content}\n</tool_response>" for result in results)
-    return f"<|im_start|>user{text}{END}\n"
+    text = f"\n<tool_response>\n{message.content}\n</tool_response>"
+    if not place or messages[place - 1].role != TOOL:
+        text = "<|im_start|>user" + text
+    if place + 1 == len(messages) or messages[place + 1].role != TOOL:
+        text += END + "\n"
+    return text
 
 
 def _qwen3_answer(message: Message) -> str:

@@ -9,26 +9,29 @@ Documents lie one after the other, those of the next epoch behind those of the l
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 
 class TextDataset(GPTDataset):
-    """megatron's samples in this order; built as megatron does it: rank 0 writes the index, the others wait."""
+    """megatron's samples in this order. A node that does not see rank 0's index makes its own, which is the same."""
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Documents [epochs x documents]; samples [n + 1, 2], place among them and offset; order of samples [n]."""
         cache = Path(self.config.path_to_cache)
         stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
         paths = [cache / f"{stem}-{part}.npy" for part in ("documents", "samples", "order")]
-        if not all(path.is_file() for path in paths) and (not dist.is_initialized() or dist.get_rank() == 0):
+        if not all(path.is_file() for path in paths):
             cache.mkdir(parents=True, exist_ok=True)
-            for path, index in zip(paths, self._indices(), strict=True):
-                _save(path, index)
+            with (cache / f"{stem}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node does the work
+                if not all(path.is_file() for path in paths):
+                    for path, index in zip(paths, self._indices(), strict=True):
+                        _save(path, index)
         return tuple(np.load(path, mmap_mode="r") for path in paths)  # type: ignore[return-value]
 
     def _indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -32,11 +32,14 @@ from qwen3_npu.model.experts import GroupedExperts
 
 
 class _Weight(torch.nn.Module):
-    """Holds one parameter under the name `weight`."""
+    """Holds one parameter under the name `weight`; called for it, because --overlap-param-gather waits in calls."""
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
+
+    def forward(self) -> torch.nn.Parameter:
+        return self.weight
 
 
 def _kaiming(weight: torch.Tensor) -> None:
@@ -81,7 +84,7 @@ class LoraLinear(MegatronModule):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """As the base layer: [s, b, in] -> [s, b, out]."""
         out, _ = self.base_layer(x)
-        narrow = torch.nn.functional.linear(self._dropped(x), self.lora_A["default"].weight) * self.scale
+        narrow = torch.nn.functional.linear(self._dropped(x), self.lora_A["default"]()) * self.scale
         if self.by_output:
             narrow = (
                 gather_from_sequence_parallel_region(narrow, group=self.group)
@@ -94,7 +97,7 @@ class LoraLinear(MegatronModule):
                 if self.sequence_parallel
                 else reduce_from_tensor_model_parallel_region(narrow, group=self.group)
             )
-        weight = self.lora_B["default"].weight
+        weight = self.lora_B["default"]()
         return torch.addmm(out.flatten(0, 1), narrow.flatten(0, 1), weight.t()).view_as(out), None
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:

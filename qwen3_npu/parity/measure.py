@@ -25,8 +25,8 @@ def trainer(platform: Platform, world: World, flags: Sequence[str]) -> Iterator[
     """A loaded trainer with data."""
     args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN, argv=list(flags)).groups)
     plan = make_plan(args, world.size)
-    fingerprint = check_data(args.data.data_path, plan.arch.vocab_size, instructions=args.data.is_instruction)
-    with ready(platform, world, args, plan, fingerprint) as made:
+    check_data(args.data, plan.arch.vocab_size)
+    with ready(platform, world, args, plan) as made:
         yield made
 
 

@@ -71,6 +71,7 @@ MOE_LAYOUTS = {
     "TP2 SP EP2 ETP1 distributed optimizer": (4, TP2 + SP + EP2 + ETP1 + ZERO),
     "TP2 SP PP2": (4, TP2 + SP + PP2),
     "EP2 PP2 distributed optimizer": (4, EP2 + PP2 + ZERO),
+    "EP2 DP4 distributed optimizer, overlapped": (4, EP2 + ZERO + OVERLAP),
 }
 
 # Where it matters that embedding and output layer are one weight.

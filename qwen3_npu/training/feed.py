@@ -18,7 +18,9 @@ from qwen3_npu.data.prefixes import blend
 from qwen3_npu.data.rows import Padding, Rows, instruction_rows, padding_multiple
 from qwen3_npu.data.thinking import ThinkTokens
 from qwen3_npu.data.tokenizer import open_tokenizer
+from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
+from qwen3_npu.distributed.nodes import check_same
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sequence import Sequence as TokenSequence
 from qwen3_npu.training.plan import Plan
@@ -73,13 +75,16 @@ class Feed:
         return row_batches(dataset, numbers, self.make_rows, sequence, local, device, self.think)
 
 
-def open_feed(args: PretrainArgs, plan: Plan, fingerprint: str) -> Feed:
-    """The samples that --data-path names. Every rank must call this.
-
-    Args:
-        fingerprint: of the data files.
-    """
-    return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan, fingerprint)
+def open_feed(args: PretrainArgs, plan: Plan) -> Feed:
+    """The samples that --data-path names. Every rank must call this."""
+    prefixes, _ = blend(args.data.data_path)
+    digest = None
+    if environment.ranks()[2] == 0:  # nodes may have copies of their own
+        is_instruction = args.data.is_instruction
+        opened = [instruction.InstructionFiles(p).ids if is_instruction else open_indexed(p) for p in prefixes]
+        digest = " ".join(data.fingerprint() for data in opened)
+    check_same(digest, f"--data-path {' '.join(args.data.data_path)}")
+    return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan)
 
 
 def _samples(args: PretrainArgs, plan: Plan) -> tuple[int, int, int]:
@@ -88,11 +93,9 @@ def _samples(args: PretrainArgs, plan: Plan) -> tuple[int, int, int]:
     return args.train.train_iters * plan.global_batch, evaluations * args.report.eval_iters * plan.global_batch, 0
 
 
-def _pretraining(args: PretrainArgs, plan: Plan, fingerprint: str) -> Feed:
+def _pretraining(args: PretrainArgs, plan: Plan) -> Feed:
     data, seq, micro = args.data, args.train.seq_length, args.train.micro_batch_size
-    splits = pretrain.build_splits(
-        data, fingerprint=fingerprint, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan)
-    )
+    splits = pretrain.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan))
     if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
         return Feed(args, plan, splits.train, splits.valid, pretrain.plain_rows, micro, seq)
     flag = "--reset-attention-mask, --reset-position-ids and --eod-mask-loss"
@@ -117,8 +120,7 @@ def _pretraining(args: PretrainArgs, plan: Plan, fingerprint: str) -> Feed:
 def _instructions(args: PretrainArgs, plan: Plan) -> Feed:
     data, train = args.data, args.train
     prefixes, weights = blend(data.data_path)
-    per_document = data.reset_attention_mask or data.reset_position_ids
-    files = instruction.open_instructions(prefixes, plan.arch.vocab_size, per_document=per_document)
+    files = instruction.open_instructions(prefixes, plan.arch.vocab_size, per_document=data.per_document)
     splits = instruction.instruction_splits(
         files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
     )
@@ -134,7 +136,7 @@ def _instructions(args: PretrainArgs, plan: Plan) -> Feed:
     tokenizer = open_tokenizer(data.tokenizer_name_or_path) if data.tokenizer_name_or_path else None
     pad = tokenizer.pad() if tokenizer else (plan.arch.eos_token_id or 0)
     padding = Padding(pad, None if data.variable_seq_lengths else train.seq_length, multiple)
-    packs = per_document and any(file.kind is instruction.Kind.NEAT_PACK for file in files)
+    packs = data.per_document and any(file.kind is instruction.Kind.NEAT_PACK for file in files)
 
     def rows(samples: Sequence[Any]) -> Rows:
         return instruction_rows(samples, padding, per_document=packs)

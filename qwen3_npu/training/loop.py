@@ -20,6 +20,7 @@ from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data.batches import Batch
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
+from qwen3_npu.distributed.nodes import check_shared
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
@@ -40,17 +41,15 @@ from qwen3_npu.training.saving import Saver, continued, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
-def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) -> None:
-    """The whole training, from joining the other processes to the last checkpoint.
-
-    Args:
-        fingerprint: of the data files.
-    """
+def run(platform: Platform, args: PretrainArgs, plan: Plan) -> None:
+    """The whole training, from joining the other processes to the last checkpoint."""
     prepare(args.checkpoint, args.lora)
     with process_group(platform, args.runtime) as world:
+        if args.checkpoint.save is not None:
+            check_shared(Path(args.checkpoint.save), "--save")
         checkpoint, lora = continued(args.checkpoint, args.lora)
         args = args._replace(checkpoint=checkpoint, lora=lora)
-        with ready(platform, world, args, plan, fingerprint) as trainer:
+        with ready(platform, world, args, plan) as trainer:
             try:
                 trainer.train()
             except Stopped:  # on every rank
@@ -59,13 +58,13 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan, fingerprint: str) ->
 
 
 @contextlib.contextmanager
-def ready(platform: Platform, world: World, args: PretrainArgs, plan: Plan, fingerprint: str) -> Iterator[Trainer]:
+def ready(platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> Iterator[Trainer]:
     """A trainer with weights and data, among processes that have joined."""
     with model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
         try:
             trainer.load()
-            trainer.open_data(fingerprint)
+            trainer.open_data()
             yield trainer
         finally:
             trainer.close()
@@ -128,9 +127,9 @@ class Trainer:
         """Weights and, when resuming, everything else."""
         self.position = self.saver.load()
 
-    def open_data(self, fingerprint: str) -> None:
+    def open_data(self) -> None:
         """The samples of each split."""
-        self.feed = open_feed(self.args, self.plan, fingerprint)
+        self.feed = open_feed(self.args, self.plan)
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""

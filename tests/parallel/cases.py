@@ -21,6 +21,7 @@ from qwen3_npu.checkpoint.dist_table import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
 from qwen3_npu.checkpoint.optimizer_state import step_count
 from qwen3_npu.checkpoint.weights import shards
+from qwen3_npu.distributed import nodes
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.parity.measure import measure, trainer
@@ -42,6 +43,12 @@ def train(
                 t.saver.save(t.position)
         t.saver.finish()
         return {name: [getattr(r, name) for r in results] for name in ("loss", "grad_norm", "learning_rate")}
+
+
+def whole_training(platform: Platform, world: World, flags: list[str]) -> None:
+    """What `pretrain_gpt.py` does with these flags, to the last checkpoint."""
+    with trainer(platform, world, flags) as t:
+        t.train()
 
 
 def checkpoints(platform: Platform, world: World, flags: list[str], steps: int) -> None:
@@ -254,3 +261,21 @@ def dropout_masks(platform: Platform, world: World, flags: list[str]) -> list[li
         everyone = [torch.empty(64) for _ in range(world.size)]
         dist.all_gather(everyone, mine)
         return [t.tolist() for t in everyone]
+
+
+def refused_by_nodes(platform: Platform, world: World, folders: list[str], digests: list[str | None]) -> list[str]:
+    """What ranks with folders and data of their own are told."""
+    said = []
+    for check, mine, name in (
+        (nodes.check_shared, Path(folders[world.rank]), "--save"),
+        (nodes.check_same, digests[world.rank], "--data-path x"),
+    ):
+        try:
+            check(mine, name)
+            said.append("")
+        except UsageError as error:
+            said.append(str(error))
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, said)
+    assert all(bool(one) == bool(other) for one, other in zip(everyone[0], everyone[-1], strict=True))
+    return everyone[0]

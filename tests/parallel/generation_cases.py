@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import generation
+from qwen3_npu import cli
+from qwen3_npu.inference.plan import make_plan
 
 
 def answers(platform: Any, world: Any, folder: str, flags: list[str]) -> dict[str, list[list[int]]]:
@@ -32,14 +34,27 @@ def answers(platform: Any, world: Any, folder: str, flags: list[str]) -> dict[st
 
 def likelihoods(platform: Any, world: Any, folder: str, flags: list[str], data: str, out: str) -> list[list[float]]:
     """Log-likelihoods of MMLU's choices, as `evaluation.py` writes them into samples_mmlu.jsonl."""
-    from qwen3_npu import cli
-    from qwen3_npu.args.evaluation import FOREIGN, GROUPS, EvaluationArgs
-    from qwen3_npu.evaluation.run import evaluate
-    from qwen3_npu.inference.plan import make_plan
-
     words = ["--load", folder, "--task", "mmlu", "--task-data-path", data, "--device", "cpu", "--log-samples"]
-    args = EvaluationArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=[*words, "--output-dir", out, *flags]).groups)
-    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
-    evaluate(platform, world, args, plan)
+    evaluated(platform, world, [*words, "--output-dir", out, *flags])
     samples = (json.loads(line) for line in (Path(out) / "samples_mmlu.jsonl").open()) if world.rank == 0 else ()
     return [sample["loglikelihoods"] for sample in samples]
+
+
+def evaluated(platform: Any, world: Any, flags: list[str]) -> None:
+    """What `evaluation.py` does with these flags."""
+    from qwen3_npu.args.evaluation import FOREIGN, GROUPS, EvaluationArgs
+    from qwen3_npu.evaluation.run import evaluate
+
+    args = EvaluationArgs(*cli.parse("evaluation.py", "", GROUPS, FOREIGN, argv=flags).groups)
+    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
+    evaluate(platform, world, args, plan)
+
+
+def generated(platform: Any, world: Any, flags: list[str]) -> None:
+    """What `inference.py` does with these flags."""
+    from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs
+    from qwen3_npu.inference.run import generate
+
+    args = InferenceArgs(*cli.parse("inference.py", "", GROUPS, FOREIGN, argv=flags).groups)
+    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
+    generate(platform, world, args, plan)

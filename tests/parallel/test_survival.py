@@ -69,3 +69,14 @@ def test_a_rank_that_fails_ends_the_job(models: dict[str, str], tokens: str) -> 
     assert time.monotonic() - failed_at < 30
     end = "".join(lines[-6:])
     assert "RuntimeError: memory of this device is broken" in end
+
+
+def test_nodes_that_see_other_folders_or_data_are_named(worlds: dict[int, World], tmp_path: Path) -> None:
+    here, there = str(tmp_path), str(tmp_path / "other")
+    Path(there).mkdir()
+    run = worlds[2].run
+    assert run("refused_by_nodes", folders=[here, here], digests=["a", None]) == ["", ""]
+    folder, data = run("refused_by_nodes", folders=[here, there], digests=["a", "b"])
+    assert f"--save {here}: not seen from all nodes" in folder
+    assert f"--data-path x on {os.uname().nodename} is not what it is on" in data
+    assert not list(tmp_path.rglob(".shared-*"))

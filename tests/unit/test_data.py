@@ -70,12 +70,10 @@ class TestSplits:
 
     def build(self, prefix: Path, split: str, samples: tuple[int, int, int]) -> object:
         from qwen3_npu.args.training import DataArgs
-        from qwen3_npu.data.prefixes import check_data
         from qwen3_npu.data.pretrain import build_splits
 
         data = DataArgs(data_path=[str(prefix)], split=split)
-        fingerprint = check_data(data.data_path, 256)
-        return build_splits(data, fingerprint=fingerprint, seq_length=16, seed=1, samples=samples)
+        return build_splits(data, seq_length=16, seed=1, samples=samples)
 
     def test_a_share_without_documents_is_refused(self, tmp_path: Path) -> None:
         prefix = tiny.write_tokens(tmp_path / "a_text_document", documents=20)
@@ -107,12 +105,10 @@ class TestOrder:
 
     def build(self, data_path: list[str], count: int, seed: int = 1) -> list[list[int]]:
         from qwen3_npu.args.training import DataArgs
-        from qwen3_npu.data.prefixes import check_data
         from qwen3_npu.data.pretrain import build_splits
 
         data = DataArgs(data_path=data_path, split="1,0,0")
-        fingerprint = check_data(data.data_path, 256)
-        splits = build_splits(data, fingerprint=fingerprint, seq_length=16, seed=seed, samples=(count, 0, 0))
+        splits = build_splits(data, seq_length=16, seed=seed, samples=(count, 0, 0))
         return [splits.train[i]["tokens"].tolist() for i in range(count)]
 
     @pytest.mark.parametrize("weights", [None, ("", ""), ("0.3", "0.7")], ids=["one file", "files", "weighted files"])

@@ -177,10 +177,9 @@ def test_hf_is_apply_chat_template_and_qwen3_its_last_answer(
             asked = apply(before, tools=tools, add_generation_prompt=True, tokenize=False)
             whole = apply(as_messages(upto), tools=tools, tokenize=False)
             last = QWEN3.render(upto, None, False)[-1]
-            thought = [] if message.has_thought() else [NO_THOUGHT]
-            assert last.source[1:] == thought
-            assert last.source[0].endswith("<|im_start|>assistant\n")
-            pieces.append([*thought, *last.target])
+            thought = "" if message.has_thought() else NO_THOUGHT
+            assert last.source[-1].endswith("<|im_start|>assistant\n" + thought)
+            pieces.append([thought, *last.target])
             wholes.append(whole[len(asked) :])
             compared += 1
     same_ids(pieces, wholes, real_encoder)

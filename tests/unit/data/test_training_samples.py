@@ -149,15 +149,6 @@ def test_long_conversations_are_cut_turn_by_turn(tmp_path: Path) -> None:
     assert turns_of(np.array([1, -100])) == [(0, 1), (1, 0)]
 
 
-def test_fingerprint_knows_content(tmp_path: Path) -> None:
-    prefix = write_samples(tmp_path / "a", single(3))
-    before = InstructionFiles(prefix).fingerprint()
-    write_samples(tmp_path / "a", single(3))
-    assert InstructionFiles(prefix).fingerprint() == before
-    write_samples(tmp_path / "a", single(3, start=1))
-    assert InstructionFiles(prefix).fingerprint() != before
-
-
 # ------------------------------------------------------------------------------------------- rows
 
 
