@@ -45,6 +45,11 @@ def train(
         return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
 
 
+def train_on_copies(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:
+    """As `train`, with RANK in the flags replaced by each rank's own."""
+    return train(platform, world, [flag.replace("RANK", str(world.rank)) for flag in flags], steps)
+
+
 def whole_training(platform: Platform, world: World, flags: list[str]) -> None:
     """What `pretrain_gpt.py` does with these flags, to the last checkpoint."""
     with trainer(platform, world, flags) as t:
