@@ -56,6 +56,18 @@ def whole_training(platform: Platform, world: World, flags: list[str]) -> None:
         t.train()
 
 
+def uncalled(platform: Platform, world: World, flags: list[str]) -> list[str]:
+    """Parameters that a step trains although the module that owns them is never called."""
+    called: set[torch.nn.Module] = set()
+    with trainer(platform, world, flags) as t:
+        for module in t.modules[0].modules():
+            module.register_forward_pre_hook(lambda module, _: called.add(module))
+        t.step()
+        owners = t.modules[0].named_modules()
+        missed = [(name, owner) for name, owner in owners if owner not in called]
+        return [f"{m}.{n}" for m, o in missed for n, p in o.named_parameters(recurse=False) if p.requires_grad]
+
+
 def checkpoints(platform: Platform, world: World, flags: list[str], steps: int) -> None:
     """A checkpoint after each of `steps` steps."""
     with trainer(platform, world, flags) as t:
