@@ -32,6 +32,10 @@ FOREIGN: dict[str, Foreign] = {
     "--add-qkv-bias": Foreign("Qwen3 has no bias in q, k and v (Qwen2.5 has)", refused=True),
     "--add-dense-bias": Foreign("Qwen3 has no bias", refused=True),
     "--post-norm": Foreign("Qwen3 has no norm after attention and MLP", refused=True),
+    "--override-opt_param-scheduler": Foreign("the flags always say what the schedule is"),
+    "--override-opt-param-scheduler": Foreign("the flags always say what the schedule is"),
+    "--use-checkpoint-opt_param-scheduler": Foreign("the flags always say what the schedule is", refused=True),
+    "--use-checkpoint-opt-param-scheduler": Foreign("the flags always say what the schedule is", refused=True),
     # kernels and numerics
     "--use-flash-attn": Foreign(_KERNELS),
     "--use-fused-rmsnorm": Foreign(_KERNELS),

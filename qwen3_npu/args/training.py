@@ -74,6 +74,10 @@ class TrainArgs:
             raise UsageError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
         if self.recompute_granularity != "full" and self.recompute_method is not None:
             raise UsageError("--recompute-method needs --recompute-granularity full")
+        if self.recompute_granularity != "full" and self.recompute_num_layers is not None:
+            raise UsageError("--recompute-num-layers needs --recompute-granularity full")
+        if self.recompute_granularity != "selective" and self.recompute_modules != ["core_attn"]:
+            raise UsageError("--recompute-modules needs --recompute-granularity selective")
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise UsageError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor")
 

@@ -92,7 +92,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
             f"--load {args.load} holds a {there.lora} beside the weights; train on with --lora-r {there.lora.r} "
             f"--lora-alpha {there.lora.alpha:g}, or merge it with convert_ckpt.py"
         )
-    log.info(f"weights: {reader.folder} ({reader.layout})")
+    log.info(f"weights: {reader.folder} ({reader})")
     return reader
 
 
@@ -162,12 +162,21 @@ def _take_up(trained: Trained, args: CheckpointArgs, source: Any) -> Position:
         _load_optimizer(trained, state)
     else:
         trained.optimizer.reload_model_params()
-    trained.scheduler.load_state_dict(state.common["opt_param_scheduler"])
+    _load_schedule(trained, state.common["opt_param_scheduler"])
     if args.load_rng:
         _load_random(trained, state)
     position = Position(state.common["iteration"], state.common["args"].consumed_train_samples)
     log.info(f"resumed: {state.folder} ({state.layout}) at step {position.iteration}, sample {position.samples}")
     return position
+
+
+def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:
+    """How far it is; what it is, the flags say, and where they say something new, so does the log."""
+    trained.scheduler.load_state_dict(saved)
+    now = trained.scheduler.state_dict()
+    changed = [f"{key} {saved[key]} -> {value}" for key, value in now.items() if key in saved and saved[key] != value]
+    if changed:
+        log.info(f"schedule: as the flags say, not as the checkpoint does (steps in samples): {', '.join(changed)}")
 
 
 def _load_optimizer(trained: Trained, state: TorchState | DistState) -> None:

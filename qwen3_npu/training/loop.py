@@ -176,7 +176,8 @@ class Trainer:
         reporter = self._reporter()
         if args.train.manual_gc:
             gc.disable()
-        profiling = Profiling(self.platform, args.profile, self.world.rank)
+        first = self.position.iteration + 1
+        profiling = Profiling(self.platform, args.profile, self.world.rank, first=first, last=last)
         stop: str | None = None
         while self.position.iteration < last and stop is None:
             profiling.before(self.position.iteration + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +138,7 @@ class Reporter:
         width = len(str(self.last))
         parts = [
             f"step {iteration:>{width}}/{self.last}",
-            f"loss {window.loss / max(window.updates, 1):.6f}",
+            f"loss {window.loss / window.updates:.6f}" if window.updates else "every update skipped",
             f"grad norm {result.grad_norm:.4f}",
             f"lr {result.learning_rate:.4e}",
             f"{human(tokens, 'tokens/s')}/device",
@@ -173,7 +174,9 @@ class Reporter:
 
     def _write(self, iteration: int, values: dict[str, float]) -> None:
         if self.metrics is not None:
-            self.metrics.write(json.dumps({"step": iteration, **values}) + "\n")
+            # JSON has no NaN.
+            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self.metrics.write(json.dumps({"step": iteration, **line}) + "\n")
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, iteration)
 

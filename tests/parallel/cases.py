@@ -34,7 +34,7 @@ from qwen3_npu.training.step import evaluate_step
 def train(
     platform: Platform, world: World, flags: list[str], steps: int, save_after: int | None = None
 ) -> dict[str, Any]:
-    """Loss and gradient norm of each of `steps` steps; with --save a checkpoint after some of them (default: all)."""
+    """Loss, gradient norm and learning rate of `steps` steps; with --save a checkpoint after some (default: all)."""
     with trainer(platform, world, flags) as t:
         results = []
         for number in range(1, steps + 1):
@@ -42,7 +42,7 @@ def train(
             if t.args.checkpoint.save and number == (save_after or steps):
                 t.saver.save(t.position)
         t.saver.finish()
-        return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
+        return {name: [getattr(r, name) for r in results] for name in ("loss", "grad_norm", "learning_rate")}
 
 
 def train_on_copies(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:
