@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """Turn raw text and conversations into Megatron's indexed datasets (.bin and .idx)."""
 
+import sys
+
 from qwen3_npu import cli, log
 from qwen3_npu.args.preprocess import FOREIGN, GROUPS, PreprocessArgs
 
 
 def main() -> int:
     log.setup()
+    # Threads that come back from a library should not wait 5 ms, Python's default, for the one that runs Python.
+    sys.setswitchinterval(0.001)
     parsed = cli.parse("preprocess_data.py", __doc__, GROUPS, FOREIGN)
     for note in parsed.notes:
         log.info(note)

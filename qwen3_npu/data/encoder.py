@@ -56,6 +56,10 @@ class Tokens:
     ids: np.ndarray
     lengths: np.ndarray
 
+    def split(self) -> list[np.ndarray]:
+        """The tokens of each text."""
+        return np.split(self.ids, np.cumsum(self.lengths[:-1], dtype=np.int64)) if len(self.lengths) else []
+
 
 class Encoder(Protocol):
     """Encodes text without adding special tokens; those written in the text become tokens. Safe to use in threads."""
@@ -126,16 +130,14 @@ class FastEncoder:
 
     def disagreement(self, texts: Sequence[str]) -> str | None:
         """The first of `texts` that the two libraries encode differently."""
-        return next(
-            (t for t in texts if not np.array_equal(self._encode([t]).ids, self.reference.encode([t]).ids)), None
-        )
+        both = (self._encode(texts).split(), self.reference.encode(texts).split())
+        return next((t for t, one, two in zip(texts, *both, strict=True) if not np.array_equal(one, two)), None)
 
 
 def _replaced(tokens: Tokens, places: Sequence[int], new: Tokens) -> Tokens:
     """`tokens` with the texts at `places` encoded as in `new`."""
-    parts = np.split(tokens.ids, np.cumsum(tokens.lengths[:-1], dtype=np.int64))
-    lengths = tokens.lengths.copy()
-    for place, part in zip(places, np.split(new.ids, np.cumsum(new.lengths[:-1], dtype=np.int64)), strict=True):
+    parts, lengths = tokens.split(), tokens.lengths.copy()
+    for place, part in zip(places, new.split(), strict=True):
         parts[place], lengths[place] = part, len(part)
     return Tokens(np.concatenate(parts), lengths)
 

@@ -165,7 +165,7 @@ class PairwiseHandler(ConversationHandler):
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
         strings, _ = prepared.layout
         lengths = _sums(tokens.lengths, strings)
-        parts = np.split(tokens.ids, np.cumsum(lengths[:-1], dtype=np.int64)) if len(lengths) else []
+        parts = Tokens(tokens.ids, lengths).split()
         columns: dict[str, list[np.ndarray]] = {name: [] for name in self.outputs}
         for row in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
             if fitted := self._fitted(*row, prepared.counts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
     weights = [number(text) for text in data_path[::2]]
     if len(data_path) > 1 and len(data_path) % 2 == 0 and None not in weights:
-        if any(w is None or w <= 0 for w in weights):
+        if not all(w is not None and 0 < w < math.inf for w in weights):
             raise UsageError(f"--data-path {' '.join(data_path)}: weights must be above 0")
         return list(data_path[1::2]), [w for w in weights if w is not None]
     if any(number(text) is not None and not Path(text + ".idx").exists() for text in data_path):

@@ -45,10 +45,27 @@ def train(
         return {name: [getattr(r, name) for r in results] for name in ("loss", "grad_norm", "learning_rate")}
 
 
+def train_on_copies(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:
+    """As `train`, with RANK in the flags replaced by each rank's own."""
+    return train(platform, world, [flag.replace("RANK", str(world.rank)) for flag in flags], steps)
+
+
 def whole_training(platform: Platform, world: World, flags: list[str]) -> None:
     """What `pretrain_gpt.py` does with these flags, to the last checkpoint."""
     with trainer(platform, world, flags) as t:
         t.train()
+
+
+def uncalled(platform: Platform, world: World, flags: list[str]) -> list[str]:
+    """Parameters that a step trains although the module that owns them is never called."""
+    called: set[torch.nn.Module] = set()
+    with trainer(platform, world, flags) as t:
+        for module in t.modules[0].modules():
+            module.register_forward_pre_hook(lambda module, _: called.add(module))
+        t.step()
+        owners = t.modules[0].named_modules()
+        missed = [(name, owner) for name, owner in owners if owner not in called]
+        return [f"{m}.{n}" for m, o in missed for n, p in o.named_parameters(recurse=False) if p.requires_grad]
 
 
 def checkpoints(platform: Platform, world: World, flags: list[str], steps: int) -> None:

@@ -63,6 +63,15 @@ def test_equals_one_process(row: Row, worlds: dict[int, World], baselines: Basel
     assert difference <= 1e-5, where
 
 
+@pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
+@pytest.mark.parametrize("extra", [[], ["--lora-r", "4"], ["--loss-compute-mode", "chunk"], ["--recompute-norm"], FULL])
+def test_modules_are_called_for_their_parameters(
+    kind: str, extra: list[str], worlds: dict[int, World], baselines: Baselines
+) -> None:
+    """--overlap-param-gather waits for parameters in calls of the modules that own them."""
+    assert worlds[1].run("uncalled", flags=[*baselines.flags(kind), *extra]) == []
+
+
 def test_tp_ranks_draw_different_dropout_masks(worlds: dict[int, World], baselines: Baselines) -> None:
     first, second = worlds[2].run("dropout_masks", flags=baselines.flags("untied") + TP2)
     assert first != second

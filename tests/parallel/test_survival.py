@@ -80,3 +80,17 @@ def test_nodes_that_see_other_folders_or_data_are_named(worlds: dict[int, World]
     assert f"--save {here}: not seen from all nodes" in folder
     assert f"--data-path x on {os.uname().nodename} is not what it is on" in data
     assert not list(tmp_path.rglob(".shared-*"))
+
+
+def test_nodes_may_have_copies_of_data_and_caches(
+    worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        for ending in (".bin", ".idx"):
+            (tmp_path / str(rank) / f"text{ending}").write_bytes(Path(tokens + ending).read_bytes())
+    flags = [*BASE, "--load", models["untied"], *ZERO]
+    expected = worlds[2].run("train", flags=[*flags, "--data-path", "1", tokens], steps=2)
+    copies = ["--data-path", "1", f"{tmp_path}/RANK/text"]
+    assert worlds[2].run("train_on_copies", flags=[*flags, *copies], steps=2)["loss"] == expected["loss"]
+    assert {path.parts[-4] for path in tmp_path.rglob("*-order.npy")} == {"0", "1"}
