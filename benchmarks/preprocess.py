@@ -4,7 +4,9 @@
     python benchmarks/preprocess.py --tokenizer DIR --words wiki.valid.tokens [--mb 64] [--big-mb 1000] [--megatron DIR]
     python benchmarks/preprocess.py --tokenizer DIR --input text.jsonl
 
-Whole processes are timed, start-up included; CPU seconds tell how far another load on the machine spoils the times.
+Whole processes are timed, start-up included, one after the other and then all again, so that a machine that slows down
+slows down both sides of a ratio; figures are medians of --repeats runs (others: --peer-repeats). CPU seconds tell how
+far another load on the machine spoils the times.
 What is measured beside:
   ceiling        the tokens with nothing else: load the library, read the texts, encode them, write nothing
   megatron       Megatron-LM's tools/preprocess_data.py (--megatron: a checkout of it that runs here), or without one
@@ -160,6 +162,11 @@ def medians(runs: list[dict[str, float]]) -> dict[str, object]:
     return found
 
 
+def each_time(slow: list[dict[str, float]], fast: list[dict[str, float]]) -> list[float]:
+    """Ratios of runs that followed each other."""
+    return [round(one["seconds"] / two["seconds"], 2) for one, two in zip(slow, fast, strict=True)]
+
+
 def version(name: str) -> str | None:
     """Of an installed library."""
     try:
@@ -224,7 +231,7 @@ def main() -> None:
         "--big-mb", type=float, default=0, help="size of a bigger input, the same texts again and again"
     )
     parser.add_argument("--megatron", help="checkout of Megatron-LM")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="runs of preprocess_data.py and of the ceiling")
     parser.add_argument("--peer-repeats", type=int, default=1, help="runs of the others and of the bigger input")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--alpaca-mb", type=float, default=64, help="size of the Alpaca records cut from the input")
@@ -269,6 +276,7 @@ def main() -> None:
             "times_faster_than_" + peer_name: ratio(peer_name, "pretrain"),
             "same_tokens_as_" + peer_name: same,
             "times_the_ceiling": ratio("pretrain", "ceiling"),
+            "times_the_ceiling_each_time": each_time(runs["pretrain"], runs["ceiling"]),
         },
         "alpaca": {
             "records_per_s": round(records / seconds["alpaca"]),
