@@ -82,7 +82,7 @@ if __name__ == "__main__":
 """
 
 LIKE_MINDSPEED = """
-import sys
+import os, sys
 import numpy as np
 from datasets import load_dataset
 from transformers import AutoTokenizer
@@ -103,7 +103,7 @@ def encode(row):
     ids = source + answer
     return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "labels": [[-100] * len(source) + answer]}
 
-rows = load_dataset("json", data_files=source, split="train", cache_dir=target + ".cache")
+rows = load_dataset("json", data_files=source, split="train", cache_dir=f"{target}.{os.getpid()}")  # not what an earlier run left
 rows = rows.map(align, num_proc=int(workers), remove_columns=rows.column_names)
 rows = rows.filter(lambda row: len(row["prompt"]) != 0 and len(row["response"]) != 0)
 rows = rows.map(encode, num_proc=int(workers), remove_columns=rows.column_names)
