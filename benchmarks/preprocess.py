@@ -103,7 +103,8 @@ def encode(row):
     ids = source + answer
     return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "labels": [[-100] * len(source) + answer]}
 
-rows = load_dataset("json", data_files=source, split="train", cache_dir=f"{target}.{os.getpid()}")  # not what an earlier run left
+# A cache of its own: not what an earlier run left.
+rows = load_dataset("json", data_files=source, split="train", cache_dir=f"{target}.{os.getpid()}")
 rows = rows.map(align, num_proc=int(workers), remove_columns=rows.column_names)
 rows = rows.filter(lambda row: len(row["prompt"]) != 0 and len(row["response"]) != 0)
 rows = rows.map(encode, num_proc=int(workers), remove_columns=rows.column_names)
