@@ -82,7 +82,7 @@ if __name__ == "__main__":
 """
 
 LIKE_MINDSPEED = """
-import os, sys, tempfile
+import os, sys
 import numpy as np
 from datasets import load_dataset
 from transformers import AutoTokenizer
@@ -103,9 +103,8 @@ def encode(row):
     ids = source + answer
     return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "labels": [[-100] * len(source) + answer]}
 
-# A folder of its own: what an earlier run computed would be found again.
-cache = tempfile.TemporaryDirectory(dir=os.path.dirname(target))
-rows = load_dataset("json", data_files=source, split="train", cache_dir=cache.name)
+# A cache of its own: not what an earlier run left.
+rows = load_dataset("json", data_files=source, split="train", cache_dir=f"{target}.{os.getpid()}")
 rows = rows.map(align, num_proc=int(workers), remove_columns=rows.column_names)
 rows = rows.filter(lambda row: len(row["prompt"]) != 0 and len(row["response"]) != 0)
 rows = rows.map(encode, num_proc=int(workers), remove_columns=rows.column_names)

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Speed and memory of training, beside a plain transformers loop on the same model, batch and data. Prints JSON.
 
-    python benchmarks/train.py [--steps 8] [--threads 2] [--bf16] [--only speed|memory]
+    python benchmarks/train.py [--steps 8] [--threads 2] [--bf16] [--only speed|memory|cp]
 
 speed   One process each, taking turns: forward, backward and AdamW on a model of 13 M parameters (hidden 256, 8 layers,
         vocabulary 8192), 4 sequences of 512 tokens. Tokens per second (median step), MFU against the rate of a large
         matrix multiplication measured in the same run, peak resident memory. Target: 1.2 x transformers' tokens/s.
 memory  Peak resident memory of LoRA (r 16, all linears) beside full fine-tuning, Qwen3-0.6B's shapes, one sequence of
         64 tokens, float32. Target: below 0.35.
+cp      Memory of the activations of one step on each rank at --context-parallel-size 1, 2 and 4, both algorithms, a
+        model of 2 layers (hidden 256, 8 heads of 64, 4 key/value heads), one sequence of 8192 tokens, float32: what is
+        kept for backward, the most tensors there are at a time, and by how much the resident memory of the process
+        rises. Each beside what one process takes. Target: kept and peak at most 1.15 / context parallel size of that.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from qwen3_npu.args.parallel import RuntimeArgs  # noqa: E402
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token, parameter_count  # noqa: E402
 from qwen3_npu.model.sizes import SIZES  # noqa: E402
 from qwen3_npu.parity.tiny import write_instructions, write_model, write_tokens  # noqa: E402
@@ -48,6 +53,13 @@ SMALL = Qwen3Arch(
     max_position_embeddings=SEQ,
     bos_token_id=0,
     eos_token_id=1,
+)
+LONG = dataclasses.replace(
+    SMALL,
+    vocab_size=2048,
+    num_hidden_layers=2,
+    head_dim=64,
+    max_position_embeddings=8192,
 )
 
 
@@ -106,9 +118,9 @@ def ours(folder: Path, flags: list[str], threads: int) -> dict[str, object]:
     return {"seconds": seconds, "peak_bytes": peak, "trained": trained[1] if trained else "all"}
 
 
-def _run(command: list[str], threads: int) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def _run(command: list[str], threads: int, environment: dict[str, str] | None = None) -> str:
+    everything = {**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})}
+    done = subprocess.run(command, env=everything, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout
@@ -174,12 +186,66 @@ def memory(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def resident() -> tuple[int, int]:
+    """Resident bytes of this process: now, and the most since the last call."""
+    status = dict(re.findall(r"(Vm\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak starts anew
+    return int(status["VmRSS"]) * 1024, int(status["VmHWM"]) * 1024
+
+
+def activation_worker(flags: list[str]) -> None:
+    """One rank: two steps, one to count tensors in, one to watch the process in; rank 0 prints the most of any rank."""
+    from qwen3_npu.distributed.launch import process_group
+    from qwen3_npu.platform import select
+
+    platform = select("cpu")
+    platform.activate()
+    from qwen3_npu.parity.measure import trainer
+    from qwen3_npu.parity.memory import activations
+
+    with process_group(platform, RuntimeArgs()) as world, trainer(platform, world, flags) as made:
+        with activations() as counted:
+            made.step()
+        before, _ = resident()
+        made.step()
+        found = torch.tensor([counted.kept, counted.peak, resident()[1] - before])
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        if world.rank == 0:
+            print(json.dumps(dict(zip(("kept", "peak", "resident"), found.tolist(), strict=True))))
+
+
+def context_parallel(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    """Activations of a rank by size and algorithm."""
+    length = LONG.max_position_embeddings
+    model = write_model(folder / "long", LONG)
+    tokens = write_tokens(folder / "long_document", vocab=LONG.vocab_size, documents=400)
+    flags = ["--device", "cpu", "--eval-iters", "0", "--split", "1,0,0", "--lr", "1e-4", "--train-iters", "2"]
+    flags += ["--load", str(model), "--data-path", str(tokens), "--seq-length", str(length)]
+    found: dict[str, dict[str, object]] = {}
+    alone: dict[str, int] = {}
+    for size, algorithm in ((1, ""), *((n, a) for n in (2, 4) for a in ("ulysses_cp_algo", "megatron_cp_algo"))):
+        extra = ["--context-parallel-size", str(size), "--context-parallel-algo", algorithm] if algorithm else []
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        # Without the threshold the C library keeps what is freed for the next step.
+        environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        worker = [__file__, "--activations", *flags, *extra]
+        result = json.loads(_run([*command, *worker], 1, environment).splitlines()[-1])
+        alone = alone or result
+        found[f"CP{size} {algorithm}".strip()] = {
+            f"{what}_gb_per_rank": round(taken / 1e9, 4) for what, taken in result.items()
+        } | {f"{what}_times_cp": round(taken / alone[what] * size, 3) for what, taken in result.items() if algorithm}
+    return {"tokens": length, "target_times_cp": 1.15, **found}
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--activations"]:
+        activation_worker(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--only", choices=["speed", "memory"])
+    parser.add_argument("--only", choices=["speed", "memory", "cp"])
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.reference:
@@ -187,7 +253,7 @@ def main() -> None:
         return
     found: dict[str, object] = {"command": " ".join(sys.argv), "torch": torch.__version__, "machine": machine.machine()}
     with tempfile.TemporaryDirectory() as folder:
-        for name, measure in (("speed", speed), ("memory", memory)):
+        for name, measure in (("speed", speed), ("memory", memory), ("cp", context_parallel)):
             if args.only in (None, name):
                 found[name] = measure(Path(folder), args)
     print(json.dumps(found, indent=2))

@@ -18,11 +18,11 @@ mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | awk 'NF { print $1 }')
 [ ${#hosts[@]} -gt 0 ] || { echo "launch_nodes.sh: $hostfile: no host in it" >&2; exit 2; }
 
 examples="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-names="$(grep -ohE '\$\{[A-Z][A-Z_0-9]*' "$script" "$examples/common.sh" "$examples/recipes.sh" | tr -d '${' | sort -u)"
+names="$(grep -ohE '\$\{?[A-Z][A-Z_0-9]*' "$script" "$examples/common.sh" "$examples/recipes.sh" | tr -d '${' | sort -u)"
 names+=" $(compgen -e | grep -E '^(HCCL|ASCEND|PYTORCH_NPU|CUDA|NCCL|GLOO|TASK_QUEUE|CPU_AFFINITY|OMP)_|^LD_PRELOAD$' || true)"
 along=()
 for name in $names; do
-    case $name in NNODES | NODE_RANK | MASTER_ADDR | BASH_SOURCE) continue ;; esac
+    case $name in NNODES | NODE_RANK | MASTER_ADDR | BASH_SOURCE | PWD) continue ;; esac
     if [ -n "${!name+set}" ]; then along+=("$name=${!name}"); fi
 done
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qwen3_npu.errors import Stopped, UsageError, did_you_mean
@@ -253,12 +257,21 @@ def parse(
     return Parsed(groups=built, notes=notes, given=frozenset(given))
 
 
+def _tell_torchrun(text: str) -> None:
+    """Write an error to the file whose text torchrun shows last, after all the others' noise."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun shows py_callstack.
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+
+
 def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point: `UsageError` becomes one line on stderr and exit status 2, `Stopped` one and status 1."""
     try:
         code = main() or 0
     except (UsageError, Stopped) as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        _tell_torchrun(str(error))
         code = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)

@@ -32,6 +32,10 @@ FOREIGN: dict[str, Foreign] = {
     "--add-qkv-bias": Foreign("Qwen3 has no bias in q, k and v (Qwen2.5 has)", refused=True),
     "--add-dense-bias": Foreign("Qwen3 has no bias", refused=True),
     "--post-norm": Foreign("Qwen3 has no norm after attention and MLP", refused=True),
+    "--override-opt_param-scheduler": Foreign("the flags always say what the schedule is"),
+    "--override-opt-param-scheduler": Foreign("the flags always say what the schedule is"),
+    "--use-checkpoint-opt_param-scheduler": Foreign("the flags always say what the schedule is", refused=True),
+    "--use-checkpoint-opt-param-scheduler": Foreign("the flags always say what the schedule is", refused=True),
     # kernels and numerics
     "--use-flash-attn": Foreign(_KERNELS),
     "--use-fused-rmsnorm": Foreign(_KERNELS),
@@ -76,7 +80,7 @@ FOREIGN: dict[str, Foreign] = {
     "--swap-modules": Foreign(_SWAP, nargs=1),
     # running
     "--profile-data-simplification": Foreign("traces are written as they are"),
-    "--no-shared-storage": Foreign("all nodes must share the folders of data caches and checkpoints", refused=True),
+    "--no-shared-storage": Foreign("a node makes the data caches that it lacks; --save must be shared by all nodes"),
     "--distributed-backend": Foreign("--device chooses it", nargs=1),
     "--disable-gloo-group": Foreign("gloo gathers the optimizer's state for checkpoints"),
     "--log-throughput": Foreign(_ALWAYS),

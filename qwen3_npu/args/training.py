@@ -33,7 +33,10 @@ class TrainArgs:
         None, minimum=1, unit="layers", help="uniform: layers per recomputed group; block: layers to recompute"
     )
     recompute_modules: list[str] = flag(
-        ["core_attn"], choices=["core_attn", "mlp", "moe", "layernorm"], help="what `selective` recomputes"
+        ["core_attn"],
+        choices=["core_attn", "mlp", "moe", "layernorm"],
+        help="what `selective` recomputes; core_attn saves memory with --kernels reference only: the others keep no "
+        "scores",
     )
     recompute_activation_function: bool = flag(False, help="recompute the MLP's activation in backward")
     recompute_norm: bool = flag(False, help="recompute the norms before attention and MLP in backward")
@@ -71,6 +74,10 @@ class TrainArgs:
             raise UsageError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
         if self.recompute_granularity != "full" and self.recompute_method is not None:
             raise UsageError("--recompute-method needs --recompute-granularity full")
+        if self.recompute_granularity != "full" and self.recompute_num_layers is not None:
+            raise UsageError("--recompute-num-layers needs --recompute-granularity full")
+        if self.recompute_granularity != "selective" and self.recompute_modules != ["core_attn"]:
+            raise UsageError("--recompute-modules needs --recompute-granularity selective")
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise UsageError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor")
 

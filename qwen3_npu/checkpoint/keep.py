@@ -10,6 +10,7 @@ from qwen3_npu.checkpoint.integrity import is_sealed
 from qwen3_npu.checkpoint.mg_folder import iteration_name, read_tracker
 
 _REMOVED = ".removed"  # a checkpoint that is being deleted; it must not look like one meanwhile
+_REPLACED = ".replaced"  # a whole one whose place another of the same step is about to take
 
 
 def iterations(root: Path) -> list[int]:
@@ -29,6 +30,21 @@ def candidates(root: Path) -> list[int]:
     return [int(tracked), *(i for i in iterations(root) if i < int(tracked))] if tracked.isdigit() else []
 
 
+def move_aside(folder: Path) -> None:
+    """Make room for a checkpoint of the same step. Killed before that one is there, `bring_back` undoes it."""
+    aside = folder.with_name(folder.name + _REPLACED)
+    if folder.exists():
+        remove(aside)
+        os.replace(folder, aside)
+
+
+def bring_back(root: Path) -> None:
+    """Put back what was moved aside for a checkpoint that never came."""
+    for aside in root.glob(f"iter_*{_REPLACED}"):
+        if not (folder := aside.with_name(aside.name.removesuffix(_REPLACED))).exists():
+            os.replace(aside, folder)
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint; killed meanwhile, it leaves nothing that looks like one."""
     if folder.exists():
@@ -38,13 +54,19 @@ def remove(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def clear(root: Path) -> None:
+    """Delete what was replaced, and what trainings that were killed meanwhile left of checkpoints they deleted."""
+    for aside in root.glob(f"iter_*{_REPLACED}"):
+        remove(aside)
+    for leftover in root.glob(f"iter_*{_REMOVED}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def keep_newest(root: Path, iteration: int, limit: int) -> list[int]:
     """Delete all but `limit` checkpoints up to `iteration`, which was just saved; those deleted.
 
     Only what a training saved is deleted: never converted weights, nor checkpoints of later steps.
     """
-    for leftover in root.glob(f"iter_*{_REMOVED}"):
-        shutil.rmtree(leftover, ignore_errors=True)
     saved = [i for i in iterations(root) if i <= iteration and is_sealed(root / iteration_name(i))]
     for old in saved[limit:]:
         remove(root / iteration_name(old))

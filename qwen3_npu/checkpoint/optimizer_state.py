@@ -23,6 +23,11 @@ def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [part for part in found if part.optimizer is not None]
 
 
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether its state is cut over data-parallel ranks."""
+    return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
+
+
 def parameter_names(chunks: Sequence[torch.nn.Module]) -> Names:
     """Names of the trained parameters of the model chunks (not wrapped)."""
     return {p: (i, name) for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters() if p.requires_grad}

@@ -84,6 +84,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def same_folder(one: str, other: str) -> bool:
+    """Whether two names mean one folder."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """Make a folder and try it, before anything costly. Raises: UsageError: `flag` names one that cannot be written."""
     try:

@@ -19,6 +19,7 @@ from qwen3_npu.checkpoint.merge import SharedA
 from qwen3_npu.checkpoint.mg_files import MegatronReader
 from qwen3_npu.checkpoint.mg_folder import TORCH_DIST, checkpoint_folder, format_of
 from qwen3_npu.checkpoint.newest_whole import newest_whole
+from qwen3_npu.checkpoint.outputs import same_folder
 from qwen3_npu.checkpoint.peft_files import PeftReader, is_peft
 from qwen3_npu.checkpoint.pickles import TensorRef
 from qwen3_npu.checkpoint.source import read_shard
@@ -74,7 +75,8 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
         return source
     reader = _newest(args.load, args.ckpt_step)
     if reader is None:
-        if args.exit_on_missing_checkpoint or args.load != args.save or lora:
+        starts = args.save is not None and same_folder(args.load, args.save)
+        if args.exit_on_missing_checkpoint or not starts or lora:
             raise UsageError(f"--load {args.load} holds no checkpoint and no Hugging Face model")
         log.info(f"weights: random ({args.load} holds no checkpoint yet)")
         return None
@@ -90,7 +92,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
             f"--load {args.load} holds a {there.lora} beside the weights; train on with --lora-r {there.lora.r} "
             f"--lora-alpha {there.lora.alpha:g}, or merge it with convert_ckpt.py"
         )
-    log.info(f"weights: {reader.folder} ({reader.layout})")
+    log.info(f"weights: {reader.folder} ({reader})")
     return reader
 
 
@@ -160,12 +162,21 @@ def _take_up(trained: Trained, args: CheckpointArgs, source: Any) -> Position:
         _load_optimizer(trained, state)
     else:
         trained.optimizer.reload_model_params()
-    trained.scheduler.load_state_dict(state.common["opt_param_scheduler"])
+    _load_schedule(trained, state.common["opt_param_scheduler"])
     if args.load_rng:
         _load_random(trained, state)
     position = Position(state.common["iteration"], state.common["args"].consumed_train_samples)
     log.info(f"resumed: {state.folder} ({state.layout}) at step {position.iteration}, sample {position.samples}")
     return position
+
+
+def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:
+    """How far it is; what it is, the flags say, and where they say something new, so does the log."""
+    trained.scheduler.load_state_dict(saved)
+    now = trained.scheduler.state_dict()
+    changed = [f"{key} {saved[key]} -> {value}" for key, value in now.items() if key in saved and saved[key] != value]
+    if changed:
+        log.info(f"schedule: as the flags say, not as the checkpoint does (steps in samples): {', '.join(changed)}")
 
 
 def _load_optimizer(trained: Trained, state: TorchState | DistState) -> None:

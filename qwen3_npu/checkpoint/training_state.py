@@ -33,6 +33,7 @@ from qwen3_npu.checkpoint.lora_table import Contents, is_lora
 from qwen3_npu.checkpoint.mg_args import lora_args, to_args
 from qwen3_npu.checkpoint.mg_folder import TORCH, TORCH_DIST, iteration_name
 from qwen3_npu.checkpoint.outputs import sync_folder
+from qwen3_npu.checkpoint.spread_state import SpreadState
 from qwen3_npu.checkpoint.write_hf import write_config
 from qwen3_npu.checkpoint.write_mg import CHECKPOINT_VERSION, write_tracker
 from qwen3_npu.checkpoint.writing import Writing
@@ -98,12 +99,21 @@ def begin_save(
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
     writers = _writers(trained.layout.folder(model_rank()))  # nobody writes before rank 0 has made the stage
-    snapshot = _snapshot(trained, position, args, extra, updates_only)
     files, rank = _FORMATS[args.ckpt_format], dist.get_rank()
+    snapshot, spread = _snapshot(trained, position, args, extra, updates_only, writes=rank in writers)
 
-    def write() -> None:
+    def put(writing: Writing) -> None:
+        if spread is not None:
+            spread.put(stage)
+
+    def write(writing: Writing) -> None:
+        held = snapshot
+        if spread is not None:
+            if not writing.there(spread.awaited()):
+                return
+            held = dataclasses.replace(snapshot, optimizer=spread.collect(stage))
         if rank in writers:
-            integrity.write_part(stage, rank, *files.write(snapshot, stage))
+            integrity.write_part(stage, rank, *files.write(held, stage))
 
     def publish() -> None:
         parts = integrity.read_parts(stage, writers)
@@ -111,14 +121,17 @@ def begin_save(
         integrity.write_manifest(stage, parts, names, writers)
         integrity.sync_tree(stage)
         _carry(config, trained, root)
-        keep.remove(folder)
+        keep.move_aside(folder)
         os.replace(stage, folder)
         sync_folder(root)
         write_tracker(root, str(position.iteration))
+        keep.clear(root)
         if args.save_total_limit is not None:
             keep.keep_newest(root, position.iteration, args.save_total_limit)
 
-    return Writing(str(folder), write, publish if rank == 0 else None, stage, writers, background=args.async_save)
+    return Writing(
+        str(folder), (put, write), publish if rank == 0 else None, stage, writers, background=args.async_save
+    )
 
 
 def _writers(folder: str) -> list[int]:
@@ -129,9 +142,19 @@ def _writers(folder: str) -> list[int]:
 
 
 def _snapshot(
-    trained: Trained, position: Position, args: CheckpointArgs, extra: dict[str, Any], updates_only: bool
-) -> Snapshot:
-    """Everything that is saved of this rank; with --async-save copied to the host."""
+    trained: Trained,
+    position: Position,
+    args: CheckpointArgs,
+    extra: dict[str, Any],
+    updates_only: bool,
+    *,
+    writes: bool,
+) -> tuple[Snapshot, SpreadState | None]:
+    """Everything that is saved of this rank; with --async-save copied to the host, and not gathered yet.
+
+    Args:
+        writes: this rank writes files of its own.
+    """
     contents = trained.optimized if updates_only else trained.contents
     saved_args = to_args(contents.arch, trained.layout, dtype_of(next(trained.chunks[0].parameters())))
     if contents.lora:
@@ -142,9 +165,11 @@ def _snapshot(
         for place, parameter in parameters_of(trained.chunks).items()
         if contents.base or is_lora(place[1])
     }
-    gathered = None
-    if args.save_optim:
-        names = optimizer_state.parameter_names(trained.chunks)
+    gathered, spread = None, None
+    names = optimizer_state.parameter_names(trained.chunks)
+    if args.save_optim and args.async_save and optimizer_state.is_distributed(trained.optimizer):
+        spread = SpreadState(trained.optimizer, names)
+    elif args.save_optim:
         gathered = optimizer_state.gather(trained.optimizer, names, copy=args.async_save)
     random = None
     if args.save_rng:
@@ -153,7 +178,7 @@ def _snapshot(
             "cuda_rng_state": torch.cuda.get_rng_state(),
             "rng_tracker_states": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
         }
-    return Snapshot(
+    snapshot = Snapshot(
         contents,
         trained.layout,
         model_rank(),
@@ -163,11 +188,12 @@ def _snapshot(
             "iteration": position.iteration,
             "opt_param_scheduler": trained.scheduler.state_dict(),
         },
-        parameters=on_host(parameters) if args.async_save else parameters,
+        parameters=on_host(parameters) if args.async_save and writes else parameters,
         optimizer=gathered,
         step=optimizer_state.step_count(trained.optimizer),
         random=on_host(random) if args.async_save else random,
     )
+    return snapshot, spread
 
 
 def _carry(config: Path | None, trained: Trained, root: Path) -> None:

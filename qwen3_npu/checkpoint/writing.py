@@ -26,7 +26,8 @@ class Writing:
 
     Args:
         what: names it.
-        write: makes this rank's files.
+        steps: makes this rank's files, one after the other. A step may need what other ranks made in the step before
+            (`there`).
         publish: on rank 0, makes the checkpoint visible once every rank has written.
         stage, writers: where it is made, and the ranks that write.
         background: in a thread; else the constructor returns when this rank has written, and `wait` publishes.
@@ -35,17 +36,17 @@ class Writing:
     def __init__(
         self,
         what: str,
-        write: Callable[[], None],
+        steps: Sequence[Callable[[Writing], None]],
         publish: Callable[[], None] | None,
         stage: Path,
         writers: Sequence[int],
         *,
         background: bool,
     ) -> None:
-        self.what, self.write, self.publish, self.stage, self.writers = what, write, publish, stage, writers
+        self.what, self.steps, self.publish, self.stage, self.writers = what, steps, publish, stage, writers
         self.error: str | None = None
         self.abandoned = threading.Event()
-        self.written = threading.Event()
+        self.done = [threading.Event() for _ in steps]
         self.thread: threading.Thread | None = None
         if background:
             # Not a daemon: a process that ends finishes its files first.
@@ -59,15 +60,17 @@ class Writing:
         self._publish()
 
     def _write(self) -> None:
-        try:
-            self.write()
-        except Exception as error:
-            self._fail(error)
-        self.written.set()
+        for step, done in zip(self.steps, self.done, strict=True):
+            try:
+                if not self.error:
+                    step(self)
+            except Exception as error:
+                self._fail(error)
+            done.set()
 
     def _publish(self) -> None:
         try:
-            if self.publish is not None and not self.error and self._all_written():
+            if self.publish is not None and not self.error and self.there([part(rank) for rank in self.writers]):
                 self.publish()
         except Exception as error:
             self._fail(error)
@@ -76,14 +79,15 @@ class Writing:
         self.error = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
         log.warning(f"{self.what} was not saved: {self.error}")
 
-    def _all_written(self) -> bool:
-        missing, alone_since = list(self.writers), None
+    def there(self, names: Sequence[str]) -> bool:
+        """Wait for files of other ranks in the stage; False: the checkpoint was given up meanwhile."""
+        missing, alone_since = list(names), None
         while missing and not self.abandoned.is_set():
-            missing = [rank for rank in missing if not (self.stage / part(rank)).is_file()]
+            missing = [name for name in missing if not (self.stage / name).is_file()]
             if not threading.main_thread().is_alive():
                 alone_since = alone_since or time.monotonic()
                 if time.monotonic() - alone_since > _PATIENCE:
-                    raise RuntimeError(f"ranks {missing} did not finish their files")
+                    raise RuntimeError(f"other ranks did not finish {', '.join(missing)}")
             if missing:
                 time.sleep(_POLL)
         return not missing
@@ -94,11 +98,12 @@ class Writing:
         Raises:
             Stopped: some rank could not write; on every rank.
         """
-        self.written.wait()
         errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, self.error)
-        if any(errors):
-            self.abandoned.set()
+        for done in self.done:
+            done.wait()
+            dist.all_gather_object(errors, self.error)
+            if any(errors):
+                self.abandoned.set()
         if self.thread is not None:
             self.thread.join()
         else:

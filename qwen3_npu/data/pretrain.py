@@ -1,9 +1,9 @@
-"""Pretraining samples: megatron's GPTDataset over one or several indexed datasets."""
+"""Pretraining samples of one or several token files, built with megatron's datasets."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from qwen3_npu.args.training import DataArgs
 from qwen3_npu.data.indexed import open_indexed
+from qwen3_npu.data.order import Blend
 from qwen3_npu.data.prefixes import blend
 from qwen3_npu.data.rows import Rows, pretraining_rows
+from qwen3_npu.data.text_order import TextDataset
 from qwen3_npu.errors import UsageError
 
 
@@ -40,7 +42,7 @@ class Splits:
 
 
 def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[int, int, int]) -> Splits:
-    """The datasets. Every rank calls this; rank 0 builds index caches, the others wait and map them.
+    """The datasets. Every rank calls this; rank 0 builds index caches, the others map them, or build what they lack.
 
     Args:
         samples: how many samples of each split will be asked for.
@@ -50,31 +52,50 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
     ):
         raise UsageError(f"--split {data.split}: three numbers such as 969,30,1 expected")
     prefixes, weights = blend(data.data_path)
-    # Caches of other data are never taken for these.
-    content = hashlib.sha256("".join(open_indexed(prefix).fingerprint() for prefix in prefixes).encode()).hexdigest()
+    if weights is None and len(prefixes) > 1:
+        # By their sizes. megatron would do so too, but end with the first epoch.
+        weights = [float(open_indexed(prefix).lengths.sum(dtype=np.int64)) for prefix in prefixes]
+    shares = [weight / sum(weights) for weight in weights] if weights else [1.0]
     cache = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        blend=(prefixes, weights),
-        split=data.split,
-        path_to_cache=str(cache / content[:16]),
-        tokenizer=_Tokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    config.split_matrix = _needed_splits(data.split, config.split_matrix, samples, prefixes)
-    try:
-        train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, config).build()
-    except OSError as error:
-        raise UsageError(f"index caches cannot be written in {cache}: {error}; give --data-cache-path") from None
-    return Splits(train, valid, test)
+    made = []
+    for prefix, share in zip(prefixes, shares, strict=True):
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=seq_length,
+            blend=([prefix], None),
+            split=data.split,
+            path_to_cache=str(cache / open_indexed(prefix).fingerprint()),  # never taken for other data
+            tokenizer=_Tokenizer(),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        config.split_matrix = _needed_splits(data.split, config.split_matrix, samples, prefix)
+        # A blend takes its share of the samples, and at most one more.
+        counts = [count and math.ceil(share * count) + (share < 1) for count in samples]
+        try:
+            made.append(BlendedMegatronDatasetBuilder(TextDataset, counts, lambda: True, config).build())
+        except OSError as error:
+            raise UsageError(f"index caches cannot be written in {cache}: {error}; give --data-cache-path") from None
+    if len(made) == 1:
+        return Splits(*made[0])
+    return Splits(*(_Blended(sets, shares) if None not in sets else None for sets in zip(*made, strict=True)))
+
+
+class _Blended:
+    """The samples of several data sets in proportion to their weights."""
+
+    def __init__(self, datasets: Sequence[Any], weights: Sequence[float]) -> None:
+        self.datasets, self.order = datasets, Blend(weights)
+
+    def __getitem__(self, number: int) -> Any:
+        chosen = self.order[number]
+        return self.datasets[chosen.source][chosen.number]
 
 
 def _needed_splits(
-    text: str, matrix: Sequence[tuple[float, float] | None], samples: Sequence[int], prefixes: Sequence[str]
+    text: str, matrix: Sequence[tuple[float, float] | None], samples: Sequence[int], prefix: str
 ) -> list[tuple[float, float] | None]:
     """The shares that are drawn from; None for the others.
 
@@ -84,15 +105,12 @@ def _needed_splits(
         UsageError: a share that is drawn from is 0 or has no document.
     """
     needed: list[tuple[float, float] | None] = []
+    count = len(open_indexed(prefix))
     for name, share, wanted in zip(("training", "validation", "test"), matrix, samples, strict=True):
         needed.append(share if wanted else None)
-        for prefix in prefixes if wanted else ():
-            count = len(open_indexed(prefix))
-            if share is None or round(share[0] * count) == round(share[1] * count):
-                advice = (
-                    "; give another --split or --eval-iters 0" if name == "validation" else "; give another --split"
-                )
-                raise UsageError(f"--split {text} leaves no document of {prefix} ({count}) for {name}{advice}")
+        if wanted and (share is None or round(share[0] * count) == round(share[1] * count)):
+            advice = "; give another --split or --eval-iters 0" if name == "validation" else "; give another --split"
+            raise UsageError(f"--split {text} leaves no document of {prefix} ({count}) for {name}{advice}")
     return needed
 
 

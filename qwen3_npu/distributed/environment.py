@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from pathlib import Path
 
 
 def ranks() -> tuple[int, int, int]:
@@ -19,3 +21,14 @@ def has_rendezvous() -> bool:
 def restarts() -> int:
     """How often torchrun has started this job again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def job_names() -> list[str]:
+    """Names of this job, the same for all its starts; a job has a name in common with this one only if it is this one.
+
+    They are the torchrun process on this machine that started it (process id and time of start), and --rdzv-id.
+    """
+    agent = os.getppid()
+    started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5)
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's default
+    return [f"{socket.gethostname()} {agent} {started}", *([run] if run != "none" else [])]

@@ -79,5 +79,6 @@ def attention(
     # One exchange for all three: rank i's share of q, k and v side by side.
     h = [x.shape[2] // c for x in (q, k, v)]
     mixed = torch.cat([x.unflatten(2, (c, -1)) for x in (q, k, v)], dim=3).flatten(2, 3)
-    q, k, v = _Exchange.apply(mixed, group, True).split(h, dim=2)
+    # Each alone: as views, what attention keeps of one for backward would hold the memory of all three.
+    q, k, v = (x.contiguous() for x in _Exchange.apply(mixed, group, True).split(h, dim=2))
     return _Exchange.apply(attend(q, k, v), group, False)

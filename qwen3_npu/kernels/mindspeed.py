@@ -1,8 +1,8 @@
 """MindSpeed's own operators (`mindspeed.ops`), used as a library. Signatures as in `kernels/reference.py`.
 
 MindSpeed is never imported as a patcher (`mindspeed.megatron_adaptor`), which needs megatron-core 0.12.1. Its operators
-compile themselves against CANN at their first call. Written from the source of MindSpeed's master branch of 2026; never
-run on an NPU.
+compile themselves against CANN at their first call. Written from their documentation (MindSpeed's docs/ops) and checked
+against stand-ins that do what it says; never run with MindSpeed itself or on an NPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """npu_gmm, which brings its own gradient."""
-    if x.shape[0] == 0:
+    """npu_gmm, which brings its own gradient; it refuses a single group."""
+    if x.shape[0] == 0 or len(counts) == 1:
         return x @ weight[0]
     return npu_gmm(x, weight, group_list=group_ends(counts, x.device), group_type=0)

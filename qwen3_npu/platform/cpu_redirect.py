@@ -104,23 +104,15 @@ def _uneven_all_gather(original: Callable) -> Callable:
     return wrapper
 
 
-def _uneven_reduce_scatter(original: Callable) -> Callable:
-    """The same for the reverse."""
-
-    @functools.wraps(original)
-    def wrapper(
-        output: torch.Tensor, input_list: list, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
-    ) -> Any:
-        if len({t.shape for t in input_list}) == 1:
-            return original(output, input_list, op=op, group=group, async_op=async_op)
-        for rank, part in enumerate(input_list):
-            part = part.clone()
-            dist.all_reduce(part, op=op, group=group)
-            if rank == dist.get_rank(group):
-                output.copy_(part)
-        return None
-
-    return wrapper
+def _reduce_scatter(
+    output: torch.Tensor, input_list: list, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+) -> None:
+    """gloo has it for equal sizes only, and with torch 2.7 not at all."""
+    for rank, part in enumerate(input_list):
+        part = part.clone()
+        dist.all_reduce(part, op=op, group=group)
+        if rank == dist.get_rank(group):
+            output.copy_(part)
 
 
 def _get_rng_state(device: Any = None) -> torch.Tensor:
@@ -154,7 +146,7 @@ def _replacements() -> dict[str, tuple[Any, str]]:
         "torch.Tensor.record_stream": (lambda self, stream: None, "all-to-all dispatcher"),
         "torch.Tensor.type": (_cuda_type_name(torch.Tensor.type), "optimizers compare with 'torch.cuda.FloatTensor'"),
         "torch.distributed.all_gather": (_uneven_all_gather(dist.all_gather), "all-to-all dispatcher under ETP"),
-        "torch.distributed.reduce_scatter": (_uneven_reduce_scatter(dist.reduce_scatter), "its backward"),
+        "torch.distributed.reduce_scatter": (_reduce_scatter, "its backward"),
     }
     for name in ("zeros", "ones", "empty", "full", "tensor", "arange"):
         table[f"torch.{name}"] = (_on_cpu(getattr(torch, name)), "device='cuda' literals")

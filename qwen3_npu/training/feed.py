@@ -18,7 +18,9 @@ from qwen3_npu.data.prefixes import blend
 from qwen3_npu.data.rows import Padding, Rows, instruction_rows, padding_multiple
 from qwen3_npu.data.thinking import ThinkTokens
 from qwen3_npu.data.tokenizer import open_tokenizer
+from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
+from qwen3_npu.distributed.nodes import check_same
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sequence import Sequence as TokenSequence
 from qwen3_npu.training.plan import Plan
@@ -75,6 +77,13 @@ class Feed:
 
 def open_feed(args: PretrainArgs, plan: Plan) -> Feed:
     """The samples that --data-path names. Every rank must call this."""
+    prefixes, _ = blend(args.data.data_path)
+    digest = None
+    if environment.ranks()[2] == 0:  # nodes may have copies of their own
+        is_instruction = args.data.is_instruction
+        opened = [instruction.InstructionFiles(p).ids if is_instruction else open_indexed(p) for p in prefixes]
+        digest = " ".join(data.fingerprint() for data in opened)
+    check_same(digest, f"--data-path {' '.join(args.data.data_path)}")
     return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan)
 
 

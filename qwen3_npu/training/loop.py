@@ -20,6 +20,7 @@ from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.data.batches import Batch
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
+from qwen3_npu.distributed.nodes import check_shared
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
@@ -36,20 +37,24 @@ from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_
 from qwen3_npu.training.plan import Plan
 from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
-from qwen3_npu.training.saving import Saver, prepare
+from qwen3_npu.training.saving import Saver, continued, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
 def run(platform: Platform, args: PretrainArgs, plan: Plan) -> None:
     """The whole training, from joining the other processes to the last checkpoint."""
-    checkpoint, lora = prepare(args.checkpoint, args.lora)
-    args = args._replace(checkpoint=checkpoint, lora=lora)
-    with process_group(platform, args.runtime) as world, ready(platform, world, args, plan) as trainer:
-        try:
-            trainer.train()
-        except Stopped:  # on every rank
-            trainer.saver.finish()
-            raise
+    prepare(args.checkpoint, args.lora)
+    with process_group(platform, args.runtime) as world:
+        if args.checkpoint.save is not None:
+            check_shared(Path(args.checkpoint.save), "--save")
+        checkpoint, lora = continued(args.checkpoint, args.lora)
+        args = args._replace(checkpoint=checkpoint, lora=lora)
+        with ready(platform, world, args, plan) as trainer:
+            try:
+                trainer.train()
+            except Stopped:  # on every rank
+                trainer.saver.finish()
+                raise
 
 
 @contextlib.contextmanager
@@ -171,7 +176,8 @@ class Trainer:
         reporter = self._reporter()
         if args.train.manual_gc:
             gc.disable()
-        profiling = Profiling(self.platform, args.profile, self.world.rank)
+        first = self.position.iteration + 1
+        profiling = Profiling(self.platform, args.profile, self.world.rank, first=first, last=last)
         stop: str | None = None
         while self.position.iteration < last and stop is None:
             profiling.before(self.position.iteration + 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen3_npu.args.model import check_shapes
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.architecture import find_architecture
 from qwen3_npu.distributed.layout import Layout, check_world_size, divisors
 from qwen3_npu.errors import UsageError
@@ -68,6 +69,7 @@ def make_plan(args: PretrainArgs, world_size: int) -> Plan:
     context = args.parallel.context_parallel_size
     check_world_size(layout, world_size, context)
     _check_sequence(args, arch)
+    _check_kind(args.train, arch)
     data_parallel = world_size // (layout.tensor * layout.pipeline * context)
     micro = args.train.micro_batch_size
     global_batch = args.train.global_batch_size or micro * data_parallel
@@ -103,6 +105,18 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
     if seq % multiple:
         raise UsageError(f"--seq-length {seq} must be a multiple of {multiple} ({why})")
     _check_context_parallel(args, arch)
+
+
+def _check_kind(train: TrainArgs, arch: Qwen3Arch) -> None:
+    """Flags for experts are for models that have them."""
+    absent, kind = ("mlp", "MoE") if arch.is_moe else ("moe", "dense")
+    if train.recompute_granularity == "selective" and absent in train.recompute_modules:
+        raise UsageError(f"--recompute-modules {absent}: this model is {kind} and has no such part")
+    if not arch.is_moe:
+        moe = [field for field in dataclasses.fields(train) if field.name.startswith("moe_")]
+        given = [f"--{f.name.replace('_', '-')}" for f in moe if getattr(train, f.name) != f.default]
+        if given:
+            raise UsageError(f"{', '.join(given)}: this model is dense; drop what is for experts")
 
 
 def sequence_multiple(args: PretrainArgs) -> tuple[int, str]:

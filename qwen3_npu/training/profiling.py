@@ -12,8 +12,17 @@ from qwen3_npu.platform.base import Platform
 class Profiling:
     """Starts and stops the profiler between steps, on the ranks that were asked for."""
 
-    def __init__(self, platform: Platform, args: ProfileArgs, rank: int) -> None:
+    def __init__(self, platform: Platform, args: ProfileArgs, rank: int, *, first: int, last: int) -> None:
+        """
+        Args:
+            first, last: the steps that will be made.
+        """
         self.args = args
+        if args.profile and not first <= args.profile_step_start + 1 <= last:
+            log.info(
+                f"warning: no step is profiled: --profile-step-start {args.profile_step_start} comes before step "
+                f"{args.profile_step_start + 1}, and the steps of this run are {first} to {last}"
+            )
         chosen = args.profile and (rank in args.profile_ranks or -1 in args.profile_ranks)
         self.profiler: Any = platform.profiler(args) if chosen else None
         self.running = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,14 @@ class _Window:
         return values, texts
 
 
+def _open_lines(path: Path) -> TextIO:
+    """To write lines behind those there; without the last one if a killed process has not finished it."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
 class Reporter:
     """Collects steps and reports every `interval` of them.
 
@@ -87,7 +96,7 @@ class Reporter:
         self.tensorboard: Any = None
         if folder is not None and speaks:
             folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+            self.metrics = _open_lines(folder / "metrics.jsonl")
             # Here, not at the top: it takes a second, and only rank 0 with a folder needs it.
             from torch.utils.tensorboard import SummaryWriter
 
@@ -129,7 +138,7 @@ class Reporter:
         width = len(str(self.last))
         parts = [
             f"step {iteration:>{width}}/{self.last}",
-            f"loss {window.loss / max(window.updates, 1):.6f}",
+            f"loss {window.loss / window.updates:.6f}" if window.updates else "every update skipped",
             f"grad norm {result.grad_norm:.4f}",
             f"lr {result.learning_rate:.4e}",
             f"{human(tokens, 'tokens/s')}/device",
@@ -165,7 +174,9 @@ class Reporter:
 
     def _write(self, iteration: int, values: dict[str, float]) -> None:
         if self.metrics is not None:
-            self.metrics.write(json.dumps({"step": iteration, **values}) + "\n")
+            # JSON has no NaN.
+            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self.metrics.write(json.dumps({"step": iteration, **line}) + "\n")
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, iteration)
 

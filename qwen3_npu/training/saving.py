@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import keep, resume, training_state
 from qwen3_npu.checkpoint.mg_folder import TRACKER, iteration_name
-from qwen3_npu.checkpoint.outputs import check_writable, write_text
+from qwen3_npu.checkpoint.outputs import check_writable, same_folder, write_text
 from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.checkpoint.writing import Writing
 from qwen3_npu.distributed import environment
 
-_BEFORE = "before_this_run.json"  # what the tracker was when the job began: later ones are its own checkpoints
+_BEFORE = "before_this_run.json"  # which job, and what the tracker was when it began: later ones are its own
 
 
-def prepare(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, LoraArgs]:
-    """Look at the folders before anything costly; the flags by which to load.
-
-    A job that torchrun has restarted goes on from the newest checkpoint that it has saved itself.
+def prepare(args: CheckpointArgs, lora: LoraArgs) -> None:
+    """Look at the folders before anything costly.
 
     Raises:
         UsageError: --save cannot be written.
@@ -31,29 +32,51 @@ def prepare(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, LoraA
     if args.save is None:
         if args.save_interval or args.async_save or args.save_total_limit:
             log.info("no checkpoint will be saved: there is no --save")
-        return args, lora
+        return
     root = Path(args.save)
     check_writable(root, "--save")
-    if args.save in (args.load, lora.lora_load):
+    if environment.restarts() == 0 and not _resumes(args, lora) and (there := keep.iterations(root)):
+        log.info(
+            f"warning: --save {root} already holds checkpoints up to {iteration_name(there[0])}, and --load is "
+            f"{args.load or 'not given'}: they are replaced as this training reaches their steps; to continue "
+            f"them give --{'lora-' * lora.lora_ckpt_filter}load {root}"
+        )
+
+
+def continued(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, LoraArgs]:
+    """The flags by which to load. Every rank must call this.
+
+    A job that torchrun has restarted goes on from the newest checkpoint that it has saved itself.
+    """
+    if args.save is None or _resumes(args, lora):
         return args, lora
-    if environment.restarts() > 0:
-        if _tracker_state(root) in (None, _before(root)):
-            return args, lora
-        instead = f"--lora-load {lora.lora_load}" if lora.lora_ckpt_filter else f"--load {args.load}"
-        log.info(f"restarted by torchrun: going on from {root} instead of {instead}")
-        args = dataclasses.replace(args, finetune=False, load_optim=args.save_optim, load_rng=args.save_rng)
-        if lora.lora_ckpt_filter:  # the base is not saved
-            return args, dataclasses.replace(lora, lora_load=args.save)
-        return dataclasses.replace(args, load=args.save, ckpt_step=None), dataclasses.replace(lora, lora_load=None)
-    if environment.ranks()[0] == 0:
-        write_text(root / _BEFORE, json.dumps(_tracker_state(root)))
-        if there := keep.iterations(root):
-            log.info(
-                f"warning: --save {root} already holds checkpoints up to {iteration_name(there[0])}, and --load is "
-                f"{args.load or 'not given'}: they are replaced as this training reaches their steps; to continue "
-                f"them give --{'lora-' * lora.lora_ckpt_filter}load {root}"
-            )
-    return args, lora
+    said = [_has_saved(Path(args.save)) if dist.get_rank() == 0 else False]
+    dist.broadcast_object_list(said, 0)
+    if not said[0]:
+        return args, lora
+    instead = f"--lora-load {lora.lora_load}" if lora.lora_ckpt_filter else f"--load {args.load}"
+    log.info(f"restarted by torchrun: going on from {args.save} instead of {instead}")
+    args = dataclasses.replace(args, finetune=False, load_optim=args.save_optim, load_rng=args.save_rng)
+    if lora.lora_ckpt_filter:  # the base is not saved
+        return args, dataclasses.replace(lora, lora_load=args.save)
+    return dataclasses.replace(args, load=args.save, ckpt_step=None), dataclasses.replace(lora, lora_load=None)
+
+
+def _resumes(args: CheckpointArgs, lora: LoraArgs) -> bool:
+    """Whether --save is where this training is loaded from."""
+    loads = [load for load in (args.load, lora.lora_load) if load is not None]
+    return any(same_folder(load, str(args.save)) for load in loads)
+
+
+def _has_saved(root: Path) -> bool:
+    """Whether this job has saved a checkpoint in an earlier start; rank 0's part."""
+    job, state = environment.job_names(), _tracker_state(root)
+    before = _before(root)
+    # Of another job: this is the first start, or those before were killed before they came here, and saved nothing.
+    if environment.restarts() == 0 or not set(job) & set(before["job"]):
+        write_text(root / _BEFORE, json.dumps({"job": job, "tracker": state}))
+        return False
+    return state not in (None, before["tracker"])
 
 
 def _tracker_state(root: Path) -> list | None:
@@ -64,11 +87,11 @@ def _tracker_state(root: Path) -> list | None:
         return None
 
 
-def _before(root: Path) -> list | None:
+def _before(root: Path) -> dict[str, Any]:
     try:
         return json.loads((root / _BEFORE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
+    except FileNotFoundError:
+        return {"job": []}
 
 
 class Saver:
@@ -96,14 +119,17 @@ class Saver:
         Raises:
             Stopped: it, or the one before, could not be written.
         """
+        began = time.perf_counter()
         self.finish()
-        self.pending = training_state.begin_save(
+        writing = training_state.begin_save(
             self.trained, position, self.args, self.extra, self.config, updates_only=self.lora.lora_ckpt_filter
         )
         if self.args.async_save:
-            log.info(f"saving: {self.pending.what} in the background")
+            self.pending = writing
         else:
-            self.finish()
+            writing.wait()
+        done = "being saved" if self.args.async_save else "saved"
+        log.info(f"{done}: {writing.what}; training was held up for {time.perf_counter() - began:.2f} s")
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written. Raises: Stopped: it could not be."""

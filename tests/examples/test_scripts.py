@@ -90,7 +90,7 @@ def launch_nodes(tmp_path: Path, hosts: str, *arguments: str, **environment: str
     (tmp_path / "hosts").write_text(hosts)
     job = tmp_path / "job.sh"
     job.write_text(
-        'echo "$NODE_RANK/$NNODES $MASTER_ADDR ${DATA_PATH:-} in $PWD: $*"\n'
+        'echo "$NODE_RANK/$NNODES $MASTER_ADDR ${DATA_PATH:-} $GBS in $PWD: $*"\n'
         'if [ "${FAILS:-}" = "$HOST_NAME" ]; then exit 7; fi\n'
         'if [ -n "${FAILS:-}" ]; then sleep 60; echo late; fi\n'
     )
@@ -101,11 +101,11 @@ def launch_nodes(tmp_path: Path, hosts: str, *arguments: str, **environment: str
 
 def test_all_nodes_are_started(tmp_path: Path) -> None:
     hosts = "a slots=8\n# spare\nb\n"
-    result = launch_nodes(tmp_path, hosts, "--lr", "1 2", DATA_PATH="0.3 x 0.7 y")
+    result = launch_nodes(tmp_path, hosts, "--lr", "1 2", DATA_PATH="0.3 x 0.7 y", GBS="64")
     assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.splitlines()) == [
-        f"a: 0/2 a 0.3 x 0.7 y in {tmp_path}: --lr 1 2",
-        f"b: 1/2 a 0.3 x 0.7 y in {tmp_path}: --lr 1 2",
+        f"a: 0/2 a 0.3 x 0.7 y 64 in {tmp_path}: --lr 1 2",
+        f"b: 1/2 a 0.3 x 0.7 y 64 in {tmp_path}: --lr 1 2",
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qwen3_npu import kernels
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.kernels import reference
 from qwen3_npu.platform.base import Platform
@@ -135,6 +136,23 @@ def kernel_differences(
         except (RuntimeError, NotImplementedError) as error:
             results[name] = str(error).splitlines()[0]
     return results
+
+
+def mindspeed_differences(platform: Platform, world: World) -> dict[str, float]:
+    """What `--kernels mindspeed` takes from MindSpeed against the reference, with stand-ins for its operators."""
+    import mindspeed_ops
+
+    mindspeed_ops.install()
+    chosen = kernels.select("mindspeed", "npu")
+    assert chosen.rotary.__module__.endswith(".mindspeed")
+    assert chosen.grouped_matmul.__module__.endswith(".mindspeed")
+    grouped = chosen.grouped_matmul, reference.grouped_matmul
+    return {
+        "rotary": _difference(_rotary(chosen), _rotary(reference), _randn(17, 2, 4, 16)),
+        "grouped_matmul": _difference(*grouped, _randn(9, 8), _randn(4, 8, 6), counts=[3, 0, 4, 2]),
+        "grouped_matmul, no rows": _difference(*grouped, _randn(0, 8), _randn(4, 8, 6), counts=[0, 0, 0, 0]),
+        "grouped_matmul, one expert": _difference(*grouped, _randn(9, 8), _randn(1, 8, 6), counts=[9]),
+    }
 
 
 def operation_calls(platform: Platform, world: World) -> dict[str, int]:

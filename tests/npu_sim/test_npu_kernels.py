@@ -55,6 +55,10 @@ def wrong(results: dict[str, float | str]) -> dict[str, float | str]:
     }
 
 
+def test_operators_of_mindspeed_are_called_as_documented(npu_worlds: dict[int, World]) -> None:
+    assert not wrong(npu_worlds[1].run("mindspeed_differences"))
+
+
 def test_forward_and_backward_equal_the_reference(npu_worlds: dict[int, World]) -> None:
     results = npu_worlds[1].run("kernel_differences")
     assert len(results) == 17

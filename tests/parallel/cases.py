@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 
 from qwen3_npu import log
-from qwen3_npu.checkpoint import training_torch
+from qwen3_npu.checkpoint import spread_state, training_torch
 from qwen3_npu.checkpoint.dist_table import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
 from qwen3_npu.checkpoint.optimizer_state import step_count
 from qwen3_npu.checkpoint.weights import shards
+from qwen3_npu.distributed import nodes
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.parity.measure import measure, trainer
+from qwen3_npu.parity.memory import activations
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.expert_load import take_expert_load
 from qwen3_npu.training.step import evaluate_step
@@ -32,7 +34,7 @@ from qwen3_npu.training.step import evaluate_step
 def train(
     platform: Platform, world: World, flags: list[str], steps: int, save_after: int | None = None
 ) -> dict[str, Any]:
-    """Loss and gradient norm of each of `steps` steps; with --save a checkpoint after some of them (default: all)."""
+    """Loss, gradient norm and learning rate of `steps` steps; with --save a checkpoint after some (default: all)."""
     with trainer(platform, world, flags) as t:
         results = []
         for number in range(1, steps + 1):
@@ -40,13 +42,30 @@ def train(
             if t.args.checkpoint.save and number == (save_after or steps):
                 t.saver.save(t.position)
         t.saver.finish()
-        return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
+        return {name: [getattr(r, name) for r in results] for name in ("loss", "grad_norm", "learning_rate")}
+
+
+def train_on_copies(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:
+    """As `train`, with RANK in the flags replaced by each rank's own."""
+    return train(platform, world, [flag.replace("RANK", str(world.rank)) for flag in flags], steps)
 
 
 def whole_training(platform: Platform, world: World, flags: list[str]) -> None:
     """What `pretrain_gpt.py` does with these flags, to the last checkpoint."""
     with trainer(platform, world, flags) as t:
         t.train()
+
+
+def uncalled(platform: Platform, world: World, flags: list[str]) -> list[str]:
+    """Parameters that a step trains although the module that owns them is never called."""
+    called: set[torch.nn.Module] = set()
+    with trainer(platform, world, flags) as t:
+        for module in t.modules[0].modules():
+            module.register_forward_pre_hook(lambda module, _: called.add(module))
+        t.step()
+        owners = t.modules[0].named_modules()
+        missed = [(name, owner) for name, owner in owners if owner not in called]
+        return [f"{m}.{n}" for m, o in missed for n, p in o.named_parameters(recurse=False) if p.requires_grad]
 
 
 def checkpoints(platform: Platform, world: World, flags: list[str], steps: int) -> None:
@@ -86,7 +105,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         t.saver.save(t.position)
         t.saver.finish()
         if world.rank == rank:
-            training_torch.write_content = full_disk  # type: ignore[assignment]
+            training_torch.write_content = spread_state.write_content = full_disk  # type: ignore[assignment]
         raised = "nothing"
         try:
             t.step()
@@ -96,7 +115,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         except Stopped as error:
             raised = str(error)
         finally:
-            training_torch.write_content = write_content
+            training_torch.write_content = spread_state.write_content = write_content
     everyone = [""] * world.size
     dist.all_gather_object(everyone, raised)
     return everyone
@@ -141,6 +160,17 @@ def gradients(platform: Platform, world: World, flags: list[str], steps: int, fi
             "frozen": len(frozen),
             "changed": [n for n, before in frozen.items() if not torch.equal(now[n], before)],
         }
+
+
+def activation_bytes(platform: Platform, world: World, flags: list[str]) -> list[dict[str, int]]:
+    """What the activations of a step take on each rank; see `Activations`."""
+    with trainer(platform, world, flags) as t:
+        t.step()
+        with activations() as counted:
+            t.step()
+        everyone: list[Any] = [None] * world.size
+        dist.all_gather_object(everyone, {"kept": counted.kept, "peak": counted.peak})
+        return everyone
 
 
 def expert_load(platform: Platform, world: World, flags: list[str]) -> list[list[float]]:
@@ -248,3 +278,21 @@ def dropout_masks(platform: Platform, world: World, flags: list[str]) -> list[li
         everyone = [torch.empty(64) for _ in range(world.size)]
         dist.all_gather(everyone, mine)
         return [t.tolist() for t in everyone]
+
+
+def refused_by_nodes(platform: Platform, world: World, folders: list[str], digests: list[str | None]) -> list[str]:
+    """What ranks with folders and data of their own are told."""
+    said = []
+    for check, mine, name in (
+        (nodes.check_shared, Path(folders[world.rank]), "--save"),
+        (nodes.check_same, digests[world.rank], "--data-path x"),
+    ):
+        try:
+            check(mine, name)
+            said.append("")
+        except UsageError as error:
+            said.append(str(error))
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, said)
+    assert all(bool(one) == bool(other) for one, other in zip(everyone[0], everyone[-1], strict=True))
+    return everyone[0]

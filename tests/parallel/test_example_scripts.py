@@ -154,12 +154,10 @@ def measured(folder: Path, name: str) -> list[float]:
 def test_training(script: Path, run: Runner, given: dict[str, str], tmp_path: Path) -> None:
     model = given[kind_of(script)]
     environment = {"HF_DIR": model, "CKPT_LOAD_DIR": model, "SEQ_LENGTH": str(LONGEST), "TRAIN_ITERS": "3"}
-    environment |= {"MBS": "2", "GBS": "8", "LR": "1e-3", "MIN_LR": "1e-4"}
+    environment |= {"MBS": "1", "GBS": "4", "LR": "1e-3", "MIN_LR": "1e-4"}
     asked = ask(script, tmp_path, HF_DIR=model, CKPT_LOAD_DIR=model)
     packs = "--reset-attention-mask" in asked.flags
     environment["DATA_PATH"] = given["tokens" if "pretrain" in script.stem else "packs" if packs else "instructions"]
-    if packs:
-        environment["MBS"] = "1"
     if "--recompute-method" in asked.flags:
         environment["RECOMPUTE"] = asked.flags[asked.flags.index("--recompute-method") + 1] + " 1"
     flags = []

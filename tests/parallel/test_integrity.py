@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_npu.parity.rows import TP2
+from qwen3_npu.parity.rows import TP2, ZERO
 from test_resume import BASE
 from worlds import World
 
@@ -100,12 +100,16 @@ def test_without_a_manifest_nothing_is_checked_aloud(
     assert any("has no integrity.json" in line for line in answer["said"])
 
 
-@pytest.mark.parametrize("extra", [[], ["--async-save"]], ids=["", "async"])
+@pytest.mark.parametrize(
+    "extra",
+    [TP2, [*TP2, "--async-save"], [*ZERO, "--async-save"]],
+    ids=["TP2", "TP2, async", "distributed optimizer, async"],
+)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_cannot_write_stops_all(
     rank: int, extra: list[str], worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
-    flags = [*BASE, *TP2, "--data-path", tokens, "--load", models["tied"], "--save", str(tmp_path), *extra]
+    flags = [*BASE, "--data-path", tokens, "--load", models["tied"], "--save", str(tmp_path), *extra]
     for said in worlds[2].run("failing_save", flags=flags, rank=rank):
         assert f"iter_0000002 was not saved: rank {rank}: " in said
         assert "No space left on device" in said

@@ -79,9 +79,9 @@ def test_another_layout_continues_to_rounding(
     kind, size, extra, other_size, other_extra = OTHER[name]
     flags = [*BASE, "--data-path", tokens]
     whole = uninterrupted(kind)
-    for ckpt_format in ("torch", "torch_dist"):
+    for ckpt_format, how in (("torch", []), ("torch_dist", ["--async-save"])):
         save = str(tmp_path / ckpt_format)
-        start = [*flags, *extra, "--load", models[kind], "--save", save, "--ckpt-format", ckpt_format]
+        start = [*flags, *extra, "--load", models[kind], "--save", save, "--ckpt-format", ckpt_format, *how]
         worlds[size].run("train", flags=start, steps=3)
         rest = worlds[other_size].run("train", flags=[*flags, *other_extra, "--load", save], steps=3)
         assert rest["loss"] == pytest.approx(whole["loss"][3:], rel=1e-5), ckpt_format
@@ -112,3 +112,19 @@ def test_finetune_and_no_load_optim_start_over(
     assert finetuned["loss"] != resumed["loss"], "another first batch"
     fresh = worlds[1].run("train", flags=[*flags, "--load", str(tmp_path), "--no-load-optim"], steps=2)
     assert fresh["loss"][0] == resumed["loss"][0]
+
+
+def test_the_flags_say_what_the_schedule_is(
+    worlds: dict[int, World], models: dict[str, str], tokens: str, uninterrupted: Callable[[str], dict], tmp_path: Path
+) -> None:
+    """A training that is made longer does not go on at the learning rate 0 at which it ended."""
+    flags = [*BASE, "--data-path", tokens]
+    start = ["--load", models["tied"], "--save", str(tmp_path), "--train-iters", "3"]
+    ended = worlds[1].run("train", flags=flags + start, steps=3)["learning_rate"]
+    whole = uninterrupted("tied")["learning_rate"]
+    assert ended[1:] < whole[1:3]
+    rest = worlds[1].run("train", flags=[*flags, "--load", str(tmp_path)], steps=3)
+    assert rest["learning_rate"] == whole[3:]
+    for more, word in (([], "lr_decay_steps 24 -> 48"), (["--train-iters", "3"], None)):
+        said = worlds[1].run("resumed", flags=[*flags, *more, "--load", str(tmp_path)])["said"]
+        assert [word in line for line in said if line.startswith("schedule: as the flags say")] == [True] * bool(word)

@@ -69,3 +69,28 @@ def test_a_rank_that_fails_ends_the_job(models: dict[str, str], tokens: str) -> 
     assert time.monotonic() - failed_at < 30
     end = "".join(lines[-6:])
     assert "RuntimeError: memory of this device is broken" in end
+
+
+def test_nodes_that_see_other_folders_or_data_are_named(worlds: dict[int, World], tmp_path: Path) -> None:
+    here, there = str(tmp_path), str(tmp_path / "other")
+    Path(there).mkdir()
+    run = worlds[2].run
+    assert run("refused_by_nodes", folders=[here, here], digests=["a", None]) == ["", ""]
+    folder, data = run("refused_by_nodes", folders=[here, there], digests=["a", "b"])
+    assert f"--save {here}: not seen from all nodes" in folder
+    assert f"--data-path x on {os.uname().nodename} is not what it is on" in data
+    assert not list(tmp_path.rglob(".shared-*"))
+
+
+def test_nodes_may_have_copies_of_data_and_caches(
+    worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        for ending in (".bin", ".idx"):
+            (tmp_path / str(rank) / f"text{ending}").write_bytes(Path(tokens + ending).read_bytes())
+    flags = [*BASE, "--load", models["untied"], *ZERO]
+    expected = worlds[2].run("train", flags=[*flags, "--data-path", "1", tokens], steps=2)
+    copies = ["--data-path", "1", f"{tmp_path}/RANK/text"]
+    assert worlds[2].run("train_on_copies", flags=[*flags, *copies], steps=2)["loss"] == expected["loss"]
+    assert {path.parts[-4] for path in tmp_path.rglob("*-order.npy")} == {"0", "1"}

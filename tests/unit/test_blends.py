@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +47,7 @@ def assert_shares(order: list[int]) -> None:
     assert set(order) == {5, 7}
 
 
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A group of one process: megatron asks for its rank."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_pretraining_takes_its_share_of_each_prefix(folder: Path, alone: None) -> None:
+def test_pretraining_takes_its_share_of_each_prefix(folder: Path, process: object) -> None:
     from qwen3_npu.args.training import DataArgs
     from qwen3_npu.data.pretrain import build_splits
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
 from qwen3_npu import cli
 from qwen3_npu.cli import Foreign, flag
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import Stopped, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,3 +110,21 @@ def test_run_prints_one_line_and_exits_2(capsys: pytest.CaptureFixture) -> None:
         cli.run("prog", main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "prog: error: --x 1: impossible; use 2\n"
+
+
+@pytest.mark.parametrize(("error", "code"), [(UsageError("--lr is wrong"), 2), (Stopped("no more memory"), 1)])
+def test_torchrun_is_told(
+    error: Exception, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """In the form that its last lines show."""
+
+    def main() -> None:
+        raise error
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as end:
+        cli.run("program.py", main)
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"program.py: error: {error}\n"
+    said = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert said["message"] == said["extraInfo"]["py_callstack"] == str(error)

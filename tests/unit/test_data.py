@@ -100,6 +100,79 @@ class TestSplits:
         assert before != after
 
 
+class TestOrder:
+    """The sample at a place depends on data, seed and sequence length, not on how many samples a training asks for."""
+
+    def build(self, data_path: list[str], count: int, seed: int = 1) -> list[list[int]]:
+        from qwen3_npu.args.training import DataArgs
+        from qwen3_npu.data.pretrain import build_splits
+
+        data = DataArgs(data_path=data_path, split="1,0,0")
+        splits = build_splits(data, seq_length=16, seed=seed, samples=(count, 0, 0))
+        return [splits.train[i]["tokens"].tolist() for i in range(count)]
+
+    @pytest.mark.parametrize("weights", [None, ("", ""), ("0.3", "0.7")], ids=["one file", "files", "weighted files"])
+    def test_a_longer_training_begins_with_the_shorter_one(
+        self, tmp_path: Path, weights: tuple | None, process: object
+    ) -> None:
+        prefixes = [str(tiny.write_tokens(tmp_path / name, documents=n, seed=n)) for name, n in (("a", 9), ("b", 14))]
+        words = [word for pair in zip(weights or (), prefixes, strict=False) for word in pair if word]
+        data_path = words or prefixes[:1]
+        longest = self.build(data_path, 400)
+        assert longest[:100] != longest[100:200]
+        for count in (20, 45, 60, 130, 250):  # parts of an epoch, a little more than one, several
+            assert self.build(data_path, count) == longest[:count], count
+        assert self.build(data_path, 20, seed=2) != longest[:20]
+
+    def test_epochs(self, tmp_path: Path) -> None:
+        """Each has all tokens, in another order; the first is what megatron makes of a single one."""
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+        from qwen3_npu.data.pretrain import _Tokenizer
+
+        prefix = str(tiny.write_tokens(tmp_path / "a", documents=9))
+        tokens = open_indexed(prefix).tokens
+        per_epoch = (len(tokens) - 1) // 16
+        flags = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+        config = GPTDatasetConfig(
+            random_seed=1,
+            sequence_length=16,
+            blend=([prefix], None),
+            split="1,0,0",
+            path_to_cache=str(tmp_path / "megatron"),
+            tokenizer=_Tokenizer(),
+            create_attention_mask=False,
+            **flags,
+        )
+        theirs = BlendedMegatronDatasetBuilder(GPTDataset, [per_epoch, 0, 0], lambda: True, config).build()[0]
+        ours = self.build([prefix], (3 * len(tokens) - 1) // 16)
+        assert ours[:per_epoch] == [theirs[i]["tokens"].tolist() for i in range(per_epoch)]
+        left = 3 * np.bincount(tokens, minlength=256) - np.bincount(np.concatenate(ours), minlength=256)
+        assert left.min() >= 0, "no token comes more often than there are epochs"
+        assert left.sum() == 3 * len(tokens) - 16 * len(ours) <= 16, "none is left out but at the very end"
+        assert ours[:per_epoch] != ours[per_epoch : 2 * per_epoch]
+
+    def test_a_cut_cache_is_made_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Killed while it was written."""
+        from qwen3_npu.data import text_order
+
+        prefix = str(tiny.write_tokens(tmp_path / "a", documents=9))
+        replace, moved = text_order.os.replace, []
+
+        def killed(*paths: str) -> None:
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+            moved.append(paths)
+            replace(*paths)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(text_order.os, "replace", killed)
+            with pytest.raises(KeyboardInterrupt):
+                self.build([prefix], 20)
+        assert len(self.build([prefix], 20)) == 20
+
+
 def test_blend() -> None:
     from qwen3_npu.data.prefixes import blend
 

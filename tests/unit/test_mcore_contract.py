@@ -42,6 +42,7 @@ def test_signatures() -> None:
         get_megatron_optimizer: {"config", "model_chunks"},
         DistributedOptimizer.get_parameter_state_dp_zero: {"use_gloo_comm"},
         DistributedOptimizer.load_parameter_state_from_dp_zero: {"state_dict"},
+        DistributedOptimizer._get_main_param_and_optimizer_states: {"model_param"},
         OptimizerParamScheduler.__init__: {"lr_warmup_steps", "wsd_decay_steps", "lr_wsd_decay_style"},
         TopKRouter.attach_and_log_load_balancing_loss: {"aux_loss", "valid_token_count", "reduce_group"},
         TransformerConfig.__init__: {

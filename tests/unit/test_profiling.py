@@ -30,7 +30,7 @@ class Recorder:
 def record(args: ProfileArgs, rank: int, steps: int) -> list[object]:
     recorder = Recorder()
     platform = dataclasses.replace(select("cpu"), profiler=lambda args: recorder)
-    profiling = Profiling(platform, args, rank)
+    profiling = Profiling(platform, args, rank, first=1, last=steps)
     for iteration in range(1, steps + 1):
         profiling.before(iteration)
         recorder.said.append(iteration)
@@ -47,6 +47,14 @@ def test_steps_and_ranks() -> None:
     assert "start" not in record(dataclasses.replace(args, profile=False), 0, 6)
 
 
+def test_steps_that_do_not_come_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "qwen3_npu")
+    assert record(ProfileArgs(profile=True), 0, 11)[10] == "start"
+    assert "warning" not in caplog.text
+    assert record(ProfileArgs(profile=True), 0, 10) == list(range(1, 11))
+    assert "no step is profiled: --profile-step-start 10 comes before step 11, and the steps of this" in caplog.text
+
+
 def test_an_empty_range_is_refused() -> None:
     with pytest.raises(UsageError, match="--profile-step-end 3 must be above --profile-step-start 3"):
         ProfileArgs(profile=True, profile_step_start=3, profile_step_end=3)
@@ -54,7 +62,7 @@ def test_an_empty_range_is_refused() -> None:
 
 def test_a_recording_is_written(tmp_path: Path) -> None:
     args = ProfileArgs(profile=True, profile_step_start=0, profile_step_end=1, profile_save_path=str(tmp_path))
-    profiling = Profiling(select("cpu"), args, 0)
+    profiling = Profiling(select("cpu"), args, 0, first=1, last=3)
     profiling.before(1)
     torch.ones(8) @ torch.ones(8)
     profiling.after(1, last=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import integrity, keep
+from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -33,18 +36,28 @@ def track(root: Path, text: str) -> None:
     (root / TRACKER).write_text(text)
 
 
-def prepared(args: CheckpointArgs, monkeypatch: pytest.MonkeyPatch, restarts: int = 0) -> tuple[CheckpointArgs, str]:
-    """What `prepare` gives and says, as in the so-many-th start of a job."""
-    from qwen3_npu.training.saving import prepare
+def prepared(
+    args: CheckpointArgs,
+    monkeypatch: pytest.MonkeyPatch,
+    restarts: int = 0,
+    lora: LoraArgs | None = None,
+    job: str = "this job",
+) -> tuple[CheckpointArgs, LoraArgs, str]:
+    """What the so-many-th start of a job loads by, and what it says."""
+    from qwen3_npu.training.saving import continued, prepare
+
+    lora = lora or LoraArgs()
 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    monkeypatch.setattr(environment, "job_names", lambda: [job])
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     log.setup()
     log.LOGGER.addHandler(handler)
     try:
-        return prepare(args, LoraArgs())[0], "\n".join(said)
+        prepare(args, lora)
+        return *continued(args, lora), "\n".join(said)
     finally:
         log.LOGGER.removeHandler(handler)
 
@@ -89,55 +102,101 @@ def test_only_what_a_training_saved_is_deleted(tmp_path: Path) -> None:
     assert keep.iterations(tmp_path) == [50, 30, 1]
 
 
-def test_other_checkpoints_in_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_checkpoints_in_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: object) -> None:
     save = tmp_path / "save"
     args = CheckpointArgs(load=str(tmp_path / "model"), save=str(save))
-    assert prepared(args, monkeypatch) == (args, ""), "an empty folder needs no word"
+    assert prepared(args, monkeypatch) == (args, LoraArgs(), ""), "an empty folder needs no word"
     checkpoint(save, 7)
-    same, said = prepared(args, monkeypatch)
+    same, _, said = prepared(args, monkeypatch)
     assert same == args
     assert f"--save {save} already holds checkpoints up to iter_0000007, and --load is {tmp_path / 'model'}" in said
-    resumes = CheckpointArgs(load=str(save), save=str(save))
-    assert prepared(resumes, monkeypatch) == (resumes, "")
+    monkeypatch.chdir(tmp_path)
+    for load in (str(save), "save/"):
+        resumes = CheckpointArgs(load=load, save=str(save))
+        assert prepared(resumes, monkeypatch) == (resumes, LoraArgs(), "")
 
 
-def test_a_restart_goes_on_from_what_this_job_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_goes_on_from_what_this_job_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: object
+) -> None:
     save = tmp_path / "save"
     checkpoint(save, 7)
     track(save, "7")
     args = CheckpointArgs(load=str(tmp_path / "model"), save=str(save), finetune=True, ckpt_step=3, save_rng=False)
     prepared(args, monkeypatch)
-    again, said = prepared(args, monkeypatch, restarts=1)
+    again, _, said = prepared(args, monkeypatch, restarts=1)
     assert again == args, "what another job saved is not taken for this one's"
     assert said == ""
     track(save, "7")  # saved by this job: the same step, another time
     os.utime(save / TRACKER, ns=(1, 1))
-    again, said = prepared(args, monkeypatch, restarts=2)
+    again, _, said = prepared(args, monkeypatch, restarts=2)
     assert (again.load, again.finetune, again.ckpt_step) == (str(save), False, None)
     assert (again.load_optim, again.load_rng) == (True, False), "what is saved is what can be loaded"
     assert f"going on from {save} instead of --load {tmp_path / 'model'}" in said
 
 
-def test_a_restart_of_a_training_that_saves_updates_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen3_npu.training.saving import prepare
+def test_killed_before_it_was_noted_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: object
+) -> None:
+    """Only in its second start does the job get so far; what lies there is another's all the same."""
+    save = tmp_path / "save"
+    args = CheckpointArgs(load=str(tmp_path / "model"), save=str(save))
+    for noted in ("by nobody", "by the job before"):
+        if noted == "by the job before":
+            prepared(args, monkeypatch, job="the job before")
+        checkpoint(save, 7 if noted == "by nobody" else 8)
+        track(save, "7")
+        os.utime(save / TRACKER, ns=(1, 1))
+        for restarts in (1, 2):
+            assert prepared(args, monkeypatch, restarts, job=noted) == (args, LoraArgs(), ""), noted
+        track(save, "9")
+        assert prepared(args, monkeypatch, 3, job=noted)[0].load == str(save)
 
+
+def test_a_restart_of_a_training_that_saves_updates_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: object
+) -> None:
     args = CheckpointArgs(load=str(tmp_path / "model"), save=str(tmp_path / "save"))
     lora = LoraArgs(lora_r=4, lora_load=str(tmp_path / "first"), lora_ckpt_filter=True)
-    assert prepare(args, lora) == (args, lora)
+    assert prepared(args, monkeypatch, lora=lora)[:2] == (args, lora)
     track(tmp_path / "save", "7")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    again, updates = prepare(args, lora)
+    again, updates, _ = prepared(args, monkeypatch, 1, lora)
     assert (again.load, updates.lora_load) == (args.load, args.save), "the base is still where it was"
 
 
-def test_a_restart_before_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_before_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: object
+) -> None:
     args = CheckpointArgs(load=str(tmp_path / "model"), save=str(tmp_path / "save"))
     prepared(args, monkeypatch)
-    assert prepared(args, monkeypatch, restarts=1) == (args, "")
+    assert prepared(args, monkeypatch, restarts=1) == (args, LoraArgs(), "")
 
 
-def test_flags_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, said = prepared(CheckpointArgs(async_save=True), monkeypatch)
+def test_a_job_has_names_of_its_own() -> None:
+    """Those of this process's parent; another process has others."""
+    names = environment.job_names()
+    assert names == environment.job_names()
+    code = "from qwen3_npu.distributed import environment; print(*environment.job_names(), sep=chr(10))"
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "evening"}
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert child.stdout.splitlines()[1:] == ["evening"]
+    assert not set(child.stdout.splitlines()) & set(names)
+
+
+def test_a_line_that_was_cut_is_dropped(tmp_path: Path) -> None:
+    from qwen3_npu.training.report import _open_lines
+
+    path = tmp_path / "metrics.jsonl"
+    for before, after in ((None, ""), ("", ""), ("one\n", "one\n"), ("one\ntw", "one\n"), ("on", "")):
+        if before is not None:
+            path.write_text(before)
+        with _open_lines(path) as file:
+            file.write("new\n")
+        assert path.read_text() == after + "new\n"
+
+
+def test_flags_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: object) -> None:
+    *_, said = prepared(CheckpointArgs(async_save=True), monkeypatch)
     assert "there is no --save" in said
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"--save .*file/save cannot be written: Not a directory"):
@@ -148,9 +207,9 @@ def test_rank_0_waits_for_all_parts_in_the_background(tmp_path: Path) -> None:
     from qwen3_npu.checkpoint.writing import Writing
 
     published = threading.Event()
-    mine = lambda: integrity.write_part(tmp_path, 0, [], None)  # noqa: E731
-    writing = Writing("a checkpoint", mine, published.set, tmp_path, [0, 1], background=True)
-    writing.written.wait(10)
+    mine = lambda writing: integrity.write_part(tmp_path, 0, [], None)  # noqa: E731
+    writing = Writing("a checkpoint", [mine], published.set, tmp_path, [0, 1], background=True)
+    writing.done[0].wait(10)
     assert not published.wait(0.2), "rank 1 has not written yet"
     integrity.write_part(tmp_path, 1, [], None)
     assert published.wait(10)

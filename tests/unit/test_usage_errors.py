@@ -55,6 +55,13 @@ class TestPretrain:
             (["--global-batch-size", "3", "--micro-batch-size", "2"], "--global-batch-size 3 is not a multiple"),
             (["--seq-length", "4096"], "--seq-length 4096 is above the model's 512 positions"),
             (["--hf-dir", "/nonexistent"], "/nonexistent/config.json does not exist"),
+            (["--recompute-num-layers", "1"], "--recompute-num-layers needs --recompute-granularity full"),
+            (["--recompute-modules", "mlp"], "--recompute-modules needs --recompute-granularity selective"),
+            (["--recompute-granularity", "selective", "--recompute-modules", "moe"], "this model is dense"),
+            (
+                ["--moe-z-loss-coeff", "0.1", "--moe-token-dispatcher-type", "allgather"],
+                "--moe-z-loss-coeff, --moe-token-dispatcher-type: this model is dense",
+            ),
             (["--lr-warmup-fraction", "0.1", "--lr-warmup-iters", "3"], "say the same thing"),
             (["--min-lr", "1"], "--min-lr 1.0 is above --lr"),
             (["--data-path", "/nonexistent/prefix"], "--data-path /nonexistent/prefix:"),

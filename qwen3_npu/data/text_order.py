@@ -1,0 +1,65 @@
+"""The samples of a token file, epoch after epoch, in an order that does not depend on how many are asked for.
+
+megatron's GPTDataset shuffles all epochs of a training together: with other --train-iters the order is another. Here
+epoch e is shuffled by (seed, e) alone, documents and samples; the first epoch is what megatron gives for a single one.
+
+Documents lie one after the other, those of the next epoch behind those of the last, and are cut into samples of
+`sequence_length` tokens (and one more to predict); a sample belongs to the epoch that it ends in.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.gpt_dataset import GPTDataset
+
+
+class TextDataset(GPTDataset):
+    """megatron's samples in this order. A node that does not see rank 0's index makes its own, which is the same."""
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Documents [epochs x documents]; samples [n + 1, 2], place among them and offset; order of samples [n]."""
+        cache = Path(self.config.path_to_cache)
+        stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        paths = [cache / f"{stem}-{part}.npy" for part in ("documents", "samples", "order")]
+        if not all(path.is_file() for path in paths):
+            cache.mkdir(parents=True, exist_ok=True)
+            with (cache / f"{stem}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node does the work
+                if not all(path.is_file() for path in paths):
+                    for path, index in zip(paths, self._indices(), strict=True):
+                        _save(path, index)
+        return tuple(np.load(path, mmap_mode="r") for path in paths)  # type: ignore[return-value]
+
+    def _indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        from megatron.core.datasets import helpers  # compiled
+
+        length, extra = self.config.sequence_length, self.config.add_extra_token_to_sequence
+        per_epoch = self._get_num_tokens_per_epoch()
+        epochs = self._get_num_epochs(per_epoch)
+        documents, orders = [], []
+        for epoch in range(epochs):
+            seed = self.config.random_seed
+            random = np.random.RandomState(seed if epoch == 0 else [seed, epoch])
+            order = np.asarray(self.indices, np.int32).copy()
+            random.shuffle(order)
+            documents.append(order)
+            first, end = (max(n * per_epoch - extra, 0) // length for n in (epoch, epoch + 1))
+            samples = np.arange(first, end)
+            random.shuffle(samples)
+            orders.append(samples)
+        every = np.concatenate(documents)
+        lengths = np.array(self.dataset.sequence_lengths)
+        samples = helpers.build_sample_idx(lengths, every, length, epochs, per_epoch, True, extra)
+        return every, samples, np.concatenate(orders)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Visible when it is whole: a training may be killed while it writes."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    os.replace(temporary, path)

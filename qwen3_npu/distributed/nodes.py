@@ -1,0 +1,63 @@
+"""Whether all nodes see the same: one folder behind a path, the same data."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from pathlib import Path
+
+import torch.distributed as dist
+
+from qwen3_npu.errors import UsageError
+
+_PATIENCE = 10.0  # seconds; a network file system shows a new file late
+
+
+def check_shared(folder: Path, flag: str) -> None:
+    """Every process must see what rank 0 writes into a folder that exists. Every rank must call this.
+
+    Raises:
+        UsageError: on every rank, if some do not; naming their nodes.
+    """
+    if dist.get_world_size() == 1:
+        return
+    name = [f".shared-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name, 0)
+    probe = folder / name[0]
+    if dist.get_rank() == 0:
+        probe.touch()
+    dist.barrier()
+    blind: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(blind, None if _appears(probe) else os.uname().nodename)
+    if dist.get_rank() == 0:
+        probe.unlink()
+    if nodes := sorted({node for node in blind if node}):
+        raise UsageError(
+            f"{flag} {folder}: not seen from all nodes: what rank 0 writes does not appear on {', '.join(nodes)}; "
+            f"give a folder that all nodes share"
+        )
+
+
+def check_same(digest: str | None, what: str) -> None:
+    """What a process found must be what rank 0 found. Every rank must call this.
+
+    Args:
+        digest: of what it found; None: it did not look. Rank 0 must.
+
+    Raises:
+        UsageError: on every rank, if some found something else; naming their nodes.
+    """
+    found: list[tuple[str | None, str]] = [(None, "")] * dist.get_world_size()
+    dist.all_gather_object(found, (digest, os.uname().nodename))
+    if nodes := sorted({node for other, node in found if other not in (None, found[0][0])}):
+        raise UsageError(f"{what} on {', '.join(nodes)} is not what it is on {found[0][1]}; copy it there again")
+
+
+def _appears(path: Path) -> bool:
+    end = time.monotonic() + _PATIENCE
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True

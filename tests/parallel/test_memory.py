@@ -1,0 +1,72 @@
+"""What activations take: context parallelism divides it by its size; recomputing, and a loss in chunks, take less."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+
+import tiny
+from qwen3_npu.parity.rows import CHUNKS, FULL, RING, SP, TP2, ULYSSES
+from worlds import World
+
+BASE = ["--seq-length", "1024", "--train-iters", "2", "--lr", "1e-3", "--device", "cpu", "--eval-iters", "0"]
+BASE += ["--split", "1,0,0"]
+Measure = Callable[..., list[dict[str, int]]]
+
+
+@pytest.fixture(scope="module")
+def measure(worlds: dict[int, World], tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Measure:
+    """Model, processes, flags -> bytes kept for backward and at the peak, of each rank."""
+    folder = tmp_path_factory.mktemp("long")
+    changes = {"max_position_embeddings": 1024}
+    models = {k: str(tiny.write_model(folder / k, tiny.arch(k, **changes))) for k in ("untied", "moe")}
+
+    @functools.cache
+    def run(kind: str, size: int, *extra: str) -> list[dict[str, int]]:
+        flags = [*BASE, "--data-path", tokens, "--load", models[kind], *extra]
+        return worlds[size].run("activation_bytes", flags=flags)
+
+    return run
+
+
+CONTEXT = {
+    "CP2 ulysses": (2, 2, ULYSSES),
+    "CP2 ring": (2, 2, RING),
+    "CP4 ulysses": (4, 4, ["--context-parallel-size", "4", *ULYSSES[2:]]),
+    "CP4 ring": (4, 4, ["--context-parallel-size", "4", *RING[2:]]),
+    "CP2 ring TP2 SP": (4, 4, RING + TP2 + SP),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+def test_context_parallelism_divides_memory(name: str, measure: Measure) -> None:
+    """Ulysses keeps the attention's result twice, once for each side of the exchange: hence the 15 %."""
+    parts, size, extra = CONTEXT[name]
+    (alone,) = measure("untied", 1)
+    for rank in measure("untied", size, *extra):
+        assert rank["kept"] <= 1.15 / parts * alone["kept"]
+        assert rank["peak"] <= 1.15 / parts * alone["peak"]
+
+
+SELECTIVE, REFERENCE = ["--recompute-granularity", "selective"], ["--kernels", "reference"]
+# What is kept at most, of what is kept without the flags.
+LESS = {
+    "whole layers": ("untied", FULL, [], 0.30),
+    "two whole layers of four": ("untied", [*FULL[:3], "block", "--recompute-num-layers", "2"], [], 0.60),
+    "attention": ("untied", SELECTIVE, REFERENCE, 0.40),
+    "MLP": ("untied", [*SELECTIVE, "--recompute-modules", "mlp"], [], 0.86),
+    "norms": ("untied", ["--recompute-norm"], [], 0.88),
+    "activation function": ("untied", ["--recompute-activation-function"], [], 0.96),
+    "loss in chunks": ("untied", CHUNKS, [], 0.97),
+    "whole layers, MoE": ("moe", FULL, [], 0.30),
+    "experts": ("moe", [*SELECTIVE, "--recompute-modules", "moe"], [], 0.78),
+    "experts' activation function": ("moe", ["--recompute-activation-function"], [], 0.95),
+}
+
+
+@pytest.mark.parametrize("name", LESS)
+def test_less_is_kept(name: str, measure: Measure) -> None:
+    kind, flags, others, limit = LESS[name]
+    assert measure(kind, 1, *others, *flags)[0]["kept"] <= limit * measure(kind, 1, *others)[0]["kept"]
