@@ -10,7 +10,7 @@ from worlds import CaseFailed, World
 
 STEPS = 3
 FLAGS = ["--seq-length", "32", "--global-batch-size", "4", "--lr", "3e-3", "--train-iters", str(STEPS)]
-FLAGS += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--eval-iters", "0", "--moe-aux-loss-coeff", "0.02"]
+FLAGS += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--eval-iters", "0"]
 
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
@@ -21,13 +21,15 @@ ULYSSES = ["--context-parallel-size", "2", "--context-parallel-algo", "ulysses_c
 RING = ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 
+BALANCED = ["--moe-aux-loss-coeff", "0.02"]
+
 # What is computed, apart from how: kind of model and flags.
 TRAININGS = {
     "dense": ("untied", []),
     "packed": ("untied", ["--reset-attention-mask", "--reset-position-ids"]),
     "LoRA": ("untied", ["--lora-r", "4"]),
-    "MoE": ("moe", []),
-    "MoE packed LoRA": ("moe", ["--reset-attention-mask", "--reset-position-ids", "--lora-r", "4"]),
+    "MoE": ("moe", BALANCED),
+    "MoE packed LoRA": ("moe", [*BALANCED, "--reset-attention-mask", "--reset-position-ids", "--lora-r", "4"]),
 }
 CASES = {
     "dense: one device": ("dense", 1, []),
