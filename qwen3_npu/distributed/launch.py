@@ -67,6 +67,7 @@ def model_parallel(layout: Layout, parallel: ParallelArgs, runtime: RuntimeArgs)
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=runtime.distributed_timeout_minutes,  # else each of its groups waits 30 minutes
         create_gloo_process_groups=True,  # the optimizer's state is gathered on the host for checkpoints
     )
     try:

@@ -280,6 +280,16 @@ def dropout_masks(platform: Platform, world: World, flags: list[str]) -> list[li
         return [t.tolist() for t in everyone]
 
 
+def longest_waits(platform: Platform, world: World, flags: list[str]) -> list[float]:
+    """The timeout of megatron's groups that rank 0 is in, in seconds; one of them megatron gives none."""
+    from megatron.core import parallel_state
+
+    with trainer(platform, world, flags):
+        groups = [group for group in parallel_state._global_process_group_list if isinstance(group, dist.ProcessGroup)]
+        groups.remove(parallel_state.get_expert_data_parallel_group_gloo())
+        return [group._get_backend(world.device).options._timeout.total_seconds() for group in groups]
+
+
 def refused_by_nodes(platform: Platform, world: World, folders: list[str], digests: list[str | None]) -> list[str]:
     """What ranks with folders and data of their own are told."""
     said = []

@@ -71,6 +71,13 @@ def test_a_rank_that_fails_ends_the_job(models: dict[str, str], tokens: str) -> 
     assert "RuntimeError: memory of this device is broken" in end
 
 
+def test_every_group_waits_as_long_as_asked(worlds: dict[int, World], models: dict[str, str], tokens: str) -> None:
+    flags = [*BASE, "--data-path", tokens, "--load", models["untied"], "--distributed-timeout-minutes", "1.5"]
+    waits = worlds[2].run("longest_waits", flags=[*flags, "--tensor-model-parallel-size", "2", "--sequence-parallel"])
+    assert len(waits) > 10
+    assert set(waits) == {90.0}
+
+
 def test_nodes_that_see_other_folders_or_data_are_named(worlds: dict[int, World], tmp_path: Path) -> None:
     here, there = str(tmp_path), str(tmp_path / "other")
     Path(there).mkdir()

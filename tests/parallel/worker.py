@@ -6,6 +6,7 @@ Reads a JSON line {"case": name, "arguments": {...}, "result": path} from stdin;
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -23,6 +24,7 @@ def main(device: str = "cpu", modules: tuple[str, ...] = ("cases",)) -> None:
     """Serve the functions of these modules as cases."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the code prints goes to the log with stderr
+    faulthandler.enable()
     import torch
 
     torch.set_num_threads(1)

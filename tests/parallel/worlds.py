@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ class World:
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "result.json"
             line = json.dumps({"case": case, "arguments": arguments, "result": str(result)}) + "\n"
-            timer = threading.Timer(timeout, self.stop)
+            timer = threading.Timer(timeout, self._abort)
             timer.start()
             try:
                 for process in self.processes:
@@ -95,9 +97,10 @@ class World:
             finally:
                 timer.cancel()
             errors = [f"rank {rank}:\n{a['error']}" for rank, a in answers if "error" in a]
-            if errors or len(answers) < self.size:
+            if errors:
+                time.sleep(1)  # those that are ending say where they were
                 self.stop()
-                raise CaseFailed("\n".join(errors) or f"no answer in {timeout} s:\n{self._tail()}")
+                raise CaseFailed("\n".join([*errors, "log:", Path(self.log.name).read_text()[-16000:]]))
             return json.loads(result.read_text())
 
     def _answers(self) -> list[tuple[int, dict]]:
@@ -108,7 +111,7 @@ class World:
         def listen(rank: int) -> None:
             with contextlib.suppress(ValueError):
                 line = self.processes[rank].stdout.readline()
-                answers.append((rank, json.loads(line) if line else {"error": f"ended:\n{self._tail()}"}))
+                answers.append((rank, json.loads(line) if line else {"error": "ended or took too long"}))
             if "error" in answers[-1][1] or len(answers) == self.size:
                 done.set()
 
@@ -117,8 +120,10 @@ class World:
         done.wait()
         return sorted(answers, key=lambda a: a[0])
 
-    def _tail(self) -> str:
-        return Path(self.log.name).read_text()[-8000:]
+    def _abort(self) -> None:
+        """End the processes; each says in the log where it is."""
+        for process in self.processes:
+            process.send_signal(signal.SIGABRT)
 
     def stop(self) -> None:
         for process in self.processes:
