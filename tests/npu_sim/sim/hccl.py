@@ -20,6 +20,9 @@ _host_groups: dict[str, tuple[Any, Any]] = {}  # group -> the same ranks on the 
 
 
 def _create(options: Any, backend_options: Any) -> ProcessGroupGloo:
+    # Groups that were destroyed end here: each has threads, which take time even while they wait.
+    for ended in _host_groups.keys() - set(dist.distributed_c10d._world.pg_names.values()):
+        del _host_groups[ended]
     gloo = ProcessGroupGloo(options.store, options.group_rank, options.group_size, timeout=options.timeout)
     group = ProcessGroup(options.store, options.group_rank, options.group_size)
     group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)

@@ -1,0 +1,1 @@
+"""Simulated NPUs. A package: its worlds end with its tests."""
