@@ -24,8 +24,10 @@ class Router(TopKRouter):
     has them. Hence `attach_and_log_load_balancing_loss` and `apply_z_loss`.
 
     Attributes:
-        tokens: [experts] int64, tokens sent to each expert since the last `take_counts`.
+        tokens: [experts] int64, tokens sent to each expert since the last `take_counts`, as are the others.
+        choices: of experts by tokens; more than `tokens` where a capacity drops some.
         balance_loss: this rank's share of the balancing loss, before its coefficient, added up over micro-batches.
+        micro_batches: this rank's share of those.
     """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
@@ -33,7 +35,9 @@ class Router(TopKRouter):
         if not config.use_cpu_initialization:
             self.cuda(torch.cuda.current_device())  # megatron makes the weight on the host and leaves it there
         self.tokens = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=self.weight.device)
+        self.choices = 0
         self.balance_loss = torch.zeros((), device=self.weight.device)
+        self.micro_batches = 0.0
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [s, b, experts], in the dtype that --moe-router-dtype asks for."""
@@ -45,6 +49,7 @@ class Router(TopKRouter):
         probs, routing_map = super().routing(logits, *args, **kwargs)
         if self._is_training_pass():
             self.tokens += routing_map.sum(0)
+            self.choices += routing_map.shape[0] * self.topk
         return probs, routing_map
 
     def _is_training_pass(self) -> bool:
@@ -63,6 +68,7 @@ class Router(TopKRouter):
     ) -> torch.Tensor:
         """Add the balancing loss to the graph, weighted by the tokens of all ranks that share a micro-batch."""
         self.balance_loss += aux_loss.detach() / aux_loss_coeff
+        self.micro_batches += 1 / self.tp_cp_group.size()
         if not self.calculate_per_token_loss:
             return MoEAuxLossAutoScaler.apply(activation, aux_loss)
         local_tokens = activation.shape[0] if valid_token_count is None else valid_token_count
@@ -78,9 +84,12 @@ class Router(TopKRouter):
             share = share / (logits.shape[0] * self.tp_cp_group.size())
         return MoEAuxLossAutoScaler.apply(logits, share)
 
-    def take_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`tokens` and `balance_loss`, which begin again at zero."""
-        counts = self.tokens.clone(), self.balance_loss.clone()
+    def take_counts(self) -> torch.Tensor:
+        """[experts + 3] float32: `tokens`, choices dropped, `balance_loss`, `micro_batches`; they begin again at 0."""
+        dropped = self.choices - self.tokens.sum()
+        micro_batches = torch.full_like(self.balance_loss, self.micro_batches)
+        counts = torch.cat([self.tokens.float(), torch.stack([dropped.float(), self.balance_loss, micro_batches])])
         self.tokens.zero_()
         self.balance_loss.zero_()
+        self.choices, self.micro_batches = 0, 0.0
         return counts

@@ -173,13 +173,13 @@ def activation_bytes(platform: Platform, world: World, flags: list[str]) -> list
         return everyone
 
 
-def expert_load(platform: Platform, world: World, flags: list[str]) -> list[list[float]]:
-    """Tokens of each layer and expert in two steps."""
+def expert_load(platform: Platform, world: World, flags: list[str]) -> dict[str, Any]:
+    """What the routers did in two steps."""
     with trainer(platform, world, flags) as t:
         t.step()
         t.step()
         load = take_expert_load(t.modules, t.plan.layout.num_layers, t.plan.arch.num_experts)
-        return load.tokens.tolist()
+        return {"tokens": load.tokens.tolist(), "dropped": load.dropped, "balance_loss": load.balance_loss}
 
 
 def poisoned(platform: Platform, world: World, flags: list[str], rank: int, steps: list[int]) -> list[dict[str, Any]]:

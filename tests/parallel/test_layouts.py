@@ -85,7 +85,21 @@ def test_expert_load_does_not_depend_on_the_layout(worlds: dict[int, World], bas
     """Two steps of 8 x 32 tokens to 2 experts each, counted once, whoever computes them and however often."""
     flags = baselines.flags("moe")
     expected = worlds[1].run("expert_load", flags=flags)
-    assert len(expected) == 4
-    assert all(sum(layer) == 2 * 8 * 32 * 2 for layer in expected)
+    tokens = expected.pop("tokens")
+    assert len(tokens) == 4
+    assert all(sum(layer) == 2 * 8 * 32 * 2 for layer in tokens)
+    assert expected["dropped"] == 0
+    assert 1 <= expected["balance_loss"] < 2
     for size, extra in ((4, TP2 + SP + EP2), (2, [*PP2, "--noop-layers", "0,5"]), (2, RING), (1, FULL)):
-        assert worlds[size].run("expert_load", flags=[*flags, *extra]) == expected
+        found = worlds[size].run("expert_load", flags=[*flags, *extra])
+        assert found.pop("tokens") == tokens
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_choices_that_a_capacity_drops_are_counted(worlds: dict[int, World], baselines: Baselines) -> None:
+    flags = [*baselines.flags("moe"), "--moe-expert-capacity-factor", "0.75", "--moe-aux-loss-coeff", "0"]
+    found = worlds[1].run("expert_load", flags=flags)
+    kept = sum(map(sum, found["tokens"]))
+    assert found["dropped"] == pytest.approx(1 - kept / (4 * 2 * 8 * 32 * 2), rel=1e-6)
+    assert found["dropped"] >= 0.25
+    assert found["balance_loss"] is None
