@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.layout import Layout, Rank, check_world_size
 from qwen3_npu.platform.base import Platform
+
+# torch 2.7 ends a process group with the interpreter locked and joins gloo's threads, which may wait for that lock
+# themselves, to let go of their last tensors. A backend ends unlocked: those of ended groups live here until nobody
+# holds the group.
+_ended_backends: list[Any] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,8 @@ def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     try:
         yield World(rank, size, local_rank, device)
     finally:
-        dist.destroy_process_group()
+        _end(dist.group.WORLD)
+        _ended_backends.clear()
 
 
 @contextlib.contextmanager
@@ -59,6 +66,7 @@ def model_parallel(layout: Layout, parallel: ParallelArgs, runtime: RuntimeArgs)
     """
     from megatron.core import parallel_state
 
+    _ended_backends.clear()
     check_world_size(layout, dist.get_world_size(), parallel.context_parallel_size)
     parallel_state.initialize_model_parallel(
         layout.tensor,
@@ -75,11 +83,18 @@ def model_parallel(layout: Layout, parallel: ParallelArgs, runtime: RuntimeArgs)
         yield
     finally:
         # megatron forgets its groups and ends only some; each keeps threads, and a process may train more than once.
-        groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
+        listed = parallel_state._global_process_group_list or ()
+        groups = [group for group in listed if isinstance(group, dist.ProcessGroup)]
         parallel_state.destroy_model_parallel()
         for group in groups:
             with contextlib.suppress(ValueError):  # ended already
-                dist.destroy_process_group(group)
+                _end(group)
+
+
+def _end(group: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # none for the host
+        _ended_backends.append(group._get_backend(torch.device("cpu")))
+    dist.destroy_process_group(group)
 
 
 def set_seeds(runtime: RuntimeArgs) -> None:

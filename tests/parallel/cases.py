@@ -15,14 +15,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import tiny
 from qwen3_npu import log
+from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
 from qwen3_npu.checkpoint import spread_state, training_torch
 from qwen3_npu.checkpoint.dist_table import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
 from qwen3_npu.checkpoint.optimizer_state import step_count
 from qwen3_npu.checkpoint.weights import shards
 from qwen3_npu.distributed import nodes
-from qwen3_npu.distributed.launch import World
+from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.parity.measure import measure, trainer
 from qwen3_npu.parity.memory import activations
@@ -288,6 +290,21 @@ def longest_waits(platform: Platform, world: World, flags: list[str]) -> list[fl
         groups = [group for group in parallel_state._global_process_group_list if isinstance(group, dist.ProcessGroup)]
         groups.remove(parallel_state.get_expert_data_parallel_group_gloo())
         return [group._get_backend(world.device).options._timeout.total_seconds() for group in groups]
+
+
+def busy_ends(platform: Platform, world: World) -> int:
+    """Groups whose last transfer has hardly ended when they end."""
+    from megatron.core import parallel_state
+
+    parallel, count = ParallelArgs(), 0
+    for _ in range(10):
+        with model_parallel(make_layout(tiny.arch("untied"), parallel), parallel, RuntimeArgs()):
+            groups = [g for g in parallel_state._global_process_group_list if isinstance(g, dist.ProcessGroup)]
+            for group in groups:
+                dist.all_reduce(torch.ones(1, device=world.device), group=group)
+            count += len(groups)
+        del group, groups
+    return count
 
 
 def refused_by_nodes(platform: Platform, world: World, folders: list[str], digests: list[str | None]) -> list[str]:
