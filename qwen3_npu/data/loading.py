@@ -52,7 +52,7 @@ def start_loading(folder: str, backend: str = "auto", threads: int | None = None
 
 def available_cpus() -> int:
     """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS lacks it
 
 
 def _load_reference(file: str) -> Any:

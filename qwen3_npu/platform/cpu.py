@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import resource
+import sys
 
 import psutil
 import torch
@@ -26,6 +27,11 @@ def _activate() -> None:
     cpu_redirect.apply()
 
 
+def _memory_peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) of each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _return_freed_memory() -> None:
     # glibc learns to keep freed blocks of up to 32 MB, in pieces that the next pass does not fit into; mallopt(3).
     m_mmap_threshold, one_megabyte = -3, 1 << 20
@@ -40,7 +46,7 @@ def platform() -> Platform:
         prepare=_activate,
         bind=lambda local_rank: torch.device("cpu"),
         synchronize=lambda: None,
-        memory_peak=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        memory_peak=_memory_peak,
         memory_total=lambda: psutil.virtual_memory().total,
         device_name=lambda: "CPU",
         peak_flops=lambda: None,
