@@ -11,7 +11,7 @@ from qwen3_npu.parity.measure import largest_difference
 from qwen3_npu.parity.rows import EP2, FULL, PP2, RING, SP, TP2, Row, rows
 from worlds import World
 
-STEPS, FEWER = 10, 2
+STEPS, FEWER = 10, 3
 LONG = ("TP2", "TP2 SP", "PP2", "PP2 VPP2", "DP2 distributed optimizer", "TP2 PP2")  # all STEPS; of others, FEWER
 BASE = ["--seq-length", "32", "--global-batch-size", "8", "--micro-batch-size", "2", "--lr", "3e-3"]
 BASE += ["--train-iters", str(STEPS), "--lr-decay-style", "cosine", "--lr-warmup-iters", "2"]
