@@ -65,7 +65,13 @@ class PtArchive:
                     if e.filename.startswith(root + "data/") and e.compress_type == zipfile.ZIP_STORED
                 }
                 data = archive.read(pickled)
-        except (zipfile.BadZipFile, StopIteration, EOFError, ValueError, NotImplementedError):
+        except (
+            zipfile.BadZipFile,
+            StopIteration,
+            EOFError,
+            ValueError,
+            NotImplementedError,
+        ):  # all of zipfile
             raise UsageError(
                 f"{path} is not a whole torch checkpoint: truncated, or not written by torch.save (zip format)"
             ) from None

@@ -22,6 +22,17 @@ from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.training.plan import make_plan
 from scripts import ROOT, SCRIPTS, Asked, ask, size_of
 
+PROGRAMS = {
+    "pretrain": "pretrain_gpt.py",
+    "tune": "pretrain_gpt.py",
+    "generate": "inference.py",
+    "chat": "inference.py",
+    "evaluate": "evaluation.py",
+    "qwen3": "evaluation.py",  # qwen3_14b_full_ptd_eval_custom_dataset.sh
+    "ckpt": "convert_ckpt.py",
+    "data": "preprocess_data.py",
+}
+
 
 @pytest.fixture(scope="module")
 def hf_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -54,7 +65,11 @@ def parse(asked: Asked) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_flags_and_layout(script: Path, hf_dirs: dict[str, Path], tmp_path: Path) -> None:
     folder = str(hf_dirs[size_of(script)])
-    parse(ask(script, tmp_path, HF_DIR=folder, CKPT_LOAD_DIR=folder, TOKENIZER_PATH=folder))
+    asked = ask(script, tmp_path, HF_DIR=folder, CKPT_LOAD_DIR=folder, TOKENIZER_PATH=folder)
+    parse(asked)
+    assert asked.program == PROGRAMS[script.stem.split("_")[0]]
+    if "A3" in script.stem:
+        assert asked.world % 16 == 0  # dies of a server
 
 
 def test_the_check_sees_an_illegal_layout(hf_dirs: dict[str, Path], tmp_path: Path) -> None:
