@@ -65,13 +65,8 @@ class PtArchive:
                     if e.filename.startswith(root + "data/") and e.compress_type == zipfile.ZIP_STORED
                 }
                 data = archive.read(pickled)
-        except (
-            zipfile.BadZipFile,
-            StopIteration,
-            EOFError,
-            ValueError,
-            NotImplementedError,
-        ):  # all of zipfile
+        except (zipfile.BadZipFile, StopIteration, EOFError, ValueError, NotImplementedError):
+            # zipfile raises NotImplementedError for a compression that it lacks: a flipped bit may name one.
             raise UsageError(
                 f"{path} is not a whole torch checkpoint: truncated, or not written by torch.save (zip format)"
             ) from None
