@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
 from qwen3_npu.checkpoint.cuts import Region
 from qwen3_npu.checkpoint.lora_table import Contents, is_lora
 from qwen3_npu.checkpoint.mg_args import arch_from_args, layout_from_args, lora_from_args
@@ -27,9 +29,7 @@ from qwen3_npu.checkpoint.mg_folder import (
     read_tracker,
 )
 from qwen3_npu.checkpoint.piece_reader import PieceReader, Place
-from qwen3_npu.checkpoint.pt_reader import PtFile, TensorRef
 from qwen3_npu.checkpoint.source import check_tensors
-from qwen3_npu.checkpoint.tensors import DType
 from qwen3_npu.checkpoint.weights import EMBEDDING, Shard, shards
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError

@@ -8,9 +8,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from qwen3_npu.checkpoint.binary.dtypes import DType, sizes
 from qwen3_npu.checkpoint.cuts import Piece, Region, intersect
 from qwen3_npu.checkpoint.source import inside
-from qwen3_npu.checkpoint.tensors import DType, sizes
 from qwen3_npu.checkpoint.weights import Shard
 from qwen3_npu.errors import UsageError
 

@@ -11,6 +11,8 @@ from megatron.core import tensor_parallel
 from qwen3_npu import log
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import optimizer_state
+from qwen3_npu.checkpoint.binary.dtypes import F32, full
+from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.dist_files import DistReader
 from qwen3_npu.checkpoint.hf_files import is_hf_weights, open_hf
 from qwen3_npu.checkpoint.live import load_weights, to_torch
@@ -21,9 +23,7 @@ from qwen3_npu.checkpoint.mg_folder import TORCH_DIST, checkpoint_folder, format
 from qwen3_npu.checkpoint.newest_whole import newest_whole
 from qwen3_npu.checkpoint.outputs import same_folder
 from qwen3_npu.checkpoint.peft_files import PeftReader, is_peft
-from qwen3_npu.checkpoint.pickles import TensorRef
 from qwen3_npu.checkpoint.source import read_shard
-from qwen3_npu.checkpoint.tensors import F32, full
 from qwen3_npu.checkpoint.training_dist import DistState
 from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.checkpoint.training_torch import TorchState

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from qwen3_npu.checkpoint.binary.dtypes import full
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.live import on_host, write_content
 from qwen3_npu.checkpoint.optimizer_state import KEYS, Gathered, Names, parts
-from qwen3_npu.checkpoint.pt_reader import PtFile
-from qwen3_npu.checkpoint.tensors import full
 
 Place = tuple[int, str]  # virtual chunk, name
 

@@ -16,6 +16,9 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, sizes
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
+from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection
 from qwen3_npu.checkpoint.dist_files import DistReader
 from qwen3_npu.checkpoint.dist_metadata import StoredChunk, StoredTensor, write_metadata
 from qwen3_npu.checkpoint.dist_table import chunks, extra_states
@@ -24,10 +27,7 @@ from qwen3_npu.checkpoint.lora_table import Contents
 from qwen3_npu.checkpoint.mg_folder import COMMON, CONFIG, METADATA
 from qwen3_npu.checkpoint.optimizer_state import KEYS
 from qwen3_npu.checkpoint.outputs import write_text
-from qwen3_npu.checkpoint.pt_reader import PtArchive
-from qwen3_npu.checkpoint.pt_writer import PtSection
 from qwen3_npu.checkpoint.source import Source, read_shard
-from qwen3_npu.checkpoint.tensors import BY_TORCH, sizes
 from qwen3_npu.checkpoint.write_dist import BACKENDS
 from qwen3_npu.distributed.layout import Layout, Rank
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_npu.checkpoint.binary.dtypes import DType, full
+from qwen3_npu.checkpoint.binary.pickles import TensorRef
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
+from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.jobs import FileJob, Item, Record, Stored, remove_records
 from qwen3_npu.checkpoint.lora_table import Contents, is_lora
 from qwen3_npu.checkpoint.mg_args import lora_args, to_args
 from qwen3_npu.checkpoint.mg_files import WEIGHTS
 from qwen3_npu.checkpoint.mg_folder import TORCH, TRACKER, iteration_name, read_tracker
 from qwen3_npu.checkpoint.outputs import Output, sync_folder, write_text
-from qwen3_npu.checkpoint.pickles import TensorRef
-from qwen3_npu.checkpoint.pt_reader import PtFile
-from qwen3_npu.checkpoint.pt_writer import PtWriter, Tensor
-from qwen3_npu.checkpoint.tensors import DType, full
 from qwen3_npu.checkpoint.weights import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
 

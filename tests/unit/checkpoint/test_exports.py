@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import samples
 
+from qwen3_npu.checkpoint.binary.dtypes import full
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
+from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter
 from qwen3_npu.checkpoint.hf_files import SafetensorsFile, SafetensorsWriter
 from qwen3_npu.checkpoint.opening import open_checkpoint
 from qwen3_npu.checkpoint.probe import logits, probe_tokens
-from qwen3_npu.checkpoint.pt_reader import PtFile
-from qwen3_npu.checkpoint.pt_writer import PtWriter
-from qwen3_npu.checkpoint.tensors import full
 
 TP2_PP2 = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
 V1 = ("--use-mcore-models", "--model-type", "GPT", "--spec", "mindspeed_llm.tasks.models.spec.qwen3_spec", "layer_spec")
@@ -119,8 +119,8 @@ def edit(folder: Path, change) -> None:
         data: list[np.ndarray] = []
 
         def announce(value, file=file, data=data):
-            from qwen3_npu.checkpoint.pickles import TensorRef
-            from qwen3_npu.checkpoint.pt_writer import Tensor
+            from qwen3_npu.checkpoint.binary.pickles import TensorRef
+            from qwen3_npu.checkpoint.binary.torch_zip_write import Tensor
 
             if isinstance(value, TensorRef):
                 data.append(file.read(value, value.shape, full(value.shape)))

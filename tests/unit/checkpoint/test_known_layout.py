@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import samples
 
+from qwen3_npu.checkpoint.binary.dtypes import BF16
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.mg_files import checkpoint_args
-from qwen3_npu.checkpoint.pt_reader import PtFile
-from qwen3_npu.checkpoint.tensors import BF16
 
 ARCH = samples.ARCHS["untied"]
 HEADS, GROUPS, DIM = ARCH.num_attention_heads, ARCH.num_key_value_heads, ARCH.head_dim

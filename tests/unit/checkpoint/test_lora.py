@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import samples
 
+from qwen3_npu.checkpoint.binary.dtypes import F32
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.jobs import run_jobs
 from qwen3_npu.checkpoint.lora_table import Contents, Lora, peft_shapes
 from qwen3_npu.checkpoint.opening import open_checkpoint
-from qwen3_npu.checkpoint.pt_reader import PtFile
-from qwen3_npu.checkpoint.tensors import F32
 from qwen3_npu.checkpoint.write_mg import Cut, MegatronOutput
 from qwen3_npu.distributed.layout import plan
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import samples
 
-from qwen3_npu.checkpoint.tensors import BF16
+from qwen3_npu.checkpoint.binary.dtypes import BF16
 
 WORLD = 2
 # Cut otherwise than megatron loads it (TP2 EP2 ETP1, vocabulary of 256), so that it reads across our chunks.

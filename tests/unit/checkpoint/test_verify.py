@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import samples
 
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.hf_files import SafetensorsFile, SafetensorsWriter
-from qwen3_npu.checkpoint.pt_reader import PtFile
 
 TP2 = ("--target-tensor-parallel-size", 2)
 PP2 = ("--target-pipeline-parallel-size", 2)

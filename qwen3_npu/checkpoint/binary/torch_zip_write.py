@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.tensors import DType
+from qwen3_npu.checkpoint.binary.dtypes import DType
 
 _ALIGNMENT = 64
 _ZIP64_EXTRA = 20  # bytes that zipfile adds to a local header it opens with force_zip64

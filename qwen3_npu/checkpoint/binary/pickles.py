@@ -15,7 +15,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.checkpoint.tensors import BY_STORAGE, BY_TORCH, DType
+from qwen3_npu.checkpoint.binary.dtypes import BY_STORAGE, BY_TORCH, DType
 from qwen3_npu.errors import UsageError
 
 

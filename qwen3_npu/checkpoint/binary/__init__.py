@@ -1,0 +1,1 @@
+"""Bytes on disk: dtypes and torch's zip files. Knows no model."""
