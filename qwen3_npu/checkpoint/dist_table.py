@@ -24,9 +24,9 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from qwen3_npu.checkpoint.cuts import Place, Region, local_experts
-from qwen3_npu.checkpoint.lora_table import Contents
-from qwen3_npu.checkpoint.weights import OUTPUT, Shard
+from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.slices import Place, Region, local_experts
+from qwen3_npu.checkpoint.mapping.table import OUTPUT, Shard
 from qwen3_npu.distributed.layout import NOOP, Layout, Rank, plan
 from qwen3_npu.model.arch import Qwen3Arch
 

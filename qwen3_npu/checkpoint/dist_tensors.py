@@ -12,12 +12,12 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
-from qwen3_npu.checkpoint.cuts import Region, intersect, relative
 from qwen3_npu.checkpoint.dist_metadata import StoredChunk, StoredTensor
 from qwen3_npu.checkpoint.dist_table import key_of, layer_places, possible_keys
-from qwen3_npu.checkpoint.lora_table import Contents
-from qwen3_npu.checkpoint.piece_reader import PieceReader, Place
-from qwen3_npu.checkpoint.source import inside
+from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.piece_reader import PieceReader, Place
+from qwen3_npu.checkpoint.mapping.slices import Region, intersect, relative
+from qwen3_npu.checkpoint.mapping.source import inside
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, DType, read_region
-from qwen3_npu.checkpoint.cuts import Region
-from qwen3_npu.checkpoint.lora_table import Contents
-from qwen3_npu.checkpoint.source import check_tensors, listed
-from qwen3_npu.checkpoint.weights import hf_shapes
+from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.slices import Region
+from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
+from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.checkpoint.source import Source, read_shard
-from qwen3_npu.checkpoint.weights import Shard
+from qwen3_npu.checkpoint.mapping.source import Source, read_shard
+from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress, human
 

@@ -12,11 +12,11 @@ import torch
 
 from qwen3_npu.checkpoint.binary.dtypes import BF16, BY_TORCH, U8, DType, sizes, slices
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
-from qwen3_npu.checkpoint.cuts import Region, intersect
-from qwen3_npu.checkpoint.lora_table import Contents
-from qwen3_npu.checkpoint.piece_reader import PieceReader, Place
-from qwen3_npu.checkpoint.source import Source, read_shard
-from qwen3_npu.checkpoint.weights import Shard
+from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.piece_reader import PieceReader, Place
+from qwen3_npu.checkpoint.mapping.slices import Region, intersect
+from qwen3_npu.checkpoint.mapping.source import Source, read_shard
+from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.checkpoint.lora_table import Lora, found_lora
+from qwen3_npu.checkpoint.mapping.lora import Lora, found_lora
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, sizes
-from qwen3_npu.checkpoint.cuts import Region
 from qwen3_npu.checkpoint.hf_files import SafetensorsFile
-from qwen3_npu.checkpoint.lora_table import TARGETS, Contents, Lora, peft_shapes
-from qwen3_npu.checkpoint.source import check_tensors
+from qwen3_npu.checkpoint.mapping.lora import TARGETS, Contents, Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.slices import Region
+from qwen3_npu.checkpoint.mapping.source import check_tensors
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 

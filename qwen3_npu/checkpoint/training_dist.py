@@ -23,11 +23,11 @@ from qwen3_npu.checkpoint.dist_files import DistReader
 from qwen3_npu.checkpoint.dist_metadata import StoredChunk, StoredTensor, write_metadata
 from qwen3_npu.checkpoint.dist_table import chunks, extra_states
 from qwen3_npu.checkpoint.live import LiveTensors, Snapshot, announce, to_torch, write_content, write_tensors
-from qwen3_npu.checkpoint.lora_table import Contents
+from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.checkpoint.mg_folder import COMMON, CONFIG, METADATA
 from qwen3_npu.checkpoint.optimizer_state import KEYS
 from qwen3_npu.checkpoint.outputs import write_text
-from qwen3_npu.checkpoint.source import Source, read_shard
 from qwen3_npu.checkpoint.write_dist import BACKENDS
 from qwen3_npu.distributed.layout import Layout, Rank
 

@@ -29,7 +29,7 @@ from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import integrity, keep, optimizer_state, training_dist, training_torch
 from qwen3_npu.checkpoint.hf_files import carry_files
 from qwen3_npu.checkpoint.live import Snapshot, dtype_of, on_host, parameters_of
-from qwen3_npu.checkpoint.lora_table import Contents, is_lora
+from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mg_args import lora_args, to_args
 from qwen3_npu.checkpoint.mg_folder import TORCH, TORCH_DIST, iteration_name
 from qwen3_npu.checkpoint.outputs import sync_folder

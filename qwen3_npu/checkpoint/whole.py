@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from qwen3_npu.checkpoint import optimizer_state
 from qwen3_npu.checkpoint.binary.dtypes import slices
-from qwen3_npu.checkpoint.cuts import Region
 from qwen3_npu.checkpoint.live import to_numpy
+from qwen3_npu.checkpoint.mapping.slices import Region
 from qwen3_npu.checkpoint.training_state import Trained
 from qwen3_npu.distributed.launch import model_rank
 

@@ -21,8 +21,8 @@ from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
 from qwen3_npu.checkpoint import spread_state, training_torch
 from qwen3_npu.checkpoint.dist_table import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
+from qwen3_npu.checkpoint.mapping.table import shards
 from qwen3_npu.checkpoint.optimizer_state import step_count
-from qwen3_npu.checkpoint.weights import shards
 from qwen3_npu.distributed import nodes
 from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.errors import Stopped, UsageError

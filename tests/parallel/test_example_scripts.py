@@ -29,7 +29,7 @@ from worlds import World
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "checkpoint"))
 import samples
 
-from qwen3_npu.checkpoint.lora_table import Lora
+from qwen3_npu.checkpoint.mapping.lora import Lora
 
 SIZE, LONGEST = 4, 64
 AXES = {  # kept in this order where not all find room

@@ -229,7 +229,7 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     """Kind of model -> a PEFT adapter: A's of one linear are equal, B's are not zero."""
     from safetensors.numpy import save_file
 
-    from qwen3_npu.checkpoint.lora_table import TARGETS, Lora, peft_shapes
+    from qwen3_npu.checkpoint.mapping.lora import TARGETS, Lora, peft_shapes
 
     made = {}
     for kind in ("untied", "moe"):

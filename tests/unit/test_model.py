@@ -161,7 +161,7 @@ class TestLoss:
 
 @pytest.mark.usefixtures("process")
 def test_parameters_are_those_of_the_weight_table(folder: Path) -> None:
-    from qwen3_npu.checkpoint.weights import shards
+    from qwen3_npu.checkpoint.mapping.table import shards
     from qwen3_npu.distributed.layout import Rank, single
 
     with built(folder) as model:

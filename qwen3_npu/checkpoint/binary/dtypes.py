@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qwen3_npu.checkpoint.cuts import Region
+from qwen3_npu.checkpoint.mapping.slices import Region
 from qwen3_npu.errors import UsageError
 
 _BLOCK = 8 << 20  # bytes handled at a time, where a tensor need not be handled whole

@@ -10,7 +10,7 @@ import samples
 import torch
 
 import generation
-from qwen3_npu.checkpoint.lora_table import Lora
+from qwen3_npu.checkpoint.mapping.lora import Lora
 from qwen3_npu.platform import select
 
 LORA = Lora(4, 8.0, samples.ALL_TARGETS)

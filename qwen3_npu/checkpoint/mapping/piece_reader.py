@@ -9,9 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, sizes
-from qwen3_npu.checkpoint.cuts import Piece, Region, intersect
-from qwen3_npu.checkpoint.source import inside
-from qwen3_npu.checkpoint.weights import Shard
+from qwen3_npu.checkpoint.mapping.slices import Piece, Region, intersect
+from qwen3_npu.checkpoint.mapping.source import inside
+from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError
 
 Where = TypeVar("Where")

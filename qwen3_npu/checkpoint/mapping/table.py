@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from qwen3_npu.checkpoint import cuts
-from qwen3_npu.checkpoint.cuts import Cut, Piece, Place
+from qwen3_npu.checkpoint.mapping import slices as cuts
+from qwen3_npu.checkpoint.mapping.slices import Cut, Piece, Place
 from qwen3_npu.distributed.layout import NOOP, Layout, Rank, single
 from qwen3_npu.model.arch import Qwen3Arch
 

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, convert, full, row_blocks, slices
-from qwen3_npu.checkpoint.cuts import Region, relative
-from qwen3_npu.checkpoint.lora_table import Contents
-from qwen3_npu.checkpoint.weights import Shard
+from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.slices import Region, relative
+from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 

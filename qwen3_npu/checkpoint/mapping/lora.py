@@ -36,8 +36,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-from qwen3_npu.checkpoint.cuts import Piece
-from qwen3_npu.checkpoint.weights import Shard, covered, shards
+from qwen3_npu.checkpoint.mapping.slices import Piece
+from qwen3_npu.checkpoint.mapping.table import Shard, covered, shards
 from qwen3_npu.distributed.layout import Layout, Rank, single
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch

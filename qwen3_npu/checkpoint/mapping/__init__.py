@@ -1,0 +1,1 @@
+"""Names and shards: which part of which tensor goes where. Knows no file."""
