@@ -12,7 +12,7 @@ import torch
 from qwen3_npu import cli
 from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs
 from qwen3_npu.args.parallel import make_layout
-from qwen3_npu.checkpoint.hf_files import open_hf
+from qwen3_npu.checkpoint.formats.huggingface import open_hf
 from qwen3_npu.inference.plan import Plan
 
 EOS = 1

@@ -7,17 +7,17 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
-from qwen3_npu.checkpoint.dist_files import DistReader
-from qwen3_npu.checkpoint.hf_files import SafetensorsFile, is_hf_weights, weight_map
+from qwen3_npu.checkpoint.formats.base import Output
+from qwen3_npu.checkpoint.formats.dist_read import DistReader
+from qwen3_npu.checkpoint.formats.dist_write import DistOutput
+from qwen3_npu.checkpoint.formats.folders import TORCH_DIST
+from qwen3_npu.checkpoint.formats.huggingface import SafetensorsFile, is_hf_weights, weight_map
+from qwen3_npu.checkpoint.formats.open import open_checkpoint
+from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
+from qwen3_npu.checkpoint.formats.torch_write import Cut, MegatronOutput
+from qwen3_npu.checkpoint.formats.write_hf import HfOutput, PeftOutput, plan_hf_files
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
-from qwen3_npu.checkpoint.mg_files import MegatronReader
-from qwen3_npu.checkpoint.mg_folder import TORCH_DIST
-from qwen3_npu.checkpoint.opening import open_checkpoint
-from qwen3_npu.checkpoint.outputs import Output
 from qwen3_npu.checkpoint.plan import Plan
-from qwen3_npu.checkpoint.write_dist import DistOutput
-from qwen3_npu.checkpoint.write_hf import HfOutput, PeftOutput, plan_hf_files
-from qwen3_npu.checkpoint.write_mg import Cut, MegatronOutput
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch

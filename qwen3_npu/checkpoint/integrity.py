@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.checkpoint.outputs import write_text
+from qwen3_npu.checkpoint.formats.base import write_text
 
 MANIFEST = "integrity.json"
 _BLOCK = 8 << 20

@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from qwen3_npu.checkpoint.formats.folders import iteration_name, read_tracker
 from qwen3_npu.checkpoint.integrity import is_sealed
-from qwen3_npu.checkpoint.mg_folder import iteration_name, read_tracker
 
 _REMOVED = ".removed"  # a checkpoint that is being deleted; it must not look like one meanwhile
 _REPLACED = ".replaced"  # a whole one whose place another of the same step is about to take

@@ -9,12 +9,12 @@ from typing import Any
 
 from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
+from qwen3_npu.checkpoint.formats.adapters import MergedSource
+from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources
 from qwen3_npu.checkpoint.manifest import MANIFEST
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING
-from qwen3_npu.checkpoint.merge import MergedSource
-from qwen3_npu.checkpoint.opening import Checkpoint, Sources
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 

@@ -13,17 +13,17 @@ from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import optimizer_state
 from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
-from qwen3_npu.checkpoint.dist_files import DistReader
-from qwen3_npu.checkpoint.hf_files import is_hf_weights, open_hf
+from qwen3_npu.checkpoint.formats.adapters import SharedA
+from qwen3_npu.checkpoint.formats.base import same_folder
+from qwen3_npu.checkpoint.formats.dist_read import DistReader
+from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, checkpoint_folder, format_of
+from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights, open_hf
+from qwen3_npu.checkpoint.formats.peft import PeftReader, is_peft
+from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.live import load_weights, to_torch
 from qwen3_npu.checkpoint.mapping.lora import is_lora
 from qwen3_npu.checkpoint.mapping.source import read_shard
-from qwen3_npu.checkpoint.merge import SharedA
-from qwen3_npu.checkpoint.mg_files import MegatronReader
-from qwen3_npu.checkpoint.mg_folder import TORCH_DIST, checkpoint_folder, format_of
 from qwen3_npu.checkpoint.newest_whole import newest_whole
-from qwen3_npu.checkpoint.outputs import same_folder
-from qwen3_npu.checkpoint.peft_files import PeftReader, is_peft
 from qwen3_npu.checkpoint.training_dist import DistState
 from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.checkpoint.training_torch import TorchState

@@ -19,16 +19,16 @@ from typing import Any, BinaryIO
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection
-from qwen3_npu.checkpoint.dist_files import DistReader
-from qwen3_npu.checkpoint.dist_metadata import StoredChunk, StoredTensor, write_metadata
-from qwen3_npu.checkpoint.dist_table import chunks, extra_states
+from qwen3_npu.checkpoint.formats.base import write_text
+from qwen3_npu.checkpoint.formats.dist_keys import chunks, extra_states
+from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, write_metadata
+from qwen3_npu.checkpoint.formats.dist_read import DistReader
+from qwen3_npu.checkpoint.formats.dist_write import BACKENDS
+from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA
 from qwen3_npu.checkpoint.live import LiveTensors, Snapshot, announce, to_torch, write_content, write_tensors
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
-from qwen3_npu.checkpoint.mg_folder import COMMON, CONFIG, METADATA
 from qwen3_npu.checkpoint.optimizer_state import KEYS
-from qwen3_npu.checkpoint.outputs import write_text
-from qwen3_npu.checkpoint.write_dist import BACKENDS
 from qwen3_npu.distributed.layout import Layout, Rank
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qwen3_npu import log
 from qwen3_npu.args.evaluation import EvaluationArgs
 from qwen3_npu.args.inference import InferenceArgs
-from qwen3_npu.checkpoint.outputs import check_writable
+from qwen3_npu.checkpoint.formats.base import check_writable
 from qwen3_npu.distributed import environment
 from qwen3_npu.inference.plan import Plan, make_plan
 

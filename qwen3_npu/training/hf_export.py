@@ -15,8 +15,8 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint.hf_files import is_hf_weights
-from qwen3_npu.checkpoint.mg_folder import iteration_name
+from qwen3_npu.checkpoint.formats.folders import iteration_name
+from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
 from qwen3_npu.errors import Stopped
 
 

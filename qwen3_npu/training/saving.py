@@ -14,8 +14,8 @@ from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import keep, resume, training_state
-from qwen3_npu.checkpoint.mg_folder import TRACKER, iteration_name
-from qwen3_npu.checkpoint.outputs import check_writable, same_folder, write_text
+from qwen3_npu.checkpoint.formats.base import check_writable, same_folder, write_text
+from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name
 from qwen3_npu.checkpoint.training_state import Position, Trained
 from qwen3_npu.checkpoint.writing import Writing
 from qwen3_npu.distributed import environment

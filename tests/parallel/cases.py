@@ -19,7 +19,7 @@ import tiny
 from qwen3_npu import log
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
 from qwen3_npu.checkpoint import spread_state, training_torch
-from qwen3_npu.checkpoint.dist_table import key_of, layer_places
+from qwen3_npu.checkpoint.formats.dist_keys import key_of, layer_places
 from qwen3_npu.checkpoint.live import write_content
 from qwen3_npu.checkpoint.mapping.table import shards
 from qwen3_npu.checkpoint.optimizer_state import step_count

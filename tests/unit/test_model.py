@@ -14,7 +14,7 @@ import tiny
 from qwen3_npu import kernels
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
 from qwen3_npu.args.training import TrainArgs
-from qwen3_npu.checkpoint.hf_files import open_hf
+from qwen3_npu.checkpoint.formats.huggingface import open_hf
 
 
 @contextlib.contextmanager

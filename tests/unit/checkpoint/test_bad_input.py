@@ -127,7 +127,7 @@ def rename_key(folder: Path, old: bytes, new: bytes) -> None:
 
 
 def drop_chunk(folder: Path) -> None:
-    from qwen3_npu.checkpoint.dist_metadata import read_metadata, write_metadata
+    from qwen3_npu.checkpoint.formats.dist_metadata import read_metadata, write_metadata
 
     tensors, _ = read_metadata(folder / ".metadata")
     key = "decoder.layers.mlp.linear_fc2.weight"

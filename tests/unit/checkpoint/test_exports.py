@@ -13,8 +13,8 @@ import samples
 from qwen3_npu.checkpoint.binary.dtypes import full
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter
-from qwen3_npu.checkpoint.hf_files import SafetensorsFile, SafetensorsWriter
-from qwen3_npu.checkpoint.opening import open_checkpoint
+from qwen3_npu.checkpoint.formats.huggingface import SafetensorsFile, SafetensorsWriter
+from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.probe import logits, probe_tokens
 
 TP2_PP2 = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)

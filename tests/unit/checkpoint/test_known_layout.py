@@ -10,7 +10,7 @@ import samples
 
 from qwen3_npu.checkpoint.binary.dtypes import BF16
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
-from qwen3_npu.checkpoint.mg_files import checkpoint_args
+from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
 
 ARCH = samples.ARCHS["untied"]
 HEADS, GROUPS, DIM = ARCH.num_attention_heads, ARCH.num_key_value_heads, ARCH.head_dim

@@ -11,7 +11,7 @@ import pytest
 import samples
 
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
-from qwen3_npu.checkpoint.hf_files import SafetensorsFile, SafetensorsWriter
+from qwen3_npu.checkpoint.formats.huggingface import SafetensorsFile, SafetensorsWriter
 
 TP2 = ("--target-tensor-parallel-size", 2)
 PP2 = ("--target-pipeline-parallel-size", 2)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import F32, DType, full, same_bits, sizes, to_float32
+from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.mapping.lora import TARGETS, Contents, Lora, peft_name, peft_shapes
 from qwen3_npu.checkpoint.mapping.slices import Region, intersect, relative
 from qwen3_npu.checkpoint.mapping.source import Source, inside
-from qwen3_npu.checkpoint.peft_files import PeftReader
 
 
 class MergedSource:

@@ -12,8 +12,8 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
-from qwen3_npu.checkpoint.dist_metadata import StoredChunk, StoredTensor
-from qwen3_npu.checkpoint.dist_table import key_of, layer_places, possible_keys
+from qwen3_npu.checkpoint.formats.dist_keys import key_of, layer_places, possible_keys
+from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.piece_reader import PieceReader, Place
 from qwen3_npu.checkpoint.mapping.slices import Region, intersect, relative

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, full
-from qwen3_npu.checkpoint.hf_files import (
+from qwen3_npu.checkpoint.formats.base import Output, move_files, write_text
+from qwen3_npu.checkpoint.formats.huggingface import (
     INDEX,
     SafetensorsFile,
     SafetensorsWriter,
@@ -20,12 +21,11 @@ from qwen3_npu.checkpoint.hf_files import (
     weight_map,
     write_index,
 )
+from qwen3_npu.checkpoint.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
 from qwen3_npu.checkpoint.jobs import Item, Record, Stored
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.slices import Piece
 from qwen3_npu.checkpoint.mapping.table import Shard, hf_shapes
-from qwen3_npu.checkpoint.outputs import Output, move_files, write_text
-from qwen3_npu.checkpoint.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
 from qwen3_npu.model.arch import Qwen3Arch, to_hf_config
 
 STAGE = ".conversion.partial"

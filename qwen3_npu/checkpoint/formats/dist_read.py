@@ -16,16 +16,16 @@ from typing import Any
 
 from qwen3_npu.checkpoint.binary.dtypes import full, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
-from qwen3_npu.checkpoint.dist_metadata import read_metadata
-from qwen3_npu.checkpoint.dist_table import whole
-from qwen3_npu.checkpoint.dist_tensors import DistTensors
+from qwen3_npu.checkpoint.formats.dist_keys import whole
+from qwen3_npu.checkpoint.formats.dist_metadata import read_metadata
+from qwen3_npu.checkpoint.formats.dist_tensors import DistTensors
+from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, checkpoint_folder
+from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args
+from qwen3_npu.checkpoint.formats.torch_read import architecture
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.slices import intersect
 from qwen3_npu.checkpoint.mapping.source import check_tensors
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING
-from qwen3_npu.checkpoint.mg_args import layout_from_args, lora_from_args
-from qwen3_npu.checkpoint.mg_files import architecture
-from qwen3_npu.checkpoint.mg_folder import COMMON, CONFIG, METADATA, TORCH_DIST, checkpoint_folder
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.errors import UsageError
 from qwen3_npu.numbers import number_list

@@ -16,13 +16,7 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
-from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.piece_reader import PieceReader, Place
-from qwen3_npu.checkpoint.mapping.slices import Region
-from qwen3_npu.checkpoint.mapping.source import check_tensors
-from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, shards
-from qwen3_npu.checkpoint.mg_args import arch_from_args, layout_from_args, lora_from_args
-from qwen3_npu.checkpoint.mg_folder import (
+from qwen3_npu.checkpoint.formats.folders import (
     COMMON,
     TORCH,
     TORCH_DIST,
@@ -31,6 +25,12 @@ from qwen3_npu.checkpoint.mg_folder import (
     iteration_name,
     read_tracker,
 )
+from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args
+from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
+from qwen3_npu.checkpoint.mapping.piece_reader import PieceReader, Place
+from qwen3_npu.checkpoint.mapping.slices import Region
+from qwen3_npu.checkpoint.mapping.source import check_tensors
+from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, shards
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config

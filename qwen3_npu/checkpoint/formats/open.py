@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from qwen3_npu.args.convert import HF, MEGATRON
-from qwen3_npu.checkpoint.dist_files import DistReader
-from qwen3_npu.checkpoint.hf_files import HfReader, is_hf_weights, open_hf
-from qwen3_npu.checkpoint.merge import MergedSource, SharedA
-from qwen3_npu.checkpoint.mg_files import MegatronReader
-from qwen3_npu.checkpoint.mg_folder import TORCH_DIST, checkpoint_folder, format_of, read_tracker
-from qwen3_npu.checkpoint.peft_files import PeftReader, is_peft
+from qwen3_npu.checkpoint.formats.adapters import MergedSource, SharedA
+from qwen3_npu.checkpoint.formats.dist_read import DistReader
+from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, checkpoint_folder, format_of, read_tracker
+from qwen3_npu.checkpoint.formats.huggingface import HfReader, is_hf_weights, open_hf
+from qwen3_npu.checkpoint.formats.peft import PeftReader, is_peft
+from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 

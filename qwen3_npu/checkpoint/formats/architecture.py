@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen3_npu.args.model import ModelArgs, ShapeArgs, arch_from_shapes
-from qwen3_npu.checkpoint.mg_args import arch_from_args
-from qwen3_npu.checkpoint.mg_files import checkpoint_args
-from qwen3_npu.checkpoint.mg_folder import read_tracker
+from qwen3_npu.checkpoint.formats.folders import read_tracker
+from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args
+from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.sizes import SIZES
