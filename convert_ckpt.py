@@ -11,7 +11,7 @@ def main() -> int:
     parsed = cli.parse("convert_ckpt.py", __doc__, groups, FOREIGN)
     for note in parsed.notes:
         log.info(note)
-    from qwen3_npu.checkpoint.convert import convert
+    from qwen3_npu.checkpoint.convert.run import convert
 
     return convert(*parsed.groups, parsed.given)
 

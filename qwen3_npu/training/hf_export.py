@@ -24,7 +24,7 @@ def _convert(args: ConvertArgs, lora: LoraConvertArgs) -> None:
     """The body of the process."""
     log.setup(rank=1)  # warnings only; the training speaks for it
     os.nice(10)
-    from qwen3_npu.checkpoint.convert import convert
+    from qwen3_npu.checkpoint.convert.run import convert
 
     convert(args, TargetArgs(), lora, LegacyConvertArgs())
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.checkpoint.jobs import FileJob, Record, remove_records
+from qwen3_npu.checkpoint.convert.jobs import FileJob, Record, remove_records
 from qwen3_npu.errors import UsageError
 
 

@@ -14,12 +14,12 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import DType, full, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection, PtWriter, Tensor
+from qwen3_npu.checkpoint.convert.jobs import Item, Record, Stored
 from qwen3_npu.checkpoint.formats.base import write_text
 from qwen3_npu.checkpoint.formats.dist_keys import Chunk, chunks, extra_states
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata, write_metadata
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST
 from qwen3_npu.checkpoint.formats.torch_write import Cut, MegatronOutput, common_content
-from qwen3_npu.checkpoint.jobs import Item, Record, Stored
 from qwen3_npu.distributed.layout import Rank
 
 BACKENDS = {

@@ -16,11 +16,11 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
+from qwen3_npu.checkpoint.convert.jobs import FileJob, Item, Record, Stored, remove_records
 from qwen3_npu.checkpoint.formats.base import Output, sync_folder, write_text
 from qwen3_npu.checkpoint.formats.folders import TORCH, TRACKER, iteration_name, read_tracker
 from qwen3_npu.checkpoint.formats.megatron_args import lora_args, to_args
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS
-from qwen3_npu.checkpoint.jobs import FileJob, Item, Record, Stored, remove_records
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, full
+from qwen3_npu.checkpoint.convert.jobs import Item, Record, Stored
 from qwen3_npu.checkpoint.formats.base import Output, move_files, write_text
 from qwen3_npu.checkpoint.formats.huggingface import (
     INDEX,
@@ -22,7 +23,6 @@ from qwen3_npu.checkpoint.formats.huggingface import (
     write_index,
 )
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
-from qwen3_npu.checkpoint.jobs import Item, Record, Stored
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.slices import Piece
 from qwen3_npu.checkpoint.mapping.table import Shard, hf_shapes

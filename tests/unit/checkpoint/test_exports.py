@@ -13,9 +13,9 @@ import samples
 from qwen3_npu.checkpoint.binary.dtypes import full
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter
+from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
 from qwen3_npu.checkpoint.formats.huggingface import SafetensorsFile, SafetensorsWriter
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
-from qwen3_npu.checkpoint.probe import logits, probe_tokens
 
 TP2_PP2 = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
 V1 = ("--use-mcore-models", "--model-type", "GPT", "--spec", "mindspeed_llm.tasks.models.spec.qwen3_spec", "layer_spec")

@@ -11,9 +11,9 @@ import samples
 
 from qwen3_npu.checkpoint.binary.dtypes import F32
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
+from qwen3_npu.checkpoint.convert.jobs import run_jobs
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_write import Cut, MegatronOutput
-from qwen3_npu.checkpoint.jobs import run_jobs
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
 from qwen3_npu.distributed.layout import plan
 

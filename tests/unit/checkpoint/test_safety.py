@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import samples
 
-from qwen3_npu.checkpoint import jobs
+from qwen3_npu.checkpoint.convert import jobs
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYOUT = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
@@ -94,7 +94,7 @@ import os, signal, sys
 sys.argv = ["convert_ckpt.py", *{argv!r}]
 sys.path.insert(0, {root!r})
 from qwen3_npu import cli
-from qwen3_npu.checkpoint import jobs
+from qwen3_npu.checkpoint.convert import jobs
 import convert_ckpt
 whole, written = jobs._Write.__call__, []
 def write(self, job, source, count):

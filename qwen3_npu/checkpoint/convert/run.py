@@ -14,17 +14,17 @@ import numpy as np
 
 from qwen3_npu import log
 from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
-from qwen3_npu.checkpoint.choose_output import found_output, planned_output
+from qwen3_npu.checkpoint.convert.jobs import run_jobs
+from qwen3_npu.checkpoint.convert.output import found_output, planned_output
+from qwen3_npu.checkpoint.convert.plan import Plan, make_plan
+from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
+from qwen3_npu.checkpoint.convert.verify import differences
 from qwen3_npu.checkpoint.formats.base import Output
 from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput
 from qwen3_npu.checkpoint.formats.write_hf import PeftOutput, write_config
-from qwen3_npu.checkpoint.jobs import run_jobs
 from qwen3_npu.checkpoint.manifest import write_manifest
-from qwen3_npu.checkpoint.plan import Plan, make_plan
-from qwen3_npu.checkpoint.probe import logits, probe_tokens
-from qwen3_npu.checkpoint.verify import differences
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import read_hf_config

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
+from qwen3_npu.checkpoint.convert.plan import Plan
 from qwen3_npu.checkpoint.formats.base import Output
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.dist_write import DistOutput
@@ -17,7 +18,6 @@ from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.formats.torch_write import Cut, MegatronOutput
 from qwen3_npu.checkpoint.formats.write_hf import HfOutput, PeftOutput, plan_hf_files
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
-from qwen3_npu.checkpoint.plan import Plan
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
