@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch.distributed as dist
 
-from qwen3_npu.checkpoint import optimizer_state
 from qwen3_npu.checkpoint.binary.dtypes import slices
-from qwen3_npu.checkpoint.live import to_numpy
 from qwen3_npu.checkpoint.mapping.slices import Region
-from qwen3_npu.checkpoint.training_state import Trained
+from qwen3_npu.checkpoint.training import optimizer_state
+from qwen3_npu.checkpoint.training.live import to_numpy
+from qwen3_npu.checkpoint.training.save import Trained
 from qwen3_npu.distributed.launch import model_rank
 
 Piece = tuple[str, Region, np.ndarray]

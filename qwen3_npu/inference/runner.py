@@ -15,7 +15,7 @@ from qwen3_npu.args.inference import WeightArgs
 from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.formats.open import Opened, Sources
-from qwen3_npu.checkpoint.live import load_weights
+from qwen3_npu.checkpoint.training.live import load_weights
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import Plan

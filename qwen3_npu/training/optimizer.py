@@ -14,7 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.training import OptimizerArgs, TrainArgs
-from qwen3_npu.checkpoint.optimizer_state import parts
+from qwen3_npu.checkpoint.training.optimizer_state import parts
 
 
 def wrap_model(

@@ -18,11 +18,12 @@ import torch.distributed as dist
 import tiny
 from qwen3_npu import log
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
-from qwen3_npu.checkpoint import spread_state, training_torch
 from qwen3_npu.checkpoint.formats.dist_keys import key_of, layer_places
-from qwen3_npu.checkpoint.live import write_content
 from qwen3_npu.checkpoint.mapping.table import shards
-from qwen3_npu.checkpoint.optimizer_state import step_count
+from qwen3_npu.checkpoint.training import spread_state
+from qwen3_npu.checkpoint.training import torch_files as training_torch
+from qwen3_npu.checkpoint.training.live import write_content
+from qwen3_npu.checkpoint.training.optimizer_state import step_count
 from qwen3_npu.distributed import nodes
 from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.errors import Stopped, UsageError

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from qwen3_npu.checkpoint.newest_whole import newest_whole
-from qwen3_npu.checkpoint.training_state import Position
+from qwen3_npu.checkpoint.training.newest_whole import newest_whole
+from qwen3_npu.checkpoint.training.save import Position
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.errors import UsageError
 from qwen3_npu.parity.measure import trainer

@@ -14,7 +14,8 @@ import pytest
 from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import integrity, keep
+from qwen3_npu.checkpoint import integrity
+from qwen3_npu.checkpoint.training import retention as keep
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
 
@@ -204,7 +205,7 @@ def test_flags_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_rank_0_waits_for_all_parts_in_the_background(tmp_path: Path) -> None:
-    from qwen3_npu.checkpoint.writing import Writing
+    from qwen3_npu.checkpoint.training.writing import Writing
 
     published = threading.Event()
     mine = lambda writing: integrity.write_part(tmp_path, 0, [], None)  # noqa: E731

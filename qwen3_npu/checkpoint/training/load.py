@@ -10,7 +10,6 @@ from megatron.core import tensor_parallel
 
 from qwen3_npu import log
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import optimizer_state
 from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.formats.adapters import SharedA
@@ -20,13 +19,14 @@ from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, checkpoint_folder, 
 from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights, open_hf
 from qwen3_npu.checkpoint.formats.peft import PeftReader, is_peft
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.live import load_weights, to_torch
 from qwen3_npu.checkpoint.mapping.lora import is_lora
 from qwen3_npu.checkpoint.mapping.source import read_shard
-from qwen3_npu.checkpoint.newest_whole import newest_whole
-from qwen3_npu.checkpoint.training_dist import DistState
-from qwen3_npu.checkpoint.training_state import Position, Trained
-from qwen3_npu.checkpoint.training_torch import TorchState
+from qwen3_npu.checkpoint.training import optimizer_state
+from qwen3_npu.checkpoint.training.dist_files import DistState
+from qwen3_npu.checkpoint.training.live import load_weights, to_torch
+from qwen3_npu.checkpoint.training.newest_whole import newest_whole
+from qwen3_npu.checkpoint.training.save import Position, Trained
+from qwen3_npu.checkpoint.training.torch_files import TorchState
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch

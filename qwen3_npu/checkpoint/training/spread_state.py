@@ -20,8 +20,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from qwen3_npu.checkpoint.binary.dtypes import full
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
-from qwen3_npu.checkpoint.live import on_host, write_content
-from qwen3_npu.checkpoint.optimizer_state import KEYS, Gathered, Names, parts
+from qwen3_npu.checkpoint.training.live import on_host, write_content
+from qwen3_npu.checkpoint.training.optimizer_state import KEYS, Gathered, Names, parts
 
 Place = tuple[int, str]  # virtual chunk, name
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from qwen3_npu import log
 from qwen3_npu.checkpoint.formats.folders import format_of, iteration_name, read_tracker
 from qwen3_npu.checkpoint.integrity import MANIFEST, damage, is_sealed, share_bytes
-from qwen3_npu.checkpoint.keep import bring_back, candidates
+from qwen3_npu.checkpoint.training.retention import bring_back, candidates
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress
 

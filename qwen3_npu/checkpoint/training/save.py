@@ -26,17 +26,21 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import integrity, keep, optimizer_state, training_dist, training_torch
+from qwen3_npu.checkpoint import integrity
 from qwen3_npu.checkpoint.formats.base import sync_folder
 from qwen3_npu.checkpoint.formats.folders import TORCH, TORCH_DIST, iteration_name
 from qwen3_npu.checkpoint.formats.huggingface import carry_files
 from qwen3_npu.checkpoint.formats.megatron_args import lora_args, to_args
 from qwen3_npu.checkpoint.formats.torch_write import CHECKPOINT_VERSION, write_tracker
 from qwen3_npu.checkpoint.formats.write_hf import write_config
-from qwen3_npu.checkpoint.live import Snapshot, dtype_of, on_host, parameters_of
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.spread_state import SpreadState
-from qwen3_npu.checkpoint.writing import Writing
+from qwen3_npu.checkpoint.training import dist_files as training_dist
+from qwen3_npu.checkpoint.training import optimizer_state
+from qwen3_npu.checkpoint.training import retention as keep
+from qwen3_npu.checkpoint.training import torch_files as training_torch
+from qwen3_npu.checkpoint.training.live import Snapshot, dtype_of, on_host, parameters_of
+from qwen3_npu.checkpoint.training.spread_state import SpreadState
+from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout
 

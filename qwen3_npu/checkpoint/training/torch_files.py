@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.checkpoint import optimizer_state
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS, MegatronReader, ShardedTensors
-from qwen3_npu.checkpoint.live import Snapshot, write_content
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.source import Source
+from qwen3_npu.checkpoint.training import optimizer_state
+from qwen3_npu.checkpoint.training.live import Snapshot, write_content
 from qwen3_npu.distributed.layout import Rank
 
 OPTIMIZER = "optimizer.pt"

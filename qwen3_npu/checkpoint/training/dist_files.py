@@ -25,10 +25,10 @@ from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.dist_write import BACKENDS
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA
-from qwen3_npu.checkpoint.live import LiveTensors, Snapshot, announce, to_torch, write_content, write_tensors
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
-from qwen3_npu.checkpoint.optimizer_state import KEYS
+from qwen3_npu.checkpoint.training.live import LiveTensors, Snapshot, announce, to_torch, write_content, write_tensors
+from qwen3_npu.checkpoint.training.optimizer_state import KEYS
 from qwen3_npu.distributed.layout import Layout, Rank
 
 

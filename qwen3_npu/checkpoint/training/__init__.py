@@ -1,0 +1,1 @@
+"""Save and load a training: weights, optimizer, random state, position."""
