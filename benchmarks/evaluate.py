@@ -141,7 +141,7 @@ SIDES = {"lm-eval": theirs, "qwen3_npu": ours}
 def token_counts(model: Path, data: Path, questions: int) -> tuple[float, float]:
     """Mean tokens of a prompt, and of those that are the same in all prompts."""
     from qwen3_npu.args.inference import PromptArgs
-    from qwen3_npu.data.tokenizer import open_tokenizer
+    from qwen3_npu.data.text.tokenizer import open_tokenizer
     from qwen3_npu.evaluation.asking import Asker
     from qwen3_npu.evaluation.questions import load_questions
     from qwen3_npu.evaluation.tasks import TASKS

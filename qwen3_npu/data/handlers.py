@@ -7,7 +7,6 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
-from qwen3_npu.data.hf_template import hf_template
 from qwen3_npu.data.instruct import ConversationHandler, InstructionHandler, PairwiseHandler, Style
 from qwen3_npu.data.pretrain_text import PretrainHandler, TextOf, alpaca_text, sharegpt_text, text_value
 from qwen3_npu.data.produced import Handler
@@ -25,8 +24,9 @@ from qwen3_npu.data.records import (
     sharegpt,
     sharegpt_pair,
 )
-from qwen3_npu.data.templates import QWEN, QWEN3, Template
-from qwen3_npu.data.tokenizer import TokenizerFolder
+from qwen3_npu.data.text.chat_template import hf_template
+from qwen3_npu.data.text.templates import QWEN, QWEN3, Template
+from qwen3_npu.data.text.tokenizer import TokenizerFolder
 from qwen3_npu.errors import UsageError
 
 Make = Callable[[PreprocessArgs, TokenizerFolder], Handler]

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwen3_npu.data.blocks import BadRecord, Block, parse
-from qwen3_npu.data.encoder import Tokens
 from qwen3_npu.data.produced import Prepared
 from qwen3_npu.data.records import Columns
-from qwen3_npu.data.templates import Template, render_pair
+from qwen3_npu.data.text.encoder import Tokens
+from qwen3_npu.data.text.templates import Template, render_pair
 from qwen3_npu.data.turns import IGNORED, kept_tokens, limits
 
 CUT, DROPPED, UNSUPERVISED = "over-long samples cut", "over-long samples left out", "samples without anything to learn"

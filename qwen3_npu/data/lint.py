@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qwen3_npu.data.conversation import ASSISTANT, END_THINK, NO_THOUGHT, THINK, Conversation, Message, Pair
+from qwen3_npu.data.text.conversation import ASSISTANT, END_THINK, NO_THOUGHT, THINK, Conversation, Message, Pair
 
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen3_npu import log
-from qwen3_npu.data.encoder import Tokens
 from qwen3_npu.data.indexed import IndexedWriter, publish
+from qwen3_npu.data.text.encoder import Tokens
 from qwen3_npu.data.totals import Totals
 from qwen3_npu.errors import UsageError
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.data.blocks import BadRecord, Block, parse
-from qwen3_npu.data.encoder import Tokens
 from qwen3_npu.data.produced import Prepared
+from qwen3_npu.data.text.encoder import Tokens
 
 # (record, column) -> text; raises ValueError.
 TextOf = Callable[[Mapping[str, Any], str], str]

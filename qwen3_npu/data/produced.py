@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from qwen3_npu.data.blocks import BadRecord, Block
-from qwen3_npu.data.encoder import Encoder, Tokens
+from qwen3_npu.data.text.encoder import Encoder, Tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3_npu.data.conversation import (
+from qwen3_npu.data.pretrain_text import text_value, value
+from qwen3_npu.data.text.conversation import (
     ASSISTANT,
     SYSTEM,
     TOOL,
@@ -23,7 +24,6 @@ from qwen3_npu.data.conversation import (
     tools_of,
     written_calls,
 )
-from qwen3_npu.data.pretrain_text import text_value, value
 from qwen3_npu.errors import UsageError, did_you_mean
 
 Names = Mapping[str, str | None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qwen3_npu.args.evaluation import MINDSPEED
-from qwen3_npu.data.conversation import ASSISTANT, SYSTEM, USER, Message
+from qwen3_npu.data.text.conversation import ASSISTANT, SYSTEM, USER, Message
 from qwen3_npu.errors import UsageError
 from qwen3_npu.evaluation.questions import Question
 from qwen3_npu.evaluation.task import Task, Texts

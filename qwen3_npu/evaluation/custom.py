@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3_npu.args.evaluation import MATCHES
-from qwen3_npu.data.conversation import ASSISTANT, USER, Message
+from qwen3_npu.data.text.conversation import ASSISTANT, USER, Message
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.prompts import messages_of
 

@@ -6,7 +6,7 @@ import sys
 from typing import TextIO
 
 from qwen3_npu.args.inference import InferenceArgs
-from qwen3_npu.data.conversation import ASSISTANT, END_THINK, THINK, USER, Message, without_thought
+from qwen3_npu.data.text.conversation import ASSISTANT, END_THINK, THINK, USER, Message, without_thought
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.engine import Engine, Request
 from qwen3_npu.inference.runner import Runner

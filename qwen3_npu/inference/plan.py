@@ -12,7 +12,7 @@ from qwen3_npu.args.parallel import ParallelArgs, make_layout
 from qwen3_npu.checkpoint.formats.architecture import find_architecture
 from qwen3_npu.checkpoint.formats.folders import format_of, read_tracker
 from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
-from qwen3_npu.data.tokenizer import TokenizerFolder, open_tokenizer
+from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_npu.args.inference import GenerateArgs
-from qwen3_npu.data.conversation import ASSISTANT, USER, Message
+from qwen3_npu.data.text.conversation import ASSISTANT, USER, Message
 from qwen3_npu.errors import UsageError
 
 Prompt = tuple[Message, ...]

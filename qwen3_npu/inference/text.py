@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qwen3_npu.args.inference import PromptArgs
-from qwen3_npu.data.conversation import ASSISTANT, SYSTEM, Conversation, Message
-from qwen3_npu.data.encoder import Encoder, open_encoder
 from qwen3_npu.data.handlers import TEMPLATES
-from qwen3_npu.data.hf_template import asked
-from qwen3_npu.data.loading import start_loading
-from qwen3_npu.data.tokenizer import END_OF_TEXT, IM_END, TokenizerFolder
+from qwen3_npu.data.text.chat_template import asked
+from qwen3_npu.data.text.conversation import ASSISTANT, SYSTEM, Conversation, Message
+from qwen3_npu.data.text.encoder import Encoder, open_encoder
+from qwen3_npu.data.text.loading import start_loading
+from qwen3_npu.data.text.tokenizer import END_OF_TEXT, IM_END, TokenizerFolder
 from qwen3_npu.errors import UsageError
 
 _CUT_SHORT = "\ufffd"  # what a decoder writes for the first bytes of a character

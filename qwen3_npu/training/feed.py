@@ -16,8 +16,8 @@ from qwen3_npu.data.documents import find_eod
 from qwen3_npu.data.indexed import open_indexed
 from qwen3_npu.data.prefixes import blend
 from qwen3_npu.data.rows import Padding, Rows, instruction_rows, padding_multiple
+from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.data.thinking import ThinkTokens
-from qwen3_npu.data.tokenizer import open_tokenizer
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
 from qwen3_npu.distributed.nodes import check_same

@@ -14,8 +14,8 @@ import quiz
 import tiny
 from qwen3_npu import cli
 from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs, PromptArgs
-from qwen3_npu.data.conversation import ASSISTANT, USER, Message
-from qwen3_npu.data.tokenizer import open_tokenizer
+from qwen3_npu.data.text.conversation import ASSISTANT, USER, Message
+from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import make_plan
 from qwen3_npu.inference.prompts import read_prompts

@@ -13,7 +13,7 @@ import pytest
 from lines import write_lines
 
 from qwen3_npu.data import preprocess
-from qwen3_npu.data.encoder import Encoder
+from qwen3_npu.data.text.encoder import Encoder
 from qwen3_npu.errors import UsageError
 
 PRETRAIN = ("--handler-name", "GeneralPretrainHandler")

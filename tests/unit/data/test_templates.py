@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen3_npu.data.conversation import NO_THOUGHT, Call, Conversation, Message, Pair
-from qwen3_npu.data.encoder import Encoder
-from qwen3_npu.data.hf_template import hf_template
 from qwen3_npu.data.records import OPENAI, SHAREGPT, Columns, openai, sharegpt
-from qwen3_npu.data.templates import QWEN, QWEN3, Turn, render_pair
-from qwen3_npu.data.tokenizer import open_tokenizer
+from qwen3_npu.data.text.chat_template import hf_template
+from qwen3_npu.data.text.conversation import NO_THOUGHT, Call, Conversation, Message, Pair
+from qwen3_npu.data.text.encoder import Encoder
+from qwen3_npu.data.text.templates import QWEN, QWEN3, Turn, render_pair
+from qwen3_npu.data.text.tokenizer import open_tokenizer
 
 U1, A1, U2, A2 = (
     Message("user", "U1"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from qwen3_npu.data.conversation import (
+from qwen3_npu.data.text.conversation import (
     ASSISTANT,
     NO_THOUGHT,
     TOOL,

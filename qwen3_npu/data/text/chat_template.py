@@ -11,9 +11,9 @@ import datetime
 import json
 from typing import Any
 
-from qwen3_npu.data.conversation import ASSISTANT, NO_THOUGHT, Conversation, Message, without_thought
-from qwen3_npu.data.templates import Template, Turn
-from qwen3_npu.data.tokenizer import TokenizerFolder
+from qwen3_npu.data.text.conversation import ASSISTANT, NO_THOUGHT, Conversation, Message, without_thought
+from qwen3_npu.data.text.templates import Template, Turn
+from qwen3_npu.data.text.tokenizer import TokenizerFolder
 from qwen3_npu.errors import UsageError
 
 _MARK = "\ue000\ue001"  # characters of a private area
