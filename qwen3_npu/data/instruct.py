@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3_npu.data.blocks import BadRecord, Block, parse
 from qwen3_npu.data.produced import Prepared
+from qwen3_npu.data.read.blocks import BadRecord, Block, parse
 from qwen3_npu.data.records import Columns
 from qwen3_npu.data.text.encoder import Tokens
 from qwen3_npu.data.text.templates import Template, render_pair

@@ -19,7 +19,7 @@ from qwen3_npu.data.output import Output
 from qwen3_npu.data.pack import PackRule, pack
 from qwen3_npu.data.pipeline import documents
 from qwen3_npu.data.produced import Handler
-from qwen3_npu.data.readers import Inputs, open_inputs
+from qwen3_npu.data.read.open import Inputs, open_inputs
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
 from qwen3_npu.data.text.loading import Loading, available_cpus, start_loading
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from qwen3_npu.data.blocks import BadRecord, Block
+from qwen3_npu.data.read.blocks import BadRecord, Block
 from qwen3_npu.data.text.encoder import Encoder, Tokens
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_npu.data import blocks
+from qwen3_npu.data.read import blocks
 from qwen3_npu.errors import UsageError
 
 TEXTS = ["The capital of France is Paris.", "北京是中国的首都。", "one two\n\nthree", "  four ", "cafe\u0301"]
@@ -94,7 +94,7 @@ def test_wikitext_articles_are_documents(
 
 def test_workers_do_not_change_a_byte(tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
-    monkeypatch.setattr("qwen3_npu.data.read_text.BLOCK_BYTES", 256)
+    monkeypatch.setattr("qwen3_npu.data.read.lines.BLOCK_BYTES", 256)
     source = write(tmp_path / "a.jsonl", [f"{text} {i}" for i in range(60) for text in TEXTS])
     made = []
     for workers in (1, 2, 4):

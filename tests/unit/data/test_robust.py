@@ -29,7 +29,7 @@ ALPACA = ("--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "q
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block per few records, a part per block."""
-    monkeypatch.setattr("qwen3_npu.data.read_text.BLOCK_BYTES", 2048)
+    monkeypatch.setattr("qwen3_npu.data.read.lines.BLOCK_BYTES", 2048)
     monkeypatch.setattr(output, "PART_BYTES", 1)
 
 

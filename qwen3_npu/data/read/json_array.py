@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from qwen3_npu.data.blocks import BLOCK_BYTES, Block, Cutter, checked_row, open_stream
-from qwen3_npu.data.inputs import InputFile
-from qwen3_npu.data.read_text import json_record, line_blocks
+from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Cutter, checked_row, open_stream
+from qwen3_npu.data.read.find import InputFile
+from qwen3_npu.data.read.lines import json_record, line_blocks
 from qwen3_npu.errors import UsageError
 
 _LONGEST_ELEMENT = 64 << 20

@@ -12,8 +12,8 @@ from typing import Any
 
 import orjson
 
-from qwen3_npu.data.blocks import BLOCK_BYTES, Block, Cutter, Stream, checked_row, open_stream
-from qwen3_npu.data.inputs import InputFile
+from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Cutter, Stream, checked_row, open_stream
+from qwen3_npu.data.read.find import InputFile
 from qwen3_npu.errors import UsageError
 
 _LONGEST_FIELD = 64 << 20

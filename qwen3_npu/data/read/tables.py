@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qwen3_npu.data.blocks import BLOCK_BYTES, Block
-from qwen3_npu.data.inputs import InputFile
+from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block
+from qwen3_npu.data.read.find import InputFile
 from qwen3_npu.errors import UsageError
 
 _MOST_ROWS = 1024

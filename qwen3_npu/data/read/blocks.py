@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from qwen3_npu.data.inputs import InputFile
+from qwen3_npu.data.read.find import InputFile
 
 BLOCK_BYTES = 1 << 20
 

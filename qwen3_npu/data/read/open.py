@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.data import inputs
-from qwen3_npu.data.blocks import Block
-from qwen3_npu.data.inputs import InputFile
-from qwen3_npu.data.read_json import read_json
-from qwen3_npu.data.read_tables import read_arrow, read_dataset, read_parquet
-from qwen3_npu.data.read_text import read_csv, read_json_lines, read_text_lines, read_wikitext
+from qwen3_npu.data.read import find as inputs
+from qwen3_npu.data.read.blocks import Block
+from qwen3_npu.data.read.find import InputFile
+from qwen3_npu.data.read.json_array import read_json
+from qwen3_npu.data.read.lines import read_csv, read_json_lines, read_text_lines, read_wikitext
+from qwen3_npu.data.read.tables import read_arrow, read_dataset, read_parquet
 from qwen3_npu.errors import UsageError
 
 _READERS: dict[str, Callable[[InputFile, Sequence[str]], Iterator[Block]]] = {
