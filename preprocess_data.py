@@ -21,7 +21,7 @@ def main() -> int:
     if folder and not args.output.merge_group_keys:
         # Most of a small run's time goes into this: it starts before numpy is imported.
         loading = start_loading(folder, args.tokenizer.tokenizer_backend, args.output.workers)
-    from qwen3_npu.data.preprocess import preprocess
+    from qwen3_npu.data.preprocess.run import preprocess
 
     return preprocess(args, loading)
 

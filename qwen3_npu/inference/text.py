@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qwen3_npu.args.inference import PromptArgs
-from qwen3_npu.data.handlers import TEMPLATES
+from qwen3_npu.data.preprocess.handlers import TEMPLATES
 from qwen3_npu.data.text.chat_template import asked
 from qwen3_npu.data.text.conversation import ASSISTANT, SYSTEM, Conversation, Message
 from qwen3_npu.data.text.encoder import Encoder, open_encoder

@@ -80,7 +80,7 @@ def run(tiny_tokenizer: str) -> Callable[..., int]:
     """`preprocess_data.py` in this process: run("--flag", value, ...)."""
     from qwen3_npu import cli
     from qwen3_npu.args.preprocess import FOREIGN, GROUPS, PreprocessArgs
-    from qwen3_npu.data.preprocess import preprocess
+    from qwen3_npu.data.preprocess.run import preprocess
 
     def command(*argv: object) -> int:
         words = [str(word) for word in argv]

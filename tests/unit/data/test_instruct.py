@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lines import write_lines
 
-from qwen3_npu.data.pack import knapsacks
+from qwen3_npu.data.preprocess.packing import knapsacks
 from qwen3_npu.data.turns import limits
 from qwen3_npu.errors import UsageError
 

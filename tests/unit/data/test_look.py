@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lines import write_lines
 
-from qwen3_npu.data import preprocess
+from qwen3_npu.data.preprocess import run as preprocess
 from qwen3_npu.data.text.encoder import Encoder
 from qwen3_npu.errors import UsageError
 

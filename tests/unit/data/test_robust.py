@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from lines import write_lines
 
-from qwen3_npu.data import output, pipeline
 from qwen3_npu.data.indexed import open_indexed
+from qwen3_npu.data.preprocess import output, pipeline
 from qwen3_npu.data.text import encoder
 from qwen3_npu.data.text.encoder import PROBES, Encoder, FastEncoder, open_encoder
 from qwen3_npu.data.text.loading import start_loading

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen3_npu.data.records import OPENAI, SHAREGPT, Columns, openai, sharegpt
+from qwen3_npu.data.preprocess.record_formats import OPENAI, SHAREGPT, Columns, openai, sharegpt
 from qwen3_npu.data.text.chat_template import hf_template
 from qwen3_npu.data.text.conversation import NO_THOUGHT, Call, Conversation, Message, Pair
 from qwen3_npu.data.text.encoder import Encoder

@@ -282,7 +282,7 @@ def recipe(tiny_tokenizer: str) -> Callable:
 
 
 def test_raw_data_is_prepared_once(tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen3_npu.data import prepare
+    from qwen3_npu.data.preprocess import cache as prepare
 
     source = write_lines(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
     ready = IndexedWriter(tmp_path / "ready")
@@ -306,7 +306,7 @@ def test_raw_data_is_prepared_once(tmp_path: Path, recipe: Callable, monkeypatch
 
 
 def test_raw_conversations_and_failures(tmp_path: Path, recipe: Callable) -> None:
-    from qwen3_npu.data.prepare import prepare_data_path
+    from qwen3_npu.data.preprocess.cache import prepare_data_path
 
     source = write_lines(tmp_path / "a.jsonl", [{"instruction": "q", "input": "", "output": "a"}])
     chat = recipe("--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "qwen3")
@@ -322,7 +322,7 @@ def test_raw_conversations_and_failures(tmp_path: Path, recipe: Callable) -> Non
 
 
 def test_whoever_is_faster(tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen3_npu.data import prepare
+    from qwen3_npu.data.preprocess import cache as prepare
 
     source = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
     text = recipe("--handler-name", "GeneralPretrainHandler")

@@ -14,14 +14,14 @@ import numpy as np
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
-from qwen3_npu.data.instruct import CUT, DROPPED, UNSUPERVISED, ConversationHandler
-from qwen3_npu.data.lint import lint
-from qwen3_npu.data.pipeline import documents
-from qwen3_npu.data.produced import Handler, Produced, produce
+from qwen3_npu.data.preprocess.handler import Handler, Produced, produce
+from qwen3_npu.data.preprocess.lint import lint
+from qwen3_npu.data.preprocess.pipeline import documents
+from qwen3_npu.data.preprocess.sft_handler import CUT, DROPPED, UNSUPERVISED, ConversationHandler
+from qwen3_npu.data.preprocess.totals import Totals
 from qwen3_npu.data.read.blocks import Block, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.encoder import Encoder, Tokens
-from qwen3_npu.data.totals import Totals
 from qwen3_npu.data.turns import IGNORED
 from qwen3_npu.errors import UsageError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from qwen3_npu.data.produced import Produced
+from qwen3_npu.data.preprocess.handler import Produced
 
 
 @dataclasses.dataclass

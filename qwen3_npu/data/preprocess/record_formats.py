@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3_npu.data.pretrain_text import text_value, value
+from qwen3_npu.data.preprocess.pretrain_handler import text_value, value
 from qwen3_npu.data.text.conversation import (
     ASSISTANT,
     SYSTEM,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.data.produced import Prepared
+from qwen3_npu.data.preprocess.handler import Prepared
 from qwen3_npu.data.read.blocks import BadRecord, Block, parse
 from qwen3_npu.data.text.encoder import Tokens
 

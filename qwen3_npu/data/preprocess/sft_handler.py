@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3_npu.data.produced import Prepared
+from qwen3_npu.data.preprocess.handler import Prepared
+from qwen3_npu.data.preprocess.record_formats import Columns
 from qwen3_npu.data.read.blocks import BadRecord, Block, parse
-from qwen3_npu.data.records import Columns
 from qwen3_npu.data.text.encoder import Tokens
 from qwen3_npu.data.text.templates import Template, render_pair
 from qwen3_npu.data.turns import IGNORED, kept_tokens, limits

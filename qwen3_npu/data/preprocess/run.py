@@ -11,14 +11,14 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
-from qwen3_npu.data.check import check
-from qwen3_npu.data.handlers import HANDLERS
 from qwen3_npu.data.indexed import IndexedWriter
-from qwen3_npu.data.merge import merge
-from qwen3_npu.data.output import Output
-from qwen3_npu.data.pack import PackRule, pack
-from qwen3_npu.data.pipeline import documents
-from qwen3_npu.data.produced import Handler
+from qwen3_npu.data.preprocess.check import check
+from qwen3_npu.data.preprocess.handler import Handler
+from qwen3_npu.data.preprocess.handlers import HANDLERS
+from qwen3_npu.data.preprocess.merge import merge
+from qwen3_npu.data.preprocess.output import Output
+from qwen3_npu.data.preprocess.packing import PackRule, pack
+from qwen3_npu.data.preprocess.pipeline import documents
 from qwen3_npu.data.read.open import Inputs, open_inputs
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
 from qwen3_npu.data.text.loading import Loading, available_cpus, start_loading

@@ -10,12 +10,12 @@ from typing import TypeVar
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
-from qwen3_npu.data.produced import Handler, Prepared, Produced, produce
+from qwen3_npu.data.preprocess.handler import Handler, Prepared, Produced, produce
+from qwen3_npu.data.preprocess.totals import Totals
 from qwen3_npu.data.read.blocks import Block, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.encoder import Encoder
 from qwen3_npu.data.text.loading import available_cpus
-from qwen3_npu.data.totals import Totals
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress
 

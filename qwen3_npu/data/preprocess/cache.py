@@ -13,7 +13,7 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
-from qwen3_npu.data.preprocess import identifying_flags, preprocess
+from qwen3_npu.data.preprocess.run import identifying_flags, preprocess
 from qwen3_npu.data.read.find import InputFile, exists, find_files
 from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.errors import UsageError

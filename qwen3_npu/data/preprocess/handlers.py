@@ -7,10 +7,9 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
-from qwen3_npu.data.instruct import ConversationHandler, InstructionHandler, PairwiseHandler, Style
-from qwen3_npu.data.pretrain_text import PretrainHandler, TextOf, alpaca_text, sharegpt_text, text_value
-from qwen3_npu.data.produced import Handler
-from qwen3_npu.data.records import (
+from qwen3_npu.data.preprocess.handler import Handler
+from qwen3_npu.data.preprocess.pretrain_handler import PretrainHandler, TextOf, alpaca_text, sharegpt_text, text_value
+from qwen3_npu.data.preprocess.record_formats import (
     ALPACA,
     ALPACA_PAIRS,
     OPENAI,
@@ -24,6 +23,7 @@ from qwen3_npu.data.records import (
     sharegpt,
     sharegpt_pair,
 )
+from qwen3_npu.data.preprocess.sft_handler import ConversationHandler, InstructionHandler, PairwiseHandler, Style
 from qwen3_npu.data.text.chat_template import hf_template
 from qwen3_npu.data.text.templates import QWEN, QWEN3, Template
 from qwen3_npu.data.text.tokenizer import TokenizerFolder

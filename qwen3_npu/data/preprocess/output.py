@@ -14,8 +14,8 @@ from pathlib import Path
 
 from qwen3_npu import log
 from qwen3_npu.data.indexed import IndexedWriter, publish
+from qwen3_npu.data.preprocess.totals import Totals
 from qwen3_npu.data.text.encoder import Tokens
-from qwen3_npu.data.totals import Totals
 from qwen3_npu.errors import UsageError
 
 PART_BYTES = 256 << 20
