@@ -12,7 +12,7 @@ from qwen3_npu import cli
 from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.checkpoint.whole import gather_whole
-from qwen3_npu.data.prefixes import check_data
+from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.loop import Trainer, ready

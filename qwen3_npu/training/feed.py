@@ -10,14 +10,15 @@ import torch
 from megatron.core import parallel_state
 
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.data import instruction, pretrain
-from qwen3_npu.data.batches import Batch, row_batches, sample_numbers
-from qwen3_npu.data.documents import find_eod
-from qwen3_npu.data.indexed import open_indexed
-from qwen3_npu.data.prefixes import blend
-from qwen3_npu.data.rows import Padding, Rows, instruction_rows, padding_multiple
 from qwen3_npu.data.text.tokenizer import open_tokenizer
-from qwen3_npu.data.thinking import ThinkTokens
+from qwen3_npu.data.train import pretrain_dataset as pretrain
+from qwen3_npu.data.train import sft_dataset as instruction
+from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
+from qwen3_npu.data.train.data_path import blend
+from qwen3_npu.data.train.documents import find_eod
+from qwen3_npu.data.train.rows import Padding, Rows, instruction_rows, padding_multiple
+from qwen3_npu.data.train.thinking import ThinkTokens
+from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
 from qwen3_npu.distributed.nodes import check_same

@@ -17,7 +17,7 @@ from qwen3_npu.args.lora import TARGETS, LoraArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.training.save import Position, Trained
-from qwen3_npu.data.batches import Batch
+from qwen3_npu.data.train.batches import Batch
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
 from qwen3_npu.distributed.nodes import check_shared

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from qwen3_npu.args.preprocess import CheckArgs, InputArgs, OutputArgs, PreprocessArgs
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.data.prefixes import blend
 from qwen3_npu.data.preprocess.cache import is_raw, prepare_data_path
+from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.errors import UsageError
 
 

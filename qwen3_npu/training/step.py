@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-from qwen3_npu.data.batches import Batch
+from qwen3_npu.data.train.batches import Batch
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import clip_gradients
 

@@ -72,7 +72,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_full_fine_tuning_learns_its_answers(work: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from qwen3_npu.data.indexed import open_indexed
+    from qwen3_npu.data.train.token_file import open_indexed
 
     output = script(
         "tune_qwen3_14b_4K_full_ptd.sh",

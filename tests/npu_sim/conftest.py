@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen3_npu.data.indexed import IndexedWriter, publish
+from qwen3_npu.data.train.token_file import IndexedWriter, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import tiny
-from qwen3_npu.data.indexed import IndexedWriter
-from qwen3_npu.data.instruction import instruction_splits, open_instructions
-from qwen3_npu.data.prefixes import blend
+from qwen3_npu.data.train.data_path import blend
+from qwen3_npu.data.train.sft_dataset import instruction_splits, open_instructions
+from qwen3_npu.data.train.token_file import IndexedWriter
 from qwen3_npu.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def assert_shares(order: list[int]) -> None:
 
 def test_pretraining_takes_its_share_of_each_prefix(folder: Path, process: object) -> None:
     from qwen3_npu.args.training import DataArgs
-    from qwen3_npu.data.pretrain import build_splits
+    from qwen3_npu.data.train.pretrain_dataset import build_splits
 
     def order(data_path: list[str]) -> list[int]:
         data = DataArgs(data_path=data_path, split="1,0,0", data_cache_path=str(folder / "cache"))
@@ -104,7 +104,7 @@ BAD = {
 
 def test_bad_blends_are_refused(folder: Path) -> None:
     from qwen3_npu.args.training import DataArgs
-    from qwen3_npu.data.prefixes import check_data
+    from qwen3_npu.data.train.data_path import check_data
 
     for stage, end in (("pt", "_text_document"), ("sft", "")):
         names = {name: f"{folder / name}{end}" for name in "ab"}

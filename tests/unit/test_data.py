@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import tiny
-from qwen3_npu.data.batches import sample_numbers
-from qwen3_npu.data.indexed import check_vocabulary, open_indexed
+from qwen3_npu.data.train.batches import sample_numbers
+from qwen3_npu.data.train.token_file import check_vocabulary, open_indexed
 from qwen3_npu.errors import UsageError
 
 
@@ -70,7 +70,7 @@ class TestSplits:
 
     def build(self, prefix: Path, split: str, samples: tuple[int, int, int]) -> object:
         from qwen3_npu.args.training import DataArgs
-        from qwen3_npu.data.pretrain import build_splits
+        from qwen3_npu.data.train.pretrain_dataset import build_splits
 
         data = DataArgs(data_path=[str(prefix)], split=split)
         return build_splits(data, seq_length=16, seed=1, samples=samples)
@@ -105,7 +105,7 @@ class TestOrder:
 
     def build(self, data_path: list[str], count: int, seed: int = 1) -> list[list[int]]:
         from qwen3_npu.args.training import DataArgs
-        from qwen3_npu.data.pretrain import build_splits
+        from qwen3_npu.data.train.pretrain_dataset import build_splits
 
         data = DataArgs(data_path=data_path, split="1,0,0")
         splits = build_splits(data, seq_length=16, seed=seed, samples=(count, 0, 0))
@@ -129,7 +129,7 @@ class TestOrder:
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-        from qwen3_npu.data.pretrain import _Tokenizer
+        from qwen3_npu.data.train.pretrain_dataset import _Tokenizer
 
         prefix = str(tiny.write_tokens(tmp_path / "a", documents=9))
         tokens = open_indexed(prefix).tokens
@@ -155,7 +155,7 @@ class TestOrder:
 
     def test_a_cut_cache_is_made_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Killed while it was written."""
-        from qwen3_npu.data import text_order
+        from qwen3_npu.data.train import text_order
 
         prefix = str(tiny.write_tokens(tmp_path / "a", documents=9))
         replace, moved = text_order.os.replace, []
@@ -174,7 +174,7 @@ class TestOrder:
 
 
 def test_blend() -> None:
-    from qwen3_npu.data.prefixes import blend
+    from qwen3_npu.data.train.data_path import blend
 
     assert blend(["a"]) == (["a"], None)
     assert blend(["0.3", "a", "0.7", "b"]) == (["a", "b"], [0.3, 0.7])

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from qwen3_npu import log
-from qwen3_npu.data.indexed import open_indexed, write_index
+from qwen3_npu.data.train.token_file import open_indexed, write_index
 from qwen3_npu.errors import UsageError
 
 _PIECE = 4 << 20  # tokens copied at once

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen3_npu import log
-from qwen3_npu.data.indexed import IndexedWriter, publish
 from qwen3_npu.data.preprocess.totals import Totals
 from qwen3_npu.data.text.encoder import Tokens
+from qwen3_npu.data.train.token_file import IndexedWriter, publish
 from qwen3_npu.errors import UsageError
 
 PART_BYTES = 256 << 20

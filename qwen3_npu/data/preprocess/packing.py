@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen3_npu.data.indexed import IndexedWriter, publish
+from qwen3_npu.data.train.token_file import IndexedWriter, publish
 from qwen3_npu.progress import Progress
 
 _TOGETHER = 64  # packs written at once

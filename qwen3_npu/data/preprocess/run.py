@@ -11,7 +11,6 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
-from qwen3_npu.data.indexed import IndexedWriter
 from qwen3_npu.data.preprocess.check import check
 from qwen3_npu.data.preprocess.handler import Handler
 from qwen3_npu.data.preprocess.handlers import HANDLERS
@@ -23,6 +22,7 @@ from qwen3_npu.data.read.open import Inputs, open_inputs
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
 from qwen3_npu.data.text.loading import Loading, available_cpus, start_loading
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
+from qwen3_npu.data.train.token_file import IndexedWriter
 from qwen3_npu.errors import UsageError, choose
 from qwen3_npu.progress import human
 

@@ -12,7 +12,7 @@ import pytest
 import samples
 from live_training import LIVE_TOKENS
 
-from qwen3_npu.data.indexed import IndexedWriter
+from qwen3_npu.data.train.token_file import IndexedWriter
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from lines import write_lines
 
 from qwen3_npu.data.preprocess.packing import knapsacks
-from qwen3_npu.data.turns import limits
+from qwen3_npu.data.train.turns import limits
 from qwen3_npu.errors import UsageError
 
 ALPACA = [

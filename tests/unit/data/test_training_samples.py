@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from lines import write_lines
 
-from qwen3_npu.data.documents import borders_at_eod, borders_of_segments, find_eod, positions
-from qwen3_npu.data.indexed import IndexedWriter, open_indexed
-from qwen3_npu.data.instruction import (
+from qwen3_npu.data.train.documents import borders_at_eod, borders_of_segments, find_eod, positions
+from qwen3_npu.data.train.order import Blend, Epochs, shuffled
+from qwen3_npu.data.train.rows import Padding, instruction_rows, padding_multiple, pretraining_rows
+from qwen3_npu.data.train.sft_dataset import (
     InstructionFiles,
     Kind,
     Sample,
@@ -22,9 +23,8 @@ from qwen3_npu.data.instruction import (
     open_instructions,
     split_ranges,
 )
-from qwen3_npu.data.order import Blend, Epochs, shuffled
-from qwen3_npu.data.rows import Padding, instruction_rows, padding_multiple, pretraining_rows
-from qwen3_npu.data.turns import turns_of
+from qwen3_npu.data.train.token_file import IndexedWriter, open_indexed
+from qwen3_npu.data.train.turns import turns_of
 from qwen3_npu.errors import UsageError
 
 
@@ -72,7 +72,7 @@ def test_blends_are_in_proportion_at_every_moment(monkeypatch: pytest.MonkeyPatc
         assert number == given[source], "each set in its own order, none left out"
         given[source] += 1
         assert all(abs(given[i] - n * w) <= 1 for i, w in enumerate(weights))
-    monkeypatch.setattr("qwen3_npu.data.order._BLOCK", 16)
+    monkeypatch.setattr("qwen3_npu.data.train.order._BLOCK", 16)
     small = Blend(weights)
     assert [small[n] for n in range(1000)] == chosen[:1000], "blocks do not show"
     assert [small[n] for n in (999, 5, 500)] == [chosen[999], chosen[5], chosen[500]]
@@ -246,8 +246,8 @@ def test_find_eod(tmp_path: Path) -> None:
 def test_batches_know_their_documents() -> None:
     import torch
 
-    from qwen3_npu.data.batches import row_batches
-    from qwen3_npu.data.pretrain import document_rows
+    from qwen3_npu.data.train.batches import row_batches
+    from qwen3_npu.data.train.pretrain_dataset import document_rows
 
     samples = [
         {k: torch.tensor(v) for k, v in (("tokens", [1, 9, 2]), ("labels", [9, 2, 9]), ("loss_mask", [1.0] * 3))}

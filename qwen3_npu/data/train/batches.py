@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qwen3_npu.data.rows import Rows
-from qwen3_npu.data.thinking import ThinkTokens
+from qwen3_npu.data.train.rows import Rows
+from qwen3_npu.data.train.thinking import ThinkTokens
 from qwen3_npu.model.sequence import Sequence as TokenSequence
 
 

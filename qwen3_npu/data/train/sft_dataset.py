@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_npu.data.indexed import Indexed, check_vocabulary, open_indexed
-from qwen3_npu.data.order import Blend, Epochs
-from qwen3_npu.data.turns import kept_tokens, turns_of
+from qwen3_npu.data.train.order import Blend, Epochs
+from qwen3_npu.data.train.token_file import Indexed, check_vocabulary, open_indexed
+from qwen3_npu.data.train.turns import kept_tokens, turns_of
 from qwen3_npu.errors import UsageError
 
 _NAMES = ("input_ids", "attention_mask", "labels")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_npu.data.documents import borders_at_eod, borders_of_segments, joined, positions
-from qwen3_npu.data.instruction import Sample
-from qwen3_npu.data.turns import IGNORED
+from qwen3_npu.data.train.documents import borders_at_eod, borders_of_segments, joined, positions
+from qwen3_npu.data.train.sft_dataset import Sample
+from qwen3_npu.data.train.turns import IGNORED
 
 
 @dataclasses.dataclass(frozen=True)

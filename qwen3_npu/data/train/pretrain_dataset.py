@@ -15,11 +15,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from qwen3_npu.args.training import DataArgs
-from qwen3_npu.data.indexed import open_indexed
-from qwen3_npu.data.order import Blend
-from qwen3_npu.data.prefixes import blend
-from qwen3_npu.data.rows import Rows, pretraining_rows
-from qwen3_npu.data.text_order import TextDataset
+from qwen3_npu.data.train.data_path import blend
+from qwen3_npu.data.train.order import Blend
+from qwen3_npu.data.train.rows import Rows, pretraining_rows
+from qwen3_npu.data.train.text_order import TextDataset
+from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.errors import UsageError
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_npu.data.indexed import Indexed
+from qwen3_npu.data.train.token_file import Indexed
 from qwen3_npu.errors import UsageError
 
 _LOOKED_AT = 1000

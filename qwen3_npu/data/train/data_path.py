@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen3_npu.args.training import DataArgs
-from qwen3_npu.data.indexed import check_vocabulary, open_indexed
-from qwen3_npu.data.instruction import open_instructions
+from qwen3_npu.data.train.sft_dataset import open_instructions
+from qwen3_npu.data.train.token_file import check_vocabulary, open_indexed
 from qwen3_npu.errors import UsageError
 
 
