@@ -6,7 +6,7 @@ from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
-from qwen3_npu.training.plan import make_plan
+from qwen3_npu.training.plan import plan_training
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     log.setup(rank, world_size)
     parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN)
     args = PretrainArgs(*parsed.groups)
-    plan = make_plan(args, world_size)
+    plan = plan_training(args, world_size)
     from qwen3_npu.training.raw_data import prepared, raw_words
 
     if args.runtime.dry_run and (raw := raw_words(args)):

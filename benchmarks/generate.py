@@ -33,7 +33,7 @@ from random_model import make_model  # noqa: E402
 from qwen3_npu import log  # noqa: E402
 from qwen3_npu.args.inference import WeightArgs  # noqa: E402
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout  # noqa: E402
-from qwen3_npu.inference.plan import Plan  # noqa: E402
+from qwen3_npu.inference.plan import InferencePlan  # noqa: E402
 from qwen3_npu.model.arch import parameter_count  # noqa: E402
 from qwen3_npu.model.sizes import SIZES  # noqa: E402
 from qwen3_npu.platform import select  # noqa: E402
@@ -177,7 +177,7 @@ def measure(platform: Any, folder: Path, args: argparse.Namespace, bf16: bool, c
     from qwen3_npu.inference.runner import loaded
 
     arch, parallel = SIZES[args.size], ParallelArgs()
-    plan = Plan(arch, "", make_layout(arch, parallel), parallel, 1, 40960, None, (), ())  # type: ignore[arg-type]
+    plan = InferencePlan(arch, "", make_layout(arch, parallel), parallel, 1, 40960, None, (), ())  # type: ignore[arg-type]
     runtime, weights = RuntimeArgs(), WeightArgs(load=str(folder), bf16=bf16)
     tokens = prompts(count)
     with (

@@ -1,4 +1,4 @@
-"""Console output of a distributed job: rank 0 speaks, the others only when something is wrong."""
+"""Console output of a distributed job: rank 0 is_main, the others only when something is wrong."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from qwen3_npu import cli
 from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.checkpoint.formats.huggingface import open_hf
-from qwen3_npu.inference.plan import Plan
+from qwen3_npu.inference.plan import InferencePlan
 
 EOS = 1
 
@@ -28,7 +28,7 @@ def runner(platform: Any, world: Any, folder: str | Path, *flags: str) -> Iterat
     arch = open_hf(args.model.hf_dir or folder).arch
     layout = make_layout(arch, args.parallel)
     copies = world.size // (layout.tensor * layout.pipeline)
-    plan = Plan(arch, "a test", layout, args.parallel, copies, arch.max_position_embeddings, None, (EOS,), ())
+    plan = InferencePlan(arch, "a test", layout, args.parallel, copies, arch.max_position_embeddings, None, (EOS,), ())
     with loaded(platform, world, args.runtime, args.weights, plan) as made:
         yield made
 

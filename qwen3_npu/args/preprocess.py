@@ -97,7 +97,7 @@ class InstructionArgs:
     seq_length: int | None = flag(None, minimum=2, unit="tokens", help="samples stay below it; packs have it exactly")
     overlong: str = flag("cut", choices=["cut", "drop"], help="what happens to longer samples (both are counted)")
     pack: bool = flag(False, help="several samples in one of --seq-length tokens")
-    neat_pack: bool = flag(False, help="with --pack: keep the borders, so that samples do not attend to each other")
+    neat_pack: bool = flag(False, help="with --pack: keep the boundaries, so that samples do not attend to each other")
     n_subs: int = flag(1, minimum=1, unit="subsets", help="with --pack: parts of the data that are packed apart")
 
     def __post_init__(self) -> None:

@@ -40,10 +40,10 @@ class ContextParallel:
         cu_seqlens: tuple[int, ...] | None,
         dropout: float,
     ) -> torch.Tensor:
-        """[s, b, n, d] of the local tokens; `cu_seqlens` are borders in the whole sequence."""
+        """[s, b, n, d] of the local tokens; `cu_seqlens` are boundaries in the whole sequence."""
         if self.algorithm == "megatron_cp_algo":
-            borders = cu_seqlens or (0, q.shape[0] * group.size())
-            return ring.attention(q, k, v, borders=borders, scale=scale, kernels=self.kernels, group=group)
+            boundaries = cu_seqlens or (0, q.shape[0] * group.size())
+            return ring.attention(q, k, v, boundaries=boundaries, scale=scale, kernels=self.kernels, group=group)
 
         def whole(q: Any, k: Any, v: Any) -> torch.Tensor:
             return self.kernels.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, dropout=dropout)

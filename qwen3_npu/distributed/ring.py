@@ -40,19 +40,19 @@ class Block:
 
     Attributes:
         queries, keys: local rows.
-        borders: documents of a diagonal block, starting at 0; None for a full rectangle.
+        boundaries: documents of a diagonal block, starting at 0; None for a full rectangle.
     """
 
     queries: slice
     keys: slice
-    borders: tuple[int, ...] | None
+    boundaries: tuple[int, ...] | None
 
 
-def blocks(borders: Sequence[int], chunk: int, size: int, rank: int, source: int) -> Iterator[Block]:
+def blocks(boundaries: Sequence[int], chunk: int, size: int, rank: int, source: int) -> Iterator[Block]:
     """What this rank's queries see of the keys that rank `source` holds.
 
     Args:
-        borders: of the documents in the whole sequence, (0, ..., length).
+        boundaries: of the documents in the whole sequence, (0, ..., length).
         chunk: tokens of one chunk.
     """
     for i, mine in enumerate(chunk_numbers(size, rank)):
@@ -61,13 +61,13 @@ def blocks(borders: Sequence[int], chunk: int, size: int, rank: int, source: int
                 continue
             start, other = mine * chunk, theirs * chunk
             if mine == theirs:
-                inside = [b - start for b in borders if start < b < start + chunk]
+                inside = [b - start for b in boundaries if start < b < start + chunk]
                 rows = slice(i * chunk, (i + 1) * chunk)
                 yield Block(rows, rows, (0, *inside, chunk))
                 continue
             # The document of the last key before the queries; it is common if it reaches into their chunk.
-            document = bisect.bisect_right(borders, other + chunk - 1) - 1
-            first_key, end = max(borders[document], other), min(borders[document + 1], start + chunk)
+            document = bisect.bisect_right(boundaries, other + chunk - 1) - 1
+            first_key, end = max(boundaries[document], other), min(boundaries[document + 1], start + chunk)
             if end > start:
                 yield Block(
                     slice(i * chunk, i * chunk + end - start),
@@ -108,7 +108,7 @@ class _RingAttention(torch.autograd.Function):
         ctx: Any,
         q: torch.Tensor,
         kv: torch.Tensor,
-        borders: tuple[int, ...],
+        boundaries: tuple[int, ...],
         scale: float,
         kernels: Kernels,
         group: dist.ProcessGroup,
@@ -120,21 +120,23 @@ class _RingAttention(torch.autograd.Function):
         lse = torch.full(q.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
         for step in range(size):
             transfer = ring.start(here) if step < size - 1 else None
-            for block in blocks(borders, chunk, size, rank, (rank - step) % size):
+            for block in blocks(boundaries, chunk, size, rank, (rank - step) % size):
                 k, v = here[0, block.keys], here[1, block.keys]
-                part, part_lse = kernels.attention_block(q[block.queries], k, v, scale=scale, cu_seqlens=block.borders)
+                part, part_lse = kernels.attention_block(
+                    q[block.queries], k, v, scale=scale, cu_seqlens=block.boundaries
+                )
                 merge(out[block.queries], lse[block.queries], part, part_lse)
             if transfer is not None:
                 here = ring.finish(transfer)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, kv, out, lse)
-        ctx.options = borders, scale, kernels, group
+        ctx.options = boundaries, scale, kernels, group
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         q, kv, out, lse = ctx.saved_tensors
-        borders, scale, kernels, group = ctx.options
+        boundaries, scale, kernels, group = ctx.options
         size, rank = group.size(), group.rank()
         chunk = q.shape[0] // 2
         ring, here = _Ring(group), kv
@@ -145,7 +147,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(size):
             transfer = ring.start(here) if step < size - 1 else None
             mine = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
-            for block in blocks(borders, chunk, size, rank, (rank - step) % size):
+            for block in blocks(boundaries, chunk, size, rank, (rank - step) % size):
                 rows, keys = block.queries, block.keys
                 dq_part, dk, dv = kernels.attention_block_backward(
                     grad[rows],
@@ -155,7 +157,7 @@ class _RingAttention(torch.autograd.Function):
                     out[rows],
                     lse[rows],
                     scale=scale,
-                    cu_seqlens=block.borders,
+                    cu_seqlens=block.boundaries,
                 )
                 dq[rows] += dq_part
                 mine[0, keys] += dk
@@ -181,7 +183,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    borders: tuple[int, ...],
+    boundaries: tuple[int, ...],
     scale: float,
     kernels: Kernels,
     group: dist.ProcessGroup,
@@ -190,9 +192,9 @@ def attention(
 
     Args:
         q: [s, b, n, d]; k, v: [s, b, g, d], rows as `shard_indices` gives them, s even.
-        borders: of the documents in the whole sequence, (0, ..., s x ranks).
+        boundaries: of the documents in the whole sequence, (0, ..., s x ranks).
 
     Returns:
         [s, b, n, d].
     """
-    return _RingAttention.apply(q, torch.stack((k, v)), borders, scale, kernels, group)
+    return _RingAttention.apply(q, torch.stack((k, v)), boundaries, scale, kernels, group)

@@ -25,7 +25,7 @@ from qwen3_npu.evaluation.report import RESULTS, Sample, Summary, confusion, wri
 from qwen3_npu.evaluation.task import LIKELIHOOD, Task
 from qwen3_npu.evaluation.tasks import TASKS
 from qwen3_npu.inference.engine import Engine, Request
-from qwen3_npu.inference.plan import Plan
+from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.inference.runner import Runner, loaded
 from qwen3_npu.inference.sampling import Sampling
 from qwen3_npu.inference.scoring import Choice, Scorer, choice_tokens
@@ -55,13 +55,13 @@ class Read:
         return hashlib.sha256("\0".join(self.contexts).encode()).hexdigest()[:16]
 
 
-def run(platform: Platform, args: EvaluationArgs, plan: Plan) -> None:
+def run(platform: Platform, args: EvaluationArgs, plan: InferencePlan) -> None:
     """The whole evaluation, from joining the other processes to the last file."""
     with process_group(platform, args.runtime) as world:
         evaluate(platform, world, args, plan)
 
 
-def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Plan) -> None:
+def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: InferencePlan) -> None:
     """Read all questions, load the model, evaluate, write."""
     platform.return_freed_memory()
     writer = Writer(plan.tokenizer, args.prompts, backend="auto")
@@ -275,7 +275,7 @@ def _write_samples(task: Read, samples: Sequence[Sample], folder: Path) -> None:
     log.info(f"written: {path}")
 
 
-def _write(results: dict[str, Any], args: EvaluationArgs, plan: Plan, folder: Path) -> None:
+def _write(results: dict[str, Any], args: EvaluationArgs, plan: InferencePlan, folder: Path) -> None:
     path = folder / RESULTS
     content = {
         "results": results,

@@ -36,12 +36,12 @@ def chat(runner: Runner, writer: Writer, args: InferenceArgs) -> None:
         generate.repetition_penalty,
         args.runtime.seed,
     )
-    speaks = runner.world.rank == 0
-    if speaks:
+    is_main = runner.world.rank == 0
+    if is_main:
         print(_HELP)
     history: list[Message] = []
     for turn in range(sys.maxsize):
-        said = runner.agreed(_ask() if speaks else None)
+        said = runner.agreed(_ask() if is_main else None)
         if said is None or said in EXIT:
             return
         if said in CLEAR:
@@ -50,7 +50,7 @@ def chat(runner: Runner, writer: Writer, args: InferenceArgs) -> None:
         question = Message(USER, str(said))
         request = Request(turn, writer.tokens(writer.text([*history, question])), generate.max_new_tokens)
         stream = Stream(writer.encoder, runner.plan.eos, generate.stop or ())
-        screen = Screen(sys.stdout, hidden=generate.hide_thinking) if speaks else None
+        screen = Screen(sys.stdout, hidden=generate.hide_thinking) if is_main else None
 
         def on_token(request: Request, stream: Stream = stream, screen: Screen | None = screen) -> bool:
             piece = stream.add(request.tokens[-1])

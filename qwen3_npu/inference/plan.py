@@ -20,7 +20,7 @@ from qwen3_npu.numbers import number_list
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class InferencePlan:
     """A model to run whose sizes fit together.
 
     Attributes:
@@ -53,14 +53,14 @@ class Plan:
         ]
 
 
-def make_plan(
+def plan_inference(
     model: ModelArgs,
     shape: ShapeArgs,
     parallel: ParallelArgs,
     weights: WeightArgs,
     prompts: PromptArgs,
     world_size: int,
-) -> Plan:
+) -> InferencePlan:
     """Everything that follows from flags, config.json and the number of processes.
 
     Raises:
@@ -79,7 +79,7 @@ def make_plan(
     layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)
     check_world_size(layout, world_size)
     tokenizer = open_tokenizer(_tokenizer(tokenizer_path, load, config))
-    return Plan(
+    return InferencePlan(
         arch=arch,
         found_in=found_in,
         layout=layout,

@@ -18,7 +18,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.beam import BeamSearch, beam_search
 from qwen3_npu.inference.chat import chat
 from qwen3_npu.inference.engine import Engine, Request
-from qwen3_npu.inference.plan import Plan
+from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.inference.prompts import Prompt, read_prompts
 from qwen3_npu.inference.runner import Runner, loaded
 from qwen3_npu.inference.sampling import Sampling
@@ -29,13 +29,13 @@ from qwen3_npu.progress import Progress, human
 RESULT = "text_generation_result"
 
 
-def run(platform: Platform, args: InferenceArgs, plan: Plan) -> None:
+def run(platform: Platform, args: InferenceArgs, plan: InferencePlan) -> None:
     """Everything, from joining the other processes to the last file."""
     with process_group(platform, args.runtime) as world:
         generate(platform, world, args, plan)
 
 
-def generate(platform: Platform, world: World, args: InferenceArgs, plan: Plan) -> None:
+def generate(platform: Platform, world: World, args: InferenceArgs, plan: InferencePlan) -> None:
     """Load the model and do every task."""
     flags = args.generate
     writer = Writer(plan.tokenizer, args.prompts)

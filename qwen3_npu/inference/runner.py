@@ -18,12 +18,12 @@ from qwen3_npu.checkpoint.formats.open import Opened, Sources
 from qwen3_npu.checkpoint.training.live import load_weights
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError
-from qwen3_npu.inference.plan import Plan
+from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.cache import CachedSequence, Kept, KVCache, PrefixedSequence
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.frozen import FrozenLinear, freeze_linears, run_layers
-from qwen3_npu.model.sequence import Sequence as Positions
+from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 
@@ -34,7 +34,7 @@ def loaded(
     world: World,
     runtime: RuntimeArgs,
     weights: WeightArgs,
-    plan: Plan,
+    plan: InferencePlan,
     *,
     rows: int = 1,
     copy_tied: bool = True,
@@ -64,7 +64,7 @@ class Runner:
         world: World,
         runtime: RuntimeArgs,
         weights: WeightArgs,
-        plan: Plan,
+        plan: InferencePlan,
         rows: int,
         copy_tied: bool,
     ) -> None:
@@ -122,16 +122,18 @@ class Runner:
         places = [place for k in kept for place in range(k.start, k.start + k.count)]
         return CachedSequence(self._positions(places), None, *self._facts, cache=cache, kept=tuple(kept))
 
-    def packed(self, lengths: Sequence[int], cache: KVCache | None = None, prefix: int = 0) -> Positions:
+    def packed(self, lengths: Sequence[int], cache: KVCache | None = None, prefix: int = 0) -> TokenSequence:
         """Whole documents, or what follows a prefix in slot 0 of a cache."""
-        borders, places = [0], []
+        boundaries, places = [0], []
         for length in lengths:
-            borders.append(borders[-1] + length)
+            boundaries.append(boundaries[-1] + length)
             places += range(prefix, prefix + length)
         if prefix:
             assert cache is not None
-            return PrefixedSequence(self._positions(places), tuple(borders), *self._facts, cache=cache, prefix=prefix)
-        return Positions(self._positions(places), tuple(borders), *self._facts)
+            return PrefixedSequence(
+                self._positions(places), tuple(boundaries), *self._facts, cache=cache, prefix=prefix
+            )
+        return TokenSequence(self._positions(places), tuple(boundaries), *self._facts)
 
     @property
     def _facts(self) -> tuple[float, int, torch.dtype]:
@@ -142,7 +144,7 @@ class Runner:
 
     # Passes
 
-    def forward(self, tokens: Sequence[int], sequence: Positions, wanted: Sequence[int]) -> torch.Tensor | None:
+    def forward(self, tokens: Sequence[int], sequence: TokenSequence, wanted: Sequence[int]) -> torch.Tensor | None:
         """One pass through the whole model.
 
         Args:

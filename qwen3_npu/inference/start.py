@@ -11,14 +11,16 @@ from qwen3_npu.args.evaluation import EvaluationArgs
 from qwen3_npu.args.inference import InferenceArgs
 from qwen3_npu.checkpoint.formats.base import check_writable
 from qwen3_npu.distributed import environment
-from qwen3_npu.inference.plan import Plan, make_plan
+from qwen3_npu.inference.plan import InferencePlan, plan_inference
 
 if TYPE_CHECKING:  # it imports torch, which --dry-run does without
     from qwen3_npu.platform.base import Platform
 
 
-def start(args: InferenceArgs | EvaluationArgs, notes: Sequence[str], output_dir: str) -> tuple[Platform, Plan] | None:
-    """Plan and say what will be done, and make the device ready; None if --dry-run asks for no more.
+def start(
+    args: InferenceArgs | EvaluationArgs, notes: Sequence[str], output_dir: str
+) -> tuple[Platform, InferencePlan] | None:
+    """InferencePlan and say what will be done, and make the device ready; None if --dry-run asks for no more.
 
     Args:
         notes: of the flags.
@@ -27,7 +29,7 @@ def start(args: InferenceArgs | EvaluationArgs, notes: Sequence[str], output_dir
         UsageError: something does not fit, or --output-dir cannot be written.
     """
     _, world_size, _ = environment.ranks()
-    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world_size)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, world_size)
     for line in [*plan.describe(args.weights), *notes]:
         log.info(line)
     if args.runtime.dry_run:

@@ -26,7 +26,7 @@ def attention(
         q: [s, b, n, d].
         k, v: [t, b, g, d], n a multiple of g. With t > s the queries are the last s positions (decoding).
         scale: factor on q k^T.
-        cu_seqlens: borders of the documents packed in the sequence, [0, ..., s]; needs b = 1 and t = s. A token sees
+        cu_seqlens: boundaries of the documents packed in the sequence, [0, ..., s]; needs b = 1 and t = s. A token sees
             only its own document.
         dropout: probability of dropping an attention weight, from the current generator.
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.cache import CachedSequence, PrefixedSequence
-from qwen3_npu.model.sequence import Sequence
+from qwen3_npu.model.sequence import TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class SelfAttention(MegatronModule):
         self.recompute = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
 
     def forward(
-        self, hidden_states: torch.Tensor, *, packed_seq_params: Sequence, **_: Any
+        self, hidden_states: torch.Tensor, *, packed_seq_params: TokenSequence, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One layer's attention.
 
@@ -117,7 +117,9 @@ class SelfAttention(MegatronModule):
         q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=3)
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
-    def core_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    def core_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: TokenSequence
+    ) -> torch.Tensor:
         """Attention of the local heads; dropout, if any, differs between TP ranks."""
         if isinstance(sequence, CachedSequence | PrefixedSequence):
             return sequence.attend(self.layer_number, self.kernels, q, k, v, self.scale)

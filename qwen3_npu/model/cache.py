@@ -1,7 +1,7 @@
 """Keys and values that are kept between forward passes, and how a forward pass attends to them.
 
 A pass takes the new tokens of several sequences packed in one row [s, 1, ...], so that unequal lengths cost no padding.
-The objects here are `Sequence`s: they travel to every layer as `packed_seq_params` and replace its core attention.
+The objects here are `TokenSequence`s: they travel to every layer as `packed_seq_params` and replace its core attention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from qwen3_npu.distributed.ring import merge
 from qwen3_npu.kernels import Kernels
-from qwen3_npu.model.sequence import Sequence
+from qwen3_npu.model.sequence import TokenSequence
 
 
 class KVCache:
@@ -73,7 +73,7 @@ class Kept(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CachedSequence(Sequence):
+class CachedSequence(TokenSequence):
     """New tokens of several sequences, each attending to what is kept of its own, and kept themselves.
 
     Attributes:
@@ -135,7 +135,7 @@ class CachedSequence(Sequence):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixedSequence(Sequence):
+class PrefixedSequence(TokenSequence):
     """Packed documents that all follow the same prefix; nothing is kept of them.
 
     Attention to the prefix is one block of all tokens against it, however many documents share it; it is merged with

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.modules import NoopLayer
-from qwen3_npu.model.sequence import Sequence
+from qwen3_npu.model.sequence import TokenSequence
 
 
 class FrozenLinear(torch.nn.Module):
@@ -47,7 +47,7 @@ def freeze_linears(model: torch.nn.Module, kernels: Kernels, rows: int) -> None:
         del linear
 
 
-def run_layers(block: TransformerBlock, hidden: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+def run_layers(block: TransformerBlock, hidden: torch.Tensor, sequence: TokenSequence) -> torch.Tensor:
     """The layers and the final norm, [s, b, hidden].
 
     What megatron's TransformerLayer computes without dropout; its bookkeeping takes longer than a layer of one token.

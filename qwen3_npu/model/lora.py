@@ -71,10 +71,10 @@ class LoraLinear(MegatronModule):
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 _kaiming(self.lora_A["default"].weight)
 
-    def _weight(self, rows: int, columns: int, is_cut: bool, dim: int) -> _Weight:
+    def _weight(self, rows: int, columns: int, is_sharded: bool, dim: int) -> _Weight:
         like = self.base_layer.weight
         weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=like.dtype, device=like.device))
-        if is_cut:
+        if is_sharded:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
         else:
             # Under sequence parallelism each rank sees a part of the tokens: megatron sums the gradient over TP.
@@ -123,18 +123,18 @@ class LoraExperts(GroupedExperts):
         e, r = self.num_local_experts, args.lora_r
         cut = self.pg_collection.expt_tp.size() > 1
         if "linear_fc1" in args.lora_target_modules:
-            self.weight1_lora_a = self._update(self.hidden, e * r, is_cut=False)
-            self.weight1_lora_b = self._update(r, e * 2 * self.ffn, is_cut=cut)
+            self.weight1_lora_a = self._update(self.hidden, e * r, is_sharded=False)
+            self.weight1_lora_b = self._update(r, e * 2 * self.ffn, is_sharded=cut)
             self._init_each(self.weight1_lora_a, self.hidden, alike=True)
         if "linear_fc2" in args.lora_target_modules:
-            self.weight2_lora_a = self._update(e * self.ffn, r, is_cut=cut)
-            self.weight2_lora_b = self._update(e * r, self.hidden, is_cut=False)
+            self.weight2_lora_a = self._update(e * self.ffn, r, is_sharded=cut)
+            self.weight2_lora_b = self._update(e * r, self.hidden, is_sharded=False)
             self._init_each(self.weight2_lora_a, self.ffn, alike=False)
 
-    def _update(self, rows: int, columns: int, *, is_cut: bool) -> torch.nn.Parameter:
+    def _update(self, rows: int, columns: int, *, is_sharded: bool) -> torch.nn.Parameter:
         weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=self.weight1.dtype, device=self.weight1.device))
         weight.allreduce = self.config.expert_model_parallel_size == 1
-        if is_cut or self.pg_collection.expt_tp.size() == 1:
+        if is_sharded or self.pg_collection.expt_tp.size() == 1:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
         else:
             # Replicated over the experts' tensor parallel group, each rank of which sees a part of the product.

@@ -1,7 +1,7 @@
 """What each token of a micro-batch is: its position and its document. The one channel by which layers learn it.
 
 The object travels as megatron-core's `packed_seq_params` argument, which reaches every layer on every pipeline stage
-and virtual chunk. Each stage makes it from the batch itself, so no stage can miss document borders.
+and virtual chunk. Each stage makes it from the batch itself, so no stage can miss document boundaries.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """Positions and documents of the tokens of one micro-batch.
 
     Attributes:
         positions: [b, s] int64, for rotary embedding.
-        cu_seqlens: borders of packed documents, (0, ..., s), as host integers; None if every row is one document.
+        cu_seqlens: boundaries of packed documents, (0, ..., s), as host integers; None if every row is one document.
         rope_theta, head_dim: of the model.
         dtype: of the activations.
     """

@@ -11,12 +11,12 @@ import numpy as np
 from qwen3_npu import cli
 from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
-from qwen3_npu.checkpoint.whole import gather_whole
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed.launch import World
+from qwen3_npu.parity.gather import gather_whole
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.loop import Trainer, ready
-from qwen3_npu.training.plan import make_plan
+from qwen3_npu.training.plan import plan_training
 from qwen3_npu.training.step import StepResult
 
 
@@ -24,7 +24,7 @@ from qwen3_npu.training.step import StepResult
 def trainer(platform: Platform, world: World, flags: Sequence[str]) -> Iterator[Trainer]:
     """A loaded trainer with data."""
     args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN, argv=list(flags)).groups)
-    plan = make_plan(args, world.size)
+    plan = plan_training(args, world.size)
     check_data(args.data, plan.arch.vocab_size)
     with ready(platform, world, args, plan) as made:
         yield made

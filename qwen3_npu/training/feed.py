@@ -11,8 +11,7 @@ from megatron.core import parallel_state
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.text.tokenizer import open_tokenizer
-from qwen3_npu.data.train import pretrain_dataset as pretrain
-from qwen3_npu.data.train import sft_dataset as instruction
+from qwen3_npu.data.train import pretrain_dataset, sft_dataset
 from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.data.train.documents import find_eod
@@ -23,8 +22,8 @@ from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
 from qwen3_npu.distributed.nodes import check_same
 from qwen3_npu.errors import UsageError
-from qwen3_npu.model.sequence import Sequence as TokenSequence
-from qwen3_npu.training.plan import Plan
+from qwen3_npu.model.sequence import TokenSequence
+from qwen3_npu.training.plan import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Feed:
     """
 
     args: PretrainArgs
-    plan: Plan
+    plan: TrainingPlan
     train: Any
     valid: Any
     make_rows: Callable[[Sequence[Any]], Rows]
@@ -58,7 +57,7 @@ class Feed:
         """This rank's micro-batches of the step that starts after `consumed` samples.
 
         Args:
-            sequence: positions of this rank's tokens and borders in the whole rows -> what the layers need.
+            sequence: positions of this rank's tokens and boundaries in the whole rows -> what the layers need.
         """
         plan, parallel = self.plan, self.args.parallel
         numbers = sample_numbers(
@@ -76,36 +75,36 @@ class Feed:
         return row_batches(dataset, numbers, self.make_rows, sequence, local, device, self.think)
 
 
-def open_feed(args: PretrainArgs, plan: Plan) -> Feed:
+def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     """The samples that --data-path names. Every rank must call this."""
     prefixes, _ = blend(args.data.data_path)
     digest = None
     if environment.ranks()[2] == 0:  # nodes may have copies of their own
         is_instruction = args.data.is_instruction
-        opened = [instruction.InstructionFiles(p).ids if is_instruction else open_indexed(p) for p in prefixes]
+        opened = [sft_dataset.InstructionFiles(p).ids if is_instruction else open_indexed(p) for p in prefixes]
         digest = " ".join(data.fingerprint() for data in opened)
     check_same(digest, f"--data-path {' '.join(args.data.data_path)}")
     return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan)
 
 
-def _samples(args: PretrainArgs, plan: Plan) -> tuple[int, int, int]:
+def _samples(args: PretrainArgs, plan: TrainingPlan) -> tuple[int, int, int]:
     """How many samples of each split are asked for."""
     evaluations = args.train.train_iters // args.report.eval_interval + 1
     return args.train.train_iters * plan.global_batch, evaluations * args.report.eval_iters * plan.global_batch, 0
 
 
-def _pretraining(args: PretrainArgs, plan: Plan) -> Feed:
+def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, seq, micro = args.data, args.train.seq_length, args.train.micro_batch_size
-    splits = pretrain.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan))
+    splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan))
     if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
-        return Feed(args, plan, splits.train, splits.valid, pretrain.plain_rows, micro, seq)
+        return Feed(args, plan, splits.train, splits.valid, pretrain_dataset.plain_rows, micro, seq)
     flag = "--reset-attention-mask, --reset-position-ids and --eod-mask-loss"
     ends = {find_eod(open_indexed(prefix), flag) for prefix in blend(data.data_path)[0]}
     if len(ends) > 1:
         raise UsageError(f"{flag}: the data sets of --data-path end their documents with different tokens {ends}")
 
     def rows(samples: Sequence[Any]) -> Rows:
-        return pretrain.document_rows(
+        return pretrain_dataset.document_rows(
             samples,
             eod=next(iter(ends)),
             reset_position_ids=data.reset_position_ids,
@@ -113,16 +112,16 @@ def _pretraining(args: PretrainArgs, plan: Plan) -> Feed:
             eod_mask_loss=data.eod_mask_loss,
         )
 
-    # With --reset-attention-mask the rows are laid one after the other, borders and all.
+    # With --reset-attention-mask the rows are laid one after the other, boundaries and all.
     flat = data.reset_attention_mask
     return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, seq * (micro if flat else 1))
 
 
-def _instructions(args: PretrainArgs, plan: Plan) -> Feed:
+def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, train = args.data, args.train
     prefixes, weights = blend(data.data_path)
-    files = instruction.open_instructions(prefixes, plan.arch.vocab_size, per_document=data.per_document)
-    splits = instruction.instruction_splits(
+    files = sft_dataset.open_instructions(prefixes, plan.arch.vocab_size, per_document=data.per_document)
+    splits = sft_dataset.instruction_splits(
         files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
     )
     if splits.train is None:
@@ -137,7 +136,7 @@ def _instructions(args: PretrainArgs, plan: Plan) -> Feed:
     tokenizer = open_tokenizer(data.tokenizer_name_or_path) if data.tokenizer_name_or_path else None
     pad = tokenizer.pad() if tokenizer else (plan.arch.eos_token_id or 0)
     padding = Padding(pad, None if data.variable_seq_lengths else train.seq_length, multiple)
-    packs = data.per_document and any(file.kind is instruction.Kind.NEAT_PACK for file in files)
+    packs = data.per_document and any(file.kind is sft_dataset.Kind.NEAT_PACK for file in files)
 
     def rows(samples: Sequence[Any]) -> Rows:
         return instruction_rows(samples, padding, per_document=packs)

@@ -22,7 +22,7 @@ from qwen3_npu.errors import Stopped
 
 def _convert(args: ConvertArgs, lora: LoraConvertArgs) -> None:
     """The body of the process."""
-    log.setup(rank=1)  # warnings only; the training speaks for it
+    log.setup(rank=1)  # warnings only; the training is_main for it
     os.nice(10)
     from qwen3_npu.checkpoint.convert.run import convert
 

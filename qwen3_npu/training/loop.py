@@ -24,7 +24,7 @@ from qwen3_npu.distributed.nodes import check_shared
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
-from qwen3_npu.model.sequence import Sequence
+from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
@@ -34,14 +34,14 @@ from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.hf_export import HfExport
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
-from qwen3_npu.training.plan import Plan
+from qwen3_npu.training.plan import TrainingPlan
 from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, continued, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
-def run(platform: Platform, args: PretrainArgs, plan: Plan) -> None:
+def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
     """The whole training, from joining the other processes to the last checkpoint."""
     prepare(args.checkpoint, args.lora)
     with process_group(platform, args.runtime) as world:
@@ -58,7 +58,7 @@ def run(platform: Platform, args: PretrainArgs, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def ready(platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> Iterator[Trainer]:
+def ready(platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan) -> Iterator[Trainer]:
     """A trainer with weights and data, among processes that have joined."""
     with model_parallel(plan.layout, args.parallel, args.runtime):
         trainer = Trainer(platform, world, args, plan)
@@ -73,7 +73,7 @@ def ready(platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> I
 class Trainer:
     """One process's part of a training."""
 
-    def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: Plan) -> None:
+    def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
         if args.train.moe_router_dtype == "fp64" and not platform.has_float64:
             raise UsageError(f"--moe-router-dtype fp64: {platform.name} has no float64; use fp32")
@@ -136,9 +136,9 @@ class Trainer:
         assert self.feed is not None
         return [self.feed.batches(dataset, consumed, self.sequence, self.world.device) for _ in self.chunks]
 
-    def sequence(self, positions: torch.Tensor, borders: tuple[int, ...] | None = None) -> Sequence:
-        """What the layers need to know of tokens at these positions [b, s], in documents with these borders."""
-        return Sequence(positions, borders, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
+    def sequence(self, positions: torch.Tensor, boundaries: tuple[int, ...] | None = None) -> TokenSequence:
+        """What the layers need to know of tokens at these positions [b, s], in documents with these boundaries."""
+        return TokenSequence(positions, boundaries, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -229,7 +229,7 @@ class Trainer:
             first=self.position.iteration,
             last=args.train.train_iters,
             folder=Path(args.report.tensorboard_dir) if args.report.tensorboard_dir else None,
-            speaks=self.world.rank == 0,
+            is_main=self.world.rank == 0,
         )
 
     def evaluate(self, reporter: Reporter) -> None:

@@ -20,7 +20,7 @@ from qwen3_npu.checkpoint.training.optimizer_state import parts
 def wrap_model(
     config: TransformerConfig, chunks: Sequence[torch.nn.Module], args: OptimizerArgs
 ) -> list[DistributedDataParallel]:
-    """Model chunks with bf16 conversion at their borders and gradient buffers reduced over data-parallel ranks."""
+    """Model chunks with bf16 conversion at their boundaries and gradient buffers reduced over data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=args.overlap_grad_reduce,

@@ -18,7 +18,7 @@ from qwen3_npu.progress import human
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A training whose sizes fit together.
 
     Attributes:
@@ -51,7 +51,7 @@ class Plan:
         ]
 
 
-def make_plan(args: PretrainArgs, world_size: int) -> Plan:
+def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
     """Everything that follows from flags, config.json and the number of processes.
 
     Raises:
@@ -84,7 +84,7 @@ def make_plan(args: PretrainArgs, world_size: int) -> Plan:
             f"an interleaved pipeline of {layout.pipeline} stages needs a multiple of {layout.pipeline} micro-batches "
             f"per step; --global-batch-size {global_batch} gives {num_microbatches}"
         )
-    return Plan(arch, found_in, config, layout, data_parallel, global_batch, num_microbatches)
+    return TrainingPlan(arch, found_in, config, layout, data_parallel, global_batch, num_microbatches)
 
 
 def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:

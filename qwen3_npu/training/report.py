@@ -87,14 +87,14 @@ class Reporter:
         first: int,
         last: int,
         folder: Path | None,
-        speaks: bool,
+        is_main: bool,
     ) -> None:
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
         self.window = _Window()
         self.metrics: TextIO | None = None
         self.tensorboard: Any = None
-        if folder is not None and speaks:
+        if folder is not None and is_main:
             folder.mkdir(parents=True, exist_ok=True)
             self.metrics = _open_lines(folder / "metrics.jsonl")
             # Here, not at the top: it takes a second, and only rank 0 with a folder needs it.

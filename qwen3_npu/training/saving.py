@@ -15,9 +15,7 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.formats.base import check_writable, same_folder, write_text
 from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name
-from qwen3_npu.checkpoint.training import load as resume
-from qwen3_npu.checkpoint.training import retention as keep
-from qwen3_npu.checkpoint.training import save as training_state
+from qwen3_npu.checkpoint.training import load, retention, save
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed import environment
@@ -37,7 +35,7 @@ def prepare(args: CheckpointArgs, lora: LoraArgs) -> None:
         return
     root = Path(args.save)
     check_writable(root, "--save")
-    if environment.restarts() == 0 and not _resumes(args, lora) and (there := keep.iterations(root)):
+    if environment.restarts() == 0 and not _resumes(args, lora) and (there := retention.iterations(root)):
         log.info(
             f"warning: --save {root} already holds checkpoints up to {iteration_name(there[0])}, and --load is "
             f"{args.load or 'not given'}: they are replaced as this training reaches their steps; to continue "
@@ -112,8 +110,8 @@ class Saver:
         self.pending: Writing | None = None
 
     def load(self) -> Position:
-        """Weights and, when resuming, everything else. Raises: UsageError: see `resume.load`."""
-        return resume.load(self.trained, self.args, self.lora.lora_load)
+        """Weights and, when resuming, everything else. Raises: UsageError: see `load.load`."""
+        return load.load(self.trained, self.args, self.lora.lora_load)
 
     def save(self, position: Position) -> None:
         """A checkpoint of this step in --save; with --async-save it is being written when this returns.
@@ -123,8 +121,8 @@ class Saver:
         """
         began = time.perf_counter()
         self.finish()
-        writing = training_state.begin_save(
-            self.trained, position, self.args, self.extra, self.config, updates_only=self.lora.lora_ckpt_filter
+        writing = save.begin_save(
+            self.trained, position, self.args, self.extra, self.config, adapter_only=self.lora.lora_ckpt_filter
         )
         if self.args.async_save:
             self.pending = writing

@@ -19,7 +19,7 @@ from qwen3_npu.checkpoint.binary.dtypes import BF16
 from qwen3_npu.checkpoint.formats.write_hf import write_config
 from qwen3_npu.distributed.layout import check_world_size
 from qwen3_npu.model.sizes import SIZES
-from qwen3_npu.training.plan import make_plan
+from qwen3_npu.training.plan import plan_training
 from scripts import ROOT, SCRIPTS, Asked, ask, size_of
 
 PROGRAMS = {
@@ -48,7 +48,7 @@ def parse(asked: Asked) -> None:
     """With the real parser; raises where the program would."""
     if asked.program == "pretrain_gpt.py":
         args = PretrainArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=asked.flags).groups)
-        make_plan(args, asked.world)
+        plan_training(args, asked.world)
     elif asked.program == "convert_ckpt.py":
         groups = (convert.ConvertArgs, convert.TargetArgs, convert.LoraConvertArgs, convert.LegacyConvertArgs)
         cli.parse("test", "", groups, convert.FOREIGN, argv=asked.flags)

@@ -20,8 +20,7 @@ from qwen3_npu import log
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
 from qwen3_npu.checkpoint.formats.dist_keys import key_of, layer_places
 from qwen3_npu.checkpoint.mapping.table import shards
-from qwen3_npu.checkpoint.training import spread_state
-from qwen3_npu.checkpoint.training import torch_files as training_torch
+from qwen3_npu.checkpoint.training import sharded_state, torch_files
 from qwen3_npu.checkpoint.training.live import write_content
 from qwen3_npu.checkpoint.training.optimizer_state import step_count
 from qwen3_npu.distributed import nodes
@@ -108,7 +107,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         t.saver.save(t.position)
         t.saver.finish()
         if world.rank == rank:
-            training_torch.write_content = spread_state.write_content = full_disk  # type: ignore[assignment]
+            torch_files.write_content = sharded_state.write_content = full_disk  # type: ignore[assignment]
         raised = "nothing"
         try:
             t.step()
@@ -118,7 +117,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         except Stopped as error:
             raised = str(error)
         finally:
-            training_torch.write_content = spread_state.write_content = write_content
+            torch_files.write_content = sharded_state.write_content = write_content
     everyone = [""] * world.size
     dist.all_gather_object(everyone, raised)
     return everyone
@@ -250,12 +249,12 @@ def packing_isolation(platform: Platform, world: World, flags: list[str], change
                 )
         assert t.feed is not None
         make_rows, seen = t.feed.make_rows, []
-        borders: list[int] = []
+        boundaries: list[int] = []
 
         def altered(samples: Any) -> Any:
             rows = make_rows(samples)
-            borders[:] = rows.cu_seqlens
-            part = rows.tokens[:, borders[changed] : borders[changed + 1]]
+            boundaries[:] = rows.cu_seqlens
+            part = rows.tokens[:, boundaries[changed] : boundaries[changed + 1]]
             part[...] = (part + 7) % 200
             return rows
 
@@ -266,7 +265,7 @@ def packing_isolation(platform: Platform, world: World, flags: list[str], change
         found = {}
         for name, before in seen[0].items():
             difference = (before - seen[1][name]).abs().amax(dim=(1, 2))
-            found[name] = [difference[a:b].max().item() for a, b in itertools.pairwise(borders)]
+            found[name] = [difference[a:b].max().item() for a, b in itertools.pairwise(boundaries)]
         everyone: list[Any] = [None] * world.size
         dist.all_gather_object(everyone, found)
         return everyone

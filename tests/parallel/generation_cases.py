@@ -8,7 +8,7 @@ from typing import Any
 
 import generation
 from qwen3_npu import cli
-from qwen3_npu.inference.plan import make_plan
+from qwen3_npu.inference.plan import plan_inference
 
 
 def answers(platform: Any, world: Any, folder: str, flags: list[str]) -> dict[str, list[list[int]]]:
@@ -46,7 +46,7 @@ def evaluated(platform: Any, world: Any, flags: list[str]) -> None:
     from qwen3_npu.evaluation.run import evaluate
 
     args = EvaluationArgs(*cli.parse("evaluation.py", "", GROUPS, FOREIGN, argv=flags).groups)
-    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
     evaluate(platform, world, args, plan)
 
 
@@ -56,5 +56,5 @@ def generated(platform: Any, world: Any, flags: list[str]) -> None:
     from qwen3_npu.inference.run import generate
 
     args = InferenceArgs(*cli.parse("inference.py", "", GROUPS, FOREIGN, argv=flags).groups)
-    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
     generate(platform, world, args, plan)

@@ -49,11 +49,11 @@ def documents(prefix: str) -> list[list[list[Document]]]:
         for number in range(step * BATCH, (step + 1) * BATCH):
             sample = train[number]
             segments = np.ones(len(sample.ids), int) if sample.segments is None else sample.segments
-            borders = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
+            boundaries = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
             samples.append(
                 [
                     (sample.ids[a:b].tolist(), sample.labels[a:b].tolist())
-                    for a, b in itertools.pairwise(borders)
+                    for a, b in itertools.pairwise(boundaries)
                     if segments[a]
                 ]
             )

@@ -37,12 +37,12 @@ def evaluate(process: Any, model: Path, out: Path, *flags: object) -> dict[str, 
     from qwen3_npu import cli
     from qwen3_npu.args.evaluation import FOREIGN, GROUPS, EvaluationArgs
     from qwen3_npu.evaluation.run import evaluate as run
-    from qwen3_npu.inference.plan import make_plan
+    from qwen3_npu.inference.plan import plan_inference
 
     words = ["--load", str(model), "--output-dir", str(out), "--log-samples", "--device", "cpu", *map(str, flags)]
     args = EvaluationArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=words).groups)
     out.mkdir(exist_ok=True)
-    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
     run(select("cpu"), process, args, plan)
     results = json.loads((out / "results.json").read_text())
     files = out.glob("samples_*.jsonl")
@@ -270,9 +270,10 @@ def test_pooled_errors_are_those_of_lm_evaluation_harness() -> None:
 
 
 def test_pieces_are_tokens_of_the_whole(model: Path) -> None:
+    from qwen3_npu.evaluation.slices import PieceEncoder, paragraphs
+
     from qwen3_npu.args.inference import PromptArgs
     from qwen3_npu.data.text.tokenizer import open_tokenizer
-    from qwen3_npu.evaluation.pieces import PieceEncoder, paragraphs
     from qwen3_npu.inference.text import Writer
 
     text = "Who?\n\nA.\n\n\nB \n\n C\n\n1\n\n\u00e9t\u00e9\n\n# x\n\nend"

@@ -17,7 +17,7 @@ from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs, PromptArgs
 from qwen3_npu.data.text.conversation import ASSISTANT, USER, Message
 from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.errors import UsageError
-from qwen3_npu.inference.plan import make_plan
+from qwen3_npu.inference.plan import plan_inference
 from qwen3_npu.inference.prompts import read_prompts
 from qwen3_npu.inference.text import Stream, Writer
 from qwen3_npu.platform import select
@@ -38,7 +38,7 @@ def run(process: Any, model: Path, out: Path, *flags: object) -> list[dict[str, 
     from qwen3_npu.inference.run import generate
 
     args = parse(model, "--output-dir", out, *flags)
-    plan = make_plan(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
     generate(select("cpu"), process, args, plan)
     return [json.loads(line) for line in (out / "text_generation_result.jsonl").read_text().splitlines()]
 

@@ -52,10 +52,10 @@ def test_attention_of_the_last_positions(implementation: kernels.Kernels, querie
     assert_same(implementation.attention, reference.attention, randn(queries, 2, 4, 16), k, v, scale=0.25)
 
 
-@pytest.mark.parametrize("borders", [[0, 20], [0, 1, 2, 20], [0, 7, 13, 20]])
-def test_packed_attention(implementation: kernels.Kernels, borders: list[int]) -> None:
+@pytest.mark.parametrize("boundaries", [[0, 20], [0, 1, 2, 20], [0, 7, 13, 20]])
+def test_packed_attention(implementation: kernels.Kernels, boundaries: list[int]) -> None:
     q, k, v = randn(20, 1, 4, 16), randn(20, 1, 2, 16, seed=1), randn(20, 1, 2, 16, seed=2)
-    assert_same(implementation.attention, reference.attention, q, k, v, scale=0.25, cu_seqlens=borders)
+    assert_same(implementation.attention, reference.attention, q, k, v, scale=0.25, cu_seqlens=boundaries)
 
 
 def test_reference_attention_is_causal_and_keeps_documents_apart() -> None:

@@ -37,9 +37,9 @@ def built(folder: Path, kernel: str = "auto", **train: object) -> Iterator[torch
 
 
 def sequence(model: torch.nn.Module, positions: torch.Tensor, cu_seqlens: tuple[int, ...] | None = None) -> object:
-    from qwen3_npu.model.sequence import Sequence
+    from qwen3_npu.model.sequence import TokenSequence
 
-    return Sequence(positions, cu_seqlens, model.arch.rope_theta, model.arch.head_dim, torch.float32)
+    return TokenSequence(positions, cu_seqlens, model.arch.rope_theta, model.arch.head_dim, torch.float32)
 
 
 def transformers_model(folder: Path) -> torch.nn.Module:
@@ -93,13 +93,13 @@ def test_loss_and_gradients_equal_transformers(folder: Path) -> None:
 @pytest.mark.usefixtures("process")
 def test_packed_documents_are_computed_as_if_alone(folder: Path) -> None:
     lengths = [5, 1, 11, 7]
-    borders = [0, 5, 6, 17, 24]
+    boundaries = [0, 5, 6, 17, 24]
     ids = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(2))
     with built(folder) as model, torch.no_grad():
         model.eval()
         positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-        packed = model(ids, positions, None, packed_seq_params=sequence(model, positions, tuple(borders)))
-        for start, end in itertools.pairwise(borders):
+        packed = model(ids, positions, None, packed_seq_params=sequence(model, positions, tuple(boundaries)))
+        for start, end in itertools.pairwise(boundaries):
             alone_positions = torch.arange(end - start).unsqueeze(0)
             alone = model(ids[:, start:end], alone_positions, None, packed_seq_params=sequence(model, alone_positions))
             torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import integrity
-from qwen3_npu.checkpoint.training import retention as keep
+from qwen3_npu.checkpoint.training import retention
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
 
@@ -81,26 +81,26 @@ def test_a_manifest_tells_damage(tmp_path: Path) -> None:
 
 
 def test_candidates(tmp_path: Path) -> None:
-    assert keep.candidates(tmp_path) == []
+    assert retention.candidates(tmp_path) == []
     for iteration in (10, 20, 30):
         checkpoint(tmp_path, iteration)
     checkpoint(tmp_path, 5, sealed=False)
     (tmp_path / "iter_0000040.partial").mkdir()
-    assert keep.candidates(tmp_path) == [30, 20, 10], "killed before the first tracker"
+    assert retention.candidates(tmp_path) == [30, 20, 10], "killed before the first tracker"
     track(tmp_path, "20")
-    assert keep.candidates(tmp_path) == [20, 10, 5]
+    assert retention.candidates(tmp_path) == [20, 10, 5]
     track(tmp_path, "release")
-    assert keep.candidates(tmp_path) == []
+    assert retention.candidates(tmp_path) == []
 
 
 def test_only_what_a_training_saved_is_deleted(tmp_path: Path) -> None:
     for iteration in (10, 20, 30, 50):
         checkpoint(tmp_path, iteration)
     checkpoint(tmp_path, 1, sealed=False)
-    assert keep.keep_newest(tmp_path, 30, 2) == [10]
-    assert keep.iterations(tmp_path) == [50, 30, 20, 1]
-    assert keep.keep_newest(tmp_path, 30, 1) == [20]
-    assert keep.iterations(tmp_path) == [50, 30, 1]
+    assert retention.keep_newest(tmp_path, 30, 2) == [10]
+    assert retention.iterations(tmp_path) == [50, 30, 20, 1]
+    assert retention.keep_newest(tmp_path, 30, 1) == [20]
+    assert retention.iterations(tmp_path) == [50, 30, 1]
 
 
 def test_other_checkpoints_in_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: object) -> None:

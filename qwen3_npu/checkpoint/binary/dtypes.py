@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qwen3_npu.checkpoint.mapping.slices import Region
 from qwen3_npu.errors import UsageError
 
+Region = tuple[tuple[int, int], ...]  # (start, stop) per dimension
 _BLOCK = 8 << 20  # bytes handled at a time, where a tensor need not be handled whole
 
 
@@ -86,12 +86,23 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(np.ascontiguousarray(a).view(bits), np.ascontiguousarray(b).view(bits))
 
 
+def intersect(a: Region, b: Region) -> Region | None:
+    """What two regions of one tensor have in common, or None."""
+    common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return common if all(start < stop for start, stop in common) else None
+
+
+def relative(region: Region, origin: Region) -> Region:
+    """A region counted from where `origin` starts."""
+    return tuple((start - o, stop - o) for (start, stop), (o, _) in zip(region, origin, strict=True))
+
+
 def full(shape: tuple[int, ...]) -> Region:
     """The region that is the whole tensor."""
     return tuple((0, n) for n in shape)
 
 
-def slices(region: Region) -> tuple[slice, ...]:
+def as_index(region: Region) -> tuple[slice, ...]:
     """A region as a numpy or torch index."""
     return tuple(slice(start, stop) for start, stop in region)
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import read_region
+from qwen3_npu.checkpoint.binary.dtypes import Region, read_region
 from qwen3_npu.checkpoint.binary.pickles import TensorRef, read_pickle
-from qwen3_npu.checkpoint.mapping.slices import Region
 from qwen3_npu.errors import UsageError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
-from qwen3_npu.checkpoint.convert.plan import Plan
+from qwen3_npu.checkpoint.convert.plan import ConversionPlan
 from qwen3_npu.checkpoint.formats.base import Output
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.dist_write import DistOutput
@@ -15,7 +15,7 @@ from qwen3_npu.checkpoint.formats.folders import TORCH_DIST
 from qwen3_npu.checkpoint.formats.huggingface import SafetensorsFile, is_hf_weights, weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.formats.torch_write import Cut, MegatronOutput
+from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target
 from qwen3_npu.checkpoint.formats.write_hf import HfOutput, PeftOutput, plan_hf_files
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout, plan
@@ -42,7 +42,7 @@ def target_layout(arch: Qwen3Arch, target: TargetArgs) -> Layout:
 
 
 def planned_output(
-    what: Plan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, config: dict | None
+    what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, config: dict | None
 ) -> Output:
     """What is to be written.
 
@@ -60,7 +60,7 @@ def planned_output(
         files = plan_hf_files(what.contents.arch, what.dtype, int(args.max_shard_size * 1e9))
         output = HfOutput(root, what.contents.arch, config, what.dtype, files)
     else:
-        cut = Cut(what.contents, target_layout(what.contents.arch, target), what.dtype, what.lora_dtype)
+        cut = Target(what.contents, target_layout(what.contents.arch, target), what.dtype, what.lora_dtype)
         output = (DistOutput if args.ckpt_format == TORCH_DIST else MegatronOutput)(root, cut)
     loads = [Path(folder).resolve() for folder in (what.sources.load, what.sources.lora_load) if folder]
     if output.root.resolve() in loads:
@@ -74,7 +74,7 @@ def _hf_root(root: Path, legacy: LegacyConvertArgs, replaces: bool) -> Path:
 
 
 def found_output(
-    what: Plan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, given: Collection[str]
+    what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, given: Collection[str]
 ) -> Output:
     """What lies in --save-dir, as it should be. Layout, format and dtype that no flag says are those found there.
 
@@ -97,8 +97,8 @@ def found_output(
     if not {field.name for field in dataclasses.fields(TargetArgs)} & set(given):
         cut = dataclasses.replace(cut, layout=opened.saved_layout())
     if args.params_dtype is None:
-        first = opened.dtype(next(iter(cut.contents.shapes())))
-        cut = dataclasses.replace(cut, dtype=first, lora_dtype=cut.lora_dtype if cut.contents.base else first)
+        first = opened.dtype(next(iter(target.contents.shapes())))
+        cut = dataclasses.replace(cut, dtype=first, lora_dtype=target.lora_dtype if target.contents.base else first)
     opened.close()
     found = (DistOutput if opened.format == TORCH_DIST else MegatronOutput)(output.root, cut)
     found.folder = opened.folder

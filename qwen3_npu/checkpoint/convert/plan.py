@@ -20,7 +20,7 @@ from qwen3_npu.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A conversion whose parts fit together.
 
     Attributes:
@@ -38,7 +38,7 @@ class Plan:
     facts: dict[str, Any]
 
 
-def make_plan(args: ConvertArgs, lora: LoraConvertArgs) -> Plan:
+def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     """Open the sources, check them whole, and decide what is made of them.
 
     Raises:
@@ -67,7 +67,9 @@ def make_plan(args: ConvertArgs, lora: LoraConvertArgs) -> Plan:
         if lora.save_lora_to_hf:
             contents = dataclasses.replace(contents, base=False)
         dtype, lora_dtype = _dtypes(source, contents, args.params_dtype)
-    return Plan(sources, contents, dtype, lora_dtype, held if isinstance(source, MergedSource) else None, facts)
+    return ConversionPlan(
+        sources, contents, dtype, lora_dtype, held if isinstance(source, MergedSource) else None, facts
+    )
 
 
 def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Checkpoint | None:

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import full, row_blocks, to_float32
+from qwen3_npu.checkpoint.binary.dtypes import Region, full, row_blocks, to_float32
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
-from qwen3_npu.checkpoint.mapping.slices import Region
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, OUTPUT
 from qwen3_npu.model.arch import Qwen3Arch

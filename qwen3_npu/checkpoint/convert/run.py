@@ -16,7 +16,7 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.convert.jobs import run_jobs
 from qwen3_npu.checkpoint.convert.output import found_output, planned_output
-from qwen3_npu.checkpoint.convert.plan import Plan, make_plan
+from qwen3_npu.checkpoint.convert.plan import ConversionPlan, plan_conversion
 from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
 from qwen3_npu.checkpoint.convert.verify import differences
 from qwen3_npu.checkpoint.formats.base import Output
@@ -52,7 +52,7 @@ def convert(
     """
     for note in _without_effect(args, given):
         log.info(note)
-    plan = make_plan(args, lora)
+    plan = plan_conversion(args, lora)
     log.info(f"model:  {plan.contents.arch}")
     for name, facts in plan.facts.items():
         log.info(f"{name + ':':<8}{facts['folder']} ({facts['layout']})")
@@ -69,7 +69,7 @@ def convert(
             _check_merge(plan, output)
     if args.verify or args.verify_only:
         lines, compared = differences(output.jobs, plan.sources, output.folder, _workers(args))
-        lines += [f"extra file: {name}" for name in output.strays()]
+        lines += [f"extra file: {name}" for name in output.unexpected_files()]
         return _report(lines, compared, output.folder)
     return 0
 
@@ -86,7 +86,7 @@ def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
     return [f"{option(name)}: no effect on {kind} output" for name in names]
 
 
-def _write(plan: Plan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> Output:
+def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> Output:
     """Write, publish and reveal the output; it is looked for only after everything is there."""
     carried = _carried_from(args, legacy)
     config = read_hf_config(carried) if (carried / "config.json").is_file() else None
@@ -117,7 +117,7 @@ def _write(plan: Plan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConv
         "target": target_facts,
     }
     write_manifest(output.root, facts, {str(place / name): record for name, record in records.items()})
-    output.reveal()
+    output.commit()
     log.info(f"written: {output.root}")
     return output
 
@@ -130,7 +130,7 @@ def _carried_from(args: ConvertArgs, legacy: LegacyConvertArgs) -> Path:
     return Path(args.hf_cfg_dir or args.load_dir)
 
 
-def _check_merge(plan: Plan, output: Output) -> None:
+def _check_merge(plan: ConversionPlan, output: Output) -> None:
     """Print how far the merged weights on disk are from base and adapter side by side."""
     tokens = probe_tokens(plan.contents.arch)
     source, merged = plan.sources(), open_checkpoint(output.root)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import F32, DType, full, same_bits, sizes, to_float32
+from qwen3_npu.checkpoint.binary.dtypes import (
+    F32,
+    DType,
+    Region,
+    full,
+    intersect,
+    relative,
+    same_bits,
+    sizes,
+    to_float32,
+)
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.mapping.lora import TARGETS, Contents, Lora, peft_name, peft_shapes
-from qwen3_npu.checkpoint.mapping.slices import Region, intersect, relative
 from qwen3_npu.checkpoint.mapping.source import Source, inside
 
 

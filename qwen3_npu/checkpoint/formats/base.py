@@ -33,7 +33,7 @@ class Output(abc.ABC):
         """Format, dtype and layout, for the manifest; another output has other facts."""
 
     @abc.abstractmethod
-    def there(self) -> str | None:
+    def existing(self) -> str | None:
         """What is in the way, in words."""
 
     @abc.abstractmethod
@@ -41,18 +41,18 @@ class Output(abc.ABC):
         """Move finished files from `stage` to `folder`, in place of what is there."""
 
     @abc.abstractmethod
-    def reveal(self) -> None:
+    def commit(self) -> None:
         """Make the output visible; the last step."""
 
     @abc.abstractmethod
-    def strays(self) -> list[str]:
+    def unexpected_files(self) -> list[str]:
         """Files in `folder` that a reader would take for a part of it but that no job makes."""
 
     def prepare(self, overwrite: bool) -> None:
         """Raises: UsageError: something is in the way (without `overwrite`)."""
         if overwrite:
             shutil.rmtree(self.stage, ignore_errors=True)
-        elif (what := self.there()) is not None:
+        elif (what := self.existing()) is not None:
             raise UsageError(f"{what}; give --overwrite to replace it, or another --save-dir")
 
 

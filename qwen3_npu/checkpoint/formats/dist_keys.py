@@ -24,8 +24,9 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
+from qwen3_npu.checkpoint.binary.dtypes import Region
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.slices import Place, Region, local_experts
+from qwen3_npu.checkpoint.mapping.slices import Holder, local_experts
 from qwen3_npu.checkpoint.mapping.table import OUTPUT, Shard
 from qwen3_npu.distributed.layout import NOOP, Layout, Rank, plan
 from qwen3_npu.model.arch import Qwen3Arch
@@ -119,7 +120,7 @@ def chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chunk]:
     """What one rank saves. Of several copies the first rank in `layout.ranks()` saves it."""
     layout = unstacked(layout)
     places, counts = layer_places(layout), (layout.num_layers, contents.arch.num_experts)
-    first_expert = local_experts(Place(contents.arch, layout, rank))[0].start
+    first_expert = local_experts(Holder(contents.arch, layout, rank))[0].start
     saves = {kind: _saves(layout, rank, *kind) for kind in itertools.product((False, True), repeat=2)}
     for shard in contents.shards(layout, rank):
         if shard.name == OUTPUT.megatron and contents.arch.tie_word_embeddings:
@@ -145,7 +146,7 @@ def _rows(shard: Shard, half: int, halves: int) -> Shard:
     rows = shard.shape[0] // halves
     pieces = [
         dataclasses.replace(p, target=((p.target[0][0] - half * rows, p.target[0][1] - half * rows), *p.target[1:]))
-        for p in shard.pieces
+        for p in shard.slices
         if p.target[0][0] // rows == half
     ]
     shape = (rows, *shard.shape[1:])
@@ -177,12 +178,12 @@ def _cut(name: str) -> tuple[int | None, int]:
     return axis, halves
 
 
-def _saves(layout: Layout, rank: Rank, is_expert: bool, is_cut: bool) -> bool:
+def _saves(layout: Layout, rank: Rank, is_expert: bool, is_sharded: bool) -> bool:
     """Whether a rank is the first of its pipeline stage that holds the same tensor."""
 
     def holds(r: Rank) -> tuple:
         if is_expert:
-            return r.pipeline, r.expert, r.expert_tensor if is_cut else 0
-        return r.pipeline, r.tensor if is_cut else 0
+            return r.pipeline, r.expert, r.expert_tensor if is_sharded else 0
+        return r.pipeline, r.tensor if is_sharded else 0
 
     return rank == next(r for r in layout.ranks() if holds(r) == holds(rank))

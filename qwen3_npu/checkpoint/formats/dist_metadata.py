@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.pickles import Unknown, read_pickle
 from qwen3_npu.checkpoint.binary.torch_zip_write import TorchName, TorchPickler
-from qwen3_npu.checkpoint.mapping.slices import Region
 from qwen3_npu.errors import UsageError
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.checkpoint.binary.dtypes import full, sizes
+from qwen3_npu.checkpoint.binary.dtypes import full, intersect, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
 from qwen3_npu.checkpoint.formats.dist_keys import whole
 from qwen3_npu.checkpoint.formats.dist_metadata import read_metadata
@@ -23,7 +23,6 @@ from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH
 from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args
 from qwen3_npu.checkpoint.formats.torch_read import architecture
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.slices import intersect
 from qwen3_npu.checkpoint.mapping.source import check_tensors
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING
 from qwen3_npu.distributed.layout import Layout
@@ -91,16 +90,16 @@ class DistReader(DistTensors):
         Raises:
             UsageError: something is missing, damaged or not expected.
         """
-        places = [place for regions in self.places.values() for holders in regions.values() for place in holders]
-        by_name = {place.shard.name: (place, *self.key(place)) for place in places}
-        wanted = {key: (*counts, *place.shard.shape) for place, key, _, counts in by_name.values()}
+        places = [holder for regions in self.places.values() for holders in regions.values() for holder in holders]
+        by_name = {holder.shard.name: (holder, *self.key(holder)) for holder in places}
+        wanted = {key: (*counts, *holder.shard.shape) for holder, key, _, counts in by_name.values()}
         found = {key: t.size for key, t in self.stored.items() if not key.endswith("_extra_state")}
         check_tensors(found, wanted, str(self.folder), f"this {'MoE' if self.arch.is_moe else 'dense'} model")
-        for place, key, lead, _ in by_name.values():
-            whole_shard = (*((i, i + 1) for i in lead), *full(place.shard.shape))
+        for holder, key, lead, _ in by_name.values():
+            whole_shard = (*((i, i + 1) for i in lead), *full(holder.shard.shape))
             parts = [intersect(whole_shard, chunk.region) for chunk in self.chunks(key, lead)]
-            if sum(math.prod(sizes(part)) for part in parts if part) != math.prod(place.shard.shape):
-                raise UsageError(f"{self.folder}: {key} is not whole: a part of {place.shard.name} lies in no file")
+            if sum(math.prod(sizes(part)) for part in parts if part) != math.prod(holder.shard.shape):
+                raise UsageError(f"{self.folder}: {key} is not whole: a part of {holder.shard.name} lies in no file")
         ends: dict[str, int] = {}
         for chunk in (chunk for key in wanted for chunk in self.stored[key].chunks):
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, sizes
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, intersect, relative, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
 from qwen3_npu.checkpoint.formats.dist_keys import key_of, layer_places, possible_keys
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.piece_reader import PieceReader, Place
-from qwen3_npu.checkpoint.mapping.slices import Region, intersect, relative
+from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
 from qwen3_npu.checkpoint.mapping.source import inside
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
@@ -24,13 +23,13 @@ from qwen3_npu.errors import UsageError
 _ARCHIVES = 256  # opened archives remembered; a chunk of q, k and v is read a head at a time
 
 
-class DistTensors(PieceReader[None]):
+class DistTensors(ShardReader[None]):
     """Stored tensors of a model's parameters, or of something of the parameters' shapes (an optimizer's moments).
 
     Args:
         stored: the tensors under the keys of the parameters.
         contents: which parameters.
-        layout: the uncut one (`dist_table.whole`).
+        layout: the uncut one (`dist_keys.whole`).
     """
 
     def __init__(self, folder: Path, stored: Mapping[str, StoredTensor], contents: Contents, layout: Layout) -> None:
@@ -43,32 +42,32 @@ class DistTensors(PieceReader[None]):
         shards = contents.shards(layout, Rank(0, 0, 0, 0))
         super().__init__(((None, shard) for shard in shards), str(folder))
 
-    def key(self, place: Place) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """The stored tensor that should hold a place, the place's leading indices in it, and how many there are."""
-        usual = key_of(place.shard, self.layers)
+    def key(self, holder: Holder) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """The stored tensor that should hold a holder, the holder's leading indices in it, and how many there are."""
+        usual = key_of(holder.shard, self.layers)
         key, lead = next((found for found in possible_keys(*usual) if found[0] in self.stored), usual)
         counts = (self.layout.num_layers, self.arch.num_experts)[: len(usual[1])]
         return key, lead, counts[len(usual[1]) - len(lead) :]
 
-    def find(self, place: Place) -> tuple[str, tuple[int, ...]] | None:
-        key, lead, counts = self.key(place)
+    def find(self, holder: Holder) -> tuple[str, tuple[int, ...]] | None:
+        key, lead, counts = self.key(holder)
         if key not in self.stored:
             return None
-        if self.stored[key].size != (*counts, *place.shard.shape):
+        if self.stored[key].size != (*counts, *holder.shard.shape):
             shape = self.stored[key].size
-            raise UsageError(f"{self.folder}: {key} has shape {shape}; {(*counts, *place.shard.shape)} expected")
+            raise UsageError(f"{self.folder}: {key} has shape {shape}; {(*counts, *holder.shard.shape)} expected")
         return key, lead
 
-    def stored_dtype(self, place: Place, tensor: tuple[str, tuple[int, ...]]) -> DType:
+    def stored_dtype(self, holder: Holder, tensor: tuple[str, tuple[int, ...]]) -> DType:
         dtype = self.stored[tensor[0]].dtype
         if dtype is None:
             raise UsageError(f"{self.folder}: {tensor[0]} is not float32, float16 or bfloat16")
         return dtype
 
-    def read_stored(self, place: Place, tensor: tuple[str, tuple[int, ...]], region: Region) -> np.ndarray:
+    def read_stored(self, holder: Holder, tensor: tuple[str, tuple[int, ...]], region: Region) -> np.ndarray:
         key, lead = tensor
         wanted = (*((i, i + 1) for i in lead), *region)
-        out = np.empty(sizes(wanted), self.stored_dtype(place, tensor).carrier)
+        out = np.empty(sizes(wanted), self.stored_dtype(holder, tensor).carrier)
         read = 0
         for chunk in self.chunks(key, lead):
             common = intersect(wanted, chunk.region)
@@ -85,8 +84,8 @@ class DistTensors(PieceReader[None]):
         if (key, len(lead)) not in self.by_lead:
             index = self.by_lead.setdefault((key, len(lead)), {})
             for chunk in self.stored[key].chunks:
-                for place in itertools.product(*(range(*span) for span in chunk.region[: len(lead)])):
-                    index.setdefault(place, []).append(chunk)
+                for holder in itertools.product(*(range(*span) for span in chunk.region[: len(lead)])):
+                    index.setdefault(holder, []).append(chunk)
         return self.by_lead[key, len(lead)].get(lead, [])
 
     def _read_chunk(self, key: str, chunk: StoredChunk, region: Region) -> np.ndarray:

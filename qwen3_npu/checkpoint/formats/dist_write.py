@@ -19,7 +19,7 @@ from qwen3_npu.checkpoint.formats.base import write_text
 from qwen3_npu.checkpoint.formats.dist_keys import Chunk, chunks, extra_states
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata, write_metadata
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST
-from qwen3_npu.checkpoint.formats.torch_write import Cut, MegatronOutput, common_content
+from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target, common_content
 from qwen3_npu.distributed.layout import Rank
 
 BACKENDS = {
@@ -34,7 +34,7 @@ BACKENDS = {
 class DistFile:
     """The chunks that one rank saves, one archive after the other; see `FileJob`."""
 
-    cut: Cut
+    target: Target
     rank: Rank
     number: int
 
@@ -43,18 +43,20 @@ class DistFile:
         return f"__{self.number}_0.distcp"
 
     def chunks(self) -> list[Chunk]:
-        return list(chunks(self.cut.contents, self.cut.layout, self.rank))
+        return list(chunks(self.target.contents, self.target.layout, self.rank))
 
     def items(self) -> list[Item]:
-        return [Item(chunk.label, chunk.shard, self.cut.dtype_of(chunk.shard)) for chunk in self.chunks()]
+        return [Item(chunk.label, chunk.shard, self.target.dtype_of(chunk.shard)) for chunk in self.chunks()]
 
     def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
         """Also gives back where each archive lies: label (or name of an extra state) -> [start, length]."""
         places: dict[str, list[int]] = {}
         with open(path, "wb") as file:
             for chunk, data in zip(self.chunks(), tensors, strict=True):
-                places[chunk.label] = _section(file, Tensor(self.cut.dtype_of(chunk.shard), sizes(chunk.region)), data)
-            for name in extra_states(self.cut.contents, self.cut.layout, self.rank):
+                places[chunk.label] = _section(
+                    file, Tensor(self.target.dtype_of(chunk.shard), sizes(chunk.region)), data
+                )
+            for name in extra_states(self.target.contents, self.target.layout, self.rank):
                 places[name] = _section(file, [None], None)
             file.flush()
             os.fsync(file.fileno())
@@ -96,7 +98,7 @@ class DistOutput(MegatronOutput):
     jobs: list[DistFile]  # type: ignore[assignment]
 
     def _jobs(self) -> list[DistFile]:
-        jobs = [DistFile(self.cut, rank, number) for number, rank in enumerate(self.cut.layout.ranks())]
+        jobs = [DistFile(self.target, rank, number) for number, rank in enumerate(self.target.layout.ranks())]
         return [job for job in jobs if job.chunks()]
 
     def publish(self, records: Mapping[str, Record]) -> None:
@@ -106,16 +108,16 @@ class DistOutput(MegatronOutput):
         for job in self.jobs:
             places = records[job.name].notes
             for chunk in job.chunks():
-                kinds[chunk.key] = self.cut.dtype_of(chunk.shard), chunk.size
+                kinds[chunk.key] = self.target.dtype_of(chunk.shard), chunk.size
                 stored.setdefault(chunk.key, []).append(StoredChunk(chunk.region, job.name, *places[chunk.label]))
-            for name in extra_states(self.cut.contents, self.cut.layout, job.rank):
+            for name in extra_states(self.target.contents, self.target.layout, job.rank):
                 objects[name] = StoredChunk((), job.name, *places[name])
         tensors = {key: StoredTensor(*kinds[key], tuple(parts)) for key, parts in stored.items()}
         write_metadata(self.stage / METADATA, tensors, objects)
-        PtWriter(self.stage / COMMON, common_content(self.cut)).close()
+        PtWriter(self.stage / COMMON, common_content(self.target)).close()
         write_text(self.stage / CONFIG, json.dumps(BACKENDS))
         super().publish(records)
 
-    def strays(self) -> list[str]:
+    def unexpected_files(self) -> list[str]:
         made = {job.name for job in self.jobs}
         return sorted({path.name for path in self.folder.glob("*.distcp")} - made)

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, DType, read_region
+from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, DType, Region, read_region
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.slices import Region
 from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.errors import UsageError

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, sizes
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, sizes
 from qwen3_npu.checkpoint.formats.huggingface import SafetensorsFile
 from qwen3_npu.checkpoint.mapping.lora import TARGETS, Contents, Lora, peft_shapes
-from qwen3_npu.checkpoint.mapping.slices import Region
 from qwen3_npu.checkpoint.mapping.source import check_tensors
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
 from qwen3_npu.checkpoint.formats.folders import (
     COMMON,
@@ -27,8 +27,7 @@ from qwen3_npu.checkpoint.formats.folders import (
 )
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.piece_reader import PieceReader, Place
-from qwen3_npu.checkpoint.mapping.slices import Region
+from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
 from qwen3_npu.checkpoint.mapping.source import check_tensors
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, shards
 from qwen3_npu.distributed.layout import Layout, Rank
@@ -50,7 +49,7 @@ def weights_of(content: dict[str, Any], chunk: int, chunks: int) -> dict[str, An
     return content["model" if chunks == 1 else f"model{chunk}"]
 
 
-class ShardedTensors(PieceReader[Rank]):
+class ShardedTensors(ShardReader[Rank]):
     """Tensors of a known layout in one file per rank, read as regions of Hugging Face tensors. Files open on demand.
 
     Args:
@@ -84,24 +83,24 @@ class ShardedTensors(PieceReader[Rank]):
             self.opened[rank] = PtFile(path)
         return self.opened[rank]
 
-    def find(self, place: Place) -> TensorRef | None:
-        file = self.open(place.where)
-        tensor = self.models(file.content, place.shard.chunk, self.layout.virtual).get(place.shard.name)
-        if tensor is not None and tensor.shape != place.shard.shape:
+    def find(self, holder: Holder) -> TensorRef | None:
+        file = self.open(holder.where)
+        tensor = self.models(file.content, holder.shard.chunk, self.layout.virtual).get(holder.shard.name)
+        if tensor is not None and tensor.shape != holder.shard.shape:
             raise UsageError(
-                f"{file.path}: {place.shard.name} has shape {tensor.shape}; {place.shard.shape} expected for layout "
+                f"{file.path}: {holder.shard.name} has shape {tensor.shape}; {holder.shard.shape} expected for layout "
                 f"{self.layout}"
             )
         return tensor
 
-    def stored_dtype(self, place: Place, tensor: TensorRef) -> DType:
+    def stored_dtype(self, holder: Holder, tensor: TensorRef) -> DType:
         if tensor.dtype is None:
-            path = self.open(place.where).path
-            raise UsageError(f"{path}: {place.shard.name} is not float32, float16 or bfloat16")
+            path = self.open(holder.where).path
+            raise UsageError(f"{path}: {holder.shard.name} is not float32, float16 or bfloat16")
         return tensor.dtype
 
-    def read_stored(self, place: Place, tensor: TensorRef, region: Region) -> np.ndarray:
-        return self.open(place.where).read(tensor, place.shard.view, region)
+    def read_stored(self, holder: Holder, tensor: TensorRef, region: Region) -> np.ndarray:
+        return self.open(holder.where).read(tensor, holder.shard.view, region)
 
     def close(self) -> None:
         for file in self.opened.values():

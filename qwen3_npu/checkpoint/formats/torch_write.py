@@ -30,7 +30,7 @@ CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class Target:
     """What is written, and how.
 
     Attributes:
@@ -46,12 +46,12 @@ class Cut:
         return self.lora_dtype if is_lora(shard.name) else self.dtype
 
 
-def common_content(cut: Cut) -> dict[str, Any]:
+def common_content(target: Target) -> dict[str, Any]:
     """What every file of a converted checkpoint says beside its tensors."""
-    dtype = cut.dtype if cut.contents.base else cut.lora_dtype
-    args = to_args(cut.contents.arch, cut.layout, dtype) | {"iteration": ITERATION}
-    if cut.contents.lora:
-        args |= lora_args(cut.contents.lora)
+    dtype = target.dtype if target.contents.base else target.lora_dtype
+    args = to_args(target.contents.arch, target.layout, dtype) | {"iteration": ITERATION}
+    if target.contents.lora:
+        args |= lora_args(target.contents.lora)
     return {"args": argparse.Namespace(**args), "checkpoint_version": CHECKPOINT_VERSION, "iteration": ITERATION}
 
 
@@ -59,26 +59,26 @@ def common_content(cut: Cut) -> dict[str, Any]:
 class RankFile:
     """One rank's `model_optim_rng.pt`; see `FileJob`."""
 
-    cut: Cut
+    target: Target
     rank: Rank
 
     @property
     def name(self) -> str:
-        return f"{self.cut.layout.folder(self.rank)}/{WEIGHTS}"
+        return f"{self.target.layout.folder(self.rank)}/{WEIGHTS}"
 
     def _key(self, chunk: int) -> str:
-        return "model" if self.cut.layout.virtual == 1 else f"model{chunk}"
+        return "model" if self.target.layout.virtual == 1 else f"model{chunk}"
 
     def items(self) -> list[Item]:
         # Chunk by chunk, as the dicts of the file are: that is the order in which its tensors are announced.
-        shards = sorted(self.cut.contents.shards(self.cut.layout, self.rank), key=lambda shard: shard.chunk)
-        return [Item(f"{self._key(s.chunk)}.{s.name}", s, self.cut.dtype_of(s)) for s in shards]
+        shards = sorted(self.target.contents.shards(self.target.layout, self.rank), key=lambda shard: shard.chunk)
+        return [Item(f"{self._key(s.chunk)}.{s.name}", s, self.target.dtype_of(s)) for s in shards]
 
     def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
-        models: dict[str, dict[str, Tensor]] = {self._key(chunk): {} for chunk in range(self.cut.layout.virtual)}
+        models: dict[str, dict[str, Tensor]] = {self._key(chunk): {} for chunk in range(self.target.layout.virtual)}
         for _, shard, dtype in self.items():
             models[self._key(shard.chunk)][shard.name] = Tensor(dtype, shard.shape)
-        writer = PtWriter(path, common_content(self.cut) | models)
+        writer = PtWriter(path, common_content(self.target) | models)
         for data in tensors:
             writer.write(data)
         writer.close()
@@ -99,23 +99,23 @@ class MegatronOutput(Output):
 
     format = TORCH
 
-    def __init__(self, root: Path, cut: Cut) -> None:
-        self.root, self.cut = root, cut
+    def __init__(self, root: Path, target: Target) -> None:
+        self.root, self.target = root, target
         self.folder = root / iteration_name(ITERATION)
         self.stage = self.folder.with_name(self.folder.name + ".partial")
         self.jobs = self._jobs()
 
     def _jobs(self) -> Sequence[FileJob]:
-        return [RankFile(self.cut, rank) for rank in self.cut.layout.ranks()]
+        return [RankFile(self.target, rank) for rank in self.target.layout.ranks()]
 
     def facts(self) -> dict[str, Any]:
-        dtypes = {"dtype": self.cut.dtype.torch} if self.cut.contents.base else {}
-        if self.cut.contents.lora:
-            dtypes |= {"lora_dtype": self.cut.lora_dtype.torch}
-        layout = dataclasses.asdict(self.cut.layout)
-        return {"format": self.format, **dtypes, "contents": str(self.cut.contents), "layout": layout}
+        dtypes = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
+        if self.target.contents.lora:
+            dtypes |= {"lora_dtype": self.target.lora_dtype.torch}
+        layout = dataclasses.asdict(self.target.layout)
+        return {"format": self.format, **dtypes, "contents": str(self.target.contents), "layout": layout}
 
-    def there(self) -> str | None:
+    def existing(self) -> str | None:
         if (tracked := read_tracker(self.root)) is not None:
             return f"{self.root} already holds a checkpoint ({TRACKER} says {tracked})"
         return f"{self.folder} exists" if self.folder.exists() else None
@@ -128,10 +128,10 @@ class MegatronOutput(Output):
         os.replace(self.stage, self.folder)
         sync_folder(self.root)
 
-    def reveal(self) -> None:
+    def commit(self) -> None:
         write_tracker(self.root, str(ITERATION))
 
-    def strays(self) -> list[str]:
+    def unexpected_files(self) -> list[str]:
         made = {job.name for job in self.jobs}
         found = {str(path.relative_to(self.folder)) for path in self.folder.glob(f"*/{WEIGHTS}")}
         return sorted(found - made)

@@ -24,7 +24,7 @@ from qwen3_npu.checkpoint.formats.huggingface import (
 )
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
-from qwen3_npu.checkpoint.mapping.slices import Piece
+from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.table import Shard, hf_shapes
 from qwen3_npu.model.arch import Qwen3Arch, to_hf_config
 
@@ -41,7 +41,7 @@ class WeightFile:
 
     def items(self) -> list[Item]:
         return [
-            Item(name, Shard(name, shape, shape, (Piece(name, full(shape), full(shape)),), 0, None), self.dtype)
+            Item(name, Shard(name, shape, shape, (TensorSlice(name, full(shape), full(shape)),), 0, None), self.dtype)
             for name, shape in self.shapes.items()
         ]
 
@@ -83,7 +83,7 @@ class HfOutput(Output):
     def facts(self) -> dict[str, Any]:
         return {"format": "hf", "dtype": self.dtype.torch, "files": list(self.files)}
 
-    def there(self) -> str | None:
+    def existing(self) -> str | None:
         return f"{self.folder} already holds weights" if self._old() else None
 
     def _old(self) -> list[Path]:
@@ -94,11 +94,11 @@ class HfOutput(Output):
         (self.folder / "config.json").unlink(missing_ok=True)  # without it, half-moved weights are no model
         move_files(self.stage, self.folder, self._old())
 
-    def reveal(self) -> None:
+    def commit(self) -> None:
         text = json.dumps(to_hf_config(self.arch, self.config, self.dtype.torch), indent=2, ensure_ascii=False)
         write_text(self.folder / "config.json", text + "\n")
 
-    def strays(self) -> list[str]:
+    def unexpected_files(self) -> list[str]:
         made = {job.name for job in self.jobs}
         found = {path.name for path in self.folder.glob("*.safetensors")} | set(weight_map(self.folder).values())
         return sorted(found - made)
@@ -126,7 +126,7 @@ class PeftOutput(Output):
     def facts(self) -> dict[str, Any]:
         return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}
 
-    def there(self) -> str | None:
+    def existing(self) -> str | None:
         names = [name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (self.folder / name).exists()]
         return f"{self.folder} already holds {' and '.join(names)}" if names else None
 
@@ -134,10 +134,10 @@ class PeftOutput(Output):
         (self.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
         move_files(self.stage, self.folder, [p for p in [self.folder / ADAPTER_WEIGHTS] if p.exists()])
 
-    def reveal(self) -> None:
+    def commit(self) -> None:
         write_text(self.folder / ADAPTER_CONFIG, json.dumps(self.config, indent=2) + "\n")
 
-    def strays(self) -> list[str]:
+    def unexpected_files(self) -> list[str]:
         return []
 
 

@@ -1,4 +1,4 @@
-"""LoRA tensors in the style of the weight table: derived from the rows of `weights.py`, so they are cut as those are.
+"""LoRA tensors in the style of the weight table: derived from the rows of `table.py`, so they are cut as those are.
 
 A LoRA of rank r adds (alpha / r) * B @ A to a weight. In a Megatron checkpoint each wrapped linear has one A, shared by
 the projections that it joins, and a B whose rows are in the order of the base weight's rows. Names and shapes are
@@ -22,7 +22,7 @@ of an expert's FFN width, H the hidden size):
                                 .weight2_lora_b    [E r, H], memory (E, r, H)
     Stacked experts multiply from the right: weight1 (E, H, 2F) += (alpha / r) * lora_a (E, H, r) @ lora_b (E, r, 2F).
 
-Their pieces are pieces of PEFT's tensors, one pair per Hugging Face projection:
+Their slices are slices of PEFT's tensors, one pair per Hugging Face projection:
 
     base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight [r, in]   .lora_B.weight [out, r]
 
@@ -36,7 +36,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-from qwen3_npu.checkpoint.mapping.slices import Piece
+from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.table import Shard, covered, shards
 from qwen3_npu.distributed.layout import Layout, Rank, single
 from qwen3_npu.errors import UsageError
@@ -101,7 +101,7 @@ def base_shard(shard: Shard, lora: Lora) -> Shard:
 
 
 def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> Iterator[Shard]:
-    """Every LoRA tensor of one rank, in the model's order; pieces are of PEFT's tensors."""
+    """Every LoRA tensor of one rank, in the model's order; slices are of PEFT's tensors."""
     for shard in shards(arch, layout, rank):
         if target_of(shard.name) in lora.targets:
             yield from _stacked(shard, lora.r) if len(shard.view) == 3 else _linear(shard, lora.r)
@@ -111,8 +111,8 @@ def _linear(shard: Shard, r: int) -> Iterator[Shard]:
     """A [r, in] and B [out, r] beside a weight [out, in]: each has the weight's cut along the side they share."""
     rows, columns = shard.view
     stem = shard.name.removesuffix("weight")
-    a = [Piece(peft_name(p.hf, "A"), ((0, r), p.source[1]), ((0, r), p.target[1])) for p in shard.pieces]
-    b = [Piece(peft_name(p.hf, "B"), (p.source[0], (0, r)), (p.target[0], (0, r))) for p in shard.pieces]
+    a = [TensorSlice(peft_name(p.hf, "A"), ((0, r), p.source[1]), ((0, r), p.target[1])) for p in shard.slices]
+    b = [TensorSlice(peft_name(p.hf, "B"), (p.source[0], (0, r)), (p.target[0], (0, r))) for p in shard.slices]
     yield _beside(shard, f"{stem}lora_A.default.weight", (r, columns), (r, columns), a)
     yield _beside(shard, f"{stem}lora_B.default.weight", (rows, r), (rows, r), b)
 
@@ -121,12 +121,12 @@ def _stacked(shard: Shard, r: int) -> Iterator[Shard]:
     """a (experts, in, r) and b (experts, r, out) beside a weight (experts, in, out), both transposed as it is."""
     experts, inner, outer = shard.view
     a = [
-        Piece(peft_name(p.hf, "A"), ((0, r), p.source[1]), (p.target[0], p.target[1], (0, r)), transposed=True)
-        for p in shard.pieces
+        TensorSlice(peft_name(p.hf, "A"), ((0, r), p.source[1]), (p.target[0], p.target[1], (0, r)), transposed=True)
+        for p in shard.slices
     ]
     b = [
-        Piece(peft_name(p.hf, "B"), (p.source[0], (0, r)), (p.target[0], (0, r), p.target[2]), transposed=True)
-        for p in shard.pieces
+        TensorSlice(peft_name(p.hf, "B"), (p.source[0], (0, r)), (p.target[0], (0, r), p.target[2]), transposed=True)
+        for p in shard.slices
     ]
     first = shard.name.endswith("weight1")  # stored as (inner, rest), weight2 as (rest, outer)
     a_shape = (inner, experts * r) if first else (experts * inner, r)
@@ -135,9 +135,9 @@ def _stacked(shard: Shard, r: int) -> Iterator[Shard]:
     yield _beside(shard, f"{shard.name}_lora_b", b_shape, (experts, r, outer), b)
 
 
-def _beside(base: Shard, name: str, shape: tuple[int, ...], view: tuple[int, ...], pieces: list[Piece]) -> Shard:
+def _beside(base: Shard, name: str, shape: tuple[int, ...], view: tuple[int, ...], slices: list[TensorSlice]) -> Shard:
     # The heads of q share one A with the same piece: once is enough.
-    return Shard(name, shape, view, tuple(dict.fromkeys(pieces)), base.chunk, base.layer)
+    return Shard(name, shape, view, tuple(dict.fromkeys(slices)), base.chunk, base.layer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How one Megatron tensor of Qwen3 is cut out of Hugging Face tensors: the kinds of rows in the weight table.
 
-A cut answers with *pieces*: "these rows and columns of that Hugging Face tensor are these of mine". Pure arithmetic.
+A rule answers with *slices*: "these rows and columns of that Hugging Face tensor are these of mine". Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from qwen3_npu.checkpoint.binary.dtypes import Region
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.model.arch import Qwen3Arch
 
-Region = tuple[tuple[int, int], ...]  # (start, stop) per dimension
-
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """A part of one Hugging Face tensor and its place in a Megatron tensor.
 
     Attributes:
@@ -43,27 +42,16 @@ class Piece:
         return self.target[:lead] + tuple(inner)
 
 
-def intersect(a: Region, b: Region) -> Region | None:
-    """What two regions of one tensor have in common, or None."""
-    common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
-    return common if all(start < stop for start, stop in common) else None
-
-
-def relative(region: Region, origin: Region) -> Region:
-    """A region counted from where `origin` starts."""
-    return tuple((start - o, stop - o) for (start, stop), (o, _) in zip(region, origin, strict=True))
-
-
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """What a cut needs to know: the model, how it is cut and which shard is asked for."""
+class ShardContext:
+    """What a rule needs to know: the model, its layout, and which shard is asked for."""
 
     arch: Qwen3Arch
     layout: Layout
     rank: Rank
 
 
-Cut = Callable[[Place, Sequence[str]], tuple[tuple[int, ...], tuple[int, ...], list[Piece]]]
+SliceRule = Callable[[ShardContext, Sequence[str]], tuple[tuple[int, ...], tuple[int, ...], list[TensorSlice]]]
 
 
 def _span(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -72,37 +60,39 @@ def _span(size: int, parts: int, index: int) -> tuple[int, int]:
 
 def _stack(names: Sequence[str], spans: Sequence[tuple[int, int]], columns: tuple[int, int]) -> tuple:
     """Row spans of several matrices below each other, all with the same columns."""
-    pieces, row = [], 0
+    slices, row = [], 0
     for name, (start, stop) in zip(names, spans, strict=True):
-        pieces.append(Piece(name, ((start, stop), columns), ((row, row + stop - start), (0, columns[1] - columns[0]))))
+        slices.append(
+            TensorSlice(name, ((start, stop), columns), ((row, row + stop - start), (0, columns[1] - columns[0])))
+        )
         row += stop - start
     shape = (row, columns[1] - columns[0])
-    return shape, shape, pieces
+    return shape, shape, slices
 
 
-def whole(size: Callable[[Qwen3Arch], int]) -> Cut:
+def replicated(size: Callable[[Qwen3Arch], int]) -> SliceRule:
     """A vector that every tensor-parallel rank has."""
 
-    def cut(at: Place, hf: Sequence[str]) -> tuple:
+    def rule(at: ShardContext, hf: Sequence[str]) -> tuple:
         n = size(at.arch)
-        return (n,), (n,), [Piece(hf[0], ((0, n),), ((0, n),))]
+        return (n,), (n,), [TensorSlice(hf[0], ((0, n),), ((0, n),))]
 
-    return cut
+    return rule
 
 
-def vocabulary(at: Place, hf: Sequence[str]) -> tuple:
+def vocabulary(at: ShardContext, hf: Sequence[str]) -> tuple:
     """Rows of the padded vocabulary; rows past the model's own repeat its last one, as MindSpeed-LLM 2.1.0 does."""
     hidden, vocab = (0, at.arch.hidden_size), at.arch.vocab_size
     start, stop = _span(at.layout.padded_vocab_size, at.layout.tensor, at.rank.tensor)
     real = min(max(stop, start), vocab) - start
-    pieces = [Piece(hf[0], ((start, start + real), hidden), ((0, real), hidden))] if real > 0 else []
+    slices = [TensorSlice(hf[0], ((start, start + real), hidden), ((0, real), hidden))] if real > 0 else []
     for row in range(max(real, 0), stop - start):
-        pieces.append(Piece(hf[0], ((vocab - 1, vocab), hidden), ((row, row + 1), hidden), padding=True))
+        slices.append(TensorSlice(hf[0], ((vocab - 1, vocab), hidden), ((row, row + 1), hidden), padding=True))
     shape = (stop - start, at.arch.hidden_size)
-    return shape, shape, pieces
+    return shape, shape, slices
 
 
-def qkv(at: Place, hf: Sequence[str]) -> tuple:
+def qkv(at: ShardContext, hf: Sequence[str]) -> tuple:
     """Per key/value head: its query heads, then the key head, then the value head; heads cut across TP."""
     arch, d = at.arch, at.arch.head_dim
     first, last = _span(arch.num_key_value_heads, at.layout.tensor, at.rank.tensor)
@@ -115,48 +105,48 @@ def qkv(at: Place, hf: Sequence[str]) -> tuple:
     return _stack(names, spans, (0, arch.hidden_size))
 
 
-def columns(width: Callable[[Qwen3Arch], int]) -> Cut:
+def columns(width: Callable[[Qwen3Arch], int]) -> SliceRule:
     """A matrix whose columns are cut across TP (row-parallel linear)."""
 
-    def cut(at: Place, hf: Sequence[str]) -> tuple:
+    def rule(at: ShardContext, hf: Sequence[str]) -> tuple:
         return _stack(hf, [(0, at.arch.hidden_size)], _span(width(at.arch), at.layout.tensor, at.rank.tensor))
 
-    return cut
+    return rule
 
 
-def gate_up(at: Place, hf: Sequence[str]) -> tuple:
+def gate_up(at: ShardContext, hf: Sequence[str]) -> tuple:
     """Gate above up, each cut across TP: the local matrix is [gate_local; up_local]."""
     span = _span(at.arch.intermediate_size, at.layout.tensor, at.rank.tensor)
     return _stack(hf, [span, span], (0, at.arch.hidden_size))
 
 
-def router(at: Place, hf: Sequence[str]) -> tuple:
+def router(at: ShardContext, hf: Sequence[str]) -> tuple:
     return _stack(hf, [(0, at.arch.num_experts)], (0, at.arch.hidden_size))
 
 
-def local_experts(at: Place) -> tuple[range, tuple[int, int]]:
+def local_experts(at: ShardContext) -> tuple[range, tuple[int, int]]:
     """This rank's experts, and its span of their FFN width."""
     span = _span(at.arch.moe_intermediate_size, at.layout.expert_tensor, at.rank.expert_tensor)
     return range(*_span(at.arch.num_experts, at.layout.expert, at.rank.expert)), span
 
 
-def expert_gate_up(at: Place, hf: Sequence[str]) -> tuple:
+def expert_gate_up(at: ShardContext, hf: Sequence[str]) -> tuple:
     """One expert's gate above its up, as in a dense layer."""
     _, span = local_experts(at)
     return _stack(hf, [span, span], (0, at.arch.hidden_size))
 
 
-def expert_down(at: Place, hf: Sequence[str]) -> tuple:
+def expert_down(at: ShardContext, hf: Sequence[str]) -> tuple:
     """One expert's down projection."""
     return _stack(hf, [(0, at.arch.hidden_size)], local_experts(at)[1])
 
 
-def experts_fc1(at: Place, hf: Sequence[str]) -> tuple:
+def experts_fc1(at: ShardContext, hf: Sequence[str]) -> tuple:
     """All local experts' [gate | up], transposed: memory (expert, hidden, 2 * ffn), stored as (hidden, rest)."""
     experts, (start, stop) = local_experts(at)
     hidden, width = at.arch.hidden_size, stop - start
-    pieces = [
-        Piece(
+    slices = [
+        TensorSlice(
             name.format(e=expert),
             ((start, stop), (0, hidden)),
             ((local, local + 1), (0, hidden), (half * width, (half + 1) * width)),
@@ -165,15 +155,15 @@ def experts_fc1(at: Place, hf: Sequence[str]) -> tuple:
         for local, expert in enumerate(experts)
         for half, name in enumerate(hf)
     ]
-    return (hidden, len(experts) * 2 * width), (len(experts), hidden, 2 * width), pieces
+    return (hidden, len(experts) * 2 * width), (len(experts), hidden, 2 * width), slices
 
 
-def experts_fc2(at: Place, hf: Sequence[str]) -> tuple:
+def experts_fc2(at: ShardContext, hf: Sequence[str]) -> tuple:
     """All local experts' down projections, transposed: memory (expert, ffn, hidden), stored as (rest, hidden)."""
     experts, (start, stop) = local_experts(at)
     hidden, width = at.arch.hidden_size, stop - start
-    pieces = [
-        Piece(
+    slices = [
+        TensorSlice(
             hf[0].format(e=expert),
             ((0, hidden), (start, stop)),
             ((local, local + 1), (0, width), (0, hidden)),
@@ -181,7 +171,7 @@ def experts_fc2(at: Place, hf: Sequence[str]) -> tuple:
         )
         for local, expert in enumerate(experts)
     ]
-    return (len(experts) * width, hidden), (len(experts), width, hidden), pieces
+    return (len(experts) * width, hidden), (len(experts), width, hidden), slices
 
 
 def attention_width(arch: Qwen3Arch) -> int:

@@ -7,9 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, convert, full, row_blocks, slices
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, as_index, convert, full, relative, row_blocks
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.slices import Region, relative
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
@@ -33,27 +32,27 @@ def read_tensor(source: Source, name: str, shape: tuple[int, ...], dtype: DType)
     out = np.empty(shape, dtype.carrier)
     stored = source.dtype(name)
     for block in row_blocks(full(shape), dtype.itemsize):
-        out[slices(block)] = convert(source.read(name, block), stored, dtype)
+        out[as_index(block)] = convert(source.read(name, block), stored, dtype)
     return out
 
 
 def read_shard(source: Source, shard: Shard, dtype: DType) -> np.ndarray:
-    """One Megatron tensor, put together from its pieces and converted to `dtype`. Shape: `shard.shape`.
+    """One Megatron tensor, put together from its slices and converted to `dtype`. Shape: `shard.shape`.
 
-    Beyond the result a few MB are in memory: pieces pass through in blocks.
+    Beyond the result a few MB are in memory: slices pass through in blocks.
     """
     out = np.empty(shard.view, dtype.carrier)
-    for piece in shard.pieces:
+    for piece in shard.slices:
         stored = source.dtype(piece.hf)
         for block in row_blocks(piece.source, dtype.itemsize):
             data = convert(source.read(piece.hf, block), stored, dtype)
-            out[slices(piece.part(block))] = data.T if piece.transposed else data
+            out[as_index(piece.part(block))] = data.T if piece.transposed else data
     return out.reshape(shard.shape)
 
 
 def inside(out: np.ndarray, part: Region, whole: Region) -> np.ndarray:
     """The view of `out` (which holds region `whole` of a tensor) that holds region `part`."""
-    return out[slices(relative(part, whole))]
+    return out[as_index(relative(part, whole))]
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

@@ -1,7 +1,7 @@
 """The weight table: every Megatron tensor of Qwen3, and where each part of it lies in the Hugging Face tensors.
 
-One declaration, read in both directions. A row says how its tensor is cut into pieces (`cuts.py`). Converting to
-Megatron copies pieces forward, converting back copies them backward, resharding does one after the other, loading
+One declaration, read in both directions. A row says how its tensor is cut into slices (`slices.py`). Converting to
+Megatron copies slices forward, converting back copies them backward, resharding does one after the other, loading
 into a live model copies them into its parameters. Pure arithmetic: no torch, no files, no process groups.
 
 Names and layouts are those of MindSpeed-LLM's "local" models.
@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from qwen3_npu.checkpoint.mapping import slices as cuts
-from qwen3_npu.checkpoint.mapping.slices import Cut, Piece, Place
+from qwen3_npu.checkpoint.mapping import slices
+from qwen3_npu.checkpoint.mapping.slices import ShardContext, SliceRule, TensorSlice
 from qwen3_npu.distributed.layout import NOOP, Layout, Rank, single
 from qwen3_npu.model.arch import Qwen3Arch
 
@@ -25,7 +25,7 @@ class Shard:
     Attributes:
         name: local name, e.g. `decoder.layers.3.mlp.linear_fc2.weight`.
         shape: as stored.
-        view: the shape in which `pieces` are given; the same elements in the same order.
+        view: the shape in which `slices` are given; the same elements in the same order.
         chunk: virtual pipeline chunk that holds it.
         layer: the model's layer number, or None outside the layers.
     """
@@ -33,7 +33,7 @@ class Shard:
     name: str
     shape: tuple[int, ...]
     view: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    slices: tuple[TensorSlice, ...]
     chunk: int
     layer: int | None
 
@@ -50,7 +50,7 @@ class Row:
 
     megatron: str
     hf: tuple[str, ...]
-    cut: Cut
+    rule: SliceRule
     where: str
     when: Callable[[Qwen3Arch, Layout], bool] = lambda arch, layout: True
 
@@ -84,38 +84,46 @@ _GATE_UP = (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight")
 _DOWN = (_EXPERT + "down_proj.weight",)
 _ONE_EXPERT = "mlp.experts.local_experts.{k}."
 
-EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), cuts.vocabulary, FIRST)
-OUTPUT = Row("output_layer.weight", ("lm_head.weight",), cuts.vocabulary, LAST)
+EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), slices.vocabulary, FIRST)
+OUTPUT = Row("output_layer.weight", ("lm_head.weight",), slices.vocabulary, LAST)
 
 TABLE: tuple[Row, ...] = (
     EMBEDDING,
-    Row("input_layernorm.weight", ("model.layers.{l}.input_layernorm.weight",), cuts.whole(_hidden), LAYER),
-    Row("self_attention.linear_qkv.weight", tuple(f"{_ATTENTION}{x}_proj.weight" for x in "qkv"), cuts.qkv, LAYER),
-    Row("self_attention.q_layernorm.weight", (_ATTENTION + "q_norm.weight",), cuts.whole(_head), LAYER),
-    Row("self_attention.k_layernorm.weight", (_ATTENTION + "k_norm.weight",), cuts.whole(_head), LAYER),
+    Row("input_layernorm.weight", ("model.layers.{l}.input_layernorm.weight",), slices.replicated(_hidden), LAYER),
+    Row("self_attention.linear_qkv.weight", tuple(f"{_ATTENTION}{x}_proj.weight" for x in "qkv"), slices.qkv, LAYER),
+    Row("self_attention.q_layernorm.weight", (_ATTENTION + "q_norm.weight",), slices.replicated(_head), LAYER),
+    Row("self_attention.k_layernorm.weight", (_ATTENTION + "k_norm.weight",), slices.replicated(_head), LAYER),
     Row(
-        "self_attention.linear_proj.weight", (_ATTENTION + "o_proj.weight",), cuts.columns(cuts.attention_width), LAYER
+        "self_attention.linear_proj.weight",
+        (_ATTENTION + "o_proj.weight",),
+        slices.columns(slices.attention_width),
+        LAYER,
     ),
-    Row("pre_mlp_layernorm.weight", ("model.layers.{l}.post_attention_layernorm.weight",), cuts.whole(_hidden), LAYER),
-    Row("mlp.linear_fc1.weight", (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"), cuts.gate_up, LAYER, _dense),
-    Row("mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), cuts.columns(cuts.ffn_width), LAYER, _dense),
-    Row("mlp.router.weight", (_MLP + "gate.weight",), cuts.router, LAYER, _moe),
-    Row("mlp.experts.weight1", _GATE_UP, cuts.experts_fc1, LAYER, _stacked),
-    Row("mlp.experts.weight2", _DOWN, cuts.experts_fc2, LAYER, _stacked),
-    Row(_ONE_EXPERT + "linear_fc1.weight", _GATE_UP, cuts.expert_gate_up, LAYER, _single_experts),
-    Row(_ONE_EXPERT + "linear_fc2.weight", _DOWN, cuts.expert_down, LAYER, _single_experts),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), cuts.whole(_hidden), LAST),
+    Row(
+        "pre_mlp_layernorm.weight",
+        ("model.layers.{l}.post_attention_layernorm.weight",),
+        slices.replicated(_hidden),
+        LAYER,
+    ),
+    Row("mlp.linear_fc1.weight", (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"), slices.gate_up, LAYER, _dense),
+    Row("mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), slices.columns(slices.ffn_width), LAYER, _dense),
+    Row("mlp.router.weight", (_MLP + "gate.weight",), slices.router, LAYER, _moe),
+    Row("mlp.experts.weight1", _GATE_UP, slices.experts_fc1, LAYER, _stacked),
+    Row("mlp.experts.weight2", _DOWN, slices.experts_fc2, LAYER, _stacked),
+    Row(_ONE_EXPERT + "linear_fc1.weight", _GATE_UP, slices.expert_gate_up, LAYER, _single_experts),
+    Row(_ONE_EXPERT + "linear_fc2.weight", _DOWN, slices.expert_down, LAYER, _single_experts),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), slices.replicated(_hidden), LAST),
     OUTPUT,
 )
 
 
 def shards(arch: Qwen3Arch, layout: Layout, rank: Rank) -> Iterator[Shard]:
-    """Every tensor of one rank's checkpoint, in the model's order, with the pieces it is made of.
+    """Every tensor of one rank's checkpoint, in the model's order, with the slices it is made of.
 
     A tied output layer has no weight of its own on one pipeline stage; on several, the last stage holds a copy of the
     embedding, which is not copied back.
     """
-    at = Place(arch, layout, rank)
+    at = ShardContext(arch, layout, rank)
     rows = [row for row in TABLE if row.when(arch, layout)]
     for chunk, layers in enumerate(layout.chunks[rank.pipeline]):
         if rank.pipeline == 0 and chunk == 0:
@@ -131,29 +139,29 @@ def shards(arch: Qwen3Arch, layout: Layout, rank: Rank) -> Iterator[Shard]:
                 yield _copy(_shard(at, OUTPUT, OUTPUT.megatron, EMBEDDING.hf, chunk, None))
 
 
-def _layer_shards(at: Place, rows: Sequence[Row], chunk: int, local: int, layer: int) -> Iterator[Shard]:
+def _layer_shards(at: ShardContext, rows: Sequence[Row], chunk: int, local: int, layer: int) -> Iterator[Shard]:
     for row in rows:
         # A row per expert has {k} in its name; every other row stands for itself (and may name all experts).
-        experts = enumerate(cuts.local_experts(at)[0]) if "{k}" in row.megatron else [(0, "{e}")]
+        experts = enumerate(slices.local_experts(at)[0]) if "{k}" in row.megatron else [(0, "{e}")]
         for k, expert in experts:
             name = f"decoder.layers.{local}.{row.megatron.format(k=k)}"
             yield _shard(at, row, name, [h.format(l=layer, e=expert) for h in row.hf], chunk, layer)
 
 
-def _shard(at: Place, row: Row, name: str, hf: Sequence[str], chunk: int, layer: int | None) -> Shard:
-    shape, view, pieces = row.cut(at, hf)
-    return Shard(name=name, shape=shape, view=view, pieces=tuple(pieces), chunk=chunk, layer=layer)
+def _shard(at: ShardContext, row: Row, name: str, hf: Sequence[str], chunk: int, layer: int | None) -> Shard:
+    shape, view, slices = row.rule(at, hf)
+    return Shard(name=name, shape=shape, view=view, slices=tuple(slices), chunk=chunk, layer=layer)
 
 
 def _copy(shard: Shard) -> Shard:
-    return dataclasses.replace(shard, pieces=tuple(dataclasses.replace(p, padding=True) for p in shard.pieces))
+    return dataclasses.replace(shard, slices=tuple(dataclasses.replace(p, padding=True) for p in shard.slices))
 
 
 def covered(shards: Iterable[Shard]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that an uncut model's shards are made of: it ends where its last piece ends."""
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
-        for piece in shard.pieces:
+        for piece in shard.slices:
             if not piece.padding:
                 ends = tuple(stop for _, stop in piece.source)
                 before = shapes.get(piece.hf, (0,) * len(ends))

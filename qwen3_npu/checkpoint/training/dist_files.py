@@ -57,7 +57,7 @@ def write(snapshot: Snapshot, stage: Path) -> tuple[list[str], Any]:
             for chunk in chunks(contents, layout, rank):
                 if not source.holds(chunk.shard):
                     continue
-                dtype = source.dtype(chunk.shard.pieces[0].hf)
+                dtype = source.dtype(chunk.shard.slices[0].hf)
                 data = read_shard(source, chunk.shard, dtype).reshape(sizes(chunk.region))
                 place = _section(file, to_torch(data, dtype))
                 tensors.append([prefix + chunk.key, dtype.torch, chunk.size, chunk.region, *place])
@@ -97,7 +97,7 @@ def finish(snapshot: Snapshot, stage: Path, notes: list[Any]) -> list[str]:
 
 
 class DistState:
-    """What a checkpoint holds of a training; see `training_torch.TorchState`."""
+    """What a checkpoint holds of a training; see `torch_files.TorchState`."""
 
     def __init__(self, reader: DistReader) -> None:
         self.weights = reader

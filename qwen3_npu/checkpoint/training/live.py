@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3_npu.checkpoint.binary.dtypes import BF16, BY_TORCH, U8, DType, sizes, slices
+from qwen3_npu.checkpoint.binary.dtypes import BF16, BY_TORCH, U8, DType, Region, as_index, intersect, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.piece_reader import PieceReader, Place
-from qwen3_npu.checkpoint.mapping.slices import Region, intersect
+from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
@@ -67,7 +66,7 @@ class Snapshot:
     random: dict[str, Any] | None
 
 
-class LiveTensors(PieceReader[None]):
+class LiveTensors(ShardReader[None]):
     """Tensors of one rank in memory, of its parameters' shapes, read as regions of Hugging Face tensors.
 
     Args:
@@ -79,17 +78,17 @@ class LiveTensors(PieceReader[None]):
     ) -> None:
         self.tensors, self.arch, self.contents = tensors, contents.arch, contents
         shards = [shard for shard in contents.shards(layout, rank) if (shard.chunk, shard.name) in tensors]
-        self.here = {piece.hf for shard in shards for piece in shard.pieces}
+        self.here = {piece.hf for shard in shards for piece in shard.slices}
         super().__init__(((None, shard) for shard in shards), "this rank")
 
     def holds(self, shard: Shard) -> bool:
         """Whether what a shard is made of is here; its layout may have another name for it."""
-        return any(piece.hf in self.here for piece in shard.pieces)
+        return any(piece.hf in self.here for piece in shard.slices)
 
-    def find(self, place: Place) -> torch.Tensor:
-        return self.tensors[place.shard.chunk, place.shard.name]
+    def find(self, holder: Holder) -> torch.Tensor:
+        return self.tensors[holder.shard.chunk, holder.shard.name]
 
-    def stored_dtype(self, place: Place, tensor: torch.Tensor) -> DType:
+    def stored_dtype(self, holder: Holder, tensor: torch.Tensor) -> DType:
         return dtype_of(tensor)
 
     def dtype(self, name: str) -> DType:
@@ -102,8 +101,8 @@ class LiveTensors(PieceReader[None]):
         # Padding repeats the vocabulary's last row, which another rank holds; what is in padded rows is never used.
         return np.zeros(sizes(region), self.dtype(name).carrier)
 
-    def read_stored(self, place: Place, tensor: torch.Tensor, region: Region) -> np.ndarray:
-        return to_numpy(tensor.detach().view(place.shard.view)[slices(region)])
+    def read_stored(self, holder: Holder, tensor: torch.Tensor, region: Region) -> np.ndarray:
+        return to_numpy(tensor.detach().view(holder.shard.view)[as_index(region)])
 
     def close(self) -> None:
         """Nothing is open."""

@@ -50,11 +50,11 @@ def load(trained: Trained, args: CheckpointArgs, lora_load: str | None = None) -
         load_weights(
             base, trained.layout, model_rank(), trained.chunks, trained.contents, lambda name: not is_lora(name)
         )
-    updates = _open_updates(trained, base, lora_load)
+    updates = _open_adapter(trained, base, lora_load)
     if updates is not None:
         load_weights(updates, trained.layout, model_rank(), trained.chunks, trained.contents, is_lora)
     state = updates if trained.contents.lora else base
-    position = _take_up(trained, args, state)
+    position = _resume(trained, args, state)
     for source in {id(source): source for source in (base, updates) if source is not None}.values():
         source.close()
     return position
@@ -96,7 +96,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     return reader
 
 
-def _open_updates(trained: Trained, base: Base | None, lora_load: str | None) -> Updates | None:
+def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) -> Updates | None:
     """Where LoRA updates come from; None: they start anew."""
     lora = trained.contents.lora
     if lora is None:
@@ -143,7 +143,7 @@ def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
         raise UsageError(f"{what} holds {there}; the model is {here}")
 
 
-def _take_up(trained: Trained, args: CheckpointArgs, source: Any) -> Position:
+def _resume(trained: Trained, args: CheckpointArgs, source: Any) -> Position:
     """Everything but the weights, if `source` is a training's checkpoint and is to be continued."""
     why, state = None, None
     if args.finetune:

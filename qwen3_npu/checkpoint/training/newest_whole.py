@@ -9,7 +9,7 @@ import torch.distributed as dist
 from qwen3_npu import log
 from qwen3_npu.checkpoint.formats.folders import format_of, iteration_name, read_tracker
 from qwen3_npu.checkpoint.integrity import MANIFEST, damage, is_sealed, share_bytes
-from qwen3_npu.checkpoint.training.retention import bring_back, candidates
+from qwen3_npu.checkpoint.training.retention import candidates, restore_backup
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress
 
@@ -48,7 +48,7 @@ def newest_whole(load: str, step: int | None) -> int | str | None:
 def _options(root: Path, step: int | None) -> list[int] | str | None:
     if root.name.startswith(("iter_", "release")) and format_of(root):
         return AS_NAMED
-    bring_back(root)
+    restore_backup(root)
     if step is not None:
         return [step] if (root / iteration_name(step)).is_dir() else AS_NAMED
     found = candidates(root)

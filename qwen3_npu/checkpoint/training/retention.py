@@ -30,34 +30,34 @@ def candidates(root: Path) -> list[int]:
     return [int(tracked), *(i for i in iterations(root) if i < int(tracked))] if tracked.isdigit() else []
 
 
-def move_aside(folder: Path) -> None:
-    """Make room for a checkpoint of the same step. Killed before that one is there, `bring_back` undoes it."""
-    aside = folder.with_name(folder.name + _REPLACED)
+def move_to_backup(folder: Path) -> None:
+    """Make room for a checkpoint of the same step. Killed before that one is there, `restore_backup` undoes it."""
+    backup = folder.with_name(folder.name + _REPLACED)
     if folder.exists():
-        remove(aside)
-        os.replace(folder, aside)
+        remove(backup)
+        os.replace(folder, backup)
 
 
-def bring_back(root: Path) -> None:
-    """Put back what was moved aside for a checkpoint that never came."""
-    for aside in root.glob(f"iter_*{_REPLACED}"):
-        if not (folder := aside.with_name(aside.name.removesuffix(_REPLACED))).exists():
-            os.replace(aside, folder)
+def restore_backup(root: Path) -> None:
+    """Put back what was moved backup for a checkpoint that never came."""
+    for backup in root.glob(f"iter_*{_REPLACED}"):
+        if not (folder := backup.with_name(backup.name.removesuffix(_REPLACED))).exists():
+            os.replace(backup, folder)
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint; killed meanwhile, it leaves nothing that looks like one."""
     if folder.exists():
-        doomed = folder.with_name(folder.name + _REMOVED)
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        tmp = folder.with_name(folder.name + _REMOVED)
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.replace(folder, tmp)
+        shutil.rmtree(tmp)
 
 
 def clear(root: Path) -> None:
     """Delete what was replaced, and what trainings that were killed meanwhile left of checkpoints they deleted."""
-    for aside in root.glob(f"iter_*{_REPLACED}"):
-        remove(aside)
+    for backup in root.glob(f"iter_*{_REPLACED}"):
+        remove(backup)
     for leftover in root.glob(f"iter_*{_REMOVED}"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -1,6 +1,6 @@
-"""Save a training: weights, optimizer, schedule, random state and data position; atomic. `resume.py` takes it up.
+"""Save a training: weights, optimizer, schedule, random state and data position; atomic. `load.py` resumes it.
 
-    <root>/iter_0000010/...                        in one of two formats: `training_torch.py`, `training_dist.py`
+    <root>/iter_0000010/...                        in one of two formats: `torch_files.py`, `dist_files.py`
                        /integrity.json             size and digest of every file
     <root>/config.json, tokenizer files            what the weights are of
     <root>/latest_checkpointed_iteration.txt       written last
@@ -34,17 +34,14 @@ from qwen3_npu.checkpoint.formats.megatron_args import lora_args, to_args
 from qwen3_npu.checkpoint.formats.torch_write import CHECKPOINT_VERSION, write_tracker
 from qwen3_npu.checkpoint.formats.write_hf import write_config
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.training import dist_files as training_dist
-from qwen3_npu.checkpoint.training import optimizer_state
-from qwen3_npu.checkpoint.training import retention as keep
-from qwen3_npu.checkpoint.training import torch_files as training_torch
+from qwen3_npu.checkpoint.training import dist_files, optimizer_state, retention, torch_files
 from qwen3_npu.checkpoint.training.live import Snapshot, dtype_of, on_host, parameters_of
-from qwen3_npu.checkpoint.training.spread_state import SpreadState
+from qwen3_npu.checkpoint.training.sharded_state import ShardedState
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout
 
-_FORMATS: dict[str, ModuleType] = {TORCH: training_torch, TORCH_DIST: training_dist}
+_FORMATS: dict[str, ModuleType] = {TORCH: torch_files, TORCH_DIST: dist_files}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +84,14 @@ def begin_save(
     args: CheckpointArgs,
     extra: dict[str, Any],
     config: Path | None,
-    updates_only: bool = False,
+    adapter_only: bool = False,
 ) -> Writing:
     """Write a checkpoint, with --async-save in a thread; `wait` of the result ends it. Every rank must call both.
 
     Args:
         extra: further entries of the saved args.
         config: folder whose config.json and tokenizer files are carried along.
-        updates_only: of a LoRA training, not the frozen weights (--lora-ckpt-filter).
+        adapter_only: of a LoRA training, not the frozen weights (--lora-ckpt-filter).
     """
     root = Path(str(args.save))
     folder = root / iteration_name(position.iteration)
@@ -104,18 +101,18 @@ def begin_save(
         stage.mkdir(parents=True)
     writers = _writers(trained.layout.folder(model_rank()))  # nobody writes before rank 0 has made the stage
     files, rank = _FORMATS[args.ckpt_format], dist.get_rank()
-    snapshot, spread = _snapshot(trained, position, args, extra, updates_only, writes=rank in writers)
+    snapshot, sharded = _snapshot(trained, position, args, extra, adapter_only, writes=rank in writers)
 
     def put(writing: Writing) -> None:
-        if spread is not None:
-            spread.put(stage)
+        if sharded is not None:
+            sharded.put(stage)
 
     def write(writing: Writing) -> None:
         held = snapshot
-        if spread is not None:
-            if not writing.there(spread.awaited()):
+        if sharded is not None:
+            if not writing.wait_for(sharded.awaited()):
                 return
-            held = dataclasses.replace(snapshot, optimizer=spread.collect(stage))
+            held = dataclasses.replace(snapshot, optimizer=sharded.collect(stage))
         if rank in writers:
             integrity.write_part(stage, rank, *files.write(held, stage))
 
@@ -125,13 +122,13 @@ def begin_save(
         integrity.write_manifest(stage, parts, names, writers)
         integrity.sync_tree(stage)
         _carry(config, trained, root)
-        keep.move_aside(folder)
+        retention.move_to_backup(folder)
         os.replace(stage, folder)
         sync_folder(root)
         write_tracker(root, str(position.iteration))
-        keep.clear(root)
+        retention.clear(root)
         if args.save_total_limit is not None:
-            keep.keep_newest(root, position.iteration, args.save_total_limit)
+            retention.keep_newest(root, position.iteration, args.save_total_limit)
 
     return Writing(
         str(folder), (put, write), publish if rank == 0 else None, stage, writers, background=args.async_save
@@ -150,16 +147,16 @@ def _snapshot(
     position: Position,
     args: CheckpointArgs,
     extra: dict[str, Any],
-    updates_only: bool,
+    adapter_only: bool,
     *,
     writes: bool,
-) -> tuple[Snapshot, SpreadState | None]:
+) -> tuple[Snapshot, ShardedState | None]:
     """Everything that is saved of this rank; with --async-save copied to the host, and not gathered yet.
 
     Args:
         writes: this rank writes files of its own.
     """
-    contents = trained.optimized if updates_only else trained.contents
+    contents = trained.optimized if adapter_only else trained.contents
     saved_args = to_args(contents.arch, trained.layout, dtype_of(next(trained.chunks[0].parameters())))
     if contents.lora:
         saved_args |= lora_args(contents.lora)
@@ -169,10 +166,10 @@ def _snapshot(
         for place, parameter in parameters_of(trained.chunks).items()
         if contents.base or is_lora(place[1])
     }
-    gathered, spread = None, None
+    gathered, sharded = None, None
     names = optimizer_state.parameter_names(trained.chunks)
     if args.save_optim and args.async_save and optimizer_state.is_distributed(trained.optimizer):
-        spread = SpreadState(trained.optimizer, names)
+        sharded = ShardedState(trained.optimizer, names)
     elif args.save_optim:
         gathered = optimizer_state.gather(trained.optimizer, names, copy=args.async_save)
     random = None
@@ -197,7 +194,7 @@ def _snapshot(
         step=optimizer_state.step_count(trained.optimizer),
         random=on_host(random) if args.async_save else random,
     )
-    return snapshot, spread
+    return snapshot, sharded
 
 
 def _carry(config: Path | None, trained: Trained, root: Path) -> None:

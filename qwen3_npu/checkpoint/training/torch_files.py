@@ -49,7 +49,7 @@ def finish(snapshot: Snapshot, stage: Path, notes: list[Any]) -> list[str]:
 
 
 class TorchState:
-    """What a checkpoint holds of a training; `training_dist.DistState` answers the same for the other format."""
+    """What a checkpoint holds of a training; `dist_files.DistState` answers the same for the other format."""
 
     def __init__(self, reader: MegatronReader) -> None:
         self.weights = reader

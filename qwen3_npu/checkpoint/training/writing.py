@@ -27,7 +27,7 @@ class Writing:
     Args:
         what: names it.
         steps: makes this rank's files, one after the other. A step may need what other ranks made in the step before
-            (`there`).
+            (`wait_for`).
         publish: on rank 0, makes the checkpoint visible once every rank has written.
         stage, writers: where it is made, and the ranks that write.
         background: in a thread; else the constructor returns when this rank has written, and `wait` publishes.
@@ -70,7 +70,7 @@ class Writing:
 
     def _publish(self) -> None:
         try:
-            if self.publish is not None and not self.error and self.there([part(rank) for rank in self.writers]):
+            if self.publish is not None and not self.error and self.wait_for([part(rank) for rank in self.writers]):
                 self.publish()
         except Exception as error:
             self._fail(error)
@@ -79,7 +79,7 @@ class Writing:
         self.error = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
         log.warning(f"{self.what} was not saved: {self.error}")
 
-    def there(self, names: Sequence[str]) -> bool:
+    def wait_for(self, names: Sequence[str]) -> bool:
         """Wait for files of other ranks in the stage; False: the checkpoint was given up meanwhile."""
         missing, alone_since = list(names), None
         while missing and not self.abandoned.is_set():

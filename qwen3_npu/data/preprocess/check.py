@@ -112,9 +112,9 @@ def _print(title: str, ids: np.ndarray, labels: np.ndarray, encoder: Encoder) ->
     colours = sys.stdout.isatty()
     learned = labels != IGNORED
     log.info(f"--- {title}: {len(ids)} tokens, {int(learned.sum())} learned")
-    borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    boundaries = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     text = ""
-    for start, stop in itertools.pairwise(borders):
+    for start, stop in itertools.pairwise(boundaries):
         part = encoder.decode(ids[start:stop].tolist())
         if colours:
             text += f"{_LEARNED if learned[start] else _GIVEN}{part}{_PLAIN}"

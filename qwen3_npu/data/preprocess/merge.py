@@ -38,7 +38,9 @@ def _merge(folder: Path, key: str, target: str) -> None:
     if len({part.tokens.dtype for part in parts}) > 1:
         raise UsageError(f"--merge-group-keys {key}: the pairs in {folder} hold different types of numbers")
     sequences = np.cumsum([0, *(len(part) for part in parts)])
-    borders = np.concatenate([[0], *(p.borders[1:] + before for p, before in zip(parts, sequences, strict=False))])
+    boundaries = np.concatenate(
+        [[0], *(p.boundaries[1:] + before for p, before in zip(parts, sequences, strict=False))]
+    )
     try:
         with open(target + ".bin.tmp", "wb") as file:
             for part in parts:
@@ -47,7 +49,7 @@ def _merge(folder: Path, key: str, target: str) -> None:
             _to_disk(file)
         with open(target + ".idx.tmp", "wb") as file:
             write_index(
-                file, np.concatenate([p.lengths for p in parts]), borders.astype(np.int64), parts[0].tokens.dtype
+                file, np.concatenate([p.lengths for p in parts]), boundaries.astype(np.int64), parts[0].tokens.dtype
             )
             _to_disk(file)
         Path(target + ".idx").unlink(missing_ok=True)
@@ -55,7 +57,7 @@ def _merge(folder: Path, key: str, target: str) -> None:
             os.replace(target + extension + ".tmp", target + extension)
     except OSError as error:
         raise UsageError(f"--output-prefix: {target} cannot be written: {error.strerror}") from None
-    log.info(f"written: {target}.bin .idx: {len(borders) - 1} documents of {len(parts)} pairs")
+    log.info(f"written: {target}.bin .idx: {len(boundaries) - 1} documents of {len(parts)} pairs")
 
 
 def _to_disk(file: BinaryIO) -> None:

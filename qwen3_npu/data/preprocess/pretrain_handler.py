@@ -93,9 +93,9 @@ class PretrainHandler:
         """Each text, with the end-of-document token if there is one."""
         tokens = _ended(tokens, self.eod)
         texts = np.cumsum([0, *prepared.layout])
-        borders = np.concatenate(([0], np.cumsum(tokens.lengths, dtype=np.int64)))[texts]
+        boundaries = np.concatenate(([0], np.cumsum(tokens.lengths, dtype=np.int64)))[texts]
         return {
-            key: Tokens(tokens.ids[borders[i] : borders[i + 1]], tokens.lengths[texts[i] : texts[i + 1]])
+            key: Tokens(tokens.ids[boundaries[i] : boundaries[i + 1]], tokens.lengths[texts[i] : texts[i + 1]])
             for i, key in enumerate(self.outputs)
         }
 

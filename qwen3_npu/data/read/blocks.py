@@ -91,7 +91,7 @@ class Stream:
     consumed: Callable[[], int]
 
 
-class Cutter:
+class Splitter:
     """Collects records of a format that has to be read record by record, into blocks."""
 
     def __init__(self, file: InputFile, stream: Stream, decode: Callable[[Any], dict[str, Any]]) -> None:

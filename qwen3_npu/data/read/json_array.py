@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Cutter, checked_row, open_stream
+from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Splitter, checked_row, open_stream
 from qwen3_npu.data.read.find import InputFile
 from qwen3_npu.data.read.lines import json_record, line_blocks
 from qwen3_npu.errors import UsageError
@@ -20,11 +20,11 @@ def read_json(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
     """The first character tells which of both it is."""
     with open_stream(file) as stream:
         if stream.reader.peek(4096).lstrip(_SPACE).startswith(b"["):
-            cutter = Cutter(file, stream, checked_row)
+            splitter = Splitter(file, stream, checked_row)
             text = io.TextIOWrapper(stream.reader, encoding="utf-8-sig")
             for number, (element, size) in enumerate(_Array(file, text), start=1):
-                yield from cutter.add(number, element, size)
-            yield from cutter.rest()
+                yield from splitter.add(number, element, size)
+            yield from splitter.rest()
         else:
             yield from line_blocks(file, stream, json_record)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Cutter, Stream, checked_row, open_stream
+from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Splitter, Stream, checked_row, open_stream
 from qwen3_npu.data.read.find import InputFile
 from qwen3_npu.errors import UsageError
 
@@ -87,23 +87,23 @@ def _text_record(line: bytes) -> dict[str, Any]:
 def read_wikitext(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
     """Articles of WikiText (wiki.train.tokens): one starts at each line ` = Title = ` between blank lines."""
     with open_stream(file) as stream:
-        cutter = Cutter(file, stream, _text_record)
+        splitter = Splitter(file, stream, _text_record)
         article: list[bytes] = []
         start, blank_before = 1, True
         for number, (line, after) in enumerate(itertools.pairwise(itertools.chain(stream.reader, [b""])), start=1):
             if blank_before and not after.strip() and _WIKITEXT_TITLE.match(line):
-                yield from _article(cutter, start, article)
+                yield from _article(splitter, start, article)
                 article, start = [], number
             article.append(line)
             blank_before = not line.strip()
-        yield from _article(cutter, start, article)
-        yield from cutter.rest()
+        yield from _article(splitter, start, article)
+        yield from splitter.rest()
 
 
-def _article(cutter: Cutter, start: int, lines: list[bytes]) -> Iterator[Block]:
+def _article(splitter: Splitter, start: int, lines: list[bytes]) -> Iterator[Block]:
     if any(map(bytes.strip, lines)):
         text = b"".join(lines)
-        yield from cutter.add(start, text, len(text))
+        yield from splitter.add(start, text, len(text))
 
 
 def read_csv(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
@@ -116,10 +116,10 @@ def read_csv(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
             header = next(rows, [])
             if not any(header):
                 raise UsageError(f"{file.path}: the first line of a .csv names its columns; it is empty")
-            cutter = Cutter(file, stream, lambda row: _csv_record(header, row))
+            splitter = Splitter(file, stream, lambda row: _csv_record(header, row))
             for row in filter(None, rows):
-                yield from cutter.add(rows.line_num, row, sum(map(len, row)) + len(row))
-            yield from cutter.rest()
+                yield from splitter.add(rows.line_num, row, sum(map(len, row)) + len(row))
+            yield from splitter.rest()
         except csv.Error as error:
             raise UsageError(f"{file.path}:{rows.line_num}: {error}; a quote is probably not closed") from None
 

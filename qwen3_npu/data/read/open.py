@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.data.read import find as inputs
+from qwen3_npu.data.read import find
 from qwen3_npu.data.read.blocks import Block
 from qwen3_npu.data.read.find import InputFile
 from qwen3_npu.data.read.json_array import read_json
@@ -17,13 +17,13 @@ from qwen3_npu.data.read.tables import read_arrow, read_dataset, read_parquet
 from qwen3_npu.errors import UsageError
 
 _READERS: dict[str, Callable[[InputFile, Sequence[str]], Iterator[Block]]] = {
-    inputs.LINES: read_json_lines,
-    inputs.JSON: read_json,
-    inputs.PARQUET: read_parquet,
-    inputs.ARROW: read_arrow,
-    inputs.CSV: read_csv,
-    inputs.TEXT: read_text_lines,
-    inputs.WIKITEXT: read_wikitext,
+    find.LINES: read_json_lines,
+    find.JSON: read_json,
+    find.PARQUET: read_parquet,
+    find.ARROW: read_arrow,
+    find.CSV: read_csv,
+    find.TEXT: read_text_lines,
+    find.WIKITEXT: read_wikitext,
 }
 
 
@@ -85,9 +85,9 @@ def open_inputs(names: Sequence[str], parameters: str | None = None) -> Inputs:
     if parameters is not None:
         arguments = _parameters(parameters)
         return Inputs((), arguments.pop("path", names[0]), arguments)
-    if len(names) == 1 and not inputs.exists(names[0]) and not Path(names[0]).suffix and "*" not in names[0]:
+    if len(names) == 1 and not find.exists(names[0]) and not Path(names[0]).suffix and "*" not in names[0]:
         return Inputs((), names[0])
-    return Inputs(tuple(inputs.find_files(names)))
+    return Inputs(tuple(find.find_files(names)))
 
 
 def _parameters(path: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from qwen3_npu.data.train.rows import Rows
 from qwen3_npu.data.train.thinking import ThinkTokens
-from qwen3_npu.model.sequence import Sequence as TokenSequence
+from qwen3_npu.model.sequence import TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def row_batches(
 
     Args:
         make_rows: samples -> `Rows`.
-        make_sequence: positions [b, s] of this rank's part and the borders in the whole rows -> what the layers need.
+        make_sequence: positions [b, s] of this rank's part and boundaries in the whole rows -> what the layers need.
         shard: this rank's part of [b, s] tensors.
         think: marks of thoughts, if their loss is told apart.
     """

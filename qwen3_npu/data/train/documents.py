@@ -1,6 +1,6 @@
-"""Documents inside a sequence of tokens: their borders, positions and loss. No torch.
+"""Documents inside a sequence of tokens: their boundaries, positions and loss. No torch.
 
-Borders are (0, ..., s): document k is [borders[k], borders[k + 1]).
+Borders are (0, ..., s): document k is [boundaries[k], boundaries[k + 1]).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from qwen3_npu.errors import UsageError
 _LOOKED_AT = 1000
 
 
-def borders_at_eod(tokens: np.ndarray, eod: int) -> list[int]:
+def boundaries_at_eod(tokens: np.ndarray, eod: int) -> list[int]:
     """Documents that end with `eod`, which belongs to them (`--reset-attention-mask` in pretraining, as Megatron)."""
     ends = (np.flatnonzero(tokens == eod) + 1).tolist()
     return [0, *ends] if ends and ends[-1] == len(tokens) else [0, *ends, len(tokens)]
 
 
-def borders_of_segments(segments: np.ndarray) -> list[int]:
+def segment_boundaries(segments: np.ndarray) -> list[int]:
     """Documents as numbers that change from one to the next (--neat-pack); padding, 0, is one document."""
     return [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
 
@@ -29,16 +29,16 @@ def borders_of_segments(segments: np.ndarray) -> list[int]:
 def joined(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Borders of rows that are laid one after the other."""
     found, offset = [0], 0
-    for borders in rows:
-        found += [offset + border for border in borders[1:]]
-        offset += borders[-1]
+    for boundaries in rows:
+        found += [offset + border for border in boundaries[1:]]
+        offset += boundaries[-1]
     return tuple(found)
 
 
-def positions(borders: Sequence[int]) -> np.ndarray:
+def positions(boundaries: Sequence[int]) -> np.ndarray:
     """The place of each token in its document, int64 [s]."""
-    starts, sizes = np.array(borders[:-1]), np.diff(borders)
-    return np.arange(borders[-1]) - np.repeat(starts, sizes)
+    starts, sizes = np.array(boundaries[:-1]), np.diff(boundaries)
+    return np.arange(boundaries[-1]) - np.repeat(starts, sizes)
 
 
 def find_eod(data: Indexed, flag: str) -> int:

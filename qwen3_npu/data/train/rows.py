@@ -1,4 +1,4 @@
-"""Samples to the rows of a micro-batch: shifted labels, padding, positions, document borders. No torch."""
+"""Samples to the rows of a micro-batch: shifted labels, padding, positions, document boundaries. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_npu.data.train.documents import borders_at_eod, borders_of_segments, joined, positions
+from qwen3_npu.data.train.documents import boundaries_at_eod, joined, positions, segment_boundaries
 from qwen3_npu.data.train.sft_dataset import Sample
 from qwen3_npu.data.train.turns import IGNORED
 
@@ -21,7 +21,7 @@ class Rows:
         tokens, labels: int64 [b, s]; labels[i] follows tokens[i] (0 where it is not supervised).
         loss_mask: float32 [b, s]; 1 where the label is supervised.
         positions: int64 [b, s].
-        cu_seqlens: borders of documents, (0, ..., s); the rows are then laid one after the other and b is 1. None if
+        cu_seqlens: boundaries of documents, (0, ..., s); the rows are then laid one after the other and b is 1. None if
             each row is one document.
         real_tokens: that are no padding.
         squares: sum over the stretches that attend within themselves of their lengths' squares: what attention costs.
@@ -88,7 +88,7 @@ def instruction_rows(
         tokens,
         np.where(mask, labels, 0),
         mask.astype(np.float32),
-        [borders_of_segments(row) for row in segments],
+        [segment_boundaries(row) for row in segments],
         per_document=per_document,
         reset_positions=reset_positions and per_document,
         real=(segments != 0).sum(1),
@@ -114,12 +114,12 @@ def pretraining_rows(
     mask = loss_mask.astype(np.float32)
     if eod_mask_loss:
         mask = np.where(tokens == eod, np.float32(0), mask)
-    borders = [borders_at_eod(row, eod) for row in tokens]
+    boundaries = [boundaries_at_eod(row, eod) for row in tokens]
     return _rows(
         tokens,
         labels,
         mask,
-        borders,
+        boundaries,
         per_document=reset_attention_mask,
         reset_positions=reset_position_ids,
         real=np.full(len(tokens), tokens.shape[1]),
@@ -130,17 +130,17 @@ def _rows(
     tokens: np.ndarray,
     labels: np.ndarray,
     mask: np.ndarray,
-    borders: Sequence[Sequence[int]],
+    boundaries: Sequence[Sequence[int]],
     *,
     per_document: bool,
     reset_positions: bool,
     real: np.ndarray,
 ) -> Rows:
     size = tokens.shape[1]
-    places = np.stack([positions(row if reset_positions else [0, size]) for row in borders])
+    places = np.stack([positions(row if reset_positions else [0, size]) for row in boundaries])
     if not per_document:
         return Rows(tokens, labels, mask, places, None, int(real.sum()), int((real**2).sum()))
-    ends = [np.minimum(row, count) for row, count in zip(borders, real, strict=True)]
+    ends = [np.minimum(row, count) for row, count in zip(boundaries, real, strict=True)]
     squares = sum(int((np.diff(row) ** 2).sum()) for row in ends)
     tokens, labels, mask, places = (array.reshape(1, -1) for array in (tokens, labels, mask, places))
-    return Rows(tokens, labels, mask, places, joined(borders), int(real.sum()), squares)
+    return Rows(tokens, labels, mask, places, joined(boundaries), int(real.sum()), squares)

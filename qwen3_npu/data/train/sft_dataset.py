@@ -137,14 +137,14 @@ def open_instructions(prefixes: Sequence[str], vocab_size: int, *, per_document:
         per_document: attention shall stay within the documents of packs (--reset-attention-mask).
 
     Raises:
-        UsageError: see `InstructionFiles`; a token that the model does not have; packs without borders.
+        UsageError: see `InstructionFiles`; a token that the model does not have; packs without boundaries.
     """
     files = [InstructionFiles(prefix) for prefix in prefixes]
     for one in files:
         check_vocabulary(one.ids, vocab_size)
         if per_document and one.kind is Kind.PACK:
             raise UsageError(
-                f"--reset-attention-mask: {one.prefix} was packed without document borders (--pack); preprocess it "
+                f"--reset-attention-mask: {one.prefix} was packed without document boundaries (--pack); preprocess it "
                 f"again with --pack --neat-pack, or drop --reset-attention-mask"
             )
     return files
@@ -194,5 +194,5 @@ def split_ranges(split: str, count: int) -> list[range]:
     if not parts or len(parts) > 3 or min(parts) < 0 or sum(parts) <= 0:
         raise UsageError(f"--split {split}: three shares are expected, such as 969,30,1")
     parts += [0.0] * (3 - len(parts))
-    borders = [round(sum(parts[:i]) / sum(parts) * count) for i in range(4)]
-    return [range(borders[i], borders[i + 1]) for i in range(3)]
+    boundaries = [round(sum(parts[:i]) / sum(parts) * count) for i in range(4)]
+    return [range(boundaries[i], boundaries[i + 1]) for i in range(3)]

@@ -16,14 +16,14 @@ class ThinkTokens:
     open: int
     close: int
 
-    def mask(self, tokens: np.ndarray, borders: Sequence[int] | None) -> np.ndarray:
+    def mask(self, tokens: np.ndarray, boundaries: Sequence[int] | None) -> np.ndarray:
         """float32 [b, s]: 1 where the token after this one (the label) belongs to a thought, its marks included.
 
         Args:
-            borders: of documents in a single row, (0, ..., s); None if each row is one document.
+            boundaries: of documents in a single row, (0, ..., s); None if each row is one document.
         """
         inside = np.zeros(tokens.shape, bool)
-        for start, end in itertools.pairwise(borders or (0, tokens.shape[1])):
+        for start, end in itertools.pairwise(boundaries or (0, tokens.shape[1])):
             part = tokens[:, start:end]
             closed = part == self.close
             depth = np.cumsum(part == self.open, axis=1) - np.cumsum(closed, axis=1)

@@ -1,8 +1,8 @@
 """Megatron's indexed datasets (`<prefix>.bin` + `<prefix>.idx`, MMIDIDX version 1): checked and written. No torch.
 
     .bin  tokens, one after the other
-    .idx  b"MMIDIDX\\0\\0", uint64 version, uint8 dtype code, uint64 sequences S, uint64 document borders D,
-          int32 lengths[S], int64 byte offsets[S], int64 borders[D] (0 and, for each document, the sequence after it)
+    .idx  b"MMIDIDX\\0\\0", uint64 version, uint8 dtype code, uint64 sequences S, uint64 document boundaries D,
+          int32 lengths[S], int64 byte offsets[S], int64 boundaries[D] (0 and, for each document, the sequence after it)
 
 Tokens are int32, as MindSpeed-LLM writes them (labels hold -100). One document is one sequence.
 """
@@ -34,13 +34,13 @@ class Indexed:
     Attributes:
         lengths: int32 [sequences], tokens of each.
         tokens: all tokens, memory-mapped.
-        borders: int64 [documents + 1], 0 and, for each document, the sequence after it.
+        boundaries: int64 [documents + 1], 0 and, for each document, the sequence after it.
     """
 
     prefix: str
     lengths: np.ndarray
     tokens: np.ndarray
-    borders: np.ndarray
+    boundaries: np.ndarray
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -68,8 +68,8 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
         raise UsageError(f"{idx} is not a Megatron index file (or is truncated); preprocess the data again")
     code = header[17]
-    sequences, borders = (int.from_bytes(header[a : a + 8], "little") for a in (18, 26))
-    expected = _HEADER_BYTES + 12 * sequences + 8 * borders
+    sequences, boundaries = (int.from_bytes(header[a : a + 8], "little") for a in (18, 26))
+    expected = _HEADER_BYTES + 12 * sequences + 8 * boundaries
     if size != expected or code not in _DTYPES:
         raise UsageError(f"{idx} is truncated or damaged: {size} bytes, {expected} expected; preprocess the data again")
     if sequences == 0:
@@ -80,7 +80,7 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:
     needed = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize
     if bin_.stat().st_size < needed:
         raise UsageError(f"{bin_} is truncated: {bin_.stat().st_size} bytes, {needed} expected; preprocess it again")
-    ends = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 12 * sequences, (borders,))
+    ends = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 12 * sequences, (boundaries,))
     return Indexed(prefix, lengths, np.memmap(bin_, dtype, "r", 0, (needed // dtype.itemsize,)), ends)
 
 
@@ -184,16 +184,16 @@ def publish(writers: Sequence[IndexedWriter]) -> None:
 
 
 def write_index(
-    file: BinaryIO, lengths: np.ndarray, borders: np.ndarray | None = None, dtype: npt.DTypeLike = np.int32
+    file: BinaryIO, lengths: np.ndarray, boundaries: np.ndarray | None = None, dtype: npt.DTypeLike = np.int32
 ) -> None:
     """The .idx file of sequences with these lengths; written in pieces.
 
     Args:
-        borders: of documents; None: one document per sequence.
+        boundaries: of documents; None: one document per sequence.
     """
     count, size = len(lengths), np.dtype(dtype).itemsize
     code = next(code for code, known in _DTYPES.items() if np.dtype(known) == dtype)
-    ends = count + 1 if borders is None else len(borders)
+    ends = count + 1 if boundaries is None else len(boundaries)
     file.write(_MAGIC + (1).to_bytes(8, "little") + bytes([code]))
     file.write(count.to_bytes(8, "little") + ends.to_bytes(8, "little"))
     pieces = [slice(start, start + _PIECE) for start in range(0, count, _PIECE)]
@@ -206,4 +206,4 @@ def write_index(
         offset = int(after[-1])
     for start in range(0, ends, _PIECE):
         stop = min(start + _PIECE, ends)
-        file.write((np.arange(start, stop, dtype=np.int64) if borders is None else borders[start:stop]).tobytes())
+        file.write((np.arange(start, stop, dtype=np.int64) if boundaries is None else boundaries[start:stop]).tobytes())

@@ -52,8 +52,8 @@ def kept_tokens(turns: Sequence[tuple[int, int]], room: int) -> np.ndarray:
 def turns_of(labels: np.ndarray) -> list[tuple[int, int]]:
     """Tokens of the source and of the target of each turn, as the labels show them."""
     learned = labels != IGNORED
-    borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(labels)]
-    runs = np.diff(borders).tolist()
+    boundaries = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(labels)]
+    runs = np.diff(boundaries).tolist()
     if len(labels) and learned[0]:
         runs.insert(0, 0)
     if len(runs) % 2:

@@ -14,7 +14,7 @@ import samples
 from qwen3_npu.checkpoint.binary.dtypes import BF16
 
 WORLD = 2
-# Cut otherwise than megatron loads it (TP2 EP2 ETP1, vocabulary of 256), so that it reads across our chunks.
+# Target otherwise than megatron loads it (TP2 EP2 ETP1, vocabulary of 256), so that it reads across our chunks.
 WRITTEN = ("--target-tensor-parallel-size", 4, "--target-pipeline-parallel-size", 2, "--ckpt-format", "torch_dist")
 
 

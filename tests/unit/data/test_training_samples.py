@@ -1,4 +1,4 @@
-"""What training reads: samples, their order, rows with shifted labels and document borders, prepared raw data."""
+"""What training reads: samples, their order, rows with shifted labels and document boundaries, prepared raw data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lines import write_lines
 
-from qwen3_npu.data.train.documents import borders_at_eod, borders_of_segments, find_eod, positions
+from qwen3_npu.data.train.documents import boundaries_at_eod, find_eod, positions, segment_boundaries
 from qwen3_npu.data.train.order import Blend, Epochs, shuffled
 from qwen3_npu.data.train.rows import Padding, instruction_rows, padding_multiple, pretraining_rows
 from qwen3_npu.data.train.sft_dataset import (
@@ -198,10 +198,10 @@ def test_a_learned_first_token_is_not_predicted_by_the_document_before_it() -> N
 
 def test_documents_of_pretraining_text() -> None:
     tokens = np.array([4, 9, 5, 6, 9, 7])
-    assert borders_at_eod(tokens, 9) == [0, 2, 5, 6]
-    assert borders_at_eod(tokens[:5], 9) == [0, 2, 5]
-    assert borders_at_eod(tokens[2:4], 9) == [0, 2]
-    assert borders_of_segments(np.array([1, 1, 2, 0, 0])) == [0, 2, 3, 5]
+    assert boundaries_at_eod(tokens, 9) == [0, 2, 5, 6]
+    assert boundaries_at_eod(tokens[:5], 9) == [0, 2, 5]
+    assert boundaries_at_eod(tokens[2:4], 9) == [0, 2]
+    assert segment_boundaries(np.array([1, 1, 2, 0, 0])) == [0, 2, 3, 5]
     assert positions([0, 2, 5, 6]).tolist() == [0, 1, 0, 1, 2, 0]
     labels = np.array([[9, 5, 6, 9, 7, 8]])
     make = functools.partial(pretraining_rows, tokens[None], labels, np.ones((1, 6), np.float32), eod=9)
@@ -227,8 +227,8 @@ def test_pretraining_rows_are_megatrons() -> None:
             rows = pretraining_rows(tokens[None], tokens[None], np.ones((1, 24), np.float32), eod=3, **options)
             assert rows.positions[0].tolist() == place.tolist()
             assert rows.loss_mask[0].tolist() == loss.tolist()
-            borders = rows.cu_seqlens or (0, 24)
-            document = np.repeat(np.arange(len(borders) - 1), np.diff(borders))
+            boundaries = rows.cu_seqlens or (0, 24)
+            document = np.repeat(np.arange(len(boundaries) - 1), np.diff(boundaries))
             seen = (document[:, None] == document) & np.tri(24, dtype=bool)
             assert np.array_equal(seen, ~mask[0].numpy())
 
@@ -257,7 +257,7 @@ def test_batches_know_their_documents() -> None:
         samples,
         iter([range(0, 2), range(2, 4)]),
         functools.partial(document_rows, eod=9, **how),
-        lambda positions, borders: (positions.tolist(), borders),  # type: ignore[arg-type, return-value]
+        lambda positions, boundaries: (positions.tolist(), boundaries),  # type: ignore[arg-type, return-value]
         lambda fields: fields,
         torch.device("cpu"),
     )

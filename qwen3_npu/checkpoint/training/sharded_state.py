@@ -23,7 +23,7 @@ from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.training.live import on_host, write_content
 from qwen3_npu.checkpoint.training.optimizer_state import KEYS, Gathered, Names, parts
 
-Place = tuple[int, str]  # virtual chunk, name
+ParameterKey = tuple[int, str]  # virtual chunk, name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +39,15 @@ class _Part:
 
     file: str
     ranks: list[int]
-    shapes: dict[Place, torch.Size]
-    slices: dict[Place, dict[str, Any]]
+    shapes: dict[ParameterKey, torch.Size]
+    slices: dict[ParameterKey, dict[str, Any]]
 
     def others(self) -> list[str]:
         """Files of the ranks whose slices this rank puts together."""
         return [self.file.format(rank) for rank in self.ranks[1:]] if self.ranks[0] == dist.get_rank() else []
 
 
-class SpreadState:
+class ShardedState:
     """A copy of what this rank has of the state; made without a collective call."""
 
     def __init__(self, optimizer: MegatronOptimizer, names: Names) -> None:
@@ -91,7 +91,7 @@ class SpreadState:
         return found
 
 
-def _slices(part: DistributedOptimizer, names: Names) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _slices(part: DistributedOptimizer, names: Names) -> Iterator[tuple[ParameterKey, dict[str, Any]]]:
     for buckets in part.gbuf_ranges:
         for ranges in (bucket for dtype in buckets.values() for bucket in dtype):
             for parameter, place in ranges["param_map"].items():
@@ -99,7 +99,7 @@ def _slices(part: DistributedOptimizer, names: Names) -> Iterator[tuple[Place, d
                 yield names[parameter], {"start": place["param"].start, **on_host({key: state[key] for key in KEYS})}
 
 
-def _read(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _read(path: Path) -> Iterator[tuple[ParameterKey, dict[str, Any]]]:
     file = PtFile(path)
     for chunk, by_name in file.content.items():
         for name, held in by_name.items():
@@ -108,7 +108,7 @@ def _read(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
     file.close()
 
 
-def _fill(whole: Gathered, slices: dict[Place, dict[str, Any]]) -> None:
+def _fill(whole: Gathered, slices: dict[ParameterKey, dict[str, Any]]) -> None:
     for place, held in slices.items():
         for key in KEYS:
             start, tensor = held["start"], held[key].flatten()

@@ -1,4 +1,4 @@
-"""Hugging Face tensors read by regions out of the Megatron tensors that hold their pieces, in whatever files."""
+"""Hugging Face tensors read by regions out of the Megatron tensors that hold their slices, in whatever files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, sizes
-from qwen3_npu.checkpoint.mapping.slices import Piece, Region, intersect
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, intersect, sizes
+from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.source import inside
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError
@@ -17,15 +17,15 @@ from qwen3_npu.errors import UsageError
 Where = TypeVar("Where")
 
 
-class Place(NamedTuple):
+class Holder(NamedTuple):
     """Where a piece of a Hugging Face tensor lies."""
 
-    piece: Piece
+    piece: TensorSlice
     shard: Shard
     where: Any
 
 
-class PieceReader(abc.ABC, Generic[Where]):
+class ShardReader(abc.ABC, Generic[Where]):
     """A `Source` over Megatron tensors. What a tensor is, and how a region of it is read, a subclass says.
 
     Args:
@@ -35,30 +35,30 @@ class PieceReader(abc.ABC, Generic[Where]):
 
     def __init__(self, holders: Iterable[tuple[Where, Shard]], what: str) -> None:
         self.what = what
-        self.places: dict[str, dict[Region, list[Place]]] = {}
+        self.places: dict[str, dict[Region, list[Holder]]] = {}
         for where, shard in holders:
-            for piece in shard.pieces:
+            for piece in shard.slices:
                 if not piece.padding:
                     by_region = self.places.setdefault(piece.hf, {})
-                    by_region.setdefault(piece.source, []).append(Place(piece, shard, where))
+                    by_region.setdefault(piece.source, []).append(Holder(piece, shard, where))
 
     @abc.abstractmethod
-    def find(self, place: Place) -> Any:
-        """The stored tensor of a place, or None if it is not there. Raises: UsageError: it has another shape."""
+    def find(self, holder: Holder) -> Any:
+        """The stored tensor of a holder, or None if it is not there. Raises: UsageError: it has another shape."""
 
     @abc.abstractmethod
-    def stored_dtype(self, place: Place, tensor: Any) -> DType: ...
+    def stored_dtype(self, holder: Holder, tensor: Any) -> DType: ...
 
     @abc.abstractmethod
-    def read_stored(self, place: Place, tensor: Any, region: Region) -> np.ndarray:
+    def read_stored(self, holder: Holder, tensor: Any, region: Region) -> np.ndarray:
         """A region (of the shard's view) of a stored tensor."""
 
-    def _holder(self, name: str, source: Region) -> tuple[Place, Any]:
-        """The first place that has this piece: replicas are the same, and of some only one rank writes its copy."""
-        for place in self.places[name][source]:
-            tensor = self.find(place)
+    def _holder(self, name: str, source: Region) -> tuple[Holder, Any]:
+        """The first holder that has this piece: replicas are the same, and of some only one rank writes its copy."""
+        for holder in self.places[name][source]:
+            tensor = self.find(holder)
             if tensor is not None:
-                return place, tensor
+                return holder, tensor
         raise UsageError(f"{self.what}: no file holds {name}")
 
     def dtype(self, name: str) -> DType:
@@ -71,10 +71,10 @@ class PieceReader(abc.ABC, Generic[Where]):
             common = intersect(region, source)
             if common is None:
                 continue
-            place, tensor = self._holder(name, source)
-            data = self.read_stored(place, tensor, place.piece.part(common))
+            holder, tensor = self._holder(name, source)
+            data = self.read_stored(holder, tensor, holder.piece.part(common))
             data = data.reshape(data.shape[data.ndim - len(common) :])
-            data = data.T if place.piece.transposed else data
+            data = data.T if holder.piece.transposed else data
             if common == region:
                 return data
             if out is None:

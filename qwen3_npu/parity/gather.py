@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch.distributed as dist
 
-from qwen3_npu.checkpoint.binary.dtypes import slices
-from qwen3_npu.checkpoint.mapping.slices import Region
+from qwen3_npu.checkpoint.binary.dtypes import Region, as_index
 from qwen3_npu.checkpoint.training import optimizer_state
 from qwen3_npu.checkpoint.training.live import to_numpy
 from qwen3_npu.checkpoint.training.save import Trained
 from qwen3_npu.distributed.launch import model_rank
 
-Piece = tuple[str, Region, np.ndarray]
+GatheredSlice = tuple[str, Region, np.ndarray]
 
 
 def gather_whole(trained: Trained, key: str) -> dict[str, np.ndarray]:
@@ -24,20 +23,20 @@ def gather_whole(trained: Trained, key: str) -> dict[str, np.ndarray]:
         key: of `optimizer_state.KEYS`.
     """
     gathered = optimizer_state.gather(trained.optimizer, optimizer_state.parameter_names(trained.chunks))
-    mine: list[Piece] = []
+    mine: list[GatheredSlice] = []
     for shard in trained.optimized.shards(trained.layout, model_rank()):
         if (shard.chunk, shard.name) in gathered:
             view = to_numpy(gathered[shard.chunk, shard.name][key]).reshape(shard.view)
-            for piece in shard.pieces:
+            for piece in shard.slices:
                 if piece.padding:
                     continue
-                part = view[slices(piece.target)]
+                part = view[as_index(piece.target)]
                 mine.append((piece.hf, piece.source, part.T if piece.transposed else part))
-    everyone: list[list[Piece] | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    everyone: list[list[GatheredSlice] | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone)
     whole: dict[str, np.ndarray] = {}
     shapes = trained.optimized.shapes() if everyone else {}
     for name, region, part in (piece for pieces in everyone or () for piece in pieces or ()):
         tensor = whole.setdefault(name, np.full(shapes[name], np.nan, np.float32))
-        tensor[slices(region)] = part.reshape(tensor[slices(region)].shape)
+        tensor[as_index(region)] = part.reshape(tensor[as_index(region)].shape)
     return whole
