@@ -7,7 +7,13 @@ import dataclasses
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 
-TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+# Megatron's linears that can have an adapter, and the Hugging Face projections that each joins.
+LORA_TARGETS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +23,9 @@ class LoraArgs:
     lora_r: int = flag(0, minimum=0, help="rank of the updates; 0: train all weights")
     lora_alpha: float = flag(32, minimum=0, help="updates are multiplied by alpha / r")
     lora_dropout: float = flag(0.0, minimum=0, help="dropout of the updates' input")
-    lora_target_modules: list[str] = flag(list(TARGETS), choices=TARGETS, help="linears that get an update")
+    lora_target_modules: list[str] = flag(
+        list(LORA_TARGETS), choices=tuple(LORA_TARGETS), help="linears that get an update"
+    )
     lora_load: str | None = flag(None, metavar="DIR", help="checkpoint with updates to start from; the base is --load")
     lora_ckpt_filter: bool = flag(False, help="save the updates only, not the base weights")
 

@@ -13,7 +13,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from qwen3_npu import kernels, log
-from qwen3_npu.args.lora import TARGETS, LoraArgs
+from qwen3_npu.args.lora import LORA_TARGETS, LoraArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.training.save import Position, Trained
@@ -250,5 +250,5 @@ def _one_or_list(items: list) -> Any:
 
 def _lora(args: LoraArgs) -> Lora | None:
     """What the checkpoints say of LoRA updates."""
-    targets = tuple(target for target in TARGETS if target in args.lora_target_modules)
+    targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
     return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None

@@ -13,7 +13,7 @@ from qwen3_npu.data.train.token_file import IndexedWriter, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parallel"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parallel" / "support"))
 
 import tiny
 import wheel

@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
         raise RuntimeError(reason)
     site = _site()
     library = _stub(site)
-    paths = [str(site), str(HERE), str(HERE.parent), str(HERE.parent / "parallel"), str(HERE.parents[1])]
+    paths = [str(site), str(HERE), str(HERE.parent), str(HERE.parent / "parallel" / "support"), str(HERE.parents[1])]
     return {
         "LD_LIBRARY_PATH": str(library),
         "PYTHONPATH": os.pathsep.join(paths),

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
     sim.install()
     os.dup2(stdout, 1)
-    path = Path(__file__).resolve().parents[1] / "parallel" / "worker.py"
+    path = Path(__file__).resolve().parents[1] / "parallel" / "support" / "worker.py"
     spec = importlib.util.spec_from_file_location("parallel_worker", path)
     parallel_worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(parallel_worker)

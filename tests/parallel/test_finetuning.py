@@ -229,15 +229,16 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     """Kind of model -> a PEFT adapter: A's of one linear are equal, B's are not zero."""
     from safetensors.numpy import save_file
 
-    from qwen3_npu.checkpoint.mapping.lora import TARGETS, Lora, peft_shapes
+    from qwen3_npu.args.lora import LORA_TARGETS
+    from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 
     made = {}
     for kind in ("untied", "moe"):
         folder = tmp_path_factory.mktemp(f"adapter-{kind}")
         rng = np.random.default_rng(3)
         tensors: dict[str, np.ndarray] = {}
-        siblings = {projection: names[0] for names in TARGETS.values() for projection in names}
-        for name, shape in peft_shapes(tiny.arch(kind), Lora(RANK, ALPHA, tuple(TARGETS))).items():
+        siblings = {projection: names[0] for names in LORA_TARGETS.values() for projection in names}
+        for name, shape in peft_shapes(tiny.arch(kind), Lora(RANK, ALPHA, tuple(LORA_TARGETS))).items():
             projection = name.split(".")[-3]
             first = name.replace(f".{projection}.", f".{siblings[projection]}.")
             if ".lora_A." in name and first in tensors:
@@ -246,7 +247,7 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
                 size = 0.1 if ".lora_B." in name else 1.0
                 tensors[name] = (size * rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
         save_file(tensors, folder / "adapter_model.safetensors")
-        modules = [projection for names in TARGETS.values() for projection in names]
+        modules = [projection for names in LORA_TARGETS.values() for projection in names]
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
         config |= {"bias": "none", "target_modules": modules, "base_model_name_or_path": models[kind]}
         (folder / "adapter_config.json").write_text(json.dumps(config))

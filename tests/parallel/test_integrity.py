@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_resume import BASE
 
 from qwen3_npu.parity.rows import TP2, ZERO
-from test_resume import BASE
 from worlds import World
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from test_resume import BASE
+
 from worlds import World
 
 # What is there, what is saved, with which flags, and what may be found when that is cut off; None: no checkpoint yet.

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from test_resume import BASE
 
 from qwen3_npu.parity.rows import PP2, TP2, ZERO
-from test_resume import BASE
 from worlds import World, free_port
 
 ROOT = Path(__file__).resolve().parents[2]

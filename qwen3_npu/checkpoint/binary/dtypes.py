@@ -122,7 +122,7 @@ def row_blocks(region: Region, itemsize: int) -> Iterator[Region]:
 
 def _read_into(fd: int, offset: int, out: np.ndarray, path: str) -> None:
     """Fill a contiguous array from a file."""
-    view = memoryview(out).cast("B") if out.size else memoryview(b"")
+    view = memoryview(out.data).cast("B") if out.size else memoryview(b"")
     done = 0
     while done < len(view):
         n = os.preadv(fd, [view[done:]], offset + done)

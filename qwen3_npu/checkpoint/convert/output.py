@@ -93,14 +93,16 @@ def found_output(
     opened = open_checkpoint(output.root, kind=MEGATRON, hf_config=args.hf_cfg_dir, lora_alpha=what.sources.lora_alpha)
     if not isinstance(opened, (MegatronReader, DistReader)):
         raise UsageError(f"{output.root} holds no Megatron checkpoint but {opened}")
-    cut = output.cut
+    written = output.target
     if not {field.name for field in dataclasses.fields(TargetArgs)} & set(given):
-        cut = dataclasses.replace(cut, layout=opened.saved_layout())
+        written = dataclasses.replace(written, layout=opened.saved_layout())
     if args.params_dtype is None:
-        first = opened.dtype(next(iter(target.contents.shapes())))
-        cut = dataclasses.replace(cut, dtype=first, lora_dtype=target.lora_dtype if target.contents.base else first)
+        first = opened.dtype(next(iter(written.contents.shapes())))
+        written = dataclasses.replace(
+            written, dtype=first, lora_dtype=written.lora_dtype if written.contents.base else first
+        )
     opened.close()
-    found = (DistOutput if opened.format == TORCH_DIST else MegatronOutput)(output.root, cut)
+    found = (DistOutput if opened.format == TORCH_DIST else MegatronOutput)(output.root, written)
     found.folder = opened.folder
     return found
 

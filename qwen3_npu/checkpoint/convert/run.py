@@ -93,7 +93,7 @@ def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: 
     output = planned_output(plan, args, target, legacy, config)
     output.prepare(args.overwrite)
     target_facts = output.facts()
-    layout = output.cut.layout if isinstance(output, MegatronOutput) else ""
+    layout = output.target.layout if isinstance(output, MegatronOutput) else ""
     kind = " ".join(str(part) for part in (target_facts["format"], layout, target_facts.get("dtype", "")) if part)
     log.info(f"target: {output.root} ({kind})")
     records = run_jobs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import (
     F32,
     DType,
@@ -16,7 +17,7 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     to_float32,
 )
 from qwen3_npu.checkpoint.formats.peft import PeftReader
-from qwen3_npu.checkpoint.mapping.lora import TARGETS, Contents, Lora, peft_name, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_name, peft_shapes
 from qwen3_npu.checkpoint.mapping.source import Source, inside
 
 
@@ -73,9 +74,9 @@ class SharedA:
         self.r = lora.r
         # Projection -> its place among those of its linear that the adapter has.
         self.siblings = {
-            projection: [name for name in TARGETS[target] if name in adapter.projections]
+            projection: [name for name in LORA_TARGETS[target] if name in adapter.projections]
             for target in lora.targets
-            for projection in TARGETS[target]
+            for projection in LORA_TARGETS[target]
         }
         self.width = 1 if self._is_shared() else max(map(len, self.siblings.values()))
         self.lora = Lora(lora.r * self.width, lora.alpha * self.width, lora.targets)

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 
 from qwen3_npu.checkpoint.binary.dtypes import Region
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.slices import Holder, local_experts
+from qwen3_npu.checkpoint.mapping.slices import ShardContext, local_experts
 from qwen3_npu.checkpoint.mapping.table import OUTPUT, Shard
 from qwen3_npu.distributed.layout import NOOP, Layout, Rank, plan
 from qwen3_npu.model.arch import Qwen3Arch
@@ -80,7 +80,7 @@ def unstacked(layout: Layout) -> Layout:
     return dataclasses.replace(layout, stacked_experts=False)
 
 
-def whole(arch: Qwen3Arch, padded_vocab_size: int, noop_layers: Sequence[int] = ()) -> Layout:
+def global_layout(arch: Qwen3Arch, padded_vocab_size: int, noop_layers: Sequence[int] = ()) -> Layout:
     """The layout whose tensors are those that are stored."""
     return unstacked(plan(arch, padded_vocab_size=padded_vocab_size, noop_layers=noop_layers))
 
@@ -120,7 +120,7 @@ def chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chunk]:
     """What one rank saves. Of several copies the first rank in `layout.ranks()` saves it."""
     layout = unstacked(layout)
     places, counts = layer_places(layout), (layout.num_layers, contents.arch.num_experts)
-    first_expert = local_experts(Holder(contents.arch, layout, rank))[0].start
+    first_expert = local_experts(ShardContext(contents.arch, layout, rank))[0].start
     saves = {kind: _saves(layout, rank, *kind) for kind in itertools.product((False, True), repeat=2)}
     for shard in contents.shards(layout, rank):
         if shard.name == OUTPUT.megatron and contents.arch.tie_word_embeddings:
@@ -150,7 +150,7 @@ def _rows(shard: Shard, half: int, halves: int) -> Shard:
         if p.target[0][0] // rows == half
     ]
     shape = (rows, *shard.shape[1:])
-    return dataclasses.replace(shard, shape=shape, view=shape, pieces=tuple(pieces))
+    return dataclasses.replace(shard, shape=shape, view=shape, slices=tuple(pieces))
 
 
 def extra_states(contents: Contents, layout: Layout, rank: Rank) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from qwen3_npu.checkpoint.binary.dtypes import full, intersect, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
-from qwen3_npu.checkpoint.formats.dist_keys import whole
+from qwen3_npu.checkpoint.formats.dist_keys import global_layout
 from qwen3_npu.checkpoint.formats.dist_metadata import read_metadata
 from qwen3_npu.checkpoint.formats.dist_tensors import DistTensors
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, checkpoint_folder
@@ -71,7 +71,7 @@ class DistReader(DistTensors):
         contents = Contents(arch, base=not all(map(is_lora, shapes)), lora=lora)
         said = getattr(self.args, "padded_vocab_size", None) or arch.vocab_size  # an adapter has no embedding
         padded = shapes.get(EMBEDDING.megatron, (said,))[0]
-        layout = whole(arch, padded, number_list(getattr(self.args, "noop_layers", None)))
+        layout = global_layout(arch, padded, number_list(getattr(self.args, "noop_layers", None)))
         super().__init__(folder, stored, contents, layout)
 
     def under(self, prefix: str) -> DistTensors:

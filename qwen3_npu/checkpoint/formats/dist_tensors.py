@@ -29,7 +29,7 @@ class DistTensors(ShardReader[None]):
     Args:
         stored: the tensors under the keys of the parameters.
         contents: which parameters.
-        layout: the uncut one (`dist_keys.whole`).
+        layout: the uncut one (`dist_keys.global_layout`).
     """
 
     def __init__(self, folder: Path, stored: Mapping[str, StoredTensor], contents: Contents, layout: Layout) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, sizes
 from qwen3_npu.checkpoint.formats.huggingface import SafetensorsFile
-from qwen3_npu.checkpoint.mapping.lora import TARGETS, Contents, Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.source import check_tensors
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
@@ -51,7 +52,7 @@ def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
         "base_model_name_or_path": base,
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "target_modules": [projection for target in lora.targets for projection in TARGETS[target]],
+        "target_modules": [projection for target in lora.targets for projection in LORA_TARGETS[target]],
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -132,7 +133,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _lora(config: dict[str, Any], where: str) -> tuple[list[str], Lora]:
-    known = {projection: target for target, projections in TARGETS.items() for projection in projections}
+    known = {projection: target for target, projections in LORA_TARGETS.items() for projection in projections}
     named = config.get("target_modules") or []
     if isinstance(named, str) or not set(named) <= known.keys():
         raise UsageError(f"{where}: target_modules {named!r} not supported; a list of {', '.join(known)} is")
@@ -141,5 +142,5 @@ def _lora(config: dict[str, Any], where: str) -> tuple[list[str], Lora]:
         raise UsageError(f"{where}: r {r!r} and lora_alpha {alpha!r}: a number of at least 1 and a number expected")
     if config.get("use_rslora"):
         alpha *= r**0.5  # it scales by alpha / sqrt(r)
-    targets = tuple(target for target in TARGETS if any(known[name] == target for name in named))
+    targets = tuple(target for target in LORA_TARGETS if any(known[name] == target for name in named))
     return [name for name in known if name in named], Lora(r, float(alpha), targets)

@@ -36,19 +36,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
+from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.table import Shard, covered, shards
 from qwen3_npu.distributed.layout import Layout, Rank, single
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
-# What --lora-target-modules may name, and the Hugging Face projections of each.
-TARGETS = {
-    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "linear_proj": ("o_proj",),
-    "linear_fc1": ("gate_proj", "up_proj"),
-    "linear_fc2": ("down_proj",),
-}
 _STACKED = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
 _PREFIX = "base_model.model."
 
@@ -60,7 +54,7 @@ class Lora:
     Attributes:
         r: rank.
         alpha: the adapter is scaled by alpha / r.
-        targets: names of `TARGETS`, in that order.
+        targets: names of `LORA_TARGETS`, in that order.
     """
 
     r: int
@@ -86,11 +80,11 @@ def peft_name(hf: str, matrix: str) -> str:
 
 
 def target_of(name: str) -> str | None:
-    """Which of `TARGETS` a base weight's Megatron name belongs to, if any."""
+    """Which of `LORA_TARGETS` a base weight's Megatron name belongs to, if any."""
     parts = name.split(".")
     if parts[-1] in _STACKED:
         return _STACKED[parts[-1]]
-    return parts[-2] if parts[-2] in TARGETS else None
+    return parts[-2] if parts[-2] in LORA_TARGETS else None
 
 
 def base_shard(shard: Shard, lora: Lora) -> Shard:
@@ -183,7 +177,7 @@ def found_lora(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[int, 
     """Rank and targets of the LoRA tensors among Megatron tensors (of one rank), or None if there are none.
 
     Raises:
-        UsageError: they have several ranks, or belong to modules that are not in `TARGETS`; `where` holds them.
+        UsageError: they have several ranks, or belong to modules that are not in `LORA_TARGETS`; `where` holds them.
     """
     ranks: set[int] = set()
     targets: set[str] = set()
@@ -197,9 +191,9 @@ def found_lora(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[int, 
             ranks.add(shape[0] if parts[-1].endswith("b") else shape[1])
     if not ranks:
         return None
-    if len(ranks) > 1 or not targets <= TARGETS.keys():
+    if len(ranks) > 1 or not targets <= LORA_TARGETS.keys():
         raise UsageError(
             f"{where} holds LoRA tensors of ranks {sorted(ranks)} on {sorted(targets)}; one rank, and targets among "
-            f"{', '.join(TARGETS)}, are supported"
+            f"{', '.join(LORA_TARGETS)}, are supported"
         )
-    return ranks.pop(), tuple(target for target in TARGETS if target in targets)
+    return ranks.pop(), tuple(target for target in LORA_TARGETS if target in targets)

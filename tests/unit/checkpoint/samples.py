@@ -14,11 +14,12 @@ import numpy as np
 
 import convert_ckpt
 from qwen3_npu import cli
+from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import BF16, F32, DType, from_float32, full
 from qwen3_npu.checkpoint.formats.huggingface import SINGLE, HfReader, SafetensorsFile, SafetensorsWriter, open_hf
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
 from qwen3_npu.checkpoint.formats.write_hf import write_config
-from qwen3_npu.checkpoint.mapping.lora import TARGETS, Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.parity import tiny
@@ -29,7 +30,7 @@ ARCHS = {
     "tied": dataclasses.replace(_DENSE, tie_word_embeddings=True),
     "moe": dataclasses.replace(_DENSE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32),
 }
-ALL_TARGETS = tuple(TARGETS)
+ALL_TARGETS = tuple(LORA_TARGETS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def write_adapter(
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     shapes = {name: s for name, s in peft_shapes(arch, lora).items() if name.split(".")[-3] not in drop}
-    first_of = {projection: names[0] for names in TARGETS.values() for projection in names}
+    first_of = {projection: names[0] for names in LORA_TARGETS.values() for projection in names}
     values: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
         stem, projection, matrix, _ = name.rsplit(".", 3)

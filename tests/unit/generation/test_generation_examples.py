@@ -13,7 +13,7 @@ import pytest
 import quiz
 import tiny
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "examples" / "qwen3"
 
 

@@ -14,7 +14,7 @@ from qwen3_npu.doctor.checks import PAIRS
 from qwen3_npu.kernels import OPERATIONS
 from qwen3_npu.platform.npu import ENVIRONMENT, PEAK_FLOPS, set_environment
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DOCS = (ROOT / "docs" / "npu.md").read_text()
 
 

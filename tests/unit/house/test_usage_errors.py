@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(script: str, *flags: str) -> subprocess.CompletedProcess:

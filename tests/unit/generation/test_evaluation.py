@@ -17,7 +17,7 @@ import tiny
 from qwen3_npu.errors import UsageError
 from qwen3_npu.platform import select
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -134,11 +134,11 @@ class TestTraps:
     def test_undeclared_dependency_is_declared_here(self) -> None:
         from pathlib import Path
 
-        assert "psutil" in (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+        assert "psutil" in (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text()
 
     def test_entry_points_have_a_main_guard(self) -> None:
         """Saving in the torch_dist format starts a spawned process, which imports the main script again."""
         from pathlib import Path
 
-        for script in Path(__file__).resolve().parents[2].glob("*.py"):
+        for script in Path(__file__).resolve().parents[3].glob("*.py"):
             assert 'if __name__ == "__main__":' in script.read_text(), script

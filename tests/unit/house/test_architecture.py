@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "qwen3_npu"
 ENTRY_POINTS = sorted(p for p in ROOT.glob("*.py") if p.name != "setup.py")
 

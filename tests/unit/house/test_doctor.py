@@ -18,7 +18,7 @@ from qwen3_npu.doctor.hosts import look_at_hosts, read_hostfile
 from qwen3_npu.doctor.machine import Facts, _cann
 from qwen3_npu.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GIB = 2**30
 NPU = Facts(
     python=(3, 11),
