@@ -119,7 +119,7 @@ class Trainer:
         self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
-        self.feed: Feed | None = None
+        self.feed: Feed  # open_data
         self.guard = NanGuard(args.exits.max_skipped_updates)
         self.exits = Exits(args.exits)
 
@@ -133,7 +133,6 @@ class Trainer:
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
-        assert self.feed is not None
         return [self.feed.batches(dataset, consumed, self.sequence, self.world.device) for _ in self.chunks]
 
     def sequence(self, positions: torch.Tensor, boundaries: tuple[int, ...] | None = None) -> TokenSequence:
@@ -142,7 +141,6 @@ class Trainer:
 
     @property
     def sizes(self) -> dict[str, int]:
-        assert self.feed is not None
         return {
             "num_microbatches": self.plan.num_microbatches,
             "seq_length": self.feed.length or self.args.train.seq_length,
