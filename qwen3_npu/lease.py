@@ -19,8 +19,8 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen3_npu import log
-from qwen3_npu.errors import Stopped, UsageError
+from qwen3_npu import log, schema
+from qwen3_npu.errors import Stopped, UsageError, printable
 from qwen3_npu.processes import process_table, started
 
 HEARTBEAT = 10.0  # seconds between signs of life
@@ -56,15 +56,14 @@ class Holder:
     def parse(text: str) -> Holder | None:
         """None: this is no record of a holder, or a half-written one."""
         try:
-            values = json.loads(text)
-            holder = Holder(**values)
-        except (ValueError, TypeError, RecursionError):
+            read = schema.record(schema.parse_json(text.encode(), "a lease"), "a lease")
+            words = {f.name: read.text(f.name) for f in dataclasses.fields(Holder) if f.name != "pid"}
+            return Holder(pid=read.integer("pid", least=0), **words)
+        except UsageError:
             return None
-        kinds = {field.name: int if field.name == "pid" else str for field in dataclasses.fields(Holder)}
-        return holder if all(type(values[name]) is kind for name, kind in kinds.items()) else None
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} (since {self.since})"
+        return printable(f"process {self.pid} on {self.host} (since {self.since})")
 
 
 class _Seen(NamedTuple):
@@ -86,13 +85,14 @@ class Lease:
         path: of the lease file; its folder is made if needed.
         what: the output, for messages.
         remedy: what else the user may do than to wait.
+        wait: for as long as another process holds it (and lives).
 
     Raises:
-        UsageError: another process holds it, or the file cannot be written.
+        UsageError: another process holds it (without `wait`), or the file cannot be written.
     """
 
-    def __init__(self, path: Path, what: str, remedy: str) -> None:
-        self.path, self.what, self.remedy, self.me = path, what, remedy, Holder.me()
+    def __init__(self, path: Path, what: str, remedy: str, *, wait: bool = False) -> None:
+        self.path, self.what, self.remedy, self.wait, self.me = path, what, remedy, wait, Holder.me()
         self._stop = threading.Event()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,9 +175,7 @@ class Lease:
         """How it is known that the holder is dead; None: look again. Raises: UsageError: it lives."""
         holder = Holder.parse(seen.text)
         if holder is not None and holder.processes == self.me.processes and holder.host == self.me.host:
-            if started(holder.pid) == holder.started:
-                raise self._refusal(holder)
-            return "has ended"
+            return self._alive(holder) if started(holder.pid) == holder.started else "has ended"
         said, end = False, time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(_LOOK)
@@ -185,18 +183,20 @@ class Lease:
             if now is None:
                 return None
             if now != seen:
-                if now.text != seen.text:  # half-written before, or of a new holder
-                    return None
-                raise self._refusal(holder)
-            if not said:
+                # Another text: it was half-written before, or is of a new holder.
+                return self._alive(holder) if now.text == seen.text else None
+            if not said and not self.wait:
                 said = True
                 log.info(f"{self.what} is leased by {holder}: waiting {PATIENCE:.0f} s for a sign of life")
         return f"has given no sign of life for {PATIENCE:.0f} s"
 
-    def _refusal(self, holder: Holder | None) -> UsageError:
-        return UsageError(
-            f"{self.what} is being written by {holder or 'another process'}; wait for it, end it, or {self.remedy}"
-        )
+    def _alive(self, holder: Holder | None) -> None:
+        """Raises: UsageError: nobody wants to wait."""
+        if not self.wait:
+            raise UsageError(
+                f"{self.what} is being written by {holder or 'another process'}; wait for it, end it, or {self.remedy}"
+            )
+        time.sleep(_LOOK)
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -98,16 +99,23 @@ def test_elsewhere_signs_of_life_decide(tmp_path: Path, monkeypatch: pytest.Monk
         Lease(path, "x", "y").release()
 
 
+def test_those_who_may_wait_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOK", 0.02)
+    first = folder_lease(tmp_path, "--data-cache-path")
+    threading.Timer(0.3, first.release).start()
+    begin = time.monotonic()
+    with Lease(first.path, "x", "y", wait=True):
+        assert time.monotonic() - begin > 0.2
+
+
 def test_one_of_many_takers_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.1)
     monkeypatch.setattr(module, "_LOOK", 0.01)
     held: list[Lease] = []
 
     def take(path: Path) -> None:
-        try:
+        with contextlib.suppress(UsageError):
             held.append(Lease(path, "x", "y"))
-        except UsageError:
-            pass
 
     for number in range(10):
         path = elsewhere(tmp_path / f"{number}.lease")
@@ -134,7 +142,7 @@ def test_a_holder_that_was_taken_for_dead_stops(tmp_path: Path, monkeypatch: pyt
     held.release()
     assert held.path.exists(), "the other's"
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="--save .*cannot be written"):
+    with pytest.raises(UsageError, match=r"--save .*cannot be written"):
         folder_lease(tmp_path / "file", "--save")
 
 
