@@ -146,6 +146,20 @@ def test_a_holder_that_was_taken_for_dead_stops(tmp_path: Path, monkeypatch: pyt
         folder_lease(tmp_path / "file", "--save")
 
 
+def test_a_second_training_is_refused_on_rank_0(
+    tmp_path: Path, other: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen3_npu.args.training import CheckpointArgs
+    from qwen3_npu.training.saving import leased
+
+    args = CheckpointArgs(save=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=rf"--save .*out is being written by process {other.pid} .*another --save"):
+        leased(args).__enter__()
+    monkeypatch.setenv("RANK", "1")
+    with leased(args) as lease:
+        assert lease is None, "rank 0 has it"
+
+
 RANK = """
 import os, time
 from pathlib import Path
