@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen3_npu.errors import Stopped, UsageError, did_you_mean
+from qwen3_npu.errors import Stopped, UsageError, did_you_mean, printable
+from qwen3_npu.processes import end_with_launcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,11 +268,12 @@ def _tell_torchrun(text: str) -> None:
 
 def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point: `UsageError` becomes one line on stderr and exit status 2, `Stopped` one and status 1."""
+    end_with_launcher()
     try:
         code = main() or 0
     except (UsageError, Stopped) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
-        _tell_torchrun(str(error))
+        print(f"{prog}: error: {printable(str(error))}", file=sys.stderr, flush=True)
+        _tell_torchrun(printable(str(error)))
         code = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)

@@ -37,19 +37,20 @@ from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_
 from qwen3_npu.training.plan import TrainingPlan
 from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
-from qwen3_npu.training.saving import Saver, continued, prepare
+from qwen3_npu.training.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
     """The whole training, from joining the other processes to the last checkpoint."""
     prepare(args.checkpoint, args.lora)
-    with process_group(platform, args.runtime) as world:
+    with leased(args.checkpoint) as lease, process_group(platform, args.runtime) as world:
         if args.checkpoint.save is not None:
             check_shared(Path(args.checkpoint.save), "--save")
         checkpoint, lora = continued(args.checkpoint, args.lora)
         args = args._replace(checkpoint=checkpoint, lora=lora)
         with ready(platform, world, args, plan) as trainer:
+            trainer.saver.lease = lease
             try:
                 trainer.train()
             except Stopped:  # on every rank
