@@ -206,7 +206,7 @@ class SafetensorsWriter:
     def write(self, name: str, array: np.ndarray) -> None:
         if name != self.expected.pop(0):
             raise AssertionError(f"{name} written out of order")
-        view = memoryview(np.ascontiguousarray(array)).cast("B")
+        view = np.ascontiguousarray(array).data.cast("B")
         while view:
             view = view[self.file.write(view) :]
 
