@@ -25,7 +25,7 @@ class _Format(logging.Formatter):
         return f"{self.prefix}{level}{printable(record.getMessage(), keep=_LAYOUT)}"
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+class _Handler(logging.StreamHandler):
     """Writes to stdout; one that is closed does not end the program."""
 
     def handleError(self, record: logging.LogRecord) -> None:
