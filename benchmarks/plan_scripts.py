@@ -13,8 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from scripts import SCRIPTS, ask, size_of  # noqa: E402
-
 from qwen3_npu import cli  # noqa: E402
 from qwen3_npu.args.foreign import FOREIGN  # noqa: E402
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs  # noqa: E402
@@ -24,6 +22,7 @@ from qwen3_npu.plan.device import GIB  # noqa: E402
 from qwen3_npu.plan.report import layout_words  # noqa: E402
 from qwen3_npu.plan.verdict import Verdict, remedies  # noqa: E402
 from qwen3_npu.training.plan import plan_training  # noqa: E402
+from scripts import SCRIPTS, ask, size_of  # noqa: E402
 
 
 def main() -> None:

@@ -72,11 +72,11 @@ def test_adapters_by_hand() -> None:
 
 
 # Cases of MindSpeed-LLM's CI with the usual optimizer, whole in our copy of its figures.
-_STANDARD = (
-    "llama2_tp1_pp8_patch_gloo_ptd phi35_moe_tp1_pp8_mcore tune_llama2_tp2_pp4_vpp2_mcore_full glm4_9b_8k_tp2_pp2_ptd "
-    "qwen3-30b-layer2-dist qwen3_30b_tp4_cp2_ep2 mixtral_mcore_tp4_cp2_ep2_ptd pretrain_minimax27_4K_A3_ptd_l1tp1pp1ep4 "
-    "tune_llama2_tp1_pp1_lora_ptd tune_llama3_8b_lora_tp1pp8 pretrain_qwen3_8b_general_cp_ring grok1_40b_tp4_ep2_ptd"
-)
+_STANDARD = """
+llama2_tp1_pp8_patch_gloo_ptd phi35_moe_tp1_pp8_mcore tune_llama2_tp2_pp4_vpp2_mcore_full glm4_9b_8k_tp2_pp2_ptd
+qwen3-30b-layer2-dist qwen3_30b_tp4_cp2_ep2 mixtral_mcore_tp4_cp2_ep2_ptd pretrain_minimax27_4K_A3_ptd_l1tp1pp1ep4
+tune_llama2_tp1_pp1_lora_ptd tune_llama3_8b_lora_tp1pp8 pretrain_qwen3_8b_general_cp_ring grok1_40b_tp4_ep2_ptd
+"""
 
 
 def measured_case(row: dict[str, str]) -> tuple[Shape, Setup]:
