@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from qwen3_npu.files import write_text
 
 RESULTS = "results.json"
 _CLOSE = 1e-3  # margins of log-likelihood below this are counted
@@ -140,13 +141,6 @@ def confusion(pairs: Iterable[tuple[str, str]], most: int = 12) -> str:
         if any(row):
             lines.append(f"{shown:<{width}} | " + " ".join(f"{n or '.':>{width}}" for n in row))
     return "\n".join(lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from qwen3_npu import log
 from qwen3_npu.args.inference import GenerateArgs, InferenceArgs
 from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import write_text
 from qwen3_npu.inference.beam import BeamSearch, beam_search
 from qwen3_npu.inference.chat import chat
 from qwen3_npu.inference.engine import Engine, Request
@@ -186,7 +186,5 @@ def _save(results: list[dict[str, Any]], folder: Path) -> None:
     texts = "".join(f"[{r['task']}]\n{r['prompt']}\n---\n{r['answer']}\n\n" for r in results)
     for ending, content in ((".jsonl", records), (".txt", texts)):
         path = folder / (RESULT + ending)
-        temporary = path.with_suffix(ending + ".tmp")
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, content)
         log.info(f"written: {path}")

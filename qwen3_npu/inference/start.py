@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from qwen3_npu import log
 from qwen3_npu.args.evaluation import EvaluationArgs
 from qwen3_npu.args.inference import InferenceArgs
-from qwen3_npu.checkpoint.formats.base import check_writable
 from qwen3_npu.distributed import environment
+from qwen3_npu.files import check_writable
 from qwen3_npu.inference.plan import InferencePlan, plan_inference
 
 if TYPE_CHECKING:  # it imports torch, which --dry-run does without

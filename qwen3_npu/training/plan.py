@@ -9,7 +9,7 @@ from qwen3_npu.args.model import check_shapes
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.training import TrainArgs
-from qwen3_npu.checkpoint.formats.architecture import find_architecture
+from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.distributed.layout import Layout, check_world_size, divisors
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
