@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen3_npu.errors import Stopped, UsageError, did_you_mean
+from qwen3_npu.errors import Stopped, UsageError, did_you_mean, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,8 +270,8 @@ def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except (UsageError, Stopped) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
-        _tell_torchrun(str(error))
+        print(f"{prog}: error: {printable(str(error))}", file=sys.stderr, flush=True)
+        _tell_torchrun(printable(str(error)))
         code = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)

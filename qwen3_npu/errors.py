@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -19,6 +20,21 @@ class UsageError(ValueError):
 
 class Stopped(RuntimeError):
     """A run ended itself, in order and with a reason; entry points print it and exit with status 1."""
+
+
+_UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats, surrogates, line separators
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with every control character escaped: it cannot move the cursor, hide or begin a line.
+
+    Args:
+        keep: control characters that stay.
+    """
+    if text.isprintable():
+        return text
+    escaped = (c if c in keep or unicodedata.category(c) not in _UNSHOWN else ascii(c)[1:-1] for c in text)
+    return "".join(escaped)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -78,4 +78,4 @@ def check_writable(folder: Path, flag: str) -> None:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}") from None
+        raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}; choose another {flag}") from None

@@ -7,6 +7,9 @@ import logging
 import sys
 from collections.abc import Iterator
 
+from qwen3_npu.errors import printable
+
+_LAYOUT = "\n\t"  # control characters that this package's own messages use
 LOGGER = logging.getLogger("qwen3_npu")
 
 
@@ -17,7 +20,7 @@ class _Format(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"{self.prefix}{level}{record.getMessage()}"
+        return f"{self.prefix}{level}{printable(record.getMessage(), keep=_LAYOUT)}"
 
 
 def setup(rank: int = 0, world_size: int = 1) -> None:

@@ -134,7 +134,7 @@ def plan(
     if padded % tensor:
         problems.append(f"--padded-vocab-size {padded} is not a multiple of the tensor parallel size {tensor}")
     if problems:
-        raise UsageError("\n  ".join(problems))
+        raise UsageError("; ".join(problems))
     return Layout(
         tensor=tensor,
         pipeline=pipeline,

@@ -6,13 +6,13 @@ Everything that needs a shape asks a `Qwen3Arch`. Megatron's names for the same 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import human
+from qwen3_npu.schema import read_record
 
 DENSE, MOE = "qwen3", "qwen3_moe"
 
@@ -161,15 +161,12 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """The `config.json` of a Hugging Face directory, as a dict.
 
     Raises:
-        UsageError: no such directory or file, or not JSON.
+        UsageError: no such directory or file, or not a JSON object.
     """
     path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist; a Hugging Face model directory has a config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; a Hugging Face model directory has a config.json")
+    return read_record(path).fields
 
 
 def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up(models: dict[str, Path], tmp_path: Path) -> None:
 def test_a_worker_that_dies(models: dict[str, Path], tmp_path: Path) -> None:
     code = (
         f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from qwen3_npu import cli\nfrom qwen3_npu.checkpoint import jobs\nimport convert_ckpt\n"
+        "from qwen3_npu import cli\nfrom qwen3_npu.checkpoint.convert import jobs\nimport convert_ckpt\n"
         "def die(): os.kill(os.getpid(), signal.SIGKILL)\n"
         "whole = jobs._Write.__reduce__\n"
         "jobs._Write.__reduce__ = lambda self: (exec, ('import os; os.kill(os.getpid(), 9)',))\n"

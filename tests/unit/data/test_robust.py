@@ -97,7 +97,8 @@ def test_sigkill_leaves_nothing_that_looks_whole(tmp_path: Path, tiny_tokenizer:
     source = corpus(tmp_path, 20000)
     arguments = ["--input", str(source), *PRETRAIN, "--tokenizer-name-or-path", tiny_tokenizer]
     code = (
-        "from qwen3_npu.data import output, read_text; output.PART_BYTES = 1; read_text.BLOCK_BYTES = 8192\n"
+        "from qwen3_npu.data.preprocess import output; output.PART_BYTES = 1\n"
+        "from qwen3_npu.data.read import lines; lines.BLOCK_BYTES = 8192\n"
         "import runpy; runpy.run_path('preprocess_data.py', run_name='__main__')"
     )
     command = [sys.executable, "-c", code, *arguments, "--output-prefix", str(tmp_path / "part")]

@@ -270,7 +270,7 @@ def test_pooled_errors_are_those_of_lm_evaluation_harness() -> None:
 
 
 def test_pieces_are_tokens_of_the_whole(model: Path) -> None:
-    from qwen3_npu.evaluation.slices import PieceEncoder, paragraphs
+    from qwen3_npu.evaluation.pieces import PieceEncoder, paragraphs
 
     from qwen3_npu.args.inference import PromptArgs
     from qwen3_npu.data.text.tokenizer import open_tokenizer

@@ -1,0 +1,55 @@
+"""What a maintainer and a package index expect to find."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+import qwen3_npu
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[3]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "qwen3_npu.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", qwen3_npu.__version__)
+    # An assignment of a plain string: setuptools then reads it without importing the package.
+    assert f'__version__ = "{qwen3_npu.__version__}"' in Path(qwen3_npu.__file__).read_text()
+
+
+def test_the_changelog_has_unreleased_and_this_version() -> None:
+    headings = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "Unreleased"
+    assert headings[1] == qwen3_npu.__version__
+
+
+def test_the_workflow_tests_every_python_that_is_supported() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    job = workflow["jobs"]["tests"]
+    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12"]
+    assert PROJECT["project"]["requires-python"] == ">=3.10,<3.13"
+    assert "bash tests/run.sh" in [step.get("run") for step in job["steps"]]
+
+
+def test_the_licence_is_apache_2() -> None:
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
+    assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30", "apache.org's LICENSE-2.0.txt"
+
+
+def test_hooks_are_the_tools_of_the_environment() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = {hook["id"]: hook for repo in config["repos"] for hook in repo["hooks"]}
+    assert {"ruff", "ruff-format", "mypy", "end-of-file-fixer", "check-added-large-files"} <= set(hooks)
+    assert all(hooks[name]["language"] == "system" for name in ("ruff", "ruff-format", "mypy"))
