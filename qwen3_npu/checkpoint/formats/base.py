@@ -1,4 +1,4 @@
-"""What writers and readers of files agree on, and the output of a conversion, which becomes visible all at once, last."""
+"""What readers and writers of files agree on, and the output of a conversion: visible all at once, last."""
 
 from __future__ import annotations
 
