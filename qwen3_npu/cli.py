@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwen3_npu.errors import Stopped, UsageError, did_you_mean, printable
+from qwen3_npu.processes import end_with_launcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +268,7 @@ def _tell_torchrun(text: str) -> None:
 
 def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point: `UsageError` becomes one line on stderr and exit status 2, `Stopped` one and status 1."""
+    end_with_launcher()
     try:
         code = main() or 0
     except (UsageError, Stopped) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,8 @@ class Sample(NamedTuple):
     log: Mapping[str, Any]
 
 
-class Score(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Score:
     """A mean over questions. `stderr` is None for a single question."""
 
     mean: float
@@ -107,9 +109,9 @@ class Summary:
         """For results.json."""
         metrics = {
             name: {
-                "subjects": {subject: score._asdict() for subject, score in parts["subjects"].items()},
-                "categories": {category: score._asdict() for category, score in parts["categories"].items()},
-                "total": parts["total"]._asdict(),
+                "subjects": {subject: dataclasses.asdict(score) for subject, score in parts["subjects"].items()},
+                "categories": {category: dataclasses.asdict(score) for category, score in parts["categories"].items()},
+                "total": dataclasses.asdict(parts["total"]),
             }
             for name, parts in self.metrics.items()
         }

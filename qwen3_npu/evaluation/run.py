@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class _Evaluation:
 
     # Asking the model
 
-    def _scores(self, choices: dict[int, Sequence[str]]) -> dict[int, list[float]]:
+    def _scores(self, choices: Mapping[int, Sequence[str]]) -> dict[int, list[float]]:
         """Log-likelihood of each choice, by question."""
         read = self.read
         delimiter = read.asker.delimiter if read.asker else ""

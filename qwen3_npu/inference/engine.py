@@ -165,7 +165,7 @@ class Engine:
                 Kept(s, len(self.held[s]), len(r.tokens) - len(self.held[s])) for s, r in zip(slots, batch, strict=True)
             ]
             tokens = [t for k, request in zip(kept, batch, strict=True) for t in request.tokens[k.start :]]
-            counts = [k.count for k in kept]
+            counts = [k.length for k in kept]
             sequence = runner.cached(self.cache, kept)
             for k, request in zip(kept, batch, strict=True):
                 self.held[k.slot] += request.tokens[k.start :]

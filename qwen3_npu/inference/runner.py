@@ -119,12 +119,13 @@ class Runner:
 
     def cached(self, cache: KVCache, kept: Sequence[Kept]) -> CachedSequence:
         """New tokens of sequences of a cache."""
-        places = [place for k in kept for place in range(k.start, k.start + k.count)]
+        places = [place for k in kept for place in range(k.start, k.start + k.length)]
         return CachedSequence(self._positions(places), None, *self._facts, cache=cache, kept=tuple(kept))
 
     def packed(self, lengths: Sequence[int], cache: KVCache | None = None, prefix: int = 0) -> TokenSequence:
         """Whole documents, or what follows a prefix in slot 0 of a cache."""
-        boundaries, places = [0], []
+        boundaries = [0]
+        places: list[int] = []
         for length in lengths:
             boundaries.append(boundaries[-1] + length)
             places += range(prefix, prefix + length)
@@ -191,6 +192,7 @@ class Runner:
         self._finish_send()
         hidden = hidden.contiguous()
         work = dist.isend(hidden, dist.get_global_rank(self.pipeline, self.stage + 1), group=self.pipeline)
+        assert work is not None  # this rank is in the group
         self.sent = work, hidden
 
     def _finish_send(self) -> None:

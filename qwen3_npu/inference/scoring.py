@@ -142,7 +142,9 @@ class Scorer:
             return None
         # The softmax's sum needs all of the vocabulary, the numerator only the words of the continuations.
         total = logits.float().logsumexp(-1)
-        places, words, sizes = [], [], []
+        places: list[int] = []
+        words: list[int] = []
+        sizes: list[int] = []
         for row, last in zip(batch, itertools.accumulate(row.logits for row in batch), strict=True):
             for choice in row.choices:
                 places += range(last - choice.length, last)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, full
+from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.formats.base import Item, Output, Record, Stored, move_files
 from qwen3_npu.checkpoint.formats.huggingface import (
     INDEX,
-    SafetensorsFile,
     SafetensorsWriter,
     plan_files,
     weight_map,
