@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from qwen3_npu.files import write_text
 
 RESULTS = "results.json"
 _CLOSE = 1e-3  # margins of log-likelihood below this are counted
@@ -143,7 +139,3 @@ def confusion(pairs: Iterable[tuple[str, str]], most: int = 12) -> str:
         if any(row):
             lines.append(f"{shown:<{width}} | " + " ".join(f"{n or '.':>{width}}" for n in row))
     return "\n".join(lines)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
