@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,14 +31,14 @@ DENSE = Qwen3Arch(
 )
 
 
-def arch(kind: str = "untied", **changes: object) -> Qwen3Arch:
+def arch(kind: str = "untied", **changes: Any) -> Qwen3Arch:
     """A tiny "untied", "tied" or "moe" model, with changes."""
-    import dataclasses
-
-    special: dict[str, object] = {"tied": {"tie_word_embeddings": True}, "untied": {}}.get(kind, {})
-    if kind == "moe":
-        special = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    return dataclasses.replace(DENSE, **{**special, **changes})
+    special: dict[str, dict[str, int]] = {
+        "untied": {},
+        "tied": {"tie_word_embeddings": True},
+        "moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    }
+    return dataclasses.replace(DENSE, **{**special[kind], **changes})
 
 
 def write_model(folder: Path, model: Qwen3Arch, *, seed: int = 0, dtype: DType = F32) -> Path:
