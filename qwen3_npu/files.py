@@ -35,7 +35,11 @@ def replacing(path: str | Path, *, binary: bool = False, concurrent: bool = Fals
     """
     temporary = f"{path}.{os.getpid()}.tmp" if concurrent else f"{path}.tmp"
     try:
-        with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8") as file:
+        with (
+            open(temporary, "wb")
+            if binary
+            else open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file
+        ):
             yield file
             flush(file)
         rename(temporary, path)
@@ -45,7 +49,7 @@ def replacing(path: str | Path, *, binary: bool = False, concurrent: bool = Fals
 
 
 def write_text(path: str | Path, text: str, *, concurrent: bool = False) -> None:
-    """A small file, atomically, in UTF-8; see `replacing`."""
+    """A small file, atomically; see `replacing`. UTF-8; a lone surrogate, which it cannot hold, is written as its escape."""
     with replacing(path, concurrent=concurrent) as file:
         file.write(text)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen3_npu.args.fit import Fit, fit
 from qwen3_npu.args.model import check_shapes
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint.formats.architecture import find_architecture
+from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
 from qwen3_npu.plan.launch import lines, planned
