@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from qwen3_npu import log
 from qwen3_npu.data.train.token_file import Indexed, open_indexed, write_index
 from qwen3_npu.data.train.token_record import IdRange, TokenRecord, find_record, record_path
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import flush, rename
 
 _PIECE = 4 << 20  # tokens copied at once
 
@@ -49,16 +49,16 @@ def _merge(folder: Path, key: str, target: str) -> None:
                 for tokens in _in_order(part):
                     file.write(tokens.data)
                     ids += IdRange.of(tokens)
-            _to_disk(file)
+            flush(file)
         with open(target + ".idx.tmp", "wb") as file:
             write_index(
                 file, np.concatenate([p.lengths for p in parts]), boundaries.astype(np.int64), parts[0].index.dtype
             )
-            _to_disk(file)
+            flush(file)
         for path in (Path(target + ".idx"), record_path(target)):
             path.unlink(missing_ok=True)
         for extension in (".bin", ".idx"):
-            os.replace(target + extension + ".tmp", target + extension)
+            rename(target + extension + ".tmp", target + extension)
         TokenRecord(ids, _made(prefixes)).write(record_path(target), target)
     except OSError as error:
         raise UsageError(f"--output-prefix: {target} cannot be written: {error.strerror}") from None
@@ -79,8 +79,3 @@ def _made(prefixes: Sequence[str]) -> Mapping[str, Any]:
     records = [find_record(prefix) for prefix in prefixes]
     first = records[0].made if records[0] else {}
     return first if all(record is not None and record.made == first for record in records) else {}
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -22,6 +22,7 @@ from qwen3_npu import schema
 from qwen3_npu.data.train.token_index import DTYPES, MAGIC, TokenIndex, pieces, read_index
 from qwen3_npu.data.train.token_record import IdRange, TokenRecord, record_path
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import flush, rename
 
 _READ = 16 << 20  # bytes of an index digested at once
 
@@ -140,8 +141,7 @@ class IndexedWriter:
     def position(self) -> tuple[int, int]:
         """Bytes of both temporary files, all of them on disk when this returns."""
         for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         return self.files[0].tell(), self.files[1].tell()
 
     def close(self) -> None:
@@ -155,8 +155,7 @@ class IndexedWriter:
         lengths = np.memmap(name, np.int32, "r") if os.path.getsize(name) else np.zeros(0, np.int32)
         with open(self.prefix + ".idx.tmp", "wb") as file:
             write_index(file, lengths)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
 
     def _close(self) -> None:
         for file in self.files:
@@ -181,7 +180,7 @@ def publish(writers: Sequence[IndexedWriter]) -> None:
             path.unlink(missing_ok=True)
     for extension in (".bin", ".idx"):
         for writer in writers:
-            os.replace(writer.prefix + extension + ".tmp", writer.prefix + extension)
+            rename(writer.prefix + extension + ".tmp", writer.prefix + extension)
     for writer in writers:
         TokenRecord(writer.ids, writer.made).write(record_path(writer.prefix), writer.prefix)
         os.unlink(writer._temporary()[1])

@@ -24,6 +24,7 @@ import numpy as np
 
 from qwen3_npu import log, schema
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import write_text
 from qwen3_npu.progress import Progress
 
 IGNORED = -100  # the label of a token that is not supervised
@@ -85,12 +86,7 @@ class TokenRecord:
     def write(self, path: Path, prefix: str) -> None:
         """Atomically. The pair must have its final names. Raises: OSError."""
         content = {"version": _VERSION, "files": _files(prefix), "ids": vars(self.ids), "made": dict(self.made)}
-        temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text(path, json.dumps(content), concurrent=True)
 
 
 def record_path(prefix: str) -> Path:
