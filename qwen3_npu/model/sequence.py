@@ -21,6 +21,7 @@ class TokenSequence:
         cu_seqlens: boundaries of packed documents, (0, ..., s), as host integers; None if every row is one document.
         rope_theta, head_dim: of the model.
         dtype: of the activations.
+        padding: [b, s] bool, where a token is padding, for the routers of experts; None: nowhere.
     """
 
     positions: torch.Tensor
@@ -28,6 +29,7 @@ class TokenSequence:
     rope_theta: float
     head_dim: int
     dtype: torch.dtype
+    padding: torch.Tensor | None = None
 
     @functools.cached_property
     def cos_sin(self) -> tuple[torch.Tensor, torch.Tensor]:

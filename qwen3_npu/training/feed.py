@@ -36,6 +36,7 @@ class Feed:
         make_rows: samples of a micro-batch -> its rows.
         rows, length: of every micro-batch, for the pipeline; None where lengths differ.
         think: marks of thoughts, if the data may have them.
+        supervised: tokens of every micro-batch that are supervised; None where it differs.
     """
 
     args: PretrainArgs
@@ -46,6 +47,7 @@ class Feed:
     rows: int
     length: int | None
     think: ThinkTokens | None = None
+    supervised: float | None = None
 
     def batches(
         self,
@@ -72,7 +74,16 @@ class Feed:
         def local(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, cp_rank)
 
-        return row_batches(dataset, numbers, self.make_rows, sequence, local, device, self.think)
+        return row_batches(
+            dataset,
+            numbers,
+            self.make_rows,
+            sequence,
+            local,
+            device,
+            self.think,
+            marks_padding=plan.arch.is_moe,
+        )
 
 
 def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
@@ -97,7 +108,9 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, seq, micro = args.data, args.train.seq_length, args.train.micro_batch_size
     splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan))
     if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
-        return Feed(args, plan, splits.train, splits.valid, pretrain_dataset.plain_rows, micro, seq)
+        return Feed(
+            args, plan, splits.train, splits.valid, pretrain_dataset.plain_rows, micro, seq, supervised=micro * seq
+        )
     flag = "--reset-attention-mask, --reset-position-ids and --eod-mask-loss"
     ends = {find_eod(open_indexed(prefix), flag) for prefix in blend(data.data_path)[0]}
     if len(ends) > 1:
@@ -114,7 +127,9 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
 
     # With --reset-attention-mask the rows are laid one after the other, boundaries and all.
     flat = data.reset_attention_mask
-    return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, seq * (micro if flat else 1))
+    supervised = None if data.eod_mask_loss else micro * seq
+    length = seq * (micro if flat else 1)
+    return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, length, supervised=supervised)
 
 
 def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from qwen3_npu import log
 from qwen3_npu.data.train.token_file import open_indexed, write_index
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import flush, rename
 
 _PIECE = 4 << 20  # tokens copied at once
 
@@ -46,20 +45,15 @@ def _merge(folder: Path, key: str, target: str) -> None:
             for part in parts:
                 for start in range(0, len(part.tokens), _PIECE):
                     file.write(part.tokens[start : start + _PIECE].data)
-            _to_disk(file)
+            flush(file)
         with open(target + ".idx.tmp", "wb") as file:
             write_index(
                 file, np.concatenate([p.lengths for p in parts]), boundaries.astype(np.int64), parts[0].tokens.dtype
             )
-            _to_disk(file)
+            flush(file)
         Path(target + ".idx").unlink(missing_ok=True)
         for extension in (".bin", ".idx"):
-            os.replace(target + extension + ".tmp", target + extension)
+            rename(target + extension + ".tmp", target + extension)
     except OSError as error:
         raise UsageError(f"--output-prefix: {target} cannot be written: {error.strerror}") from None
     log.info(f"written: {target}.bin .idx: {len(boundaries) - 1} documents of {len(parts)} pairs")
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

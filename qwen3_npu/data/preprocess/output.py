@@ -7,7 +7,6 @@ many blocks they hold. A part is finished when its bytes are on the disk; what l
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from qwen3_npu.data.preprocess.totals import Totals
 from qwen3_npu.data.text.encoder import Tokens
 from qwen3_npu.data.train.token_file import IndexedWriter, publish
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import write_text
 
 PART_BYTES = 256 << 20
 
@@ -67,12 +67,7 @@ class Output:
             return
         positions = {name: writer.position() for name, writer in self.writers.items()}
         saved = {"identity": self.identity, "positions": positions, "totals": vars(self.totals)}
-        temporary = self.record.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(saved, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.record)
+        write_text(self.record, json.dumps(saved))
         self.unsaved = 0
 
     def publish(self) -> None:

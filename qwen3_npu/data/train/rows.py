@@ -25,6 +25,7 @@ class Rows:
             each row is one document.
         real_tokens: that are no padding.
         squares: sum over the stretches that attend within themselves of their lengths' squares: what attention costs.
+        padding: bool [b, s], where a token is padding; None: nowhere.
     """
 
     tokens: np.ndarray
@@ -34,6 +35,7 @@ class Rows:
     cu_seqlens: tuple[int, ...] | None
     real_tokens: int
     squares: int
+    padding: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ def instruction_rows(
         [segment_boundaries(row) for row in segments],
         per_document=per_document,
         reset_positions=reset_positions and per_document,
-        real=(segments != 0).sum(1),
+        padding=segments == 0,
     )
 
 
@@ -122,7 +124,7 @@ def pretraining_rows(
         boundaries,
         per_document=reset_attention_mask,
         reset_positions=reset_position_ids,
-        real=np.full(len(tokens), tokens.shape[1]),
+        padding=np.zeros(tokens.shape, bool),
     )
 
 
@@ -134,13 +136,16 @@ def _rows(
     *,
     per_document: bool,
     reset_positions: bool,
-    real: np.ndarray,
+    padding: np.ndarray,
 ) -> Rows:
     size = tokens.shape[1]
+    real = size - padding.sum(1)
     places = np.stack([positions(row if reset_positions else [0, size]) for row in boundaries])
+    known = padding if padding.any() else None
     if not per_document:
-        return Rows(tokens, labels, mask, places, None, int(real.sum()), int((real**2).sum()))
+        return Rows(tokens, labels, mask, places, None, int(real.sum()), int((real**2).sum()), known)
     ends = [np.minimum(row, count) for row, count in zip(boundaries, real, strict=True)]
     squares = sum(int((np.diff(row) ** 2).sum()) for row in ends)
     tokens, labels, mask, places = (array.reshape(1, -1) for array in (tokens, labels, mask, places))
-    return Rows(tokens, labels, mask, places, joined(boundaries), int(real.sum()), squares)
+    known = None if known is None else known.reshape(1, -1)
+    return Rows(tokens, labels, mask, places, joined(boundaries), int(real.sum()), squares, known)

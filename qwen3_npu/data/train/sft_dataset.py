@@ -75,6 +75,9 @@ class InstructionFiles:
         """A sample, cut to `longest` tokens: packs at the end, conversations turn by turn."""
         ids, labels = self._part(self.ids, number), self._part(self.labels, number)
         segments = self._part(self.mask, number) if self.kind is Kind.NEAT_PACK else None
+        if self.kind is Kind.PACK:  # its attention mask is 1 everywhere; padding is one token, never learned
+            text = np.flatnonzero((ids != ids[-1]) | (labels != -100))
+            segments = (np.arange(len(ids)) <= text[-1] if len(text) else np.zeros(len(ids))).astype(np.int32)
         if len(ids) > longest and self.kind is Kind.SINGLE:
             where = kept_tokens(turns_of(labels), longest)
             ids, labels = ids[where], labels[where]

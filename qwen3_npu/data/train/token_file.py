@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import flush, rename
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = len(_MAGIC) + 8 + 1 + 8 + 8
@@ -138,8 +139,7 @@ class IndexedWriter:
     def position(self) -> tuple[int, int]:
         """Bytes of both temporary files, all of them on disk when this returns."""
         for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         return self.files[0].tell(), self.files[1].tell()
 
     def close(self) -> None:
@@ -153,8 +153,7 @@ class IndexedWriter:
         lengths = np.memmap(name, np.int32, "r") if os.path.getsize(name) else np.zeros(0, np.int32)
         with open(self.prefix + ".idx.tmp", "wb") as file:
             write_index(file, lengths)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
 
     def _close(self) -> None:
         for file in self.files:
@@ -178,7 +177,7 @@ def publish(writers: Sequence[IndexedWriter]) -> None:
         Path(writer.prefix + ".idx").unlink(missing_ok=True)
     for extension in (".bin", ".idx"):
         for writer in writers:
-            os.replace(writer.prefix + extension + ".tmp", writer.prefix + extension)
+            rename(writer.prefix + extension + ".tmp", writer.prefix + extension)
     for writer in writers:
         os.unlink(writer._temporary()[1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -155,10 +156,8 @@ class TestOrder:
 
     def test_a_cut_cache_is_made_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Killed while it was written."""
-        from qwen3_npu.data.train import text_order
-
         prefix = str(tiny.write_tokens(tmp_path / "a", documents=9))
-        replace, moved = text_order.os.replace, []
+        replace, moved = os.replace, []
 
         def killed(*paths: str) -> None:
             if len(moved) == 2:
@@ -167,7 +166,7 @@ class TestOrder:
             replace(*paths)
 
         with monkeypatch.context() as patched:
-            patched.setattr(text_order.os, "replace", killed)
+            patched.setattr("os.replace", killed)
             with pytest.raises(KeyboardInterrupt):
                 self.build([prefix], 20)
         assert len(self.build([prefix], 20)) == 20
