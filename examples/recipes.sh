@@ -58,7 +58,7 @@ tune() { # as train; data with borders between samples (PACKED=1), or samples pa
     DATA_PATH="${DATA_PATH:-./finetune_dataset/alpaca}"   # prefix of prepared data, or a raw file with --handler-name
     local rows=--variable-seq-lengths
     if [ -n "${PACKED:-}" ]; then rows=--reset-attention-mask; fi
-    train --stage sft --finetune --is-instruction-dataset --prompt-type qwen3 "$rows" \
+    train --stage sft --finetune --is-instruction-dataset --prompt-type "${PROMPT_TYPE:-auto}" "$rows" \
         --tokenizer-name-or-path "$HF_DIR" "$@"
 }
 

@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.data.text.prompt_types import warn_of_misfit
 from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.data.train import pretrain_dataset, sft_dataset
 from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
@@ -149,6 +150,8 @@ def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
         context=args.parallel.context_parallel_size,
     )
     tokenizer = open_tokenizer(data.tokenizer_name_or_path) if data.tokenizer_name_or_path else None
+    if tokenizer and args.instruction.prompt_type and environment.ranks()[0] == 0:
+        warn_of_misfit(args.instruction.prompt_type, tokenizer)
     pad = tokenizer.pad() if tokenizer else (plan.arch.eos_token_id or 0)
     padding = Padding(pad, None if data.variable_seq_lengths else train.seq_length, multiple)
     packs = data.per_document and any(file.kind is sft_dataset.Kind.NEAT_PACK for file in files)

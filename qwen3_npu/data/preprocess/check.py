@@ -45,6 +45,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
     places: dict[str, str] = {}
     if isinstance(handler, ConversationHandler):
         handler.look = functools.partial(lint, thinking=handler.style.thinking)
+        handler.columns = ()  # all of a table, to tell which are not used
     for block, produced in documents(args, inputs, handler, encoder, totals):
         for text, numbers in produced.warnings.items():
             warnings[text] += len(numbers)

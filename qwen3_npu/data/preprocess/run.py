@@ -20,8 +20,7 @@ from qwen3_npu.data.preprocess.packing import PackRule, pack
 from qwen3_npu.data.preprocess.pipeline import documents
 from qwen3_npu.data.read.open import Inputs, open_inputs
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
-from qwen3_npu.data.text.loading import Loading, available_cpus, start_loading
-from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
+from qwen3_npu.data.text.tokenizer import Loading, TokenizerFolder, available_cpus, open_tokenizer, start_loading
 from qwen3_npu.data.train.token_file import IndexedWriter
 from qwen3_npu.errors import UsageError, choose
 from qwen3_npu.progress import human

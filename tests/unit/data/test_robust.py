@@ -17,7 +17,7 @@ from lines import write_lines
 from qwen3_npu.data.preprocess import output, pipeline
 from qwen3_npu.data.text import encoder
 from qwen3_npu.data.text.encoder import PROBES, Encoder, FastEncoder, open_encoder
-from qwen3_npu.data.text.loading import start_loading
+from qwen3_npu.data.text.tokenizer import start_loading
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.errors import UsageError
 
