@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,13 @@ def info(message: str) -> None:
 def warning(message: str) -> None:
     """A line from any rank."""
     LOGGER.warning(message)
+
+
+@functools.cache
+def warning_once(message: str) -> None:
+    """A warning from rank 0, the first time only: what every rank finds in the same file."""
+    if LOGGER.isEnabledFor(logging.INFO):
+        LOGGER.warning(message)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from qwen3_npu.checkpoint.training.live import load_weights
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import InferencePlan
+from qwen3_npu.model.arch.rope import Rope
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.cache import CachedSequence, Kept, KVCache, PrefixedSequence
 from qwen3_npu.model.config import transformer_config
@@ -136,8 +137,8 @@ class Runner:
         return TokenSequence(self._positions(places), tuple(boundaries), *self._facts)
 
     @property
-    def _facts(self) -> tuple[float, int, torch.dtype]:
-        return self.arch.rope_theta, self.arch.head_dim, self.dtype
+    def _facts(self) -> tuple[Rope, torch.dtype]:
+        return self.arch.rope, self.dtype
 
     def _positions(self, places: list[int]) -> torch.Tensor:
         return torch.tensor([places], device=self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from qwen3_npu.args.model import check_shapes
+from qwen3_npu.args.model import positions_note, shaped
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.training import TrainArgs
@@ -26,6 +26,7 @@ class TrainingPlan:
         data_parallel: copies of the model.
         global_batch: samples per step.
         num_microbatches: forward passes of each copy per step.
+        notes: what the flags make of the model.
     """
 
     arch: Qwen3Arch
@@ -35,6 +36,7 @@ class TrainingPlan:
     data_parallel: int
     global_batch: int
     num_microbatches: int
+    notes: tuple[str, ...] = ()
 
     def describe(self, args: PretrainArgs) -> list[str]:
         """What will be done, a line each."""
@@ -43,6 +45,7 @@ class TrainingPlan:
         tokens = self.global_batch * train.seq_length
         return [
             f"model: {self.arch} (from {self.found_in})",
+            *self.notes,
             f"layout: {self.layout}{context}, DP{self.data_parallel}",
             f"batch: {self.global_batch} samples of {train.seq_length} tokens = {human(tokens)} tokens: "
             f"{self.data_parallel} ranks x {self.num_microbatches} micro-batches x {train.micro_batch_size}",
@@ -62,7 +65,7 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
     arch, found_in, config = find_architecture(
         args.model, args.shape, load=args.checkpoint.load, tokenizer=tokenizer, noop_layers=noop
     )
-    check_shapes(args.shape, arch, noop)
+    found, arch = arch, shaped(args.shape, arch, noop)
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
     layout = make_layout(arch, args.parallel, args.shape.make_vocab_size_divisible_by, args.shape.padded_vocab_size)
@@ -84,7 +87,8 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
             f"an interleaved pipeline of {layout.pipeline} stages needs a multiple of {layout.pipeline} micro-batches "
             f"per step; --global-batch-size {global_batch} gives {num_microbatches}"
         )
-    return TrainingPlan(arch, found_in, config, layout, data_parallel, global_batch, num_microbatches)
+    notes = tuple(positions_note(arch, found))
+    return TrainingPlan(arch, found_in, config, layout, data_parallel, global_batch, num_microbatches, notes)
 
 
 def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
