@@ -5,6 +5,7 @@ Every file boundary goes through here. What is not understood is a `UsageError` 
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
@@ -83,8 +84,10 @@ def read_small(path: str | Path, limit: int = SMALL) -> bytes:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it has {shown(next(key for key in keys if keys.count(key) > 1))} twice")
+        again = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it has {shown(again)} twice")
+    for key in found:
+        key.encode("utf-8")  # an error for half a surrogate pair
     return found
 
 
@@ -92,18 +95,26 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"it has {name}, which JSON has not")
 
 
+def _integer(digits: str) -> int:
+    if digits == "-0":
+        raise ValueError("it has -0, which is no integer")
+    return int(digits)
+
+
 def parse_json(data: bytes, where: str, *, strict: bool = False) -> Any:
     """The value of a JSON text in UTF-8.
 
     Args:
         where: names the text in messages.
-        strict: a key that an object has twice, NaN and Infinity are errors; else the last key counts and the constants
-            are floats, as in Python and in transformers.
+        strict: a key that an object has twice, NaN, Infinity, -0 and half a surrogate pair are errors; else the last
+            key counts and the constants are floats, as in Python and in transformers.
 
     Raises:
         UsageError: it is not JSON, not UTF-8, or nested too deeply.
     """
-    hooks: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_constant} if strict else {}
+    hooks: dict[str, Any] = {}
+    if strict:
+        hooks = {"object_pairs_hook": _unique, "parse_constant": _no_constant, "parse_int": _integer}
     try:
         return json.loads(data.decode("utf-8"), **hooks)
     except RecursionError:

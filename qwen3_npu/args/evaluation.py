@@ -51,6 +51,7 @@ class EvaluateArgs:
     max_new_tokens: int | None = flag(None, minimum=1, unit="tokens", help="longest answer; default: the task's")
     log_samples: bool = flag(False, help="write every question with its answer into samples_<task>.jsonl")
     output_dir: str = flag(".", metavar="DIR", help="folder of results.json and the samples")
+    resume: bool = flag(True, help="go on where a run that was killed had stopped")
 
     def __post_init__(self) -> None:
         if len(self.task_data_path) != len(self.task):
@@ -71,6 +72,11 @@ class EvaluationArgs(typing.NamedTuple):
     weights: WeightArgs
     prompts: PromptArgs
     evaluate: EvaluateArgs
+
+    @property
+    def output_dir(self) -> str:
+        """Where results go."""
+        return self.evaluate.output_dir
 
 
 GROUPS = tuple(typing.get_type_hints(EvaluationArgs).values())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
-from pathlib import Path
+
+from qwen3_npu.processes import started
 
 
 def ranks() -> tuple[int, int, int]:
@@ -30,11 +30,5 @@ def job_names() -> list[str]:
     They are the torchrun process on this machine that started it (process id and time of start), and --rdzv-id.
     """
     agent = os.getppid()
-    if sys.platform == "linux":  # where psutil's time moves when the clock is set
-        started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5)
-    else:
-        import psutil
-
-        started = str(psutil.Process(agent).create_time())
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's default
-    return [f"{socket.gethostname()} {agent} {started}", *([run] if run != "none" else [])]
+    return [f"{socket.gethostname()} {agent} {started(agent)}", *([run] if run != "none" else [])]

@@ -167,6 +167,7 @@ class _RingAttention(torch.autograd.Function):
             dkv_transfer = ring.start(mine)
             if transfer is not None:
                 here = ring.finish(transfer)
+        assert dkv_transfer is not None  # a group has a rank
         dkv = ring.finish(dkv_transfer)
         return dq.to(q.dtype), dkv.to(kv.dtype), None, None, None, None
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = "results.json"
@@ -29,7 +27,8 @@ class Sample(NamedTuple):
     log: Mapping[str, Any]
 
 
-class Score(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Score:
     """A mean over questions. `stderr` is None for a single question."""
 
     mean: float
@@ -106,9 +105,9 @@ class Summary:
         """For results.json."""
         metrics = {
             name: {
-                "subjects": {subject: score._asdict() for subject, score in parts["subjects"].items()},
-                "categories": {category: score._asdict() for category, score in parts["categories"].items()},
-                "total": parts["total"]._asdict(),
+                "subjects": {subject: dataclasses.asdict(score) for subject, score in parts["subjects"].items()},
+                "categories": {category: dataclasses.asdict(score) for category, score in parts["categories"].items()},
+                "total": dataclasses.asdict(parts["total"]),
             }
             for name, parts in self.metrics.items()
         }
@@ -140,14 +139,3 @@ def confusion(pairs: Iterable[tuple[str, str]], most: int = 12) -> str:
         if any(row):
             lines.append(f"{shown:<{width}} | " + " ".join(f"{n or '.':>{width}}" for n in row))
     return "\n".join(lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ from qwen3_npu.model.frozen import FrozenLinear, freeze_linears, run_layers
 from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -57,6 +60,7 @@ class Runner:
         data_rank, data_parallel: which copy of the model this is, and how many there are.
         vocab_size: logits of a token, without padding.
         last: this process has the logits.
+        leads: this process is the first of its copy of the model.
     """
 
     def __init__(
@@ -89,10 +93,11 @@ class Runner:
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
         self.stage, self.last = self.pipeline.rank(), self.pipeline.rank() == self.pipeline.size() - 1
         self.data_rank, self.data_parallel = parallel_state.get_data_parallel_rank(), plan.data_parallel
+        self.leads = self.stage == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
         self.vocab_size = plan.arch.vocab_size
         if self.last:
             self.head = self._head(chosen, rows, copy_tied)
-        self.sent: tuple[dist.Work, torch.Tensor] | None = None
+        self.sent: tuple[dist.Work | None, torch.Tensor] | None = None
         # Copies of the model that share experts exchange tokens in every pass: they must make the same number.
         self.in_step = plan.layout.expert > 1 and self.data_parallel > 1
 
@@ -120,12 +125,13 @@ class Runner:
 
     def cached(self, cache: KVCache, kept: Sequence[Kept]) -> CachedSequence:
         """New tokens of sequences of a cache."""
-        places = [place for k in kept for place in range(k.start, k.start + k.count)]
+        places = [place for k in kept for place in range(k.start, k.start + k.length)]
         return CachedSequence(self._positions(places), None, *self._facts, cache=cache, kept=tuple(kept))
 
     def packed(self, lengths: Sequence[int], cache: KVCache | None = None, prefix: int = 0) -> TokenSequence:
         """Whole documents, or what follows a prefix in slot 0 of a cache."""
-        boundaries, places = [0], []
+        boundaries = [0]
+        places: list[int] = []
         for length in lengths:
             boundaries.append(boundaries[-1] + length)
             places += range(prefix, prefix + length)
@@ -192,11 +198,14 @@ class Runner:
         self._finish_send()
         hidden = hidden.contiguous()
         work = dist.isend(hidden, dist.get_global_rank(self.pipeline, self.stage + 1), group=self.pipeline)
+        assert work is not None  # this rank is in the group
         self.sent = work, hidden
 
     def _finish_send(self) -> None:
         if self.sent is not None:
-            self.sent[0].wait()
+            work, _ = self.sent
+            if work is not None:
+                work.wait()
             self.sent = None
 
     # Results
@@ -233,15 +242,15 @@ class Runner:
         numbers, bits = self.share(both).cpu()
         return numbers.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
 
-    def gather(self, mine: list) -> list:
+    def gather(self, mine: list[T]) -> list[T]:
         """The lists of all copies of the model as one, on every process."""
         if self.data_parallel == 1:
             return mine
-        parts: list[list] = [[] for _ in range(self.data_parallel)]
+        parts: list[list[T]] = [[] for _ in range(self.data_parallel)]
         dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
         return [item for part in parts for item in part]
 
-    def agreed(self, value: object) -> object:
+    def agreed(self, value: T) -> T:
         """Rank 0's value on every process."""
         if self.world.size == 1:
             return value

@@ -109,7 +109,8 @@ def _documents(
     lengths = _lengths(cu_seqlens)
     parts = [(q, k, v)] if lengths is None else zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     for document in parts:
-        yield *(x.permute(1, 2, 0, 3) for x in document), lengths is not None
+        queries, keys, values = (x.permute(1, 2, 0, 3) for x in document)
+        yield queries, keys, values, lengths is not None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -45,7 +45,8 @@ class KVCache:
 
     def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, [slots, g, capacity, d] each."""
-        return self.data[self.index[number]].unbind()
+        keys, values = self.data[self.index[number]].unbind()
+        return keys, values
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first tokens of one slot into another."""
@@ -65,11 +66,11 @@ class KVCache:
 
 
 class Kept(NamedTuple):
-    """New tokens of one sequence: they follow `start` tokens that its slot holds."""
+    """New tokens of one sequence: `length` of them follow `start` tokens that its slot holds."""
 
     slot: int
     start: int
-    count: int
+    length: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class CachedSequence(TokenSequence):
     @functools.cached_property
     def is_decode(self) -> bool:
         """One token of each of the first slots, in their order."""
-        return all(k.count == 1 and k.slot == i for i, k in enumerate(self.kept))
+        return all(k.length == 1 and k.slot == i for i, k in enumerate(self.kept))
 
     @functools.cached_property
     def lengths(self) -> torch.Tensor:
@@ -96,7 +97,7 @@ class CachedSequence(TokenSequence):
 
     @functools.cached_property
     def longest(self) -> int:
-        return max(k.start + k.count for k in self.kept)
+        return max(k.start + k.length for k in self.kept)
 
     @functools.cached_property
     def visible(self) -> torch.Tensor | None:
@@ -124,13 +125,13 @@ class CachedSequence(TokenSequence):
             own = slice(0, len(self.kept)), slice(None), slice(0, self.longest)
             return kernels.decode_attention(q[:, 0], keys[own], values[own], self.visible, scale=scale).unsqueeze(1)
         out, first = [], 0
-        for slot, start, count in self.kept:
-            new, stored, end = slice(first, first + count), slice(start, start + count), start + count
+        for slot, start, length in self.kept:
+            new, stored, end = slice(first, first + length), slice(start, start + length), start + length
             keys[slot, :, stored] = k[new, 0].transpose(0, 1)
             values[slot, :, stored] = v[new, 0].transpose(0, 1)
-            own = (x[slot, :, :end].transpose(0, 1).unsqueeze(1) for x in (keys, values))
-            out.append(kernels.attention(q[new], *own, scale=scale))
-            first += count
+            seen = (x[slot, :, :end].transpose(0, 1).unsqueeze(1) for x in (keys, values))
+            out.append(kernels.attention(q[new], *seen, scale=scale))
+            first += length
         return torch.cat(out)
 
 

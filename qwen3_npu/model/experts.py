@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.kernels import Kernels
+from qwen3_npu.model.modules import mark
 
 
 class GroupedExperts(MegatronModule):
@@ -46,7 +47,7 @@ class GroupedExperts(MegatronModule):
             weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=device))
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=cut, stride=1)
             # Experts of different EP ranks are different weights: not summed over the data-parallel group.
-            weight.allreduce = config.expert_model_parallel_size == 1
+            mark(weight, allreduce=config.expert_model_parallel_size == 1)
             if config.perform_initialization:
                 name = tensor_parallel.random.get_expert_parallel_rng_tracker_name()
                 with tensor_parallel.get_cuda_rng_tracker().fork(name):

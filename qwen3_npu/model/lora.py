@@ -29,6 +29,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.experts import GroupedExperts
+from qwen3_npu.model.modules import mark
 
 
 class _Weight(torch.nn.Module):
@@ -63,13 +64,15 @@ class LoraLinear(MegatronModule):
         self.group = base.tp_group
         self.sequence_parallel = base.config.sequence_parallel
         out_features, in_features = base.weight.shape
-        self.lora_A = torch.nn.ModuleDict({"default": self._weight(args.lora_r, in_features, not self.by_output, 1)})
-        self.lora_B = torch.nn.ModuleDict({"default": self._weight(out_features, args.lora_r, self.by_output, 0)})
+        first = self._weight(args.lora_r, in_features, not self.by_output, 1)
+        second = self._weight(out_features, args.lora_r, self.by_output, 0)
+        self.lora_A = torch.nn.ModuleDict({"default": first})
+        self.lora_B = torch.nn.ModuleDict({"default": second})
         if self.by_output:
-            _kaiming(self.lora_A["default"].weight)  # replicated: drawn outside the tracker, alike on every rank
+            _kaiming(first.weight)  # replicated: drawn outside the tracker, alike on every rank
         else:
             with tensor_parallel.get_cuda_rng_tracker().fork():
-                _kaiming(self.lora_A["default"].weight)
+                _kaiming(first.weight)
 
     def _weight(self, rows: int, columns: int, is_sharded: bool, dim: int) -> _Weight:
         like = self.base_layer.weight
@@ -78,7 +81,7 @@ class LoraLinear(MegatronModule):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
         else:
             # Under sequence parallelism each rank sees a part of the tokens: megatron sums the gradient over TP.
-            weight.sequence_parallel = self.sequence_parallel
+            mark(weight, sequence_parallel=self.sequence_parallel)
         return _Weight(weight)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -133,12 +136,12 @@ class LoraExperts(GroupedExperts):
 
     def _update(self, rows: int, columns: int, *, is_sharded: bool) -> torch.nn.Parameter:
         weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=self.weight1.dtype, device=self.weight1.device))
-        weight.allreduce = self.config.expert_model_parallel_size == 1
+        mark(weight, allreduce=self.config.expert_model_parallel_size == 1)
         if is_sharded or self.pg_collection.expt_tp.size() == 1:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
         else:
             # Replicated over the experts' tensor parallel group, each rank of which sees a part of the product.
-            weight.sequence_parallel = True
+            mark(weight, sequence_parallel=True)
         return weight
 
     def _init_each(self, weight: torch.nn.Parameter, rows: int, *, alike: bool) -> None:

@@ -14,6 +14,17 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, ge
 from megatron.core.utils import get_pg_rank
 
 
+def mark(parameter: torch.nn.Parameter, **marks: bool) -> None:
+    """Set the attributes by which megatron-core tells parameters apart.
+
+    Args:
+        marks: `sequence_parallel`: ranks of the tensor parallel group see different tokens, their gradients are summed.
+            `allreduce`: False for experts that are not replicated over the whole data-parallel group.
+    """
+    for name, value in marks.items():
+        setattr(parameter, name, value)
+
+
 class RMSNorm(torch.nn.Module):
     """RMSNorm that works under sequence parallelism (megatron's own refuses it without Transformer Engine).
 
@@ -26,7 +37,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
         self.kernel, self.eps = kernel, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

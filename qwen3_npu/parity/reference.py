@@ -53,7 +53,7 @@ def main(folder: Path, device: str, batch: int, wanted: list[str]) -> None:
                     continue
                 with trainer(platform, world, base_flags(folder, device, batch, model, packed)) as made:
                     measured = measure(made, STEPS)
-                np.savez(folder / f"{name}.npz", **measured.gradients)
+                np.savez(folder / f"{name}.npz", allow_pickle=False, **measured.gradients)
                 (folder / f"{name}.json").write_text(json.dumps([step.loss for step in measured.steps]))
 
 

@@ -77,3 +77,15 @@ def published_peak(table: dict[str, float], device_name: str) -> float | None:
     """The entry of the longest key contained in the device's name; None if there is none."""
     keys = [key for key in table if key.lower() in device_name.lower()]
     return table[max(keys, key=len)] if keys else None
+
+
+def replace(name: str, value: Any) -> None:
+    """Let a full name such as "torch.Tensor.type" mean `value`, everywhere in this process."""
+    owner_name, attribute = name.rsplit(".", 1)
+    parts = owner_name.split(".")
+    owner: Any = __import__(parts[0])
+    for index, part in enumerate(parts[1:], start=2):
+        if not hasattr(owner, part):
+            __import__(".".join(parts[:index]))
+        owner = getattr(owner, part)
+    setattr(owner, attribute, value)

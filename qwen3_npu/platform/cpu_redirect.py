@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
+from qwen3_npu.platform.base import replace
+
 
 class _Stream:
     """A CUDA stream or event where everything is synchronous already."""
@@ -163,17 +165,6 @@ REDIRECTED: dict[str, str] = {name: why for name, (_, why) in (_replacements() |
 _applied = False
 
 
-def _assign(name: str, value: Any) -> None:
-    owner_name, attribute = name.rsplit(".", 1)
-    parts = owner_name.split(".")
-    owner: Any = __import__(parts[0])
-    for index, part in enumerate(parts[1:], start=2):
-        if not hasattr(owner, part):
-            __import__(".".join(parts[:index]))
-        owner = getattr(owner, part)
-    setattr(owner, attribute, value)
-
-
 def apply() -> None:
     """Redirect, once per process."""
     global _applied
@@ -184,13 +175,13 @@ def apply() -> None:
     # originals, which the wrappers call, or such blocks (transformers loads models in one) lose their effect.
     _device_constructors()
     for name, (value, _) in _replacements().items():
-        _assign(name, value)
+        replace(name, value)
 
     from megatron.core import jit
 
     jit.disable_jit_fuser()  # torch.compile would call a C++ compiler for every helper
     for name, (value, _) in _MEGATRON.items():
-        _assign(name, value)
+        replace(name, value)
     # CPU and "GPU" share one generator here, so the tracker's check that only the GPU's moved always fires.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()

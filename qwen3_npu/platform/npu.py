@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qwen3_npu.args.profile import ProfileArgs
-from qwen3_npu.platform.base import Platform, published_peak
+from qwen3_npu.platform.base import Platform, published_peak, replace
 
 # Dense bf16 FLOP/s of one device (for A3: of one die, which is one device). 354e12 is the figure published for the
 # 64 GB 910B of Atlas 800T A2; for the others nothing was found that could be cited, so no MFU is printed there.
@@ -78,11 +78,13 @@ def _call_types_cuda() -> None:
         result = original(self, *args, **kwargs)
         return result.replace("torch.npu.", "torch.cuda.", 1) if isinstance(result, str) else result
 
-    torch.Tensor.type = typed
+    replace("torch.Tensor.type", typed)
 
 
 def _bind(local_rank: int) -> torch.device:
-    torch.npu.set_device(local_rank)
+    import torch_npu
+
+    torch_npu.npu.set_device(local_rank)
     return torch.device("npu", local_rank)
 
 
@@ -109,7 +111,8 @@ def _be_deterministic() -> None:
 
 
 def platform() -> Platform:
-    npu = torch.npu
+    from torch_npu import npu
+
     return Platform(
         name="npu",
         backend="hccl",

@@ -37,19 +37,20 @@ from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_
 from qwen3_npu.training.plan import TrainingPlan
 from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
-from qwen3_npu.training.saving import Saver, continued, prepare
+from qwen3_npu.training.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
     """The whole training, from joining the other processes to the last checkpoint."""
     prepare(args.checkpoint, args.lora)
-    with process_group(platform, args.runtime) as world:
+    with leased(args.checkpoint) as lease, process_group(platform, args.runtime) as world:
         if args.checkpoint.save is not None:
             check_shared(Path(args.checkpoint.save), "--save")
         checkpoint, lora = continued(args.checkpoint, args.lora)
         args = args._replace(checkpoint=checkpoint, lora=lora)
         with ready(platform, world, args, plan) as trainer:
+            trainer.saver.lease = lease
             try:
                 trainer.train()
             except Stopped:  # on every rank
@@ -119,7 +120,7 @@ class Trainer:
         self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
-        self.feed: Feed | None = None
+        self.feed: Feed  # open_data
         self.guard = NanGuard(args.exits.max_skipped_updates)
         self.exits = Exits(args.exits)
 
@@ -133,7 +134,6 @@ class Trainer:
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
-        assert self.feed is not None
         return [self.feed.batches(dataset, consumed, self.sequence, self.world.device) for _ in self.chunks]
 
     def sequence(self, positions: torch.Tensor, boundaries: tuple[int, ...] | None = None) -> TokenSequence:
@@ -142,7 +142,6 @@ class Trainer:
 
     @property
     def sizes(self) -> dict[str, int]:
-        assert self.feed is not None
         return {
             "num_microbatches": self.plan.num_microbatches,
             "seq_length": self.feed.length or self.args.train.seq_length,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from qwen3_npu.checkpoint.training import load, retention, save
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed import environment
+from qwen3_npu.errors import Stopped
+from qwen3_npu.lease import Lease, folder_lease
 
 _BEFORE = "before_this_run.json"  # which job, and what the tracker was when it began: later ones are its own
 
@@ -41,6 +45,16 @@ def prepare(args: CheckpointArgs, lora: LoraArgs) -> None:
             f"{args.load or 'not given'}: they are replaced as this training reaches their steps; to continue "
             f"them give --{'lora-' * lora.lora_ckpt_filter}load {root}"
         )
+
+
+@contextlib.contextmanager
+def leased(args: CheckpointArgs) -> Iterator[Lease | None]:
+    """The lease of --save, on rank 0, for as long as the context lasts. Raises: UsageError: another process has it."""
+    if args.save is None or environment.ranks()[0] > 0:
+        yield None
+    else:
+        with folder_lease(Path(args.save), "--save") as lease:
+            yield lease
 
 
 def continued(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, LoraArgs]:
@@ -108,6 +122,7 @@ class Saver:
     ) -> None:
         self.trained, self.args, self.lora, self.extra, self.config = trained, args, lora, extra, config
         self.pending: Writing | None = None
+        self.lease: Lease | None = None  # of --save, on rank 0; a training under test has none
 
     def load(self) -> Position:
         """Weights and, when resuming, everything else. Raises: UsageError: see `load.load`."""
@@ -117,10 +132,11 @@ class Saver:
         """A checkpoint of this step in --save; with --async-save it is being written when this returns.
 
         Raises:
-            Stopped: it, or the one before, could not be written.
+            Stopped: it, or the one before, could not be written, or --save has become another process's.
         """
         began = time.perf_counter()
         self.finish()
+        self._check_lease()
         writing = save.begin_save(
             self.trained, position, self.args, self.extra, self.config, adapter_only=self.lora.lora_ckpt_filter
         )
@@ -130,6 +146,17 @@ class Saver:
             writing.wait()
         done = "being saved" if self.args.async_save else "saved"
         log.info(f"{done}: {writing.what}; training was held up for {time.perf_counter() - began:.2f} s")
+
+    def _check_lease(self) -> None:
+        said: list[str | None] = [None]
+        try:
+            if self.lease is not None:
+                self.lease.check()
+        except (Stopped, OSError) as error:
+            said = [str(error)]
+        dist.broadcast_object_list(said, 0)
+        if said[0] is not None:
+            raise Stopped(said[0])
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written. Raises: Stopped: it could not be."""

@@ -12,7 +12,7 @@ import io
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -58,10 +58,15 @@ class _StorageId:
 
 
 # The pure-python pickler is the one whose handling of single types can be extended; it is as old as pickle itself.
-class TorchPickler(pickle._Pickler):  # type: ignore[name-defined]
+class TorchPickler(pickle._Pickler):
     """Writes `Tensor`s, `DType`s and `TorchName`s as torch pickles tensors, dtypes and names."""
 
-    dispatch: ClassVar[dict] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    # These three are pickle._Pickler's; its published types leave them out.
+    write: Callable[[bytes], object]
+    memoize: Callable[[object], None]
+    save_reduce: Callable[[object, tuple[object, ...]], None]
+
+    dispatch: ClassVar[dict] = dict(pickle._Pickler.dispatch)
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, protocol=2)
@@ -80,7 +85,7 @@ class TorchPickler(pickle._Pickler):  # type: ignore[name-defined]
     def save_tensor(self, obj: Tensor) -> None:
         storage = _StorageId(str(len(self.tensors)), obj)
         self.tensors.append(obj)
-        arguments = (storage, 0, obj.shape, obj.stride, False, collections.OrderedDict())
+        arguments: tuple[object, ...] = (storage, 0, obj.shape, obj.stride, False, collections.OrderedDict())
         self.save_reduce(TorchName("torch._utils", "_rebuild_tensor_v2"), arguments)
 
     def save_dtype(self, obj: DType) -> None:
@@ -122,7 +127,7 @@ class PtWriter:
         pickler.dump(content)
         self.tensors: Iterator[tuple[int, Tensor]] = enumerate(pickler.tensors)
         self.archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self.root = root
+        self.target, self.root = file, root
         self._entry("data.pkl", [buffer.getvalue()])
         self._entry("byteorder", [b"little"])
 
@@ -131,11 +136,11 @@ class PtWriter:
         key, tensor = next(self.tensors)
         if array.size != tensor.numel or array.dtype != tensor.dtype.carrier:
             raise AssertionError(f"tensor {key}: {array.shape} {array.dtype} written, {tensor} announced")
-        self._entry(f"data/{key}", [memoryview(np.ascontiguousarray(array)).cast("B")] if array.size else [])
+        self._entry(f"data/{key}", [np.ascontiguousarray(array).data.cast("B")] if array.size else [])
 
     def _entry(self, name: str, parts: list) -> None:
         info = zipfile.ZipInfo(f"{self.root}/{name}")  # the fixed date makes equal content equal bytes
-        start = self.archive.fp.tell() + 30 + len(info.filename) + _ZIP64_EXTRA + 4
+        start = self.target.tell() + 30 + len(info.filename) + _ZIP64_EXTRA + 4
         padding = -start % _ALIGNMENT
         info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
         try:

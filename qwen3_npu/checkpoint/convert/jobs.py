@@ -188,7 +188,7 @@ class _Write:
 
         def made(item: Item) -> np.ndarray:
             data = np.ascontiguousarray(read_shard(source, item.shard, item.dtype))
-            digests[item.name] = hashlib.sha256(memoryview(data).cast("B") if data.size else b"").hexdigest()
+            digests[item.name] = hashlib.sha256(data.data.cast("B") if data.size else b"").hexdigest()
             return data
 
         def tensors() -> Iterator[np.ndarray]:

@@ -7,12 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
+from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan
 from qwen3_npu.checkpoint.formats.base import Output
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.dist_write import DistOutput
 from qwen3_npu.checkpoint.formats.folders import TORCH_DIST
-from qwen3_npu.checkpoint.formats.huggingface import SafetensorsFile, is_hf_weights, weight_map
+from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights, weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target

@@ -27,6 +27,7 @@ from qwen3_npu.checkpoint.formats.write_hf import PeftOutput, write_config
 from qwen3_npu.checkpoint.manifest import write_manifest
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
+from qwen3_npu.lease import Lease, folder_lease
 from qwen3_npu.model.arch import read_hf_config
 
 _SHOWN = 100  # differences listed; the number of the rest is given
@@ -91,6 +92,14 @@ def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: 
     carried = _carried_from(args, legacy)
     config = read_hf_config(carried) if (carried / "config.json").is_file() else None
     output = planned_output(plan, args, target, legacy, config)
+    with folder_lease(output.root, "--save-dir") as lease:
+        _fill(output, plan, args, carried, config, lease)
+    return output
+
+
+def _fill(
+    output: Output, plan: ConversionPlan, args: ConvertArgs, carried: Path, config: dict | None, lease: Lease
+) -> None:
     output.prepare(args.overwrite)
     target_facts = output.facts()
     layout = output.target.layout if isinstance(output, MegatronOutput) else ""
@@ -105,6 +114,7 @@ def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: 
         resume=args.resume,
         what="writing",
     )
+    lease.check()
     output.publish(records)
     if not isinstance(output, PeftOutput):
         carry_files(carried, output.root, [name for name in CARRIED_FILES if name != "config.json"])
@@ -119,7 +129,6 @@ def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: 
     write_manifest(output.root, facts, {str(place / name): record for name, record in records.items()})
     output.commit()
     log.info(f"written: {output.root}")
-    return output
 
 
 def _carried_from(args: ConvertArgs, legacy: LegacyConvertArgs) -> Path:

@@ -95,7 +95,7 @@ class DistOutput(MegatronOutput):
     """`<root>/iter_0000001` in the torch_dist format; its files are cut as the layout's ranks would save them."""
 
     format = TORCH_DIST
-    jobs: list[DistFile]  # type: ignore[assignment]
+    jobs: list[DistFile]
 
     def _jobs(self) -> list[DistFile]:
         jobs = [DistFile(self.target, rank, number) for number, rank in enumerate(self.target.layout.ranks())]

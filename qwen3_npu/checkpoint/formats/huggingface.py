@@ -14,13 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, DType, Region, read_region
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, full, row_blocks, same_bits, to_float32
+from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
-from qwen3_npu.checkpoint.mapping.table import hf_shapes
-from qwen3_npu.errors import UsageError
+from qwen3_npu.checkpoint.mapping.table import EMBEDDING, hf_shapes
+from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
+from qwen3_npu.schema import read_record, shown
 
+HEAD = "lm_head.weight"
+# How tensors of other kinds of models end, what they are then, and what to take instead.
+_OTHER_KINDS = (
+    (".weight_scale_inv", "FP8 weights", "take the bfloat16 model"),
+    (".weight_scale", "quantized weights (FP8 or compressed-tensors)", "take the bfloat16 model"),
+    (".g_idx", "GPTQ weights", "take the bfloat16 model"),
+    (".qweight", "AWQ (or GPTQ) weights", "take the bfloat16 model"),
+    (".absmax", "bitsandbytes weights", "take the bfloat16 model"),
+    ("score.weight", "a reward or classification model", "only causal language models are supported"),
+    ("v_head.summary.weight", "a reward model with a value head", "only causal language models are supported"),
+)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What from_pretrained needs beside the weights; carried along unchanged.
 TOKENIZER_FILES = (
@@ -42,47 +55,6 @@ def is_hf_weights(folder: str | Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-class SafetensorsFile:
-    """One open .safetensors file: names, shapes, dtypes; regions are read on demand."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises: UsageError: missing, not safetensors, or truncated."""
-        self.path = path
-        try:
-            self.fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
-        size = os.fstat(self.fd).st_size
-        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
-        if size < 8 or 8 + length > size:
-            raise UsageError(f"{path} is not a whole safetensors file ({size} bytes); download or copy it again")
-        try:
-            self.header: dict[str, Any] = json.loads(os.pread(self.fd, length, 8))
-        except ValueError:
-            raise UsageError(f"{path} has no readable safetensors header; download or copy it again") from None
-        self.header.pop("__metadata__", None)
-        self.start = 8 + length
-        end = self.start + max((e["data_offsets"][1] for e in self.header.values()), default=0)
-        if end > size:
-            raise UsageError(f"{path} is truncated: {end} bytes expected, {size} there; download or copy it again")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.header[name]["shape"])
-
-    def dtype(self, name: str) -> DType:
-        code = self.header[name]["dtype"]
-        if code not in BY_SAFETENSORS:
-            raise UsageError(f"{self.path}: {name} has dtype {code}; supported: {', '.join(BY_SAFETENSORS)}")
-        return BY_SAFETENSORS[code]
-
-    def read(self, name: str, region: Region) -> np.ndarray:
-        offset = self.start + self.header[name]["data_offsets"][0]
-        return read_region(self.fd, offset, self.shape(name), self.dtype(name), region, str(self.path))
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
 class HfReader:
     """The tensors of a Hugging Face Qwen3 directory (one side of conversions; see `source.py`).
 
@@ -100,10 +72,15 @@ class HfReader:
         """
         self.folder, self.arch, self.contents = Path(folder), arch, Contents(arch)
         self.files = [SafetensorsFile(path) for path in _weight_files(self.folder)]
-        self.where = {name: file for file in self.files for name in file.header}
-        if arch.tie_word_embeddings:
-            # Published tied models store lm_head.weight all the same; it is the embedding.
-            self.where.pop("lm_head.weight", None)
+        self.where: dict[str, SafetensorsFile] = {}
+        for file in self.files:
+            if twice := self.where.keys() & file.header.keys():
+                where = self.where[min(twice)].path.name
+                raise UsageError(f"{file.path}: {printable(min(twice))} is in {where} too; remove the file too many")
+            self.where |= dict.fromkeys(file.header, file)
+        _refuse_other_kinds(self.where, self.folder)
+        # Published tied models store lm_head.weight all the same; `check` compares it with the embedding.
+        self.head = self.where.pop(HEAD, None) if arch.tie_word_embeddings else None
         found = {name: file.shape(name) for name, file in self.where.items()}
         check_tensors(found, shapes, str(self.folder), "this config.json")
         for name in shapes:
@@ -117,7 +94,16 @@ class HfReader:
         return self.where[name].read(name, region)
 
     def check(self) -> None:
-        """Nothing is left to check: opening did."""
+        """Compare what opening did not read: the output layer of a tied model is the embedding.
+
+        Raises:
+            UsageError: it is another matrix. transformers 5 does not tie such a model whatever its config.json says.
+        """
+        if self.head is not None and not _is_same(self.head, HEAD, self.where[EMBEDDING.hf[0]], EMBEDDING.hf[0]):
+            raise UsageError(
+                f"{self.folder}: config.json has tie_word_embeddings true, but {HEAD} is not {EMBEDDING.hf[0]}; "
+                f"transformers 5 does not tie them either: set tie_word_embeddings to false"
+            )
 
     def close(self) -> None:
         for file in self.files:
@@ -133,20 +119,47 @@ def open_hf(folder: str | Path) -> HfReader:
     return HfReader(folder, hf_shapes(arch), arch)
 
 
+def _refuse_other_kinds(names: Iterable[str], folder: Path) -> None:
+    names = list(names)
+    for ending, kind, remedy in _OTHER_KINDS:
+        if found := next((name for name in names if name.endswith(ending)), None):
+            raise UsageError(f"{folder} holds {kind} ({printable(found)}), which are not read; {remedy}")
+    if "embed_tokens.weight" in names:
+        raise UsageError(
+            f"{folder} holds an embedding model (embed_tokens.weight without 'model.' before it, no output layer); "
+            f"only causal language models are supported"
+        )
+
+
+def _is_same(file: SafetensorsFile, name: str, other: SafetensorsFile, other_name: str) -> bool:
+    """Whether two tensors have the same values, read in blocks."""
+    shape, dtype, other_dtype = file.shape(name), file.dtype(name), other.dtype(other_name)
+    if shape != other.shape(other_name):
+        return False
+    for block in row_blocks(full(shape), dtype.itemsize):
+        a, b = file.read(name, block), other.read(other_name, block)
+        if dtype is not other_dtype:
+            a, b = to_float32(a, dtype), to_float32(b, other_dtype)
+        if not same_bits(a, b):
+            return False
+    return True
+
+
 def weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, as a directory's index says; empty if it has no index.
 
     Raises:
-        UsageError: the index cannot be read.
+        UsageError: the index cannot be read, or names files elsewhere.
     """
     index = folder / INDEX
-    if not index.is_file():
+    if not index.exists():
         return {}
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(Path(file).name) for name, file in names.items()}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UsageError(f"{index} is not a safetensors index; download it again") from None
+    names = read_record(index).record("weight_map")
+    for name in names.fields:
+        file = names.text(name)
+        if Path(file).name != file:
+            raise UsageError(f"{index}: {printable(name)} is in {shown(file)}; a file in {folder} is expected")
+    return dict(names.fields)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -193,7 +206,7 @@ class SafetensorsWriter:
     def write(self, name: str, array: np.ndarray) -> None:
         if name != self.expected.pop(0):
             raise AssertionError(f"{name} written out of order")
-        view = memoryview(np.ascontiguousarray(array)).cast("B")
+        view = np.ascontiguousarray(array).data.cast("B")
         while view:
             view = view[self.file.write(view) :]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, sizes
-from qwen3_npu.checkpoint.formats.huggingface import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.source import check_tensors
 from qwen3_npu.errors import UsageError

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, full
+from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.convert.jobs import Item, Record, Stored
 from qwen3_npu.checkpoint.formats.base import Output, move_files, write_text
 from qwen3_npu.checkpoint.formats.huggingface import (
     INDEX,
-    SafetensorsFile,
     SafetensorsWriter,
     plan_files,
     weight_map,

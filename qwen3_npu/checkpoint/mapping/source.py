@@ -10,7 +10,7 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, as_index, convert, full, relative, row_blocks
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.table import Shard
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.model.arch import Qwen3Arch
 
 
@@ -59,7 +59,7 @@ def listed(names: Iterable[str], limit: int = 5) -> str:
     """The first names, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more
+    return printable(", ".join(ordered[:limit])) + more
 
 
 def check_tensors(

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, sizes
+from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection
 from qwen3_npu.checkpoint.formats.base import write_text
@@ -80,7 +80,7 @@ def _section(file: BinaryIO, content: Any) -> list[int]:
 def finish(snapshot: Snapshot, stage: Path, notes: list[Any]) -> list[str]:
     """Make the files that belong to all ranks from what each said of its own; their names."""
     stored: dict[str, list[StoredChunk]] = {}
-    kinds: dict[str, tuple] = {}
+    kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
     objects: dict[str, StoredChunk] = {}
     for said in notes:
         for key, dtype, size, region, start, length in said["tensors"]:

@@ -71,6 +71,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     if is_hf_weights(args.load):
         source = open_hf(args.load)
         _check_same_model(source.arch, trained.contents.arch, f"--load {args.load}")
+        source.check()
         log.info(f"weights: {args.load} (Hugging Face)")
         return source
     reader = _newest(args.load, args.ckpt_step)

@@ -53,7 +53,7 @@ class Output:
             raise UsageError(f"--resume: inputs, tokenizer or flags changed since {self.record}; drop --resume")
         for field, value in saved["totals"].items():
             setattr(self.totals, field, Counter(value) if isinstance(value, dict) else value)
-        return {name: tuple(position) for name, position in saved["positions"].items()}  # type: ignore[misc]
+        return {name: tuple(position) for name, position in saved["positions"].items()}
 
     def add(self, outputs: Mapping[str, Tokens]) -> None:
         """Append documents of those outputs that this run keeps."""

@@ -32,7 +32,7 @@ class TextDataset(GPTDataset):
                 if not all(path.is_file() for path in paths):
                     for path, index in zip(paths, self._indices(), strict=True):
                         _save(path, index)
-        return tuple(np.load(path, mmap_mode="r") for path in paths)  # type: ignore[return-value]
+        return tuple(np.load(path, mmap_mode="r") for path in paths)
 
     def _indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         from megatron.core.datasets import helpers  # compiled

@@ -124,8 +124,8 @@ def parameter_count(arch: Qwen3Arch) -> int:
     return arch.vocab_size * arch.hidden_size + head + arch.num_hidden_layers * per_layer + arch.hidden_size
 
 
-def flops_per_token(arch: Qwen3Arch, seq_length: int) -> float:
-    """Floating point operations of forward and backward for one token of a sequence of `seq_length` tokens.
+def flops_per_token(arch: Qwen3Arch, seq_length: float) -> float:
+    """Floating point operations of forward and backward for one token of a sequence of `seq_length` tokens (or a mean).
 
     6 x (weights of the matrix multiplications that the token meets) + 6 x layers x seq_length x heads x head_dim:
     causal attention counted once per pair that is not masked. The same formula as Megatron-Bridge's cards.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def _tell_contradictions(config: Mapping[str, Any], theta: float, said: Mapping[
         _tell(f"{where}: dtype {shown(named[0])} and torch_dtype {shown(named[1])} differ; the weights' own counts")
 
 
+@functools.cache
 def _tell(message: str) -> None:
     log.warning_once(message)
 

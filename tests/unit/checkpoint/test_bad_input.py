@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import samples
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK = "iter_0000001/mp_rank_00/model_optim_rng.pt"
 
@@ -41,6 +46,21 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
+def put(path: Path, content: str | bytes) -> None:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def instead(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    """Give tensors other names, with the safetensors library."""
+    tensors = load_file(folder / SINGLE)
+    save_file({name.replace(old, new, 1): tensor for name, tensor in tensors.items()}, folder / SINGLE)
+
+
 def split(folder: Path) -> None:
     """The model in several files, of which one is then gone."""
     samples.ok("--load-dir", folder, "--save-dir", folder / "x", "--save-model-type", "hf", "--max-shard-size", 0.0001)
@@ -62,7 +82,28 @@ HF = {
     "empty file": (lambda f: cut(f / "model.safetensors", 0), "is not a whole safetensors file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "--load-dir|not a Megatron|safetensors"),
     "a shard is missing": (split, "1 of . weight files missing"),
-    "index is no index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not a safetensors index"),
+    "index is no index": (lambda f: put(f / INDEX, "[]"), "index.json is .*; a JSON object is expected"),
+    "index of numbers": (lambda f: put(f / INDEX, '{"weight_map": {"a": 1}}'), "a is 1; a string is expected"),
+    "index of elsewhere": (
+        lambda f: put(f / INDEX, '{"weight_map": {"a": "../x"}}'),
+        "'../x'; a file in .* is expected",
+    ),
+    "a tensor in two files": (
+        lambda f: shutil.copy(f / SINGLE, f / "b.safetensors"),
+        r"is in b\.safetensors too|too; remove",
+    ),
+    "a pipe for weights": (lambda f: instead(f / SINGLE, os.mkfifo), "is not a regular file"),
+    "a folder for weights": (lambda f: instead(f / SINGLE, os.mkdir), "is not a regular file"),
+    "a pipe for config.json": (lambda f: instead(f / "config.json", os.mkfifo), "--load-dir|not a|config"),
+    "config.json is a list": (lambda f: put(f / "config.json", "[1]"), "a JSON object is expected"),
+    "config.json is nested": (lambda f: put(f / "config.json", "[" * 100_000), "nested too deeply"),
+    "config.json is not UTF-8": (lambda f: put(f / "config.json", b'{"\xff": 1}'), "cannot be read as JSON"),
+    "FP8": (lambda f: rename(f, "q_proj.weight", "q_proj.weight_scale_inv"), "holds FP8 weights"),
+    "GPTQ": (lambda f: rename(f, "q_proj.weight", "q_proj.g_idx"), "holds GPTQ weights"),
+    "AWQ": (lambda f: rename(f, "q_proj.weight", "q_proj.qweight"), "holds AWQ"),
+    "a reward model": (lambda f: rename(f, "lm_head.weight", "score.weight"), "holds a reward or classification model"),
+    "an embedding model": (lambda f: rename(f, "model.", ""), "holds an embedding model"),
+    "control characters": (lambda f: rename(f, "lm_head", "\x1b[2J\n"), r"not expected .*\\x1b\[2J\\n|tensors missing"),
 }
 
 
@@ -178,3 +219,25 @@ def test_a_folder_that_cannot_be_written(models: dict[str, Path], tmp_path: Path
     (tmp_path / "file").write_text("in the way")
     line = samples.refused("--load-dir", models["untied"], "--save-dir", tmp_path / "file" / "out")
     assert "choose another --save-dir" in line
+
+
+def with_head(folder: Path, head: torch.Tensor) -> None:
+    tensors = load_file(folder / SINGLE)
+    save_file(tensors | {"lm_head.weight": head.contiguous()}, folder / SINGLE, metadata={"format": "pt"})
+
+
+def test_a_tied_model_may_store_its_output_layer_if_it_is_the_embedding(real_models: dict, tmp_path: Path) -> None:
+    shutil.copytree(real_models["tied"], tmp_path / "hf")
+    embedding = load_file(tmp_path / "hf" / SINGLE)["model.embed_tokens.weight"]
+    with_head(tmp_path / "hf", embedding.clone())
+    samples.to_mg(tmp_path / "hf", tmp_path / "mg", "--verify")
+    # transformers is the judge: another matrix is not tied, whatever config.json says.
+    with_head(tmp_path / "hf", embedding + 1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    line = samples.refused("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "out")
+    assert "set tie_word_embeddings to false" in line
+    edit(tmp_path / "hf" / "config.json", tie_word_embeddings=False)
+    samples.to_mg(tmp_path / "hf", tmp_path / "mg2")
+    samples.to_hf(tmp_path / "mg2", tmp_path / "back")
+    assert torch.equal(load_file(tmp_path / "back" / SINGLE)["lm_head.weight"], embedding + 1)

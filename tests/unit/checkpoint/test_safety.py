@@ -15,6 +15,7 @@ import pytest
 import samples
 
 from qwen3_npu.checkpoint.convert import jobs
+from qwen3_npu.lease import folder_lease
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYOUT = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
@@ -95,6 +96,7 @@ sys.argv = ["convert_ckpt.py", *{argv!r}]
 sys.path.insert(0, {root!r})
 from qwen3_npu import cli
 from qwen3_npu.checkpoint.convert import jobs
+from qwen3_npu.lease import folder_lease
 import convert_ckpt
 whole, written = jobs._Write.__call__, []
 def write(self, job, source, count):
@@ -157,7 +159,7 @@ def test_a_killed_export_is_no_model(models: dict[str, Path], tmp_path: Path) ->
     )
     samples.ok(*mg, "--save-dir", tmp_path / "whole")
     killed(2, *mg, "--save-dir", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".conversion.partial"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".conversion.partial", ".lease"}
     samples.ok(*mg, "--save-dir", tmp_path / "out", "--resume")
     assert samples.digests(tmp_path / "out") == samples.digests(tmp_path / "whole")
 
@@ -261,3 +263,13 @@ def test_leftovers_are_not_mistaken(models: dict[str, Path], tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "out" / "iter_0000001").iterdir()] == ["mp_rank_00"]
     assert not list((tmp_path / "out").glob("*.partial"))
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["target"]["layout"]["tensor"] == 1
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(models: dict[str, Path], tmp_path: Path) -> None:
+    target = tmp_path / "mg"
+    flags = ("--load-model-type", "hf", "--save-model-type", "mg", "--load-dir", models["tied"], "--save-dir", target)
+    with folder_lease(target, "--save-dir"):
+        assert f"--save-dir {target} is being written by process {os.getpid()} on" in samples.refused(*flags)
+        assert [path.name for path in target.iterdir()] == [".lease"]
+    samples.ok(*flags)
+    assert not (target / ".lease").exists()

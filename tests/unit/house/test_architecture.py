@@ -27,8 +27,9 @@ LEVELS = {
 }
 LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4}
 # Importable anywhere, without torch.
-LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "model.arch", "model.sizes")
-LIGHT += ("distributed.layout", "distributed.environment")
+LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "lease", "processes")
+LIGHT += ("model.arch", "model.sizes")
+LIGHT += ("console", "distributed.layout", "distributed.environment")
 SIDEWAYS_ALLOWED = {("evaluation", "inference"), ("model", "distributed"), ("distributed", "model")}
 
 

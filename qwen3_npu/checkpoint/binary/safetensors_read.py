@@ -1,0 +1,123 @@
+"""Safetensors files read by regions, and refused where the safetensors library refuses them. No torch.
+
+Format: https://github.com/huggingface/safetensors (8 bytes header length, JSON header, raw little-endian tensors that
+fill the rest of the file without holes or overlaps).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, DType, Region, read_region
+from qwen3_npu.errors import UsageError, printable
+from qwen3_npu.schema import Record, open_regular, parse_json, record, shown
+
+_MOST_HEADER = 100_000_000  # bytes, the library's limit
+_MOST = 2**63 - 1  # bits of a tensor; the library counts in unsigned 64-bit integers, numpy in signed ones
+# Bits of an element of each type of the format. Most are no weights' here, but their tensors take their place.
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
+_BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32}
+_BITS |= {"F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}
+_AGAIN = "download or copy it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor of the header; offsets count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """One open .safetensors file: names, shapes, dtypes; regions are read on demand.
+
+    Attributes:
+        header: name -> what the header says of the tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises: UsageError: missing, truncated, or its header is not one that the safetensors library takes."""
+        self.path = path
+        self.fd = open_regular(path)
+        try:
+            self._read_header(os.fstat(self.fd).st_size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self, size: int) -> None:
+        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
+        if length > _MOST_HEADER:
+            raise UsageError(f"{self.path} says that its header has {length} bytes; it is no safetensors file")
+        if size < 8 or 8 + length > size:
+            raise UsageError(f"{self.path} is not a whole safetensors file ({size} bytes); {_AGAIN}")
+        header = parse_json(os.pread(self.fd, length, 8), f"{self.path}: the header", strict=True)
+        entries = record(header, f"{self.path}: the header").fields
+        _check_notes(entries.pop("__metadata__", None), self.path)
+        self.start = 8 + length
+        self.header = {name: _entry(value, f"{self.path}: {shown(name)}") for name, value in entries.items()}
+        _check_places(self.header, size - self.start, self.path)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.header[name].shape
+
+    def dtype(self, name: str) -> DType:
+        code = self.header[name].dtype
+        if code not in BY_SAFETENSORS:
+            raise UsageError(f"{self.path}: {printable(name)} has dtype {code}; supported: {', '.join(BY_SAFETENSORS)}")
+        return BY_SAFETENSORS[code]
+
+    def read(self, name: str, region: Region) -> np.ndarray:
+        offset = self.start + self.header[name].start
+        return read_region(self.fd, offset, self.shape(name), self.dtype(name), region, str(self.path))
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _check_notes(notes: Any, path: Path) -> None:
+    if notes is not None:
+        fields = record(notes, f"{path}: __metadata__")
+        for name in fields.fields:
+            fields.text(name)
+
+
+def _entry(value: Any, where: str) -> _Entry:
+    fields: Record = record(value, where)
+    fields.only(("dtype", "shape", "data_offsets"))
+    dtype, shape = fields.text("dtype"), fields.counts("shape")
+    where_to = fields.counts("data_offsets")
+    if dtype not in _BITS:
+        raise UsageError(f"{where}: dtype {shown(dtype)} is none of safetensors")
+    if len(where_to) != 2:
+        raise UsageError(f"{where}: data_offsets {shown(where_to)}; a start and an end are expected")
+    if math.prod(max(n, 1) for n in shape) * _BITS[dtype] > _MOST:  # empty tensors may not hide an overflow either
+        raise UsageError(f"{where}: shape {shown(shape)} is too large")
+    bits = math.prod(shape) * _BITS[dtype]
+    start, stop = where_to
+    if bits % 8 or stop - start != bits // 8:
+        raise UsageError(f"{where}: {stop - start} bytes are not a tensor of shape {list(shape)} in {dtype}")
+    return _Entry(dtype, shape, start, stop)
+
+
+def _check_places(header: Mapping[str, _Entry], size: int, path: Path) -> None:
+    """The tensors fill the file: none overlaps another or lies outside, and there is nothing between or after them."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise UsageError(f"{path}: {shown(name)} is at byte {entry.start}, not {end}, of the tensors; {_AGAIN}")
+        end = entry.stop
+    if end > size:
+        raise UsageError(f"{path} is truncated: {end} bytes of tensors expected, {size} there; {_AGAIN}")
+    if end < size:
+        raise UsageError(f"{path} has {size - end} bytes after its last tensor; {_AGAIN}")

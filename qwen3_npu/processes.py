@@ -1,0 +1,65 @@
+"""Processes of this machine: who they are, and ranks that end with their launcher. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def started(pid: int) -> str | None:
+    """When a process started, in units of this machine; None if there is no such process (or only its remains).
+
+    A process id is given again; together with the time of start it names one process.
+    """
+    if sys.platform == "linux":  # where psutil's time moves when the clock is set
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5)
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if fields[0] in "ZX" else fields[19]
+    import psutil
+
+    try:
+        return str(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
+@functools.cache
+def process_table() -> str:
+    """Names the process ids that this process can see: containers of one host name may have a table each."""
+    if sys.platform != "linux":
+        return "one"
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def end_with_launcher() -> None:
+    """Under torchrun: this process is killed when its torchrun is, which could not tell it any more.
+
+    A rank that goes on alone would train and save beside the job that replaces it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    if sys.platform == "linux":
+        # On the death of the parent's thread that started this process: torchrun's main thread.
+        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+        if os.getppid() != launcher:  # it died before the kernel knew
+            os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
