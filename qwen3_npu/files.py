@@ -49,7 +49,7 @@ def replacing(path: str | Path, *, binary: bool = False, concurrent: bool = Fals
 
 
 def write_text(path: str | Path, text: str, *, concurrent: bool = False) -> None:
-    """A small file, atomically; see `replacing`. UTF-8; a lone surrogate, which it cannot hold, is written as its escape."""
+    """A small file, atomically; see `replacing`. UTF-8; half a surrogate pair is written as its escape."""
     with replacing(path, concurrent=concurrent) as file:
         file.write(text)
 

@@ -5,34 +5,30 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from qwen3_npu.args.fit import fit
+from qwen3_npu.args.fit import Fit, fit
 from qwen3_npu.args.model import check_shapes
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.formats.open import find_architecture
-from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
+from qwen3_npu.plan.launch import lines, planned
+from qwen3_npu.plan.verdict import Verdict
 from qwen3_npu.progress import human
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingPlan:
+class TrainingPlan(Fit):
     """A training whose sizes fit together.
 
     Attributes:
         config: folder whose config.json and tokenizer files go with the checkpoints; None if there is none.
-        data_parallel: copies of the model.
-        global_batch: samples per step.
-        num_microbatches: forward passes of each copy per step.
+        verdict: memory and time to expect; None where nothing says the device.
     """
 
     arch: Qwen3Arch
     found_in: str
     config: Path | None
-    layout: Layout
-    data_parallel: int
-    global_batch: int
-    num_microbatches: int
+    verdict: Verdict | None
 
     def describe(self, args: PretrainArgs) -> list[str]:
         """What will be done, a line each."""
@@ -46,6 +42,7 @@ class TrainingPlan:
             f"{self.data_parallel} ranks x {self.num_microbatches} micro-batches x {train.micro_batch_size}",
             f"training: {train.train_iters} steps, {human(train.train_iters * tokens)} tokens, "
             f"{'bfloat16' if train.bf16 else 'float32'}",
+            *lines(self.verdict, dry_run=args.runtime.dry_run),
         ]
 
 
@@ -64,6 +61,5 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
     sizes = fit(args, arch, world_size)
-    return TrainingPlan(
-        arch, found_in, config, sizes.layout, sizes.data_parallel, sizes.global_batch, sizes.num_microbatches
-    )
+    verdict = planned(args, arch, sizes)
+    return TrainingPlan(**vars(sizes), arch=arch, found_in=found_in, config=config, verdict=verdict)
