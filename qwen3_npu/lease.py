@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from qwen3_npu import log, schema
 from qwen3_npu.errors import Stopped, UsageError, printable
+from qwen3_npu.files import flush
 from qwen3_npu.processes import process_table, started
 
 HEARTBEAT = 10.0  # seconds between signs of life
@@ -140,8 +141,7 @@ class Lease:
             return False
         with open(handle, "w", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(self.me)))
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         return True
 
     def _holder(self) -> Holder | None:

@@ -39,9 +39,9 @@ class PromptArgs:
     )
     prompt_type: str | None = flag(
         None,
-        choices=["qwen", "qwen3", "hf"],
+        choices=["auto", "qwen", "qwen3", "hf"],
         help="write prompts as conversations: as MindSpeed-LLM's templates of that name, or as the tokenizer's own "
-        "chat template; default: plain text",
+        "chat template (hf); auto: hf if the tokenizer has one, else qwen3; default: plain text",
     )
     hf_chat_template: bool = flag(False, help="the same as --prompt-type hf")
     enable_thinking: str = flag(

@@ -85,9 +85,9 @@ class InstructionArgs:
 
     prompt_type: str | None = flag(
         None,
-        choices=["qwen", "qwen3", "hf"],
+        choices=["auto", "qwen", "qwen3", "hf"],
         help="how conversations are written: as MindSpeed-LLM's templates of that name, or as the tokenizer's own "
-        "chat template",
+        "chat template (hf); auto: hf if the tokenizer has one, else qwen3",
     )
     enable_thinking: str = flag(
         "none",

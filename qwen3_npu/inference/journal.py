@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +17,7 @@ from qwen3_npu.args.inference import WeightArgs
 from qwen3_npu.checkpoint.formats.folders import checkpoint_folder
 from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import write_text
 from qwen3_npu.inference.runner import Runner
 
 Entry = dict[str, Any]
@@ -94,10 +94,8 @@ def _entries(file: Path, identity: str, *, resume: bool) -> list[Entry]:
 
 
 def _rewrite(path: Path, identity: str, entries: list[Entry]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     lines = [{"identity": identity}, *entries]
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def weights_identity(weights: WeightArgs) -> list[tuple[str, int, int]]:

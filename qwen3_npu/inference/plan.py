@@ -9,9 +9,9 @@ from pathlib import Path
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs, positions_note, shaped
 from qwen3_npu.args.parallel import ParallelArgs, make_layout
-from qwen3_npu.checkpoint.formats.architecture import find_architecture
 from qwen3_npu.checkpoint.formats.folders import format_of, read_tracker
 from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
+from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3_npu import files
 from qwen3_npu.errors import UsageError
 
 RESULT = "text_generation_result"
@@ -19,11 +19,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        # A lone surrogate, which no UTF-8 file can hold, is written as its escape.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
+        files.write_text(path, text)
     except OSError as error:
         raise UsageError(f"--output-dir: {path} cannot be written: {error.strerror}; make room and run again") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from qwen3_npu.inference.batch import Batch, requests_of
 from qwen3_npu.inference.chat import chat
 from qwen3_npu.inference.engine import fit
 from qwen3_npu.inference.journal import Journal, weights_identity
+from qwen3_npu.inference.keyboard import Keyboard, keyboard
 from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.inference.prompts import read_prompts
 from qwen3_npu.inference.results import RESULT, write_generated
@@ -52,14 +54,18 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
     for request in requests_of(writer, texts, flags.max_new_tokens):
         fit(request, plan.positions)
     folder = Path(flags.output_dir)
-    with loaded(platform, world, args.runtime, args.weights, plan, rows=_rows(flags, len(prompts))) as runner:
+    typed = keyboard() if _CHAT in flags.task and world.rank == 0 else contextlib.nullcontext(Keyboard())
+    with (
+        typed as keys,
+        loaded(platform, world, args.runtime, args.weights, plan, rows=_rows(flags, len(prompts))) as runner,
+    ):
         journal = None
         if flags.task != [_CHAT]:
             journal = Journal(runner, folder, RESULT, _asked(args, plan, texts), resume=flags.resume)
         results: list[dict[str, Any]] = []
         for place, task in enumerate(flags.task):
             if task == _CHAT:
-                chat(runner, writer, args)
+                chat(runner, writer, args, keys)
                 continue
             assert journal is not None
             batch = Batch(runner, writer, args, place, journal)

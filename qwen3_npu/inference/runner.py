@@ -250,6 +250,15 @@ class Runner:
         dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
         return [item for part in parts for item in part]
 
+    def told(self, value: bool) -> bool:
+        """What the first process of this copy of the model says, on all of the copy's processes."""
+        group = parallel_state.get_model_parallel_group()
+        if group.size() == 1:
+            return value
+        flag = torch.tensor([int(value)], device=self.device)
+        dist.broadcast(flag, dist.get_global_rank(group, 0), group=group)
+        return bool(flag.item())
+
     def agreed(self, value: T) -> T:
         """Rank 0's value on every process."""
         if self.world.size == 1:

@@ -41,7 +41,7 @@ def start(
         log.info(line)
     if args.runtime.dry_run:
         return
-    from qwen3_npu.checkpoint.formats.base import check_writable
+    from qwen3_npu.files import check_writable
     from qwen3_npu.platform import select
 
     platform = select(args.runtime.device)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 from qwen3_npu.args.inference import PromptArgs
-from qwen3_npu.data.preprocess.handlers import TEMPLATES
-from qwen3_npu.data.text.chat_template import asked
-from qwen3_npu.data.text.conversation import ASSISTANT, SYSTEM, Conversation, Message
+from qwen3_npu.data.text.conversation import SYSTEM, Conversation, Message
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
-from qwen3_npu.data.text.loading import start_loading
-from qwen3_npu.data.text.tokenizer import END_OF_TEXT, IM_END, TokenizerFolder
+from qwen3_npu.data.text.prompt_types import open_template, prompt_text
+from qwen3_npu.data.text.templates import Template
+from qwen3_npu.data.text.tokenizer import END_OF_TEXT, IM_END, TokenizerFolder, start_loading
 from qwen3_npu.errors import UsageError
 
 _CUT_SHORT = "\ufffd"  # what a decoder writes for the first bytes of a character
@@ -44,19 +44,16 @@ class Writer:
                     "--hf-chat-template"
                 )
             return messages[0].content
-        conversation = Conversation(tuple(messages), system)
+        conversation = Conversation(tuple(messages), system or None)
         try:
-            if self.args.template == "hf":
-                return asked(self.tokenizer, conversation, self.args.thinking)
-            template = TEMPLATES[self.args.template](self.tokenizer)
-            for token in template.tokens:
-                self.tokenizer.id(token, f"--prompt-type {self.args.template}")
-            waiting = conversation._replace(messages=(*messages, Message(ASSISTANT, "")))
-            turns = template.render(waiting, self.args.thinking, True)
+            return prompt_text(self.template, conversation, self.args.thinking)
         except ValueError as error:
             raise UsageError(f"--prompt-type {self.args.template}: {error}") from None
-        before = [text for turn in turns[:-1] for text in (*turn.source, *turn.target)]
-        return "".join([*before, *turns[-1].source])
+
+    @functools.cached_property
+    def template(self) -> Template:
+        """What --prompt-type names. Raises: UsageError: the tokenizer has no such template."""
+        return open_template(str(self.args.template), self.tokenizer)
 
     def tokens(self, text: str) -> list[int]:
         """Tokens of a text; special tokens written in it are special."""

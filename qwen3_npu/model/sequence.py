@@ -23,12 +23,14 @@ class TokenSequence:
         cu_seqlens: boundaries of packed documents, (0, ..., s), as host integers; None if every row is one document.
         rope: how positions rotate the heads.
         dtype: of the activations.
+        padding: [b, s] bool, where a token is padding, for the routers of experts; None: nowhere.
     """
 
     positions: torch.Tensor
     cu_seqlens: tuple[int, ...] | None
     rope: Rope
     dtype: torch.dtype
+    padding: torch.Tensor | None = None
 
     @functools.cached_property
     def cos_sin(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,36 +5,32 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from qwen3_npu.args.fit import fit
+from qwen3_npu.args.fit import Fit, fit
 from qwen3_npu.args.model import positions_note, shaped
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint.formats.architecture import find_architecture
-from qwen3_npu.distributed.layout import Layout
+from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
+from qwen3_npu.plan.launch import lines, planned
+from qwen3_npu.plan.verdict import Verdict
 from qwen3_npu.progress import human
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingPlan:
+class TrainingPlan(Fit):
     """A training whose sizes fit together.
 
     Attributes:
         config: folder whose config.json and tokenizer files go with the checkpoints; None if there is none.
-        data_parallel: copies of the model.
-        global_batch: samples per step.
-        num_microbatches: forward passes of each copy per step.
+        verdict: memory and time to expect; None where nothing says the device.
         notes: what the flags make of the model.
     """
 
     arch: Qwen3Arch
     found_in: str
     config: Path | None
-    layout: Layout
-    data_parallel: int
-    global_batch: int
-    num_microbatches: int
-    notes: tuple[str, ...] = ()
+    verdict: Verdict | None
+    notes: tuple[str, ...]
 
     def describe(self, args: PretrainArgs) -> list[str]:
         """What will be done, a line each."""
@@ -49,6 +45,7 @@ class TrainingPlan:
             f"{self.data_parallel} ranks x {self.num_microbatches} micro-batches x {train.micro_batch_size}",
             f"training: {train.train_iters} steps, {human(train.train_iters * tokens)} tokens, "
             f"{'bfloat16' if train.bf16 else 'float32'}",
+            *lines(self.verdict, dry_run=args.runtime.dry_run),
         ]
 
 
@@ -67,13 +64,6 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
     sizes = fit(args, arch, world_size)
-    return TrainingPlan(
-        arch=arch,
-        found_in=found_in,
-        config=config,
-        layout=sizes.layout,
-        data_parallel=sizes.data_parallel,
-        global_batch=sizes.global_batch,
-        num_microbatches=sizes.num_microbatches,
-        notes=tuple(positions_note(arch, found)),
-    )
+    verdict = planned(args, arch, sizes)
+    notes = tuple(positions_note(arch, found))
+    return TrainingPlan(**vars(sizes), arch=arch, found_in=found_in, config=config, verdict=verdict, notes=notes)

@@ -10,11 +10,12 @@ Documents lie one after the other, those of the next epoch behind those of the l
 from __future__ import annotations
 
 import fcntl
-import os
 from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset
+
+from qwen3_npu.files import replacing
 
 
 class TextDataset(GPTDataset):
@@ -59,7 +60,5 @@ class TextDataset(GPTDataset):
 
 def _save(path: Path, array: np.ndarray) -> None:
     """Visible when it is whole: a training may be killed while it writes."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path, binary=True, concurrent=True) as file:
         np.save(file, array)
-    os.replace(temporary, path)

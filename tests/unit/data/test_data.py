@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import tiny
 from qwen3_npu.data.train.batches import sample_numbers
-from qwen3_npu.data.train.token_file import check_vocabulary, open_indexed
+from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.errors import UsageError
 
 
@@ -45,13 +46,9 @@ def test_damaged_files_are_refused(tmp_path: Path, file: str, how: str, message:
         open_indexed(prefix)
 
 
-def test_missing_prefix_and_wrong_vocabulary(tmp_path: Path) -> None:
+def test_missing_prefix(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--data-path .*nothing.*not found"):
         open_indexed(tmp_path / "nothing")
-    data = open_indexed(tiny.write_tokens(tmp_path / "a_text_document"))
-    check_vocabulary(data, 256)
-    with pytest.raises(UsageError, match="made with another tokenizer"):
-        check_vocabulary(data, 100)
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 2), (1, 4), (4, 2)])
@@ -155,10 +152,8 @@ class TestOrder:
 
     def test_a_cut_cache_is_made_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Killed while it was written."""
-        from qwen3_npu.data.train import text_order
-
         prefix = str(tiny.write_tokens(tmp_path / "a", documents=9))
-        replace, moved = text_order.os.replace, []
+        replace, moved = os.replace, []
 
         def killed(*paths: str) -> None:
             if len(moved) == 2:
@@ -167,7 +162,7 @@ class TestOrder:
             replace(*paths)
 
         with monkeypatch.context() as patched:
-            patched.setattr(text_order.os, "replace", killed)
+            patched.setattr("os.replace", killed)
             with pytest.raises(KeyboardInterrupt):
                 self.build([prefix], 20)
         assert len(self.build([prefix], 20)) == 20
