@@ -75,9 +75,8 @@ def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, Any]) -> Cas
 
 def _question_and_answer(record: Mapping[str, Any], keys: Mapping[str, Any]) -> tuple[Conversation, str]:
     conversation = conversation_of(record, keys)
-    has_messages = any(
-        isinstance(record.get(name), list) for name in (keys.get("messages"), "messages", "conversations")
-    )
+    names = (str(keys.get("messages") or "messages"), "messages", "conversations")
+    has_messages = any(isinstance(record.get(name), list) for name in names)
     response = str(keys.get("response") or "output")
     for column in ("answer",) if has_messages else (response, "output", "answer"):
         if record.get(column) is not None:
