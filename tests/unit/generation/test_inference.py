@@ -109,7 +109,7 @@ def test_prompts_of_files(model: Path, tmp_path: Path) -> None:
     records.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def read(*flags: object) -> list[list[str]]:
-        return [[m.content for m in prompt] for prompt in read_prompts(parse(model, *flags).generate)]
+        return [[m.content for m in prompt.messages] for prompt in read_prompts(parse(model, *flags).generate)]
 
     assert read("--prompt", "zero", "--predict-data", lines) == [["zero"], ["one"], ["two"]]
     assert read("--predict-data", records) == [["p"], ["text"], ["do\nit"], ["a", "b", "c"]]
