@@ -16,7 +16,7 @@ from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
 from qwen3_npu.evaluation.answers import Answers, Read, asked, pass_tokens
 from qwen3_npu.evaluation.asking import Asker
-from qwen3_npu.evaluation.custom import Case, is_right, load_cases
+from qwen3_npu.evaluation.custom import Case, is_right, load_cases, plain
 from qwen3_npu.evaluation.extract import filtered, mindspeed_letter, same_number
 from qwen3_npu.evaluation.questions import Question, load_questions, missing_subjects
 from qwen3_npu.evaluation.report import RESULTS, Sample, Summary, confusion
@@ -77,8 +77,8 @@ def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Infer
 def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> Read:
     evaluate = args.evaluate
     if name == CUSTOM:
-        cases = load_cases(path, evaluate.match, evaluate.max_eval_samples)
-        return Read(name, [writer.text(case.messages) for case in cases], cases=cases)
+        cases = load_cases(path, evaluate.match, evaluate.max_eval_samples, evaluate.mapping())
+        return Read(name, [writer.prompt(case.prompt) for case in cases], cases=cases)
     task = TASKS[name]
     if evaluate.scoring != LM_EVAL and name not in ("mmlu", "cmmlu", "ceval"):
         raise UsageError(f"--scoring {evaluate.scoring} is for mmlu, cmmlu and ceval; {name} has --scoring {LM_EVAL}")
@@ -154,9 +154,9 @@ class _Judge:
                 best = sorted(scores, reverse=True)
                 right, margin = answer == case.answer, best[0] - best[1] if len(best) > 1 else None
             else:
-                answer = said[i].strip()
+                answer = plain(said[i])
                 right = is_right(case, answer)
-            pairs.append((case.answer.strip(), case.answer.strip() if right else answer))
+            pairs.append((plain(case.answer), plain(case.answer) if right else answer))
             entry = {"number": i, "prompt": self.read.contexts[i], "answer": answer, "expected": case.answer}
             entry |= {"category": case.category, "match": case.match, "acc": float(right)}
             samples.append(Sample(case.category, case.category, {"acc": float(right)}, margin, entry))

@@ -143,7 +143,7 @@ class Trainer:
 
     def sequence(self, positions: torch.Tensor, boundaries: tuple[int, ...] | None = None) -> TokenSequence:
         """What the layers need to know of tokens at these positions [b, s], in documents with these boundaries."""
-        return TokenSequence(positions, boundaries, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
+        return TokenSequence(positions, boundaries, self.plan.arch.rope, self.dtype)
 
     def training_batches(self) -> list[Iterator[Batch]]:
         """This rank's micro-batches of the next step, once for each model chunk; the routers know what they need."""
