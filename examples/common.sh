@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it. Defines
 #   launch SCRIPT FLAGS...   start SCRIPT on every device of this node under torchrun (NNODES > 1: once per node)
 #   run SCRIPT FLAGS...      start SCRIPT as one process on the host
-# From the environment: NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT; DRY_RUN=1 only checks and prints.
+# From the environment: NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT PYTHON; DRY_RUN=1 only checks and prints.
 # The exit status is the program's. Output also goes to logs/ in the current directory.
 set -euo pipefail
 
@@ -11,7 +11,14 @@ NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
 MASTER_PORT="${MASTER_PORT:-6000}"
-PYTHON="${PYTHON:-python}"
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python
+    # The environment that tests/setup.sh made, where none with torch is active.
+    if [ -x "$QWEN3_NPU/.venv/bin/python" ] && ! python -c 'from importlib import util; assert util.find_spec("torch")' 2>/dev/null; then
+        PYTHON="$QWEN3_NPU/.venv/bin/python"
+        echo "environment: $QWEN3_NPU/.venv" >&2
+    fi
+fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # what torchrun would set, without its warning
 
 with_log() { # command...

@@ -73,6 +73,9 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse prints the whole usage here, which for 150 flags hides the one line that matters.
+        _tell_torchrun(f"{self.prog}: error: {message}")
+        if _is_told_elsewhere():
+            raise SystemExit(2)
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         print(f"{self.prog}: see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
@@ -266,13 +269,19 @@ def _tell_torchrun(text: str) -> None:
         Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
+def _is_told_elsewhere() -> bool:
+    """Whether rank 0 has the same to say; torchrun shows the first error of all in any case."""
+    return os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_ERROR_FILE" in os.environ
+
+
 def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point: `UsageError` becomes one line on stderr and exit status 2, `Stopped` one and status 1."""
     end_with_launcher()
     try:
         code = main() or 0
     except (UsageError, Stopped) as error:
-        print(f"{prog}: error: {printable(str(error))}", file=sys.stderr, flush=True)
+        if not (isinstance(error, UsageError) and _is_told_elsewhere()):
+            print(f"{prog}: error: {printable(str(error))}", file=sys.stderr, flush=True)
         _tell_torchrun(printable(str(error)))
         code = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

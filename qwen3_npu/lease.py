@@ -21,11 +21,12 @@ from typing import NamedTuple
 
 from qwen3_npu import log, schema
 from qwen3_npu.errors import Stopped, UsageError, printable
+from qwen3_npu.files import flush
 from qwen3_npu.processes import process_table, started
 
 HEARTBEAT = 10.0  # seconds between signs of life
 PATIENCE = 60.0  # seconds without one until a holder on another machine is taken for dead
-_LOOK = 0.5  # seconds between looks at a lease that is being judged
+_LOOK = 0.2  # seconds between looks at a lease that is being judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +141,7 @@ class Lease:
             return False
         with open(handle, "w", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(self.me)))
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         return True
 
     def _holder(self) -> Holder | None:

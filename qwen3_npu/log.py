@@ -7,10 +7,12 @@ import logging
 import sys
 from collections.abc import Iterator
 
+from qwen3_npu import console
 from qwen3_npu.errors import printable
 
 _LAYOUT = "\n\t"  # control characters that this package's own messages use
 LOGGER = logging.getLogger("qwen3_npu")
+_silent: list[int] = []  # this rank, if it is not rank 0
 
 
 class _Format(logging.Formatter):
@@ -23,13 +25,28 @@ class _Format(logging.Formatter):
         return f"{self.prefix}{level}{printable(record.getMessage(), keep=_LAYOUT)}"
 
 
+class _Handler(logging.StreamHandler):
+    """Writes to stdout; one that is closed does not end the program."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            console.give_up(error)
+        else:
+            super().handleError(record)
+
+
 def setup(rank: int = 0, world_size: int = 1) -> None:
     """Send this package's messages to stdout; ranks other than 0 print warnings only. Safe to call again."""
-    handler = logging.StreamHandler(sys.stdout)
+    console.prepare()
+    handler = _Handler(sys.stdout)
     handler.setFormatter(_Format(rank, world_size))
     LOGGER.handlers[:] = [handler]
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    _silent.clear()
+    if rank:
+        _silent.append(rank)
 
 
 def info(message: str) -> None:
@@ -40,6 +57,12 @@ def info(message: str) -> None:
 def warning(message: str) -> None:
     """A line from any rank."""
     LOGGER.warning(message)
+
+
+def warning_once(message: str) -> None:
+    """A warning that every rank has reason for; rank 0 gives it."""
+    if not _silent:
+        LOGGER.warning(message)
 
 
 @contextlib.contextmanager

@@ -1,47 +1,111 @@
 # Sourced by tests/run.sh and examples/quickstart.sh: an environment with the project in it.
-# Uses the active virtual environment, or .venv, if the project is installed there; else makes .venv and installs.
-# PYTHON chooses the interpreter for a new .venv (3.10, 3.11 or 3.12).
+#   qwen3_npu_setup EXTRAS MODULE...   extras to install, then modules of theirs that must be there
+# The active environment is used where it has torch, whatever made it (venv, conda, a container): what is missing there
+# is installed beside its torch and torch_npu, which stay as they are. Elsewhere .venv is used, and made the first time.
+# PYTHON chooses the interpreter: of the environment to use if it has torch, else to make .venv with (3.10, 3.11 or 3.12).
 set -euo pipefail
 QWEN3_NPU_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-qwen3_npu_ready() { # interpreter, extra modules...
-    "$1" - "$QWEN3_NPU_ROOT" "${@:2}" <<'PY' >/dev/null 2>&1
-import importlib.util, pathlib, sys
-assert (3, 10) <= sys.version_info < (3, 13)
-spec = importlib.util.find_spec("qwen3_npu")
-assert spec and pathlib.Path(spec.origin).resolve().parent.parent == pathlib.Path(sys.argv[1]).resolve()
-for name in ("torch", "megatron.core", "transformers", "pyarrow", *sys.argv[2:]):
-    assert importlib.util.find_spec(name), name
+qwen3_npu_ask() { # interpreter, question, arguments...; outside of the project's folder, which is importable from inside
+    (cd / && "$1" - "$QWEN3_NPU_ROOT" "${@:2}") 2>/dev/null <<'PY'
+import importlib.metadata, importlib.util, pathlib, sys
+
+root, question, *names = sys.argv[1:]
+
+
+def has(name):
+    try:  # found, not imported: torch with torch_npu needs CANN's variables to be imported
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def is_this(spec):
+    return bool(spec and spec.origin) and pathlib.Path(spec.origin).resolve().parent.parent == pathlib.Path(root).resolve()
+
+
+supported = (3, 10) <= sys.version_info < (3, 13)
+if question == "supported":
+    sys.exit(not supported)
+elif question == "has-torch":
+    sys.exit(not (supported and has("torch")))
+elif question == "ready":
+    needed = ("torch", "megatron.core", "tokenizers", "pyarrow", "orjson", *names)
+    sys.exit(not (supported and all(map(has, needed))))
+elif question == "has-this":
+    sys.exit(not is_this(importlib.util.find_spec("qwen3_npu")))
+elif question == "prefix":
+    print(sys.prefix)
+elif question == "pins":  # what is here stays as it is; what is not, comes as the tests had it
+    here = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    for line in pathlib.Path(root, "constraints.txt").read_text().splitlines():
+        if "==" in line and line.split("==")[0].strip().lower().replace("_", "-") not in here:
+            print(line)
+    for name in ("torch", "torch-npu", "numpy"):
+        if name in here:
+            print(f"{name}=={here[name]}")
 PY
 }
 
-qwen3_npu_setup() { # extras to install, then modules of theirs that must be there
-    local extras="$1"
+qwen3_npu_active() { # the interpreter of the active environment, if it has torch
+    local candidate
+    for candidate in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" \
+        python python3; do
+        if [ -n "$candidate" ] && qwen3_npu_ask "$candidate" has-torch; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+qwen3_npu_use() { # interpreter: first on the PATH from now on
+    local prefix
+    prefix="$(qwen3_npu_ask "$1" prefix)"
+    export PATH="$prefix/bin:$PATH" PYTHON="$1"
+    if ! qwen3_npu_ask "$1" has-this; then # not installed there, or another copy is, which stays
+        export PYTHONPATH="$QWEN3_NPU_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    fi
+    echo "environment: $prefix"
+}
+
+qwen3_npu_pip() { # interpreter, arguments of pip install...
+    "$1" -m pip install --quiet --disable-pip-version-check "${@:2}"
+}
+
+qwen3_npu_setup() { # extras, modules...
+    local extras="$1" python found candidate
     shift
-    local python="${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}"
-    if [ -n "$python" ] && (cd / && qwen3_npu_ready "$python" "$@"); then
-        PATH="$VIRTUAL_ENV/bin:$PATH"
+    if python="$(qwen3_npu_active)"; then
+        if ! qwen3_npu_ask "$python" ready "$@"; then
+            echo "installing what is missing into $(qwen3_npu_ask "$python" prefix); its torch stays as it is"
+            qwen3_npu_pip "$python" -c <(qwen3_npu_ask "$python" pins) -e "$QWEN3_NPU_ROOT[$extras]"
+        fi
+        qwen3_npu_use "$python"
         return
     fi
     local venv="$QWEN3_NPU_ROOT/.venv"
-    if ! { [ -x "$venv/bin/python" ] && (cd / && qwen3_npu_ready "$venv/bin/python" "$@"); }; then
-        local found="${PYTHON:-}"
-        for candidate in ${found:-python3.11 python3.12 python3.10 python3 python}; do
-            if "$candidate" -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13)' 2>/dev/null; then
+    if ! { [ -x "$venv/bin/python" ] && qwen3_npu_ask "$venv/bin/python" ready "$@"; }; then
+        for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3 python; do
+            if [ -n "$candidate" ] && qwen3_npu_ask "$candidate" supported; then
                 found="$candidate"
                 break
             fi
         done
-        if ! "${found:-false}" -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13)' 2>/dev/null; then
+        if [ -z "${found:-}" ]; then
             echo "Python 3.10, 3.11 or 3.12 is needed; set PYTHON to its path" >&2
             return 1
+        fi
+        if [ -d /usr/local/Ascend ]; then
+            echo "note: /usr/local/Ascend is here, but no environment with torch is active; $venv gets torch without" \
+                "torch_npu and runs on the CPU. For NPUs activate an environment with both first: docs/npu.md" >&2
         fi
         echo "installing into $venv (once)"
         [ -x "$venv/bin/python" ] || "$found" -m venv "$venv"
         # torch first and exactly: whatever else asks for torch is then content with it.
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$QWEN3_NPU_ROOT/constraints.txt" torch
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$QWEN3_NPU_ROOT/constraints.txt" \
-            -e "$QWEN3_NPU_ROOT[$extras]"
+        qwen3_npu_pip "$venv/bin/python" -c "$QWEN3_NPU_ROOT/constraints.txt" torch
+        qwen3_npu_pip "$venv/bin/python" -c "$QWEN3_NPU_ROOT/constraints.txt" -e "$QWEN3_NPU_ROOT[$extras]"
     fi
-    export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
+    export VIRTUAL_ENV="$venv"
+    qwen3_npu_use "$venv/bin/python"
 }

@@ -39,9 +39,9 @@ class PromptArgs:
     )
     prompt_type: str | None = flag(
         None,
-        choices=["qwen", "qwen3", "hf"],
+        choices=["auto", "qwen", "qwen3", "hf"],
         help="write prompts as conversations: as MindSpeed-LLM's templates of that name, or as the tokenizer's own "
-        "chat template; default: plain text",
+        "chat template (hf); auto: hf if the tokenizer has one, else qwen3; default: plain text",
     )
     hf_chat_template: bool = flag(False, help="the same as --prompt-type hf")
     enable_thinking: str = flag(
@@ -88,6 +88,7 @@ class GenerateArgs:
     history_turns: int = flag(3, minimum=0, unit="turns", help="questions and answers that a chat remembers")
     hide_thinking: bool = flag(False, help="do not show the model's thoughts in a chat; default: dimmed")
     output_dir: str = flag(".", metavar="DIR", help="folder of text_generation_result.jsonl and .txt")
+    resume: bool = flag(True, help="go on where a run that was killed had stopped")
 
     def __post_init__(self) -> None:
         sampled = [task for task in self.task if task in ("do_sample", "beam_search_with_sampling")]
@@ -111,6 +112,11 @@ class InferenceArgs(typing.NamedTuple):
     weights: WeightArgs
     prompts: PromptArgs
     generate: GenerateArgs
+
+    @property
+    def output_dir(self) -> str:
+        """Where results go."""
+        return self.generate.output_dir
 
 
 GROUPS = tuple(typing.get_type_hints(InferenceArgs).values())

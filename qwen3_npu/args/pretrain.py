@@ -7,6 +7,7 @@ import typing
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
+from qwen3_npu.args.plan import VerdictArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
@@ -30,6 +31,7 @@ class PretrainArgs(typing.NamedTuple):
     exits: ExitArgs
     report: ReportArgs
     profile: ProfileArgs
+    verdict: VerdictArgs
 
 
 GROUPS = tuple(typing.get_type_hints(PretrainArgs).values())

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.checkpoint.formats.base import write_text
+from qwen3_npu.files import write_text
 
 MANIFEST = "integrity.json"
 _BLOCK = 8 << 20
@@ -98,11 +97,3 @@ def share_bytes(folder: Path, rank: int, ranks: int) -> int:
         return sum(sorted((said["bytes"] for said in files.values()), reverse=True)[rank::ranks])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 0
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush the names in a folder and its folders to disk."""
-    for path in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)

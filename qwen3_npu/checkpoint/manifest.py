@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu import __version__
-from qwen3_npu.checkpoint.convert.jobs import Record
-from qwen3_npu.checkpoint.formats.base import write_text
+from qwen3_npu.checkpoint.formats.base import Record
+from qwen3_npu.files import write_text
 
 MANIFEST = "conversion.json"
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from packaging.requirements import Requirement
-from packaging.version import Version
-
 from qwen3_npu.doctor.findings import BLOCKER, OK, WARNING, Finding
-from qwen3_npu.doctor.machine import Facts
+from qwen3_npu.doctor.machine import SET_ENV, Facts
 from qwen3_npu.progress import human
 
 # torch_npu -> CANN, as published in COMPATIBILITY.en.md of Ascend/pytorch (August 2026). For 2.13.0 nothing is.
@@ -20,7 +17,9 @@ PAIRS = {
     "2.7.1.post8": "9.1.0",
     "2.12.0": "9.1.0",
 }
-SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh (or where CANN is installed)"
+_NEED = re.compile(r"([\w.-]+)\s*([^;\s]*)")  # name, versions; ours have no markers
+OLDEST_CANN = (8, 3)  # of torch_npu 2.7.1
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def diagnose(facts: Facts) -> list[Finding]:
@@ -37,36 +36,57 @@ def _python(facts: Facts) -> Iterator[Finding]:
 
 
 def _requirements(facts: Facts) -> Iterator[Finding]:
-    if facts.requirements is None:
-        yield Finding(
-            WARNING, "packages", "qwen3-npu is not installed in this Python", "pip install -e . in its folder"
-        )
+    needs = [(found[1], found[2]) for text in facts.requirements or [] if (found := _NEED.match(text))]
+    absent = facts.missing if facts.requirements is None else [n for n, _ in needs if n.lower() not in facts.packages]
+    if facts.requirements is None or len(absent) > 1:
+        text = "qwen3-npu is not installed in this Python" + (f"; missing: {', '.join(absent)}" if absent else "")
+        remedy = "in the project's folder: pip install -e . (with NPUs torch and torch_npu first: docs/npu.md)"
+        yield Finding(BLOCKER if absent else WARNING, "packages", text, remedy)
         return
     wrong = 0
-    for text in facts.requirements:
-        need = Requirement(text)
-        version = facts.packages.get(need.name.lower())
-        if version is None:
-            wrong += 1
-            yield Finding(BLOCKER, need.name, "not installed", f"pip install '{need.name}{need.specifier}'")
-        elif not need.specifier.contains(version, prereleases=True):
-            wrong += 1
-            text = f"{version} is installed, {need.specifier} is needed"
-            yield Finding(BLOCKER, need.name, text, f"pip install '{need.name}{need.specifier}'")
+    for name, specifier in needs:
+        version = facts.packages.get(name.lower())
+        if version is not None and _satisfies(version, specifier):
+            continue
+        wrong += 1
+        text = "not installed" if version is None else f"{version} is installed, {specifier} is needed"
+        yield Finding(BLOCKER, name, text, f"pip install '{name}{specifier}'")
     if not wrong:
-        versions = ", ".join(f"{name} {facts.packages[name]}" for name in ("torch", "megatron-core", "transformers"))
+        versions = ", ".join(f"{name} {facts.packages[name]}" for name in ("torch", "megatron-core"))
         yield Finding(OK, "packages", versions)
+
+
+def _satisfies(version: str, specifier: str) -> bool:
+    """True also where `packaging` is missing, which is a finding of its own."""
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:
+        return True
+    return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, three at most."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _copies(facts: Facts) -> Iterator[Finding]:
+    for name, (used, *others) in facts.copies.items():
+        text = f"{name} is imported from {used}, and is also in {', '.join(others)}"
+        shadows = name != "qwen3_npu" and "site-packages" not in used
+        remedy = "leave one: look at PYTHONPATH and at the folder that the program is started in"
+        yield Finding(BLOCKER if shadows else WARNING, "imports", text, remedy)
 
 
 def _torch_npu(facts: Facts) -> Iterator[Finding]:
     if not facts.torch_npu:
         if facts.npu_smi or facts.driver:
-            remedy = "pip install torch_npu of torch's version"
+            remedy = _install(facts.cann)
             yield Finding(BLOCKER, "torch_npu", "this machine has an NPU driver but torch_npu is not installed", remedy)
         return
     mine, torch = facts.packages.get("torch-npu") or facts.packages.get("torch_npu", "?"), facts.packages.get("torch")
-    if torch and mine != "?" and Version(mine).release[:3] != Version(torch).release[:3]:
-        base = ".".join(map(str, Version(mine).release[:3]))
+    if torch and mine != "?" and _release(mine) != _release(torch):
+        base = ".".join(map(str, _release(mine)))
         text = f"{mine} is built for torch {base}; torch {torch} is installed"
         yield Finding(BLOCKER, "torch_npu", text, f"pip install torch=={base}, or the torch_npu of torch {torch}")
     else:
@@ -75,11 +95,16 @@ def _torch_npu(facts: Facts) -> Iterator[Finding]:
         remedy = f"install the CPU build of torch {torch.split('+')[0]}"
         yield Finding(BLOCKER, "torch", f"{torch} is a CUDA build, beside which torch_npu does not load", remedy)
     if "ASCEND_HOME_PATH" not in facts.environment and "ASCEND_TOOLKIT_HOME" not in facts.environment:
-        yield Finding(BLOCKER, "CANN", "ASCEND_HOME_PATH is not set: set_env.sh was not sourced in this shell", SET_ENV)
+        yield Finding(
+            BLOCKER, "CANN", "ASCEND_HOME_PATH is not set: set_env.sh was not sourced in this shell", _set_env(facts)
+        )
         return
     published = PAIRS.get(mine)
     if facts.cann is None:
         yield Finding(WARNING, "CANN", "no version file under ASCEND_HOME_PATH", "check that the toolkit is complete")
+    elif _release(facts.cann)[:2] < OLDEST_CANN:
+        remedy = "install CANN 8.3.RC1 or newer, with its torch_npu; torch below 2.7 is not supported either"
+        yield Finding(BLOCKER, "CANN", f"{facts.cann} is not supported", remedy)
     elif published is None:
         yield Finding(WARNING, "CANN", f"{facts.cann}; no published pair of torch_npu {mine} is known here")
     elif facts.cann.startswith(published):
@@ -87,6 +112,20 @@ def _torch_npu(facts: Facts) -> Iterator[Finding]:
     else:
         text = f"{facts.cann}; published for torch_npu {mine} is {published}"
         yield Finding(WARNING, "CANN", text, f"install CANN {published}, or the torch_npu of CANN {facts.cann}")
+
+
+def _install(cann: str | None) -> str:
+    """How to install the torch_npu of a version of CANN."""
+    version = next((version for version, published in PAIRS.items() if cann and cann.startswith(published)), None)
+    if version is None:
+        return "install the torch and torch_npu of your CANN: docs/npu.md has the table"
+    base = ".".join(map(str, _release(version)))
+    return f"for CANN {cann}: pip install torch=={base} torch_npu=={version} --extra-index-url {TORCH_INDEX}"
+
+
+def _set_env(facts: Facts) -> str:
+    folders = [path for path in SET_ENV if path in facts.set_env] or SET_ENV
+    return "source " + " or ".join(folders)
 
 
 def _driver(facts: Facts) -> Iterator[Finding]:
@@ -129,7 +168,9 @@ def _import_remedy(error: str, facts: Facts) -> str:
         library = re.search(r"(/\S*libgomp\S*\.so[\w.]*)", error)
         return f"start with LD_PRELOAD={library[1] if library else '<path of libgomp.so.1 named in the error>'}"
     if re.search(r"lib(hccl|ascend|ge_|graph|acl)\w*\.so|set_env", error):
-        return SET_ENV
+        return _set_env(facts)
+    if missing := re.search(r"No module named '([\w.]+)'", error):
+        return f"install {missing[1]}: see packages above"
     if "--device" in error:
         return "choose another --device, or mend what the message names"
     return "mend what the message names"
@@ -169,6 +210,7 @@ def _ports(facts: Facts) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _python,
     _requirements,
+    _copies,
     _torch_npu,
     _driver,
     _devices,

@@ -21,6 +21,11 @@ from qwen3_npu.args.doctor import DoctorArgs
 # Where CANN and the driver write their versions.
 _CANN_FILES = ("version.cfg", "compiler/version.info", "runtime/version.info", "toolkit/version.info")
 _DRIVER = Path("/usr/local/Ascend/driver/version.info")
+# Where CANN's set_env.sh lies, in newer releases and in older ones.
+SET_ENV = ("/usr/local/Ascend/cann/set_env.sh", "/usr/local/Ascend/ascend-toolkit/set_env.sh")
+# What trainings import, beside the project itself; of a second copy on the path one would not know which is used.
+_IMPORTS = ("torch", "megatron.core", "numpy", "tokenizers", "pyarrow", "orjson", "jinja2", "psutil", "packaging")
+_SINGLE = ("megatron.core", "torch", "torch_npu", "mindspeed", "transformers", "qwen3_npu")
 
 _DEVICES = """
 import json, sys
@@ -60,9 +65,12 @@ class Facts:
     Attributes:
         packages: distribution -> version, for those that are installed.
         requirements: of this project, as in pyproject.toml; None if it is not installed.
+        missing: modules that trainings import and that are not here.
+        copies: module -> the folders on the path that hold it, if several; the one that is imported first.
         environment: the variables of the process.
         torch_npu: whether it is installed; importing it is what `devices` does.
         wrong_apex: a package `apex` is installed that is not NVIDIA's or Ascend's.
+        set_env: the usual places of CANN's set_env.sh where there is one.
         cann, driver: versions as their files say; None where there is no such file.
         npu_smi: the tool is on the PATH.
         devices: kind, name, count, memory [free, total] bytes each; or {"error": text}.
@@ -75,9 +83,12 @@ class Facts:
     machine: str
     packages: dict[str, str]
     requirements: list[str] | None
+    missing: list[str]
+    copies: dict[str, list[str]]
     environment: dict[str, str]
     torch_npu: bool
     wrong_apex: bool
+    set_env: list[str]
     cann: str | None
     driver: str | None
     npu_smi: bool
@@ -104,9 +115,12 @@ def look(args: DoctorArgs) -> Facts:
         machine=platform.machine(),
         packages=packages,
         requirements=_requirements(),
+        missing=[name for name in _IMPORTS if not _has(name)],
+        copies=_copies(sys.path),
         environment=environment,
-        torch_npu=importlib.util.find_spec("torch_npu") is not None,
+        torch_npu=_has("torch_npu"),
         wrong_apex=_is_wrong_apex(),
+        set_env=[path for path in SET_ENV if Path(path).is_file()],
         cann=_cann(environment),
         driver=_version(_DRIVER),
         npu_smi=shutil.which("npu-smi") is not None,
@@ -139,6 +153,28 @@ def _requirements() -> list[str] | None:
         return [r for r in importlib.metadata.requires("qwen3-npu") or [] if "extra ==" not in r]
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _has(module: str) -> bool:
+    """Whether it can be found; it is not imported (`megatron`, which holds `megatron.core` only, is)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _copies(path: list[str]) -> dict[str, list[str]]:
+    """Modules that lie in several folders of the path, with the folders, the one that is imported first."""
+    found = {}
+    for module in _SINGLE:
+        folders = [Path(entry or ".").resolve().joinpath(*module.split(".")) for entry in path]
+        copies = [str(folder.parent) for folder in folders if (folder / "__init__.py").is_file()]
+        spec = importlib.util.find_spec(module) if _has(module) else None
+        if spec is not None and spec.origin is not None:
+            copies.insert(0, str(Path(spec.origin).resolve().parent.parent))
+        if len(copies := list(dict.fromkeys(copies))) > 1:
+            found[module] = copies
+    return found
 
 
 def _is_wrong_apex() -> bool:

@@ -68,7 +68,7 @@ def load_questions(
                 raise UsageError(
                     f"{file}, question {number + 1}: the answer {row['answer']!r} is none of {', '.join(task.choices)}"
                 ) from None
-            found.append(Question(subject, number, row, examples(), gold))
+            found.append(Question(subject, number, row, examples(row), gold))
     if not found or (subjects and missing):
         name = task.test[0].format(subject=(missing or ["*"])[0])
         raise UsageError(
@@ -94,10 +94,10 @@ def _find(root: Path, names: Sequence[str], subject: str) -> Path | None:
     return None
 
 
-def _examples(task: Task, root: Path, test: Path, subject: str, shots: int) -> Callable[[], tuple[Columns, ...]]:
-    """A function that gives the next question's examples."""
+def _examples(task: Task, root: Path, test: Path, subject: str, shots: int) -> Callable[[Columns], tuple[Columns, ...]]:
+    """A function that gives the examples of the next question."""
     if not shots:
-        return lambda: ()
+        return lambda row: ()
     file = _find(root, task.examples, subject)
     if file is None or file == test:
         name = task.examples[0].format(subject=subject)
@@ -105,13 +105,23 @@ def _examples(task: Task, root: Path, test: Path, subject: str, shots: int) -> C
             f"--task-data-path {root}: no {name} to take {shots} examples from; add it or give --num-fewshot 0"
         )
     rows = _read(file, task)
-    if len(rows) < shots:
-        raise UsageError(f"--num-fewshot {shots}: {file} has {len(rows)} examples")
+    if len(rows) < shots + task.spare:
+        spare = " (one more is drawn, as lm-evaluation-harness does)" if task.spare else ""
+        raise UsageError(f"--num-fewshot {shots}: {file} has {len(rows)} examples{spare}")
     if task.drawn is None:
         first = tuple(rows[:shots])
-        return lambda: first
+        return lambda row: first
     generator = random.Random(task.drawn)
-    return lambda: tuple(generator.sample(rows, shots))
+
+    def draw(row: Columns) -> tuple[Columns, ...]:
+        if not task.spare:
+            return tuple(generator.sample(rows, shots))
+        drawn = [example for example in generator.sample(rows, shots + 1) if example != row][:shots]
+        if len(drawn) < shots:  # the question is among the examples more than once
+            drawn = generator.sample([example for example in rows if example != row], shots)
+        return tuple(drawn)
+
+    return draw
 
 
 def _read(file: Path, task: Task) -> list[Columns]:

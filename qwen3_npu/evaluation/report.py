@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = "results.json"
@@ -142,14 +139,3 @@ def confusion(pairs: Iterable[tuple[str, str]], most: int = 12) -> str:
         if any(row):
             lines.append(f"{shown:<{width}} | " + " ".join(f"{n or '.':>{width}}" for n in row))
     return "\n".join(lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")

@@ -38,6 +38,8 @@ class Task:
         answers: column value -> choice, where they differ.
         shots: examples before each question, unless the user says otherwise.
         drawn: examples are drawn for each question by Python's generator with this seed; None: the first ones.
+        spare: one example more is drawn, in case the question itself is among them (lm-evaluation-harness does so
+            where it knows no split for the examples).
         stop, limit: of `GENERATE` tasks: texts that end an answer, and its tokens.
         filters: of `GENERATE` tasks: name -> (expression that finds the answer, which match).
     """
@@ -55,6 +57,7 @@ class Task:
     answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shots: int
     drawn: int | None = None
+    spare: bool = False
     stop: tuple[str, ...] = ()
     limit: int = 256
     filters: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)

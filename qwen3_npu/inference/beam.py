@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from qwen3_npu.inference.engine import Request
+from qwen3_npu.inference.diagnose import check_finite
+from qwen3_npu.inference.engine import Request, fit
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import Sampling, penalized, warped
 from qwen3_npu.model.cache import Kept, KVCache
@@ -59,7 +60,8 @@ class _Search:
     ) -> None:
         self.runner, self.request, self.search, self.ends = runner, request, search, ends
         self.eos = set(runner.plan.eos)
-        self.limit = min(request.limit, runner.plan.positions - request.prompt)
+        fit(request, runner.plan.positions)
+        self.limit = request.limit
         # Enough that `beams` of them go on even if all the others end.
         self.width = max(2, 1 + len(self.eos)) * search.beams
         self.cache: KVCache = runner.new_cache(search.beams, request.prompt + self.limit)
@@ -122,14 +124,18 @@ class _Search:
                 places = total.topk(width).indices
             scored = places, total[places]
         found, totals = self.runner.share_scored(scored, width)
+        check_finite(self.runner, totals, [self.request.tokens + beam for beam in self.running])
         vocabulary = self.runner.vocab_size
         return [Candidate(score, *divmod(place, vocabulary)) for place, score in zip(found, totals, strict=True)]
 
     def _draw(self, total: torch.Tensor, step: int, width: int) -> torch.Tensor:
+        weights = total.softmax(-1).cpu()
+        if not bool(weights.isfinite().all()):  # nothing can be drawn; what is not finite is found in the scores
+            return total.topk(width).indices
         generator = torch.Generator().manual_seed(
             self.search.sampling.seed + 1_000_003 * self.request.number + 10_007 * step
         )
-        drawn = torch.multinomial(total.softmax(-1).cpu(), width, generator=generator)
+        drawn = torch.multinomial(weights, width, generator=generator)
         return drawn.to(total.device)
 
     def _hits(self, candidate: Candidate, step: int) -> bool:

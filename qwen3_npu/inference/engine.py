@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from qwen3_npu.errors import UsageError
+from qwen3_npu.inference.diagnose import check_finite
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import Sampling, choose
 from qwen3_npu.model.cache import Kept, KVCache
@@ -84,15 +85,8 @@ class Engine:
         Raises:
             UsageError: a prompt is empty, or leaves no room for an answer within the model's positions.
         """
-        positions = self.runner.plan.positions
         for request in requests:
-            if not request.tokens:
-                raise UsageError(f"prompt {request.number + 1} is empty")
-            if request.prompt >= positions:
-                raise UsageError(
-                    f"prompt {request.number + 1} has {request.prompt} tokens; the model has {positions} positions"
-                )
-            request.limit = min(request.limit, positions - request.prompt)
+            fit(request, self.runner.plan.positions)
         if self.kv_cache and requests:
             self._make_room(max(r.prompt + r.limit for r in requests))
         waiting, running = list(requests), list[Request]()
@@ -177,6 +171,7 @@ class Engine:
             chosen = choose(logits, sampling, [r.tokens for r in batch], [r.number for r in batch])
             scored = chosen, logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
         ids, logprobs = runner.share_scored(scored, len(batch))
+        check_finite(runner, logprobs, [request.tokens for request in batch])
         for request, token, logprob in zip(batch, ids, logprobs, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
@@ -201,6 +196,22 @@ class Engine:
                         self.held[slot] = self.held[last]
                         self.held[last] = []
                 running.pop()
+
+
+def fit(request: Request, positions: int) -> None:
+    """Shorten what a request may generate to what the model has positions for.
+
+    Raises:
+        UsageError: the prompt is empty, or leaves no room for an answer.
+    """
+    if not request.tokens:
+        raise UsageError(f"prompt {request.number + 1} is empty")
+    if request.prompt >= positions:
+        raise UsageError(
+            f"prompt {request.number + 1} has {request.prompt} tokens; the model has {positions} positions "
+            "(--max-position-embeddings)"
+        )
+    request.limit = min(request.limit, positions - request.prompt)
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
-from qwen3_npu.args.model import ModelArgs, ShapeArgs, check_shapes
+from qwen3_npu.args.model import ModelArgs, ShapeArgs, positions_note, shaped
 from qwen3_npu.args.parallel import ParallelArgs, make_layout
-from qwen3_npu.checkpoint.formats.architecture import find_architecture
 from qwen3_npu.checkpoint.formats.folders import format_of, read_tracker
 from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
+from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError
@@ -74,8 +74,9 @@ def plan_inference(
     arch, found_in, config = find_architecture(
         model, shape, load=weights.load, tokenizer=tokenizer_path, noop_layers=noop
     )
-    check_shapes(shape, arch, noop)
+    found, arch = arch, shaped(shape, arch, noop)
     parallel, notes = _without_training(parallel)
+    notes += positions_note(arch, found)
     layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)
     check_world_size(layout, world_size)
     tokenizer = open_tokenizer(_tokenizer(tokenizer_path, load, config))
@@ -121,7 +122,7 @@ def _tokenizer(given: str | None, load: Path, config: Path | None) -> str:
 
 def _eos(arch: Qwen3Arch, tokenizer: TokenizerFolder, folders: list[Path]) -> tuple[int, ...]:
     """The ending tokens that generation_config.json, config.json and the tokenizer name, all of them."""
-    named: list[int | None] = [arch.eos_token_id, tokenizer.special.get(tokenizer.named("eos_token") or "")]
+    named: list[int | None] = [*arch.eos_token_ids, tokenizer.special.get(tokenizer.named("eos_token") or "")]
     file = next((f for folder in folders if (f := folder / "generation_config.json").is_file()), None)
     if file is not None:
         listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")

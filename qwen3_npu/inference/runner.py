@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from qwen3_npu.checkpoint.training.live import load_weights
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import InferencePlan
+from qwen3_npu.model.arch.rope import Rope
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.cache import CachedSequence, Kept, KVCache, PrefixedSequence
 from qwen3_npu.model.config import transformer_config
@@ -26,6 +28,8 @@ from qwen3_npu.model.frozen import FrozenLinear, freeze_linears, run_layers
 from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -56,6 +60,7 @@ class Runner:
         data_rank, data_parallel: which copy of the model this is, and how many there are.
         vocab_size: logits of a token, without padding.
         last: this process has the logits.
+        leads: this process is the first of its copy of the model.
     """
 
     def __init__(
@@ -88,10 +93,11 @@ class Runner:
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
         self.stage, self.last = self.pipeline.rank(), self.pipeline.rank() == self.pipeline.size() - 1
         self.data_rank, self.data_parallel = parallel_state.get_data_parallel_rank(), plan.data_parallel
+        self.leads = self.stage == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
         self.vocab_size = plan.arch.vocab_size
         if self.last:
             self.head = self._head(chosen, rows, copy_tied)
-        self.sent: tuple[dist.Work, torch.Tensor] | None = None
+        self.sent: tuple[dist.Work | None, torch.Tensor] | None = None
         # Copies of the model that share experts exchange tokens in every pass: they must make the same number.
         self.in_step = plan.layout.expert > 1 and self.data_parallel > 1
 
@@ -137,8 +143,8 @@ class Runner:
         return TokenSequence(self._positions(places), tuple(boundaries), *self._facts)
 
     @property
-    def _facts(self) -> tuple[float, int, torch.dtype]:
-        return self.arch.rope_theta, self.arch.head_dim, self.dtype
+    def _facts(self) -> tuple[Rope, torch.dtype]:
+        return self.arch.rope, self.dtype
 
     def _positions(self, places: list[int]) -> torch.Tensor:
         return torch.tensor([places], device=self.device)
@@ -197,7 +203,9 @@ class Runner:
 
     def _finish_send(self) -> None:
         if self.sent is not None:
-            self.sent[0].wait()
+            work, _ = self.sent
+            if work is not None:
+                work.wait()
             self.sent = None
 
     # Results
@@ -234,15 +242,24 @@ class Runner:
         numbers, bits = self.share(both).cpu()
         return numbers.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
 
-    def gather(self, mine: list) -> list:
+    def gather(self, mine: list[T]) -> list[T]:
         """The lists of all copies of the model as one, on every process."""
         if self.data_parallel == 1:
             return mine
-        parts: list[list] = [[] for _ in range(self.data_parallel)]
+        parts: list[list[T]] = [[] for _ in range(self.data_parallel)]
         dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
         return [item for part in parts for item in part]
 
-    def agreed(self, value: object) -> object:
+    def told(self, value: bool) -> bool:
+        """What the first process of this copy of the model says, on all of the copy's processes."""
+        group = parallel_state.get_model_parallel_group()
+        if group.size() == 1:
+            return value
+        flag = torch.tensor([int(value)], device=self.device)
+        dist.broadcast(flag, dist.get_global_rank(group, 0), group=group)
+        return bool(flag.item())
+
+    def agreed(self, value: T) -> T:
         """Rank 0's value on every process."""
         if self.world.size == 1:
             return value

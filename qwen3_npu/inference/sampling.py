@@ -84,6 +84,9 @@ def choose(
     for row, tokens, number in zip(warped(scores, sampling), seen, numbers, strict=True):
         # In the order of the vocabulary: were it that of the probabilities, two that are nearly equal could swap.
         ids = torch.nonzero(row > float("-inf")).squeeze(1)
+        if not len(ids):  # NaN throughout; the caller sees it in the token's log-probability
+            chosen.append(row.argmax())
+            continue
         cumulative = row[ids].cpu().double().softmax(-1).cumsum(-1)  # not every device knows float64
         place = torch.searchsorted(cumulative, uniform(sampling.seed, number, len(tokens)) * cumulative[-1], right=True)
         chosen.append(ids[min(int(place), len(ids) - 1)])

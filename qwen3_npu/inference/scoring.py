@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 import torch
 
+from qwen3_npu.inference.diagnose import check_finite
 from qwen3_npu.inference.engine import common
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.model.cache import Kept, KVCache
 
 _WORTH_SHARING = 16
+_PASSES_PER_REPORT = 16
+
+Key = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Choice:
         length: tokens of the continuation.
     """
 
-    key: tuple[int, int]
+    key: Key
     group: str
     tokens: tuple[int, ...]
     length: int
@@ -63,28 +67,62 @@ class Scorer:
         self.computed = self.reused = 0
 
     def score(
-        self, choices: Sequence[Choice], on_done: Callable[[float], None] | None = None
-    ) -> dict[tuple[int, int], float]:
+        self,
+        choices: Sequence[Choice],
+        on_done: Callable[[float], None] | None = None,
+        *,
+        known: Mapping[Key, float] | None = None,
+        on_scores: Callable[[list[tuple[Key, float]]], None] | None = None,
+    ) -> dict[Key, float]:
         """Log-likelihood of every continuation, on every process.
 
         Args:
             on_done: called with the share of this process's rows that a pass has done.
+            known: scores of an earlier run. Passes are made up as if there were none, and left out if all their scores
+                are known, so a score does not depend on where the earlier run ended.
+            on_scores: called every few passes with the scores that they made.
+
+        Raises:
+            Stopped: a score is not a number.
         """
-        keys: list[tuple[int, int]] = []
-        parts: list[torch.Tensor] = []
+        known = known or {}
+        found: list[tuple[Key, float]] = []
+        pending: list[tuple[list[_Row], torch.Tensor | None]] = []
+
+        def report() -> None:
+            scores = self._shared(pending)
+            found.extend(scores)
+            if on_scores is not None and scores:
+                on_scores(scores)
+            pending.clear()
+
         groups = self._share(_rows(choices, self.runner.plan.positions))
         total = sum(map(len, groups))
-        for batch, prefix in self._batches(groups):
-            keys += [choice.key for row in batch for choice in row.choices]
-            scores = self._pass(batch, prefix)
-            if scores is not None:
-                parts.append(scores)
+        for batch, prefix in self._batches(groups, known):
+            pending.append((batch, self._pass(batch, prefix)))
             if on_done is not None:
                 on_done(len(batch) / total)
+            if len(pending) == _PASSES_PER_REPORT:
+                report()
+        report()
         while self.runner.anyone(False):
             self.runner.idle()
+        return {**known, **dict(self.runner.gather(found))}
+
+    def _shared(self, passes: Sequence[tuple[list[_Row], torch.Tensor | None]]) -> list[tuple[Key, float]]:
+        """What the last stage found in some passes, on every process of this copy of the model."""
+        keys = [choice.key for batch, _ in passes for row in batch for choice in row.choices]
+        if not keys:
+            return []
+        parts = [scores for _, scores in passes if scores is not None]
         values = torch.cat(parts) if parts else torch.zeros(len(keys), device=self.runner.device)
-        return dict(self.runner.gather(list(zip(keys, self.runner.share(values).tolist(), strict=True))))
+        scores = self.runner.share(values).tolist()
+        start = 0
+        for batch, _ in passes:
+            end = start + sum(len(row.choices) for row in batch)
+            check_finite(self.runner, scores[start:end], [row.tokens for row in batch])
+            start = end
+        return list(zip(keys, scores, strict=True))
 
     def _share(self, groups: dict[str, list[_Row]]) -> list[list[_Row]]:
         """The groups that this copy of the model takes: the longest first, each to the copy with the least."""
@@ -97,27 +135,27 @@ class Scorer:
                 mine.append(rows)
         return mine
 
-    def _batches(self, groups: list[list[_Row]]) -> Iterator[tuple[list[_Row], int]]:
+    def _batches(self, groups: list[list[_Row]], known: Container[Key]) -> Iterator[tuple[list[_Row], int]]:
         """Rows of one pass and the length of what they share, which lies in the cache by then."""
         for rows in groups:
-            prefix = self._prefix(rows) if self.prefix_cache else 0
-            batch: list[_Row] = []
+            prefix = _shared_length(rows) if self.prefix_cache else 0
+            batches: list[list[_Row]] = [[]]
             # Rows of similar length: nothing is padded, but passes take a similar time.
             for row in sorted(rows, key=lambda row: len(row.tokens)):
-                if batch and sum(len(r.tokens) - prefix for r in (*batch, row)) > self.pass_tokens:
-                    yield batch, prefix
-                    batch = []
-                batch.append(row)
-            yield batch, prefix
+                if batches[-1] and sum(len(r.tokens) - prefix for r in (*batches[-1], row)) > self.pass_tokens:
+                    batches.append([])
+                batches[-1].append(row)
+            batches = [
+                batch for batch in batches if not all(choice.key in known for row in batch for choice in row.choices)
+            ]
+            if prefix and batches:
+                self._compute_prefix(rows, prefix)
+            for batch in batches:
+                yield batch, prefix
 
-    def _prefix(self, rows: list[_Row]) -> int:
-        """Compute what all rows begin with; its length."""
+    def _compute_prefix(self, rows: list[_Row], length: int) -> None:
+        """Put what all rows begin with into the cache."""
         first = rows[0].tokens
-        # Every row keeps the tokens whose logits are needed.
-        room = min(len(row.tokens) - row.logits for row in rows)
-        length = min([room, *(common(first, row.tokens) for row in rows)])
-        if len(rows) == 1 or length < _WORTH_SHARING:
-            return 0
         if self.cache is None or self.cache.capacity < length:
             self.cache = None  # the old one goes first
             self.cache = self.runner.new_cache(1, min(-(-length // 256) * 256, self.runner.plan.positions))
@@ -127,7 +165,6 @@ class Scorer:
             self.runner.forward(tokens, self.runner.cached(self.cache, [Kept(0, start, len(tokens))]), [])
         self.computed += length
         self.reused += length * (len(rows) - 1)
-        return length
 
     def _pass(self, batch: list[_Row], prefix: int) -> torch.Tensor | None:
         """Scores of the batch's choices, float32, on the last stage."""
@@ -155,6 +192,15 @@ class Scorer:
         return torch.stack([part.sum() for part in found.split(sizes)])
 
 
+def _shared_length(rows: list[_Row]) -> int:
+    """Tokens that all rows begin with, if so many that it is worth while."""
+    first = rows[0].tokens
+    # Every row keeps the tokens whose logits are needed.
+    room = min(len(row.tokens) - row.logits for row in rows)
+    length = min([room, *(common(first, row.tokens) for row in rows)])
+    return 0 if len(rows) == 1 or length < _WORTH_SHARING else length
+
+
 def _rows(choices: Sequence[Choice], positions: int) -> dict[str, list[_Row]]:
     """What goes through the model, by group: continuations of one token after the same context share a row."""
     groups: dict[str, dict[tuple[int, ...], _Row]] = {}
@@ -165,7 +211,9 @@ def _rows(choices: Sequence[Choice], positions: int) -> dict[str, list[_Row]]:
     return {group: list(rows.values()) for group, rows in groups.items()}
 
 
-def choice_tokens(encode: Callable[[list[str]], list[list[int]]], context: str, continuations: Sequence[str]) -> list:
+def choice_tokens(
+    encode: Callable[[list[str]], list[list[int]]], context: str, continuations: Sequence[str]
+) -> list[tuple[tuple[int, ...], int]]:
     """Tokens and length of each continuation of a context, encoded with it as one text.
 
     A space at the context's end belongs to the continuation.

@@ -1,42 +1,53 @@
-"""What inference.py and evaluation.py do before their own work."""
+"""The shell around inference.py and evaluation.py: flags, plan, device, then the program's own work."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qwen3_npu import log
+from qwen3_npu import cli, log
 from qwen3_npu.args.evaluation import EvaluationArgs
 from qwen3_npu.args.inference import InferenceArgs
-from qwen3_npu.checkpoint.formats.base import check_writable
 from qwen3_npu.distributed import environment
-from qwen3_npu.inference.plan import InferencePlan, plan_inference
-
-if TYPE_CHECKING:  # it imports torch, which --dry-run does without
-    from qwen3_npu.platform.base import Platform
 
 
 def start(
-    args: InferenceArgs | EvaluationArgs, notes: Sequence[str], output_dir: str
-) -> tuple[Platform, InferencePlan] | None:
-    """InferencePlan and say what will be done, and make the device ready; None if --dry-run asks for no more.
+    prog: str,
+    description: str,
+    make: Callable[..., InferenceArgs | EvaluationArgs],
+    *,
+    groups: Sequence[type],
+    foreign: Mapping[str, cli.Foreign],
+    work: str,
+) -> None:
+    """Parse the flags, say what will be done, make the device ready and do it; with --dry-run only say it.
 
     Args:
-        notes: of the flags.
+        make: groups of flags -> the program's flags.
+        work: module whose `run(platform, args, plan)` does the work; imported late, because it imports torch.
 
     Raises:
         UsageError: something does not fit, or --output-dir cannot be written.
     """
-    _, world_size, _ = environment.ranks()
+    rank, world_size, _ = environment.ranks()
+    log.setup(rank, world_size)
+    parsed = cli.parse(prog, description, groups, foreign)
+    args = make(*parsed.groups)
+    from qwen3_npu.inference.plan import plan_inference
+
     plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, world_size)
-    for line in [*plan.describe(args.weights), *notes]:
+    for line in [*plan.describe(args.weights), *parsed.notes]:
         log.info(line)
     if args.runtime.dry_run:
-        return None
+        return
+    from qwen3_npu.files import check_writable
     from qwen3_npu.platform import select
 
     platform = select(args.runtime.device)
     platform.activate()
-    check_writable(Path(output_dir), "--output-dir")
-    return platform, plan
+    check_writable(Path(args.output_dir), "--output-dir")
+    from qwen3_npu.distributed.failure import recorded
+
+    with recorded():
+        importlib.import_module(work).run(platform, args, plan)

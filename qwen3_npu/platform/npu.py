@@ -43,12 +43,13 @@ def set_environment() -> None:
 def why_not() -> str | None:
     """Why this device cannot be used; None if it can."""
     if importlib.util.find_spec("torch_npu") is None:
-        return "torch_npu is not installed (pip install qwen3-npu[npu])"
+        return "torch_npu is not installed; docs/npu.md says which one fits your CANN, python -m qwen3_npu.doctor also"
     set_environment()
     try:
         import torch_npu
     except (ImportError, OSError) as error:
-        return f"torch_npu cannot be imported ({error}); source CANN's set_env.sh first"
+        places = "/usr/local/Ascend/cann or /usr/local/Ascend/ascend-toolkit"
+        return f"torch_npu cannot be imported ({error}); source CANN's set_env.sh first (in {places})"
     if not torch_npu.npu.is_available():
         return "torch_npu sees no NPU; check npu-smi info and ASCEND_RT_VISIBLE_DEVICES"
     return None

@@ -10,13 +10,12 @@ import torch
 from megatron.core import parallel_state
 
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.data.text.prompt_types import warn_of_misfit
 from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.data.train import pretrain_dataset, sft_dataset
 from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
 from qwen3_npu.data.train.data_path import blend
-from qwen3_npu.data.train.documents import find_eod
-from qwen3_npu.data.train.rows import Padding, Rows, instruction_rows, padding_multiple
-from qwen3_npu.data.train.thinking import ThinkTokens
+from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
@@ -36,6 +35,7 @@ class Feed:
         make_rows: samples of a micro-batch -> its rows.
         rows, length: of every micro-batch, for the pipeline; None where lengths differ.
         think: marks of thoughts, if the data may have them.
+        supervised: tokens of every micro-batch that are supervised; None where it differs.
     """
 
     args: PretrainArgs
@@ -46,6 +46,7 @@ class Feed:
     rows: int
     length: int | None
     think: ThinkTokens | None = None
+    supervised: float | None = None
 
     def batches(
         self,
@@ -72,7 +73,16 @@ class Feed:
         def local(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, cp_rank)
 
-        return row_batches(dataset, numbers, self.make_rows, sequence, local, device, self.think)
+        return row_batches(
+            dataset,
+            numbers,
+            self.make_rows,
+            sequence,
+            local,
+            device,
+            self.think,
+            marks_padding=plan.arch.is_moe,
+        )
 
 
 def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
@@ -97,7 +107,9 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, seq, micro = args.data, args.train.seq_length, args.train.micro_batch_size
     splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan))
     if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
-        return Feed(args, plan, splits.train, splits.valid, pretrain_dataset.plain_rows, micro, seq)
+        return Feed(
+            args, plan, splits.train, splits.valid, pretrain_dataset.plain_rows, micro, seq, supervised=micro * seq
+        )
     flag = "--reset-attention-mask, --reset-position-ids and --eod-mask-loss"
     ends = {find_eod(open_indexed(prefix), flag) for prefix in blend(data.data_path)[0]}
     if len(ends) > 1:
@@ -114,13 +126,15 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
 
     # With --reset-attention-mask the rows are laid one after the other, boundaries and all.
     flat = data.reset_attention_mask
-    return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, seq * (micro if flat else 1))
+    supervised = None if data.eod_mask_loss else micro * seq
+    length = seq * (micro if flat else 1)
+    return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, length, supervised=supervised)
 
 
 def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, train = args.data, args.train
     prefixes, weights = blend(data.data_path)
-    files = sft_dataset.open_instructions(prefixes, plan.arch.vocab_size, per_document=data.per_document)
+    files = sft_dataset.open_instructions(prefixes, per_document=data.per_document)
     splits = sft_dataset.instruction_splits(
         files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
     )
@@ -134,6 +148,8 @@ def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
         context=args.parallel.context_parallel_size,
     )
     tokenizer = open_tokenizer(data.tokenizer_name_or_path) if data.tokenizer_name_or_path else None
+    if tokenizer and args.instruction.prompt_type and environment.ranks()[0] == 0:
+        warn_of_misfit(args.instruction.prompt_type, tokenizer)
     pad = tokenizer.pad() if tokenizer else (plan.arch.eos_token_id or 0)
     padding = Padding(pad, None if data.variable_seq_lengths else train.seq_length, multiple)
     packs = data.per_document and any(file.kind is sft_dataset.Kind.NEAT_PACK for file in files)

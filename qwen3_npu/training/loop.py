@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -17,13 +18,14 @@ from qwen3_npu.args.lora import LORA_TARGETS, LoraArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.training.save import Position, Trained
-from qwen3_npu.data.train.batches import Batch
+from qwen3_npu.data.train.batches import Batch, drained
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
 from qwen3_npu.distributed.nodes import check_shared
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
+from qwen3_npu.model.router import routers
 from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
@@ -38,7 +40,7 @@ from qwen3_npu.training.plan import TrainingPlan
 from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, continued, leased, prepare
-from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, train_step
+from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
@@ -123,6 +125,9 @@ class Trainer:
         self.feed: Feed  # open_data
         self.guard = NanGuard(args.exits.max_skipped_updates)
         self.exits = Exits(args.exits)
+        # megatron averages losses over micro-batches itself, if it does not divide by tokens.
+        weighted = routers(self.modules) if config.calculate_per_token_loss else []
+        self.routers = [router for router in weighted if router.has_losses]
 
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
@@ -138,7 +143,22 @@ class Trainer:
 
     def sequence(self, positions: torch.Tensor, boundaries: tuple[int, ...] | None = None) -> TokenSequence:
         """What the layers need to know of tokens at these positions [b, s], in documents with these boundaries."""
-        return TokenSequence(positions, boundaries, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
+        return TokenSequence(positions, boundaries, self.plan.arch.rope, self.dtype)
+
+    def training_batches(self) -> list[Iterator[Batch]]:
+        """This rank's micro-batches of the next step, once for each model chunk; the routers know what they need."""
+        batches = self.batches(self.feed.train, self.position.samples)
+        if not self.routers:
+            return batches
+        if self.feed.supervised is not None:
+            weight: float | torch.Tensor = self.feed.supervised
+        else:
+            held = list(batches[0])
+            weight = router_loss_weight(held, self.world.device)
+            batches = [drained(collections.deque(held)) for _ in self.chunks]
+        for router in self.routers:
+            router.loss_weight = weight
+        return batches
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -154,7 +174,7 @@ class Trainer:
             self.chunks,
             self.optimizer,
             self.scheduler,
-            self.batches(self.feed.train, self.position.samples),
+            self.training_batches(),
             self.guard,
             global_batch=self.plan.global_batch,
             **self.sizes,

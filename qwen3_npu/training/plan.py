@@ -5,36 +5,32 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from qwen3_npu.args.model import check_shapes
-from qwen3_npu.args.parallel import make_layout
+from qwen3_npu.args.fit import Fit, fit
+from qwen3_npu.args.model import positions_note, shaped
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.args.training import TrainArgs
-from qwen3_npu.checkpoint.formats.architecture import find_architecture
-from qwen3_npu.distributed.layout import Layout, check_world_size, divisors
-from qwen3_npu.errors import UsageError
+from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
+from qwen3_npu.plan.launch import lines, planned
+from qwen3_npu.plan.verdict import Verdict
 from qwen3_npu.progress import human
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingPlan:
+class TrainingPlan(Fit):
     """A training whose sizes fit together.
 
     Attributes:
         config: folder whose config.json and tokenizer files go with the checkpoints; None if there is none.
-        data_parallel: copies of the model.
-        global_batch: samples per step.
-        num_microbatches: forward passes of each copy per step.
+        verdict: memory and time to expect; None where nothing says the device.
+        notes: what the flags make of the model.
     """
 
     arch: Qwen3Arch
     found_in: str
     config: Path | None
-    layout: Layout
-    data_parallel: int
-    global_batch: int
-    num_microbatches: int
+    verdict: Verdict | None
+    notes: tuple[str, ...]
 
     def describe(self, args: PretrainArgs) -> list[str]:
         """What will be done, a line each."""
@@ -43,11 +39,13 @@ class TrainingPlan:
         tokens = self.global_batch * train.seq_length
         return [
             f"model: {self.arch} (from {self.found_in})",
+            *self.notes,
             f"layout: {self.layout}{context}, DP{self.data_parallel}",
             f"batch: {self.global_batch} samples of {train.seq_length} tokens = {human(tokens)} tokens: "
             f"{self.data_parallel} ranks x {self.num_microbatches} micro-batches x {train.micro_batch_size}",
             f"training: {train.train_iters} steps, {human(train.train_iters * tokens)} tokens, "
             f"{'bfloat16' if train.bf16 else 'float32'}",
+            *lines(self.verdict, dry_run=args.runtime.dry_run),
         ]
 
 
@@ -62,86 +60,10 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
     arch, found_in, config = find_architecture(
         args.model, args.shape, load=args.checkpoint.load, tokenizer=tokenizer, noop_layers=noop
     )
-    check_shapes(args.shape, arch, noop)
+    found, arch = arch, shaped(args.shape, arch, noop)
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
-    layout = make_layout(arch, args.parallel, args.shape.make_vocab_size_divisible_by, args.shape.padded_vocab_size)
-    context = args.parallel.context_parallel_size
-    check_world_size(layout, world_size, context)
-    _check_sequence(args, arch)
-    _check_kind(args.train, arch)
-    data_parallel = world_size // (layout.tensor * layout.pipeline * context)
-    micro = args.train.micro_batch_size
-    global_batch = args.train.global_batch_size or micro * data_parallel
-    if global_batch % (micro * data_parallel):
-        raise UsageError(
-            f"--global-batch-size {global_batch} is not a multiple of --micro-batch-size {micro} x {data_parallel} "
-            f"data-parallel ranks"
-        )
-    num_microbatches = global_batch // (micro * data_parallel)
-    if layout.virtual > 1 and num_microbatches % layout.pipeline:
-        raise UsageError(
-            f"an interleaved pipeline of {layout.pipeline} stages needs a multiple of {layout.pipeline} micro-batches "
-            f"per step; --global-batch-size {global_batch} gives {num_microbatches}"
-        )
-    return TrainingPlan(arch, found_in, config, layout, data_parallel, global_batch, num_microbatches)
-
-
-def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
-    seq, tp = args.train.seq_length, args.parallel.tensor_model_parallel_size
-    longest = args.shape.max_position_embeddings or arch.max_position_embeddings
-    if seq > longest:
-        raise UsageError(
-            f"--seq-length {seq} is above the model's {longest} positions; "
-            f"raise --max-position-embeddings to train longer"
-        )
-    if arch.is_moe and tp > 1 and not args.parallel.sequence_parallel:
-        raise UsageError(
-            f"a MoE model at --tensor-model-parallel-size {tp} trains with --sequence-parallel only; add it"
-        )
-    if arch.is_moe and args.data.variable_seq_lengths and args.train.moe_token_dispatcher_type == "allgather":
-        raise UsageError("--moe-token-dispatcher-type allgather needs micro-batches of one length; use alltoall")
-    multiple, why = sequence_multiple(args)
-    if seq % multiple:
-        raise UsageError(f"--seq-length {seq} must be a multiple of {multiple} ({why})")
-    _check_context_parallel(args, arch)
-
-
-def _check_kind(train: TrainArgs, arch: Qwen3Arch) -> None:
-    """Flags for experts are for models that have them."""
-    absent, kind = ("mlp", "MoE") if arch.is_moe else ("moe", "dense")
-    if train.recompute_granularity == "selective" and absent in train.recompute_modules:
-        raise UsageError(f"--recompute-modules {absent}: this model is {kind} and has no such part")
-    if not arch.is_moe:
-        moe = [field for field in dataclasses.fields(train) if field.name.startswith("moe_")]
-        given = [f"--{f.name.replace('_', '-')}" for f in moe if getattr(train, f.name) != f.default]
-        if given:
-            raise UsageError(f"{', '.join(given)}: this model is dense; drop what is for experts")
-
-
-def sequence_multiple(args: PretrainArgs) -> tuple[int, str]:
-    """Every sequence's length must be a multiple of this; and why."""
-    parallel = args.parallel
-    multiple, why = parallel.context_parallel_size, []
-    if parallel.context_parallel_size > 1:
-        if parallel.context_parallel_algo == "megatron_cp_algo":
-            multiple *= 2
-        why.append(f"--context-parallel-size {parallel.context_parallel_size}, {parallel.context_parallel_algo}")
-    if parallel.sequence_parallel:
-        multiple *= parallel.tensor_model_parallel_size
-        why.append(f"--sequence-parallel over TP {parallel.tensor_model_parallel_size}")
-    return multiple, " and ".join(why)
-
-
-def _check_context_parallel(args: PretrainArgs, arch: Qwen3Arch) -> None:
-    size, algorithm = args.parallel.context_parallel_size, args.parallel.context_parallel_algo
-    if size == 1:
-        return
-    heads = arch.num_attention_heads // args.parallel.tensor_model_parallel_size
-    if algorithm == "ulysses_cp_algo" and heads % size:
-        raise UsageError(
-            f"--context-parallel-size {size} with ulysses_cp_algo does not divide the {heads} query heads of a TP "
-            f"rank; use megatron_cp_algo or one of {divisors(heads)}"
-        )
-    if algorithm == "megatron_cp_algo" and args.train.attention_dropout:
-        raise UsageError("--attention-dropout is not offered with megatron_cp_algo; use ulysses_cp_algo")
+    sizes = fit(args, arch, world_size)
+    verdict = planned(args, arch, sizes)
+    notes = tuple(positions_note(arch, found))
+    return TrainingPlan(**vars(sizes), arch=arch, found_in=found_in, config=config, verdict=verdict, notes=notes)

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint.formats.base import check_writable, same_folder, write_text
 from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name
 from qwen3_npu.checkpoint.training import load, retention, save
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import Stopped
+from qwen3_npu.files import check_writable, same_folder, write_text
 from qwen3_npu.lease import Lease, folder_lease
 
 _BEFORE = "before_this_run.json"  # which job, and what the tracker was when it began: later ones are its own

@@ -108,6 +108,25 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torc
     return output, functools.partial(loss_of, batch, get_model_config(model).calculate_per_token_loss)
 
 
+def router_loss_weight(batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
+    """What `Router.loss_weight` must be so that the routers' losses count as the mean over the micro-batches of a step.
+
+    megatron divides all gradients by the supervised tokens of the global batch. These must be known before the first
+    backward pass, hence one small collective per step; nothing waits for it on the host.
+
+    Args:
+        batches: this data-parallel rank's micro-batches of the step.
+
+    Returns:
+        Supervised tokens of the global batch over its micro-batches, a float32 scalar.
+    """
+    group = parallel_state.get_data_parallel_group()
+    supervised = torch.full((), sum(batch.supervised for batch in batches), dtype=torch.float32, device=device)
+    if group.size() > 1:
+        dist.all_reduce(supervised, group=group)
+    return supervised.clamp(min=1) / (len(batches) * group.size())
+
+
 def run_schedule(
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[Iterator[Batch]],

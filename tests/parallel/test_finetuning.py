@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import llama
 import tiny
+from plain import EPS, FLAGS, LONGEST, LR, MICRO2, STEPS, VARIABLE, document_loss, documents, unstacked
 from qwen3_npu.parity.measure import largest_difference
 from qwen3_npu.parity.rows import CHUNKS, EP2, ETP1, FULL, PER_DOCUMENT, PP2, RING, SP, TP2, ULYSSES, VPP, ZERO
 from worlds import World
-
-# With Adam's usual 1e-8 an update depends on the sign of gradients that are all but 0, which rounding decides.
-STEPS, LONGEST, BATCH, LR, EPS = 4, 64, 8, 3e-3, 1e-4
-FLAGS = ["--stage", "sft", "--seq-length", str(LONGEST), "--global-batch-size", str(BATCH), "--lr", str(LR)]
-FLAGS += ["--lr-decay-style", "constant", "--clip-grad", "0", "--train-iters", str(STEPS), "--device", "cpu"]
-FLAGS += ["--eval-iters", "0", "--split", "1,0,0", "--adam-eps", str(EPS)]
-VARIABLE, MICRO2 = ["--no-pad-to-seq-lengths"], ["--micro-batch-size", "2"]
-
-Document = tuple[list[int], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -35,37 +27,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "single": str(tiny.write_instructions(root / "single")),
         "packed": str(tiny.write_instructions(root / "packed", pack=LONGEST)),
     }
-
-
-def documents(prefix: str) -> list[list[list[Document]]]:
-    """The documents (ids, labels) of each sample of each step, in the order of the training."""
-    from qwen3_npu.data.train.sft_dataset import instruction_splits, open_instructions
-
-    files = open_instructions([prefix], 256, per_document=False)
-    train = instruction_splits(files, None, "1,0,0", longest=LONGEST, seed=1234).train
-    steps = []
-    for step in range(STEPS):
-        samples = []
-        for number in range(step * BATCH, (step + 1) * BATCH):
-            sample = train[number]
-            segments = np.ones(len(sample.ids), int) if sample.segments is None else sample.segments
-            boundaries = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
-            samples.append(
-                [
-                    (sample.ids[a:b].tolist(), sample.labels[a:b].tolist())
-                    for a, b in itertools.pairwise(boundaries)
-                    if segments[a]
-                ]
-            )
-        steps.append(samples)
-    return steps
-
-
-def document_loss(model: Any, document: Document) -> torch.Tensor:
-    """Sum of the losses of a document's supervised tokens, run alone."""
-    ids, labels = (torch.tensor(column) for column in document)
-    logits = model(input_ids=ids[None]).logits[0].float()
-    return torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
 
 
 def plain_loop(model: Any, prefix: str, shared: Sequence[Sequence[torch.nn.Parameter]] = ()) -> dict[str, Any]:
@@ -95,20 +56,6 @@ def plain_loop(model: Any, prefix: str, shared: Sequence[Sequence[torch.nn.Param
             gradients = {name: p.grad.clone().numpy() for name, p in model.named_parameters() if p.requires_grad}
         optimizer.step()
     return {"loss": losses, "grad_norm": norms, "gradients": gradients}
-
-
-def unstacked(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names as in files, where each expert has its own tensors; transformers 5 stacks them in memory."""
-    found = {}
-    for name, gradient in gradients.items():
-        stem, _, last = name.rpartition(".")
-        for number, one in enumerate(gradient if stem.endswith(".experts") else ()):
-            parts = zip(("gate_proj", "up_proj"), np.split(one, 2), strict=True)
-            for projection, part in parts if last == "gate_up_proj" else [(last, one)]:
-                found[f"{stem}.{number}.{projection}.weight"] = part
-        if not stem.endswith(".experts"):
-            found[name] = gradient
-    return found
 
 
 def check(got: dict[str, Any], expected: dict[str, Any], gradients: Path, rename: Any = lambda name: name) -> None:
@@ -155,6 +102,12 @@ SFT = {
     "packed, CP2 ring": ("untied", "packed", 2, PER_DOCUMENT + RING),
     "packed, CP2 ulysses": ("untied", "packed", 2, PER_DOCUMENT + ULYSSES),
     "packed, CP2 ring PP2": ("untied", "packed", 4, PER_DOCUMENT + RING + PP2),
+    "Qwen2.5, packed, TP2 SP PP2": ("qwen2", "packed", 4, PER_DOCUMENT + TP2 + SP + PP2),
+    "Qwen2.5, dynamic, DP2 distributed optimizer": ("qwen2", "single", 2, VARIABLE + ZERO),
+    "Llama, TP2 PP2": ("llama", "single", 4, VARIABLE + TP2 + PP2),
+    "YaRN, packed, CP2 ring TP2 SP": ("yarn", "packed", 4, PER_DOCUMENT + RING + TP2 + SP),
+    "YaRN, packed, CP2 ulysses": ("yarn", "packed", 2, PER_DOCUMENT + ULYSSES),
+    "YaRN, dynamic, PP2 VPP2": ("yarn", "single", 2, VARIABLE + PP2 + VPP),
     "moe, packed": ("moe", "packed", 1, PER_DOCUMENT),
     "moe, dynamic, EP2": ("moe", "single", 2, VARIABLE + EP2),
     "moe, packed, TP2 SP EP2": ("moe", "packed", 4, PER_DOCUMENT + TP2 + SP + EP2),
@@ -233,12 +186,12 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 
     made = {}
-    for kind in ("untied", "moe"):
+    for kind, arch in {**{k: tiny.arch(k) for k in ("untied", "moe", "qwen2")}, "llama": llama.arch()}.items():
         folder = tmp_path_factory.mktemp(f"adapter-{kind}")
         rng = np.random.default_rng(3)
         tensors: dict[str, np.ndarray] = {}
         siblings = {projection: names[0] for names in LORA_TARGETS.values() for projection in names}
-        for name, shape in peft_shapes(tiny.arch(kind), Lora(RANK, ALPHA, tuple(LORA_TARGETS))).items():
+        for name, shape in peft_shapes(arch, Lora(RANK, ALPHA, tuple(LORA_TARGETS))).items():
             projection = name.split(".")[-3]
             first = name.replace(f".{projection}.", f".{siblings[projection]}.")
             if ".lora_A." in name and first in tensors:
@@ -257,23 +210,23 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def peft_loop(models: dict[str, str], data: dict[str, str], adapters: dict[str, str]) -> Any:
-    """Form of data -> what peft on transformers computes with the same A and B."""
+    """Form of data, kind of model -> what peft on transformers computes with the same A and B."""
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
     from transformers import AutoModelForCausalLM
 
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def compute(form: str) -> dict[str, Any]:
-        if form not in known:
-            base = AutoModelForCausalLM.from_pretrained(models["untied"], dtype=torch.float32)
-            model = peft.PeftModel.from_pretrained(base, adapters["untied"], is_trainable=True)
+    def compute(form: str, kind: str) -> dict[str, Any]:
+        if (form, kind) not in known:
+            base = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32)
+            model = peft.PeftModel.from_pretrained(base, adapters[kind], is_trainable=True)
             shared = []
             for layer in model.base_model.model.model.layers:
                 a, m = layer.self_attn, layer.mlp
                 for linears in ((a.q_proj, a.k_proj, a.v_proj), (m.gate_proj, m.up_proj)):
                     shared.append([linear.lora_A["default"].weight for linear in linears])
-            known[form] = plain_loop(model, data[form], shared)
-        return known[form]
+            known[form, kind] = plain_loop(model, data[form], shared)
+        return known[form, kind]
 
     return compute
 
@@ -285,6 +238,8 @@ LORA_LAYOUTS = {
     "TP2 PP2 VPP2, packed": (4, "packed", TP2 + PP2 + VPP + PER_DOCUMENT),
     "DP2 distributed optimizer": (2, "single", ZERO),
     "CP2 ring": (2, "single", RING),
+    "Qwen2.5, TP2 SP PP2": (4, "single", TP2 + SP + PP2 + VARIABLE, "qwen2"),
+    "Llama, TP2 PP2": (4, "single", TP2 + PP2 + VARIABLE, "llama"),
     "full recompute": (1, "single", FULL),
     "full recompute, TP2 SP PP2": (4, "single", FULL + TP2 + SP + PP2),
     "recomputed MLP": (1, "single", ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]),
@@ -302,9 +257,10 @@ def test_lora_equals_peft(
     peft_loop: Any,
     tmp_path: Path,
 ) -> None:
-    size, form, extra = LORA_LAYOUTS[name]
-    expected = peft_loop(form)
-    flags = [*FLAGS, *LORA, "--load", models["untied"], "--lora-load", adapters["untied"], "--data-path", data[form]]
+    size, form, extra, *others = LORA_LAYOUTS[name]
+    kind = others[0] if others else "untied"
+    expected = peft_loop(form, kind)
+    flags = [*FLAGS, *LORA, "--load", models[kind], "--lora-load", adapters[kind], "--data-path", data[form]]
     gradients = tmp_path / "gradients.npz"
     got = worlds[size].run("gradients", flags=flags + extra, steps=STEPS, file=str(gradients))
     assert got["frozen"]

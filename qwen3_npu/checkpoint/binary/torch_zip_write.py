@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.files import flush
 
 _ALIGNMENT = 64
 _ZIP64_EXTRA = 20  # bytes that zipfile adds to a local header it opens with force_zip64
@@ -160,8 +160,7 @@ class PtWriter:
     def close(self) -> None:
         """Finish the archive and flush it to disk."""
         self._end()
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        flush(self.file)
         self.file.close()
 
 

@@ -9,89 +9,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.formats.base import PLAN, RECORD, FileJob, Item, Record, job_bytes
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
-from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import check_writable, rename, write_text
 from qwen3_npu.progress import Progress, human
 
-_RECORD = ".record.json"
-_PLAN = "plan.json"
 _SPARE_BYTES = 64 << 20  # left free on the disk, for headers, configuration and tokenizer files
 
 T = TypeVar("T")
 Result = TypeVar("Result")
 Count = Callable[[int], None]
-
-
-class Item(NamedTuple):
-    """A tensor to be written: a name that no other of its file has, the pieces it is made of, and its dtype."""
-
-    name: str
-    shard: Shard
-    dtype: DType
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shard.shape) * self.dtype.itemsize
-
-
-class Stored(NamedTuple):
-    """A tensor of a finished file."""
-
-    dtype: DType | None
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-
-class FileJob(Protocol):
-    """One output file."""
-
-    @property
-    def name(self) -> str:
-        """Path relative to the output folder."""
-
-    def items(self) -> list[Item]:
-        """Every tensor of the file, in order."""
-
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
-        """Make the file from the data of `items`, flushed to disk; what the record should remember besides."""
-
-    def stored(self, path: Path) -> dict[str, Stored]:
-        """The tensors of a finished file, under the names of `items`. Raises: UsageError: it cannot be read."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A finished file.
-
-    Attributes:
-        bytes: its size.
-        sha256: of each tensor's bytes.
-        notes: what the job's `write` returned.
-    """
-
-    bytes: int
-    sha256: dict[str, str]
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def job_bytes(job: FileJob) -> int:
-    """Bytes of the tensors of a job."""
-    return sum(item.bytes for item in job.items())
 
 
 def run_jobs(
@@ -122,28 +61,12 @@ def run_jobs(
         raise UsageError(f"{stage} is an unfinished conversion; continue it with --resume or drop it with --overwrite")
     todo = [job for job in jobs if job.name not in records]
     total = sum(map(job_bytes, todo))
-    _make_writable(stage)
+    check_writable(stage, "--save-dir")
     check_space(stage, total)
-    (stage / _PLAN).write_text(plan, encoding="utf-8")
+    write_text(stage / PLAN, plan)
     with Progress(what, total, {"bytes": "B"}) as progress:
         records |= in_processes(_Write(stage), todo, open_source, workers, lambda count: progress.add(bytes=count))
     return {job.name: records[job.name] for job in jobs}
-
-
-def remove_records(stage: Path) -> None:
-    """Drop the records once every file is finished."""
-    for path in [*stage.rglob("*" + _RECORD), stage / _PLAN]:
-        path.unlink(missing_ok=True)
-
-
-def _make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"cannot write in {folder}: {error.strerror}; choose another --save-dir") from None
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -158,16 +81,16 @@ def check_space(folder: Path, needed: int) -> None:
 
 def _earlier(stage: Path, plan: str) -> dict[str, Record]:
     """Files that an earlier run finished: their record is there and their size agrees with it."""
-    if not (stage / _PLAN).is_file():
+    if not (stage / PLAN).is_file():
         return {}
-    if (stage / _PLAN).read_text(encoding="utf-8") != plan:
+    if (stage / PLAN).read_text(encoding="utf-8") != plan:
         raise UsageError(
             f"{stage} was begun with another source or other settings; repeat those with --resume, or drop it with "
             f"--overwrite"
         )
     records = {}
-    for path in sorted(stage.rglob("*" + _RECORD)):
-        file = path.with_name(path.name[: -len(_RECORD)])
+    for path in sorted(stage.rglob("*" + RECORD)):
+        file = path.with_name(path.name[: -len(RECORD)])
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
         if file.is_file() and file.stat().st_size == record.bytes:
             records[str(file.relative_to(stage))] = record
@@ -200,11 +123,9 @@ class _Write:
             notes = job.write(temporary, tensors())
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}; --resume continues from here") from None
-        os.replace(temporary, path)
+        rename(temporary, path)
         record = Record(path.stat().st_size, digests, notes)
-        record_path = path.with_name(path.name + _RECORD)
-        record_path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(record)), encoding="utf-8")
-        os.replace(record_path.with_suffix(".tmp"), record_path)
+        write_text(path.with_name(path.name + RECORD), json.dumps(dataclasses.asdict(record)))
         return record
 
 

@@ -13,11 +13,11 @@ from qwen3_npu.checkpoint.formats.base import Output
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.dist_write import DistOutput
 from qwen3_npu.checkpoint.formats.folders import TORCH_DIST
+from qwen3_npu.checkpoint.formats.hf_write import HfOutput, PeftOutput, plan_hf_files
 from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights, weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target
-from qwen3_npu.checkpoint.formats.write_hf import HfOutput, PeftOutput, plan_hf_files
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError

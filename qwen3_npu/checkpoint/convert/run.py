@@ -20,10 +20,10 @@ from qwen3_npu.checkpoint.convert.plan import ConversionPlan, plan_conversion
 from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
 from qwen3_npu.checkpoint.convert.verify import differences
 from qwen3_npu.checkpoint.formats.base import Output
+from qwen3_npu.checkpoint.formats.hf_write import PeftOutput, write_config
 from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput
-from qwen3_npu.checkpoint.formats.write_hf import PeftOutput, write_config
 from qwen3_npu.checkpoint.manifest import write_manifest
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qwen3_npu.checkpoint.binary.dtypes import same_bits
-from qwen3_npu.checkpoint.convert.jobs import Count, FileJob, in_processes, job_bytes
+from qwen3_npu.checkpoint.convert.jobs import Count, in_processes
+from qwen3_npu.checkpoint.formats.base import FileJob, job_bytes
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress

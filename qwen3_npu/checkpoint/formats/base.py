@@ -1,16 +1,87 @@
-"""What a conversion writes: a folder of files that becomes visible all at once, last."""
+"""What readers and writers of files agree on, and the output of a conversion: visible all at once, last."""
 
 from __future__ import annotations
 
 import abc
-import os
+import dataclasses
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from qwen3_npu.checkpoint.convert.jobs import FileJob, Record, remove_records
+import numpy as np
+
+from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import rename, sync_folder
+
+RECORD = ".record.json"  # beside a finished file of a conversion that goes on
+PLAN = "plan.json"
+
+
+class Item(NamedTuple):
+    """A tensor to be written: a name that no other of its file has, the pieces it is made of, and its dtype."""
+
+    name: str
+    shard: Shard
+    dtype: DType
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shard.shape) * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """A tensor of a finished file."""
+
+    dtype: DType | None
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+class FileJob(Protocol):
+    """One output file."""
+
+    @property
+    def name(self) -> str:
+        """Path relative to the output folder."""
+
+    def items(self) -> list[Item]:
+        """Every tensor of the file, in order."""
+
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
+        """Make the file from the data of `items`, flushed to disk; what the record should remember besides."""
+
+    def stored(self, path: Path) -> dict[str, Stored]:
+        """The tensors of a finished file, under the names of `items`. Raises: UsageError: it cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A finished file.
+
+    Attributes:
+        bytes: its size.
+        sha256: of each tensor's bytes.
+        notes: what the job's `write` returned.
+    """
+
+    bytes: int
+    sha256: dict[str, str]
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def job_bytes(job: FileJob) -> int:
+    """Bytes of the tensors of a job."""
+    return sum(item.bytes for item in job.items())
+
+
+def remove_records(stage: Path) -> None:
+    """Drop the records once every file is finished."""
+    for path in [*stage.rglob("*" + RECORD), stage / PLAN]:
+        path.unlink(missing_ok=True)
 
 
 class Output(abc.ABC):
@@ -62,39 +133,6 @@ def move_files(stage: Path, folder: Path, old: Sequence[Path]) -> None:
     for path in old:
         path.unlink()
     for path in sorted(stage.iterdir()):  # an index sorts after the weights it names
-        os.replace(path, folder / path.name)
+        rename(path, folder / path.name)
     stage.rmdir()
     sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush renames to disk."""
-    fd = os.open(folder, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A small file, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def same_folder(one: str, other: str) -> bool:
-    """Whether two names mean one folder."""
-    return Path(one).resolve() == Path(other).resolve()
-
-
-def check_writable(folder: Path, flag: str) -> None:
-    """Make a folder and try it, before anything costly. Raises: UsageError: `flag` names one that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.pickles import Unknown, read_pickle
 from qwen3_npu.checkpoint.binary.torch_zip_write import TorchName, TorchPickler
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import flush
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 
@@ -141,8 +141,7 @@ def write_metadata(path: Path, tensors: Mapping[str, StoredTensor], objects: Map
         storage[_Call(_METADATA, "MetadataIndex", (key,))] = _stored(chunk)
     with open(path, "wb") as file:
         TorchPickler(file).dump(_Call(_METADATA, "Metadata", (entries, None, storage)))
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
 
 
 def _size(sizes: tuple[int, ...]) -> _Call:

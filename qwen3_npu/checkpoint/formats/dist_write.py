@@ -14,13 +14,13 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import DType, full, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection, PtWriter, Tensor
-from qwen3_npu.checkpoint.convert.jobs import Item, Record, Stored
-from qwen3_npu.checkpoint.formats.base import write_text
+from qwen3_npu.checkpoint.formats.base import Item, Record, Stored
 from qwen3_npu.checkpoint.formats.dist_keys import Chunk, chunks, extra_states
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata, write_metadata
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST
 from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target, common_content
 from qwen3_npu.distributed.layout import Rank
+from qwen3_npu.files import flush, write_text
 
 BACKENDS = {
     "sharded_backend": "torch_dist",
@@ -58,8 +58,7 @@ class DistFile:
                 )
             for name in extra_states(self.target.contents, self.target.layout, self.rank):
                 places[name] = _section(file, [None], None)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         return places
 
     def stored(self, path: Path) -> dict[str, Stored]:

@@ -6,7 +6,6 @@ Format: https://github.com/huggingface/safetensors (8 bytes header length, JSON 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, hf_shapes
 from qwen3_npu.errors import UsageError, printable
+from qwen3_npu.files import flush, replacing, write_text
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.schema import read_record, shown
 
@@ -45,6 +45,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 CARRIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
@@ -176,14 +177,19 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES) -> list[str]:
-    """Copy configuration and tokenizer files that exist; their names."""
-    copied = [name for name in names if (source / name).is_file()]
+    """Copy configuration and tokenizer files that exist; their names.
+
+    Args:
+        names: names and patterns, relative to the folder.
+    """
+    copied = [p.relative_to(source).as_posix() for name in names for p in sorted(source.glob(name)) if p.is_file()]
     target.mkdir(parents=True, exist_ok=True)
     for name in copied:
+        (target / name).parent.mkdir(exist_ok=True)
         if (source / name).resolve() != (target / name).resolve():
-            temporary = target / (name + ".tmp")
-            shutil.copyfile(source / name, temporary)
-            os.replace(temporary, target / name)  # whole at any moment: the folder may be in use
+            # Whole at any moment: the folder may be in use.
+            with open(source / name, "rb") as old, replacing(target / name, binary=True) as new:
+                shutil.copyfileobj(old, new)
     return copied
 
 
@@ -214,7 +220,7 @@ class SafetensorsWriter:
         """Flush to disk. A file closed before its last tensor is an error of ours."""
         if self.expected:
             raise AssertionError(f"{len(self.expected)} tensors were not written")
-        os.fsync(self.file.fileno())
+        flush(self.file)
         self.file.close()
 
 
@@ -242,4 +248,4 @@ def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) 
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
         text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
-        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / INDEX, text + "\n")

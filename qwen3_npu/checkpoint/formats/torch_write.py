@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +15,14 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
-from qwen3_npu.checkpoint.convert.jobs import FileJob, Item, Record, Stored, remove_records
-from qwen3_npu.checkpoint.formats.base import Output, sync_folder, write_text
+from qwen3_npu.checkpoint.formats.base import FileJob, Item, Output, Record, Stored, remove_records
 from qwen3_npu.checkpoint.formats.folders import TORCH, TRACKER, iteration_name, read_tracker
 from qwen3_npu.checkpoint.formats.megatron_args import lora_args, to_args
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.files import rename, sync_folder, write_text
 
 ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
 CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
@@ -125,7 +124,7 @@ class MegatronOutput(Output):
         if self.folder.exists():
             (self.root / TRACKER).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
-        os.replace(self.stage, self.folder)
+        rename(self.stage, self.folder)
         sync_folder(self.root)
 
     def commit(self) -> None:

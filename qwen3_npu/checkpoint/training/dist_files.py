@@ -12,14 +12,12 @@ read in any layout.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection
-from qwen3_npu.checkpoint.formats.base import write_text
 from qwen3_npu.checkpoint.formats.dist_keys import chunks, extra_states
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, write_metadata
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
@@ -30,6 +28,7 @@ from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.checkpoint.training.live import LiveTensors, Snapshot, announce, to_torch, write_content, write_tensors
 from qwen3_npu.checkpoint.training.optimizer_state import KEYS
 from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.files import flush, write_text
 
 
 def _prefix(key: str) -> str:
@@ -65,8 +64,7 @@ def write(snapshot: Snapshot, stage: Path) -> tuple[list[str], Any]:
             objects.append([key, *_section(file, [None])])
         if snapshot.random is not None:
             objects.append([_random_key(layout, rank), *_section(file, snapshot.random)])
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
     return [name], {"file": name, "tensors": tensors, "objects": objects}
 
 

@@ -13,7 +13,6 @@ from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.formats.adapters import SharedA
-from qwen3_npu.checkpoint.formats.base import same_folder
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, checkpoint_folder, format_of
 from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights, open_hf
@@ -29,6 +28,7 @@ from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.torch_files import TorchState
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import same_folder
 from qwen3_npu.model.arch import Qwen3Arch
 
 Base = Any  # HfReader, MegatronReader or DistReader

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from qwen3_npu.checkpoint.formats.folders import iteration_name, read_tracker
 from qwen3_npu.checkpoint.integrity import is_sealed
+from qwen3_npu.files import rename
 
 _REMOVED = ".removed"  # a checkpoint that is being deleted; it must not look like one meanwhile
 _REPLACED = ".replaced"  # a whole one whose place another of the same step is about to take
@@ -35,14 +35,14 @@ def move_to_backup(folder: Path) -> None:
     backup = folder.with_name(folder.name + _REPLACED)
     if folder.exists():
         remove(backup)
-        os.replace(folder, backup)
+        rename(folder, backup)
 
 
 def restore_backup(root: Path) -> None:
     """Put back what was moved backup for a checkpoint that never came."""
     for backup in root.glob(f"iter_*{_REPLACED}"):
         if not (folder := backup.with_name(backup.name.removesuffix(_REPLACED))).exists():
-            os.replace(backup, folder)
+            rename(backup, folder)
 
 
 def remove(folder: Path) -> None:
@@ -50,7 +50,7 @@ def remove(folder: Path) -> None:
     if folder.exists():
         tmp = folder.with_name(folder.name + _REMOVED)
         shutil.rmtree(tmp, ignore_errors=True)
-        os.replace(folder, tmp)
+        rename(folder, tmp)
         shutil.rmtree(tmp)
 
 

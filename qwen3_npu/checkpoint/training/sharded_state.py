@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from qwen3_npu.checkpoint.binary.dtypes import full
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.training.live import on_host, write_content
 from qwen3_npu.checkpoint.training.optimizer_state import KEYS, Gathered, Names, parts
+from qwen3_npu.files import rename
 
 ParameterKey = tuple[int, str]  # virtual chunk, name
 
@@ -68,7 +68,7 @@ class ShardedState:
                 for (chunk, name), held in part.slices.items():
                     by_chunk.setdefault(chunk, {})[name] = held
                 write_content(temporary, by_chunk)
-                os.replace(temporary, path)
+                rename(temporary, path)
 
     def awaited(self) -> list[str]:
         """Files that must be there before `collect`."""

@@ -17,6 +17,7 @@ from qwen3_npu.data.preprocess.run import identifying_flags, preprocess
 from qwen3_npu.data.read.find import InputFile, exists, find_files
 from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import rename, write_text
 
 _DIGESTS = "digests.json"
 _PIECE = 16 << 20
@@ -77,7 +78,7 @@ def _build(arguments: PreprocessArgs, building: Path, folder: Path) -> None:
     try:
         preprocess(arguments)
         try:
-            os.rename(building, folder)
+            rename(building, folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster, with the same result
                 raise
@@ -104,7 +105,5 @@ class _Digests:
                 while piece := stream.read(_PIECE):
                     digest.update(piece)
             self.known[path] = [seen, digest.hexdigest()]
-            temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self.known), encoding="utf-8")
-            os.replace(temporary, self.file)
+            write_text(self.file, json.dumps(self.known), concurrent=True)
         return self.known[path][1]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from qwen3_npu.data.train.rows import Rows
-from qwen3_npu.data.train.thinking import ThinkTokens
+from qwen3_npu.data.train.rows import Rows, ThinkTokens
 from qwen3_npu.model.sequence import TokenSequence
 
 
@@ -24,6 +25,7 @@ class Batch:
         think_mask: [b, s] float32; 1 where the label belongs to a thought. None if they are not told apart.
         amounts: [3] float32, this rank's share of the micro-batch: tokens that are no padding, all places, and
             `Rows.squares`.
+        supervised: sum of the loss mask over the whole micro-batch, known to the host.
     """
 
     tokens: torch.Tensor
@@ -32,6 +34,13 @@ class Batch:
     sequence: TokenSequence
     think_mask: torch.Tensor | None
     amounts: torch.Tensor
+    supervised: float
+
+
+def drained(batches: collections.deque[Batch]) -> Iterator[Batch]:
+    """The micro-batches one after the other; none is kept."""
+    while batches:
+        yield batches.popleft()
 
 
 def sample_numbers(
@@ -54,6 +63,8 @@ def row_batches(
     shard: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     device: torch.device,
     think: ThinkTokens | None = None,
+    *,
+    marks_padding: bool = False,
 ) -> Iterator[Batch]:
     """Read, arrange, cut and move micro-batches.
 
@@ -62,20 +73,27 @@ def row_batches(
         make_sequence: positions [b, s] of this rank's part and boundaries in the whole rows -> what the layers need.
         shard: this rank's part of [b, s] tensors.
         think: marks of thoughts, if their loss is told apart.
+        marks_padding: tell the layers what is padding.
     """
     for wanted in numbers:
         rows = make_rows([dataset[n] for n in wanted])
         arrays = {name: getattr(rows, name) for name in ("tokens", "labels", "loss_mask", "positions")}
         if think is not None:
             arrays["think_mask"] = think.mask(rows.tokens, rows.cu_seqlens)
+        if marks_padding and rows.padding is not None:
+            arrays["padding"] = rows.padding
         fields = shard({name: torch.from_numpy(array) for name, array in arrays.items()})
         fields = {name: field.to(device, non_blocking=True) for name, field in fields.items()}
+        sequence = make_sequence(fields.pop("positions"), rows.cu_seqlens)
+        if "padding" in fields:
+            sequence = dataclasses.replace(sequence, padding=fields["padding"])
         share = fields["tokens"].shape[1] / rows.tokens.shape[1]
         yield Batch(
             fields["tokens"],
             fields["labels"],
             fields["loss_mask"],
-            make_sequence(fields.pop("positions"), rows.cu_seqlens),
+            sequence,
             fields.get("think_mask"),
             torch.tensor([rows.real_tokens * share, rows.tokens.size * share, rows.squares * share], device=device),
+            float(rows.loss_mask.sum(dtype=np.float64)),
         )

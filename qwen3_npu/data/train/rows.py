@@ -1,16 +1,23 @@
-"""Samples to the rows of a micro-batch: shifted labels, padding, positions, document boundaries. No torch."""
+"""Samples to the rows of a micro-batch: shifted labels, padding, positions, document boundaries. No torch.
+
+Boundaries of documents in a sequence are (0, ..., s): document k is [boundaries[k], boundaries[k + 1]).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_npu.data.train.documents import boundaries_at_eod, joined, positions, segment_boundaries
 from qwen3_npu.data.train.sft_dataset import Sample
-from qwen3_npu.data.train.turns import IGNORED
+from qwen3_npu.data.train.token_file import Indexed
+from qwen3_npu.data.train.token_record import IGNORED
+from qwen3_npu.errors import UsageError
+
+_LOOKED_AT = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Rows:
             each row is one document.
         real_tokens: that are no padding.
         squares: sum over the stretches that attend within themselves of their lengths' squares: what attention costs.
+        padding: bool [b, s], where a token is padding; None: nowhere.
     """
 
     tokens: np.ndarray
@@ -34,6 +42,7 @@ class Rows:
     cu_seqlens: tuple[int, ...] | None
     real_tokens: int
     squares: int
+    padding: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +100,7 @@ def instruction_rows(
         [segment_boundaries(row) for row in segments],
         per_document=per_document,
         reset_positions=reset_positions and per_document,
-        real=(segments != 0).sum(1),
+        padding=segments == 0,
     )
 
 
@@ -122,7 +131,7 @@ def pretraining_rows(
         boundaries,
         per_document=reset_attention_mask,
         reset_positions=reset_position_ids,
-        real=np.full(len(tokens), tokens.shape[1]),
+        padding=np.zeros(tokens.shape, bool),
     )
 
 
@@ -134,13 +143,83 @@ def _rows(
     *,
     per_document: bool,
     reset_positions: bool,
-    real: np.ndarray,
+    padding: np.ndarray,
 ) -> Rows:
     size = tokens.shape[1]
+    real = size - padding.sum(1)
     places = np.stack([positions(row if reset_positions else [0, size]) for row in boundaries])
+    known = padding if padding.any() else None
     if not per_document:
-        return Rows(tokens, labels, mask, places, None, int(real.sum()), int((real**2).sum()))
+        return Rows(tokens, labels, mask, places, None, int(real.sum()), int((real**2).sum()), known)
     ends = [np.minimum(row, count) for row, count in zip(boundaries, real, strict=True)]
     squares = sum(int((np.diff(row) ** 2).sum()) for row in ends)
     tokens, labels, mask, places = (array.reshape(1, -1) for array in (tokens, labels, mask, places))
-    return Rows(tokens, labels, mask, places, joined(boundaries), int(real.sum()), squares)
+    known = None if known is None else known.reshape(1, -1)
+    return Rows(tokens, labels, mask, places, joined(boundaries), int(real.sum()), squares, known)
+
+
+def boundaries_at_eod(tokens: np.ndarray, eod: int) -> list[int]:
+    """Documents that end with `eod`, which belongs to them (`--reset-attention-mask` in pretraining, as Megatron)."""
+    ends = (np.flatnonzero(tokens == eod) + 1).tolist()
+    return [0, *ends] if ends and ends[-1] == len(tokens) else [0, *ends, len(tokens)]
+
+
+def segment_boundaries(segments: np.ndarray) -> list[int]:
+    """Documents as numbers that change from one to the next (--neat-pack); padding, 0, is one document."""
+    return [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
+
+
+def joined(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Boundaries of rows that are laid one after the other."""
+    found, offset = [0], 0
+    for boundaries in rows:
+        found += [offset + end for end in boundaries[1:]]
+        offset += boundaries[-1]
+    return tuple(found)
+
+
+def positions(boundaries: Sequence[int]) -> np.ndarray:
+    """The place of each token in its document, int64 [s]."""
+    starts, sizes = np.array(boundaries[:-1]), np.diff(boundaries)
+    return np.arange(boundaries[-1]) - np.repeat(starts, sizes)
+
+
+def find_eod(data: Indexed, flag: str) -> int:
+    """The token that ends every document.
+
+    Args:
+        flag: what needs it, for the message.
+
+    Raises:
+        UsageError: documents do not end with one and the same token.
+    """
+    looked_at = range(min(len(data), _LOOKED_AT))
+    last = {int(data[i][-1]) if len(data[i]) else None for i in looked_at}
+    if len(last) != 1 or None in last:
+        raise UsageError(
+            f"{flag}: the documents of {data.prefix} do not end with an end-of-document token; "
+            f"preprocess them with --append-eod"
+        )
+    return int(last.pop() or 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkTokens:
+    """The tokenizer's numbers of `<think>` and `</think>`."""
+
+    open: int
+    close: int
+
+    def mask(self, tokens: np.ndarray, boundaries: Sequence[int] | None) -> np.ndarray:
+        """float32 [b, s]: 1 where the token after this one (the label) belongs to a thought, its marks included.
+
+        Args:
+            boundaries: of documents in a single row, (0, ..., s); None if each row is one document.
+        """
+        inside = np.zeros(tokens.shape, bool)
+        for start, end in itertools.pairwise(boundaries or (0, tokens.shape[1])):
+            part = tokens[:, start:end]
+            closed = part == self.close
+            depth = np.cumsum(part == self.open, axis=1) - np.cumsum(closed, axis=1)
+            inside[:, start:end] = (depth > 0) | closed
+        return np.pad(inside[:, 1:], ((0, 0), (0, 1))).astype(np.float32)

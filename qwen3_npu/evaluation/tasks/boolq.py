@@ -16,4 +16,5 @@ TASK = Task(
     answers={"False": "no", "True": "yes", "0": "no", "1": "yes"},
     shots=0,
     drawn=1234,
+    spare=True,
 )

@@ -17,9 +17,9 @@ from qwen3_npu import cli
 from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import BF16, F32, DType, from_float32, full
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.formats.hf_write import write_config
 from qwen3_npu.checkpoint.formats.huggingface import SINGLE, HfReader, SafetensorsWriter, open_hf
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
-from qwen3_npu.checkpoint.formats.write_hf import write_config
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.model.arch import Qwen3Arch

@@ -272,12 +272,12 @@ def test_pooled_errors_are_those_of_lm_evaluation_harness() -> None:
 def test_pieces_are_tokens_of_the_whole(model: Path) -> None:
     from qwen3_npu.args.inference import PromptArgs
     from qwen3_npu.data.text.tokenizer import open_tokenizer
-    from qwen3_npu.evaluation.pieces import PieceEncoder, paragraphs
+    from qwen3_npu.evaluation.paragraphs import ParagraphEncoder, paragraphs
     from qwen3_npu.inference.text import Writer
 
     text = "Who?\n\nA.\n\n\nB \n\n C\n\n1\n\n\u00e9t\u00e9\n\n# x\n\nend"
     assert paragraphs(text) == ["Who?\n\n", "A.\n\n\n", "B \n\n C\n\n", "1\n\n\u00e9t\u00e9\n\n# x\n\n", "end"]
-    encode = PieceEncoder(Writer(open_tokenizer(str(model)), PromptArgs()))
+    encode = ParagraphEncoder(Writer(open_tokenizer(str(model)), PromptArgs()))
     whole = encode.encoder.encode([text]).ids.tolist()
     assert encode([text]) == [whole]
     assert encode.safe

@@ -29,7 +29,7 @@ LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4}
 # Importable anywhere, without torch.
 LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "lease", "processes")
 LIGHT += ("model.arch", "model.sizes")
-LIGHT += ("distributed.layout", "distributed.environment")
+LIGHT += ("console", "files", "distributed.layout", "distributed.environment", "plan")
 SIDEWAYS_ALLOWED = {("evaluation", "inference"), ("model", "distributed"), ("distributed", "model")}
 
 

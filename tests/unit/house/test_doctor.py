@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from qwen3_npu.args.doctor import DoctorArgs
 from qwen3_npu.doctor.checks import diagnose
 from qwen3_npu.doctor.findings import BLOCKER, WARNING, show
 from qwen3_npu.doctor.hosts import look_at_hosts, read_hostfile
-from qwen3_npu.doctor.machine import Facts, _cann
+from qwen3_npu.doctor.machine import Facts, _cann, _copies
 from qwen3_npu.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,11 +24,14 @@ GIB = 2**30
 NPU = Facts(
     python=(3, 11),
     machine="aarch64",
-    packages={"torch": "2.7.1", "torch-npu": "2.7.1.post4", "megatron-core": "0.16.1", "transformers": "5.0"},
+    packages={"torch": "2.7.1", "torch-npu": "2.7.1.post4", "megatron-core": "0.16.1"},
     requirements=["torch>=2.7,<2.14", "megatron-core==0.16.1"],
+    missing=[],
+    copies={},
     environment={"ASCEND_HOME_PATH": "/cann"},
     torch_npu=True,
     wrong_apex=False,
+    set_env=["/usr/local/Ascend/cann/set_env.sh"],
     cann="9.0.0",
     driver="25.2",
     npu_smi=True,
@@ -52,12 +56,34 @@ TLS = "ImportError: /env/lib/libgomp-d22c30c5.so.1.0.0: cannot allocate memory i
 CASES = [
     ({"python": (3, 13)}, BLOCKER, "python", "use Python 3.10, 3.11 or 3.12"),
     ({"requirements": None}, WARNING, "packages", "pip install -e ."),
+    (
+        {"requirements": None, "missing": ["torch", "numpy"]},
+        BLOCKER,
+        "packages",
+        "missing: torch, numpy -> in the project",
+    ),
+    (
+        {"copies": {"megatron.core": ["/src/Megatron-LM/megatron", "/env/lib/python3.11/site-packages/megatron"]}},
+        BLOCKER,
+        "imports",
+        "imported from /src/Megatron-LM/megatron, and is also in /env/lib",
+    ),
+    ({"copies": {"qwen3_npu": ["/a", "/b"]}}, WARNING, "imports", "qwen3_npu is imported from /a, and is also in /b"),
     ({"requirements": ["peft>=0.1"]}, BLOCKER, "peft", "pip install 'peft>=0.1'"),
     ({"requirements": ["megatron-core==0.12.1"]}, BLOCKER, "megatron-core", "0.16.1 is installed, ==0.12.1 is needed"),
     ({"torch_npu": False}, BLOCKER, "torch_npu", "an NPU driver but torch_npu is not installed"),
     ({"packages": NPU.packages | {"torch": "2.13.0"}}, BLOCKER, "torch_npu", "built for torch 2.7.1; torch 2.13.0"),
     ({"packages": NPU.packages | {"torch": "2.7.1+cu126"}}, BLOCKER, "torch", "CUDA build"),
-    ({"environment": {}}, BLOCKER, "CANN", "set_env.sh was not sourced"),
+    ({"torch_npu": False}, BLOCKER, "torch_npu", "pip install torch==2.7.1 torch_npu==2.7.1.post4 --extra-index-url"),
+    ({"torch_npu": False, "cann": None}, BLOCKER, "torch_npu", "docs/npu.md has the table"),
+    ({"environment": {}}, BLOCKER, "CANN", "in this shell -> source /usr/local/Ascend/cann/set_env.sh"),
+    (
+        {"environment": {}, "set_env": []},
+        BLOCKER,
+        "CANN",
+        "/cann/set_env.sh or /usr/local/Ascend/ascend-toolkit/set_env.sh",
+    ),
+    ({"cann": "8.1.RC1"}, BLOCKER, "CANN", "8.1.RC1 is not supported"),
     ({"cann": None}, WARNING, "CANN", "no version file"),
     ({"cann": "8.3.RC1"}, WARNING, "CANN", "published for torch_npu 2.7.1.post4 is 9.0.0"),
     ({"packages": NPU.packages | {"torch-npu": "2.7.1.post9"}}, WARNING, "CANN", "no published pair"),
@@ -67,6 +93,12 @@ CASES = [
         BLOCKER,
         "devices",
         "LD_PRELOAD=/env/lib/libgomp-d22c30c5.so.1.0.0",
+    ),
+    (
+        {"devices": {"error": "ModuleNotFoundError: No module named 'torch'"}, "all_reduce": None},
+        BLOCKER,
+        "devices",
+        "install torch",
     ),
     ({"devices": {"error": "ImportError: libhccl.so: cannot open"}}, BLOCKER, "devices", "set_env.sh"),
     ({"wanted": 16}, BLOCKER, "devices", "set NPUS_PER_NODE=8, or look at ASCEND_RT_VISIBLE_DEVICES"),
@@ -162,3 +194,27 @@ def test_on_this_machine() -> None:
     result = subprocess.run([*command, "--devise", "x"], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 2
     assert "did you mean --device?" in result.stderr
+
+
+def bare_python(folder: Path) -> dict[str, str]:
+    """Variables with which `python -S -E` finds nothing but its own library and this project."""
+    return {"PATH": os.environ["PATH"], "HOME": str(folder)}
+
+
+def test_a_bare_python_is_told_what_to_install(tmp_path: Path) -> None:
+    # -S: without site-packages; -E: without PYTHONPATH. The project is found from its folder.
+    command = [sys.executable, "-S", "-E", "-m", "qwen3_npu.doctor", "--device", "cpu"]
+    result = subprocess.run(command, capture_output=True, text=True, env=bare_python(tmp_path), cwd=ROOT)
+    assert "Traceback" not in result.stderr + result.stdout
+    assert result.returncode == 1
+    assert re.search(r"BLOCKER +packages .*missing: torch, megatron[.-]core, numpy", result.stdout)
+    assert "pip install -e ." in result.stdout
+
+
+def test_a_second_megatron_on_the_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "megatron" / "core").mkdir(parents=True)
+    (tmp_path / "megatron" / "core" / "__init__.py").touch()
+    found = _copies([*sys.path, str(tmp_path)])["megatron.core"]
+    assert "site-packages" in found[0], "the one that is imported comes first"
+    assert found[1:] == [str(tmp_path / "megatron")]
+    assert "megatron.core" not in _copies(sys.path)

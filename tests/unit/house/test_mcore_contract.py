@@ -44,7 +44,7 @@ def test_signatures() -> None:
         DistributedOptimizer.load_parameter_state_from_dp_zero: {"state_dict"},
         DistributedOptimizer._get_main_param_and_optimizer_states: {"model_param"},
         OptimizerParamScheduler.__init__: {"lr_warmup_steps", "wsd_decay_steps", "lr_wsd_decay_style"},
-        TopKRouter.attach_and_log_load_balancing_loss: {"aux_loss", "valid_token_count", "reduce_group"},
+        TopKRouter.routing: {"logits", "padding_mask"},
         TransformerConfig.__init__: {
             "pipeline_model_parallel_layout",
             "use_te_activation_func",

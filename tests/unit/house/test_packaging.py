@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 import sys
@@ -53,3 +54,47 @@ def test_hooks_are_the_tools_of_the_environment() -> None:
     hooks = {hook["id"]: hook for repo in config["repos"] for hook in repo["hooks"]}
     assert {"ruff", "ruff-format", "mypy", "end-of-file-fixer", "check-added-large-files"} <= set(hooks)
     assert all(hooks[name]["language"] == "system" for name in ("ruff", "ruff-format", "mypy"))
+
+
+# Distribution -> the module that it brings, where the names differ.
+_MODULES = {"megatron-core": "megatron", "torch-npu": "torch_npu"}
+
+
+def modules(requirements: list[str]) -> set[str]:
+    """The modules that these requirements bring."""
+    names = [re.match(r"[\w.-]+", text)[0].lower().replace("_", "-") for text in requirements]
+    return {_MODULES.get(name, name) for name in names}
+
+
+def imported() -> set[str]:
+    """Every module outside of the standard library that the package imports, at any depth of nesting."""
+    found = set()
+    for path in (ROOT / "qwen3_npu").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module)
+    # torch.utils.tensorboard is a door to the package tensorboard.
+    doors = {"tensorboard"} if any(name.startswith("torch.utils.tensorboard") for name in found) else set()
+    return ({name.split(".")[0] for name in found} | doors) - set(sys.stdlib_module_names) - {"qwen3_npu"}
+
+
+def test_dependencies_are_what_the_package_imports() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    optional = modules([*extras["npu-cann90"][:1], *extras["fast"], *extras["hub"]]) | {"mindspeed"}
+    assert imported() - optional == modules(PROJECT["project"]["dependencies"])
+    assert optional <= imported(), "an extra that nothing imports"
+
+
+def test_the_npu_extras_are_the_published_pairs() -> None:
+    from qwen3_npu.doctor.checks import PAIRS
+
+    extras = PROJECT["project"]["optional-dependencies"]
+    pairs = {}
+    for name in (name for name in extras if name.startswith("npu-cann")):
+        pins = dict(text.split("==") for text in extras[name] if "==" in text)
+        assert pins["torch_npu"].startswith(pins["torch"])
+        pairs[pins["torch_npu"]] = name.removeprefix("npu-cann")
+    assert pairs == {npu: cann.replace(".", "")[:2] for npu, cann in PAIRS.items() if npu.startswith("2.7.1")}
+    assert extras["npu"] == ["qwen3-npu[npu-cann90]"]

@@ -123,10 +123,10 @@ def test_transformers_reads_the_written_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'qwen3' and 'qwen3_moe'"),
+        ({"model_type": "llama"}, "model_type is 'llama'; only 'qwen3', 'qwen3_moe' and 'qwen2'"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"attention_bias": True}, "attention_bias true is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope scaling of type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope_scaling of type 'dynamic'"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"use_sliding_window": True}, "use_sliding_window"),

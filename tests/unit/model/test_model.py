@@ -39,7 +39,7 @@ def built(folder: Path, kernel: str = "auto", **train: object) -> Iterator[torch
 def sequence(model: torch.nn.Module, positions: torch.Tensor, cu_seqlens: tuple[int, ...] | None = None) -> object:
     from qwen3_npu.model.sequence import TokenSequence
 
-    return TokenSequence(positions, cu_seqlens, model.arch.rope_theta, model.arch.head_dim, torch.float32)
+    return TokenSequence(positions, cu_seqlens, model.arch.rope, torch.float32)
 
 
 def transformers_model(folder: Path) -> torch.nn.Module:

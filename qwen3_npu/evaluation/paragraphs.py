@@ -8,7 +8,7 @@ from qwen3_npu import log
 from qwen3_npu.inference.text import Writer
 
 
-class PieceEncoder:
+class ParagraphEncoder:
     """Encodes texts that repeat each other's paragraphs, each paragraph once.
 
     After an empty line a letter or digit always begins a new token of Qwen's (the pattern in its tokenizer.json), so

@@ -13,8 +13,7 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, full
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
-from qwen3_npu.checkpoint.convert.jobs import Item, Record, Stored
-from qwen3_npu.checkpoint.formats.base import Output, move_files, write_text
+from qwen3_npu.checkpoint.formats.base import Item, Output, Record, Stored, move_files
 from qwen3_npu.checkpoint.formats.huggingface import (
     INDEX,
     SafetensorsWriter,
@@ -26,6 +25,7 @@ from qwen3_npu.checkpoint.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, p
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.table import Shard, hf_shapes
+from qwen3_npu.files import write_text
 from qwen3_npu.model.arch import Qwen3Arch, to_hf_config
 
 STAGE = ".conversion.partial"

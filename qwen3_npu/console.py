@@ -1,0 +1,51 @@
+"""Standard output for people. What it cannot show is escaped; if it is closed or full, the program goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+from qwen3_npu.errors import printable
+
+# Line ends, tabs, and the joiners that emoji, Persian and Indic scripts are written with.
+_KEPT = "\n\t\u200c\u200d"
+
+
+def prepare() -> None:
+    """Let stdout and stderr escape the characters that their encoding lacks (LANG=C), instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            with contextlib.suppress(OSError, ValueError):  # closed, or data wait in it
+                reconfigure(errors="backslashreplace")
+
+
+def escaped(text: str) -> str:
+    """The text for a terminal: what would move the cursor, change colours or title, or reorder text is escaped."""
+    return printable(text, _KEPT)
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Write text and flush. On a terminal, control characters are escaped; elsewhere the text stays as it is."""
+    if sys.stdout is None:  # the process was started without one
+        return
+    try:
+        sys.stdout.write((escaped(text) if sys.stdout.isatty() else text) + end)
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        give_up(error)
+
+
+def give_up(error: BaseException) -> None:
+    """Stdout cannot be written: say so once on stderr, and send what follows nowhere."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"warning: standard output cannot be written ({reason}); what follows is not shown there\n")
+    # The descriptor itself: what waits in the stream's buffer goes there at the end, too.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")

@@ -1,0 +1,114 @@
+"""Results of an unfinished run, written as they come: a run that is started again goes on where a killed one stopped.
+
+<name>.unfinished.<copy>.jsonl in the output folder, one file for each copy of the model: a line that says what the run
+was asked, then a line for each result. The files go when the run has ended and its results stand in files of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from qwen3_npu import log
+from qwen3_npu.args.inference import WeightArgs
+from qwen3_npu.checkpoint.formats.folders import checkpoint_folder
+from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
+from qwen3_npu.errors import UsageError
+from qwen3_npu.files import write_text
+from qwen3_npu.inference.runner import Runner
+
+Entry = dict[str, Any]
+
+
+class Journal:
+    """Results so far, on every process.
+
+    Attributes:
+        entries: what an earlier, killed run of the same identity had written.
+    """
+
+    def __init__(self, runner: Runner, folder: Path, name: str, asked: Mapping[str, Any], *, resume: bool) -> None:
+        """Read what is there, and begin to write. Every process calls it.
+
+        Args:
+            asked: all that results depend on. An earlier run that was asked something else is started over.
+            resume: go on with an earlier run; otherwise its results are dropped.
+        """
+        self.path = folder / f"{name}.unfinished.{runner.data_rank}.jsonl"
+        identity = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+        found: list[Entry] = []
+        if runner.world.rank == 0:
+            files = sorted(folder.glob(f"{name}.unfinished.*.jsonl"))
+            found = [entry for file in files for entry in _entries(file, identity, resume=resume)]
+            _rewrite(self.path, identity, found)
+            for file in files:
+                if file != self.path:
+                    file.unlink()
+        # Also a barrier: the others' files are made after rank 0 has removed the old ones.
+        self.entries: list[Entry] = runner.agreed(found)
+        self.file: TextIO | None = None
+        if runner.leads:
+            if runner.world.rank != 0:
+                _rewrite(self.path, identity, [])
+            self.file = self.path.open("a", encoding="utf-8")
+
+    def add(self, **entry: Any) -> None:
+        """Write a result; of the processes of a copy only the first one does."""
+        if self.file is not None:
+            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        """Keep what is written, for the next start."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def remove(self) -> None:
+        """The results stand elsewhere."""
+        if self.file is not None:
+            self.close()
+            self.path.unlink(missing_ok=True)
+
+
+def _entries(file: Path, identity: str, *, resume: bool) -> list[Entry]:
+    """The results in a file, up to where a kill cut its last line."""
+    found: list[Entry] = []
+    for line in file.read_bytes().split(b"\n")[:-1]:
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    if not resume:
+        log.info(f"--no-resume: {max(len(found) - 1, 0)} results of the unfinished run in {file} are dropped")
+        return []
+    if not found or found[0].get("identity") != identity:
+        log.warning(f"{file}: the unfinished run was asked something else, or of another model; it is not gone on with")
+        return []
+    if found[1:]:
+        log.info(f"resume: {file} has results of an unfinished run ({len(found) - 1} lines); --no-resume starts over")
+    return found[1:]
+
+
+def _rewrite(path: Path, identity: str, entries: list[Entry]) -> None:
+    lines = [{"identity": identity}, *entries]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def weights_identity(weights: WeightArgs) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every file that weights are read from."""
+    found = []
+    for given in filter(None, (weights.load, weights.lora_load)):
+        folder = Path(given)
+        if not is_hf_weights(folder):
+            try:
+                folder = checkpoint_folder(folder, weights.ckpt_step)
+            except UsageError:  # an adapter of PEFT
+                folder = Path(given)
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            status = file.stat()
+            found.append((str(file), status.st_size, status.st_mtime_ns))
+    return found

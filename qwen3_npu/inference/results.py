@@ -1,0 +1,44 @@
+"""Files of results: each appears whole, and before anything is shown on the console."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3_npu import files
+from qwen3_npu.errors import UsageError
+
+RESULT = "text_generation_result"
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file appears whole, or not at all.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        files.write_text(path, text)
+    except OSError as error:
+        raise UsageError(f"--output-dir: {path} cannot be written: {error.strerror}; make room and run again") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Likewise, a value as indented JSON."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Likewise, a record a line."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def write_generated(folder: Path, results: Iterable[Mapping[str, Any]]) -> list[Path]:
+    """Both files of generated texts: the .jsonl with everything, the .txt to read."""
+    results = list(results)
+    paths = [folder / f"{RESULT}.jsonl", folder / f"{RESULT}.txt"]
+    write_lines(paths[0], results)
+    write_text(paths[1], "".join(f"[{r['task']}]\n{r['prompt']}\n---\n{r['answer']}\n\n" for r in results))
+    return paths

@@ -1,0 +1,158 @@
+"""What is known of each device: one table, each constant with its source. The one model of the machine.
+
+Efficiencies and overheads are fitted by `benchmarks/fit_devices.py` to published step times, never by hand; `learn.py`
+replaces them by those of your own runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qwen3_npu import schema
+from qwen3_npu.errors import UsageError, did_you_mean
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """One device of a cluster.
+
+    Attributes:
+        memory: bytes.
+        flops: dense 16-bit products, FLOP/s, as published.
+        memory_bandwidth: bytes/s.
+        node: devices of a node (of the domain that `link` connects).
+        link, network: bytes/s that one device sends within a node, and to another node.
+        latency, network_latency: seconds of a collective's step.
+        product: share of `flops` that large products reach.
+        product_half: FLOP of a product at which half of that share is reached.
+        attention: share of `flops` that attention reaches.
+        streaming: share of `memory_bandwidth` that element-wise operations reach.
+        transfer: share of `link` and `network` that collectives reach.
+        launch: seconds of host time per operation.
+        reserve: bytes that the runtime takes (context, collectives' buffers).
+        stats_bytes: bytes of softmax statistics per query and head.
+        error: relative uncertainty of a predicted step time (median error of the fit).
+        sources: where the published numbers come from.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    node: int
+    link: float
+    network: float
+    latency: float = 10e-6
+    network_latency: float = 20e-6
+    product: float = 0.75
+    product_half: float = 4e9
+    attention: float = 0.5
+    streaming: float = 0.75
+    transfer: float = 0.75
+    launch: float = 8e-6
+    reserve: float = 1.5 * GIB
+    stats_bytes: float = 4
+    error: float = 0.25
+    sources: str = ""
+
+
+def _ascend(name: str, memory: float, flops: float, bandwidth: float, *, node: int, sources: str) -> Device:
+    return Device(
+        name=name,
+        memory=memory * GIB,
+        flops=flops,
+        memory_bandwidth=bandwidth,
+        node=node,
+        link=196e9,
+        network=25e9,
+        launch=12e-6,
+        reserve=2.5 * GIB,
+        stats_bytes=64,
+        sources=sources,
+    )
+
+
+_A2 = "354 TFLOP/s (see platform/npu.py), 64 GB HBM2e at 1.6 TB/s, 8 a node, 7 HCCS links of 28 GB/s a direction, "
+_A2 += "200 Gb/s RoCE each (Ascend 910B1/B2, Atlas 800T A2)"
+_B4 = "280 TFLOP/s, 32 GB at 0.8 TB/s (Ascend 910B4, Atlas 800I A2)"
+_A3 = "one of two dies: 376 TFLOP/s, 64 GB at 1.6 TB/s, 196 GB/s, 200 Gb/s RDMA (Ascend 910C, arXiv:2506.12708)"
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _ascend("910B-64G", 64, 354e12, 1.6e12, node=8, sources=_A2),
+        _ascend("910B-32G", 32, 280e12, 0.8e12, node=8, sources=_B4),
+        _ascend("910C-64G", 64, 376e12, 1.6e12, node=16, sources=_A3),
+        Device(
+            name="A100-80G",
+            memory=80e9,
+            flops=312e12,
+            memory_bandwidth=2.0e12,
+            node=8,
+            link=300e9,
+            network=25e9,
+            sources="NVIDIA A100 data sheet; HDR InfiniBand",
+        ),
+        Device(
+            name="H100-80G",
+            memory=80e9,
+            flops=989e12,
+            memory_bandwidth=3.35e12,
+            node=8,
+            link=450e9,
+            network=50e9,
+            sources="NVIDIA H100 SXM data sheet; NDR InfiniBand",
+        ),
+        Device(
+            name="H800-80G",
+            memory=80e9,
+            flops=989e12,
+            memory_bandwidth=3.35e12,
+            node=8,
+            link=200e9,
+            network=50e9,
+            sources="NVIDIA H800: as H100 with 400 GB/s NVLink",
+        ),
+        Device(
+            name="H200-141G",
+            memory=141e9,
+            flops=989e12,
+            memory_bandwidth=4.8e12,
+            node=8,
+            link=450e9,
+            network=50e9,
+            sources="NVIDIA H200 data sheet; NDR InfiniBand",
+        ),
+    )
+}
+_LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node", "sources"}
+
+
+def find_device(name: str, learnt: str | None = None) -> Device:
+    """A device of the table, with what was learnt on this cluster.
+
+    Args:
+        learnt: file that `plan --learn` wrote.
+
+    Raises:
+        UsageError: unknown name (the known ones are listed), or a file that is no such table.
+    """
+    by_name = {known.lower(): device for known, device in DEVICES.items()}
+    if name.lower() not in by_name:
+        raise UsageError(f"--device {name} is not known{did_you_mean(name, DEVICES)}; known: {', '.join(DEVICES)}")
+    device = by_name[name.lower()]
+    if learnt is None:
+        return device
+    values: dict[str, Any] = dataclasses.asdict(device) | read_learnt(Path(learnt))
+    return Device(**values)
+
+
+def read_learnt(path: Path) -> dict[str, float]:
+    """The constants in a file of `plan --learn`. Raises: UsageError: it cannot be read or says something else."""
+    constants = schema.read_record(path).record("constants")
+    constants.only(_LEARNT)
+    return {name: constants.number(name, least=0, most=1e18) for name in constants.fields}

@@ -1,0 +1,50 @@
+"""The `Setup` that training flags describe."""
+
+from __future__ import annotations
+
+from qwen3_npu.args.fit import Fit
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.distributed.layout import NOOP
+from qwen3_npu.plan.setup import Setup
+
+
+def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
+    """What memory and time depend on, of flags that fit."""
+    layout, train, optimizer = sizes.layout, args.train, args.optimizer
+    layers = tuple(tuple(sum(layer != NOOP for layer in chunk) for chunk in stage) for stage in layout.chunks)
+    recompute, group = _recompute(args, [sum(len(chunk) for chunk in stage) for stage in layout.chunks], layout.virtual)
+    return Setup(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        context=args.parallel.context_parallel_size,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+        data=sizes.data_parallel,
+        layers=layers,
+        seq_length=train.seq_length,
+        micro_batch=train.micro_batch_size,
+        num_microbatches=sizes.num_microbatches,
+        sequence_parallel=args.parallel.sequence_parallel,
+        ring=args.parallel.context_parallel_algo == "megatron_cp_algo",
+        distributed_optimizer=optimizer.use_distributed_optimizer,
+        bf16=train.bf16,
+        recompute=recompute,
+        recompute_group=group,
+        recompute_activation=train.recompute_activation_function,
+        recompute_norm=train.recompute_norm,
+        lora_rank=args.lora.lora_r if args.lora.on else 0,
+        lora_targets=tuple(args.lora.lora_target_modules),
+        loss_chunk=train.loss_chunk_size if train.loss_compute_mode == "chunk" else 0,
+        overlap_grads=optimizer.overlap_grad_reduce,
+        overlap_params=optimizer.overlap_param_gather,
+    )
+
+
+def _recompute(args: PretrainArgs, per_stage: list[int], virtual: int) -> tuple[int, int]:
+    """Recomputed layers of a stage, and layers of one group."""
+    train = args.train
+    if train.recompute_granularity != "full" or train.recompute_num_layers is None:
+        return 0, 1
+    if train.recompute_method == "uniform":
+        return max(per_stage), train.recompute_num_layers
+    return min(max(per_stage), train.recompute_num_layers * virtual), 1

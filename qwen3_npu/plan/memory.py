@@ -1,0 +1,185 @@
+"""Memory of one rank of each pipeline stage, in closed form. Bytes throughout.
+
+What a layer keeps for backward follows from this project's own modules: the inputs of its two norms and of its linears,
+queries and keys before and after their norms and rotation, values, the attention's output and softmax statistics, and
+both sides of the activation. The rules for what is alive at the same time are those of the 1F1B and interleaved
+schedules (Narayanan et al., arXiv:2104.04473); static bytes follow Rajbhandari et al., arXiv:1910.02054, stage 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.plan.parameters import Counts, lora_counts, stage_counts
+from qwen3_npu.plan.setup import Setup
+from qwen3_npu.plan.shape import Shape
+
+MASTER, MOMENTS = 4, 8  # bytes a weight: the float32 copy, and Adam's two moments
+
+
+@dataclasses.dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one rank of a stage at its peak, by kind.
+
+    Attributes:
+        weights, gradients, optimizer: static; `optimizer` is master and moments.
+        layers: what layers keep for backward, of all micro-batches in flight.
+        working: what one layer holds while it is computed, beyond what it keeps.
+        logits: logits and loss of one micro-batch (last stage).
+        ends: embedding output and final norm.
+        communication: buffers of collectives.
+        reserve: what the runtime and the allocator hold beside.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    layers: float
+    working: float
+    logits: float
+    ends: float
+    communication: float
+    reserve: float
+
+    @property
+    def static(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def activations(self) -> float:
+        return self.layers + self.working + self.logits + self.ends
+
+    @property
+    def total(self) -> float:
+        return self.static + self.activations + self.communication + self.reserve
+
+    def rows(self) -> list[tuple[str, float]]:
+        """Name and bytes of each kind, in the order to show them."""
+        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+
+
+def stage_memory(
+    shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0, stats_bytes: float = 64
+) -> StageMemory:
+    """Memory of one rank of a pipeline stage.
+
+    Args:
+        reserve: bytes that the runtime holds on this device.
+        stats_bytes: bytes of softmax statistics per query and head (64 on NPUs, 4 on GPUs).
+    """
+    weights, gradients, optimizer = static_bytes(shape, setup, stage)
+    kept, working = layer_activations(shape, setup, stage, stats_bytes)
+    return StageMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        layers=kept,
+        working=working,
+        logits=logit_bytes(shape, setup) if stage == setup.pipeline - 1 else 0.0,
+        ends=_end_bytes(shape, setup, stage),
+        communication=_communication(shape, setup),
+        reserve=reserve,
+    )
+
+
+def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, float]:
+    """Bytes of weights, of gradients, and of master and moments."""
+    all_weights = stage_counts(shape, setup, stage)
+    trained = lora_counts(shape, setup, stage) if setup.lora_rank else all_weights
+    held = all_weights.total + (trained.total if setup.lora_rank else 0)
+    weight = setup.weight_bytes
+    if setup.swap_optimizer:
+        return held * weight, trained.total * 4.0, 0.0
+    state = MOMENTS + (MASTER if setup.bf16 else 0)
+    state -= weight if setup.bf16 and setup.reuse_master else 0
+    return held * weight, trained.total * 4.0, _sharded(setup, trained, state)
+
+
+def _sharded(setup: Setup, trained: Counts, state: float) -> float:
+    if not setup.distributed_optimizer:
+        return trained.total * state
+    return trained.dense * state / (setup.data * setup.context) + trained.expert * state / setup.expert_data
+
+
+def in_flight(setup: Setup, stage: int) -> int:
+    """Model chunks whose activations a stage holds at the same time."""
+    stages, chunks, passes = setup.pipeline, setup.virtual, setup.num_microbatches
+    if chunks == 1:
+        return min(passes, stages - stage)
+    return min(passes * chunks, (stages - stage - 1) * 2 + (chunks - 1) * stages + 1)
+
+
+def layer_activations(shape: Shape, setup: Setup, stage: int, stats_bytes: float) -> tuple[float, float]:
+    """Bytes that the layers of a stage keep for backward, of all chunks in flight; and one layer's working bytes."""
+    kinds = setup.layer_kinds(shape, stage)
+    number = sum(kinds.values())
+    if not number:
+        return 0.0, 0.0
+    sizes = {kind: layer_bytes(shape, setup, kind, stats_bytes) for kind in kinds}
+    per_chunk = number / setup.virtual
+    inputs = setup.weight_bytes * shape.hidden_size * setup.sharded_tokens
+    recomputed = min(setup.recompute, number) / setup.virtual  # layers of a chunk that keep their input only
+    mean, largest = sum(sizes[kind] * count for kind, count in kinds.items()) / number, max(sizes.values())
+    kept = (per_chunk - recomputed) * mean + recomputed / setup.recompute_group * inputs
+    working = setup.recompute_group * largest if recomputed else 0.0
+    return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
+
+
+def layer_bytes(shape: Shape, setup: Setup, has_experts: bool, stats_bytes: float = 64) -> float:
+    """Bytes that one layer keeps for backward, of one micro-batch, when nothing is recomputed."""
+    width, tokens, sharded = setup.weight_bytes, setup.tokens, setup.sharded_tokens
+    norms = 2 if setup.recompute_norm else 4  # inputs and outputs of both norms
+    around = norms * shape.hidden_size * sharded * width
+    query, key = shape.query_width / setup.tensor, shape.key_width / setup.tensor
+    # qkv's output, queries laid out anew where heads have norms, rotated queries and keys, attention's output
+    attention = (query + 2 * key) + (query if shape.qk_norm else 0) + (query + key) + query
+    stats = shape.num_attention_heads / setup.tensor * stats_bytes
+    inside = tokens * (attention * width + stats)
+    return around + inside + (_expert_bytes(shape, setup) if has_experts else _mlp_bytes(shape, setup))
+
+
+def _mlp_bytes(shape: Shape, setup: Setup) -> float:
+    sides = shape.gate_factor + (0 if setup.recompute_activation else 1)
+    return setup.tokens * sides * shape.ffn_hidden_size / setup.tensor * setup.weight_bytes
+
+
+def routed_rows(shape: Shape, setup: Setup) -> float:
+    """Rows that the experts of one rank compute, if all get the same."""
+    return setup.tokens / setup.tensor * setup.expert_tensor * shape.moe_topk
+
+
+def _expert_bytes(shape: Shape, setup: Setup) -> float:
+    rows, width = routed_rows(shape, setup), setup.weight_bytes
+    ffn = shape.moe_ffn_hidden_size / setup.expert_tensor
+    sides = shape.gate_factor + (0 if setup.recompute_activation else 2)  # the activation, and it times probabilities
+    routed = rows * (shape.hidden_size + sides * ffn) * width
+    router = setup.sharded_tokens * shape.num_experts * 12
+    shared = setup.tokens * (shape.gate_factor + 1) * shape.moe_shared_ffn / setup.tensor * width
+    return routed + router + shared
+
+
+def transient_bytes(shape: Shape, setup: Setup) -> float:
+    """Bytes of the largest gradients and gathered inputs that exist only for a moment."""
+    width = setup.weight_bytes
+    gathered = 2 * shape.hidden_size * setup.tokens if setup.sequence_parallel and setup.tensor > 1 else 0
+    if shape.is_moe:
+        wide = routed_rows(shape, setup) * (shape.hidden_size + shape.moe_ffn_hidden_size / setup.expert_tensor)
+    else:
+        wide = setup.tokens * shape.gate_factor * shape.ffn_hidden_size / setup.tensor
+    return (gathered + wide) * width
+
+
+def logit_bytes(shape: Shape, setup: Setup) -> float:
+    """Bytes of logits and of their float32 softmax, which becomes the gradient."""
+    tokens = min(setup.tokens, setup.loss_chunk) if setup.loss_chunk else setup.tokens
+    return tokens * shape.vocab_size / setup.tensor * (setup.weight_bytes + 4)
+
+
+def _end_bytes(shape: Shape, setup: Setup, stage: int) -> float:
+    tensors = (in_flight(setup, 0) / setup.virtual if stage == 0 else 0) + (2 if stage == setup.pipeline - 1 else 0)
+    return tensors * setup.weight_bytes * shape.hidden_size * setup.sharded_tokens
+
+
+def _communication(shape: Shape, setup: Setup) -> float:
+    # Two activations on their way in, and two out, between pipeline stages.
+    return 4 * setup.weight_bytes * shape.hidden_size * setup.sharded_tokens if setup.pipeline > 1 else 0.0

@@ -1,0 +1,97 @@
+"""Numbers of weights that one rank of a stage holds: exact, from the shapes of the weight table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.plan.setup import Setup
+from qwen3_npu.plan.shape import Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Weights of one rank.
+
+    Attributes:
+        dense: shared by all data- and context-parallel copies.
+        expert: of experts, copied over `Setup.expert_data` ranks.
+    """
+
+    dense: int = 0
+    expert: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.dense + other.dense, self.expert + other.expert)
+
+    def __mul__(self, number: int) -> Counts:
+        return Counts(self.dense * number, self.expert * number)
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+def layer_counts(shape: Shape, setup: Setup, has_experts: bool) -> Counts:
+    """Weights of one layer on one rank."""
+    h, tp = shape.hidden_size, setup.tensor
+    norms = 2 * h * shape.norm_vectors + (2 * shape.head_dim if shape.qk_norm else 0)
+    wide = shape.query_width + 2 * shape.key_width
+    dense = norms + (h * wide + shape.query_width * h) // tp
+    dense += wide // tp if shape.qkv_bias or shape.biases else 0
+    dense += h if shape.biases else 0
+    if not has_experts:
+        first = shape.gate_factor * shape.ffn_hidden_size
+        dense += h * (first + shape.ffn_hidden_size) // tp
+        dense += first // tp + h if shape.biases else 0
+        return Counts(dense)
+    dense += h * shape.num_experts + h * shape.moe_shared_ffn * (shape.gate_factor + 1) // tp
+    one = h * shape.moe_ffn_hidden_size * (shape.gate_factor + 1) // setup.expert_tensor
+    return Counts(dense, shape.num_experts // setup.expert * one)
+
+
+def embedding_count(shape: Shape, setup: Setup) -> int:
+    return shape.vocab_size * shape.hidden_size // setup.tensor
+
+
+def stage_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
+    """Weights of one rank of a pipeline stage."""
+    counts = Counts()
+    for has_experts, number in setup.layer_kinds(shape, stage).items():
+        counts += layer_counts(shape, setup, has_experts) * number
+    last = setup.pipeline - 1
+    if stage == 0:
+        counts += Counts(embedding_count(shape, setup) + shape.positions * shape.hidden_size)
+    if stage == last:
+        counts += Counts(shape.hidden_size * shape.norm_vectors)
+        if not shape.tied or setup.pipeline > 1:  # a tied output layer of another stage is a copy
+            counts += Counts(embedding_count(shape, setup))
+    return counts
+
+
+def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
+    """Weights of the adapters of one rank of a stage."""
+    total = Counts()
+    for has_experts, number in setup.layer_kinds(shape, stage).items():
+        total += _layer_lora(shape, setup, has_experts) * number
+    return total
+
+
+def _layer_lora(shape: Shape, setup: Setup, has_experts: bool) -> Counts:
+    h, tp, r, targets = shape.hidden_size, setup.tensor, setup.lora_rank, setup.lora_targets
+    dense = expert = 0
+    if "linear_qkv" in targets:
+        dense += r * h + r * (shape.query_width + 2 * shape.key_width) // tp
+    if "linear_proj" in targets:
+        dense += r * shape.query_width // tp + r * h
+    if not has_experts:
+        if "linear_fc1" in targets:
+            dense += r * h + r * shape.gate_factor * shape.ffn_hidden_size // tp
+        if "linear_fc2" in targets:
+            dense += r * shape.ffn_hidden_size // tp + r * h
+        return Counts(dense)
+    experts, width = shape.num_experts // setup.expert, shape.moe_ffn_hidden_size // setup.expert_tensor
+    if "linear_fc1" in targets:
+        expert += experts * r * (h + shape.gate_factor * width)
+    if "linear_fc2" in targets:
+        expert += experts * r * (width + h)
+    return Counts(dense, expert)

@@ -1,0 +1,189 @@
+"""All legal layouts of a number of devices, those that fit ranked by predicted tokens per second. No torch.
+
+Legality is asked of the parser's own checks (`args/fit.py`, `distributed/layout.py`), never judged here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from qwen3_npu.args.fit import Fit, fit
+from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.args.model import ModelArgs, ShapeArgs
+from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
+from qwen3_npu.args.plan import PlanArgs, VerdictArgs
+from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.plan.device import GIB, Device
+from qwen3_npu.plan.from_args import setup_of
+from qwen3_npu.plan.shape import Shape
+from qwen3_npu.plan.verdict import Verdict
+
+_MICRO = (1, 2, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One layout of the search: its verdict, and the flags that ask for it."""
+
+    verdict: Verdict
+    args: PretrainArgs
+
+
+def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> list[Found]:
+    """Every layout that fits, the fastest first.
+
+    Raises:
+        UsageError: none fits; the nearest is named, with what would make it fit.
+    """
+    fitting: list[Found] = []
+    nearest: Verdict | None = None
+    for flags, sizes in _legal(arch, args, device):
+        for found in _recomputations(shape, flags, sizes, device):
+            if found.verdict.fits:
+                fitting.append(found)
+                break
+            if nearest is None or found.verdict.peak < nearest.peak:
+                nearest = found.verdict
+    if not fitting:
+        raise UsageError(_nothing_fits(nearest, args, device))
+    return sorted(fitting, key=lambda found: -found.verdict.tokens_per_second)
+
+
+def _nothing_fits(nearest: Verdict | None, args: PlanArgs, device: Device) -> str:
+    if nearest is None:
+        return (
+            f"no layout of {args.devices} devices is legal for this model at --seq-length {args.seq_length} and "
+            f"--global-batch-size {args.global_batch_size}; give a batch that more device counts divide"
+        )
+    more = 2
+    while more < 64 and nearest.peak * (0.35 + 0.65 / more) > nearest.limit:
+        more *= 2
+    lora = "" if args.lora_r else ", --lora-r 16"
+    return (
+        f"nothing fits {args.devices} x {device.name}: the smallest layout needs {nearest.peak / GIB:.1f} GiB of "
+        f"{nearest.limit / GIB:.1f}; try --devices {args.devices * more}, a shorter --seq-length{lora}, "
+        f"or a device with more memory"
+    )
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
+
+
+def _legal(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[tuple[PretrainArgs, Fit]]:
+    """Flags of every layout and micro-batch that the parser's checks accept."""
+    base = _base_flags(args)
+    for parallel in _layouts(arch, args, device):
+        for micro in _MICRO:
+            train = dataclasses.replace(base.train, micro_batch_size=micro)
+            flags = base._replace(parallel=parallel, train=train)
+            try:
+                yield flags, fit(flags, arch, args.devices)
+            except UsageError:
+                break  # a larger micro-batch fits no better
+
+
+def _layouts(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[ParallelArgs]:
+    """Candidates; what cannot be divided is left out early only to save time."""
+    layers, world = arch.num_hidden_layers, args.devices
+    for tensor in _divisors(world, device.node):
+        for pipeline in _divisors(world // tensor, layers):
+            for context in _divisors(world // tensor // pipeline, 64 if args.seq_length >= 8192 else 1):
+                copies = world // tensor // pipeline // context
+                if args.global_batch_size % copies:
+                    continue
+                for expert, expert_tensor in _expert_sizes(arch, tensor, copies * context * tensor):
+                    for virtual in _virtual_sizes(layers, pipeline):
+                        yield _parallel(arch, tensor, pipeline, context, expert, expert_tensor, virtual)
+
+
+def _expert_sizes(arch: Qwen3Arch, tensor: int, ranks: int) -> list[tuple[int, int]]:
+    if not arch.is_moe:
+        return [(1, tensor)]
+    return [
+        (expert, etp)
+        for etp in sorted({1, tensor})
+        for expert in _divisors(arch.num_experts, ranks // etp)
+        if ranks % (expert * etp) == 0
+    ]
+
+
+def _padded(layers: int, pipeline: int) -> int:
+    return -(-layers // pipeline) * pipeline
+
+
+def _virtual_sizes(layers: int, pipeline: int) -> list[int | None]:
+    """Layers of a virtual chunk; None: no interleaving."""
+    if pipeline == 1:
+        return [None]
+    per_stage = _padded(layers, pipeline) // pipeline
+    return [None, *(d for d in _divisors(per_stage, per_stage) if d < per_stage)]
+
+
+def _parallel(
+    arch: Qwen3Arch,
+    tensor: int,
+    pipeline: int,
+    context: int,
+    expert: int,
+    expert_tensor: int,
+    virtual: int | None,
+) -> ParallelArgs:
+    layers = arch.num_hidden_layers
+    noop = range(layers, _padded(layers, pipeline))
+    heads = arch.num_attention_heads // tensor
+    return ParallelArgs(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        num_layers_per_virtual_pipeline_stage=virtual,
+        noop_layers=",".join(map(str, noop)) or None,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor if arch.is_moe else None,
+        context_parallel_size=context,
+        context_parallel_algo="ulysses_cp_algo" if heads % context == 0 else "megatron_cp_algo",
+        sequence_parallel=tensor > 1,
+    )
+
+
+def _base_flags(args: PlanArgs) -> PretrainArgs:
+    sft = args.stage == "sft"
+    return PretrainArgs(
+        model=ModelArgs(model=args.model, hf_dir=args.hf_dir),
+        shape=ShapeArgs(max_position_embeddings=args.seq_length),
+        parallel=ParallelArgs(),
+        runtime=RuntimeArgs(),
+        train=TrainArgs(train_iters=1, seq_length=args.seq_length, global_batch_size=args.global_batch_size, bf16=True),
+        optimizer=OptimizerArgs(
+            lr=1e-5, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=not args.lora_r
+        ),
+        lora=LoraArgs(lora_r=args.lora_r),
+        data=DataArgs(data_path=["DATA"], stage=args.stage, reset_attention_mask=sft and args.pack),
+        record=RecordArgs(),
+        tokenizer=TokenizerArgs(),
+        instruction=InstructionArgs(),
+        checkpoint=CheckpointArgs(),
+        exits=ExitArgs(),
+        report=ReportArgs(),
+        profile=ProfileArgs(),
+        verdict=VerdictArgs(),
+    )
+
+
+def _recomputations(shape: Shape, flags: PretrainArgs, sizes: Fit, device: Device) -> Iterator[Found]:
+    """The layout with more and more recomputed: the first that fits is the fastest that does."""
+    per_chunk = max(len(chunk) for stage in sizes.layout.chunks for chunk in stage)
+    counts: Sequence[int] = sorted({0, -(-per_chunk // 4), -(-per_chunk // 2), per_chunk})
+    for count in counts:
+        train = flags.train
+        if count:
+            train = dataclasses.replace(
+                train, recompute_granularity="full", recompute_method="block", recompute_num_layers=count
+            )
+        chosen = flags._replace(train=train)
+        yield Found(Verdict(shape, setup_of(chosen, sizes), device), chosen)

@@ -1,0 +1,114 @@
+"""One way to train: layout, batch, and what is recomputed, sharded or moved to the host."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.errors import UsageError
+from qwen3_npu.plan.shape import Shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything beside the model's shape that memory and time depend on.
+
+    Attributes:
+        tensor, pipeline, context, expert, expert_tensor, data: sizes of the parallel groups; `data` without `context`.
+        layers: layers of each chunk of each stage, `layers[stage][chunk]` (numbers of layers with weights).
+        micro_batch, num_microbatches: samples per forward pass, and passes per step.
+        ring: context parallelism passes keys and values around (else: exchanges sequence for heads).
+        distributed_optimizer: optimizer state is sharded over data-parallel ranks.
+        recompute: layers of each stage whose inside is computed again in backward.
+        recompute_group: layers of one recomputed group (method uniform).
+        recompute_activation, recompute_norm: these alone are computed again.
+        lora_rank, lora_targets: 0: all weights are trained.
+        reuse_master: the 16-bit weight is the upper half of its float32 master.
+        swap_optimizer: optimizer state is on the host.
+        loss_chunk: tokens whose logits exist at the same time; 0: all.
+        overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
+        overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
+        pad: share of a batch's tokens that are padding.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    data: int = 1
+    layers: tuple[tuple[int, ...], ...]
+    seq_length: int
+    micro_batch: int = 1
+    num_microbatches: int = 1
+    sequence_parallel: bool = False
+    ring: bool = False
+    distributed_optimizer: bool = False
+    bf16: bool = True
+    recompute: int = 0
+    recompute_group: int = 1
+    recompute_activation: bool = False
+    recompute_norm: bool = False
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    reuse_master: bool = False
+    swap_optimizer: bool = False
+    loss_chunk: int = 0
+    overlap_grads: bool = False
+    overlap_params: bool = False
+    overlap_tensor: bool = False
+    overlap_experts: bool = False
+    pad: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != self.pipeline:
+            raise UsageError(f"layers of {len(self.layers)} stages are given; the pipeline has {self.pipeline}")
+
+    @property
+    def virtual(self) -> int:
+        return len(self.layers[0])
+
+    @property
+    def devices(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def expert_data(self) -> int:
+        """Copies of one expert's shard."""
+        return max(1, self.devices // (self.expert * self.expert_tensor * self.pipeline))
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.num_microbatches * self.data
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one context-parallel rank."""
+        return self.micro_batch * self.seq_length // self.context
+
+    @property
+    def sharded_tokens(self) -> float:
+        """The same where sequence parallelism shards them."""
+        return self.tokens / (self.tensor if self.sequence_parallel else 1)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.bf16 else 4
+
+    def first_layer(self, stage: int, chunk: int) -> int:
+        """The number of a chunk's first layer; chunks of all stages come before the next chunk of any."""
+        before = sum(self.layers[s][c] for c in range(chunk) for s in range(self.pipeline))
+        return before + sum(self.layers[s][chunk] for s in range(stage))
+
+    def layer_kinds(self, shape: Shape, stage: int) -> dict[bool, int]:
+        """How many layers of a stage have experts (True), and have none (False)."""
+        number = sum(self.layers[stage])
+        if not shape.moe_dense_layers or not shape.is_moe:
+            return {shape.is_moe: number}
+        held = [
+            self.first_layer(stage, chunk) + i
+            for chunk in range(self.virtual)
+            for i in range(self.layers[stage][chunk])
+        ]
+        experts = sum(shape.has_experts(layer) for layer in held)
+        return {kind: count for kind, count in ((True, experts), (False, number - experts)) if count}

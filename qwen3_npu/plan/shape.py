@@ -1,0 +1,123 @@
+"""The sizes of a decoder that memory and time depend on: any GPT or mixture of experts, not Qwen3 alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qwen3_npu import schema
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a decoder. Names are Megatron's.
+
+    Attributes:
+        num_query_groups: key/value heads.
+        vocab_size: rows of the padded embedding.
+        tied: the output layer is the embedding.
+        gated: the MLP has a gate (SwiGLU), so its first matrix is twice as wide.
+        num_experts: experts of a MoE layer; 0: a dense model.
+        moe_dense_layers: leading layers without experts.
+        moe_shared_ffn: width of the expert that every token meets; 0: there is none.
+        qk_norm, qkv_bias, biases: extra vectors: norms of query and key heads, biases of q, k and v, of all linears.
+        positions: rows of a learned position embedding; 0: there is none.
+        norm_vectors: vectors of one norm: 1 for RMSNorm, 2 for LayerNorm.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    tied: bool = False
+    gated: bool = True
+    num_experts: int = 0
+    moe_topk: int = 0
+    moe_ffn_hidden_size: int = 0
+    moe_dense_layers: int = 0
+    moe_shared_ffn: int = 0
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    biases: bool = False
+    positions: int = 0
+    norm_vectors: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim")
+        for name in (*sizes, "vocab_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"the shape's {name} is {getattr(self, name)}; it must be at least 1")
+        if self.is_moe and not (1 <= self.moe_topk <= self.num_experts and self.moe_ffn_hidden_size > 0):
+            raise UsageError(
+                f"a shape with num_experts {self.num_experts} needs moe_topk between 1 and that (it is "
+                f"{self.moe_topk}) and moe_ffn_hidden_size above 0 (it is {self.moe_ffn_hidden_size})"
+            )
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def query_width(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.num_query_groups * self.head_dim
+
+    @property
+    def gate_factor(self) -> int:
+        """Width of the MLP's first product, in FFN widths."""
+        return 2 if self.gated else 1
+
+    def has_experts(self, layer: int) -> bool:
+        return self.is_moe and layer >= self.moe_dense_layers
+
+
+def shape_of(arch: Qwen3Arch, padded_vocab_size: int | None = None) -> Shape:
+    """The sizes of a model of this project."""
+    return Shape(
+        num_layers=arch.num_hidden_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.intermediate_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_key_value_heads,
+        head_dim=arch.head_dim,
+        vocab_size=padded_vocab_size or arch.vocab_size,
+        tied=arch.tie_word_embeddings,
+        num_experts=arch.num_experts,
+        moe_topk=arch.num_experts_per_tok,
+        moe_ffn_hidden_size=arch.moe_intermediate_size,
+        qk_norm=True,
+    )
+
+
+def read_shape(path: Path) -> Shape:
+    """The sizes in a JSON file; names are those of `Shape`, `head_dim` is by default hidden_size / heads.
+
+    Raises:
+        UsageError: the file is no such object, a size is missing, out of range or not understood.
+    """
+    found = schema.read_record(path, strict=True)
+    fields = dataclasses.fields(Shape)
+    found.only([field.name for field in fields])
+    values: dict[str, Any] = {}
+    for field in fields:
+        if field.name not in found.fields:
+            continue
+        is_switch = field.type == "bool"
+        values[field.name] = found.flag(field.name) if is_switch else found.integer(field.name, least=0, most=10**7)
+    hidden = found.integer("hidden_size", least=1)
+    heads = found.integer("num_attention_heads", least=1)
+    values.setdefault("num_query_groups", heads)
+    values.setdefault("head_dim", hidden // heads)
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise UsageError(f"{path} has no {', '.join(missing)}")
+    return Shape(**values)

@@ -1,0 +1,244 @@
+"""Time of one optimizer step, in closed form: products, attention, other kernels, exposed communication, bubble.
+
+Products and attention go by FLOP and a share of the device's peak that grows with the size of the product; everything
+else by bytes; collectives by the ring formulas (latency x steps + bytes x (n - 1) / n / bandwidth). The bubble of a
+pipeline is (PP - 1) / VPP micro-batches (arXiv:2104.04473).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.plan.device import Device
+from qwen3_npu.plan.memory import routed_rows
+from qwen3_npu.plan.parameters import lora_counts, stage_counts
+from qwen3_npu.plan.setup import Setup
+from qwen3_npu.plan.shape import Shape
+
+# Operations that the host launches for one layer, forward and backward (tests/golden of the simulated NPU).
+_LAUNCHES = {False: 47, True: 113}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by kind; of the slowest pipeline stage.
+
+    Attributes:
+        products, attention, kernels: computing. `kernels`: everything that is bound by memory.
+        recompute: computing again in backward.
+        tensor, expert, context, pipeline, data: communication that nothing hides, by group.
+        bubble: waiting for other pipeline stages.
+        optimizer: clipping and update.
+        host: waiting for the host to launch operations.
+    """
+
+    products: float
+    attention: float
+    kernels: float
+    recompute: float
+    tensor: float
+    expert: float
+    context: float
+    pipeline: float
+    data: float
+    bubble: float
+    optimizer: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return sum(value for _, value in self.rows())
+
+    def rows(self) -> list[tuple[str, float]]:
+        """Name and seconds of each kind, in the order to show them."""
+        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """Seconds of one layer and micro-batch, forward (backward is twice the computing)."""
+
+    products: float
+    attention: float
+    kernels: float
+
+
+def _product(device: Device, flops: float, count: int = 1) -> float:
+    """Seconds of `count` equal products that have `flops` FLOP together."""
+    each = flops / max(count, 1)
+    return flops / (device.flops * device.product) * (1 + device.product_half / max(each, 1.0))
+
+
+def _ring(device: Device, size: int, stride: int, moved: float, steps: float = 1.0) -> float:
+    """Seconds of an all-gather, reduce-scatter or all-to-all that leaves `moved` bytes on each of `size` ranks.
+
+    Args:
+        stride: distance of neighbouring ranks; a group that leaves the node is as fast as the network.
+        steps: of latency, in collectives.
+    """
+    if size == 1:
+        return 0.0
+    inside = size * stride <= device.node
+    bandwidth = (device.link if inside else device.network) * device.transfer
+    latency = device.latency if inside else device.network_latency
+    return steps * latency * (size - 1) ** 0.5 + moved * (size - 1) / size / bandwidth
+
+
+def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
+    tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
+    h, query, wide = shape.hidden_size, shape.query_width, shape.query_width + 2 * shape.key_width
+    products = _product(device, 2 * tokens * h * wide / tp) + _product(device, 2 * tokens * query * h / tp)
+    squares = setup.micro_batch * setup.seq_length**2 / setup.context / 2  # causal
+    attention = 4 * squares * query / tp / (device.flops * device.attention)
+    moved = setup.sharded_tokens * h * 10 + tokens * (4 * query + 4 * shape.key_width) / tp
+    if has_experts:
+        rows, ffn = routed_rows(shape, setup), shape.moe_ffn_hidden_size / setup.expert_tensor
+        local = shape.num_experts // setup.expert
+        products += _product(device, 2 * rows * h * shape.gate_factor * ffn, local)
+        products += _product(device, 2 * rows * ffn * h, local)
+        products += _product(device, 2 * setup.sharded_tokens * h * shape.num_experts)
+        shared = 2 * tokens * h * shape.moe_shared_ffn * (shape.gate_factor + 1) / tp
+        products += _product(device, shared, 2) if shared else 0.0
+        moved += rows * (8 * h + (2 * shape.gate_factor + 4) * ffn) + setup.sharded_tokens * shape.num_experts * 8
+    else:
+        ffn = shape.ffn_hidden_size / tp
+        products += _product(device, 2 * tokens * h * shape.gate_factor * ffn) + _product(device, 2 * tokens * ffn * h)
+        moved += tokens * (shape.gate_factor + 1) * ffn
+    return _Layer(products, attention, moved * width / (device.memory_bandwidth * device.streaming))
+
+
+def step_time(shape: Shape, setup: Setup, device: Device, *, imbalance: float = 1.1) -> StepTime:
+    """Seconds of one optimizer step, by kind.
+
+    Args:
+        imbalance: tokens of the busiest expert rank over the mean (1 with forced balance).
+    """
+    # Stages between the first and the last are equal, but for an uneven pipeline.
+    different = {
+        (setup.layers[stage], stage == 0, stage == setup.pipeline - 1): stage for stage in range(setup.pipeline)
+    }
+    stages = [_stage_time(shape, setup, device, stage, imbalance) for stage in different.values()]
+    slowest = max(stages, key=lambda time: time.total)
+    per_pass = (slowest.total - slowest.data - slowest.optimizer) / setup.num_microbatches
+    bubble = per_pass * (setup.pipeline - 1) / setup.virtual
+    return dataclasses.replace(slowest, bubble=bubble)
+
+
+def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, imbalance: float) -> StepTime:
+    counts, passes = setup.layer_kinds(shape, stage), setup.num_microbatches
+    number = sum(counts.values())
+    products = attention = kernels = 0.0
+    for is_moe in counts:
+        layer = _layer(shape, setup, device, is_moe)
+        slow = imbalance if is_moe and setup.expert > 1 else 1.0
+        products += counts[is_moe] * layer.products * slow
+        attention += counts[is_moe] * layer.attention
+        kernels += counts[is_moe] * layer.kernels
+    share = min(setup.recompute, number) / max(number, 1)
+    recompute = share * (products + attention + kernels)
+    backward = 1.0 if setup.lora_rank else 2.0  # a frozen weight has no gradient of its own
+    products *= 1 + backward
+    attention *= 3.5  # backward recomputes the scores: 2.5 x forward
+    kernels *= 3
+    head = _product(device, 6 * setup.tokens * shape.hidden_size * shape.vocab_size / setup.tensor)
+    logits = setup.tokens * shape.vocab_size / setup.tensor * 20 / (device.memory_bandwidth * device.streaming)
+    if stage == setup.pipeline - 1:
+        products, kernels = products + head, kernels + logits
+    launches = sum(counts[kind] * _LAUNCHES[kind] for kind in counts) * (1 + share * 0.4)
+    busy = products + attention + kernels + recompute
+    return StepTime(
+        products=passes * products,
+        attention=passes * attention,
+        kernels=passes * kernels,
+        recompute=passes * recompute,
+        tensor=passes * number * _tensor(shape, setup, device) * (1 + share / 2),
+        expert=passes * counts.get(True, 0) * _expert(shape, setup, device, imbalance) * (1 + share / 2),
+        context=passes * number * _context(shape, setup, device),
+        pipeline=_pipeline(shape, setup, device),
+        data=_data(shape, setup, device, stage, passes * busy),
+        bubble=0.0,
+        optimizer=_optimizer(shape, setup, device, stage),
+        host=passes * max(0.0, launches * device.launch - busy),
+    )
+
+
+def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
+    """Seconds of one layer's tensor-parallel collectives: 2 gathers and 2 scatters each way, 1 more gather back."""
+    moved = setup.tokens * shape.hidden_size * setup.weight_bytes
+    collectives = 6 if shape.is_moe else 10  # pairs of gather and scatter; a MoE layer's MLP has none
+    time = collectives * _ring(device, setup.tensor, 1, moved)
+    return time * (0.35 if setup.overlap_tensor else 1.0)
+
+
+def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> float:
+    """Seconds of one layer's expert exchange: out and back, forward and backward."""
+    moved = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * imbalance
+    stride = setup.expert_tensor
+    time = 4 * _ring(device, setup.expert, stride, moved, steps=2)
+    return time * (0.4 if setup.overlap_experts else 1.0)
+
+
+def _context(shape: Shape, setup: Setup, device: Device) -> float:
+    """Seconds of one layer's context-parallel communication."""
+    if setup.context == 1:
+        return 0.0
+    heads = shape.query_width + 2 * shape.key_width
+    if setup.ring:  # most of it is hidden by the attention of the block before
+        moved = 3 * 2 * setup.tokens * setup.context * shape.key_width / setup.tensor * setup.weight_bytes
+        return 0.3 * _ring(device, setup.context, setup.tensor, moved, steps=setup.context)
+    moved = setup.tokens * (heads + shape.query_width) / setup.tensor * setup.weight_bytes
+    return 2 * _ring(device, setup.context, setup.tensor, moved, steps=4)
+
+
+def _pipeline(shape: Shape, setup: Setup, device: Device) -> float:
+    """Seconds of a step's sends and receives between stages that are not hidden."""
+    if setup.pipeline == 1:
+        return 0.0
+    moved = setup.sharded_tokens * shape.hidden_size * setup.weight_bytes
+    inside = setup.devices <= device.node
+    bandwidth = (device.link if inside else device.network) * device.transfer
+    latency = device.latency if inside else device.network_latency
+    exchanges = 2 * setup.num_microbatches * setup.virtual
+    return exchanges * (latency + moved / bandwidth) * (1.0 if setup.virtual == 1 else 0.3)
+
+
+def _data(shape: Shape, setup: Setup, device: Device, stage: int, busy: float) -> float:
+    """Seconds of the gradients' reduction and the weights' gathering that nothing hides."""
+    trained = (lora_counts if setup.lora_rank else stage_counts)(shape, setup, stage)
+    stride = setup.tensor
+    exposed = 0.0
+    for count, size in ((trained.dense, setup.data * setup.context), (trained.expert, setup.expert_data)):
+        reduce = _ring(device, size, stride, 4.0 * count)
+        gather = _ring(device, size, stride, float(setup.weight_bytes) * count)
+        if not setup.distributed_optimizer:
+            gather = reduce  # an all-reduce is a scatter and a gather of float32
+        exposed += max(0.1 * reduce, reduce - 0.5 * busy) if setup.overlap_grads else reduce
+        exposed += max(0.1 * gather, gather - 0.3 * busy) if setup.overlap_params else gather
+    return exposed
+
+
+def _optimizer(shape: Shape, setup: Setup, device: Device, stage: int) -> float:
+    """Seconds of clipping and update: about 36 bytes a weight pass through memory."""
+    trained = (lora_counts if setup.lora_rank else stage_counts)(shape, setup, stage)
+    if setup.distributed_optimizer:
+        own = trained.dense / (setup.data * setup.context) + trained.expert / setup.expert_data
+    else:
+        own = float(trained.total)
+    time = (own * 36 + trained.total * 8) / (device.memory_bandwidth * device.streaming)
+    return time + (own * 24 / 25e9 if setup.swap_optimizer else 0.0)  # in and out over PCIe 4.0 x16
+
+
+def model_flops(shape: Shape, setup: Setup) -> float:
+    """FLOP of a step that the model needs, recomputation not counted: 6 x weights and causal attention, as
+    `model.arch.flops_per_token`."""
+    tokens = setup.global_batch * setup.seq_length
+    active = 0.0
+    for layer in range(shape.num_layers):
+        active += shape.hidden_size * (2 * shape.query_width + 2 * shape.key_width)
+        if shape.has_experts(layer):
+            ffn = shape.moe_topk * shape.moe_ffn_hidden_size + shape.moe_shared_ffn
+            active += shape.hidden_size * ((shape.gate_factor + 1) * ffn + shape.num_experts)
+        else:
+            active += shape.hidden_size * (shape.gate_factor + 1) * shape.ffn_hidden_size
+    attention = shape.num_layers * setup.seq_length * shape.query_width
+    return 6.0 * tokens * (active + shape.vocab_size * shape.hidden_size + attention)

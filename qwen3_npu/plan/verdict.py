@@ -1,0 +1,121 @@
+"""One layout judged: memory of each stage against the device, time of a step, and what would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+from qwen3_npu.plan.device import GIB, Device
+from qwen3_npu.plan.memory import StageMemory, stage_memory
+from qwen3_npu.plan.setup import Setup
+from qwen3_npu.plan.shape import Shape
+from qwen3_npu.plan.timing import StepTime, model_flops, step_time
+
+# Share of the device's memory that may be planned for: fragmentation and what no formula sees take the rest.
+USABLE = 0.94
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What to expect of one layout on one kind of device.
+
+    What is not asked for is not computed: a search asks most layouts for their peak only.
+    """
+
+    shape: Shape
+    setup: Setup
+    device: Device
+
+    def _stage(self, stage: int) -> StageMemory:
+        device = self.device
+        return stage_memory(self.shape, self.setup, stage, reserve=device.reserve, stats_bytes=device.stats_bytes)
+
+    @functools.cached_property
+    def stages(self) -> tuple[StageMemory, ...]:
+        """Memory of each pipeline stage."""
+        return tuple(map(self._stage, range(self.setup.pipeline)))
+
+    @functools.cached_property
+    def time(self) -> StepTime:
+        """Of one step."""
+        return step_time(self.shape, self.setup, self.device)
+
+    @functools.cached_property
+    def peak(self) -> float:
+        """Bytes of the fullest stage. Between the first and the last, an earlier one holds more micro-batches."""
+        layers = self.setup.layers
+        middle = {layers[stage]: stage for stage in range(len(layers) - 2, 0, -1)}
+        return max(self._stage(stage).total for stage in {0, *middle.values(), len(layers) - 1})
+
+    @property
+    def limit(self) -> float:
+        """Bytes that may be used."""
+        return self.device.memory * USABLE
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second and device, padding left out."""
+        tokens = self.setup.global_batch * self.setup.seq_length * (1 - self.setup.pad)
+        return tokens / self.time.total / self.setup.devices
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP utilisation: needed FLOP over the peak's."""
+        return model_flops(self.shape, self.setup) / self.setup.devices / self.time.total / self.device.flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Remedy:
+    """A change that saves memory.
+
+    Attributes:
+        words: the flags to give.
+        saved: bytes of the fullest stage.
+        slower: relative change of the step's time.
+    """
+
+    words: str
+    saved: float
+    slower: float
+
+    def __str__(self) -> str:
+        return f"{self.words}: -{self.saved / GIB:.1f} GiB, {100 * self.slower:+.0f} % time"
+
+
+def remedies(verdict: Verdict, most: int = 4) -> list[Remedy]:
+    """What makes a layout smaller: those that suffice first, the cheapest in time of them first."""
+    found = []
+    for words, setup in _changes(verdict.setup):
+        changed = Verdict(verdict.shape, setup, verdict.device)
+        if (saved := verdict.peak - changed.peak) > 0.05 * GIB:
+            found.append((not changed.fits, Remedy(words, saved, changed.time.total / verdict.time.total - 1)))
+    found.sort(key=lambda pair: (pair[0], pair[1].slower if not pair[0] else -pair[1].saved))
+    return [remedy for _, remedy in found[:most]]
+
+
+def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    most = max(sum(stage) for stage in setup.layers)
+    per_chunk = max(max(stage) for stage in setup.layers)
+    for share in (0.25, 0.5, 1.0):
+        layers = max(1, round(per_chunk * share))
+        if layers * setup.virtual > setup.recompute:
+            flags = f"--recompute-granularity full --recompute-method block --recompute-num-layers {layers}"
+            yield flags, dataclasses.replace(setup, recompute=min(most, layers * setup.virtual), recompute_group=1)
+    if not setup.recompute_activation and setup.recompute < most:
+        yield "--recompute-activation-function", dataclasses.replace(setup, recompute_activation=True)
+    if not setup.distributed_optimizer and not setup.lora_rank and setup.data * setup.context > 1:
+        yield "--use-distributed-optimizer", dataclasses.replace(setup, distributed_optimizer=True)
+    if not setup.sequence_parallel and setup.tensor > 1:
+        yield "--sequence-parallel", dataclasses.replace(setup, sequence_parallel=True)
+    if setup.micro_batch > 1:
+        passes = setup.num_microbatches * setup.micro_batch
+        yield "--micro-batch-size 1", dataclasses.replace(setup, micro_batch=1, num_microbatches=passes)
+    if not setup.loss_chunk and setup.tokens > 1024:
+        yield "--loss-compute-mode chunk", dataclasses.replace(setup, loss_chunk=1024)
+    if not setup.lora_rank:
+        yield "--lora-r 16 (LoRA)", dataclasses.replace(setup, lora_rank=16)
