@@ -16,7 +16,7 @@ from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.data.train.sft_dataset import InstructionFiles, open_instructions, split_ranges
 from qwen3_npu.data.train.token_file import Indexed, open_indexed
 from qwen3_npu.data.train.token_record import TokenRecord, check_ids, scanned_record
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import UsageError, did_you_mean
 
 
 def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
@@ -73,6 +73,8 @@ def check_data(data: DataArgs, vocab_size: int, *, seq_length: int, scans: bool 
         UsageError: see `blend`, `open_indexed`, `open_instructions` and `check_ids`; or nothing can be learned.
     """
     prefixes, _ = blend(data.data_path)
+    for prefix in prefixes:
+        _check_there(prefix, data)
     tokenizer = open_tokenizer(data.tokenizer_name_or_path) if scans and data.tokenizer_name_or_path else None
     if tokenizer is not None:
         _compare_vocabularies(tokenizer, vocab_size)
@@ -91,6 +93,27 @@ def check_data(data: DataArgs, vocab_size: int, *, seq_length: int, scans: bool 
         for text in texts:
             _compare_tokenizers(text.prefix, _check_ids(text, data, vocab_size), tokenizer)
     return DataFacts(sum(_text_samples(text, data.split, seq_length) for text in texts))
+
+
+_SFT = "_packed_input_ids_document"
+
+
+def _check_there(prefix: str, data: DataArgs) -> None:
+    """Raises: UsageError: a word of --data-path names nothing, or data of the other stage."""
+    end, other = (_SFT, "") if data.is_instruction else ("", _SFT)
+    if any(Path(f"{prefix}{end}{suffix}").exists() for suffix in (".idx", ".bin")):
+        return
+    if Path(f"{prefix}{other}.idx").exists():
+        kind, advice = ("text", "drop it") if data.is_instruction else ("instruction data", "give it")
+        raise UsageError(f"--data-path {prefix} holds {kind}, and --stage sft is for instruction data: {advice}")
+    folder = Path(prefix).parent
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    pairs = [name.removesuffix(f"{end}.idx") for name in names if name.endswith(f"{end}.idx")]
+    hint = did_you_mean(Path(prefix).name, [*pairs, *(name for name in names if not name.endswith((".idx", ".bin")))])
+    raise UsageError(
+        f"--data-path {prefix}: not found: there is no pair {prefix}{end}.idx and .bin, and no raw file or folder of "
+        f"this name{hint}"
+    )
 
 
 def _check_ids(pair: Indexed, data: DataArgs, limit: int, *, labels: bool = False) -> TokenRecord:
