@@ -79,14 +79,14 @@ generate() {
     launch inference.py \
         --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
         --task ${TASK:-greedy} --predict-data "${PREDICT_DATA:-how are you?}" \
-        --max-new-tokens "${MAX_NEW_TOKENS:-256}" --hf-chat-template --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
+        --max-new-tokens "${MAX_NEW_TOKENS:-256}" --prompt-type auto --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
         "$@"
 }
 
 chat() {
     launch inference.py \
         --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
-        --task chat --hf-chat-template --enable-thinking "${ENABLE_THINKING:-true}" \
+        --task chat --prompt-type auto ${ENABLE_THINKING:+--enable-thinking "$ENABLE_THINKING"} \
         --max-new-tokens "${MAX_NEW_TOKENS:-2048}" --history-turns 10 --temperature 0.6 --top-k 20 --seed 42 \
         "$@"
 }

@@ -101,7 +101,6 @@ _OTHER_PROMPTS = "--scoring chooses among two ways of asking"
 
 FOREIGN: dict[str, Foreign] = {
     **SHARED_FOREIGN,
-    "--no-chat-template": Foreign("prompts are plain text without --prompt-type or --hf-chat-template"),
     "--broadcast": Foreign("copies of the model that share experts always go in step"),
     "--temperature": Foreign("the likeliest answer counts", nargs=1),
     "--top-k": Foreign("the likeliest answer counts", nargs=1),

@@ -41,14 +41,14 @@ def run(platform: Platform, args: EvaluationArgs, plan: InferencePlan) -> None:
 def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: InferencePlan) -> None:
     """Read all questions, load the model, evaluate; the results of each task are written before the next one starts."""
     platform.return_freed_memory()
-    writer = Writer(plan.tokenizer, args.prompts, backend="auto")
+    writer = Writer(plan.tokenizer, plan.prompts, backend="auto")
     if writer.args.template:
         plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
     tasks = [
         _load(name, path, args, writer)
         for name, path in zip(args.evaluate.task, args.evaluate.task_data_path, strict=True)
     ]
-    facts = {task.name: _facts(task, args) for task in tasks}
+    facts = {task.name: _facts(task, writer, args) for task in tasks}
     folder = Path(args.evaluate.output_dir)
     rows = pass_tokens(args, world.device.type)
     with loaded(platform, world, args.runtime, args.weights, plan, rows=rows, copy_tied=False) as runner:
@@ -171,7 +171,7 @@ def _sample(
     return Sample(question.subject, category, scores, margin, entry)
 
 
-def _facts(task: Read, args: EvaluationArgs) -> dict[str, Any]:
+def _facts(task: Read, writer: Writer, args: EvaluationArgs) -> dict[str, Any]:
     """What a score depends on besides the weights."""
     shots = args.evaluate.num_fewshot
     return {
@@ -179,7 +179,8 @@ def _facts(task: Read, args: EvaluationArgs) -> dict[str, Any]:
         "scoring": args.evaluate.scoring if task.task else "custom",
         "language": task.asker.language if task.asker else None,
         "num_fewshot": shots if shots is not None else (task.task.shots if task.task else 0),
-        "template": args.prompts.template,
+        "template": writer.args.template,
+        "enable_thinking": writer.args.enable_thinking,
         "questions": len(task.contexts),
         "prompt_hash": task.prompt_hash,
     }
@@ -200,7 +201,7 @@ def _write(results: dict[str, Any], args: EvaluationArgs, plan: InferencePlan, f
             "dtype": "bfloat16" if args.weights.bf16 else "float32",
             "layout": str(plan.layout),
             **dataclasses.asdict(args.evaluate),
-            **dataclasses.asdict(args.prompts),
+            **dataclasses.asdict(plan.prompts),
         },
         "versions": {name: version(name) for name in ("torch", "megatron-core", "tokenizers")},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -15,6 +15,7 @@ from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError
+from qwen3_npu.inference.taught import read_taught, settle
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
 
@@ -29,6 +30,7 @@ class InferencePlan:
         positions: longest sequence.
         eos: tokens that end an answer.
         notes: flags that are changed, and why.
+        prompts: the flags of prompts, with what follows from the checkpoint.
     """
 
     arch: Qwen3Arch
@@ -40,6 +42,7 @@ class InferencePlan:
     tokenizer: TokenizerFolder
     eos: tuple[int, ...]
     notes: tuple[str, ...]
+    prompts: PromptArgs = PromptArgs()
 
     def describe(self, weights: WeightArgs) -> list[str]:
         """What will be loaded, a line each."""
@@ -80,6 +83,12 @@ def plan_inference(
     layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)
     check_world_size(layout, world_size)
     tokenizer = open_tokenizer(_tokenizer(tokenizer_path, load, config))
+    if tokenizer.largest_id >= arch.vocab_size:
+        raise UsageError(
+            f"{tokenizer.path} has tokens up to {tokenizer.largest_id}, but the model has only {arch.vocab_size}; give "
+            "the model's own tokenizer with --tokenizer-name-or-path"
+        )
+    prompts, lines = settle(prompts, read_taught(weights), tokenizer)
     return InferencePlan(
         arch=arch,
         found_in=found_in,
@@ -89,7 +98,8 @@ def plan_inference(
         positions=shape.max_position_embeddings or arch.max_position_embeddings,
         tokenizer=tokenizer,
         eos=_eos(arch, tokenizer, [load, *([config] if config else []), tokenizer.path]),
-        notes=tuple(notes),
+        notes=(*notes, *lines),
+        prompts=prompts,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from qwen3_npu import log
 from qwen3_npu.args.inference import GenerateArgs, InferenceArgs
 from qwen3_npu.data.text.conversation import Conversation
+from qwen3_npu.data.text.prompt_types import AUTO
 from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.batch import Batch, requests_of
@@ -22,6 +23,7 @@ from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.inference.prompts import read_prompts
 from qwen3_npu.inference.results import RESULT, write_generated
 from qwen3_npu.inference.runner import loaded
+from qwen3_npu.inference.taught import PLAIN
 from qwen3_npu.inference.text import Writer
 from qwen3_npu.platform.base import Platform
 
@@ -43,11 +45,14 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
         UsageError: a prompt or a task cannot be done; nothing is loaded or written then.
     """
     flags = args.generate
-    writer = Writer(plan.tokenizer, args.prompts)
-    if args.prompts.template is not None or _CHAT in flags.task:
+    if _CHAT in flags.task:
+        if plan.prompts.template_given == PLAIN:
+            raise UsageError("--task chat needs a template: --prompt-type auto, qwen3 or --hf-chat-template")
+        if plan.prompts.template is None:
+            plan = dataclasses.replace(plan, prompts=dataclasses.replace(plan.prompts, prompt_type=AUTO))
+    writer = Writer(plan.tokenizer, plan.prompts)
+    if writer.args.template is not None:
         plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
-    if _CHAT in flags.task and writer.args.template is None:
-        raise UsageError("--task chat needs a template: --prompt-type qwen3 or --hf-chat-template")
     beams = [task for task in flags.task if task.startswith("beam")]
     if beams and not args.weights.use_kv_cache:
         raise UsageError(f"--no-use-kv-cache: --task {beams[0]} needs the cache; drop the flag")

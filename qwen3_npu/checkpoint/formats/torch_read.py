@@ -34,6 +34,7 @@ from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, shards
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
+from qwen3_npu.model.arch.megatron import check_trained
 
 __all__ = ["WEIGHTS", "MegatronReader", "ShardedTensors", "checkpoint_args", "iteration_name", "read_tracker"]
 
@@ -176,7 +177,9 @@ def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namesp
     """The model's architecture: as config.json says, else as the checkpoint's arguments do."""
     config = Path(hf_config or root)
     if hf_config or (config / "config.json").is_file():
-        return from_hf_config(read_hf_config(config), str(config / "config.json"))
+        arch = from_hf_config(read_hf_config(config), str(config / "config.json"))
+        check_trained(vars(args), arch, str(root))
+        return arch
     return arch_from_args(args, str(root))
 
 

@@ -159,7 +159,8 @@ def test_earlier_answers_of_a_conversation(model: Path) -> None:
         (["--prompt", "x", "--tokenizer-name-or-path", "nowhere"], "nowhere holds no tokenizer.json"),
         (["--prompt", "x", "--load", "nowhere"], "nowhere holds no Hugging Face model and no Megatron checkpoint"),
         (["--prompt", "x", "--task", "beam_search", "--no-use-kv-cache"], "needs the cache"),
-        (["--task", "chat"], "--task chat needs a template"),
+        (["--task", "chat", "--no-chat-template"], "--task chat needs a template"),
+        (["--prompt", "x", "--hf-chat-template", "--no-chat-template"], "contradict each other"),
         (["--prompt", "x", "--lora-load", "{model}"], "holds a model and no adapter"),
     ],
 )
