@@ -87,6 +87,10 @@ class Runner:
         source = open_source(weights)
         if not source.arch.same_weights(plan.arch):
             raise UsageError(f"--load {weights.load} holds {source.arch}; the model is {plan.arch}")
+        if change := plan.arch.unlike(source.arch):
+            raise UsageError(
+                f"--load {weights.load} was trained with {change} ({plan.found_in}); drop --hf-dir or correct it"
+            )
         load_weights(source, plan.layout, model_rank(), [self.model])
         source.close()
         freeze_linears(self.model, chosen, rows)

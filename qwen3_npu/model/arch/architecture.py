@@ -105,6 +105,18 @@ class Qwen3Arch:
         names += "head_dim tie_word_embeddings num_experts moe_intermediate_size model_type"
         return all(getattr(self, name) == getattr(other, name) for name in names.split())
 
+    def unlike(self, trained: Qwen3Arch) -> str | None:
+        """What this computes otherwise than weights of the same shapes were trained with; None: nothing.
+
+        A model may be stretched that was trained without; one that was trained stretched needs the same again.
+        """
+        names = ["rope_theta", "rms_norm_eps", *(["num_experts_per_tok", "norm_topk_prob"] if self.is_moe else [])]
+        pairs = [(name, getattr(trained, name), getattr(self, name)) for name in names]
+        if trained.rope_scaling is not None:
+            pairs.append(("rope_scaling", trained.rope_scaling, self.rope_scaling or "plain RoPE"))
+        wrong = [f"{name} {before}, here {now}" for name, before, now in pairs if before != now]
+        return "; ".join(wrong) or None
+
     def __str__(self) -> str:
         kind = f"MoE {self.num_experts} experts top-{self.num_experts_per_tok}" if self.is_moe else "dense"
         tied = "tied" if self.tie_word_embeddings else "untied"

@@ -6,6 +6,7 @@ here is refused by name: weights alone do not tell one rotary embedding, norm or
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +51,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "moe_router_topk_scaling_factor": (1.0,),
     "routed_scaling_factor": (1.0,),
     "decoder_sparse_step": (1,),
+    "first_k_dense_replace": (0, -1),
     "hidden_act": ("silu",),
     "scale_emb": (1.0,),
 }
@@ -62,7 +64,7 @@ _OFF = """
     interleave_sliding_window softcap attn_logit_softcapping attn_logit_softcap output_logit_softcapping
     final_logit_softcapping query_pre_attn_scalar use_glm_rope no_rope_freq no_rope_layers use_partial_rope
     moe_shared_expert_intermediate_size n_shared_experts moe_router_enable_expert_bias
-    moe_router_load_balancing_bias first_k_dense_replace mlp_only_layers mtp_num_layers num_nextn_predict_layers
+    moe_router_load_balancing_bias mlp_only_layers mtp_num_layers num_nextn_predict_layers
     shared_expert_gate scale_depth dim_model_base alibi attention_bias mlp_bias hybrid_attention_ratio
     hybrid_mlp_ratio is_hybrid_model experimental_attention_variant heterogeneous_layers_config_path
 """.split()  # noqa: SIM905
@@ -88,6 +90,8 @@ def from_megatron(args: Mapping[str, Any], where: str) -> Qwen3Arch:
     """
     said = {name: value for name, value in args.items() if value is not None}
     refuse_others(said, where)
+    if said.get("group_query_attention") is False and said.get("num_query_groups") == 1:
+        said.pop("num_query_groups")  # Megatron's default, which it does not use then
     family = _family(said, where)
     facts: dict[str, Any] = {"model_type": family.model_type}
     for fact in FACTS:
@@ -111,6 +115,26 @@ def from_megatron(args: Mapping[str, Any], where: str) -> Qwen3Arch:
     ids = {name: args[name] for name in ("bos_token_id", "eos_token_id") if name in args}
     facts["rope_scaling"] = scaling_from_megatron(said, facts["rope_theta"], where)
     return Qwen3Arch(**{**facts, **ids})
+
+
+def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str) -> None:
+    """Compare what arguments saved with weights say of their training with the architecture that another file says.
+
+    Raises:
+        UsageError: they name what is not computed here, or not what `arch` computes.
+    """
+    said = {name: value for name, value in args.items() if value is not None}
+    refuse_others(said, where)
+    known: dict[str, Any] = {}
+    for fact in FACTS:
+        name = next((name for name in fact.megatron if name in said), None)
+        if name is not None and fact.name in ("rope_theta", "rms_norm_eps", "num_experts_per_tok", "norm_topk_prob"):
+            known[fact.name] = fact.read(said[name], f"{where}: {name}")
+    known["rope_scaling"] = scaling_from_megatron(said, known.get("rope_theta", arch.rope_theta), where)
+    if not arch.is_moe:
+        known = {name: value for name, value in known.items() if name not in ("num_experts_per_tok", "norm_topk_prob")}
+    if wrong := arch.unlike(dataclasses.replace(arch, **known)):
+        raise UsageError(f"{where} was trained with {wrong} (config.json); correct that config.json")
 
 
 def unlike_family(argument: str, said: bool | None, family: Family) -> str | None:
