@@ -35,6 +35,10 @@ train() { # flags of this kind of training...
     local collect=()
     if [ -n "${MANUAL_GC:-}" ]; then collect=(--manual-gc --manual-gc-interval "$MANUAL_GC"); fi  # steps
     if [ "$SEQ_LENGTH" -gt 40960 ]; then memory+=(--max-position-embeddings "$SEQ_LENGTH"); fi
+    if [ -n "${YARN_FACTOR:-}" ]; then # positions times this
+        memory+=(--rope-scaling-type yarn --rope-scaling-factor "$YARN_FACTOR")
+        memory+=(--rope-scaling-original-max-position-embeddings "${YARN_ORIGINAL:-32768}")
+    fi
     launch pretrain_gpt.py \
         --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" --data-path $DATA_PATH --split 100,0,0 \
         "${PARALLEL[@]}" "${memory[@]}" "${collect[@]}" \
