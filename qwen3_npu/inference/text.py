@@ -29,22 +29,26 @@ class Writer:
         self.special = sorted(tokenizer.special, key=len, reverse=True)
 
     def text(self, messages: Sequence[Message]) -> str:
+        """Likewise, of messages whose first one may be the system's."""
+        if messages and messages[0].role == SYSTEM:
+            return self.prompt(Conversation(tuple(messages[1:]), messages[0].content))
+        return self.prompt(Conversation(tuple(messages)))
+
+    def prompt(self, conversation: Conversation) -> str:
         """A conversation up to where the answer starts; without a template only a single message, as it is.
 
         Raises:
-            UsageError: several messages and no template, or a template that refuses them.
+            UsageError: more than that and no template, or a template that refuses the conversation.
         """
-        system = self.args.system
-        if messages and messages[0].role == SYSTEM:
-            system, messages = messages[0].content, messages[1:]
+        if conversation.system is None and self.args.system:
+            conversation = conversation._replace(system=self.args.system)
         if self.args.template is None:
-            if len(messages) != 1 or system:
+            if len(conversation.messages) != 1 or conversation.system or conversation.tools:
                 raise UsageError(
-                    "a conversation of several messages, or with --system, needs a template: --prompt-type qwen3 or "
-                    "--hf-chat-template"
+                    "a conversation of several messages, or with tools or --system, needs a template: --prompt-type "
+                    "auto, qwen3 or --hf-chat-template"
                 )
-            return messages[0].content
-        conversation = Conversation(tuple(messages), system or None)
+            return conversation.messages[0].content
         try:
             return prompt_text(self.template, conversation, self.args.thinking)
         except ValueError as error:

@@ -15,9 +15,7 @@ from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.data.train import pretrain_dataset, sft_dataset
 from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
 from qwen3_npu.data.train.data_path import blend
-from qwen3_npu.data.train.documents import find_eod
-from qwen3_npu.data.train.rows import Padding, Rows, instruction_rows, padding_multiple
-from qwen3_npu.data.train.thinking import ThinkTokens
+from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
@@ -136,7 +134,7 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
 def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, train = args.data, args.train
     prefixes, weights = blend(data.data_path)
-    files = sft_dataset.open_instructions(prefixes, plan.arch.vocab_size, per_document=data.per_document)
+    files = sft_dataset.open_instructions(prefixes, per_document=data.per_document)
     splits = sft_dataset.instruction_splits(
         files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
     )

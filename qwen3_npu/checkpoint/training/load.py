@@ -142,6 +142,8 @@ def _newest(load: str, step: int | None, lora_alpha: float | None = None) -> Meg
 def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
     if not there.same_weights(here):
         raise UsageError(f"{what} holds {there}; the model is {here}")
+    if change := here.unlike(there):
+        log.warning_once(f"{what} was trained with {change}")
 
 
 def _resume(trained: Trained, args: CheckpointArgs, source: Any) -> Position:

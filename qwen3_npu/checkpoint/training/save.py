@@ -28,7 +28,7 @@ from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import integrity
 from qwen3_npu.checkpoint.formats.folders import TORCH, TORCH_DIST, iteration_name
 from qwen3_npu.checkpoint.formats.hf_write import write_config
-from qwen3_npu.checkpoint.formats.huggingface import carry_files
+from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
 from qwen3_npu.checkpoint.formats.megatron_args import lora_args, to_args
 from qwen3_npu.checkpoint.formats.torch_write import CHECKPOINT_VERSION, write_tracker
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
@@ -39,6 +39,7 @@ from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.files import rename, sync_folder, sync_tree
+from qwen3_npu.model.arch import read_hf_config
 
 _FORMATS: dict[str, ModuleType] = {TORCH: torch_files, TORCH_DIST: dist_files}
 
@@ -197,7 +198,9 @@ def _snapshot(
 
 
 def _carry(config: Path | None, trained: Trained, root: Path) -> None:
+    """Tokenizer files as they are; a config.json that says what was trained, which the flags may have changed."""
+    held = None
     if config is not None:
-        carry_files(config, root)
-    else:
-        write_config(trained.contents.arch, None, root, dtype_of(next(trained.chunks[0].parameters())))
+        carry_files(config, root, [name for name in CARRIED_FILES if name != "config.json"])
+        held = read_hf_config(config) if (config / "config.json").is_file() else None
+    write_config(trained.contents.arch, held, root, dtype_of(next(trained.chunks[0].parameters())))

@@ -72,7 +72,11 @@ _MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *RE
 
 def missing(record: Mapping[str, Any], column: str) -> str:
     """That a record has no such column, and which it has."""
-    return f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
+    text = f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
+    for key, found in record.items():
+        if isinstance(found, list) and found and isinstance(found[0], dict) and column in found[0]:
+            return f"{text}; the records are inside {key!r}: jq -c '.[{json.dumps(key)}][]' OLD > NEW.jsonl"
+    return text
 
 
 def value(record: Mapping[str, Any], column: str) -> Any:
@@ -195,7 +199,7 @@ def alpaca(record: Mapping[str, Any], columns: Columns) -> Conversation:
         answer = answer[0]
     if not isinstance(answer, str):
         raise ValueError(f"column {columns.names['response']!r} is no answer but {kind(answer)}")
-    return _alpaca(record, columns, Message(ASSISTANT, answer))
+    return alpaca_turns(record, columns, Message(ASSISTANT, answer))
 
 
 def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
@@ -205,10 +209,11 @@ def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
         chosen, rejected = chosen[0], rejected[-1]  # both columns may hold [good, bad]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError(f"chosen and rejected are not two answers but {kind(chosen)} and {kind(rejected)}")
-    return Pair(_alpaca(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
+    return Pair(alpaca_turns(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
 
 
-def _alpaca(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Conversation:
+def alpaca_turns(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Conversation:
+    """Instruction and input after the turns of `history`, and the answers given."""
     messages: list[Message] = []
     for turn in columns.get(record, "history") or ():
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
@@ -220,7 +225,7 @@ def _alpaca(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Co
 
 def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:
     """Turns of two sides; a system message may come first."""
-    conversation = _sharegpt_turns(record, columns)
+    conversation = sharegpt_turns(record, columns)
     if len(conversation.messages) % 2:
         raise ValueError(f"{len(conversation.messages)} messages; questions and answers must alternate, an answer last")
     return checked(conversation)
@@ -228,7 +233,7 @@ def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:
 
 def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
     """As `sharegpt` up to a question, with two answers."""
-    prompt = _sharegpt_turns(record, columns)
+    prompt = sharegpt_turns(record, columns)
     if len(prompt.messages) % 2 == 0:
         raise ValueError(f"{len(prompt.messages)} messages; a question must come last")
     answers = []
@@ -240,7 +245,8 @@ def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
     return Pair(prompt, *answers)
 
 
-def _sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
+    """Turns of two sides, whoever has the last word."""
     messages, tags = columns.get(record, "messages"), columns.tags
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"column {columns.names['messages']!r} is not a list of messages but {kind(messages)}")

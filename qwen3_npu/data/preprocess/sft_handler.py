@@ -16,7 +16,8 @@ from qwen3_npu.data.read.blocks import BadRecord, Block, parse
 from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Pair
 from qwen3_npu.data.text.encoder import Tokens
 from qwen3_npu.data.text.templates import Template, render_pair
-from qwen3_npu.data.train.turns import IGNORED, kept_tokens, limits
+from qwen3_npu.data.train.token_record import IGNORED
+from qwen3_npu.data.train.turns import kept_tokens, limits
 
 MASKED = "answers that are not learned, as the data say"
 CUT, DROPPED, UNSUPERVISED = "over-long samples cut", "over-long samples left out", "samples without anything to learn"

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen3_npu import schema
 from qwen3_npu.errors import UsageError
 
 # A key: inside a string of JSON, quotes have a backslash.
@@ -72,6 +73,17 @@ class TokenizerFolder:
     def pad(self) -> int:
         """The number of the padding token; `<|endoftext|>` where none is named."""
         return self.id(self.named("pad_token") or END_OF_TEXT, "padding")
+
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """The largest number of a token. Raises: UsageError: tokenizer.json has no vocabulary."""
+        numbers = [*self.special.values()]
+        vocabulary = schema.read_record(self.json_path).record("model").fields.get("vocab")
+        if isinstance(vocabulary, dict):
+            numbers += [number for number in vocabulary.values() if isinstance(number, int)]
+        if not numbers:
+            raise UsageError(f"--tokenizer-name-or-path {self.path}: tokenizer.json has no vocabulary")
+        return max(numbers)
 
     @functools.cached_property
     def identity(self) -> str:
