@@ -17,6 +17,7 @@ from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.errors import UsageError
 
 
 def dtype_of(tensor: torch.Tensor) -> DType:
@@ -123,8 +124,12 @@ def load_weights(
         chunks: the model chunks, not wrapped.
         contents: what the model is made of; by default weights without LoRA updates.
         loads: which parameters are filled, by their names.
+
+    Raises:
+        UsageError: a weight is not finite, in its file or in the parameter's dtype.
     """
     contents = contents or Contents(source.arch)
+    extremes: dict[str, torch.Tensor] = {}
     for chunk, model in enumerate(chunks):
         parameters = dict(model.named_parameters())
         wanted = {s.name: s for s in contents.shards(layout, rank) if s.chunk == chunk}
@@ -135,6 +140,24 @@ def load_weights(
                 continue
             dtype = dtype_of(parameters[name])
             parameters[name].copy_(to_torch(read_shard(source, shard, dtype), dtype))
+            if parameters[name].is_floating_point():
+                # Both are NaN if anything is; they stay on the device, which is waited for once.
+                label = " + ".join(dict.fromkeys(piece.hf for piece in shard.slices)) or name
+                extremes[label] = torch.stack([parameters[name].min(), parameters[name].max()]).float()
+    if extremes:
+        finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist()
+        if wrong := [label for label, is_finite in zip(extremes, finite, strict=True) if not is_finite]:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            kind = f"NaN or infinity, in {dtype_name(chunks)}"
+            raise UsageError(
+                f"{source} holds weights that are not finite ({kind}): {wrong[0]}{more}; "
+                "load an earlier checkpoint, or a whole download"
+            )
+
+
+def dtype_name(chunks: Sequence[torch.nn.Module]) -> str:
+    """The dtype of a model's parameters, for messages."""
+    return str(next(parameter.dtype for chunk in chunks for parameter in chunk.parameters())).removeprefix("torch.")
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:
