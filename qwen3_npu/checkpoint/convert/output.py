@@ -18,6 +18,7 @@ from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights, weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target
+from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
@@ -55,13 +56,15 @@ def planned_output(
     """
     root = Path(args.save_dir)
     if not what.contents.base and what.contents.lora and args.save_model_type == HF:
-        output: Output = PeftOutput(root, what.contents.arch, what.contents.lora, what.lora_dtype, args.hf_cfg_dir)
+        output: Output = PeftOutput(
+            root, what.contents.arch, what.contents.lora, what.lora_dtype, args.hf_cfg_dir, kept=what.kept
+        )
     elif args.save_model_type == HF:
         root = _hf_root(root, legacy, args.overwrite or args.verify_only)
-        files = plan_hf_files(what.contents.arch, what.dtype, int(args.max_shard_size * 1e9))
-        output = HfOutput(root, what.contents.arch, config, what.dtype, files)
+        files = plan_hf_files(what.contents.arch, what.dtype, int(args.max_shard_size * 1e9), what.kept)
+        output = HfOutput(root, what.contents.arch, config, what.dtype, files, kept=what.kept)
     else:
-        cut = Target(what.contents, target_layout(what.contents.arch, target), what.dtype, what.lora_dtype)
+        cut = Target(what.contents, target_layout(what.contents.arch, target), what.dtype, what.lora_dtype, what.kept)
         output = (DistOutput if args.ckpt_format == TORCH_DIST else MegatronOutput)(root, cut)
     loads = [Path(folder).resolve() for folder in (what.sources.load, what.sources.lora_load) if folder]
     if output.root.resolve() in loads:
@@ -98,10 +101,10 @@ def found_output(
     if not {field.name for field in dataclasses.fields(TargetArgs)} & set(given):
         written = dataclasses.replace(written, layout=opened.saved_layout())
     if args.params_dtype is None:
-        first = opened.dtype(next(iter(written.contents.shapes())))
-        written = dataclasses.replace(
-            written, dtype=first, lora_dtype=written.lora_dtype if written.contents.base else first
-        )
+        there = opened.contents.shapes()
+        if names := {name: shape for name, shape in written.contents.shapes().items() if name in there}:
+            dtype, lora_dtype, kept = kept_dtypes(names, opened.dtype)
+            written = dataclasses.replace(written, dtype=dtype, lora_dtype=lora_dtype, kept=kept)
     opened.close()
     found = (DistOutput if opened.format == TORCH_DIST else MegatronOutput)(output.root, written)
     found.folder = opened.folder
@@ -121,6 +124,9 @@ def _found_hf(output: HfOutput, args: ConvertArgs) -> HfOutput:
     files: dict[str, list[str]] = {file: [] for file in (*headers, *places.values())}
     for name in hf_shapes(output.arch):
         files[places.get(name, next(iter(files)))].append(name)
-    first = next(iter(headers.values()))
-    dtype = first.dtype(next(iter(first.header))) if args.params_dtype is None and first.header else output.dtype
-    return HfOutput(output.root, output.arch, None, dtype, files)
+    dtype, kept = output.dtype, output.kept
+    if args.params_dtype is None:
+        stored = {name: file.dtype(name) for file in headers.values() for name in file.header}
+        names = {name: shape for name, shape in hf_shapes(output.arch).items() if name in stored}
+        dtype, _, kept = kept_dtypes(names, lambda name: stored[name]) if names else (dtype, dtype, kept)
+    return HfOutput(output.root, output.arch, None, dtype, files, kept=kept)

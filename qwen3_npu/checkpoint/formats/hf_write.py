@@ -38,15 +38,23 @@ class WeightFile:
     name: str
     shapes: dict[str, tuple[int, ...]]
     dtype: DType
+    kept: Mapping[str, DType] = dataclasses.field(default_factory=dict)  # names of those with another dtype
+
+    def _dtype(self, name: str) -> DType:
+        return self.kept.get(name, self.dtype)
 
     def items(self) -> list[Item]:
         return [
-            Item(name, Shard(name, shape, shape, (TensorSlice(name, full(shape), full(shape)),), 0, None), self.dtype)
+            Item(
+                name,
+                Shard(name, shape, shape, (TensorSlice(name, full(shape), full(shape)),), 0, None),
+                self._dtype(name),
+            )
             for name, shape in self.shapes.items()
         ]
 
     def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
-        writer = SafetensorsWriter(path, {name: (self.dtype, shape) for name, shape in self.shapes.items()})
+        writer = SafetensorsWriter(path, {name: (self._dtype(name), shape) for name, shape in self.shapes.items()})
         for name, data in zip(self.shapes, tensors, strict=True):
             writer.write(name, data)
         writer.close()
@@ -66,22 +74,35 @@ class HfOutput(Output):
     """A Hugging Face model directory; config.json comes last."""
 
     def __init__(
-        self, root: Path, arch: Qwen3Arch, config: dict | None, dtype: DType, files: Mapping[str, list[str]]
+        self,
+        root: Path,
+        arch: Qwen3Arch,
+        config: dict | None,
+        dtype: DType,
+        files: Mapping[str, list[str]],
+        *,
+        kept: Mapping[str, DType] | None = None,
     ) -> None:
         """
         Args:
             config: a config.json that the model came from; what Qwen3Arch does not say is kept.
             files: file name -> names of its tensors.
+            kept: name -> dtype of the tensors that have another than `dtype`.
         """
+        self.kept = dict(kept or {})
         self.root = self.folder = root
         self.stage = root / STAGE
         self.arch, self.config, self.dtype, self.files = arch, config, dtype, files
         shapes = hf_shapes(arch)
-        self.total = sum(map(math.prod, shapes.values())) * dtype.itemsize
-        self.jobs = [WeightFile(name, {n: shapes[n] for n in names}, dtype) for name, names in files.items()]
+        self.total = sum(tensor_bytes(shapes, dtype, self.kept).values())
+        self.jobs = [
+            WeightFile(name, {n: shapes[n] for n in names}, dtype, {n: kept[n] for n in names if kept and n in kept})
+            for name, names in files.items()
+        ]
 
     def facts(self) -> dict[str, Any]:
-        return {"format": "hf", "dtype": self.dtype.torch, "files": list(self.files)}
+        kept = {"kept": {name: dtype.torch for name, dtype in self.kept.items()}} if self.kept else {}
+        return {"format": "hf", "dtype": self.dtype.torch, **kept, "files": list(self.files)}
 
     def existing(self) -> str | None:
         return f"{self.folder} already holds weights" if self._old() else None
@@ -104,16 +125,31 @@ class HfOutput(Output):
         return sorted(found - made)
 
 
-def plan_hf_files(arch: Qwen3Arch, dtype: DType, max_bytes: int) -> dict[str, list[str]]:
-    """File name -> names of its tensors."""
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in hf_shapes(arch).items()}
-    return plan_files(sizes, max_bytes)
+def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: DType, kept: Mapping[str, DType]) -> dict[str, int]:
+    """Name -> size in bytes; `kept` are those that have another dtype."""
+    return {name: math.prod(shape) * kept.get(name, dtype).itemsize for name, shape in shapes.items()}
+
+
+def plan_hf_files(
+    arch: Qwen3Arch, dtype: DType, max_bytes: int, kept: Mapping[str, DType] | None = None
+) -> dict[str, list[str]]:
+    """File name -> names of its tensors; `kept` are those that have another dtype."""
+    return plan_files(tensor_bytes(hf_shapes(arch), dtype, kept or {}), max_bytes)
 
 
 class PeftOutput(Output):
     """An adapter directory that `peft` loads; adapter_config.json comes last."""
 
-    def __init__(self, root: Path, arch: Qwen3Arch, lora: Lora, dtype: DType, base: str | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        arch: Qwen3Arch,
+        lora: Lora,
+        dtype: DType,
+        base: str | None,
+        *,
+        kept: Mapping[str, DType] | None = None,
+    ) -> None:
         """
         Args:
             base: folder of the base model, if it is known; `peft` can load that by itself then.
@@ -121,7 +157,7 @@ class PeftOutput(Output):
         self.root = self.folder = root
         self.stage = root / STAGE
         self.config, self.dtype = peft_config(lora, base), dtype
-        self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype)]
+        self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 
     def facts(self) -> dict[str, Any]:
         return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}

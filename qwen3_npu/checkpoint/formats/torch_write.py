@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, full
+from qwen3_npu.checkpoint.binary.dtypes import DType, full, widest
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
@@ -21,7 +21,7 @@ from qwen3_npu.checkpoint.formats.megatron_args import lora_args, to_args
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.table import Shard
-from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.distributed.layout import Layout, Rank, single
 from qwen3_npu.files import rename, sync_folder, write_text
 
 ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
@@ -34,15 +34,19 @@ class Target:
 
     Attributes:
         dtype, lora_dtype: of the model's weights, and of LoRA tensors.
+        kept: Hugging Face (and PEFT) names of the tensors that have another dtype. A tensor joined from several has
+            the smallest dtype that holds the values of all.
     """
 
     contents: Contents
     layout: Layout
     dtype: DType
     lora_dtype: DType
+    kept: Mapping[str, DType] = dataclasses.field(default_factory=dict)
 
     def dtype_of(self, shard: Shard) -> DType:
-        return self.lora_dtype if is_lora(shard.name) else self.dtype
+        usual = self.lora_dtype if is_lora(shard.name) else self.dtype
+        return widest(self.kept.get(piece.hf, usual) for piece in shard.slices) if self.kept else usual
 
 
 def common_content(target: Target) -> dict[str, Any]:
@@ -93,6 +97,15 @@ class RankFile:
         return {f"{key}.{name}": tensor(ref) for key, model in models.items() for name, ref in model.items()}
 
 
+def joined(target: Target) -> list[str]:
+    """Tensors made of several dtypes, in a model in one piece."""
+    if not target.kept:
+        return []
+    shards = target.contents.shards(single(target.contents.arch), Rank(0, 0, 0, 0))
+    usual = {True: target.lora_dtype, False: target.dtype}
+    return [s.name for s in shards if len({target.kept.get(p.hf, usual[is_lora(s.name)]) for p in s.slices}) > 1]
+
+
 class MegatronOutput(Output):
     """`<root>/iter_0000001` in the torch format; the tracker file comes last."""
 
@@ -108,9 +121,11 @@ class MegatronOutput(Output):
         return [RankFile(self.target, rank) for rank in self.target.layout.ranks()]
 
     def facts(self) -> dict[str, Any]:
-        dtypes = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
+        dtypes: dict[str, Any] = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
         if self.target.contents.lora:
             dtypes |= {"lora_dtype": self.target.lora_dtype.torch}
+        if self.target.kept:
+            dtypes["kept"] = {name: dtype.torch for name, dtype in self.target.kept.items()}
         layout = dataclasses.asdict(self.target.layout)
         return {"format": self.format, **dtypes, "contents": str(self.target.contents), "layout": layout}
 
