@@ -5,9 +5,11 @@ What tensors there are and what they should hold is said by the weight table; th
 
 from __future__ import annotations
 
-import argparse
+import collections
 import dataclasses
 import functools
+import pickle
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,15 +84,37 @@ class MegatronLibrary:
         self.reader.close()
 
 
+class _Ignored:
+    """Stands for whatever holds no tensors."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+class _Tensors(pickle.Unpickler):
+    """Builds tensors and the dicts that hold them; no other name is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+            return getattr(torch._utils, name)
+        if module == "collections" and name in ("OrderedDict", "defaultdict"):
+            return getattr(collections, name)
+        return dict if name == "dict" else _Ignored
+
+
 def torch_tensors(path: Path) -> dict[str, Any]:
     """Every tensor of a rank's file, mapped into memory by torch: `model.NAME`, under the local names."""
-    import collections
-
     import torch
 
+    # The file was opened by the reader before, which refuses all that is not plain data.
+    pickles = types.SimpleNamespace(Unpickler=_Tensors, load=pickle.load, __name__="tensors")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, collections.defaultdict, dict]):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=pickles)
     except Exception as error:
         raise _failed(path, error) from None
     found = {}
