@@ -9,9 +9,8 @@ from pathlib import Path
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs, check_shapes
 from qwen3_npu.args.parallel import ParallelArgs, make_layout
-from qwen3_npu.checkpoint.formats.folders import format_of, read_tracker
-from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
-from qwen3_npu.checkpoint.formats.open import find_architecture
+from qwen3_npu.checkpoint.formats.folders import PEFT
+from qwen3_npu.checkpoint.formats.open import find, find_architecture
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError
@@ -67,7 +66,8 @@ def plan_inference(
         UsageError: something does not fit or is missing.
     """
     load = Path(weights.load)
-    if not is_hf_weights(load) and read_tracker(load) is None and format_of(load) is None:
+    found = find(load, weights.ckpt_step)
+    if found is None or found.format == PEFT:
         raise UsageError(f"--load {load} holds no Hugging Face model and no Megatron checkpoint")
     noop = len(number_list(parallel.noop_layers))
     tokenizer_path = prompts.tokenizer_name_or_path
@@ -78,7 +78,7 @@ def plan_inference(
     parallel, notes = _without_training(parallel)
     layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)
     check_world_size(layout, world_size)
-    tokenizer = open_tokenizer(_tokenizer(tokenizer_path, load, config))
+    tokenizer = open_tokenizer(_tokenizer(tokenizer_path, found.home, config))
     return InferencePlan(
         arch=arch,
         found_in=found_in,
@@ -87,7 +87,7 @@ def plan_inference(
         data_parallel=world_size // (layout.tensor * layout.pipeline),
         positions=shape.max_position_embeddings or arch.max_position_embeddings,
         tokenizer=tokenizer,
-        eos=_eos(arch, tokenizer, [load, *([config] if config else []), tokenizer.path]),
+        eos=_eos(arch, tokenizer, [found.home, *([config] if config else []), tokenizer.path]),
         notes=tuple(notes),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -15,8 +16,8 @@ from qwen3_npu import kernels, log
 from qwen3_npu.args.inference import WeightArgs
 from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.args.training import TrainArgs
-from qwen3_npu.checkpoint.formats.open import Opened, Sources
-from qwen3_npu.checkpoint.training.live import load_weights
+from qwen3_npu.checkpoint.formats.open import ALONE, Opened, Sources
+from qwen3_npu.checkpoint.training.live import Ranks, load_weights
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import InferencePlan
@@ -86,7 +87,13 @@ class Runner:
         source = open_source(weights)
         if not source.arch.same_weights(plan.arch):
             raise UsageError(f"--load {weights.load} holds {source.arch}; the model is {plan.arch}")
-        load_weights(source, plan.layout, model_rank(), [self.model])
+        load_weights(
+            source,
+            plan.layout,
+            model_rank(),
+            [self.model],
+            allow_nonfinite=weights.allow_nonfinite_weights,
+        )
         source.close()
         freeze_linears(self.model, chosen, rows)
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
@@ -263,6 +270,7 @@ def open_source(weights: WeightArgs) -> Opened:
     sources = Sources(
         weights.load, iteration=weights.ckpt_step, lora_load=weights.lora_load, lora_alpha=weights.lora_alpha
     )
+    sources, _ = sources.checked(peers=Ranks() if dist.is_initialized() else ALONE)
     base = sources.open_base()
     if not base.contents.base:
         raise UsageError(
@@ -278,4 +286,4 @@ def open_source(weights: WeightArgs) -> Opened:
             )
         adapter.close()
     base.close()
-    return Sources(**{**vars(sources), "merge": True})()
+    return dataclasses.replace(sources, merge=True)()

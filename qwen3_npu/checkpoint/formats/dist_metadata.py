@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.pickles import Unknown, read_pickle
 from qwen3_npu.checkpoint.binary.torch_zip_write import TorchName, TorchPickler
 from qwen3_npu.errors import UsageError
-from qwen3_npu.files import flush
+from qwen3_npu.files import Seal, SealedFile
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 
@@ -120,7 +121,7 @@ class _Call:
         return _name(self.module, self.name), self.arguments
 
 
-def write_metadata(path: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredChunk]) -> None:
+def write_metadata(path: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredChunk]) -> Seal:
     """The reverse of `read_metadata`, readable by torch.distributed.checkpoint.
 
     Args:
@@ -139,9 +140,11 @@ def write_metadata(path: Path, tensors: Mapping[str, StoredTensor], objects: Map
     for key, chunk in objects.items():
         entries[key] = _Call(_METADATA, "BytesStorageMetadata", ())
         storage[_Call(_METADATA, "MetadataIndex", (key,))] = _stored(chunk)
-    with open(path, "wb") as file:
-        TorchPickler(file).dump(_Call(_METADATA, "Metadata", (entries, None, storage)))
-        flush(file)
+    pickled = io.BytesIO()
+    TorchPickler(pickled).dump(_Call(_METADATA, "Metadata", (entries, None, storage)))
+    file = SealedFile(path)
+    file.write(pickled.getbuffer())
+    return file.close()
 
 
 def _size(sizes: tuple[int, ...]) -> _Call:

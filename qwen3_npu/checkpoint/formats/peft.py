@@ -16,12 +16,13 @@ import numpy as np
 from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, sizes
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.source import check_tensors
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Fields of a LoraConfig that change what the adapter computes, and the values under which it is plain LoRA.
 _PLAIN = {
     "use_dora": (False, None),
@@ -37,11 +38,6 @@ _PLAIN = {
     "trainable_token_indices": (None,),
     "alora_invocation_tokens": (None,),
 }
-
-
-def is_peft(folder: str | Path) -> bool:
-    """Whether a directory is a PEFT adapter."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:

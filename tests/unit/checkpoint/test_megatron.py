@@ -71,7 +71,7 @@ def test_megatron_loads_what_is_written_here(
     expert = ("--target-expert-parallel-size", WORLD, "--expert-tensor-parallel-size", 1) if kind == "moe" else ()
     layout = ("--target-tensor-parallel-size", WORLD, *expert, "--no-moe-grouped-gemm", "--padded-vocab-size", 256)
     samples.to_mg(models[kind], tmp_path / "mg", *layout)
-    for rank, folder in enumerate(sorted((tmp_path / "mg" / "iter_0000001").iterdir())):
+    for rank, folder in enumerate(sorted((tmp_path / "mg" / "iter_0000001").glob("mp_rank_*"))):
         with torch.serialization.safe_globals([__import__("argparse").Namespace]):
             expected = torch.load(folder / "model_optim_rng.pt", weights_only=True, mmap=True)["model"]
         got = torch.load(passed_through / kind / f"parameters_{rank}.pt", weights_only=True)
