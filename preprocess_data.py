@@ -15,7 +15,7 @@ def main() -> int:
     for note in parsed.notes:
         log.info(note)
     args = PreprocessArgs(*parsed.groups)
-    from qwen3_npu.data.text.loading import start_loading
+    from qwen3_npu.data.text.tokenizer import start_loading
 
     folder, loading = args.tokenizer.tokenizer_name_or_path, None
     if folder and not args.output.merge_group_keys:

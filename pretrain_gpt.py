@@ -21,7 +21,7 @@ def main() -> None:
         parsed.notes.append(f"raw data: {' '.join(raw)} would be preprocessed")
     else:
         args = prepared(args)
-        check_data(args.data, plan.arch.vocab_size)
+        check_data(args.data, plan.arch.vocab_size, seq_length=args.train.seq_length, scans=rank == 0)
     for line in plan.describe(args) + parsed.notes:
         log.info(line)
     if args.runtime.dry_run:

@@ -9,6 +9,9 @@ defaults() { # NAME=VALUE..., set where the environment does not say otherwise; 
         name="${pair%%=*}"
         if [ -z "${!name+set}" ]; then printf -v "$name" '%s' "${pair#*=}"; fi
     done
+    for name in CPU_AFFINITY_CONF STREAMS_PER_DEVICE HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT; do # CANN reads these
+        if [ -n "${!name:-}" ]; then export "${name?}"; fi
+    done
     source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
     HF_DIR="${HF_DIR:-./model_from_hf/${MODEL}_hf}"       # config.json and tokenizer
     CKPT_LOAD_DIR="${CKPT_LOAD_DIR:-$HF_DIR}"             # Hugging Face or converted weights, or a checkpoint
@@ -29,10 +32,12 @@ train() { # flags of this kind of training...
         memory+=(--recompute-granularity full --recompute-method "${RECOMPUTE% *}")
         memory+=(--recompute-num-layers "${RECOMPUTE#* }")
     fi
+    local collect=()
+    if [ -n "${MANUAL_GC:-}" ]; then collect=(--manual-gc --manual-gc-interval "$MANUAL_GC"); fi  # steps
     if [ "$SEQ_LENGTH" -gt 40960 ]; then memory+=(--max-position-embeddings "$SEQ_LENGTH"); fi
     launch pretrain_gpt.py \
         --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" --data-path $DATA_PATH --split 100,0,0 \
-        "${PARALLEL[@]}" "${memory[@]}" \
+        "${PARALLEL[@]}" "${memory[@]}" "${collect[@]}" \
         --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
         --seq-length "$SEQ_LENGTH" --micro-batch-size "$MBS" --global-batch-size "$GBS" --bf16 \
         --train-iters "${TRAIN_ITERS:-2000}" --save-interval "${SAVE_INTERVAL:-2000}" \
@@ -53,7 +58,7 @@ tune() { # as train; data with borders between samples (PACKED=1), or samples pa
     DATA_PATH="${DATA_PATH:-./finetune_dataset/alpaca}"   # prefix of prepared data, or a raw file with --handler-name
     local rows=--variable-seq-lengths
     if [ -n "${PACKED:-}" ]; then rows=--reset-attention-mask; fi
-    train --stage sft --finetune --is-instruction-dataset --prompt-type qwen3 "$rows" \
+    train --stage sft --finetune --is-instruction-dataset --prompt-type "${PROMPT_TYPE:-auto}" "$rows" \
         --tokenizer-name-or-path "$HF_DIR" "$@"
 }
 
@@ -74,14 +79,14 @@ generate() {
     launch inference.py \
         --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
         --task ${TASK:-greedy} --predict-data "${PREDICT_DATA:-how are you?}" \
-        --max-new-tokens "${MAX_NEW_TOKENS:-256}" --hf-chat-template --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
+        --max-new-tokens "${MAX_NEW_TOKENS:-256}" --prompt-type auto --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
         "$@"
 }
 
 chat() {
     launch inference.py \
         --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
-        --task chat --hf-chat-template --enable-thinking "${ENABLE_THINKING:-true}" \
+        --task chat --prompt-type auto ${ENABLE_THINKING:+--enable-thinking "$ENABLE_THINKING"} \
         --max-new-tokens "${MAX_NEW_TOKENS:-2048}" --history-turns 10 --temperature 0.6 --top-k 20 --seed 42 \
         "$@"
 }

@@ -21,12 +21,17 @@ def prepare() -> None:
                 reconfigure(errors="backslashreplace")
 
 
+def escaped(text: str) -> str:
+    """The text for a terminal: what would move the cursor, change colours or title, or reorder text is escaped."""
+    return printable(text, _KEPT)
+
+
 def show(text: str, end: str = "\n") -> None:
     """Write text and flush. On a terminal, control characters are escaped; elsewhere the text stays as it is."""
     if sys.stdout is None:  # the process was started without one
         return
     try:
-        sys.stdout.write((printable(text, _KEPT) if sys.stdout.isatty() else text) + end)
+        sys.stdout.write((escaped(text) if sys.stdout.isatty() else text) + end)
         sys.stdout.flush()
     except (OSError, ValueError) as error:
         give_up(error)

@@ -26,7 +26,7 @@ from qwen3_npu.processes import process_table, started
 
 HEARTBEAT = 10.0  # seconds between signs of life
 PATIENCE = 60.0  # seconds without one until a holder on another machine is taken for dead
-_LOOK = 0.5  # seconds between looks at a lease that is being judged
+_LOOK = 0.2  # seconds between looks at a lease that is being judged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,9 @@ elif question == "has-torch":
     sys.exit(not (supported and has("torch")))
 elif question == "ready":
     needed = ("torch", "megatron.core", "tokenizers", "pyarrow", "orjson", *names)
-    sys.exit(not (supported and is_this(importlib.util.find_spec("qwen3_npu")) and all(map(has, needed))))
+    sys.exit(not (supported and all(map(has, needed))))
+elif question == "has-this":
+    sys.exit(not is_this(importlib.util.find_spec("qwen3_npu")))
 elif question == "prefix":
     print(sys.prefix)
 elif question == "pins":  # what is here stays as it is; what is not, comes as the tests had it
@@ -61,6 +63,9 @@ qwen3_npu_use() { # interpreter: first on the PATH from now on
     local prefix
     prefix="$(qwen3_npu_ask "$1" prefix)"
     export PATH="$prefix/bin:$PATH" PYTHON="$1"
+    if ! qwen3_npu_ask "$1" has-this; then # not installed there, or another copy is, which stays
+        export PYTHONPATH="$QWEN3_NPU_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    fi
     echo "environment: $prefix"
 }
 

@@ -12,7 +12,7 @@ run preprocess_data.py \
     --output-prefix "$OUTPUT_PREFIX" \
     --handler-name SharegptStyleInstructionHandler \
     --tokenizer-name-or-path "$TOKENIZER_PATH" \
-    --prompt-type qwen3 --enable-thinking "${ENABLE_THINKING:-none}" \
+    --prompt-type "${PROMPT_TYPE:-auto}" --enable-thinking "${ENABLE_THINKING:-none}" \
     --seq-length "${SEQ_LENGTH:-4096}" \
     --workers "${WORKERS:-4}" \
     "$@"

@@ -6,5 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
 defaults MODEL=qwen3_14b HF_DIR=./model_from_hf/qwen3_hf CKPT_LOAD_DIR=./ckpt/qwen3_14b_full \
     NNODES=1 NPUS_PER_NODE=8 TP=8 TASK=custom DATA_PATH=./dataset/eval.jsonl
 
-evaluate --match "${MATCH:-exact}" --log-samples --prompt-type "${PROMPT_TYPE:-qwen3}" \
+evaluate --match "${MATCH:-exact}" --log-samples --prompt-type "${PROMPT_TYPE:-auto}" \
     --max-new-tokens "${MAX_NEW_TOKENS:-256}" "$@"

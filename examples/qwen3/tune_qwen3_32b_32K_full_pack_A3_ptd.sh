@@ -3,6 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
 
 defaults MODEL=qwen3_32b NNODES=2 NPUS_PER_NODE=16 TP=4 PP=2 VPP=16 CP=2 MBS=1 GBS=32 SEQ_LENGTH=32768 \
-    RECOMPUTE="uniform 1" PACKED=1
+    RECOMPUTE="uniform 1" PACKED=1 \
+    CPU_AFFINITY_CONF=1 HCCL_CONNECT_TIMEOUT=6000
 
 tune_full "$@"

@@ -3,6 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
 
 defaults MODEL=qwen3_30b_a3b NNODES=2 NPUS_PER_NODE=8 TP=1 PP=2 EP=8 MBS=1 GBS=256 SEQ_LENGTH=4096 \
-    RECOMPUTE="uniform 1"
+    RECOMPUTE="uniform 1" \
+    MANUAL_GC=15
 
 pretrain "$@"

@@ -3,6 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
 
 defaults MODEL=qwen3_30b_a3b NNODES=2 NPUS_PER_NODE=16 TP=4 PP=2 EP=8 ETP=1 MBS=1 GBS=32 SEQ_LENGTH=32768 \
-    RECOMPUTE="uniform 1" PACKED=1 LR=1.25e-5 MIN_LR=1.25e-7
+    RECOMPUTE="uniform 1" PACKED=1 LR=1.25e-5 MIN_LR=1.25e-7 \
+    CPU_AFFINITY_CONF=1 MANUAL_GC=50
 
 tune_full "$@"

@@ -22,8 +22,11 @@ class ConvertArgs:
         None, minimum=0, help="iteration of a Megatron checkpoint to read; default: the tracker's"
     )
     model_type_hf: str | None = flag(
-        None, choices=["qwen3", "qwen3-moe"], help="checked against the model; never needed, config.json says it"
+        None,
+        choices=["qwen3", "qwen3-moe", "qwen2"],
+        help="checked against the model; never needed, config.json says it",
     )
+    add_qkv_bias: bool | None = flag(None, help="q, k and v have a bias (Qwen2.5); checked against the model")
     hf_cfg_dir: str | None = flag(
         None, metavar="DIR", help="config.json and tokenizer files for an HF output; default: those in the checkpoint"
     )
@@ -124,7 +127,6 @@ FOREIGN: dict[str, Foreign] = {
     "--save-layer-by-layer": Foreign("tensors are always written as they come"),
     "--load-checkpoint-loosely": Foreign("a missing or unexpected tensor is always an error"),
     "--use-rotary-position-embeddings": Foreign("Qwen3 always has rotary embeddings"),
-    "--add-qkv-bias": Foreign("Qwen3 has no bias in q, k and v (Qwen2.5 has)", refused=True),
     "--add-dense-bias": Foreign("Qwen3 has no bias", refused=True),
     "--post-norm": Foreign("Qwen3 has no norm after attention and MLP", refused=True),
     "--w-pack": Foreign("Qwen3 has no packed weights", nargs="?", refused=True),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from typing import Any
 
 from qwen3_npu.args.inference import SHARED_FOREIGN, PromptArgs, WeightArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
+from qwen3_npu.args.preprocess import key_mapping
 from qwen3_npu.cli import Foreign, flag
 from qwen3_npu.errors import UsageError
 
@@ -23,11 +25,17 @@ class EvaluateArgs:
 
     task: list[str] = flag(choices=TASKS, help="benchmarks; custom: conversations with expected answers")
     task_data_path: list[str] = flag(
-        metavar="PATH", help="folder of each task's files (.../mmlu or .../mmlu/test), in the order of --task"
+        metavar="PATH",
+        names=("--eval-data-path",),
+        help="folder of each task's files (.../mmlu or .../mmlu/test), in the order of --task",
     )
     num_fewshot: int | None = flag(None, minimum=0, unit="examples", help="before each question; default: the task's")
     max_eval_samples: int | None = flag(
-        None, minimum=1, unit="questions", help="the first of each subject; default: all"
+        None,
+        minimum=1,
+        unit="questions",
+        names=("--eval-data-size",),
+        help="the first of each subject; default: all",
     )
     subjects: list[str] | None = flag(None, metavar="NAME", help="only these subjects; default: all")
     eval_language: str | None = flag(None, choices=["en", "zh"], help="of the texts; default: the task's own")
@@ -41,6 +49,9 @@ class EvaluateArgs:
         choices=MATCHES,
         help="custom: an answer is right if it equals, contains or matches the expected one, "
         "or if that is the likeliest of the choices",
+    )
+    map_keys: str | None = flag(
+        None, metavar="JSON", help="custom: what columns and roles are called, as in preprocess_data.py"
     )
     evaluation_batch_size: int | None = flag(
         None, minimum=1, unit="questions", help="generated at the same time; default: 8. Scored ones fill --pass-tokens"
@@ -58,8 +69,13 @@ class EvaluateArgs:
             raise UsageError(
                 f"--task-data-path has {len(self.task_data_path)} folders for {len(self.task)} tasks; give one for each"
             )
+        self.mapping()
         if len(set(self.task)) != len(self.task):
             raise UsageError(f"--task {' '.join(self.task)}: a task is there twice")
+
+    def mapping(self) -> dict[str, Any]:
+        """--map-keys. Raises: UsageError: it is no JSON object."""
+        return key_mapping(self.map_keys)
 
 
 class EvaluationArgs(typing.NamedTuple):
@@ -85,7 +101,6 @@ _OTHER_PROMPTS = "--scoring chooses among two ways of asking"
 
 FOREIGN: dict[str, Foreign] = {
     **SHARED_FOREIGN,
-    "--no-chat-template": Foreign("prompts are plain text without --prompt-type or --hf-chat-template"),
     "--broadcast": Foreign("copies of the model that share experts always go in step"),
     "--temperature": Foreign("the likeliest answer counts", nargs=1),
     "--top-k": Foreign("the likeliest answer counts", nargs=1),

@@ -40,31 +40,43 @@ class PromptArgs:
     )
     prompt_type: str | None = flag(
         None,
-        choices=["qwen", "qwen3", "hf"],
+        choices=["auto", "none", "qwen", "qwen3", "hf"],
         help="write prompts as conversations: as MindSpeed-LLM's templates of that name, or as the tokenizer's own "
-        "chat template; default: plain text",
+        "chat template (hf); auto: as the checkpoint was trained, else hf if the tokenizer has one, else qwen3; none: "
+        "plain text; default: as the checkpoint was trained, else plain text (a chat: auto)",
     )
     hf_chat_template: bool = flag(False, help="the same as --prompt-type hf")
-    enable_thinking: str = flag(
-        "none",
+    plain_text: bool = flag(False, names=("--no-chat-template",), help="the same as --prompt-type none")
+    enable_thinking: str | None = flag(
+        None,
         choices=list(THINKING),
-        help="whether the model may think before it answers; none: as the template has it by default",
+        help="whether the model may think before it answers; none: as the template has it by default; default: as the "
+        "checkpoint was trained",
     )
     system: str = flag("", help="system message of conversations")
 
     def __post_init__(self) -> None:
         if self.hf_chat_template and self.prompt_type not in (None, "hf"):
             raise UsageError(f"--hf-chat-template and --prompt-type {self.prompt_type} name two templates; give one")
+        if self.plain_text and (self.hf_chat_template or self.prompt_type not in (None, "none")):
+            other = "--hf-chat-template" if self.hf_chat_template else f"--prompt-type {self.prompt_type}"
+            raise UsageError(f"--no-chat-template and {other} contradict each other; give one")
+
+    @property
+    def template_given(self) -> str | None:
+        """What the flags say of the template; None: nothing."""
+        return "hf" if self.hf_chat_template else "none" if self.plain_text else self.prompt_type
 
     @property
     def template(self) -> str | None:
         """Which template writes prompts; None: they are plain text."""
-        return "hf" if self.hf_chat_template else self.prompt_type
+        given = self.template_given
+        return None if given == "none" else given
 
     @property
     def thinking(self) -> bool | None:
         """--enable-thinking as a value."""
-        return THINKING[self.enable_thinking]
+        return THINKING[self.enable_thinking or "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

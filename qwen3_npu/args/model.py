@@ -7,6 +7,9 @@ import dataclasses
 from qwen3_npu.cli import flag, option
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.model.arch.facts import FACTS
+from qwen3_npu.model.arch.megatron import FEATURES, from_megatron, scaling_from_megatron, unlike_family
+from qwen3_npu.model.arch.rope import LLAMA3, YARN, RopeScaling
 from qwen3_npu.model.sizes import SIZES
 
 
@@ -45,65 +48,154 @@ class ShapeArgs:
     padded_vocab_size: int | None = flag(None, minimum=1, unit="rows", help="rows of the embedding after padding")
     make_vocab_size_divisible_by: int = flag(1, minimum=1, unit="rows", help="pad the vocabulary to this times TP")
     max_position_embeddings: int | None = flag(
-        None, minimum=1, unit="tokens", help="longest sequence allowed; default: what config.json says"
+        None,
+        minimum=1,
+        unit="tokens",
+        help="longest sequence allowed; default: what config.json says. More than that goes into the checkpoints",
+    )
+    qk_layernorm: bool | None = flag(None, help="each query and key head is normalised (Qwen3)")
+    add_qkv_bias: bool | None = flag(None, help="q, k and v have a bias (Qwen2.5)")
+    add_dense_bias: bool | None = flag(None, help="the attention's output has a bias")
+    position_embedding_type: str | None = flag(
+        None, choices=["rope", "yarn"], help="rotary embedding; yarn: as --rope-scaling-type yarn"
+    )
+    rope_scaling_type: str | None = flag(
+        None, choices=[YARN, LLAMA3], help="stretch rotary embedding over longer sequences; goes into the checkpoints"
+    )
+    rope_scaling_factor: float | None = flag(
+        None,
+        names=("--yarn-rotary-scaling-factor", "--yarn-scaling-factor"),
+        minimum=1,
+        help="how many times longer sequences may be",
+    )
+    rope_scaling_original_max_position_embeddings: int | None = flag(
+        None,
+        names=("--yarn-original-max-position-embeddings",),
+        minimum=1,
+        unit="tokens",
+        help="yarn: longest sequence that the model was trained with before (Qwen3: 32768)",
+    )
+    beta_fast: float | None = flag(
+        None,
+        names=("--rope-scaling-beta-fast", "--yarn-beta-fast"),
+        minimum=0,
+        help="yarn: dimensions that turn more often stay as they are [turns; 32]",
+    )
+    beta_slow: float | None = flag(
+        None,
+        names=("--rope-scaling-beta-slow", "--yarn-beta-slow"),
+        minimum=0,
+        help="yarn: dimensions that turn less often are divided by the factor [turns; 1]",
+    )
+    rope_scaling_mscale: float | None = flag(
+        None, names=("--yarn-mscale",), minimum=0, help="yarn: weight in the multiplier of cos and sin [1]"
+    )
+    rope_scaling_mscale_all_dim: float | None = flag(
+        None, names=("--yarn-mscale-all-dim",), minimum=0, help="yarn: weight in its divisor [0]"
+    )
+    yarn_correction_range_round_to_int: bool | None = flag(
+        None, help="yarn: the dimensions between beta_fast and beta_slow begin and end at whole numbers [on]"
+    )
+    original_max_position_embeddings: int | None = flag(
+        None, minimum=1, unit="tokens", help="llama3: longest sequence that the model was trained with before"
+    )
+    low_freq_factor: float | None = flag(None, minimum=0, help="llama3: longer waves are stretched wholly")
+    high_freq_factor: float | None = flag(None, minimum=0, help="llama3: shorter waves stay as they are")
+    use_rope_scaling: bool | None = flag(None, help="as Megatron: llama3 over 8192 positions with factors 1 and 4")
+    rotary_seq_len_interpolation_factor: float | None = flag(
+        None, minimum=1, help="linear: positions are divided by this"
     )
 
 
-# Megatron's flag -> the fact of the architecture that it must agree with.
-_FACTS = {
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "rotary_base": "rope_theta",
-    "norm_epsilon": "rms_norm_eps",
-    "vocab_size": "vocab_size",
-    "num_experts": "num_experts",
-    "moe_router_topk": "num_experts_per_tok",
-    "moe_ffn_hidden_size": "moe_intermediate_size",
-    "norm_topk_prob": "norm_topk_prob",
+_ROUNDED = "yarn_correction_range_round_to_int"
+# Kind of --rope-scaling-type -> its flags: those it needs, those it may have.
+_ROPE_FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    YARN: (
+        ("rope_scaling_factor", "rope_scaling_original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "rope_scaling_mscale", "rope_scaling_mscale_all_dim", _ROUNDED),
+    ),
+    LLAMA3: (("rope_scaling_factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+    "use_rope_scaling": ((), ("rope_scaling_factor",)),
 }
 
 
-def check_shapes(shape: ShapeArgs, arch: Qwen3Arch, noop_layers: int = 0) -> None:
-    """Raises: UsageError: naming every shape flag that contradicts the architecture."""
-    pairs = [(name, getattr(shape, name), getattr(arch, fact)) for name, fact in _FACTS.items()]
+def shaped(shape: ShapeArgs, arch: Qwen3Arch, noop_layers: int = 0) -> Qwen3Arch:
+    """The architecture with what the flags add to it: more positions, another rotary embedding.
+
+    Raises:
+        UsageError: naming every shape flag that contradicts the architecture.
+    """
+    _check_shapes(shape, arch, noop_layers)
+    scaling = _scaling(shape, arch.rope_theta)
+    if scaling is not None and arch.rope_scaling not in (None, scaling):
+        raise UsageError(f"the flags say {scaling} but the model has {arch.rope_scaling}: drop the flags")
+    scaling = scaling or arch.rope_scaling
+    positions = max(arch.max_position_embeddings, shape.max_position_embeddings or 0)
+    if scaling != arch.rope_scaling and scaling is not None and not shape.max_position_embeddings:
+        positions = max(positions, int(scaling.original * scaling.factor))
+    return dataclasses.replace(arch, rope_scaling=scaling, max_position_embeddings=positions)
+
+
+def positions_note(arch: Qwen3Arch, before: Qwen3Arch) -> list[str]:
+    """What is done about positions that the model did not have before the flags, a line or none."""
+    how = str(arch.rope_scaling) if arch.rope_scaling else "plain RoPE, as trained"
+    if arch.max_position_embeddings > before.max_position_embeddings:
+        if arch.rope_scaling is None:
+            how = (
+                f"plain RoPE stretched beyond the {before.max_position_embeddings} of the model: it has not seen such "
+                f"distances; --rope-scaling-type yarn is the other way"
+            )
+    elif arch.rope_scaling is None:
+        return []
+    return [f"positions: up to {arch.max_position_embeddings}, {how}"]
+
+
+def _check_shapes(shape: ShapeArgs, arch: Qwen3Arch, noop_layers: int) -> None:
+    pairs = [
+        (fact.megatron[0], getattr(shape, fact.megatron[0], None), fact.turned(getattr(arch, fact.name)))
+        for fact in FACTS
+        # A script for both kinds may carry norm_topk_prob.
+        if fact.megatron and fact.name != "max_position_embeddings" and (arch.is_moe or fact.name != "norm_topk_prob")
+    ]
     pairs.append(("num_layers", shape.num_layers, arch.num_hidden_layers + noop_layers))
-    untied = not arch.tie_word_embeddings
-    pairs.append(("untie_embeddings_and_output_weights", shape.untie_embeddings_and_output_weights, untied))
-    if not arch.is_moe:
-        pairs = [pair for pair in pairs if pair[0] != "norm_topk_prob"]  # a script for both kinds may carry it
     wrong = [
         f"{option(name)} {said} but the model has {fact}"
         for name, said, fact in pairs
         if said is not None and said != fact
     ]
+    features = (unlike_family(argument, getattr(shape, argument), arch.family) for argument in FEATURES.values())
+    wrong += [text for text in features if text]
     if wrong:
         raise UsageError("; ".join(wrong) + ": drop the flag or change the model")
+
+
+def _scaling(shape: ShapeArgs, theta: float) -> RopeScaling | None:
+    """The rotary embedding that the flags ask for; None: they do not."""
+    said = {name: value for name, value in vars(shape).items() if value is not None}
+    if said.get("position_embedding_type") == YARN:
+        said["rope_scaling_type"] = YARN
+    kind = said.get("rope_scaling_type") or ("use_rope_scaling" if said.get("use_rope_scaling") else None)
+    needed, possible = _ROPE_FLAGS[kind] if kind else ((), ())
+    switch = "--use-rope-scaling" if kind == "use_rope_scaling" else f"--rope-scaling-type {kind}"
+    if missing := [option(name) for name in needed if name not in said]:
+        raise UsageError(f"{switch} needs {' and '.join(missing)}")
+    every = {name for flags in _ROPE_FLAGS.values() for group in flags for name in group}
+    if idle := [option(name) for name in said if name in every - {*needed, *possible}]:
+        wanted = " or ".join(name for name in (YARN, LLAMA3) if _attr(idle[0]) in sum(_ROPE_FLAGS[name], ()))
+        with_this = f"with {switch}" if kind else "alone"
+        raise UsageError(f"{idle[0]} has no effect {with_this}; it belongs to --rope-scaling-type {wanted}")
+    return scaling_from_megatron(said, theta, "the flags")
+
+
+def _attr(flag_name: str) -> str:
+    return flag_name.removeprefix("--").replace("-", "_")
 
 
 def arch_from_shapes(shape: ShapeArgs, noop_layers: int = 0) -> Qwen3Arch | None:
     """The architecture if the shape flags alone describe one (a MindSpeed-LLM script), else None."""
     needed = (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads)
-    vocab = shape.vocab_size or shape.padded_vocab_size
-    if None in needed or vocab is None:
+    if None in needed or (shape.vocab_size or shape.padded_vocab_size) is None:
         return None
-    layers, hidden, ffn, heads = (int(n or 0) for n in needed)
-    return Qwen3Arch(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers - noop_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=shape.num_query_groups or heads,
-        head_dim=shape.kv_channels or hidden // heads,
-        tie_word_embeddings=not shape.untie_embeddings_and_output_weights,
-        max_position_embeddings=shape.max_position_embeddings or 40960,
-        rope_theta=shape.rotary_base or 1_000_000.0,
-        rms_norm_eps=shape.norm_epsilon or 1e-6,
-        num_experts=shape.num_experts or 0,
-        num_experts_per_tok=shape.moe_router_topk or 0,
-        moe_intermediate_size=shape.moe_ffn_hidden_size or 0,
-        norm_topk_prob=True if shape.norm_topk_prob is None else shape.norm_topk_prob,
-    )
+    names = {"num_layers", *FEATURES.values(), *(name for fact in FACTS for name in fact.megatron)}
+    said = {name: value for name, value in vars(shape).items() if name in names and value is not None}
+    return from_megatron({**said, "num_layers": said["num_layers"] - noop_layers}, "the shape flags")

@@ -13,6 +13,21 @@ from qwen3_npu.errors import UsageError
 THINKING = {"true": True, "false": False, "none": None}
 
 
+def key_mapping(text: str | None) -> dict[str, Any]:
+    """--map-keys as a value.
+
+    Raises:
+        UsageError: it is no JSON object.
+    """
+    try:
+        keys = json.loads(text or "{}")
+    except ValueError as error:
+        raise UsageError(f"--map-keys {text}: not JSON: {error}; quote it with '..' in a shell") from None
+    if not isinstance(keys, dict):
+        raise UsageError(f'--map-keys {text}: an object is expected, such as {{"prompt": "question"}}')
+    return keys
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputArgs:
     """what to read"""
@@ -52,18 +67,8 @@ class RecordArgs:
         self.mapping()
 
     def mapping(self) -> dict[str, Any]:
-        """--map-keys.
-
-        Raises:
-            UsageError: it is no JSON object.
-        """
-        try:
-            keys = json.loads(self.map_keys or "{}")
-        except ValueError as error:
-            raise UsageError(f"--map-keys {self.map_keys}: not JSON: {error}; quote it with '..' in a shell") from None
-        if not isinstance(keys, dict):
-            raise UsageError(f'--map-keys {self.map_keys}: an object is expected, such as {{"prompt": "question"}}')
-        return keys
+        """--map-keys. Raises: UsageError: it is no JSON object."""
+        return key_mapping(self.map_keys)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,9 +90,9 @@ class InstructionArgs:
 
     prompt_type: str | None = flag(
         None,
-        choices=["qwen", "qwen3", "hf"],
+        choices=["auto", "qwen", "qwen3", "hf"],
         help="how conversations are written: as MindSpeed-LLM's templates of that name, or as the tokenizer's own "
-        "chat template",
+        "chat template (hf); auto: hf if the tokenizer has one, else qwen3",
     )
     enable_thinking: str = flag(
         "none",

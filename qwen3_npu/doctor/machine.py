@@ -21,7 +21,7 @@ from qwen3_npu.args.doctor import DoctorArgs
 # Where CANN and the driver write their versions.
 _CANN_FILES = ("version.cfg", "compiler/version.info", "runtime/version.info", "toolkit/version.info")
 _DRIVER = Path("/usr/local/Ascend/driver/version.info")
-# Where CANN's set_env.sh lies: in releases since 8.5, and before.
+# Where CANN's set_env.sh lies, in newer releases and in older ones.
 SET_ENV = ("/usr/local/Ascend/cann/set_env.sh", "/usr/local/Ascend/ascend-toolkit/set_env.sh")
 # What trainings import, beside the project itself; of a second copy on the path one would not know which is used.
 _IMPORTS = ("torch", "megatron.core", "numpy", "tokenizers", "pyarrow", "orjson", "jinja2", "psutil", "packaging")

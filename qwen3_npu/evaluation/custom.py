@@ -1,54 +1,56 @@
 """`--task custom`: conversations of one's own with expected answers.
 
-A line is {"messages": [..], "answer": ".."}, messages that end with the assistant's expected answer, or
-{"instruction": .., "input": .., "output": ..}. Also allowed: "choices" (a list), "match" and "category".
+A record is a conversation in OpenAI's, ShareGPT's or Alpaca's form that ends with the expected answer, or has it in
+"answer"; `--map-keys` names columns and roles that are called otherwise. Also allowed: "choices" (a list), "match" and
+"category".
 """
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qwen3_npu.args.evaluation import MATCHES
-from qwen3_npu.data.text.conversation import ASSISTANT, USER, Message
+from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Message, without_thought
 from qwen3_npu.errors import UsageError
-from qwen3_npu.inference.prompts import messages_of
+from qwen3_npu.inference.prompts import COLUMNS, conversation_of, read_records, waiting
 
 
 class Case(NamedTuple):
     """One conversation and what is expected.
 
     Attributes:
+        prompt: up to where the answer starts.
         match: of `MATCHES`.
         choices: of match "choice", and the labels of the confusion table.
     """
 
-    messages: tuple[Message, ...]
+    prompt: Conversation
     answer: str
     match: str
     choices: tuple[str, ...]
     category: str
 
 
-def load_cases(path: str, match: str, most: int | None) -> list[Case]:
-    """The cases of a .jsonl file.
+def load_cases(path: str, match: str, most: int | None, keys: Mapping[str, Any]) -> list[Case]:
+    """The cases of a file.
+
+    Args:
+        keys: --map-keys.
 
     Raises:
-        UsageError: the file or a line of it is not as it should be.
+        UsageError: the file or a record of it is not as it should be.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"--task-data-path {path}: a .jsonl file is expected for --task custom")
-    cases = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
+    mapped = [name for name in keys.values() if isinstance(name, str)]
+    cases: list[Case] = []
+    for where, record in read_records(path, "--task-data-path", (*COLUMNS, "match", "choices", "category", *mapped)):
         try:
-            cases.append(_case(json.loads(line), match))
+            cases.append(_case(record, match, keys))
+        except UsageError:
+            raise
         except (ValueError, re.error) as error:
-            raise UsageError(f"{path}, line {number}: {error}") from None
+            raise UsageError(f"{where}: {error}") from None
         if len(cases) == most:
             break
     if not cases:
@@ -56,42 +58,49 @@ def load_cases(path: str, match: str, most: int | None) -> list[Case]:
     return cases
 
 
-def _case(record: Any, match: str) -> Case:
-    if not isinstance(record, dict):
-        raise ValueError("an object is expected")
-    messages, answer = _conversation(record)
+def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, Any]) -> Case:
+    prompt, answer = _question_and_answer(record, keys)
     match = record.get("match", match)
-    choices = tuple(record.get("choices") or ())
+    choices = record.get("choices") or ()
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"choices are not a list of texts but {repr(choices)[:60]}")
     if match not in MATCHES:
         raise ValueError(f"match {match!r} is none of {', '.join(MATCHES)}")
     if match == "choice" and answer not in choices:
         raise ValueError(f"the answer {answer!r} is none of the choices {list(choices)}")
     if match == "regex":
         re.compile(answer)
-    return Case(messages, answer, match, choices, str(record.get("category", "all")))
+    return Case(prompt, answer, match, tuple(choices), str(record.get("category", "all")))
 
 
-def _conversation(record: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
-    if "messages" in record:
-        listed = record["messages"]
-        if "answer" in record:
-            return messages_of(listed), str(record["answer"])
-        last = listed[-1] if isinstance(listed, list) and listed else None
-        if not isinstance(last, dict) or last.get("role") != ASSISTANT:
-            raise ValueError("no answer, and the last message is not the assistant's")
-        return messages_of(listed[:-1]), str(last["content"])
-    asked, answer = record.get("instruction"), record.get("output", record.get("answer"))
-    if not isinstance(asked, str) or answer is None:
-        raise ValueError("messages and answer, or instruction and output, are expected")
-    extra = record.get("input") or ""
-    return (Message(USER, f"{asked}\n{extra}" if extra else asked),), str(answer)
+def _question_and_answer(record: Mapping[str, Any], keys: Mapping[str, Any]) -> tuple[Conversation, str]:
+    conversation = conversation_of(record, keys)
+    names = (str(keys.get("messages") or "messages"), "messages", "conversations")
+    has_messages = any(isinstance(record.get(name), list) for name in names)
+    response = str(keys.get("response") or "output")
+    for column in ("answer",) if has_messages else (response, "output", "answer"):
+        if record.get(column) is not None:
+            return waiting(conversation), str(record[column])
+    last = conversation.messages[-1] if conversation.messages else None
+    if last is None or last.role != ASSISTANT:
+        raise ValueError(
+            "no answer: messages that end with the assistant's, or a column answer or output, are expected"
+        )
+    if not last.content:
+        raise ValueError("the expected answer, the last message, has no text")
+    return waiting(conversation._replace(messages=conversation.messages[:-1])), last.content
 
 
 def is_right(case: Case, said: str) -> bool:
-    """Whether a generated answer is the expected one; spaces around do not count."""
-    said, expected = said.strip(), case.answer.strip()
+    """Whether a generated answer is the expected one; thoughts and spaces around do not count."""
+    said, expected = plain(said), plain(case.answer)
     if case.match == "contains":
         return expected in said
     if case.match == "regex":
         return re.search(case.answer, said) is not None
     return said == expected
+
+
+def plain(answer: str) -> str:
+    """What counts of an answer."""
+    return without_thought(Message(ASSISTANT, answer)).content.strip()

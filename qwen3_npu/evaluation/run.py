@@ -16,7 +16,7 @@ from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
 from qwen3_npu.evaluation.answers import Answers, Read, asked, pass_tokens
 from qwen3_npu.evaluation.asking import Asker
-from qwen3_npu.evaluation.custom import Case, is_right, load_cases
+from qwen3_npu.evaluation.custom import Case, is_right, load_cases, plain
 from qwen3_npu.evaluation.extract import filtered, mindspeed_letter, same_number
 from qwen3_npu.evaluation.questions import Question, load_questions, missing_subjects
 from qwen3_npu.evaluation.report import RESULTS, Sample, Summary, confusion
@@ -41,14 +41,14 @@ def run(platform: Platform, args: EvaluationArgs, plan: InferencePlan) -> None:
 def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: InferencePlan) -> None:
     """Read all questions, load the model, evaluate; the results of each task are written before the next one starts."""
     platform.return_freed_memory()
-    writer = Writer(plan.tokenizer, args.prompts, backend="auto")
+    writer = Writer(plan.tokenizer, plan.prompts, backend="auto")
     if writer.args.template:
         plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
     tasks = [
         _load(name, path, args, writer)
         for name, path in zip(args.evaluate.task, args.evaluate.task_data_path, strict=True)
     ]
-    facts = {task.name: _facts(task, args) for task in tasks}
+    facts = {task.name: _facts(task, writer, args) for task in tasks}
     folder = Path(args.evaluate.output_dir)
     rows = pass_tokens(args, world.device.type)
     with loaded(platform, world, args.runtime, args.weights, plan, rows=rows, copy_tied=False) as runner:
@@ -77,8 +77,8 @@ def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Infer
 def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> Read:
     evaluate = args.evaluate
     if name == CUSTOM:
-        cases = load_cases(path, evaluate.match, evaluate.max_eval_samples)
-        return Read(name, [writer.text(case.messages) for case in cases], cases=cases)
+        cases = load_cases(path, evaluate.match, evaluate.max_eval_samples, evaluate.mapping())
+        return Read(name, [writer.prompt(case.prompt) for case in cases], cases=cases)
     task = TASKS[name]
     if evaluate.scoring != LM_EVAL and name not in ("mmlu", "cmmlu", "ceval"):
         raise UsageError(f"--scoring {evaluate.scoring} is for mmlu, cmmlu and ceval; {name} has --scoring {LM_EVAL}")
@@ -154,9 +154,9 @@ class _Judge:
                 best = sorted(scores, reverse=True)
                 right, margin = answer == case.answer, best[0] - best[1] if len(best) > 1 else None
             else:
-                answer = said[i].strip()
+                answer = plain(said[i])
                 right = is_right(case, answer)
-            pairs.append((case.answer.strip(), case.answer.strip() if right else answer))
+            pairs.append((plain(case.answer), plain(case.answer) if right else answer))
             entry = {"number": i, "prompt": self.read.contexts[i], "answer": answer, "expected": case.answer}
             entry |= {"category": case.category, "match": case.match, "acc": float(right)}
             samples.append(Sample(case.category, case.category, {"acc": float(right)}, margin, entry))
@@ -171,7 +171,7 @@ def _sample(
     return Sample(question.subject, category, scores, margin, entry)
 
 
-def _facts(task: Read, args: EvaluationArgs) -> dict[str, Any]:
+def _facts(task: Read, writer: Writer, args: EvaluationArgs) -> dict[str, Any]:
     """What a score depends on besides the weights."""
     shots = args.evaluate.num_fewshot
     return {
@@ -179,7 +179,8 @@ def _facts(task: Read, args: EvaluationArgs) -> dict[str, Any]:
         "scoring": args.evaluate.scoring if task.task else "custom",
         "language": task.asker.language if task.asker else None,
         "num_fewshot": shots if shots is not None else (task.task.shots if task.task else 0),
-        "template": args.prompts.template,
+        "template": writer.args.template,
+        "enable_thinking": writer.args.enable_thinking,
         "questions": len(task.contexts),
         "prompt_hash": task.prompt_hash,
     }
@@ -200,7 +201,7 @@ def _write(results: dict[str, Any], args: EvaluationArgs, plan: InferencePlan, f
             "dtype": "bfloat16" if args.weights.bf16 else "float32",
             "layout": str(plan.layout),
             **dataclasses.asdict(args.evaluate),
-            **dataclasses.asdict(args.prompts),
+            **dataclasses.asdict(plan.prompts),
         },
         "versions": {name: version(name) for name in ("torch", "megatron-core", "tokenizers")},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -8,10 +8,10 @@ from typing import Any
 
 from qwen3_npu import console, log
 from qwen3_npu.args.inference import GenerateArgs, InferenceArgs
+from qwen3_npu.data.text.conversation import Conversation
 from qwen3_npu.inference.beam import BeamSearch, beam_search
 from qwen3_npu.inference.engine import Engine, Request
 from qwen3_npu.inference.journal import Journal
-from qwen3_npu.inference.prompts import Prompt
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import Sampling
 from qwen3_npu.inference.text import Stream, Writer
@@ -65,11 +65,11 @@ class Batch:
         log.info(f"{self.task}: {len(made)} prompts, {count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
         return [result for _, result in sorted(self.results.items())]
 
-    def show(self, prompts: Sequence[Prompt]) -> None:
+    def show(self, prompts: Sequence[Conversation]) -> None:
         """What was not streamed, on the console."""
         for number, result in sorted(self.results.items()):
             if number not in self.shown:
-                console.show(f"You:\n{prompts[number][-1].content}\n\nqwen3_npu:\n{result['answer']}\n")
+                console.show(f"You:\n{prompts[number].messages[-1].content}\n\nqwen3_npu:\n{result['answer']}\n")
 
     def _done(self, request: Request, text: str, score: float | None = None) -> None:
         result: Result = {

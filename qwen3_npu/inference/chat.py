@@ -1,127 +1,163 @@
-"""A conversation on the console: answers appear while they are made, thoughts dimmed or hidden."""
+"""A conversation on the console: answers appear while they are made. What goes wrong in a turn ends the turn only."""
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TextIO
 
+from qwen3_npu import console
 from qwen3_npu.args.inference import InferenceArgs
-from qwen3_npu.data.text.conversation import ASSISTANT, END_THINK, THINK, USER, Message, without_thought
+from qwen3_npu.data.text.conversation import ASSISTANT, THINK, USER, Message, without_thought
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.engine import Engine, Request
+from qwen3_npu.inference.keyboard import Keyboard
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import Sampling
+from qwen3_npu.inference.screen import Screen
 from qwen3_npu.inference.text import Stream, Writer
 
 EXIT, CLEAR = ("/exit", "q", "quit", "exit"), ("/clear", "clear", "new")
-_HELP = "Type a message; /clear forgets the conversation, /exit ends it."
-_DIM, _PLAIN = "\033[2m", "\033[0m"
+_HELP = "Type a message; /clear forgets the conversation, /exit ends it, Ctrl-C ends an answer."
 
 
-def chat(runner: Runner, writer: Writer, args: InferenceArgs) -> None:
-    """Ask and answer until /exit or the end of the input. Rank 0 has the console.
-
-    Raises:
-        UsageError: there is no template to write conversations with.
-    """
-    if writer.args.template is None:
-        raise UsageError("--task chat needs a template: --prompt-type qwen3 or --hf-chat-template")
-    generate, weights = args.generate, args.weights
-    engine = Engine(runner, slots=1, kv_cache=weights.use_kv_cache, prefix_cache=weights.prefix_cache)
-    sampling = Sampling(
-        generate.temperature > 0,
-        generate.temperature or 1.0,
-        generate.top_k,
-        generate.top_p,
-        generate.repetition_penalty,
-        args.runtime.seed,
-    )
-    is_main = runner.world.rank == 0
-    if is_main:
-        print(_HELP)
-    history: list[Message] = []
+def chat(runner: Runner, writer: Writer, args: InferenceArgs, keyboard: Keyboard) -> None:
+    """Ask and answer until /exit or the end of the input. Rank 0 has the console, every process calls this."""
+    conversation = _Conversation(runner, writer, args, keyboard)
+    conversation.say(_HELP)
     for turn in range(sys.maxsize):
-        said = runner.agreed(_ask() if is_main else None)
+        said = runner.agreed(conversation.ask() if conversation.is_main else None)
         if said is None or said in EXIT:
             return
         if said in CLEAR:
-            history.clear()
-            continue
-        question = Message(USER, str(said))
-        request = Request(turn, writer.tokens(writer.text([*history, question])), generate.max_new_tokens)
-        stream = Stream(writer.encoder, runner.plan.eos, generate.stop or ())
-        screen = Screen(sys.stdout, hidden=generate.hide_thinking) if is_main else None
+            conversation.history.clear()
+        else:
+            conversation.answer(turn, said)
 
-        def on_token(request: Request, stream: Stream = stream, screen: Screen | None = screen) -> bool:
+
+class _Conversation:
+    """One chat.
+
+    Attributes:
+        history: messages so far, without the thoughts: question, answer, question, answer ..
+        forgets: whether the user knows that --history-turns limits it.
+    """
+
+    def __init__(self, runner: Runner, writer: Writer, args: InferenceArgs, keyboard: Keyboard) -> None:
+        self.runner, self.writer, self.flags, self.keyboard = runner, writer, args.generate, keyboard
+        self.is_main, self.alone = runner.world.rank == 0, runner.world.size == 1
+        weights, flags = args.weights, args.generate
+        self.engine = Engine(runner, slots=1, kv_cache=weights.use_kv_cache, prefix_cache=weights.prefix_cache)
+        self.sampling = Sampling(
+            flags.temperature > 0,
+            flags.temperature or 1.0,
+            flags.top_k,
+            flags.top_p,
+            flags.repetition_penalty,
+            args.runtime.seed,
+        )
+        # Without a terminal no other process has to be told of Ctrl-C.
+        self.asks_others = not self.alone and runner.agreed(keyboard.terminal)
+        self.history: list[Message] = []
+        self.forgets = False
+
+    def say(self, text: str) -> None:
+        """A line to the user."""
+        if self.is_main:
+            console.show(text)
+
+    def ask(self) -> str | None:
+        """A message of the user; None at the end of the input."""
+        while True:
+            try:
+                line = self.keyboard.line("\nYou: ")
+            except UnicodeDecodeError as error:
+                self.say(
+                    f"(not sent: byte {error.object[error.start]:#04x} at {error.start + 1} is not UTF-8; try again)"
+                )
+                continue
+            except KeyboardInterrupt:
+                line = None
+            if line is None or line.strip():
+                return line if line is None else line.strip()
+
+    def answer(self, turn: int, said: str) -> None:
+        """Answer a message, or say why not."""
+        question = Message(USER, said)
+        try:
+            text, tokens = self._prompt(question)
+        except UsageError as error:  # a template that refuses the conversation
+            self.say(f"(not sent: {error})")
+            return
+        positions = self.runner.plan.positions
+        if len(tokens) >= positions:
+            self.say(f"(not sent: the message makes {len(tokens)} tokens, and the model has {positions} positions)")
+            return
+        request = Request(turn, tokens, self.flags.max_new_tokens)
+        opened = text.rstrip().endswith(THINK)
+        answer = Message(ASSISTANT, (THINK if opened else "") + self._generate(request, opened))
+        if request.finish == "length":
+            limit = (
+                "the model has no more positions" if request.limit < self.flags.max_new_tokens else "--max-new-tokens"
+            )
+            self.say(f"(the answer ends here, after {request.limit} tokens: {limit})")
+        # The template leaves earlier thoughts out; a text without them keeps the next prompt short everywhere.
+        self.history += [question, _without_thought(answer)]
+        most = 2 * self.flags.history_turns
+        if len(self.history) > most:
+            del self.history[: len(self.history) - most]
+            if not self.forgets:
+                self.say(
+                    f"(from here on only the last {most // 2} questions and answers are remembered: --history-turns)"
+                )
+                self.forgets = True
+
+    def _prompt(self, question: Message) -> tuple[str, list[int]]:
+        """Text and tokens of the conversation; its oldest turns go until there is room for an answer."""
+        positions = self.runner.plan.positions
+        room = positions - min(self.flags.max_new_tokens, positions // 4)
+        dropped = 0
+        while True:
+            text = self.writer.text([*self.history, question])
+            tokens = self.writer.tokens(text)
+            if len(tokens) <= room or not self.history:
+                break
+            del self.history[:2]
+            dropped += 1
+        if dropped:
+            self.say(f"(the context of {positions} positions is full: the oldest {dropped} turns are forgotten)")
+        return text, tokens
+
+    def _generate(self, request: Request, opened: bool) -> str:
+        stream = Stream(self.writer.encoder, self.runner.plan.eos, self.flags.stop or ())
+        screen = None
+        if self.is_main:
+            out = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+            screen = Screen(out, hidden=self.flags.hide_thinking, opened=opened)
+        stopped = False
+
+        def on_token(request: Request) -> bool:
+            nonlocal stopped
             piece = stream.add(request.tokens[-1])
             if screen is not None:
                 screen.write(piece)
-            return stream.stopped
+            stopped = self.is_main and self.keyboard.interrupted()
+            if self.asks_others:
+                stopped = self.runner.told(stopped)
+            return stream.stopped or stopped
 
-        # One copy of the model answers; the others serve its experts.
-        engine.generate([request] if runner.data_rank == 0 else [], sampling, on_token)
+        with self.keyboard.answering(alone=self.alone):
+            # One copy of the model answers; the others serve its experts.
+            self.engine.generate([request] if self.runner.data_rank == 0 else [], self.sampling, on_token)
         rest = stream.rest()
         if screen is not None:
             screen.write(rest)
             screen.end()
-        # The template leaves earlier thoughts out; a text without them keeps the next prompt short everywhere.
-        answer = without_thought(Message(ASSISTANT, str(runner.agreed(stream.text))))
-        history += [question, answer]
-        del history[: max(len(history) - 2 * generate.history_turns, 0)]
+            if stopped:
+                self.say("(stopped)")
+        return self.runner.agreed(stream.text)
 
 
-def _ask() -> str | None:
-    """A line from the user; None at the end of the input."""
-    while True:
-        try:
-            line = input("\nYou: ").strip()
-        except EOFError:
-            return None
-        if line:
-            return line
-
-
-class Screen:
-    """Shows an answer; what stands between <think> and </think> is dimmed (off a terminal: marked) or not shown."""
-
-    def __init__(self, out: TextIO, *, hidden: bool) -> None:
-        self.out, self.hidden, self.colours = out, hidden, out.isatty()
-        self.thinking = self.after_thought = False
-        self.waiting = ""  # may be the beginning of a tag
-        self._put("qwen3_npu: ")
-
-    def write(self, piece: str) -> None:
-        """Show more of the answer."""
-        self.waiting += piece
-        while True:
-            tag = END_THINK if self.thinking else THINK
-            before, found, after = self.waiting.partition(tag)
-            if not found:
-                break
-            self._show(before)
-            self.waiting = after
-            self.thinking = not self.thinking
-            if self.hidden:
-                self.after_thought = not self.thinking
-            else:
-                self._put((_DIM if self.thinking else _PLAIN) if self.colours else tag)
-        held = next((n for n in range(len(tag) - 1, 0, -1) if self.waiting.endswith(tag[:n])), 0)
-        cut = len(self.waiting) - held
-        self._show(self.waiting[:cut])
-        self.waiting = self.waiting[cut:]
-
-    def end(self) -> None:
-        """The answer is over."""
-        self._show(self.waiting)
-        self._put((_PLAIN if self.colours else "") + "\n")
-
-    def _show(self, text: str) -> None:
-        if self.after_thought:  # the empty line that ends a hidden thought
-            text = text.lstrip("\n")
-        if text and not (self.thinking and self.hidden):
-            self.after_thought = False
-            self._put(text)
-
-    def _put(self, text: str) -> None:
-        self.out.write(text)
-        self.out.flush()
+def _without_thought(answer: Message) -> Message:
+    """The answer; of one that was stopped within a thought, what came before."""
+    found = without_thought(answer)
+    return found._replace(content=found.content.partition(THINK)[0])

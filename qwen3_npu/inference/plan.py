@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
-from qwen3_npu.args.model import ModelArgs, ShapeArgs, check_shapes
+from qwen3_npu.args.model import ModelArgs, ShapeArgs, positions_note, shaped
 from qwen3_npu.args.parallel import ParallelArgs, make_layout
 from qwen3_npu.checkpoint.formats.folders import PEFT
 from qwen3_npu.checkpoint.formats.open import find, find_architecture
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError
+from qwen3_npu.inference.taught import read_taught, settle
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
 
@@ -28,6 +29,7 @@ class InferencePlan:
         positions: longest sequence.
         eos: tokens that end an answer.
         notes: flags that are changed, and why.
+        prompts: the flags of prompts, with what follows from the checkpoint.
     """
 
     arch: Qwen3Arch
@@ -39,6 +41,7 @@ class InferencePlan:
     tokenizer: TokenizerFolder
     eos: tuple[int, ...]
     notes: tuple[str, ...]
+    prompts: PromptArgs = PromptArgs()
 
     def describe(self, weights: WeightArgs) -> list[str]:
         """What will be loaded, a line each."""
@@ -66,19 +69,26 @@ def plan_inference(
         UsageError: something does not fit or is missing.
     """
     load = Path(weights.load)
-    found = find(load, weights.ckpt_step)
-    if found is None or found.format == PEFT:
+    there = find(load, weights.ckpt_step)
+    if there is None or there.format == PEFT:
         raise UsageError(f"--load {load} holds no Hugging Face model and no Megatron checkpoint")
     noop = len(number_list(parallel.noop_layers))
     tokenizer_path = prompts.tokenizer_name_or_path
     arch, found_in, config = find_architecture(
         model, shape, load=weights.load, tokenizer=tokenizer_path, noop_layers=noop
     )
-    check_shapes(shape, arch, noop)
+    found, arch = arch, shaped(shape, arch, noop)
     parallel, notes = _without_training(parallel)
+    notes += positions_note(arch, found)
     layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)
     check_world_size(layout, world_size)
-    tokenizer = open_tokenizer(_tokenizer(tokenizer_path, found.home, config))
+    tokenizer = open_tokenizer(_tokenizer(tokenizer_path, there.home, config))
+    if tokenizer.largest_id >= arch.vocab_size:
+        raise UsageError(
+            f"{tokenizer.path} has tokens up to {tokenizer.largest_id}, but the model has only {arch.vocab_size}; give "
+            "the model's own tokenizer with --tokenizer-name-or-path"
+        )
+    prompts, lines = settle(prompts, read_taught(weights), tokenizer)
     return InferencePlan(
         arch=arch,
         found_in=found_in,
@@ -87,8 +97,9 @@ def plan_inference(
         data_parallel=world_size // (layout.tensor * layout.pipeline),
         positions=shape.max_position_embeddings or arch.max_position_embeddings,
         tokenizer=tokenizer,
-        eos=_eos(arch, tokenizer, [found.home, *([config] if config else []), tokenizer.path]),
-        notes=tuple(notes),
+        eos=_eos(arch, tokenizer, [there.home, *([config] if config else []), tokenizer.path]),
+        notes=(*notes, *lines),
+        prompts=prompts,
     )
 
 
@@ -121,7 +132,7 @@ def _tokenizer(given: str | None, load: Path, config: Path | None) -> str:
 
 def _eos(arch: Qwen3Arch, tokenizer: TokenizerFolder, folders: list[Path]) -> tuple[int, ...]:
     """The ending tokens that generation_config.json, config.json and the tokenizer name, all of them."""
-    named: list[int | None] = [arch.eos_token_id, tokenizer.special.get(tokenizer.named("eos_token") or "")]
+    named: list[int | None] = [*arch.eos_token_ids, tokenizer.special.get(tokenizer.named("eos_token") or "")]
     file = next((f for folder in folders if (f := folder / "generation_config.json").is_file()), None)
     if file is not None:
         listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")

@@ -1,87 +1,141 @@
-"""Prompts from --prompt and --predict-data."""
+"""Prompts from --prompt and --predict-data, and records of other files that hold conversations."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu.args.inference import GenerateArgs
-from qwen3_npu.data.text.conversation import ASSISTANT, USER, Message
+from qwen3_npu.data.preprocess.record_formats import ALPACA, OPENAI, SHAREGPT, Columns, alpaca_turns, sharegpt_turns
+from qwen3_npu.data.read.find import TEXT, InputFile, find_files
+from qwen3_npu.data.read.open import Inputs
+from qwen3_npu.data.text.conversation import ASSISTANT, SYSTEM, USER, Conversation, Message
+from qwen3_npu.data.text.messages import read_messages
 from qwen3_npu.errors import UsageError
 
-Prompt = tuple[Message, ...]
+_PROMPTS = ("prompt", "instruction", "question")
+# Every column that may tell something; of tables only these are read.
+COLUMNS = (*_PROMPTS, "messages", "conversations", "system", "tools", "history", "input", "output", "answer", "text")
 
 
-def read_prompts(args: GenerateArgs) -> list[Prompt]:
+def read_prompts(args: GenerateArgs) -> list[Conversation]:
     """All prompts, those of --prompt first.
 
     Raises:
         UsageError: a file has no prompts, or a line that is none.
     """
-    prompts = [_single(text) for text in args.prompt or ()]
+    prompts = [_given("--prompt", text) for text in args.prompt or ()]
     if args.predict_data is None:
         return prompts
     path = Path(args.predict_data)
     try:
         is_file = path.is_file()
-    except OSError:  # a text too long for a name
+    except (OSError, ValueError):  # a text too long for a name, or with a zero byte
         is_file = False
     if not is_file:
         if path.suffix in (".jsonl", ".json", ".txt"):
             raise UsageError(f"--predict-data {path}: no such file")
-        return [*prompts, _single(args.predict_data)]
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--predict-data {path} cannot be read: {error}") from None
-    read = _record if path.suffix == ".jsonl" else _single
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                prompts.append(read(line))
-            except ValueError as error:
-                raise UsageError(f"--predict-data {path}, line {number}: {error}") from None
+        return [*prompts, _given("--predict-data", args.predict_data)]
+    for where, record in read_records(args.predict_data, "--predict-data"):
+        try:
+            prompts.append(_prompt(record))
+        except ValueError as error:
+            raise UsageError(f"--predict-data {where}: {error}") from None
     if not prompts:
         raise UsageError(f"--predict-data {path} holds no prompts")
     return prompts
 
 
-def _single(text: str) -> Prompt:
-    return (Message(USER, text),)
-
-
-def _record(line: str) -> Prompt:
+def _given(flag: str, text: str) -> Conversation:
+    """A prompt of the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if isinstance(record, str):
-        return _single(record)
-    if not isinstance(record, dict):
-        raise ValueError("an object or a text is expected")
-    if "messages" in record:
-        return messages_of(record["messages"])
-    for name in ("prompt", "instruction", "question"):
-        if isinstance(record.get(name), str):
-            extra = record.get("input")
-            return _single(f"{record[name]}\n{extra}" if isinstance(extra, str) and extra else record[name])
-    raise ValueError("no prompt, instruction, question or messages")
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{flag}: the text is not UTF-8 (character {error.start + 1})") from None
+    return single(text)
 
 
-def messages_of(value: Any) -> Prompt:
-    """OpenAI's messages, without an answer to the last one.
+def single(text: str) -> Conversation:
+    """A question and nothing else."""
+    return Conversation((Message(USER, text),))
+
+
+def read_records(path: str, flag: str, columns: tuple[str, ...] = COLUMNS) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The records of a file of data, of any format that preprocess_data.py reads, and where each stands.
+
+    A line of JSON that is a text, and a line of a text file, is a record with the column `text`.
+
+    Args:
+        flag: what names the file, for messages.
 
     Raises:
-        ValueError: they are none.
+        UsageError: the file cannot be read, or a record of it.
     """
-    if not isinstance(value, list) or not value:
+    try:
+        try:
+            files = find_files([path])
+        except UsageError:
+            if not Path(path).is_file() or Path(path).stat().st_size == 0:
+                raise
+            files = [InputFile(Path(path), TEXT, None, Path(path).stat().st_size)]  # a name that says nothing
+        for block in Inputs(tuple(files)).blocks(columns):
+            for number, item in zip(block.numbers, block.items, strict=True):
+                where = f"{block.file}, line {number}"
+                try:
+                    text = json.loads(item) if isinstance(item, bytes) and item.lstrip()[:1] == b'"' else None
+                    yield where, {"text": text} if isinstance(text, str) else block.decode(item)
+                except ValueError as error:
+                    raise UsageError(f"--input {where}: {error}") from None
+    except UsageError as error:
+        raise UsageError(str(error).replace("--input", flag, 1)) from None
+
+
+def _prompt(record: Mapping[str, Any]) -> Conversation:
+    """Raises: ValueError: it is none."""
+    if any(isinstance(record.get(name), list) for name in ("messages", "conversations")):
+        return waiting(conversation_of(record, {}))
+    for name in ("text", *_PROMPTS):
+        if isinstance(record.get(name), str):
+            extra = record.get("input")
+            text = f"{record[name]}\n{extra}" if isinstance(extra, str) and extra else record[name]
+            return single(text)._replace(system=record.get("system") or None)
+    if "messages" in record:
         raise ValueError("messages are not a list")
-    found = []
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError('a message is {"role": .., "content": ..}, not ' + repr(message)[:80])
-        found.append(Message(message["role"], message["content"]))
-    if found[-1].role == ASSISTANT:
-        raise ValueError("the last message is the assistant's; there is nothing to answer")
-    return tuple(found)
+    raise ValueError(f"no prompt, instruction, question or messages (there are {', '.join(map(str, record))})")
+
+
+def waiting(conversation: Conversation) -> Conversation:
+    """The conversation itself. Raises: ValueError: it does not wait for an answer."""
+    if not conversation.messages:
+        raise ValueError("no message to answer")
+    if conversation.messages[-1].role in (ASSISTANT, SYSTEM):
+        raise ValueError(f"the last message is the {conversation.messages[-1].role}'s; there is nothing to answer")
+    return conversation
+
+
+def conversation_of(record: Mapping[str, Any], keys: Mapping[str, Any]) -> Conversation:
+    """A record in OpenAI's or ShareGPT's form, told by its messages, or in Alpaca's.
+
+    Args:
+        keys: --map-keys, of the form that the record has.
+
+    Returns:
+        Alpaca's without the answer, the others with all of their messages.
+
+    Raises:
+        ValueError: it is none of them.
+        UsageError: --map-keys maps what such records do not have.
+    """
+    names = [keys["messages"]] if keys.get("messages") else ["messages", "conversations"]
+    column = next((name for name in names if record.get(name) is not None), None)
+    if column is not None:
+        first = record[column][0] if isinstance(record[column], list) and record[column] else None
+        if "tags" in keys or (isinstance(first, dict) and "from" in first and "role" not in first):
+            columns = Columns(SHAREGPT, {**keys, "messages": column}, has_tags=True)
+            return sharegpt_turns(record, columns)
+        columns = Columns(OPENAI, {**keys, "messages": column})
+        return read_messages(record[column], columns.get(record, "tools"), columns.optional_text(record, "system"))
+    columns = Columns({**ALPACA, "history": "history", "system": "system"}, keys)
+    return alpaca_turns(record, columns)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.inference import GenerateArgs, InferenceArgs
+from qwen3_npu.data.text.conversation import Conversation
+from qwen3_npu.data.text.prompt_types import AUTO
 from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.batch import Batch, requests_of
 from qwen3_npu.inference.chat import chat
 from qwen3_npu.inference.engine import fit
 from qwen3_npu.inference.journal import Journal, weights_identity
+from qwen3_npu.inference.keyboard import Keyboard, keyboard
 from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.inference.prompts import read_prompts
 from qwen3_npu.inference.results import RESULT, write_generated
 from qwen3_npu.inference.runner import loaded
+from qwen3_npu.inference.taught import PLAIN
 from qwen3_npu.inference.text import Writer
 from qwen3_npu.platform.base import Platform
 
@@ -39,27 +45,34 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
         UsageError: a prompt or a task cannot be done; nothing is loaded or written then.
     """
     flags = args.generate
-    writer = Writer(plan.tokenizer, args.prompts)
-    if args.prompts.template is not None or _CHAT in flags.task:
+    if _CHAT in flags.task:
+        if plan.prompts.template_given == PLAIN:
+            raise UsageError("--task chat needs a template: --prompt-type auto, qwen3 or --hf-chat-template")
+        if plan.prompts.template is None:
+            plan = dataclasses.replace(plan, prompts=dataclasses.replace(plan.prompts, prompt_type=AUTO))
+    writer = Writer(plan.tokenizer, plan.prompts)
+    if writer.args.template is not None:
         plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
-    if _CHAT in flags.task and writer.args.template is None:
-        raise UsageError("--task chat needs a template: --prompt-type qwen3 or --hf-chat-template")
     beams = [task for task in flags.task if task.startswith("beam")]
     if beams and not args.weights.use_kv_cache:
         raise UsageError(f"--no-use-kv-cache: --task {beams[0]} needs the cache; drop the flag")
     prompts = read_prompts(flags)
-    texts = [writer.text(prompt) for prompt in prompts]
+    texts = _texts(writer, prompts)
     for request in requests_of(writer, texts, flags.max_new_tokens):
         fit(request, plan.positions)
     folder = Path(flags.output_dir)
-    with loaded(platform, world, args.runtime, args.weights, plan, rows=_rows(flags, len(prompts))) as runner:
+    typed = keyboard() if _CHAT in flags.task and world.rank == 0 else contextlib.nullcontext(Keyboard())
+    with (
+        typed as keys,
+        loaded(platform, world, args.runtime, args.weights, plan, rows=_rows(flags, len(prompts))) as runner,
+    ):
         journal = None
         if flags.task != [_CHAT]:
             journal = Journal(runner, folder, RESULT, _asked(args, plan, texts), resume=flags.resume)
         results: list[dict[str, Any]] = []
         for place, task in enumerate(flags.task):
             if task == _CHAT:
-                chat(runner, writer, args)
+                chat(runner, writer, args, keys)
                 continue
             assert journal is not None
             batch = Batch(runner, writer, args, place, journal)
@@ -70,6 +83,16 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
                 batch.show(prompts)
             if set(flags.task[place + 1 :]) <= {_CHAT}:
                 journal.remove()
+
+
+def _texts(writer: Writer, prompts: Sequence[Conversation]) -> list[str]:
+    texts = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            texts.append(writer.prompt(prompt))
+        except UsageError as error:
+            raise UsageError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from None
+    return texts
 
 
 def _rows(args: GenerateArgs, prompts: int) -> int:

@@ -21,6 +21,7 @@ from qwen3_npu.checkpoint.training.live import Ranks, load_weights
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import InferencePlan
+from qwen3_npu.model.arch.rope import Rope
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.cache import CachedSequence, Kept, KVCache, PrefixedSequence
 from qwen3_npu.model.config import transformer_config
@@ -87,6 +88,10 @@ class Runner:
         source = open_source(weights)
         if not source.arch.same_weights(plan.arch):
             raise UsageError(f"--load {weights.load} holds {source.arch}; the model is {plan.arch}")
+        if change := plan.arch.unlike(source.arch):
+            raise UsageError(
+                f"--load {weights.load} was trained with {change} ({plan.found_in}); drop --hf-dir or correct it"
+            )
         load_weights(
             source,
             plan.layout,
@@ -149,8 +154,8 @@ class Runner:
         return TokenSequence(self._positions(places), tuple(boundaries), *self._facts)
 
     @property
-    def _facts(self) -> tuple[float, int, torch.dtype]:
-        return self.arch.rope_theta, self.arch.head_dim, self.dtype
+    def _facts(self) -> tuple[Rope, torch.dtype]:
+        return self.arch.rope, self.dtype
 
     def _positions(self, places: list[int]) -> torch.Tensor:
         return torch.tensor([places], device=self.device)
@@ -255,6 +260,15 @@ class Runner:
         parts: list[list[T]] = [[] for _ in range(self.data_parallel)]
         dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
         return [item for part in parts for item in part]
+
+    def told(self, value: bool) -> bool:
+        """What the first process of this copy of the model says, on all of the copy's processes."""
+        group = parallel_state.get_model_parallel_group()
+        if group.size() == 1:
+            return value
+        flag = torch.tensor([int(value)], device=self.device)
+        dist.broadcast(flag, dist.get_global_rank(group, 0), group=group)
+        return bool(flag.item())
 
     def agreed(self, value: T) -> T:
         """Rank 0's value on every process."""

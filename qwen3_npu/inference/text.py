@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 from qwen3_npu.args.inference import PromptArgs
-from qwen3_npu.data.preprocess.handlers import TEMPLATES
-from qwen3_npu.data.text.chat_template import asked
-from qwen3_npu.data.text.conversation import ASSISTANT, SYSTEM, Conversation, Message
+from qwen3_npu.data.text.conversation import SYSTEM, Conversation, Message
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
-from qwen3_npu.data.text.loading import start_loading
-from qwen3_npu.data.text.tokenizer import END_OF_TEXT, IM_END, TokenizerFolder
+from qwen3_npu.data.text.prompt_types import open_template, prompt_text
+from qwen3_npu.data.text.templates import Template
+from qwen3_npu.data.text.tokenizer import END_OF_TEXT, IM_END, TokenizerFolder, start_loading
 from qwen3_npu.errors import UsageError
 
 _CUT_SHORT = "\ufffd"  # what a decoder writes for the first bytes of a character
@@ -29,34 +29,35 @@ class Writer:
         self.special = sorted(tokenizer.special, key=len, reverse=True)
 
     def text(self, messages: Sequence[Message]) -> str:
+        """Likewise, of messages whose first one may be the system's."""
+        if messages and messages[0].role == SYSTEM:
+            return self.prompt(Conversation(tuple(messages[1:]), messages[0].content))
+        return self.prompt(Conversation(tuple(messages)))
+
+    def prompt(self, conversation: Conversation) -> str:
         """A conversation up to where the answer starts; without a template only a single message, as it is.
 
         Raises:
-            UsageError: several messages and no template, or a template that refuses them.
+            UsageError: more than that and no template, or a template that refuses the conversation.
         """
-        system = self.args.system
-        if messages and messages[0].role == SYSTEM:
-            system, messages = messages[0].content, messages[1:]
+        if conversation.system is None and self.args.system:
+            conversation = conversation._replace(system=self.args.system)
         if self.args.template is None:
-            if len(messages) != 1 or system:
+            if len(conversation.messages) != 1 or conversation.system or conversation.tools:
                 raise UsageError(
-                    "a conversation of several messages, or with --system, needs a template: --prompt-type qwen3 or "
-                    "--hf-chat-template"
+                    "a conversation of several messages, or with tools or --system, needs a template: --prompt-type "
+                    "auto, qwen3 or --hf-chat-template"
                 )
-            return messages[0].content
-        conversation = Conversation(tuple(messages), system)
+            return conversation.messages[0].content
         try:
-            if self.args.template == "hf":
-                return asked(self.tokenizer, conversation, self.args.thinking)
-            template = TEMPLATES[self.args.template](self.tokenizer)
-            for token in template.tokens:
-                self.tokenizer.id(token, f"--prompt-type {self.args.template}")
-            waiting = conversation._replace(messages=(*messages, Message(ASSISTANT, "")))
-            turns = template.render(waiting, self.args.thinking, True)
+            return prompt_text(self.template, conversation, self.args.thinking)
         except ValueError as error:
             raise UsageError(f"--prompt-type {self.args.template}: {error}") from None
-        before = [text for turn in turns[:-1] for text in (*turn.source, *turn.target)]
-        return "".join([*before, *turns[-1].source])
+
+    @functools.cached_property
+    def template(self) -> Template:
+        """What --prompt-type names. Raises: UsageError: the tokenizer has no such template."""
+        return open_template(str(self.args.template), self.tokenizer)
 
     def tokens(self, text: str) -> list[int]:
         """Tokens of a text; special tokens written in it are special."""

@@ -1,4 +1,4 @@
-"""Qwen3's self-attention: fused qkv, norm of each query and key head, rotary embedding, causal attention."""
+"""Self-attention: fused qkv, norm of each query and key head if the family has it, rotary embedding, causal."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class SelfAttention(MegatronModule):
         *,
         kernels: Kernels,
         context_parallel: ContextParallel | None,
+        output_bias: bool,
         pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
@@ -62,7 +63,7 @@ class SelfAttention(MegatronModule):
             config=config,
             init_method=config.init_method,
             gather_output=False,
-            bias=False,
+            bias=config.add_qkv_bias,
             skip_bias_add=False,
             is_expert=False,
             tp_comm_buffer_name="qkv",
@@ -77,7 +78,7 @@ class SelfAttention(MegatronModule):
             config.hidden_size,
             config=config,
             init_method=config.output_layer_init_method,
-            bias=False,
+            bias=output_bias,
             input_is_parallel=True,
             skip_bias_add=True,
             is_expert=False,
@@ -96,7 +97,7 @@ class SelfAttention(MegatronModule):
             packed_seq_params: positions and documents of the tokens.
 
         Returns:
-            [s, b, hidden] (as it came in) and no bias.
+            [s, b, hidden] (as it came in), and the bias that is still to be added, if the family has one.
         """
         q, k, v = self.query_key_value(hidden_states)
         cos, sin = packed_seq_params.cos_sin

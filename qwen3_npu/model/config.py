@@ -1,4 +1,4 @@
-"""Qwen3Arch and flags -> megatron's TransformerConfig. The one place that knows both vocabularies."""
+"""Qwen3Arch and flags -> megatron's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def transformer_config(
         "kv_channels": arch.head_dim,
         "normalization": "RMSNorm",
         "layernorm_epsilon": arch.rms_norm_eps,
-        "qk_layernorm": True,  # makes megatron sum the gradients of q_layernorm and k_layernorm over TP
+        "qk_layernorm": arch.family.qk_norm,  # makes megatron sum the gradients of q_layernorm and k_layernorm over TP
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "use_te_activation_func": True,  # the MLP's activation is the module that the spec names
         "add_bias_linear": False,
+        "add_qkv_bias": arch.family.qkv_bias,
         "attention_dropout": train.attention_dropout,
         "hidden_dropout": train.hidden_dropout,
         "init_method_std": train.init_method_std,

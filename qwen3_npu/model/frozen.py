@@ -13,8 +13,9 @@ from qwen3_npu.model.sequence import TokenSequence
 
 
 class FrozenLinear(torch.nn.Module):
-    """A column- or row-parallel linear as one matrix multiplication with a weight in the kernel's own layout.
+    """A column- or row-parallel linear as one matrix multiplication, and its bias.
 
+    The weight is in the kernel's own layout.
     Column-parallel output stays cut; row-parallel output is summed over the tensor-parallel group.
     """
 
@@ -24,12 +25,14 @@ class FrozenLinear(torch.nn.Module):
         self.multiply = kernels.prepared_linear(weight.detach(), rows)
         summed = isinstance(linear, RowParallelLinear) and linear.tp_group.size() > 1
         self.group = linear.tp_group if summed else None
+        # Added once, after the sum; a row-parallel bias is whole on every rank.
+        self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         out = self.multiply(x)
         if self.group is not None:
             dist.all_reduce(out, group=self.group)
-        return out, None
+        return (out if self.bias is None else out + self.bias), None
 
 
 def freeze_linears(model: torch.nn.Module, kernels: Kernels, rows: int) -> None:

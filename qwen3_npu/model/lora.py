@@ -84,9 +84,9 @@ class LoraLinear(MegatronModule):
             mark(weight, sequence_parallel=self.sequence_parallel)
         return _Weight(weight)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """As the base layer: [s, b, in] -> [s, b, out]."""
-        out, _ = self.base_layer(x)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the base layer: [s, b, in] -> [s, b, out], and the bias that is still to be added, if it has one."""
+        out, bias = self.base_layer(x)
         narrow = torch.nn.functional.linear(self._dropped(x), self.lora_A["default"]()) * self.scale
         if self.by_output:
             narrow = (
@@ -101,7 +101,7 @@ class LoraLinear(MegatronModule):
                 else reduce_from_tensor_model_parallel_region(narrow, group=self.group)
             )
         weight = self.lora_B["default"]()
-        return torch.addmm(out.flatten(0, 1), narrow.flatten(0, 1), weight.t()).view_as(out), None
+        return torch.addmm(out.flatten(0, 1), narrow.flatten(0, 1), weight.t()).view_as(out), bias
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.dropout == 0.0:

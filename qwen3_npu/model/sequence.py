@@ -11,6 +11,8 @@ import functools
 
 import torch
 
+from qwen3_npu.model.arch.rope import Rope
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenSequence:
@@ -19,15 +21,14 @@ class TokenSequence:
     Attributes:
         positions: [b, s] int64, for rotary embedding.
         cu_seqlens: boundaries of packed documents, (0, ..., s), as host integers; None if every row is one document.
-        rope_theta, head_dim: of the model.
+        rope: how positions rotate the heads.
         dtype: of the activations.
         padding: [b, s] bool, where a token is padding, for the routers of experts; None: nowhere.
     """
 
     positions: torch.Tensor
     cu_seqlens: tuple[int, ...] | None
-    rope_theta: float
-    head_dim: int
+    rope: Rope
     dtype: torch.dtype
     padding: torch.Tensor | None = None
 
@@ -38,10 +39,21 @@ class TokenSequence:
         Rows with the same positions share one column.
         """
         rows = self.positions[:1] if _same_rows(self.positions) else self.positions
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=rows.device) / self.head_dim
-        angles = rows.t().unsqueeze(-1).float() * (1.0 / self.rope_theta**exponent)
+        angles = rows.t().unsqueeze(-1).float() * frequencies(self.rope, rows.device)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        cos, sin, factor = angles.cos(), angles.sin(), self.rope.attention_factor
+        return (cos if factor == 1 else cos * factor).to(self.dtype), (sin if factor == 1 else sin * factor).to(
+            self.dtype
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
+    """Rotation per position of each pair of dimensions, [head_dim / 2] float32; made on the host, as transformers."""
+    exponent = torch.arange(0, rope.head_dim, 2, dtype=torch.float32) / rope.head_dim
+    plain = 1.0 / rope.theta**exponent
+    found = plain if rope.divisors is None else plain / torch.tensor(rope.divisors, dtype=torch.float32)
+    return found.to(device)
 
 
 def _same_rows(positions: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -44,17 +45,21 @@ class Parts:
 
 
 def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
-    """One Qwen3 layer."""
+    """One layer."""
     kernels = parts.kernels
     norm = ModuleSpec(RMSNorm, params={"kernel": kernels.rms_norm})
     attention = ModuleSpec(
         SelfAttention,
-        params={"kernels": kernels, "context_parallel": parts.context_parallel},
+        params={
+            "kernels": kernels,
+            "context_parallel": parts.context_parallel,
+            "output_bias": arch.family.o_bias,
+        },
         submodules=AttentionSubmodules(
             linear_qkv=_linear("linear_qkv", ColumnParallelLinear, parts.lora),
             linear_proj=_linear("linear_proj", RowParallelLinear, parts.lora),
-            q_layernorm=norm,
-            k_layernorm=norm,
+            q_layernorm=norm if arch.family.qk_norm else IdentityOp,
+            k_layernorm=norm if arch.family.qk_norm else IdentityOp,
         ),
     )
     return ModuleSpec(

@@ -25,7 +25,7 @@ def trainer(platform: Platform, world: World, flags: Sequence[str]) -> Iterator[
     """A loaded trainer with data."""
     args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN, argv=list(flags)).groups)
     plan = plan_training(args, world.size)
-    check_data(args.data, plan.arch.vocab_size)
+    check_data(args.data, plan.arch.vocab_size, seq_length=args.train.seq_length)
     with ready(platform, world, args, plan) as made:
         yield made
 

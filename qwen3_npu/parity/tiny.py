@@ -14,6 +14,7 @@ from qwen3_npu.checkpoint.formats.huggingface import SINGLE
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.data.train.token_file import IndexedWriter, publish
 from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.model.arch.rope import YARN, RopeScaling
 
 # Head size apart from hidden / heads, grouped heads, four layers for two stages of two chunks.
 DENSE = Qwen3Arch(
@@ -31,14 +32,19 @@ DENSE = Qwen3Arch(
 )
 
 
+_KINDS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen2": {"model_type": "qwen2", "head_dim": 8},
+    # So short that most of the tiny documents are beyond it.
+    "yarn": {"rope_theta": 1e4, "rope_scaling": RopeScaling(kind=YARN, factor=4, original=16, attention_factor=1.3)},
+}
+
+
 def arch(kind: str = "untied", **changes: Any) -> Qwen3Arch:
-    """A tiny "untied", "tied" or "moe" model, with changes."""
-    special: dict[str, dict[str, int]] = {
-        "untied": {},
-        "tied": {"tie_word_embeddings": True},
-        "moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    }
-    return dataclasses.replace(DENSE, **{**special[kind], **changes})
+    """A tiny "untied", "tied", "moe", "qwen2" or "yarn" model, with changes."""
+    return dataclasses.replace(DENSE, **{**_KINDS[kind], **changes})
 
 
 def write_model(folder: Path, model: Qwen3Arch, *, seed: int = 0, dtype: DType = F32) -> Path:

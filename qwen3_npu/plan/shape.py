@@ -94,7 +94,8 @@ def shape_of(arch: Qwen3Arch, padded_vocab_size: int | None = None) -> Shape:
         num_experts=arch.num_experts,
         moe_topk=arch.num_experts_per_tok,
         moe_ffn_hidden_size=arch.moe_intermediate_size,
-        qk_norm=True,
+        qk_norm=arch.family.qk_norm,
+        qkv_bias=arch.family.qkv_bias,
     )
 
 

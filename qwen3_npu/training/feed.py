@@ -10,13 +10,12 @@ import torch
 from megatron.core import parallel_state
 
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.data.text.prompt_types import warn_of_misfit
 from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.data.train import pretrain_dataset, sft_dataset
 from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
 from qwen3_npu.data.train.data_path import blend
-from qwen3_npu.data.train.documents import find_eod
-from qwen3_npu.data.train.rows import Padding, Rows, instruction_rows, padding_multiple
-from qwen3_npu.data.train.thinking import ThinkTokens
+from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
@@ -135,7 +134,7 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
 def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, train = args.data, args.train
     prefixes, weights = blend(data.data_path)
-    files = sft_dataset.open_instructions(prefixes, plan.arch.vocab_size, per_document=data.per_document)
+    files = sft_dataset.open_instructions(prefixes, per_document=data.per_document)
     splits = sft_dataset.instruction_splits(
         files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
     )
@@ -149,6 +148,8 @@ def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
         context=args.parallel.context_parallel_size,
     )
     tokenizer = open_tokenizer(data.tokenizer_name_or_path) if data.tokenizer_name_or_path else None
+    if tokenizer and args.instruction.prompt_type and environment.ranks()[0] == 0:
+        warn_of_misfit(args.instruction.prompt_type, tokenizer)
     pad = tokenizer.pad() if tokenizer else (plan.arch.eos_token_id or 0)
     padding = Padding(pad, None if data.variable_seq_lengths else train.seq_length, multiple)
     packs = data.per_document and any(file.kind is sft_dataset.Kind.NEAT_PACK for file in files)

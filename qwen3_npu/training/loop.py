@@ -41,6 +41,7 @@ from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
+from qwen3_npu.training.taught import taught
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
@@ -118,7 +119,7 @@ class Trainer:
             log.info(
                 f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
             )
-        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed}
+        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed, **taught(args)}
         self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
@@ -143,7 +144,7 @@ class Trainer:
 
     def sequence(self, positions: torch.Tensor, boundaries: tuple[int, ...] | None = None) -> TokenSequence:
         """What the layers need to know of tokens at these positions [b, s], in documents with these boundaries."""
-        return TokenSequence(positions, boundaries, self.plan.arch.rope_theta, self.plan.arch.head_dim, self.dtype)
+        return TokenSequence(positions, boundaries, self.plan.arch.rope, self.dtype)
 
     def training_batches(self) -> list[Iterator[Batch]]:
         """This rank's micro-batches of the next step, once for each model chunk; the routers know what they need."""

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from qwen3_npu.args.fit import Fit, fit
-from qwen3_npu.args.model import check_shapes
+from qwen3_npu.args.model import positions_note, shaped
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.model.arch import Qwen3Arch
@@ -23,12 +23,14 @@ class TrainingPlan(Fit):
     Attributes:
         config: folder whose config.json and tokenizer files go with the checkpoints; None if there is none.
         verdict: memory and time to expect; None where nothing says the device.
+        notes: what the flags make of the model.
     """
 
     arch: Qwen3Arch
     found_in: str
     config: Path | None
     verdict: Verdict | None
+    notes: tuple[str, ...]
 
     def describe(self, args: PretrainArgs) -> list[str]:
         """What will be done, a line each."""
@@ -37,6 +39,7 @@ class TrainingPlan(Fit):
         tokens = self.global_batch * train.seq_length
         return [
             f"model: {self.arch} (from {self.found_in})",
+            *self.notes,
             f"layout: {self.layout}{context}, DP{self.data_parallel}",
             f"batch: {self.global_batch} samples of {train.seq_length} tokens = {human(tokens)} tokens: "
             f"{self.data_parallel} ranks x {self.num_microbatches} micro-batches x {train.micro_batch_size}",
@@ -57,9 +60,10 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
     arch, found_in, config = find_architecture(
         args.model, args.shape, load=args.checkpoint.load, tokenizer=tokenizer, noop_layers=noop
     )
-    check_shapes(args.shape, arch, noop)
+    found, arch = arch, shaped(args.shape, arch, noop)
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
     sizes = fit(args, arch, world_size)
     verdict = planned(args, arch, sizes)
-    return TrainingPlan(**vars(sizes), arch=arch, found_in=found_in, config=config, verdict=verdict)
+    notes = tuple(positions_note(arch, found))
+    return TrainingPlan(**vars(sizes), arch=arch, found_in=found_in, config=config, verdict=verdict, notes=notes)

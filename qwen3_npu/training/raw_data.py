@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 from pathlib import Path
 
 from qwen3_npu.args.preprocess import CheckArgs, InputArgs, OutputArgs, PreprocessArgs
@@ -11,6 +10,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.preprocess.cache import is_raw, prepare_data_path
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.errors import UsageError
+from qwen3_npu.lease import Lease
 
 
 def raw_words(args: PretrainArgs) -> list[str]:
@@ -22,7 +22,7 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
     """The same arguments with prefixes of prepared data in --data-path.
 
     Each process calls this before it joins the others, so that no collective waits for it: one does the work under a
-    lock on the cache, the others find it done.
+    lease of the cache, the others find it done.
 
     Raises:
         UsageError: as preprocess_data.py.
@@ -40,12 +40,7 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
         InputArgs(input=raw), args.record, args.tokenizer, args.instruction, OutputArgs(), CheckArgs()
     )
     cache = Path(args.data.data_cache_path or Path(raw[0]).parent / "cache")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = (cache / ".lock").open("w")
-    except OSError as error:
-        raise UsageError(f"{cache} cannot be written: {error.strerror}; give --data-cache-path") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    remedy = f"give {'another ' if args.data.data_cache_path else ''}--data-cache-path"
+    with Lease(cache / ".lease", f"the data cache {cache}", remedy, wait=True):
         words = prepare_data_path(args.data.data_path, recipe, cache)
     return args._replace(data=dataclasses.replace(args.data, data_path=words, data_cache_path=str(cache)))

@@ -129,3 +129,43 @@ def test_a_failing_node_stops_the_others(tmp_path: Path) -> None:
     assert result.returncode == 7
     assert "late" not in result.stdout
     assert launch_nodes(tmp_path, "# nobody\n").returncode == 2
+
+
+# What MindSpeed-LLM's scripts of the same names say (commit c77308a): CPU_AFFINITY_CONF, STREAMS_PER_DEVICE,
+# HCCL_CONNECT_TIMEOUT where it is not 3600, --manual-gc-interval.
+_ORIGINALS = {
+    "pretrain_qwen3_0point6b_4K_ptd": ("2", "", "", ""),
+    "pretrain_qwen3_14b_4K_ptd": ("", "", "", ""),
+    "tune_qwen3_32b_256K_full_pack_A3_ptd": ("1", "", "6000", ""),
+    "tune_qwen3_32b_32K_full_pack_A3_ptd": ("1", "", "6000", ""),
+    "pretrain_qwen3_235b_a22b_4k_A3_ptd": ("1", "", "", ""),
+    "pretrain_qwen3_30b_a3b_4K_ptd": ("", "", "", "15"),
+    "tune_qwen3_235b_a22b_128K_full_pack_A3_ptd": ("1", "32", "", "10"),
+    "tune_qwen3_235b_a22b_256K_full_pack_A3_ptd": ("1", "32", "", "10"),
+    "tune_qwen3_235b_a22b_64K_full_pack_A3_ptd": ("1", "32", "", "10"),
+    "tune_qwen3_235b_a22b_32K_lora_pack_A2_ptd": ("1", "", "", "10"),
+    "tune_qwen3_235b_a22b_4K_full_pack_A3_ptd": ("1", "", "", ""),
+    "tune_qwen3_30b_a3b_256K_full_pack_A3_ptd": ("1", "", "6000", "50"),
+    "tune_qwen3_30b_a3b_32K_full_pack_A+X_ptd": ("1", "", "", "50"),
+    "tune_qwen3_30b_a3b_32K_full_pack_A3_ptd": ("1", "", "", "50"),
+}
+
+
+def test_scripts_bind_processes_and_collect_garbage_as_the_originals_do(tmp_path: Path) -> None:
+    echo = tmp_path / "python"
+    names = ("CPU_AFFINITY_CONF", "STREAMS_PER_DEVICE", "HCCL_CONNECT_TIMEOUT")
+    shown = ",".join(f"${{{name}:-}}" for name in names)
+    echo.write_text(f'#!/usr/bin/env bash\necho "{shown} $@"\n')
+    echo.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(echo), "DRY_RUN": "1"}
+    paths = {path.stem: path for path in SCRIPTS}
+    for name, (affinity, streams, timeout, interval) in _ORIGINALS.items():
+        said = subprocess.run(["bash", paths[name]], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        line = said.stdout.splitlines()[0]
+        assert line.split(" ")[0] == f"{affinity},{streams},{timeout}", name
+        assert (f"--manual-gc --manual-gc-interval {interval}" in line) == bool(interval), name
+    mine = environment | {"CPU_AFFINITY_CONF": "0", "MANUAL_GC": "7"}
+    path = paths["tune_qwen3_30b_a3b_32K_full_pack_A3_ptd"]
+    said = subprocess.run(["bash", path], capture_output=True, text=True, env=mine, cwd=tmp_path)
+    assert said.stdout.startswith("0,,")
+    assert "--manual-gc-interval 7" in said.stdout

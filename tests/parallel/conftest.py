@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import llama
 import tiny
 from worlds import World
 
@@ -28,7 +29,8 @@ def worlds() -> Iterator[dict[int, World]]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Kind -> Hugging Face directory of a tiny model."""
     root = tmp_path_factory.mktemp("models")
-    return {kind: str(tiny.write_model(root / kind, tiny.arch(kind))) for kind in ("untied", "tied", "moe")}
+    archs = {kind: tiny.arch(kind) for kind in ("untied", "tied", "moe", "qwen2", "yarn")} | {"llama": llama.arch()}
+    return {kind: str(tiny.write_model(root / kind, arch)) for kind, arch in archs.items()}
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import llama
 import tiny
 from plain import EPS, FLAGS, LONGEST, LR, MICRO2, STEPS, VARIABLE, document_loss, documents, unstacked
 from qwen3_npu.parity.measure import largest_difference
@@ -101,6 +102,12 @@ SFT = {
     "packed, CP2 ring": ("untied", "packed", 2, PER_DOCUMENT + RING),
     "packed, CP2 ulysses": ("untied", "packed", 2, PER_DOCUMENT + ULYSSES),
     "packed, CP2 ring PP2": ("untied", "packed", 4, PER_DOCUMENT + RING + PP2),
+    "Qwen2.5, packed, TP2 SP PP2": ("qwen2", "packed", 4, PER_DOCUMENT + TP2 + SP + PP2),
+    "Qwen2.5, dynamic, DP2 distributed optimizer": ("qwen2", "single", 2, VARIABLE + ZERO),
+    "Llama, TP2 PP2": ("llama", "single", 4, VARIABLE + TP2 + PP2),
+    "YaRN, packed, CP2 ring TP2 SP": ("yarn", "packed", 4, PER_DOCUMENT + RING + TP2 + SP),
+    "YaRN, packed, CP2 ulysses": ("yarn", "packed", 2, PER_DOCUMENT + ULYSSES),
+    "YaRN, dynamic, PP2 VPP2": ("yarn", "single", 2, VARIABLE + PP2 + VPP),
     "moe, packed": ("moe", "packed", 1, PER_DOCUMENT),
     "moe, dynamic, EP2": ("moe", "single", 2, VARIABLE + EP2),
     "moe, packed, TP2 SP EP2": ("moe", "packed", 4, PER_DOCUMENT + TP2 + SP + EP2),
@@ -179,12 +186,12 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 
     made = {}
-    for kind in ("untied", "moe"):
+    for kind, arch in {**{k: tiny.arch(k) for k in ("untied", "moe", "qwen2")}, "llama": llama.arch()}.items():
         folder = tmp_path_factory.mktemp(f"adapter-{kind}")
         rng = np.random.default_rng(3)
         tensors: dict[str, np.ndarray] = {}
         siblings = {projection: names[0] for names in LORA_TARGETS.values() for projection in names}
-        for name, shape in peft_shapes(tiny.arch(kind), Lora(RANK, ALPHA, tuple(LORA_TARGETS))).items():
+        for name, shape in peft_shapes(arch, Lora(RANK, ALPHA, tuple(LORA_TARGETS))).items():
             projection = name.split(".")[-3]
             first = name.replace(f".{projection}.", f".{siblings[projection]}.")
             if ".lora_A." in name and first in tensors:
@@ -203,23 +210,23 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def peft_loop(models: dict[str, str], data: dict[str, str], adapters: dict[str, str]) -> Any:
-    """Form of data -> what peft on transformers computes with the same A and B."""
+    """Form of data, kind of model -> what peft on transformers computes with the same A and B."""
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
     from transformers import AutoModelForCausalLM
 
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def compute(form: str) -> dict[str, Any]:
-        if form not in known:
-            base = AutoModelForCausalLM.from_pretrained(models["untied"], dtype=torch.float32)
-            model = peft.PeftModel.from_pretrained(base, adapters["untied"], is_trainable=True)
+    def compute(form: str, kind: str) -> dict[str, Any]:
+        if (form, kind) not in known:
+            base = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32)
+            model = peft.PeftModel.from_pretrained(base, adapters[kind], is_trainable=True)
             shared = []
             for layer in model.base_model.model.model.layers:
                 a, m = layer.self_attn, layer.mlp
                 for linears in ((a.q_proj, a.k_proj, a.v_proj), (m.gate_proj, m.up_proj)):
                     shared.append([linear.lora_A["default"].weight for linear in linears])
-            known[form] = plain_loop(model, data[form], shared)
-        return known[form]
+            known[form, kind] = plain_loop(model, data[form], shared)
+        return known[form, kind]
 
     return compute
 
@@ -231,6 +238,8 @@ LORA_LAYOUTS = {
     "TP2 PP2 VPP2, packed": (4, "packed", TP2 + PP2 + VPP + PER_DOCUMENT),
     "DP2 distributed optimizer": (2, "single", ZERO),
     "CP2 ring": (2, "single", RING),
+    "Qwen2.5, TP2 SP PP2": (4, "single", TP2 + SP + PP2 + VARIABLE, "qwen2"),
+    "Llama, TP2 PP2": (4, "single", TP2 + PP2 + VARIABLE, "llama"),
     "full recompute": (1, "single", FULL),
     "full recompute, TP2 SP PP2": (4, "single", FULL + TP2 + SP + PP2),
     "recomputed MLP": (1, "single", ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]),
@@ -248,9 +257,10 @@ def test_lora_equals_peft(
     peft_loop: Any,
     tmp_path: Path,
 ) -> None:
-    size, form, extra = LORA_LAYOUTS[name]
-    expected = peft_loop(form)
-    flags = [*FLAGS, *LORA, "--load", models["untied"], "--lora-load", adapters["untied"], "--data-path", data[form]]
+    size, form, extra, *others = LORA_LAYOUTS[name]
+    kind = others[0] if others else "untied"
+    expected = peft_loop(form, kind)
+    flags = [*FLAGS, *LORA, "--load", models[kind], "--lora-load", adapters[kind], "--data-path", data[form]]
     gradients = tmp_path / "gradients.npz"
     got = worlds[size].run("gradients", flags=flags + extra, steps=STEPS, file=str(gradients))
     assert got["frozen"]

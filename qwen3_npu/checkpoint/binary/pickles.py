@@ -1,27 +1,36 @@
-"""Pickles read without running what is in them.
+"""Pickles of checkpoints, read as plain data: nothing in them is imported, called or changed.
 
-Names in the pickle are never imported. A short list has a meaning here; names of frameworks that training arguments
-mention (enums, dtypes) become inert `Unknown` objects; anything else is refused.
+A short list of names has a meaning here (torch's tensors and dtypes, plain containers of the standard library). Names
+of frameworks that training arguments mention become inert `Unknown` objects. Anything else is refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
-import io
-import pickle
-import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_STORAGE, BY_TORCH, DType
-from qwen3_npu.errors import UsageError
+from qwen3_npu.checkpoint.binary.pickle_machine import Machine, Name, NotPlain, Unknown, plain_set
+from qwen3_npu.errors import UsageError, printable
+
+__all__ = ["Storage", "TensorRef", "Unknown", "read_pickle"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """What the pickle says of a storage; dtype None: one that is no weight's, whose elements have another size."""
+
+    key: str
+    dtype: DType | None
+    numel: int
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorRef:
-    """A tensor of an open checkpoint; its bytes are still on disk."""
+    """A tensor of an open checkpoint; its bytes are still on disk. It lies inside its storage."""
 
     storage: str
     dtype: DType | None
@@ -31,6 +40,8 @@ class TensorRef:
 
     @property
     def is_contiguous(self) -> bool:
+        if 0 in self.shape:
+            return True
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and stride != expected:
@@ -39,97 +50,154 @@ class TensorRef:
         return True
 
 
-class Unknown:
-    """Stands for an object of a class that is not imported; remembers its arguments and state, does nothing."""
-
-    args: tuple = ()
-    state: Any = None
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        pass
+def _counts(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise NotPlain("a tensor's size or stride is no list")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in value):
+        raise NotPlain("a tensor's size or stride is no list of counts")
+    return tuple(int(n) for n in value)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    key: str
-    dtype: DType | None
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
+    shape, strides = _counts(size), _counts(stride)
+    if type(storage) is not Storage or type(offset) is not int or offset < 0 or len(shape) != len(strides):
+        raise NotPlain("a tensor without a storage, an offset or a stride per dimension")
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if offset > storage.numel or (0 not in shape and last >= storage.numel):
+        raise NotPlain(
+            f"a tensor of shape {list(shape)} at {offset} lies outside its storage of {storage.numel} elements"
+        )
+    return TensorRef(storage.key, storage.dtype, shape, strides, offset)
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> TensorRef:
-    return TensorRef(storage.key, storage.dtype, tuple(size), tuple(stride), offset)
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
 
 
-def _size(sizes: Any = ()) -> tuple:
-    return tuple(sizes)
+def _typed(build: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A tensor with attributes of its own, which are dropped."""
+    if build != _REBUILD or type(args) is not tuple:
+        raise NotPlain("a tensor of an unknown kind")
+    return _tensor(*args)
 
 
-def _member(owner: Any, name: str) -> Unknown:
-    """How Python 3.11 pickles a member of an enum. Nothing is looked up."""
-    return Unknown(owner, name)
+def _dict(*args: Any) -> dict:
+    """An OrderedDict; old ones are given a list of pairs."""
+    if not args:
+        return {}
+    pairs: Any = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple)) else [None]
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise NotPlain("an OrderedDict of something that is no pairs")
+    plain_set([key for key, _ in pairs])
+    return {key: value for key, value in pairs}
 
 
-_MEANINGS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+def _default_dict(factory: Any = None, *args: Any) -> dict:
+    """Its factory is for keys that are not there; a file has only keys that are."""
+    if factory is not None and type(factory) is not Unknown:
+        raise NotPlain("a defaultdict whose factory is no name")
+    return _dict(*args)
+
+
+def _list(items: Any = (), maxlen: Any = None) -> list:
+    if type(items) not in (list, tuple):
+        raise NotPlain("a deque of something that is no list")
+    return list(items)
+
+
+def _encoded(text: Any, encoding: Any) -> bytes:
+    """How protocol 2 pickles bytes."""
+    if type(text) is not str or encoding != "latin1":
+        raise NotPlain("bytes in another encoding than latin1")
+    return text.encode("latin1")
+
+
+def _size(sizes: Any = ()) -> tuple[int, ...]:
+    return _counts(sizes)
+
+
+def _complex(real: Any = 0.0, imaginary: Any = 0.0) -> complex:
+    if not all(type(part) in (int, float) for part in (real, imaginary)):
+        raise NotPlain("a complex number of something that is no numbers")
+    return complex(real, imaginary)
+
+
+_REBUILD = Unknown(Name("torch._utils", "_rebuild_tensor_v2"), ())
+_MEANINGS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): _dict,
+    ("collections", "defaultdict"): _default_dict,
+    ("collections", "deque"): _list,
     ("argparse", "Namespace"): argparse.Namespace,
-    ("types", "SimpleNamespace"): types.SimpleNamespace,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("types", "SimpleNamespace"): argparse.Namespace,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _typed,
     ("torch", "Size"): _size,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
+    ("builtins", "set"): lambda items=(): plain_set(items),
+    ("builtins", "frozenset"): lambda items=(): frozenset(plain_set(items)),
     ("builtins", "slice"): slice,
-    ("builtins", "complex"): complex,
-    ("builtins", "getattr"): _member,
-    ("_codecs", "encode"): lambda text, encoding: str(text).encode("latin1"),
+    ("builtins", "complex"): _complex,
+    ("builtins", "bytearray"): lambda data=b"": bytearray(data if isinstance(data, bytes) else b""),
+    ("_codecs", "encode"): _encoded,
 }
-_INERT_MODULES = ("torch", "numpy", "megatron", "mindspeed", "mindspeed_llm", "pathlib", "datetime", "enum", "signal")
+# Calls that are remembered as they are: nothing is looked up. (Python 3.11 pickles a member of an enum by getattr.)
+_INERT_MODULES: tuple[str, ...] = ("torch", "torch_npu", "numpy", "megatron", "mindspeed", "mindspeed_llm")
+_INERT_MODULES += ("transformer_engine", "pathlib", "datetime", "enum", "signal")
+_INERT = {("builtins", "getattr"), ("_io", "BytesIO"), ("io", "BytesIO")}
+_FACTORIES = {("builtins", name) for name in ("dict", "list", "set", "int", "float", "str", "bool", "tuple")}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds plain data and `TensorRef`s; imports nothing."""
+class _Reader:
+    """Gives meaning to the names of one pickle."""
 
-    def __init__(self, file: io.BytesIO, path: Path) -> None:
-        super().__init__(file, encoding="latin1")
+    def __init__(self, path: Path) -> None:
         self.path = path
+        self.storages: dict[str, Storage] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        module = "builtins" if module == "__builtin__" else module  # as protocol 2 calls it, which torch uses
-        if (module, name) in _MEANINGS:
-            return _MEANINGS[module, name]
-        if module == "torch" and name in BY_TORCH:
-            return BY_TORCH[name]
-        if module in ("torch", "torch.storage") and name.endswith("Storage"):
-            return BY_STORAGE.get(name, name)
-        if module.split(".")[0] in _INERT_MODULES:
-            return type(name, (Unknown,), {"__module__": module})
+    def known(self, name: Name) -> tuple[str, str]:
+        module = "builtins" if name.module == "__builtin__" else name.module  # as protocol 2 calls it
+        key = (module, name.name)
+        if key in _MEANINGS or key in _INERT or key in _FACTORIES or module.split(".")[0] in _INERT_MODULES:
+            return key
         raise UsageError(
-            f"{self.path} refers to {module}.{name}, which no checkpoint of weights needs; the file is refused, "
-            f"since loading it could run code"
+            f"{self.path} refers to {printable(str(name))[:200]}, which no checkpoint of weights needs; the file is "
+            f"refused, since loading it could run code"
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        _, kind, key, *_rest = pid
-        return _Storage(str(key), kind if isinstance(kind, DType) else None)
+    def value(self, name: Name) -> Any:
+        """A name that stands for itself: torch's dtypes and storages are dtypes."""
+        key = self.known(name)
+        if name.module == "torch" and name.name in BY_TORCH:
+            return BY_TORCH[name.name]
+        if name.module in ("torch", "torch.storage") and name.name in BY_STORAGE:
+            return BY_STORAGE[name.name]
+        return _REBUILD if key == ("torch._utils", "_rebuild_tensor_v2") else Unknown(name, ())
+
+    def build(self, name: Name, args: tuple) -> Any:
+        key = self.known(name)
+        return _MEANINGS[key](*args) if key in _MEANINGS else Unknown(name, args)
+
+    def persistent(self, pid: Any) -> Storage:
+        if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
+            raise NotPlain("a persistent id that is no storage")
+        _, kind, key, _, numel = pid[:5]
+        if type(key) is not str or type(numel) is not int or not 0 <= numel < 2**63:
+            raise NotPlain("a storage without a key and a number of elements")
+        storage = Storage(key, kind if isinstance(kind, DType) else None, numel)
+        if self.storages.setdefault(key, storage) != storage:
+            raise NotPlain(f"storage {printable(key)[:40]} has two sizes or types")
+        return storage
 
 
-def read_pickle(data: bytes, path: Path) -> Any:
-    """What the pickle describes, as plain data, `TensorRef`s and `Unknown`s.
+def read_pickle(data: bytes, path: Path) -> tuple[Any, dict[str, Storage]]:
+    """What the pickle describes, as plain data, `TensorRef`s and `Unknown`s; and the storages of its tensors.
 
     Raises:
         UsageError: it is damaged, or something in it is not plain data (`path` names the file).
     """
+    reader = _Reader(path)
     try:
-        return _Unpickler(io.BytesIO(data), path).load()
-    except UsageError:
-        raise
-    except (pickle.UnpicklingError, EOFError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+        return Machine(data, reader.build, reader.value, reader.persistent).run(), reader.storages
+    except NotPlain as error:
+        raise UsageError(f"{path} cannot be read: {printable(str(error))}") from None

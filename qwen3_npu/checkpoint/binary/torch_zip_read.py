@@ -7,17 +7,25 @@ Nothing in the file is run (`pickles.py`).
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
+import struct
 import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import Region, read_region
-from qwen3_npu.checkpoint.binary.pickles import TensorRef, read_pickle
-from qwen3_npu.errors import UsageError
+from qwen3_npu.checkpoint.binary.pickles import Storage, TensorRef, read_pickle
+from qwen3_npu.errors import UsageError, printable
+from qwen3_npu.schema import open_regular
+
+_BLOCK = 8 << 20  # bytes read at a time
+_MOST_PICKLE = 512 << 20  # bytes of data.pkl; the largest models' are a few MB
 
 
 class _Window(io.RawIOBase):
@@ -47,6 +55,21 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
+@dataclasses.dataclass
+class _Entry:
+    """Where an entry's bytes lie in the open file.
+
+    Attributes:
+        crc: their CRC-32; 0: the writer did not say (`torch.serialization.set_crc32_options(False)`).
+        checked: whether the bytes were compared with it.
+    """
+
+    start: int
+    size: int
+    crc: int
+    checked: bool = False
+
+
 class PtArchive:
     """A torch archive that is a part of an open file. `content` is what `torch.load` would give, with `TensorRef`s."""
 
@@ -55,29 +78,93 @@ class PtArchive:
         self.fd, self.start, self.path = fd, start, path
         try:
             with zipfile.ZipFile(io.BufferedReader(_Window(fd, start, length))) as archive:
-                entries = archive.infolist()
-                pickled = next(e for e in entries if e.filename.endswith("/data.pkl"))
-                root = pickled.filename[: -len("data.pkl")]
-                self._offsets = {
-                    e.filename[len(root) + len("data/") :]: self._data_offset(e)
-                    for e in entries
-                    if e.filename.startswith(root + "data/") and e.compress_type == zipfile.ZIP_STORED
-                }
-                data = archive.read(pickled)
-        except (zipfile.BadZipFile, StopIteration, EOFError, ValueError, NotImplementedError):
+                entries = self._entries(archive)
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, OverflowError, struct.error):
             # zipfile raises NotImplementedError for a compression that it lacks: a flipped bit may name one.
             raise UsageError(
                 f"{path} is not a whole torch checkpoint: truncated, or not written by torch.save (zip format)"
             ) from None
-        self.content: Any = read_pickle(data, path)
+        root = self._root(entries)
+        pickled = entries[root + "data.pkl"]
+        if pickled.size > _MOST_PICKLE:
+            raise UsageError(f"{path}: data.pkl has {pickled.size} bytes; at most {_MOST_PICKLE} are read")
+        self._check_order(entries.get(root + "byteorder"))
+        self._data = {n.removeprefix(root + "data/"): e for n, e in entries.items() if n.startswith(root + "data/")}
+        self._check(pickled, "data.pkl")
+        content, storages = read_pickle(self._bytes(pickled), path)
+        self.content: Any = content
+        for storage in storages.values():
+            self._check_size(storage)
+
+    def _entries(self, archive: zipfile.ZipFile) -> dict[str, _Entry]:
+        """Every entry by name; each lies by itself, uncompressed, between its own header and the next."""
+        found: dict[str, _Entry] = {}
+        end = 0
+        for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+            stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+            if not stored or info.flag_bits & 1 or info.header_offset < end or info.filename in found:
+                raise zipfile.BadZipFile
+            begin = self._data_offset(info)
+            end = begin - self.start + info.file_size
+            if end > archive.start_dir:
+                raise zipfile.BadZipFile
+            found[info.filename] = _Entry(begin, info.file_size, info.CRC)
+        return found
 
     def _data_offset(self, entry: zipfile.ZipInfo) -> int:
         # The local header repeats name and extra field, with an extra field of its own length (alignment padding).
         start = self.start + entry.header_offset
-        header = os.pread(self.fd, 30, start)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        header = os.pread(self.fd, 30 + len(entry.orig_filename.encode()), start)
+        name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+        if header[:4] != b"PK\x03\x04" or header[30:] != entry.orig_filename.encode() or name != len(header) - 30:
             raise zipfile.BadZipFile
-        return start + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return start + 30 + name + extra
+
+    def _root(self, entries: Mapping[str, _Entry]) -> str:
+        roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise UsageError(f"{self.path} has {len(roots)} data.pkl; it is no checkpoint written by torch.save")
+        if roots[0] + "constants.pkl" in entries:
+            raise UsageError(f"{self.path} is a TorchScript program; a checkpoint written by torch.save is expected")
+        return roots[0]
+
+    def _check_order(self, entry: _Entry | None) -> None:
+        if entry is not None and (order := os.pread(self.fd, min(entry.size, 16), entry.start)) != b"little":
+            raise UsageError(f"{self.path} has byte order {order!r}; only b'little' is read")
+
+    def _check_size(self, storage: Storage) -> None:
+        entry = self._data.get(storage.key)
+        if entry is None:
+            raise UsageError(f"{self.path} lacks the data of a tensor; it is not a whole torch checkpoint")
+        if storage.dtype is not None and entry.size != storage.numel * storage.dtype.itemsize:
+            raise UsageError(
+                f"{self.path}: data/{printable(storage.key)[:40]} has {entry.size} bytes, not {storage.numel} elements "
+                f"of {storage.dtype.torch}; the file is damaged"
+            )
+
+    def _bytes(self, entry: _Entry) -> bytes:
+        data = bytearray()
+        while len(data) < entry.size:
+            part = os.pread(self.fd, min(entry.size - len(data), _BLOCK), entry.start + len(data))
+            if not part:
+                raise UsageError(f"{self.path} ends early; the file is truncated")
+            data += part
+        return bytes(data)
+
+    def _check(self, entry: _Entry, name: str) -> None:
+        """Compare an entry with its CRC-32 before the first of its bytes is used: later reads find it in memory."""
+        if entry.checked or entry.crc == 0:
+            return
+        crc, done, block = 0, 0, bytearray(min(_BLOCK, entry.size))
+        while done < entry.size:
+            read = os.preadv(self.fd, [memoryview(block)[: entry.size - done]], entry.start + done)
+            if read == 0:
+                raise UsageError(f"{self.path} ends early; the file is truncated")
+            crc = zlib.crc32(memoryview(block)[:read], crc)
+            done += read
+        if crc != entry.crc:
+            raise UsageError(f"{self.path} is damaged: the CRC-32 of {name} is another")
+        entry.checked = True
 
     def read(self, tensor: TensorRef, view: tuple[int, ...], region: Region) -> np.ndarray:
         """A part of a tensor.
@@ -89,9 +176,9 @@ class PtArchive:
             raise UsageError(f"{self.path} holds a weight whose dtype is not float32, float16 or bfloat16")
         if not tensor.is_contiguous:
             raise UsageError(f"{self.path} holds a weight that is not contiguous; save it with .contiguous()")
-        if tensor.storage not in self._offsets:
-            raise UsageError(f"{self.path} lacks the data of a tensor; it is not a whole torch checkpoint")
-        start = self._offsets[tensor.storage] + tensor.offset * tensor.dtype.itemsize
+        entry = self._data[tensor.storage]
+        self._check(entry, f"data/{tensor.storage}")
+        start = entry.start + tensor.offset * tensor.dtype.itemsize
         return read_region(self.fd, start, view, tensor.dtype, region, str(self.path))
 
 
@@ -100,10 +187,7 @@ class PtFile(PtArchive):
 
     def __init__(self, path: str | Path) -> None:
         """Raises: UsageError: missing, or see `PtArchive`."""
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
+        fd = open_regular(path)
         try:
             super().__init__(fd, 0, os.fstat(fd).st_size, Path(path))
         except BaseException:

@@ -17,6 +17,7 @@ from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch.megatron import unlike_family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,10 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     )
     sources, home = sources.checked("--load-dir")
     base = sources.open_base()
-    if args.model_type_hf and (args.model_type_hf == "qwen3-moe") != base.arch.is_moe:
+    if args.model_type_hf and args.model_type_hf.replace("-", "_") != base.arch.model_type:
         raise UsageError(f"--model-type-hf {args.model_type_hf}, but the model in {args.load_dir} is {base.arch}")
+    if wrong := unlike_family("add_qkv_bias", args.add_qkv_bias, base.arch.family):
+        raise UsageError(f"{wrong}; drop the flag")
     base.check()
     adapter = _adapter(lora, sources, base)
     held = (adapter or base).contents.lora
@@ -143,7 +146,7 @@ def _dtypes(source: Source, contents: Contents, asked: str | None) -> tuple[DTyp
         return BY_TORCH[asked], BY_TORCH[asked]
     adapters = [name for name in contents.shapes() if ".lora_" in name]
     first = source.dtype(adapters[0]) if adapters else None
-    dtype = source.dtype(EMBEDDING.hf[0]) if contents.base else first
+    dtype = source.dtype(contents.arch.family.hf_name(EMBEDDING.hf[0])) if contents.base else first
     assert dtype is not None
     return dtype, first or dtype
 

@@ -1,7 +1,7 @@
 """Logits of a few tokens, computed from a source's weights with numpy, one tensor at a time in memory.
 
 This is the check of a LoRA merge: base and adapter side by side against the merged weights that were written. It is
-the whole model (all layers, all experts that the tokens choose) in float32; formulas as in transformers' Qwen3.
+the whole model (all layers, all experts that the tokens choose) in float32; formulas as in transformers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Weights:
         self.source = source.base if isinstance(source, MergedSource) else source
 
     def read(self, name: str, region: Region) -> np.ndarray:
+        name = self.source.arch.family.hf_name(name)
         return to_float32(self.source.read(name, region), self.source.dtype(name))
 
     def vector(self, name: str, size: int) -> np.ndarray:
@@ -36,6 +37,7 @@ class Weights:
         out = np.empty((len(x), rows), np.float32)
         for block in row_blocks(full((rows, columns)), 4):
             out[:, slice(*block[0])] = x @ self.read(name, block).T
+        name = self.source.arch.family.hf_name(name)
         if self.adapter is not None and self.adapter.is_adapted(name):
             rank = (0, self.adapter.lora.r)
             inner = x @ self.adapter.matrix(name, "A", (rank, (0, columns))).T
@@ -72,9 +74,10 @@ def _rotate(x: np.ndarray, arch: Qwen3Arch) -> np.ndarray:
     """Rotary embedding of [tokens, heads, head_dim], halves rotated as Hugging Face does."""
     half = arch.head_dim // 2
     frequencies = arch.rope_theta ** (-np.arange(half, dtype=np.float32) / half)
+    frequencies = frequencies / np.array(arch.rope.divisors or 1.0, np.float32)
     angles = np.outer(np.arange(len(x), dtype=np.float32), frequencies).astype(np.float32)[:, None, :]
     first, second = x[..., :half], x[..., half:]
-    cos, sin = np.cos(angles), np.sin(angles)
+    cos, sin = (wave(angles) * np.float32(arch.rope.attention_factor) for wave in (np.cos, np.sin))
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -82,15 +85,23 @@ def _attention(weights: Weights, name: str, x: np.ndarray, arch: Qwen3Arch) -> n
     n, d, groups = len(x), arch.head_dim, arch.num_key_value_heads
 
     def heads(projection: str, count: int) -> np.ndarray:
-        return weights.linear(f"{name}{projection}_proj.weight", x, count * d).reshape(n, count, d)
+        out = weights.linear(f"{name}{projection}_proj.weight", x, count * d)
+        bias = weights.vector(f"{name}{projection}_proj.bias", count * d) if arch.family.qkv_bias else np.float32(0)
+        return (out + bias).reshape(n, count, d)
 
-    q = _rotate(_rms_norm(heads("q", arch.num_attention_heads), weights.vector(f"{name}q_norm.weight", d), arch), arch)
-    k = _rotate(_rms_norm(heads("k", groups), weights.vector(f"{name}k_norm.weight", d), arch), arch)
+    def normed(projection: str, count: int) -> np.ndarray:
+        out = heads(projection, count)
+        return (
+            _rms_norm(out, weights.vector(f"{name}{projection}_norm.weight", d), arch) if arch.family.qk_norm else out
+        )
+
+    q, k = (_rotate(normed(*which), arch) for which in (("q", arch.num_attention_heads), ("k", groups)))
     k, v = (np.repeat(t, arch.heads_per_group, axis=1) for t in (k, heads("v", groups)))
     scores = np.einsum("qhd,khd->hqk", q, k) / np.float32(d**0.5)
     scores = np.where(np.tri(n, dtype=bool), scores, -np.inf)
     mixed = np.einsum("hqk,khd->qhd", _softmax(scores), v).reshape(n, -1)
-    return weights.linear(f"{name}o_proj.weight", mixed, arch.hidden_size)
+    out = weights.linear(f"{name}o_proj.weight", mixed, arch.hidden_size)
+    return out + weights.vector(f"{name}o_proj.bias", arch.hidden_size) if arch.family.o_bias else out
 
 
 def _mlp(weights: Weights, name: str, x: np.ndarray, arch: Qwen3Arch) -> np.ndarray:

@@ -43,7 +43,7 @@ _CUT = {
     "linear_fc2": (1, 1),
 }
 # The keys of norms that Transformer Engine holds in the linear after them; local specifications follow it.
-_RENAMED = {
+FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
@@ -100,7 +100,7 @@ def key_of(shard: Shard, places: dict[int, int], first_expert: int = 0) -> tuple
     rest, lead = match[2], (places[shard.layer],)
     if expert := _EXPERT.fullmatch(rest):
         return f"decoder.layers.mlp.experts.experts.{expert[2]}", (*lead, first_expert + int(expert[1]))
-    return f"decoder.layers.{_RENAMED.get(rest, rest)}", lead
+    return f"decoder.layers.{FUSED_NORMS.get(rest, rest)}", lead
 
 
 def possible_keys(key: str, lead: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -109,7 +109,7 @@ def possible_keys(key: str, lead: tuple[int, ...]) -> Iterator[tuple[str, tuple[
     Norms may keep their own name (as in Transformer Engine's MoE layers), and layers may have keys of their own
     (megatron-core's "non-homogeneous" layers).
     """
-    original = {f"decoder.layers.{renamed}": f"decoder.layers.{name}" for name, renamed in _RENAMED.items()}
+    original = {f"decoder.layers.{renamed}": f"decoder.layers.{name}" for name, renamed in FUSED_NORMS.items()}
     for name in dict.fromkeys((key, original.get(key, key))):
         yield name, lead
         if lead:

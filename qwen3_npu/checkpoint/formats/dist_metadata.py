@@ -58,7 +58,7 @@ def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be opened: {error.strerror}; the checkpoint is not whole") from None
-    content = _fields(read_pickle(data, path), "state_dict_metadata", "planner_data", "storage_data")
+    content = _fields(read_pickle(data, path)[0], "state_dict_metadata", "planner_data", "storage_data")
     if not isinstance(content.get("storage_data"), dict) or not isinstance(content.get("state_dict_metadata"), dict):
         raise UsageError(f"{path} is not the metadata of a torch_dist checkpoint")
     chunks: dict[str, list[tuple[tuple[int, ...], Any]]] = {}

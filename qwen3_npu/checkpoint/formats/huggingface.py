@@ -43,6 +43,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 CARRIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
@@ -168,10 +169,15 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES) -> list[str]:
-    """Copy configuration and tokenizer files that exist; their names."""
-    copied = [name for name in names if (source / name).is_file()]
+    """Copy configuration and tokenizer files that exist; their names.
+
+    Args:
+        names: names and patterns, relative to the folder.
+    """
+    copied = [p.relative_to(source).as_posix() for name in names for p in sorted(source.glob(name)) if p.is_file()]
     target.mkdir(parents=True, exist_ok=True)
     for name in copied:
+        (target / name).parent.mkdir(exist_ok=True)
         if (source / name).resolve() != (target / name).resolve():
             # Whole at any moment: the folder may be in use.
             with open(source / name, "rb") as old, replacing(target / name, binary=True) as new:

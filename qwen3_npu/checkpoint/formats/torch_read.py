@@ -16,15 +16,17 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
+from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
 from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, Found
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
-from qwen3_npu.checkpoint.mapping.source import check_tensors
+from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, shards
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
+from qwen3_npu.model.arch.megatron import check_trained
 
 WEIGHTS, OPTIMIZER = "model_optim_rng.pt", "optimizer.pt"
 # Entries of a model's state dict that are not weights.
@@ -70,12 +72,14 @@ class ShardedTensors(ShardReader[Rank]):
             path = self.folder / self.layout.folder(rank) / self.file
             if not path.is_file():
                 raise UsageError(f"{path} does not exist; the checkpoint's args say {self.layout}")
-            self.opened[rank] = PtFile(path)
+            self.opened[rank] = open_file(path)
         return self.opened[rank]
 
     def find(self, holder: Holder) -> TensorRef | None:
         file = self.open(holder.where)
         tensor = self.models(file.content, holder.shard.chunk, self.layout.virtual).get(holder.shard.name)
+        if tensor is not None and not isinstance(tensor, TensorRef):
+            raise UsageError(f"{file.path}: {holder.shard.name} is no tensor")
         if tensor is not None and tensor.shape != holder.shard.shape:
             raise UsageError(
                 f"{file.path}: {holder.shard.name} has shape {tensor.shape}; {holder.shard.shape} expected for layout "
@@ -125,7 +129,7 @@ class MegatronReader(ShardedTensors):
         """
         folder = found.folder
         first = _first_file(folder)
-        self.args: argparse.Namespace = first.content.get("args", argparse.Namespace())
+        self.args: argparse.Namespace = first.content.get("args") or argparse.Namespace()
         arch = architecture(found.home, hf_config, self.args)
         virtual = max(1, sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit()))
         tensors = _tensors(first, range(virtual), virtual) | _first_layers(folder, virtual)
@@ -160,7 +164,9 @@ def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namesp
     """The model's architecture: as config.json says, else as the checkpoint's arguments do."""
     config = Path(hf_config or root)
     if hf_config or (config / "config.json").is_file():
-        return from_hf_config(read_hf_config(config), str(config / "config.json"))
+        arch = from_hf_config(read_hf_config(config), str(config / "config.json"))
+        check_trained(vars(args), arch, str(root))
+        return arch
     return arch_from_args(args, str(root))
 
 
@@ -168,15 +174,39 @@ def checkpoint_args(found: Found) -> tuple[argparse.Namespace, str]:
     """The arguments saved in a checkpoint of either format, and the file they are in."""
     first = PtFile(found.folder / COMMON) if found.format == TORCH_DIST else _first_file(found.folder)
     first.close()
-    return first.content.get("args", argparse.Namespace()), str(first.path)
+    return first.content.get("args") or argparse.Namespace(), str(first.path)
+
+
+def open_file(path: Path) -> PtFile:
+    """A rank's file, its content checked as far as every file has it, under this project's names of the weights.
+
+    Raises:
+        UsageError: it is not a Megatron checkpoint's.
+    """
+    file = PtFile(path)
+    content = file.content
+    if not isinstance(content, dict) or not isinstance(content.get("args") or argparse.Namespace(), argparse.Namespace):
+        raise UsageError(f"{path} is no dict with args; it is not a Megatron checkpoint")
+    numbered = sorted(k for k in content if isinstance(k, str) and k.startswith("model") and k[5:].isdecimal())
+    if len(numbered) != len({f"model{i}" for i in range(len(numbered))} & set(numbered)):
+        raise UsageError(f"{path} has {listed(numbered)}; model0, model1, ... are expected")
+    for key in ("model", *numbered):
+        model = content.get(key, {})
+        if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
+            raise UsageError(f"{path}: {key} is no dict of tensors; it is not a Megatron checkpoint")
+        for name in [name for name in model if name.endswith("layer_norm_weight")]:
+            for ours, theirs in FUSED_NORMS.items():
+                if name.endswith(theirs):
+                    model[name.removesuffix(theirs) + ours] = model.pop(name)
+    return file
 
 
 def _first_file(folder: Path) -> PtFile:
     paths = sorted(folder.glob(f"mp_rank_*/{WEIGHTS}"))
     if not paths:
         raise UsageError(f"{folder} holds no mp_rank_*/{WEIGHTS}")
-    file = PtFile(paths[0])
-    if not isinstance(file.content, dict) or not any(k in file.content for k in ("model", "model0")):
+    file = open_file(paths[0])
+    if not any(k in file.content for k in ("model", "model0")):
         raise UsageError(f"{paths[0]} has no 'model'; it is not a Megatron checkpoint")
     return file
 
@@ -184,7 +214,7 @@ def _first_file(folder: Path) -> PtFile:
 def _first_layers(folder: Path, virtual: int) -> dict[str, Any]:
     """Name -> shape of what the first file with layers holds: a stage may consist of places without weights."""
     for path in sorted(folder.glob(f"mp_rank_*/{WEIGHTS}")):
-        file = PtFile(path)
+        file = open_file(path)
         file.close()
         tensors = _tensors(file, range(virtual), virtual)
         if any("layers." in name for name in tensors):

@@ -91,13 +91,14 @@ def base_shard(shard: Shard, lora: Lora) -> Shard:
     """A base weight under the name that it has beside its adapter."""
     if target_of(shard.name) not in lora.targets or len(shard.view) == 3:
         return shard
-    return dataclasses.replace(shard, name=shard.name.removesuffix("weight") + "base_layer.weight")
+    stem, _, leaf = shard.name.rpartition(".")
+    return dataclasses.replace(shard, name=f"{stem}.base_layer.{leaf}")
 
 
 def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> Iterator[Shard]:
     """Every LoRA tensor of one rank, in the model's order; slices are of PEFT's tensors."""
     for shard in shards(arch, layout, rank):
-        if target_of(shard.name) in lora.targets:
+        if target_of(shard.name) in lora.targets and len(shard.view) > 1:  # a bias has no adapter
             yield from _stacked(shard, lora.r) if len(shard.view) == 3 else _linear(shard, lora.r)
 
 

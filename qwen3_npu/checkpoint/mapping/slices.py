@@ -105,6 +105,13 @@ def qkv(at: ShardContext, hf: Sequence[str]) -> tuple:
     return _stack(names, spans, (0, arch.hidden_size))
 
 
+def qkv_bias(at: ShardContext, hf: Sequence[str]) -> tuple:
+    """As the rows of `qkv`."""
+    (rows, _), _, parts = qkv(at, hf)
+    parts = [TensorSlice(part.hf, part.source[:1], part.target[:1]) for part in parts]
+    return (rows,), (rows,), parts
+
+
 def columns(width: Callable[[Qwen3Arch], int]) -> SliceRule:
     """A matrix whose columns are cut across TP (row-parallel linear)."""
 

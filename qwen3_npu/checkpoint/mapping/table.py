@@ -1,4 +1,4 @@
-"""The weight table: every Megatron tensor of Qwen3, and where each part of it lies in the Hugging Face tensors.
+"""The weight table: every Megatron tensor of a model, and where each part of it lies in the Hugging Face tensors.
 
 One declaration, read in both directions. A row says how its tensor is cut into slices (`slices.py`). Converting to
 Megatron copies slices forward, converting back copies them backward, resharding does one after the other, loading
@@ -45,7 +45,8 @@ FIRST, LAYER, LAST = "first stage", "each layer", "last stage"
 class Row:
     """One line of the table: Megatron name, Hugging Face names, how it is cut, where it lives, which models have it.
 
-    In the names, {l} is the model's layer number, {e} an expert's number in the model and {k} its number on the rank.
+    The Hugging Face names are the usual ones; a family may have others. In them, {l} is the layer's number, {e} an
+    expert's number in the model and {k} its number on the rank.
     """
 
     megatron: str
@@ -71,6 +72,18 @@ def _single_experts(arch: Qwen3Arch, layout: Layout) -> bool:
     return arch.is_moe and not layout.stacked_experts
 
 
+def _qk_norm(arch: Qwen3Arch, layout: Layout) -> bool:
+    return arch.family.qk_norm
+
+
+def _qkv_bias(arch: Qwen3Arch, layout: Layout) -> bool:
+    return arch.family.qkv_bias
+
+
+def _o_bias(arch: Qwen3Arch, layout: Layout) -> bool:
+    return arch.family.o_bias
+
+
 def _hidden(arch: Qwen3Arch) -> int:
     return arch.hidden_size
 
@@ -91,14 +104,26 @@ TABLE: tuple[Row, ...] = (
     EMBEDDING,
     Row("input_layernorm.weight", ("model.layers.{l}.input_layernorm.weight",), slices.replicated(_hidden), LAYER),
     Row("self_attention.linear_qkv.weight", tuple(f"{_ATTENTION}{x}_proj.weight" for x in "qkv"), slices.qkv, LAYER),
-    Row("self_attention.q_layernorm.weight", (_ATTENTION + "q_norm.weight",), slices.replicated(_head), LAYER),
-    Row("self_attention.k_layernorm.weight", (_ATTENTION + "k_norm.weight",), slices.replicated(_head), LAYER),
+    Row(
+        "self_attention.linear_qkv.bias",
+        tuple(f"{_ATTENTION}{x}_proj.bias" for x in "qkv"),
+        slices.qkv_bias,
+        LAYER,
+        _qkv_bias,
+    ),
+    Row(
+        "self_attention.q_layernorm.weight", (_ATTENTION + "q_norm.weight",), slices.replicated(_head), LAYER, _qk_norm
+    ),
+    Row(
+        "self_attention.k_layernorm.weight", (_ATTENTION + "k_norm.weight",), slices.replicated(_head), LAYER, _qk_norm
+    ),
     Row(
         "self_attention.linear_proj.weight",
         (_ATTENTION + "o_proj.weight",),
         slices.columns(slices.attention_width),
         LAYER,
     ),
+    Row("self_attention.linear_proj.bias", (_ATTENTION + "o_proj.bias",), slices.replicated(_hidden), LAYER, _o_bias),
     Row(
         "pre_mlp_layernorm.weight",
         ("model.layers.{l}.post_attention_layernorm.weight",),
@@ -149,7 +174,7 @@ def _layer_shards(at: ShardContext, rows: Sequence[Row], chunk: int, local: int,
 
 
 def _shard(at: ShardContext, row: Row, name: str, hf: Sequence[str], chunk: int, layer: int | None) -> Shard:
-    shape, view, slices = row.rule(at, hf)
+    shape, view, slices = row.rule(at, [at.arch.family.hf_name(standard) for standard in hf])
     return Shard(name=name, shape=shape, view=view, slices=tuple(slices), chunk=chunk, layer=layer)
 
 

@@ -155,6 +155,8 @@ def _open(load: str, step: int | None, flag: str, trained: Trained) -> Checkpoin
 def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
     if not there.same_weights(here):
         raise UsageError(f"{what} holds {there}; the model is {here}")
+    if change := here.unlike(there):
+        log.warning_once(f"{what} was trained with {change}")
 
 
 def _resume(trained: Trained, args: CheckpointArgs, source: Any) -> Position:

@@ -30,7 +30,7 @@ from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.formats.base import STATES, RankState, Target
 from qwen3_npu.checkpoint.formats.folders import TRACKER, clear, iteration_name, move_to_backup
 from qwen3_npu.checkpoint.formats.hf_write import write_config
-from qwen3_npu.checkpoint.formats.huggingface import carry_files
+from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
 from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, lora_args, to_args
 from qwen3_npu.checkpoint.formats.open import WRITERS
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
@@ -49,6 +49,7 @@ from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.files import rename, sync_folder, sync_tree, write_text
+from qwen3_npu.model.arch import read_hf_config
 
 Tensors = Mapping[tuple[int, str], torch.Tensor]  # (virtual chunk, name) -> tensor
 
@@ -270,10 +271,12 @@ def commit(
     manifest.write_integrity(stage, manifest.TRAINING, seals)
     manifest.drop_parts(stage, writers)
     sync_tree(stage)
+    # Tokenizer files as they are; a config.json that says what was trained, which the flags may have changed.
+    there = None
     if config is not None:
-        carry_files(config, root)
-    else:
-        write_config(target.contents.arch, None, root, target.dtype)
+        carry_files(config, root, [name for name in CARRIED_FILES if name != "config.json"])
+        there = read_hf_config(config) if (config / "config.json").is_file() else None
+    write_config(target.contents.arch, there, root, target.dtype)
     move_to_backup(folder)
     rename(stage, folder)
     sync_folder(root)

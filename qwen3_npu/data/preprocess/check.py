@@ -22,7 +22,7 @@ from qwen3_npu.data.preprocess.totals import Totals
 from qwen3_npu.data.read.blocks import Block, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.encoder import Encoder, Tokens
-from qwen3_npu.data.train.turns import IGNORED
+from qwen3_npu.data.train.token_record import IGNORED
 from qwen3_npu.errors import UsageError
 
 _GIVEN, _LEARNED, _PLAIN = "\033[2m", "\033[1;32m", "\033[0m"
@@ -45,6 +45,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
     places: dict[str, str] = {}
     if isinstance(handler, ConversationHandler):
         handler.look = functools.partial(lint, thinking=handler.style.thinking)
+        handler.columns = ()  # all of a table, to tell which are not used
     for block, produced in documents(args, inputs, handler, encoder, totals):
         for text, numbers in produced.warnings.items():
             warnings[text] += len(numbers)

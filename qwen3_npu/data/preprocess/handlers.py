@@ -8,7 +8,7 @@ from typing import Any
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.handler import Handler
-from qwen3_npu.data.preprocess.pretrain_handler import PretrainHandler, TextOf, alpaca_text, sharegpt_text, text_value
+from qwen3_npu.data.preprocess.pretrain_handler import PretrainHandler, TextOf, alpaca_text, sharegpt_text
 from qwen3_npu.data.preprocess.record_formats import (
     ALPACA,
     ALPACA_PAIRS,
@@ -22,19 +22,14 @@ from qwen3_npu.data.preprocess.record_formats import (
     openai,
     sharegpt,
     sharegpt_pair,
+    text_value,
 )
 from qwen3_npu.data.preprocess.sft_handler import ConversationHandler, InstructionHandler, PairwiseHandler, Style
-from qwen3_npu.data.text.chat_template import hf_template
-from qwen3_npu.data.text.templates import QWEN, QWEN3, Template
+from qwen3_npu.data.text.prompt_types import open_template, warn_of_misfit
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
 from qwen3_npu.errors import UsageError
 
 Make = Callable[[PreprocessArgs, TokenizerFolder], Handler]
-TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
-    "qwen": lambda tokenizer: QWEN,
-    "qwen3": lambda tokenizer: QWEN3,
-    "hf": hf_template,
-}
 
 
 def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
@@ -63,14 +58,12 @@ def _conversations(
     def make(args: PreprocessArgs, tokenizer: TokenizerFolder) -> Handler:
         chosen = args.instruction
         if chosen.prompt_type is None:
-            raise UsageError(f"{args.records.handler_name} needs --prompt-type qwen3, qwen or hf")
+            raise UsageError(f"{args.records.handler_name} needs --prompt-type auto, qwen3, qwen or hf")
         if kind is PairwiseHandler and chosen.pack:
             raise UsageError(f"--pack: the pairs of {args.records.handler_name} are not packed")
-        template = TEMPLATES[chosen.prompt_type](tokenizer)
-        for token in template.tokens:
-            tokenizer.id(token, f"--prompt-type {chosen.prompt_type}")
+        warn_of_misfit(chosen.prompt_type, tokenizer)
         style = Style(
-            template,
+            open_template(chosen.prompt_type, tokenizer),
             chosen.thinking,
             None if chosen.seq_length is None else chosen.seq_length - 1,
             chosen.overlong == "cut",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qwen3_npu import log
-from qwen3_npu.data.train.token_file import open_indexed, write_index
+from qwen3_npu.data.train.token_file import Indexed, open_indexed, write_index
+from qwen3_npu.data.train.token_record import IdRange, TokenRecord, find_record, record_path
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import flush, rename
 
@@ -34,26 +36,46 @@ def _merge(folder: Path, key: str, target: str) -> None:
     if not prefixes:
         raise UsageError(f"--merge-group-keys {key}: no .bin/.idx pair in {folder} has it in its name")
     parts = [open_indexed(p, "--merge-group-keys") for p in prefixes]
-    if len({part.tokens.dtype for part in parts}) > 1:
+    if len({part.index.dtype for part in parts}) > 1:
         raise UsageError(f"--merge-group-keys {key}: the pairs in {folder} hold different types of numbers")
     sequences = np.cumsum([0, *(len(part) for part in parts)])
     boundaries = np.concatenate(
-        [[0], *(p.boundaries[1:] + before for p, before in zip(parts, sequences, strict=False))]
+        [[0], *(p.index.boundaries[1:] + before for p, before in zip(parts, sequences, strict=False))]
     )
+    ids = IdRange()
     try:
         with open(target + ".bin.tmp", "wb") as file:
             for part in parts:
-                for start in range(0, len(part.tokens), _PIECE):
-                    file.write(part.tokens[start : start + _PIECE].data)
+                for tokens in _in_order(part):
+                    file.write(tokens.data)
+                    ids += IdRange.of(tokens)
             flush(file)
         with open(target + ".idx.tmp", "wb") as file:
             write_index(
-                file, np.concatenate([p.lengths for p in parts]), boundaries.astype(np.int64), parts[0].tokens.dtype
+                file, np.concatenate([p.lengths for p in parts]), boundaries.astype(np.int64), parts[0].index.dtype
             )
             flush(file)
-        Path(target + ".idx").unlink(missing_ok=True)
+        for path in (Path(target + ".idx"), record_path(target)):
+            path.unlink(missing_ok=True)
         for extension in (".bin", ".idx"):
             rename(target + extension + ".tmp", target + extension)
+        TokenRecord(ids, _made(prefixes)).write(record_path(target), target)
     except OSError as error:
         raise UsageError(f"--output-prefix: {target} cannot be written: {error.strerror}") from None
     log.info(f"written: {target}.bin .idx: {len(boundaries) - 1} documents of {len(parts)} pairs")
+
+
+def _in_order(part: Indexed) -> Iterator[np.ndarray]:
+    """The tokens of a pair in the order of its sequences."""
+    if not part.index.in_order:
+        yield from (part[number] for number in range(len(part)))
+        return
+    for start in range(0, len(part.tokens), _PIECE):
+        yield part.tokens[start : start + _PIECE]
+
+
+def _made(prefixes: Sequence[str]) -> Mapping[str, Any]:
+    """How all of the pairs were made; empty if they were made in different ways."""
+    records = [find_record(prefix) for prefix in prefixes]
+    first = records[0].made if records[0] else {}
+    return first if all(record is not None and record.made == first for record in records) else {}

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.data.preprocess.totals import Totals
@@ -24,8 +25,13 @@ PART_BYTES = 256 << 20
 class Output:
     """The datasets <prefix>_<name>_document of one run."""
 
-    def __init__(self, prefix: str, names: Sequence[str], identity: str, *, resume: bool) -> None:
+    def __init__(
+        self, prefix: str, names: Sequence[str], identity: str, *, made: Mapping[str, Any], resume: bool
+    ) -> None:
         """Start, or go on where an earlier run with the same `identity` finished a part.
+
+        Args:
+            made: how the tokens are made (`TokenRecord.made`).
 
         Raises:
             UsageError: the folder cannot be written, or there is nothing to resume.
@@ -38,7 +44,7 @@ class Output:
             positions = self._earlier()
         try:
             self.record.parent.mkdir(parents=True, exist_ok=True)
-            self.writers = {name: IndexedWriter(p, positions.get(name)) for name, p in self.prefixes.items()}
+            self.writers = {name: IndexedWriter(p, positions.get(name), made) for name, p in self.prefixes.items()}
         except OSError as error:
             raise UsageError(f"--output-prefix {prefix}: {error.strerror or error}; choose another") from None
         if not resume and self.record.exists():

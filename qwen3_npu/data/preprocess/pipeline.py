@@ -15,7 +15,7 @@ from qwen3_npu.data.preprocess.totals import Totals
 from qwen3_npu.data.read.blocks import Block, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.encoder import Encoder
-from qwen3_npu.data.text.loading import available_cpus
+from qwen3_npu.data.text.tokenizer import available_cpus
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.data.preprocess.handler import Prepared
+from qwen3_npu.data.preprocess.record_formats import text_value, value
 from qwen3_npu.data.read.blocks import BadRecord, Block, parse
 from qwen3_npu.data.text.encoder import Tokens
 
@@ -24,23 +25,6 @@ _ALPACA = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n###{input}\n\n### Response: ASSISTANT: {output}"
 )
-
-
-def value(record: Mapping[str, Any], column: str) -> Any:
-    """A column of a record. Raises: ValueError: the record has none, or nothing in it."""
-    if column not in record:
-        raise ValueError(f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}")
-    if record[column] is None:
-        raise ValueError(f"column {column!r} is null")
-    return record[column]
-
-
-def text_value(record: Mapping[str, Any], column: str) -> str:
-    """A column of text. Raises: ValueError: as `value`, or it is no text."""
-    text = value(record, column)
-    if not isinstance(text, str):
-        raise ValueError(f"column {column!r} is not text but {type(text).__name__}")
-    return text
 
 
 def alpaca_text(record: Mapping[str, Any], column: str) -> str:

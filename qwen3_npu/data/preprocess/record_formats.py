@@ -6,24 +6,23 @@ Columns and their defaults are MindSpeed-LLM's (and LLaMA-Factory's).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3_npu.data.preprocess.pretrain_handler import text_value, value
 from qwen3_npu.data.text.conversation import (
     ASSISTANT,
-    SYSTEM,
     TOOL,
     USER,
     Conversation,
     Message,
     Pair,
-    calls_of,
     checked,
     to_json,
     tools_of,
     written_calls,
 )
+from qwen3_npu.data.text.messages import LEARN_KEYS, MASK_KEYS, REASONING, kind, learned, read_messages
 from qwen3_npu.errors import UsageError, did_you_mean
 
 Names = Mapping[str, str | None]
@@ -33,6 +32,14 @@ ALPACA_PAIRS: Names = {**ALPACA, "chosen": "chosen", "rejected": "rejected"}
 SHAREGPT: Names = {"messages": "conversations", "system": None, "tools": None}
 SHAREGPT_PAIRS: Names = {**SHAREGPT, "chosen": "chosen", "rejected": "rejected"}
 OPENAI: Names = {"messages": "messages", "system": None, "tools": "tools"}
+# What columns are called elsewhere, for a hint.
+_ALIASES = {
+    "prompt": ("prompt", "question", "query", "input", "user"),
+    "response": ("response", "answer", "completion", "target", "chosen", "text"),
+    "chosen": ("chosen", "response", "answer"),
+    "rejected": ("rejected", "reject", "rejected_response"),
+    "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "chat"),
+}
 _OPTIONAL = {"query", "history", "system", "tools"}
 
 TAGS: Names = {
@@ -44,9 +51,45 @@ TAGS: Names = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-# Columns and keys that would change the conversation, if they were read: those of a record, and those of a message.
-_TELLING = ("system", "history", "tools", "reasoning_content", "thinking", "reasoning")
-_TELLING_KEYS = ("reasoning", "thinking", "thought", "thoughts")
+# Columns that would change the conversation, if they were read.
+_TELLING = ("system", "history", "tools", *REASONING)
+# Keys of records and messages that say where something comes from, and nothing that could be learned.
+_METADATA = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        id idx index uuid key hash source sources origin dataset dataset_name data_source subset split category
+        categories topic topics subject domain task task_type type kind lang language tags labels meta metadata info
+        extra url urls date time timestamp created created_at updated_at version license author user user_id model
+        model_name generator generated_by score scores rating quality difficulty length num_tokens n_tokens tokens
+        num_turns turns turn conversation_id chat_id session_id message_id parent_id node_id tree_id name
+        tool_call_id
+        """,
+    )
+)
+_MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *REASONING, *LEARN_KEYS, *MASK_KEYS))
+
+
+def missing(record: Mapping[str, Any], column: str) -> str:
+    """That a record has no such column, and which it has."""
+    return f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
+
+
+def value(record: Mapping[str, Any], column: str) -> Any:
+    """A column of a record. Raises: ValueError: the record has none, or nothing in it."""
+    if column not in record:
+        raise ValueError(missing(record, column))
+    if record[column] is None:
+        raise ValueError(f"column {column!r} is null")
+    return record[column]
+
+
+def text_value(record: Mapping[str, Any], column: str) -> str:
+    """A column of text. Raises: ValueError: as `value`, or it is no text."""
+    text = value(record, column)
+    if not isinstance(text, str):
+        raise ValueError(f"column {column!r} is not text but {type(text).__name__}")
+    return text
 
 
 class Columns:
@@ -73,6 +116,9 @@ class Columns:
         self.mapped = frozenset(given)
         self.telling = {name: None for name in _TELLING if name not in self.names.values()}.keys()
         self.tags: Names = TAGS if tags is None else self._tags(tags)
+        own = (self.tags["role_tag"], self.tags["content_tag"]) if has_tags else _MESSAGE_KEYS
+        self.telling_keys = tuple(key for key in (*REASONING, "thought", "thoughts") if key not in own)
+        self.message_keys = {*self.telling_keys, *filter(None, own), *LEARN_KEYS, *MASK_KEYS}
 
     @staticmethod
     def _tags(given: Any) -> Names:
@@ -89,14 +135,25 @@ class Columns:
         return [*filter(None, self.names.values()), *_TELLING]
 
     def unused(self, record: Mapping[str, Any]) -> list[str]:
-        """What a record holds, but the conversation made of it lacks; for telling the user."""
+        """Columns that would change the conversation made of a record, but are not read; for telling the user."""
         found = []
         if not self.telling.isdisjoint(record):  # seldom, and this is asked of every record
             found = [f"column {name!r}" for name in self.telling if record.get(name)]
         messages = record.get(self.names.get("messages") or "")
         if isinstance(messages, list):
-            keys = {key for m in messages if isinstance(m, dict) for key in _TELLING_KEYS if m.get(key)}
+            keys = {key for m in messages if isinstance(m, dict) for key in self.telling_keys if m.get(key)}
             found += [f"message key {key!r} (thoughts are read from 'reasoning_content')" for key in sorted(keys)]
+        return found
+
+    def unknown(self, record: Mapping[str, Any]) -> list[str]:
+        """Keys of a record and its messages that are neither read nor known as metadata; for --check."""
+        read = {*filter(None, self.names.values()), *self.telling, *_METADATA}
+        found = [f"key {key!r} of a record is not used" for key, value in record.items() if key not in read and value]
+        messages = record.get(self.names.get("messages") or "")
+        read = {*self.message_keys, *_METADATA}
+        for message in messages if isinstance(messages, list) else ():
+            keys = message if isinstance(message, dict) else {}
+            found += [f"key {key!r} of a message is not used" for key in keys if key not in read and keys[key]]
         return found
 
     def get(self, record: Mapping[str, Any], name: str) -> Any:
@@ -110,17 +167,25 @@ class Columns:
             return None
         found = record.get(column)
         if found is None and column not in record and (name in self.mapped or name not in _OPTIONAL):
-            return value(record, column)  # says what is there
+            raise ValueError(f"{missing(record, column)}; {self._remedy(record, name)}")
         return found
 
-    def text(self, record: Mapping[str, Any], name: str) -> str:
-        """Likewise, as text; empty if there is none."""
+    def _remedy(self, record: Mapping[str, Any], name: str) -> str:
+        """How to name a column that is called otherwise."""
+        others = [key for key in record if key not in self.names.values() and isinstance(key, str)]
+        likely = next((key for key in _ALIASES.get(name, ()) if key in others), None) or "COLUMN"
+        return f"if it is called otherwise, --map-keys '{json.dumps({name: likely}, ensure_ascii=False)}'"
+
+    def optional_text(self, record: Mapping[str, Any], name: str) -> str | None:
+        """Likewise, as text. Raises: ValueError: also if it is something else."""
         text = self.get(record, name)
-        if text is None:
-            return ""
-        if isinstance(text, str):
+        if text is None or isinstance(text, str):
             return text
         raise ValueError(f"column {self.names[name]!r} is not text but {type(text).__name__}")
+
+    def text(self, record: Mapping[str, Any], name: str) -> str:
+        """Likewise; empty if there is none."""
+        return self.optional_text(record, name) or ""
 
 
 def alpaca(record: Mapping[str, Any], columns: Columns) -> Conversation:
@@ -129,8 +194,8 @@ def alpaca(record: Mapping[str, Any], columns: Columns) -> Conversation:
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if not isinstance(answer, str):
-        raise ValueError(f"column {columns.names['response']!r} is no answer but {_kind(answer)}")
-    return _alpaca(record, columns, Message(ASSISTANT, answer))
+        raise ValueError(f"column {columns.names['response']!r} is no answer but {kind(answer)}")
+    return alpaca_turns(record, columns, Message(ASSISTANT, answer))
 
 
 def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
@@ -139,23 +204,24 @@ def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
     if isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected:
         chosen, rejected = chosen[0], rejected[-1]  # both columns may hold [good, bad]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise ValueError(f"chosen and rejected are not two answers but {_kind(chosen)} and {_kind(rejected)}")
-    return Pair(_alpaca(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
+        raise ValueError(f"chosen and rejected are not two answers but {kind(chosen)} and {kind(rejected)}")
+    return Pair(alpaca_turns(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
 
 
-def _alpaca(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Conversation:
+def alpaca_turns(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Conversation:
+    """Instruction and input after the turns of `history`, and the answers given."""
     messages: list[Message] = []
     for turn in columns.get(record, "history") or ():
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError("history is not a list of [question, answer]")
         messages += [Message(USER, turn[0]), Message(ASSISTANT, turn[1])]
     question = "\n".join(filter(None, (columns.text(record, "prompt"), columns.text(record, "query"))))
-    return Conversation((*messages, Message(USER, question), *answer), columns.text(record, "system"))
+    return Conversation((*messages, Message(USER, question), *answer), columns.optional_text(record, "system"))
 
 
 def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:
     """Turns of two sides; a system message may come first."""
-    conversation = _sharegpt_turns(record, columns)
+    conversation = sharegpt_turns(record, columns)
     if len(conversation.messages) % 2:
         raise ValueError(f"{len(conversation.messages)} messages; questions and answers must alternate, an answer last")
     return checked(conversation)
@@ -163,23 +229,24 @@ def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:
 
 def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
     """As `sharegpt` up to a question, with two answers."""
-    prompt = _sharegpt_turns(record, columns)
+    prompt = sharegpt_turns(record, columns)
     if len(prompt.messages) % 2 == 0:
         raise ValueError(f"{len(prompt.messages)} messages; a question must come last")
     answers = []
     for name in ("chosen", "rejected"):
         answer = columns.get(record, name)
         if not isinstance(answer, dict):
-            raise ValueError(f"column {columns.names[name]!r} is not a message but {_kind(answer)}")
+            raise ValueError(f"column {columns.names[name]!r} is not a message but {kind(answer)}")
         answers.append(_sharegpt_message(answer, 1, columns.tags))
     return Pair(prompt, *answers)
 
 
-def _sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
+    """Turns of two sides, whoever has the last word."""
     messages, tags = columns.get(record, "messages"), columns.tags
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise ValueError(f"column {columns.names['messages']!r} is not a list of messages but {_kind(messages)}")
-    system = columns.text(record, "system")
+        raise ValueError(f"column {columns.names['messages']!r} is not a list of messages but {kind(messages)}")
+    system = columns.optional_text(record, "system")
     if tags["system_tag"] and messages[0].get(tags["role_tag"]) == tags["system_tag"]:
         system, messages = text_value(messages[0], str(tags["content_tag"])), messages[1:]
     turns = tuple(_sharegpt_message(message, i, tags) for i, message in enumerate(messages))
@@ -195,66 +262,17 @@ def _sharegpt_message(message: Mapping[str, Any], place: int, tags: Names) -> Me
     if role is None or role not in expected:
         names = " or ".join(repr(name) for name in expected if name)
         raise ValueError(f"message {place + 1} is from {role!r}, where {names} is expected")
-    content = value(message, str(tags["content_tag"]))
+    content, chosen = value(message, str(tags["content_tag"])), learned(message, place + 1)
     if not isinstance(content, str):
         content = to_json(content)
     if expected[role] == "function":
         reasoning, calls = written_calls(content)
-        return Message(ASSISTANT, "", reasoning, calls)
-    return Message(expected[role], content)
+        return Message(ASSISTANT, "", reasoning, calls, chosen)
+    return Message(expected[role], content, learned=chosen)
 
 
 def openai(record: Mapping[str, Any], columns: Columns) -> Conversation:
     """Messages with role, content, reasoning_content and tool_calls, in any order that starts with a question."""
     messages = columns.get(record, "messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise ValueError(f"column {columns.names['messages']!r} is not a list of messages but {_kind(messages)}")
-    read = [_openai_message(message, i) for i, message in enumerate(messages, start=1)]
-    system = columns.text(record, "system")
-    if read[0].role == SYSTEM:
-        system, read = read[0].content, read[1:]
-    return checked(Conversation(tuple(read), system, tools_of(columns.get(record, "tools"))))
-
-
-def _openai_message(message: Mapping[str, Any], place: int) -> Message:
-    role = message.get("role")
-    if role not in (SYSTEM, USER, ASSISTANT, TOOL):
-        raise ValueError(f"message {place} has role {role!r}; known: system, user, assistant, tool")
-    content, reasoning, calls = message.get("content"), message.get("reasoning_content"), message.get("tool_calls")
-    if isinstance(content, list):
-        content, parts_reasoning, parts_calls = _content_parts(content, place)
-        reasoning, calls = reasoning or parts_reasoning, calls or parts_calls
-    if content is None and role == ASSISTANT:
-        content = ""
-    if not isinstance(content, str) or not isinstance(reasoning, str | None):
-        raise ValueError(f"message {place} has no text as content but {_kind(content)}")
-    if role != ASSISTANT:
-        return Message(role, content)
-    return Message(role, content, reasoning or None, calls_of(calls) if calls else (), _learned(message, place))
-
-
-def _content_parts(parts: list[Any], place: int) -> tuple[str, str | None, list[Any]]:
-    """Content in typed parts -> (text, reasoning, calls)."""
-    texts: dict[str, list[str]] = {"text": [], "reasoning": [], "tool_call": []}
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get(kind) or part.get("value") if kind in texts else None
-        if not isinstance(text, str):
-            raise ValueError(f"message {place} has content that is no text: {repr(part)[:80]}")
-        texts[str(kind)].append(text)
-    try:
-        calls = [json.loads(text) for text in texts["tool_call"]]
-    except ValueError as error:
-        raise ValueError(f"message {place}: a function call is not JSON: {error}") from None
-    return "".join(texts["text"]), "".join(texts["reasoning"]) or None, calls
-
-
-def _learned(message: Mapping[str, Any], place: int) -> bool:
-    weight = message.get("loss_weight", 1.0)
-    if weight not in (None, 0, 1):
-        raise ValueError(f"message {place} has loss_weight {weight!r}; only 0 and 1 can be written")
-    return weight != 0
-
-
-def _kind(found: Any) -> str:
-    return "nothing" if found is None else f"{type(found).__name__} {repr(found)[:40]}"
+    system = columns.optional_text(record, "system")
+    return checked(read_messages(messages, columns.get(record, "tools"), system))

@@ -20,8 +20,8 @@ from qwen3_npu.data.preprocess.packing import PackRule, pack
 from qwen3_npu.data.preprocess.pipeline import documents
 from qwen3_npu.data.read.open import Inputs, open_inputs
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
-from qwen3_npu.data.text.loading import Loading, available_cpus, start_loading
-from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
+from qwen3_npu.data.text.prompt_types import resolved
+from qwen3_npu.data.text.tokenizer import Loading, TokenizerFolder, available_cpus, open_tokenizer, start_loading
 from qwen3_npu.data.train.token_file import IndexedWriter
 from qwen3_npu.errors import UsageError, choose
 from qwen3_npu.progress import human
@@ -86,7 +86,8 @@ def _write(
     # Packing needs all samples first; attention_mask is made of them.
     names = [n for n in handler.outputs if not (packs and n.endswith("attention_mask"))]
     identity = _identity(args, inputs, tokenizer)
-    output = Output(prefix + "_unpacked" if packs else prefix, names, identity, resume=args.output.resume)
+    made = _made(args, tokenizer)
+    output = Output(prefix + "_unpacked" if packs else prefix, names, identity, made=made, resume=args.output.resume)
     try:
         for _, produced in documents(args, inputs, handler, encoder, output.totals):
             output.add(produced.outputs)
@@ -112,7 +113,7 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: Output, name
     chosen, prefix = args.instruction, args.output.output_prefix
     rule = PackRule(chosen.seq_length or 0, tokenizer.pad(), chosen.neat_pack, chosen.n_subs)
     prefixes = [f"{prefix}_{name}_document" for name in names]
-    writers = [IndexedWriter(p) for p in prefixes]
+    writers = [IndexedWriter(p, made=_made(args, tokenizer)) for p in prefixes]
     try:
         packs = pack(list(output.writers.values()), writers, rule)
     except BaseException:
@@ -126,6 +127,15 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: Output, name
     log.info(f"{samples} samples in {packs} packs of {rule.length} tokens, {filled:.1f} % of them filled")
     for p in prefixes:
         log.info(f"written: {p}.bin .idx")
+
+
+def _made(args: PreprocessArgs, tokenizer: TokenizerFolder) -> dict[str, Any]:
+    """What a training must know of how its data were made, for their records (`TokenRecord.made`)."""
+    made = {"tokenizer": tokenizer.identity}
+    if args.instruction.prompt_type is not None:
+        made["prompt_type"] = resolved(args.instruction.prompt_type, tokenizer)
+        made["enable_thinking"] = args.instruction.enable_thinking.lower()
+    return made
 
 
 def _report(output: Output) -> None:

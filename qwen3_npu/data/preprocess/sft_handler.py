@@ -13,10 +13,13 @@ import numpy as np
 from qwen3_npu.data.preprocess.handler import Prepared
 from qwen3_npu.data.preprocess.record_formats import Columns
 from qwen3_npu.data.read.blocks import BadRecord, Block, parse
+from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Pair
 from qwen3_npu.data.text.encoder import Tokens
 from qwen3_npu.data.text.templates import Template, render_pair
-from qwen3_npu.data.train.turns import IGNORED, kept_tokens, limits
+from qwen3_npu.data.train.token_record import IGNORED
+from qwen3_npu.data.train.turns import kept_tokens, limits
 
+MASKED = "answers that are not learned, as the data say"
 CUT, DROPPED, UNSUPERVISED = "over-long samples cut", "over-long samples left out", "samples without anything to learn"
 
 
@@ -70,9 +73,13 @@ class ConversationHandler(abc.ABC):
         for number, record in records:
             for what in self.names.unused(record):
                 counts[f"records with a {what} that is not used"] += 1
+            for what in set(self.names.unknown(record)) if self.look else ():
+                warnings.setdefault(what, []).append(number)
             before = len(strings)
             try:
                 conversation = self.read(record, self.names)
+                if masked := _masked(conversation):
+                    counts[MASKED] += masked
                 for text in set(self.look(conversation)) if self.look else ():
                     warnings.setdefault(text, []).append(number)
                 for piece in self.pieces(conversation):
@@ -138,6 +145,12 @@ class InstructionHandler(ConversationHandler):
         both = [[part for sample in kept for part in (sample[which], end)] for which in (0, 1)]
         joined = [np.concatenate(parts) if parts else end[:0] for parts in both]
         return Tokens(joined[0], kept_lengths), Tokens(joined[1], kept_lengths)
+
+
+def _masked(conversation: Conversation | Pair) -> int:
+    """Answers that the data say not to learn."""
+    messages = conversation.messages if isinstance(conversation, Conversation) else ()
+    return sum(not message.learned and message.role == ASSISTANT for message in messages)
 
 
 def _sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
@@ -32,6 +32,8 @@ class Message(NamedTuple):
         reasoning: the assistant's thoughts, where the format keeps them apart from the content.
         calls: function calls of the assistant, written after the content.
         learned: whether the assistant's message is supervised.
+        given: the message as a chat template is to see it, where the record holds more than the fields above (names,
+            ids of calls); None: made of them.
     """
 
     role: str
@@ -39,6 +41,7 @@ class Message(NamedTuple):
     reasoning: str | None = None
     calls: tuple[Call, ...] = ()
     learned: bool = True
+    given: Mapping[str, Any] | None = None
 
     def has_thought(self) -> bool:
         """Whether thoughts are given, apart or inside the content; empty ones count."""
@@ -49,12 +52,13 @@ class Conversation(NamedTuple):
     """Messages after the system message, and what the assistant may use.
 
     Attributes:
-        tools: each as {"type": "function", "function": {...}}.
+        system: None if there is none; an empty one is there, which chat templates may write.
+        tools: each as {"type": "function", "function": {...}}; None if no list is given.
     """
 
     messages: tuple[Message, ...]
-    system: str = ""
-    tools: tuple[dict[str, Any], ...] = ()
+    system: str | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
 
 
 class Pair(NamedTuple):
@@ -71,8 +75,15 @@ def to_json(value: Any) -> str:
 
 
 def without_thought(message: Message) -> Message:
-    """The message with its thoughts cut out."""
-    return message._replace(content=_THOUGHT.sub("", message.content).lstrip("\n"), reasoning=None)
+    """The message with its thoughts cut out.
+
+    A template may open `<think>` itself (Qwen3-Thinking-2507): then the answer holds `</think>` only, and what stands
+    before it is the thought.
+    """
+    content = message.content
+    if END_THINK in content and THINK not in content[: content.index(END_THINK)]:
+        content = content.partition(END_THINK)[2]
+    return message._replace(content=_THOUGHT.sub("", content).lstrip("\n"), reasoning=None, given=None)
 
 
 def checked(conversation: Conversation) -> Conversation:
@@ -87,17 +98,17 @@ def checked(conversation: Conversation) -> Conversation:
     return conversation
 
 
-def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
-    """A `tools` column (JSON text or a list) -> tools. Raises: ValueError: it is neither."""
+def tools_of(value: Any) -> tuple[dict[str, Any], ...] | None:
+    """A `tools` column (JSON text or a list) -> tools, None for nothing. Raises: ValueError: it is neither."""
     if isinstance(value, str):
         if not value.strip():
-            return ()
+            return None
         try:
             value = json.loads(value)
         except ValueError as error:
             raise ValueError(f"tools are not JSON: {error}") from None
     if value is None:
-        return ()
+        return None
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen3_npu import log
-from qwen3_npu.data.text.loading import FAST, REFERENCE, Loading
+from qwen3_npu.data.text.tokenizer import FAST, REFERENCE, Loading
 from qwen3_npu.errors import UsageError
 
 _LONGEST_SPOT_CHECK = 2000

@@ -36,11 +36,19 @@ class Template(NamedTuple):
 
     Attributes:
         render: (conversation, --enable-thinking, whether only the last answer matters) -> turns; raises ValueError.
+        prompt: (conversation, --enable-thinking) -> the strings up to where the next answer starts; raises ValueError.
         tokens: special tokens that it writes.
+        end: the token that ends an answer.
+        identity: changes with what is written.
+        opens_thought: whether it opens <think> before an answer, so that the answer holds </think> only.
     """
 
     render: Callable[[Conversation, bool | None, bool], list[Turn]]
+    prompt: Callable[[Conversation, bool | None], list[str]]
     tokens: tuple[str, ...]
+    end: str
+    identity: str
+    opens_thought: bool = False
 
 
 def render_qwen(conversation: Conversation, thinking: bool | None, last_only: bool) -> list[Turn]:
@@ -90,7 +98,7 @@ def render_pair(pair: Pair, template: Template, thinking: bool | None) -> tuple[
     prompts, answers = [], []
     for answer in (pair.chosen, pair.rejected):
         conversation = pair.prompt._replace(messages=(*pair.prompt.messages, answer))
-        turns = template.render(conversation, thinking, True)
+        turns = [turn for turn in template.render(conversation, thinking, True) if turn.target]
         prompts.append([text for turn in turns[:-1] for text in (*turn.source, *turn.target)] + turns[-1].source)
         answers.append(turns[-1].target)
     if prompts[0] != prompts[1]:
@@ -131,7 +139,7 @@ def _qwen_answer(message: Message) -> str:
     return f"{message.content}\n{text}" if message.content else text
 
 
-def _qwen_tools(tools: tuple[dict[str, Any], ...]) -> str:
+def _qwen_tools(tools: tuple[dict[str, Any], ...] | None) -> str:
     """What prompt type `qwen` adds to the system message to list tools."""
     if not tools:
         return ""
@@ -167,7 +175,7 @@ def _qwen_argument(name: str, parameter: Any, required: bool) -> str:
 
 
 def _qwen3_system(conversation: Conversation) -> str:
-    system = conversation.system
+    system = conversation.system or ""
     if conversation.tools:
         system += ("\n\n" if system else "") + _qwen3_tools(conversation.tools)
     return f"<|im_start|>system\n{system}{END}\n" if system else ""
@@ -204,5 +212,18 @@ def _qwen3_answer(message: Message) -> str:
     return text + END + "\n"
 
 
-QWEN = Template(render_qwen, ("<|im_start|>", END))
-QWEN3 = Template(render_qwen3, ("<|im_start|>", END, "<think>", "</think>"))
+def _prompt(
+    render: Callable[[Conversation, bool | None, bool], list[Turn]],
+) -> Callable[[Conversation, bool | None], list[str]]:
+    """A template's way to write what stands before an answer: the source of an empty one."""
+
+    def prompt(conversation: Conversation, thinking: bool | None) -> list[str]:
+        waiting = conversation._replace(messages=(*conversation.messages, Message(ASSISTANT, "")))
+        *before, last = render(waiting, thinking, True)
+        return [text for turn in before for text in (*turn.source, *turn.target)] + last.source
+
+    return prompt
+
+
+QWEN = Template(render_qwen, _prompt(render_qwen), ("<|im_start|>", END), END, "qwen")
+QWEN3 = Template(render_qwen3, _prompt(render_qwen3), ("<|im_start|>", END, "<think>", "</think>"), END, "qwen3")

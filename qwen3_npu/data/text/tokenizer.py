@@ -1,4 +1,7 @@
-"""What a tokenizer folder says about its tokens. Reads the files; no transformers, no torch."""
+"""Tokenizer folders: what they say about their tokens, and their libraries, loaded while the program starts.
+
+Imports nothing heavy: a small run's time goes into loading, which must begin before numpy is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,19 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from qwen3_npu import schema
 from qwen3_npu.errors import UsageError
 
 # A key: inside a string of JSON, quotes have a backslash.
 _ADDED_TOKENS = re.compile(r'"added_tokens"\s*:\s*\[')
+FAST, REFERENCE = "fastokens", "tokenizers"
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 
@@ -68,6 +75,17 @@ class TokenizerFolder:
         return self.id(self.named("pad_token") or END_OF_TEXT, "padding")
 
     @functools.cached_property
+    def largest_id(self) -> int:
+        """The largest number of a token. Raises: UsageError: tokenizer.json has no vocabulary."""
+        numbers = [*self.special.values()]
+        vocabulary = schema.read_record(self.json_path).record("model").fields.get("vocab")
+        if isinstance(vocabulary, dict):
+            numbers += [number for number in vocabulary.values() if isinstance(number, int)]
+        if not numbers:
+            raise UsageError(f"--tokenizer-name-or-path {self.path}: tokenizer.json has no vocabulary")
+        return max(numbers)
+
+    @functools.cached_property
     def identity(self) -> str:
         """Changes when the tokenizer does."""
         digest = hashlib.sha256(Path(self.json_path).read_bytes())
@@ -102,3 +120,61 @@ def open_tokenizer(path: str) -> TokenizerFolder:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--tokenizer-name-or-path {path}: not a tokenizer ({error})") from None
     return TokenizerFolder(folder, special, config)
+
+
+class Loading(NamedTuple):
+    """Libraries on their way.
+
+    Attributes:
+        reference: a tokenizers.Tokenizer.
+        fast: a fastokens.Tokenizer, or an ImportError or what else keeps it from being used; None: not wanted.
+    """
+
+    reference: Future[Any]
+    fast: Future[Any] | None
+
+
+def start_loading(folder: str, backend: str = "auto", threads: int | None = None) -> Loading:
+    """Begin to load a tokenizer folder.
+
+    Args:
+        backend: "auto", or one library.
+        threads: for libraries that have threads of their own; None: the CPUs.
+
+    Raises:
+        UsageError: there is no tokenizer.json.
+    """
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        found = "holds no tokenizer.json" if Path(folder).is_dir() else "is not a folder"
+        raise UsageError(f"--tokenizer-name-or-path {folder}: {found}; give the folder of a downloaded Qwen3 model")
+    threads = threads or available_cpus()
+    # Both libraries read these when they first encode.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
+    pool = ThreadPoolExecutor(2)
+    # The slower one to load first.
+    fast = pool.submit(_load_fast, str(file)) if backend != REFERENCE else None
+    reference = pool.submit(_load_reference, str(file))
+    pool.shutdown(wait=False)
+    return Loading(reference, fast)
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS lacks it
+
+
+def _load_reference(file: str) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(file)
+    except Exception as error:  # tokenizers raises no narrower type
+        raise UsageError(f"{file} cannot be used as a tokenizer: {error}") from None
+
+
+def _load_fast(file: str) -> Any:
+    from fastokens import Tokenizer
+
+    return Tokenizer.from_file(file)

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3_npu.data.train.rows import Rows
-from qwen3_npu.data.train.thinking import ThinkTokens
+from qwen3_npu.data.train.rows import Rows, ThinkTokens
 from qwen3_npu.model.sequence import TokenSequence
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from qwen3_npu import log
 from qwen3_npu.args.training import DataArgs
-from qwen3_npu.data.train.sft_dataset import open_instructions
-from qwen3_npu.data.train.token_file import check_vocabulary, open_indexed
-from qwen3_npu.errors import UsageError
+from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
+from qwen3_npu.data.train.sft_dataset import InstructionFiles, open_instructions, split_ranges
+from qwen3_npu.data.train.token_file import Indexed, open_indexed
+from qwen3_npu.data.train.token_record import TokenRecord, check_ids, scanned_record
+from qwen3_npu.errors import UsageError, did_you_mean
 
 
 def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
@@ -35,15 +42,129 @@ def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
     return list(data_path), None
 
 
-def check_data(data: DataArgs, vocab_size: int) -> None:
-    """Open every file of --data-path as training will, and look at its tokens.
+def cache_folder(data: DataArgs) -> Path:
+    """Where index caches and what else is made of --data-path are kept."""
+    return Path(data.data_cache_path or Path(blend(data.data_path)[0][0]).parent / "cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFacts:
+    """What is known of the training's samples before it starts.
+
+    Attributes:
+        samples: for training, of all data sets together: those of one epoch.
+        cut: of these, the samples that are longer than --seq-length.
+        cut_tokens: that are cut off them.
+    """
+
+    samples: int
+    cut: int = 0
+    cut_tokens: int = 0
+
+
+def check_data(data: DataArgs, vocab_size: int, *, seq_length: int, scans: bool = True) -> DataFacts:
+    """Open every file of --data-path as training will, and look at its ids.
+
+    Args:
+        vocab_size: of the model.
+        scans: read files through of which no record says what ids they hold; on one process of a job.
 
     Raises:
-        UsageError: see `blend`, `open_indexed`, `open_instructions` and `check_vocabulary`.
+        UsageError: see `blend`, `open_indexed`, `open_instructions` and `check_ids`; or nothing can be learned.
     """
     prefixes, _ = blend(data.data_path)
+    for prefix in prefixes:
+        _check_there(prefix, data)
+    tokenizer = open_tokenizer(data.tokenizer_name_or_path) if scans and data.tokenizer_name_or_path else None
+    if tokenizer is not None:
+        _compare_vocabularies(tokenizer, vocab_size)
     if data.is_instruction:
-        open_instructions(prefixes, vocab_size, per_document=data.per_document)
-    else:
-        for prefix in prefixes:
-            check_vocabulary(open_indexed(prefix), vocab_size)
+        files = open_instructions(prefixes, per_document=data.per_document)
+        if scans:
+            for one in files:
+                for part in (one.ids, one.labels, one.mask):
+                    limit = vocab_size if part is not one.mask else sys.maxsize
+                    record = _check_ids(part, data, limit, labels=part is one.labels)
+                _compare_tokenizers(one.prefix, record, tokenizer)
+            _check_supervised(files, data.split, seq_length)
+        return _sft_facts(files, data.split, seq_length)
+    texts = [open_indexed(prefix) for prefix in prefixes]
+    if scans:
+        for text in texts:
+            _compare_tokenizers(text.prefix, _check_ids(text, data, vocab_size), tokenizer)
+    return DataFacts(sum(_text_samples(text, data.split, seq_length) for text in texts))
+
+
+_SFT = "_packed_input_ids_document"
+
+
+def _check_there(prefix: str, data: DataArgs) -> None:
+    """Raises: UsageError: a word of --data-path names nothing, or data of the other stage."""
+    end, other = (_SFT, "") if data.is_instruction else ("", _SFT)
+    if any(Path(f"{prefix}{end}{suffix}").exists() for suffix in (".idx", ".bin")):
+        return
+    if Path(f"{prefix}{other}.idx").exists():
+        kind, advice = ("text", "drop it") if data.is_instruction else ("instruction data", "give it")
+        raise UsageError(f"--data-path {prefix} holds {kind}, and --stage sft is for instruction data: {advice}")
+    folder = Path(prefix).parent
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    pairs = [name.removesuffix(f"{end}.idx") for name in names if name.endswith(f"{end}.idx")]
+    hint = did_you_mean(Path(prefix).name, [*pairs, *(name for name in names if not name.endswith((".idx", ".bin")))])
+    raise UsageError(
+        f"--data-path {prefix}: not found: there is no pair {prefix}{end}.idx and .bin, and no raw file or folder of "
+        f"this name{hint}"
+    )
+
+
+def _check_ids(pair: Indexed, data: DataArgs, limit: int, *, labels: bool = False) -> TokenRecord:
+    record = scanned_record(pair.prefix, pair.tokens, cache_folder(data))
+    check_ids(pair.prefix, record.ids, limit, labels=labels)
+    return record
+
+
+def _compare_vocabularies(tokenizer: TokenizerFolder, vocab_size: int) -> None:
+    if tokenizer.largest_id >= vocab_size:
+        log.warning(
+            f"--tokenizer-name-or-path {tokenizer.path} has tokens up to {tokenizer.largest_id}, but the model's "
+            f"vocabulary has {vocab_size} rows: is it the model's tokenizer?"
+        )
+
+
+def _compare_tokenizers(prefix: str, record: TokenRecord, tokenizer: TokenizerFolder | None) -> None:
+    made_with = record.made.get("tokenizer")
+    if tokenizer is not None and made_with not in (None, tokenizer.identity):
+        log.warning(
+            f"--data-path {prefix} was made with another tokenizer than --tokenizer-name-or-path {tokenizer.path}; "
+            f"preprocess it again, unless the two give the same tokens"
+        )
+
+
+def _check_supervised(files: Sequence[InstructionFiles], split: str, seq_length: int) -> None:
+    """Raises: UsageError: no token of the training's samples is learned."""
+    for one in files:
+        if any(one.is_supervised(number, seq_length) for number in split_ranges(split, len(one))[0]):
+            return
+    names = " ".join(one.prefix for one in files)
+    raise UsageError(
+        f"--data-path {names}: no sample for training has a token to learn in its first {seq_length} tokens; "
+        f"check the labels (preprocess_data.py --show), or raise --seq-length"
+    )
+
+
+def _sft_facts(files: Sequence[InstructionFiles], split: str, seq_length: int) -> DataFacts:
+    samples = cut = cut_tokens = 0
+    for one in files:
+        share = split_ranges(split, len(one))[0]
+        over = one.ids.lengths[share.start : share.stop].astype(np.int64) - seq_length
+        samples, cut, cut_tokens = (
+            samples + len(share),
+            cut + int((over > 0).sum()),
+            cut_tokens + int(over.clip(0).sum()),
+        )
+    return DataFacts(samples, cut, cut_tokens)
+
+
+def _text_samples(text: Indexed, split: str, seq_length: int) -> int:
+    """Samples in an epoch of the documents for training."""
+    share = split_ranges(split, len(text))[0]
+    return max(int(text.lengths[share.start : share.stop].sum(dtype=np.int64)) - 1, 0) // seq_length

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from qwen3_npu.args.training import DataArgs
-from qwen3_npu.data.train.data_path import blend
+from qwen3_npu.data.train.data_path import blend, cache_folder
 from qwen3_npu.data.train.order import Blend
 from qwen3_npu.data.train.rows import Rows, pretraining_rows
 from qwen3_npu.data.train.text_order import TextDataset
@@ -56,7 +55,7 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
         # By their sizes. megatron would do so too, but end with the first epoch.
         weights = [float(open_indexed(prefix).lengths.sum(dtype=np.int64)) for prefix in prefixes]
     shares = [weight / sum(weights) for weight in weights] if weights else [1.0]
-    cache = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
+    cache = cache_folder(data)
     made = []
     for prefix, share in zip(prefixes, shares, strict=True):
         config = GPTDatasetConfig(
@@ -74,10 +73,7 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
         config.split_matrix = _needed_splits(data.split, config.split_matrix, samples, prefix)
         # A blend takes its share of the samples, and at most one more.
         counts = [count and math.ceil(share * count) + (share < 1) for count in samples]
-        try:
-            made.append(BlendedMegatronDatasetBuilder(TextDataset, counts, lambda: True, config).build())
-        except OSError as error:
-            raise UsageError(f"index caches cannot be written in {cache}: {error}; give --data-cache-path") from None
+        made.append(BlendedMegatronDatasetBuilder(TextDataset, counts, lambda: True, config).build())
     if len(made) == 1:
         return Splits(*made[0])
     return Splits(*(_Blended(sets, shares) if None not in sets else None for sets in zip(*made, strict=True)))

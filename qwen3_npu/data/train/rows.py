@@ -1,16 +1,23 @@
-"""Samples to the rows of a micro-batch: shifted labels, padding, positions, document boundaries. No torch."""
+"""Samples to the rows of a micro-batch: shifted labels, padding, positions, document boundaries. No torch.
+
+Boundaries of documents in a sequence are (0, ..., s): document k is [boundaries[k], boundaries[k + 1]).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_npu.data.train.documents import boundaries_at_eod, joined, positions, segment_boundaries
 from qwen3_npu.data.train.sft_dataset import Sample
-from qwen3_npu.data.train.turns import IGNORED
+from qwen3_npu.data.train.token_file import Indexed
+from qwen3_npu.data.train.token_record import IGNORED
+from qwen3_npu.errors import UsageError
+
+_LOOKED_AT = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,3 +156,70 @@ def _rows(
     tokens, labels, mask, places = (array.reshape(1, -1) for array in (tokens, labels, mask, places))
     known = None if known is None else known.reshape(1, -1)
     return Rows(tokens, labels, mask, places, joined(boundaries), int(real.sum()), squares, known)
+
+
+def boundaries_at_eod(tokens: np.ndarray, eod: int) -> list[int]:
+    """Documents that end with `eod`, which belongs to them (`--reset-attention-mask` in pretraining, as Megatron)."""
+    ends = (np.flatnonzero(tokens == eod) + 1).tolist()
+    return [0, *ends] if ends and ends[-1] == len(tokens) else [0, *ends, len(tokens)]
+
+
+def segment_boundaries(segments: np.ndarray) -> list[int]:
+    """Documents as numbers that change from one to the next (--neat-pack); padding, 0, is one document."""
+    return [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
+
+
+def joined(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Boundaries of rows that are laid one after the other."""
+    found, offset = [0], 0
+    for boundaries in rows:
+        found += [offset + end for end in boundaries[1:]]
+        offset += boundaries[-1]
+    return tuple(found)
+
+
+def positions(boundaries: Sequence[int]) -> np.ndarray:
+    """The place of each token in its document, int64 [s]."""
+    starts, sizes = np.array(boundaries[:-1]), np.diff(boundaries)
+    return np.arange(boundaries[-1]) - np.repeat(starts, sizes)
+
+
+def find_eod(data: Indexed, flag: str) -> int:
+    """The token that ends every document.
+
+    Args:
+        flag: what needs it, for the message.
+
+    Raises:
+        UsageError: documents do not end with one and the same token.
+    """
+    looked_at = range(min(len(data), _LOOKED_AT))
+    last = {int(data[i][-1]) if len(data[i]) else None for i in looked_at}
+    if len(last) != 1 or None in last:
+        raise UsageError(
+            f"{flag}: the documents of {data.prefix} do not end with an end-of-document token; "
+            f"preprocess them with --append-eod"
+        )
+    return int(last.pop() or 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkTokens:
+    """The tokenizer's numbers of `<think>` and `</think>`."""
+
+    open: int
+    close: int
+
+    def mask(self, tokens: np.ndarray, boundaries: Sequence[int] | None) -> np.ndarray:
+        """float32 [b, s]: 1 where the token after this one (the label) belongs to a thought, its marks included.
+
+        Args:
+            boundaries: of documents in a single row, (0, ..., s); None if each row is one document.
+        """
+        inside = np.zeros(tokens.shape, bool)
+        for start, end in itertools.pairwise(boundaries or (0, tokens.shape[1])):
+            part = tokens[:, start:end]
+            closed = part == self.close
+            depth = np.cumsum(part == self.open, axis=1) - np.cumsum(closed, axis=1)
+            inside[:, start:end] = (depth > 0) | closed
+        return np.pad(inside[:, 1:], ((0, 0), (0, 1))).astype(np.float32)

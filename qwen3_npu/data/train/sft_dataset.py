@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwen3_npu.data.train.order import Blend, Epochs
-from qwen3_npu.data.train.token_file import Indexed, check_vocabulary, open_indexed
+from qwen3_npu.data.train.token_file import open_indexed
+from qwen3_npu.data.train.token_record import IGNORED
 from qwen3_npu.data.train.turns import kept_tokens, turns_of
 from qwen3_npu.errors import UsageError
 
@@ -52,29 +53,28 @@ class InstructionFiles:
         for other in (self.mask, self.labels):
             if not np.array_equal(other.lengths, self.ids.lengths):
                 raise UsageError(f"--data-path {prefix}: {other.prefix} does not belong to {self.ids.prefix}")
-        self.ends = np.cumsum(self.ids.lengths, dtype=np.int64)
+        if not self.ids.lengths.min():
+            raise UsageError(
+                f"--data-path {prefix}: sample {int(self.ids.lengths.argmin())} of {self.ids.prefix} is empty"
+            )
         self.kind = self._kind()
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _part(self, data: Indexed, sample: int) -> np.ndarray:
-        end = int(self.ends[sample])
-        return data.tokens[end - int(data.lengths[sample]) : end]
-
     def _kind(self) -> Kind:
         looked_at = range(min(len(self), _LOOKED_AT))
         # A pack ends with padding: numbered 0 by --neat-pack, and as long as every other pack.
-        if any((self._part(self.mask, i) != 1).any() for i in looked_at):
+        if any((self.mask[i] != 1).any() for i in looked_at):
             return Kind.NEAT_PACK
         same_length = self.ids.lengths.min() == self.ids.lengths.max()
-        padded = all(self._part(self.labels, i)[-1:] == -100 for i in looked_at)
+        padded = all(self.labels[i][-1:] == -100 for i in looked_at)
         return Kind.PACK if same_length and padded else Kind.SINGLE
 
     def sample(self, number: int, longest: int) -> Sample:
         """A sample, cut to `longest` tokens: packs at the end, conversations turn by turn."""
-        ids, labels = self._part(self.ids, number), self._part(self.labels, number)
-        segments = self._part(self.mask, number) if self.kind is Kind.NEAT_PACK else None
+        ids, labels = self.ids[number], self.labels[number]
+        segments = self.mask[number] if self.kind is Kind.NEAT_PACK else None
         if self.kind is Kind.PACK:  # its attention mask is 1 everywhere; padding is one token, never learned
             text = np.flatnonzero((ids != ids[-1]) | (labels != -100))
             segments = (np.arange(len(ids)) <= text[-1] if len(text) else np.zeros(len(ids))).astype(np.int32)
@@ -82,6 +82,14 @@ class InstructionFiles:
             where = kept_tokens(turns_of(labels), longest)
             ids, labels = ids[where], labels[where]
         return Sample(ids[:longest], labels[:longest], None if segments is None else segments[:longest])
+
+    def is_supervised(self, number: int, longest: int) -> bool:
+        """Whether anything of a sample is learned: a label that its document's token before it predicts."""
+        sample = self.sample(number, longest)
+        learned = sample.labels[1:] != IGNORED
+        if sample.segments is not None:
+            learned &= sample.segments[1:] == sample.segments[:-1]
+        return bool(learned.any())
 
 
 class InstructionDataset:
@@ -133,18 +141,17 @@ class InstructionSplits:
     test: InstructionDataset | None
 
 
-def open_instructions(prefixes: Sequence[str], vocab_size: int, *, per_document: bool) -> list[InstructionFiles]:
+def open_instructions(prefixes: Sequence[str], *, per_document: bool) -> list[InstructionFiles]:
     """Open and check data sets.
 
     Args:
         per_document: attention shall stay within the documents of packs (--reset-attention-mask).
 
     Raises:
-        UsageError: see `InstructionFiles`; a token that the model does not have; packs without boundaries.
+        UsageError: see `InstructionFiles`; packs without boundaries.
     """
     files = [InstructionFiles(prefix) for prefix in prefixes]
     for one in files:
-        check_vocabulary(one.ids, vocab_size)
         if per_document and one.kind is Kind.PACK:
             raise UsageError(
                 f"--reset-attention-mask: {one.prefix} was packed without document boundaries (--pack); preprocess it "

@@ -9,13 +9,12 @@ Documents lie one after the other, those of the next epoch behind those of the l
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from qwen3_npu.files import replacing
+from qwen3_npu.data.train.index_cache import IndexCache
 
 
 class TextDataset(GPTDataset):
@@ -23,17 +22,10 @@ class TextDataset(GPTDataset):
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Documents [epochs x documents]; samples [n + 1, 2], place among them and offset; order of samples [n]."""
-        cache = Path(self.config.path_to_cache)
         stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
-        paths = [cache / f"{stem}-{part}.npy" for part in ("documents", "samples", "order")]
-        if not all(path.is_file() for path in paths):
-            cache.mkdir(parents=True, exist_ok=True)
-            with (cache / f"{stem}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node does the work
-                if not all(path.is_file() for path in paths):
-                    for path, index in zip(paths, self._indices(), strict=True):
-                        _save(path, index)
-        return tuple(np.load(path, mmap_mode="r") for path in paths)
+        cache = IndexCache(Path(self.config.path_to_cache), stem, ("documents", "samples", "order"))
+        documents, samples, order = cache.arrays(self._indices)
+        return documents, samples, order
 
     def _indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         from megatron.core.datasets import helpers  # compiled
@@ -56,9 +48,3 @@ class TextDataset(GPTDataset):
         lengths = np.array(self.dataset.sequence_lengths)
         samples = helpers.build_sample_idx(lengths, every, length, epochs, per_epoch, True, extra)
         return every, samples, np.concatenate(orders)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    """Visible when it is whole: a training may be killed while it writes."""
-    with replacing(path, binary=True, concurrent=True) as file:
-        np.save(file, array)

@@ -1,31 +1,30 @@
 """Megatron's indexed datasets (`<prefix>.bin` + `<prefix>.idx`, MMIDIDX version 1): checked and written. No torch.
 
-    .bin  tokens, one after the other
-    .idx  b"MMIDIDX\\0\\0", uint64 version, uint8 dtype code, uint64 sequences S, uint64 document boundaries D,
-          int32 lengths[S], int64 byte offsets[S], int64 boundaries[D] (0 and, for each document, the sequence after it)
-
-Tokens are int32, as MindSpeed-LLM writes them (labels hold -100). One document is one sequence.
+The .bin file holds tokens, the .idx file (`token_index.py`) says which of them are a sequence. What this project writes
+has a record beside it (`token_record.py`); its tokens are int32, as MindSpeed-LLM writes them (labels hold -100), and
+one document is one sequence.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen3_npu import schema
+from qwen3_npu.data.train.token_index import DTYPES, MAGIC, TokenIndex, pieces, read_index
+from qwen3_npu.data.train.token_record import IdRange, TokenRecord, record_path
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import flush, rename
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER_BYTES = len(_MAGIC) + 8 + 1 + 8 + 8
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
-_PIECE = 1 << 20  # documents of an index handled at once
+_READ = 16 << 20  # bytes of an index digested at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +32,34 @@ class Indexed:
     """A checked pair of files.
 
     Attributes:
-        lengths: int32 [sequences], tokens of each.
-        tokens: all tokens, memory-mapped.
-        boundaries: int64 [documents + 1], 0 and, for each document, the sequence after it.
+        index: which tokens are a sequence's.
+        tokens: all tokens in the order of the .bin file, which need not be that of the sequences; memory-mapped.
     """
 
     prefix: str
-    lengths: np.ndarray
+    index: TokenIndex
     tokens: np.ndarray
-    boundaries: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 [sequences], tokens of each."""
+        return self.index.lengths
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.index.lengths)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """The tokens of a sequence."""
+        start = int(self.index.offsets[number]) // self.index.dtype.itemsize
+        return self.tokens[start : start + int(self.index.lengths[number])]
 
     def fingerprint(self) -> str:
         """Changes when the index does: names caches made from it."""
-        return hashlib.sha256(Path(self.prefix + ".idx").read_bytes()).hexdigest()[:16]
+        with open(self.prefix + ".idx", "rb") as file:
+            digest = hashlib.sha256()
+            while part := file.read(_READ):
+                digest.update(part)
+        return digest.hexdigest()[:16]
 
 
 def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:
@@ -59,44 +70,23 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:
     """
     prefix = str(prefix)
     idx, bin_ = Path(prefix + ".idx"), Path(prefix + ".bin")
-    if missing := [str(p) for p in (idx, bin_) if not p.is_file()]:
+    if missing := [str(p) for p in (idx, bin_) if not p.exists()]:
         raise UsageError(
             f"{flag} {prefix}: {' and '.join(missing)} not found; give the prefix that "
             f"preprocess_data.py printed, without .bin"
         )
-    size = idx.stat().st_size
-    header = idx.open("rb").read(_HEADER_BYTES)
-    if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
-        raise UsageError(f"{idx} is not a Megatron index file (or is truncated); preprocess the data again")
-    code = header[17]
-    sequences, boundaries = (int.from_bytes(header[a : a + 8], "little") for a in (18, 26))
-    expected = _HEADER_BYTES + 12 * sequences + 8 * boundaries
-    if size != expected or code not in _DTYPES:
-        raise UsageError(f"{idx} is truncated or damaged: {size} bytes, {expected} expected; preprocess the data again")
-    if sequences == 0:
-        raise UsageError(f"{idx} holds no documents")
-    lengths = np.memmap(idx, np.int32, "r", _HEADER_BYTES, (sequences,))
-    offsets = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * sequences, (sequences,))
-    dtype = np.dtype(_DTYPES[code])
-    needed = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize
-    if bin_.stat().st_size < needed:
-        raise UsageError(f"{bin_} is truncated: {bin_.stat().st_size} bytes, {needed} expected; preprocess it again")
-    ends = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 12 * sequences, (boundaries,))
-    return Indexed(prefix, lengths, np.memmap(bin_, dtype, "r", 0, (needed // dtype.itemsize,)), ends)
+    stats = [os.stat(path) for path in (idx, bin_)]
+    return _opened(prefix, tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats))
 
 
-def check_vocabulary(data: Indexed, vocab_size: int, sample: int = 1 << 20) -> None:
-    """Look at the first and last `sample` tokens.
-
-    Raises:
-        UsageError: a token that the model does not have.
-    """
-    largest = max(int(part.max()) for part in (data.tokens[:sample], data.tokens[-sample:]))
-    if largest >= vocab_size:
-        raise UsageError(
-            f"--data-path {data.prefix} holds token {largest}, but the model's vocabulary has {vocab_size} rows: "
-            f"it was made with another tokenizer"
-        )
+@functools.lru_cache(maxsize=1024)
+def _opened(prefix: str, stats: tuple[tuple[int, int, int], ...]) -> Indexed:
+    """The pair as it is now; a training opens each several times."""
+    bin_ = Path(prefix + ".bin")
+    with open(schema.open_regular(bin_), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        index = read_index(Path(prefix + ".idx"), size)
+        return Indexed(prefix, index, np.memmap(file, index.dtype, "r", 0, (size // index.dtype.itemsize,)))
 
 
 class IndexedWriter:
@@ -105,14 +95,24 @@ class IndexedWriter:
     Tokens go to <prefix>.bin.tmp and lengths to <prefix>.len.tmp, so memory does not grow with the data.
     """
 
-    def __init__(self, prefix: str | Path, resume: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, prefix: str | Path, resume: tuple[int, int] | None = None, made: Mapping[str, Any] | None = None
+    ) -> None:
         """Start a pair, or go on with one at a `position` that an earlier run reached.
+
+        Args:
+            made: how, for the record (`TokenRecord.made`).
 
         Raises:
             OSError: the files of the earlier run are not there, or shorter than `resume` says.
         """
         self.prefix = str(prefix)
         self.files = [self._open(name, size) for name, size in zip(self._temporary(), resume or (0, 0), strict=True)]
+        self.made, self.ids = made or {}, IdRange()
+        if resume and resume[0]:
+            earlier = np.memmap(self._temporary()[0], np.int32, "r")
+            for part in pieces(len(earlier)):
+                self.ids += IdRange.of(earlier[part])
 
     def _temporary(self) -> tuple[str, str]:
         return self.prefix + ".bin.tmp", self.prefix + ".len.tmp"
@@ -133,6 +133,8 @@ class IndexedWriter:
             tokens: int32, the documents one after the other.
             lengths: int32, tokens of each document.
         """
+        tokens = np.asarray(tokens, np.int32)
+        self.ids += IdRange.of(tokens)
         for file, array in zip(self.files, (tokens, lengths), strict=True):
             file.write(np.ascontiguousarray(array, dtype=np.int32).data)
 
@@ -174,11 +176,13 @@ def publish(writers: Sequence[IndexedWriter]) -> None:
     for writer in writers:
         writer._finish()
     for writer in writers:
-        Path(writer.prefix + ".idx").unlink(missing_ok=True)
+        for path in (Path(writer.prefix + ".idx"), record_path(writer.prefix)):
+            path.unlink(missing_ok=True)
     for extension in (".bin", ".idx"):
         for writer in writers:
             rename(writer.prefix + extension + ".tmp", writer.prefix + extension)
     for writer in writers:
+        TokenRecord(writer.ids, writer.made).write(record_path(writer.prefix), writer.prefix)
         os.unlink(writer._temporary()[1])
 
 
@@ -191,18 +195,17 @@ def write_index(
         boundaries: of documents; None: one document per sequence.
     """
     count, size = len(lengths), np.dtype(dtype).itemsize
-    code = next(code for code, known in _DTYPES.items() if np.dtype(known) == dtype)
+    code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
     ends = count + 1 if boundaries is None else len(boundaries)
-    file.write(_MAGIC + (1).to_bytes(8, "little") + bytes([code]))
+    file.write(MAGIC + (1).to_bytes(8, "little") + bytes([code]))
     file.write(count.to_bytes(8, "little") + ends.to_bytes(8, "little"))
-    pieces = [slice(start, start + _PIECE) for start in range(0, count, _PIECE)]
-    for piece in pieces:
+    for piece in pieces(count):
         file.write(lengths[piece].astype(np.int32).tobytes())
     offset = 0
-    for piece in pieces:
+    for piece in pieces(count):
         after = offset + np.cumsum(lengths[piece], dtype=np.int64) * size
         file.write(np.concatenate(([offset], after[:-1])).astype(np.int64).tobytes())
         offset = int(after[-1])
-    for start in range(0, ends, _PIECE):
-        stop = min(start + _PIECE, ends)
-        file.write((np.arange(start, stop, dtype=np.int64) if boundaries is None else boundaries[start:stop]).tobytes())
+    for piece in pieces(ends):
+        numbers = np.arange(piece.start, piece.stop, dtype=np.int64)
+        file.write(numbers.tobytes() if boundaries is None else boundaries[piece].astype(np.int64).tobytes())

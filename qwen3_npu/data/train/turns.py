@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-IGNORED = -100  # the label of a token that is not supervised
+from qwen3_npu.data.train.token_record import IGNORED
 
 
 class Limits(NamedTuple):

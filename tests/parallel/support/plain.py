@@ -22,7 +22,7 @@ def documents(prefix: str) -> list[list[list[Document]]]:
     """The documents (ids, labels) of each sample of each step, in the order of the training."""
     from qwen3_npu.data.train.sft_dataset import instruction_splits, open_instructions
 
-    files = open_instructions([prefix], 256, per_document=False)
+    files = open_instructions([prefix], per_document=False)
     train = instruction_splits(files, None, "1,0,0", longest=LONGEST, seed=1234).train
     steps = []
     for step in range(STEPS):

@@ -149,7 +149,7 @@ def test_checkpoints_of_mindspeed_trainings(models: dict[str, Path], tmp_path: P
         model = {**content["model"], "decoder.layers.0.self_attention.linear_qkv._extra_state": None}
         return content | {"model": model, "optimizer": {"param_groups": []}, "rng_state": [], "num_floating_point": 1.5}
 
-    edit(tmp_path / "mg", as_trained)
+    edit(samples.unsealed(tmp_path / "mg"), as_trained)
     (tmp_path / "mg" / "config.json").unlink()
     for folder in (tmp_path / "mg" / "iter_0000001").glob("mp_rank_*"):
         (folder / "distrib_optim.pt").write_bytes(b"not read")

@@ -43,7 +43,7 @@ def expected(folder: Path, adapter: Path | None = None) -> list[list[int]]:
 OPTIONS = {"do_sample": False, "eos_token_id": generation.EOS, "pad_token_id": 0, "max_new_tokens": 12}
 
 
-@pytest.mark.parametrize("kind", ["tied", "moe"])
+@pytest.mark.parametrize("kind", ["tied", "moe", "qwen2"])
 def test_every_format_and_adapters(kind: str, process: Any, real_models: dict[str, Path], tmp_path: Path) -> None:
     config = real_models[kind]
     adapter = samples.write_adapter(tmp_path / "adapter", samples.ARCHS[kind], LORA, shared_a=True)

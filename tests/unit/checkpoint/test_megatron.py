@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import samples
+import torch
 
 from qwen3_npu.checkpoint.binary.dtypes import BF16
 
@@ -111,3 +115,42 @@ def test_torch_loads_the_torch_format_plainly(models: dict[str, Path], tmp_path:
     first = weight1.view(4, arch.hidden_size, -1)[0, :, arch.moe_intermediate_size :]
     up = samples.weights(models["moe"])["model.layers.3.mlp.experts.4.up_proj.weight"]
     assert np.array_equal(first.T.contiguous().view(torch.int16).numpy().view(np.uint16), up)
+
+
+def rewrite(root: Path, change: Callable[[dict], dict]) -> None:
+    """Save every file of a torch checkpoint again with torch, its model changed."""
+    for path in root.glob("iter_*/*/model_optim_rng.pt"):
+        content = torch.load(path, weights_only=False)
+        torch.save({**content, "model": change(content["model"])}, path)
+
+
+def as_mindspeed_llm(model: dict) -> dict:
+    """Its converter fills `collections.defaultdict(dict)`s, one per rank, and saves them as they are."""
+    ranks: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for name, tensor in model.items():
+        ranks[0][name] = tensor.clone()
+    kept: dict = collections.defaultdict(dict)
+    kept.update(ranks[0])
+    return kept
+
+
+def as_transformer_engine(model: dict) -> dict:
+    """Its linears hold the norm before them, and extra states: nothing, bytes in memory, or an empty tensor."""
+    renamed = {}
+    for name, tensor in model.items():
+        fused = name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+        fused = fused.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+        renamed[fused] = tensor
+    extra = {"self_attention.linear_qkv": None, "self_attention.linear_proj": io.BytesIO(b"x"), "mlp.linear_fc1": None}
+    extra["mlp.linear_fc2"] = torch.empty(0, dtype=torch.uint8)
+    return renamed | {f"decoder.layers.0.{module}._extra_state": state for module, state in extra.items()}
+
+
+@pytest.mark.parametrize("change", [as_mindspeed_llm, as_transformer_engine])
+def test_checkpoints_as_others_write_them_are_read(change: Callable, models: dict[str, Path], tmp_path: Path) -> None:
+    samples.to_mg(models["untied"], tmp_path / "mg", "--target-tensor-parallel-size", 2)
+    rewrite(tmp_path / "mg", change)
+    saved = torch.load(tmp_path / "mg/iter_0000001/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]
+    assert type(saved) is collections.defaultdict or "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in saved
+    samples.to_hf(tmp_path / "mg", tmp_path / "hf", "--verify")
+    samples.assert_same_weights(models["untied"], tmp_path / "hf")

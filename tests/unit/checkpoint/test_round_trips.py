@@ -47,6 +47,7 @@ MOE_LAYOUTS = {
 }
 PT_FILES = "iter_*/**/*.pt"
 CASES = [(kind, name) for kind in ("untied", "tied") for name in LAYOUTS] + [("moe", name) for name in MOE_LAYOUTS]
+CASES += [(kind, name) for kind in ("qwen2", "llama") for name in ("TP2 PP2", "noop VPP")]
 IDS = [f"{kind}: {name}" for kind, name in CASES]
 
 

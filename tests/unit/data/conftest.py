@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
-from qwen3_npu.data.text.loading import start_loading
+from qwen3_npu.data.text.tokenizer import start_loading
 
 CORPUS = [
     "system user assistant You are a helpful assistant. What is the capital of France? The capital is Paris.",

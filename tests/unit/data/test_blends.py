@@ -66,7 +66,7 @@ def test_pretraining_takes_its_share_of_each_prefix(folder: Path, process: objec
 def test_fine_tuning_takes_its_share_of_each_prefix(folder: Path) -> None:
     prefixes, weights = blend(words(folder, ""))
     for _ in range(2):
-        files = open_instructions(prefixes, 256, per_document=False)
+        files = open_instructions(prefixes, per_document=False)
         train = instruction_splits(files, weights, "1,0,0", longest=LENGTH, seed=1).train
         assert train is not None
         # Behind 40 / 0.25 samples `a` starts its second epoch.
@@ -110,7 +110,7 @@ def test_bad_blends_are_refused(folder: Path) -> None:
         names = {name: f"{folder / name}{end}" for name in "ab"}
         for data_path, message in BAD.items():
             with pytest.raises(UsageError, match=f"--data-path .*{message}"):
-                check_data(DataArgs(data_path=data_path.format(**names).split(), stage=stage), 256)
+                check_data(DataArgs(data_path=data_path.format(**names).split(), stage=stage), 256, seq_length=LENGTH)
 
 
 @pytest.mark.parametrize("data_path", ["nan {a} 1 {b}", "0.5 {a} 0.5 {b}x"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 import tiny
 from qwen3_npu.data.train.batches import sample_numbers
-from qwen3_npu.data.train.token_file import check_vocabulary, open_indexed
+from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.errors import UsageError
 
 
@@ -46,13 +45,9 @@ def test_damaged_files_are_refused(tmp_path: Path, file: str, how: str, message:
         open_indexed(prefix)
 
 
-def test_missing_prefix_and_wrong_vocabulary(tmp_path: Path) -> None:
+def test_missing_prefix(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--data-path .*nothing.*not found"):
         open_indexed(tmp_path / "nothing")
-    data = open_indexed(tiny.write_tokens(tmp_path / "a_text_document"))
-    check_vocabulary(data, 256)
-    with pytest.raises(UsageError, match="made with another tokenizer"):
-        check_vocabulary(data, 100)
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 2), (1, 4), (4, 2)])
@@ -99,6 +94,9 @@ class TestSplits:
         tiny.write_tokens(prefix, documents=40, seed=5)
         after = self.build(prefix, "1,0,0", (4, 0, 0)).train[0]["tokens"].tolist()
         assert before != after
+
+
+PARTS = ("order.npy", "samples.npy", "seal.json")
 
 
 class TestOrder:
@@ -154,22 +152,38 @@ class TestOrder:
         assert left.sum() == 3 * len(tokens) - 16 * len(ours) <= 16, "none is left out but at the very end"
         assert ours[:per_epoch] != ours[per_epoch : 2 * per_epoch]
 
-    def test_a_cut_cache_is_made_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Killed while it was written."""
+    def test_a_cache_that_is_damaged_is_made_anew_and_said(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Zeroed or cut by a crash, of other data, half-written: never trained on."""
+        from qwen3_npu import log
+
         prefix = str(tiny.write_tokens(tmp_path / "a", documents=9))
-        replace, moved = os.replace, []
+        right = self.build([prefix], 40)
+        order, samples, seal = (next((tmp_path / "cache").rglob(f"*-{part}")) for part in PARTS)
+        whole = {path: path.read_bytes() for path in (order, samples, seal)}
+        log.setup()
+        zeros = whole[order][:128] + bytes(len(whole[order]) - 128)
+        damage = [(order, zeros), (order, whole[order][:-8]), (samples, whole[order]), (samples, None)]
+        damage += [(seal, whole[seal].replace(b"train", b"valid")), (seal, whole[seal][:20])]
+        for path, content in damage:
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            assert self.build([prefix], 40) == right
+            assert "made anew" in capsys.readouterr().out
+            assert path.read_bytes() == whole[path]
+        seal.unlink()  # killed before the end
+        order.write_bytes(zeros)
+        assert self.build([prefix], 40) == right
+        assert self.build([prefix], 40) == right
+        assert not capsys.readouterr().out
 
-        def killed(*paths: str) -> None:
-            if len(moved) == 2:
-                raise KeyboardInterrupt
-            moved.append(paths)
-            replace(*paths)
-
-        with monkeypatch.context() as patched:
-            patched.setattr("os.replace", killed)
-            with pytest.raises(KeyboardInterrupt):
-                self.build([prefix], 20)
-        assert len(self.build([prefix], 20)) == 20
+    def test_caches_that_cannot_be_written_say_where_else(self, tmp_path: Path) -> None:
+        prefix = str(tiny.write_tokens(tmp_path / "a", documents=9))
+        (tmp_path / "cache").touch()
+        with pytest.raises(UsageError, match=r"index caches in .*cache.*cannot be written: .*give --data-cache-path"):
+            self.build([prefix], 40)
 
 
 def test_blend() -> None:
@@ -181,3 +195,22 @@ def test_blend() -> None:
     for wrong in (["0.3", "a", "b"], ["0", "a", "1", "b"]):
         with pytest.raises(UsageError, match="--data-path"):
             blend(wrong)
+
+
+def test_what_data_path_does_not_name(tmp_path: Path) -> None:
+    from qwen3_npu.args.training import DataArgs
+    from qwen3_npu.data.train.data_path import check_data
+
+    tiny.write_tokens(tmp_path / "wiki_text_document")
+    (tmp_path / "alpaca.jsonl").touch()
+    said = {
+        "alpca.jsonl": "not found: .*did you mean alpaca.jsonl",
+        "wiki_txt_document": "not found: .*did you mean wiki_text_document",
+        "nowhere/x": "not found",
+    }
+    for word, message in said.items():
+        with pytest.raises(UsageError, match=rf"--data-path {tmp_path / word}: {message}"):
+            check_data(DataArgs(data_path=[str(tmp_path / word)]), 256, seq_length=8)
+    data = DataArgs(data_path=[str(tmp_path / "wiki_text_document")], stage="sft")
+    with pytest.raises(UsageError, match="holds text, and --stage sft is for instruction data: drop it"):
+        check_data(data, 256, seq_length=8)

@@ -244,11 +244,11 @@ def test_broken_conversations_name_the_line(
 def test_columns_that_are_not_used_are_said_aloud(
     tmp_path: Path, run: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    thinking = {"role": "assistant", "content": "a", "thinking": "hm"}
+    thinking = {"role": "assistant", "content": "a", "thoughts": "hm"}
     record = {"messages": [{"role": "user", "content": "q"}, thinking], "system": "S"}
     source = write_lines(tmp_path / "a.jsonl", [record])
     caplog.set_level("INFO", "qwen3_npu")
     arguments = ("--handler-name", "OpenAIInstructionHandler", "--prompt-type", "qwen3")
     run("--input", source, *arguments, "--output-prefix", tmp_path / "o")
     assert "1 records with a column 'system' that is not used" in caplog.text
-    assert "message key 'thinking' (thoughts are read from 'reasoning_content') that is not used" in caplog.text
+    assert "message key 'thoughts' (thoughts are read from 'reasoning_content') that is not used" in caplog.text

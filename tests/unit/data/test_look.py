@@ -30,7 +30,7 @@ def talk(answer: str, **more: object) -> dict:
         ([talk("<think>\n\n</think>\n\na")], (), "empty thoughts, which are learned"),
         ([talk("<think>\nx\n</think>\n\na", reasoning_content="x")], (), "thoughts twice"),
         ([talk("<think>\nx a")], (), "<think> without </think>"),
-        ([talk("a", thinking="hm")], (), "'thinking' (thoughts are read from 'reasoning_content') that is not used"),
+        ([talk("a", thoughts="hm")], (), "'thoughts' (thoughts are read from 'reasoning_content') that is not used"),
         ([talk("a")], ("--enable-thinking", "true"), "learns empty ones"),
         ([talk("<think>\nx\n</think>\n\na")], ("--enable-thinking", "false"), "thoughts are removed"),
         ([talk("word " * 70 + "and the")], (), "seems to be cut off"),

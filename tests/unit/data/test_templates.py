@@ -107,8 +107,8 @@ def test_answers_are_found_in_any_template(tiny_tokenizer: str, tmp_path: Path) 
         '<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\n[<tool_call>{"name": "f", "arguments": {}}</tool_call>'
         "<|im_end|>]\n<|im_start|>tool\nR<|im_end|>\n<|im_start|>assistant\n[A1<|im_end|>]\n"
     )
-    with pytest.raises(ValueError, match="does not show"):
-        template.render(Conversation((U1, Message("assistant", "x <|im_start|>assistant\n y"))), None, False)
+    told = template.render(Conversation((U1, Message("assistant", "x <|im_start|>assistant\n y"))), None, False)
+    assert drawn(told).endswith("<|im_start|>assistant\n[x <|im_start|>assistant\n y<|im_end|>]\n")
 
 
 def real_conversations(folder: Path) -> list[Conversation]:
@@ -157,18 +157,17 @@ def test_hf_is_apply_chat_template_and_qwen3_its_last_answer(
     apply, template = real_transformers.apply_chat_template, hf_template(open_tokenizer(str(real_data / TOKENIZER)))
     pieces, wholes, compared = [], [], 0
     for number, conversation in enumerate(real_conversations(real_data)):
-        tools = list(conversation.tools) or None
+        tools = list(conversation.tools or ()) or None
         for thinking in (None, True, False):
             turns = template.render(conversation, thinking, False)
             assert [t.target for t in turns if t.target]
-            if thinking is not False:
-                options = {} if thinking is None else {"enable_thinking": thinking}
-                messages = as_messages(conversation)
-                pieces.append(strings(turns))
-                wholes.append(apply(messages, tools=tools, tokenize=False, **options))
-                if number % 20 == 0:  # what transformers makes of its text is always the same
-                    ids = apply(messages, tools=tools, **options)["input_ids"]
-                    assert ids == real_encoder.encode(wholes[-1:]).ids.tolist()
+            options = {} if thinking is None else {"enable_thinking": thinking}
+            messages = as_messages(conversation)
+            pieces.append(strings(turns))
+            wholes.append(apply(messages, tools=tools, tokenize=False, **options))
+            if number % 20 == 0:  # what transformers makes of its text is always the same
+                ids = apply(messages, tools=tools, **options)["input_ids"]
+                assert ids == real_encoder.encode(wholes[-1:]).ids.tolist()
         for end, message in enumerate(conversation.messages, start=1):
             if message.role != "assistant":
                 continue

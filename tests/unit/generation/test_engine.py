@@ -26,7 +26,7 @@ class Both:
         self.made, self.theirs = made, generation.transformers_model(folder)
 
 
-@pytest.fixture(scope="module", params=["untied", "tied", "moe"])
+@pytest.fixture(scope="module", params=["untied", "tied", "moe", "yarn"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, process: Any) -> Iterator[Both]:
     folder = tiny.write_model(tmp_path_factory.mktemp(request.param), tiny.arch(request.param))
     with generation.runner(select("cpu"), process, folder) as made:

@@ -88,7 +88,7 @@ def test_a_stream_shows_everything_once(model: Path) -> None:
 
 
 def test_the_screen_hides_thoughts() -> None:
-    from qwen3_npu.inference.chat import Screen
+    from qwen3_npu.inference.screen import Screen
 
     for hidden, expected in ((True, "qwen3_npu: ab < c\n"), (False, "qwen3_npu: a<think>x</think>\n\nb < c\n")):
         out = io.StringIO()
@@ -109,7 +109,7 @@ def test_prompts_of_files(model: Path, tmp_path: Path) -> None:
     records.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def read(*flags: object) -> list[list[str]]:
-        return [[m.content for m in prompt] for prompt in read_prompts(parse(model, *flags).generate)]
+        return [[m.content for m in prompt.messages] for prompt in read_prompts(parse(model, *flags).generate)]
 
     assert read("--prompt", "zero", "--predict-data", lines) == [["zero"], ["one"], ["two"]]
     assert read("--predict-data", records) == [["p"], ["text"], ["do\nit"], ["a", "b", "c"]]
@@ -159,7 +159,8 @@ def test_earlier_answers_of_a_conversation(model: Path) -> None:
         (["--prompt", "x", "--tokenizer-name-or-path", "nowhere"], "nowhere holds no tokenizer.json"),
         (["--prompt", "x", "--load", "nowhere"], "nowhere holds no Hugging Face model and no Megatron checkpoint"),
         (["--prompt", "x", "--task", "beam_search", "--no-use-kv-cache"], "needs the cache"),
-        (["--task", "chat"], "--task chat needs a template"),
+        (["--task", "chat", "--no-chat-template"], "--task chat needs a template"),
+        (["--prompt", "x", "--hf-chat-template", "--no-chat-template"], "contradict each other"),
         (["--prompt", "x", "--lora-load", "{model}"], "holds a model and no adapter"),
     ],
 )

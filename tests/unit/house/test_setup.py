@@ -73,6 +73,16 @@ def test_an_active_environment_with_torch_is_used_and_keeps_its_torch(variable: 
     assert not (tmp_path / ".venv").exists()
 
 
+def test_where_nothing_is_missing_nothing_is_installed(tmp_path: Path) -> None:
+    log = tmp_path / "pip.log"
+    names = ("torch", "megatron", "tokenizers", "pyarrow", "orjson", "pytest")
+    interpreter(tmp_path / "env", log, **dict.fromkeys(names, "1.0"))
+    (tmp_path / "env" / "site" / "megatron" / "__init__.py").unlink()
+    (tmp_path / "env" / "site" / "megatron" / "core").mkdir()
+    set_up(tmp_path, VIRTUAL_ENV=str(tmp_path / "env"))
+    assert not log.exists()
+
+
 def test_without_torch_an_environment_of_the_projects_own_is_made(tmp_path: Path) -> None:
     log = tmp_path / "pip.log"
     bare = interpreter(tmp_path / "env", log)

@@ -29,6 +29,13 @@ PUBLISHED_PARAMETERS = {
     "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
 }
 # GFLOP per token at 4096 tokens.
 FLOPS = {"qwen3-0.6b": 4.99, "qwen3-8b": 49.0, "qwen3-32b": 204.8, "qwen3-30b-a3b": 23.1, "qwen3-235b-a22b": 148.3}
@@ -123,10 +130,10 @@ def test_transformers_reads_the_written_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'qwen3' and 'qwen3_moe'"),
+        ({"model_type": "llama"}, "model_type is 'llama'; only 'qwen3', 'qwen3_moe' and 'qwen2'"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"attention_bias": True}, "attention_bias true is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope scaling of type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope_scaling of type 'dynamic'"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"use_sliding_window": True}, "use_sliding_window"),

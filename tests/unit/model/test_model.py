@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import llama
 import tiny
 from qwen3_npu import kernels
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
@@ -39,7 +40,7 @@ def built(folder: Path, kernel: str = "auto", **train: object) -> Iterator[torch
 def sequence(model: torch.nn.Module, positions: torch.Tensor, cu_seqlens: tuple[int, ...] | None = None) -> object:
     from qwen3_npu.model.sequence import TokenSequence
 
-    return TokenSequence(positions, cu_seqlens, model.arch.rope_theta, model.arch.head_dim, torch.float32)
+    return TokenSequence(positions, cu_seqlens, model.arch.rope, torch.float32)
 
 
 def transformers_model(folder: Path) -> torch.nn.Module:
@@ -48,9 +49,10 @@ def transformers_model(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module", params=["untied", "tied", "moe"])
+@pytest.fixture(scope="module", params=["untied", "tied", "moe", "qwen2", "yarn", "llama"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp(request.param), tiny.arch(request.param))
+    arch = llama.arch() if request.param == "llama" else tiny.arch(request.param)
+    return tiny.write_model(tmp_path_factory.mktemp(request.param), arch)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "torch"])
@@ -82,11 +84,17 @@ def test_loss_and_gradients_equal_transformers(folder: Path) -> None:
         pairs = [
             (model.embedding.word_embeddings, theirs.model.embed_tokens),
             (model.decoder.final_layernorm, theirs.model.norm),
-            (ours[0].self_attention.q_layernorm, hf[0].self_attn.q_norm),
             (ours[3].self_attention.linear_proj, hf[3].self_attn.o_proj),
         ]
+        if model.arch.family.qk_norm:
+            pairs.append((ours[0].self_attention.q_layernorm, hf[0].self_attn.q_norm))
         for module, reference in pairs:
             gradient, wanted = module.weight.grad, reference.weight.grad
+            assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        if model.arch.family.qkv_bias:
+            biases = [getattr(hf[0].self_attn, f"{name}_proj").bias.grad for name in "qkv"]
+            wanted = torch.cat([bias.view(model.arch.num_key_value_heads, -1) for bias in biases], dim=1).flatten()
+            gradient = ours[0].self_attention.linear_qkv.bias.grad
             assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 

@@ -1,0 +1,59 @@
+"""Where a text may be cut so that its parts have the tokens of the whole."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from qwen3_npu.data.text.tokenizer import TokenizerFolder
+
+
+class Boundaries:
+    """Cuts of a text between tokens."""
+
+    def __init__(self, tokenizer: TokenizerFolder) -> None:
+        self.file, self.special = tokenizer.json_path, tuple(tokenizer.special)
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """Hugging Face's `tokenizers`, which says where in the text tokens are; loaded when first needed."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(self.file)
+
+    def at(self, text: str, cut: int) -> int:
+        """The cut, moved to the start of the token that it would split (transformers counts it to what follows).
+
+        Raises:
+            ValueError: the parts would not have the tokens of the whole.
+        """
+        if self._safe(text, cut):
+            return cut
+        start, stop = self._around(text, cut)
+        whole = self.reference.encode(text[start:stop], add_special_tokens=False)
+        moved = next(s for s, e in whole.offsets if e > cut - start)
+        left, right = (
+            self.reference.encode(part, add_special_tokens=False).ids
+            for part in (text[start : start + moved], text[start + moved : stop])
+        )
+        if left + right != whole.ids:
+            raise ValueError(f"no token starts where the answer does ({text[cut : cut + 20]!r})")
+        return start + moved
+
+    def checked(self, text: str, cut: int) -> int:
+        """The cut itself. Raises: ValueError: as `at`, or it splits a token."""
+        if self.at(text, cut) != cut:
+            raise ValueError(f"an answer ends inside a token ({text[max(cut - 10, 0) : cut + 10]!r})")
+        return cut
+
+    def _safe(self, text: str, cut: int) -> bool:
+        """Whether the cut is beside a special token, or behind a line end (only spaces go on there)."""
+        if not 0 < cut < len(text) or text.endswith(self.special, 0, cut) or text.startswith(self.special, cut):
+            return True
+        return text[cut - 1] == "\n" and not text[cut].isspace()
+
+    def _around(self, text: str, cut: int) -> tuple[int, int]:
+        """From the special token before to the one behind."""
+        before = [place + len(token) for token in self.special if (place := text.rfind(token, 0, cut)) >= 0]
+        after = [place for token in self.special if (place := text.find(token, cut)) >= 0]
+        return max(before, default=0), min(after, default=len(text))

@@ -1,0 +1,106 @@
+"""Indices that take long to compute, kept as .npy files under a seal: sizes, digests, and what they are of. No torch.
+
+The seal is written last, when the files are on the disk. What does not fit its seal (zeroed by a crash, cut, of other
+data) is made anew, and said. Each process looks, so that none trains on what another one has found to be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from qwen3_npu import log, schema
+from qwen3_npu.errors import UsageError
+from qwen3_npu.files import replacing, sync_folder, write_text
+from qwen3_npu.lease import Lease
+
+_READ = 16 << 20
+
+
+class IndexCache:
+    """The arrays of one index.
+
+    Args:
+        folder: of the files; made when they are.
+        stem: their names' start; another index has another one.
+        parts: names of the arrays.
+    """
+
+    def __init__(self, folder: Path, stem: str, parts: Sequence[str]) -> None:
+        self.folder, self.stem = folder, stem
+        self.paths = [folder / f"{stem}-{part}.npy" for part in parts]
+        self.seal = folder / f"{stem}-seal.json"
+
+    def arrays(self, make: Callable[[], Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """The arrays, mapped; made first if they are not there or wrong. One process makes them, others wait.
+
+        Raises:
+            UsageError: they cannot be written.
+        """
+        if (why := self._fault()) is not None:
+            what, remedy = f"index caches in {self.folder}", "give --data-cache-path DIR"
+            with Lease(self.folder / f"{self.stem}.lease", what, remedy, wait=True):
+                why = self._fault()  # another process may have been faster
+                if why:
+                    log.warning(f"{why}; it is made anew")
+                if why is not None:
+                    try:
+                        self._write(make())
+                    except OSError as error:
+                        raise UsageError(f"{what} cannot be written: {error.strerror}; {remedy}") from None
+        return [np.load(path, mmap_mode="r") for path in self.paths]
+
+    def _write(self, arrays: Sequence[np.ndarray]) -> None:
+        self.seal.unlink(missing_ok=True)
+        files = {}
+        for path, array in zip(self.paths, arrays, strict=True):
+            with replacing(path, binary=True) as file:
+                written = _Written(file)
+                np.save(written, array)
+            files[path.name] = [written.size, written.digest]
+        sync_folder(self.folder)
+        write_text(self.seal, json.dumps({"version": 1, "index": self.stem, "crc32": files}))
+        sync_folder(self.folder)
+
+    def _fault(self) -> str | None:
+        """What is wrong with the files; an empty text if they are not there, or not finished."""
+        if not self.seal.is_file():
+            return ""
+        try:
+            seal = schema.read_record(self.seal)
+            if seal.text("index") != self.stem:
+                return f"{self.seal} is of another index"
+            files = seal.record("crc32").fields
+        except UsageError as error:
+            return str(error)
+        for path in self.paths:
+            if not path.is_file():
+                return f"{path} is missing"
+            if files.get(path.name) != [path.stat().st_size, _digest(path)]:
+                return f"{path} is damaged: it is not what {self.seal.name} says"
+        return None
+
+
+class _Written:
+    """A file and the size and CRC-32 of what was written to it, not of what the disk made of it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.size, self.digest = file, 0, 0
+
+    def write(self, data: bytes) -> int:
+        self.size, self.digest = self.size + len(data), zlib.crc32(data, self.digest)
+        return self.file.write(data)
+
+
+def _digest(path: Path) -> int:
+    """CRC-32 of a file: against damage, not malice; it takes less time than to read the file."""
+    digest = 0
+    with open(path, "rb") as file:
+        while part := file.read(_READ):
+            digest = zlib.crc32(part, digest)
+    return digest

@@ -1,0 +1,145 @@
+"""The .idx file of Megatron's indexed datasets (MMIDIDX version 1), read strictly. No torch.
+
+    b"MMIDIDX\\0\\0", uint64 version, uint8 dtype code, uint64 sequences S, uint64 document boundaries D,
+    int32 lengths[S], int64 byte offsets[S], int64 boundaries[D] (0 and, for each document, the sequence after it)
+
+Sequences may lie in the .bin file in any order, as Megatron allows; together they must be the file: no byte is in two
+of them or in none. So what is damaged or belongs to another .bin is found, and every number read is the right one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from qwen3_npu import schema
+from qwen3_npu.errors import UsageError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+PIECE = 1 << 20  # sequences handled at once
+_AGAIN = "preprocess the data again"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIndex:
+    """A checked index.
+
+    Attributes:
+        dtype: of the tokens.
+        lengths: int32 [sequences], tokens of each.
+        offsets: int64 [sequences], the byte of the .bin file that each begins at.
+        boundaries: int64 [documents + 1], 0 and, for each document, the sequence after it.
+        in_order: the sequences lie one after the other in the .bin file.
+    """
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    offsets: np.ndarray
+    boundaries: np.ndarray
+    in_order: bool
+
+
+def pieces(count: int) -> Iterator[slice]:
+    """Slices of `PIECE` up to `count`."""
+    for start in range(0, count, PIECE):
+        yield slice(start, min(start + PIECE, count))
+
+
+def read_index(path: Path, bin_bytes: int) -> TokenIndex:
+    """Read an index and check it against the size of its .bin file.
+
+    Raises:
+        UsageError: it is no index, is damaged, or belongs to another .bin file.
+    """
+    with open(schema.open_regular(path), "rb") as file:
+        size, header = os.fstat(file.fileno()).st_size, file.read(HEADER_BYTES)
+        if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
+            raise UsageError(f"{path} is not a Megatron index file (or is truncated); {_AGAIN}")
+        version, sequences, boundaries = (int.from_bytes(header[a : a + 8], "little") for a in (9, 18, 26))
+        code = header[17]
+        if version != 1:
+            raise UsageError(f"{path} is an index of version {version}; only version 1 is known; {_AGAIN}")
+        if code not in DTYPES:
+            raise UsageError(f"{path} is damaged: {code} is no code of a type of numbers; {_AGAIN}")
+        dtype = np.dtype(DTYPES[code])
+        if dtype.kind == "f":
+            raise UsageError(f"{path} says that its tokens are {dtype}; token ids are whole numbers; {_AGAIN}")
+        expected = HEADER_BYTES + 12 * sequences + 8 * boundaries
+        if size == expected + sequences and sequences:
+            raise UsageError(f"{path} is a multimodal index (it has modes of sequences), which cannot be trained on")
+        if size != expected:
+            raise UsageError(f"{path} is truncated or damaged: {size} bytes, {expected} expected; {_AGAIN}")
+        if sequences == 0:
+            raise UsageError(f"{path} holds no documents")
+        if boundaries == 0:
+            raise UsageError(f"{path} is damaged: it has no boundaries of documents; {_AGAIN}")
+        lengths = np.memmap(file, np.int32, "r", HEADER_BYTES, (sequences,))
+        offsets = np.memmap(file, np.int64, "r", HEADER_BYTES + 4 * sequences, (sequences,))
+        ends = np.memmap(file, np.int64, "r", HEADER_BYTES + 12 * sequences, (boundaries,))
+    in_order = _check_lengths(path, lengths, offsets, dtype.itemsize, bin_bytes)
+    if not in_order:
+        _check_tiling(path, lengths, offsets, dtype.itemsize, bin_bytes)
+    _check_boundaries(path, ends, sequences)
+    return TokenIndex(dtype, lengths, offsets, ends, in_order)
+
+
+def _damaged(path: Path, why: str) -> NoReturn:
+    raise UsageError(f"{path} is damaged: {why}; {_AGAIN}")
+
+
+def _check_lengths(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, bin_bytes: int) -> bool:
+    """Together the sequences are as long as the .bin file. Returns whether they lie in order."""
+    position, in_order = 0, True
+    for piece in pieces(len(lengths)):
+        sizes = lengths[piece].astype(np.int64) * itemsize
+        if sizes.min() < 0:
+            _damaged(path, f"sequence {piece.start + int(sizes.argmin())} has {sizes.min() // itemsize} tokens")
+        after = position + np.cumsum(sizes)
+        in_order = in_order and bool(np.array_equal(offsets[piece], after - sizes))
+        position = int(after[-1])
+        if position > bin_bytes:
+            position += int(lengths[piece.stop :].sum(dtype=np.int64)) * itemsize
+            break
+    bin_ = path.with_suffix(".bin")
+    if position > bin_bytes:
+        raise UsageError(f"{bin_} is truncated: {bin_bytes} bytes, {position} expected; preprocess it again")
+    if position < bin_bytes:
+        raise UsageError(
+            f"{bin_} does not belong to {path.name}: it has {bin_bytes} bytes, the index describes {position}; {_AGAIN}"
+        )
+    if position == 0:
+        raise UsageError(f"{path} holds no tokens")
+    return in_order
+
+
+def _check_tiling(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, bin_bytes: int) -> None:
+    """Sequences in any order lie side by side, from the first byte to the last."""
+    outside = (offsets < 0) | (offsets > bin_bytes)
+    if outside.any():
+        number = int(outside.argmax())
+        _damaged(path, f"sequence {number} begins at byte {offsets[number]} of {bin_bytes}")
+    filled = np.flatnonzero(lengths)
+    order = filled[np.argsort(offsets[filled], kind="stable")]
+    starts = offsets[order]
+    ends = starts + lengths[order].astype(np.int64) * itemsize
+    expected = np.concatenate(([0], ends[:-1]))
+    if not np.array_equal(starts, expected):
+        place = int(np.flatnonzero(starts != expected)[0])
+        what = "overlaps another one" if starts[place] < expected[place] else "leaves a hole before it"
+        _damaged(path, f"sequence {order[place]}, which begins at byte {starts[place]}, {what}")
+
+
+def _check_boundaries(path: Path, ends: np.ndarray, sequences: int) -> None:
+    if ends[0] != 0 or ends[-1] != sequences:
+        _damaged(path, f"its documents go from sequence {ends[0]} to {ends[-1]}, not from 0 to {sequences}")
+    for piece in pieces(len(ends)):
+        part = ends[piece.start : piece.stop + 1]
+        if (part[1:] < part[:-1]).any():
+            _damaged(path, f"its documents are not in ascending order (from document {piece.start} on)")

@@ -1,0 +1,90 @@
+"""How prompts are written: as the checkpoint was taught, unless the flags say otherwise. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu import log
+from qwen3_npu.args.convert import MEGATRON
+from qwen3_npu.args.inference import PromptArgs, WeightArgs
+from qwen3_npu.args.preprocess import THINKING
+from qwen3_npu.checkpoint.formats.open import find
+from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
+from qwen3_npu.data.text.prompt_types import AUTO, TEMPLATES, misfit, resolved
+from qwen3_npu.data.text.tokenizer import TokenizerFolder
+
+PLAIN = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught:
+    """What a checkpoint's saved args say of the prompts it was trained with.
+
+    Attributes:
+        prompt_type: of `TEMPLATES`.
+        thinking: --enable-thinking.
+        tokenizer: `TokenizerFolder.identity` of the tokenizer that made the data; None if it is not known.
+    """
+
+    prompt_type: str
+    thinking: str
+    tokenizer: str | None
+
+
+def read_taught(weights: WeightArgs) -> Taught | None:
+    """Of the adapter, else of the model; None if neither says it (Hugging Face models, text, other programs)."""
+    for folder, step in ((weights.lora_load, None), (weights.load, weights.ckpt_step)):
+        found = find(folder, step) if folder is not None else None
+        if found is None or found.kind != MEGATRON:
+            continue
+        args, _ = checkpoint_args(found)
+        prompt_type, digest = getattr(args, "prompt_type", None), getattr(args, "tokenizer_digest", None)
+        thinking = str(getattr(args, "enable_thinking", "none")).lower()
+        # MindSpeed-LLM saves its own prompt types, of which we know two.
+        if prompt_type in TEMPLATES:
+            known = thinking if thinking in THINKING else "none"
+            return Taught(prompt_type, known, digest if isinstance(digest, str) else None)
+    return None
+
+
+def settle(prompts: PromptArgs, taught: Taught | None, tokenizer: TokenizerFolder) -> tuple[PromptArgs, list[str]]:
+    """The flags with what follows from the checkpoint filled in, and lines about it.
+
+    Without a record, prompts are plain text unless --prompt-type names a template; `auto` then follows the tokenizer.
+    """
+    given = prompts.template_given
+    if taught is None:
+        if given in (None, PLAIN):
+            return dataclasses.replace(prompts, prompt_type=given), []
+        name = resolved(given, tokenizer)
+        if problem := misfit(name, tokenizer):
+            log.warning_once(problem)
+        return _with(prompts, name, prompts.enable_thinking), [f"prompts: {name}"]
+    if given in (None, AUTO, taught.prompt_type):
+        name = taught.prompt_type
+    else:
+        name = given
+        log.warning_once(
+            f"--prompt-type {given}: the checkpoint was trained with {taught.prompt_type}; drop the flag to ask it so"
+        )
+    thinking = prompts.enable_thinking
+    if name == taught.prompt_type:
+        if thinking not in (None, taught.thinking):
+            log.warning_once(
+                f"--enable-thinking {thinking}: the checkpoint was trained with {taught.thinking}; drop the flag "
+                "to ask it so"
+            )
+        thinking = thinking or taught.thinking
+    if taught.tokenizer not in (None, tokenizer.identity):
+        log.warning_once(
+            f"{tokenizer.path} is not the tokenizer that the checkpoint's training data were made with; give that one "
+            "with --tokenizer-name-or-path, unless the two give the same tokens"
+        )
+    says = f"prompts: {name}, thinking {thinking or 'none'}"
+    return _with(prompts, name, thinking), [f"{says} (the checkpoint was trained with {taught.prompt_type})"]
+
+
+def _with(prompts: PromptArgs, name: str, thinking: str | None) -> PromptArgs:
+    return dataclasses.replace(
+        prompts, prompt_type=name, hf_chat_template=False, plain_text=False, enable_thinking=thinking
+    )

@@ -1,0 +1,82 @@
+"""The facts of an architecture: one row each, read in every direction. No torch.
+
+config.json, Megatron's arguments (and the flags of the same names) and `Qwen3Arch` say the same facts under their own
+names; `hf_config.py`, `megatron.py` and `args/model.py` translate by this table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from qwen3_npu.schema import flag, integer, number
+
+REQUIRED: Any = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One row.
+
+    Attributes:
+        name: field of `Qwen3Arch` and key of config.json.
+        read: checks a value's type and range; called with the value and where it stands.
+        megatron: names of the argument; the first is written and is the flag.
+        newer: another key of config.json, which transformers prefers.
+        moe: only models with experts have it.
+        negated: the argument says the opposite.
+        default: where config.json lacks it and the family has none; REQUIRED: that is an error.
+        args_default: where Megatron's arguments lack it; None: its value follows from others or is an error.
+    """
+
+    name: str
+    read: Callable[[object, str], Any]
+    megatron: tuple[str, ...] = ()
+    newer: str | None = None
+    moe: bool = False
+    negated: bool = False
+    default: Any = REQUIRED
+    args_default: Any = None
+
+    def turned(self, value: Any) -> Any:
+        """The argument's value for the fact's, and back."""
+        return not value if self.negated else value
+
+
+_COUNT = functools.partial(integer, least=1, most=2**40)
+_TOKEN = functools.partial(integer, least=0, most=2**40)
+
+FACTS: tuple[Fact, ...] = (
+    Fact("vocab_size", _COUNT, ("vocab_size", "padded_vocab_size")),
+    Fact("hidden_size", _COUNT, ("hidden_size",)),
+    Fact("intermediate_size", _COUNT, ("ffn_hidden_size", "intermediate_size")),
+    Fact("num_hidden_layers", _COUNT),  # Megatron's num_layers counts no-op layers too
+    Fact("num_attention_heads", _COUNT, ("num_attention_heads",)),
+    Fact("num_key_value_heads", _COUNT, ("num_query_groups", "num_key_value_heads")),
+    Fact("head_dim", _COUNT, ("kv_channels", "head_dim")),
+    Fact(
+        "tie_word_embeddings",
+        flag,
+        ("untie_embeddings_and_output_weights",),
+        negated=True,
+        default=False,
+        args_default=False,
+    ),
+    Fact("max_position_embeddings", _COUNT, ("max_position_embeddings",), args_default=40960),
+    Fact("rope_theta", functools.partial(number, least=1), ("rotary_base", "rope_theta"), args_default=1_000_000.0),
+    Fact(
+        "rms_norm_eps",
+        functools.partial(number, least=0, most=1),
+        ("norm_epsilon", "layernorm_epsilon", "rms_norm_eps"),
+        args_default=1e-6,
+    ),
+    Fact("num_experts", _COUNT, ("num_experts", "num_moe_experts"), newer="num_local_experts", moe=True),
+    Fact("num_experts_per_tok", _COUNT, ("moe_router_topk", "num_experts_per_tok"), moe=True),
+    Fact("moe_intermediate_size", _COUNT, ("moe_ffn_hidden_size", "moe_intermediate_size"), moe=True),
+    # Megatron's own trainings have no such argument; see `megatron.py`.
+    Fact("norm_topk_prob", flag, ("norm_topk_prob",), moe=True, args_default=True),
+    Fact("router_aux_loss_coef", number, ("moe_aux_loss_coeff",), moe=True, args_default=0.001),
+    Fact("bos_token_id", _TOKEN, ("bos_token_id",), default=None),
+)

@@ -1,0 +1,41 @@
+"""What tells one family of dense decoders from another. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A row of facts that hold for every model of a family.
+
+    Attributes:
+        model_type: of config.json.
+        architecture: transformers' class, written into config.json.
+        title: in messages.
+        moe: every layer is a mixture of experts.
+        qk_norm: each query and key head is normalised before rotary embedding.
+        qkv_bias, o_bias: the projections of the attention have a bias.
+        defaults: what transformers takes for a key that config.json lacks.
+        fixed: key of config.json -> the only values that this code computes; a key that is absent counts as the first.
+        renamed: part of a weight's usual name, such as "post_attention_layernorm" -> the family's own.
+    """
+
+    model_type: str
+    architecture: str
+    title: str
+    moe: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def hf_name(self, standard: str) -> str:
+        """The family's name of a weight that most families call `standard`."""
+        for usual, own in self.renamed.items():
+            standard = standard.replace(usual, own)
+        return standard

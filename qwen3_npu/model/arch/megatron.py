@@ -1,0 +1,286 @@
+"""Megatron's and MindSpeed-LLM's arguments <-> the architecture. No torch.
+
+The same names stand in the `args` of a checkpoint and on the command line. What an argument says that is not computed
+here is refused by name: weights alone do not tell one rotary embedding, norm or activation from another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import rope
+from qwen3_npu.model.arch.architecture import Qwen3Arch
+from qwen3_npu.model.arch.facts import FACTS
+from qwen3_npu.model.arch.families import FAMILIES
+from qwen3_npu.model.arch.families.family import Family
+from qwen3_npu.model.arch.rope import LINEAR, LLAMA3, YARN, RopeScaling
+from qwen3_npu.numbers import number_list
+from qwen3_npu.schema import integer, number, shown
+
+# A family's fact -> the argument that says it.
+FEATURES = {"qk_norm": "qk_layernorm", "qkv_bias": "add_qkv_bias", "o_bias": "add_dense_bias"}
+_WORDS = {
+    "qk_layernorm": "norm of query and key heads",
+    "add_qkv_bias": "bias in q, k and v",
+    "add_dense_bias": "bias in the attention's output",
+}
+# What is the same for every family here; written into checkpoints.
+ALWAYS: dict[str, Any] = {
+    "group_query_attention": True,
+    "add_position_embedding": True,
+    "use_rotary_position_embeddings": True,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+}
+# Argument -> the only values that are computed here; one that is absent or None says nothing.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("rope", "yarn"),
+    "rotary_percent": (1.0,),
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "moe_router_score_function": ("softmax",),
+    "softmax_type": ("vanilla",),
+    "moe_router_topk_scaling_factor": (1.0,),
+    "routed_scaling_factor": (1.0,),
+    "decoder_sparse_step": (1,),
+    "first_k_dense_replace": (0, -1),
+    "hidden_act": ("silu",),
+    "scale_emb": (1.0,),
+}
+# Arguments that name another architecture unless they are off (False, 0 or empty).
+_OFF = """
+    rotary_interleaved add_bias_linear add_rmsnorm_offset apply_layernorm_1p layernorm_zero_centered_gamma
+    apply_residual_connection_post_layernorm parallel_attention parallel_output_layernorm squared_relu openai_gelu
+    quick_geglu geglu gelu_tanh sandwich_norm post_norm embed_layernorm embedding_scale input_embeds_norm
+    multi_latent_attention multi_head_latent_attention attention_output_gate qk_l2_norm qk_clip use_sliding_window
+    interleave_sliding_window softcap attn_logit_softcapping attn_logit_softcap output_logit_softcapping
+    final_logit_softcapping query_pre_attn_scalar use_glm_rope no_rope_freq no_rope_layers use_partial_rope
+    moe_shared_expert_intermediate_size n_shared_experts moe_router_enable_expert_bias
+    moe_router_load_balancing_bias mlp_only_layers mtp_num_layers num_nextn_predict_layers
+    shared_expert_gate scale_depth dim_model_base alibi attention_bias mlp_bias hybrid_attention_ratio
+    hybrid_mlp_ratio is_hybrid_model experimental_attention_variant heterogeneous_layers_config_path
+""".split()  # noqa: SIM905
+
+
+def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
+    """The arguments that say an architecture, without the number of layers, which the layout counts."""
+    found = {
+        fact.megatron[0]: fact.turned(getattr(arch, fact.name)) for fact in FACTS if fact.megatron and arch.has(fact)
+    }
+    # MindSpeed-LLM's converter back to Hugging Face takes the heads from the second name, which trainings never set.
+    found["num_key_value_heads"] = arch.num_key_value_heads
+    found |= ALWAYS | {argument: getattr(arch.family, feature) for feature, argument in FEATURES.items()}
+    found |= {"hf_model_type": arch.model_type, "eos_token_id": arch.eos_token_id}
+    return found | (_scaling_arguments(arch.rope_scaling) if arch.rope_scaling else {})
+
+
+def from_megatron(args: Mapping[str, Any], where: str) -> Qwen3Arch:
+    """The architecture that arguments describe (Megatron's or MindSpeed-LLM's own).
+
+    Raises:
+        UsageError: a fact is missing or of another type, or they describe what is not computed here.
+    """
+    said = {name: value for name, value in args.items() if value is not None}
+    refuse_others(said, where)
+    if said.get("group_query_attention") is False and said.get("num_query_groups") == 1:
+        said.pop("num_query_groups")  # Megatron's default, which it does not use then
+    family = _family(said, where)
+    facts: dict[str, Any] = {"model_type": family.model_type}
+    for fact in FACTS:
+        if not fact.megatron or (fact.moe and not family.moe):
+            continue
+        name = next((name for name in fact.megatron if name in said), None)
+        if name is not None:
+            facts[fact.name] = fact.read(fact.turned(said[name]), f"{where}: {name}")
+        elif fact.args_default is not None:
+            facts[fact.name] = fact.turned(fact.args_default)
+        elif fact.name not in ("num_key_value_heads", "head_dim", "bos_token_id"):
+            raise UsageError(f"{where}: its args have no {fact.megatron[0]}; give the architecture with --hf-cfg-dir")
+    facts.setdefault("num_key_value_heads", facts["num_attention_heads"])
+    facts.setdefault("head_dim", facts["hidden_size"] // facts["num_attention_heads"])
+    layers = _needed(said, "num_layers", where)
+    facts["num_hidden_layers"] = layers - len(number_list(said.get("noop_layers")))
+    if "norm_topk_prob" not in said and said.get("moe_router_pre_softmax"):
+        facts["norm_topk_prob"] = False  # softmax over all experts, and the chosen ones as they are
+    if not family.moe or "norm_topk_prob" not in facts:
+        facts.pop("norm_topk_prob", None)
+    ids = {name: args[name] for name in ("bos_token_id", "eos_token_id") if name in args}
+    facts["rope_scaling"] = scaling_from_megatron(said, facts["rope_theta"], where)
+    return Qwen3Arch(**{**facts, **ids})
+
+
+def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str) -> None:
+    """Compare what arguments saved with weights say of their training with the architecture that another file says.
+
+    Raises:
+        UsageError: they name what is not computed here, or not what `arch` computes.
+    """
+    said = {name: value for name, value in args.items() if value is not None}
+    refuse_others(said, where)
+    known: dict[str, Any] = {}
+    for fact in FACTS:
+        name = next((name for name in fact.megatron if name in said), None)
+        if name is not None and fact.name in ("rope_theta", "rms_norm_eps", "num_experts_per_tok", "norm_topk_prob"):
+            known[fact.name] = fact.read(said[name], f"{where}: {name}")
+    known["rope_scaling"] = scaling_from_megatron(said, known.get("rope_theta", arch.rope_theta), where)
+    if not arch.is_moe:
+        known = {name: value for name, value in known.items() if name not in ("num_experts_per_tok", "norm_topk_prob")}
+    if wrong := arch.unlike(dataclasses.replace(arch, **known)):
+        raise UsageError(f"{where} was trained with {wrong} (config.json); correct that config.json")
+
+
+def unlike_family(argument: str, said: bool | None, family: Family) -> str | None:
+    """What is wrong with an argument of `FEATURES`; None: nothing."""
+    feature = next(name for name, of in FEATURES.items() if of == argument)
+    if said is None or said == getattr(family, feature):
+        return None
+    others = {other.title: None for other in FAMILIES.values() if getattr(other, feature) == said}
+    hint = f" ({', '.join(others)} {'has' if said else 'has none'})" if others else ""
+    flag_name = f"--{'' if said else 'no-'}{argument.replace('_', '-')}"
+    return f"{flag_name}: {family.title} has {'no' if said else 'a'} {_WORDS[argument]}{hint}"
+
+
+def _needed(said: Mapping[str, Any], name: str, where: str) -> int:
+    if name not in said:
+        raise UsageError(f"{where}: its args have no {name}; give the architecture with --hf-cfg-dir")
+    return integer(said[name], f"{where}: {name}", least=1)
+
+
+def refuse_others(said: Mapping[str, Any], where: str) -> None:
+    """Raises: UsageError: an argument names an architecture that is not computed here."""
+    for name, allowed in _ONLY.items():
+        if name in said and said[name] not in allowed:
+            raise UsageError(_unlike(where, name, said[name], shown(allowed[0])))
+    for name in _OFF:
+        if said.get(name):
+            raise UsageError(_unlike(where, name, said[name], "off"))
+    if said.get("window_size") not in (None, (-1, -1), [-1, -1], (-1, 0), [-1, 0]):
+        raise UsageError(_unlike(where, "window_size", said["window_size"], "the whole sequence"))
+    frequency = said.get("moe_layer_freq", 1)
+    every = isinstance(frequency, str) and re.fullmatch(r"\(?\[1\](\*\d+)?\)?", frequency)
+    if not every and frequency not in (1, -1) and not (isinstance(frequency, list) and set(frequency) == {1}):
+        raise UsageError(_unlike(where, "moe_layer_freq", frequency, "1"))
+
+
+def _unlike(where: str, name: str, value: object, allowed: str) -> str:
+    return f"{where}: {name} {shown(value)} is another architecture; only {allowed} is computed here"
+
+
+def _family(said: Mapping[str, Any], where: str) -> Family:
+    """The first family that agrees with every argument."""
+    experts = "num_experts" in said or "num_moe_experts" in said
+    named = said.get("hf_model_type")
+    features = {feature: bool(said[argument]) for feature, argument in FEATURES.items() if argument in said}
+    for family in FAMILIES.values():
+        agrees = all(getattr(family, feature) == value for feature, value in features.items())
+        if agrees and (named or family.model_type) == family.model_type and family.moe == bool(experts):
+            return family
+    words = [f"{FEATURES[feature]} {value}" for feature, value in features.items()]
+    words += [f"hf_model_type {shown(named)}"] if named else []
+    known = ", ".join(FAMILIES)
+    raise UsageError(f"{where}: {', '.join(words)} with{'' if experts else 'out'} experts is none of {known}")
+
+
+def _scaling_arguments(scaling: RopeScaling) -> dict[str, Any]:
+    """MindSpeed-LLM's arguments, and beside them Megatron's own where it has them."""
+    if scaling.kind == LINEAR:
+        return {"rotary_seq_len_interpolation_factor": scaling.factor}
+    found: dict[str, Any] = {"rope_scaling_type": scaling.kind, "rope_scaling_factor": scaling.factor}
+    if scaling.kind == LLAMA3:
+        usual = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original) == (1.0, 4.0, 8192)
+        return found | {
+            "use_rope_scaling": usual,
+            "original_max_position_embeddings": scaling.original,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+        }
+    usual = scaling.attention_factor == rope.mscale(scaling.factor)
+    # mscale_all_dim 0 leaves the numerator alone, which then is the attention factor: 0.1 mscale ln(factor) + 1.
+    weight = 1.0 if usual else (scaling.attention_factor - 1) / (rope.mscale(scaling.factor) - 1 or 1.0)
+    values = {"original_max_position_embeddings": scaling.original, "mscale": weight, "mscale_all_dim": 0.0}
+    values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    found |= {f"rope_scaling_{name}": value for name, value in values.items()}
+    found |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    found |= {f"yarn_{name}": value for name, value in values.items()}
+    return found | {
+        "yarn_rotary_scaling_factor": scaling.factor,
+        "yarn_correction_range_round_to_int": scaling.truncate,
+        "yarn_attention_factor": scaling.attention_factor,
+    }
+
+
+def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> RopeScaling | None:
+    """The scaling of rotary embedding that arguments (without None) describe.
+
+    Raises:
+        UsageError: one that is not computed here, several, or without what it needs.
+    """
+    read = _Numbers(said, where)
+    found: list[RopeScaling] = []
+    kind = said.get("rope_scaling_type")
+    if kind not in (None, YARN, LLAMA3):
+        raise UsageError(_unlike(where, "rope_scaling_type", kind, f"{YARN} and {LLAMA3}"))
+    if said.get("position_embedding_type") == "yarn" or kind == YARN:
+        found.append(_yarn(read, "yarn_" if kind is None else "rope_scaling_"))
+    if kind == LLAMA3:
+        low, high = read("low_freq_factor"), read("high_freq_factor")
+        original = int(read("original_max_position_embeddings"))
+        factor = read("rope_scaling_factor")
+        found.append(
+            RopeScaling(kind=LLAMA3, factor=factor, original=original, low_freq_factor=low, high_freq_factor=high)
+        )
+    elif said.get("use_rope_scaling"):  # Megatron's, with fixed values of Llama 3.1
+        found.append(RopeScaling(kind=LLAMA3, factor=read("rope_scaling_factor", 8.0), original=8192))
+    if (factor := read("rotary_seq_len_interpolation_factor", 1.0)) != 1:
+        found.append(RopeScaling(kind=LINEAR, factor=factor))
+    if said.get("dynamic_factor") not in (None, 1):
+        raise UsageError(_unlike(where, "dynamic_factor", said["dynamic_factor"], "1"))
+    if len(found) > 1:
+        raise UsageError(f"{where}: its args name {' and '.join(map(str, found))}; one of them can be computed")
+    return rope.checked(found[0], theta, where) if found else None
+
+
+class _Numbers:
+    """Numbers among arguments."""
+
+    def __init__(self, said: Mapping[str, Any], where: str) -> None:
+        self.said, self.where = said, where
+
+    def __call__(self, name: str, default: float | None = None, *others: str) -> float:
+        for key in (name, *others):
+            if key in self.said:
+                return number(self.said[key], f"{self.where}: {key}", least=0)
+        if default is None:
+            raise UsageError(f"{self.where}: {name} is missing; the rotary embedding that is named needs it")
+        return default
+
+    def given(self, name: str) -> float | None:
+        return self(name) if name in self.said else None
+
+
+def _yarn(read: _Numbers, prefix: str) -> RopeScaling:
+    mindspeed = prefix == "rope_scaling_"
+    factor = read("rope_scaling_factor" if mindspeed else "yarn_rotary_scaling_factor")
+    # MindSpeed-LLM's defaults are 1 and 0, Megatron's None; all of them mean `mscale(factor)`.
+    weights = read.given(f"{prefix}mscale"), read.given(f"{prefix}mscale_all_dim")
+    if mindspeed:
+        weights = (1.0 if weights[0] is None else weights[0], weights[1] or 0.0)
+    attention = read.given("yarn_attention_factor")
+    return RopeScaling(
+        kind=YARN,
+        factor=factor,
+        original=int(read(f"{prefix}original_max_position_embeddings")),
+        attention_factor=rope.yarn_attention_factor(factor, *weights) if attention is None else attention,
+        # MindSpeed-LLM renamed --rope-scaling-beta-fast to --beta-fast.
+        beta_fast=read("beta_fast", 32.0, f"{prefix}beta_fast") if mindspeed else read("yarn_beta_fast", 32.0),
+        beta_slow=read("beta_slow", 1.0, f"{prefix}beta_slow") if mindspeed else read("yarn_beta_slow", 1.0),
+        truncate=bool(read.said.get("yarn_correction_range_round_to_int", True)),
+    )
