@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune all weights of Qwen3-235B-A22B at 131072 tokens, samples packed, on 16 nodes of 16 devices (Atlas A3: 16 dies).
+# Beyond a model's own positions (40960; of the 2507 models 262144) plain RoPE is stretched, and the start says so.
+# YARN_FACTOR=8 trains with YaRN instead (of YARN_ORIGINAL=32768 positions); checkpoints and exports carry it.
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
 
 defaults MODEL=qwen3_235b_a22b NNODES=16 NPUS_PER_NODE=16 TP=4 PP=8 VPP=4 NOOP_LAYERS=94,95 CP=8 EP=32 ETP=1 \

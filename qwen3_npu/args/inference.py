@@ -12,6 +12,8 @@ from qwen3_npu.args.preprocess import THINKING
 from qwen3_npu.cli import Foreign, flag
 from qwen3_npu.errors import UsageError
 
+DEFAULT_PROMPT = "how are you?"  # MindSpeed-LLM v2.1.0's
+_OPEN = "default: generation_config.json's, else"
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
 
 
@@ -84,18 +86,24 @@ class GenerateArgs:
     """generation"""
 
     task: list[str] = flag(["greedy"], choices=TASKS, help="what to do, one after the other")
-    prompt: list[str] | None = flag(None, metavar="TEXT", help="prompts")
+    prompt: list[str] | None = flag(
+        None, metavar="TEXT", help=f'prompts; without any, and without --predict-data: "{DEFAULT_PROMPT}"'
+    )
     predict_data: str | None = flag(
         None, metavar="TEXT|FILE", help="a prompt, or a file of them: one a line, or .jsonl with prompt or messages"
     )
     predict_batch_size: int = flag(8, minimum=1, unit="sequences", help="worked on at the same time by each model")
     max_new_tokens: int = flag(128, minimum=1, unit="tokens", help="longest answer")
-    temperature: float = flag(0.7, minimum=0, help="logits are divided by it when sampling")
-    top_k: int = flag(50, minimum=0, unit="tokens", help="sample among the likeliest; 0: all")
-    top_p: float = flag(0.95, minimum=0, help="sample among the likeliest whose probabilities add up to it; 1: all")
+    temperature: float | None = flag(None, minimum=0, help=f"logits are divided by it when sampling; {_OPEN} 0.7")
+    top_k: int | None = flag(None, minimum=0, unit="tokens", help=f"sample among the likeliest; 0: all; {_OPEN} 50")
+    top_p: float | None = flag(
+        None, minimum=0, help=f"sample among the likeliest whose probabilities add up to it; 1: all; {_OPEN} 0.95"
+    )
     num_beams: int = flag(4, minimum=1, unit="beams", help="sequences that a beam search follows")
     length_penalty: float = flag(1.0, help="beams are ranked by log-likelihood / length to this power")
-    repetition_penalty: float = flag(1.0, minimum=0, help="logits of tokens that occurred are reduced by this factor")
+    repetition_penalty: float | None = flag(
+        None, minimum=0, help=f"logits of tokens that occurred are reduced by this factor; {_OPEN} 1"
+    )
     stop: list[str] | None = flag(None, metavar="TEXT", help="texts that end an answer (they are not part of it)")
     stream: bool = flag(False, help="print answers while they are made, one prompt after the other")
     history_turns: int = flag(3, minimum=0, unit="turns", help="questions and answers that a chat remembers")
@@ -107,12 +115,10 @@ class GenerateArgs:
         sampled = [task for task in self.task if task in ("do_sample", "beam_search_with_sampling")]
         if sampled and self.temperature == 0:
             raise UsageError(f"--task {sampled[0]} needs --temperature above 0; --task greedy has none")
-        if not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}: a probability above 0 and up to 1 is expected")
-        if self.repetition_penalty <= 0:
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
             raise UsageError(f"--repetition-penalty {self.repetition_penalty} must be above 0; 1 changes nothing")
-        if self.prompt is None and self.predict_data is None and self.task != ["chat"]:
-            raise UsageError(f"--task {' '.join(self.task)} needs --prompt or --predict-data")
 
 
 class InferenceArgs(typing.NamedTuple):

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen3_npu import console, log
-from qwen3_npu.args.inference import GenerateArgs, InferenceArgs
+from qwen3_npu.args.inference import InferenceArgs
 from qwen3_npu.data.text.conversation import Conversation
 from qwen3_npu.inference.beam import BeamSearch, beam_search
 from qwen3_npu.inference.engine import Engine, Request
 from qwen3_npu.inference.journal import Journal
 from qwen3_npu.inference.runner import Runner
-from qwen3_npu.inference.sampling import Sampling
+from qwen3_npu.inference.sampling import sampling_of
 from qwen3_npu.inference.text import Stream, Writer
 from qwen3_npu.progress import Progress, human
 
@@ -23,11 +23,6 @@ Result = dict[str, Any]
 def requests_of(writer: Writer, texts: Sequence[str], limit: int) -> list[Request]:
     """A request for each prompt's text."""
     return [Request(i, writer.tokens(text), limit) for i, text in enumerate(texts)]
-
-
-def sampling_of(args: GenerateArgs, seed: int, *, sample: bool) -> Sampling:
-    """The flags as the engine takes them."""
-    return Sampling(sample, args.temperature, args.top_k, args.top_p, args.repetition_penalty, seed)
 
 
 class Batch:

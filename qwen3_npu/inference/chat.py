@@ -12,7 +12,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.engine import Engine, Request
 from qwen3_npu.inference.keyboard import Keyboard
 from qwen3_npu.inference.runner import Runner
-from qwen3_npu.inference.sampling import Sampling
+from qwen3_npu.inference.sampling import sampling_of
 from qwen3_npu.inference.screen import Screen
 from qwen3_npu.inference.text import Stream, Writer
 
@@ -47,14 +47,7 @@ class _Conversation:
         self.is_main, self.alone = runner.world.rank == 0, runner.world.size == 1
         weights, flags = args.weights, args.generate
         self.engine = Engine(runner, slots=1, kv_cache=weights.use_kv_cache, prefix_cache=weights.prefix_cache)
-        self.sampling = Sampling(
-            flags.temperature > 0,
-            flags.temperature or 1.0,
-            flags.top_k,
-            flags.top_p,
-            flags.repetition_penalty,
-            args.runtime.seed,
-        )
+        self.sampling = sampling_of(flags, args.runtime.seed, sample=flags.temperature != 0)
         # Without a terminal no other process has to be told of Ctrl-C.
         self.asks_others = not self.alone and runner.agreed(keyboard.terminal)
         self.history: list[Message] = []

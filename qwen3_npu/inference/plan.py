@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
@@ -14,6 +13,7 @@ from qwen3_npu.checkpoint.formats.open import find, find_architecture
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError
+from qwen3_npu.inference.generation_config import GenerationConfig, read_generation_config
 from qwen3_npu.inference.taught import read_taught, settle
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
@@ -30,6 +30,7 @@ class InferencePlan:
         eos: tokens that end an answer.
         notes: flags that are changed, and why.
         prompts: the flags of prompts, with what follows from the checkpoint.
+        generation: what generation_config.json says.
     """
 
     arch: Qwen3Arch
@@ -42,6 +43,7 @@ class InferencePlan:
     eos: tuple[int, ...]
     notes: tuple[str, ...]
     prompts: PromptArgs = PromptArgs()
+    generation: GenerationConfig = GenerationConfig()
 
     def describe(self, weights: WeightArgs) -> list[str]:
         """What will be loaded, a line each."""
@@ -72,6 +74,8 @@ def plan_inference(
     there = find(load, weights.ckpt_step)
     if there is None or there.format == PEFT:
         raise UsageError(f"--load {load} holds no Hugging Face model and no Megatron checkpoint")
+    if weights.lora_load is not None and not Path(weights.lora_load).is_dir():
+        raise UsageError(f"--lora-load {weights.lora_load}: no such folder")
     noop = len(number_list(parallel.noop_layers))
     tokenizer_path = prompts.tokenizer_name_or_path
     arch, found_in, config = find_architecture(
@@ -88,6 +92,7 @@ def plan_inference(
             f"{tokenizer.path} has tokens up to {tokenizer.largest_id}, but the model has only {arch.vocab_size}; give "
             "the model's own tokenizer with --tokenizer-name-or-path"
         )
+    generation = read_generation_config([there.home, *([config] if config else []), tokenizer.path])
     prompts, lines = settle(prompts, read_taught(weights), tokenizer)
     return InferencePlan(
         arch=arch,
@@ -97,9 +102,10 @@ def plan_inference(
         data_parallel=world_size // (layout.tensor * layout.pipeline),
         positions=shape.max_position_embeddings or arch.max_position_embeddings,
         tokenizer=tokenizer,
-        eos=_eos(arch, tokenizer, [there.home, *([config] if config else []), tokenizer.path]),
+        eos=_eos(arch, tokenizer, generation),
         notes=(*notes, *lines),
         prompts=prompts,
+        generation=generation,
     )
 
 
@@ -130,11 +136,7 @@ def _tokenizer(given: str | None, load: Path, config: Path | None) -> str:
     raise UsageError(f"{load} holds no tokenizer.json; give the tokenizer's folder with --tokenizer-name-or-path")
 
 
-def _eos(arch: Qwen3Arch, tokenizer: TokenizerFolder, folders: list[Path]) -> tuple[int, ...]:
+def _eos(arch: Qwen3Arch, tokenizer: TokenizerFolder, generation: GenerationConfig) -> tuple[int, ...]:
     """The ending tokens that generation_config.json, config.json and the tokenizer name, all of them."""
-    named: list[int | None] = [*arch.eos_token_ids, tokenizer.special.get(tokenizer.named("eos_token") or "")]
-    file = next((f for folder in folders if (f := folder / "generation_config.json").is_file()), None)
-    if file is not None:
-        listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        named += listed if isinstance(listed, list) else [listed]
+    named = [*arch.eos_token_ids, *generation.ends, tokenizer.special.get(tokenizer.named("eos_token") or "")]
     return tuple(sorted({token for token in named if token is not None}))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.args.inference import GenerateArgs
+from qwen3_npu.args.inference import DEFAULT_PROMPT, GenerateArgs
 from qwen3_npu.data.preprocess.record_formats import ALPACA, OPENAI, SHAREGPT, Columns, alpaca_turns, sharegpt_turns
 from qwen3_npu.data.read.find import TEXT, InputFile, find_files
 from qwen3_npu.data.read.open import Inputs
@@ -28,7 +28,7 @@ def read_prompts(args: GenerateArgs) -> list[Conversation]:
     """
     prompts = [_given("--prompt", text) for text in args.prompt or ()]
     if args.predict_data is None:
-        return prompts
+        return prompts or ([single(DEFAULT_PROMPT)] if args.task != ["chat"] else [])
     path = Path(args.predict_data)
     try:
         is_file = path.is_file()

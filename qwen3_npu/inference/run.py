@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_npu import log
-from qwen3_npu.args.inference import GenerateArgs, InferenceArgs
+from qwen3_npu.args.inference import DEFAULT_PROMPT, GenerateArgs, InferenceArgs
 from qwen3_npu.data.text.conversation import Conversation
 from qwen3_npu.data.text.prompt_types import AUTO
 from qwen3_npu.distributed.launch import World, process_group
@@ -17,6 +17,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.batch import Batch, requests_of
 from qwen3_npu.inference.chat import chat
 from qwen3_npu.inference.engine import fit
+from qwen3_npu.inference.generation_config import with_defaults
 from qwen3_npu.inference.journal import Journal, weights_identity
 from qwen3_npu.inference.keyboard import Keyboard, keyboard
 from qwen3_npu.inference.plan import InferencePlan
@@ -44,7 +45,12 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
     Raises:
         UsageError: a prompt or a task cannot be done; nothing is loaded or written then.
     """
-    flags = args.generate
+    flags, lines = with_defaults(args.generate, plan.generation)
+    args = args._replace(generate=flags)
+    if flags.prompt is None and flags.predict_data is None and flags.task != [_CHAT]:
+        lines.append(f'no --prompt and no --predict-data: the prompt is "{DEFAULT_PROMPT}"')
+    for line in lines:
+        log.info(line)
     if _CHAT in flags.task:
         if plan.prompts.template_given == PLAIN:
             raise UsageError("--task chat needs a template: --prompt-type auto, qwen3 or --hf-chat-template")

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
+from qwen3_npu.args.inference import GenerateArgs
+from qwen3_npu.inference.generation_config import DEFAULTS
+
 _MASK = (1 << 64) - 1
 
 
@@ -31,6 +34,13 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+
+
+def sampling_of(args: GenerateArgs, seed: int, *, sample: bool) -> Sampling:
+    """The flags, complete, as the engine takes them; a temperature of 0 counts for nothing where nothing is drawn."""
+    values = [getattr(args, name) if getattr(args, name) is not None else DEFAULTS[name] for name in DEFAULTS]
+    temperature, top_k, top_p, penalty = values
+    return Sampling(sample, temperature or 1.0, int(top_k), top_p, penalty, seed)
 
 
 def penalized(scores: torch.Tensor, seen: Sequence[Sequence[int]], penalty: float) -> torch.Tensor:

@@ -10,16 +10,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, Region
+from qwen3_npu import schema
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, intersect
 from qwen3_npu.checkpoint.binary.pickles import Unknown, read_pickle
 from qwen3_npu.checkpoint.binary.torch_zip_write import TorchName, TorchPickler
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.files import Seal, SealedFile
+from qwen3_npu.schema import read_small
 
+_MOST = 2**62  # bytes of a file
+_MOST_METADATA = 1 << 30  # bytes; the largest models' are a few tens of MB
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 
 
@@ -54,43 +60,90 @@ def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
     Raises:
         UsageError: the file is missing or damaged, or holds something that is not plain data.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be opened: {error.strerror}; the checkpoint is not whole") from None
+    data = read_small(path, _MOST_METADATA)
+    where = str(path)
     content = _fields(read_pickle(data, path)[0], "state_dict_metadata", "planner_data", "storage_data")
     if not isinstance(content.get("storage_data"), dict) or not isinstance(content.get("state_dict_metadata"), dict):
         raise UsageError(f"{path} is not the metadata of a torch_dist checkpoint")
-    chunks: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+    places: dict[str, dict[tuple[int, ...], Any]] = {}
     objects: dict[str, StoredChunk] = {}
     for index, info in content["storage_data"].items():
-        where = _fields(index, "fqn", "offset", "index")
-        if where.get("offset") is not None:
-            chunks.setdefault(where["fqn"], []).append((tuple(where["offset"]), info))
-        else:
-            objects[where["fqn"]] = _chunk((), (), info, path)
+        fields = _fields(index, "fqn", "offset", "index")
+        key = schema.text(fields.get("fqn"), f"{where}: a key")
+        if fields.get("offset") is None:
+            objects[key] = _chunk((), info, f"{where}: {printable(key)}")
+        elif (
+            places.setdefault(key, {}).setdefault(schema.counts(fields["offset"], f"{where}: {key}"), info) is not info
+        ):
+            raise UsageError(f"{where}: {printable(key)} has two chunks at {list(fields['offset'])}")
     tensors = {}
     for key, entry in content["state_dict_metadata"].items():
+        schema.text(key, f"{where}: a key")
         fields = _fields(entry, "properties", "size", "chunks")
-        if "size" not in fields:
-            continue  # an object, not a tensor
-        sizes = {}
-        for chunk in fields["chunks"]:
-            place = _fields(chunk, "offsets", "sizes")
-            sizes[tuple(place["offsets"])] = tuple(place["sizes"])
-        dtype = _fields(fields["properties"], "dtype").get("dtype")
-        stored = tuple(_chunk(offset, sizes.get(offset), info, path) for offset, info in chunks.get(key, []))
-        tensors[key] = StoredTensor(dtype if isinstance(dtype, DType) else None, tuple(fields["size"]), stored)
+        if "size" in fields:  # else an object, not a tensor
+            tensors[key] = _tensor(fields, places.pop(key, {}), f"{where}: {printable(key)}")
+    if places:
+        raise UsageError(f"{where}: {printable(min(places))} has chunks but no size")
     return tensors, objects
 
 
-def _chunk(offset: tuple[int, ...], size: tuple[int, ...] | None, info: Any, path: Path) -> StoredChunk:
+def _tensor(fields: Mapping[str, Any], places: dict[tuple[int, ...], Any], where: str) -> StoredTensor:
+    """A tensor whose chunks lie inside it, without overlapping; where a part has no place, that part lies nowhere."""
+    size = schema.counts(fields["size"], f"{where}: size")
+    if math.prod(max(n, 1) for n in size) >= 2**60:
+        raise UsageError(f"{where}: size {schema.shown(size)} is too large")
+    regions: list[Region] = []
+    for chunk in schema.sequence(fields.get("chunks"), f"{where}: chunks"):
+        place = _fields(chunk, "offsets", "sizes")
+        start = schema.counts(place.get("offsets"), f"{where}: offsets")
+        shape = schema.counts(place.get("sizes"), f"{where}: sizes")
+        if not len(start) == len(shape) == len(size) or any(
+            a + n > whole for a, n, whole in zip(start, shape, size, strict=True)
+        ):
+            raise UsageError(f"{where}: a chunk of {list(shape)} at {list(start)} is not inside {list(size)}")
+        regions.append(tuple((a, a + n) for a, n in zip(start, shape, strict=True)))
+    _check_apart(regions, where)
+    by_start = {tuple(a for a, _ in region): region for region in regions}
+    if lost := places.keys() - by_start.keys():
+        raise UsageError(f"{where}: a chunk at {list(min(lost))} has no place in the tensor")
+    dtype = _fields(fields.get("properties"), "dtype").get("dtype")
+    stored = tuple(_chunk(by_start[start], info, where) for start, info in places.items())
+    return StoredTensor(dtype if isinstance(dtype, DType) else None, size, stored)
+
+
+def _check_apart(regions: list[Region], where: str, axis: int = 0) -> None:
+    """No two regions overlap, where those given have the same span in all dimensions before `axis`.
+
+    Chunks are nearly always a grid: along each dimension their spans are equal or apart, so each span's are looked at
+    by themselves. Else each is compared with every other.
+    """
+    spans: dict[tuple[int, int], list[Region]] = {}
+    for region in regions:
+        if axis == len(region):
+            if len(regions) > 1:
+                raise UsageError(f"{where}: two chunks at {[start for start, _ in region]} overlap")
+        elif region[axis][0] < region[axis][1]:
+            spans.setdefault(region[axis], []).append(region)
+    ordered = sorted(spans)
+    if all(one[1] <= other[0] for one, other in itertools.pairwise(ordered)):
+        for group in spans.values():
+            _check_apart(group, where, axis + 1)
+        return
+    for one, other in itertools.combinations(regions, 2):
+        if intersect(one, other):
+            starts = [[start for start, _ in region] for region in (one, other)]
+            raise UsageError(f"{where}: chunks at {starts[0]} and {starts[1]} overlap")
+
+
+def _chunk(region: Region, info: Any, where: str) -> StoredChunk:
     fields = _fields(info, "relative_path", "offset", "length")
-    file = str(fields.get("relative_path", ""))
-    if size is None or Path(file).name != file:
-        raise UsageError(f"{path} is damaged: a chunk at {offset} of file {file!r} has no place")
-    region = tuple((start, start + n) for start, n in zip(offset, size, strict=True))
-    return StoredChunk(region, file, fields["offset"], fields["length"])
+    file = schema.text(fields.get("relative_path"), f"{where}: file")
+    if Path(file).name != file or file in ("", ".", ".."):
+        raise UsageError(f"{where}: a chunk in {schema.shown(file)}; a file beside it is expected")
+    start = schema.integer(fields.get("offset"), f"{where}: offset", least=0, most=_MOST)
+    return StoredChunk(
+        region, file, start, schema.integer(fields.get("length"), f"{where}: length", least=0, most=_MOST)
+    )
 
 
 def _fields(value: Any, *names: str) -> dict[str, Any]:
@@ -100,7 +153,8 @@ def _fields(value: Any, *names: str) -> dict[str, Any]:
     state = value.state
     if isinstance(state, tuple):  # a __getstate__ of its own: the fields in order
         return dict(zip(names, state, strict=False))
-    return {**dict(zip(names, value.args, strict=False)), **(state or {})}
+    named = state if isinstance(state, dict) else {}
+    return {**dict(zip(names, value.args, strict=False)), **named}
 
 
 @functools.cache

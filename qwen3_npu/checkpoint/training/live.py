@@ -110,9 +110,10 @@ def load_weights(
         allow_nonfinite: take NaN and infinite values too (--allow-nonfinite-weights).
 
     Raises:
-        UsageError: the source has such values.
+        UsageError: a weight is not finite, in its file or in the parameter's dtype.
     """
     contents = contents or Contents(source.arch)
+    extremes: dict[str, torch.Tensor] = {}
     for chunk, model in enumerate(chunks):
         parameters = dict(model.named_parameters())
         wanted = {s.name: s for s in contents.shards(layout, rank) if s.chunk == chunk}
@@ -122,22 +123,25 @@ def load_weights(
             if not loads(name):
                 continue
             dtype = dtype_of(parameters[name])
-            tensor = to_torch(read_shard(source, shard, dtype), dtype)
-            if not allow_nonfinite and tensor.numel():
-                _check_finite(tensor, shard)
-            parameters[name].copy_(tensor)
+            parameters[name].copy_(to_torch(read_shard(source, shard, dtype), dtype))
+            if parameters[name].is_floating_point() and not allow_nonfinite:
+                # Both are NaN if anything is; they stay on the device, which is waited for once.
+                label = " + ".join(dict.fromkeys(piece.hf for piece in shard.slices)) or name
+                extremes[label] = torch.stack([parameters[name].min(), parameters[name].max()]).float()
+    if extremes:
+        finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist()
+        if wrong := [label for label, is_finite in zip(extremes, finite, strict=True) if not is_finite]:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            kind = f"NaN or infinity, in {dtype_name(chunks)}"
+            raise UsageError(
+                f"{source} holds weights that are not finite ({kind}): {wrong[0]}{more}; "
+                "load an earlier checkpoint, or go on with --allow-nonfinite-weights"
+            )
 
 
-def _check_finite(tensor: torch.Tensor, shard: Shard) -> None:
-    """One pass over a tensor on the host. Raises: UsageError: it holds NaN or infinite values."""
-    low, high = tensor.aminmax()  # NaN if one is
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        bad = int((~torch.isfinite(tensor)).sum())
-        made_of = ", ".join(dict.fromkeys(piece.hf for piece in shard.slices if not piece.padding))
-        raise UsageError(
-            f"the weights are poisoned: {bad} of {tensor.numel()} values of {shard.name} ({made_of}) are NaN or "
-            f"infinite; take an earlier checkpoint, or go on with --allow-nonfinite-weights"
-        )
+def dtype_name(chunks: Sequence[torch.nn.Module]) -> str:
+    """The dtype of a model's parameters, for messages."""
+    return str(next(parameter.dtype for chunk in chunks for parameter in chunk.parameters())).removeprefix("torch.")
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:

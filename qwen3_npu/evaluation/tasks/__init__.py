@@ -1,8 +1,11 @@
-"""The benchmarks, one small file each."""
+"""The benchmarks: one small file for each name of `args.evaluation.TASKS`, which is the list of them."""
 
 from __future__ import annotations
 
-from qwen3_npu.evaluation.task import Task
-from qwen3_npu.evaluation.tasks import boolq, ceval, cmmlu, gsm8k, mmlu, mmlu_ppl
+import importlib
 
-TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (mmlu, cmmlu, ceval, gsm8k, boolq, mmlu_ppl)}
+from qwen3_npu.args.evaluation import CUSTOM
+from qwen3_npu.args.evaluation import TASKS as NAMES
+from qwen3_npu.evaluation.task import Task
+
+TASKS: dict[str, Task] = {name: importlib.import_module(f"{__name__}.{name}").TASK for name in NAMES if name != CUSTOM}

@@ -146,7 +146,6 @@ def test_earlier_answers_of_a_conversation(model: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--task greedy needs --prompt or --predict-data"),
         (["--prompt", "x", "--task", "search"], "invalid choice: 'search'"),
         (["--prompt", "x", "--hf-chat-template", "--prompt-type", "qwen3"], "name two templates"),
         (["--prompt", "x", "--task", "do_sample", "--temperature", "0"], "needs --temperature above 0"),
@@ -162,6 +161,7 @@ def test_earlier_answers_of_a_conversation(model: Path) -> None:
         (["--task", "chat", "--no-chat-template"], "--task chat needs a template"),
         (["--prompt", "x", "--hf-chat-template", "--no-chat-template"], "contradict each other"),
         (["--prompt", "x", "--lora-load", "{model}"], "holds a model and no adapter"),
+        (["--prompt", "x", "--lora-load", "nowhere"], "--lora-load nowhere: no such folder"),
     ],
 )
 def test_refusals(
@@ -173,3 +173,89 @@ def test_refusals(
         run(process, model, tmp_path, *(flag.format(bad=bad, model=model) for flag in flags))
     assert message in str(refused.value) + capsys.readouterr().err
     assert not list(tmp_path.glob("text_generation_result*")), "nothing is half-written"
+
+
+def test_sampling_follows_generation_config_unless_flags_say_otherwise(
+    process: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import shutil
+
+    import torch
+    from transformers import GenerationConfig
+
+    folder = Path(shutil.copytree(model, tmp_path / "hf"))
+    said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 5.0, "min_p": 0.1}
+    (folder / "generation_config.json").write_text(json.dumps({**said, "eos_token_id": [1, 7], "top_p": None}))
+    theirs = GenerationConfig.from_pretrained(folder)
+    lines: list[str] = []
+    monkeypatch.setattr("qwen3_npu.log.info", lines.append)
+    flags = ("--prompt", "Once upon a time", "--max-new-tokens", 12)
+    (record,) = run(process, folder, tmp_path, *flags)
+    hf = generation.transformers_model(folder)
+    prompt = Writer(open_tokenizer(str(model)), PromptArgs()).tokens("Once upon a time")
+    answer = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0, min_p=None)
+    assert record["tokens"] == answer[0].tolist()[len(prompt) :], (
+        "greedy takes the file's repetition penalty, as theirs"
+    )
+    (plain,) = run(process, folder, tmp_path, *flags, "--repetition-penalty", 1)
+    assert plain["tokens"] != record["tokens"]
+    assert any(line.startswith("sampling: --repetition-penalty 5 (from") for line in lines)
+    assert any("no effect here: min_p 0.1" in line for line in lines)
+    from qwen3_npu.inference.generation_config import read_generation_config, with_defaults
+
+    args = parse(folder, "--task", "do_sample", "--top-k", 9)
+    filled, _ = with_defaults(args.generate, read_generation_config([folder]))
+    assert (filled.temperature, filled.repetition_penalty) == (theirs.temperature, theirs.repetition_penalty)
+    assert (filled.top_k, filled.top_p) == (9, 0.95)
+    for broken, message in (
+        ({"top_p": "high"}, "top_p is 'high'; a number"),
+        ({"eos_token_id": [1.5]}, "eos_token_id"),
+    ):
+        (folder / "generation_config.json").write_text(json.dumps(broken))
+        with pytest.raises(UsageError, match=message):
+            read_generation_config([folder])
+
+
+def test_without_a_prompt_the_greedy_prompt_of_mindspeed_is_answered(process: Any, model: Path, tmp_path: Path) -> None:
+    assert [r["prompt"] for r in run(process, model, tmp_path, "--max-new-tokens", 1)] == ["how are you?"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_that_are_not_finite_stop_and_name_the_module(
+    dtype: str, process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A down projection of 1e38 overflows in layer 2 of 4; its weights are finite."""
+    from safetensors.torch import load_file, save_file
+
+    from qwen3_npu.errors import Stopped
+
+    folder = quiz.write_tokenizer(tiny.write_model(tmp_path / "hf", tiny.arch(vocab_size=800)))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    tasks = ["greedy", "do_sample", "beam_search", "beam_search_with_sampling"]
+    for task in tasks if dtype == "float32" else tasks[:1]:
+        flags = (
+            "--task",
+            task,
+            "--prompt",
+            "Once",
+            "--max-new-tokens",
+            3,
+            *(["--bf16"] if dtype == "bfloat16" else []),
+        )
+        with pytest.raises(Stopped, match=r"not finite .* output of decoder.layers.1.mlp.linear_fc2;"):
+            run(process, folder, tmp_path, *flags)
+
+
+def test_a_weight_that_is_no_number_is_named_at_load(process: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = quiz.write_tokenizer(tiny.write_model(tmp_path / "hf", tiny.arch(vocab_size=800)))
+    weights = load_file(folder / "model.safetensors")
+    for name, value in (("model.layers.2.mlp.up_proj.weight", "nan"), ("model.norm.weight", "-inf")):
+        weights[name].view(-1)[5] = float(value)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        weights[name].view(-1)[5] = 0.0
+        with pytest.raises(UsageError, match=f"not finite .*{name}"):
+            run(process, folder, tmp_path, "--prompt", "x")
