@@ -1,15 +1,18 @@
-"""Plain Llama, added from outside: one row of facts, registered. Nothing in the package knows it."""
+"""Plain Llama, added from outside: one row of facts. Nothing in the package knows it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from unittest import mock
 
 import tiny
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.arch.families import FAMILIES
 from qwen3_npu.model.arch.families.family import Family
 
-FAMILIES["llama"] = Family(
+LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     title="Llama",
@@ -18,6 +21,13 @@ FAMILIES["llama"] = Family(
 )
 
 
-def arch() -> Qwen3Arch:
-    """A tiny Llama."""
-    return dataclasses.replace(tiny.DENSE, model_type="llama", head_dim=8)
+def register() -> None:
+    """For the rest of this process: what a user's own program does."""
+    FAMILIES["llama"] = LLAMA
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[Qwen3Arch]:
+    """For a while; a tiny Llama."""
+    with mock.patch.dict(FAMILIES, {"llama": LLAMA}):
+        yield dataclasses.replace(tiny.DENSE, model_type="llama", head_dim=8)

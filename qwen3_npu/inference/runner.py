@@ -128,7 +128,7 @@ class Runner:
             [layer.layer_number for layer in self.model.decoder.layers],
             slots=slots,
             capacity=capacity,
-            groups=self.arch.num_key_value_heads // self.plan.layout.tensor,
+            groups=max(self.arch.num_key_value_heads // self.plan.layout.tensor, 1),
             head_dim=self.arch.head_dim,
             dtype=self.dtype,
             device=self.device,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import llama  # noqa: F401 - registers a family
+import llama
 import tiny
 from qwen3_npu import log
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
@@ -32,6 +32,8 @@ from qwen3_npu.parity.memory import activations
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.expert_load import take_expert_load
 from qwen3_npu.training.step import evaluate_step
+
+llama.register()
 
 
 def train(

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 import convert_ckpt
-import llama
 from qwen3_npu import cli
 from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import BF16, F32, DType, from_float32, full
@@ -32,8 +31,8 @@ ARCHS = {
     "untied": _DENSE,
     "tied": dataclasses.replace(_DENSE, tie_word_embeddings=True),
     "moe": dataclasses.replace(_DENSE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32),
+    "few": dataclasses.replace(_DENSE, num_key_value_heads=2),
     "qwen2": tiny.arch("qwen2", vocab_size=250),
-    "llama": dataclasses.replace(llama.arch(), vocab_size=250),
 }
 ALL_TARGETS = tuple(LORA_TARGETS)
 

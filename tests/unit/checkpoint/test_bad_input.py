@@ -187,7 +187,7 @@ def test_torch_dist_sources(name: str, dist: Path, tmp_path: Path) -> None:
 
 
 TARGETS = {
-    "TP and heads": (("--target-tensor-parallel-size", 8), "8 does not divide the 4 KV heads; use one of 1, 2, 4"),
+    "TP and heads": (("--target-tensor-parallel-size", 3), "3 does not divide the 4 KV heads; use one of 1, 2, 4, 8"),
     "PP and layers": (("--target-pipeline-parallel-size", 3), "3 does not divide the 4 layers"),
     "EP of a dense model": (("--target-expert-parallel-size", 2), "needs a MoE model; this one is dense"),
     "VPP": (("--num-layers-per-virtual-pipeline-stage", 3), "does not divide the 4 layers"),

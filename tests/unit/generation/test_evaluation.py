@@ -378,3 +378,34 @@ def test_prompts_that_lose_their_beginning_are_counted(
     assert any(
         w.startswith(f"mmlu: {longer} of {len(samples)} prompts are longer than the model's 200") for w in warnings
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wrong_task_is_said_once_under_torchrun(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 says it in a line; every rank leaves it where torchrun shows the first error."""
+    from qwen3_npu import cli
+    from qwen3_npu.args.evaluation import FOREIGN, GROUPS, EvaluationArgs
+    from qwen3_npu.inference.start import start
+
+    errors = tmp_path / "error.json"
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(errors))
+    work = "qwen3_npu.evaluation.run"
+    for words in (
+        ["--task", "mlu", "--task-data-path", "x", "--load", "x"],
+        ["--task", "mmlu", "--task-data-path", "x"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluation.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(
+                "evaluation.py",
+                lambda: start("evaluation.py", "", EvaluationArgs, groups=GROUPS, foreign=FOREIGN, work=work),
+            )
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert said.count("error:") == (1 if rank == 0 else 0)
+        assert "Traceback" not in said
+        expected = "invalid choice: 'mlu'" if "mlu" in words else "required: --load"
+        assert expected in json.loads(errors.read_text())["message"]["message"]

@@ -50,9 +50,10 @@ def transformers_model(folder: Path) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module", params=["untied", "tied", "moe", "qwen2", "yarn", "llama"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    arch = llama.arch() if request.param == "llama" else tiny.arch(request.param)
-    return tiny.write_model(tmp_path_factory.mktemp(request.param), arch)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with llama.registered() as outside:
+        arch = outside if request.param == "llama" else tiny.arch(request.param)
+        yield tiny.write_model(tmp_path_factory.mktemp(request.param), arch)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "torch"])
