@@ -16,7 +16,7 @@ from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs,
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.formats.folders import iteration_name
-from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
+from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.errors import Stopped
 
 
@@ -51,7 +51,9 @@ class HfExport:
         base, kind, lora = saved, MEGATRON, LoraConvertArgs(lora_check=False)
         if self.lora.lora_ckpt_filter:
             base = Path(str(self.args.load))
-            kind = HF if is_hf_weights(base) else MEGATRON
+            found = find(base, self.args.ckpt_step)
+            assert found is not None, "it was loaded"
+            base, kind = found.folder, found.kind
             lora = LoraConvertArgs(lora_check=False, lora_load=str(saved))
         elif self.lora.on:
             lora = LoraConvertArgs(lora_check=False, lora_r=self.lora.lora_r)
