@@ -22,6 +22,10 @@ defaults() { # NAME=VALUE..., set where the environment does not say otherwise; 
     if [ -n "${ETP:-}" ]; then PARALLEL+=(--expert-tensor-parallel-size "$ETP"); fi
 }
 
+words_of() { # TEXT: sets words, one path (which may hold spaces), or several and their weights
+    if [ -e "$1" ] || [ -e "$1.idx" ] || [ -e "$1_packed_input_ids_document.idx" ]; then words=("$1"); else read -r -a words <<<"$1"; fi
+}
+
 train() { # flags of this kind of training...
     if [ "${TP:-1}" -gt 1 ]; then PARALLEL+=(--sequence-parallel); fi
     if [ -n "${CP:-}" ]; then
@@ -41,8 +45,10 @@ train() { # flags of this kind of training...
     fi
     local length=(--train-iters "${TRAIN_ITERS:-2000}")
     if [ -n "${EPOCHS:-}" ]; then length=(--epochs "$EPOCHS"); fi
+    local words
+    words_of "$DATA_PATH"
     launch pretrain_gpt.py \
-        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" --data-path $DATA_PATH --split 100,0,0 \
+        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" --data-path "${words[@]}" --split 100,0,0 \
         "${PARALLEL[@]}" "${memory[@]}" "${collect[@]}" \
         --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
         --seq-length "$SEQ_LENGTH" --micro-batch-size "$MBS" --global-batch-size "$GBS" --bf16 \
@@ -98,8 +104,10 @@ chat() {
 }
 
 evaluate() {
+    local words
+    words_of "${DATA_PATH:-./mmlu/data}"
     launch evaluation.py \
         --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
-        --task ${TASK:-mmlu} --task-data-path ${DATA_PATH:-./mmlu/data} --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
+        --task ${TASK:-mmlu} --task-data-path "${words[@]}" --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
         "$@"
 }

@@ -219,6 +219,7 @@ class CheckpointArgs:
     load_rng: bool = flag(True, help="load the random generators' state")
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
+    allow_nonfinite_weights: bool = flag(False, help="start from weights with NaN or infinite values, too")
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:
