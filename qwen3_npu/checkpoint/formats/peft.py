@@ -15,18 +15,14 @@ import numpy as np
 from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import F32, DType, Region, sizes, to_float32
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.peft_adapter import judge
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.schema import read_record
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def is_peft(folder: str | Path) -> bool:
-    """Whether a directory is a PEFT adapter."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:

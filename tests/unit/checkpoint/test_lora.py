@@ -12,8 +12,9 @@ import samples
 from qwen3_npu.checkpoint.binary.dtypes import F32
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.convert.jobs import run_jobs
+from qwen3_npu.checkpoint.convert.publish import MegatronOutput
+from qwen3_npu.checkpoint.formats.base import Target
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
-from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
 from qwen3_npu.distributed.layout import plan
 
@@ -168,11 +169,12 @@ def unified(real_models: dict, adapters: dict, tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp("unified")
     for kind, arch in samples.ARCHS.items():
         layout = plan(arch, tensor=2, pipeline=2, expert=2 if kind == "moe" else 1)
-        output = MegatronOutput(root / kind, Target(Contents(arch, True, LORA), layout, F32, F32))
+        output = MegatronOutput(root / kind, Target(Contents(arch, True, LORA), layout, F32, F32), "torch")
         source = Both(real_models[kind], adapters[kind, True])
         stage = output.stage
         records = run_jobs(output.jobs, lambda s=source: s, stage, plan="", workers=1, resume=False, what="test")
-        output.publish(records)
+        output.finish(records)
+        output.publish()
         output.commit()
     return {kind: root / kind for kind in KINDS}
 

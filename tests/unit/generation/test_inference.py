@@ -88,7 +88,7 @@ def test_a_stream_shows_everything_once(model: Path) -> None:
 
 
 def test_the_screen_hides_thoughts() -> None:
-    from qwen3_npu.inference.screen import Screen
+    from qwen3_npu.inference.chat.screen import Screen
 
     for hidden, expected in ((True, "qwen3_npu: ab < c\n"), (False, "qwen3_npu: a<think>x</think>\n\nb < c\n")):
         out = io.StringIO()
