@@ -43,6 +43,8 @@ train() { # flags of this kind of training...
         memory+=(--rope-scaling-type yarn --rope-scaling-factor "$YARN_FACTOR")
         memory+=(--rope-scaling-original-max-position-embeddings "${YARN_ORIGINAL:-32768}")
     fi
+    local length=(--train-iters "${TRAIN_ITERS:-2000}")
+    if [ -n "${EPOCHS:-}" ]; then length=(--epochs "$EPOCHS"); fi
     local words
     words_of "$DATA_PATH"
     launch pretrain_gpt.py \
@@ -50,7 +52,7 @@ train() { # flags of this kind of training...
         "${PARALLEL[@]}" "${memory[@]}" "${collect[@]}" \
         --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
         --seq-length "$SEQ_LENGTH" --micro-batch-size "$MBS" --global-batch-size "$GBS" --bf16 \
-        --train-iters "${TRAIN_ITERS:-2000}" --save-interval "${SAVE_INTERVAL:-2000}" \
+        "${length[@]}" --save-interval "${SAVE_INTERVAL:-2000}" \
         --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-warmup-fraction 0.01 \
         --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 \
         --log-interval 1 --eval-iters 0 --tensorboard-dir "$CKPT_SAVE_DIR/tensorboard" --seed 42 \

@@ -27,7 +27,8 @@ def register() -> None:
 
 
 @contextlib.contextmanager
-def registered() -> Iterator[Qwen3Arch]:
-    """For a while; a tiny Llama."""
-    with mock.patch.dict(FAMILIES, {"llama": LLAMA}):
+def registered(*, biased: bool = False) -> Iterator[Qwen3Arch]:
+    """For a while; a tiny Llama. `biased`: the variant whose attention has biases everywhere."""
+    variant = {"qkv_bias": True, "o_bias": True, "fixed": {**LLAMA.fixed, "attention_bias": (True,)}} if biased else {}
+    with mock.patch.dict(FAMILIES, {"llama": dataclasses.replace(LLAMA, **variant)}):
         yield dataclasses.replace(tiny.DENSE, model_type="llama", head_dim=8)
