@@ -7,6 +7,7 @@ from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.args.switches import check_switches
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
+from qwen3_npu.training import length
 from qwen3_npu.training.plan import plan_training
 
 
@@ -21,9 +22,12 @@ def main() -> None:
 
     if args.runtime.dry_run and (raw := raw_words(args)):
         parsed.notes.append(f"raw data: {' '.join(raw)} would be preprocessed")
+        args = length.settled(args, plan.global_batch, None)
     else:
-        args = prepared(args)
-        check_data(args.data, plan.arch.vocab_size, seq_length=args.train.seq_length, scans=rank == 0)
+        asked = prepared(args)
+        facts = check_data(asked.data, plan.arch.vocab_size, seq_length=asked.train.seq_length, scans=rank == 0)
+        args = length.settled(asked, plan.global_batch, facts.samples)
+        parsed.notes.extend(length.describe(asked, args.train.steps, plan.global_batch, facts))
     for line in plan.describe(args) + parsed.notes:
         log.info(line)
     if args.runtime.dry_run:

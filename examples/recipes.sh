@@ -22,6 +22,10 @@ defaults() { # NAME=VALUE..., set where the environment does not say otherwise; 
     if [ -n "${ETP:-}" ]; then PARALLEL+=(--expert-tensor-parallel-size "$ETP"); fi
 }
 
+words_of() { # TEXT: sets words, one path (which may hold spaces), or several and their weights
+    if [ -e "$1" ] || [ -e "$1.idx" ] || [ -e "$1_packed_input_ids_document.idx" ]; then words=("$1"); else read -r -a words <<<"$1"; fi
+}
+
 train() { # flags of this kind of training...
     if [ "${TP:-1}" -gt 1 ]; then PARALLEL+=(--sequence-parallel); fi
     if [ -n "${CP:-}" ]; then
@@ -39,12 +43,16 @@ train() { # flags of this kind of training...
         memory+=(--rope-scaling-type yarn --rope-scaling-factor "$YARN_FACTOR")
         memory+=(--rope-scaling-original-max-position-embeddings "${YARN_ORIGINAL:-32768}")
     fi
+    local length=(--train-iters "${TRAIN_ITERS:-2000}")
+    if [ -n "${EPOCHS:-}" ]; then length=(--epochs "$EPOCHS"); fi
+    local words
+    words_of "$DATA_PATH"
     launch pretrain_gpt.py \
-        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" --data-path $DATA_PATH --split 100,0,0 \
+        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" --data-path "${words[@]}" --split 100,0,0 \
         "${PARALLEL[@]}" "${memory[@]}" "${collect[@]}" \
         --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
         --seq-length "$SEQ_LENGTH" --micro-batch-size "$MBS" --global-batch-size "$GBS" --bf16 \
-        --train-iters "${TRAIN_ITERS:-2000}" --save-interval "${SAVE_INTERVAL:-2000}" \
+        "${length[@]}" --save-interval "${SAVE_INTERVAL:-2000}" \
         --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-warmup-fraction 0.01 \
         --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 \
         --log-interval 1 --eval-iters 0 --tensorboard-dir "$CKPT_SAVE_DIR/tensorboard" --seed 42 \
@@ -96,8 +104,10 @@ chat() {
 }
 
 evaluate() {
+    local words
+    words_of "${DATA_PATH:-./mmlu/data}"
     launch evaluation.py \
         --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --tokenizer-name-or-path "$HF_DIR" --bf16 "${PARALLEL[@]}" \
-        --task ${TASK:-mmlu} --task-data-path ${DATA_PATH:-./mmlu/data} --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
+        --task ${TASK:-mmlu} --task-data-path "${words[@]}" --output-dir "${OUTPUT_DIR:-.}" --seed 42 \
         "$@"
 }

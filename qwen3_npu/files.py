@@ -6,12 +6,17 @@ Every file and folder of this package becomes visible through `rename`, directly
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
+
+import xxhash
 
 from qwen3_npu.errors import UsageError
+
+_BLOCK = 8 << 20
 
 
 def flush(file: IO[Any]) -> None:
@@ -49,7 +54,7 @@ def replacing(path: str | Path, *, binary: bool = False, concurrent: bool = Fals
 
 
 def write_text(path: str | Path, text: str, *, concurrent: bool = False) -> None:
-    """A small file, atomically; see `replacing`. UTF-8; half a surrogate pair is written as its escape."""
+    """A small file in UTF-8, atomically; see `replacing`. Lone surrogates, which UTF-8 lacks, become their escapes."""
     with replacing(path, concurrent=concurrent) as file:
         file.write(text)
 
@@ -83,3 +88,61 @@ def check_writable(folder: Path, flag: str) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}; choose another {flag}") from None
+
+
+class Seal(NamedTuple):
+    """Size and digest of a finished file."""
+
+    bytes: int
+    digest: str
+
+
+class SealedFile:
+    """A file written from start to end, whose digest is made from memory on the way, not from what is read back."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.file = open(path, "wb", buffering=0)
+        self.hash = hashing(HASH)
+        self.size = 0
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """All of the data."""
+        self.hash.update(data)
+        view = memoryview(data)
+        while view:
+            view = view[self.file.write(view) :]
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> Seal:
+        """Flush to disk."""
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return Seal(self.size, self.hash.hexdigest())
+
+
+# The hash of new files: 128 bits of xxHash3, 17 times as fast as SHA-256 here. It tells damage, not forgery.
+HASH = "xxh3_128"
+
+
+def hashing(name: str) -> Any:
+    """A new hash object of this name (xxHash's or hashlib's). Raises: UsageError: it is not known."""
+    if name not in (HASH, "sha256"):
+        raise UsageError(f"hash {name!r} is not known; {HASH} and sha256 are")
+    return xxhash.xxh3_128() if name == HASH else hashlib.sha256()
+
+
+def digest(path: Path, name: str = HASH, count: Callable[[int], None] = lambda done: None) -> str:
+    """The digest of a file; `count` is told of every block's bytes."""
+    found, block = hashing(name), bytearray(_BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while done := file.readinto(block):
+            found.update(memoryview(block)[:done])
+            count(done)
+    return str(found.hexdigest())

@@ -76,7 +76,7 @@ class _Seen(NamedTuple):
 
 def folder_lease(folder: Path, flag: str) -> Lease:
     """The lease of a folder that `flag` names. See `Lease`."""
-    return Lease(folder / ".lease", f"{flag} {folder}", f"give another {flag}")
+    return Lease(folder / ".lease", f"{flag} {folder}", f"choose another {flag}")
 
 
 class Lease:

@@ -13,6 +13,17 @@ sys.path.insert(0, str(ROOT))
 # Tests train many tiny models in several processes; one thread each is fastest and repeats bit for bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Folder of a test -> its markers.
+MARKERS = {"parallel": ("parallel", "slow"), "npu_sim": ("npu_sim", "slow"), "examples": ("slow",)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the folder that they are in."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
+        for name in MARKERS.get(folder, ()):
+            item.add_marker(name)
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:

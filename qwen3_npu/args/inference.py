@@ -27,6 +27,7 @@ class WeightArgs:
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
     lora_load: str | None = flag(None, metavar="DIR", help="LoRA adapter to merge: PEFT, or a Megatron checkpoint")
     lora_alpha: float | None = flag(None, minimum=0, help="of an adapter whose checkpoint does not say it")
+    allow_nonfinite_weights: bool = flag(False, help="run weights with NaN or infinite values, too")
     bf16: bool = flag(False, help="weights and activations in bfloat16; default: float32")
     use_kv_cache: bool = flag(True, help="keep keys and values between tokens")
     prefix_cache: bool = flag(True, help="compute what prompts begin with in common only once")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
@@ -19,7 +20,15 @@ class TrainArgs:
         unit="samples",
         help="samples per optimizer step; default: one micro-batch per data-parallel rank",
     )
-    train_iters: int = flag(minimum=0, unit="steps", help="optimizer steps of the whole training")
+    train_iters: int | None = flag(
+        None, minimum=0, unit="steps", help="optimizer steps of the whole training; or one of the next two"
+    )
+    train_samples: int | None = flag(
+        None, minimum=1, unit="samples", help="samples of the whole training; what fills no --global-batch-size is left"
+    )
+    epochs: float | None = flag(
+        None, minimum=0, help="times that the whole training sees each sample; the last step may see some once more"
+    )
     seq_length: int = flag(4096, minimum=1, unit="tokens", help="tokens of a sample")
     bf16: bool = flag(False, help="weights and activations in bfloat16, optimizer state in float32; default: float32")
     attention_dropout: float = flag(0.0, minimum=0, help="dropout of attention weights")
@@ -70,6 +79,13 @@ class TrainArgs:
     manual_gc_interval: int = flag(0, minimum=0, unit="steps", help="between collections; 0: never")
 
     def __post_init__(self) -> None:
+        lengths = {"--train-iters": self.train_iters, "--train-samples": self.train_samples, "--epochs": self.epochs}
+        if sum(value is not None for value in lengths.values()) != 1:
+            given = [f"{name} {value}" for name, value in lengths.items() if value is not None]
+            what = " and ".join(given) or "how long is the training?"
+            raise UsageError(f"{what}: give exactly one of {', '.join(lengths)}")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UsageError(f"--epochs {self.epochs}: it must be above 0 and finite")
         if self.recompute_granularity == "full" and None in (self.recompute_method, self.recompute_num_layers):
             raise UsageError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
         if self.recompute_granularity != "full" and self.recompute_method is not None:
@@ -81,6 +97,12 @@ class TrainArgs:
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise UsageError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor")
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole training. With --train-samples and --epochs they are known once the data are."""
+        assert self.train_iters is not None, "training.length.settled makes steps of samples and epochs"
+        return self.train_iters
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerArgs:
@@ -91,6 +113,10 @@ class OptimizerArgs:
     lr_decay_style: str = flag("linear", choices=["constant", "linear", "cosine", "WSD"], help="shape of the decay")
     lr_decay_iters: int | None = flag(None, minimum=1, unit="steps", help="end of the decay; default: --train-iters")
     lr_warmup_iters: int = flag(0, minimum=0, unit="steps", help="linear warm-up")
+    lr_decay_samples: int | None = flag(
+        None, minimum=1, unit="samples", help="with --train-samples: end of the decay; default: --train-samples"
+    )
+    lr_warmup_samples: int = flag(0, minimum=0, unit="samples", help="with --train-samples: linear warm-up")
     lr_warmup_fraction: float | None = flag(None, minimum=0, help="warm-up as a fraction of the decay steps")
     lr_warmup_init: float = flag(0.0, minimum=0, help="learning rate at the start of the warm-up")
     lr_wsd_decay_iters: int | None = flag(None, minimum=1, unit="steps", help="last steps in which WSD decays")
@@ -107,8 +133,9 @@ class OptimizerArgs:
     overlap_param_gather: bool = flag(False, help="gather parameters while forward runs")
 
     def __post_init__(self) -> None:
-        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
-            raise UsageError("--lr-warmup-fraction and --lr-warmup-iters say the same thing; give one")
+        warmups = {"--lr-warmup-iters": self.lr_warmup_iters, "--lr-warmup-samples": self.lr_warmup_samples}
+        if len(given := [n for n, v in {**warmups, "--lr-warmup-fraction": self.lr_warmup_fraction}.items() if v]) > 1:
+            raise UsageError(f"{' and '.join(given)} say the same thing; give one")
         if self.lr_warmup_fraction is not None and self.lr_warmup_fraction >= 1:
             raise UsageError(f"--lr-warmup-fraction {self.lr_warmup_fraction} must be below 1")
         if self.min_lr > self.lr:
@@ -192,6 +219,7 @@ class CheckpointArgs:
     load_rng: bool = flag(True, help="load the random generators' state")
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
+    allow_nonfinite_weights: bool = flag(False, help="start from weights with NaN or infinite values, too")
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:

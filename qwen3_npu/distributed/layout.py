@@ -175,10 +175,11 @@ def divisors(number: int) -> str:
 
 def _problems(arch: Qwen3Arch, tensor: int, expert: int, etp: int) -> list[str]:
     problems = []
-    if arch.num_key_value_heads % tensor:
+    if not _cuts_heads(arch, tensor):
+        possible = [size for size in range(1, arch.num_attention_heads + 1) if _cuts_heads(arch, size)]
         problems.append(
             f"tensor parallel size {tensor} does not divide the {arch.num_key_value_heads} KV heads; "
-            f"use one of {divisors(arch.num_key_value_heads)}"
+            f"use one of {', '.join(map(str, possible))}"
         )
     if not arch.is_moe:
         if arch.intermediate_size % tensor:
@@ -198,6 +199,13 @@ def _problems(arch: Qwen3Arch, tensor: int, expert: int, etp: int) -> list[str]:
     if tensor % etp:
         problems.append(f"expert tensor parallel size {etp} does not divide the tensor parallel size {tensor}")
     return problems
+
+
+def _cuts_heads(arch: Qwen3Arch, tensor: int) -> bool:
+    """Whether each rank has whole query heads, and whole key/value heads or, with more ranks, one that others share."""
+    heads, groups = arch.num_attention_heads, arch.num_key_value_heads
+    rows = (heads + 2 * groups) * arch.head_dim
+    return heads % tensor == 0 and rows % tensor == 0 and (groups % tensor == 0 or tensor % groups == 0)
 
 
 def _chunks(

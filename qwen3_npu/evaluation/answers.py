@@ -15,7 +15,7 @@ from qwen3_npu.evaluation.paragraphs import ParagraphEncoder
 from qwen3_npu.evaluation.questions import Question
 from qwen3_npu.evaluation.task import Task
 from qwen3_npu.inference.engine import Engine, Request
-from qwen3_npu.inference.journal import Journal
+from qwen3_npu.inference.results.journal import Journal
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import Sampling
 from qwen3_npu.inference.scoring import Choice, Key, Scorer, choice_tokens

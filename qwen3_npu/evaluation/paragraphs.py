@@ -29,7 +29,7 @@ class ParagraphEncoder:
             self.checks -= 1
             whole = [self.encoder.encode([text]).ids.tolist() for text in texts]
             if whole != found:
-                log.warning("this tokenizer joins paragraphs: texts are encoded whole, which takes longer")
+                log.warning_once("this tokenizer joins paragraphs: texts are encoded whole, which takes longer")
                 self.safe = False
                 return whole
         return found

@@ -22,9 +22,9 @@ from qwen3_npu.evaluation.questions import Question, load_questions, missing_sub
 from qwen3_npu.evaluation.report import RESULTS, Sample, Summary, confusion
 from qwen3_npu.evaluation.task import LIKELIHOOD, Task
 from qwen3_npu.evaluation.tasks import TASKS
-from qwen3_npu.inference.journal import Journal, weights_identity
 from qwen3_npu.inference.plan import InferencePlan
-from qwen3_npu.inference.results import write_json, write_lines
+from qwen3_npu.inference.results.files import write_json, write_lines
+from qwen3_npu.inference.results.journal import Journal, weights_identity
 from qwen3_npu.inference.runner import loaded
 from qwen3_npu.inference.text import Writer
 from qwen3_npu.platform.base import Platform

@@ -11,7 +11,7 @@ from qwen3_npu.args.inference import InferenceArgs
 from qwen3_npu.data.text.conversation import Conversation
 from qwen3_npu.inference.beam import BeamSearch, beam_search
 from qwen3_npu.inference.engine import Engine, Request
-from qwen3_npu.inference.journal import Journal
+from qwen3_npu.inference.results.journal import Journal
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import sampling_of
 from qwen3_npu.inference.text import Stream, Writer

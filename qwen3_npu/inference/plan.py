@@ -8,9 +8,8 @@ from pathlib import Path
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs, positions_note, shaped
 from qwen3_npu.args.parallel import ParallelArgs, make_layout
-from qwen3_npu.checkpoint.formats.folders import format_of, read_tracker
-from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
-from qwen3_npu.checkpoint.formats.open import find_architecture
+from qwen3_npu.checkpoint.formats.folders import PEFT
+from qwen3_npu.checkpoint.formats.open import find, find_architecture
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError
@@ -72,7 +71,8 @@ def plan_inference(
         UsageError: something does not fit or is missing.
     """
     load = Path(weights.load)
-    if not is_hf_weights(load) and read_tracker(load) is None and format_of(load) is None:
+    there = find(load, weights.ckpt_step)
+    if there is None or there.format == PEFT:
         raise UsageError(f"--load {load} holds no Hugging Face model and no Megatron checkpoint")
     if weights.lora_load is not None and not Path(weights.lora_load).is_dir():
         raise UsageError(f"--lora-load {weights.lora_load}: no such folder")
@@ -86,13 +86,13 @@ def plan_inference(
     notes += positions_note(arch, found)
     layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)
     check_world_size(layout, world_size)
-    tokenizer = open_tokenizer(_tokenizer(tokenizer_path, load, config))
+    tokenizer = open_tokenizer(_tokenizer(tokenizer_path, there.home, config))
     if tokenizer.largest_id >= arch.vocab_size:
         raise UsageError(
             f"{tokenizer.path} has tokens up to {tokenizer.largest_id}, but the model has only {arch.vocab_size}; give "
             "the model's own tokenizer with --tokenizer-name-or-path"
         )
-    generation = read_generation_config([load, *([config] if config else []), tokenizer.path])
+    generation = read_generation_config([there.home, *([config] if config else []), tokenizer.path])
     prompts, lines = settle(prompts, read_taught(weights), tokenizer)
     return InferencePlan(
         arch=arch,

@@ -15,14 +15,14 @@ from qwen3_npu.data.text.prompt_types import AUTO
 from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.batch import Batch, requests_of
-from qwen3_npu.inference.chat import chat
+from qwen3_npu.inference.chat.conversation import chat
+from qwen3_npu.inference.chat.keyboard import Keyboard, keyboard
 from qwen3_npu.inference.engine import fit
 from qwen3_npu.inference.generation_config import with_defaults
-from qwen3_npu.inference.journal import Journal, weights_identity
-from qwen3_npu.inference.keyboard import Keyboard, keyboard
 from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.inference.prompts import read_prompts
-from qwen3_npu.inference.results import RESULT, write_generated
+from qwen3_npu.inference.results.files import RESULT, write_generated
+from qwen3_npu.inference.results.journal import Journal, weights_identity
 from qwen3_npu.inference.runner import loaded
 from qwen3_npu.inference.taught import PLAIN
 from qwen3_npu.inference.text import Writer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -15,8 +16,8 @@ from qwen3_npu import kernels, log
 from qwen3_npu.args.inference import WeightArgs
 from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.args.training import TrainArgs
-from qwen3_npu.checkpoint.formats.open import Opened, Sources
-from qwen3_npu.checkpoint.training.live import load_weights
+from qwen3_npu.checkpoint.formats.open import ALONE, Opened, Sources
+from qwen3_npu.checkpoint.training.live import Ranks, load_weights
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import InferencePlan
@@ -91,7 +92,13 @@ class Runner:
             raise UsageError(
                 f"--load {weights.load} was trained with {change} ({plan.found_in}); drop --hf-dir or correct it"
             )
-        load_weights(source, plan.layout, model_rank(), [self.model])
+        load_weights(
+            source,
+            plan.layout,
+            model_rank(),
+            [self.model],
+            allow_nonfinite=weights.allow_nonfinite_weights,
+        )
         source.close()
         freeze_linears(self.model, chosen, rows)
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
@@ -121,7 +128,7 @@ class Runner:
             [layer.layer_number for layer in self.model.decoder.layers],
             slots=slots,
             capacity=capacity,
-            groups=self.arch.num_key_value_heads // self.plan.layout.tensor,
+            groups=max(self.arch.num_key_value_heads // self.plan.layout.tensor, 1),
             head_dim=self.arch.head_dim,
             dtype=self.dtype,
             device=self.device,
@@ -277,6 +284,7 @@ def open_source(weights: WeightArgs) -> Opened:
     sources = Sources(
         weights.load, iteration=weights.ckpt_step, lora_load=weights.lora_load, lora_alpha=weights.lora_alpha
     )
+    sources, _ = sources.checked(peers=Ranks() if dist.is_initialized() else ALONE)
     base = sources.open_base()
     if not base.contents.base:
         raise UsageError(
@@ -292,4 +300,4 @@ def open_source(weights: WeightArgs) -> Opened:
             )
         adapter.close()
     base.close()
-    return Sources(**{**vars(sources), "merge": True})()
+    return dataclasses.replace(sources, merge=True)()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from qwen3_npu import log
+from qwen3_npu.args.convert import MEGATRON
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.preprocess import THINKING
-from qwen3_npu.checkpoint.formats.folders import format_of, read_tracker
+from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
 from qwen3_npu.data.text.prompt_types import AUTO, TEMPLATES, misfit, resolved
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
@@ -34,9 +34,10 @@ class Taught:
 def read_taught(weights: WeightArgs) -> Taught | None:
     """Of the adapter, else of the model; None if neither says it (Hugging Face models, text, other programs)."""
     for folder, step in ((weights.lora_load, None), (weights.load, weights.ckpt_step)):
-        if folder is None or (read_tracker(Path(folder)) is None and format_of(Path(folder)) is None):
+        found = find(folder, step) if folder is not None else None
+        if found is None or found.kind != MEGATRON:
             continue
-        args, _ = checkpoint_args(folder, step)
+        args, _ = checkpoint_args(found)
         prompt_type, digest = getattr(args, "prompt_type", None), getattr(args, "tokenizer_digest", None)
         thinking = str(getattr(args, "enable_thinking", "none")).lower()
         # MindSpeed-LLM saves its own prompt types, of which we know two.

@@ -52,9 +52,11 @@ class SelfAttention(MegatronModule):
         self.context_parallel, self.cp_group = context_parallel, pg_collection.cp
         self.head_dim = config.kv_channels
         self.scale = self.head_dim**-0.5
-        tp = pg_collection.tp.size()
-        self.local_groups = config.num_query_groups // tp
+        self.tp_group, tp = pg_collection.tp, pg_collection.tp.size()
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        self.local_groups = max(config.num_query_groups // tp, 1)
+        # Ranks that share one key/value head, each with a part of its query heads.
+        self.sharing = max(tp // config.num_query_groups, 1)
         query_width, key_width = config.num_attention_heads * self.head_dim, config.num_query_groups * self.head_dim
         self.linear_qkv = build_module(
             submodules.linear_qkv,
@@ -113,10 +115,24 @@ class SelfAttention(MegatronModule):
     def query_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [s, b, n, d] and k, v [s, b, g, d] of this TP rank's heads."""
         mixed, _ = self.linear_qkv(hidden_states)
+        if self.sharing > 1:
+            return self._shared_head(mixed)
         s, b, _ = mixed.shape
         mixed = mixed.view(s, b, self.local_groups, self.heads_per_group + 2, self.head_dim)
         q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=3)
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+
+    def _shared_head(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `query_key_value` with more ranks than key/value heads: the head's rows lie on several ranks.
+
+        All rows are gathered, as megatron-core 0.16 does; what its users have is then the same on every rank.
+        """
+        whole = tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.tp_group)
+        s, b, _ = whole.shape
+        rank = self.tp_group.rank()
+        whole = whole.view(s, b, -1, self.heads_per_group + 2, self.head_dim)[:, :, rank // self.sharing]
+        q, k, v = whole.split([self.heads_per_group, 1, 1], dim=2)
+        return q.chunk(self.sharing, dim=2)[rank % self.sharing], k, v
 
     def core_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: TokenSequence

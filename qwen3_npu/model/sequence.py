@@ -42,9 +42,9 @@ class TokenSequence:
         angles = rows.t().unsqueeze(-1).float() * frequencies(self.rope, rows.device)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
         cos, sin, factor = angles.cos(), angles.sin(), self.rope.attention_factor
-        return (cos if factor == 1 else cos * factor).to(self.dtype), (sin if factor == 1 else sin * factor).to(
-            self.dtype
-        )
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
+        return cos.to(self.dtype), sin.to(self.dtype)
 
 
 @functools.lru_cache(maxsize=8)

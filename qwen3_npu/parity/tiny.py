@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import F32, DType, from_float32
-from qwen3_npu.checkpoint.formats.hf_write import write_config
-from qwen3_npu.checkpoint.formats.huggingface import SINGLE, SafetensorsWriter
+from qwen3_npu.checkpoint.formats.hf_write import SafetensorsWriter, write_config
+from qwen3_npu.checkpoint.formats.huggingface import SINGLE
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.data.train.token_file import IndexedWriter, publish
 from qwen3_npu.model.arch import Qwen3Arch
@@ -36,6 +36,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "few": {"num_key_value_heads": 2},  # fewer than ranks at TP4
     "qwen2": {"model_type": "qwen2", "head_dim": 8},
     # So short that most of the tiny documents are beyond it.
     "yarn": {"rope_theta": 1e4, "rope_scaling": RopeScaling(kind=YARN, factor=4, original=16, attention_factor=1.3)},
@@ -43,7 +44,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 
 def arch(kind: str = "untied", **changes: Any) -> Qwen3Arch:
-    """A tiny "untied", "tied", "moe", "qwen2" or "yarn" model, with changes."""
+    """A tiny "untied", "tied", "moe", "few", "qwen2" or "yarn" model, with changes."""
     return dataclasses.replace(DENSE, **{**_KINDS[kind], **changes})
 
 

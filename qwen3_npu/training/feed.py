@@ -99,8 +99,8 @@ def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
 
 def _samples(args: PretrainArgs, plan: TrainingPlan) -> tuple[int, int, int]:
     """How many samples of each split are asked for."""
-    evaluations = args.train.train_iters // args.report.eval_interval + 1
-    return args.train.train_iters * plan.global_batch, evaluations * args.report.eval_iters * plan.global_batch, 0
+    evaluations = args.train.steps // args.report.eval_interval + 1
+    return args.train.steps * plan.global_batch, evaluations * args.report.eval_iters * plan.global_batch, 0
 
 
 def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:

@@ -16,8 +16,7 @@ from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs,
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.formats.folders import iteration_name
-from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
-from qwen3_npu.errors import Stopped
+from qwen3_npu.checkpoint.formats.open import find
 
 
 def _convert(args: ConvertArgs, lora: LoraConvertArgs) -> None:
@@ -36,6 +35,7 @@ class HfExport:
         self.args, self.lora, self.works = args, lora, rank == 0
         self.process: BaseProcess | None = None
         self.folder = Path()
+        self.failures = 0  # directories that could not be written
 
     def due(self, iteration: int, is_last: bool) -> bool:
         """Whether a directory of this step is asked for."""
@@ -51,7 +51,9 @@ class HfExport:
         base, kind, lora = saved, MEGATRON, LoraConvertArgs(lora_check=False)
         if self.lora.lora_ckpt_filter:
             base = Path(str(self.args.load))
-            kind = HF if is_hf_weights(base) else MEGATRON
+            found = find(base, self.args.ckpt_step)
+            assert found is not None, "it was loaded"
+            base, kind = found.folder, found.kind
             lora = LoraConvertArgs(lora_check=False, lora_load=str(saved))
         elif self.lora.on:
             lora = LoraConvertArgs(lora_check=False, lora_r=self.lora.lora_r)
@@ -65,19 +67,28 @@ class HfExport:
             overwrite=True,
         )
         self.process = multiprocessing.get_context("spawn").Process(target=_convert, args=(args, lora))
-        self.process.start()
+        try:
+            self.process.start()
+        except OSError as error:
+            self.process = None
+            self._failed(f"no process for it could be started: {error.strerror}")
+            return
         log.info(f"writing: {self.folder} (Hugging Face) in the background")
 
     def finish(self) -> None:
-        """Wait for the directory that is being written.
-
-        Raises:
-            Stopped: it could not be.
-        """
+        """Wait for the directory that is being written. One that could not be is a warning: training goes on."""
         if self.process is None:
             return
         self.process.join()
         code, self.process = self.process.exitcode, None
         if code:
-            raise Stopped(f"{self.folder} could not be written (see above); the checkpoints are whole")
-        log.info(f"saved: {self.folder} (Hugging Face)")
+            self._failed("the reason stands above")
+        else:
+            log.info(f"saved: {self.folder} (Hugging Face)")
+
+    def _failed(self, reason: str) -> None:
+        self.failures += 1
+        log.warning(
+            f"{self.folder} could not be written ({reason}); the checkpoints are whole, training goes on, and "
+            f"convert_ckpt.py can write it later ({self.failures} such directories so far)"
+        )

@@ -189,7 +189,7 @@ class Trainer:
 
     def train(self) -> None:
         """All steps up to --train-iters."""
-        args, last = self.args, self.args.train.train_iters
+        args, last = self.args, self.args.train.steps
         if self.position.iteration >= last:
             log.info(f"nothing to do: step {self.position.iteration} of --train-iters {last} is reached")
             return
@@ -249,7 +249,7 @@ class Trainer:
             devices=self.world.size,
             interval=args.report.log_interval,
             first=self.position.iteration,
-            last=args.train.train_iters,
+            last=args.train.steps,
             folder=Path(args.report.tensorboard_dir) if args.report.tensorboard_dir else None,
             is_main=self.world.rank == 0,
         )

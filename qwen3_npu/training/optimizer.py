@@ -71,21 +71,25 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
 def build_scheduler(
     optimizer: MegatronOptimizer, args: OptimizerArgs, train: TrainArgs, global_batch: int
 ) -> OptimizerParamScheduler:
-    """Learning rate by samples seen, as Megatron counts; the flags count steps."""
-    decay_steps = args.lr_decay_iters or train.train_iters
-    warmup = args.lr_warmup_fraction * decay_steps if args.lr_warmup_fraction is not None else args.lr_warmup_iters
+    """Learning rate by samples seen, as Megatron counts; the flags count steps, or samples with --train-samples."""
+    steps = args.lr_decay_iters or train.steps
+    decay = args.lr_decay_samples or max(steps, 1) * global_batch
+    warmup: float = args.lr_warmup_iters * global_batch or args.lr_warmup_samples
+    if args.lr_warmup_fraction is not None:
+        fraction = args.lr_warmup_fraction
+        warmup = fraction * args.lr_decay_samples if args.lr_decay_samples else fraction * steps * global_batch
     return OptimizerParamScheduler(
         optimizer,
         init_lr=args.lr_warmup_init,
         max_lr=args.lr,
         min_lr=args.min_lr,
         # The schedule must be longer than its warm-up, also when a test trains for one step.
-        lr_warmup_steps=min(warmup * global_batch, max(decay_steps, 1) * global_batch - 1),
-        lr_decay_steps=max(decay_steps, 1) * global_batch,
+        lr_warmup_steps=min(warmup, decay - 1),
+        lr_decay_steps=decay,
         lr_decay_style=args.lr_decay_style,
         start_wd=args.weight_decay,
         end_wd=args.weight_decay,
-        wd_incr_steps=train.train_iters * global_batch,
+        wd_incr_steps=train.steps * global_batch,
         wd_incr_style="constant",
         wsd_decay_steps=args.lr_wsd_decay_iters * global_batch if args.lr_wsd_decay_iters else None,
         lr_wsd_decay_style=args.lr_wsd_decay_style,

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen3_npu.args.fit import Fit, fit
 from qwen3_npu.args.model import positions_note, shaped
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
@@ -43,10 +44,15 @@ class TrainingPlan(Fit):
             f"layout: {self.layout}{context}, DP{self.data_parallel}",
             f"batch: {self.global_batch} samples of {train.seq_length} tokens = {human(tokens)} tokens: "
             f"{self.data_parallel} ranks x {self.num_microbatches} micro-batches x {train.micro_batch_size}",
-            f"training: {train.train_iters} steps, {human(train.train_iters * tokens)} tokens, "
-            f"{'bfloat16' if train.bf16 else 'float32'}",
+            f"training: {_length(train, tokens)}, {'bfloat16' if train.bf16 else 'float32'}",
             *lines(self.verdict, dry_run=args.runtime.dry_run),
         ]
+
+
+def _length(train: TrainArgs, tokens_per_step: int) -> str:
+    if train.train_iters is not None:
+        return f"{train.train_iters} steps, {human(train.train_iters * tokens_per_step)} tokens"
+    return f"{train.train_samples} samples" if train.train_samples else f"{train.epochs:g} epochs"
 
 
 def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:

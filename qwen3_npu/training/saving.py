@@ -15,8 +15,8 @@ import torch.distributed as dist
 from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name
-from qwen3_npu.checkpoint.training import load, retention, save
+from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, iterations
+from qwen3_npu.checkpoint.training import load, save
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed import environment
@@ -39,7 +39,7 @@ def prepare(args: CheckpointArgs, lora: LoraArgs) -> None:
         return
     root = Path(args.save)
     check_writable(root, "--save")
-    if environment.restarts() == 0 and not _resumes(args, lora) and (there := retention.iterations(root)):
+    if environment.restarts() == 0 and not _resumes(args, lora) and (there := iterations(root)):
         log.info(
             f"warning: --save {root} already holds checkpoints up to {iteration_name(there[0])}, and --load is "
             f"{args.load or 'not given'}: they are replaced as this training reaches their steps; to continue "

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import llama
 import tiny
 from worlds import World
+
+KINDS = ("untied", "tied", "moe", "few", "qwen2", "yarn")
 
 
 @pytest.fixture(scope="package")
@@ -29,8 +32,10 @@ def worlds() -> Iterator[dict[int, World]]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Kind -> Hugging Face directory of a tiny model."""
     root = tmp_path_factory.mktemp("models")
-    archs = {kind: tiny.arch(kind) for kind in ("untied", "tied", "moe", "qwen2", "yarn")} | {"llama": llama.arch()}
-    return {kind: str(tiny.write_model(root / kind, arch)) for kind, arch in archs.items()}
+    made = {kind: tiny.write_model(root / kind, tiny.arch(kind)) for kind in KINDS}
+    with llama.registered() as arch:
+        made["llama"] = tiny.write_model(root / "llama", arch)
+    return {kind: str(folder) for kind, folder in made.items()}
 
 
 @pytest.fixture(scope="session")

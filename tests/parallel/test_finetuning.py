@@ -108,6 +108,8 @@ SFT = {
     "YaRN, packed, CP2 ring TP2 SP": ("yarn", "packed", 4, PER_DOCUMENT + RING + TP2 + SP),
     "YaRN, packed, CP2 ulysses": ("yarn", "packed", 2, PER_DOCUMENT + ULYSSES),
     "YaRN, dynamic, PP2 VPP2": ("yarn", "single", 2, VARIABLE + PP2 + VPP),
+    "TP4 SP of 2 KV heads": ("few", "single", 4, ["--tensor-model-parallel-size", "4", *SP, *VARIABLE]),
+    "TP4 of 2 KV heads, packed": ("few", "packed", 4, ["--tensor-model-parallel-size", "4", *PER_DOCUMENT]),
     "moe, packed": ("moe", "packed", 1, PER_DOCUMENT),
     "moe, dynamic, EP2": ("moe", "single", 2, VARIABLE + EP2),
     "moe, packed, TP2 SP EP2": ("moe", "packed", 4, PER_DOCUMENT + TP2 + SP + EP2),
@@ -185,13 +187,16 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     from qwen3_npu.args.lora import LORA_TARGETS
     from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 
+    with llama.registered() as outside:
+        archs = {kind: tiny.arch(kind) for kind in ("untied", "moe", "few", "qwen2")} | {"llama": outside}
+        shapes = {kind: peft_shapes(arch, Lora(RANK, ALPHA, tuple(LORA_TARGETS))) for kind, arch in archs.items()}
     made = {}
-    for kind, arch in {**{k: tiny.arch(k) for k in ("untied", "moe", "qwen2")}, "llama": llama.arch()}.items():
+    for kind in archs:
         folder = tmp_path_factory.mktemp(f"adapter-{kind}")
         rng = np.random.default_rng(3)
         tensors: dict[str, np.ndarray] = {}
         siblings = {projection: names[0] for names in LORA_TARGETS.values() for projection in names}
-        for name, shape in peft_shapes(arch, Lora(RANK, ALPHA, tuple(LORA_TARGETS))).items():
+        for name, shape in shapes[kind].items():
             projection = name.split(".")[-3]
             first = name.replace(f".{projection}.", f".{siblings[projection]}.")
             if ".lora_A." in name and first in tensors:
@@ -240,6 +245,7 @@ LORA_LAYOUTS = {
     "CP2 ring": (2, "single", RING),
     "Qwen2.5, TP2 SP PP2": (4, "single", TP2 + SP + PP2 + VARIABLE, "qwen2"),
     "Llama, TP2 PP2": (4, "single", TP2 + PP2 + VARIABLE, "llama"),
+    "TP4 SP of 2 KV heads": (4, "single", ["--tensor-model-parallel-size", "4", *SP, *VARIABLE], "few"),
     "full recompute": (1, "single", FULL),
     "full recompute, TP2 SP PP2": (4, "single", FULL + TP2 + SP + PP2),
     "recomputed MLP": (1, "single", ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]),

@@ -23,15 +23,19 @@ CASES = [
     ("moe", EP2),
     ("moe", TP2 + EP2),
     ("moe", TP2 + PP2),
+    ("few", ["--tensor-model-parallel-size", "4"]),
+    ("qwen2", TP2 + PP2),
+    ("yarn", TP2),
 ]
+KINDS = sorted({kind for kind, _ in CASES})
 
 
 @pytest.fixture(scope="module")
 def expected(models: dict[str, str]) -> dict[str, dict[str, Any]]:
     """What transformers answers, and what one process of ours samples."""
     found = {}
-    for kind, folder in models.items():
-        model, prompts = generation.transformers_model(folder), generation.prompts()
+    for kind in KINDS:
+        model, prompts = generation.transformers_model(models[kind]), generation.prompts()
         greedy = generation.transformers_answers(model, prompts, 64)
         found[kind] = {
             "greedy": greedy,
@@ -46,7 +50,7 @@ def expected(models: dict[str, str]) -> dict[str, dict[str, Any]]:
 def samples(worlds: dict[int, World], models: dict[str, str]) -> dict[str, Any]:
     """What one process samples."""
     run = worlds[1].run
-    return {kind: run("generation_cases.answers", folder=models[kind], flags=[])["sampled"] for kind in models}
+    return {kind: run("generation_cases.answers", folder=models[kind], flags=[])["sampled"] for kind in KINDS}
 
 
 @pytest.mark.parametrize(("kind", "flags"), CASES, ids=[f"{k}: {' '.join(f)}" for k, f in CASES])

@@ -42,12 +42,12 @@ def flip(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
     "truncated weights": ("torch", "mp_rank_01/model_optim_rng.pt", cut, "bytes, not"),
-    "a flipped bit in the optimizer": ("torch", "mp_rank_00/optimizer.pt", flip, "its SHA-256 is another"),
+    "a flipped bit in the optimizer": ("torch", "mp_rank_00/optimizer.pt", flip, "its xxh3_128 digest is another"),
     "no weights": ("torch", "mp_rank_00/model_optim_rng.pt", Path.unlink, "is missing"),
-    "no folder": ("torch", ".", shutil.rmtree, "is missing"),
+    "no folder": ("torch", ".", shutil.rmtree, "does not exist"),
     "a manifest of nothing": ("torch", "integrity.json", lambda p: p.write_text("[]"), "cannot be read"),
     "a truncated manifest": ("torch_dist", "integrity.json", cut, "cannot be read"),
-    "a flipped bit in a chunk": ("torch_dist", "__1_0.distcp", flip, "its SHA-256 is another"),
+    "a flipped bit in a chunk": ("torch_dist", "__1_0.distcp", flip, "its xxh3_128 digest is another"),
     "truncated metadata": ("torch_dist", ".metadata", cut, "bytes, not"),
     "no common.pt": ("torch_dist", "common.pt", Path.unlink, "is missing"),
 }

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.files import flush
+from qwen3_npu.files import Seal, SealedFile
 
 _ALIGNMENT = 64
 _ZIP64_EXTRA = 20  # bytes that zipfile adds to a local header it opens with force_zip64
@@ -99,15 +100,20 @@ class TorchPickler(pickle._Pickler):
 class _FromHere:
     """A file as if it began at its present position."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: SealedFile) -> None:
         self.file, self.start = file, file.tell()
-        self.write, self.flush = file.write, file.flush
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        """The larger file stays open."""
 
     def tell(self) -> int:
         return self.file.tell() - self.start
-
-    def seek(self, offset: int) -> int:
-        return self.file.seek(offset + self.start)
 
 
 class PtWriter:
@@ -118,57 +124,62 @@ class PtWriter:
     """
 
     def __init__(self, path: Path, content: Any) -> None:
-        self.file = open(path, "wb")
-        self._begin(self.file, content, path.stem)
+        self.file = SealedFile(path)
+        self._begin(_FromHere(self.file), content, path.stem)
 
-    def _begin(self, file: BinaryIO, content: Any, root: str) -> None:
+    def _begin(self, file: _FromHere, content: Any, root: str) -> None:
         buffer = io.BytesIO()
         pickler = TorchPickler(buffer)
         pickler.dump(content)
         self.tensors: Iterator[tuple[int, Tensor]] = enumerate(pickler.tensors)
         self.archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
         self.target, self.root = file, root
-        self._entry("data.pkl", [buffer.getvalue()])
-        self._entry("byteorder", [b"little"])
+        self._entry("data.pkl", buffer.getvalue())
+        self._entry("byteorder", b"little")
 
     def write(self, array: np.ndarray) -> None:
         """The next tensor's data; its dtype and number of elements must be those announced."""
         key, tensor = next(self.tensors)
         if array.size != tensor.numel or array.dtype != tensor.dtype.carrier:
             raise AssertionError(f"tensor {key}: {array.shape} {array.dtype} written, {tensor} announced")
-        self._entry(f"data/{key}", [np.ascontiguousarray(array).data.cast("B")] if array.size else [])
+        self._entry(f"data/{key}", np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
-    def _entry(self, name: str, parts: list) -> None:
+    def _entry(self, name: str, data: bytes | memoryview) -> None:
+        """One entry, its header with the right checksum at once: zipfile itself would go back to put it in."""
         info = zipfile.ZipInfo(f"{self.root}/{name}")  # the fixed date makes equal content equal bytes
-        start = self.target.tell() + 30 + len(info.filename) + _ZIP64_EXTRA + 4
+        info.external_attr = 0o600 << 16
+        info.header_offset = self.target.tell()
+        start = info.header_offset + 30 + len(info.filename) + _ZIP64_EXTRA + 4
         padding = -start % _ALIGNMENT
         info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+        info.CRC, info.file_size, info.compress_size = zlib.crc32(data), len(data), len(data)
         try:
-            with self.archive.open(info, "w", force_zip64=True) as entry:
-                for part in parts:
-                    entry.write(part)
+            self.target.write(info.FileHeader(zip64=True))
+            self.target.write(data)
         except OSError:
             self.archive.fp = None  # or it would try to finish the archive, on the full disk, when it is collected
             raise
+        self.archive.filelist.append(info)
+        self.archive.start_dir = self.target.tell()
+        self.archive._didModify = True  # type: ignore[attr-defined]
 
     def _end(self) -> None:
         if (left := next(self.tensors, None)) is not None:
             raise AssertionError(f"tensor {left[0]} was not written")
-        self._entry("version", [b"3\n"])
+        self._entry("version", b"3\n")
         self.archive.close()
 
-    def close(self) -> None:
+    def close(self) -> Seal | None:
         """Finish the archive and flush it to disk."""
         self._end()
-        flush(self.file)
-        self.file.close()
+        return self.file.close()
 
 
 class PtSection(PtWriter):
     """A whole archive inside a larger file, from its present position on; `close` leaves the file open."""
 
-    def __init__(self, file: BinaryIO, content: Any) -> None:
-        self._begin(_FromHere(file), content, "archive")  # type: ignore[arg-type]
+    def __init__(self, file: SealedFile, content: Any) -> None:
+        self._begin(_FromHere(file), content, "archive")
 
     def close(self) -> None:
         """Finish the archive."""

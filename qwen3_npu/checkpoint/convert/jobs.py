@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from qwen3_npu import log
 from qwen3_npu.checkpoint.formats.base import PLAN, RECORD, FileJob, Item, Record, job_bytes
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.errors import UsageError
-from qwen3_npu.files import check_writable, rename, write_text
+from qwen3_npu.files import check_writable, digest, rename, write_text
 from qwen3_npu.progress import Progress, human
 
 _SPARE_BYTES = 64 << 20  # left free on the disk, for headers, configuration and tokenizer files
@@ -80,7 +81,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _earlier(stage: Path, plan: str) -> dict[str, Record]:
-    """Files that an earlier run finished: their record is there and their size agrees with it."""
+    """Files that an earlier run finished: their record is there and their size and digest agree with it."""
     if not (stage / PLAN).is_file():
         return {}
     if (stage / PLAN).read_text(encoding="utf-8") != plan:
@@ -92,8 +93,10 @@ def _earlier(stage: Path, plan: str) -> dict[str, Record]:
     for path in sorted(stage.rglob("*" + RECORD)):
         file = path.with_name(path.name[: -len(RECORD)])
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
-        if file.is_file() and file.stat().st_size == record.bytes:
+        if file.is_file() and file.stat().st_size == record.bytes and digest(file) == record.digest:
             records[str(file.relative_to(stage))] = record
+        else:
+            log.warning(f"--resume: {file} is not what was written; it is made again")
     return records
 
 
@@ -120,11 +123,11 @@ class _Write:
                 count(data.nbytes)
 
         try:
-            notes = job.write(temporary, tensors())
+            seal, notes = job.write(temporary, tensors())
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}; --resume continues from here") from None
         rename(temporary, path)
-        record = Record(path.stat().st_size, digests, notes)
+        record = Record(*seal, digests, notes)
         write_text(path.with_name(path.name + RECORD), json.dumps(dataclasses.asdict(record)))
         return record
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan
-from qwen3_npu.checkpoint.formats.base import Output
+from qwen3_npu.checkpoint.convert.publish import HfOutput, MegatronOutput, Output, PeftOutput
+from qwen3_npu.checkpoint.formats.base import Target
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.dist_write import DistOutput
-from qwen3_npu.checkpoint.formats.folders import TORCH_DIST
-from qwen3_npu.checkpoint.formats.hf_write import HfOutput, PeftOutput, plan_hf_files
-from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights, weight_map
+from qwen3_npu.checkpoint.formats.folders import format_of, is_hf_weights
+from qwen3_npu.checkpoint.formats.hf_write import plan_hf_files
+from qwen3_npu.checkpoint.formats.huggingface import weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
@@ -61,9 +60,10 @@ def planned_output(
         files = plan_hf_files(what.contents.arch, what.dtype, int(args.max_shard_size * 1e9))
         output = HfOutput(root, what.contents.arch, config, what.dtype, files)
     else:
-        cut = Target(what.contents, target_layout(what.contents.arch, target), what.dtype, what.lora_dtype)
-        output = (DistOutput if args.ckpt_format == TORCH_DIST else MegatronOutput)(root, cut)
-    loads = [Path(folder).resolve() for folder in (what.sources.load, what.sources.lora_load) if folder]
+        layout = target_layout(what.contents.arch, target)
+        output = MegatronOutput(root, Target(what.contents, layout, what.dtype, what.lora_dtype), args.ckpt_format)
+    loads = [Path(folder).resolve() for folder in (args.load_dir, what.sources.load, what.sources.lora_load) if folder]
+    loads += [folder.parent for folder in loads if format_of(folder)]
     if output.root.resolve() in loads:
         raise UsageError(f"--save-dir {args.save_dir} is also read from; write to another folder")
     return output
@@ -95,15 +95,14 @@ def found_output(
     if not isinstance(opened, (MegatronReader, DistReader)):
         raise UsageError(f"{output.root} holds no Megatron checkpoint but {opened}")
     written = output.target
+    layout, dtype, lora_dtype = written.layout, written.dtype, written.lora_dtype
     if not {field.name for field in dataclasses.fields(TargetArgs)} & set(given):
-        written = dataclasses.replace(written, layout=opened.saved_layout())
+        layout = opened.saved_layout()
     if args.params_dtype is None:
         first = opened.dtype(next(iter(written.contents.shapes())))
-        written = dataclasses.replace(
-            written, dtype=first, lora_dtype=written.lora_dtype if written.contents.base else first
-        )
+        dtype, lora_dtype = first, written.lora_dtype if written.contents.base else first
     opened.close()
-    found = (DistOutput if opened.format == TORCH_DIST else MegatronOutput)(output.root, written)
+    found = MegatronOutput(output.root, Target(written.contents, layout, dtype, lora_dtype), opened.format)
     found.folder = opened.folder
     return found
 

@@ -11,7 +11,7 @@ from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
 from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources
-from qwen3_npu.checkpoint.manifest import MANIFEST
+from qwen3_npu.checkpoint.manifest import CONVERSION
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING
@@ -25,6 +25,7 @@ class ConversionPlan:
     """A conversion whose parts fit together.
 
     Attributes:
+        home: where the source's config.json and tokenizer files are.
         contents: what the output holds.
         dtype, lora_dtype: of the output's weights, and of its LoRA tensors.
         merged: the adapter that is merged, if one is.
@@ -32,6 +33,7 @@ class ConversionPlan:
     """
 
     sources: Sources
+    home: Path
     contents: Contents
     dtype: DType
     lora_dtype: DType
@@ -51,6 +53,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     sources = Sources(
         args.load_dir, args.load_model_type, args.ckpt_step, args.hf_cfg_dir, lora.lora_load, lora.lora_alpha
     )
+    sources, home = sources.checked("--load-dir")
     base = sources.open_base()
     if args.model_type_hf and args.model_type_hf.replace("-", "_") != base.arch.model_type:
         raise UsageError(f"--model-type-hf {args.model_type_hf}, but the model in {args.load_dir} is {base.arch}")
@@ -71,7 +74,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
             contents = dataclasses.replace(contents, base=False)
         dtype, lora_dtype = _dtypes(source, contents, args.params_dtype)
     return ConversionPlan(
-        sources, contents, dtype, lora_dtype, held if isinstance(source, MergedSource) else None, facts
+        sources, home, contents, dtype, lora_dtype, held if isinstance(source, MergedSource) else None, facts
     )
 
 
@@ -122,7 +125,7 @@ def _decide(
             raise UsageError("--save-lora-to-hf: the adapter is a PEFT directory already")
         if adapter is None:
             return sources
-        return Sources(str(lora.lora_load), lora_alpha=lora.lora_alpha)
+        return Sources(str(sources.lora_load), lora_alpha=lora.lora_alpha)
     if adapter is not None:
         return sources
     if not base.contents.base:
@@ -150,7 +153,7 @@ def _dtypes(source: Source, contents: Contents, asked: str | None) -> tuple[DTyp
 
 def _facts(opened: Checkpoint) -> dict[str, Any]:
     """What a source is, and by what it is known again."""
-    files = sorted(path for path in opened.folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = sorted(path for path in opened.folder.rglob("*") if path.is_file() and path.name != CONVERSION)
     return {
         "folder": str(opened.folder),
         "format": opened.format,

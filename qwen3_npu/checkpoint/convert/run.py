@@ -18,13 +18,10 @@ from qwen3_npu.checkpoint.convert.jobs import run_jobs
 from qwen3_npu.checkpoint.convert.output import found_output, planned_output
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan, plan_conversion
 from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
+from qwen3_npu.checkpoint.convert.publish import MegatronOutput, Output
 from qwen3_npu.checkpoint.convert.verify import differences
-from qwen3_npu.checkpoint.formats.base import Output
-from qwen3_npu.checkpoint.formats.hf_write import PeftOutput, write_config
-from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
-from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput
-from qwen3_npu.checkpoint.manifest import write_manifest
+from qwen3_npu.checkpoint.manifest import write_conversion
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 from qwen3_npu.lease import Lease, folder_lease
@@ -89,7 +86,7 @@ def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
 
 def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> Output:
     """Write, publish and reveal the output; it is looked for only after everything is there."""
-    carried = _carried_from(args, legacy)
+    carried = _carried_from(plan, args, legacy)
     config = read_hf_config(carried) if (carried / "config.json").is_file() else None
     output = planned_output(plan, args, target, legacy, config)
     with folder_lease(output.root, "--save-dir") as lease:
@@ -115,28 +112,30 @@ def _fill(
         what="writing",
     )
     lease.check()
-    output.publish(records)
-    if not isinstance(output, PeftOutput):
-        carry_files(carried, output.root, [name for name in CARRIED_FILES if name != "config.json"])
-        if args.save_model_type != HF:
-            write_config(plan.contents.arch, config, output.root, plan.dtype)
+    try:
+        output.finish(records)
+        output.carry(carried, config)
+        output.publish()
+    except OSError as error:
+        raise UsageError(f"{output.root} cannot be completed: {error}; --resume continues from here") from None
     place = output.folder.relative_to(output.root)
     facts: dict[str, Any] = {
         **plan.facts,
         "merged": dataclasses.asdict(plan.merged) if plan.merged else None,
         "target": target_facts,
     }
-    write_manifest(output.root, facts, {str(place / name): record for name, record in records.items()})
+    files = {str(place / name): {"bytes": r.bytes, "sha256": r.sha256} for name, r in records.items()}
+    write_conversion(output.root, facts, files)
     output.commit()
     log.info(f"written: {output.root}")
 
 
-def _carried_from(args: ConvertArgs, legacy: LegacyConvertArgs) -> Path:
+def _carried_from(plan: ConversionPlan, args: ConvertArgs, legacy: LegacyConvertArgs) -> Path:
     """Where configuration and tokenizer files come from: the user says, or the source has them."""
     target = Path(args.save_dir)
     if args.hf_cfg_dir is None and legacy.is_v1 and args.save_model_type == HF and (target / "config.json").is_file():
         return target
-    return Path(args.hf_cfg_dir or args.load_dir)
+    return Path(args.hf_cfg_dir) if args.hf_cfg_dir else plan.home
 
 
 def _check_merge(plan: ConversionPlan, output: Output) -> None:

@@ -40,7 +40,7 @@ class _Compare:
         names = {item.name for item in items}
         yield from (f"missing: {job.name}: {name}" for name in sorted(names - stored.keys()))
         yield from (f"extra: {job.name}: {name}" for name in sorted(stored.keys() - names))
-        for name, shard, wanted in items:
+        for name, shard, wanted, _ in items:
             if name not in stored:
                 continue
             dtype, shape, read = stored[name]

@@ -1,32 +1,41 @@
-"""What readers and writers of files agree on, and the output of a conversion: visible all at once, last."""
+"""What the readers and writers of all formats agree on."""
 
 from __future__ import annotations
 
-import abc
+import argparse
 import dataclasses
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, ITERATION, lora_args, to_args
+from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.table import Shard
-from qwen3_npu.errors import UsageError
-from qwen3_npu.files import rename, sync_folder
+from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.files import Seal
 
+STATES = ("param", "exp_avg", "exp_avg_sq")  # of each trained parameter: float32 weight and moments
 RECORD = ".record.json"  # beside a finished file of a conversion that goes on
 PLAN = "plan.json"
 
 
 class Item(NamedTuple):
-    """A tensor to be written: a name that no other of its file has, the pieces it is made of, and its dtype."""
+    """A tensor to be written.
+
+    Attributes:
+        name: no other of its file has it.
+        shard: the slices it is made of.
+        state: "" for a weight; of a training's optimizer one of `STATES`.
+    """
 
     name: str
     shard: Shard
     dtype: DType
+    state: str = ""
 
     @property
     def bytes(self) -> int:
@@ -51,8 +60,12 @@ class FileJob(Protocol):
     def items(self) -> list[Item]:
         """Every tensor of the file, in order."""
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
-        """Make the file from the data of `items`, flushed to disk; what the record should remember besides."""
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
+        """Make the file from the data of `items`, flushed to disk.
+
+        Returns:
+            Its size and digest, made while it is written; and what the files of all ranks together are made from.
+        """
 
     def stored(self, path: Path) -> dict[str, Stored]:
         """The tensors of a finished file, under the names of `items`. Raises: UsageError: it cannot be read."""
@@ -63,14 +76,19 @@ class Record:
     """A finished file.
 
     Attributes:
-        bytes: its size.
+        bytes, digest: of the file.
         sha256: of each tensor's bytes.
         notes: what the job's `write` returned.
     """
 
     bytes: int
+    digest: str
     sha256: dict[str, str]
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Any = None
+
+    @property
+    def seal(self) -> Seal:
+        return Seal(self.bytes, self.digest)
 
 
 def job_bytes(job: FileJob) -> int:
@@ -84,55 +102,58 @@ def remove_records(stage: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-class Output(abc.ABC):
-    """One output in one format.
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A Megatron checkpoint to be written, in any format.
 
     Attributes:
-        root: what the user named; configuration, tokenizer and conversion.json go there.
-        folder: where the files end up.
-        stage: where they are made.
-        jobs: one per file.
+        dtype, lora_dtype: of the model's weights, and of LoRA tensors.
+        trained: what every file of a training says beside its tensors: args, iteration, schedule.
     """
 
-    root: Path
-    folder: Path
-    stage: Path
-    jobs: Sequence[FileJob]
+    contents: Contents
+    layout: Layout
+    dtype: DType
+    lora_dtype: DType
+    trained: Mapping[str, Any] | None = None
 
-    @abc.abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """Format, dtype and layout, for the manifest; another output has other facts."""
+    @property
+    def common(self) -> Mapping[str, Any]:
+        """What every file says beside its tensors."""
+        if self.trained is not None:
+            return self.trained
+        dtype = self.dtype if self.contents.base else self.lora_dtype
+        args = to_args(self.contents.arch, self.layout, dtype) | {"iteration": ITERATION}
+        if self.contents.lora:
+            args |= lora_args(self.contents.lora)
+        return {"args": argparse.Namespace(**args), "checkpoint_version": CHECKPOINT_VERSION, "iteration": ITERATION}
 
-    @abc.abstractmethod
-    def existing(self) -> str | None:
-        """What is in the way, in words."""
-
-    @abc.abstractmethod
-    def publish(self, records: Mapping[str, Record]) -> None:
-        """Move finished files from `stage` to `folder`, in place of what is there."""
-
-    @abc.abstractmethod
-    def commit(self) -> None:
-        """Make the output visible; the last step."""
-
-    @abc.abstractmethod
-    def unexpected_files(self) -> list[str]:
-        """Files in `folder` that a reader would take for a part of it but that no job makes."""
-
-    def prepare(self, overwrite: bool) -> None:
-        """Raises: UsageError: something is in the way (without `overwrite`)."""
-        if overwrite:
-            shutil.rmtree(self.stage, ignore_errors=True)
-        elif (what := self.existing()) is not None:
-            raise UsageError(f"{what}; give --overwrite to replace it, or another --save-dir")
+    def dtype_of(self, shard: Shard) -> DType:
+        return self.lora_dtype if is_lora(shard.name) else self.dtype
 
 
-def move_files(stage: Path, folder: Path, old: Sequence[Path]) -> None:
-    """Replace `old` files of a folder by those of the stage."""
-    remove_records(stage)
-    for path in old:
-        path.unlink()
-    for path in sorted(stage.iterdir()):  # an index sorts after the weights it names
-        rename(path, folder / path.name)
-    stage.rmdir()
-    sync_folder(folder)
+@dataclasses.dataclass(frozen=True)
+class RankState:
+    """What a training's rank saves; a conversion saves the weights of all shards and nothing else.
+
+    Attributes:
+        held: "" and `STATES` -> (chunk, name) -> dtype of the tensors that are here.
+        step: updates made.
+        random: states of the random generators, with `Tensor`s in place of tensors; None: not saved.
+        random_data: the data of those.
+    """
+
+    held: Mapping[str, Mapping[tuple[int, str], DType]]
+    step: int = 0
+    random: Any = None
+    random_data: tuple[np.ndarray, ...] = ()
+
+
+class MegatronWriter(Protocol):
+    """A module that writes a Megatron format, for conversions and trainings."""
+
+    def jobs(self, target: Target, rank: Rank, state: RankState | None = None) -> list[FileJob]:
+        """The files of one rank; with `state`, of a training's."""
+
+    def finish(self, target: Target, stage: Path, notes: list[Any]) -> dict[str, Seal]:
+        """Make the files that belong to all ranks, from the notes of all files."""

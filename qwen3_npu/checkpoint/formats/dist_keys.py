@@ -187,3 +187,14 @@ def _saves(layout: Layout, rank: Rank, is_expert: bool, is_sharded: bool) -> boo
         return r.pipeline, r.tensor if is_sharded else 0
 
     return rank == next(r for r in layout.ranks() if holds(r) == holds(rank))
+
+
+def state_prefix(state: str) -> str:
+    """What the keys of an optimizer's state begin with; of the weights themselves nothing."""
+    return f"optimizer.state.{state}." if state else ""
+
+
+def random_key(layout: Layout, rank: Rank) -> str:
+    """The key of a rank's states of random generators."""
+    ranks = list(layout.ranks())
+    return f"rng_state/shard_{ranks.index(rank)}_{len(ranks)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import itertools
 import math
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, Region, intersect
 from qwen3_npu.checkpoint.binary.pickles import Unknown, read_pickle
 from qwen3_npu.checkpoint.binary.torch_zip_write import TorchName, TorchPickler
 from qwen3_npu.errors import UsageError, printable
-from qwen3_npu.files import flush
+from qwen3_npu.files import Seal, SealedFile
 from qwen3_npu.schema import read_small
 
 _MOST = 2**62  # bytes of a file
@@ -174,7 +175,7 @@ class _Call:
         return _name(self.module, self.name), self.arguments
 
 
-def write_metadata(path: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredChunk]) -> None:
+def write_metadata(path: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredChunk]) -> Seal:
     """The reverse of `read_metadata`, readable by torch.distributed.checkpoint.
 
     Args:
@@ -193,9 +194,11 @@ def write_metadata(path: Path, tensors: Mapping[str, StoredTensor], objects: Map
     for key, chunk in objects.items():
         entries[key] = _Call(_METADATA, "BytesStorageMetadata", ())
         storage[_Call(_METADATA, "MetadataIndex", (key,))] = _stored(chunk)
-    with open(path, "wb") as file:
-        TorchPickler(file).dump(_Call(_METADATA, "Metadata", (entries, None, storage)))
-        flush(file)
+    pickled = io.BytesIO()
+    TorchPickler(pickled).dump(_Call(_METADATA, "Metadata", (entries, None, storage)))
+    file = SealedFile(path)
+    file.write(pickled.getbuffer())
+    return file.close()
 
 
 def _size(sizes: tuple[int, ...]) -> _Call:

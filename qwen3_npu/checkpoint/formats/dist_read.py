@@ -22,7 +22,7 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, Region, full, intersect, r
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
 from qwen3_npu.checkpoint.formats.dist_keys import global_layout, key_of, layer_places, possible_keys
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata
-from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, checkpoint_folder
+from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, Found
 from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args
 from qwen3_npu.checkpoint.formats.torch_read import architecture
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
@@ -141,8 +141,7 @@ class DistReader(DistTensors):
 
     def __init__(
         self,
-        root: str | Path,
-        iteration: int | None = None,
+        found: Found,
         hf_config: str | Path | None = None,
         lora_alpha: float | None = None,
     ) -> None:
@@ -151,7 +150,7 @@ class DistReader(DistTensors):
         Raises:
             UsageError: not a whole checkpoint, or it does not say what it is.
         """
-        folder = checkpoint_folder(root, iteration)
+        folder = found.folder
         for name in (METADATA, CONFIG, COMMON):
             if not (folder / name).is_file():
                 raise UsageError(f"{folder} has no {name}; the torch_dist checkpoint is not whole")
@@ -159,7 +158,7 @@ class DistReader(DistTensors):
         common.close()
         self.common: dict[str, Any] = common.content
         self.args: argparse.Namespace = self.common.get("args", argparse.Namespace())
-        arch = architecture(Path(root), hf_config, self.args)
+        arch = architecture(found.home, hf_config, self.args)
         self.everything, self.objects = read_metadata(folder / METADATA)
         stored = {key: tensor for key, tensor in self.everything.items() if key.startswith(_MODEL)}
         shapes = {key: tensor.size for key, tensor in stored.items()}

@@ -1,26 +1,37 @@
-"""Write a Megatron checkpoint in the torch_dist format, as megatron-core's own saving leaves it."""
+"""Write Megatron checkpoints in the torch_dist format, as megatron-core's own saving leaves them; no process group.
+
+<iteration>/__R_0.distcp     weights of model rank R, and in a training its optimizer's and random state
+           /common.pt        args, iteration, and in a training schedule and steps
+           /metadata.json    which formats these files have
+           /.metadata        keys, shapes and places of all tensors
+
+Weights lie under megatron-core's keys. An optimizer's tensor lies under "optimizer.state.<what>." and the key of its
+parameter, the names of megatron-core's fully sharded optimizer, in the whole shape of the parameter. So everything is
+read in any layout.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, full, sizes
+from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, full, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
-from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection, PtWriter, Tensor
-from qwen3_npu.checkpoint.formats.base import Item, Record, Stored
-from qwen3_npu.checkpoint.formats.dist_keys import Chunk, chunks, extra_states
+from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection, Tensor
+from qwen3_npu.checkpoint.formats.base import STATES, FileJob, Item, RankState, Stored, Target
+from qwen3_npu.checkpoint.formats.dist_keys import Chunk, chunks, extra_states, random_key, state_prefix
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata, write_metadata
-from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST
-from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target, common_content
+from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA
+from qwen3_npu.checkpoint.formats.torch_write import write_archive
 from qwen3_npu.distributed.layout import Rank
-from qwen3_npu.files import flush, write_text
+from qwen3_npu.files import Seal, SealedFile
 
 BACKENDS = {
     "sharded_backend": "torch_dist",
@@ -30,36 +41,64 @@ BACKENDS = {
 }
 
 
+def jobs(target: Target, rank: Rank, state: RankState | None = None) -> list[FileJob]:
+    """The file of one rank, if there is anything in it; with `state`, of a training's."""
+    job = DistFile(target, rank, state)
+    return [job] if state is not None or job.chunks() else []
+
+
 @dataclasses.dataclass(frozen=True)
 class DistFile:
     """The chunks that one rank saves, one archive after the other; see `FileJob`."""
 
     target: Target
     rank: Rank
-    number: int
+    state: RankState | None = None
 
     @property
     def name(self) -> str:
-        return f"__{self.number}_0.distcp"
+        return f"__{list(self.target.layout.ranks()).index(self.rank)}_0.distcp"
 
-    def chunks(self) -> list[Chunk]:
-        return list(chunks(self.target.contents, self.target.layout, self.rank))
+    def chunks(self) -> list[tuple[str, Chunk, DType]]:
+        """(state, chunk, dtype) of every tensor."""
+        contents, layout = self.target.contents, self.target.layout
+        every = list(chunks(contents, layout, self.rank))
+        if self.state is None:
+            return [("", chunk, self.target.dtype_of(chunk.shard)) for chunk in every]
+        found = []
+        for key in ("", *STATES):
+            held = self.state.held.get(key, {})
+            # The layout of what is stored may have other names for tensors than the training's.
+            dtypes = {
+                piece.hf: held[shard.chunk, shard.name]
+                for shard in contents.shards(layout, self.rank)
+                if (shard.chunk, shard.name) in held
+                for piece in shard.slices
+            }
+            found += [
+                (key, chunk, next(dtypes[piece.hf] for piece in chunk.shard.slices if piece.hf in dtypes))
+                for chunk in every
+                if any(piece.hf in dtypes for piece in chunk.shard.slices)
+            ]
+        return found
 
     def items(self) -> list[Item]:
-        return [Item(chunk.label, chunk.shard, self.target.dtype_of(chunk.shard)) for chunk in self.chunks()]
+        return [Item(state_prefix(key) + chunk.label, chunk.shard, dtype, key) for key, chunk, dtype in self.chunks()]
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
-        """Also gives back where each archive lies: label (or name of an extra state) -> [start, length]."""
-        places: dict[str, list[int]] = {}
-        with open(path, "wb") as file:
-            for chunk, data in zip(self.chunks(), tensors, strict=True):
-                places[chunk.label] = _section(
-                    file, Tensor(self.target.dtype_of(chunk.shard), sizes(chunk.region)), data
-                )
-            for name in extra_states(self.target.contents, self.target.layout, self.rank):
-                places[name] = _section(file, [None], None)
-            flush(file)
-        return places
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
+        """Also gives back what lies where: [key, dtype, size, region, start, length] of each tensor."""
+        placed: list[list[Any]] = []
+        objects: list[list[Any]] = []
+        file = SealedFile(path)
+        for (key, chunk, dtype), data in zip(self.chunks(), tensors, strict=True):
+            place = _section(file, Tensor(dtype, sizes(chunk.region)), (data,))
+            placed.append([state_prefix(key) + chunk.key, dtype.torch, chunk.size, chunk.region, *place])
+        for name in extra_states(self.target.contents, self.target.layout, self.rank):
+            objects.append([name, *_section(file, [None], ())])
+        if self.state is not None and self.state.random is not None:
+            name = random_key(self.target.layout, self.rank)
+            objects.append([name, *_section(file, self.state.random, self.state.random_data)])
+        return file.close(), {"file": self.name, "tensors": placed, "objects": objects}
 
     def stored(self, path: Path) -> dict[str, Stored]:
         fd = os.open(path, os.O_RDONLY)
@@ -71,7 +110,7 @@ class DistFile:
 
             return Stored(dtype, sizes(chunk.region)[lead:], read)
 
-        leads = {chunk.label: chunk.lead for chunk in self.chunks()}
+        leads = {chunk.label: chunk.lead for _, chunk, _ in self.chunks()}
         found = {}
         for key, stored in read_metadata(path.parent / METADATA)[0].items():
             for chunk in stored.chunks:
@@ -81,42 +120,32 @@ class DistFile:
         return found
 
 
-def _section(file: Any, content: Any, data: np.ndarray | None) -> list[int]:
+def _section(file: SealedFile, content: Any, tensors: tuple[np.ndarray, ...]) -> list[int]:
     start = file.tell()
     section = PtSection(file, content)
-    if data is not None:
+    for data in tensors:
         section.write(data)
     section.close()
     return [start, file.tell() - start]
 
 
-class DistOutput(MegatronOutput):
-    """`<root>/iter_0000001` in the torch_dist format; its files are cut as the layout's ranks would save them."""
-
-    format = TORCH_DIST
-    jobs: list[DistFile]
-
-    def _jobs(self) -> list[DistFile]:
-        jobs = [DistFile(self.target, rank, number) for number, rank in enumerate(self.target.layout.ranks())]
-        return [job for job in jobs if job.chunks()]
-
-    def publish(self, records: Mapping[str, Record]) -> None:
-        kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
-        stored: dict[str, list[StoredChunk]] = {}
-        objects: dict[str, StoredChunk] = {}
-        for job in self.jobs:
-            places = records[job.name].notes
-            for chunk in job.chunks():
-                kinds[chunk.key] = self.target.dtype_of(chunk.shard), chunk.size
-                stored.setdefault(chunk.key, []).append(StoredChunk(chunk.region, job.name, *places[chunk.label]))
-            for name in extra_states(self.target.contents, self.target.layout, job.rank):
-                objects[name] = StoredChunk((), job.name, *places[name])
-        tensors = {key: StoredTensor(*kinds[key], tuple(parts)) for key, parts in stored.items()}
-        write_metadata(self.stage / METADATA, tensors, objects)
-        PtWriter(self.stage / COMMON, common_content(self.target)).close()
-        write_text(self.stage / CONFIG, json.dumps(BACKENDS))
-        super().publish(records)
-
-    def unexpected_files(self) -> list[str]:
-        made = {job.name for job in self.jobs}
-        return sorted({path.name for path in self.folder.glob("*.distcp")} - made)
+def finish(target: Target, stage: Path, notes: list[Any]) -> dict[str, Seal]:
+    """Make the files that belong to all ranks from what each said of its own."""
+    stored: dict[str, list[StoredChunk]] = {}
+    kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
+    objects: dict[str, StoredChunk] = {}
+    for said in notes:
+        for key, dtype, size, region, start, length in said["tensors"]:
+            kinds[key] = BY_TORCH[dtype], tuple(size)
+            region = tuple((begin, end) for begin, end in region)
+            stored.setdefault(key, []).append(StoredChunk(region, said["file"], start, length))
+        for key, start, length in said["objects"]:
+            objects[key] = StoredChunk((), said["file"], start, length)
+    tensors = {key: StoredTensor(*kinds[key], tuple(parts)) for key, parts in stored.items()}
+    config = SealedFile(stage / CONFIG)
+    config.write(json.dumps(BACKENDS).encode())
+    return {
+        METADATA: write_metadata(stage / METADATA, tensors, objects),
+        COMMON: write_archive(stage / COMMON, target.common, itertools.chain()),
+        CONFIG: config.close(),
+    }

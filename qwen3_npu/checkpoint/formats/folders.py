@@ -1,35 +1,75 @@
-"""Which folder of a Megatron checkpoint to read: tracker file, iterations, format.
+"""What lies in a folder, judged by the names in it: Hugging Face model, PEFT adapter, or Megatron checkpoint.
 
 <root>/latest_checkpointed_iteration.txt    an iteration number, or "release"
 <root>/iter_0000001/                        mp_rank_*/model_optim_rng.pt (torch) or .metadata and *.distcp (torch_dist)
 <root>/release/                             the same
+<directory>/config.json, *.safetensors      a Hugging Face model
+<directory>/adapter_config.json             a PEFT adapter
 """
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
+from qwen3_npu.args.convert import HF, MEGATRON
+from qwen3_npu.checkpoint.manifest import is_sealed
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import rename
+from qwen3_npu.schema import shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
-TORCH, TORCH_DIST = "torch", "torch_dist"
+PEFT, TORCH, TORCH_DIST = "peft", "torch", "torch_dist"
 COMMON, METADATA, CONFIG = "common.pt", ".metadata", "metadata.json"  # files of the torch_dist format
+ADAPTER_CONFIG = "adapter_config.json"
+_REMOVED = ".removed"  # a checkpoint that is being deleted; it must not look like one meanwhile
+_REPLACED = ".replaced"  # a whole one whose place another of the same step is about to take
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A model, adapter or checkpoint on disk.
+
+    Attributes:
+        format: `HF` (a model), `PEFT`, `TORCH` or `TORCH_DIST`.
+        folder: where its weights are: a directory, or an iteration's folder.
+        home: where config.json and tokenizer files are looked for: the directory, or the root of the checkpoint.
+        iteration: of a Megatron checkpoint; None: "release".
+    """
+
+    format: str
+    folder: Path
+    home: Path
+    iteration: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """`HF` (model or adapter) or `MEGATRON`."""
+        return HF if self.format in (HF, PEFT) else MEGATRON
 
 
 def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def iterations(root: Path) -> list[int]:
+    """Iterations whose folders are there, the newest first."""
+    return sorted((int(p.name[5:]) for p in root.glob("iter_*") if p.name[5:].isdigit() and p.is_dir()), reverse=True)
+
+
 def read_tracker(root: Path) -> str | None:
     """What the tracker file says: an iteration, "release", or None if there is no such file."""
     try:
-        return (root / TRACKER).read_text(encoding="utf-8").strip()
+        return (root / TRACKER).read_bytes().decode("utf-8", "replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UsageError(f"{root / TRACKER} cannot be read: {error.strerror}") from None
 
 
 def format_of(folder: Path) -> str | None:
-    """The format of an iteration's folder, or None if it is neither."""
+    """The format of an iteration's folder, or None if it is none."""
     if any(folder.glob("mp_rank_*")):
         return TORCH
     if any((folder / name).is_file() for name in (METADATA, CONFIG)):
@@ -37,31 +77,115 @@ def format_of(folder: Path) -> str | None:
     return None
 
 
-def checkpoint_folder(root: str | Path, iteration: int | None = None) -> Path:
-    """The `iter_*` (or `release`) folder to load.
+def is_hf_weights(folder: str | Path) -> bool:
+    """Whether a directory holds a Hugging Face model's weights."""
+    folder = Path(folder)
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def is_peft(folder: str | Path) -> bool:
+    """Whether a directory is a PEFT adapter."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def candidates(path: str | Path, iteration: int | None = None, kind: str | None = None) -> list[Found]:
+    """What may be meant by a path, in order of preference; empty: there is nothing.
+
+    A root gives the iteration that its tracker names and then the sealed ones before it, if its files are damaged.
+    Without a tracker (killed before the first was written), or with a damaged one beside checkpoints that are sealed,
+    these are given, the newest first. Nothing here is read but names and the tracker.
 
     Args:
-        root: the checkpoint's folder, or an `iter_*` folder itself.
-        iteration: which one; the tracker's if None.
+        path: a root, an iteration's folder, a Hugging Face directory or a PEFT directory.
+        iteration: of a root: the only one that will do.
+        kind: `HF` or `MEGATRON`: what it must be, where a folder is both. By default a tracker decides.
 
     Raises:
-        UsageError: nothing to load there.
+        UsageError: the iteration asked for, or the one that the tracker names, does not exist.
     """
-    root = Path(root)
-    if root.name.startswith(("iter_", "release")) and format_of(root):
-        return root
+    path = Path(path)
+    if kind != HF:
+        if (form := format_of(path)) is not None:
+            return [_iteration(path, path.absolute().parent, form)]
+        if found := _iterations(path, iteration):
+            return found
+    if kind == MEGATRON:
+        return []
+    if is_peft(path):
+        return [Found(PEFT, path, path)]
+    if is_hf_weights(path):
+        return [Found(HF, path, path)]
+    # What is missing of a Hugging Face model that was asked for, its reader says.
+    return [Found(HF, path, path)] if kind == HF and not candidates(path, iteration, MEGATRON) else []
+
+
+def _iteration(folder: Path, root: Path, form: str) -> Found:
+    number = folder.name.removeprefix("iter_")
+    home = folder if (folder / "config.json").is_file() else root
+    return Found(form, folder, home, int(number) if number.isdigit() else None)
+
+
+def _iterations(root: Path, iteration: int | None) -> list[Found]:
+    tracked = read_tracker(root)
+    there = iterations(root)
     if iteration is not None:
-        name = iteration_name(iteration)
+        if tracked is None and not there:
+            return []
+        names = [iteration_name(iteration)]
+        if not (root / names[0]).is_dir():
+            raise UsageError(f"{root / names[0]} does not exist; {_listed(there)}")
+    elif tracked is None or not (tracked.isdigit() or tracked == "release"):
+        names = [name for name in map(iteration_name, there) if is_sealed(root / name)]
+        if tracked is not None and not names:
+            raise UsageError(f"{root / TRACKER} says {shown(tracked)}; an iteration number or 'release' is expected")
+    elif tracked == "release":
+        names = ["release"]
     else:
-        tracked = read_tracker(root)
-        if tracked is None:
-            raise UsageError(f"{root} is not a Megatron checkpoint: it has no {TRACKER}")
-        if tracked != "release" and not tracked.isdigit():
-            raise UsageError(f"{root / TRACKER} says {tracked!r}; an iteration number or 'release' is expected")
-        name = "release" if tracked == "release" else iteration_name(int(tracked))
-    if not (root / name).is_dir():
-        there = ", ".join(sorted(p.name for p in root.glob("iter_*") if p.name[5:].isdigit())) or "none"
-        raise UsageError(f"{root / name} does not exist; iterations there: {there}")
-    if format_of(root / name) is None:
-        raise UsageError(f"{root / name} holds neither mp_rank_* folders nor .metadata; the checkpoint is not whole")
-    return root / name
+        before = [iteration_name(i) for i in there if i < int(tracked)]
+        names = [iteration_name(int(tracked)), *(name for name in before if is_sealed(root / name))]
+    return [_iteration(root / name, root, format_of(root / name) or TORCH) for name in names]
+
+
+def _listed(there: list[int]) -> str:
+    return f"iterations there: {', '.join(map(iteration_name, reversed(there))) or 'none'}"
+
+
+def missing(root: Path, folder: Path) -> str:
+    """What is wrong with an iteration's folder at first sight; empty: nothing is."""
+    if not folder.is_dir():
+        return f"{folder} does not exist; {_listed(iterations(root))}"
+    if format_of(folder) is None:
+        return f"{folder} holds neither mp_rank_* folders nor .metadata; the checkpoint is not whole"
+    return ""
+
+
+def move_to_backup(folder: Path) -> None:
+    """Make room for a checkpoint of the same step. Killed before that one is there, `restore_backup` undoes it."""
+    backup = folder.with_name(folder.name + _REPLACED)
+    if folder.exists():
+        remove(backup)
+        rename(folder, backup)
+
+
+def restore_backup(root: Path) -> None:
+    """Put back what was moved backup for a checkpoint that never came."""
+    for backup in root.glob(f"iter_*{_REPLACED}"):
+        if not (folder := backup.with_name(backup.name.removesuffix(_REPLACED))).exists():
+            rename(backup, folder)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; killed meanwhile, it leaves nothing that looks like one."""
+    if folder.exists():
+        tmp = folder.with_name(folder.name + _REMOVED)
+        shutil.rmtree(tmp, ignore_errors=True)
+        rename(folder, tmp)
+        shutil.rmtree(tmp)
+
+
+def clear(root: Path) -> None:
+    """Delete what was replaced, and what trainings that were killed meanwhile left of checkpoints they deleted."""
+    for backup in root.glob(f"iter_*{_REPLACED}"):
+        remove(backup)
+    for leftover in root.glob(f"iter_*{_REMOVED}"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Write a Hugging Face directory: a model, or an adapter for PEFT."""
+"""Write safetensors files and what lies beside them in a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -13,22 +13,12 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, full
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
-from qwen3_npu.checkpoint.formats.base import Item, Output, Record, Stored, move_files
-from qwen3_npu.checkpoint.formats.huggingface import (
-    INDEX,
-    SafetensorsWriter,
-    plan_files,
-    weight_map,
-    write_index,
-)
-from qwen3_npu.checkpoint.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
-from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
+from qwen3_npu.checkpoint.formats.base import Item, Stored
+from qwen3_npu.checkpoint.formats.huggingface import INDEX, SINGLE
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.table import Shard, hf_shapes
-from qwen3_npu.files import write_text
+from qwen3_npu.files import Seal, SealedFile, write_text
 from qwen3_npu.model.arch import Qwen3Arch, to_hf_config
-
-STAGE = ".conversion.partial"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +35,11 @@ class WeightFile:
             for name, shape in self.shapes.items()
         ]
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
         writer = SafetensorsWriter(path, {name: (self.dtype, shape) for name, shape in self.shapes.items()})
         for name, data in zip(self.shapes, tensors, strict=True):
             writer.write(name, data)
-        writer.close()
-        return {}
+        return writer.close(), None
 
     def stored(self, path: Path) -> dict[str, Stored]:
         file = SafetensorsFile(path)
@@ -62,83 +51,65 @@ class WeightFile:
         return {name: tensor(name) for name in file.header}
 
 
-class HfOutput(Output):
-    """A Hugging Face model directory; config.json comes last."""
-
-    def __init__(
-        self, root: Path, arch: Qwen3Arch, config: dict | None, dtype: DType, files: Mapping[str, list[str]]
-    ) -> None:
-        """
-        Args:
-            config: a config.json that the model came from; what Qwen3Arch does not say is kept.
-            files: file name -> names of its tensors.
-        """
-        self.root = self.folder = root
-        self.stage = root / STAGE
-        self.arch, self.config, self.dtype, self.files = arch, config, dtype, files
-        shapes = hf_shapes(arch)
-        self.total = sum(map(math.prod, shapes.values())) * dtype.itemsize
-        self.jobs = [WeightFile(name, {n: shapes[n] for n in names}, dtype) for name, names in files.items()]
-
-    def facts(self) -> dict[str, Any]:
-        return {"format": "hf", "dtype": self.dtype.torch, "files": list(self.files)}
-
-    def existing(self) -> str | None:
-        return f"{self.folder} already holds weights" if self._old() else None
-
-    def _old(self) -> list[Path]:
-        return [*self.folder.glob("*.safetensors"), *self.folder.glob(INDEX)]
-
-    def publish(self, records: Mapping[str, Record]) -> None:
-        write_index(self.stage, self.files, self.total)
-        (self.folder / "config.json").unlink(missing_ok=True)  # without it, half-moved weights are no model
-        move_files(self.stage, self.folder, self._old())
-
-    def commit(self) -> None:
-        text = json.dumps(to_hf_config(self.arch, self.config, self.dtype.torch), indent=2, ensure_ascii=False)
-        write_text(self.folder / "config.json", text + "\n")
-
-    def unexpected_files(self) -> list[str]:
-        made = {job.name for job in self.jobs}
-        found = {path.name for path in self.folder.glob("*.safetensors")} | set(weight_map(self.folder).values())
-        return sorted(found - made)
-
-
 def plan_hf_files(arch: Qwen3Arch, dtype: DType, max_bytes: int) -> dict[str, list[str]]:
     """File name -> names of its tensors."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in hf_shapes(arch).items()}
     return plan_files(sizes, max_bytes)
 
 
-class PeftOutput(Output):
-    """An adapter directory that `peft` loads; adapter_config.json comes last."""
+class SafetensorsWriter:
+    """Writes one .safetensors file, tensor by tensor, in the announced order."""
 
-    def __init__(self, root: Path, arch: Qwen3Arch, lora: Lora, dtype: DType, base: str | None) -> None:
-        """
-        Args:
-            base: folder of the base model, if it is known; `peft` can load that by itself then.
-        """
-        self.root = self.folder = root
-        self.stage = root / STAGE
-        self.config, self.dtype = peft_config(lora, base), dtype
-        self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype)]
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in tensors.items():
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+        self.expected = list(tensors)
+        self.file = SealedFile(path)
+        self.file.write(len(text).to_bytes(8, "little") + text)
 
-    def facts(self) -> dict[str, Any]:
-        return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}
+    def write(self, name: str, array: np.ndarray) -> None:
+        if name != self.expected.pop(0):
+            raise AssertionError(f"{name} written out of order")
+        self.file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
-    def existing(self) -> str | None:
-        names = [name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (self.folder / name).exists()]
-        return f"{self.folder} already holds {' and '.join(names)}" if names else None
+    def close(self) -> Seal:
+        """Flush to disk. A file closed before its last tensor is an error of ours."""
+        if self.expected:
+            raise AssertionError(f"{len(self.expected)} tensors were not written")
+        return self.file.close()
 
-    def publish(self, records: Mapping[str, Record]) -> None:
-        (self.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
-        move_files(self.stage, self.folder, [p for p in [self.folder / ADAPTER_WEIGHTS] if p.exists()])
 
-    def commit(self) -> None:
-        write_text(self.folder / ADAPTER_CONFIG, json.dumps(self.config, indent=2) + "\n")
+def plan_files(tensors: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """File name -> tensor names, filled in order up to `max_bytes` each (a larger tensor gets a file of its own).
 
-    def unexpected_files(self) -> list[str]:
-        return []
+    Args:
+        tensors: name -> size in bytes, in the order to write.
+    """
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in tensors.items():
+        if groups[-1] and used + size > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
+    """`model.safetensors.index.json`, if there is more than one file."""
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
+        write_text(folder / INDEX, text + "\n")
 
 
 def write_config(arch: Qwen3Arch, carry: dict | None, folder: Path, dtype: DType) -> None:

@@ -5,11 +5,9 @@ Format: https://github.com/huggingface/safetensors (8 bytes header length, JSON 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +17,7 @@ from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, hf_shapes
 from qwen3_npu.errors import UsageError, printable
-from qwen3_npu.files import flush, replacing, write_text
+from qwen3_npu.files import replacing
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.schema import read_record, shown
 
@@ -48,12 +46,6 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 CARRIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-
-
-def is_hf_weights(folder: str | Path) -> bool:
-    """Whether a directory holds a Hugging Face model's weights."""
-    folder = Path(folder)
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 class HfReader:
@@ -191,61 +183,3 @@ def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES
             with open(source / name, "rb") as old, replacing(target / name, binary=True) as new:
                 shutil.copyfileobj(old, new)
     return copied
-
-
-class SafetensorsWriter:
-    """Writes one .safetensors file, tensor by tensor, in the announced order."""
-
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, (dtype, shape) in tensors.items():
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-        self.expected = list(tensors)
-        self.file = open(path, "wb", buffering=0)
-        self.file.write(len(text).to_bytes(8, "little") + text)
-
-    def write(self, name: str, array: np.ndarray) -> None:
-        if name != self.expected.pop(0):
-            raise AssertionError(f"{name} written out of order")
-        view = np.ascontiguousarray(array).data.cast("B")
-        while view:
-            view = view[self.file.write(view) :]
-
-    def close(self) -> None:
-        """Flush to disk. A file closed before its last tensor is an error of ours."""
-        if self.expected:
-            raise AssertionError(f"{len(self.expected)} tensors were not written")
-        flush(self.file)
-        self.file.close()
-
-
-def plan_files(tensors: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensor names, filled in order up to `max_bytes` each (a larger tensor gets a file of its own).
-
-    Args:
-        tensors: name -> size in bytes, in the order to write.
-    """
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, size in tensors.items():
-        if groups[-1] and used + size > max_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
-
-
-def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
-    """`model.safetensors.index.json`, if there is more than one file."""
-    if len(files) > 1:
-        weight_map = {name: file for file, names in files.items() for name in names}
-        text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
-        write_text(folder / INDEX, text + "\n")

@@ -18,6 +18,9 @@ from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.arch.megatron import from_megatron, to_megatron
 from qwen3_npu.numbers import number_list
 
+ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
+CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
+
 
 def to_args(arch: Qwen3Arch, layout: Layout, dtype: DType) -> dict[str, Any]:
     """Megatron's argument names and values for this model in this layout."""

@@ -1,25 +1,175 @@
-"""Find out what a folder holds, and open it as a `Source`."""
+"""Find out what a folder holds, see that it is whole, and open it as a `Source`. Every reader comes through here."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from qwen3_npu import log
 from qwen3_npu.args.convert import HF, MEGATRON
 from qwen3_npu.args.model import ModelArgs, ShapeArgs, arch_from_shapes
+from qwen3_npu.checkpoint import manifest
+from qwen3_npu.checkpoint.formats import dist_write, torch_write
 from qwen3_npu.checkpoint.formats.adapters import MergedSource, SharedA
+from qwen3_npu.checkpoint.formats.base import MegatronWriter
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, checkpoint_folder, format_of, read_tracker
-from qwen3_npu.checkpoint.formats.huggingface import HfReader, is_hf_weights, open_hf
+from qwen3_npu.checkpoint.formats.folders import (
+    PEFT,
+    TORCH,
+    TORCH_DIST,
+    TRACKER,
+    Found,
+    candidates,
+    missing,
+    read_tracker,
+)
+from qwen3_npu.checkpoint.formats.huggingface import HfReader, open_hf
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args
-from qwen3_npu.checkpoint.formats.peft import PeftReader, is_peft
+from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader, checkpoint_args
+from qwen3_npu.distributed.layout import Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.sizes import SIZES
+from qwen3_npu.progress import Progress
 
+WRITERS: dict[str, MegatronWriter] = {TORCH: torch_write, TORCH_DIST: dist_write}
 Checkpoint = HfReader | PeftReader | MegatronReader | DistReader
 Opened = Checkpoint | MergedSource | SharedA
+
+
+class Peers:
+    """The processes that open a folder together; this one is alone. `distributed.launch.Ranks` are many."""
+
+    rank, ranks = 0, 1
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """All ranks' values."""
+        return [value]
+
+
+ALONE = Peers()
+
+
+def find(path: str | Path, iteration: int | None = None, kind: str | None = None) -> Found | None:
+    """What a path means, its files not looked at; None: there is nothing. Raises: UsageError: see `candidates`."""
+    found = next(iter(candidates(path, iteration, kind)), None)
+    if found is not None and found.kind == MEGATRON and (wrong := missing(found.home, found.folder)):
+        raise UsageError(wrong)
+    return found
+
+
+def find_whole(
+    path: str | Path, iteration: int | None = None, kind: str | None = None, peers: Peers = ALONE, flag: str = "--load"
+) -> Found | None:
+    """What a path means, with files that are what was written; None: there is nothing. Every rank must call this.
+
+    Damaged files are named. Of a root with earlier checkpoints the newest whole one is taken, aloud. The ranks share
+    the files out, so each is read once. What says nothing of its files is not checked, aloud.
+
+    Raises:
+        UsageError: nothing whole is there; on every rank.
+    """
+    options = _agreed_candidates(path, iteration, kind, peers)
+    said: list[str] = []
+    for found in options:
+        wrong = _problems(found, peers)
+        if not wrong:
+            if found is not options[0]:
+                log.info(f"warning: {found.folder} is the newest whole checkpoint and is used")
+            return found
+        if len(options) > 1:
+            for line in wrong:
+                log.info(f"warning: damaged checkpoint: {line}")
+        said += wrong
+    if not options:
+        return None
+    if options[0].kind == HF:
+        raise UsageError(f"{flag} {path} is not what was written: {said[0]}; write it again, or {_REMEDY}")
+    tried = ", ".join(found.folder.name for found in options)
+    raise UsageError(f"{flag} {path} holds no whole checkpoint (damaged: {tried}; {said[0]})")
+
+
+_REMEDY = f"delete its {manifest.INTEGRITY} if it was changed on purpose"
+
+
+def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None, peers: Peers) -> list[Found]:
+    """All ranks go by what rank 0 sees."""
+    seen: list[Found] | str | None = None
+    if peers.rank == 0:
+        try:
+            seen = candidates(path, iteration, kind)
+        except UsageError as error:
+            seen = str(error)
+    seen = peers.agree(seen)
+    if isinstance(seen, str):
+        raise UsageError(seen)
+    assert seen is not None
+    if seen and seen[0].kind == MEGATRON and iteration is None:
+        tracked = read_tracker(Path(path)) if peers.rank == 0 else None
+        if tracked is not None and not tracked.isdigit() and tracked != "release":
+            log.info(f"warning: {Path(path) / TRACKER} says no iteration; {seen[0].folder} is the newest there")
+    return seen
+
+
+def _problems(found: Found, peers: Peers) -> list[str]:
+    """What is wrong, a line each. Every rank must call this."""
+    first = peers.agree(_at_first_sight(found) if peers.rank == 0 else None)
+    if first is not None:
+        return [first] if first else []
+    mine: list[str] = []
+    if peers.rank == 0:
+        try:
+            size = manifest.read_integrity(found.folder).share_bytes(0, peers.ranks)
+        except UsageError:
+            size = 0
+        with Progress(f"checking {found.folder.name}", size, {"bytes": "B"}) as progress:
+            mine = manifest.damage(found.folder, 0, peers.ranks, lambda done: progress.add(bytes=done))
+    else:
+        mine = manifest.damage(found.folder, peers.rank, peers.ranks)
+    return list(dict.fromkeys(line for lines in peers.gather(mine) for line in lines))
+
+
+def _at_first_sight(found: Found) -> str | None:
+    """What is wrong; "": nothing, as far as can be known; None: the files are to be checked."""
+    if manifest.is_sealed(found.folder):
+        return None
+    if found.kind == MEGATRON:
+        if wrong := missing(found.home, found.folder):
+            return wrong
+        log.info(f"{found.folder} has no {manifest.INTEGRITY}; its files are not checked before they are read")
+    return ""
+
+
+def reader(
+    found: Found,
+    *,
+    hf_config: str | Path | None = None,
+    lora_alpha: float | None = None,
+    arch: Qwen3Arch | None = None,
+    prefer: Rank | None = None,
+) -> Checkpoint:
+    """Open what was found.
+
+    Args:
+        hf_config: folder of the config.json that says the architecture, if the folder does not (rightly).
+        lora_alpha: of an adapter whose checkpoint does not say it.
+        arch: the architecture of a PEFT adapter's base, if it is known.
+        prefer: the rank whose file is read for what several ranks hold.
+    """
+    if found.format == PEFT:
+        return PeftReader(found.folder, arch or _peft_architecture(found.folder, hf_config))
+    if found.format == HF:
+        return open_hf(found.folder)
+    if found.format == TORCH_DIST:
+        return DistReader(found, hf_config, lora_alpha)
+    return MegatronReader(found, hf_config, prefer=prefer, lora_alpha=lora_alpha)
 
 
 def open_checkpoint(
@@ -31,36 +181,28 @@ def open_checkpoint(
     lora_alpha: float | None = None,
     arch: Qwen3Arch | None = None,
 ) -> Checkpoint:
-    """Whatever lies in a folder: a Hugging Face model, a PEFT adapter, or a Megatron checkpoint in either format.
-
-    Args:
-        kind: what the user says it is, `HF` or `MEGATRON`; None: to be found out.
-        iteration: of a Megatron checkpoint; the tracker's if None.
-        hf_config: folder of the config.json that says the architecture, if the folder does not (rightly).
-        lora_alpha: of an adapter whose checkpoint does not say it.
-        arch: the architecture of a PEFT adapter's base, if it is known.
-
-    Raises:
-        UsageError: there is nothing of the kind, or it is not whole.
-    """
-    folder = Path(folder)
-    is_hf = is_peft(folder) or is_hf_weights(folder)
-    is_megatron = read_tracker(folder) is not None or format_of(folder) is not None
-    if kind == HF and is_megatron and not is_hf:
-        raise UsageError(f"{folder} holds a Megatron checkpoint; give --load-model-type mg")
-    if kind == MEGATRON and is_hf and not is_megatron:
-        raise UsageError(f"{folder} holds a Hugging Face {_model_or_adapter(folder)}; give --load-model-type hf")
-    if is_peft(folder) and kind != MEGATRON:
-        return PeftReader(folder, arch or _peft_architecture(folder, hf_config))
-    if kind == HF or (kind is None and not is_megatron):
-        return open_hf(folder)
-    if format_of(checkpoint_folder(folder, iteration)) == TORCH_DIST:
-        return DistReader(folder, iteration, hf_config, lora_alpha)
-    return MegatronReader(folder, iteration, hf_config, lora_alpha=lora_alpha)
+    """`find` and `reader` in one. Raises: UsageError: there is nothing of the kind, or it is not whole."""
+    found = find(folder, iteration, kind)
+    if found is None:
+        raise UsageError(nothing_there(folder, kind))
+    return reader(found, hf_config=hf_config, lora_alpha=lora_alpha, arch=arch)
 
 
-def _model_or_adapter(folder: Path) -> str:
-    return "adapter" if is_peft(folder) else "model"
+def nothing_there(folder: str | Path, kind: str | None) -> str:
+    """Why a folder cannot be opened, and what it is instead."""
+    other = None
+    if kind is not None:
+        other = next(iter(candidates(folder)), None)
+    if other is not None and kind == HF:
+        return f"{folder} holds a Megatron checkpoint; give --load-model-type mg"
+    if other is not None:
+        what = "adapter" if other.format == PEFT else "model"
+        return f"{folder} holds a Hugging Face {what}; give --load-model-type hf"
+    if kind == MEGATRON:
+        return f"{folder} is not a Megatron checkpoint: it has no {TRACKER}"
+    if any(Path(folder).glob("*.bin")):
+        return f"{folder} holds no .safetensors file; it has pytorch_model*.bin: save it as safetensors"
+    return f"{folder} holds no Hugging Face model, no Megatron checkpoint and no PEFT adapter"
 
 
 def _peft_architecture(folder: Path, hf_config: str | Path | None) -> Qwen3Arch:
@@ -88,6 +230,23 @@ class Sources:
     lora_alpha: float | None = None
     merge: bool = False
     shared_a: bool = False
+
+    def checked(self, flag: str = "--load", peers: Peers = ALONE) -> tuple[Sources, Path]:
+        """The same with the folders of whole checkpoints, and where config.json and tokenizer files of the first are.
+
+        Every rank must call this.
+
+        Raises:
+            UsageError: something is not there, or damaged.
+        """
+        found = find_whole(self.load, self.iteration, self.kind, peers, flag)
+        if found is None:
+            raise UsageError(f"{flag} {nothing_there(self.load, self.kind)}")
+        adapter = find_whole(self.lora_load, peers=peers, flag="--lora-load") if self.lora_load else None
+        if self.lora_load and adapter is None:
+            raise UsageError(f"--lora-load {nothing_there(self.lora_load, None)}")
+        lora_load = str(adapter.folder) if adapter else None
+        return dataclasses.replace(self, load=str(found.folder), iteration=None, lora_load=lora_load), found.home
 
     def open_base(self) -> Checkpoint:
         return open_checkpoint(
@@ -125,16 +284,18 @@ def find_architecture(
     if model.hf_dir and model.model:
         raise UsageError(f"--hf-dir {model.hf_dir} and --model {model.model} both name the model; give one")
     if model.hf_dir:
-        return _from_folder(model.hf_dir)
+        return _from_folder(Path(model.hf_dir))
     if model.model:
         return SIZES[model.model], f"--model {model.model}", None
-    if load and (Path(load) / "config.json").is_file():
-        return _from_folder(load)
-    if load and read_tracker(Path(load)) is not None:
-        args, where = checkpoint_args(load)
+    options: Sequence[Found] = candidates(load) if load else ()
+    for home in [Path(load), *(found.home for found in options[:1])] if load else []:
+        if (home / "config.json").is_file():
+            return _from_folder(home)
+    if whole := next((found for found in options if not missing(found.home, found.folder)), None):
+        args, where = checkpoint_args(whole)
         return arch_from_args(args, where), where, None
     if tokenizer and (Path(tokenizer) / "config.json").is_file():
-        return _from_folder(tokenizer)
+        return _from_folder(Path(tokenizer))
     if (arch := arch_from_shapes(shape, noop_layers)) is not None:
         return arch, "the shape flags", None
     raise UsageError(
@@ -143,6 +304,6 @@ def find_architecture(
     )
 
 
-def _from_folder(folder: str) -> tuple[Qwen3Arch, str, Path]:
-    path = Path(folder) / "config.json"
-    return from_hf_config(read_hf_config(folder), str(path)), str(path), Path(folder)
+def _from_folder(folder: Path) -> tuple[Qwen3Arch, str, Path]:
+    path = folder / "config.json"
+    return from_hf_config(read_hf_config(folder), str(path)), str(path), folder

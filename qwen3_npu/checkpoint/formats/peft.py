@@ -7,41 +7,22 @@ where transformers does.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qwen3_npu.args.lora import LORA_TARGETS
-from qwen3_npu.checkpoint.binary.dtypes import DType, Region, sizes
+from qwen3_npu.checkpoint.binary.dtypes import F32, DType, Region, sizes, to_float32
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
-from qwen3_npu.checkpoint.mapping.source import check_tensors
+from qwen3_npu.checkpoint.mapping.peft_adapter import judge
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.schema import read_record
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Fields of a LoraConfig that change what the adapter computes, and the values under which it is plain LoRA.
-_PLAIN = {
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None, []),
-    "target_parameters": (None, []),
-    "exclude_modules": (None, []),
-    "trainable_token_indices": (None,),
-    "alora_invocation_tokens": (None,),
-}
-
-
-def is_peft(folder: str | Path) -> bool:
-    """Whether a directory is a PEFT adapter."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
@@ -81,32 +62,52 @@ class PeftReader:
             UsageError: a file is missing or truncated, it is not plain LoRA, or it is another model's.
         """
         self.folder, self.arch = Path(folder), arch
-        config = _read_config(self.folder)
-        self.projections, lora = _lora(config, str(self.folder / ADAPTER_CONFIG))
-        self.contents = Contents(arch, base=False, lora=lora)
-        if not (self.folder / ADAPTER_WEIGHTS).is_file():
+        config = read_record(self.folder / ADAPTER_CONFIG)
+        if not (self.folder / ADAPTER_WEIGHTS).exists():
             other = "; it has adapter_model.bin: save it as safetensors" if any(self.folder.glob("*.bin")) else ""
             raise UsageError(f"{self.folder} holds no {ADAPTER_WEIGHTS}{other}")
         self.file = SafetensorsFile(self.folder / ADAPTER_WEIGHTS)
-        self.shapes = peft_shapes(arch, lora)
-        wanted = {name: shape for name, shape in self.shapes.items() if self.has(name)}
-        found = {name: self.file.shape(name) for name in self.file.header}
-        check_tensors(
-            found, wanted, str(self.folder / ADAPTER_WEIGHTS), f"rank {lora.r} on {self.projections} of {arch}"
-        )
+        shapes = {name: self.file.shape(name) for name in self.file.header}
+        self.adapter = judge(config, shapes, arch, str(self.file.path))
+        self.projections = self.adapter.projections
+        self.contents = Contents(arch, base=False, lora=self.adapter.lora)
+        self.shapes = peft_shapes(arch, self.adapter.lora)
+        for name in self.shapes:
+            self.dtype(name)  # an error now rather than after hours
 
     def has(self, name: str) -> bool:
         """Whether a tensor is in the file, rather than zeros."""
-        return name.split(".")[-3] in self.projections
+        return name in self.adapter.parts
 
     def dtype(self, name: str) -> DType:
-        return self.file.dtype(name if self.has(name) else next(iter(self.file.header)))
+        if not self.has(name):
+            return self.file.dtype(next(iter(self.file.header)))
+        part = self.adapter.parts[name]
+        return self.file.dtype(part.stored) if part.factor == 1 else F32
 
     def read(self, name: str, region: Region) -> np.ndarray:
         """A part of one tensor, in its own dtype (bfloat16 as uint16)."""
-        if self.has(name):
-            return self.file.read(name, region)
-        return np.zeros(sizes(region), self.dtype(name).carrier)
+        out = np.zeros(sizes(region), self.dtype(name).carrier)
+        if not self.has(name):
+            return out
+        part = self.adapter.parts[name]
+        axis = 0 if ".lora_A." in name else 1  # the side of the rank
+        first, last = region[axis][0], min(region[axis][1], part.rank)
+        if first >= last:
+            return out
+        ((top, bottom), (left, right)) = region
+        if axis == 0:
+            data = self.file.read(part.stored, ((part.row + first, part.row + last), (left, right)))
+            out[: last - first] = data
+            return out
+        columns = (first * part.experts, last * part.experts)
+        data = self.file.read(part.stored, ((part.row + top, part.row + bottom), columns))[
+            :, part.expert :: part.experts
+        ]
+        if part.factor != 1:
+            data = to_float32(data, self.file.dtype(part.stored)) * np.float32(part.factor)
+        out[:, : last - first] = data
+        return out
 
     def check(self) -> None:
         """Nothing is left to check: opening did."""
@@ -116,31 +117,3 @@ class PeftReader:
 
     def __str__(self) -> str:
         return f"PEFT, {self.contents}"
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UsageError(f"{path}: peft_type LORA expected")
-    for name, plain in _PLAIN.items():
-        if config.get(name) not in plain:
-            raise UsageError(f"{path}: {name} {config[name]!r} is not supported; only plain LoRA is")
-    return config
-
-
-def _lora(config: dict[str, Any], where: str) -> tuple[list[str], Lora]:
-    known = {projection: target for target, projections in LORA_TARGETS.items() for projection in projections}
-    named = config.get("target_modules") or []
-    if isinstance(named, str) or not set(named) <= known.keys():
-        raise UsageError(f"{where}: target_modules {named!r} not supported; a list of {', '.join(known)} is")
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
-        raise UsageError(f"{where}: r {r!r} and lora_alpha {alpha!r}: a number of at least 1 and a number expected")
-    if config.get("use_rslora"):
-        alpha *= r**0.5  # it scales by alpha / sqrt(r)
-    targets = tuple(target for target in LORA_TARGETS if any(known[name] == target for name in named))
-    return [name for name in known if name in named], Lora(r, float(alpha), targets)

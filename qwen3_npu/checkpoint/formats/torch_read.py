@@ -17,15 +17,7 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
 from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
-from qwen3_npu.checkpoint.formats.folders import (
-    COMMON,
-    TORCH,
-    TORCH_DIST,
-    checkpoint_folder,
-    format_of,
-    iteration_name,
-    read_tracker,
-)
+from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, Found
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
@@ -36,9 +28,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.arch.megatron import check_trained
 
-__all__ = ["WEIGHTS", "MegatronReader", "ShardedTensors", "checkpoint_args", "iteration_name", "read_tracker"]
-
-WEIGHTS = "model_optim_rng.pt"
+WEIGHTS, OPTIMIZER = "model_optim_rng.pt", "optimizer.pt"
 # Entries of a model's state dict that are not weights.
 _NOT_WEIGHTS = ("_extra_state", "inv_freq")
 
@@ -122,8 +112,7 @@ class MegatronReader(ShardedTensors):
 
     def __init__(
         self,
-        root: str | Path,
-        iteration: int | None = None,
+        found: Found,
         hf_config: str | Path | None = None,
         prefer: Rank | None = None,
         lora_alpha: float | None = None,
@@ -138,12 +127,10 @@ class MegatronReader(ShardedTensors):
         Raises:
             UsageError: not a checkpoint, or it does not say what it is.
         """
-        folder = checkpoint_folder(root, iteration)
-        if format_of(folder) == TORCH_DIST:
-            raise UsageError(f"{folder} is in the torch_dist format; convert it first with --ckpt-format torch")
+        folder = found.folder
         first = _first_file(folder)
         self.args: argparse.Namespace = first.content.get("args") or argparse.Namespace()
-        arch = architecture(Path(root), hf_config, self.args)
+        arch = architecture(found.home, hf_config, self.args)
         virtual = max(1, sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit()))
         tensors = _tensors(first, range(virtual), virtual) | _first_layers(folder, virtual)
         lora = lora_from_args(self.args, tensors, lora_alpha, str(folder))
@@ -183,10 +170,9 @@ def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namesp
     return arch_from_args(args, str(root))
 
 
-def checkpoint_args(root: str | Path, iteration: int | None = None) -> tuple[argparse.Namespace, str]:
+def checkpoint_args(found: Found) -> tuple[argparse.Namespace, str]:
     """The arguments saved in a checkpoint of either format, and the file they are in."""
-    folder = checkpoint_folder(root, iteration)
-    first = PtFile(folder / COMMON) if format_of(folder) == TORCH_DIST else _first_file(folder)
+    first = PtFile(found.folder / COMMON) if found.format == TORCH_DIST else _first_file(found.folder)
     first.close()
     return first.content.get("args") or argparse.Namespace(), str(first.path)
 

@@ -1,57 +1,39 @@
-"""Write a Megatron checkpoint in the torch format."""
+"""Write Megatron checkpoints in the torch format: the files of each model rank, for conversions and trainings.
+
+<iteration>/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt   weights, args, and in a training schedule and random state
+                                  /optimizer.pt         in a training: float32 weights and moments, as its parameters
+"""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, full
-from qwen3_npu.checkpoint.binary.pickles import TensorRef
-from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
+from qwen3_npu.checkpoint.binary.dtypes import F32, full
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
-from qwen3_npu.checkpoint.formats.base import FileJob, Item, Output, Record, Stored, remove_records
-from qwen3_npu.checkpoint.formats.folders import TORCH, TRACKER, iteration_name, read_tracker
-from qwen3_npu.checkpoint.formats.megatron_args import lora_args, to_args
-from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS
-from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.table import Shard
-from qwen3_npu.distributed.layout import Layout, Rank
-from qwen3_npu.files import rename, sync_folder, write_text
-
-ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
-CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
+from qwen3_npu.checkpoint.formats.base import STATES, FileJob, Item, RankState, Stored, Target
+from qwen3_npu.checkpoint.formats.torch_read import OPTIMIZER, WEIGHTS
+from qwen3_npu.distributed.layout import Rank
+from qwen3_npu.files import Seal
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What is written, and how.
-
-    Attributes:
-        dtype, lora_dtype: of the model's weights, and of LoRA tensors.
-    """
-
-    contents: Contents
-    layout: Layout
-    dtype: DType
-    lora_dtype: DType
-
-    def dtype_of(self, shard: Shard) -> DType:
-        return self.lora_dtype if is_lora(shard.name) else self.dtype
+def jobs(target: Target, rank: Rank, state: RankState | None = None) -> list[FileJob]:
+    """The files of one rank; with `state`, of a training's."""
+    found: list[FileJob] = [RankFile(target, rank, state)]
+    if state is not None and state.held.keys() & STATES:
+        found.append(StateFile(target, rank, state))
+    return found
 
 
-def common_content(target: Target) -> dict[str, Any]:
-    """What every file of a converted checkpoint says beside its tensors."""
-    dtype = target.dtype if target.contents.base else target.lora_dtype
-    args = to_args(target.contents.arch, target.layout, dtype) | {"iteration": ITERATION}
-    if target.contents.lora:
-        args |= lora_args(target.contents.lora)
-    return {"args": argparse.Namespace(**args), "checkpoint_version": CHECKPOINT_VERSION, "iteration": ITERATION}
+def finish(target: Target, stage: Path, notes: list[Any]) -> dict[str, Seal]:
+    """Files that belong to all ranks: none."""
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +42,7 @@ class RankFile:
 
     target: Target
     rank: Rank
+    state: RankState | None = None
 
     @property
     def name(self) -> str:
@@ -71,17 +54,24 @@ class RankFile:
     def items(self) -> list[Item]:
         # Chunk by chunk, as the dicts of the file are: that is the order in which its tensors are announced.
         shards = sorted(self.target.contents.shards(self.target.layout, self.rank), key=lambda shard: shard.chunk)
-        return [Item(f"{self._key(s.chunk)}.{s.name}", s, self.target.dtype_of(s)) for s in shards]
+        if self.state is None:
+            return [Item(f"{self._key(s.chunk)}.{s.name}", s, self.target.dtype_of(s)) for s in shards]
+        held = self.state.held[""]
+        return [
+            Item(f"{self._key(s.chunk)}.{s.name}", s, held[s.chunk, s.name])
+            for s in shards
+            if (s.chunk, s.name) in held
+        ]
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> dict[str, Any]:
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
         models: dict[str, dict[str, Tensor]] = {self._key(chunk): {} for chunk in range(self.target.layout.virtual)}
-        for _, shard, dtype in self.items():
+        for _, shard, dtype, _ in self.items():
             models[self._key(shard.chunk)][shard.name] = Tensor(dtype, shard.shape)
-        writer = PtWriter(path, common_content(self.target) | models)
-        for data in tensors:
-            writer.write(data)
-        writer.close()
-        return {}
+        content = {**self.target.common, **models}
+        last: tuple[np.ndarray, ...] = ()
+        if self.state is not None and self.state.random is not None:
+            content["rng_state"], last = self.state.random, self.state.random_data
+        return write_archive(path, content, itertools.chain(tensors, last)), None
 
     def stored(self, path: Path) -> dict[str, Stored]:
         file = PtFile(path)
@@ -93,49 +83,42 @@ class RankFile:
         return {f"{key}.{name}": tensor(ref) for key, model in models.items() for name, ref in model.items()}
 
 
-class MegatronOutput(Output):
-    """`<root>/iter_0000001` in the torch format; the tracker file comes last."""
+@dataclasses.dataclass(frozen=True)
+class StateFile:
+    """One rank's `optimizer.pt`; see `FileJob`."""
 
-    format = TORCH
+    target: Target
+    rank: Rank
+    state: RankState
 
-    def __init__(self, root: Path, target: Target) -> None:
-        self.root, self.target = root, target
-        self.folder = root / iteration_name(ITERATION)
-        self.stage = self.folder.with_name(self.folder.name + ".partial")
-        self.jobs = self._jobs()
+    @property
+    def name(self) -> str:
+        return f"{self.target.layout.folder(self.rank)}/{OPTIMIZER}"
 
-    def _jobs(self) -> Sequence[FileJob]:
-        return [RankFile(self.target, rank) for rank in self.target.layout.ranks()]
+    def items(self) -> list[Item]:
+        shards = sorted(self.target.contents.shards(self.target.layout, self.rank), key=lambda shard: shard.chunk)
+        return [
+            Item(f"{key}.{s.chunk}.{s.name}", s, F32, key)
+            for key in STATES
+            for s in shards
+            if (s.chunk, s.name) in self.state.held[key]
+        ]
 
-    def facts(self) -> dict[str, Any]:
-        dtypes = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
-        if self.target.contents.lora:
-            dtypes |= {"lora_dtype": self.target.lora_dtype.torch}
-        layout = dataclasses.asdict(self.target.layout)
-        return {"format": self.format, **dtypes, "contents": str(self.target.contents), "layout": layout}
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
+        held: dict[str, dict[int, dict[str, Tensor]]] = {key: {} for key in STATES}
+        for _, shard, dtype, key in self.items():
+            held[key].setdefault(shard.chunk, {})[shard.name] = Tensor(dtype, shard.shape)
+        return write_archive(path, {"step": self.state.step, "state": held}, tensors), None
 
-    def existing(self) -> str | None:
-        if (tracked := read_tracker(self.root)) is not None:
-            return f"{self.root} already holds a checkpoint ({TRACKER} says {tracked})"
-        return f"{self.folder} exists" if self.folder.exists() else None
-
-    def publish(self, records: Mapping[str, Record]) -> None:
-        remove_records(self.stage)
-        if self.folder.exists():
-            (self.root / TRACKER).unlink(missing_ok=True)
-            shutil.rmtree(self.folder)
-        rename(self.stage, self.folder)
-        sync_folder(self.root)
-
-    def commit(self) -> None:
-        write_tracker(self.root, str(ITERATION))
-
-    def unexpected_files(self) -> list[str]:
-        made = {job.name for job in self.jobs}
-        found = {str(path.relative_to(self.folder)) for path in self.folder.glob(f"*/{WEIGHTS}")}
-        return sorted(found - made)
+    def stored(self, path: Path) -> dict[str, Stored]:
+        raise AssertionError("a conversion writes none")
 
 
-def write_tracker(root: Path, text: str) -> None:
-    """The tracker file, atomically: it makes the checkpoint visible."""
-    write_text(root / TRACKER, text)
+def write_archive(path: Path, content: Mapping[str, Any], tensors: Iterator[np.ndarray]) -> Seal:
+    """A torch archive: plain data with `Tensor`s in it, and the data of these in order; flushed to disk."""
+    writer = PtWriter(path, dict(content))
+    for data in tensors:
+        writer.write(data)
+    seal = writer.close()
+    assert seal is not None
+    return seal

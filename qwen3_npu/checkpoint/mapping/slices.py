@@ -93,15 +93,23 @@ def vocabulary(at: ShardContext, hf: Sequence[str]) -> tuple:
 
 
 def qkv(at: ShardContext, hf: Sequence[str]) -> tuple:
-    """Per key/value head: its query heads, then the key head, then the value head; heads cut across TP."""
+    """Per key/value head: its query heads, then the key head, then the value head; rows cut evenly across TP.
+
+    Up to as many ranks as key/value heads, a rank has whole heads; above, a part of one head's rows, as megatron-core.
+    """
     arch, d = at.arch, at.arch.head_dim
-    first, last = _span(arch.num_key_value_heads, at.layout.tensor, at.rank.tensor)
+    group_rows = (arch.heads_per_group + 2) * d
+    start, stop = _span(arch.num_key_value_heads * group_rows, at.layout.tensor, at.rank.tensor)
     names: list[str] = []
     spans: list[tuple[int, int]] = []
-    for group in range(first, last):
-        q = arch.heads_per_group * d
-        names += hf
-        spans += [(group * q, (group + 1) * q), (group * d, (group + 1) * d), (group * d, (group + 1) * d)]
+    for group in range(start // group_rows, -(-stop // group_rows)):
+        row = group * group_rows
+        for name, rows in zip(hf, (arch.heads_per_group * d, d, d), strict=True):
+            first, last = max(start, row), min(stop, row + rows)
+            if first < last:
+                names.append(name)
+                spans.append((group * rows + first - row, group * rows + last - row))
+            row += rows
     return _stack(names, spans, (0, arch.hidden_size))
 
 

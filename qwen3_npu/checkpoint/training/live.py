@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from qwen3_npu.checkpoint.binary.dtypes import BF16, BY_TORCH, U8, DType, Region, as_index, intersect, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
+from qwen3_npu.checkpoint.formats.open import Peers
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.errors import Stopped, UsageError
 
 
 def dtype_of(tensor: torch.Tensor) -> DType:
@@ -44,28 +46,6 @@ def on_host(content: Any) -> Any:
     return [on_host(item) for item in content] if isinstance(content, list) else content
 
 
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """What is saved of one model rank.
-
-    Attributes:
-        common: what is the same on every rank: args, schedule, steps.
-        parameters: (virtual chunk, name) -> tensor.
-        optimizer: the same for each trained parameter that this rank has the state of; None: not saved.
-        step: updates made.
-        random: states of the random generators; None: not saved.
-    """
-
-    contents: Contents
-    layout: Layout
-    rank: Rank
-    common: dict[str, Any]
-    parameters: Mapping[tuple[int, str], torch.Tensor]
-    optimizer: Mapping[tuple[int, str], Mapping[str, torch.Tensor]] | None
-    step: int
-    random: dict[str, Any] | None
-
-
 class LiveTensors(ShardReader[None]):
     """Tensors of one rank in memory, of its parameters' shapes, read as regions of Hugging Face tensors.
 
@@ -78,12 +58,14 @@ class LiveTensors(ShardReader[None]):
     ) -> None:
         self.tensors, self.arch, self.contents = tensors, contents.arch, contents
         shards = [shard for shard in contents.shards(layout, rank) if (shard.chunk, shard.name) in tensors]
-        self.here = {piece.hf for shard in shards for piece in shard.slices}
         super().__init__(((None, shard) for shard in shards), "this rank")
 
-    def holds(self, shard: Shard) -> bool:
-        """Whether what a shard is made of is here; its layout may have another name for it."""
-        return any(piece.hf in self.here for piece in shard.slices)
+    def shard(self, shard: Shard, dtype: DType) -> np.ndarray:
+        """A Megatron tensor of this rank: the one that is here, or put together, where formats store others."""
+        tensor = self.tensors.get((shard.chunk, shard.name))
+        if tensor is not None and tuple(tensor.shape) == shard.shape and dtype_of(tensor) is dtype:
+            return to_numpy(tensor)
+        return read_shard(self, shard, dtype)
 
     def find(self, holder: Holder) -> torch.Tensor:
         return self.tensors[holder.shard.chunk, holder.shard.name]
@@ -116,6 +98,8 @@ def load_weights(
     chunks: Sequence[torch.nn.Module],
     contents: Contents | None = None,
     loads: Callable[[str], bool] = lambda name: True,
+    *,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Fill this rank's parameters.
 
@@ -123,8 +107,13 @@ def load_weights(
         chunks: the model chunks, not wrapped.
         contents: what the model is made of; by default weights without LoRA updates.
         loads: which parameters are filled, by their names.
+        allow_nonfinite: take NaN and infinite values too (--allow-nonfinite-weights).
+
+    Raises:
+        UsageError: a weight is not finite, in its file or in the parameter's dtype.
     """
     contents = contents or Contents(source.arch)
+    extremes: dict[str, torch.Tensor] = {}
     for chunk, model in enumerate(chunks):
         parameters = dict(model.named_parameters())
         wanted = {s.name: s for s in contents.shards(layout, rank) if s.chunk == chunk}
@@ -135,6 +124,24 @@ def load_weights(
                 continue
             dtype = dtype_of(parameters[name])
             parameters[name].copy_(to_torch(read_shard(source, shard, dtype), dtype))
+            if parameters[name].is_floating_point() and not allow_nonfinite:
+                # Both are NaN if anything is; they stay on the device, which is waited for once.
+                label = " + ".join(dict.fromkeys(piece.hf for piece in shard.slices)) or name
+                extremes[label] = torch.stack([parameters[name].min(), parameters[name].max()]).float()
+    if extremes:
+        finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist()
+        if wrong := [label for label, is_finite in zip(extremes, finite, strict=True) if not is_finite]:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            kind = f"NaN or infinity, in {dtype_name(chunks)}"
+            raise UsageError(
+                f"{source} holds weights that are not finite ({kind}): {wrong[0]}{more}; "
+                "load an earlier checkpoint, or go on with --allow-nonfinite-weights"
+            )
+
+
+def dtype_name(chunks: Sequence[torch.nn.Module]) -> str:
+    """The dtype of a model's parameters, for messages."""
+    return str(next(parameter.dtype for chunk in chunks for parameter in chunk.parameters())).removeprefix("torch.")
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:
@@ -171,3 +178,39 @@ def write_tensors(writer: PtWriter, tensors: list[torch.Tensor]) -> None:
     for tensor in tensors:
         writer.write(to_numpy(tensor))
     writer.close()
+
+
+@torch.no_grad()
+def check_finite(chunks: Sequence[torch.nn.Module], what: str) -> None:
+    """The weights of all ranks are finite: one reduction a tensor, one transfer. Every rank must call this.
+
+    Raises:
+        Stopped: one is not, on every rank; `what` says what is not done then.
+    """
+    parameters = parameters_of(chunks)
+    largest = torch.stack([p.detach().abs().amax().float() for p in parameters.values() if p.numel()])
+    finite = torch.isfinite(largest).tolist()
+    names = [name for (_, name), p in parameters.items() if p.numel()]
+    mine = next((name for name, good in zip(names, finite, strict=True) if not good), None)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    for rank, name in enumerate(found):
+        if name is not None:
+            raise Stopped(f"{what}: {name} holds NaN or infinite values (rank {rank}); the checkpoints before are kept")
+
+
+class Ranks(Peers):
+    """All processes of a process group."""
+
+    def __init__(self) -> None:
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+
+    def agree(self, value: Any) -> Any:
+        held = [value]
+        dist.broadcast_object_list(held, 0)
+        return held[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value)
+        return values

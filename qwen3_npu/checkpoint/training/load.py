@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from qwen3_npu import log
@@ -14,18 +15,17 @@ from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.formats.adapters import SharedA
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, checkpoint_folder, format_of
-from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights, open_hf
-from qwen3_npu.checkpoint.formats.peft import PeftReader, is_peft
+from qwen3_npu.checkpoint.formats.folders import Found, restore_backup
+from qwen3_npu.checkpoint.formats.huggingface import HfReader
+from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
+from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.mapping.lora import is_lora
 from qwen3_npu.checkpoint.mapping.source import read_shard
 from qwen3_npu.checkpoint.training import optimizer_state
-from qwen3_npu.checkpoint.training.dist_files import DistState
-from qwen3_npu.checkpoint.training.live import load_weights, to_torch
-from qwen3_npu.checkpoint.training.newest_whole import newest_whole
+from qwen3_npu.checkpoint.training.live import Ranks, load_weights, to_torch
 from qwen3_npu.checkpoint.training.save import Position, Trained
-from qwen3_npu.checkpoint.training.torch_files import TorchState
+from qwen3_npu.checkpoint.training.state import DistState, TorchState
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
@@ -48,11 +48,25 @@ def load(trained: Trained, args: CheckpointArgs, lora_load: str | None = None) -
     base = _open_base(trained, args)
     if base is not None:
         load_weights(
-            base, trained.layout, model_rank(), trained.chunks, trained.contents, lambda name: not is_lora(name)
+            base,
+            trained.layout,
+            model_rank(),
+            trained.chunks,
+            trained.contents,
+            lambda name: not is_lora(name),
+            allow_nonfinite=args.allow_nonfinite_weights,
         )
     updates = _open_adapter(trained, base, lora_load)
     if updates is not None:
-        load_weights(updates, trained.layout, model_rank(), trained.chunks, trained.contents, is_lora)
+        load_weights(
+            updates,
+            trained.layout,
+            model_rank(),
+            trained.chunks,
+            trained.contents,
+            is_lora,
+            allow_nonfinite=args.allow_nonfinite_weights,
+        )
     state = updates if trained.contents.lora else base
     position = _resume(trained, args, state)
     for source in {id(source): source for source in (base, updates) if source is not None}.values():
@@ -68,21 +82,17 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
             raise UsageError("--lora-r trains updates of a given model; give it with --load")
         log.info("weights: random (no --load)")
         return None
-    if is_hf_weights(args.load):
-        source = open_hf(args.load)
-        _check_same_model(source.arch, trained.contents.arch, f"--load {args.load}")
-        source.check()
-        log.info(f"weights: {args.load} (Hugging Face)")
-        return source
-    reader = _newest(args.load, args.ckpt_step)
-    if reader is None:
+    opened = _open(args.load, args.ckpt_step, "--load", trained)
+    if opened is None:
         starts = args.save is not None and same_folder(args.load, args.save)
         if args.exit_on_missing_checkpoint or not starts or lora:
             raise UsageError(f"--load {args.load} holds no checkpoint and no Hugging Face model")
         log.info(f"weights: random ({args.load} holds no checkpoint yet)")
         return None
-    _check_same_model(reader.arch, trained.contents.arch, f"--load {args.load}")
-    there = reader.contents
+    _check_same_model(opened.arch, trained.contents.arch, f"--load {args.load}")
+    if isinstance(opened, HfReader):
+        opened.check()
+    there = opened.contents
     if not there.base:
         raise UsageError(
             f"--load {args.load} holds LoRA updates only; give the model they belong to with --load and this folder "
@@ -93,8 +103,8 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
             f"--load {args.load} holds a {there.lora} beside the weights; train on with --lora-r {there.lora.r} "
             f"--lora-alpha {there.lora.alpha:g}, or merge it with convert_ckpt.py"
         )
-    log.info(f"weights: {reader.folder} ({reader})")
-    return reader
+    log.info(f"weights: {opened.folder} ({opened})")
+    return opened
 
 
 def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) -> Updates | None:
@@ -108,13 +118,12 @@ def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) ->
             log.info("LoRA updates: new")
             return None
         updates = base
-    elif is_peft(Path(lora_load)):
-        updates = SharedA(PeftReader(Path(lora_load), trained.contents.arch))
     else:
-        updates = _newest(lora_load, None, lora_alpha=lora.alpha)
-        if updates is None:
+        opened = _open(lora_load, None, "--lora-load", trained)
+        if opened is None:
             raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
-        _check_same_model(updates.arch, trained.contents.arch, f"--lora-load {lora_load}")
+        _check_same_model(opened.arch, trained.contents.arch, f"--lora-load {lora_load}")
+        updates = SharedA(opened) if isinstance(opened, PeftReader) else opened
     there = updates.contents.lora
     if there is None:
         raise UsageError(f"--lora-load {lora_load} holds no LoRA updates")
@@ -128,15 +137,19 @@ def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) ->
     return updates
 
 
-def _newest(load: str, step: int | None, lora_alpha: float | None = None) -> MegatronReader | DistReader | None:
-    """The newest whole checkpoint of a folder, in either format; None: there is none. Every rank must call this."""
-    found = newest_whole(load, step)
+def newest_whole(load: str, step: int | None, flag: str = "--load") -> Found | None:
+    """What a folder holds, after a save that was killed too; None: nothing. Every rank must call this."""
+    if dist.get_rank() == 0:
+        restore_backup(Path(load))
+    return find_whole(load, step, peers=Ranks(), flag=flag)
+
+
+def _open(load: str, step: int | None, flag: str, trained: Trained) -> Checkpoint | None:
+    found = newest_whole(load, step, flag)
     if found is None:
         return None
-    iteration = found if isinstance(found, int) else step
-    if format_of(checkpoint_folder(load, iteration)) == TORCH_DIST:
-        return DistReader(load, iteration, lora_alpha=lora_alpha)
-    return MegatronReader(load, iteration, prefer=model_rank(), lora_alpha=lora_alpha)
+    lora, arch = trained.contents.lora, trained.contents.arch
+    return reader(found, lora_alpha=lora.alpha if lora else None, arch=arch, prefer=model_rank())
 
 
 def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:

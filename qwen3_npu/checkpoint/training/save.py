@@ -1,11 +1,12 @@
 """Save a training: weights, optimizer, schedule, random state and data position; atomic. `load.py` resumes it.
 
-    <root>/iter_0000010/...                        in one of two formats: `torch_files.py`, `dist_files.py`
+    <root>/iter_0000010/...                        in one of two formats: `formats/torch_write.py`, `dist_write.py`
                        /integrity.json             size and digest of every file
     <root>/config.json, tokenizer files            what the weights are of
     <root>/latest_checkpointed_iteration.txt       written last
 
-A checkpoint is made in `iter_*.partial` and renamed when every rank has finished, so a folder named `iter_*` is whole.
+`snapshot` takes what is saved of this rank, `write_rank` makes the rank's files in `iter_*.partial`, and on rank 0
+`commit` completes them and makes them visible, once every rank has written. A folder named `iter_*` is whole.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,23 +25,33 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import integrity
-from qwen3_npu.checkpoint.formats.folders import TORCH, TORCH_DIST, iteration_name
+from qwen3_npu.checkpoint import manifest
+from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.formats.base import STATES, RankState, Target
+from qwen3_npu.checkpoint.formats.folders import TRACKER, clear, iteration_name, move_to_backup
 from qwen3_npu.checkpoint.formats.hf_write import write_config
 from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
-from qwen3_npu.checkpoint.formats.megatron_args import lora_args, to_args
-from qwen3_npu.checkpoint.formats.torch_write import CHECKPOINT_VERSION, write_tracker
+from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, lora_args, to_args
+from qwen3_npu.checkpoint.formats.open import WRITERS
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.training import dist_files, optimizer_state, retention, torch_files
-from qwen3_npu.checkpoint.training.live import Snapshot, dtype_of, on_host, parameters_of
-from qwen3_npu.checkpoint.training.sharded_state import ShardedState
+from qwen3_npu.checkpoint.training import optimizer_state, retention
+from qwen3_npu.checkpoint.training.live import (
+    LiveTensors,
+    announce,
+    check_finite,
+    dtype_of,
+    on_host,
+    parameters_of,
+    to_numpy,
+)
+from qwen3_npu.checkpoint.training.optimizer_state import ShardedState
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
-from qwen3_npu.distributed.layout import Layout
-from qwen3_npu.files import rename, sync_folder, sync_tree
+from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.files import rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import read_hf_config
 
-_FORMATS: dict[str, ModuleType] = {TORCH: torch_files, TORCH_DIST: dist_files}
+Tensors = Mapping[tuple[int, str], torch.Tensor]  # (virtual chunk, name) -> tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Trained:
     """What a checkpoint holds the state of.
 
     Attributes:
-        contents: the model's tensors, with those of its LoRA updates.
+        contents: the model's tensors, with those of its LoRA adapter.
         chunks: the model chunks of this rank, not wrapped.
     """
 
@@ -76,6 +86,33 @@ class Trained:
     def optimized(self) -> Contents:
         """The tensors that are trained."""
         return dataclasses.replace(self.contents, base=self.contents.lora is None)
+
+    @property
+    def dtype(self) -> DType:
+        """Of the model's weights."""
+        return dtype_of(next(self.chunks[0].parameters()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What is saved of one model rank.
+
+    Attributes:
+        target: what is the same on every rank: contents, layout, args, schedule.
+        weights: of this rank.
+        optimizer: one of `STATES` -> the trained parameters that this rank has the state of; empty: not saved.
+        sharded: instead of `optimizer`: this rank's share of it, to be put together from files.
+        step: updates made.
+        random: states of the random generators; None: not saved.
+    """
+
+    target: Target
+    rank: Rank
+    weights: Tensors
+    optimizer: Mapping[str, Tensors]
+    sharded: ShardedState | None
+    step: int
+    random: dict[str, Any] | None
 
 
 def begin_save(
@@ -92,46 +129,30 @@ def begin_save(
         extra: further entries of the saved args.
         config: folder whose config.json and tokenizer files are carried along.
         adapter_only: of a LoRA training, not the frozen weights (--lora-ckpt-filter).
+
+    Raises:
+        Stopped: a weight is NaN or infinite: such a checkpoint must not take the place of good ones; on every rank.
     """
-    root = Path(str(args.save))
+    check_finite(trained.chunks, f"iteration {position.iteration} is not saved")
+    root, rank = Path(str(args.save)), dist.get_rank()
     folder = root / iteration_name(position.iteration)
     stage = folder.with_name(folder.name + ".partial")
-    if dist.get_rank() == 0:
+    if rank == 0:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
     writers = _writers(trained.layout.folder(model_rank()))  # nobody writes before rank 0 has made the stage
-    files, rank = _FORMATS[args.ckpt_format], dist.get_rank()
-    snapshot, sharded = _snapshot(trained, position, args, extra, adapter_only, writes=rank in writers)
-
-    def put(writing: Writing) -> None:
-        if sharded is not None:
-            sharded.put(stage)
-
-    def write(writing: Writing) -> None:
-        held = snapshot
-        if sharded is not None:
-            if not writing.wait_for(sharded.awaited()):
-                return
-            held = dataclasses.replace(snapshot, optimizer=sharded.collect(stage))
-        if rank in writers:
-            integrity.write_part(stage, rank, *files.write(held, stage))
-
-    def publish() -> None:
-        parts = integrity.read_parts(stage, writers)
-        names = files.finish(snapshot, stage, [part["notes"] for part in parts])
-        integrity.write_manifest(stage, parts, names, writers)
-        sync_tree(stage)
-        _carry(config, trained, root)
-        retention.move_to_backup(folder)
-        rename(stage, folder)
-        sync_folder(root)
-        write_tracker(root, str(position.iteration))
-        retention.clear(root)
-        if args.save_total_limit is not None:
-            retention.keep_newest(root, position.iteration, args.save_total_limit)
-
+    held = snapshot(trained, position, args, extra, adapter_only=adapter_only, writes=rank in writers)
+    put = held.sharded.put if held.sharded is not None else None
     return Writing(
-        str(folder), (put, write), publish if rank == 0 else None, stage, writers, background=args.async_save
+        str(folder),
+        (
+            lambda writing: put(stage) if put is not None else None,
+            lambda writing: write_rank(held, stage, args.ckpt_format, writing, writes=rank in writers),
+        ),
+        (lambda: commit(held.target, stage, folder, writers, args, config, trained)) if rank == 0 else None,
+        stage,
+        writers,
+        background=args.async_save,
     )
 
 
@@ -142,31 +163,41 @@ def _writers(folder: str) -> list[int]:
     return [rank for rank, name in enumerate(folders) if folders.index(name) == rank]
 
 
-def _snapshot(
+def snapshot(
     trained: Trained,
     position: Position,
     args: CheckpointArgs,
     extra: dict[str, Any],
-    adapter_only: bool,
     *,
+    adapter_only: bool,
     writes: bool,
-) -> tuple[Snapshot, ShardedState | None]:
+) -> Snapshot:
     """Everything that is saved of this rank; with --async-save copied to the host, and not gathered yet.
 
     Args:
         writes: this rank writes files of its own.
     """
     contents = trained.optimized if adapter_only else trained.contents
-    saved_args = to_args(contents.arch, trained.layout, dtype_of(next(trained.chunks[0].parameters())))
+    saved_args = to_args(contents.arch, trained.layout, trained.dtype)
     if contents.lora:
         saved_args |= lora_args(contents.lora)
     saved_args |= {"iteration": position.iteration, "consumed_train_samples": position.samples, **extra}
-    parameters: dict[tuple[int, str], Any] = {
+    step = optimizer_state.step_count(trained.optimizer)
+    common = {
+        "args": argparse.Namespace(**saved_args),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": position.iteration,
+        "opt_param_scheduler": trained.scheduler.state_dict(),
+    }
+    if args.ckpt_format != "torch":
+        common["optimizer_step"] = step
+    weights: dict[tuple[int, str], torch.Tensor] = {
         place: parameter
         for place, parameter in parameters_of(trained.chunks).items()
         if contents.base or is_lora(place[1])
     }
-    gathered, sharded = None, None
+    gathered: optimizer_state.Gathered = {}
+    sharded = None
     names = optimizer_state.parameter_names(trained.chunks)
     if args.save_optim and args.async_save and optimizer_state.is_distributed(trained.optimizer):
         sharded = ShardedState(trained.optimizer, names)
@@ -179,28 +210,78 @@ def _snapshot(
             "cuda_rng_state": torch.cuda.get_rng_state(),
             "rng_tracker_states": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
         }
-    snapshot = Snapshot(
-        contents,
-        trained.layout,
+    return Snapshot(
+        Target(contents, trained.layout, trained.dtype, trained.dtype, common),
         model_rank(),
-        common={
-            "args": argparse.Namespace(**saved_args),
-            "checkpoint_version": CHECKPOINT_VERSION,
-            "iteration": position.iteration,
-            "opt_param_scheduler": trained.scheduler.state_dict(),
-        },
-        parameters=on_host(parameters) if args.async_save and writes else parameters,
-        optimizer=gathered,
-        step=optimizer_state.step_count(trained.optimizer),
-        random=on_host(random) if args.async_save else random,
+        on_host(weights) if args.async_save and writes else weights,
+        by_state(gathered) if args.save_optim and sharded is None else {},
+        sharded,
+        step,
+        on_host(random) if args.async_save else random,
     )
-    return snapshot, sharded
 
 
-def _carry(config: Path | None, trained: Trained, root: Path) -> None:
-    """Tokenizer files as they are; a config.json that says what was trained, which the flags may have changed."""
-    held = None
+def by_state(gathered: optimizer_state.Gathered) -> dict[str, Tensors]:
+    """One of `STATES` -> (chunk, name) -> tensor."""
+    return {key: {place: tensors[key] for place, tensors in gathered.items()} for key in STATES}
+
+
+def write_rank(held: Snapshot, stage: Path, form: str, writing: Writing, *, writes: bool) -> None:
+    """Make this rank's files, and say so to rank 0 (`manifest.write_part`).
+
+    Args:
+        form: `TORCH` or `TORCH_DIST`.
+        writes: it has files of its own.
+    """
+    optimizer = held.optimizer
+    if held.sharded is not None:
+        if not writing.wait_for(held.sharded.awaited()):
+            return
+        optimizer = by_state(held.sharded.collect(stage))
+    if not writes:
+        return
+    target, rank = held.target, held.rank
+    tensors = {"": held.weights, **optimizer}
+    sources = {key: LiveTensors(here, target.contents, target.layout, rank) for key, here in tensors.items()}
+    dtypes = {key: {place: dtype_of(tensor) for place, tensor in here.items()} for key, here in tensors.items()}
+    random, data = announce(held.random) if held.random is not None else (None, [])
+    state = RankState(dtypes, held.step, random, tuple(map(to_numpy, data)))
+    seals, notes = {}, []
+    for job in WRITERS[form].jobs(target, rank, state):
+        (stage / job.name).parent.mkdir(exist_ok=True)
+        arrays = (sources[item.state].shard(item.shard, item.dtype) for item in job.items())
+        seals[job.name], said = job.write(stage / job.name, arrays)
+        notes.append(said)
+    manifest.write_part(stage, dist.get_rank(), seals, notes)
+
+
+def commit(
+    target: Target,
+    stage: Path,
+    folder: Path,
+    writers: Sequence[int],
+    args: CheckpointArgs,
+    config: Path | None,
+    trained: Trained,
+) -> None:
+    """Complete the files that all ranks have made, seal them, and make the checkpoint visible; then delete old ones."""
+    root = folder.parent
+    seals, notes = manifest.read_parts(stage, writers)
+    seals |= WRITERS[args.ckpt_format].finish(target, stage, [note for part in notes for note in part])
+    manifest.write_integrity(stage, manifest.TRAINING, seals)
+    manifest.drop_parts(stage, writers)
+    sync_tree(stage)
+    # Tokenizer files as they are; a config.json that says what was trained, which the flags may have changed.
+    there = None
     if config is not None:
         carry_files(config, root, [name for name in CARRIED_FILES if name != "config.json"])
-        held = read_hf_config(config) if (config / "config.json").is_file() else None
-    write_config(trained.contents.arch, held, root, dtype_of(next(trained.chunks[0].parameters())))
+        there = read_hf_config(config) if (config / "config.json").is_file() else None
+    write_config(target.contents.arch, there, root, target.dtype)
+    move_to_backup(folder)
+    rename(stage, folder)
+    sync_folder(root)
+    iteration = int(target.common["iteration"])
+    write_text(root / TRACKER, str(iteration))
+    clear(root)
+    if args.save_total_limit is not None:
+        retention.keep_newest(root, iteration, args.save_total_limit)

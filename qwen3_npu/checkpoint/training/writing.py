@@ -1,6 +1,6 @@
 """A checkpoint being written, in this thread or beside the training. The thread makes no collective call.
 
-Every writing rank makes its files in the stage and says so there (`integrity.write_part`). Rank 0 waits for all of
+Every writing rank makes its files in the stage and says so there (`manifest.write_part`). Rank 0 waits for all of
 them, adds what belongs to all, and makes the checkpoint visible. Nothing has to be agreed on while the training runs.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from qwen3_npu import log
-from qwen3_npu.checkpoint.integrity import part
+from qwen3_npu.checkpoint.manifest import part
 from qwen3_npu.errors import Stopped
 
 _POLL = 0.02  # seconds

@@ -72,7 +72,11 @@ _MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *RE
 
 def missing(record: Mapping[str, Any], column: str) -> str:
     """That a record has no such column, and which it has."""
-    return f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
+    text = f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
+    for key, found in record.items():
+        if isinstance(found, list) and found and isinstance(found[0], dict) and column in found[0]:
+            return f"{text}; the records are inside {key!r}: jq -c '.[{json.dumps(key)}][]' OLD > NEW.jsonl"
+    return text
 
 
 def value(record: Mapping[str, Any], column: str) -> Any:

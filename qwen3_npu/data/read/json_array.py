@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Splitter, checked_row, open_stream
 from qwen3_npu.data.read.find import InputFile
-from qwen3_npu.data.read.lines import json_record, line_blocks
+from qwen3_npu.data.read.lines import check_shape, json_record, line_blocks
 from qwen3_npu.errors import UsageError
 
 _LONGEST_ELEMENT = 64 << 20
@@ -26,6 +26,7 @@ def read_json(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
                 yield from splitter.add(number, element, size)
             yield from splitter.rest()
         else:
+            check_shape(file, stream)
             yield from line_blocks(file, stream, json_record)
 
 
@@ -35,6 +36,7 @@ class _Array:
     def __init__(self, file: InputFile, text: TextIO) -> None:
         self.file, self.text = file, text
         self.buffer, self.position, self.ended, self.count = "", 0, False, 0
+        self.lines = 0  # before the buffer
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         self._mark()
@@ -48,12 +50,23 @@ class _Array:
             element, end = self._element()
             yield element, end - self.position
             self.position, self.count = end, self.count + 1
+        self.position += 1
+        if more := self._mark():
+            raise UsageError(
+                f"{self.file.path}:{self._line()}: the array ends before this line's {more!r}, after {self.count} "
+                f"elements; a .json file is one array, or an object on each line: jq -c '.[]' FILE > NEW.jsonl"
+            )
+
+    def _line(self) -> int:
+        """The number of the line that the position is on."""
+        return self.lines + self.buffer.count("\n", 0, self.position) + 1
 
     def _broken(self, what: str) -> UsageError:
-        return UsageError(f"{self.file.path}: the array breaks at element {self.count + 1}: {what}")
+        return UsageError(f"{self.file.path}:{self._line()}: the array breaks at element {self.count + 1}: {what}")
 
     def _more(self) -> None:
         left = self.buffer[self.position :]
+        self.lines += self.buffer.count("\n", 0, self.position)
         try:
             # As much again as is there: an element longer than a block is tried a few times only.
             chunk = self.text.read(max(BLOCK_BYTES, len(left)))

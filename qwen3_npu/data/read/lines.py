@@ -7,16 +7,32 @@ import io
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orjson
 
 from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Splitter, Stream, checked_row, open_stream
-from qwen3_npu.data.read.find import InputFile
+from qwen3_npu.data.read.find import LINES, InputFile
 from qwen3_npu.errors import UsageError
 
 _LONGEST_FIELD = 64 << 20
+BOM = b"\xef\xbb\xbf"  # UTF-8 of U+FEFF, which some editors write at the start of a file
+# Keys of a record that hold lists of objects; any other such key holds the records.
+_LISTS = (
+    b"messages",
+    b"conversations",
+    b"tools",
+    b"functions",
+    b"history",
+    b"chosen",
+    b"rejected",
+    b"tool_calls",
+    b"content",
+)
+# orjson makes a float of an integer above 64 bits.
+_LONG_INTEGER = re.compile(rb"[0-9]{19}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WIKITEXT_TITLE = re.compile(rb"^ = [^=].* = \r?\n$")
 
@@ -24,6 +40,7 @@ _WIKITEXT_TITLE = re.compile(rb"^ = [^=].* = \r?\n$")
 def read_json_lines(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
     """One JSON object per line; blank lines are skipped."""
     with open_stream(file) as stream:
+        check_shape(file, stream)
         yield from line_blocks(file, stream, json_record)
 
 
@@ -37,7 +54,7 @@ def line_blocks(file: InputFile, stream: Stream, decode: Callable[[bytes], dict[
     """Blocks of whole lines."""
     rest, number, before = b"", 1, 0
     while chunk := stream.reader.read(BLOCK_BYTES):
-        lines = (rest + chunk).split(b"\n")
+        lines = (rest + (chunk if before or rest else chunk.removeprefix(BOM))).split(b"\n")
         rest = lines.pop()
         if lines:
             now = stream.consumed()
@@ -63,7 +80,11 @@ def json_record(line: bytes) -> dict[str, Any]:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return _lenient_json(line, error)
-    return record if isinstance(record, dict) else checked_row(record)
+    if not isinstance(record, dict):
+        return checked_row(record)
+    if not all(value.__class__ is str for value in record.values()) and _LONG_INTEGER.search(line):
+        return _lenient_json(line, ValueError())
+    return record
 
 
 def _lenient_json(line: bytes, error: Exception) -> dict[str, Any]:
@@ -75,6 +96,27 @@ def _lenient_json(line: bytes, error: Exception) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise ValueError(f"not JSON: {error}") from None
     return checked_row(record)
+
+
+def check_shape(file: InputFile, stream: Stream) -> None:
+    """Raises: UsageError: the file starts like JSON of another shape than an object per line."""
+    start = stream.reader.peek(1 << 16).removeprefix(BOM).lstrip()
+    first_line, _, others = start.partition(b"\n")
+    first_line = first_line.strip()
+    command = f"{shlex.quote(file.path.name)} > {shlex.quote(file.path.stem + '.lines.jsonl')}"
+    if first_line.startswith(b"[") and file.format == LINES:
+        raise UsageError(
+            f"{file.path}:1: a JSON array starts here, where .jsonl has an object on each line; "
+            f"rename it to .json, or: jq -c '.[]' {command}"
+        )
+    if others and first_line.startswith(b"{") and first_line.endswith((b"{", b"[", b",")):
+        found = re.findall(rb'^\s*"([^"\\]+)"\s*:\s*\[\s*\{', start, re.MULTILINE)
+        key = next((name.decode(errors="replace") for name in found if name not in _LISTS), None)
+        inside, rule = ("each", ".") if key is None else (f"the records in its {key!r}", f".[{json.dumps(key)}][]")
+        raise UsageError(
+            f"{file.path}:1: an object over several lines starts here; {inside} must be on a line of its own: "
+            f"jq -c '{rule}' {command}"
+        )
 
 
 def _text_record(line: bytes) -> dict[str, Any]:
@@ -90,7 +132,7 @@ def read_wikitext(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
         splitter = Splitter(file, stream, _text_record)
         article: list[bytes] = []
         start, blank_before = 1, True
-        for number, (line, after) in enumerate(itertools.pairwise(itertools.chain(stream.reader, [b""])), start=1):
+        for number, (line, after) in enumerate(itertools.pairwise(_lines(stream)), start=1):
             if blank_before and not after.strip() and _WIKITEXT_TITLE.match(line):
                 yield from _article(splitter, start, article)
                 article, start = [], number
@@ -98,6 +140,13 @@ def read_wikitext(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
             blank_before = not line.strip()
         yield from _article(splitter, start, article)
         yield from splitter.rest()
+
+
+def _lines(stream: Stream) -> Iterator[bytes]:
+    """Lines of a text, then an empty one."""
+    yield next(stream.reader, b"").removeprefix(BOM)
+    yield from stream.reader
+    yield b""
 
 
 def _article(splitter: Splitter, start: int, lines: list[bytes]) -> Iterator[Block]:

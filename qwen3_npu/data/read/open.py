@@ -92,7 +92,7 @@ def open_inputs(names: Sequence[str], parameters: str | None = None) -> Inputs:
 
 def _parameters(path: str) -> dict[str, Any]:
     try:
-        arguments = json.loads(Path(path).read_text(encoding="utf-8"))
+        arguments = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--hf-datasets-params {path}: {error}") from None
     if not isinstance(arguments, dict):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block
@@ -10,6 +12,8 @@ from qwen3_npu.data.read.find import InputFile
 from qwen3_npu.errors import UsageError
 
 _MOST_ROWS = 1024
+# Of one value, from what Arrow makes of it to what was written; None where both are the same.
+Decode = Callable[[Any], Any] | None
 
 
 def read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
@@ -23,9 +27,10 @@ def read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
         meta = table.metadata
         size = sum(meta.row_group(g).total_byte_size for g in range(meta.num_row_groups))
         rows = _rows_per_block(size, meta.num_rows)
-        number = 1
+        number, decode = 1, _row_decoder(table.schema_arrow)
         for batch in table.iter_batches(rows, columns=wanted):
-            yield from _batch_blocks(str(file.path), batch, number, file.size / max(meta.num_rows, 1), rows)
+            size_of_row = file.size / max(meta.num_rows, 1)
+            yield from _batch_blocks(str(file.path), batch, number, size_of_row, rows=rows, decode=decode)
             number += batch.num_rows
 
 
@@ -41,12 +46,13 @@ def read_arrow(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
             raw.seek(0)
             batches = reader = pa.ipc.open_stream(raw)
         wanted = _wanted(reader.schema.names, columns)
-        number, before = 1, 0
+        number, before, decode = 1, 0, _row_decoder(reader.schema)
         for batch in batches:
             now = min(raw.tell(), file.size)
             chosen = batch.select(wanted)
             rows = _rows_per_block(chosen.nbytes, batch.num_rows)
-            yield from _batch_blocks(str(file.path), chosen, number, (now - before) / max(batch.num_rows, 1), rows)
+            size_of_row = (now - before) / max(batch.num_rows, 1)
+            yield from _batch_blocks(str(file.path), chosen, number, size_of_row, rows=rows, decode=decode)
             number, before = number + batch.num_rows, now
 
 
@@ -59,11 +65,13 @@ def _rows_per_block(size: int, rows: int) -> int:
     return max(1, min(_MOST_ROWS, BLOCK_BYTES * rows // max(size, 1)))
 
 
-def _batch_blocks(file: str, batch: Any, number: int, bytes_per_row: float, rows: int) -> Iterator[Block]:
+def _batch_blocks(
+    file: str, batch: Any, number: int, bytes_per_row: float, *, rows: int, decode: Callable[[Any], dict[str, Any]]
+) -> Iterator[Block]:
     for start in range(0, batch.num_rows, rows):
         part = batch.slice(start, rows)
         numbers = range(number + start, number + start + part.num_rows)
-        yield Block(file, numbers, _rows(part), _record, round(part.num_rows * bytes_per_row))
+        yield Block(file, numbers, _rows(part), decode, round(part.num_rows * bytes_per_row))
 
 
 def _rows(batch: Any) -> Sequence[Any]:
@@ -81,10 +89,67 @@ def _row(batch: Any) -> dict[str, Any] | str:
         return "not UTF-8"
 
 
-def _record(row: Any) -> dict[str, Any]:
+def _row_decoder(schema: Any) -> Callable[[Any], dict[str, Any]]:
+    """From a row of a table with this schema to a record."""
+    found = {field.name: decode for field in schema if (decode := _decoder(field))}
+    return functools.partial(_record, found)
+
+
+def _record(decoders: Mapping[str, Callable[[Any], Any]], row: Any) -> dict[str, Any]:
     if isinstance(row, str):
         raise ValueError(row)
+    for name, decode in decoders.items():
+        if row.get(name) is not None:
+            row[name] = decode(row[name])
     return row
+
+
+def _decoder(field: Any) -> Decode:
+    """JSON columns (`arrow.json`, which `datasets` 5 writes) hold text; structs hold every key of any row, as null.
+
+    Those nulls were never written: they are dropped, and with them those that were, which a struct cannot tell apart.
+    """
+    import pyarrow as pa
+
+    kind = field.type
+    name = getattr(kind, "extension_name", None) or (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if name == "arrow.json":
+        return _json
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_struct(kind):
+        return functools.partial(_struct, {inner.name: _decoder(inner) for inner in kind})
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _decoder(kind.value_field)
+        return functools.partial(_list, inner) if inner else None
+    return None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a JSON column holds no JSON: {error}") from None
+
+
+def _struct(decoders: Mapping[str, Decode], value: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: inner for name, inner in value.items() if inner is not None}
+    return {name: decode(inner) if (decode := decoders[name]) else inner for name, inner in kept.items()}
+
+
+def _list(decode: Callable[[Any], Any], value: Sequence[Any]) -> list[Any]:
+    return [inner if inner is None else decode(inner) for inner in value]
+
+
+def _dataset_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the nulls of structs (see `_decoder`)."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_dataset(name: str, arguments: dict[str, Any]) -> Iterator[Block]:
@@ -108,7 +173,7 @@ def read_dataset(name: str, arguments: dict[str, Any]) -> Iterator[Block]:
             names = list(batch)
             items = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             number = start * _MOST_ROWS + 1
-            yield Block(name, range(number, number + len(items)), items, _record, 0)
+            yield Block(name, range(number, number + len(items)), items, _dataset_record, 0)
     except UsageError:
         raise
     except Exception as error:

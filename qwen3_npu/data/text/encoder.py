@@ -164,5 +164,5 @@ def open_encoder(loading: Loading, *, forced: bool = False) -> Encoder:
     reason = "it is not installed (pip install fastokens)" if isinstance(problem, ImportError) else str(problem)
     if forced:
         raise UsageError(f"--tokenizer-backend {FAST}: {reason}; use --tokenizer-backend auto")
-    log.warning(f"tokens are made by {REFERENCE}, which is many times slower than {FAST}: {reason}")
+    log.warning_once(f"tokens are made by {REFERENCE}, which is many times slower than {FAST}: {reason}")
     return reference

@@ -15,23 +15,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import llama  # noqa: F401 - registers a family
+import llama
 import tiny
 from qwen3_npu import log
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
+from qwen3_npu.checkpoint.binary import torch_zip_write
 from qwen3_npu.checkpoint.formats.dist_keys import key_of, layer_places
 from qwen3_npu.checkpoint.mapping.table import shards
-from qwen3_npu.checkpoint.training import sharded_state, torch_files
-from qwen3_npu.checkpoint.training.live import write_content
 from qwen3_npu.checkpoint.training.optimizer_state import step_count
 from qwen3_npu.distributed import nodes
 from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.errors import Stopped, UsageError
+from qwen3_npu.files import SealedFile
 from qwen3_npu.parity.measure import measure, trainer
 from qwen3_npu.parity.memory import activations
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.expert_load import take_expert_load
 from qwen3_npu.training.step import evaluate_step
+
+llama.register()
 
 
 def train(
@@ -108,7 +110,7 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         t.saver.save(t.position)
         t.saver.finish()
         if world.rank == rank:
-            torch_files.write_content = sharded_state.write_content = full_disk  # type: ignore[assignment]
+            torch_zip_write.SealedFile = full_disk  # type: ignore[assignment,misc]
         raised = "nothing"
         try:
             t.step()
@@ -118,13 +120,13 @@ def failing_save(platform: Platform, world: World, flags: list[str], rank: int) 
         except Stopped as error:
             raised = str(error)
         finally:
-            torch_files.write_content = sharded_state.write_content = write_content
+            torch_zip_write.SealedFile = SealedFile  # type: ignore[misc]
     everyone = [""] * world.size
     dist.all_gather_object(everyone, raised)
     return everyone
 
 
-def full_disk(path: Path, content: Any) -> None:
+def full_disk(path: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import generation
+import llama  # noqa: F401 - registers a family
 from qwen3_npu import cli
 from qwen3_npu.inference.plan import plan_inference
 

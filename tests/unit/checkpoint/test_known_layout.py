@@ -10,6 +10,7 @@ import samples
 
 from qwen3_npu.checkpoint.binary.dtypes import BF16
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
+from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
 
 ARCH = samples.ARCHS["untied"]
@@ -77,7 +78,7 @@ def test_stacked_experts(etp: int, cut: bool, models: dict[str, Path], tmp_path:
 
 def test_folders_of_expert_tensor_parallel_1(models: dict[str, Path], tmp_path: Path) -> None:
     convert(models["moe"], tmp_path, tp=2, ep=2, etp=1)
-    names = {path.name for path in (tmp_path / "iter_0000001").iterdir()}
+    names = {path.name for path in (tmp_path / "iter_0000001").glob("mp_rank_*")}
     assert names == {"mp_rank_00_000", "mp_rank_01_001"}
 
 
@@ -122,7 +123,9 @@ def test_virtual_stages_noop_layers_and_lists(models: dict[str, Path], tmp_path:
 def test_the_saved_arguments(models: dict[str, Path], tmp_path: Path) -> None:
     convert(models["moe"], tmp_path, tp=2, pp=2, ep=2, noop="4,5")
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
-    args, _ = checkpoint_args(tmp_path)
+    found = find(tmp_path)
+    assert found is not None
+    args, _ = checkpoint_args(found)
     # What Megatron's loader compares, and what MindSpeed-LLM's converters read.
     assert args.num_layers == 6
     assert args.noop_layers == "4,5"

@@ -12,8 +12,9 @@ import samples
 from qwen3_npu.checkpoint.binary.dtypes import F32
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.convert.jobs import run_jobs
+from qwen3_npu.checkpoint.convert.publish import MegatronOutput
+from qwen3_npu.checkpoint.formats.base import Target
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
-from qwen3_npu.checkpoint.formats.torch_write import MegatronOutput, Target
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
 from qwen3_npu.distributed.layout import plan
 
@@ -168,11 +169,12 @@ def unified(real_models: dict, adapters: dict, tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp("unified")
     for kind, arch in samples.ARCHS.items():
         layout = plan(arch, tensor=2, pipeline=2, expert=2 if kind == "moe" else 1)
-        output = MegatronOutput(root / kind, Target(Contents(arch, True, LORA), layout, F32, F32))
+        output = MegatronOutput(root / kind, Target(Contents(arch, True, LORA), layout, F32, F32), "torch")
         source = Both(real_models[kind], adapters[kind, True])
         stage = output.stage
         records = run_jobs(output.jobs, lambda s=source: s, stage, plan="", workers=1, resume=False, what="test")
-        output.publish(records)
+        output.finish(records)
+        output.publish()
         output.commit()
     return {kind: root / kind for kind in KINDS}
 
@@ -307,10 +309,12 @@ def test_a_flag_that_contradicts_the_adapter(name: str, real_models: dict, megat
 def test_an_adapter_of_another_model(real_models: dict, adapters: dict, megatron_adapters: dict, tmp_path) -> None:
     base = ("--load-dir", real_models["untied"], "--save-dir", tmp_path / "out")
     assert "is for Qwen3 MoE" in samples.refused(*base, "--lora-load", megatron_adapters["moe"])
-    assert "tensors missing for rank 4" in samples.refused(*base, "--lora-load", adapters["moe", True])
+    assert "tensors not expected for Qwen3 dense" in samples.refused(*base, "--lora-load", adapters["moe", True])
     other = dataclasses.replace(samples.ARCHS["untied"], hidden_size=32)
     adapter = samples.write_adapter(tmp_path / "adapter", other, LORA)
-    assert "has shape (4, 32); (4, 64) expected" in samples.refused(*base, "--lora-load", adapter)
+    line = samples.refused(*base, "--lora-load", adapter)
+    assert "have shapes" in line
+    assert "hidden 64" in line
 
 
 def test_what_cannot_be_done_with_adapters(
@@ -328,20 +332,6 @@ def test_what_cannot_be_done_with_adapters(
         "--load-dir", adapters["tied", True], *out, "--save-lora-to-hf", "--hf-cfg-dir", real_models["tied"]
     )
     assert "--save-model-type hf" in line
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("target_modules", "all-linear"), ("r", None)],
-)
-def test_only_plain_lora_is_read(name: str, value: object, real_models: dict, tmp_path: Path) -> None:
-    import json
-
-    adapter = samples.write_adapter(tmp_path / "adapter", samples.ARCHS["tied"], LORA)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, name: value}))
-    line = samples.refused("--load-dir", real_models["tied"], "--lora-load", adapter, "--save-dir", tmp_path / "out")
-    assert name in line
 
 
 def test_peft_names() -> None:

@@ -75,7 +75,7 @@ def test_megatron_loads_what_is_written_here(
     expert = ("--target-expert-parallel-size", WORLD, "--expert-tensor-parallel-size", 1) if kind == "moe" else ()
     layout = ("--target-tensor-parallel-size", WORLD, *expert, "--no-moe-grouped-gemm", "--padded-vocab-size", 256)
     samples.to_mg(models[kind], tmp_path / "mg", *layout)
-    for rank, folder in enumerate(sorted((tmp_path / "mg" / "iter_0000001").iterdir())):
+    for rank, folder in enumerate(sorted((tmp_path / "mg" / "iter_0000001").glob("mp_rank_*"))):
         with torch.serialization.safe_globals([__import__("argparse").Namespace]):
             expected = torch.load(folder / "model_optim_rng.pt", weights_only=True, mmap=True)["model"]
         got = torch.load(passed_through / kind / f"parameters_{rank}.pt", weights_only=True)
@@ -149,7 +149,7 @@ def as_transformer_engine(model: dict) -> dict:
 @pytest.mark.parametrize("change", [as_mindspeed_llm, as_transformer_engine])
 def test_checkpoints_as_others_write_them_are_read(change: Callable, models: dict[str, Path], tmp_path: Path) -> None:
     samples.to_mg(models["untied"], tmp_path / "mg", "--target-tensor-parallel-size", 2)
-    rewrite(tmp_path / "mg", change)
+    rewrite(samples.unsealed(tmp_path / "mg"), change)
     saved = torch.load(tmp_path / "mg/iter_0000001/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]
     assert type(saved) is collections.defaultdict or "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in saved
     samples.to_hf(tmp_path / "mg", tmp_path / "hf", "--verify")

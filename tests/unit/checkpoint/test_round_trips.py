@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import samples
 
+import llama
+
 TP2 = ("--target-tensor-parallel-size", 2)
 TP4 = ("--target-tensor-parallel-size", 4)
 PP2 = ("--target-pipeline-parallel-size", 2)
@@ -47,7 +49,8 @@ MOE_LAYOUTS = {
 }
 PT_FILES = "iter_*/**/*.pt"
 CASES = [(kind, name) for kind in ("untied", "tied") for name in LAYOUTS] + [("moe", name) for name in MOE_LAYOUTS]
-CASES += [(kind, name) for kind in ("qwen2", "llama") for name in ("TP2 PP2", "noop VPP")]
+CASES += [("few", name) for name in ("TP4", "TP4 PP2 VPP")]
+CASES += [("qwen2", name) for name in ("TP2 PP2", "noop VPP")]
 IDS = [f"{kind}: {name}" for kind, name in CASES]
 
 
@@ -112,3 +115,12 @@ def test_a_padded_vocabulary_never_leaks(models: dict[str, Path], tmp_path: Path
     samples.to_hf(tmp_path / "again", tmp_path / "hf")
     assert samples.weights(tmp_path / "hf")["lm_head.weight"].shape == (samples.ARCHS["untied"].vocab_size, 64)
     samples.assert_same_weights(models["untied"], tmp_path / "hf")
+
+
+def test_a_family_from_outside(tmp_path: Path) -> None:
+    with llama.registered() as arch:
+        source = samples.write_bits(tmp_path / "hf", arch)
+        samples.to_mg(source, tmp_path / "mg", *TP2, *PP2, "--noop-layers", "0,5", "--verify")
+        samples.to_mg(tmp_path / "mg", tmp_path / "dist", *TP4, "--ckpt-format", "torch_dist")
+        samples.to_hf(tmp_path / "dist", tmp_path / "back")
+        samples.assert_same_weights(source, tmp_path / "back")

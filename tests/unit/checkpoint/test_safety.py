@@ -63,6 +63,7 @@ def test_a_hostile_checkpoint_is_refused(kind: type, file: str, models: dict[str
     form = "torch" if "mp_rank" in file else "torch_dist"
     samples.to_mg(models["tied"], tmp_path / "mg", "--ckpt-format", form)
     proof = tmp_path / "proof"
+    samples.unsealed(tmp_path / "mg")
     put_pickle(tmp_path / "mg" / file, {"model": kind(proof), "args": None})
     assert pickle.loads(pickle.dumps(Evil(proof))) == 0, "the payload works"
     proof.unlink()
@@ -74,6 +75,7 @@ def test_a_hostile_checkpoint_is_refused(kind: type, file: str, models: dict[str
 
 def test_hostile_metadata_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     samples.to_mg(models["tied"], tmp_path / "mg", "--ckpt-format", "torch_dist")
+    samples.unsealed(tmp_path / "mg")
     (tmp_path / "mg" / "iter_0000001" / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "proof")))
     mg = ("--load-model-type", "mg", "--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "out")
     assert "the file is refused" in samples.refused(*mg, "--save-model-type", "hf")
@@ -82,7 +84,7 @@ def test_hostile_metadata_is_refused(models: dict[str, Path], tmp_path: Path) ->
 
 def test_metadata_cannot_name_files_elsewhere(models: dict[str, Path], tmp_path: Path) -> None:
     samples.to_mg(models["tied"], tmp_path / "mg", "--ckpt-format", "torch_dist")
-    path = tmp_path / "mg" / "iter_0000001" / ".metadata"
+    path = samples.unsealed(tmp_path / "mg") / "iter_0000001" / ".metadata"
     path.write_bytes(path.read_bytes().replace(b"__0_0.distcp", b"../secret.pt"))
     mg = ("--load-model-type", "mg", "--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "out")
     assert "../secret.pt" in samples.refused(*mg, "--save-model-type", "hf")
@@ -221,7 +223,7 @@ def test_an_existing_output_is_replaced_only_if_asked(models: dict[str, Path], t
     assert "already holds a checkpoint" in samples.refused(*command)
     assert samples.digests(out) == before
     samples.ok(*command, "--overwrite", "--verify")
-    assert len(list((out / "iter_0000001").iterdir())) == 1
+    assert len(list((out / "iter_0000001").glob("mp_rank_*"))) == 1
 
 
 def test_a_training_is_not_hidden_by_a_conversion(models: dict[str, Path], tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_leftovers_are_not_mistaken(models: dict[str, Path], tmp_path: Path) -> 
     command = ("--load-dir", models["untied"], "--save-dir", tmp_path / "out")
     killed(1, *command, *LAYOUT)
     samples.ok(*command, "--overwrite", "--verify")
-    assert [path.name for path in (tmp_path / "out" / "iter_0000001").iterdir()] == ["mp_rank_00"]
+    assert [path.name for path in (tmp_path / "out" / "iter_0000001").glob("mp_rank_*")] == ["mp_rank_00"]
     assert not list((tmp_path / "out").glob("*.partial"))
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["target"]["layout"]["tensor"] == 1
 
@@ -273,3 +275,36 @@ def test_a_folder_that_another_process_writes_is_left_alone(models: dict[str, Pa
         assert [path.name for path in target.iterdir()] == [".lease"]
     samples.ok(*flags)
     assert not (target / ".lease").exists()
+
+
+def test_resume_makes_a_damaged_file_again(models: dict[str, Path], tmp_path: Path) -> None:
+    command = ("--load-dir", models["untied"], "--save-dir", tmp_path / "out", *LAYOUT)
+    killed(2, *command)
+    done = next(path for path in (tmp_path / "out").rglob("*.pt"))
+    data = bytearray(done.read_bytes())
+    data[len(data) // 2] ^= 1
+    done.write_bytes(data)
+    assert "is made again" in samples.ok(*command, "--resume", "--verify")
+
+
+def test_the_old_output_stays_until_the_new_one_is_whole(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the tokenizer's files are copied, the last thing before publication."""
+    from qwen3_npu.checkpoint.convert import publish
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for kind in ("mg", "hf"):
+        command = ("--load-dir", models["untied"], "--save-dir", tmp_path / kind, "--save-model-type", kind)
+        samples.ok(*command)
+        before = samples.digests(tmp_path / kind)
+        with monkeypatch.context() as patched:
+            patched.setattr(publish, "carry_files", full)
+            assert "No space left on device" in samples.refused(*command, "--overwrite", "--params-dtype", "fp32")
+        after = samples.digests(tmp_path / kind)
+        assert before.items() <= after.items(), "nothing of the old output is gone or another"
+        samples.ok(
+            "--load-dir", models["untied"], "--save-dir", tmp_path / kind, "--save-model-type", kind, "--verify-only"
+        )

@@ -18,9 +18,9 @@ import quiz
 import tiny
 from qwen3_npu import cli
 from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs
+from qwen3_npu.inference.chat.screen import Screen
 from qwen3_npu.inference.engine import Engine
 from qwen3_npu.inference.plan import plan_inference
-from qwen3_npu.inference.screen import Screen
 from qwen3_npu.platform import select
 
 

@@ -321,3 +321,91 @@ def test_the_command(model: Path, mmlu: Path, tmp_path: Path) -> None:
     assert "anatomy_test.csv cannot be read as a file of mmlu" in bad.stderr
     assert "Traceback" not in bad.stderr
     assert not (tmp_path / "results.json").exists()
+
+
+def test_boolq_examples_are_those_of_the_harness(tmp_path: Path) -> None:
+    """One more is drawn than is shown, and the question itself is never among them."""
+    samplers = pytest.importorskip("lm_eval.api.samplers", reason="the comparison needs lm-evaluation-harness")
+    from qwen3_npu.evaluation.questions import load_questions
+    from qwen3_npu.evaluation.tasks import TASKS
+
+    rows = [{"question": f"is it {n % 9}", "passage": "It is.", "answer": bool(n % 2)} for n in range(12)]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_questions(TASKS["boolq"], str(tmp_path), shots=5, most=None, subjects=None)
+    theirs = samplers.ContextSampler(rows, rnd=1234)
+    expected = [theirs.sample(5, eval_doc=row) for row in rows]
+    assert [[e["question"] for e in q.examples] for q in found] == [
+        [e["question"] for e in drawn] for drawn in expected
+    ]
+    with pytest.raises(UsageError, match=r"--num-fewshot 12: .* has 12 examples .one more is drawn"):
+        load_questions(TASKS["boolq"], str(tmp_path), shots=12, most=None, subjects=None)
+
+
+@pytest.mark.parametrize("task", ["mmlu", "custom"])
+def test_scores_that_are_no_numbers_stop_the_evaluation(task: str, process: Any, mmlu: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from qwen3_npu.errors import Stopped
+
+    folder = quiz.write_tokenizer(tiny.write_model(tmp_path / "hf", tiny.arch(vocab_size=800)))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.self_attn.o_proj.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text(json.dumps({"instruction": "hi", "output": "yes"}) + "\n")
+    data = mmlu if task == "mmlu" else cases
+    with pytest.raises(Stopped, match=r"output of decoder.layers.2.self_attention.linear_proj;"):
+        evaluate(process, folder, tmp_path / "out", "--task", task, "--task-data-path", data)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_prompts_that_lose_their_beginning_are_counted(
+    process: Any, mmlu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("qwen3_npu.log.warning_once", warnings.append)
+    arch = tiny.arch("tied", vocab_size=800, max_position_embeddings=200)
+    model = quiz.write_tokenizer(tiny.write_model(tmp_path / "hf", arch))
+    from tokenizers import Tokenizer
+
+    flags = ("--task", "mmlu", "--task-data-path", mmlu, "--subjects", "anatomy")
+    samples = evaluate(process, model, tmp_path / "out", *flags)["samples"]["mmlu"]
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    # Context and choice without its last token are what goes through the model.
+    longer = sum(len(tokenizer.encode(f"{s['prompt']} A").ids) - 1 > 200 for s in samples)
+    assert longer
+    assert any(
+        w.startswith(f"mmlu: {longer} of {len(samples)} prompts are longer than the model's 200") for w in warnings
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wrong_task_is_said_once_under_torchrun(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 says it in a line; every rank leaves it where torchrun shows the first error."""
+    from qwen3_npu import cli
+    from qwen3_npu.args.evaluation import FOREIGN, GROUPS, EvaluationArgs
+    from qwen3_npu.inference.start import start
+
+    errors = tmp_path / "error.json"
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(errors))
+    work = "qwen3_npu.evaluation.run"
+    for words in (
+        ["--task", "mlu", "--task-data-path", "x", "--load", "x"],
+        ["--task", "mmlu", "--task-data-path", "x"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluation.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(
+                "evaluation.py",
+                lambda: start("evaluation.py", "", EvaluationArgs, groups=GROUPS, foreign=FOREIGN, work=work),
+            )
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert said.count("error:") == (1 if rank == 0 else 0)
+        assert "Traceback" not in said
+        expected = "invalid choice: 'mlu'" if "mlu" in words else "required: --load"
+        assert expected in json.loads(errors.read_text())["message"]["message"]

@@ -88,7 +88,7 @@ def test_a_stream_shows_everything_once(model: Path) -> None:
 
 
 def test_the_screen_hides_thoughts() -> None:
-    from qwen3_npu.inference.screen import Screen
+    from qwen3_npu.inference.chat.screen import Screen
 
     for hidden, expected in ((True, "qwen3_npu: ab < c\n"), (False, "qwen3_npu: a<think>x</think>\n\nb < c\n")):
         out = io.StringIO()
@@ -246,3 +246,16 @@ def test_numbers_that_are_not_finite_stop_and_name_the_module(
         )
         with pytest.raises(Stopped, match=r"not finite .* output of decoder.layers.1.mlp.linear_fc2;"):
             run(process, folder, tmp_path, *flags)
+
+
+def test_a_weight_that_is_no_number_is_named_at_load(process: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = quiz.write_tokenizer(tiny.write_model(tmp_path / "hf", tiny.arch(vocab_size=800)))
+    weights = load_file(folder / "model.safetensors")
+    for name, value in (("model.layers.2.mlp.up_proj.weight", "nan"), ("model.norm.weight", "-inf")):
+        weights[name].view(-1)[5] = float(value)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        weights[name].view(-1)[5] = 0.0
+        with pytest.raises(UsageError, match=f"not finite .*{name}"):
+            run(process, folder, tmp_path, "--prompt", "x")

@@ -15,8 +15,8 @@ import quiz
 import tiny
 from qwen3_npu import cli
 from qwen3_npu.args import evaluation, inference
-from qwen3_npu.inference.journal import Journal
 from qwen3_npu.inference.plan import plan_inference
+from qwen3_npu.inference.results.journal import Journal
 from qwen3_npu.platform import select
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -75,6 +75,24 @@ def test_imports_point_downwards(module: str, path: Path) -> None:
         assert allowed, f"{module} (level {level(module)}) imports {target} (level {level(target)})"
 
 
+# Rooms of checkpoint: each imports those of a lower number only.
+ROOMS = {"binary": 0, "mapping": 1, "manifest": 2, "formats": 3, "convert": 4, "training": 4}
+
+
+@pytest.mark.parametrize(("module", "path"), [m for m in modules() if m[0].startswith("checkpoint.")])
+def test_rooms_of_checkpoint_are_in_order(module: str, path: Path) -> None:
+    own = module.split(".")[1]
+    for imported in imports(path):
+        if imported.startswith("qwen3_npu.checkpoint."):
+            room = imported.split(".")[2]
+            assert room == own or ROOMS[room] < ROOMS[own], f"{module} imports {imported}"
+
+
+def test_no_folder_has_more_than_15_python_files() -> None:
+    folders = {path.parent for path in (PACKAGE / "checkpoint").rglob("*.py")}
+    assert not [folder for folder in folders if len(list(folder.glob("*.py"))) > 15]
+
+
 @pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: x if isinstance(x, str) else "")
 def test_vendor_imports_are_in_their_place(module: str, path: Path) -> None:
     roots = {name.split(".")[0] for name in imports(path)}

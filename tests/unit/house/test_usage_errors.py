@@ -50,7 +50,7 @@ class TestPretrain:
             (["--num-layers", "40", "--hidden-size", "64"], "--num-layers 40 but the model has 4"),
             (["--untie-embeddings-and-output-weights", "--kv-channels", "8"], "--kv-channels 8 but the model has 16"),
             (["--pipeline-model-parallel-size", "3"], "does not divide the 4 layers"),
-            (["--tensor-model-parallel-size", "8"], "does not divide the 4 KV heads"),
+            (["--tensor-model-parallel-size", "3"], "does not divide the 4 KV heads"),
             (["--tensor-model-parallel-size", "2"], "1 processes cannot hold copies of TP 2 x PP 1"),
             (["--global-batch-size", "3", "--micro-batch-size", "2"], "--global-batch-size 3 is not a multiple"),
             (["--seq-length", "4096"], "--seq-length 4096 is above the model's 512 positions"),
@@ -112,7 +112,7 @@ class TestConvert:
         [
             (["--target-tensor-paralel-size", "2"], "did you mean --target-tensor-parallel-size?"),
             (["--target-pipeline-parallel-size", "3"], "does not divide the 4 layers"),
-            (["--target-tensor-parallel-size", "8"], "does not divide the 4 KV heads"),
+            (["--target-tensor-parallel-size", "3"], "does not divide the 4 KV heads"),
             (["--load-dir", "/nonexistent"], "--load-dir /nonexistent is not a directory"),
             (["--load-model-type", "mg"], "holds a Hugging Face model; give --load-model-type hf"),
             (["--model-type-hf", "qwen3-moe"], "--model-type-hf qwen3-moe, but the model"),

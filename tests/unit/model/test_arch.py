@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import llama
+from qwen3_npu import log
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import (
     Qwen3Arch,
     flops_per_token,
     from_hf_config,
+    hf_config,
     parameter_count,
     read_hf_config,
     to_hf_config,
@@ -163,3 +166,83 @@ def test_same_weights() -> None:
     arch: Qwen3Arch = SIZES["qwen3-8b"]
     assert arch.same_weights(dataclasses.replace(arch, rope_theta=1.0, bos_token_id=None))
     assert not arch.same_weights(SIZES["qwen3-14b"])
+
+
+MOE = PUBLISHED_DENSE | {"model_type": "qwen3_moe", "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (MOE | {"num_experts": 4, "num_local_experts": 8}, "num_local_experts 8 and num_experts 4 differ"),
+        (
+            PUBLISHED_DENSE | {"rope_parameters": {"rope_theta": 5e5}},
+            "rope_theta 1e+06 and the inner one 500000",
+        ),
+        (PUBLISHED_DENSE | {"dtype": "float32"}, "dtype 'float32' and torch_dtype 'bfloat16' differ"),
+    ],
+)
+def test_a_fact_said_twice_is_taken_as_transformers_takes_it(
+    change: dict, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    monkeypatch.setattr(log.LOGGER, "propagate", True)
+    hf_config._tell.cache_clear()
+    (tmp_path / "config.json").write_text(json.dumps(change))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    for config in (change, to_hf_config(from_hf_config(change), change)):  # as it came, and exported
+        arch = from_hf_config(config)
+        assert arch.num_experts == getattr(theirs, "num_experts", 0)
+        assert arch.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert said in caplog.text
+    assert caplog.text.count(said) == 1
+
+
+OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "qwen2", "llama"])
+def test_absent_keys_are_what_transformers_takes(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 2, "intermediate_size": 96}
+    config = {"model_type": kind, "vocab_size": 100, **sizes}
+    if kind == "qwen3_moe":
+        config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    with llama.registered():
+        arch = from_hf_config(config)
+    for name in (*OPTIONAL, *(["norm_topk_prob", "router_aux_loss_coef"] if kind == "qwen3_moe" else [])):
+        expected = getattr(theirs, name, None)
+        assert getattr(arch, name) == (2048 // 32 if expected is None else expected), name
+    assert arch.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "1024"}, "hidden_size is '1024'; an integer is expected"),
+        ({"hidden_size": 1024.0}, "hidden_size is 1024.0; an integer is expected"),
+        ({"num_attention_heads": True}, "num_attention_heads is true; an integer is expected"),
+        ({"vocab_size": -1}, "vocab_size is -1; at least 1"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; a finite number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; true or false"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id is '2'; an integer"),
+        ({"bos_token_id": [1]}, "bos_token_id is"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"model_type": ["qwen3"]}, "model_type is"),
+    ],
+)
+def test_types_and_ranges_are_checked(change: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as refused:
+        from_hf_config(PUBLISHED_DENSE | change)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_ending_token_is_kept() -> None:
+    config = PUBLISHED_DENSE | {"eos_token_id": [7, 8, 9]}
+    assert from_hf_config(config).eos_token_ids == (7, 8, 9)
+    assert to_hf_config(from_hf_config(config))["eos_token_id"] == [7, 8, 9]

@@ -65,7 +65,7 @@ def test_vocabulary_padding() -> None:
     ("arch", "sizes", "message"),
     [
         (DENSE, {"tensor": 16}, "does not divide the 8 KV heads; use one of 1, 2, 4, 8"),
-        (MOE, {"tensor": 8}, "does not divide the 4 KV heads; use one of 1, 2, 4"),
+        (MOE, {"tensor": 12}, "does not divide the 4 KV heads; use one of 1, 2, 4, 8, 16, 32"),
         (DENSE, {"pipeline": 7}, "does not divide the 40 layers"),
         (DENSE, {"pipeline": 4, "layers_per_virtual_stage": 3}, "does not divide the 10 layers of a pipeline stage"),
         (DENSE, {"pipeline": 2, "num_layer_list": [20, 21]}, "add up to the model's 40 layers"),

@@ -49,10 +49,11 @@ def transformers_model(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module", params=["untied", "tied", "moe", "qwen2", "yarn", "llama"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    arch = llama.arch() if request.param == "llama" else tiny.arch(request.param)
-    return tiny.write_model(tmp_path_factory.mktemp(request.param), arch)
+@pytest.fixture(scope="module", params=["untied", "tied", "moe", "qwen2", "yarn", "llama", "llama, biases"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with llama.registered(biased="biases" in request.param) as outside:
+        arch = outside if "llama" in request.param else tiny.arch(request.param)
+        yield tiny.write_model(tmp_path_factory.mktemp(request.param), arch)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "torch"])
@@ -95,6 +96,9 @@ def test_loss_and_gradients_equal_transformers(folder: Path) -> None:
             biases = [getattr(hf[0].self_attn, f"{name}_proj").bias.grad for name in "qkv"]
             wanted = torch.cat([bias.view(model.arch.num_key_value_heads, -1) for bias in biases], dim=1).flatten()
             gradient = ours[0].self_attention.linear_qkv.bias.grad
+            assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        if model.arch.family.o_bias:
+            gradient, wanted = ours[0].self_attention.linear_proj.bias.grad, hf[0].self_attn.o_proj.bias.grad
             assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 

@@ -10,14 +10,17 @@ import threading
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import integrity
+from qwen3_npu.checkpoint import manifest
+from qwen3_npu.checkpoint.formats.folders import candidates, iterations
 from qwen3_npu.checkpoint.training import retention
 from qwen3_npu.distributed import environment
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import Stopped, UsageError
+from qwen3_npu.files import Seal
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -28,8 +31,11 @@ def checkpoint(root: Path, iteration: int, *, sealed: bool = True) -> Path:
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(os.urandom(1000))
     if sealed:
-        integrity.write_part(folder, 0, ["weights"], None)
-        integrity.write_manifest(folder, integrity.read_parts(folder, [0]), [], [0])
+        weights = (folder / "weights").read_bytes()
+        seal = Seal(len(weights), xxhash.xxh3_128(weights).hexdigest())
+        manifest.write_part(folder, 0, {"weights": seal})
+        manifest.write_integrity(folder, manifest.TRAINING, manifest.read_parts(folder, [0])[0])
+        manifest.drop_parts(folder, [0])
     return folder
 
 
@@ -65,32 +71,40 @@ def prepared(
 
 def test_a_manifest_tells_damage(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 1)
-    assert integrity.damage(folder) == []
+    assert manifest.damage(folder) == []
     assert not list(folder.glob("integrity.0*")), "parts are put together"
     data = bytearray((folder / "weights").read_bytes())
     data[500] ^= 1
     (folder / "weights").write_bytes(data)
-    assert integrity.damage(folder) == [f"{folder / 'weights'} is damaged: its SHA-256 is another"]
+    assert manifest.damage(folder) == [f"{folder / 'weights'} is damaged: its xxh3_128 digest is another"]
     (folder / "weights").write_bytes(data[:-1])
-    assert integrity.damage(folder) == [f"{folder / 'weights'} has 999 bytes, not 1000"]
+    assert manifest.damage(folder) == [f"{folder / 'weights'} has 999 bytes, not 1000"]
     (folder / "weights").unlink()
-    assert integrity.damage(folder) == [f"{folder / 'weights'} is missing"]
-    assert integrity.damage(folder, rank=1, ranks=2) == [], "another rank looks at it"
+    assert manifest.damage(folder) == [f"{folder / 'weights'} is missing"]
+    assert manifest.damage(folder, rank=1, ranks=2) == [], "another rank looks at it"
     (folder / "integrity.json").write_text('{"files": ')
-    assert integrity.damage(folder) == [f"{folder / 'integrity.json'} cannot be read"]
+    (line,) = manifest.damage(folder)
+    assert line.startswith(f"{folder / 'integrity.json'} cannot be read")
 
 
 def test_candidates(tmp_path: Path) -> None:
-    assert retention.candidates(tmp_path) == []
+    def those() -> list[str]:
+        return [found.folder.name for found in candidates(tmp_path)]
+
+    assert those() == []
     for iteration in (10, 20, 30):
         checkpoint(tmp_path, iteration)
     checkpoint(tmp_path, 5, sealed=False)
     (tmp_path / "iter_0000040.partial").mkdir()
-    assert retention.candidates(tmp_path) == [30, 20, 10], "killed before the first tracker"
+    newest_first = ["iter_0000030", "iter_0000020", "iter_0000010"]
+    assert those() == newest_first, "killed before the first tracker"
     track(tmp_path, "20")
-    assert retention.candidates(tmp_path) == [20, 10, 5]
+    assert those() == ["iter_0000020", "iter_0000010"], "nobody can say whether 5 is whole"
     track(tmp_path, "release")
-    assert retention.candidates(tmp_path) == []
+    assert those() == ["release"]
+    for damaged in ("", "-1", "iter_0000020", "\0\0\0"):
+        track(tmp_path, damaged)
+        assert those() == newest_first, "a damaged tracker beside sealed checkpoints"
 
 
 def test_only_what_a_training_saved_is_deleted(tmp_path: Path) -> None:
@@ -98,9 +112,9 @@ def test_only_what_a_training_saved_is_deleted(tmp_path: Path) -> None:
         checkpoint(tmp_path, iteration)
     checkpoint(tmp_path, 1, sealed=False)
     assert retention.keep_newest(tmp_path, 30, 2) == [10]
-    assert retention.iterations(tmp_path) == [50, 30, 20, 1]
+    assert iterations(tmp_path) == [50, 30, 20, 1]
     assert retention.keep_newest(tmp_path, 30, 1) == [20]
-    assert retention.iterations(tmp_path) == [50, 30, 1]
+    assert iterations(tmp_path) == [50, 30, 1]
 
 
 def test_other_checkpoints_in_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: object) -> None:
@@ -208,12 +222,38 @@ def test_rank_0_waits_for_all_parts_in_the_background(tmp_path: Path) -> None:
     from qwen3_npu.checkpoint.training.writing import Writing
 
     published = threading.Event()
-    mine = lambda writing: integrity.write_part(tmp_path, 0, [], None)  # noqa: E731
+    mine = lambda writing: manifest.write_part(tmp_path, 0, {})  # noqa: E731
     writing = Writing("a checkpoint", [mine], published.set, tmp_path, [0, 1], background=True)
     writing.done[0].wait(10)
     assert not published.wait(0.2), "rank 1 has not written yet"
-    integrity.write_part(tmp_path, 1, [], None)
+    manifest.write_part(tmp_path, 1, {})
     assert published.wait(10)
     assert writing.thread is not None
     writing.thread.join(10)
     assert writing.error is None
+
+
+def test_nan_weights_are_not_saved(process: object) -> None:
+    import torch
+
+    from qwen3_npu.checkpoint.training.live import check_finite
+
+    model = torch.nn.Linear(3, 3)
+    check_finite([model], "iteration 7 is not saved")
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model.bias[1] = value
+        with pytest.raises(Stopped, match="iteration 7 is not saved: bias holds NaN or infinite values"):
+            check_finite([model], "iteration 7 is not saved")
+
+
+def test_an_export_that_fails_is_a_warning_and_counted(tmp_path: Path, process: object) -> None:
+    """Its process ends with an error: there is no checkpoint to convert."""
+    from qwen3_npu.training.hf_export import HfExport
+
+    args = CheckpointArgs(save=str(tmp_path), save_hf_interval=1)
+    export = HfExport(args, LoraArgs(), rank=0)
+    for failures in (1, 2):
+        export.start(failures)
+        export.finish()
+        assert export.failures == failures

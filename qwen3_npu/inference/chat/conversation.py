@@ -9,11 +9,11 @@ from qwen3_npu import console
 from qwen3_npu.args.inference import InferenceArgs
 from qwen3_npu.data.text.conversation import ASSISTANT, THINK, USER, Message, without_thought
 from qwen3_npu.errors import UsageError
+from qwen3_npu.inference.chat.keyboard import Keyboard
+from qwen3_npu.inference.chat.screen import Screen
 from qwen3_npu.inference.engine import Engine, Request
-from qwen3_npu.inference.keyboard import Keyboard
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import sampling_of
-from qwen3_npu.inference.screen import Screen
 from qwen3_npu.inference.text import Stream, Writer
 
 EXIT, CLEAR = ("/exit", "q", "quit", "exit"), ("/clear", "clear", "new")

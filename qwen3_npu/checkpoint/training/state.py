@@ -1,8 +1,4 @@
-"""A training's state in the torch format: files of each model rank, read back in any layout.
-
-<root>/iter_0000010/mp_rank_.../model_optim_rng.pt   weights, args, schedule, random state
-                               /optimizer.pt         float32 weights and moments, of the parameters' shapes
-"""
+"""What a checkpoint holds of a training beside the weights, read back in any layout."""
 
 from __future__ import annotations
 
@@ -10,46 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
-from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS, MegatronReader, ShardedTensors
+from qwen3_npu.checkpoint.formats.dist_keys import random_key, state_prefix
+from qwen3_npu.checkpoint.formats.dist_read import DistReader
+from qwen3_npu.checkpoint.formats.torch_read import OPTIMIZER, MegatronReader, ShardedTensors
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.source import Source
-from qwen3_npu.checkpoint.training import optimizer_state
-from qwen3_npu.checkpoint.training.live import Snapshot, write_content
 from qwen3_npu.distributed.layout import Rank
-
-OPTIMIZER = "optimizer.pt"
-
-
-def write(snapshot: Snapshot, stage: Path) -> tuple[list[str], Any]:
-    """Make the files of one model rank; their names."""
-    folder = snapshot.layout.folder(snapshot.rank)
-    (stage / folder).mkdir()
-    virtual = snapshot.layout.virtual
-    keys = ["model"] if virtual == 1 else [f"model{chunk}" for chunk in range(virtual)]
-    content: dict[str, Any] = snapshot.common | {key: {} for key in keys}
-    for (chunk, name), tensor in snapshot.parameters.items():
-        content[keys[chunk]][name] = tensor
-    if snapshot.random is not None:
-        content["rng_state"] = snapshot.random
-    write_content(stage / folder / WEIGHTS, content)
-    names = [f"{folder}/{WEIGHTS}"]
-    if snapshot.optimizer is not None:
-        state: dict[str, dict[int, dict[str, Any]]] = {key: {} for key in optimizer_state.KEYS}
-        for (chunk, name), tensors in snapshot.optimizer.items():
-            for key, tensor in tensors.items():
-                state[key].setdefault(chunk, {})[name] = tensor
-        write_content(stage / folder / OPTIMIZER, {"step": snapshot.step, "state": state})
-        names.append(f"{folder}/{OPTIMIZER}")
-    return names, None
-
-
-def finish(snapshot: Snapshot, stage: Path, notes: list[Any]) -> list[str]:
-    """Files that belong to all ranks: none."""
-    return []
 
 
 class TorchState:
-    """What a checkpoint holds of a training; `dist_files.DistState` answers the same for the other format."""
+    """What a checkpoint holds of a training; `DistState` answers the same for the other format."""
 
     def __init__(self, reader: MegatronReader) -> None:
         self.weights = reader
@@ -92,3 +58,37 @@ class TorchState:
     def close(self) -> None:
         for opened in (self.weights, *self._opened):
             opened.close()
+
+
+class DistState:
+    """What a checkpoint holds of a training; see `TorchState`."""
+
+    def __init__(self, reader: DistReader) -> None:
+        self.weights = reader
+        self.folder, self.layout, self.common = reader.folder, reader.saved_layout(), reader.common
+
+    @property
+    def has_optimizer(self) -> bool:
+        return "optimizer_step" in self.common and any(
+            k.startswith(state_prefix("param")) for k in self.weights.everything
+        )
+
+    @property
+    def step(self) -> int:
+        """Updates made."""
+        return self.common["optimizer_step"]
+
+    def optimizer(self, key: str, contents: Contents, rank: Rank) -> Source:
+        """One of `optimizer_state.KEYS` of every trained parameter."""
+        return self.weights.under(state_prefix(key))
+
+    def random(self, rank: Rank) -> tuple[dict[str, Any], PtArchive] | None:
+        """States of the random generators of one rank, and the archive that their tensors are in."""
+        key = random_key(self.layout, rank)
+        if key not in self.weights.objects:
+            return None
+        archive = self.weights.object(key)
+        return archive.content, archive
+
+    def close(self) -> None:
+        self.weights.close()

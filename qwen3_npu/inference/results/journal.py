@@ -14,9 +14,7 @@ from typing import Any, TextIO
 
 from qwen3_npu import log
 from qwen3_npu.args.inference import WeightArgs
-from qwen3_npu.checkpoint.formats.folders import checkpoint_folder
-from qwen3_npu.checkpoint.formats.huggingface import is_hf_weights
-from qwen3_npu.errors import UsageError
+from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.files import write_text
 from qwen3_npu.inference.runner import Runner
 
@@ -102,12 +100,8 @@ def weights_identity(weights: WeightArgs) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file that weights are read from."""
     found = []
     for given in filter(None, (weights.load, weights.lora_load)):
-        folder = Path(given)
-        if not is_hf_weights(folder):
-            try:
-                folder = checkpoint_folder(folder, weights.ckpt_step)
-            except UsageError:  # an adapter of PEFT
-                folder = Path(given)
+        known = find(given, weights.ckpt_step if given == weights.load else None)
+        folder = known.folder if known else Path(given)
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
             status = file.stat()
             found.append((str(file), status.st_size, status.st_mtime_ns))

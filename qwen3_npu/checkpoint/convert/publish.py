@@ -1,0 +1,245 @@
+"""What a conversion writes: a folder of files that becomes visible all at once, last."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.formats.base import FileJob, Record, Target, remove_records
+from qwen3_npu.checkpoint.formats.folders import (
+    ADAPTER_CONFIG,
+    TRACKER,
+    clear,
+    iteration_name,
+    move_to_backup,
+    read_tracker,
+    restore_backup,
+)
+from qwen3_npu.checkpoint.formats.hf_write import WeightFile, write_config, write_index
+from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, INDEX, carry_files, weight_map
+from qwen3_npu.checkpoint.formats.megatron_args import ITERATION
+from qwen3_npu.checkpoint.formats.open import WRITERS
+from qwen3_npu.checkpoint.formats.peft import ADAPTER_WEIGHTS, peft_config
+from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS
+from qwen3_npu.checkpoint.manifest import CONVERTER, INTEGRITY, write_integrity
+from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.table import hf_shapes
+from qwen3_npu.errors import UsageError
+from qwen3_npu.files import Seal, digest, rename, sync_folder, sync_tree, write_text
+from qwen3_npu.model.arch import Qwen3Arch
+
+Config = dict[str, Any] | None  # a config.json that the model came from
+STAGE = ".conversion.partial"
+_BESIDE_CONFIG = [name for name in CARRIED_FILES if name != "config.json"]
+
+
+class Output(abc.ABC):
+    """One output in one format.
+
+    Attributes:
+        root: what the user named; configuration, tokenizer and conversion.json go there.
+        folder: where the files end up.
+        stage: where they are made.
+        jobs: one per file.
+    """
+
+    root: Path
+    folder: Path
+    stage: Path
+    jobs: Sequence[FileJob]
+
+    @abc.abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Format, dtype and layout, for the manifest; another output has other facts."""
+
+    @abc.abstractmethod
+    def existing(self) -> str | None:
+        """What is in the way, in words."""
+
+    def finish(self, records: Mapping[str, Record]) -> None:
+        """Complete the stage: what follows from all files, and last their sizes and digests."""
+        seals = {name: record.seal for name, record in records.items()} | self.joint_files(records)
+        remove_records(self.stage)
+        write_integrity(self.stage, CONVERTER, seals)
+
+    def joint_files(self, records: Mapping[str, Record]) -> dict[str, Seal]:
+        """Make the files of the stage that follow from all others."""
+        return {}
+
+    @abc.abstractmethod
+    def carry(self, source: Path, config: Config) -> None:
+        """Put configuration and tokenizer files of a folder where they belong; before `publish`."""
+
+    @abc.abstractmethod
+    def publish(self) -> None:
+        """Move the finished stage to `folder`, in place of what is there: that goes last."""
+
+    @abc.abstractmethod
+    def commit(self) -> None:
+        """Make the output visible; the last step."""
+
+    @abc.abstractmethod
+    def unexpected_files(self) -> list[str]:
+        """Files in `folder` that a reader would take for a part of it but that no job makes."""
+
+    def prepare(self, overwrite: bool) -> None:
+        """Raises: UsageError: something is in the way (without `overwrite`)."""
+        if overwrite:
+            shutil.rmtree(self.stage, ignore_errors=True)
+        elif (what := self.existing()) is not None:
+            raise UsageError(f"{what}; give --overwrite to replace it, or another --save-dir")
+
+
+class MegatronOutput(Output):
+    """`<root>/iter_0000001`; the tracker file comes last."""
+
+    def __init__(self, root: Path, target: Target, form: str) -> None:
+        """
+        Args:
+            form: `TORCH` or `TORCH_DIST`.
+        """
+        self.root, self.target, self.format = root, target, form
+        self.folder = root / iteration_name(ITERATION)
+        self.stage = self.folder.with_name(self.folder.name + ".partial")
+        self.jobs = [job for rank in target.layout.ranks() for job in WRITERS[form].jobs(target, rank)]
+
+    def facts(self) -> dict[str, Any]:
+        dtypes = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
+        if self.target.contents.lora:
+            dtypes |= {"lora_dtype": self.target.lora_dtype.torch}
+        layout = dataclasses.asdict(self.target.layout)
+        return {"format": self.format, **dtypes, "contents": str(self.target.contents), "layout": layout}
+
+    def existing(self) -> str | None:
+        if (tracked := read_tracker(self.root)) is not None:
+            return f"{self.root} already holds a checkpoint ({TRACKER} says {tracked})"
+        return f"{self.folder} exists" if self.folder.exists() else None
+
+    def prepare(self, overwrite: bool) -> None:
+        restore_backup(self.root)
+        super().prepare(overwrite)
+
+    def joint_files(self, records: Mapping[str, Record]) -> dict[str, Seal]:
+        return WRITERS[self.format].finish(self.target, self.stage, [records[job.name].notes for job in self.jobs])
+
+    def carry(self, source: Path, config: Config) -> None:
+        carry_files(source, self.root, _BESIDE_CONFIG)
+        write_config(self.target.contents.arch, config, self.root, self.target.dtype)
+
+    def publish(self) -> None:
+        sync_tree(self.stage)
+        move_to_backup(self.folder)
+        rename(self.stage, self.folder)
+        sync_folder(self.root)
+
+    def commit(self) -> None:
+        write_text(self.root / TRACKER, str(ITERATION))
+        clear(self.root)
+
+    def unexpected_files(self) -> list[str]:
+        made = {job.name for job in self.jobs}
+        paths = [*self.folder.glob(f"*/{WEIGHTS}"), *self.folder.glob("*.distcp")]
+        return sorted({str(path.relative_to(self.folder)) for path in paths} - made)
+
+
+class HfOutput(Output):
+    """A Hugging Face model directory; config.json comes last."""
+
+    def __init__(
+        self, root: Path, arch: Qwen3Arch, config: dict | None, dtype: DType, files: Mapping[str, list[str]]
+    ) -> None:
+        """
+        Args:
+            config: a config.json that the model came from; what Qwen3Arch does not say is kept.
+            files: file name -> names of its tensors.
+        """
+        self.root = self.folder = root
+        self.stage = root / STAGE
+        self.arch, self.config, self.dtype, self.files = arch, config, dtype, files
+        shapes = hf_shapes(arch)
+        self.total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+        self.jobs = [WeightFile(name, {n: shapes[n] for n in names}, dtype) for name, names in files.items()]
+
+    def facts(self) -> dict[str, Any]:
+        return {"format": "hf", "dtype": self.dtype.torch, "files": list(self.files)}
+
+    def existing(self) -> str | None:
+        return f"{self.folder} already holds weights" if self._old() else None
+
+    def _old(self) -> list[Path]:
+        return [*self.folder.glob("*.safetensors"), *self.folder.glob(INDEX)]
+
+    def joint_files(self, records: Mapping[str, Record]) -> dict[str, Seal]:
+        write_index(self.stage, self.files, self.total)
+        index = self.stage / INDEX
+        return {INDEX: Seal(index.stat().st_size, digest(index))} if index.is_file() else {}
+
+    def carry(self, source: Path, config: Config) -> None:
+        carry_files(source, self.stage, _BESIDE_CONFIG)
+
+    def publish(self) -> None:
+        (self.folder / "config.json").unlink(missing_ok=True)  # without it, half-moved weights are no model
+        move_files(self.stage, self.folder, self._old())
+
+    def commit(self) -> None:
+        write_config(self.arch, self.config, self.folder, self.dtype)
+
+    def unexpected_files(self) -> list[str]:
+        made = {job.name for job in self.jobs}
+        found = {path.name for path in self.folder.glob("*.safetensors")} | set(weight_map(self.folder).values())
+        return sorted(found - made)
+
+
+class PeftOutput(Output):
+    """An adapter directory that `peft` loads; adapter_config.json comes last."""
+
+    def __init__(self, root: Path, arch: Qwen3Arch, lora: Lora, dtype: DType, base: str | None) -> None:
+        """
+        Args:
+            base: folder of the base model, if it is known; `peft` can load that by itself then.
+        """
+        self.root = self.folder = root
+        self.stage = root / STAGE
+        self.config, self.dtype = peft_config(lora, base), dtype
+        self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype)]
+
+    def facts(self) -> dict[str, Any]:
+        return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}
+
+    def existing(self) -> str | None:
+        names = [name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (self.folder / name).exists()]
+        return f"{self.folder} already holds {' and '.join(names)}" if names else None
+
+    def carry(self, source: Path, config: Config) -> None:
+        """An adapter needs none."""
+
+    def publish(self) -> None:
+        (self.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+        move_files(self.stage, self.folder, [p for p in [self.folder / ADAPTER_WEIGHTS] if p.exists()])
+
+    def commit(self) -> None:
+        write_text(self.folder / ADAPTER_CONFIG, json.dumps(self.config, indent=2) + "\n")
+
+    def unexpected_files(self) -> list[str]:
+        return []
+
+
+def move_files(stage: Path, folder: Path, old: Sequence[Path]) -> None:
+    """Put the files of the stage in place of `old` ones of a folder, which go last."""
+    (folder / INTEGRITY).unlink(missing_ok=True)
+    sync_folder(stage)
+    new = sorted(stage.iterdir())  # an index sorts after the weights it names
+    for path in new:
+        rename(path, folder / path.name)
+    for path in old:
+        if path.name not in {made.name for made in new}:
+            path.unlink(missing_ok=True)
+    stage.rmdir()
+    sync_folder(folder)

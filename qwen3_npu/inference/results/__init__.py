@@ -1,0 +1,1 @@
+"""What a run leaves behind: finished files, and a journal while it is not finished."""
