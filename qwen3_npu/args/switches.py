@@ -57,7 +57,7 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
     if args.lora.on and "lora_r" not in given:
         said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")
     steps, warm = args.train.train_iters, args.optimizer.lr_warmup_iters
-    if warm > steps:
+    if steps is not None and warm > steps:
         said.append(f"warning: --lr-warmup-iters {warm} is above --train-iters {steps}: --lr is never reached")
     if args.data.is_instruction:
         mean = "token mean; MindSpeed-LLM's is micro-batch mean: --loss-normalization micro-batch"
