@@ -121,8 +121,6 @@ class InstructionArgs:
     n_subs: int = flag(1, minimum=1, unit="subsets", help="with --pack: parts of the data that are packed apart")
 
     def __post_init__(self) -> None:
-        if self.neat_pack and not self.pack:
-            raise UsageError("--neat-pack says how to pack; it needs --pack")
         if self.pack and self.seq_length is None:
             raise UsageError("--pack needs --seq-length: the tokens of a pack")
         if self.enable_thinking.lower() not in THINKING:
@@ -131,6 +129,11 @@ class InstructionArgs:
             raise UsageError(
                 f"--enable-thinking {self.enable_thinking}: --prompt-type qwen knows no thoughts; use qwen3 or drop it"
             )
+
+    def check_packing(self) -> None:
+        """For what preprocesses; data that are packed already need no --pack. Raises: UsageError."""
+        if self.neat_pack and not self.pack:
+            raise UsageError("--neat-pack says how to pack; it needs --pack")
 
     @property
     def thinking(self) -> bool | None:
