@@ -4,6 +4,7 @@
 from qwen3_npu import cli, log
 from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+from qwen3_npu.args.switches import check_switches
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.training import length
@@ -15,6 +16,7 @@ def main() -> None:
     log.setup(rank, world_size)
     parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN)
     args = PretrainArgs(*parsed.groups)
+    parsed.notes.extend(check_switches(args, parsed.given))
     plan = plan_training(args, world_size)
     from qwen3_npu.training.raw_data import prepared, raw_words
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -104,14 +105,16 @@ def _unwrap(hint: Any) -> Any:
 
 
 def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
-    """`kind` as an argparse type that also refuses values under the field's minimum."""
+    """`kind` as an argparse type that also refuses values under the field's minimum, and no numbers."""
     minimum = f.metadata["minimum"]
-    if minimum is None:
+    if minimum is None and kind is not float:
         return kind
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if value < minimum:
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if minimum is not None and value < minimum:
             raise argparse.ArgumentTypeError(f"{text} is too small; the minimum is {minimum}")
         return value
 

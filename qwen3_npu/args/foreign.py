@@ -11,12 +11,14 @@ _OVERLAP = "communication is overlapped by --overlap-grad-reduce and --overlap-p
 _SWAP = "tensors are not swapped to the host; use --recompute-granularity or --use-distributed-optimizer"
 _DPO = "preference training is not offered"
 _ALL_MOE = "every layer of a Qwen3-MoE has experts"
+_SPECS = tuple(f"mindspeed_llm.tasks.models.spec.{name}_spec layer_spec" for name in ("qwen3", "qwen2", "qwen25"))
+_MIGRATION = "it is MindFormers'; docs/migration.md has the command here"
 _EXPERTS = "experts are always stacked and multiplied together"
 
 FOREIGN: dict[str, Foreign] = {
     # the architecture, said again
     "--use-mcore-models": Foreign("there is no other implementation"),
-    "--spec": Foreign("Qwen3 has one specification", nargs="+"),
+    "--spec": Foreign("Qwen3 has one specification, and code of others is not loaded", nargs="+", only=_SPECS),
     "--transformer-impl": Foreign("there is no other implementation", nargs=1),
     "--model-type-hf": Foreign("config.json says it", nargs=1),
     "--group-query-attention": Foreign(_QWEN3),
@@ -85,6 +87,10 @@ FOREIGN: dict[str, Foreign] = {
     "--padded-samples": Foreign("epochs follow each other without a gap"),
     "--full-shuffle-instruction-dataset": Foreign("each epoch has an order of its own"),
     "--tokenizer-not-use-fast": Foreign("the fast tokenizer is always used"),
+    "--workers": Foreign("raw data are preprocessed on all CPUs", nargs=1),
+    "--use_parallel": Foreign(_MIGRATION, nargs="?", refused=True),
+    "--run_mode": Foreign(_MIGRATION, nargs=1, refused=True),
+    "--auto_trans_ckpt": Foreign(_MIGRATION, nargs="?", refused=True),
     "--num-workers": Foreign("samples are read from memory-mapped files without workers", nargs=1),
     "--no-create-attention-mask-in-dataloader": Foreign("no mask of the size of the square is ever made"),
     # other trainings

@@ -18,20 +18,27 @@ LORA_TARGETS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraArgs:
-    """LoRA (on with --lora-r)"""
+    """LoRA (on with --lora-target-modules or --lora-r)"""
 
-    lora_r: int = flag(0, minimum=0, help="rank of the updates; 0: train all weights")
+    lora_r: int = flag(
+        0, minimum=1, help="rank of the updates; default: 16 with --lora-target-modules, else 0: train all weights"
+    )
     lora_alpha: float = flag(32, minimum=0, help="updates are multiplied by alpha / r")
     lora_dropout: float = flag(0.0, minimum=0, help="dropout of the updates' input")
     lora_target_modules: list[str] = flag(
-        list(LORA_TARGETS), choices=tuple(LORA_TARGETS), help="linears that get an update"
+        [], choices=tuple(LORA_TARGETS), help="linears that get an update; default with --lora-r: all four"
     )
     lora_load: str | None = flag(None, metavar="DIR", help="checkpoint with updates to start from; the base is --load")
     lora_ckpt_filter: bool = flag(False, help="save the updates only, not the base weights")
 
     def __post_init__(self) -> None:
+        # MindSpeed-LLM's switch are the targets, and its default rank is 16.
+        if self.lora_target_modules and not self.lora_r:
+            object.__setattr__(self, "lora_r", 16)
+        if self.lora_r and not self.lora_target_modules:
+            object.__setattr__(self, "lora_target_modules", list(LORA_TARGETS))
         if not self.lora_r and (self.lora_load or self.lora_ckpt_filter):
-            raise UsageError("--lora-load and --lora-ckpt-filter need --lora-r")
+            raise UsageError("--lora-load and --lora-ckpt-filter need --lora-target-modules or --lora-r")
         if self.lora_dropout >= 1:
             raise UsageError(f"--lora-dropout {self.lora_dropout} must be below 1")
 

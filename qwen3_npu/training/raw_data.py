@@ -30,10 +30,11 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
     raw = raw_words(args)
     if not raw:
         return args
+    args.instruction.check_packing()
     name = args.record.handler_name
-    if name is None:
+    if name is None and args.data.is_instruction:
         raise UsageError(f"--data-path {raw[0]} is raw data; give --handler-name to say what its records are")
-    if args.data.is_instruction == ("Pretrain" in name):
+    if ":" not in (name or ":") and args.data.is_instruction == ("Pretrain" in str(name)):
         kind = "instruction data" if args.data.is_instruction else "text (give --stage sft for instruction data)"
         raise UsageError(f"--handler-name {name}: this training reads {kind}")
     recipe = PreprocessArgs(

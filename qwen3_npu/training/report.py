@@ -179,6 +179,8 @@ class Reporter:
             self.metrics.write(json.dumps({"step": iteration, **line}) + "\n")
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, iteration)
+                if name == "loss":  # what tools for Megatron's logs look for
+                    self.tensorboard.add_scalar("lm loss", value, iteration)
 
     def _bars(self, iteration: int, name: str, values: Any) -> None:
         if self.tensorboard is not None:

@@ -275,3 +275,36 @@ def test_a_folder_that_another_process_writes_is_left_alone(models: dict[str, Pa
         assert [path.name for path in target.iterdir()] == [".lease"]
     samples.ok(*flags)
     assert not (target / ".lease").exists()
+
+
+def test_resume_makes_a_damaged_file_again(models: dict[str, Path], tmp_path: Path) -> None:
+    command = ("--load-dir", models["untied"], "--save-dir", tmp_path / "out", *LAYOUT)
+    killed(2, *command)
+    done = next(path for path in (tmp_path / "out").rglob("*.pt"))
+    data = bytearray(done.read_bytes())
+    data[len(data) // 2] ^= 1
+    done.write_bytes(data)
+    assert "is made again" in samples.ok(*command, "--resume", "--verify")
+
+
+def test_the_old_output_stays_until_the_new_one_is_whole(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the tokenizer's files are copied, the last thing before publication."""
+    from qwen3_npu.checkpoint.convert import publish
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for kind in ("mg", "hf"):
+        command = ("--load-dir", models["untied"], "--save-dir", tmp_path / kind, "--save-model-type", kind)
+        samples.ok(*command)
+        before = samples.digests(tmp_path / kind)
+        with monkeypatch.context() as patched:
+            patched.setattr(publish, "carry_files", full)
+            assert "No space left on device" in samples.refused(*command, "--overwrite", "--params-dtype", "fp32")
+        after = samples.digests(tmp_path / kind)
+        assert before.items() <= after.items(), "nothing of the old output is gone or another"
+        samples.ok(
+            "--load-dir", models["untied"], "--save-dir", tmp_path / kind, "--save-model-type", kind, "--verify-only"
+        )

@@ -19,7 +19,7 @@ from qwen3_npu.checkpoint import manifest
 from qwen3_npu.checkpoint.formats.folders import candidates, iterations
 from qwen3_npu.checkpoint.training import retention
 from qwen3_npu.distributed import environment
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.files import Seal
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -231,3 +231,29 @@ def test_rank_0_waits_for_all_parts_in_the_background(tmp_path: Path) -> None:
     assert writing.thread is not None
     writing.thread.join(10)
     assert writing.error is None
+
+
+def test_nan_weights_are_not_saved(process: object) -> None:
+    import torch
+
+    from qwen3_npu.checkpoint.training.live import check_finite
+
+    model = torch.nn.Linear(3, 3)
+    check_finite([model], "iteration 7 is not saved")
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model.bias[1] = value
+        with pytest.raises(Stopped, match="iteration 7 is not saved: bias holds NaN or infinite values"):
+            check_finite([model], "iteration 7 is not saved")
+
+
+def test_an_export_that_fails_is_a_warning_and_counted(tmp_path: Path, process: object) -> None:
+    """Its process ends with an error: there is no checkpoint to convert."""
+    from qwen3_npu.training.hf_export import HfExport
+
+    args = CheckpointArgs(save=str(tmp_path), save_hf_interval=1)
+    export = HfExport(args, LoraArgs(), rank=0)
+    for failures in (1, 2):
+        export.start(failures)
+        export.finish()
+        assert export.failures == failures
