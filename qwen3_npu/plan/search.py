@@ -12,10 +12,10 @@ from qwen3_npu.args.fit import Fit, fit
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
-from qwen3_npu.args.plan import PlanArgs, VerdictArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch

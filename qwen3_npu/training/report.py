@@ -24,12 +24,12 @@ class _Window:
     """Steps since the last line.
 
     Attributes:
-        loss: sum of the losses of `updates` steps.
-        computed, learned: of all steps, and of those whose update was made.
+        loss: sum of the losses of the `learned_steps` steps that were not skipped.
+        computed, learned: of all steps, and of those that were not skipped.
     """
 
     steps: int = 0
-    updates: int = 0
+    learned_steps: int = 0
     loss: float = 0.0
     computed: Tally = NOTHING
     learned: Tally = NOTHING
@@ -39,7 +39,7 @@ class _Window:
         self.steps += 1
         self.computed += result.tally
         if not result.skipped:
-            self.updates += 1
+            self.learned_steps += 1
             self.loss += result.loss
             self.learned += result.tally
 
@@ -138,7 +138,7 @@ class Reporter:
         width = len(str(self.last))
         parts = [
             f"step {iteration:>{width}}/{self.last}",
-            f"loss {window.loss / window.updates:.6f}" if window.updates else "every update skipped",
+            f"loss {window.loss / window.learned_steps:.6f}" if window.learned_steps else "every update skipped",
             f"grad norm {result.grad_norm:.4f}",
             f"lr {result.learning_rate:.4e}",
             f"{human(tokens, 'tokens/s')}/device",
