@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.expert_load import ExpertLoad, take_expert_load
+from qwen3_npu.training.facts import facts
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.hf_export import HfExport
@@ -41,7 +41,6 @@ from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
-from qwen3_npu.training.taught import taught
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
@@ -119,8 +118,7 @@ class Trainer:
             log.info(
                 f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
             )
-        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed, **taught(args)}
-        self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
+        self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
         self.feed: Feed  # open_data
