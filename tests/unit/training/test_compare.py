@@ -98,7 +98,7 @@ def test_another_setting_of_the_optimizer_is_told(name: str) -> None:
 
 
 def test_all_refusals_are_in_one_line() -> None:
-    with pytest.raises(UsageError, match="--allow-changed seed seq_length$"):
+    with pytest.raises(UsageError, match=r"--allow-changed seed seq_length$"):
         said_by(SAVED, NOW | {"seed": 5, "seq_length": 7, "adam_beta1": 0.8})
 
 
