@@ -80,7 +80,7 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Chan
 
 def model_facts(arch: Qwen3Arch) -> dict[str, Any]:
     """What weights of the same shapes may have been trained with: these names of `REFUSED`."""
-    facts = {"rotary_base": arch.rope_theta, "norm_epsilon": arch.rms_norm_eps}
+    facts: dict[str, Any] = {"rotary_base": arch.rope_theta, "norm_epsilon": arch.rms_norm_eps}
     facts["rope_scaling"] = str(arch.rope_scaling or "plain RoPE")
     if arch.is_moe:
         facts |= {"moe_router_topk": arch.num_experts_per_tok, "norm_topk_prob": arch.norm_topk_prob}
