@@ -38,6 +38,7 @@ from qwen3_npu.training.checkpoints.hf_export import HfExport
 from qwen3_npu.training.checkpoints.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.expert_load import ExpertLoad, take_expert_load
+from qwen3_npu.training.facts import facts
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
@@ -122,8 +123,7 @@ class Trainer:
             log.info(
                 f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
             )
-        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed, **taught(args)}
-        self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
+        self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
         self.feed: Feed  # open_data
