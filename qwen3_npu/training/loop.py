@@ -44,7 +44,6 @@ from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.preference import preference_objective
 from qwen3_npu.training.prepare.plan import TrainingPlan
-from qwen3_npu.training.prepare.taught import taught
 from qwen3_npu.training.profiling import Profiling
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
 from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of, identity
