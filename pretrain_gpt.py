@@ -4,7 +4,7 @@
 from qwen3_npu import cli, log
 from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
-from qwen3_npu.args.switches import check_switches
+from qwen3_npu.args.rules.switches import check_switches
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.training.prepare import length

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from qwen3_npu.args.preference import STAGES as PREFERENCE_STAGES
-from qwen3_npu.args.resume import REFUSED
+from qwen3_npu.args.rules.resume import REFUSED
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 

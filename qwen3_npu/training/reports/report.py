@@ -16,8 +16,8 @@ from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
 from qwen3_npu.plan.verdict import Verdict
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
-from qwen3_npu.training.expert_load import ExpertLoad
-from qwen3_npu.training.planned import PlannedMeasured
+from qwen3_npu.training.reports.expert_load import ExpertLoad
+from qwen3_npu.training.reports.planned import PlannedMeasured
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
 
 
