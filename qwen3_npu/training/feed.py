@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
@@ -13,7 +14,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.text.prompt_types import warn_of_misfit
 from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.data.train import pretrain_dataset, sft_dataset
-from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
+from qwen3_npu.data.train.batches import Batch, moved, sample_numbers
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
 from qwen3_npu.data.train.token_file import open_indexed
@@ -27,7 +28,7 @@ from qwen3_npu.training.plan import TrainingPlan
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Samples and their form.
+    """Samples, and the micro-batches that this rank makes of them.
 
     Attributes:
         args, plan: of the training.
@@ -47,41 +48,68 @@ class Feed:
     length: int | None
     think: ThinkTokens | None = None
     supervised: float | None = None
+    _ahead: dict[int, Batch] = dataclasses.field(default_factory=dict, init=False)
 
-    def batches(
-        self,
-        dataset: Any,
-        consumed: int,
-        sequence: Callable[[torch.Tensor, tuple[int, ...] | None], TokenSequence],
-        device: torch.device,
-    ) -> Iterator[Batch]:
-        """This rank's micro-batches of the step that starts after `consumed` samples.
-
-        Args:
-            sequence: positions of this rank's tokens and boundaries in the whole rows -> what the layers need.
-        """
-        plan, parallel = self.plan, self.args.parallel
-        numbers = sample_numbers(
+    def numbers(self, consumed: int) -> Iterator[range]:
+        """The samples of each of this rank's micro-batches of the step that starts after `consumed` samples."""
+        return sample_numbers(
             consumed,
-            global_batch=plan.global_batch,
+            global_batch=self.plan.global_batch,
             micro_batch=self.args.train.micro_batch_size,
-            data_parallel=plan.data_parallel,
+            data_parallel=self.plan.data_parallel,
             data_rank=parallel_state.get_data_parallel_rank(),
         )
-        cp_rank = parallel_state.get_context_parallel_rank()
 
-        def local(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, cp_rank)
+    def batches(self, dataset: Any, consumed: int, device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
+        """This rank's micro-batches of the step that starts after `consumed` samples.
 
-        return row_batches(
-            dataset,
-            numbers,
-            self.make_rows,
-            sequence,
-            local,
-            device,
-            self.think,
-            marks_padding=plan.arch.is_moe,
+        Each is made while the device computes the one before; the first one of a training's next step, with the last.
+
+        Args:
+            dtype: of the activations.
+        """
+        first, *others = self.numbers(consumed)
+        is_train, after = dataset is self.train, consumed + self.plan.global_batch
+        ahead = self._ahead.pop(consumed, None) if is_train else None
+        batch = ahead or self._batch(dataset, first, device, dtype)
+        for samples in others:
+            following = self._batch(dataset, samples, device, dtype)
+            yield batch
+            batch = following
+        if is_train and after < self.args.train.steps * self.plan.global_batch:
+            self._ahead.clear()
+            self._ahead[after] = self._batch(dataset, next(self.numbers(after)), device, dtype)
+        yield batch
+
+    def _batch(self, dataset: Any, samples: range, device: torch.device, dtype: torch.dtype) -> Batch:
+        """Read and arrange samples, and move what this rank needs of them."""
+        rows = self.make_rows([dataset[number] for number in samples])
+        parallel, arch = self.args.parallel, self.plan.arch
+        arrays = {"positions": rows.positions}
+        if arch.is_moe and rows.padding is not None:
+            arrays["padding"] = rows.padding
+        if parallel_state.is_pipeline_first_stage():
+            arrays["tokens"] = rows.tokens
+        is_last = parallel_state.is_pipeline_last_stage()
+        if is_last:
+            arrays |= {"labels": rows.labels, "loss_mask": rows.loss_mask}
+            if self.think is not None:
+                arrays["think_mask"] = self.think.mask(rows.tokens, rows.cu_seqlens)
+        context, rank = parallel.context_parallel_size, parallel_state.get_context_parallel_rank()
+        whole = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        fields = shard(whole, parallel.context_parallel_algo, context, rank)
+        if is_last:
+            amounts = (rows.real_tokens, rows.tokens.size, rows.squares)
+            fields["amounts"] = torch.tensor([amount / context for amount in amounts])
+        fields = moved(fields, device)
+        return Batch(
+            fields.get("tokens"),
+            fields.get("labels"),
+            fields.get("loss_mask"),
+            TokenSequence(fields["positions"], rows.cu_seqlens, arch.rope, dtype, fields.get("padding")),
+            fields.get("think_mask"),
+            fields.get("amounts"),
+            float(rows.loss_mask.sum(dtype=np.float64)),
         )
 
 

@@ -82,6 +82,8 @@ def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.
             (`calculate_per_token_loss`); else each micro-batch by its own, and by the number of micro-batches.
         losses: [b, s] of this context-parallel rank's tokens.
     """
+    assert batch.loss_mask is not None, "only the last stage has losses"
+    assert batch.amounts is not None
     total, count = (losses * batch.loss_mask).sum(), batch.loss_mask.sum()
     token_loss = total.detach()
     think_loss = think_tokens = torch.zeros_like(count)
