@@ -15,19 +15,35 @@ _ALIGNED = 512  # bytes: tensors begin where an allocator would let them begin
 
 
 @dataclasses.dataclass(frozen=True)
+class Answers:
+    """Which answer each token of a micro-batch of preference training belongs to; see `rows.AnswerRows`.
+
+    Attributes:
+        numbers: [b, s] int64.
+        text_mask: [b, s] float32.
+        count: answers of the micro-batch.
+    """
+
+    numbers: torch.Tensor
+    text_mask: torch.Tensor
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """One micro-batch on the device: what this pipeline stage needs of it.
 
     Attributes:
         tokens: [b, s] int64; None after the first stage.
         labels: [b, s] int64, shifted already: labels[i] follows tokens[i]. None before the last stage, as `loss_mask`,
-            `think_mask` and `amounts`.
+            `think_mask`, `amounts` and `answers`.
         loss_mask: [b, s] float32; 1 where the label is supervised.
         sequence: positions and documents.
         think_mask: [b, s] float32; 1 where the label belongs to a thought. None if they are not told apart.
         amounts: [3] float32, this rank's share of the micro-batch: tokens that are no padding, all places, and
             `Rows.squares`.
         supervised: sum of the loss mask over the whole micro-batch, known to the host.
+        answers: of preference training.
     """
 
     tokens: torch.Tensor | None
@@ -37,6 +53,7 @@ class Batch:
     think_mask: torch.Tensor | None
     amounts: torch.Tensor | None
     supervised: float
+    answers: Answers | None = None
 
 
 def drained(batches: collections.deque[Batch]) -> Iterator[Batch]:
