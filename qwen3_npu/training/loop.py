@@ -36,6 +36,7 @@ from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.expert_load import ExpertLoad, take_expert_load
+from qwen3_npu.training.facts import facts
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.hf_export import HfExport
@@ -48,7 +49,6 @@ from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
-from qwen3_npu.training.taught import taught
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
@@ -122,8 +122,7 @@ class Trainer:
             log.info(
                 f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
             )
-        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed, **taught(args)}
-        self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
+        self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
         self.feed: Feed  # open_data
