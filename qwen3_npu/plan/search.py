@@ -1,6 +1,6 @@
 """All legal layouts of a number of devices, those that fit ranked by predicted tokens per second. No torch.
 
-Legality is asked of the parser's own checks (`args/fit.py`, `distributed/layout.py`), never judged here.
+Legality is asked of the parser's own checks (`args/rules/fit.py`, `distributed/layout.py`), never judged here.
 """
 
 from __future__ import annotations

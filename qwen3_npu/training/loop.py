@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.router import routers
-from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
@@ -207,11 +207,8 @@ class Trainer:
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
-        return [self.feed.batches(dataset, consumed, self.sequence, self.world.device) for _ in self.chunks]
-
-    def sequence(self, positions: torch.Tensor, boundaries: tuple[int, ...] | None = None) -> TokenSequence:
-        """What the layers need to know of tokens at these positions [b, s], in documents with these boundaries."""
-        return TokenSequence(positions, boundaries, self.plan.arch.rope, self.dtype)
+        batches = self.feed.batches(dataset, consumed, self.world.device, self.dtype)
+        return list(itertools.tee(batches, len(self.chunks)))
 
     def _with_reference(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """The micro-batches of a step; the objective learns what the reference says of them."""
