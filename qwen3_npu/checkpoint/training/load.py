@@ -195,7 +195,7 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
 
 
 def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:
-    """The checkpoint gives the position, the flags give the form of the schedule. The log says what the flags changed."""
+    """The checkpoint gives the position, the flags give the form of the schedule. The log says what changed."""
     trained.scheduler.load_state_dict(saved)
     now = trained.scheduler.state_dict()
     changed = [f"{key} {saved[key]} -> {value}" for key, value in now.items() if key in saved and saved[key] != value]
