@@ -155,6 +155,13 @@ def mindspeed_differences(platform: Platform, world: World) -> dict[str, float]:
     }
 
 
+def layers_saved(platform: Platform, world: World) -> dict[str, int]:
+    """Bytes that a layer keeps for backward, of each case of tests/saved.py."""
+    import saved
+
+    return {case: saved.layer_saved(case, "npu", "npu") for case in saved.CASES}
+
+
 def operation_calls(platform: Platform, world: World) -> dict[str, int]:
     """How often each of torch_npu's operations has run in this process."""
     from sim.operations import CALLS
