@@ -11,6 +11,7 @@ from qwen3_npu.args.plan import VerdictArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.watch import WatchArgs
 
 
 class PretrainArgs(typing.NamedTuple):
@@ -31,6 +32,7 @@ class PretrainArgs(typing.NamedTuple):
     exits: ExitArgs
     report: ReportArgs
     profile: ProfileArgs
+    watch: WatchArgs
     verdict: VerdictArgs
 
 

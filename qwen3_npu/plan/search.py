@@ -17,6 +17,7 @@ from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.watch import WatchArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.device import GIB, Device
@@ -171,6 +172,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         exits=ExitArgs(),
         report=ReportArgs(),
         profile=ProfileArgs(),
+        watch=WatchArgs(),
         verdict=VerdictArgs(),
     )
 

@@ -18,6 +18,7 @@ from megatron.core.utils import get_model_config
 from qwen3_npu.data.train.batches import Batch
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import clip_gradients
+from qwen3_npu.watch import here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,7 @@ def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.
             (`calculate_per_token_loss`); else each micro-batch by its own, and by the number of micro-batches.
         losses: [b, s] of this context-parallel rank's tokens.
     """
+    here.at("backward")  # what megatron does with the loss next
     total, count = (losses * batch.loss_mask).sum(), batch.loss_mask.sum()
     token_loss = total.detach()
     think_loss = think_tokens = torch.zeros_like(count)
@@ -103,7 +105,9 @@ def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
     """megatron's callback: run one micro-batch through one model chunk."""
+    here.at("data")
     batch = next(batches)
+    here.at("forward")
     output = model(batch.tokens, batch.sequence.positions, None, labels=batch.labels, packed_seq_params=batch.sequence)
     return output, functools.partial(loss_of, batch, get_model_config(model).calculate_per_token_loss)
 
@@ -183,6 +187,7 @@ def train_step(
         micro_batch=micro_batch,
         forward_only=False,
     )
+    here.at("optimizer")
     rate = max((group["lr"] for group in optimizer.param_groups), default=0.0)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
