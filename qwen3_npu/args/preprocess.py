@@ -10,6 +10,17 @@ from typing import Any
 from qwen3_npu.cli import Foreign, flag
 from qwen3_npu.errors import UsageError
 
+TEXT_HANDLER = "GeneralPretrainHandler"
+HANDLER_NAMES = (
+    TEXT_HANDLER,
+    "AlpacaPretrainHandler",
+    "SharegptPretrainHandler",
+    "AlpacaStyleInstructionHandler",
+    "SharegptStyleInstructionHandler",
+    "OpenAIInstructionHandler",
+    "AlpacaStylePairwiseHandler",
+    "SharegptStylePairwiseHandler",
+)
 THINKING = {"true": True, "false": False, "none": None}
 
 
@@ -49,8 +60,8 @@ class RecordArgs:
     handler_name: str | None = flag(
         None,
         metavar="NAME",
-        help="what the records are: General-, Alpaca- or SharegptPretrainHandler; AlpacaStyle-, SharegptStyle- or "
-        "OpenAIInstructionHandler; AlpacaStyle- or SharegptStylePairwiseHandler",
+        help=f"what the records are: {', '.join(HANDLER_NAMES)}, or module:function of your own; default: text "
+        f"({TEXT_HANDLER})",
     )
     json_keys: list[str] = flag(["text"], metavar="KEY", help="columns of pretraining text; each gives its own files")
     map_keys: str | None = flag(
@@ -81,7 +92,11 @@ class TokenizerArgs:
     tokenizer_backend: str = flag(
         "auto", choices=["auto", "fastokens", "tokenizers"], help="library; auto: the fastest that gives right tokens"
     )
-    append_eod: bool = flag(False, help="end each document with the tokenizer's eos_token")
+    append_eod: bool = flag(
+        False,
+        help="end each document with the tokenizer's eos_token; conversations with the "
+        "token that ends the template's answers",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.plan import VerdictArgs
+from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
@@ -34,6 +35,7 @@ class PretrainArgs(typing.NamedTuple):
     profile: ProfileArgs
     watch: WatchArgs
     verdict: VerdictArgs
+    preference: PreferenceArgs
 
 
 GROUPS = tuple(typing.get_type_hints(PretrainArgs).values())

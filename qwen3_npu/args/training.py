@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from qwen3_npu.args.preference import STAGES as PREFERENCE_STAGES
+from qwen3_npu.args.resume import REFUSED
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 
@@ -154,7 +156,11 @@ class DataArgs:
         metavar="[WEIGHT] PREFIX", help="prefix of a .bin/.idx pair, or several with weights: 0.3 a 0.7 b"
     )
     split: str = flag("969,30,1", metavar="A,B,C", help="shares of documents for training, validation and test")
-    stage: str = flag("pt", choices=["pt", "sft"], help="pretraining, or fine-tuning on instruction data")
+    stage: str = flag(
+        "pt",
+        choices=["pt", "sft", *PREFERENCE_STAGES],
+        help="pretraining, fine-tuning on instruction data, or learning from preferred answers",
+    )
     is_instruction_dataset: bool = flag(False, help="--data-path holds instruction data, as --stage sft says too")
     variable_seq_lengths: bool = flag(
         False,
@@ -181,8 +187,12 @@ class DataArgs:
     def __post_init__(self) -> None:
         if self.is_instruction and self.eod_mask_loss:
             raise UsageError("--eod-mask-loss is for pretraining text; instruction data say themselves what is learned")
-        if self.variable_seq_lengths and not self.is_instruction:
+        if self.variable_seq_lengths and self.stage == "pt" and not self.is_instruction:
             raise UsageError("--no-pad-to-seq-lengths is for instruction data (--stage sft); text fills its sequences")
+
+    @property
+    def is_preference(self) -> bool:
+        return self.stage in PREFERENCE_STAGES
 
     @property
     def is_instruction(self) -> bool:
@@ -220,6 +230,11 @@ class CheckpointArgs:
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
     allow_nonfinite_weights: bool = flag(False, help="start from weights with NaN or infinite values, too")
+    allow_changed: list[str] = flag(
+        [],
+        choices=list(REFUSED),
+        help="resume although this is another than in the checkpoint; the position in the data may then be meaningless",
+    )
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:

@@ -6,16 +6,19 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.text.prompt_types import warn_of_misfit
-from qwen3_npu.data.text.tokenizer import open_tokenizer
-from qwen3_npu.data.train import pretrain_dataset, sft_dataset
-from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
+from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
+from qwen3_npu.data.train import pretrain_dataset
+from qwen3_npu.data.train.batches import Answers, Batch, moved, sample_numbers
 from qwen3_npu.data.train.data_path import blend
+from qwen3_npu.data.train.preference_dataset import PairFiles, pair_rows
 from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
+from qwen3_npu.data.train.sft_dataset import InstructionFiles, Kind, instruction_splits, open_instructions
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
@@ -27,7 +30,7 @@ from qwen3_npu.training.plan import TrainingPlan
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Samples and their form.
+    """Samples, and the micro-batches that this rank makes of them.
 
     Attributes:
         args, plan: of the training.
@@ -47,41 +50,74 @@ class Feed:
     length: int | None
     think: ThinkTokens | None = None
     supervised: float | None = None
+    _ahead: dict[int, Batch] = dataclasses.field(default_factory=dict, init=False)
 
-    def batches(
-        self,
-        dataset: Any,
-        consumed: int,
-        sequence: Callable[[torch.Tensor, tuple[int, ...] | None], TokenSequence],
-        device: torch.device,
-    ) -> Iterator[Batch]:
-        """This rank's micro-batches of the step that starts after `consumed` samples.
-
-        Args:
-            sequence: positions of this rank's tokens and boundaries in the whole rows -> what the layers need.
-        """
-        plan, parallel = self.plan, self.args.parallel
-        numbers = sample_numbers(
+    def numbers(self, consumed: int) -> Iterator[range]:
+        """The samples of each of this rank's micro-batches of the step that starts after `consumed` samples."""
+        return sample_numbers(
             consumed,
-            global_batch=plan.global_batch,
+            global_batch=self.plan.global_batch,
             micro_batch=self.args.train.micro_batch_size,
-            data_parallel=plan.data_parallel,
+            data_parallel=self.plan.data_parallel,
             data_rank=parallel_state.get_data_parallel_rank(),
         )
-        cp_rank = parallel_state.get_context_parallel_rank()
 
-        def local(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, cp_rank)
+    def batches(self, dataset: Any, consumed: int, device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
+        """This rank's micro-batches of the step that starts after `consumed` samples.
 
-        return row_batches(
-            dataset,
-            numbers,
-            self.make_rows,
-            sequence,
-            local,
-            device,
-            self.think,
-            marks_padding=plan.arch.is_moe,
+        Each is made while the device computes the one before; the first one of a training's next step, with the last.
+
+        Args:
+            dtype: of the activations.
+        """
+        first, *others = self.numbers(consumed)
+        is_train, after = dataset is self.train, consumed + self.plan.global_batch
+        ahead = self._ahead.pop(consumed, None) if is_train else None
+        batch = ahead or self._batch(dataset, first, device, dtype)
+        for samples in others:
+            following = self._batch(dataset, samples, device, dtype)
+            yield batch
+            batch = following
+        if is_train and after < self.args.train.steps * self.plan.global_batch:
+            self._ahead.clear()
+            self._ahead[after] = self._batch(dataset, next(self.numbers(after)), device, dtype)
+        yield batch
+
+    def _batch(self, dataset: Any, samples: range, device: torch.device, dtype: torch.dtype) -> Batch:
+        """Read and arrange samples, and move what this rank needs of them."""
+        rows = self.make_rows([dataset[number] for number in samples])
+        parallel, arch = self.args.parallel, self.plan.arch
+        arrays = {"positions": rows.positions}
+        if arch.is_moe and rows.padding is not None:
+            arrays["padding"] = rows.padding
+        if parallel_state.is_pipeline_first_stage():
+            arrays["tokens"] = rows.tokens
+        is_last = parallel_state.is_pipeline_last_stage()
+        if is_last:
+            arrays |= {"labels": rows.labels, "loss_mask": rows.loss_mask}
+            if self.think is not None:
+                arrays["think_mask"] = self.think.mask(rows.tokens, rows.cu_seqlens)
+            if rows.answers is not None:
+                arrays |= {"numbers": rows.answers.numbers, "text_mask": rows.answers.text_mask}
+        context, rank = parallel.context_parallel_size, parallel_state.get_context_parallel_rank()
+        whole = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        fields = shard(whole, parallel.context_parallel_algo, context, rank)
+        if is_last:
+            amounts = (rows.real_tokens, rows.tokens.size, rows.squares)
+            fields["amounts"] = torch.tensor([amount / context for amount in amounts])
+        fields = moved(fields, device)
+        answers = None
+        if is_last and rows.answers is not None:
+            answers = Answers(fields["numbers"], fields["text_mask"], rows.answers.count)
+        return Batch(
+            fields.get("tokens"),
+            fields.get("labels"),
+            fields.get("loss_mask"),
+            TokenSequence(fields["positions"], rows.cu_seqlens, arch.rope, dtype, fields.get("padding")),
+            fields.get("think_mask"),
+            fields.get("amounts"),
+            float(rows.loss_mask.sum(dtype=np.float64)),
+            answers,
         )
 
 
@@ -90,11 +126,17 @@ def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     prefixes, _ = blend(args.data.data_path)
     digest = None
     if environment.ranks()[2] == 0:  # nodes may have copies of their own
-        is_instruction = args.data.is_instruction
-        opened = [sft_dataset.InstructionFiles(p).ids if is_instruction else open_indexed(p) for p in prefixes]
-        digest = " ".join(data.fingerprint() for data in opened)
+        digest = " ".join(_fingerprint(args, prefix) for prefix in prefixes)
     check_same(digest, f"--data-path {' '.join(args.data.data_path)}")
+    if args.data.is_preference:
+        return _pairs(args, plan)
     return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan)
+
+
+def _fingerprint(args: PretrainArgs, prefix: str) -> str:
+    if args.data.is_preference:
+        return PairFiles(prefix).fingerprint()
+    return (InstructionFiles(prefix).ids if args.data.is_instruction else open_indexed(prefix)).fingerprint()
 
 
 def _samples(args: PretrainArgs, plan: TrainingPlan) -> tuple[int, int, int]:
@@ -131,17 +173,9 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, length, supervised=supervised)
 
 
-def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
-    data, train = args.data, args.train
-    prefixes, weights = blend(data.data_path)
-    files = sft_dataset.open_instructions(prefixes, per_document=data.per_document)
-    splits = sft_dataset.instruction_splits(
-        files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
-    )
-    if splits.train is None:
-        raise UsageError(f"--split {data.split} leaves no sample of {' '.join(prefixes)} for training")
-    if args.report.eval_iters and splits.valid is None:
-        raise UsageError(f"--split {data.split} leaves no sample for validation; give another, or --eval-iters 0")
+def _padding(args: PretrainArgs, plan: TrainingPlan) -> tuple[TokenizerFolder | None, Padding]:
+    """The tokenizer, if there is one, and how rows of conversations are padded."""
+    data = args.data
     multiple = padding_multiple(
         data.pad_to_multiple_of if data.variable_seq_lengths else 1,
         tensor=args.parallel.tensor_model_parallel_size if args.parallel.sequence_parallel else 1,
@@ -151,8 +185,46 @@ def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     if tokenizer and args.instruction.prompt_type and environment.ranks()[0] == 0:
         warn_of_misfit(args.instruction.prompt_type, tokenizer)
     pad = tokenizer.pad() if tokenizer else (plan.arch.eos_token_id or 0)
-    padding = Padding(pad, None if data.variable_seq_lengths else train.seq_length, multiple)
-    packs = data.per_document and any(file.kind is sft_dataset.Kind.NEAT_PACK for file in files)
+    return tokenizer, Padding(pad, None if data.variable_seq_lengths else args.train.seq_length, multiple)
+
+
+def _pairs(args: PretrainArgs, plan: TrainingPlan) -> Feed:
+    data, train, micro = args.data, args.train, args.train.micro_batch_size
+    prefixes, weights = blend(data.data_path)
+    files = [PairFiles(prefix) for prefix in prefixes]
+    splits = instruction_splits(
+        files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
+    )
+    if splits.train is None:
+        raise UsageError(f"--split {data.split} leaves no pair of {' '.join(prefixes)} for training")
+    if args.report.eval_iters and splits.valid is None:
+        raise UsageError(f"--split {data.split} leaves no pair for validation; give another, or --eval-iters 0")
+    _, padding = _padding(args, plan)
+    packed = data.per_document
+    if packed and padding.length is not None:  # room for all answers of a micro-batch in one row
+        padding = dataclasses.replace(padding, length=2 * micro * padding.length)
+
+    def rows(samples: Sequence[Any]) -> Rows:
+        return pair_rows(samples, padding, packed=packed)
+
+    valid = splits.valid if args.report.eval_iters else None
+    length = None if padding.length is None else -(-padding.length // padding.multiple) * padding.multiple
+    return Feed(args, plan, splits.train, valid, rows, 1 if packed else 2 * micro, length, supervised=float(micro))
+
+
+def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
+    data, train = args.data, args.train
+    prefixes, weights = blend(data.data_path)
+    files = open_instructions(prefixes, per_document=data.per_document)
+    splits = instruction_splits(
+        files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
+    )
+    if splits.train is None:
+        raise UsageError(f"--split {data.split} leaves no sample of {' '.join(prefixes)} for training")
+    if args.report.eval_iters and splits.valid is None:
+        raise UsageError(f"--split {data.split} leaves no sample for validation; give another, or --eval-iters 0")
+    tokenizer, padding = _padding(args, plan)
+    packs = data.per_document and any(file.kind is Kind.NEAT_PACK for file in files)
 
     def rows(samples: Sequence[Any]) -> Rows:
         return instruction_rows(samples, padding, per_document=packs)

@@ -7,16 +7,23 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from qwen3_npu import log
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
+from qwen3_npu.plan.verdict import Verdict
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
 from qwen3_npu.training.expert_load import ExpertLoad
+from qwen3_npu.training.planned import PlannedMeasured
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
+
+
+def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
+    """An objective's metrics by name."""
+    return {name: value / max(tally.loss_weight, 1.0) for name, value in zip(names, tally.metrics, strict=True)}
 
 
 @dataclasses.dataclass
@@ -42,6 +49,14 @@ class _Window:
             self.updates += 1
             self.loss += result.loss
             self.learned += result.tally
+
+    def preference(self, names: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+        """Means over the pairs of all steps, as values and as text."""
+        values = means(self.computed, names)
+        if not values:
+            return {}, []
+        shown = f"accuracy {values['rewards/accuracy']:.3f}, margin {values['rewards/margin']:.4f}"
+        return values, [shown]
 
     def fine_tuning(self) -> tuple[dict[str, float], list[str]]:
         """What is worth telling where not every token is learned: values, and as text. Empty for pretraining."""
@@ -74,7 +89,9 @@ class Reporter:
     Args:
         devices: all of the job; rates are per device.
         first, last: steps before and after this run.
+        names: of the metrics that steps have beside the loss.
         folder: of metrics.jsonl and tensorboard events; None for the console only.
+        verdict: what was planned; None: nothing was.
     """
 
     def __init__(
@@ -88,12 +105,18 @@ class Reporter:
         last: int,
         folder: Path | None,
         is_main: bool,
+        names: Sequence[str] = (),
+        verdict: Verdict | None = None,
     ) -> None:
+        self.names = names
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
         self.window = _Window()
         self.metrics: TextIO | None = None
         self.tensorboard: Any = None
+        self.planned: PlannedMeasured | None = None
+        if verdict is not None and is_main:
+            self.planned = PlannedMeasured(platform, verdict, write=self._record, tell=log.info)
         if folder is not None and is_main:
             folder.mkdir(parents=True, exist_ok=True)
             self.metrics = _open_lines(folder / "metrics.jsonl")
@@ -118,6 +141,10 @@ class Reporter:
         self._write(iteration, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate})
         if self.is_due(iteration):
             self._line(iteration, result, load)
+        if self.planned is not None:
+            self.planned.step(iteration, result.tally.places)
+            if self.is_due(iteration):
+                self.planned.synchronized(iteration)
 
     def _line(self, iteration: int, result: StepResult, load: ExpertLoad | None) -> None:
         self.platform.synchronize()
@@ -128,7 +155,7 @@ class Reporter:
         tokens, supervised = real / per_device_second, window.computed.tokens / per_device_second
         # A token attends to the stretch that it is in: on average so many tokens long.
         flops = tokens * flops_per_token(self.arch, window.computed.squares / max(real, 1))
-        more, texts = window.fine_tuning()
+        more, texts = window.preference(self.names) if self.names else window.fine_tuning()
         if load is not None:
             more |= load.values()
             texts.append(str(load))
@@ -159,10 +186,14 @@ class Reporter:
         self._write(iteration, rates | {"seconds_per_step": seconds} | more)
         self.window = _Window()
 
-    def evaluation(self, iteration: int, split: str, loss: float) -> None:
-        """The loss on another split after `iteration` steps."""
-        log.info(f"step {iteration} | {split} loss {loss:.6f}")
-        self._write(iteration, {f"{split}_loss": loss})
+    def evaluation(self, iteration: int, split: str, tally: Tally) -> None:
+        """The loss on another split after `iteration` steps, and what else the objective tells."""
+        values = {f"{split}_{name}": value for name, value in means(tally, self.names).items()}
+        told = "".join(
+            f" | {name} {value:.4f}" for name, value in values.items() if "accuracy" in name or "margin" in name
+        )
+        log.info(f"step {iteration} | {split} loss {tally.loss:.6f}{told}")
+        self._write(iteration, {f"{split}_loss": tally.loss, **values})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -170,23 +201,32 @@ class Reporter:
         self.platform.synchronize()
         began = time.perf_counter()
         yield
-        self.window.start += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.window.start += seconds
+        if self.planned is not None:
+            self.planned.pause(seconds)
 
     def _write(self, iteration: int, values: dict[str, float]) -> None:
         if self.metrics is not None:
             # JSON has no NaN.
             line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self.metrics.write(json.dumps({"step": iteration, **line}) + "\n")
+            self._record(iteration, line)
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, iteration)
                 if name == "loss":  # what tools for Megatron's logs look for
                     self.tensorboard.add_scalar("lm loss", value, iteration)
+
+    def _record(self, iteration: int, values: Mapping[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(json.dumps({"step": iteration, **values}) + "\n")
 
     def _bars(self, iteration: int, name: str, values: Any) -> None:
         if self.tensorboard is not None:
             self.tensorboard.add_histogram(name, values, iteration)
 
     def close(self) -> None:
+        if self.planned is not None:
+            self.planned.close()
         if self.metrics is not None:
             self.metrics.close()
             self.tensorboard.close()

@@ -182,10 +182,9 @@ def _judge_call(calls: Sequence[tuple[Rank, Entry]], label: str) -> Verdict | No
     culprits = tuple(sorted(rank.rank for rank, _ in (wrong if most > len(wrong) else calls)))
     others = f"{most} others such as {other}" if most > 1 else str(other)
     if entry.signature[0] != common[0]:
-        text = (
-            f"order mismatch at call #{entry.number} of group {label}: {rank} calls {entry.operation} ({entry.tensor}), "
-            f"and {others} {usual.operation} ({usual.tensor}); {rank}: {rank.place}"
-        )
+        one = f"{rank} calls {entry.operation} ({entry.tensor})"
+        two = f"{others} {usual.operation} ({usual.tensor})"
+        text = f"order mismatch at call #{entry.number} of group {label}: {one}, and {two}; {rank}: {rank.place}"
         return Verdict("order", culprits, text)
     text = (
         f"mismatch in {entry} of group {label}: {rank} gives {entry.tensor}, and {others} {usual.tensor}; {rank.place}"

@@ -81,10 +81,10 @@ class Watcher:
                 log.info(f"watch: progress again after {now - self.moved:.0f} s")
                 self._withdraw()
             self.beats, self.moved, self.told = beats, now, False
-        if not running:
-            return not states and now - self.begun < _ALLOWANCE
         if len(states) == self.settings.local and self.settings.interval:
             self._compare(states)
+        if not running:
+            return not states and now - self.begun < _ALLOWANCE
         if self.settings.timeout == 0 or self.told:
             return True
         allowed = limit(self.settings.timeout, states)
@@ -213,9 +213,11 @@ class Watcher:
             file = self.node.infos[rank]["error_file"]
             if file and not Path(file).exists():  # an earlier error of this rank is the better one
                 tell_torchrun(text, file)
-        for rank in self.node.living():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.node.infos[rank]["pid"], signal.SIGKILL)
+        # Stopped first: a rank whose peer is gone would write an error of its own over the verdict.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for rank in self.node.living():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.node.infos[rank]["pid"], number)
 
 
 def main() -> None:

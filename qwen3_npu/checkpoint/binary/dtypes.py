@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -78,6 +78,12 @@ def from_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
 def convert(array: np.ndarray, source: DType, target: DType) -> np.ndarray:
     """The tensor in another dtype; the same array if it is the same dtype."""
     return array if source is target else from_float32(to_float32(array, source), target)
+
+
+def widest(dtypes: Iterable[DType]) -> DType:
+    """The smallest dtype that holds every value of all of them exactly: of bfloat16 and float16, float32."""
+    found = set(dtypes)
+    return next(iter(found)) if len(found) == 1 else F32
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

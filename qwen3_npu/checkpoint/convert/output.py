@@ -17,6 +17,7 @@ from qwen3_npu.checkpoint.formats.hf_write import plan_hf_files
 from qwen3_npu.checkpoint.formats.huggingface import weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
+from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
@@ -54,14 +55,18 @@ def planned_output(
     """
     root = Path(args.save_dir)
     if not what.contents.base and what.contents.lora and args.save_model_type == HF:
-        output: Output = PeftOutput(root, what.contents.arch, what.contents.lora, what.lora_dtype, args.hf_cfg_dir)
+        output: Output = PeftOutput(
+            root, what.contents.arch, what.contents.lora, what.lora_dtype, args.hf_cfg_dir, kept=what.kept
+        )
     elif args.save_model_type == HF:
         root = _hf_root(root, legacy, args.overwrite or args.verify_only)
-        files = plan_hf_files(what.contents.arch, what.dtype, int(args.max_shard_size * 1e9))
-        output = HfOutput(root, what.contents.arch, config, what.dtype, files)
+        files = plan_hf_files(what.contents.arch, what.dtype, int(args.max_shard_size * 1e9), what.kept)
+        output = HfOutput(root, what.contents.arch, config, what.dtype, files, kept=what.kept)
     else:
         layout = target_layout(what.contents.arch, target)
-        output = MegatronOutput(root, Target(what.contents, layout, what.dtype, what.lora_dtype), args.ckpt_format)
+        output = MegatronOutput(
+            root, Target(what.contents, layout, what.dtype, what.lora_dtype, kept=what.kept), args.ckpt_format
+        )
     loads = [Path(folder).resolve() for folder in (args.load_dir, what.sources.load, what.sources.lora_load) if folder]
     loads += [folder.parent for folder in loads if format_of(folder)]
     if output.root.resolve() in loads:
@@ -95,14 +100,15 @@ def found_output(
     if not isinstance(opened, (MegatronReader, DistReader)):
         raise UsageError(f"{output.root} holds no Megatron checkpoint but {opened}")
     written = output.target
-    layout, dtype, lora_dtype = written.layout, written.dtype, written.lora_dtype
+    layout, dtype, lora_dtype, kept = written.layout, written.dtype, written.lora_dtype, written.kept
     if not {field.name for field in dataclasses.fields(TargetArgs)} & set(given):
         layout = opened.saved_layout()
     if args.params_dtype is None:
-        first = opened.dtype(next(iter(written.contents.shapes())))
-        dtype, lora_dtype = first, written.lora_dtype if written.contents.base else first
+        there = opened.contents.shapes()
+        if names := {name: shape for name, shape in written.contents.shapes().items() if name in there}:
+            dtype, lora_dtype, kept = kept_dtypes(names, opened.dtype)
     opened.close()
-    found = MegatronOutput(output.root, Target(written.contents, layout, dtype, lora_dtype), opened.format)
+    found = MegatronOutput(output.root, Target(written.contents, layout, dtype, lora_dtype, kept=kept), opened.format)
     found.folder = opened.folder
     return found
 
@@ -120,6 +126,9 @@ def _found_hf(output: HfOutput, args: ConvertArgs) -> HfOutput:
     files: dict[str, list[str]] = {file: [] for file in (*headers, *places.values())}
     for name in hf_shapes(output.arch):
         files[places.get(name, next(iter(files)))].append(name)
-    first = next(iter(headers.values()))
-    dtype = first.dtype(next(iter(first.header))) if args.params_dtype is None and first.header else output.dtype
-    return HfOutput(output.root, output.arch, None, dtype, files)
+    dtype, kept = output.dtype, output.kept
+    if args.params_dtype is None:
+        stored = {name: file.dtype(name) for file in headers.values() for name in file.header}
+        names = {name: shape for name, shape in hf_shapes(output.arch).items() if name in stored}
+        dtype, _, kept = kept_dtypes(names, lambda name: stored[name]) if names else (dtype, dtype, kept)
+    return HfOutput(output.root, output.arch, None, dtype, files, kept=kept)

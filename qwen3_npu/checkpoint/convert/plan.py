@@ -10,11 +10,12 @@ from typing import Any
 from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
+from qwen3_npu.checkpoint.formats.folders import TORCH_DIST
 from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources
 from qwen3_npu.checkpoint.manifest import CONVERSION
+from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes, same_in_all_layers
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.mapping.source import Source
-from qwen3_npu.checkpoint.mapping.table import EMBEDDING
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch.megatron import unlike_family
@@ -28,6 +29,7 @@ class ConversionPlan:
         home: where the source's config.json and tokenizer files are.
         contents: what the output holds.
         dtype, lora_dtype: of the output's weights, and of its LoRA tensors.
+        kept: Hugging Face and PEFT names of the tensors that have another dtype, which they keep.
         merged: the adapter that is merged, if one is.
         facts: of the sources, for the log, the manifest and --resume.
     """
@@ -37,6 +39,7 @@ class ConversionPlan:
     contents: Contents
     dtype: DType
     lora_dtype: DType
+    kept: dict[str, DType]
     merged: Lora | None
     facts: dict[str, Any]
 
@@ -72,9 +75,9 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
         contents = source.contents
         if lora.save_lora_to_hf:
             contents = dataclasses.replace(contents, base=False)
-        dtype, lora_dtype = _dtypes(source, contents, args.params_dtype)
+        dtype, lora_dtype, kept = _dtypes(source, contents, args)
     return ConversionPlan(
-        sources, home, contents, dtype, lora_dtype, held if isinstance(source, MergedSource) else None, facts
+        sources, home, contents, dtype, lora_dtype, kept, held if isinstance(source, MergedSource) else None, facts
     )
 
 
@@ -140,15 +143,15 @@ def _decide(
     return sources
 
 
-def _dtypes(source: Source, contents: Contents, asked: str | None) -> tuple[DType, DType]:
-    """Of the weights, and of LoRA tensors."""
-    if asked:
-        return BY_TORCH[asked], BY_TORCH[asked]
-    adapters = [name for name in contents.shapes() if ".lora_" in name]
-    first = source.dtype(adapters[0]) if adapters else None
-    dtype = source.dtype(contents.arch.family.hf_name(EMBEDDING.hf[0])) if contents.base else first
-    assert dtype is not None
-    return dtype, first or dtype
+def _dtypes(source: Source, contents: Contents, args: ConvertArgs) -> tuple[DType, DType, dict[str, DType]]:
+    """Of the weights, of LoRA tensors, and of those that have another."""
+    if args.params_dtype:
+        return BY_TORCH[args.params_dtype], BY_TORCH[args.params_dtype], {}
+    unmerged = source.base if isinstance(source, MergedSource) else source
+    found = kept_dtypes(contents.shapes(), unmerged.dtype)
+    if args.save_model_type == HF or args.ckpt_format != TORCH_DIST:
+        return found
+    return same_in_all_layers(*found, contents.shapes())
 
 
 def _facts(opened: Checkpoint) -> dict[str, Any]:

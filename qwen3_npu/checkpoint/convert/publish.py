@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from qwen3_npu.checkpoint.formats.folders import (
     read_tracker,
     restore_backup,
 )
-from qwen3_npu.checkpoint.formats.hf_write import WeightFile, write_config, write_index
+from qwen3_npu.checkpoint.formats.hf_write import WeightFile, tensor_bytes, write_config, write_index
 from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, INDEX, carry_files, weight_map
 from qwen3_npu.checkpoint.formats.megatron_args import ITERATION
 from qwen3_npu.checkpoint.formats.open import WRITERS
@@ -111,9 +110,11 @@ class MegatronOutput(Output):
         self.jobs = [job for rank in target.layout.ranks() for job in WRITERS[form].jobs(target, rank)]
 
     def facts(self) -> dict[str, Any]:
-        dtypes = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
+        dtypes: dict[str, Any] = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
         if self.target.contents.lora:
             dtypes |= {"lora_dtype": self.target.lora_dtype.torch}
+        if self.target.kept:
+            dtypes["kept"] = {name: dtype.torch for name, dtype in self.target.kept.items()}
         layout = dataclasses.asdict(self.target.layout)
         return {"format": self.format, **dtypes, "contents": str(self.target.contents), "layout": layout}
 
@@ -153,22 +154,35 @@ class HfOutput(Output):
     """A Hugging Face model directory; config.json comes last."""
 
     def __init__(
-        self, root: Path, arch: Qwen3Arch, config: dict | None, dtype: DType, files: Mapping[str, list[str]]
+        self,
+        root: Path,
+        arch: Qwen3Arch,
+        config: dict | None,
+        dtype: DType,
+        files: Mapping[str, list[str]],
+        *,
+        kept: Mapping[str, DType] | None = None,
     ) -> None:
         """
         Args:
             config: a config.json that the model came from; what Qwen3Arch does not say is kept.
             files: file name -> names of its tensors.
+            kept: name -> dtype of the tensors that have another than `dtype`.
         """
+        self.kept = dict(kept or {})
         self.root = self.folder = root
         self.stage = root / STAGE
         self.arch, self.config, self.dtype, self.files = arch, config, dtype, files
         shapes = hf_shapes(arch)
-        self.total = sum(map(math.prod, shapes.values())) * dtype.itemsize
-        self.jobs = [WeightFile(name, {n: shapes[n] for n in names}, dtype) for name, names in files.items()]
+        self.total = sum(tensor_bytes(shapes, dtype, self.kept).values())
+        self.jobs = [
+            WeightFile(name, {n: shapes[n] for n in names}, dtype, {n: kept[n] for n in names if kept and n in kept})
+            for name, names in files.items()
+        ]
 
     def facts(self) -> dict[str, Any]:
-        return {"format": "hf", "dtype": self.dtype.torch, "files": list(self.files)}
+        kept = {"kept": {name: dtype.torch for name, dtype in self.kept.items()}} if self.kept else {}
+        return {"format": "hf", "dtype": self.dtype.torch, **kept, "files": list(self.files)}
 
     def existing(self) -> str | None:
         return f"{self.folder} already holds weights" if self._old() else None
@@ -200,7 +214,16 @@ class HfOutput(Output):
 class PeftOutput(Output):
     """An adapter directory that `peft` loads; adapter_config.json comes last."""
 
-    def __init__(self, root: Path, arch: Qwen3Arch, lora: Lora, dtype: DType, base: str | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        arch: Qwen3Arch,
+        lora: Lora,
+        dtype: DType,
+        base: str | None,
+        *,
+        kept: Mapping[str, DType] | None = None,
+    ) -> None:
         """
         Args:
             base: folder of the base model, if it is known; `peft` can load that by itself then.
@@ -208,7 +231,7 @@ class PeftOutput(Output):
         self.root = self.folder = root
         self.stage = root / STAGE
         self.config, self.dtype = peft_config(lora, base), dtype
-        self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype)]
+        self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 
     def facts(self) -> dict[str, Any]:
         return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}

@@ -3,6 +3,7 @@ writer put together; nothing is held in memory but the tensors being written."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 from qwen3_npu import log
 from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.convert.jobs import run_jobs
+from qwen3_npu.checkpoint.convert.library import LibrarySources
 from qwen3_npu.checkpoint.convert.output import found_output, planned_output
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan, plan_conversion
 from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
@@ -22,6 +24,7 @@ from qwen3_npu.checkpoint.convert.publish import MegatronOutput, Output
 from qwen3_npu.checkpoint.convert.verify import differences
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.manifest import write_conversion
+from qwen3_npu.checkpoint.mapping.source import listed
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 from qwen3_npu.lease import Lease, folder_lease
@@ -56,19 +59,22 @@ def convert(
         log.info(f"{name + ':':<8}{facts['folder']} ({facts['layout']})")
     if plan.merged:
         log.info(f"merge:  {plan.merged}")
+    for dtype, count in collections.Counter(dtype.torch for dtype in plan.kept.values()).items():
+        log.info(f"dtypes: {count} tensors stay {dtype} beside {plan.dtype.torch}")
     if args.verify_only:
         try:
             output = found_output(plan, args, target, legacy, given)
         except UsageError as error:
-            return _report([str(error)], 0, Path(args.save_dir))
+            return _report([str(error)], 0, 0, Path(args.save_dir))
     else:
         output = _write(plan, args, target, legacy)
         if plan.merged and lora.lora_check:
             _check_merge(plan, output)
     if args.verify or args.verify_only:
-        lines, compared = differences(output.jobs, plan.sources, output.folder, _workers(args))
+        sources = LibrarySources(plan.sources)
+        lines, compared, converted = differences(output.jobs, sources, output.folder, _workers(args))
         lines += [f"extra file: {name}" for name in output.unexpected_files()]
-        return _report(lines, compared, output.folder)
+        return _report(lines, compared, converted, output.folder)
     return 0
 
 
@@ -89,6 +95,11 @@ def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: 
     carried = _carried_from(plan, args, legacy)
     config = read_hf_config(carried) if (carried / "config.json").is_file() else None
     output = planned_output(plan, args, target, legacy, config)
+    if isinstance(output, MegatronOutput) and (names := output.target.joined()):
+        log.info(
+            f"dtypes: {len(names)} Megatron tensors join several dtypes and have the one that holds all exactly, which "
+            f"the way back keeps: {listed(names, 2)}"
+        )
     with folder_lease(output.root, "--save-dir") as lease:
         _fill(output, plan, args, carried, config, lease)
     return output
@@ -151,7 +162,7 @@ def _check_merge(plan: ConversionPlan, output: Output) -> None:
     )
 
 
-def _report(lines: list[str], compared: int, folder: Path) -> int:
+def _report(lines: list[str], compared: int, converted: int, folder: Path) -> int:
     for line in lines[:_SHOWN]:
         log.warning(line)
     if len(lines) > _SHOWN:
@@ -159,5 +170,6 @@ def _report(lines: list[str], compared: int, folder: Path) -> int:
     if lines:
         log.warning(f"{folder} is not what the source gives: {len(lines)} differences")
         return 1
-    log.info(f"verified: {folder} is bit for bit what the source gives ({compared} tensors compared)")
+    how = f", {converted} of them converted to another dtype" if converted else ""
+    log.info(f"verified: {folder} is bit for bit what the source gives ({compared} tensors compared{how})")
     return 0

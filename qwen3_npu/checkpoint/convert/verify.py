@@ -1,7 +1,8 @@
 """Compare an output with its source, both on disk, tensor by tensor and bit for bit.
 
 Every tensor of every output file is made again from the source through the weight table and held against the file's,
-so copies on several ranks and padded rows are compared too.
+so copies on several ranks and padded rows are compared too. The bytes of both are read by the safetensors library and
+by torch, not by the code that converted them (torch_dist's chunks and adapters: by this project's readers).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from qwen3_npu.checkpoint.binary.dtypes import same_bits
 from qwen3_npu.checkpoint.convert.jobs import Count, in_processes
+from qwen3_npu.checkpoint.convert.library import output_reader
 from qwen3_npu.checkpoint.formats.base import FileJob, job_bytes
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.errors import UsageError
@@ -23,8 +25,11 @@ class _Compare:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, job: FileJob, source: Source, count: Count) -> list[str]:
-        return list(self._differences(job, source, count))
+    def __call__(self, job: FileJob, source: Source, count: Count) -> tuple[list[str], int]:
+        """The differences, and how many tensors are of another dtype than their source."""
+        lines = list(self._differences(job, source, count))
+        items = ((item.dtype, {piece.hf for piece in item.shard.slices}) for item in job.items())
+        return lines, sum(any(source.dtype(name) is not dtype for name in names) for dtype, names in items)
 
     def _differences(self, job: FileJob, source: Source, count: Count) -> Iterator[str]:
         path = self.folder / job.name
@@ -32,7 +37,7 @@ class _Compare:
             yield f"missing file: {job.name}"
             return
         try:
-            stored = job.stored(path)
+            stored, library = job.stored(path), output_reader(path)
         except UsageError as error:
             yield f"unreadable file: {error}"
             return
@@ -50,7 +55,8 @@ class _Compare:
                 continue
             expected = read_shard(source, shard, wanted)
             try:
-                same = same_bits(expected, read().reshape(shape))
+                found = library(name) if library else read()
+                same = same_bits(expected, found.reshape(shape))
             except UsageError as error:
                 yield f"unreadable: {job.name}: {name}: {error}"
                 continue
@@ -61,8 +67,13 @@ class _Compare:
 
 def differences(
     jobs: Sequence[FileJob], open_source: Callable[[], Source], folder: Path, workers: int
-) -> tuple[list[str], int]:
-    """What is missing, extra or different in the files of `jobs`, a line each; and how many tensors were compared."""
+) -> tuple[list[str], int, int]:
+    """What is missing, extra or different in the files of `jobs`, a line each.
+
+    Returns:
+        The lines, how many tensors were compared, and how many of them were converted to another dtype.
+    """
     with Progress("comparing", sum(map(job_bytes, jobs)), {"bytes": "B"}) as progress:
         found = in_processes(_Compare(folder), jobs, open_source, workers, lambda count: progress.add(bytes=count))
-    return [line for job in jobs for line in found[job.name]], sum(len(job.items()) for job in jobs)
+    lines = [line for job in jobs for line in found[job.name][0]]
+    return lines, sum(len(job.items()) for job in jobs), sum(converted for _, converted in found.values())

@@ -9,12 +9,14 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     F32,
     DType,
     Region,
+    convert,
     full,
     intersect,
     relative,
     same_bits,
     sizes,
     to_float32,
+    widest,
 )
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_name, peft_shapes
@@ -96,7 +98,8 @@ class SharedA:
         return True
 
     def dtype(self, name: str) -> DType:
-        return self.adapter.dtype(name)
+        siblings = self.siblings[name.split(".")[-3]]
+        return widest(self.adapter.dtype(self._sibling(name, sibling)) for sibling in siblings)
 
     def read(self, name: str, region: Region) -> np.ndarray:
         axis = 0 if ".lora_A." in name else 1  # the side of the rank
@@ -112,8 +115,9 @@ class SharedA:
             origin[axis] = (place * self.r, (place + 1) * self.r)
             common = intersect(region, tuple(origin[i] if i == axis else region[i] for i in range(2)))
             if common is not None:
-                data = self.adapter.read(self._sibling(name, sibling), relative(common, tuple(origin)))
-                inside(out, common, region)[...] = data
+                other = self._sibling(name, sibling)
+                data = self.adapter.read(other, relative(common, tuple(origin)))
+                inside(out, common, region)[...] = convert(data, self.adapter.dtype(other), self.dtype(name))
         return out
 
     def close(self) -> None:

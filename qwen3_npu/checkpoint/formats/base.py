@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.binary.dtypes import DType, widest
 from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, ITERATION, lora_args, to_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.table import Shard
-from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.distributed.layout import Layout, Rank, single
 from qwen3_npu.files import Seal
 
 STATES = ("param", "exp_avg", "exp_avg_sq")  # of each trained parameter: float32 weight and moments
@@ -109,6 +109,8 @@ class Target:
     Attributes:
         dtype, lora_dtype: of the model's weights, and of LoRA tensors.
         trained: what every file of a training says beside its tensors: args, iteration, schedule.
+        kept: Hugging Face (and PEFT) names of the tensors that have another dtype. A tensor joined from several has
+            the smallest dtype that holds the values of all.
     """
 
     contents: Contents
@@ -116,6 +118,7 @@ class Target:
     dtype: DType
     lora_dtype: DType
     trained: Mapping[str, Any] | None = None
+    kept: Mapping[str, DType] = dataclasses.field(default_factory=dict)
 
     @property
     def common(self) -> Mapping[str, Any]:
@@ -129,7 +132,16 @@ class Target:
         return {"args": argparse.Namespace(**args), "checkpoint_version": CHECKPOINT_VERSION, "iteration": ITERATION}
 
     def dtype_of(self, shard: Shard) -> DType:
-        return self.lora_dtype if is_lora(shard.name) else self.dtype
+        usual = self.lora_dtype if is_lora(shard.name) else self.dtype
+        return widest(self.kept.get(piece.hf, usual) for piece in shard.slices) if self.kept else usual
+
+    def joined(self) -> list[str]:
+        """Tensors made of several dtypes, in a model in one piece."""
+        if not self.kept:
+            return []
+        shards = self.contents.shards(single(self.contents.arch), Rank(0, 0, 0, 0))
+        usual = {True: self.lora_dtype, False: self.dtype}
+        return [s.name for s in shards if len({self.kept.get(p.hf, usual[is_lora(s.name)]) for p in s.slices}) > 1]
 
 
 @dataclasses.dataclass(frozen=True)

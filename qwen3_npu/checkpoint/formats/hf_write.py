@@ -28,15 +28,23 @@ class WeightFile:
     name: str
     shapes: dict[str, tuple[int, ...]]
     dtype: DType
+    kept: Mapping[str, DType] = dataclasses.field(default_factory=dict)  # names of those with another dtype
+
+    def _dtype(self, name: str) -> DType:
+        return self.kept.get(name, self.dtype)
 
     def items(self) -> list[Item]:
         return [
-            Item(name, Shard(name, shape, shape, (TensorSlice(name, full(shape), full(shape)),), 0, None), self.dtype)
+            Item(
+                name,
+                Shard(name, shape, shape, (TensorSlice(name, full(shape), full(shape)),), 0, None),
+                self._dtype(name),
+            )
             for name, shape in self.shapes.items()
         ]
 
     def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
-        writer = SafetensorsWriter(path, {name: (self.dtype, shape) for name, shape in self.shapes.items()})
+        writer = SafetensorsWriter(path, {name: (self._dtype(name), shape) for name, shape in self.shapes.items()})
         for name, data in zip(self.shapes, tensors, strict=True):
             writer.write(name, data)
         return writer.close(), None
@@ -51,10 +59,16 @@ class WeightFile:
         return {name: tensor(name) for name in file.header}
 
 
-def plan_hf_files(arch: Qwen3Arch, dtype: DType, max_bytes: int) -> dict[str, list[str]]:
-    """File name -> names of its tensors."""
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in hf_shapes(arch).items()}
-    return plan_files(sizes, max_bytes)
+def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: DType, kept: Mapping[str, DType]) -> dict[str, int]:
+    """Name -> size in bytes; `kept` are those that have another dtype."""
+    return {name: math.prod(shape) * kept.get(name, dtype).itemsize for name, shape in shapes.items()}
+
+
+def plan_hf_files(
+    arch: Qwen3Arch, dtype: DType, max_bytes: int, kept: Mapping[str, DType] | None = None
+) -> dict[str, list[str]]:
+    """File name -> names of its tensors; `kept` are those that have another dtype."""
+    return plan_files(tensor_bytes(hf_shapes(arch), dtype, kept or {}), max_bytes)
 
 
 class SafetensorsWriter:

@@ -8,7 +8,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, Region, intersect, sizes
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, convert, intersect, sizes, widest
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.source import inside
 from qwen3_npu.checkpoint.mapping.table import Shard
@@ -35,6 +35,7 @@ class ShardReader(abc.ABC, Generic[Where]):
 
     def __init__(self, holders: Iterable[tuple[Where, Shard]], what: str) -> None:
         self.what = what
+        self.dtypes: dict[str, DType] = {}
         self.places: dict[str, dict[Region, list[Holder]]] = {}
         for where, shard in holders:
             for piece in shard.slices:
@@ -62,7 +63,10 @@ class ShardReader(abc.ABC, Generic[Where]):
         raise UsageError(f"{self.what}: no file holds {name}")
 
     def dtype(self, name: str) -> DType:
-        return self.stored_dtype(*self._holder(name, next(iter(self.places[name]))))
+        """Of the tensors that hold its parts; if these differ, the smallest that holds the values of all."""
+        if name not in self.dtypes:
+            self.dtypes[name] = widest(self.stored_dtype(*self._holder(name, part)) for part in self.places[name])
+        return self.dtypes[name]
 
     def read(self, name: str, region: Region) -> np.ndarray:
         """A part of one Hugging Face tensor, put together from the tensors that hold it."""
@@ -72,9 +76,10 @@ class ShardReader(abc.ABC, Generic[Where]):
             if common is None:
                 continue
             holder, tensor = self._holder(name, source)
+            stored = self.stored_dtype(holder, tensor)
             data = self.read_stored(holder, tensor, holder.piece.part(common))
             data = data.reshape(data.shape[data.ndim - len(common) :])
-            data = data.T if holder.piece.transposed else data
+            data = convert(data.T if holder.piece.transposed else data, stored, self.dtype(name))
             if common == region:
                 return data
             if out is None:

@@ -7,7 +7,17 @@ from typing import Protocol
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, Region, as_index, convert, full, relative, row_blocks
+from qwen3_npu.checkpoint.binary.dtypes import (
+    F32,
+    DType,
+    Region,
+    as_index,
+    from_float32,
+    full,
+    relative,
+    row_blocks,
+    to_float32,
+)
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError, printable
@@ -32,20 +42,38 @@ def read_tensor(source: Source, name: str, shape: tuple[int, ...], dtype: DType)
     out = np.empty(shape, dtype.carrier)
     stored = source.dtype(name)
     for block in row_blocks(full(shape), dtype.itemsize):
-        out[as_index(block)] = convert(source.read(name, block), stored, dtype)
+        out[as_index(block)] = _converted(source.read(name, block), stored, dtype, name)
     return out
+
+
+def _converted(data: np.ndarray, stored: DType, dtype: DType, name: str) -> np.ndarray:
+    """Values in another dtype. Raises: UsageError: a finite one is too large for it."""
+    if stored is dtype:
+        return data
+    values = to_float32(data, stored)
+    found = from_float32(values, dtype)
+    if dtype is not F32 and (np.isinf(to_float32(found, dtype)) & np.isfinite(values)).any():
+        largest = np.abs(values[np.isfinite(values)]).max()
+        raise UsageError(
+            f"{printable(name)} has a value of {largest:.4g}, which {dtype.torch} cannot hold; choose another "
+            f"--params-dtype, or leave it out to keep each tensor's own"
+        )
+    return found
 
 
 def read_shard(source: Source, shard: Shard, dtype: DType) -> np.ndarray:
     """One Megatron tensor, put together from its slices and converted to `dtype`. Shape: `shard.shape`.
 
     Beyond the result a few MB are in memory: slices pass through in blocks.
+
+    Raises:
+        UsageError: a finite value is too large for `dtype`.
     """
     out = np.empty(shard.view, dtype.carrier)
     for piece in shard.slices:
         stored = source.dtype(piece.hf)
         for block in row_blocks(piece.source, dtype.itemsize):
-            data = convert(source.read(piece.hf, block), stored, dtype)
+            data = _converted(source.read(piece.hf, block), stored, dtype, piece.hf)
             out[as_index(piece.part(block))] = data.T if piece.transposed else data
     return out.reshape(shard.shape)
 

@@ -69,9 +69,9 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
             _build(arguments, building, folder)
     except OSError as error:
         raise UsageError(f"--data-cache-path {cache}: {word} cannot be prepared there: {error}") from None
-    if "Pretrain" in (records.handler_name or ""):
-        return str(folder / f"data_{records.json_keys[0]}_document")
-    return str(folder / "data")
+    if (folder / "data_packed_input_ids_document.idx").exists():
+        return str(folder / "data")
+    return str(folder / f"data_{records.json_keys[0]}_document")
 
 
 def _build(arguments: PreprocessArgs, building: Path, folder: Path) -> None:

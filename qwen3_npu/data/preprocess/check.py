@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,18 +16,22 @@ import numpy as np
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.handler import Handler, Produced, produce
-from qwen3_npu.data.preprocess.lint import lint
-from qwen3_npu.data.preprocess.pipeline import documents
+from qwen3_npu.data.preprocess.pipeline import Totals, documents
 from qwen3_npu.data.preprocess.sft_handler import CUT, DROPPED, UNSUPERVISED, ConversationHandler
-from qwen3_npu.data.preprocess.totals import Totals
 from qwen3_npu.data.read.blocks import Block, first
 from qwen3_npu.data.read.open import Inputs
+from qwen3_npu.data.text.conversation import ASSISTANT, END_THINK, NO_THOUGHT, THINK, Conversation, Message, Pair
 from qwen3_npu.data.text.encoder import Encoder, Tokens
 from qwen3_npu.data.train.token_record import IGNORED
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import UsageError, printable
 
 _GIVEN, _LEARNED, _PLAIN = "\033[2m", "\033[1;32m", "\033[0m"
 _BAR = 40
+_CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
+# An answer of some length that stops at a letter, a comma or an opening bracket.
+_LONG = 300
+_OPEN_END = re.compile(r"[A-Za-z,(\[{]$")
 
 
 def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder]) -> int:
@@ -116,12 +121,15 @@ def _print(title: str, ids: np.ndarray, labels: np.ndarray, encoder: Encoder) ->
     boundaries = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     text = ""
     for start, stop in itertools.pairwise(boundaries):
-        part = encoder.decode(ids[start:stop].tolist())
+        part = printable(encoder.decode(ids[start:stop].tolist()), keep="\n\t")
         if colours:
             text += f"{_LEARNED if learned[start] else _GIVEN}{part}{_PLAIN}"
         else:
             text += f"[[{part}]]" if learned[start] else part
-    log.info(text)
+    if colours:
+        print(text, flush=True)  # the log would escape the colours
+    else:
+        log.info(text)
 
 
 def _statistics(handler: Handler, totals: Totals, lengths: np.ndarray, supervised: np.ndarray) -> None:
@@ -157,3 +165,43 @@ def _warn(
         log.warning(f"{count} x {text}" + (f", first {places[text]}" if text in places else ""))
     log.info(f"{len(warnings)} warnings" if warnings else "no warnings")
     return 1 if warnings and args.check.strict else 0
+
+
+def lint(conversation: Conversation | Pair, thinking: bool | None) -> Iterator[str]:
+    """Warnings about one conversation.
+
+    Args:
+        thinking: --enable-thinking.
+    """
+    if isinstance(conversation, Pair):
+        if conversation.chosen == conversation.rejected:
+            yield "chosen and rejected are the same"
+        conversation = conversation.prompt._replace(
+            messages=(*conversation.prompt.messages, conversation.chosen, conversation.rejected)
+        )
+    for message in conversation.messages:
+        if _CONTROL.search(message.content):
+            yield "the text holds control tokens such as <|im_end|>, which would end the turn"
+        if message.role == ASSISTANT:
+            yield from _answer(message, thinking)
+        elif not message.content.strip():
+            yield f"the {message.role}'s message is empty"
+
+
+def _answer(message: Message, thinking: bool | None) -> Iterator[str]:
+    opened, closed = message.content.count(THINK), message.content.count(END_THINK)
+    if opened > 1 or (opened and message.reasoning is not None):
+        yield "an answer has thoughts twice"
+    elif opened != closed:
+        yield f"an answer has {THINK} without {END_THINK}, or the other way round"
+    if _EMPTY_THOUGHT.search(message.content) or (message.reasoning is not None and not message.reasoning.strip()):
+        yield f"an answer has empty thoughts, which are learned ({NO_THOUGHT.split()[0]} with nothing in it)"
+    elif thinking and not message.has_thought():
+        yield "an answer has no thoughts; with --enable-thinking true it learns empty ones"
+    if thinking is False and message.has_thought():
+        yield "an answer's thoughts are removed by --enable-thinking false"
+    text = message.content.rpartition(END_THINK)[2].strip()
+    if not text and not message.calls:
+        yield "an answer is empty"
+    elif len(text) >= _LONG and not message.calls and _OPEN_END.search(text):
+        yield "an answer seems to be cut off (it is long and ends in the middle of a sentence)"

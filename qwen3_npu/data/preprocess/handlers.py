@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from qwen3_npu import log
@@ -27,7 +32,7 @@ from qwen3_npu.data.preprocess.record_formats import (
 from qwen3_npu.data.preprocess.sft_handler import ConversationHandler, InstructionHandler, PairwiseHandler, Style
 from qwen3_npu.data.text.prompt_types import open_template, warn_of_misfit
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import UsageError, choose
 
 Make = Callable[[PreprocessArgs, TokenizerFolder], Handler]
 
@@ -49,12 +54,21 @@ def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
     return make
 
 
-def _conversations(
+def conversations(
     kind: type[ConversationHandler],
     read: Callable[[Mapping[str, Any], Columns], Any],
     names: Names,
     has_tags: bool = False,
 ) -> Make:
+    """A handler of conversations (`InstructionHandler`) or of pairs of answers (`PairwiseHandler`).
+
+    Args:
+        read: (record, what its columns are called) -> a Conversation or a Pair; raises ValueError, with the reason, for
+            a record that is none.
+        names: meanings and columns, for --map-keys; `read` gets a column's value from `Columns.get`.
+        has_tags: whether keys and roles of messages have names as in ShareGPT.
+    """
+
     def make(args: PreprocessArgs, tokenizer: TokenizerFolder) -> Handler:
         chosen = args.instruction
         if chosen.prompt_type is None:
@@ -62,12 +76,14 @@ def _conversations(
         if kind is PairwiseHandler and chosen.pack:
             raise UsageError(f"--pack: the pairs of {args.records.handler_name} are not packed")
         warn_of_misfit(chosen.prompt_type, tokenizer)
+        # As in MindSpeed-LLM, what ends the template's answers ends a sample, whatever eos_token says.
+        template, ends = open_template(chosen.prompt_type, tokenizer), kind is InstructionHandler
         style = Style(
-            open_template(chosen.prompt_type, tokenizer),
+            template,
             chosen.thinking,
             None if chosen.seq_length is None else chosen.seq_length - 1,
             chosen.overlong == "cut",
-            tokenizer.eos() if args.tokenizer.append_eod and kind is InstructionHandler else None,
+            tokenizer.id(template.end, "--append-eod") if args.tokenizer.append_eod and ends else None,
         )
         return kind(read, Columns(names, args.records.mapping(), has_tags=has_tags), style)
 
@@ -78,9 +94,54 @@ HANDLERS: dict[str, Make] = {
     "GeneralPretrainHandler": _pretrain(text_value),
     "AlpacaPretrainHandler": _pretrain(alpaca_text, ("instruction", "input", "output")),
     "SharegptPretrainHandler": _pretrain(sharegpt_text),
-    "AlpacaStyleInstructionHandler": _conversations(InstructionHandler, alpaca, ALPACA),
-    "SharegptStyleInstructionHandler": _conversations(InstructionHandler, sharegpt, SHAREGPT, has_tags=True),
-    "OpenAIInstructionHandler": _conversations(InstructionHandler, openai, OPENAI),
-    "AlpacaStylePairwiseHandler": _conversations(PairwiseHandler, alpaca_pair, ALPACA_PAIRS),
-    "SharegptStylePairwiseHandler": _conversations(PairwiseHandler, sharegpt_pair, SHAREGPT_PAIRS, has_tags=True),
+    "AlpacaStyleInstructionHandler": conversations(InstructionHandler, alpaca, ALPACA),
+    "SharegptStyleInstructionHandler": conversations(InstructionHandler, sharegpt, SHAREGPT, has_tags=True),
+    "OpenAIInstructionHandler": conversations(InstructionHandler, openai, OPENAI),
+    "AlpacaStylePairwiseHandler": conversations(PairwiseHandler, alpaca_pair, ALPACA_PAIRS),
+    "SharegptStylePairwiseHandler": conversations(PairwiseHandler, sharegpt_pair, SHAREGPT_PAIRS, has_tags=True),
 }
+
+
+def maker(name: str) -> Make:
+    """What makes the handler that `--handler-name` names: one of `HANDLERS`, or `module:function` of one's own.
+
+    The current folder can be imported from. The function takes (PreprocessArgs, TokenizerFolder) and returns a
+    `handler.Handler`; `conversations` makes such functions.
+
+    Raises:
+        UsageError: there is none of that name, or its module cannot be imported.
+    """
+    if ":" not in name:
+        return choose(HANDLERS, name, "--handler-name")
+    module, _, function = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except Exception as error:  # the user's own program
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"--handler-name {name}: {module} cannot be imported: {what}") from None
+    if not callable(found):
+        raise UsageError(f"--handler-name {name}: {module} has no function {function}")
+
+    def make(args: PreprocessArgs, tokenizer: TokenizerFolder) -> Handler:
+        try:
+            handler = found(args, tokenizer)
+        except TypeError as error:
+            raise UsageError(f"--handler-name {name}: it takes (args, tokenizer): {error}") from None
+        for attribute in ("outputs", "columns", "prepare", "documents"):
+            if not hasattr(handler, attribute):
+                kind = type(handler).__name__
+                raise UsageError(f"--handler-name {name} returns a {kind} without {attribute!r}; a Handler is expected")
+        return handler
+
+    return make
+
+
+def own_source(name: str | None) -> str | None:
+    """Digest of the file of a handler of one's own; None for ours."""
+    if name is None or ":" not in name:
+        return None
+    maker(name)  # imports it
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -11,7 +13,6 @@ from typing import TypeVar
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.handler import Handler, Prepared, Produced, produce
-from qwen3_npu.data.preprocess.totals import Totals
 from qwen3_npu.data.read.blocks import Block, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.encoder import Encoder
@@ -23,6 +24,40 @@ _BAD_SHOWN = 20
 _PREPARED = 16  # blocks that wait to be encoded
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@dataclasses.dataclass
+class Totals:
+    """Sums over all blocks so far.
+
+    Attributes:
+        blocks, records: that were read.
+        bad: records that cannot be used.
+        documents, tokens: of each output.
+        counts: what else happened to records.
+    """
+
+    blocks: int = 0
+    records: int = 0
+    bad: int = 0
+    documents: Counter[str] = dataclasses.field(default_factory=Counter)
+    tokens: Counter[str] = dataclasses.field(default_factory=Counter)
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def add(self, produced: Produced) -> None:
+        """Count a block (its broken records are counted apart)."""
+        self.blocks += 1
+        self.records += produced.records
+        self.counts.update(produced.counts)
+        for name, tokens in produced.outputs.items():
+            self.documents[name] += len(tokens.lengths)
+            self.tokens[name] += len(tokens.ids)
+
+    def __str__(self) -> str:
+        parts = [f"{self.records} records", *(f"{n} {what}" for what, n in self.counts.items() if n)]
+        if self.bad:
+            parts.append(f"{self.bad} broken records left out")
+        return ", ".join(parts)
 
 
 def documents(

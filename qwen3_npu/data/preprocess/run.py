@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from qwen3_npu import log
-from qwen3_npu.args.preprocess import PreprocessArgs
+from qwen3_npu.args.preprocess import TEXT_HANDLER, PreprocessArgs
 from qwen3_npu.data.preprocess.check import check
 from qwen3_npu.data.preprocess.handler import Handler
-from qwen3_npu.data.preprocess.handlers import HANDLERS
-from qwen3_npu.data.preprocess.merge import merge
-from qwen3_npu.data.preprocess.output import Output
+from qwen3_npu.data.preprocess.handlers import maker, own_source
+from qwen3_npu.data.preprocess.output import Output, merge
 from qwen3_npu.data.preprocess.packing import PackRule, pack
-from qwen3_npu.data.preprocess.pipeline import documents
+from qwen3_npu.data.preprocess.pipeline import Totals, documents
+from qwen3_npu.data.preprocess.sft_handler import THOUGHTS
 from qwen3_npu.data.read.open import Inputs, open_inputs
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
 from qwen3_npu.data.text.prompt_types import resolved
 from qwen3_npu.data.text.tokenizer import Loading, TokenizerFolder, available_cpus, open_tokenizer, start_loading
 from qwen3_npu.data.train.token_file import IndexedWriter
-from qwen3_npu.errors import UsageError, choose
+from qwen3_npu.errors import UsageError
+from qwen3_npu.lease import Lease
 from qwen3_npu.progress import human
 
 # Flags that do not change what is written.
@@ -47,16 +50,19 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
     Raises:
         UsageError: an input, the tokenizer or the output cannot be used, or records are broken.
     """
+    args.instruction.check_packing()
     looks_only = args.check.check or args.check.show > 0
     prefix = args.output.output_prefix
     if prefix is None and not looks_only:
         raise UsageError("--output-prefix is needed: the start of the output's names")
     if args.output.merge_group_keys:
-        merge(args.input.input, args.output.merge_group_keys, str(prefix))
+        with _lease(str(prefix)):
+            merge(args.input.input, args.output.merge_group_keys, str(prefix))
         return 0
     if args.records.handler_name is None:
-        raise UsageError(f"--handler-name is needed: what the records are; one of {', '.join(HANDLERS)}")
-    make = choose(HANDLERS, args.records.handler_name, "--handler-name")
+        log.info(f"--handler-name {TEXT_HANDLER} (the default): records are text")
+        args = args._replace(records=dataclasses.replace(args.records, handler_name=TEXT_HANDLER))
+    make = maker(str(args.records.handler_name))
     inputs = open_inputs(args.input.input, args.input.hf_datasets_params)
     chosen = args.tokenizer
     if chosen.tokenizer_name_or_path is None:
@@ -68,8 +74,14 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
         encoder = pool.submit(_opened, args, inputs, loading)
         if looks_only:
             return check(args, inputs, handler, encoder)
-        _write(args, inputs, handler, encoder, tokenizer)
+        with _lease(str(prefix)):
+            _write(args, inputs, handler, encoder, tokenizer)
     return 0
+
+
+def _lease(prefix: str) -> Lease:
+    """Of the output: two runs would mix their files."""
+    return Lease(Path(f"{prefix}.lease"), f"--output-prefix {prefix}", "give another --output-prefix")
 
 
 def _opened(args: PreprocessArgs, inputs: Inputs, loading: Loading) -> Encoder:
@@ -86,8 +98,7 @@ def _write(
     # Packing needs all samples first; attention_mask is made of them.
     names = [n for n in handler.outputs if not (packs and n.endswith("attention_mask"))]
     identity = _identity(args, inputs, tokenizer)
-    made = _made(args, tokenizer)
-    output = Output(prefix + "_unpacked" if packs else prefix, names, identity, made=made, resume=args.output.resume)
+    output = Output(prefix + "_unpacked" if packs else prefix, names, identity, resume=args.output.resume)
     try:
         for _, produced in documents(args, inputs, handler, encoder, output.totals):
             output.add(produced.outputs)
@@ -97,7 +108,7 @@ def _write(
         if packs:
             _pack(args, tokenizer, output, handler.outputs)
         else:
-            output.publish()
+            output.publish(_made(args, tokenizer, output.totals))
             _report(output)
     except (OSError, UsageError, KeyboardInterrupt) as error:
         if output.resumable():
@@ -113,7 +124,7 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: Output, name
     chosen, prefix = args.instruction, args.output.output_prefix
     rule = PackRule(chosen.seq_length or 0, tokenizer.pad(), chosen.neat_pack, chosen.n_subs)
     prefixes = [f"{prefix}_{name}_document" for name in names]
-    writers = [IndexedWriter(p, made=_made(args, tokenizer)) for p in prefixes]
+    writers = [IndexedWriter(p, made=_made(args, tokenizer, output.totals)) for p in prefixes]
     try:
         packs = pack(list(output.writers.values()), writers, rule)
     except BaseException:
@@ -129,12 +140,15 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: Output, name
         log.info(f"written: {p}.bin .idx")
 
 
-def _made(args: PreprocessArgs, tokenizer: TokenizerFolder) -> dict[str, Any]:
+def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> dict[str, Any]:
     """What a training must know of how its data were made, for their records (`TokenRecord.made`)."""
     made = {"tokenizer": tokenizer.identity}
     if args.instruction.prompt_type is not None:
         made["prompt_type"] = resolved(args.instruction.prompt_type, tokenizer)
-        made["enable_thinking"] = args.instruction.enable_thinking.lower()
+        thinking = args.instruction.enable_thinking.lower()
+        if made["prompt_type"] == "hf" and thinking == "none" and not totals.counts[THOUGHTS]:
+            thinking = "false"  # the template wrote empty thoughts: a prompt has them with enable_thinking=False only
+        made["enable_thinking"] = thinking
     return made
 
 
@@ -147,7 +161,9 @@ def _report(output: Output) -> None:
 
 def identifying_flags(args: PreprocessArgs) -> list[tuple[str, Any]]:
     """The flags that change what is written."""
-    return sorted((k, v) for group in args for k, v in vars(group).items() if k not in _WITHOUT_EFFECT)
+    flags = sorted((k, v) for group in args for k, v in vars(group).items() if k not in _WITHOUT_EFFECT)
+    own = own_source(args.records.handler_name)
+    return [*flags, ("handler", own)] if own else flags
 
 
 def _identity(args: PreprocessArgs, inputs: Inputs, tokenizer: TokenizerFolder) -> str:

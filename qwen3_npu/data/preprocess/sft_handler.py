@@ -19,6 +19,7 @@ from qwen3_npu.data.text.templates import Template, render_pair
 from qwen3_npu.data.train.token_record import IGNORED
 from qwen3_npu.data.train.turns import kept_tokens, limits
 
+THOUGHTS = "answers with thoughts"
 MASKED = "answers that are not learned, as the data say"
 CUT, DROPPED, UNSUPERVISED = "over-long samples cut", "over-long samples left out", "samples without anything to learn"
 
@@ -78,8 +79,7 @@ class ConversationHandler(abc.ABC):
             before = len(strings)
             try:
                 conversation = self.read(record, self.names)
-                if masked := _masked(conversation):
-                    counts[MASKED] += masked
+                _count(conversation, counts)
                 for text in set(self.look(conversation)) if self.look else ():
                     warnings.setdefault(text, []).append(number)
                 for piece in self.pieces(conversation):
@@ -147,10 +147,14 @@ class InstructionHandler(ConversationHandler):
         return Tokens(joined[0], kept_lengths), Tokens(joined[1], kept_lengths)
 
 
-def _masked(conversation: Conversation | Pair) -> int:
-    """Answers that the data say not to learn."""
-    messages = conversation.messages if isinstance(conversation, Conversation) else ()
-    return sum(not message.learned and message.role == ASSISTANT for message in messages)
+def _count(conversation: Conversation | Pair, counts: Counter[str]) -> None:
+    """Answers that think, and those that the data say not to learn."""
+    for message in conversation.messages if isinstance(conversation, Conversation) else ():
+        if message.role == ASSISTANT:
+            if not message.learned:
+                counts[MASKED] += 1
+            if message.has_thought():
+                counts[THOUGHTS] += 1
 
 
 def _sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -122,6 +122,7 @@ def rewrite(root: Path, change: Callable[[dict], dict]) -> None:
     for path in root.glob("iter_*/*/model_optim_rng.pt"):
         content = torch.load(path, weights_only=False)
         torch.save({**content, "model": change(content["model"])}, path)
+        (path.parents[1] / "integrity.json").unlink(missing_ok=True)  # another program wrote it
 
 
 def as_mindspeed_llm(model: dict) -> dict:

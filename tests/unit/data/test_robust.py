@@ -83,7 +83,7 @@ def test_resume_refuses_other_data(
     with pytest.raises(UsageError, match="no part was finished"):
         run(*arguments, "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr(output.Output, "publish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(output.Output, "publish", lambda self, made: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(*arguments)
     with pytest.raises(UsageError, match="--resume: inputs, tokenizer or flags changed"):
@@ -158,7 +158,6 @@ def bad_commands(tmp_path: Path) -> list[tuple[list, str]]:
         (["--input", tmp_path / "utf.txt", *PRETRAIN], r"utf.txt:1: not UTF-8 \(byte 3\)"),
         (["--input", tmp_path / "mixed", *PRETRAIN], "several formats"),
         (["--input", good, "--handler-name", "GeneralPretrainHandlr"], "did you mean GeneralPretrainHandler"),
-        (["--input", good], "--handler-name is needed"),
         (["--input", good, *PRETRAIN, "--json-keys", "txt"], r"good.jsonl:1: no column 'txt'; there is 'text'"),
         (["--input", good, *PRETRAIN, "--prompt-type", "qwen3"], "takes plain text"),
         (["--input", good, *PRETRAIN, "--pack", "--seq-length", 8], "--pack is for conversations"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from qwen3_npu.args.training import DataArgs
-from qwen3_npu.data.preprocess.merge import merge
+from qwen3_npu.data.preprocess.output import merge
 from qwen3_npu.data.train import token_record
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.data.train.sft_dataset import InstructionFiles

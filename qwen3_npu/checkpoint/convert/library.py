@@ -1,0 +1,164 @@
+"""Readers for --verify that share nothing with those of conversions: the safetensors library's and torch's own.
+
+What tensors there are and what they should hold is said by the weight table; their bytes come from here.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import pickle
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, as_index
+from qwen3_npu.checkpoint.binary.pickles import TensorRef
+from qwen3_npu.checkpoint.formats.adapters import MergedSource
+from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
+from qwen3_npu.checkpoint.formats.huggingface import HfReader
+from qwen3_npu.checkpoint.formats.open import Opened, Sources
+from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
+from qwen3_npu.checkpoint.mapping.shard_reader import Holder
+from qwen3_npu.checkpoint.mapping.source import Source
+from qwen3_npu.errors import UsageError, printable
+
+
+def _bits(tensor: Any) -> np.ndarray:
+    """A torch tensor as numpy carries it: bfloat16 as uint16."""
+    import torch
+
+    tensor = tensor.contiguous()
+    return tensor.view(torch.int16).numpy().view("<u2") if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
+def _failed(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{path} cannot be read by its own library: {printable(str(error))[:200]}")
+
+
+class HfLibrary:
+    """A Hugging Face directory's tensors, read by the safetensors library."""
+
+    def __init__(self, reader: HfReader) -> None:
+        from safetensors import safe_open
+
+        self.reader, self.arch, self.contents = reader, reader.arch, reader.contents
+        self.files: dict[Path, Any] = {file.path: safe_open(file.path, framework="pt") for file in reader.files}
+
+    def dtype(self, name: str) -> DType:
+        return self.reader.dtype(name)
+
+    def read(self, name: str, region: Region) -> np.ndarray:
+        return _bits(self.files[self.reader.where[name].path].get_slice(name)[as_index(region)])
+
+    def close(self) -> None:
+        self.files.clear()
+        self.reader.close()
+
+
+class MegatronLibrary:
+    """A torch checkpoint's tensors, read by torch; which tensor holds what, the reader's table says."""
+
+    def __init__(self, reader: MegatronReader) -> None:
+        self.reader, self.arch, self.contents = reader, reader.arch, reader.contents
+        self.loaded = functools.cache(torch_tensors)
+        reader.read_stored = self.read_stored  # type: ignore[method-assign]
+
+    def read_stored(self, holder: Holder, tensor: TensorRef, region: Region) -> np.ndarray:
+        path = self.reader.open(holder.where).path
+        key = "model" if self.reader.layout.virtual == 1 else f"model{holder.shard.chunk}"
+        found = self.loaded(path)[f"{key}.{holder.shard.name}"]
+        return _bits(found.reshape(holder.shard.view)[as_index(region)])
+
+    def dtype(self, name: str) -> DType:
+        return self.reader.dtype(name)
+
+    def read(self, name: str, region: Region) -> np.ndarray:
+        return self.reader.read(name, region)
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+class _Ignored:
+    """Stands for whatever holds no tensors."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+class _Tensors(pickle.Unpickler):
+    """Builds tensors and the dicts that hold them; no other name is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+            return getattr(torch._utils, name)
+        if module == "collections" and name in ("OrderedDict", "defaultdict"):
+            return getattr(collections, name)
+        return dict if name == "dict" else _Ignored
+
+
+def torch_tensors(path: Path) -> dict[str, Any]:
+    """Every tensor of a rank's file, mapped into memory by torch: `model.NAME`, under the local names."""
+    import torch
+
+    # The file was opened by the reader before, which refuses all that is not plain data.
+    pickles = types.SimpleNamespace(Unpickler=_Tensors, load=pickle.load, __name__="tensors")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=pickles)
+    except Exception as error:
+        raise _failed(path, error) from None
+    found = {}
+    for key, model in content.items():
+        if isinstance(key, str) and key.startswith("model") and isinstance(model, dict):
+            for name, tensor in model.items():
+                for ours, theirs in FUSED_NORMS.items():
+                    name = name.removesuffix(theirs) + ours if name.endswith(theirs) else name
+                found[f"{key}.{name}"] = tensor
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class LibrarySources:
+    """Opens what a conversion reads, with libraries for its bytes where a library reads them by regions."""
+
+    sources: Sources
+
+    def __call__(self) -> Source:
+        return _with_library(self.sources())
+
+
+def _with_library(source: Opened) -> Source:
+    if isinstance(source, HfReader):
+        return HfLibrary(source)
+    if isinstance(source, MegatronReader):
+        return MegatronLibrary(source)
+    if isinstance(source, MergedSource):
+        base: Any = source.base
+        return MergedSource(_with_library(base), source.adapter, source.lora)
+    return source
+
+
+def output_reader(path: Path) -> Callable[[str], np.ndarray] | None:
+    """Reads a tensor of a finished file by the name that its job gives it; None: no library reads such a file."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        try:
+            file: Any = safe_open(path, framework="pt")
+        except Exception as error:
+            raise _failed(path, error) from None
+        return lambda name: _bits(file.get_tensor(name))
+    if path.suffix == ".pt":
+        tensors = torch_tensors(path)
+        return lambda name: _bits(tensors[name])
+    return None
