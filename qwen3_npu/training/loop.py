@@ -34,20 +34,20 @@ from qwen3_npu.model.router import routers
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
+from qwen3_npu.training.checkpoints.facts import facts
+from qwen3_npu.training.checkpoints.hf_export import HfExport
+from qwen3_npu.training.checkpoints.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.exits import Exits
-from qwen3_npu.training.expert_load import ExpertLoad, take_expert_load
-from qwen3_npu.training.facts import facts
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
-from qwen3_npu.training.hf_export import HfExport
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
-from qwen3_npu.training.plan import TrainingPlan
 from qwen3_npu.training.preference import preference_objective
-from qwen3_npu.training.profiling import Profiling
+from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
 from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of, identity
-from qwen3_npu.training.report import Reporter
-from qwen3_npu.training.saving import Saver, continued, leased, prepare
+from qwen3_npu.training.reports.expert_load import ExpertLoad, take_expert_load
+from qwen3_npu.training.reports.profiling import Profiling
+from qwen3_npu.training.reports.report import Reporter
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
 from qwen3_npu.watch import here
 from qwen3_npu.watch.start import watched
@@ -356,6 +356,6 @@ def _one_or_list(items: list) -> Any:
 
 
 def _lora(args: LoraArgs) -> Lora | None:
-    """What the checkpoints say of LoRA updates."""
+    """What the checkpoints say of LoRA adapters."""
     targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
     return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None
