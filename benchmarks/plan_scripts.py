@@ -33,7 +33,7 @@ def main() -> None:
             (folder / size).mkdir()
             (folder / size / "config.json").write_text(json.dumps(to_hf_config(arch)))
         for script in SCRIPTS:
-            if script.stem.startswith(("pretrain", "tune")):
+            if script.stem.startswith(("pretrain", "tune", "dpo")):
                 print(_row(script, folder))
 
 

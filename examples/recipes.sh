@@ -1,5 +1,5 @@
 # Sourced by the scripts of each size. A script says its sizes and calls one of
-#   pretrain | tune_full | tune_lora | generate | chat | evaluate FLAGS...
+#   pretrain | tune_full | tune_lora | dpo_full | dpo_lora | generate | chat | evaluate FLAGS...
 # Every NAME=VALUE given to `defaults` can be set in the environment instead, and every flag given to a script is passed
 # on last, so that it wins. Launching, logs and DRY_RUN=1: see common.sh.
 
@@ -23,7 +23,11 @@ defaults() { # NAME=VALUE..., set where the environment does not say otherwise; 
 }
 
 words_of() { # TEXT: sets words, one path (which may hold spaces), or several and their weights
-    if [ -e "$1" ] || [ -e "$1.idx" ] || [ -e "$1_packed_input_ids_document.idx" ]; then words=("$1"); else read -r -a words <<<"$1"; fi
+    local end
+    for end in "" .idx _packed_input_ids_document.idx _packed_chosen_input_ids_document.idx; do
+        if [ -e "$1$end" ]; then words=("$1"); return; fi
+    done
+    read -r -a words <<<"$1"
 }
 
 train() { # flags of this kind of training...
@@ -84,6 +88,27 @@ tune_lora() {
     CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_lora}" # the updates; the weights stay where they are
     LR="${LR:-1.25e-5}" MIN_LR="${MIN_LR:-1.25e-7}"
     tune --lora-r "${LORA_R:-16}" --lora-alpha "${LORA_ALPHA:-32}" --lora-ckpt-filter \
+        --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 "$@"
+}
+
+prefer() { # as tune, on pairs of answers; STAGE=orpo or simpo for other losses
+    DATA_PATH="${DATA_PATH:-./pref_dataset/pairs}"         # prefix of prepared pairs, or a raw file with --handler-name
+    local rows=--variable-seq-lengths
+    if [ -n "${PACKED:-}" ]; then rows=--reset-attention-mask; fi
+    train --stage "${STAGE:-dpo}" --finetune --is-pairwise-dataset --prompt-type "${PROMPT_TYPE:-auto}" "$rows" \
+        --tokenizer-name-or-path "$HF_DIR" --dpo-beta "${BETA:-0.1}" "$@"
+}
+
+dpo_full() {
+    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_dpo}"
+    LR="${LR:-5e-7}" MIN_LR="${MIN_LR:-0}"
+    prefer --ref-logprobs "${REF_LOGPROBS:-cache}" "$@"     # cache: no second model in memory
+}
+
+dpo_lora() {
+    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_dpo_lora}"
+    LR="${LR:-5e-6}" MIN_LR="${MIN_LR:-0}"
+    prefer --lora-r "${LORA_R:-16}" --lora-alpha "${LORA_ALPHA:-32}" --lora-ckpt-filter \
         --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 "$@"
 }
 

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/setup.sh
-qwen3_npu_setup dev,fast pytest ruff mypy peft lm_eval datasets transformers safetensors
+qwen3_npu_setup dev,fast pytest ruff mypy peft lm_eval trl datasets transformers safetensors
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi

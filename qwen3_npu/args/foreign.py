@@ -9,7 +9,6 @@ _KERNELS = "--kernels chooses the implementation"
 _ALWAYS = "always on"
 _OVERLAP = "communication is overlapped by --overlap-grad-reduce and --overlap-param-gather"
 _SWAP = "tensors are not swapped to the host; use --recompute-granularity or --use-distributed-optimizer"
-_DPO = "preference training is not offered"
 _ALL_MOE = "every layer of a Qwen3-MoE has experts"
 _SPECS = tuple(f"mindspeed_llm.tasks.models.spec.{name}_spec layer_spec" for name in ("qwen3", "qwen2", "qwen25"))
 _MIGRATION = "it is MindFormers'; docs/migration.md has the command here"
@@ -93,11 +92,4 @@ FOREIGN: dict[str, Foreign] = {
     "--auto_trans_ckpt": Foreign(_MIGRATION, nargs="?", refused=True),
     "--num-workers": Foreign("samples are read from memory-mapped files without workers", nargs=1),
     "--no-create-attention-mask-in-dataloader": Foreign("no mask of the size of the square is ever made"),
-    # other trainings
-    "--is-pairwise-dataset": Foreign(_DPO, refused=True),
-    "--dpo-loss-type": Foreign(_DPO, nargs=1, refused=True),
-    "--dpo-beta": Foreign(_DPO, nargs=1, refused=True),
-    "--dpo-label-smoothing": Foreign(_DPO, nargs=1, refused=True),
-    "--pref-ftx": Foreign(_DPO, nargs=1, refused=True),
-    "--ref-model": Foreign(_DPO, nargs=1, refused=True),
 }

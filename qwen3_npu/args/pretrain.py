@@ -8,6 +8,7 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.plan import VerdictArgs
+from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
@@ -32,6 +33,7 @@ class PretrainArgs(typing.NamedTuple):
     report: ReportArgs
     profile: ProfileArgs
     verdict: VerdictArgs
+    preference: PreferenceArgs
 
 
 GROUPS = tuple(typing.get_type_hints(PretrainArgs).values())

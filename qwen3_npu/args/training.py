@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from qwen3_npu.args.preference import STAGES as PREFERENCE_STAGES
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 
@@ -154,7 +155,11 @@ class DataArgs:
         metavar="[WEIGHT] PREFIX", help="prefix of a .bin/.idx pair, or several with weights: 0.3 a 0.7 b"
     )
     split: str = flag("969,30,1", metavar="A,B,C", help="shares of documents for training, validation and test")
-    stage: str = flag("pt", choices=["pt", "sft"], help="pretraining, or fine-tuning on instruction data")
+    stage: str = flag(
+        "pt",
+        choices=["pt", "sft", *PREFERENCE_STAGES],
+        help="pretraining, fine-tuning on instruction data, or learning from preferred answers",
+    )
     is_instruction_dataset: bool = flag(False, help="--data-path holds instruction data, as --stage sft says too")
     variable_seq_lengths: bool = flag(
         False,
@@ -181,8 +186,12 @@ class DataArgs:
     def __post_init__(self) -> None:
         if self.is_instruction and self.eod_mask_loss:
             raise UsageError("--eod-mask-loss is for pretraining text; instruction data say themselves what is learned")
-        if self.variable_seq_lengths and not self.is_instruction:
+        if self.variable_seq_lengths and self.stage == "pt" and not self.is_instruction:
             raise UsageError("--no-pad-to-seq-lengths is for instruction data (--stage sft); text fills its sequences")
+
+    @property
+    def is_preference(self) -> bool:
+        return self.stage in PREFERENCE_STAGES
 
     @property
     def is_instruction(self) -> bool:

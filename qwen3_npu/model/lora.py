@@ -61,6 +61,7 @@ class LoraLinear(MegatronModule):
         self.base_layer = base = linear(*sizes, **options)
         self.by_output = isinstance(base, ColumnParallelLinear)
         self.scale, self.dropout = args.lora_alpha / args.lora_r, args.lora_dropout
+        self.enabled = True  # off: the base layer alone, which is the reference of preference training
         self.group = base.tp_group
         self.sequence_parallel = base.config.sequence_parallel
         out_features, in_features = base.weight.shape
@@ -87,6 +88,8 @@ class LoraLinear(MegatronModule):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the base layer: [s, b, in] -> [s, b, out], and the bias that is still to be added, if it has one."""
         out, bias = self.base_layer(x)
+        if not self.enabled:
+            return out, bias
         narrow = torch.nn.functional.linear(self._dropped(x), self.lora_A["default"]()) * self.scale
         if self.by_output:
             narrow = (
@@ -123,6 +126,7 @@ class LoraExperts(GroupedExperts):
     def __init__(self, *sizes: Any, args: LoraArgs, **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.scale, self.dropout, self.rank = args.lora_alpha / args.lora_r, args.lora_dropout, args.lora_r
+        self.enabled = True
         e, r = self.num_local_experts, args.lora_r
         cut = self.pg_collection.expt_tp.size() > 1
         if "linear_fc1" in args.lora_target_modules:
@@ -161,7 +165,7 @@ class LoraExperts(GroupedExperts):
         """The base product plus the update's."""
         out = super().multiply(which, x, counts)
         a = getattr(self, f"weight{which}_lora_a", None)
-        if a is None:
+        if a is None or not self.enabled:
             return out
         b, e = getattr(self, f"weight{which}_lora_b"), self.num_local_experts
         if self.training and self.dropout:

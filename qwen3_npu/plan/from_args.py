@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen3_npu.args.fit import Fit
+from qwen3_npu.args.preference import STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.plan.setup import Setup
@@ -22,7 +23,8 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         data=sizes.data_parallel,
         layers=layers,
         seq_length=train.seq_length,
-        micro_batch=train.micro_batch_size,
+        micro_batch=train.micro_batch_size * (2 if args.data.is_preference else 1),  # both answers of each pair
+        reference=_holds_reference(args),
         num_microbatches=sizes.num_microbatches,
         sequence_parallel=args.parallel.sequence_parallel,
         ring=args.parallel.context_parallel_algo == "megatron_cp_algo",
@@ -38,6 +40,12 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         overlap_grads=optimizer.overlap_grad_reduce,
         overlap_params=optimizer.overlap_param_gather,
     )
+
+
+def _holds_reference(args: PretrainArgs) -> bool:
+    wanted = args.preference
+    from_file = wanted.ref_logprobs == "cache" and wanted.ref_model is None
+    return bool(STAGES.get(args.data.stage)) and not from_file and (wanted.ref_model is not None or not args.lora.on)
 
 
 def _recompute(args: PretrainArgs, per_stage: list[int], virtual: int) -> tuple[int, int]:

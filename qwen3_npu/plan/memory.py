@@ -86,7 +86,7 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     """Bytes of weights, of gradients, and of master and moments."""
     all_weights = stage_counts(shape, setup, stage)
     trained = lora_counts(shape, setup, stage) if setup.lora_rank else all_weights
-    held = all_weights.total + (trained.total if setup.lora_rank else 0)
+    held = all_weights.total * (2 if setup.reference else 1) + (trained.total if setup.lora_rank else 0)
     weight = setup.weight_bytes
     if setup.swap_optimizer:
         return held * weight, trained.total * 4.0, 0.0

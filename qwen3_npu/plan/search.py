@@ -13,6 +13,7 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.plan import PlanArgs, VerdictArgs
+from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
@@ -123,7 +124,8 @@ def _virtual_sizes(layers: int, pipeline: int) -> list[int | None]:
     if pipeline == 1:
         return [None]
     per_stage = _padded(layers, pipeline) // pipeline
-    return [None, *(d for d in _divisors(per_stage, per_stage) if d < per_stage)]
+    # More chunks than eight gain nothing that their messages do not cost.
+    return [None, *(d for d in _divisors(per_stage, per_stage) if per_stage // 8 <= d < per_stage)]
 
 
 def _parallel(
@@ -172,6 +174,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         report=ReportArgs(),
         profile=ProfileArgs(),
         verdict=VerdictArgs(),
+        preference=PreferenceArgs(),
     )
 
 

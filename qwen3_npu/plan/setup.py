@@ -28,6 +28,7 @@ class Setup:
         overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
         overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
         pad: share of a batch's tokens that are padding.
+        reference: a frozen copy of the model is in memory (preference training).
     """
 
     tensor: int = 1
@@ -58,6 +59,7 @@ class Setup:
     overlap_tensor: bool = False
     overlap_experts: bool = False
     pad: float = 0.0
+    reference: bool = False
 
     def __post_init__(self) -> None:
         if len(self.layers) != self.pipeline:

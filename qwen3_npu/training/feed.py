@@ -11,11 +11,13 @@ from megatron.core import parallel_state
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.text.prompt_types import warn_of_misfit
-from qwen3_npu.data.text.tokenizer import open_tokenizer
-from qwen3_npu.data.train import pretrain_dataset, sft_dataset
+from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
+from qwen3_npu.data.train import pretrain_dataset
 from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
 from qwen3_npu.data.train.data_path import blend
+from qwen3_npu.data.train.preference_dataset import PairFiles, pair_rows
 from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
+from qwen3_npu.data.train.sft_dataset import InstructionFiles, Kind, instruction_splits, open_instructions
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
@@ -48,6 +50,16 @@ class Feed:
     think: ThinkTokens | None = None
     supervised: float | None = None
 
+    def numbers(self, consumed: int) -> Iterator[range]:
+        """The samples of each of this rank's micro-batches of the step that starts after `consumed` samples."""
+        return sample_numbers(
+            consumed,
+            global_batch=self.plan.global_batch,
+            micro_batch=self.args.train.micro_batch_size,
+            data_parallel=self.plan.data_parallel,
+            data_rank=parallel_state.get_data_parallel_rank(),
+        )
+
     def batches(
         self,
         dataset: Any,
@@ -61,13 +73,6 @@ class Feed:
             sequence: positions of this rank's tokens and boundaries in the whole rows -> what the layers need.
         """
         plan, parallel = self.plan, self.args.parallel
-        numbers = sample_numbers(
-            consumed,
-            global_batch=plan.global_batch,
-            micro_batch=self.args.train.micro_batch_size,
-            data_parallel=plan.data_parallel,
-            data_rank=parallel_state.get_data_parallel_rank(),
-        )
         cp_rank = parallel_state.get_context_parallel_rank()
 
         def local(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,7 +80,7 @@ class Feed:
 
         return row_batches(
             dataset,
-            numbers,
+            self.numbers(consumed),
             self.make_rows,
             sequence,
             local,
@@ -90,11 +95,17 @@ def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     prefixes, _ = blend(args.data.data_path)
     digest = None
     if environment.ranks()[2] == 0:  # nodes may have copies of their own
-        is_instruction = args.data.is_instruction
-        opened = [sft_dataset.InstructionFiles(p).ids if is_instruction else open_indexed(p) for p in prefixes]
-        digest = " ".join(data.fingerprint() for data in opened)
+        digest = " ".join(_fingerprint(args, prefix) for prefix in prefixes)
     check_same(digest, f"--data-path {' '.join(args.data.data_path)}")
+    if args.data.is_preference:
+        return _pairs(args, plan)
     return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan)
+
+
+def _fingerprint(args: PretrainArgs, prefix: str) -> str:
+    if args.data.is_preference:
+        return PairFiles(prefix).fingerprint()
+    return (InstructionFiles(prefix).ids if args.data.is_instruction else open_indexed(prefix)).fingerprint()
 
 
 def _samples(args: PretrainArgs, plan: TrainingPlan) -> tuple[int, int, int]:
@@ -131,17 +142,9 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, length, supervised=supervised)
 
 
-def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
-    data, train = args.data, args.train
-    prefixes, weights = blend(data.data_path)
-    files = sft_dataset.open_instructions(prefixes, per_document=data.per_document)
-    splits = sft_dataset.instruction_splits(
-        files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
-    )
-    if splits.train is None:
-        raise UsageError(f"--split {data.split} leaves no sample of {' '.join(prefixes)} for training")
-    if args.report.eval_iters and splits.valid is None:
-        raise UsageError(f"--split {data.split} leaves no sample for validation; give another, or --eval-iters 0")
+def _padding(args: PretrainArgs, plan: TrainingPlan) -> tuple[TokenizerFolder | None, Padding]:
+    """The tokenizer, if there is one, and how rows of conversations are padded."""
+    data = args.data
     multiple = padding_multiple(
         data.pad_to_multiple_of if data.variable_seq_lengths else 1,
         tensor=args.parallel.tensor_model_parallel_size if args.parallel.sequence_parallel else 1,
@@ -151,8 +154,46 @@ def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     if tokenizer and args.instruction.prompt_type and environment.ranks()[0] == 0:
         warn_of_misfit(args.instruction.prompt_type, tokenizer)
     pad = tokenizer.pad() if tokenizer else (plan.arch.eos_token_id or 0)
-    padding = Padding(pad, None if data.variable_seq_lengths else train.seq_length, multiple)
-    packs = data.per_document and any(file.kind is sft_dataset.Kind.NEAT_PACK for file in files)
+    return tokenizer, Padding(pad, None if data.variable_seq_lengths else args.train.seq_length, multiple)
+
+
+def _pairs(args: PretrainArgs, plan: TrainingPlan) -> Feed:
+    data, train, micro = args.data, args.train, args.train.micro_batch_size
+    prefixes, weights = blend(data.data_path)
+    files = [PairFiles(prefix) for prefix in prefixes]
+    splits = instruction_splits(
+        files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
+    )
+    if splits.train is None:
+        raise UsageError(f"--split {data.split} leaves no pair of {' '.join(prefixes)} for training")
+    if args.report.eval_iters and splits.valid is None:
+        raise UsageError(f"--split {data.split} leaves no pair for validation; give another, or --eval-iters 0")
+    _, padding = _padding(args, plan)
+    packed = data.per_document
+    if packed and padding.length is not None:  # room for all answers of a micro-batch in one row
+        padding = dataclasses.replace(padding, length=2 * micro * padding.length)
+
+    def rows(samples: Sequence[Any]) -> Rows:
+        return pair_rows(samples, padding, packed=packed)
+
+    valid = splits.valid if args.report.eval_iters else None
+    length = None if padding.length is None else -(-padding.length // padding.multiple) * padding.multiple
+    return Feed(args, plan, splits.train, valid, rows, 1 if packed else 2 * micro, length, supervised=float(micro))
+
+
+def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
+    data, train = args.data, args.train
+    prefixes, weights = blend(data.data_path)
+    files = open_instructions(prefixes, per_document=data.per_document)
+    splits = instruction_splits(
+        files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
+    )
+    if splits.train is None:
+        raise UsageError(f"--split {data.split} leaves no sample of {' '.join(prefixes)} for training")
+    if args.report.eval_iters and splits.valid is None:
+        raise UsageError(f"--split {data.split} leaves no sample for validation; give another, or --eval-iters 0")
+    tokenizer, padding = _padding(args, plan)
+    packs = data.per_document and any(file.kind is Kind.NEAT_PACK for file in files)
 
     def rows(samples: Sequence[Any]) -> Rows:
         return instruction_rows(samples, padding, per_document=packs)

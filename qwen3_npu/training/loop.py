@@ -5,20 +5,24 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu import kernels, log
 from qwen3_npu.args.lora import LORA_TARGETS, LoraArgs
+from qwen3_npu.args.preference import STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.data.train.batches import Batch, drained
+from qwen3_npu.data.train.data_path import cache_folder
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
 from qwen3_npu.distributed.nodes import check_shared
@@ -37,7 +41,10 @@ from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.hf_export import HfExport
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.plan import TrainingPlan
+from qwen3_npu.training.preference import preference_objective
 from qwen3_npu.training.profiling import Profiling
+from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
+from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of, identity
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
@@ -51,7 +58,10 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
         if args.checkpoint.save is not None:
             check_shared(Path(args.checkpoint.save), "--save")
         checkpoint, lora = continued(args.checkpoint, args.lora)
-        args = args._replace(checkpoint=checkpoint, lora=lora)
+        preference = args.preference
+        if checkpoint.load != args.checkpoint.load and preference.ref_model is None and not lora.on:
+            preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
+        args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
         with ready(platform, world, args, plan) as trainer:
             trainer.saver.lease = lease
             try:
@@ -83,26 +93,19 @@ class Trainer:
             raise UsageError(f"--moe-router-dtype fp64: {platform.name} has no float64; use fp32")
         chosen = kernels.select(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
-        config = transformer_config(
-            plan.arch,
-            plan.layout,
-            args.parallel,
-            args.train,
-            variable_lengths=args.data.variable_seq_lengths,
-            overlaps_p2p_safely=platform.overlaps_p2p_safely,
-        )
+        config = self._config()
         self.dtype = config.params_dtype
         context_parallel = None
         if args.parallel.context_parallel_size > 1:
             context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
-        parts = Parts(
+        self.parts = Parts(
             chosen,
             lora=args.lora,
             context_parallel=context_parallel,
             recompute_activation=args.train.recompute_activation_function,
             loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
         )
-        self.modules = build_model(plan.arch, config, plan.layout, parts)
+        self.modules = build_model(plan.arch, config, plan.layout, self.parts)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
@@ -129,14 +132,79 @@ class Trainer:
         # megatron averages losses over micro-batches itself, if it does not divide by tokens.
         weighted = routers(self.modules) if config.calculate_per_token_loss else []
         self.routers = [router for router in weighted if router.has_losses]
+        self.objective = preference_objective(args.data.stage, args.preference)
+        self.reference: Reference | None = None
+
+    def _config(self) -> TransformerConfig:
+        """A configuration of its own for each model: it also says what megatron's schedules call."""
+        return transformer_config(
+            self.plan.arch,
+            self.plan.layout,
+            self.args.parallel,
+            self.args.train,
+            variable_lengths=self.args.data.variable_seq_lengths,
+            overlaps_p2p_safely=self.platform.overlaps_p2p_safely,
+        )
 
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
         self.position = self.saver.load()
 
     def open_data(self) -> None:
-        """The samples of each split."""
+        """The samples of each split, and what a reference model says of them."""
         self.feed = open_feed(self.args, self.plan)
+        if STAGES.get(self.args.data.stage):
+            is_cached = self.args.preference.ref_logprobs == "cache"
+            self.reference = self._cached_reference() if is_cached else self._open_reference()
+
+    def _open_reference(self) -> Reference:
+        """The reference model, as the flags say. Raises: UsageError: there is none."""
+        wanted = self.args.preference
+        if wanted.ref_model is None and self.args.lora.on:
+            log.info("reference: the model without its adapter")
+            return WithoutAdapter(self.chunks)
+        folder = wanted.ref_model or self.args.checkpoint.load
+        if folder is None:
+            raise UsageError(f"--stage {self.args.data.stage} needs a reference: give --load or --ref-model")
+        if wanted.ref_model is None and self.position.iteration > 0:
+            raise UsageError(
+                f"--load {folder} is a training at step {self.position.iteration}, not the reference that it began "
+                f"with; name that with --ref-model"
+            )
+        if wanted.ref_model is None and wanted.ref_logprobs == "cache":
+            return Untrained(self.chunks)
+        parts = dataclasses.replace(self.parts, lora=LoraArgs())
+        copy = build_model(self.plan.arch, self._config(), self.plan.layout, parts)
+        fill_reference(copy, self.plan.layout, self.plan.arch, folder=folder, step=wanted.refer_model_iter)
+        return FrozenCopy(copy)
+
+    def _cached_reference(self) -> KnownReference:
+        """The reference's log-probabilities from the file beside the data; what it lacks is computed first."""
+        args, starts, total = self.args, {}, 0
+        files = [file for dataset in (self.feed.train, self.feed.valid) if dataset for file in dataset.files]
+        for file in sorted({file.prefix: file for file in files}.values(), key=lambda file: file.prefix):
+            starts[file.prefix], total = total, total + len(file)
+        model = str(args.preference.ref_model or args.checkpoint.load)
+        facts = (identity(model), args.preference.refer_model_iter, args.train.seq_length, args.train.bf16)
+        path = cache_folder(args.data) / f"reference_{digest_of([f.fingerprint() for f in files], *facts)}.npy"
+        return cached(
+            self._open_reference, path, starts, total, self._reference_steps(), self.world.device, **self.sizes
+        )
+
+    def _reference_steps(self) -> Iterator[tuple[Callable[[], list[Iterator[Batch]]], list[Samples], list[Samples]]]:
+        """Every step of the training, then of the evaluations, as `reference_cache.cached` wants them."""
+        evaluations = self.args.report.eval_iters if self.feed.valid is not None else 0
+        for dataset, count in ((self.feed.train, self.args.train.steps), (self.feed.valid, evaluations)):
+            for number in range(count):
+                consumed = number * self.plan.global_batch
+                everyone: list[Samples] = [
+                    [dataset.locate(n) for n in range(consumed, consumed + self.plan.global_batch)]
+                ]
+                yield functools.partial(self.batches, dataset, consumed), self._samples(dataset, consumed), everyone
+
+    def _samples(self, dataset: Any, consumed: int) -> list[Samples]:
+        """Where the pairs of this rank's micro-batches come from."""
+        return [[dataset.locate(n) for n in numbers] for numbers in self.feed.numbers(consumed)]
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
@@ -146,9 +214,21 @@ class Trainer:
         """What the layers need to know of tokens at these positions [b, s], in documents with these boundaries."""
         return TokenSequence(positions, boundaries, self.plan.arch.rope, self.dtype)
 
+    def _with_reference(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
+        """The micro-batches of a step; the objective learns what the reference says of them."""
+        batches = self.batches(dataset, consumed)
+        if self.objective is None or self.reference is None:
+            return batches
+        held = list(batches[0])
+        again = [drained(collections.deque(held)) for _ in self.chunks]
+        self.objective.references = collections.deque(
+            self.reference.log_probs(again, self._samples(dataset, consumed), **self.sizes)
+        )
+        return [drained(collections.deque(held)) for _ in self.chunks]
+
     def training_batches(self) -> list[Iterator[Batch]]:
         """This rank's micro-batches of the next step, once for each model chunk; the routers know what they need."""
-        batches = self.batches(self.feed.train, self.position.samples)
+        batches = self._with_reference(self.feed.train, self.position.samples)
         if not self.routers:
             return batches
         if self.feed.supervised is not None:
@@ -177,6 +257,7 @@ class Trainer:
             self.scheduler,
             self.training_batches(),
             self.guard,
+            objective=self.objective,
             global_batch=self.plan.global_batch,
             **self.sizes,
         )
@@ -252,6 +333,7 @@ class Trainer:
             last=args.train.steps,
             folder=Path(args.report.tensorboard_dir) if args.report.tensorboard_dir else None,
             is_main=self.world.rank == 0,
+            names=self.objective.names if self.objective else (),
         )
 
     def evaluate(self, reporter: Reporter) -> None:
@@ -260,9 +342,9 @@ class Trainer:
             return
         total = NOTHING
         for number in range(self.args.report.eval_iters):
-            batches = self.batches(self.feed.valid, number * self.plan.global_batch)
-            total += evaluate_step(self.chunks, batches, **self.sizes)
-        reporter.evaluation(self.position.iteration, "validation", total.loss)
+            batches = self._with_reference(self.feed.valid, number * self.plan.global_batch)
+            total += evaluate_step(self.chunks, batches, self.objective, **self.sizes)
+        reporter.evaluation(self.position.iteration, "validation", total)
 
 
 def _one_or_list(items: list) -> Any:

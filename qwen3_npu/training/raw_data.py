@@ -32,11 +32,10 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
         return args
     args.instruction.check_packing()
     name = args.record.handler_name
-    if name is None and args.data.is_instruction:
+    if name is None and (args.data.is_instruction or args.data.is_preference):
         raise UsageError(f"--data-path {raw[0]} is raw data; give --handler-name to say what its records are")
-    if ":" not in (name or ":") and args.data.is_instruction == ("Pretrain" in str(name)):
-        kind = "instruction data" if args.data.is_instruction else "text (give --stage sft for instruction data)"
-        raise UsageError(f"--handler-name {name}: this training reads {kind}")
+    if name is None or ":" not in name:  # a handler of one's own says itself what it makes
+        _check_handler(args, name or "GeneralPretrainHandler")
     recipe = PreprocessArgs(
         InputArgs(input=raw), args.record, args.tokenizer, args.instruction, OutputArgs(), CheckArgs()
     )
@@ -45,3 +44,16 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
     with Lease(cache / ".lease", f"the data cache {cache}", remedy, wait=True):
         words = prepare_data_path(args.data.data_path, recipe, cache)
     return args._replace(data=dataclasses.replace(args.data, data_path=words, data_cache_path=str(cache)))
+
+
+def _check_handler(args: PretrainArgs, name: str) -> None:
+    """Raises: UsageError: the handler makes what this training does not read."""
+    made = "pairs of answers" if "Pairwise" in name else "text" if "Pretrain" in name else "instruction data"
+    reads = (
+        "pairs of answers" if args.data.is_preference else "instruction data" if args.data.is_instruction else "text"
+    )
+    if made != reads:
+        raise UsageError(
+            f"--handler-name {name} makes {made}; this training reads {reads} (text: --stage pt, instruction data: "
+            f"--stage sft, pairs: --stage dpo, orpo or simpo)"
+        )

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +17,11 @@ from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
 from qwen3_npu.training.expert_load import ExpertLoad
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
+
+
+def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
+    """An objective's metrics by name."""
+    return {name: value / max(tally.loss_weight, 1.0) for name, value in zip(names, tally.metrics, strict=True)}
 
 
 @dataclasses.dataclass
@@ -42,6 +47,14 @@ class _Window:
             self.updates += 1
             self.loss += result.loss
             self.learned += result.tally
+
+    def preference(self, names: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+        """Means over the pairs of all steps, as values and as text."""
+        values = means(self.computed, names)
+        if not values:
+            return {}, []
+        shown = f"accuracy {values['rewards/accuracy']:.3f}, margin {values['rewards/margin']:.4f}"
+        return values, [shown]
 
     def fine_tuning(self) -> tuple[dict[str, float], list[str]]:
         """What is worth telling where not every token is learned: values, and as text. Empty for pretraining."""
@@ -74,6 +87,7 @@ class Reporter:
     Args:
         devices: all of the job; rates are per device.
         first, last: steps before and after this run.
+        names: of the metrics that steps have beside the loss.
         folder: of metrics.jsonl and tensorboard events; None for the console only.
     """
 
@@ -88,7 +102,9 @@ class Reporter:
         last: int,
         folder: Path | None,
         is_main: bool,
+        names: Sequence[str] = (),
     ) -> None:
+        self.names = names
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
         self.window = _Window()
@@ -128,7 +144,7 @@ class Reporter:
         tokens, supervised = real / per_device_second, window.computed.tokens / per_device_second
         # A token attends to the stretch that it is in: on average so many tokens long.
         flops = tokens * flops_per_token(self.arch, window.computed.squares / max(real, 1))
-        more, texts = window.fine_tuning()
+        more, texts = window.preference(self.names) if self.names else window.fine_tuning()
         if load is not None:
             more |= load.values()
             texts.append(str(load))
@@ -159,10 +175,14 @@ class Reporter:
         self._write(iteration, rates | {"seconds_per_step": seconds} | more)
         self.window = _Window()
 
-    def evaluation(self, iteration: int, split: str, loss: float) -> None:
-        """The loss on another split after `iteration` steps."""
-        log.info(f"step {iteration} | {split} loss {loss:.6f}")
-        self._write(iteration, {f"{split}_loss": loss})
+    def evaluation(self, iteration: int, split: str, tally: Tally) -> None:
+        """The loss on another split after `iteration` steps, and what else the objective tells."""
+        values = {f"{split}_{name}": value for name, value in means(tally, self.names).items()}
+        told = "".join(
+            f" | {name} {value:.4f}" for name, value in values.items() if "accuracy" in name or "margin" in name
+        )
+        log.info(f"step {iteration} | {split} loss {tally.loss:.6f}{told}")
+        self._write(iteration, {f"{split}_loss": tally.loss, **values})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

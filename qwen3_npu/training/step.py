@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.utils import get_model_config
 
 from qwen3_npu.data.train.batches import Batch
 from qwen3_npu.training.guard import NanGuard
+from qwen3_npu.training.objective import Objective
 from qwen3_npu.training.optimizer import clip_gradients
 
 
@@ -30,6 +32,7 @@ class Tally:
         real_tokens, places: tokens that are no padding, and all that were computed.
         squares: sum of the squared lengths of what attends within itself.
         think_loss, think_tokens: the supervised tokens that belong to thoughts.
+        metrics: sums of an `Objective`'s metrics, over the units that `loss_weight` counts.
     """
 
     loss_sum: float
@@ -41,16 +44,28 @@ class Tally:
     real_tokens: float
     places: float
     squares: float
+    metrics: tuple[float, ...] = dataclasses.field(default=(), kw_only=True)
 
     @property
     def loss(self) -> float:
         return self.loss_sum / max(self.loss_weight, 1.0)
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return tally_of([a + b for a, b in itertools.zip_longest(self.numbers(), other.numbers(), fillvalue=0.0)])
+
+    def numbers(self) -> list[float]:
+        """All of it in one row."""
+        *fixed, metrics = dataclasses.astuple(self)
+        return [*fixed, *metrics]
 
 
-NOTHING = Tally(*[0.0] * 9)
+_FIXED = len(dataclasses.fields(Tally)) - 1
+NOTHING = Tally(*[0.0] * _FIXED)
+
+
+def tally_of(numbers: Sequence[float]) -> Tally:
+    """The opposite of `Tally.numbers`."""
+    return Tally(*numbers[:_FIXED], metrics=tuple(numbers[_FIXED:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +116,32 @@ def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.
     return total, divisor.to(torch.int), torch.cat((sums, batch.amounts))
 
 
-def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+def objective_loss(
+    batch: Batch, objective: Objective, per_token: bool, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `loss_of`, for an objective whose units are not tokens."""
+    outcome = objective(batch, losses)
+    supervised = losses.detach() * batch.loss_mask
+    count = outcome.count * outcome.counted
+    nothing = torch.zeros_like(count)
+    sums = torch.stack((outcome.total.detach() * outcome.counted, count, supervised.sum(), batch.loss_mask.sum()))
+    report = torch.cat((sums, torch.stack((nothing, nothing)), batch.amounts, outcome.metrics * outcome.counted))
+    if per_token:
+        return outcome.total, count.to(torch.int), report
+    # Gradients are averaged over context-parallel ranks, which divide one loss among them.
+    return outcome.total * parallel_state.get_context_parallel_world_size(), outcome.count.to(torch.int), report
+
+
+def forward_step(
+    objective: Objective | None, batches: Iterator[Batch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable]:
     """megatron's callback: run one micro-batch through one model chunk."""
     batch = next(batches)
     output = model(batch.tokens, batch.sequence.positions, None, labels=batch.labels, packed_seq_params=batch.sequence)
-    return output, functools.partial(loss_of, batch, get_model_config(model).calculate_per_token_loss)
+    per_token = get_model_config(model).calculate_per_token_loss
+    if objective is not None:
+        return output, functools.partial(objective_loss, batch, objective, per_token)
+    return output, functools.partial(loss_of, batch, per_token)
 
 
 def router_loss_weight(batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
@@ -135,15 +171,17 @@ def run_schedule(
     seq_length: int,
     micro_batch: int,
     forward_only: bool,
+    objective: Objective | None = None,
 ) -> Tally:
     """Forward (and backward) over all micro-batches of this step.
 
     Args:
         batches: one iterator per model chunk, over the same micro-batches.
         seq_length, micro_batch: of every micro-batch, unless the configuration says that they differ.
+        objective: what is trained for, if not the next token.
     """
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=functools.partial(forward_step, objective),
         data_iterator=list(batches) if len(batches) > 1 else batches[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
@@ -152,11 +190,12 @@ def run_schedule(
         forward_only=forward_only,
     )
     device = next(chunks[0].parameters()).device
-    total = torch.stack(reports).sum(0) if reports else torch.zeros(len(dataclasses.fields(Tally)), device=device)
+    size = _FIXED + len(objective.names if objective else ())
+    total = torch.stack(reports).sum(0) if reports else torch.zeros(size, device=device)
     # Only the last stage has losses; the sum over stages and data-parallel ranks tells every rank.
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return Tally(*total.tolist())
+    return tally_of(total.tolist())
 
 
 def train_step(
@@ -170,6 +209,7 @@ def train_step(
     seq_length: int,
     micro_batch: int,
     global_batch: int,
+    objective: Objective | None = None,
 ) -> StepResult:
     """One step of training. The schedule of the learning rate does not move when the update is skipped."""
     for chunk in chunks:
@@ -182,6 +222,7 @@ def train_step(
         seq_length=seq_length,
         micro_batch=micro_batch,
         forward_only=False,
+        objective=objective,
     )
     rate = max((group["lr"] for group in optimizer.param_groups), default=0.0)
     optimizer.prepare_grads()
@@ -194,12 +235,14 @@ def train_step(
     return StepResult(tally, grad_norm, rate, skip)
 
 
-def evaluate_step(chunks: Sequence[Any], batches: Sequence[Iterator[Batch]], **sizes: int) -> Tally:
+def evaluate_step(
+    chunks: Sequence[Any], batches: Sequence[Iterator[Batch]], objective: Objective | None = None, **sizes: int
+) -> Tally:
     """A global batch without touching the weights."""
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        result = run_schedule(chunks, batches, forward_only=True, **sizes)
+        result = run_schedule(chunks, batches, forward_only=True, objective=objective, **sizes)
     for chunk in chunks:
         chunk.train()
     return result

@@ -25,6 +25,7 @@ from scripts import ROOT, SCRIPTS, Asked, ask, size_of
 PROGRAMS = {
     "pretrain": "pretrain_gpt.py",
     "tune": "pretrain_gpt.py",
+    "dpo": "pretrain_gpt.py",
     "generate": "inference.py",
     "chat": "inference.py",
     "evaluate": "evaluation.py",

@@ -15,6 +15,21 @@ from qwen3_npu.model.sequence import TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
+class Answers:
+    """Which answer each token of a micro-batch of preference training belongs to; see `rows.AnswerRows`.
+
+    Attributes:
+        numbers: [b, s] int64.
+        text_mask: [b, s] float32.
+        count: answers of the micro-batch.
+    """
+
+    numbers: torch.Tensor
+    text_mask: torch.Tensor
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """One micro-batch on the device.
 
@@ -26,6 +41,7 @@ class Batch:
         amounts: [3] float32, this rank's share of the micro-batch: tokens that are no padding, all places, and
             `Rows.squares`.
         supervised: sum of the loss mask over the whole micro-batch, known to the host.
+        answers: of preference training.
     """
 
     tokens: torch.Tensor
@@ -35,6 +51,7 @@ class Batch:
     think_mask: torch.Tensor | None
     amounts: torch.Tensor
     supervised: float
+    answers: Answers | None = None
 
 
 def drained(batches: collections.deque[Batch]) -> Iterator[Batch]:
@@ -82,6 +99,8 @@ def row_batches(
             arrays["think_mask"] = think.mask(rows.tokens, rows.cu_seqlens)
         if marks_padding and rows.padding is not None:
             arrays["padding"] = rows.padding
+        if rows.answers is not None:
+            arrays |= {"numbers": rows.answers.numbers, "text_mask": rows.answers.text_mask}
         fields = shard({name: torch.from_numpy(array) for name, array in arrays.items()})
         fields = {name: field.to(device, non_blocking=True) for name, field in fields.items()}
         sequence = make_sequence(fields.pop("positions"), rows.cu_seqlens)
@@ -96,4 +115,5 @@ def row_batches(
             fields.get("think_mask"),
             torch.tensor([rows.real_tokens * share, rows.tokens.size * share, rows.squares * share], device=device),
             float(rows.loss_mask.sum(dtype=np.float64)),
+            Answers(fields["numbers"], fields["text_mask"], rows.answers.count) if rows.answers else None,
         )

@@ -21,6 +21,21 @@ _LOOKED_AT = 1000
 
 
 @dataclasses.dataclass(frozen=True)
+class AnswerRows:
+    """Which answer each place of a micro-batch belongs to.
+
+    Attributes:
+        numbers: int64 [b, s]: chosen answers have even numbers, the rejected one of a pair comes next.
+        text_mask: float32 [b, s]: 1 where the label belongs to prompt or answer.
+        count: answers.
+    """
+
+    numbers: np.ndarray
+    text_mask: np.ndarray
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """One micro-batch.
 
@@ -33,6 +48,7 @@ class Rows:
         real_tokens: that are no padding.
         squares: sum over the stretches that attend within themselves of their lengths' squares: what attention costs.
         padding: bool [b, s], where a token is padding; None: nowhere.
+        answers: of preference training.
     """
 
     tokens: np.ndarray
@@ -43,6 +59,7 @@ class Rows:
     real_tokens: int
     squares: int
     padding: np.ndarray | None = None
+    answers: AnswerRows | None = None
 
 
 @dataclasses.dataclass(frozen=True)

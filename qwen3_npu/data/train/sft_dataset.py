@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -92,12 +93,23 @@ class InstructionFiles:
         return bool(learned.any())
 
 
+class SampleFiles(Protocol):
+    """A data set of samples: conversations here, pairs of answers in `preference_dataset.py`."""
+
+    prefix: str
+
+    def __len__(self) -> int: ...
+
+    def sample(self, number: int, longest: int) -> Any:
+        """A sample, cut to `longest` tokens."""
+
+
 class InstructionDataset:
     """An endless row of samples: epoch after epoch, each in another order; several data sets in proportion."""
 
     def __init__(
         self,
-        files: Sequence[InstructionFiles],
+        files: Sequence[SampleFiles],
         weights: Sequence[float],
         shares: Sequence[range],
         *,
@@ -127,7 +139,7 @@ class InstructionDataset:
         source, place = self.blend[number]
         return self.files[source].prefix, self.shares[source][self.epochs[source][place]]
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Any:
         source, place = self.blend[number]
         return self.files[source].sample(self.shares[source][self.epochs[source][place]], self.longest)
 
@@ -161,7 +173,7 @@ def open_instructions(prefixes: Sequence[str], *, per_document: bool) -> list[In
 
 
 def instruction_splits(
-    files: Sequence[InstructionFiles],
+    files: Sequence[SampleFiles],
     weights: Sequence[float] | None,
     split: str,
     *,

@@ -1,0 +1,52 @@
+"""Flags of preference training, under MindSpeed-LLM's names where it has them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_npu.cli import flag
+from qwen3_npu.errors import UsageError
+
+# Stages that learn from answers that people prefer, and whether they compare with a reference model.
+STAGES = {"dpo": True, "orpo": False, "simpo": False}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceArgs:
+    """preference training (--stage dpo, orpo or simpo)"""
+
+    dpo_loss_type: str = flag(
+        "sigmoid",
+        choices=["sigmoid", "hinge", "ipo"],
+        help="sigmoid: DPO (arXiv:2305.18290); hinge: SLiC (arXiv:2305.10425); ipo: IPO (arXiv:2310.12036), by the "
+        "mean log-probability of a token",
+    )
+    dpo_beta: float = flag(
+        0.1,
+        names=("--beta",),
+        help="strength of the pull to the reference (dpo), of the odds ratio (orpo) or the scale of rewards (simpo)",
+    )
+    dpo_label_smoothing: float = flag(
+        0.0, minimum=0, help="probability that a preference is wrong (conservative DPO); below 0.5"
+    )
+    simpo_gamma: float = flag(0.5, minimum=0, help="margin of rewards that simpo asks for (arXiv:2405.14734)")
+    pref_ftx: float = flag(0.0, minimum=0, help="weight of the fine-tuning loss on chosen answers, added to dpo's")
+    ref_model: str | None = flag(
+        None,
+        metavar="DIR",
+        help="checkpoint of the reference; default: --load; with LoRA it is the model without its adapter",
+    )
+    refer_model_iter: int | None = flag(None, minimum=1, unit="steps", help="which of its checkpoints; default: newest")
+    ref_logprobs: str = flag(
+        "model",
+        choices=["model", "cache"],
+        help="cache: the reference's log-probabilities are computed once before training and kept in a file; no second "
+        "model is in memory",
+    )
+    is_pairwise_dataset: bool = flag(False, help="--data-path holds pairs of answers, as --stage dpo says too")
+
+    def __post_init__(self) -> None:
+        if self.dpo_beta <= 0:
+            raise UsageError(f"--dpo-beta {self.dpo_beta} must be above 0")
+        if self.dpo_label_smoothing >= 0.5:
+            raise UsageError(f"--dpo-label-smoothing {self.dpo_label_smoothing} must be below 0.5")

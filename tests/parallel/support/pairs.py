@@ -1,0 +1,104 @@
+"""Pairs of answers for tests, and what TRL's own trainers compute of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen3_npu.data.train.preference_dataset import PairFiles
+from qwen3_npu.data.train.sft_dataset import instruction_splits
+from qwen3_npu.data.train.token_file import IndexedWriter, publish
+
+LONGEST, BATCH = 64, 8
+NAMES = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+Pair = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
+
+
+def write_pairs(prefix: Path, *, count: int = 24, vocab: int = 256, seed: int = 3) -> str:
+    """Random pairs: the chosen answer counts on from the prompt, the rejected one is noise."""
+    rng = np.random.default_rng(seed)
+    writers = [IndexedWriter(f"{prefix}_packed_{name}_document") for name in NAMES]
+    for _ in range(count):
+        start, sizes = int(rng.integers(vocab)), rng.integers(3, 24, 3)
+        prompt, good = ([(start + i) % (vocab - 2) + 2 for i in range(size)] for size in sizes[:2])
+        bad = (rng.integers(vocab - 2, size=sizes[2]) + 2).tolist()
+        for answer, (ids, labels) in ((good, writers[:2]), (bad, writers[2:])):
+            row = [*prompt, *answer]
+            length = np.array([len(row)], np.int32)
+            ids.add(np.array(row, np.int32), length)
+            labels.add(np.array([-100] * len(prompt) + answer, np.int32), length)
+    publish(writers)
+    return str(prefix)
+
+
+def first_step(prefix: str, seed: int = 1234) -> list[Pair]:
+    """The pairs of the first step, in the order of the training."""
+    train = instruction_splits([PairFiles(prefix)], None, "1,0,0", longest=LONGEST, seed=seed).train
+    assert train is not None
+    found = []
+    for number in range(BATCH):
+        pair = train[number]
+        prompt = int((pair.chosen.labels == -100).sum())
+        ids = pair.chosen.ids.tolist()
+        found.append((ids[:prompt], ids[prompt:], pair.rejected.ids.tolist()[prompt:]))
+    return found
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(256)}, unk_token="t0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t0")
+
+
+def trl_loss(stage: str, policy: Any, reference: Any, pairs: list[Pair], folder: Path, **options: Any) -> Any:
+    """Loss of a batch (with its graph) and the metrics that TRL logs; its own trainers compute both."""
+    from datasets import Dataset
+
+    policy.train()
+    policy.config.router_aux_loss_coef = 0.0  # the routers' loss has tests of its own
+    common = {"output_dir": str(folder), "report_to": [], "use_cpu": True, "bf16": False, **options}
+    dummy = Dataset.from_list([{"prompt": "t5", "chosen": "t7", "rejected": "t8"}] * 2)
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    if stage == "dpo":
+        from trl import DPOConfig, DPOTrainer
+
+        trainer = DPOTrainer(
+            model=policy,
+            ref_model=reference,
+            args=DPOConfig(**common, disable_dropout=True),
+            train_dataset=dummy,
+            processing_class=_tokenizer(),
+        )
+        batch = trainer.data_collator([dict(zip(columns, pair, strict=True)) for pair in pairs])
+        loss = trainer._compute_loss(policy, batch, False)
+        return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    if stage == "orpo":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    else:
+        from trl.experimental.cpo import CPOConfig as Config
+        from trl.experimental.cpo import CPOTrainer as Trainer
+
+        common |= {"loss_type": "simpo", "cpo_alpha": 0.0}
+    trainer = Trainer(model=policy, args=Config(**common), train_dataset=dummy, processing_class=_tokenizer())
+    return trainer.get_batch_loss_metrics(policy, _concatenated(pairs))
+
+
+def _concatenated(pairs: list[Pair]) -> dict[str, torch.Tensor]:
+    """A batch as ORPOTrainer's and CPOTrainer's collators make it."""
+    batch: dict[str, torch.Tensor] = {}
+    for which, name in ((1, "chosen"), (2, "rejected")):
+        longest = max(len(pair[0]) + len(pair[which]) for pair in pairs)
+        ids, labels, mask = (torch.full((len(pairs), longest), fill) for fill in (0, -100, 0))
+        for row, pair in enumerate(pairs):
+            whole, prompt = [*pair[0], *pair[which]], len(pair[0])
+            ids[row, : len(whole)] = torch.tensor(whole)
+            labels[row, prompt : len(whole)] = torch.tensor(pair[which])
+            mask[row, : len(whole)] = 1
+        batch |= {f"{name}_input_ids": ids, f"{name}_labels": labels, f"{name}_attention_mask": mask}
+    return batch
