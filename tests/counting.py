@@ -90,7 +90,9 @@ class Launches(TorchDispatchMode):
         start = self.below()
         with unittest.mock.patch.object(step, "run_schedule", run_schedule), self:
             yield
-        # What no operation was seen to cause: `torch.npu.synchronize()`, `event.wait()`.
+        if self.below is _idle:
+            return
+        # What no operation was seen to cause: `torch.npu.synchronize()`, `event.synchronize()`.
         rest = self.below()
         rest.subtract(start)
         self.waits["elsewhere"] += rest["waits"] - self.waits.total()
