@@ -334,6 +334,7 @@ class Trainer:
             folder=Path(args.report.tensorboard_dir) if args.report.tensorboard_dir else None,
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
+            verdict=self.plan.verdict,
         )
 
     def evaluate(self, reporter: Reporter) -> None:

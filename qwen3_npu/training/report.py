@@ -7,15 +7,17 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from qwen3_npu import log
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
+from qwen3_npu.plan.verdict import Verdict
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
 from qwen3_npu.training.expert_load import ExpertLoad
+from qwen3_npu.training.planned import PlannedMeasured
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
 
 
@@ -89,6 +91,7 @@ class Reporter:
         first, last: steps before and after this run.
         names: of the metrics that steps have beside the loss.
         folder: of metrics.jsonl and tensorboard events; None for the console only.
+        verdict: what was planned; None: nothing was.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Reporter:
         folder: Path | None,
         is_main: bool,
         names: Sequence[str] = (),
+        verdict: Verdict | None = None,
     ) -> None:
         self.names = names
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
@@ -110,6 +114,9 @@ class Reporter:
         self.window = _Window()
         self.metrics: TextIO | None = None
         self.tensorboard: Any = None
+        self.planned: PlannedMeasured | None = None
+        if verdict is not None and is_main:
+            self.planned = PlannedMeasured(platform, verdict, write=self._record, tell=log.info)
         if folder is not None and is_main:
             folder.mkdir(parents=True, exist_ok=True)
             self.metrics = _open_lines(folder / "metrics.jsonl")
@@ -134,6 +141,10 @@ class Reporter:
         self._write(iteration, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate})
         if self.is_due(iteration):
             self._line(iteration, result, load)
+        if self.planned is not None:
+            self.planned.step(iteration, result.tally.places)
+            if self.is_due(iteration):
+                self.planned.synchronized(iteration)
 
     def _line(self, iteration: int, result: StepResult, load: ExpertLoad | None) -> None:
         self.platform.synchronize()
@@ -190,23 +201,32 @@ class Reporter:
         self.platform.synchronize()
         began = time.perf_counter()
         yield
-        self.window.start += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.window.start += seconds
+        if self.planned is not None:
+            self.planned.pause(seconds)
 
     def _write(self, iteration: int, values: dict[str, float]) -> None:
         if self.metrics is not None:
             # JSON has no NaN.
             line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self.metrics.write(json.dumps({"step": iteration, **line}) + "\n")
+            self._record(iteration, line)
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, iteration)
                 if name == "loss":  # what tools for Megatron's logs look for
                     self.tensorboard.add_scalar("lm loss", value, iteration)
+
+    def _record(self, iteration: int, values: Mapping[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(json.dumps({"step": iteration, **values}) + "\n")
 
     def _bars(self, iteration: int, name: str, values: Any) -> None:
         if self.tensorboard is not None:
             self.tensorboard.add_histogram(name, values, iteration)
 
     def close(self) -> None:
+        if self.planned is not None:
+            self.planned.close()
         if self.metrics is not None:
             self.metrics.close()
             self.tensorboard.close()
