@@ -253,7 +253,7 @@ def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor
 def group_ends(counts: torch.Tensor) -> torch.Tensor:
     """Where each group's rows end, int64 on the device."""
     if counts.device.type == "cpu":  # constants, with a capacity; the copy of pinned memory waits for nothing
-        counts = counts.pin_memory().to(f"npu:{torch.npu.current_device()}", non_blocking=True)
+        counts = counts.pin_memory().to(f"npu:{torch_npu.npu.current_device()}", non_blocking=True)
     return counts.cumsum(0)
 
 

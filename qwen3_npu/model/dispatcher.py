@@ -55,7 +55,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
             return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         if point == "before_ep_alltoall" and not self.is_alone:
             self.d2h_event.synchronize()
-            mine = self.everyones_counts[self.ep_rank, self.tp_rank]
+            mine = self.everyones_counts[self.ep_group.rank(), self.tp_rank]
             theirs = self._of_my_experts(self.everyones_counts).transpose(0, 1)  # [tp, ep, experts]
             per_rank = theirs.sum(2).numpy()
             self.input_splits = mine.view(self.ep_size, -1).sum(1).numpy()
@@ -65,7 +65,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """The rows that this rank's experts got, sorted by expert; counts of the experts; router weights."""
         if not self.is_alone:
             return super().dispatch_postprocess(global_input_tokens, global_probs)

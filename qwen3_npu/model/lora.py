@@ -51,8 +51,8 @@ def _kaiming(weight: torch.Tensor) -> None:
 class LoraLinear(MegatronModule):
     """A frozen column- or row-parallel linear with its update.
 
-    The update is added, and scaled by alpha / r, inside its last matrix multiplication (addmm): no tensor of the output's
-    size is made beside the output itself.
+    The update is added inside its last matrix multiplication (addmm), and the factor alpha / r is applied to the narrow
+    product A x: no tensor of the output's size is made beside the output itself.
     """
 
     def __init__(self, *sizes: int, linear: type, args: LoraArgs, **options: Any) -> None:
@@ -90,7 +90,7 @@ class LoraLinear(MegatronModule):
         out, bias = self.base_layer(x)
         if not self.enabled:
             return out, bias
-        narrow = torch.nn.functional.linear(self._dropped(x), self.lora_A["default"]())
+        narrow = torch.nn.functional.linear(self._dropped(x), self.lora_A["default"]()) * self.scale
         if self.by_output:
             narrow = (
                 gather_from_sequence_parallel_region(narrow, group=self.group)
@@ -104,7 +104,7 @@ class LoraLinear(MegatronModule):
                 else reduce_from_tensor_model_parallel_region(narrow, group=self.group)
             )
         weight = self.lora_B["default"]()
-        return torch.addmm(out.flatten(0, 1), narrow.flatten(0, 1), weight.t(), alpha=self.scale).view_as(out), bias
+        return torch.addmm(out.flatten(0, 1), narrow.flatten(0, 1), weight.t()).view_as(out), bias
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.dropout == 0.0:
@@ -171,8 +171,8 @@ class LoraExperts(GroupedExperts):
         if self.training and self.dropout:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 x = torch.nn.functional.dropout(x, self.dropout)
-        narrow = product(x, a.view(e, -1, self.rank))
-        return out.add(product(narrow, b.view(e, self.rank, -1)), alpha=self.scale)
+        narrow = product(x, a.view(e, -1, self.rank)) * self.scale
+        return out + product(narrow, b.view(e, self.rank, -1))
 
 
 def freeze_base(chunks: Iterable[torch.nn.Module]) -> None:

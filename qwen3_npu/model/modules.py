@@ -72,10 +72,7 @@ class RecomputedMLP(MLP):
 
 
 class Embedding(VocabParallelEmbedding):
-    """megatron's, without its writes through a mask, whose number torch_npu reads on the host: it waits for the device.
-
-    Attributes: as its base class has them.
-    """
+    """megatron's, without its writes through a mask: torch_npu reads what is written on the host, and waits for it."""
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         """[b, s] tokens -> [b, s, hidden], or [s / TP, b, hidden] under sequence parallelism."""
