@@ -31,7 +31,11 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         lambda args: bool(args.checkpoint.save_hf_interval or args.checkpoint.enable_mg2hf_convert),
         ("hf_save_dir",),
     ),
-    ("--load", lambda args: args.checkpoint.load is not None, ("ckpt_step", "exit_on_missing_checkpoint")),
+    (
+        "--load",
+        lambda args: args.checkpoint.load is not None,
+        ("ckpt_step", "exit_on_missing_checkpoint", "allow_changed"),
+    ),
 )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from qwen3_npu.args.preference import STAGES as PREFERENCE_STAGES
+from qwen3_npu.args.resume import REFUSED
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 
@@ -229,6 +230,11 @@ class CheckpointArgs:
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
     allow_nonfinite_weights: bool = flag(False, help="start from weights with NaN or infinite values, too")
+    allow_changed: list[str] = flag(
+        [],
+        choices=list(REFUSED),
+        help="resume although this is another than in the checkpoint; the position in the data may then be meaningless",
+    )
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.router import routers
-from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.expert_load import ExpertLoad, take_expert_load
+from qwen3_npu.training.facts import facts
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.hf_export import HfExport
@@ -48,7 +49,6 @@ from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of
 from qwen3_npu.training.report import Reporter
 from qwen3_npu.training.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
-from qwen3_npu.training.taught import taught
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
@@ -122,8 +122,7 @@ class Trainer:
             log.info(
                 f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
             )
-        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed, **taught(args)}
-        self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
+        self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
         self.feed: Feed  # open_data
@@ -208,11 +207,8 @@ class Trainer:
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
-        return [self.feed.batches(dataset, consumed, self.sequence, self.world.device) for _ in self.chunks]
-
-    def sequence(self, positions: torch.Tensor, boundaries: tuple[int, ...] | None = None) -> TokenSequence:
-        """What the layers need to know of tokens at these positions [b, s], in documents with these boundaries."""
-        return TokenSequence(positions, boundaries, self.plan.arch.rope, self.dtype)
+        batches = self.feed.batches(dataset, consumed, self.world.device, self.dtype)
+        return list(itertools.tee(batches, len(self.chunks)))
 
     def _with_reference(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """The micro-batches of a step; the objective learns what the reference says of them."""

@@ -30,7 +30,6 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
     raw = raw_words(args)
     if not raw:
         return args
-    args.instruction.check_packing()
     name = args.record.handler_name
     if name is None and (args.data.is_instruction or args.data.is_preference):
         raise UsageError(f"--data-path {raw[0]} is raw data; give --handler-name to say what its records are")

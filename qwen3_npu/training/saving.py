@@ -113,7 +113,7 @@ class Saver:
 
     Args:
         args: as `prepare` gave them.
-        extra: further entries of the saved args.
+        extra: further entries of the saved args, and what a checkpoint that is resumed must agree with.
         config: folder whose config.json and tokenizer files are carried along.
     """
 
@@ -126,7 +126,7 @@ class Saver:
 
     def load(self) -> Position:
         """Weights and, when resuming, everything else. Raises: UsageError: see `load.load`."""
-        return load.load(self.trained, self.args, self.lora.lora_load)
+        return load.load(self.trained, self.args, self.lora.lora_load, self.extra)
 
     def save(self, position: Position) -> None:
         """A checkpoint of this step in --save; with --async-save it is being written when this returns.

@@ -100,6 +100,8 @@ def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.
             (`calculate_per_token_loss`); else each micro-batch by its own, and by the number of micro-batches.
         losses: [b, s] of this context-parallel rank's tokens.
     """
+    assert batch.loss_mask is not None, "only the last stage has losses"
+    assert batch.amounts is not None
     total, count = (losses * batch.loss_mask).sum(), batch.loss_mask.sum()
     token_loss = total.detach()
     think_loss = think_tokens = torch.zeros_like(count)
@@ -123,6 +125,8 @@ def objective_loss(
     batch: Batch, objective: Objective, per_token: bool, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `loss_of`, for an objective whose units are not tokens."""
+    assert batch.loss_mask is not None, "only the last stage has losses"
+    assert batch.amounts is not None
     outcome = objective(batch, losses)
     supervised = losses.detach() * batch.loss_mask
     count = outcome.count * outcome.counted

@@ -28,6 +28,7 @@ def main(models: Path, tokens: Path, out: Path) -> None:
 
     from qwen3_npu.args.parallel import RuntimeArgs
     from qwen3_npu.distributed.launch import process_group
+    from qwen3_npu.model.sequence import TokenSequence
     from qwen3_npu.parity.measure import trainer
 
     kinds = sorted(path.name for path in models.iterdir())
@@ -41,9 +42,10 @@ def main(models: Path, tokens: Path, out: Path) -> None:
                 training.saver.finish()
                 ids = torch.tensor(LIVE_TOKENS)
                 positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+                sequence = TokenSequence(positions, None, training.plan.arch.rope, training.dtype)
                 model = training.modules[0].eval()
                 with torch.no_grad():
-                    logits = model(ids, positions, None, packed_seq_params=training.sequence(positions))
+                    logits = model(ids, positions, None, packed_seq_params=sequence)
                 np.save(out / f"{kind}.npy", logits[..., : training.plan.arch.vocab_size].numpy())
     again(out / kinds[0], out / "resaved")
 

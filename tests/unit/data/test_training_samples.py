@@ -249,29 +249,6 @@ def test_find_eod(tmp_path: Path) -> None:
         find_eod(open_indexed(tmp_path / "bad"), "--reset-attention-mask")
 
 
-def test_batches_know_their_documents() -> None:
-    import torch
-
-    from qwen3_npu.data.train.batches import row_batches
-    from qwen3_npu.data.train.pretrain_dataset import document_rows
-
-    samples = [
-        {k: torch.tensor(v) for k, v in (("tokens", [1, 9, 2]), ("labels", [9, 2, 9]), ("loss_mask", [1.0] * 3))}
-    ] * 4
-    how = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
-    batches = row_batches(
-        samples,
-        iter([range(0, 2), range(2, 4)]),
-        functools.partial(document_rows, eod=9, **how),
-        lambda positions, boundaries: (positions.tolist(), boundaries),  # type: ignore[arg-type, return-value]
-        lambda fields: fields,
-        torch.device("cpu"),
-    )
-    for batch in batches:
-        assert batch.sequence == ([[0, 1, 0, 0, 1, 0]], (0, 2, 3, 5, 6))
-        assert batch.loss_mask.tolist() == [[1, 0, 1, 1, 0, 1]]
-
-
 # --------------------------------------------------------------------------------------- raw data
 
 
