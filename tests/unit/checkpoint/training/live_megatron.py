@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[3])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[4])]
 
 
 def main(rank: int, world: int, rendezvous: str, job: str) -> None:
@@ -73,7 +73,8 @@ def stock_model(kind: str, world: int):
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        qk_layernorm=True,
+        qk_layernorm=arch.family.qk_norm,
+        add_qkv_bias=arch.family.qkv_bias,
         params_dtype=torch.bfloat16,
         bf16=True,
         tensor_model_parallel_size=world,
@@ -82,7 +83,10 @@ def stock_model(kind: str, world: int):
         **moe,
     )
     spec = get_gpt_layer_local_spec(
-        num_experts=arch.num_experts or None, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
+        num_experts=arch.num_experts or None,
+        moe_grouped_gemm=False,
+        qk_layernorm=arch.family.qk_norm,
+        normalization="RMSNorm",
     )
     return GPTModel(
         config,
