@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from test_kills import launch, losses, workers
+from failures.test_kills import launch, losses, workers
 from test_resume import BASE
 
 from qwen3_npu.parity.rows import TP2

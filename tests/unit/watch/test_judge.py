@@ -54,15 +54,14 @@ def test_the_rank_that_has_not_called_is_named_on_hosts_and_devices(state: int) 
 
 
 def test_a_chain_of_waits_ends_at_its_first_cause() -> None:
-    # 0 waits for 1 in tp, 1 waits for 2 in pp, and 2 is in Python.
-    verdict = judge(
-        ranks(
-            {"tp": call(5), "pp": call(1, LEFT)},
-            {"tp": call(4, LEFT), "pp": call(2)},
-            {"tp": call(5)},
-            {"tp": call(5), "pp": call(2)},
-        )
-    )
+    # 0 waits for 1 and 2 in tp, 1 waits for the others in pp, and 2 is in Python.
+    chain = [
+        {"tp": call(5)},
+        {"tp": call(4, LEFT), "pp": call(2)},
+        {"tp": call(4, LEFT)},
+        {"tp": call(5), "pp": call(2)},
+    ]
+    verdict = judge(ranks(*chain))
     assert verdict.ranks == (2,)
     assert verdict.text.startswith("rank 2 (a, device 2) never entered all_reduce #5 of group tp")
 
