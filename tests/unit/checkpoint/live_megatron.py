@@ -53,6 +53,7 @@ def stock_model(kind: str, world: int):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     arch = samples.ARCHS[kind]
+    has_biases = kind == "qwen2"  # Qwen2.5 has biases of q, k and v in place of norms
     moe = {}
     if arch.is_moe:
         moe = {
@@ -73,7 +74,8 @@ def stock_model(kind: str, world: int):
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        qk_layernorm=True,
+        add_qkv_bias=has_biases,
+        qk_layernorm=not has_biases,
         params_dtype=torch.bfloat16,
         bf16=True,
         tensor_model_parallel_size=world,
@@ -82,7 +84,10 @@ def stock_model(kind: str, world: int):
         **moe,
     )
     spec = get_gpt_layer_local_spec(
-        num_experts=arch.num_experts or None, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
+        num_experts=arch.num_experts or None,
+        moe_grouped_gemm=False,
+        qk_layernorm=not has_biases,
+        normalization="RMSNorm",
     )
     return GPTModel(
         config,
