@@ -25,7 +25,7 @@ from qwen3_npu.distributed.context_parallel import shard
 from qwen3_npu.distributed.nodes import check_same
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sequence import TokenSequence
-from qwen3_npu.training.plan import TrainingPlan
+from qwen3_npu.training.prepare.plan import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from qwen3_npu.data.train.batches import Batch
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.objective import Objective
 from qwen3_npu.training.optimizer import clip_gradients
+from qwen3_npu.watch import here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +141,11 @@ def forward_step(
     objective: Objective | None, batches: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable]:
     """megatron's callback: run one micro-batch through one model chunk."""
+    here.at("data")
     batch = next(batches)
+    here.at("forward")
     output = model(batch.tokens, batch.sequence.positions, None, labels=batch.labels, packed_seq_params=batch.sequence)
+    here.at("backward")  # or what else megatron's schedule does next
     per_token = get_model_config(model).calculate_per_token_loss
     if objective is not None:
         return output, functools.partial(objective_loss, batch, objective, per_token)
@@ -228,6 +232,7 @@ def train_step(
         forward_only=False,
         objective=objective,
     )
+    here.at("optimizer")
     rate = max((group["lr"] for group in optimizer.param_groups), default=0.0)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())

@@ -185,16 +185,3 @@ def unsealed(folder: Path) -> Path:
     for path in folder.rglob("integrity.json"):
         path.unlink()
     return folder
-
-
-def assert_same_values(a: Path, b: Path) -> None:
-    """The same tensors, whatever their dtypes: megatron's own model keeps its norms in float32."""
-    from safetensors.torch import load_file
-
-    first, second = (
-        {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-        for folder in (a, b)
-    )
-    assert first.keys() == second.keys()
-    wrong = [name for name in first if not first[name].float().equal(second[name].float())]
-    assert not wrong, wrong[:5]

@@ -1,7 +1,7 @@
 """Hugging Face directories of a training's checkpoints, written by a process beside the training.
 
 The checkpoint on disk is converted as convert_ckpt.py does it: the folder must be one that all nodes share, and what is
-written is what the checkpoint holds. LoRA updates are merged into their model.
+written is what the checkpoint holds. LoRA adapters are merged into their model.
 """
 
 from __future__ import annotations

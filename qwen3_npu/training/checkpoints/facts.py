@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.train.data_path import blend
-from qwen3_npu.training.plan import TrainingPlan
-from qwen3_npu.training.taught import taught
+from qwen3_npu.training.prepare.plan import TrainingPlan
+from qwen3_npu.training.prepare.taught import taught
 
 _WHOLE = 2**24  # bytes of a file that is digested whole; of a larger one parts that are spread over it
 _PARTS, _PART = 256, 2**16

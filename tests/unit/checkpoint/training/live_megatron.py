@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[3])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[4])]
 
 
 def main(rank: int, world: int, rendezvous: str, job: str) -> None:
@@ -53,7 +53,6 @@ def stock_model(kind: str, world: int):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     arch = samples.ARCHS[kind]
-    has_biases = kind == "qwen2"  # Qwen2.5 has biases of q, k and v in place of norms
     moe = {}
     if arch.is_moe:
         moe = {
@@ -74,8 +73,8 @@ def stock_model(kind: str, world: int):
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=has_biases,
-        qk_layernorm=not has_biases,
+        qk_layernorm=arch.family.qk_norm,
+        add_qkv_bias=arch.family.qkv_bias,
         params_dtype=torch.bfloat16,
         bf16=True,
         tensor_model_parallel_size=world,
@@ -86,7 +85,7 @@ def stock_model(kind: str, world: int):
     spec = get_gpt_layer_local_spec(
         num_experts=arch.num_experts or None,
         moe_grouped_gemm=False,
-        qk_layernorm=not has_biases,
+        qk_layernorm=arch.family.qk_norm,
         normalization="RMSNorm",
     )
     return GPTModel(

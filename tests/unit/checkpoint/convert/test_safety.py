@@ -17,7 +17,7 @@ import samples
 from qwen3_npu.checkpoint.convert import jobs
 from qwen3_npu.lease import folder_lease
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 LAYOUT = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
 
 

@@ -59,7 +59,7 @@ def take_expert_load(chunks: Sequence[torch.nn.Module], layers: int, experts: in
     """Collect and reset the routers' counts. Every rank must call this.
 
     Args:
-        layers: of the whole pipeline, places without weights included.
+        layers: of the whole pipeline, no-op layers included.
         experts: of a layer.
     """
     counts = torch.zeros(layers, experts + 3, device=next(chunks[0].parameters()).device)

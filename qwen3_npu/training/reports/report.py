@@ -16,8 +16,8 @@ from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
 from qwen3_npu.plan.verdict import Verdict
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
-from qwen3_npu.training.expert_load import ExpertLoad
-from qwen3_npu.training.planned import PlannedMeasured
+from qwen3_npu.training.reports.expert_load import ExpertLoad
+from qwen3_npu.training.reports.planned import PlannedMeasured
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
 
 
@@ -31,12 +31,12 @@ class _Window:
     """Steps since the last line.
 
     Attributes:
-        loss: sum of the losses of `updates` steps.
-        computed, learned: of all steps, and of those whose update was made.
+        loss: sum of the losses of the `learned_steps` steps that were not skipped.
+        computed, learned: of all steps, and of those that were not skipped.
     """
 
     steps: int = 0
-    updates: int = 0
+    learned_steps: int = 0
     loss: float = 0.0
     computed: Tally = NOTHING
     learned: Tally = NOTHING
@@ -46,7 +46,7 @@ class _Window:
         self.steps += 1
         self.computed += result.tally
         if not result.skipped:
-            self.updates += 1
+            self.learned_steps += 1
             self.loss += result.loss
             self.learned += result.tally
 
@@ -165,7 +165,7 @@ class Reporter:
         width = len(str(self.last))
         parts = [
             f"step {iteration:>{width}}/{self.last}",
-            f"loss {window.loss / window.updates:.6f}" if window.updates else "every update skipped",
+            f"loss {window.loss / window.learned_steps:.6f}" if window.learned_steps else "every update skipped",
             f"grad norm {result.grad_norm:.4f}",
             f"lr {result.learning_rate:.4e}",
             f"{human(tokens, 'tokens/s')}/device",

@@ -90,8 +90,9 @@ def test_megatron_loads_what_is_written_here(
 
 @pytest.mark.parametrize("kind", samples.ARCHS)
 def test_what_megatron_saves_is_read(kind: str, passed_through: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    samples.to_hf(passed_through / kind / "theirs", tmp_path / "hf", "--verify")
-    samples.assert_same_values(models[kind], tmp_path / "hf")
+    # megatron saves norms in float32 on the CPU
+    samples.to_hf(passed_through / kind / "theirs", tmp_path / "hf", "--verify", "--params-dtype", "bf16")
+    samples.assert_same_weights(models[kind], tmp_path / "hf")
 
 
 def test_torch_loads_the_torch_format_plainly(models: dict[str, Path], tmp_path: Path) -> None:

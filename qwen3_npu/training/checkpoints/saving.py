@@ -1,4 +1,4 @@
-"""A training's checkpoints: take up what is there, save, finish."""
+"""A training's checkpoints: resume, save, finish."""
 
 from __future__ import annotations
 

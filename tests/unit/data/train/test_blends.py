@@ -17,7 +17,7 @@ from qwen3_npu.data.train.sft_dataset import instruction_splits, open_instructio
 from qwen3_npu.data.train.token_file import IndexedWriter
 from qwen3_npu.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 WEIGHTS = ("0.25", "0.75")
 LENGTH = 16
 

@@ -20,7 +20,7 @@ from test_resume import BASE
 from qwen3_npu.parity.rows import TP2
 from worlds import World, free_port
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # The moments, one after the other: while files are being made, between two checkpoints, at any time.
 MOMENTS = ("saving", "between", "any")
 JOBS = {

@@ -14,7 +14,7 @@ from test_resume import BASE
 from qwen3_npu.parity.rows import PP2, TP2, ZERO
 from worlds import World, free_port
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(("size", "extra", "rank"), [(2, ZERO, 1), (4, TP2 + PP2, 2)], ids=["DP2", "TP2 PP2"])
@@ -52,7 +52,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
 def test_a_rank_that_fails_ends_the_job(models: dict[str, str], tokens: str) -> None:
     """Within seconds, with its error as the last word, though the other rank waits for it in a collective."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), str(Path(__file__).with_name("failing.py"))]
+    command += ["--master-port", str(free_port()), str(ROOT / "tests" / "parallel" / "support" / "failing.py")]
     flags = [*BASE, "--load", models["tied"], "--data-path", tokens, *TP2, "--log-interval", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(

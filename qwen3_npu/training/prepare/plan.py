@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from qwen3_npu.args.fit import Fit, fit
 from qwen3_npu.args.model import positions_note, shaped
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.args.rules.fit import Fit, fit
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.model.arch import Qwen3Arch

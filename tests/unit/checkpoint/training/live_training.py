@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+ROOT = Path(__file__).resolve().parents[4]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(ROOT)]
 
 LIVE_TOKENS = [[7, 11, 13, 17, 19, 23, 29, 31], [2, 4, 8, 16, 32, 64, 128, 249]]
 FLAGS = ["--seq-length", "16", "--micro-batch-size", "2", "--train-iters", "2", "--lr", "1e-2", "--device", "cpu"]
