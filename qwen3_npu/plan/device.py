@@ -1,7 +1,7 @@
-"""What is known of each device: one table, each constant with its source. The one model of the machine.
+"""What is known of each device: one table, each published constant with its source. The one model of the machine.
 
-Efficiencies and overheads are fitted by `benchmarks/fit_devices.py` to published step times, never by hand; `learn.py`
-replaces them by those of your own runs.
+Efficiencies and overheads are general guesses, the same for all devices of a kind; `learn.py` replaces them by what your
+own runs show.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Device:
         launch: seconds of host time per operation.
         reserve: bytes that the runtime takes (context, collectives' buffers).
         kernels: those of this project that run here, as `activations.layer_bytes` names them.
-        error: relative uncertainty of a predicted step time (median error of the fit).
+        error: relative uncertainty of a predicted step time, a guess until `--learn`.
         sources: where the published numbers come from.
     """
 
