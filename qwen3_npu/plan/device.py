@@ -1,7 +1,7 @@
 """What is known of each device: one table, each published constant with its source. The one model of the machine.
 
-Efficiencies and overheads are general guesses, the same for all devices of a kind; `learn.py` replaces them by what your
-own runs show.
+Efficiencies and overheads are general guesses, the same for all devices of a kind. `learn.py` replaces them by what
+your own runs show.
 """
 
 from __future__ import annotations
