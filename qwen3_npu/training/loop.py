@@ -49,6 +49,8 @@ from qwen3_npu.training.reports.expert_load import ExpertLoad, take_expert_load
 from qwen3_npu.training.reports.profiling import Profiling
 from qwen3_npu.training.reports.report import Reporter
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
+from qwen3_npu.watch import here
+from qwen3_npu.watch.start import watched
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
@@ -62,7 +64,8 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
         if checkpoint.load != args.checkpoint.load and preference.ref_model is None and not lora.on:
             preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
-        with ready(platform, world, args, plan) as trainer:
+        watch = watched(args.watch, checkpoint.save, has_device=platform.name != "cpu")
+        with watch, ready(platform, world, args, plan) as trainer:
             trainer.saver.lease = lease
             try:
                 trainer.train()
@@ -109,7 +112,7 @@ class Trainer:
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = here.inside("reduce", finalize_model_grads)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
@@ -247,6 +250,7 @@ class Trainer:
 
     def step(self) -> StepResult:
         """One optimizer step."""
+        here.at("data")
         result = train_step(
             self.chunks,
             self.optimizer,
@@ -254,6 +258,7 @@ class Trainer:
             self.training_batches(),
             self.guard,
             objective=self.objective,
+            wishes=self.exits.wishes(),
             global_batch=self.plan.global_batch,
             **self.sizes,
         )
@@ -262,6 +267,7 @@ class Trainer:
         if result.skipped:
             samples = range(before.samples, self.position.samples)
             self.guard.report(self.position.iteration, result.loss, result.grad_norm, samples)
+        here.step_done(self.position.iteration)
         return result
 
     def train(self) -> None:
@@ -284,14 +290,14 @@ class Trainer:
             if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
                 gc.collect()
             if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
-                with reporter.paused():
+                with reporter.paused(), here.during("eval"):
                     self.evaluate(reporter)
-            stop = self.exits.reason(iteration, self.world.device)
+            stop = self.exits.reason(iteration, result.wishes)
             profiling.after(iteration, last=iteration == last or stop is not None)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
             export = self.export.due(iteration, is_last=iteration == last)
             if args.checkpoint.save and (due or export or stop or iteration == last):
-                with reporter.paused():
+                with reporter.paused(), here.during("save"):
                     self.export.finish()  # it may be reading a checkpoint that saving removes
                     parameters = [p for module in self.modules for p in module.parameters()]
                     self.guard.check_weights(parameters, iteration, self.world.device)
@@ -300,8 +306,9 @@ class Trainer:
                         self.saver.finish()
                         self.export.start(iteration)
         reporter.close()
-        self.saver.finish()
-        self.export.finish()
+        with here.during("save"):
+            self.saver.finish()
+            self.export.finish()
         if stop is not None:
             log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
 

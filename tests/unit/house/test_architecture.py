@@ -26,11 +26,12 @@ LEVELS = {
     "model": 2,
     "distributed": 2,
 }
-LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4}
+LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4, "watch": 3}
 # Importable anywhere, without torch.
 LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "lease", "processes")
 LIGHT += ("model.arch", "model.sizes")
 LIGHT += ("console", "files", "distributed.layout", "distributed.environment", "plan")
+LIGHT += ("watch.state", "watch.judge", "watch.watcher", "watch.stragglers", "watch.here")
 SIDEWAYS_ALLOWED = {("evaluation", "inference"), ("model", "distributed"), ("distributed", "model")}
 
 

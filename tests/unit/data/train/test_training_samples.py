@@ -264,6 +264,18 @@ def recipe(tiny_tokenizer: str) -> Callable:
     return make
 
 
+def test_raw_pairs_are_found_where_they_were_made(tmp_path: Path, recipe: Callable) -> None:
+    from qwen3_npu.data.preprocess.cache import is_raw, prepare_data_path
+
+    records = [{"instruction": "q", "chosen": "yes", "rejected": f"no {number}"} for number in range(3)]
+    source = write_lines(tmp_path / "pairs.jsonl", records)
+    flags = ("--handler-name", "AlpacaStylePairwiseHandler", "--prompt-type", "qwen3")
+    (made,) = prepare_data_path([str(source)], recipe(*flags), tmp_path / "cache")
+    assert len(open_indexed(f"{made}_packed_chosen_input_ids_document")) == 3
+    Path(made).mkdir()
+    assert not is_raw(made), "a folder beside a pair has its name"
+
+
 def test_raw_data_is_prepared_once(tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen3_npu.data.preprocess import cache as prepare
 
