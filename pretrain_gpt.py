@@ -4,12 +4,12 @@
 from qwen3_npu import cli, log
 from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
-from qwen3_npu.args.switches import check_switches
+from qwen3_npu.args.rules.switches import check_switches
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
-from qwen3_npu.training import length
-from qwen3_npu.training.plan import plan_training
-from qwen3_npu.training.start import check_start
+from qwen3_npu.training.prepare import length
+from qwen3_npu.training.prepare.plan import plan_training
+from qwen3_npu.training.prepare.start import check_start
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     plan = plan_training(args, world_size)
     if rank == 0:
         check_start(args, plan.arch)
-    from qwen3_npu.training.raw_data import prepared, raw_words
+    from qwen3_npu.training.prepare.raw_data import prepared, raw_words
 
     if args.runtime.dry_run and (raw := raw_words(args)):
         parsed.notes.append(f"raw data: {' '.join(raw)} would be preprocessed")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwen3_npu import log
-from qwen3_npu.args.resume import REFUSED
+from qwen3_npu.args.rules.resume import REFUSED
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 

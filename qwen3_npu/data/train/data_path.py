@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,18 +117,18 @@ def _pair_facts(
     return DataFacts(sum(len(split_ranges(data.split, len(one))[0]) for one in pairs))
 
 
-# What the first file of a prefix is called, by what the training reads.
-_KINDS = {"text": "", "instruction data": "_packed_input_ids_document", "pairs": "_packed_chosen_input_ids_document"}
+# How the first file of a prefix is called, by what the training reads.
+KINDS = {"text": "", "instruction data": "_packed_input_ids_document", "pairs": "_packed_chosen_input_ids_document"}
 _STAGES = {"text": "--stage pt", "instruction data": "--stage sft", "pairs": "--stage dpo, orpo or simpo"}
 
 
 def _check_there(prefix: str, data: DataArgs) -> None:
     """Raises: UsageError: a word of --data-path names nothing, or data of another stage."""
     wanted = "pairs" if data.is_preference else "instruction data" if data.is_instruction else "text"
-    end = _KINDS[wanted]
+    end = KINDS[wanted]
     if any(Path(f"{prefix}{end}{suffix}").exists() for suffix in (".idx", ".bin")):
         return
-    for kind, other in _KINDS.items():
+    for kind, other in KINDS.items():
         if Path(f"{prefix}{other}.idx").exists():
             raise UsageError(
                 f"--data-path {prefix} holds {kind}, and this training reads {wanted}: give {_STAGES[kind]}"
@@ -136,6 +137,8 @@ def _check_there(prefix: str, data: DataArgs) -> None:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     pairs = [name.removesuffix(f"{end}.idx") for name in names if name.endswith(f"{end}.idx")]
     hint = did_you_mean(Path(prefix).name, [*pairs, *(name for name in names if not name.endswith((".idx", ".bin")))])
+    if not hint and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", prefix):
+        hint = f"; a Hugging Face data set is preprocessed first: preprocess_data.py --input {prefix}"
     raise UsageError(
         f"--data-path {prefix}: not found: there is no pair {prefix}{end}.idx and .bin, and no raw file or folder of "
         f"this name{hint}"
@@ -144,7 +147,7 @@ def _check_there(prefix: str, data: DataArgs) -> None:
 
 def _check_split(data: DataArgs, prefixes: Sequence[str], *, evaluates: bool) -> None:
     pool = data.is_instruction  # of texts each is drawn from
-    end, what = (_KINDS["instruction data"], "sample") if pool else ("", "document")
+    end, what = (KINDS["instruction data"], "sample") if pool else ("", "document")
     counts = [len(open_indexed(prefix + end)) for prefix in prefixes]
     shares = [split_ranges(data.split, count) for count in counts]
     for name, which, advice in (("training", 0, ""), ("validation", 1, " or --eval-iters 0"))[: 1 + evaluates]:

@@ -17,7 +17,7 @@ from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
 from qwen3_npu.parity import tiny
-from qwen3_npu.training.start import check_start
+from qwen3_npu.training.prepare.start import check_start
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen3_npu import log
-from qwen3_npu.args.resume import REFUSED
+from qwen3_npu.args.rules.resume import REFUSED
 from qwen3_npu.checkpoint.training.compare import check_resumed
 from qwen3_npu.errors import UsageError
 
@@ -109,7 +109,7 @@ def test_what_a_checkpoint_of_another_program_does_not_say_is_said_once() -> Non
 
 
 def test_data_of_the_same_shape_with_other_tokens_have_another_digest(tmp_path: Path) -> None:
-    from qwen3_npu.training.facts import digest
+    from qwen3_npu.training.checkpoints.facts import digest
 
     def write(name: str, count: int, place: int, suffix: str = "") -> str:
         tokens = np.zeros(count, np.int32)

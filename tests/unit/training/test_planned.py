@@ -45,7 +45,7 @@ def run(
 ) -> Machine:
     """The reporter over steps that take `STEP` seconds, the first ten times that; an evaluation in between."""
     from qwen3_npu.platform import select
-    from qwen3_npu.training import report
+    from qwen3_npu.training.reports import report
     from qwen3_npu.training.step import NOTHING, StepResult
 
     machine = Machine()

@@ -15,7 +15,7 @@ import pytest
 from tensorboard.summary.writer import record_writer
 
 from qwen3_npu import log
-from qwen3_npu.training.records import Records
+from qwen3_npu.training.reports.records import Records
 
 
 @pytest.fixture
