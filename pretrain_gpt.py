@@ -9,6 +9,7 @@ from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.training.prepare import length
 from qwen3_npu.training.prepare.plan import plan_training
+from qwen3_npu.training.prepare.start import check_start
 
 
 def main() -> None:
@@ -18,6 +19,8 @@ def main() -> None:
     args = PretrainArgs(*parsed.groups)
     parsed.notes.extend(check_switches(args, parsed.given))
     plan = plan_training(args, world_size)
+    if rank == 0:
+        check_start(args, plan.arch)
     from qwen3_npu.training.prepare.raw_data import prepared, raw_words
 
     if args.runtime.dry_run and (raw := raw_words(args)):
@@ -25,7 +28,13 @@ def main() -> None:
         args = length.settled(args, plan.global_batch, None)
     else:
         asked = prepared(args)
-        facts = check_data(asked.data, plan.arch.vocab_size, seq_length=asked.train.seq_length, scans=rank == 0)
+        facts = check_data(
+            asked.data,
+            plan.arch.vocab_size,
+            seq_length=asked.train.seq_length,
+            scans=rank == 0,
+            evaluates=asked.report.eval_iters > 0,
+        )
         args = length.settled(asked, plan.global_batch, facts.samples)
         parsed.notes.extend(length.describe(asked, args.train.steps, plan.global_batch, facts))
     for line in plan.describe(args) + parsed.notes:

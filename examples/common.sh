@@ -49,5 +49,11 @@ launch() {
         echo "${command[@]@Q}"
         return
     fi
+    # torchrun shows a port in use as 30 lines of traceback.
+    env PYTHONPATH="$QWEN3_NPU" MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" NODE_RANK="$NODE_RANK" "$PYTHON" -c '
+import os
+from qwen3_npu import cli
+from qwen3_npu.distributed.environment import check_meeting
+cli.run("launch", lambda: check_meeting(os.environ["NODE_RANK"] == "0"))'
     with_log "${command[@]}"
 }

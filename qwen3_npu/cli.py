@@ -6,6 +6,7 @@ No torch here, nor in anything this imports: `--help` must answer in well under 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -288,7 +289,8 @@ def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except (UsageError, Stopped) as error:
         if not (isinstance(error, UsageError) and _is_told_elsewhere()):
-            print(f"{prog}: error: {printable(str(error))}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # closed, or full
+                print(f"{prog}: error: {printable(str(error))}", file=sys.stderr, flush=True)
         tell_torchrun(printable(str(error)))
         code = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

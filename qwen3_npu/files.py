@@ -90,6 +90,17 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}; choose another {flag}") from None
 
 
+def check_writable_later(folder: Path, flag: str) -> None:
+    """As `check_writable`; folders that had to be made for it are removed again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        check_writable(folder, flag)
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # not made, or somebody else's already
+                path.rmdir()
+
+
 class Seal(NamedTuple):
     """Size and digest of a finished file."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 
+from qwen3_npu.errors import UsageError
 from qwen3_npu.processes import started
 
 
@@ -17,6 +19,50 @@ def ranks() -> tuple[int, int, int]:
 def has_rendezvous() -> bool:
     """Whether a launcher says where the processes meet."""
     return "MASTER_ADDR" in os.environ
+
+
+def no_meeting(reason: str) -> str:
+    """One line on why the processes could not meet, and what to do.
+
+    Args:
+        reason: torch's message, or that of the system.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if "EADDRINUSE" in reason or "already in use" in reason:
+        return (
+            f"MASTER_PORT {port} is in use on this host, perhaps by another job; give another: MASTER_PORT=29501, or "
+            f"torchrun --master-port"
+        )
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        return (
+            f"MASTER_ADDR {address} does not resolve ({error.strerror}); give the address of the first node: "
+            f"MASTER_ADDR=..., or torchrun --master-addr"
+        )
+    first = (reason.strip().splitlines() or [""])[0]
+    return f"MASTER_ADDR {address}, MASTER_PORT {port}: the processes could not meet: {first}"
+
+
+def check_meeting(first: bool) -> None:
+    """Before torchrun, which would show a traceback: whether the processes can meet.
+
+    Args:
+        first: this is the node that the others come to.
+
+    Raises:
+        UsageError: MASTER_PORT is in use here, or MASTER_ADDR does not resolve.
+    """
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(address, None)
+        if first:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", int(port)))
+    except (OSError, ValueError, OverflowError) as error:
+        reason = "EADDRINUSE" if getattr(error, "errno", None) == errno.EADDRINUSE else str(error)
+        raise UsageError(no_meeting(reason)) from None
 
 
 def local_size(world_size: int) -> int:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.layout import Layout, Rank, check_world_size
+from qwen3_npu.errors import UsageError
 from qwen3_npu.platform.base import Platform
 
 # torch 2.7 ends a process group with the interpreter locked and joins gloo's threads, which may wait for that lock
@@ -45,7 +46,10 @@ def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     if environment.has_rendezvous():
         # torchrun with a fixed --master-port keeps one store for all restarts; what the processes of an earlier start
         # left in it (addresses, ids of communicators) makes those of the next wait for them for ever.
-        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        try:
+            store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        except (OSError, RuntimeError) as error:
+            raise UsageError(environment.no_meeting(str(error))) from None
         store = dist.PrefixStore(f"start_{environment.restarts()}", store)
         dist.init_process_group(platform.backend, timeout=timeout, store=store, rank=rank, world_size=size)
     else:

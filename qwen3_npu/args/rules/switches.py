@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 
@@ -30,6 +32,17 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         "--save-hf-interval or --enable-mg2hf-convert",
         lambda args: bool(args.checkpoint.save_hf_interval or args.checkpoint.enable_mg2hf_convert),
         ("hf_save_dir",),
+    ),
+    ("--manual-gc", lambda args: args.train.manual_gc, ("manual_gc_interval",)),
+    (
+        "--variable-seq-lengths (or --no-pad-to-seq-lengths)",
+        lambda args: args.data.variable_seq_lengths,
+        ("pad_to_multiple_of",),
+    ),
+    (
+        "--profile",
+        lambda args: args.profile.profile,
+        tuple(field.name for field in dataclasses.fields(ProfileArgs) if field.name != "profile"),
     ),
     (
         "--load",

@@ -110,3 +110,11 @@ def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Seq
         log.warning_once(f"resumed with another setting: {change}{why}")
     if unsaid:
         log.info(f"not compared with {where}, which does not say them: {', '.join(unsaid)}")
+
+
+def check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
+    """Raises: UsageError: `what` holds tensors of other shapes. What computes otherwise is warned of."""
+    if not there.same_weights(here):
+        raise UsageError(f"{what} holds {there}; the model is {here}")
+    if change := here.unlike(there):
+        log.warning_once(f"{what} was trained with {change}")

@@ -24,14 +24,13 @@ from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.mapping.lora import is_lora
 from qwen3_npu.checkpoint.mapping.source import read_shard
 from qwen3_npu.checkpoint.training import optimizer_state
-from qwen3_npu.checkpoint.training.compare import check_resumed, model_facts
+from qwen3_npu.checkpoint.training.compare import check_resumed, check_same_model, model_facts
 from qwen3_npu.checkpoint.training.live import Ranks, load_weights, to_torch
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.state import DistState, TorchState
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
-from qwen3_npu.model.arch import Qwen3Arch
 
 Base = Any  # HfReader, MegatronReader or DistReader
 AdapterSource = Any  # SharedA, MegatronReader or DistReader
@@ -94,7 +93,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
             raise UsageError(f"--load {args.load} holds no checkpoint and no Hugging Face model")
         log.info(f"weights: random ({args.load} holds no checkpoint yet)")
         return None
-    _check_same_model(opened.arch, trained.contents.arch, f"--load {args.load}")
+    check_same_model(opened.arch, trained.contents.arch, f"--load {args.load}")
     if isinstance(opened, HfReader):
         opened.check()
     there = opened.contents
@@ -127,7 +126,7 @@ def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) ->
         opened = _open(lora_load, None, "--lora-load", trained)
         if opened is None:
             raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
-        _check_same_model(opened.arch, trained.contents.arch, f"--lora-load {lora_load}")
+        check_same_model(opened.arch, trained.contents.arch, f"--lora-load {lora_load}")
         adapter = SharedA(opened) if isinstance(opened, PeftReader) else opened
     there = adapter.contents.lora
     if there is None:
@@ -157,13 +156,6 @@ def _open(load: str, step: int | None, flag: str, trained: Trained) -> Checkpoin
     return reader(found, lora_alpha=lora.alpha if lora else None, arch=arch, prefer=model_rank())
 
 
-def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
-    if not there.same_weights(here):
-        raise UsageError(f"{what} holds {there}; the model is {here}")
-    if change := here.unlike(there):
-        log.warning_once(f"{what} was trained with {change}")
-
-
 def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[str, Any]) -> Position:
     """Everything but the weights, if `source` is a training's checkpoint and is to be continued."""
     why, state = None, None
@@ -179,6 +171,11 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
         trained.optimizer.reload_model_params()
         log.info(f"training starts at step 0 ({why})")
         return Position()
+    if args.load_optim and not state.has_optimizer and _is_foreign(state):
+        raise UsageError(
+            f"{state.folder} holds the optimizer state of Megatron or MindSpeed-LLM (distrib_optim.pt): only weights "
+            f"can be taken over; give --finetune"
+        )
     saved, model = vars(state.common["args"]), trained.contents.arch
     now = {**facts, **model_facts(model)}
     check_resumed({**saved, **model_facts(source.arch)}, now, args.allow_changed, str(state.folder))
@@ -192,6 +189,11 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
     position = Position(state.common["iteration"], state.common["args"].consumed_train_samples)
     log.info(f"resumed: {state.folder} ({state.layout}) at step {position.iteration}, sample {position.samples}")
     return position
+
+
+def _is_foreign(state: TorchState | DistState) -> bool:
+    """Whether another program has saved optimizer state there."""
+    return "optimizer" in state.common or any(state.folder.rglob("distrib_optim.pt"))
 
 
 def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:

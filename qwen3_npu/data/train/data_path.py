@@ -64,19 +64,25 @@ class DataFacts:
     cut_tokens: int = 0
 
 
-def check_data(data: DataArgs, vocab_size: int, *, seq_length: int, scans: bool = True) -> DataFacts:
+def check_data(
+    data: DataArgs, vocab_size: int, *, seq_length: int, scans: bool = True, evaluates: bool = False
+) -> DataFacts:
     """Open every file of --data-path as training will, and look at its ids.
 
     Args:
         vocab_size: of the model.
         scans: read files through of which no record says what ids they hold; on one process of a job.
+        evaluates: on the share for validation, too.
 
     Raises:
-        UsageError: see `blend`, `open_indexed`, `open_instructions` and `check_ids`; or nothing can be learned.
+        UsageError: a share that is needed is empty, or nothing can be learned; see `blend`, `open_indexed`,
+            `open_instructions` and `check_ids`.
     """
     prefixes, _ = blend(data.data_path)
     for prefix in prefixes:
         _check_there(prefix, data)
+    if not data.is_preference:
+        _check_split(data, prefixes, evaluates=evaluates)
     tokenizer = open_tokenizer(data.tokenizer_name_or_path) if scans and data.tokenizer_name_or_path else None
     if tokenizer is not None:
         _compare_vocabularies(tokenizer, vocab_size)
@@ -137,6 +143,20 @@ def _check_there(prefix: str, data: DataArgs) -> None:
         f"--data-path {prefix}: not found: there is no pair {prefix}{end}.idx and .bin, and no raw file or folder of "
         f"this name{hint}"
     )
+
+
+def _check_split(data: DataArgs, prefixes: Sequence[str], *, evaluates: bool) -> None:
+    pool = data.is_instruction  # of texts each is drawn from
+    end, what = (KINDS["instruction data"], "sample") if pool else ("", "document")
+    counts = [len(open_indexed(prefix + end)) for prefix in prefixes]
+    shares = [split_ranges(data.split, count) for count in counts]
+    for name, which, advice in (("training", 0, ""), ("validation", 1, " or --eval-iters 0"))[: 1 + evaluates]:
+        empty = [prefix for prefix, share in zip(prefixes, shares, strict=True) if not share[which]]
+        if empty and (not pool or len(empty) == len(prefixes)):
+            held = f"{empty[0]} ({counts[prefixes.index(empty[0])]})"
+            raise UsageError(
+                f"--split {data.split} leaves no {what} of {held} for {name}; give another --split{advice}"
+            )
 
 
 def _check_ids(pair: Indexed, data: DataArgs, limit: int, *, labels: bool = False) -> TokenRecord:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
@@ -18,6 +17,7 @@ from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
 from qwen3_npu.training.reports.expert_load import ExpertLoad
 from qwen3_npu.training.reports.planned import PlannedMeasured
+from qwen3_npu.training.reports.records import Records
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
 
 
@@ -75,14 +75,6 @@ class _Window:
         return values, texts
 
 
-def _open_lines(path: Path) -> TextIO:
-    """To write lines behind those there; without the last one if a killed process has not finished it."""
-    if path.is_file():
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-    return open(path, "a", encoding="utf-8", buffering=1)
-
-
 class Reporter:
     """Collects steps and reports every `interval` of them.
 
@@ -112,18 +104,10 @@ class Reporter:
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
         self.window = _Window()
-        self.metrics: TextIO | None = None
-        self.tensorboard: Any = None
+        self.records = Records(folder, first) if folder is not None and is_main else None
         self.planned: PlannedMeasured | None = None
         if verdict is not None and is_main:
             self.planned = PlannedMeasured(platform, verdict, write=self._record, tell=log.info)
-        if folder is not None and is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = _open_lines(folder / "metrics.jsonl")
-            # Here, not at the top: it takes a second, and only rank 0 with a folder needs it.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(folder), purge_step=first + 1)
 
     def is_due(self, iteration: int) -> bool:
         """Whether the step `iteration` ends with a line."""
@@ -207,26 +191,29 @@ class Reporter:
             self.planned.pause(seconds)
 
     def _write(self, iteration: int, values: dict[str, float]) -> None:
-        if self.metrics is not None:
-            # JSON has no NaN.
-            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._record(iteration, line)
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, iteration)
-                if name == "loss":  # what tools for Megatron's logs look for
-                    self.tensorboard.add_scalar("lm loss", value, iteration)
+        if self.records is None:
+            return
+        # JSON has no NaN.
+        self._record(iteration, {name: value if math.isfinite(value) else None for name, value in values.items()})
+        # What tools for Megatron's logs look for.
+        named = values | ({"lm loss": values["loss"]} if "loss" in values else {})
+
+        def scalars(writer: Any) -> None:
+            for name, value in named.items():
+                writer.add_scalar(name, value, iteration)
+
+        self.records.events(scalars)
 
     def _record(self, iteration: int, values: Mapping[str, Any]) -> None:
-        if self.metrics is not None:
-            self.metrics.write(json.dumps({"step": iteration, **values}) + "\n")
+        if self.records is not None:
+            self.records.line(iteration, values)
 
     def _bars(self, iteration: int, name: str, values: Any) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.add_histogram(name, values, iteration)
+        if self.records is not None:
+            self.records.events(lambda writer: writer.add_histogram(name, values, iteration))
 
     def close(self) -> None:
         if self.planned is not None:
             self.planned.close()
-        if self.metrics is not None:
-            self.metrics.close()
-            self.tensorboard.close()
+        if self.records is not None:
+            self.records.close()

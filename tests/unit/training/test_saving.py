@@ -199,14 +199,15 @@ def test_a_job_has_names_of_its_own() -> None:
 
 
 def test_a_line_that_was_cut_is_dropped(tmp_path: Path) -> None:
-    from qwen3_npu.training.reports.report import _open_lines
+    from qwen3_npu.training.reports.records import _open_lines
 
     path = tmp_path / "metrics.jsonl"
     for before, after in ((None, ""), ("", ""), ("one\n", "one\n"), ("one\ntw", "one\n"), ("on", "")):
         if before is not None:
             path.write_text(before)
-        with _open_lines(path) as file:
-            file.write("new\n")
+        file = _open_lines(path)
+        os.write(file, b"new\n")
+        os.close(file)
         assert path.read_text() == after + "new\n"
 
 

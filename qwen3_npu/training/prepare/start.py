@@ -1,0 +1,66 @@
+"""What can be known before torch is imported: folders, what --load holds, splits. A dry run finds the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen3_npu.args.convert import HF
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.checkpoint.formats.folders import PEFT, candidates
+from qwen3_npu.checkpoint.formats.huggingface import HfReader
+from qwen3_npu.checkpoint.formats.open import nothing_there, reader
+from qwen3_npu.checkpoint.training.compare import check_same_model
+from qwen3_npu.errors import UsageError
+from qwen3_npu.files import check_writable_later, same_folder
+from qwen3_npu.model.arch import Qwen3Arch
+
+
+def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
+    """Rank 0's look at everything that the flags name. Nothing is left behind.
+
+    Raises:
+        UsageError: the training could not begin, or could not save.
+    """
+    folders = {
+        "--save": args.checkpoint.save,
+        "--tensorboard-dir": args.report.tensorboard_dir,
+        "--data-cache-path": args.data.data_cache_path,
+        "--hf-save-dir": args.checkpoint.hf_save_dir,
+    }
+    for flag, folder in folders.items():
+        if folder is not None:
+            check_writable_later(Path(folder), flag)
+    _check_load(args, arch)
+    if args.lora.lora_load is not None:
+        _check_opens(args.lora.lora_load, None, "--lora-load", args, arch)
+
+
+def _check_load(args: PretrainArgs, arch: Qwen3Arch) -> None:
+    load, save = args.checkpoint.load, args.checkpoint.save
+    if load is None:
+        return
+    starts = save is not None and same_folder(load, save) and not args.lora.on
+    if starts and not args.checkpoint.exit_on_missing_checkpoint and not candidates(load, args.checkpoint.ckpt_step):
+        return
+    _check_opens(load, args.checkpoint.ckpt_step, "--load", args, arch)
+
+
+def _check_opens(folder: str, step: int | None, flag: str, args: PretrainArgs, arch: Qwen3Arch) -> None:
+    found = next(iter(candidates(folder, step)), None)
+    if found is None:
+        lacks = "no checkpoint and no Hugging Face model" if flag == "--load" else "no checkpoint and no PEFT adapter"
+        why = nothing_there(folder, None) if Path(folder).exists() else "there is no such folder"
+        raise UsageError(f"{flag} {folder} holds {lacks}: {why}")
+    if found.format == PEFT and flag == "--load":
+        raise UsageError(f"--load {folder} is a PEFT adapter; give its model with --load and this with --lora-load")
+    if found.format == HF and flag == "--lora-load":
+        raise UsageError(f"--lora-load {folder} is a whole model; give an adapter's folder, or drop the flag")
+    if not args.runtime.dry_run:
+        return  # opened in a moment
+    opened = reader(found, lora_alpha=args.lora.lora_alpha if args.lora.on else None, arch=arch)
+    try:
+        check_same_model(opened.arch, arch, f"{flag} {folder}")
+        if isinstance(opened, HfReader):
+            opened.check()
+    finally:
+        opened.close()

@@ -1,0 +1,104 @@
+"""metrics.jsonl and tensorboard events. A disk that takes no more of them does not end a training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3_npu import log
+
+
+class Records:
+    """Writers of one folder. What fails is warned of once, counted, and told again at the end.
+
+    Args:
+        first: steps before this run; tensorboard drops later events of earlier runs.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        self.lost: dict[str, int] = {}  # name -> records that were not written
+        self.file: int | None = None
+        self.tensorboard: Any = None
+        with self._borne("metrics.jsonl"):
+            self.file = _open_lines(self.path)
+        self._hook = threading.excepthook
+        threading.excepthook = self._in_thread
+        with self._borne("tensorboard"):
+            # Here, not at the top: it takes a second, and only rank 0 with a folder needs it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder), purge_step=first + 1)
+
+    @contextlib.contextmanager
+    def _borne(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._failed(name, error)
+
+    def _failed(self, name: str, error: BaseException | None) -> None:
+        if name not in self.lost:
+            reason = getattr(error, "strerror", None) or str(error) or "it has failed"
+            log.warning(f"{self.path.parent}: {name} cannot be written ({reason}); training goes on without")
+        self.lost[name] = self.lost.get(name, 0) + 1
+
+    def _in_thread(self, args: threading.ExceptHookArgs) -> None:
+        """Tensorboard writes in a thread; its next call raises the same again, which is told then."""
+        of_tensorboard = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_tensorboard and isinstance(args.exc_value, OSError | ValueError)):
+            self._hook(args)
+
+    def line(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, whole or not at all."""
+        if self.file is None:
+            return
+        with self._borne("metrics.jsonl"):
+            before = os.lseek(self.file, 0, os.SEEK_END) if self.path.is_file() else None
+            text = (json.dumps({"step": iteration, **values}) + "\n").encode()
+            try:
+                written = os.write(self.file, text)
+            except OSError:
+                written = 0
+                raise
+            finally:
+                if before is not None and written < len(text):
+                    os.ftruncate(self.file, before)
+            if written < len(text):
+                raise OSError("no space is left")
+
+    def events(self, write: Callable[[Any], None]) -> None:
+        """Whatever `write` adds to tensorboard's writer. A writer that has failed cannot be used again."""
+        if self.tensorboard is None:
+            return
+        if "tensorboard" in self.lost:
+            self._failed("tensorboard", None)
+            return
+        with self._borne("tensorboard"):
+            write(self.tensorboard)
+
+    def close(self) -> None:
+        """Say what was lost."""
+        if self.tensorboard is not None and "tensorboard" not in self.lost:
+            with self._borne("tensorboard"):
+                self.tensorboard.close()
+        threading.excepthook = self._hook
+        if self.file is not None:
+            with self._borne("metrics.jsonl"):
+                os.close(self.file)
+        for name, count in self.lost.items():
+            log.warning(f"{self.path.parent}: {name}: {count} records were not written")
+
+
+def _open_lines(path: Path) -> int:
+    """To write lines behind those there; without the last one if a killed process has not finished it."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -1,0 +1,112 @@
+"""A dry run finds what can be known before a training begins, in one line, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3_npu import cli
+from qwen3_npu.args import pretrain
+from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.data.train.data_path import check_data
+from qwen3_npu.distributed import environment
+from qwen3_npu.errors import UsageError
+from qwen3_npu.parity import tiny
+from qwen3_npu.training.prepare.start import check_start
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("start")
+    tiny.write_model(root / "model", tiny.arch())
+    tiny.write_model(root / "other", tiny.arch(hidden_size=96))
+    tiny.write_tokens(root / "tokens", documents=20)
+    (root / "empty").mkdir()
+    (root / "a file").write_text("x")
+    return root
+
+
+def parsed(made: Path, *flags: str) -> pretrain.PretrainArgs:
+    base = ["--train-iters", "2", "--lr", "1e-5", "--data-path", str(made / "tokens"), "--dry-run"]
+    found = cli.parse("pretrain_gpt.py", "", pretrain.GROUPS, FOREIGN, [*base, *flags])
+    return pretrain.PretrainArgs(*found.groups)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--load", "missing"],
+            "--load {made}/missing holds no checkpoint and no Hugging Face model: there is no such",
+        ),
+        (["--load", "empty"], "--load {made}/empty holds no checkpoint and no Hugging Face model: "),
+        (["--load", "other"], "--load {made}/other holds "),
+        (
+            ["--load", "model", "--lora-r", "4", "--lora-load", "missing"],
+            "--lora-load {made}/missing holds no checkpoint and no PEFT",
+        ),
+        (["--load", "model", "--lora-r", "4", "--lora-load", "model"], "--lora-load {made}/model is a whole model"),
+        (["--save", "a file/x"], "--save {made}/a file/x cannot be written: Not a directory"),
+        (["--tensorboard-dir", "a file"], "--tensorboard-dir {made}/a file cannot be written: File exists"),
+        (["--data-cache-path", "a file/x"], "--data-cache-path {made}/a file/x cannot be written"),
+    ],
+)
+def test_folders_are_looked_at(flags: list[str], told: str, made: Path) -> None:
+    named = [str(made / word) if not word.startswith("--") and not word.isdigit() else word for word in flags]
+    with pytest.raises(UsageError) as refused:
+        check_start(parsed(made, *named), tiny.arch())
+    assert str(refused.value).startswith(told.format(made=made))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_right_passes_and_leaves_nothing(made: Path) -> None:
+    before = sorted(made.rglob("*"))
+    new = str(made / "new" / "deep")
+    args = parsed(made, "--load", str(made / "model"), "--save", new, "--tensorboard-dir", new + "/tensorboard")
+    check_start(args, tiny.arch())
+    check_start(parsed(made, "--load", new, "--save", new), tiny.arch())  # a first start of a script that resumes
+    assert sorted(made.rglob("*")) == before
+
+
+def test_a_split_that_leaves_nothing_is_refused(made: Path) -> None:
+    for split, evaluates, name in (("0,100,0", False, "training"), ("100,0,0", True, "validation")):
+        args = parsed(made, "--split", split)
+        with pytest.raises(UsageError) as refused:
+            check_data(args.data, 256, seq_length=16, evaluates=evaluates)
+        held = f"{made / 'tokens'} (20)"
+        assert str(refused.value).startswith(f"--split {split} leaves no document of {held} for {name}; give another")
+    check_data(parsed(made, "--split", "100,0,0").data, 256, seq_length=16)
+
+
+def test_a_port_in_use_and_a_host_that_does_not_resolve_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as held:
+        held.bind(("", 0))
+        held.listen()
+        port = str(held.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        environment.check_meeting(first=False)
+        with pytest.raises(UsageError, match=f"^MASTER_PORT {port} is in use on this host"):
+            environment.check_meeting(first=True)
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        body = (
+            "from qwen3_npu import cli\nfrom qwen3_npu.platform import select\n"
+            "from qwen3_npu.args.parallel import RuntimeArgs\nfrom qwen3_npu.distributed.launch import process_group\n"
+            "def main():\n    with process_group(select('cpu'), RuntimeArgs(distributed_timeout_minutes=0.1)): pass\n"
+            "cli.run('p', main)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", body], env=os.environ | variables, capture_output=True, text=True, check=False
+        )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert f"p: error: MASTER_PORT {port} is in use" in done.stderr
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(UsageError, match=r"^MASTER_ADDR no-such-host\.invalid does not resolve"):
+        environment.check_meeting(first=False)

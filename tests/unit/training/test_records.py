@@ -1,0 +1,100 @@
+"""Disks that are full and consoles that are closed do not end a training."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.summary.writer import record_writer
+
+from qwen3_npu import log
+from qwen3_npu.training.reports.records import Records
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.setup()
+    log.LOGGER.handlers[:] = [handler]
+    yield lines
+    log.setup()
+
+
+def write(records: Records, steps: int) -> None:
+    for step in range(steps):
+        records.line(step, {"loss": 1.0})
+        records.events(lambda writer: writer.add_scalar("loss", 1.0, 0))
+    records.close()
+
+
+def test_a_full_disk_is_told_once_and_counted(tmp_path: Path, said: list[str]) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    write(Records(tmp_path, 0), 30)
+    assert len(said) == 2
+    assert "metrics.jsonl cannot be written (No space left on device)" in said[0]
+    assert "metrics.jsonl: 30 records were not written" in said[1]
+
+
+def test_tensorboard_that_fails_leaves_the_rest(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its thread fails, after the queue took the event: neither a traceback nor a wait for a dead thread."""
+    records = Records(tmp_path, 0)
+
+    def full(self: object, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    write(records, 300)
+    assert "tensorboard cannot be written (No space left on device)" in said[0]
+    assert "tensorboard: " in said[1]
+    assert len(said) == 2
+    assert "Traceback" not in capfd.readouterr().err
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 300
+
+
+def test_a_line_that_was_cut_is_taken_back(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    records = Records(tmp_path, 0)
+    records.line(1, {"loss": 1.0})
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: whole(file, data[:5]))
+    records.line(2, {"loss": 2.0})
+    monkeypatch.setattr(os, "write", whole)
+    records.line(3, {"loss": 3.0})
+    records.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3]
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("closed", ["stdout", "both", "full"])
+def test_a_closed_console_does_not_end_a_program(closed: str) -> None:
+    """As in `pretrain_gpt.py ... | head -1`: what is written after the reader has gone is lost, the status stays."""
+    body = (
+        "from qwen3_npu import cli, log\nlog.setup()\n"
+        "def main():\n    for n in range(1000): log.info('x' * 1000)\n    raise cli.UsageError('told')\n"
+        "cli.run('p', main)"
+    )
+    if closed == "full":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, out = os.pipe()
+        os.close(read)
+    err = subprocess.PIPE if closed == "stdout" else out
+    done = subprocess.run([sys.executable, "-c", body], stdout=out, stderr=err, timeout=60, check=False)
+    os.close(out)
+    assert done.returncode == 2
+    if closed == "stdout":
+        assert [line.split(" (")[0] for line in done.stderr.decode().splitlines()] == [
+            "warning: standard output cannot be written",
+            "p: error: told",
+        ]
