@@ -26,7 +26,7 @@ from qwen3_npu.plan.from_args import setup_of
 from qwen3_npu.plan.shape import Shape
 from qwen3_npu.plan.verdict import Verdict
 
-_MICRO = (1, 2, 4, 8)
+_MICRO = (1, 2, 4)
 
 
 @dataclasses.dataclass(frozen=True)

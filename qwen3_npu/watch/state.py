@@ -1,5 +1,6 @@
 """The state of one rank in a file mapped into memory: written in microseconds, readable when its process is stuck.
 
+
 Layout: a header, the durations of the last steps, the last windows of own work, the last call of each channel, and a
 ring of calls. Numbers are little-endian, times are seconds of CLOCK_MONOTONIC, which all processes of a machine share.
 A channel is a process group, or one direction between two ranks of it: calls there have the same order on all members.
@@ -11,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import mmap
-import os
 import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from qwen3_npu.files import rename
 
 PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "eval", "save", "other")
 STEPS, WINDOWS, CHANNELS, CALLS = 64, 8, 512, 256  # how many of each are kept
@@ -82,7 +84,7 @@ class State:
         self.channels: dict[Any, int] = {}
         self.numbers: list[int] = []
         self._head()
-        os.replace(partial, path)
+        rename(partial, path)
 
     def channel(self, key: Any, name: str, label: str, ranks: Sequence[int]) -> int:
         """A new channel; further ones than fit are counted together with the last.

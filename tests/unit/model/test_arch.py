@@ -188,6 +188,7 @@ def test_a_fact_said_twice_is_taken_as_transformers_takes_it(
     from transformers import AutoConfig
 
     monkeypatch.setattr(log.LOGGER, "propagate", True)
+    monkeypatch.setattr(log.LOGGER, "handlers", [])  # an earlier test's `log.setup`, or pytest's own, would count twice
     hf_config._tell.cache_clear()
     (tmp_path / "config.json").write_text(json.dumps(change))
     theirs = AutoConfig.from_pretrained(tmp_path)
