@@ -19,6 +19,8 @@ from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import rename, write_text
 
+# First files of conversations, of pairs and of labelled answers.
+_PACKED = tuple(f"_packed_{what}input_ids_document.idx" for what in ("", "chosen_", "answer_"))
 _DIGESTS = "digests.json"
 _PIECE = 16 << 20
 
@@ -44,7 +46,7 @@ def prepare_data_path(data_path: Sequence[str], recipe: PreprocessArgs, cache: s
 
 def is_raw(word: str) -> bool:
     """Whether a word of --data-path is raw data; else it is a weight or a prefix."""
-    is_prefix = any(Path(word + end).exists() for end in (".idx", "_packed_input_ids_document.idx"))
+    is_prefix = any(Path(word + end).exists() for end in (".idx", *_PACKED))
     return not is_prefix and exists(word)
 
 
@@ -69,7 +71,7 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
             _build(arguments, building, folder)
     except OSError as error:
         raise UsageError(f"--data-cache-path {cache}: {word} cannot be prepared there: {error}") from None
-    if (folder / "data_packed_input_ids_document.idx").exists():
+    if any((folder / f"data{end}").exists() for end in _PACKED):
         return str(folder / "data")
     return str(folder / f"data_{records.json_keys[0]}_document")
 

@@ -22,11 +22,13 @@ class Answers:
         numbers: [b, s] int64.
         text_mask: [b, s] float32.
         count: answers of the micro-batch.
+        desirable: [count / 2] float32; None for pairs.
     """
 
     numbers: torch.Tensor
     text_mask: torch.Tensor
     count: int
+    desirable: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,11 @@ def row_batches(
         if "padding" in fields:
             sequence = dataclasses.replace(sequence, padding=fields["padding"])
         share = fields["tokens"].shape[1] / rows.tokens.shape[1]
+        answers = None
+        if rows.answers is not None:
+            desirable = rows.answers.desirable  # whole on every context-parallel rank
+            told = None if desirable is None else torch.from_numpy(desirable).to(device, non_blocking=True)
+            answers = Answers(fields["numbers"], fields["text_mask"], rows.answers.count, told)
         yield Batch(
             fields["tokens"],
             fields["labels"],
@@ -115,5 +122,5 @@ def row_batches(
             fields.get("think_mask"),
             torch.tensor([rows.real_tokens * share, rows.tokens.size * share, rows.squares * share], device=device),
             float(rows.loss_mask.sum(dtype=np.float64)),
-            Answers(fields["numbers"], fields["text_mask"], rows.answers.count) if rows.answers else None,
+            answers,
         )
