@@ -77,7 +77,8 @@ def test_loss_rewards_and_gradients_are_those_of_trl(
     assert expected["metrics"]["kl"] > 0.1, "the term is not always clamped"
     assert got["loss"][0] == pytest.approx(expected["loss"], rel=1e-5)
     for metric, value in expected["metrics"].items():
-        assert got["metrics"][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
+        # Rewards are 0.3 times a difference of log-probabilities near -100, whose last float32 digit is 8e-6.
+        assert got["metrics"][metric] == pytest.approx(value, rel=1e-5, abs=2.5e-6), metric
     difference, where = largest_difference(dict(np.load(file)), expected["gradients"])
     assert difference <= 1e-5, where
 

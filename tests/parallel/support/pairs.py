@@ -124,9 +124,9 @@ def kto_loss(
     }
     metrics = {"kl": float(np.mean(told["kl"]))}
     for which, numbers in counts.items():
-        assert all(numbers), "each round has both, or TRL tells fewer numbers than there are rounds"
+        weights = [count for count in numbers if count]  # TRL tells nothing of a round without any
         for what in ("rewards", "logps"):
-            metrics[f"{what}/{which}"] = float(np.average(told[f"{what}/{which}"], weights=numbers))
+            metrics[f"{what}/{which}"] = float(np.average(told[f"{what}/{which}"], weights=weights))
     return torch.stack([loss for loss, _ in rounds]).mean(), metrics
 
 
