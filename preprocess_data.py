@@ -15,7 +15,6 @@ def main() -> int:
     for note in parsed.notes:
         log.info(note)
     args = PreprocessArgs(*parsed.groups)
-    args.instruction.check_packing()
     from qwen3_npu.data.text.tokenizer import start_loading
 
     folder, loading = args.tokenizer.tokenizer_name_or_path, None

@@ -4,11 +4,11 @@
 from qwen3_npu import cli, log
 from qwen3_npu.args.foreign import FOREIGN
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
-from qwen3_npu.args.switches import check_switches
+from qwen3_npu.args.rules.switches import check_switches
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
-from qwen3_npu.training import length
-from qwen3_npu.training.plan import plan_training
+from qwen3_npu.training.prepare import length
+from qwen3_npu.training.prepare.plan import plan_training
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     args = PretrainArgs(*parsed.groups)
     parsed.notes.extend(check_switches(args, parsed.given))
     plan = plan_training(args, world_size)
-    from qwen3_npu.training.raw_data import prepared, raw_words
+    from qwen3_npu.training.prepare.raw_data import prepared, raw_words
 
     if args.runtime.dry_run and (raw := raw_words(args)):
         parsed.notes.append(f"raw data: {' '.join(raw)} would be preprocessed")

@@ -221,7 +221,8 @@ def measured(
     return runs
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The flags, with full paths."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="folder of the Qwen3 tokenizer")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -238,6 +239,11 @@ def main() -> None:
     parser.add_argument("--alpaca-mb", type=float, default=64, help="size of the Alpaca records cut from the input")
     args = parser.parse_args()
     args.tokenizer = os.path.abspath(args.tokenizer)
+    return args
+
+
+def main() -> None:
+    args = arguments()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         alpaca, made = folder / "alpaca.jsonl", folder / "text.jsonl"

@@ -70,7 +70,7 @@ pretrain() {
     train --init-method-std 0.01 "$@"
 }
 
-tune() { # as train; data with borders between samples (PACKED=1), or samples padded to their longest
+tune() { # as train; data with boundaries between samples (PACKED=1), or samples padded to their longest
     DATA_PATH="${DATA_PATH:-./finetune_dataset/alpaca}"   # prefix of prepared data, or a raw file with --handler-name
     local rows=--variable-seq-lengths
     if [ -n "${PACKED:-}" ]; then rows=--reset-attention-mask; fi
@@ -85,7 +85,7 @@ tune_full() {
 }
 
 tune_lora() {
-    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_lora}" # the updates; the weights stay where they are
+    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_lora}" # the adapter; the weights stay where they are
     LR="${LR:-1.25e-5}" MIN_LR="${MIN_LR:-1.25e-7}"
     tune --lora-r "${LORA_R:-16}" --lora-alpha "${LORA_ALPHA:-32}" --lora-ckpt-filter \
         --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 "$@"

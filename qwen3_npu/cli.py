@@ -74,7 +74,7 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse prints the whole usage here, which for 150 flags hides the one line that matters.
-        _tell_torchrun(f"{self.prog}: error: {message}")
+        tell_torchrun(f"{self.prog}: error: {message}")
         if _is_told_elsewhere():
             raise SystemExit(2)
         print(f"{self.prog}: error: {message}", file=sys.stderr)
@@ -264,9 +264,13 @@ def parse(
     return Parsed(groups=built, notes=notes, given=frozenset(given))
 
 
-def _tell_torchrun(text: str) -> None:
-    """Write an error to the file whose text torchrun shows last, after all the others' noise."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+def tell_torchrun(text: str, file: str | None = None) -> None:
+    """Write an error to the file whose text torchrun shows last, after all the others' noise.
+
+    Args:
+        file: of another process; default: this one's.
+    """
+    if file := file or os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun shows py_callstack.
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
@@ -285,7 +289,7 @@ def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     except (UsageError, Stopped) as error:
         if not (isinstance(error, UsageError) and _is_told_elsewhere()):
             print(f"{prog}: error: {printable(str(error))}", file=sys.stderr, flush=True)
-        _tell_torchrun(printable(str(error)))
+        tell_torchrun(printable(str(error)))
         code = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)

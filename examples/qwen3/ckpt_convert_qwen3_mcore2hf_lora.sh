@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A model and the LoRA updates that were trained for it -> a Hugging Face directory with the updates merged in.
-# The updates alone, for PEFT: LORA_DIR as --load-dir and --save-lora-to-hf, without --lora-load.
+# A model and the LoRA adapter that was trained for it -> a Hugging Face directory with the adapter merged in.
+# The adapter alone, for PEFT: LORA_DIR as --load-dir and --save-lora-to-hf, without --lora-load.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 MCORE_DIR="${MCORE_DIR:-./model_weights/qwen3_mcore}"          # the model; for a Hugging Face directory give LOAD_TYPE=hf

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A model and the LoRA updates that were trained for it -> one Megatron checkpoint, in any layout.
+# A model and the LoRA adapter that was trained for it -> one Megatron checkpoint, in any layout.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 MCORE_DIR="${MCORE_DIR:-./model_weights/qwen3_mcore}"          # the model; for a Hugging Face directory give LOAD_TYPE=hf

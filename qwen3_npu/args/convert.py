@@ -87,9 +87,7 @@ class TargetArgs:
         None, minimum=1, unit="layers", help="layers of one model chunk in an interleaved pipeline (VPP)"
     )
     num_layer_list: str | None = flag(None, metavar="N,N,..", help="layers of each pipeline stage, if uneven")
-    noop_layers: str | None = flag(
-        None, metavar="N,N,..", help="places without weights, e.g. 94,95 to make 96 of 94 layers"
-    )
+    noop_layers: str | None = flag(None, metavar="N,N,..", help="no-op layers, e.g. 94,95 to make 96 of 94 layers")
     moe_grouped_gemm: bool = flag(True, help="stack experts in two tensors per layer; --no-: a pair per expert")
     make_vocab_size_divisible_by: int = flag(1, minimum=1, unit="rows", help="pad the vocabulary to this times TP")
     padded_vocab_size: int | None = flag(None, minimum=1, unit="rows", help="rows of the padded vocabulary, if fixed")

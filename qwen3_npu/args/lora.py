@@ -21,15 +21,15 @@ class LoraArgs:
     """LoRA (on with --lora-target-modules or --lora-r)"""
 
     lora_r: int = flag(
-        0, minimum=1, help="rank of the updates; default: 16 with --lora-target-modules, else 0: train all weights"
+        0, minimum=1, help="rank of the adapters; default: 16 with --lora-target-modules, else 0: train all weights"
     )
-    lora_alpha: float = flag(32, minimum=0, help="updates are multiplied by alpha / r")
-    lora_dropout: float = flag(0.0, minimum=0, help="dropout of the updates' input")
+    lora_alpha: float = flag(32, minimum=0, help="the adapters' output is multiplied by alpha / r")
+    lora_dropout: float = flag(0.0, minimum=0, help="dropout of the adapters' input")
     lora_target_modules: list[str] = flag(
-        [], choices=tuple(LORA_TARGETS), help="linears that get an update; default with --lora-r: all four"
+        [], choices=tuple(LORA_TARGETS), help="linears that get an adapter; default with --lora-r: all four"
     )
-    lora_load: str | None = flag(None, metavar="DIR", help="checkpoint with updates to start from; the base is --load")
-    lora_ckpt_filter: bool = flag(False, help="save the updates only, not the base weights")
+    lora_load: str | None = flag(None, metavar="DIR", help="checkpoint with adapters to start from; the base is --load")
+    lora_ckpt_filter: bool = flag(False, help="save the adapters only, not the base weights")
 
     def __post_init__(self) -> None:
         # MindSpeed-LLM's switch are the targets, and its default rank is 16.

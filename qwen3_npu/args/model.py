@@ -29,7 +29,7 @@ class ModelArgs:
 class ShapeArgs:
     """shapes (assertions: a value that contradicts the model is an error)"""
 
-    num_layers: int | None = flag(None, unit="layers", help="transformer layers, places of --noop-layers included")
+    num_layers: int | None = flag(None, unit="layers", help="transformer layers, no-op layers included")
     hidden_size: int | None = flag(None, help="width of the residual stream")
     ffn_hidden_size: int | None = flag(None, help="width of the MLP (intermediate_size)")
     num_attention_heads: int | None = flag(None, unit="heads", help="query heads")

@@ -1,4 +1,4 @@
-"""Flags that say how model and data are cut across devices."""
+"""Flags that say how model and data are sharded across devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3_npu.numbers import number_list
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelArgs:
-    """how the model is cut across devices"""
+    """how the model is sharded across devices"""
 
     tensor_model_parallel_size: int = flag(1, minimum=1, unit="devices", help="devices that share one layer (TP)")
     pipeline_model_parallel_size: int = flag(1, minimum=1, unit="stages", help="pipeline stages (PP)")
@@ -21,7 +21,7 @@ class ParallelArgs:
         None, minimum=1, unit="layers", help="layers of one model chunk in an interleaved pipeline (VPP)"
     )
     num_layer_list: str | None = flag(None, metavar="N,N,..", help="layers of each pipeline stage, if uneven")
-    noop_layers: str | None = flag(None, metavar="N,N,..", help="places in the pipeline without weights, e.g. 94,95")
+    noop_layers: str | None = flag(None, metavar="N,N,..", help="no-op layers of the pipeline, e.g. 94,95")
     expert_model_parallel_size: int = flag(1, minimum=1, unit="devices", help="devices that share the experts (EP)")
     expert_tensor_parallel_size: int | None = flag(
         None, minimum=1, unit="devices", help="devices that share one expert (ETP); default: as TP"
@@ -32,7 +32,7 @@ class ParallelArgs:
         choices=["ulysses_cp_algo", "megatron_cp_algo"],
         help="ulysses: exchange sequence for heads; megatron: pass keys and values around a ring",
     )
-    sequence_parallel: bool = flag(False, help="cut activations outside attention and MLP along the sequence, over TP")
+    sequence_parallel: bool = flag(False, help="shard activations outside attention and MLP over TP, by tokens")
 
     def __post_init__(self) -> None:
         if self.num_layers_per_virtual_pipeline_stage and self.pipeline_model_parallel_size == 1:

@@ -7,11 +7,12 @@ import typing
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
-from qwen3_npu.args.plan import VerdictArgs
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.args.tools.plan import VerdictArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.watch import WatchArgs
 
 
 class PretrainArgs(typing.NamedTuple):
@@ -32,6 +33,7 @@ class PretrainArgs(typing.NamedTuple):
     exits: ExitArgs
     report: ReportArgs
     profile: ProfileArgs
+    watch: WatchArgs
     verdict: VerdictArgs
     preference: PreferenceArgs
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from qwen3_npu.args.preference import STAGES as PREFERENCE_STAGES
+from qwen3_npu.args.rules.resume import REFUSED
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 
@@ -101,7 +102,7 @@ class TrainArgs:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole training. With --train-samples and --epochs they are known once the data are."""
-        assert self.train_iters is not None, "training.length.settled makes steps of samples and epochs"
+        assert self.train_iters is not None, "training.prepare.length.settled makes steps of samples and epochs"
         return self.train_iters
 
 
@@ -129,7 +130,7 @@ class OptimizerArgs:
     adam_beta2: float = flag(0.999, minimum=0, help="decay of the second moment")
     adam_eps: float = flag(1e-8, minimum=0, help="added to the root of the second moment")
     clip_grad: float = flag(1.0, minimum=0, help="largest gradient norm; 0: no clipping")
-    use_distributed_optimizer: bool = flag(False, help="cut optimizer state over data-parallel ranks (ZeRO-1)")
+    use_distributed_optimizer: bool = flag(False, help="shard optimizer state over data-parallel ranks (ZeRO-1)")
     overlap_grad_reduce: bool = flag(False, help="reduce gradients while backward runs")
     overlap_param_gather: bool = flag(False, help="gather parameters while forward runs")
 
@@ -245,6 +246,11 @@ class CheckpointArgs:
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
     allow_nonfinite_weights: bool = flag(False, help="start from weights with NaN or infinite values, too")
+    allow_changed: list[str] = flag(
+        [],
+        choices=list(REFUSED),
+        help="resume although this is another than in the checkpoint; the position in the data may then be meaningless",
+    )
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:
@@ -260,7 +266,7 @@ class ExitArgs:
         10,
         minimum=0,
         unit="steps",
-        help="updates in a row that may be skipped for a NaN or Inf in loss or gradients",
+        help="steps in a row that may be skipped for a NaN or Inf in loss or gradients",
     )
     exit_signal_handler: bool = flag(False, help="on SIGTERM or SIGUSR1 save a checkpoint and end")
     exit_duration_in_mins: float | None = flag(None, minimum=0, unit="min", help="save a checkpoint and end after this")

@@ -1,1 +1,1 @@
-"""How a model and its data are cut across devices."""
+"""How a model and its data are sharded across devices."""

@@ -1,4 +1,4 @@
-"""Context parallelism: the sequence cut across ranks, also inside attention. Two algorithms, one interface."""
+"""Context parallelism: the sequence sharded across ranks, also inside attention. Two algorithms, one interface."""
 
 from __future__ import annotations
 

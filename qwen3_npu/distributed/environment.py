@@ -19,6 +19,16 @@ def has_rendezvous() -> bool:
     return "MASTER_ADDR" in os.environ
 
 
+def local_size(world_size: int) -> int:
+    """Processes of this node; all of them where the launcher does not say it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+def node() -> int:
+    """The number of this node, from 0."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
 def restarts() -> int:
     """How often torchrun has started this job again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

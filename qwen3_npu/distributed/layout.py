@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
-NOOP = -1  # in a stage's list of layers: a place that holds no weights
+NOOP = -1  # in a stage's list of layers: a no-op layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Rank:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one model is cut.
+    """How one model is sharded.
 
     Attributes:
         tensor, pipeline, expert, expert_tensor: sizes of the parallel groups.
         chunks: `chunks[pipeline rank][virtual chunk]` lists the model's layer numbers held there, `NOOP` for a
-            place without weights. The position in the list is the layer's local number in checkpoint names.
+            no-op layer. The position in the list is the layer's local number in checkpoint names.
         padded_vocab_size: rows of the embedding after padding; a multiple of `tensor`.
         stacked_experts: experts are stored as two stacked tensors (grouped GEMM), not one pair per expert.
     """
@@ -52,12 +52,12 @@ class Layout:
 
     @property
     def num_layers(self) -> int:
-        """Layers counted as Megatron counts them, places without weights included."""
+        """Layers counted as Megatron counts them, no-op layers included."""
         return sum(len(chunk) for stage in self.chunks for chunk in stage)
 
     @property
     def noop_layers(self) -> list[int]:
-        """Places without weights, numbered as Megatron numbers layers."""
+        """No-op layers, numbered as Megatron numbers layers."""
         places = [layer for virtual in range(self.virtual) for stage in self.chunks for layer in stage[virtual]]
         return [place for place, layer in enumerate(places) if layer == NOOP]
 
@@ -113,7 +113,7 @@ def plan(
         expert_tensor: ranks that share one expert; `None`: as many as `tensor`.
         layers_per_virtual_stage: layers in one chunk of an interleaved pipeline; `None`: one chunk a stage.
         num_layer_list: layers of each pipeline stage, for an uneven pipeline.
-        noop_layers: places without weights, numbered from 0 among all places.
+        noop_layers: no-op layers, numbered from 0 among all layers.
         vocab_divisible_by: the padded vocabulary is a multiple of this times `tensor`.
         padded_vocab_size: rows of the padded vocabulary; overrides `vocab_divisible_by`.
 
@@ -235,7 +235,7 @@ def _chunks(
     if total % pipeline:
         raise UsageError(
             f"pipeline parallel size {pipeline} does not divide the {total} layers; use one of {divisors(total)}, "
-            f"--num-layer-list, or --noop-layers to add empty places"
+            f"--num-layer-list, or --noop-layers to add no-op layers"
         )
     per_chunk = layers_per_virtual_stage or total // pipeline
     if (total // pipeline) % per_chunk:

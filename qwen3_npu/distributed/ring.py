@@ -1,10 +1,10 @@
 """Ring context parallelism (arXiv:2310.01889): each rank keeps its queries; keys and values travel around the ring.
 
-The sequence is cut into 2c chunks; rank r of c holds chunks r and 2c-1-r, so that causal attention is the same work for
-every rank. While one pair of key/value chunks is attended to, the next is under way. Partial results are merged by
+The sequence is divided into 2c chunks. Rank r of c holds chunks r and 2c-1-r: causal attention is then the same work
+for every rank. While one pair of key/value chunks is attended to, the next is under way. Partial results are merged by
 their log-sum-exp; backward sends keys and values around again, their gradients with them.
 
-Packed documents: between two different chunks only one document can be common, the one across the border, so what the
+Packed documents: between two different chunks only one document can be common, the one across the boundary, so what the
 queries of one chunk see of another chunk is always a full rectangle; within a chunk it is causal, document by document.
 
 s = local sequence, b = batch, n = query heads, g = key/value heads, d = head size.

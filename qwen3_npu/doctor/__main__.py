@@ -1,7 +1,7 @@
 """Check this machine (with --hostfile also others) for what trainings need; exit status 1 on a blocker."""
 
 from qwen3_npu import cli
-from qwen3_npu.args.doctor import DoctorArgs
+from qwen3_npu.args.tools.doctor import DoctorArgs
 from qwen3_npu.doctor.checks import diagnose
 from qwen3_npu.doctor.findings import show
 from qwen3_npu.doctor.hosts import look_at_hosts

@@ -8,7 +8,7 @@ import time
 import uuid
 from pathlib import Path
 
-from qwen3_npu.args.doctor import DoctorArgs
+from qwen3_npu.args.tools.doctor import DoctorArgs
 from qwen3_npu.doctor.findings import BLOCKER, OK, WARNING, Finding
 from qwen3_npu.errors import UsageError
 

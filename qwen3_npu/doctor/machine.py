@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.args.doctor import DoctorArgs
+from qwen3_npu.args.tools.doctor import DoctorArgs
 
 # Where CANN and the driver write their versions.
 _CANN_FILES = ("version.cfg", "compiler/version.info", "runtime/version.info", "toolkit/version.info")

@@ -65,7 +65,7 @@ class Answers:
         for i, words in choices.items():
             tokens = choice_tokens(encode, read.contexts[i], [delimiter + word for word in words])
             listed += [Choice((i, j), read.group(i), *pair) for j, pair in enumerate(tokens)]
-        self._say_cuts({c.key[0] for c in listed if len(c.tokens) > self.runner.plan.positions + 1}, len(choices))
+        self._say_truncated({c.key[0] for c in listed if len(c.tokens) > self.runner.plan.positions + 1}, len(choices))
         scorer = Scorer(
             self.runner,
             pass_tokens=pass_tokens(self.args, self.runner.device.type),
@@ -93,7 +93,7 @@ class Answers:
         runner, weights = self.runner, self.args.weights
         earlier: dict[int, str] = {e["number"]: e["said"] for e in self.earlier if "said" in e}
         requests = [self._request(i, limit) for i in numbers]
-        self._say_cuts({request.number for request, cut in requests if cut}, len(requests))
+        self._say_truncated({request.number for request, cut in requests if cut}, len(requests))
         mine = [
             request
             for request, _ in requests
@@ -124,7 +124,7 @@ class Answers:
             return Request(number, tokens, limit), False
         return Request(number, tokens[-room:], limit), True
 
-    def _say_cuts(self, cut: set[int], count: int) -> None:
+    def _say_truncated(self, cut: set[int], count: int) -> None:
         if cut:
             log.warning_once(
                 f"{self.read.name}: {len(cut)} of {count} prompts are longer than the model's "

@@ -1,7 +1,7 @@
 """From logits to the next token: penalty, temperature, top-k, top-p, choice.
 
 Steps and their order are those of transformers' `generate`. The random numbers depend on the seed, the prompt's number
-and the token's place alone: not on the batch, the device, or how the model is cut.
+and the token's place alone: not on the batch, the device, or the layout of the model.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Qwen3Model(GPTModel):
     def _preprocess(self, *args: Any, packed_seq_params: TokenSequence | None = None, **others: Any) -> tuple:
         """As megatron's, whose sixth value is what of this rank's tokens is padding."""
         found = super()._preprocess(*args, packed_seq_params=packed_seq_params, **others)
-        # megatron cuts a mask for sequence parallelism on the first stage only; here each stage takes its own part.
+        # megatron shards a mask for sequence parallelism on the first stage only; here each stage takes its own part.
         padding = packed_seq_params.padding if packed_seq_params is not None and self.arch.is_moe else None
         if padding is not None and self.config.sequence_parallel:
             padding = padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]

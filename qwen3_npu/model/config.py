@@ -31,19 +31,7 @@ def transformer_config(
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     config: dict[str, Any] = {
         "num_layers": layout.num_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.intermediate_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_key_value_heads,
-        "kv_channels": arch.head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": arch.rms_norm_eps,
-        "qk_layernorm": arch.family.qk_norm,  # makes megatron sum the gradients of q_layernorm and k_layernorm over TP
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "use_te_activation_func": True,  # the MLP's activation is the module that the spec names
-        "add_bias_linear": False,
-        "add_qkv_bias": arch.family.qkv_bias,
+        **_shapes(arch),
         "attention_dropout": train.attention_dropout,
         "hidden_dropout": train.hidden_dropout,
         "init_method_std": train.init_method_std,
@@ -65,7 +53,7 @@ def transformer_config(
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
         # "token": gradients are divided by the supervised tokens of the global batch, the only rule under which one
-        # process and many compute the same thing for every way of cutting the batch.
+        # process and many compute the same thing however the batch is divided.
         "calculate_per_token_loss": train.loss_normalization == "token",
         "variable_seq_lengths": variable_lengths,
         "moe_token_dispatcher_type": train.moe_token_dispatcher_type.removesuffix("_seq"),
@@ -80,6 +68,25 @@ def transformer_config(
     if arch.is_moe:
         config |= _moe(arch, train)
     return TransformerConfig(**config)
+
+
+def _shapes(arch: Qwen3Arch) -> dict[str, Any]:
+    """What the model itself says."""
+    return {
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.intermediate_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_key_value_heads,
+        "kv_channels": arch.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.rms_norm_eps,
+        "qk_layernorm": arch.family.qk_norm,  # makes megatron sum the gradients of q_layernorm and k_layernorm over TP
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "use_te_activation_func": True,  # the MLP's activation is the module that the spec names
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.family.qkv_bias,
+    }
 
 
 def _recompute(train: TrainArgs) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class GroupedExperts(MegatronModule):
     Parameters (MindSpeed-LLM's names and memory layout):
         weight1: [hidden, experts * 2 ffn], memory (expert, hidden, [gate | up]).
         weight2: [experts * ffn, hidden], memory (expert, ffn, hidden).
-    ffn is cut over the expert tensor parallel group.
+    ffn is sharded over the expert tensor parallel group.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class GroupedExperts(MegatronModule):
         self.pg_collection = pg_collection
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
 
-        def parameter(rows: int, columns: int, cut: int, init: Any) -> torch.nn.Parameter:
+        def parameter(rows: int, columns: int, dim: int, init: Any) -> torch.nn.Parameter:
             weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=device))
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=cut, stride=1)
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
             # Experts of different EP ranks are different weights: not summed over the data-parallel group.
             mark(weight, allreduce=config.expert_model_parallel_size == 1)
             if config.perform_initialization:

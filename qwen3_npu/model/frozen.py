@@ -16,7 +16,7 @@ class FrozenLinear(torch.nn.Module):
     """A column- or row-parallel linear as one matrix multiplication, and its bias.
 
     The weight is in the kernel's own layout.
-    Column-parallel output stays cut; row-parallel output is summed over the tensor-parallel group.
+    Column-parallel output stays sharded; row-parallel output is summed over the tensor-parallel group.
     """
 
     def __init__(self, linear: torch.nn.Module, weight: torch.Tensor, kernels: Kernels, rows: int) -> None:

@@ -1,10 +1,10 @@
-"""LoRA (arXiv:2106.09685): low-rank updates beside frozen weights, W x + (alpha / r) B A x.
+"""LoRA (arXiv:2106.09685): low-rank adapters beside frozen weights, W x + (alpha / r) B A x.
 
 Names and shapes are MindSpeed-LLM's, so checkpoints are exchanged:
 
     linear_qkv, linear_fc1    base_layer.weight, lora_A.default.weight [r, in], lora_B.default.weight [out/tp, r]
     linear_proj, linear_fc2   base_layer.weight, lora_A.default.weight [r, in/tp], lora_B.default.weight [out, r]
-    experts                   weight1_lora_a/_lora_b, weight2_lora_a/_lora_b, one update per expert
+    experts                   weight1_lora_a/_lora_b, weight2_lora_a/_lora_b, one adapter per expert
 
 One A serves q, k and v, and one serves gate and up.
 """
@@ -49,9 +49,9 @@ def _kaiming(weight: torch.Tensor) -> None:
 
 
 class LoraLinear(MegatronModule):
-    """A frozen column- or row-parallel linear with its update.
+    """A frozen column- or row-parallel linear with its adapter.
 
-    The update is added inside its last matrix multiplication (addmm), and the factor alpha / r is applied to the narrow
+    The last matrix multiplication adds the adapter to the output (addmm). The factor alpha / r is applied to the narrow
     product A x: no tensor of the output's size is made beside the output itself.
     """
 
@@ -116,7 +116,7 @@ class LoraLinear(MegatronModule):
 
 
 class LoraExperts(GroupedExperts):
-    """Stacked experts, frozen, with an update per expert.
+    """Stacked experts, frozen, with an adapter per expert.
 
     Shapes (e experts of this rank, f = ffn / expert tensor parallel size), two-dimensional like the base weights:
         weight1_lora_a [hidden, e r], memory (e, hidden, r)    weight1_lora_b [r, e 2f], memory (e, r, [gate | up])
@@ -128,13 +128,13 @@ class LoraExperts(GroupedExperts):
         self.scale, self.dropout, self.rank = args.lora_alpha / args.lora_r, args.lora_dropout, args.lora_r
         self.enabled = True
         e, r = self.num_local_experts, args.lora_r
-        cut = self.pg_collection.expt_tp.size() > 1
+        sharded = self.pg_collection.expt_tp.size() > 1
         if "linear_fc1" in args.lora_target_modules:
             self.weight1_lora_a = self._update(self.hidden, e * r, is_sharded=False)
-            self.weight1_lora_b = self._update(r, e * 2 * self.ffn, is_sharded=cut)
+            self.weight1_lora_b = self._update(r, e * 2 * self.ffn, is_sharded=sharded)
             self._init_each(self.weight1_lora_a, self.hidden, alike=True)
         if "linear_fc2" in args.lora_target_modules:
-            self.weight2_lora_a = self._update(e * self.ffn, r, is_sharded=cut)
+            self.weight2_lora_a = self._update(e * self.ffn, r, is_sharded=sharded)
             self.weight2_lora_b = self._update(e * r, self.hidden, is_sharded=False)
             self._init_each(self.weight2_lora_a, self.ffn, alike=False)
 
@@ -162,7 +162,7 @@ class LoraExperts(GroupedExperts):
             )
 
     def multiply(self, which: int, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """The base product plus the update's."""
+        """The base product plus the adapter's."""
         out = super().multiply(which, x, counts)
         a = getattr(self, f"weight{which}_lora_a", None)
         if a is None or not self.enabled:
@@ -176,7 +176,7 @@ class LoraExperts(GroupedExperts):
 
 
 def freeze_base(chunks: Iterable[torch.nn.Module]) -> None:
-    """Leave only the updates to train.
+    """Leave only the adapters trainable.
 
     Before gradient buffers and optimizer are made: frozen weights then get neither, and megatron's linears keep no
     activation for them.

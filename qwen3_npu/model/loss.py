@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is cut across tensor-parallel ranks and may be padded."""
+"""Cross-entropy over a vocabulary that is sharded across tensor-parallel ranks and may be padded."""
 
 from __future__ import annotations
 

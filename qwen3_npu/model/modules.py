@@ -67,7 +67,7 @@ class RecomputedMLP(MLP):
 
 
 class NoopLayer(MegatronModule, BaseTransformerLayer):
-    """A place in the pipeline that holds no weights and changes nothing (--noop-layers)."""
+    """A no-op layer: it holds no weights and changes nothing (--noop-layers)."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int = 1, pg_collection: Any = None, vp_stage: int | None = None

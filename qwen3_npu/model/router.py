@@ -34,7 +34,7 @@ class Router(TopKRouter):
     without it every MoE forward raises NameError. Hence `gating`.
 
     With gradients divided by the supervised tokens of the global batch, megatron weights both auxiliary losses by this
-    rank's tokens: cutting the sequence makes them that many times weaker than one process has them, and tokens that are
+    rank's tokens: a sharded sequence makes them that many times weaker than one process has them, and tokens that are
     not supervised (padding, questions) many times stronger. Hence `routing` and `loss_weight`.
 
     Attributes:

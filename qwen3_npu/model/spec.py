@@ -76,7 +76,7 @@ def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
 
 
 def block_spec(arch: Qwen3Arch, parts: Parts, layers: Sequence[int]) -> TransformerBlockSubmodules:
-    """The layers of one model chunk, `NOOP` for an empty place, and the final norm."""
+    """The layers of one model chunk, `NOOP` for a no-op layer, and the final norm."""
     layer, noop = layer_spec(arch, parts), ModuleSpec(NoopLayer)
     return TransformerBlockSubmodules(
         layer_specs=[noop if number == NOOP else layer for number in layers],

@@ -1,1 +1,1 @@
-"""Does this machine compute the same, however a training is cut? `python -m qwen3_npu.parity` tells."""
+"""Does this machine compute the same, whatever the layout of a training? `python -m qwen3_npu.parity` tells."""

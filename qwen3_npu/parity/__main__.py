@@ -1,4 +1,4 @@
-"""Certificate of layout invariance: a tiny model is trained in every way of cutting it that fits the processes at hand,
+"""Certificate of layout invariance: a tiny model is trained in every layout that fits the processes at hand,
 and losses and gradients are compared with those of one process. Exit status 1 if one differs by more than --tolerance.
 
     python -m qwen3_npu.parity                                          all devices of this machine
@@ -19,7 +19,7 @@ from typing import Any
 
 from qwen3_npu import cli, log
 from qwen3_npu.args.parallel import RuntimeArgs
-from qwen3_npu.args.parity import ParityArgs
+from qwen3_npu.args.tools.parity import ParityArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.parity.rows import Row, rows

@@ -1,4 +1,4 @@
-"""What an optimizer holds, of every trained parameter in one piece, whatever the layout. For comparisons."""
+"""What an optimizer holds, every trained parameter unsharded, whatever the layout. For comparisons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GatheredSlice = tuple[str, Region, np.ndarray]
 
 
 def gather_whole(trained: Trained, key: str) -> dict[str, np.ndarray]:
-    """Hugging Face (of LoRA updates: PEFT) name -> float32 tensor, on rank 0; empty elsewhere. Every rank must call it.
+    """Hugging Face (of adapters: PEFT) name -> float32 tensor, on rank 0; empty elsewhere. Every rank must call it.
 
     After the first step of an Adam without clipping, `exp_avg` is 1 - beta1 times the gradient.
 

@@ -16,7 +16,7 @@ from qwen3_npu.distributed.launch import World
 from qwen3_npu.parity.gather import gather_whole
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.loop import Trainer, ready
-from qwen3_npu.training.plan import plan_training
+from qwen3_npu.training.prepare.plan import plan_training
 from qwen3_npu.training.step import StepResult
 
 

@@ -1,4 +1,4 @@
-"""How much memory activations take: bytes of the tensors that a piece of code makes, counted as they come and go."""
+"""How much memory activations take: bytes of the tensors that some code makes, counted as they come and go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways of cutting a training over processes, each of which must compute what one process computes."""
+"""Layouts of a training over processes. Each of them must compute what one process computes."""
 
 from __future__ import annotations
 

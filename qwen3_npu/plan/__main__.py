@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from qwen3_npu import cli
-from qwen3_npu.args.plan import PlanArgs
+from qwen3_npu.args.tools.plan import PlanArgs
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.launch import device_for

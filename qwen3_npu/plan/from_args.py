@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qwen3_npu.args.fit import Fit
 from qwen3_npu.args.preference import STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.args.rules.fit import Fit
 from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.plan.setup import Setup
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.args.fit import Fit
-from qwen3_npu.args.plan import byte_count
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.args.rules.fit import Fit
+from qwen3_npu.args.tools.plan import byte_count
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.device import GIB, Device, find_device

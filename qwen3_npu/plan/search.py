@@ -1,6 +1,6 @@
 """All legal layouts of a number of devices, those that fit ranked by predicted tokens per second. No torch.
 
-Legality is asked of the parser's own checks (`args/fit.py`, `distributed/layout.py`), never judged here.
+Legality is asked of the parser's own checks (`args/rules/fit.py`, `distributed/layout.py`), never judged here.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from qwen3_npu.args.fit import Fit, fit
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
-from qwen3_npu.args.plan import PlanArgs, VerdictArgs
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.args.rules.fit import Fit, fit
+from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.watch import WatchArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.device import GIB, Device
@@ -173,6 +174,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         exits=ExitArgs(),
         report=ReportArgs(),
         profile=ProfileArgs(),
+        watch=WatchArgs(),
         verdict=VerdictArgs(),
         preference=PreferenceArgs(),
     )

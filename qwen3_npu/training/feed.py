@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
@@ -13,7 +14,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.text.prompt_types import warn_of_misfit
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.data.train import pretrain_dataset
-from qwen3_npu.data.train.batches import Batch, row_batches, sample_numbers
+from qwen3_npu.data.train.batches import Answers, Batch, moved, sample_numbers
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.data.train.preference_dataset import labelled_rows, open_answers, pair_rows
 from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
@@ -24,12 +25,12 @@ from qwen3_npu.distributed.context_parallel import shard
 from qwen3_npu.distributed.nodes import check_same
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sequence import TokenSequence
-from qwen3_npu.training.plan import TrainingPlan
+from qwen3_npu.training.prepare.plan import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Samples and their form.
+    """Samples, and the micro-batches that this rank makes of them.
 
     Attributes:
         args, plan: of the training.
@@ -49,6 +50,7 @@ class Feed:
     length: int | None
     think: ThinkTokens | None = None
     supervised: float | None = None
+    _ahead: dict[int, Batch] = dataclasses.field(default_factory=dict, init=False)
 
     def numbers(self, consumed: int) -> Iterator[range]:
         """The samples of each of this rank's micro-batches of the step that starts after `consumed` samples."""
@@ -60,33 +62,64 @@ class Feed:
             data_rank=parallel_state.get_data_parallel_rank(),
         )
 
-    def batches(
-        self,
-        dataset: Any,
-        consumed: int,
-        sequence: Callable[[torch.Tensor, tuple[int, ...] | None], TokenSequence],
-        device: torch.device,
-    ) -> Iterator[Batch]:
+    def batches(self, dataset: Any, consumed: int, device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
         """This rank's micro-batches of the step that starts after `consumed` samples.
 
+        Each is made while the device computes the one before; the first one of a training's next step, with the last.
+
         Args:
-            sequence: positions of this rank's tokens and boundaries in the whole rows -> what the layers need.
+            dtype: of the activations.
         """
-        plan, parallel = self.plan, self.args.parallel
-        cp_rank = parallel_state.get_context_parallel_rank()
+        first, *others = self.numbers(consumed)
+        is_train, after = dataset is self.train, consumed + self.plan.global_batch
+        ahead = self._ahead.pop(consumed, None) if is_train else None
+        batch = ahead or self._batch(dataset, first, device, dtype)
+        for samples in others:
+            following = self._batch(dataset, samples, device, dtype)
+            yield batch
+            batch = following
+        if is_train and after < self.args.train.steps * self.plan.global_batch:
+            self._ahead.clear()
+            self._ahead[after] = self._batch(dataset, next(self.numbers(after)), device, dtype)
+        yield batch
 
-        def local(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return shard(fields, parallel.context_parallel_algo, parallel.context_parallel_size, cp_rank)
-
-        return row_batches(
-            dataset,
-            self.numbers(consumed),
-            self.make_rows,
-            sequence,
-            local,
-            device,
-            self.think,
-            marks_padding=plan.arch.is_moe,
+    def _batch(self, dataset: Any, samples: range, device: torch.device, dtype: torch.dtype) -> Batch:
+        """Read and arrange samples, and move what this rank needs of them."""
+        rows = self.make_rows([dataset[number] for number in samples])
+        parallel, arch = self.args.parallel, self.plan.arch
+        arrays = {"positions": rows.positions}
+        if arch.is_moe and rows.padding is not None:
+            arrays["padding"] = rows.padding
+        if parallel_state.is_pipeline_first_stage():
+            arrays["tokens"] = rows.tokens
+        is_last = parallel_state.is_pipeline_last_stage()
+        if is_last:
+            arrays |= {"labels": rows.labels, "loss_mask": rows.loss_mask}
+            if self.think is not None:
+                arrays["think_mask"] = self.think.mask(rows.tokens, rows.cu_seqlens)
+            if rows.answers is not None:
+                arrays |= {"numbers": rows.answers.numbers, "text_mask": rows.answers.text_mask}
+        context, rank = parallel.context_parallel_size, parallel_state.get_context_parallel_rank()
+        whole = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        fields = shard(whole, parallel.context_parallel_algo, context, rank)
+        if is_last:
+            amounts = (rows.real_tokens, rows.tokens.size, rows.squares)
+            fields["amounts"] = torch.tensor([amount / context for amount in amounts])
+            if rows.answers is not None and rows.answers.desirable is not None:
+                fields["desirable"] = torch.from_numpy(rows.answers.desirable)  # whole on context-parallel ranks
+        fields = moved(fields, device)
+        answers = None
+        if is_last and rows.answers is not None:
+            answers = Answers(fields["numbers"], fields["text_mask"], rows.answers.count, fields.get("desirable"))
+        return Batch(
+            fields.get("tokens"),
+            fields.get("labels"),
+            fields.get("loss_mask"),
+            TokenSequence(fields["positions"], rows.cu_seqlens, arch.rope, dtype, fields.get("padding")),
+            fields.get("think_mask"),
+            fields.get("amounts"),
+            float(rows.loss_mask.sum(dtype=np.float64)),
+            answers,
         )
 
 

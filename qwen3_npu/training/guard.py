@@ -1,4 +1,4 @@
-"""Updates from bad numbers are skipped, by all ranks together."""
+"""All ranks skip the optimizer step together when a number is not finite."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def anywhere(bad: bool, device: torch.device) -> bool:
 
 
 class NanGuard:
-    """Counts skipped updates; ends the run when too many come in a row.
+    """Counts skipped optimizer steps; ends the run when too many come in a row.
 
     Args:
-        limit: skipped updates in a row that are borne.
+        limit: skipped steps in a row that are tolerated.
     """
 
     def __init__(self, limit: int) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,26 @@ from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.router import routers
-from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
+from qwen3_npu.training.checkpoints.facts import facts
+from qwen3_npu.training.checkpoints.hf_export import HfExport
+from qwen3_npu.training.checkpoints.saving import Saver, continued, leased, prepare
 from qwen3_npu.training.exits import Exits
-from qwen3_npu.training.expert_load import ExpertLoad, take_expert_load
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
-from qwen3_npu.training.hf_export import HfExport
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
-from qwen3_npu.training.plan import TrainingPlan
 from qwen3_npu.training.preference import preference_objective
-from qwen3_npu.training.profiling import Profiling
+from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
 from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of, identity
-from qwen3_npu.training.report import Reporter
-from qwen3_npu.training.saving import Saver, continued, leased, prepare
+from qwen3_npu.training.reports.expert_load import ExpertLoad, take_expert_load
+from qwen3_npu.training.reports.profiling import Profiling
+from qwen3_npu.training.reports.report import Reporter
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
-from qwen3_npu.training.taught import taught
+from qwen3_npu.watch import here
+from qwen3_npu.watch.start import watched
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
@@ -62,7 +64,8 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
         if checkpoint.load != args.checkpoint.load and preference.ref_model is None and not lora.on:
             preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
-        with ready(platform, world, args, plan) as trainer:
+        watch = watched(args.watch, checkpoint.save, has_device=platform.name != "cpu")
+        with watch, ready(platform, world, args, plan) as trainer:
             trainer.saver.lease = lease
             try:
                 trainer.train()
@@ -109,7 +112,7 @@ class Trainer:
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = here.inside("reduce", finalize_model_grads)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
@@ -122,8 +125,7 @@ class Trainer:
             log.info(
                 f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
             )
-        extra = {**dataclasses.asdict(args.train), "seed": args.runtime.seed, **taught(args)}
-        self.saver = Saver(trained, args.checkpoint, args.lora, extra, plan.config)
+        self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
         self.feed: Feed  # open_data
@@ -208,11 +210,8 @@ class Trainer:
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
-        return [self.feed.batches(dataset, consumed, self.sequence, self.world.device) for _ in self.chunks]
-
-    def sequence(self, positions: torch.Tensor, boundaries: tuple[int, ...] | None = None) -> TokenSequence:
-        """What the layers need to know of tokens at these positions [b, s], in documents with these boundaries."""
-        return TokenSequence(positions, boundaries, self.plan.arch.rope, self.dtype)
+        batches = self.feed.batches(dataset, consumed, self.world.device, self.dtype)
+        return list(itertools.tee(batches, len(self.chunks)))
 
     def _with_reference(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         """The micro-batches of a step; the objective learns what the reference says of them."""
@@ -251,6 +250,7 @@ class Trainer:
 
     def step(self) -> StepResult:
         """One optimizer step."""
+        here.at("data")
         result = train_step(
             self.chunks,
             self.optimizer,
@@ -266,6 +266,7 @@ class Trainer:
         if result.skipped:
             samples = range(before.samples, self.position.samples)
             self.guard.report(self.position.iteration, result.loss, result.grad_norm, samples)
+        here.step_done(self.position.iteration)
         return result
 
     def train(self) -> None:
@@ -288,14 +289,14 @@ class Trainer:
             if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
                 gc.collect()
             if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
-                with reporter.paused():
+                with reporter.paused(), here.during("eval"):
                     self.evaluate(reporter)
             stop = self.exits.reason(iteration, self.world.device)
             profiling.after(iteration, last=iteration == last or stop is not None)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
             export = self.export.due(iteration, is_last=iteration == last)
             if args.checkpoint.save and (due or export or stop or iteration == last):
-                with reporter.paused():
+                with reporter.paused(), here.during("save"):
                     self.export.finish()  # it may be reading a checkpoint that saving removes
                     parameters = [p for module in self.modules for p in module.parameters()]
                     self.guard.check_weights(parameters, iteration, self.world.device)
@@ -304,8 +305,9 @@ class Trainer:
                         self.saver.finish()
                         self.export.start(iteration)
         reporter.close()
-        self.saver.finish()
-        self.export.finish()
+        with here.during("save"):
+            self.saver.finish()
+            self.export.finish()
         if stop is not None:
             log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
 
@@ -334,6 +336,7 @@ class Trainer:
             folder=Path(args.report.tensorboard_dir) if args.report.tensorboard_dir else None,
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
+            verdict=self.plan.verdict,
         )
 
     def evaluate(self, reporter: Reporter) -> None:
@@ -353,6 +356,6 @@ def _one_or_list(items: list) -> Any:
 
 
 def _lora(args: LoraArgs) -> Lora | None:
-    """What the checkpoints say of LoRA updates."""
+    """What the checkpoints say of LoRA adapters."""
     targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
     return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None

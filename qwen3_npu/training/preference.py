@@ -88,7 +88,8 @@ def log_probs_of(batch: Batch, losses: torch.Tensor) -> LogProbs:
     Args:
         losses: [b, s] -log-probability of each label of this rank's tokens.
     """
-    assert batch.answers is not None
+    assert batch.answers is not None, "only the last stage has answers"
+    assert batch.loss_mask is not None
     where, count = batch.answers.numbers.flatten(), batch.answers.count
     per_token = torch.stack((-losses, torch.ones_like(losses)))
     parts = torch.cat((per_token * batch.loss_mask, per_token * batch.answers.text_mask)).flatten(1)

@@ -20,6 +20,7 @@ from qwen3_npu.data.train.batches import Batch
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.objective import Objective
 from qwen3_npu.training.optimizer import clip_gradients
+from qwen3_npu.watch import here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,8 @@ def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.
             (`calculate_per_token_loss`); else each micro-batch by its own, and by the number of micro-batches.
         losses: [b, s] of this context-parallel rank's tokens.
     """
+    assert batch.loss_mask is not None, "only the last stage has losses"
+    assert batch.amounts is not None
     total, count = (losses * batch.loss_mask).sum(), batch.loss_mask.sum()
     token_loss = total.detach()
     think_loss = think_tokens = torch.zeros_like(count)
@@ -120,6 +123,8 @@ def objective_loss(
     batch: Batch, objective: Objective, per_token: bool, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `loss_of`, for an objective whose units are not tokens."""
+    assert batch.loss_mask is not None, "only the last stage has losses"
+    assert batch.amounts is not None
     outcome = objective(batch, losses)
     supervised = losses.detach() * batch.loss_mask
     count = outcome.count * outcome.counted
@@ -136,8 +141,11 @@ def forward_step(
     objective: Objective | None, batches: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable]:
     """megatron's callback: run one micro-batch through one model chunk."""
+    here.at("data")
     batch = next(batches)
+    here.at("forward")
     output = model(batch.tokens, batch.sequence.positions, None, labels=batch.labels, packed_seq_params=batch.sequence)
+    here.at("backward")  # or what else megatron's schedule does next
     per_token = get_model_config(model).calculate_per_token_loss
     if objective is not None:
         return output, functools.partial(objective_loss, batch, objective, per_token)
@@ -224,6 +232,7 @@ def train_step(
         forward_only=False,
         objective=objective,
     )
+    here.at("optimizer")
     rate = max((group["lr"] for group in optimizer.param_groups), default=0.0)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())

@@ -19,7 +19,7 @@ from qwen3_npu.checkpoint.binary.dtypes import BF16
 from qwen3_npu.checkpoint.formats.hf_write import write_config
 from qwen3_npu.distributed.layout import check_world_size
 from qwen3_npu.model.sizes import SIZES
-from qwen3_npu.training.plan import plan_training
+from qwen3_npu.training.prepare.plan import plan_training
 from scripts import ROOT, SCRIPTS, Asked, ask, size_of
 
 PROGRAMS = {

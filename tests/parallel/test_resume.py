@@ -128,3 +128,30 @@ def test_the_flags_say_what_the_schedule_is(
     for more, word in (([], "lr_decay_steps 24 -> 48"), (["--train-iters", "3"], None)):
         said = worlds[1].run("resumed", flags=[*flags, *more, "--load", str(tmp_path)])["said"]
         assert [word in line for line in said if line.startswith("schedule: as the flags say")] == [True] * bool(word)
+
+
+def test_another_training_is_not_resumed_in_silence(
+    worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    """The position counts samples, which another seed or length would repeat or skip."""
+    flags = [*BASE, "--data-path", tokens]
+    worlds[1].run("train", flags=[*flags, "--load", models["tied"], "--save", str(tmp_path)], steps=1)
+    load = [*flags, "--load", str(tmp_path)]
+    changes = {
+        "seed": (["--seed", "7"], "seed 1234, now 7"),
+        "seq_length": (["--seq-length", "64"], "seq_length 32, now 64"),
+        "bf16": (["--bf16"], "bf16 False, now True"),
+        "global_batch_size": (["--global-batch-size", "4"], "global_batch_size 8, now 4"),
+        "rope_scaling": (["--rotary-seq-len-interpolation-factor", "2"], "rope_scaling plain RoPE, now"),
+    }
+    for name, (more, told) in changes.items():
+        answer = worlds[2].run("resumed", flags=[*load, *more])
+        assert told in answer["error"]
+        assert answer["error"].endswith(f"--allow-changed {name}")
+    allowed = worlds[1].run("resumed", flags=[*load, "--seed", "7", "--adam-beta2", "0.5", "--allow-changed", "seed"])
+    assert (allowed["iteration"], allowed["error"]) == (1, None)
+    warned = [line for line in allowed["said"] if line.startswith("resumed with another setting")]
+    assert ["seed" in warned[0], "adam_beta2 0.999, now 0.5" in warned[1], len(warned)] == [True, True, 2]
+    assert worlds[1].run("resumed", flags=[*load, "--seed", "7", "--finetune"])["iteration"] == 0
+    same = worlds[2].run("resumed", flags=load)
+    assert (same["iteration"], [line for line in same["said"] if "not compared" in line]) == (1, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.mapping.lora import is_lora
 from qwen3_npu.checkpoint.mapping.source import read_shard
 from qwen3_npu.checkpoint.training import optimizer_state
+from qwen3_npu.checkpoint.training.compare import check_resumed, model_facts
 from qwen3_npu.checkpoint.training.live import Ranks, load_weights, to_torch
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.state import DistState, TorchState
@@ -35,11 +37,14 @@ Base = Any  # HfReader, MegatronReader or DistReader
 Updates = Any  # SharedA, MegatronReader or DistReader
 
 
-def load(trained: Trained, args: CheckpointArgs, lora_load: str | None = None) -> Position:
+def load(
+    trained: Trained, args: CheckpointArgs, lora_load: str | None = None, facts: Mapping[str, Any] | None = None
+) -> Position:
     """Weights and, when resuming, everything else. Every rank must call this.
 
     Args:
         lora_load: --lora-load.
+        facts: of this training, as its checkpoints say them; a training to be resumed is compared with them.
 
     Raises:
         UsageError: nothing there (and it is not the folder that this training saves to), it is damaged, or does not
@@ -68,7 +73,7 @@ def load(trained: Trained, args: CheckpointArgs, lora_load: str | None = None) -
             allow_nonfinite=args.allow_nonfinite_weights,
         )
     state = updates if trained.contents.lora else base
-    position = _resume(trained, args, state)
+    position = _resume(trained, args, state, facts or {})
     for source in {id(source): source for source in (base, updates) if source is not None}.values():
         source.close()
     return position
@@ -159,7 +164,7 @@ def _check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
         log.warning_once(f"{what} was trained with {change}")
 
 
-def _resume(trained: Trained, args: CheckpointArgs, source: Any) -> Position:
+def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[str, Any]) -> Position:
     """Everything but the weights, if `source` is a training's checkpoint and is to be continued."""
     why, state = None, None
     if args.finetune:
@@ -174,6 +179,9 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any) -> Position:
         trained.optimizer.reload_model_params()
         log.info(f"training starts at step 0 ({why})")
         return Position()
+    saved, model = vars(state.common["args"]), trained.contents.arch
+    now = {**facts, **model_facts(model)}
+    check_resumed({**saved, **model_facts(source.arch)}, now, args.allow_changed, str(state.folder))
     if args.load_optim:
         _load_optimizer(trained, state)
     else:

@@ -16,11 +16,10 @@ from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.run import identifying_flags, preprocess
 from qwen3_npu.data.read.find import InputFile, exists, find_files
 from qwen3_npu.data.text.tokenizer import open_tokenizer
+from qwen3_npu.data.train.data_path import KINDS
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import rename, write_text
 
-# First files of conversations, of pairs and of labelled answers.
-_PACKED = tuple(f"_packed_{what}input_ids_document.idx" for what in ("", "chosen_", "answer_"))
 _DIGESTS = "digests.json"
 _PIECE = 16 << 20
 
@@ -36,7 +35,7 @@ def prepare_data_path(data_path: Sequence[str], recipe: PreprocessArgs, cache: s
         cache: folder of prepared data, made if needed.
 
     Returns:
-        As many words. For text the full prefix (`.._text_document`), for conversations the bare one.
+        As many words. For text the full prefix (`.._text_document`), for conversations and pairs the bare one.
 
     Raises:
         UsageError: as preprocess_data.py.
@@ -46,7 +45,7 @@ def prepare_data_path(data_path: Sequence[str], recipe: PreprocessArgs, cache: s
 
 def is_raw(word: str) -> bool:
     """Whether a word of --data-path is raw data; else it is a weight or a prefix."""
-    is_prefix = any(Path(word + end).exists() for end in (".idx", *_PACKED))
+    is_prefix = any(Path(f"{word}{end}.idx").exists() for end in KINDS.values())
     return not is_prefix and exists(word)
 
 
@@ -71,9 +70,8 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
             _build(arguments, building, folder)
     except OSError as error:
         raise UsageError(f"--data-cache-path {cache}: {word} cannot be prepared there: {error}") from None
-    if any((folder / f"data{end}").exists() for end in _PACKED):
-        return str(folder / "data")
-    return str(folder / f"data_{records.json_keys[0]}_document")
+    is_text = not any((folder / f"data{end}.idx").exists() for end in KINDS.values() if end)
+    return str(folder / (f"data_{records.json_keys[0]}_document" if is_text else "data"))
 
 
 def _build(arguments: PreprocessArgs, building: Path, folder: Path) -> None:

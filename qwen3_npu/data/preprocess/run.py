@@ -50,6 +50,7 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
     Raises:
         UsageError: an input, the tokenizer or the output cannot be used, or records are broken.
     """
+    args.instruction.check_packing()
     looks_only = args.check.check or args.check.show > 0
     prefix = args.output.output_prefix
     if prefix is None and not looks_only:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 
-from qwen3_npu.data.train.rows import Rows, ThinkTokens
 from qwen3_npu.model.sequence import TokenSequence
+
+_ALIGNED = 512  # bytes: tensors begin where an allocator would let them begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,12 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the device.
+    """One micro-batch on the device: what this pipeline stage needs of it.
 
     Attributes:
-        tokens, labels: [b, s] int64; labels are shifted already: labels[i] follows tokens[i].
+        tokens: [b, s] int64; None after the first stage.
+        labels: [b, s] int64, shifted already: labels[i] follows tokens[i]. None before the last stage, as `loss_mask`,
+            `think_mask`, `amounts` and `answers`.
         loss_mask: [b, s] float32; 1 where the label is supervised.
         sequence: positions and documents.
         think_mask: [b, s] float32; 1 where the label belongs to a thought. None if they are not told apart.
@@ -46,12 +48,12 @@ class Batch:
         answers: of preference training.
     """
 
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
+    tokens: torch.Tensor | None
+    labels: torch.Tensor | None
+    loss_mask: torch.Tensor | None
     sequence: TokenSequence
     think_mask: torch.Tensor | None
-    amounts: torch.Tensor
+    amounts: torch.Tensor | None
     supervised: float
     answers: Answers | None = None
 
@@ -74,53 +76,26 @@ def sample_numbers(
         yield range(start, start + micro_batch)
 
 
-def row_batches(
-    dataset: Any,
-    numbers: Iterator[range],
-    make_rows: Callable[[Sequence[Any]], Rows],
-    make_sequence: Callable[[torch.Tensor, tuple[int, ...] | None], TokenSequence],
-    shard: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
-    device: torch.device,
-    think: ThinkTokens | None = None,
-    *,
-    marks_padding: bool = False,
-) -> Iterator[Batch]:
-    """Read, arrange, cut and move micro-batches.
+def moved(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The same tensors on the device, by one copy that the host does not wait for.
 
-    Args:
-        make_rows: samples -> `Rows`.
-        make_sequence: positions [b, s] of this rank's part and boundaries in the whole rows -> what the layers need.
-        shard: this rank's part of [b, s] tensors.
-        think: marks of thoughts, if their loss is told apart.
-        marks_padding: tell the layers what is padding.
+    They are views of one buffer there, which lives as long as any of them. The buffer on the host is pinned: a copy
+    from pageable memory makes the host wait, on an NPU until all before it is computed.
     """
-    for wanted in numbers:
-        rows = make_rows([dataset[n] for n in wanted])
-        arrays = {name: getattr(rows, name) for name in ("tokens", "labels", "loss_mask", "positions")}
-        if think is not None:
-            arrays["think_mask"] = think.mask(rows.tokens, rows.cu_seqlens)
-        if marks_padding and rows.padding is not None:
-            arrays["padding"] = rows.padding
-        if rows.answers is not None:
-            arrays |= {"numbers": rows.answers.numbers, "text_mask": rows.answers.text_mask}
-        fields = shard({name: torch.from_numpy(array) for name, array in arrays.items()})
-        fields = {name: field.to(device, non_blocking=True) for name, field in fields.items()}
-        sequence = make_sequence(fields.pop("positions"), rows.cu_seqlens)
-        if "padding" in fields:
-            sequence = dataclasses.replace(sequence, padding=fields["padding"])
-        share = fields["tokens"].shape[1] / rows.tokens.shape[1]
-        answers = None
-        if rows.answers is not None:
-            desirable = rows.answers.desirable  # whole on every context-parallel rank
-            told = None if desirable is None else torch.from_numpy(desirable).to(device, non_blocking=True)
-            answers = Answers(fields["numbers"], fields["text_mask"], rows.answers.count, told)
-        yield Batch(
-            fields["tokens"],
-            fields["labels"],
-            fields["loss_mask"],
-            sequence,
-            fields.get("think_mask"),
-            torch.tensor([rows.real_tokens * share, rows.tokens.size * share, rows.squares * share], device=device),
-            float(rows.loss_mask.sum(dtype=np.float64)),
-            answers,
-        )
+    starts, size = {}, 0
+    for name, tensor in tensors.items():
+        starts[name] = size
+        size += math.ceil(tensor.nbytes / _ALIGNED) * _ALIGNED
+    accelerator = torch.accelerator.current_accelerator()
+    pinned = accelerator is not None and device.type == accelerator.type
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+
+    def views(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            name: buffer[starts[name] : starts[name] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for name, tensor in tensors.items()
+        }
+
+    for name, view in views(packed).items():
+        view.copy_(tensors[name])
+    return views(packed.to(device, non_blocking=True))

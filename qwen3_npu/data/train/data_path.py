@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,8 +111,8 @@ def _answer_facts(
     return DataFacts(sum(len(split_ranges(data.split, len(one))[0]) for one in opened))
 
 
-# What the first file of a prefix is called, by what it holds.
-_KINDS = {
+# How the first file of a prefix is called, by what it holds.
+KINDS = {
     "text": "",
     "instruction data": "_packed_input_ids_document",
     "pairs": "_packed_chosen_input_ids_document",
@@ -122,10 +123,10 @@ _KINDS = {
 def _check_there(prefix: str, data: DataArgs) -> None:
     """Raises: UsageError: a word of --data-path names nothing, or data of another stage."""
     wanted = data.kind
-    end = _KINDS[wanted]
+    end = KINDS[wanted]
     if any(Path(f"{prefix}{end}{suffix}").exists() for suffix in (".idx", ".bin")):
         return
-    for kind, other in _KINDS.items():
+    for kind, other in KINDS.items():
         if Path(f"{prefix}{other}.idx").exists():
             raise UsageError(
                 f"--data-path {prefix} holds {kind}, and this training reads {wanted}: give {DATA_KINDS[kind]}"
@@ -134,6 +135,8 @@ def _check_there(prefix: str, data: DataArgs) -> None:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     pairs = [name.removesuffix(f"{end}.idx") for name in names if name.endswith(f"{end}.idx")]
     hint = did_you_mean(Path(prefix).name, [*pairs, *(name for name in names if not name.endswith((".idx", ".bin")))])
+    if not hint and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", prefix):
+        hint = f"; a Hugging Face data set is preprocessed first: preprocess_data.py --input {prefix}"
     raise UsageError(
         f"--data-path {prefix}: not found: there is no pair {prefix}{end}.idx and .bin, and no raw file or folder of "
         f"this name{hint}"

@@ -33,17 +33,17 @@ class Epochs:
 
     def __init__(self, count: int, seed: int, *, shuffle: bool = True) -> None:
         self.count, self.seed, self.shuffle = count, seed, shuffle
-        # Two: blends and evaluation look a little ahead and back over the border of an epoch.
+        # Two: blends and evaluation look a little ahead and back over the boundary of an epoch.
         self._order = functools.lru_cache(maxsize=2)(functools.partial(shuffled, count, seed))
 
     def __getitem__(self, number: int) -> int:
-        """The sample at place `number` of an endless row of epochs."""
+        """The sample at index `number` of an endless sequence of epochs."""
         epoch, place = divmod(number, self.count)
         return int(self._order(epoch)[place]) if self.shuffle else place
 
 
 class Chosen(NamedTuple):
-    """Sample `number` of data set `source`."""
+    """Sample `number` of data set `source`, both indices from 0."""
 
     source: int
     number: int
@@ -62,7 +62,7 @@ class Blend:
         self._block = functools.lru_cache(maxsize=2)(self._make_block)
 
     def __getitem__(self, number: int) -> Chosen:
-        """Which data set gives the sample at place `number`, and its how-manieth it is."""
+        """Which data set gives sample `number`, and the index of that sample in it."""
         block, place = divmod(number, _BLOCK)
         sources, numbers = self._block(block)
         return Chosen(int(sources[place]), int(numbers[place]))

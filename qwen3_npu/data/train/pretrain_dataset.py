@@ -1,4 +1,12 @@
-"""Pretraining samples of one or several token files, built with megatron's datasets."""
+"""Pretraining samples of one or several token files, built with megatron's datasets.
+
+The order of a token file's samples, epoch after epoch, does not depend on how many are asked for. megatron's GPTDataset
+shuffles all epochs of a training together: with other --train-iters the order is another. Here epoch e is shuffled by
+(seed, e) alone, documents and samples; the first epoch is what megatron gives for a single one.
+
+Documents lie one after the other, those of the next epoch behind those of the last, and are cut into samples of
+`sequence_length` tokens (and one more to predict); a sample belongs to the epoch that it ends in.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +14,19 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from qwen3_npu.args.training import DataArgs
 from qwen3_npu.data.train.data_path import blend, cache_folder
+from qwen3_npu.data.train.index_cache import IndexCache
 from qwen3_npu.data.train.order import Blend
 from qwen3_npu.data.train.rows import Rows, pretraining_rows
-from qwen3_npu.data.train.text_order import TextDataset
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.errors import UsageError
 
@@ -77,6 +86,39 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
     if len(made) == 1:
         return Splits(*made[0])
     return Splits(*(_Blended(sets, shares) if None not in sets else None for sets in zip(*made, strict=True)))
+
+
+class TextDataset(GPTDataset):
+    """megatron's samples in this order. A node that does not see rank 0's index makes its own, which is the same."""
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Documents [epochs x documents]; samples [n + 1, 2], place among them and offset; order of samples [n]."""
+        stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        cache = IndexCache(Path(self.config.path_to_cache), stem, ("documents", "samples", "order"))
+        documents, samples, order = cache.arrays(self._indices)
+        return documents, samples, order
+
+    def _indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        from megatron.core.datasets import helpers  # compiled
+
+        length, extra = self.config.sequence_length, self.config.add_extra_token_to_sequence
+        per_epoch = self._get_num_tokens_per_epoch()
+        epochs = self._get_num_epochs(per_epoch)
+        documents, orders = [], []
+        for epoch in range(epochs):
+            seed = self.config.random_seed
+            random = np.random.RandomState(seed if epoch == 0 else [seed, epoch])
+            order = np.asarray(self.indices, np.int32).copy()
+            random.shuffle(order)
+            documents.append(order)
+            first, end = (max(n * per_epoch - extra, 0) // length for n in (epoch, epoch + 1))
+            samples = np.arange(first, end)
+            random.shuffle(samples)
+            orders.append(samples)
+        every = np.concatenate(documents)
+        lengths = np.array(self.dataset.sequence_lengths)
+        samples = helpers.build_sample_idx(lengths, every, length, epochs, per_epoch, True, extra)
+        return every, samples, np.concatenate(orders)
 
 
 class _Blended:

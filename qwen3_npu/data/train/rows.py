@@ -87,7 +87,7 @@ class Padding:
 
 def padding_multiple(pad_to_multiple_of: int, *, tensor: int, context: int) -> int:
     """What lengths must be a multiple of: --pad-to-multiple-of, sequence parallelism over `tensor` ranks, and two
-    pieces of the sequence on each of `context` ranks."""
+    chunks of the sequence on each of `context` ranks."""
     return math.lcm(pad_to_multiple_of, tensor * (2 * context if context > 1 else 1))
 
 

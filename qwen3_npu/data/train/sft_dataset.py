@@ -105,7 +105,7 @@ class SampleFiles(Protocol):
 
 
 class InstructionDataset:
-    """An endless row of samples: epoch after epoch, each in another order; several data sets in proportion."""
+    """An endless sequence of samples: epoch after epoch, each in another order; several data sets in proportion."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3_npu import schema
-from qwen3_npu.data.train.token_index import DTYPES, MAGIC, TokenIndex, pieces, read_index
+from qwen3_npu.data.train.token_index import DTYPES, MAGIC, TokenIndex, chunks, read_index
 from qwen3_npu.data.train.token_record import IdRange, TokenRecord, record_path
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import flush, rename
@@ -111,7 +111,7 @@ class IndexedWriter:
         self.made, self.ids = made or {}, IdRange()
         if resume and resume[0]:
             earlier = np.memmap(self._temporary()[0], np.int32, "r")
-            for part in pieces(len(earlier)):
+            for part in chunks(len(earlier)):
                 self.ids += IdRange.of(earlier[part])
 
     def _temporary(self) -> tuple[str, str]:
@@ -189,7 +189,7 @@ def publish(writers: Sequence[IndexedWriter]) -> None:
 def write_index(
     file: BinaryIO, lengths: np.ndarray, boundaries: np.ndarray | None = None, dtype: npt.DTypeLike = np.int32
 ) -> None:
-    """The .idx file of sequences with these lengths; written in pieces.
+    """The .idx file of sequences with these lengths; written in chunks.
 
     Args:
         boundaries: of documents; None: one document per sequence.
@@ -199,13 +199,13 @@ def write_index(
     ends = count + 1 if boundaries is None else len(boundaries)
     file.write(MAGIC + (1).to_bytes(8, "little") + bytes([code]))
     file.write(count.to_bytes(8, "little") + ends.to_bytes(8, "little"))
-    for piece in pieces(count):
-        file.write(lengths[piece].astype(np.int32).tobytes())
+    for chunk in chunks(count):
+        file.write(lengths[chunk].astype(np.int32).tobytes())
     offset = 0
-    for piece in pieces(count):
-        after = offset + np.cumsum(lengths[piece], dtype=np.int64) * size
+    for chunk in chunks(count):
+        after = offset + np.cumsum(lengths[chunk], dtype=np.int64) * size
         file.write(np.concatenate(([offset], after[:-1])).astype(np.int64).tobytes())
         offset = int(after[-1])
-    for piece in pieces(ends):
-        numbers = np.arange(piece.start, piece.stop, dtype=np.int64)
-        file.write(numbers.tobytes() if boundaries is None else boundaries[piece].astype(np.int64).tobytes())
+    for chunk in chunks(ends):
+        numbers = np.arange(chunk.start, chunk.stop, dtype=np.int64)
+        file.write(numbers.tobytes() if boundaries is None else boundaries[chunk].astype(np.int64).tobytes())

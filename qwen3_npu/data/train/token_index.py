@@ -23,7 +23,7 @@ from qwen3_npu.errors import UsageError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
-PIECE = 1 << 20  # sequences handled at once
+CHUNK = 1 << 20  # sequences handled at once
 _AGAIN = "preprocess the data again"
 
 
@@ -46,10 +46,10 @@ class TokenIndex:
     in_order: bool
 
 
-def pieces(count: int) -> Iterator[slice]:
-    """Slices of `PIECE` up to `count`."""
-    for start in range(0, count, PIECE):
-        yield slice(start, min(start + PIECE, count))
+def chunks(count: int) -> Iterator[slice]:
+    """Slices of `CHUNK` sequences up to `count`."""
+    for start in range(0, count, CHUNK):
+        yield slice(start, min(start + CHUNK, count))
 
 
 def read_index(path: Path, bin_bytes: int) -> TokenIndex:
@@ -97,15 +97,15 @@ def _damaged(path: Path, why: str) -> NoReturn:
 def _check_lengths(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, bin_bytes: int) -> bool:
     """Together the sequences are as long as the .bin file. Returns whether they lie in order."""
     position, in_order = 0, True
-    for piece in pieces(len(lengths)):
-        sizes = lengths[piece].astype(np.int64) * itemsize
+    for chunk in chunks(len(lengths)):
+        sizes = lengths[chunk].astype(np.int64) * itemsize
         if sizes.min() < 0:
-            _damaged(path, f"sequence {piece.start + int(sizes.argmin())} has {sizes.min() // itemsize} tokens")
+            _damaged(path, f"sequence {chunk.start + int(sizes.argmin())} has {sizes.min() // itemsize} tokens")
         after = position + np.cumsum(sizes)
-        in_order = in_order and bool(np.array_equal(offsets[piece], after - sizes))
+        in_order = in_order and bool(np.array_equal(offsets[chunk], after - sizes))
         position = int(after[-1])
         if position > bin_bytes:
-            position += int(lengths[piece.stop :].sum(dtype=np.int64)) * itemsize
+            position += int(lengths[chunk.stop :].sum(dtype=np.int64)) * itemsize
             break
     bin_ = path.with_suffix(".bin")
     if position > bin_bytes:
@@ -139,7 +139,7 @@ def _check_tiling(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize
 def _check_boundaries(path: Path, ends: np.ndarray, sequences: int) -> None:
     if ends[0] != 0 or ends[-1] != sequences:
         _damaged(path, f"its documents go from sequence {ends[0]} to {ends[-1]}, not from 0 to {sequences}")
-    for piece in pieces(len(ends)):
-        part = ends[piece.start : piece.stop + 1]
+    for chunk in chunks(len(ends)):
+        part = ends[chunk.start : chunk.stop + 1]
         if (part[1:] < part[:-1]).any():
-            _damaged(path, f"its documents are not in ascending order (from document {piece.start} on)")
+            _damaged(path, f"its documents are not in ascending order (from document {chunk.start} on)")

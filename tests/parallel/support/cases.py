@@ -30,8 +30,8 @@ from qwen3_npu.files import SealedFile
 from qwen3_npu.parity.measure import measure, trainer
 from qwen3_npu.parity.memory import activations
 from qwen3_npu.platform.base import Platform
-from qwen3_npu.training.expert_load import take_expert_load
-from qwen3_npu.training.report import means
+from qwen3_npu.training.reports.expert_load import take_expert_load
+from qwen3_npu.training.reports.report import means
 from qwen3_npu.training.step import evaluate_step
 
 llama.register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import dataclasses
 import subprocess
 import sys
@@ -25,11 +26,12 @@ LEVELS = {
     "model": 2,
     "distributed": 2,
 }
-LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4}
+LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4, "watch": 3}
 # Importable anywhere, without torch.
 LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "lease", "processes")
 LIGHT += ("model.arch", "model.sizes")
 LIGHT += ("console", "files", "distributed.layout", "distributed.environment", "plan")
+LIGHT += ("watch.state", "watch.judge", "watch.watcher", "watch.stragglers", "watch.here")
 SIDEWAYS_ALLOWED = {("evaluation", "inference"), ("model", "distributed"), ("distributed", "model")}
 
 
@@ -102,11 +104,6 @@ def test_rooms_of_checkpoint_are_in_order(module: str, path: Path) -> None:
             assert room == own or ROOMS[room] < ROOMS[own], f"{module} imports {imported}"
 
 
-def test_no_folder_has_more_than_15_python_files() -> None:
-    folders = {path.parent for path in (PACKAGE / "checkpoint").rglob("*.py")}
-    assert not [folder for folder in folders if len(list(folder.glob("*.py"))) > 15]
-
-
 @pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: x if isinstance(x, str) else "")
 def test_vendor_imports_are_in_their_place(module: str, path: Path) -> None:
     roots = {name.split(".")[0] for name in imports(path)}
@@ -115,9 +112,59 @@ def test_vendor_imports_are_in_their_place(module: str, path: Path) -> None:
     assert not any(name.startswith("megatron.training") for name in imports(path))
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: x if isinstance(x, str) else "")
-def test_files_are_small(module: str, path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400, "split it by idea"
+def sources() -> list[Path]:
+    """Every Python file of the project: package, scripts, tests, benchmarks."""
+    folders = (PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "examples")
+    return [*ENTRY_POINTS, *(path for folder in folders for path in sorted(folder.rglob("*.py")))]
+
+
+def test_files_are_small() -> None:
+    long = [f"{path.relative_to(ROOT)}: {count}" for path in sources() if (count := lines(path)) > 400]
+    assert not long, "split them by idea"
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_folder_has_more_than_15_python_files() -> None:
+    found = collections.Counter(path.parent for path in sources())
+    assert not {str(folder.relative_to(ROOT)): count for folder, count in found.items() if count > 15}
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    long = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 60:
+                long.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not long
+
+
+def test_every_import_of_the_package_is_there() -> None:
+    """Also of benchmarks and scripts of tests, which no test runs."""
+    trees = {name: ast.parse(path.read_text()) for name, path in modules()}
+    missing = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qwen3_npu":
+                module = (node.module or "").removeprefix("qwen3_npu").removeprefix(".")
+                for alias in node.names:
+                    inner = f"{module}.{alias.name}".removeprefix(".")
+                    if inner not in trees and (module not in trees or alias.name not in names_of(trees[module])):
+                        missing.append(f"{path.relative_to(ROOT)}: {inner}")
+    assert not missing
+
+
+def names_of(tree: ast.Module) -> set[str]:
+    """What a module defines or imports."""
+    found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
 
 
 def test_light_modules_import_no_torch() -> None:
@@ -147,8 +194,9 @@ def flag_groups() -> list[type]:
     import importlib
 
     found = []
-    for path in (PACKAGE / "args").glob("*.py"):
-        module = importlib.import_module(f"qwen3_npu.args.{path.stem}" if path.stem != "__init__" else "qwen3_npu.args")
+    for path in (PACKAGE / "args").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
         found += [v for v in vars(module).values() if dataclasses.is_dataclass(v) and v.__module__ == module.__name__]
     return found
 

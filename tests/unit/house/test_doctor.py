@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_npu.args.doctor import DoctorArgs
+from qwen3_npu.args.tools.doctor import DoctorArgs
 from qwen3_npu.doctor.checks import diagnose
 from qwen3_npu.doctor.findings import BLOCKER, WARNING, show
 from qwen3_npu.doctor.hosts import look_at_hosts, read_hostfile

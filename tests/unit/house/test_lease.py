@@ -150,7 +150,7 @@ def test_a_second_training_is_refused_on_rank_0(
     tmp_path: Path, other: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qwen3_npu.args.training import CheckpointArgs
-    from qwen3_npu.training.saving import leased
+    from qwen3_npu.training.checkpoints.saving import leased
 
     args = CheckpointArgs(save=str(tmp_path / "out"))
     with pytest.raises(UsageError, match=rf"--save .*out is being written by process {other.pid} .*another --save"):

@@ -10,7 +10,7 @@ import pytest
 from qwen3_npu import cli
 from qwen3_npu.args import convert, evaluation, inference, preprocess, pretrain
 from qwen3_npu.args.foreign import FOREIGN
-from qwen3_npu.args.switches import check_switches
+from qwen3_npu.args.rules.switches import check_switches
 from qwen3_npu.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_npu.args.plan import PlanArgs
+from qwen3_npu.args.tools.plan import PlanArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.device import DEVICES, GIB, find_device
@@ -178,7 +178,7 @@ def test_the_command_line_of_the_first_layout_is_one_that_training_accepts(tmp_p
     """The printed command goes through the training's own parser and checks."""
     from qwen3_npu import cli
     from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
-    from qwen3_npu.training.plan import plan_training
+    from qwen3_npu.training.prepare.plan import plan_training
 
     result = run("--model", "qwen3-235b-a22b", "--devices", "256", "--global-batch-size", "1024")
     assert result.returncode == 0, result.stderr

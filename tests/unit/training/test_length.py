@@ -8,7 +8,7 @@ from qwen3_npu import cli
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.data.train.data_path import DataFacts
 from qwen3_npu.errors import UsageError
-from qwen3_npu.training import length
+from qwen3_npu.training.prepare import length
 
 
 def args(*flags: str) -> PretrainArgs:

@@ -11,7 +11,7 @@ import torch
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.platform import select
-from qwen3_npu.training.profiling import Profiling
+from qwen3_npu.training.reports.profiling import Profiling
 
 
 class Recorder:

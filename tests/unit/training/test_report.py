@@ -14,7 +14,7 @@ import tiny
 def test_skipped_updates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are no part of a mean loss, and metrics.jsonl is JSON to every reader."""
     from qwen3_npu.platform import select
-    from qwen3_npu.training.report import Reporter
+    from qwen3_npu.training.reports.report import Reporter
     from qwen3_npu.training.step import NOTHING, StepResult
 
     caplog.set_level("INFO", "qwen3_npu")

@@ -51,7 +51,7 @@ def prepared(
     job: str = "this job",
 ) -> tuple[CheckpointArgs, LoraArgs, str]:
     """What the so-many-th start of a job loads by, and what it says."""
-    from qwen3_npu.training.saving import continued, prepare
+    from qwen3_npu.training.checkpoints.saving import continued, prepare
 
     lora = lora or LoraArgs()
 
@@ -199,7 +199,7 @@ def test_a_job_has_names_of_its_own() -> None:
 
 
 def test_a_line_that_was_cut_is_dropped(tmp_path: Path) -> None:
-    from qwen3_npu.training.report import _open_lines
+    from qwen3_npu.training.reports.report import _open_lines
 
     path = tmp_path / "metrics.jsonl"
     for before, after in ((None, ""), ("", ""), ("one\n", "one\n"), ("one\ntw", "one\n"), ("on", "")):
@@ -249,7 +249,7 @@ def test_nan_weights_are_not_saved(process: object) -> None:
 
 def test_an_export_that_fails_is_a_warning_and_counted(tmp_path: Path, process: object) -> None:
     """Its process ends with an error: there is no checkpoint to convert."""
-    from qwen3_npu.training.hf_export import HfExport
+    from qwen3_npu.training.checkpoints.hf_export import HfExport
 
     args = CheckpointArgs(save=str(tmp_path), save_hf_interval=1)
     export = HfExport(args, LoraArgs(), rank=0)

@@ -1,0 +1,69 @@
+"""Flags that do something only beside another one. Given alone they are refused, never ignored. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.cli import option
+from qwen3_npu.errors import UsageError
+
+# What is meant to be on, how to tell, and the flags without effect while it is off.
+_SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ...] = (
+    (
+        "--lora-target-modules (without it all weights are trained)",
+        lambda args: args.lora.on,
+        ("lora_alpha", "lora_dropout", "foreign --lora-fusion", "foreign --lora-register-forward-hook"),
+    ),
+    (
+        "--moe-expert-capacity-factor",
+        lambda args: args.train.moe_expert_capacity_factor is not None,
+        ("moe_token_drop_policy",),
+    ),
+    ("--loss-compute-mode chunk", lambda args: args.train.loss_compute_mode == "chunk", ("loss_chunk_size",)),
+    (
+        "--lr-decay-style WSD",
+        lambda args: args.optimizer.lr_decay_style == "WSD",
+        ("lr_wsd_decay_iters", "lr_wsd_decay_style"),
+    ),
+    (
+        "--save-hf-interval or --enable-mg2hf-convert",
+        lambda args: bool(args.checkpoint.save_hf_interval or args.checkpoint.enable_mg2hf_convert),
+        ("hf_save_dir",),
+    ),
+    (
+        "--load",
+        lambda args: args.checkpoint.load is not None,
+        ("ckpt_step", "exit_on_missing_checkpoint", "allow_changed"),
+    ),
+)
+
+
+def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
+    """What the command line left to a default that the user should know of, a line each.
+
+    Args:
+        given: names of the flags that were on the command line, as in `cli.Parsed`.
+
+    Raises:
+        UsageError: a flag that has no effect, for want of another.
+    """
+    given = set(given)
+    if "context_parallel_algo" in given and "context_parallel_size" not in given:
+        raise UsageError(
+            "--context-parallel-algo has no effect without --context-parallel-size; add it or drop the flag"
+        )
+    for switch, is_on, flags in _SWITCHES:
+        idle = [option(name.removeprefix("foreign --")) for name in flags if name in given]
+        if idle and not is_on(args):
+            raise UsageError(f"{', '.join(idle)}: no effect without {switch}; add it or drop the flag")
+    said = []
+    if args.lora.on and "lora_r" not in given:
+        said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")
+    steps, warm = args.train.train_iters, args.optimizer.lr_warmup_iters
+    if steps is not None and warm > steps:
+        said.append(f"warning: --lr-warmup-iters {warm} is above --train-iters {steps}: --lr is never reached")
+    if args.data.is_instruction:
+        mean = "token mean; MindSpeed-LLM's is micro-batch mean: --loss-normalization micro-batch"
+        said.append(f"loss: {mean if args.train.loss_normalization == 'token' else 'micro-batch mean'}")
+    return said

@@ -1,0 +1,1 @@
+"""Flags of the tools: `python -m qwen3_npu.doctor`, `.parity` and `.plan`."""

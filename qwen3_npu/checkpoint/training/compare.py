@@ -1,0 +1,112 @@
+"""What a resumed training was begun with against what the flags say: refused, warned of, or of no matter. No torch.
+
+The names are those of Megatron's args where it has one, so a checkpoint of Megatron is compared as far as it says. The
+layout, the micro-batch and everything else that is not in `RULES` may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qwen3_npu import log
+from qwen3_npu.args.rules.resume import REFUSED
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch
+
+# Learning rate and weight decay are told by the schedule itself (`load.py`).
+_WARNED = (
+    *("loss_normalization", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "attention_dropout", "hidden_dropout"),
+    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_expert_capacity_factor", "moe_token_drop_policy"),
+    *("moe_router_load_balancing_type", "moe_router_dtype", "prompt_type", "enable_thinking", "tokenizer_digest"),
+)
+# Why a change is not taken up in silence.
+_REASONS = {
+    "position": "the position counts samples: text would be repeated or skipped",
+    "steps": "steps and learning rate no longer mean the same",
+    "model": "the weights were trained as another model",
+    "numbers": "weights and optimizer state were made in another precision",
+}
+
+
+class Change(NamedTuple):
+    """One fact that is another than in the checkpoint. `refused`: why it is not taken up; None: it is only told."""
+
+    name: str
+    before: Any
+    now: Any
+    refused: str | None
+
+    def __str__(self) -> str:
+        return f"{self.name} {shown(self.before)}, now {shown(self.now)}"
+
+
+def shown(value: Any) -> str:
+    """A fact for a message; digests by their first letters."""
+    words = value if isinstance(value, list | tuple) else [value]
+    return " ".join(str(word)[:12] if _is_digest(word) else str(word) for word in words)
+
+
+def _is_digest(word: Any) -> bool:
+    return isinstance(word, str) and len(word) > 15 and all(c in "0123456789abcdef" for c in word)
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, str) and isinstance(now, str):  # Megatron's --split is "969, 30, 1"
+        return before.replace(" ", "") == now.replace(" ", "")
+    if isinstance(before, list | tuple) and isinstance(now, list | tuple):
+        return list(before) == list(now)
+    return bool(before == now)
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
+    """The facts that differ, refused ones first, and the names that the checkpoint does not say.
+
+    Args:
+        saved: the args in the checkpoint.
+        now: the same facts as the flags say them.
+    """
+    found, unsaid = [], []
+    for name in [*REFUSED, *_WARNED]:
+        if name not in now:
+            continue
+        if name not in saved or (name in REFUSED and saved[name] is None):
+            unsaid.append(name)
+        elif not _same(saved[name], now[name]):
+            why = _REASONS[REFUSED[name]] if name in REFUSED else None
+            found.append(Change(name, saved[name], now[name], why))
+    return found, unsaid
+
+
+def model_facts(arch: Qwen3Arch) -> dict[str, Any]:
+    """What weights of the same shapes may have been trained with: these names of `REFUSED`."""
+    facts: dict[str, Any] = {"rotary_base": arch.rope_theta, "norm_epsilon": arch.rms_norm_eps}
+    facts["rope_scaling"] = str(arch.rope_scaling or "plain RoPE")
+    if arch.is_moe:
+        facts |= {"moe_router_topk": arch.num_experts_per_tok, "norm_topk_prob": arch.norm_topk_prob}
+    return facts
+
+
+def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    """Tell what changed since a checkpoint was saved.
+
+    Args:
+        allowed: names of --allow-changed.
+        where: names the checkpoint.
+
+    Raises:
+        UsageError: what must not change has, and is not allowed to.
+    """
+    found, unsaid = changes(saved, now)
+    refused = [change for change in found if change.refused and change.name not in allowed]
+    if refused:
+        reasons = "; ".join(dict.fromkeys(str(change.refused) for change in refused))
+        raise UsageError(
+            f"{where} was saved with {'; '.join(map(str, refused))} ({reasons}): give the flags of then, --finetune to "
+            f"start at step 0 with its weights, or --allow-changed {' '.join(change.name for change in refused)}"
+        )
+    for change in found:
+        why = f" ({change.refused}; allowed by --allow-changed)" if change.refused else ""
+        log.warning_once(f"resumed with another setting: {change}{why}")
+    if unsaid:
+        log.info(f"not compared with {where}, which does not say them: {', '.join(unsaid)}")

@@ -1,0 +1,1 @@
+"""The checkpoints of a training and the Hugging Face directories beside them."""

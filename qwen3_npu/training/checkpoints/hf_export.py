@@ -1,0 +1,94 @@
+"""Hugging Face directories of a training's checkpoints, written by a process beside the training.
+
+The checkpoint on disk is converted as convert_ckpt.py does it: the folder must be one that all nodes share, and what is
+written is what the checkpoint holds. LoRA adapters are merged into their model.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from qwen3_npu import log
+from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
+from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.args.training import CheckpointArgs
+from qwen3_npu.checkpoint.formats.folders import iteration_name
+from qwen3_npu.checkpoint.formats.open import find
+
+
+def _convert(args: ConvertArgs, lora: LoraConvertArgs) -> None:
+    """The body of the process."""
+    log.setup(rank=1)  # warnings only; the training is_main for it
+    os.nice(10)
+    from qwen3_npu.checkpoint.convert.run import convert
+
+    convert(args, TargetArgs(), lora, LegacyConvertArgs())
+
+
+class HfExport:
+    """Writes one directory at a time. Rank 0 works, the others do nothing."""
+
+    def __init__(self, args: CheckpointArgs, lora: LoraArgs, rank: int) -> None:
+        self.args, self.lora, self.works = args, lora, rank == 0
+        self.process: BaseProcess | None = None
+        self.folder = Path()
+        self.failures = 0  # directories that could not be written
+
+    def due(self, iteration: int, is_last: bool) -> bool:
+        """Whether a directory of this step is asked for."""
+        interval = self.args.save_hf_interval
+        return bool(interval and iteration % interval == 0) or (self.args.enable_mg2hf_convert and is_last)
+
+    def start(self, iteration: int) -> None:
+        """Begin to convert the checkpoint of this step, which must be whole; the directory before must be finished."""
+        if not self.works:
+            return
+        self.folder = Path(self.args.hf_save_dir or str(self.args.save)) / f"mg2hf_iteration{iteration}"
+        saved = Path(str(self.args.save)) / iteration_name(iteration)
+        base, kind, lora = saved, MEGATRON, LoraConvertArgs(lora_check=False)
+        if self.lora.lora_ckpt_filter:
+            base = Path(str(self.args.load))
+            found = find(base, self.args.ckpt_step)
+            assert found is not None, "it was loaded"
+            base, kind = found.folder, found.kind
+            lora = LoraConvertArgs(lora_check=False, lora_load=str(saved))
+        elif self.lora.on:
+            lora = LoraConvertArgs(lora_check=False, lora_r=self.lora.lora_r)
+        args = ConvertArgs(
+            load_model_type=kind,
+            save_model_type=HF,
+            load_dir=str(base),
+            save_dir=str(self.folder),
+            hf_cfg_dir=str(self.args.save),
+            jobs=1,
+            overwrite=True,
+        )
+        self.process = multiprocessing.get_context("spawn").Process(target=_convert, args=(args, lora))
+        try:
+            self.process.start()
+        except OSError as error:
+            self.process = None
+            self._failed(f"no process for it could be started: {error.strerror}")
+            return
+        log.info(f"writing: {self.folder} (Hugging Face) in the background")
+
+    def finish(self) -> None:
+        """Wait for the directory that is being written. One that could not be is a warning: training goes on."""
+        if self.process is None:
+            return
+        self.process.join()
+        code, self.process = self.process.exitcode, None
+        if code:
+            self._failed("the reason stands above")
+        else:
+            log.info(f"saved: {self.folder} (Hugging Face)")
+
+    def _failed(self, reason: str) -> None:
+        self.failures += 1
+        log.warning(
+            f"{self.folder} could not be written ({reason}); the checkpoints are whole, training goes on, and "
+            f"convert_ckpt.py can write it later ({self.failures} such directories so far)"
+        )

@@ -1,0 +1,166 @@
+"""A training's checkpoints: resume, save, finish."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from qwen3_npu import log
+from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.args.training import CheckpointArgs
+from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, iterations
+from qwen3_npu.checkpoint.training import load, save
+from qwen3_npu.checkpoint.training.save import Position, Trained
+from qwen3_npu.checkpoint.training.writing import Writing
+from qwen3_npu.distributed import environment
+from qwen3_npu.errors import Stopped
+from qwen3_npu.files import check_writable, same_folder, write_text
+from qwen3_npu.lease import Lease, folder_lease
+
+_BEFORE = "before_this_run.json"  # which job, and what the tracker was when it began: later ones are its own
+
+
+def prepare(args: CheckpointArgs, lora: LoraArgs) -> None:
+    """Look at the folders before anything costly.
+
+    Raises:
+        UsageError: --save cannot be written.
+    """
+    if args.save is None:
+        if args.save_interval or args.async_save or args.save_total_limit:
+            log.info("no checkpoint will be saved: there is no --save")
+        return
+    root = Path(args.save)
+    check_writable(root, "--save")
+    if environment.restarts() == 0 and not _resumes(args, lora) and (there := iterations(root)):
+        log.info(
+            f"warning: --save {root} already holds checkpoints up to {iteration_name(there[0])}, and --load is "
+            f"{args.load or 'not given'}: they are replaced as this training reaches their steps; to continue "
+            f"them give --{'lora-' * lora.lora_ckpt_filter}load {root}"
+        )
+
+
+@contextlib.contextmanager
+def leased(args: CheckpointArgs) -> Iterator[Lease | None]:
+    """The lease of --save, on rank 0, for as long as the context lasts. Raises: UsageError: another process has it."""
+    if args.save is None or environment.ranks()[0] > 0:
+        yield None
+    else:
+        with folder_lease(Path(args.save), "--save") as lease:
+            yield lease
+
+
+def continued(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, LoraArgs]:
+    """The flags by which to load. Every rank must call this.
+
+    A job that torchrun has restarted goes on from the newest checkpoint that it has saved itself.
+    """
+    if args.save is None or _resumes(args, lora):
+        return args, lora
+    said = [_has_saved(Path(args.save)) if dist.get_rank() == 0 else False]
+    dist.broadcast_object_list(said, 0)
+    if not said[0]:
+        return args, lora
+    instead = f"--lora-load {lora.lora_load}" if lora.lora_ckpt_filter else f"--load {args.load}"
+    log.info(f"restarted by torchrun: going on from {args.save} instead of {instead}")
+    args = dataclasses.replace(args, finetune=False, load_optim=args.save_optim, load_rng=args.save_rng)
+    if lora.lora_ckpt_filter:  # the base is not saved
+        return args, dataclasses.replace(lora, lora_load=args.save)
+    return dataclasses.replace(args, load=args.save, ckpt_step=None), dataclasses.replace(lora, lora_load=None)
+
+
+def _resumes(args: CheckpointArgs, lora: LoraArgs) -> bool:
+    """Whether --save is where this training is loaded from."""
+    loads = [load for load in (args.load, lora.lora_load) if load is not None]
+    return any(same_folder(load, str(args.save)) for load in loads)
+
+
+def _has_saved(root: Path) -> bool:
+    """Whether this job has saved a checkpoint in an earlier start; rank 0's part."""
+    job, state = environment.job_names(), _tracker_state(root)
+    before = _before(root)
+    # Of another job: this is the first start, or those before were killed before they came here, and saved nothing.
+    if environment.restarts() == 0 or not set(job) & set(before["job"]):
+        write_text(root / _BEFORE, json.dumps({"job": job, "tracker": state}))
+        return False
+    return state not in (None, before["tracker"])
+
+
+def _tracker_state(root: Path) -> list | None:
+    """The tracker's text and time."""
+    try:
+        return [(root / TRACKER).read_text(encoding="utf-8"), (root / TRACKER).stat().st_mtime_ns]
+    except FileNotFoundError:
+        return None
+
+
+def _before(root: Path) -> dict[str, Any]:
+    try:
+        return json.loads((root / _BEFORE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"job": []}
+
+
+class Saver:
+    """Loads and saves what is trained. Every rank must call every method.
+
+    Args:
+        args: as `prepare` gave them.
+        extra: further entries of the saved args, and what a checkpoint that is resumed must agree with.
+        config: folder whose config.json and tokenizer files are carried along.
+    """
+
+    def __init__(
+        self, trained: Trained, args: CheckpointArgs, lora: LoraArgs, extra: dict[str, Any], config: Path | None
+    ) -> None:
+        self.trained, self.args, self.lora, self.extra, self.config = trained, args, lora, extra, config
+        self.pending: Writing | None = None
+        self.lease: Lease | None = None  # of --save, on rank 0; a training under test has none
+
+    def load(self) -> Position:
+        """Weights and, when resuming, everything else. Raises: UsageError: see `load.load`."""
+        return load.load(self.trained, self.args, self.lora.lora_load, self.extra)
+
+    def save(self, position: Position) -> None:
+        """A checkpoint of this step in --save; with --async-save it is being written when this returns.
+
+        Raises:
+            Stopped: it, or the one before, could not be written, or --save has become another process's.
+        """
+        began = time.perf_counter()
+        self.finish()
+        self._check_lease()
+        writing = save.begin_save(
+            self.trained, position, self.args, self.extra, self.config, adapter_only=self.lora.lora_ckpt_filter
+        )
+        if self.args.async_save:
+            self.pending = writing
+        else:
+            writing.wait()
+        done = "being saved" if self.args.async_save else "saved"
+        log.info(f"{done}: {writing.what}; training was held up for {time.perf_counter() - began:.2f} s")
+
+    def _check_lease(self) -> None:
+        said: list[str | None] = [None]
+        try:
+            if self.lease is not None:
+                self.lease.check()
+        except (Stopped, OSError) as error:
+            said = [str(error)]
+        dist.broadcast_object_list(said, 0)
+        if said[0] is not None:
+            raise Stopped(said[0])
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. Raises: Stopped: it could not be."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.wait()
+            log.info(f"saved: {pending.what}")

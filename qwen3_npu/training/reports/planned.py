@@ -1,0 +1,97 @@
+"""What was planned against what is measured: of rank 0, after its third step and at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from qwen3_npu.plan.device import GIB
+from qwen3_npu.plan.report import layout_words
+from qwen3_npu.plan.verdict import Verdict
+from qwen3_npu.platform.base import Platform
+
+_TOLD_AT = 3  # steps of this run; the first is no part of a mean: it warms up
+_LARGE = 0.15
+
+
+class PlannedMeasured:
+    """Clock and comparison of one run. It waits for the device twice: after steps 1 and 3.
+
+    Memory is what tensors take on this device at the peak, so the runtime's reserve is left out of the plan.
+
+    Args:
+        write: one record for metrics.jsonl.
+        tell: one line for the console.
+    """
+
+    def __init__(
+        self,
+        platform: Platform,
+        verdict: Verdict,
+        *,
+        write: Callable[[int, dict[str, str | float]], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.platform, self.verdict, self.write, self.tell = platform, verdict, write, tell
+        self.steps, self.start, self.places = 0, 0.0, 0.0
+        self.latest: tuple[int, int, float, float] | None = None  # iteration, steps, seconds, places
+        self.told = 0
+
+    def step(self, iteration: int, places: float) -> None:
+        """Count a step with so many places of tokens, padding included."""
+        self.steps += 1
+        if self.steps == 1:
+            self.platform.synchronize()
+            self.start = time.perf_counter()
+            return
+        self.places += places
+        if self.steps == _TOLD_AT:
+            self.platform.synchronize()
+            self.synchronized(iteration)
+            self._report()
+
+    def synchronized(self, iteration: int) -> None:
+        """Somebody has just waited for the device."""
+        if self.steps > 1:
+            self.latest = iteration, self.steps, time.perf_counter() - self.start, self.places
+
+    def pause(self, seconds: float) -> None:
+        """So long something else than training was done."""
+        self.start += seconds
+
+    def close(self) -> None:
+        """The mean over all steps, if it is not told yet."""
+        if self.latest is not None and self.latest[1] > self.told:
+            self._report()
+
+    def _report(self) -> None:
+        assert self.latest is not None
+        iteration, steps, elapsed, places = self.latest
+        self.told = steps
+        verdict = self.verdict
+        stage = verdict.stages[0]
+        planned_bytes, planned_seconds = stage.total - stage.reserve, verdict.time.total
+        seconds, memory = elapsed / (steps - 1), float(self.platform.memory_peak())
+        more_memory, more_time = memory / planned_bytes - 1, seconds / planned_seconds - 1
+        line = (
+            f"planned {planned_bytes / GIB:.1f} GiB, measured {memory / GIB:.1f} ({100 * more_memory:+.0f} %); "
+            f"planned {planned_seconds:.3g} s/step, measured {seconds:.3g} ({100 * more_time:+.0f} %)"
+        )
+        setup = verdict.setup
+        share = places / (steps - 1) / (setup.global_batch * setup.seq_length)
+        if abs(share - 1) > _LARGE:
+            line += f"; a step had {100 * share:.0f} % of the tokens planned"
+        elif max(abs(more_memory), abs(more_time)) > _LARGE:
+            line += "; python -m qwen3_npu.plan --learn makes a table of this run, for plans to come"
+        self.tell(line)
+        self.write(
+            iteration,
+            {
+                "device": verdict.device.name,
+                "layout": layout_words(verdict),
+                "planned_step_seconds": planned_seconds,
+                "measured_step_seconds": seconds,
+                "planned_bytes": planned_bytes,
+                "measured_bytes": memory,
+            },
+        )

@@ -1,0 +1,242 @@
+"""What a training tells: a line on the console, metrics.jsonl, tensorboard. Rank 0 only."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from qwen3_npu import log
+from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
+from qwen3_npu.plan.verdict import Verdict
+from qwen3_npu.platform.base import Platform
+from qwen3_npu.progress import duration, human
+from qwen3_npu.training.reports.expert_load import ExpertLoad
+from qwen3_npu.training.reports.planned import PlannedMeasured
+from qwen3_npu.training.step import NOTHING, StepResult, Tally
+
+
+def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
+    """An objective's metrics by name.
+
+    Where it counts chosen and rejected answers (`count/chosen`), the means of the ones and the others are over these,
+    and what no answer tells is left out; all else are means over the units of its loss.
+    """
+    sums = dict(zip(names, tally.metrics, strict=True))
+    counts = {name.partition("/")[2]: value for name, value in sums.items() if name.startswith("count/")}
+    found = {}
+    for name, value in sums.items():
+        if (count := counts.get(name.partition("/")[2], tally.loss_weight)) and not name.startswith("count/"):
+            found[name] = value / count
+    if counts and all(counts.values()):
+        found["rewards/margin"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found
+
+
+@dataclasses.dataclass
+class _Window:
+    """Steps since the last line.
+
+    Attributes:
+        loss: sum of the losses of the `learned_steps` steps that were not skipped.
+        computed, learned: of all steps, and of those that were not skipped.
+    """
+
+    steps: int = 0
+    learned_steps: int = 0
+    loss: float = 0.0
+    computed: Tally = NOTHING
+    learned: Tally = NOTHING
+    start: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        self.computed += result.tally
+        if not result.skipped:
+            self.learned_steps += 1
+            self.loss += result.loss
+            self.learned += result.tally
+
+    def preference(self, names: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+        """Means over the answers of all steps, as values and as text."""
+        values = means(self.computed, names)
+        shown = [f"{name} {values[key]:.4f}" for name in ("accuracy", "margin") if (key := f"rewards/{name}") in values]
+        return values, [", ".join(shown)] if shown else []
+
+    def fine_tuning(self) -> tuple[dict[str, float], list[str]]:
+        """What is worth telling where not every token is learned: values, and as text. Empty for pretraining."""
+        computed, learned = self.computed, self.learned
+        if computed.tokens == computed.places:
+            return {}, []
+        packing = computed.real_tokens / computed.places
+        share = computed.tokens / max(computed.real_tokens, 1)
+        values = {"packing_efficiency": packing, "supervised_share": share}
+        texts = [f"{100 * share:.1f} % supervised", f"{100 * (1 - packing):.1f} % padding"]
+        answers = learned.tokens - learned.think_tokens
+        if learned.think_tokens and answers:
+            values["think_loss"] = learned.think_loss / learned.think_tokens
+            values["answer_loss"] = (learned.token_loss - learned.think_loss) / answers
+            texts.append(f"think {values['think_loss']:.4f}, answer {values['answer_loss']:.4f}")
+        return values, texts
+
+
+def _open_lines(path: Path) -> TextIO:
+    """To write lines behind those there; without the last one if a killed process has not finished it."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+class Reporter:
+    """Collects steps and reports every `interval` of them.
+
+    Args:
+        devices: all of the job; rates are per device.
+        first, last: steps before and after this run.
+        names: of the metrics that steps have beside the loss.
+        folder: of metrics.jsonl and tensorboard events; None for the console only.
+        verdict: what was planned; None: nothing was.
+    """
+
+    def __init__(
+        self,
+        platform: Platform,
+        arch: Qwen3Arch,
+        *,
+        devices: int,
+        interval: int,
+        first: int,
+        last: int,
+        folder: Path | None,
+        is_main: bool,
+        names: Sequence[str] = (),
+        verdict: Verdict | None = None,
+    ) -> None:
+        self.names = names
+        self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
+        self.peak = platform.peak_flops()
+        self.window = _Window()
+        self.metrics: TextIO | None = None
+        self.tensorboard: Any = None
+        self.planned: PlannedMeasured | None = None
+        if verdict is not None and is_main:
+            self.planned = PlannedMeasured(platform, verdict, write=self._record, tell=log.info)
+        if folder is not None and is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.metrics = _open_lines(folder / "metrics.jsonl")
+            # Here, not at the top: it takes a second, and only rank 0 with a folder needs it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder), purge_step=first + 1)
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether the step `iteration` ends with a line."""
+        return iteration % self.interval == 0 or iteration == self.last
+
+    def step(self, iteration: int, result: StepResult, load: ExpertLoad | None = None) -> None:
+        """Count one training step; it is `iteration` (from 1).
+
+        Args:
+            load: of the experts since the last line; only where `is_due`.
+        """
+        self.window.add(result)
+        if result.skipped:
+            self._write(iteration, {"skipped": 1.0})
+        self._write(iteration, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate})
+        if self.is_due(iteration):
+            self._line(iteration, result, load)
+        if self.planned is not None:
+            self.planned.step(iteration, result.tally.places)
+            if self.is_due(iteration):
+                self.planned.synchronized(iteration)
+
+    def _line(self, iteration: int, result: StepResult, load: ExpertLoad | None) -> None:
+        self.platform.synchronize()
+        window = self.window
+        elapsed = time.perf_counter() - window.start
+        seconds, per_device_second = elapsed / window.steps, self.devices * elapsed
+        real = window.computed.real_tokens
+        tokens, supervised = real / per_device_second, window.computed.tokens / per_device_second
+        # A token attends to the stretch that it is in: on average so many tokens long.
+        flops = tokens * flops_per_token(self.arch, window.computed.squares / max(real, 1))
+        more, texts = window.preference(self.names) if self.names else window.fine_tuning()
+        if load is not None:
+            more |= load.values()
+            texts.append(str(load))
+            for number, tokens_of in zip(load.layers, load.tokens, strict=True):
+                self._bars(iteration, f"moe/load_layer_{number:03d}", tokens_of)
+        memory = self.platform.memory_peak() / 2**30
+        width = len(str(self.last))
+        parts = [
+            f"step {iteration:>{width}}/{self.last}",
+            f"loss {window.loss / window.learned_steps:.6f}" if window.learned_steps else "every update skipped",
+            f"grad norm {result.grad_norm:.4f}",
+            f"lr {result.learning_rate:.4e}",
+            f"{human(tokens, 'tokens/s')}/device",
+            *texts,
+            f"{human(flops, 'FLOP/s')}/device",
+        ]
+        rates = {
+            "tokens_per_s_per_device": tokens,
+            "supervised_tokens_per_s_per_device": supervised,
+            "tflops_per_device": flops / 1e12,
+            "memory_gib": memory,
+        }
+        if self.peak:
+            parts.append(f"MFU {100 * flops / self.peak:.1f} %")
+            rates["mfu"] = flops / self.peak
+        parts += [f"{memory:.2f} GiB", f"{seconds:.3g} s/step", f"{duration((self.last - iteration) * seconds)} left"]
+        log.info(" | ".join(parts))
+        self._write(iteration, rates | {"seconds_per_step": seconds} | more)
+        self.window = _Window()
+
+    def evaluation(self, iteration: int, split: str, tally: Tally) -> None:
+        """The loss on another split after `iteration` steps, and what else the objective tells."""
+        values = {f"{split}_{name}": value for name, value in means(tally, self.names).items()}
+        told = "".join(
+            f" | {name} {value:.4f}" for name, value in values.items() if "accuracy" in name or "margin" in name
+        )
+        log.info(f"step {iteration} | {split} loss {tally.loss:.6f}{told}")
+        self._write(iteration, {f"{split}_loss": tally.loss, **values})
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the rates what is not training (evaluation, checkpoints)."""
+        self.platform.synchronize()
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self.window.start += seconds
+        if self.planned is not None:
+            self.planned.pause(seconds)
+
+    def _write(self, iteration: int, values: dict[str, float]) -> None:
+        if self.metrics is not None:
+            # JSON has no NaN.
+            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._record(iteration, line)
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, iteration)
+                if name == "loss":  # what tools for Megatron's logs look for
+                    self.tensorboard.add_scalar("lm loss", value, iteration)
+
+    def _record(self, iteration: int, values: Mapping[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(json.dumps({"step": iteration, **values}) + "\n")
+
+    def _bars(self, iteration: int, name: str, values: Any) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.add_histogram(name, values, iteration)
+
+    def close(self) -> None:
+        if self.planned is not None:
+            self.planned.close()
+        if self.metrics is not None:
+            self.metrics.close()
+            self.tensorboard.close()

@@ -1,0 +1,172 @@
+"""Every collective of torch.distributed is noted where all its functions meet: at the methods of ProcessGroup.
+
+That also covers the functions that megatron took from torch at import, collectives of objects, and batched sends.
+A call is entered when it is made and left when `wait` of its work returns. What is computed does not change.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch._C._distributed_c10d import Work
+from torch.distributed import ProcessGroup, get_global_rank, get_process_group_ranks
+
+from qwen3_npu.watch.state import State
+
+
+class _Kind(NamedTuple):
+    """How a method of ProcessGroup is called.
+
+    Attributes:
+        name: of the function that users know.
+        tensor: the argument whose shape is the same on all ranks; None: there is none.
+        sized: whether that shape is the same on all ranks, or the dtype alone.
+        peer: the argument that is the other rank, for sends (1) and receives (-1) in `way`.
+    """
+
+    name: str
+    tensor: int | None = 0
+    sized: bool = True
+    way: int = 0
+
+
+# Method -> kind. The names of torch 2.7 and of 2.13 for the same thing stand together.
+METHODS = {
+    "allreduce": _Kind("all_reduce"),
+    "allreduce_coalesced": _Kind("all_reduce"),
+    "broadcast": _Kind("broadcast"),
+    "reduce": _Kind("reduce"),
+    "allgather": _Kind("all_gather", 1, sized=False),
+    "allgather_coalesced": _Kind("all_gather", 1, sized=False),
+    "_allgather_base": _Kind("all_gather_into_tensor", 1),
+    "all_gather_single": _Kind("all_gather_into_tensor", 1),
+    "allgather_into_tensor_coalesced": _Kind("all_gather_into_tensor", 1),
+    "all_gather_single_coalesced": _Kind("all_gather_into_tensor", 1),
+    "reduce_scatter": _Kind("reduce_scatter", sized=False),
+    "_reduce_scatter_base": _Kind("reduce_scatter_tensor"),
+    "reduce_scatter_single": _Kind("reduce_scatter_tensor"),
+    "reduce_scatter_tensor_coalesced": _Kind("reduce_scatter_tensor"),
+    "reduce_scatter_single_coalesced": _Kind("reduce_scatter_tensor"),
+    "alltoall": _Kind("all_to_all", sized=False),
+    "alltoall_base": _Kind("all_to_all_single", sized=False),
+    "all_to_all_single": _Kind("all_to_all_single", sized=False),
+    "gather": _Kind("gather", 1, sized=False),
+    "scatter": _Kind("scatter", sized=False),
+    "barrier": _Kind("barrier", None),
+    "monitored_barrier": _Kind("barrier", None),
+    "send": _Kind("send", way=1),
+    "recv": _Kind("recv", way=-1),
+}
+OPERATIONS = sorted({kind.name for kind in METHODS.values()})
+_DTYPES: dict[torch.dtype, int] = {}
+for _name in ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool"):
+    _DTYPES[getattr(torch, _name)] = len(_DTYPES) + 1
+DTYPES = ["", *(str(dtype).removeprefix("torch.") for dtype in _DTYPES), "another dtype"]
+_OTHER_DTYPE = len(DTYPES) - 1
+
+# megatron's descriptions of its groups, by the names that people use.
+_LABELS = {
+    "default_pg": "world",
+    "TENSOR_MODEL_PARALLEL_GROUP": "tp",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
+    "DATA_PARALLEL_GROUP": "dp",
+    "DATA_PARALLEL_GROUP_WITH_CP": "dp-cp",
+    "CONTEXT_PARALLEL_GROUP": "cp",
+    "EXPERT_MODEL_PARALLEL_GROUP": "ep",
+    "EXPERT_TENSOR_PARALLEL_GROUP": "etp",
+    "EXPERT_DATA_PARALLEL_GROUP": "edp",
+    "MODEL_PARALLEL_GROUP": "tp-pp",
+}
+
+
+def label(group: ProcessGroup) -> str:
+    """A group's name for people."""
+    described = group.group_desc
+    if described in ("", "undefined"):  # nobody described it
+        return "of ranks " + ", ".join(map(str, get_process_group_ranks(group)[:8]))
+    host = described.endswith("_GLOO")
+    name = described.removesuffix("_GLOO")
+    return _LABELS.get(name, name.lower().removesuffix("_group")) + (" (host)" if host else "")
+
+
+def _first(value: Any) -> torch.Tensor | None:
+    """The first tensor of an argument: a tensor, tensors, or lists of tensors."""
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value if isinstance(value, torch.Tensor) else None
+
+
+class Recorder:
+    """Notes calls in a state, from `install` to `remove`."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.open: dict[int, tuple[int, int, int]] = {}  # id of a work -> what `leave` needs
+        self.replaced: list[tuple[type, str, Any]] = []
+
+    def install(self) -> None:
+        """Wrap the methods."""
+        for name, kind in METHODS.items():
+            if name in ProcessGroup.__dict__:
+                self._replace(ProcessGroup, name, self._method(ProcessGroup.__dict__[name], kind))
+        self._replace(Work, "wait", self._wait(Work.__dict__["wait"]))
+
+    def remove(self) -> None:
+        """As it was."""
+        for owner, name, original in reversed(self.replaced):
+            setattr(owner, name, original)
+        self.replaced.clear()
+
+    def _replace(self, owner: type, name: str, wrapper: Any) -> None:
+        self.replaced.append((owner, name, owner.__dict__[name]))
+        setattr(owner, name, wrapper)
+
+    def _method(self, original: Callable[..., Any], kind: _Kind) -> Callable[..., Any]:
+        operation, enter = OPERATIONS.index(kind.name), self.state.enter
+
+        def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            if group.size() == 1:
+                return original(group, *args, **kwargs)
+            given = args if not kwargs else (*args, *kwargs.values())
+            tensor = None if kind.tensor is None else _first(given[kind.tensor])
+            dtype = 0 if tensor is None else _DTYPES.get(tensor.dtype, _OTHER_DTYPE)
+            shape = tuple(tensor.shape) if tensor is not None and kind.sized else None
+            token = enter(self._channel(group, kind.way, given[1] if kind.way else 0), operation, dtype, shape)
+            start = time.monotonic()
+            work = original(group, *args, **kwargs)
+            self.state.waited += time.monotonic() - start
+            if work is None:
+                self.state.leave(token)
+            else:
+                self.open[id(work)] = token
+            return work
+
+        return method
+
+    def _wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(work: Work, *args: Any, **kwargs: Any) -> Any:
+            start = time.monotonic()
+            result = original(work, *args, **kwargs)
+            self.state.waited += time.monotonic() - start
+            token = self.open.pop(id(work), None)
+            if token is not None:
+                self.state.leave(token)
+            return result
+
+        return wait
+
+    def _channel(self, group: ProcessGroup, way: int, peer: int) -> int:
+        key: Any = (group.group_name, way, peer) if way else group.group_name
+        found = self.state.channels.get(key)
+        if found is not None:
+            return found
+        if not way:
+            return self.state.channel(key, group.group_name, label(group), get_process_group_ranks(group))
+        own = group.rank()
+        pair = (own, peer) if way > 0 else (peer, own)
+        ranks = [get_global_rank(group, member) for member in pair]
+        name = f"{group.group_name} {pair[0]}>{pair[1]}"
+        return self.state.channel(key, name, f"{label(group)}, rank {ranks[0]} to {ranks[1]}", ranks)

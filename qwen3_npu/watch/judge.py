@@ -1,0 +1,271 @@
+"""From the states of all ranks to one verdict: who keeps the others waiting, and where it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from qwen3_npu.watch.state import INSIDE, LEFT
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One call of a channel, by names; see `state.Call`.
+
+    Attributes:
+        age: seconds since it was entered.
+    """
+
+    number: int
+    operation: str
+    dtype: str
+    shape: tuple[int, ...] | None
+    state: int
+    age: float
+
+    def __str__(self) -> str:
+        return f"{self.operation} #{self.number}"
+
+    @property
+    def tensor(self) -> str:
+        sizes = "" if self.shape is None else f" [{', '.join(map(str, self.shape))}]"
+        return f"{self.dtype}{sizes}"
+
+    @property
+    def signature(self) -> tuple[str, str, int | None]:
+        """Equal on all ranks of one call: they may give a tensor other shapes, not other numbers of elements."""
+        operation = "send or recv" if self.operation in ("send", "recv") else self.operation
+        return operation, self.dtype, None if self.shape is None else math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """What one rank knows of a channel: see `state`. `last` is its last call there, `calls` the recent ones."""
+
+    label: str
+    ranks: tuple[int, ...]
+    last: Entry
+    calls: tuple[Entry, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """One rank when it was looked at.
+
+    Attributes:
+        node, device: for people.
+        alive, state, computes: see `probe.Process`.
+        ended: it says that it has ended.
+        steps: that it has done.
+        age: seconds since it entered its phase.
+        at, inner: where its main thread is, outside torch and innermost; "" unknown.
+        channels: by name.
+    """
+
+    rank: int
+    node: str
+    device: int
+    pid: int
+    alive: bool
+    state: str
+    waits_in: str
+    computes: bool
+    ended: bool
+    steps: int
+    phase: str
+    age: float
+    at: str
+    inner: str
+    channels: dict[str, Channel]
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.node}, device {self.device})"
+
+    @property
+    def runs(self) -> bool:
+        return self.state not in ("T", "t", "D")
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        if self.ended:
+            return f"it has ended after step {self.steps}"
+        text = f"it is in {self.phase} since {self.age:.0f} s, {'computing' if self.computes else 'waiting'}"
+        if self.at:
+            text += f" at {self.at}"
+        if self.inner and self.inner != self.at:
+            text += f", inside {self.inner}"
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Why a job stands still.
+
+    Attributes:
+        kind: "missing", "shape", "order", "dead", "stopped", "elsewhere", "network" or "alone".
+        ranks: the culprits.
+        text: one line.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    text: str
+
+
+def judge(ranks: Sequence[Rank], missing: Sequence[str] = ()) -> Verdict:
+    """One verdict on ranks of a job without progress.
+
+    Args:
+        missing: nodes that have not told where their ranks are.
+    """
+    if missing:
+        return Verdict("missing", (), f"{', '.join(missing)} gave no report: the node, or its watcher, is gone")
+    disagreement = _disagreement(ranks)
+    if disagreement:
+        return disagreement
+    if dead := [rank for rank in ranks if not rank.alive and not rank.ended]:
+        texts = [f"{rank} is dead: process {rank.pid} is gone; {_last(rank)}" for rank in dead[:4]]
+        return Verdict("dead", _numbers(dead), "; ".join(texts))
+    if stopped := [rank for rank in ranks if rank.alive and not rank.runs]:
+        return Verdict("stopped", _numbers(stopped), "; ".join(_stopped(rank, ranks) for rank in stopped[:4]))
+    return _waiting(ranks)
+
+
+def _numbers(ranks: Sequence[Rank]) -> tuple[int, ...]:
+    return tuple(rank.rank for rank in ranks)
+
+
+def _last(rank: Rank) -> str:
+    if not rank.channels:
+        return f"step {rank.steps + 1}, {rank.phase}"
+    channel = min(rank.channels.values(), key=lambda channel: channel.last.age)
+    where = "inside" if channel.last.state == INSIDE else "after"
+    return f"step {rank.steps + 1}, {rank.phase}, {where} {channel.last} of group {channel.label}"
+
+
+def _stopped(rank: Rank, ranks: Sequence[Rank]) -> str:
+    stuck = "cannot be interrupted: it waits for a disk or a driver"
+    how = stuck if rank.state == "D" else "does not run: it is stopped (SIGSTOP or a debugger)"
+    kernel = f" in {rank.waits_in}" if rank.waits_in else ""
+    waiters = [other for other, on in _edges(ranks) if on is rank]
+    wait = f"; {len({r.rank for r, *_ in waiters})} wait for it" if waiters else ""
+    return f"{rank} {how}{kernel}: process {rank.pid}, {_last(rank)}{wait}"
+
+
+def _disagreement(ranks: Sequence[Rank]) -> Verdict | None:
+    """Two ranks whose calls with one number of one channel cannot be the same call."""
+    names = sorted({name for rank in ranks for name in rank.channels})
+    for name in names:
+        members = [(rank, rank.channels[name]) for rank in ranks if name in rank.channels]
+        calls: dict[int, list[tuple[Rank, Entry]]] = {}
+        for rank, channel in members:
+            for entry in {entry.number: entry for entry in (*channel.calls, channel.last)}.values():
+                calls.setdefault(entry.number, []).append((rank, entry))
+        for number in sorted(calls):
+            if verdict := _judge_call(calls[number], members[0][1].label):
+                return verdict
+    return None
+
+
+def _judge_call(calls: Sequence[tuple[Rank, Entry]], label: str) -> Verdict | None:
+    """Compare the members' calls with one number; the culprits are those that differ from the most."""
+    votes = Counter(entry.signature for _, entry in calls)
+    if len(votes) < 2:
+        return None
+    common, most = votes.most_common(1)[0]
+    right = [call for call in calls if call[1].signature == common]
+    wrong = [call for call in calls if call[1].signature != common]
+    (rank, entry), (other, usual) = wrong[0], right[0]
+    culprits = tuple(sorted(rank.rank for rank, _ in (wrong if most > len(wrong) else calls)))
+    others = f"{most} others such as {other}" if most > 1 else str(other)
+    if entry.signature[0] != common[0]:
+        one = f"{rank} calls {entry.operation} ({entry.tensor})"
+        two = f"{others} {usual.operation} ({usual.tensor})"
+        text = f"order mismatch at call #{entry.number} of group {label}: {one}, and {two}; {rank}: {rank.place}"
+        return Verdict("order", culprits, text)
+    text = (
+        f"mismatch in {entry} of group {label}: {rank} gives {entry.tensor}, and {others} {usual.tensor}; {rank.place}"
+    )
+    return Verdict("shape", culprits, text)
+
+
+def _edges(ranks: Sequence[Rank]) -> list[tuple[tuple[Rank, str, Entry], Rank]]:
+    """(who waits, in which channel and call) -> for whom: a member that has not entered that call."""
+    known = {rank.rank: rank for rank in ranks}
+    found = []
+    for rank in ranks:
+        for name, channel in rank.channels.items():
+            if channel.last.state == LEFT:
+                continue
+            for member in channel.ranks:
+                other = known.get(member)
+                if other is None or other is rank:
+                    continue
+                there = other.channels.get(name)
+                if there is None or there.last.number < channel.last.number:
+                    found.append(((rank, name, channel.last), other))
+    return found
+
+
+def _waiting(ranks: Sequence[Rank]) -> Verdict:
+    edges = _edges(ranks)
+    if not edges:
+        return _nobody_waits(ranks)
+    waits = {waiter.rank for (waiter, *_), _ in edges}
+    roots = [rank for rank in ranks if rank.rank in {on.rank for _, on in edges} - waits]
+    if not roots:
+        return _circle(edges)
+    texts = []
+    for root in roots[:4]:
+        missed = [(entry, name, waiter) for (waiter, name, entry), on in edges if on is root]
+        entry, name, waiter = max(missed, key=lambda each: each[0].age)
+        channel = waiter.channels[name]
+        count = len({each.rank for e, n, each in missed if n == name})
+        wait = f"{count} wait{'s' if count == 1 else ''} since {entry.age:.0f} s"
+        texts.append(
+            f"{root} never entered {entry} of group {channel.label} ({len(channel.ranks)} ranks; {wait}): {root.place}"
+        )
+    return Verdict("elsewhere", _numbers(roots), "; ".join(texts))
+
+
+def _circle(edges: Sequence[tuple[tuple[Rank, str, Entry], Rank]]) -> Verdict:
+    """Every rank that is waited for waits itself: groups are entered in another order.
+
+    The culprit is the rank that is steps ahead: it passed a call that others are still in. Where none is, the one that
+    most others wait for; else all in the circle.
+    """
+    waits_for = {waiter.rank: (waiter, name, entry, on) for (waiter, name, entry), on in edges}
+    waiters = {on.rank: {waiter.rank for (waiter, *_), other in edges if other is on} for _, on in edges}
+    seen: list[int] = []
+    at = max(waiters, key=lambda rank: len(waiters[rank]))
+    while at not in seen:
+        seen.append(at)
+        at = waits_for[at][3].rank
+    ahead = {rank: (waits_for[rank][0].steps, len(waiters[rank])) for rank in seen[seen.index(at) :]}
+    circle = sorted(ahead, key=ahead.__getitem__, reverse=True)
+    texts = []
+    for number in circle[:4]:
+        waiter, name, entry, on = waits_for[number]
+        label, age = waiter.channels[name].label, entry.age
+        wait = f"is in {entry} of group {label} since {age:.0f} s"
+        texts.append(f"{waiter} {wait}, which {on} never entered ({waiter.at})")
+    most = [rank for rank in circle if ahead[rank] == ahead[circle[0]]]
+    return Verdict("order", tuple(sorted(most)), f"order mismatch between groups: {'; '.join(texts)}")
+
+
+def _nobody_waits(ranks: Sequence[Rank]) -> Verdict:
+    inside = [(rank, c) for rank in ranks for c in rank.channels.values() if c.last.state == INSIDE]
+    if inside:
+        rank, channel = max(inside, key=lambda each: each[1].last.age)
+        text = (
+            f"all {len(channel.ranks)} ranks of group {channel.label} have entered {channel.last} and {rank} has not "
+            f"left it for {channel.last.age:.0f} s: look at the network and the devices; {rank.place}"
+        )
+        return Verdict("network", (rank.rank,), text)
+    oldest = max((rank for rank in ranks if not rank.ended), key=lambda rank: rank.age, default=None)
+    if oldest is None:
+        return Verdict("alone", (), "all ranks have ended")
+    return Verdict("alone", (oldest.rank,), f"no rank waits for another; {oldest}: {oldest.place}")

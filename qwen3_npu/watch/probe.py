@@ -1,0 +1,131 @@
+"""What a machine knows of a process that may not answer: its state, what it waits for, its Python stacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+from qwen3_npu.processes import started
+
+STACKS = signal.SIGUSR2  # a rank answers with its stacks, in C, even while its main thread is inside a collective
+_PATIENCE = 2.0  # seconds for the stacks
+_WRAPPERS = ("torch/", "typing_extensions.py", "contextlib.py")  # frames that say little
+_BRIEF = 0.3  # seconds over which the time on a CPU is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """One process, seen from outside.
+
+    Attributes:
+        alive: there is one, and it is the same.
+        state: R, S, D, T or t as in proc(5); "" where that is not known.
+        waits_in: function of the kernel; "" unknown.
+        computes: it was on a CPU for most of a short time.
+    """
+
+    alive: bool
+    state: str = ""
+    waits_in: str = ""
+    computes: bool = False
+
+
+def look(pids: dict[int, tuple[int, str]]) -> dict[int, Process]:
+    """rank -> (process id, `processes.started` of it)  =>  rank -> process."""
+    before = {rank: _ticks(pid) for rank, (pid, _) in pids.items()}
+    time.sleep(_BRIEF)
+    found = {}
+    for rank, (pid, since) in pids.items():
+        if not is_alive(pid, since):
+            found[rank] = Process(False)
+            continue
+        ticks = _ticks(pid) - before[rank]
+        computes = ticks / os.sysconf("SC_CLK_TCK") > _BRIEF / 2
+        found[rank] = Process(True, _field(pid, "State"), _text(pid, "wchan").strip("0"), computes)
+    return found
+
+
+def is_alive(pid: int, since: str) -> bool:
+    """Whether the process is still there, and no other with its id."""
+    return started(pid) == since
+
+
+def ask_stacks(pids: dict[int, int], folder: Path) -> dict[int, str]:
+    """rank -> process id  =>  rank -> the stacks of all its threads; "" if it does not answer."""
+    files = {rank: folder / f"rank_{rank}.stack" for rank in pids}
+    sizes = {rank: file.stat().st_size if file.is_file() else 0 for rank, file in files.items()}
+    for pid in pids.values():
+        try:
+            os.kill(pid, STACKS)
+        except ProcessLookupError:
+            continue
+    end = time.monotonic() + _PATIENCE
+    texts = dict.fromkeys(pids, "")
+    while time.monotonic() < end:
+        time.sleep(0.1)
+        last = texts
+        texts = {rank: _from(file, sizes[rank]) for rank, file in files.items()}
+        if all(texts.values()) and texts == last:
+            break
+    return texts
+
+
+def place(stack: str, thread: int) -> tuple[str, str]:
+    """Where a thread is in a text of faulthandler: the innermost place, and the innermost outside torch.
+
+    Returns:
+        Two times "file:line (function)"; "" if the thread is not there. They are often the same.
+    """
+    frames: list[str] = []
+    inside = False
+    for line in stack.splitlines():
+        if "(most recent call first)" in line:
+            inside = f"{thread:#018x}" in line
+        elif inside and line.startswith("  File "):
+            path, _, rest = line.removeprefix('  File "').rpartition('", line ')
+            number, _, function = rest.partition(" in ")
+            if not path.endswith("watch/collectives.py"):
+                frames.append(f"{_short(path)}:{number} ({function})")
+    outer = [frame for frame in frames if not frame.startswith(_WRAPPERS)]
+    return (frames[0] if frames else ""), (outer[0] if outer else frames[0] if frames else "")
+
+
+def _short(path: str) -> str:
+    """A path from its package on."""
+    for mark in ("/site-packages/", "/qwen3_npu/"):
+        _, found, tail = path.rpartition(mark)
+        if found:
+            return tail
+    return path
+
+
+def _from(file: Path, at: int) -> str:
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(at)
+            return opened.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _text(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:  # ended, another system, or not for us to read
+        return ""
+
+
+def _field(pid: int, name: str) -> str:
+    for line in _text(pid, "status").splitlines():
+        if line.startswith(f"{name}:"):
+            return line.split()[1]
+    return ""
+
+
+def _ticks(pid: int) -> int:
+    """Time on CPUs so far, in ticks of the clock."""
+    fields = _text(pid, "stat").rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12]) if len(fields) > 12 else 0

@@ -1,0 +1,107 @@
+"""A rank under watch: its state, its collectives noted, its stacks on request; and the watcher of its node."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+import qwen3_npu
+from qwen3_npu.args.watch import WatchArgs
+from qwen3_npu.distributed import environment
+from qwen3_npu.processes import started
+from qwen3_npu.watch import here, probe
+from qwen3_npu.watch.collectives import DTYPES, OPERATIONS, Recorder
+from qwen3_npu.watch.settings import Settings
+from qwen3_npu.watch.state import State
+
+
+@contextlib.contextmanager
+def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[None]:
+    """This rank is watched for as long as the context lasts. Every rank must enter it.
+
+    Args:
+        save: folder that all nodes share; None: each node is judged on its own.
+        has_device: collectives are done by a device, and not when `wait` returns.
+    """
+    if not (args.hang_timeout != 0 or args.straggler_interval) or not environment.has_rendezvous():
+        yield
+        return
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, 0)  # once, so that the processes of a node meet in one folder
+    node, local = environment.node(), environment.local_size(dist.get_world_size())
+    folder = Path(_memory()) / f"qwen3_npu_watch_{token[0]}_{node}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    rank, _, local_rank = environment.ranks()
+    info = {
+        "pid": os.getpid(),
+        "started": started(os.getpid()),
+        "node": os.uname().nodename,
+        "device": local_rank,
+        "thread": threading.main_thread().ident,
+        "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE", ""),
+        "operations": OPERATIONS,
+        "dtypes": DTYPES,
+    }
+    with open(folder / f"rank_{rank}.stack", "w", encoding="utf-8") as stacks:
+        state = State(folder, rank, info, interval=args.straggler_interval, device=has_device)
+        faulthandler.register(probe.STACKS, stacks, all_threads=True)
+        recorder = Recorder(state)
+        recorder.install()
+        here.watch(state)
+        if local_rank == 0:
+            nodes = max(dist.get_world_size() // local, 1)
+            settings = Settings(
+                folder=str(folder),
+                shared=str(_shared(save, token[0])) if save and nodes > 1 else "",
+                logs=str(Path(save or ".") / "logs"),
+                node=node,
+                nodes=nodes,
+                local=local,
+                world=dist.get_world_size(),
+                timeout=args.hang_timeout,
+                abort=args.on_hang == "abort",
+                interval=args.straggler_interval,
+            )
+            _start(settings)
+        try:
+            yield
+        finally:
+            here.watch(None)
+            recorder.remove()
+            faulthandler.unregister(probe.STACKS)
+            state.end()
+
+
+def _start(settings: Settings) -> None:
+    """The watcher, in a session of its own: signals to the ranks do not reach it."""
+    root = str(Path(qwen3_npu.__file__).parents[1])
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    subprocess.Popen(
+        [sys.executable, "-m", "qwen3_npu.watch.watcher", json.dumps(dataclasses.asdict(settings))],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": path},
+        start_new_session=True,
+    )
+
+
+def _memory() -> str:
+    """A folder of files that are never written to a disk, where the system has one."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+
+
+def _shared(save: str, token: str) -> Path:
+    folder = Path(save) / "logs" / f"watch_{token}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,210 @@
+"""The state of one rank in a file mapped into memory: written in microseconds, readable when its process is stuck.
+
+Layout: a header, the durations of the last steps, the last windows of own work, the last call of each channel, and a
+ring of calls. Numbers are little-endian, times are seconds of CLOCK_MONOTONIC, which all processes of a machine share.
+A channel is a process group, or one direction between two ranks of it: calls there have the same order on all members.
+`rank_N.info` beside the file names the process and the channels, a JSON object a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import os
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "eval", "save", "other")
+STEPS, WINDOWS, CHANNELS, CALLS = 64, 8, 512, 256  # how many of each are kept
+
+_HEAD = struct.Struct("<8sqqqdqq")  # magic, beats, steps done, phase, since when, ended, calls
+_MAGIC = b"QWATCH1\n"
+_WINDOW = struct.Struct(f"<q{len(PHASES)}d")  # number, seconds of own work in each phase
+# sequence number, channel, operation, dtype, state, dimensions, time of entry, time of leaving, the first 4 sizes
+_CALL = struct.Struct("<qHHHBBdd4q")
+_STEPS_AT = 256
+_WINDOWS_AT = _STEPS_AT + 8 * STEPS
+_LAST_AT = _WINDOWS_AT + WINDOWS * _WINDOW.size
+_RING_AT = _LAST_AT + CHANNELS * _CALL.size
+_SIZE = _RING_AT + CALLS * _CALL.size
+
+INSIDE, LAUNCHED, LEFT = 1, 2, 3  # LAUNCHED: handed to a device, which tells nobody when it is done
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a collective, or one send or receive.
+
+    Attributes:
+        number: the how-many-eth call of its channel, from 1.
+        shape: of this rank's tensor that must be equal on all ranks; None: sizes may differ.
+        entered, left: seconds of CLOCK_MONOTONIC; `left` 0: it is inside.
+    """
+
+    number: int
+    channel: int
+    operation: int
+    dtype: int
+    state: int
+    shape: tuple[int, ...] | None
+    entered: float
+    left: float
+
+
+class State:
+    """The writer's side.
+
+    Args:
+        info: what the reader is told of this process; the lists `operations` and `dtypes` name the numbers in calls.
+        interval: steps of a window of own work; 0: none.
+        device: calls are done by a device: that `wait` returned does not say that they are done.
+    """
+
+    def __init__(self, folder: Path, rank: int, info: dict[str, Any], *, interval: int, device: bool) -> None:
+        self.interval, self.done = interval, LAUNCHED if device else LEFT
+        self.info = open(folder / f"rank_{rank}.info", "w", encoding="utf-8", buffering=1)
+        self.info.write(json.dumps(info) + "\n")
+        path = folder / f"rank_{rank}.state"
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb+") as file:
+            file.truncate(_SIZE)
+            self.map = mmap.mmap(file.fileno(), _SIZE)
+        self.beats = self.steps = self.calls = 0
+        self.phase, self.ended, self.held = 0, 0, False
+        self.waited = self.waited_before = 0.0  # seconds in `wait`
+        self.since = self.step_end = time.monotonic()
+        self.work = [0.0] * len(PHASES)
+        self.window = 0
+        self.channels: dict[Any, int] = {}
+        self.numbers: list[int] = []
+        self._head()
+        os.replace(partial, path)
+
+    def channel(self, key: Any, name: str, label: str, ranks: Sequence[int]) -> int:
+        """A new channel; further ones than fit are counted together with the last.
+
+        Args:
+            key: by which this process finds it again.
+            name: the same on all its members, and of no other channel.
+            label: for people.
+        """
+        index = min(len(self.numbers), CHANNELS - 1)
+        if index == len(self.numbers):
+            self.numbers.append(0)
+            self.info.write(json.dumps({"index": index, "name": name, "label": label, "ranks": list(ranks)}) + "\n")
+        self.channels[key] = index
+        return index
+
+    def enter(self, channel: int, operation: int, dtype: int, shape: tuple[int, ...] | None) -> tuple[int, int, int]:
+        """A call begins. Returns what `leave` needs."""
+        number = self.numbers[channel] = self.numbers[channel] + 1
+        slot = _RING_AT + (self.calls % CALLS) * _CALL.size
+        self.calls += 1
+        dims = 255 if shape is None else len(shape)
+        sizes = ((shape or ()) + (0, 0, 0, 0))[:4]
+        now = time.monotonic()
+        entry = _CALL.pack(number, channel, operation, dtype, INSIDE, dims, now, 0.0, *sizes)
+        last = _LAST_AT + channel * _CALL.size
+        self.map[slot : slot + _CALL.size] = entry
+        self.map[last : last + _CALL.size] = entry
+        self._head()
+        return slot, last, number
+
+    def leave(self, token: tuple[int, int, int]) -> None:
+        """The call is over, as far as the host knows."""
+        now = time.monotonic()
+        for at in token[:2]:
+            if int.from_bytes(self.map[at : at + 8], "little") == token[2]:  # no later call has taken its place
+                self.map[at + 14] = self.done
+                struct.pack_into("<d", self.map, at + 24, now)
+        self._head()
+
+    def enter_phase(self, phase: int) -> None:
+        """From now on the rank is in this phase."""
+        now = time.monotonic()
+        self.work[self.phase] += now - self.since - (self.waited - self.waited_before)
+        self.phase, self.since, self.waited_before = phase, now, self.waited
+        self._head()
+
+    def finish_step(self, step: int) -> None:
+        """A step is done; it is `step` (from 1)."""
+        self.enter_phase(PHASES.index("other"))
+        struct.pack_into("<d", self.map, _STEPS_AT + 8 * (step % STEPS), self.since - self.step_end)
+        self.steps, self.step_end = step, self.since
+        if self.interval and step % self.interval == 0:
+            self.window = step // self.interval
+            at = _WINDOWS_AT + (self.window % WINDOWS) * _WINDOW.size
+            _WINDOW.pack_into(self.map, at, self.window, *self.work)
+            self.work = [0.0] * len(PHASES)
+        self._head()
+
+    def end(self) -> None:
+        """The rank has ended in order, or says itself why not."""
+        self.ended = 1
+        self._head()
+        self.info.close()
+
+    def _head(self) -> None:
+        self.beats += 1
+        _HEAD.pack_into(self.map, 0, _MAGIC, self.beats, self.steps, self.phase, self.since, self.ended, self.calls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A rank's state as it is in the file.
+
+    Attributes:
+        durations: of the last steps, in seconds.
+        windows: number -> seconds of own work in each phase.
+        last: channel -> its last call.
+        recent: the last calls, the oldest first.
+    """
+
+    beats: int
+    steps: int
+    phase: str
+    since: float
+    ended: bool
+    durations: list[float]
+    windows: dict[int, tuple[float, ...]]
+    last: dict[int, Call]
+    recent: list[Call]
+
+
+def read(path: Path) -> Read:
+    """Raises: OSError, ValueError: there is no state, or none of this version."""
+    data = path.read_bytes()
+    if len(data) != _SIZE or data[:8] != _MAGIC:
+        raise ValueError(f"{path} is no state of a rank")
+    _, beats, steps, phase, since, ended, calls = _HEAD.unpack_from(data)
+    durations = [d for d in struct.unpack_from(f"<{STEPS}d", data, _STEPS_AT) if d > 0]
+    windows = {}
+    for number, *work in (_WINDOW.unpack_from(data, _WINDOWS_AT + i * _WINDOW.size) for i in range(WINDOWS)):
+        if number:
+            windows[number] = tuple(work)
+    last = {}
+    for i in range(CHANNELS):
+        if call := _call(data, _LAST_AT + i * _CALL.size):
+            last[i] = call
+    ring = (_call(data, _RING_AT + (i % CALLS) * _CALL.size) for i in range(max(calls - CALLS, 0), calls))
+    recent = [call for call in ring if call]
+    return Read(beats, steps, PHASES[phase], since, bool(ended), durations, windows, last, recent)
+
+
+def _call(data: bytes, at: int) -> Call | None:
+    number, channel, operation, dtype, state, dims, entered, left, *sizes = _CALL.unpack_from(data, at)
+    if not number:
+        return None
+    shape = None if dims == 255 else tuple(sizes[: min(dims, 4)])
+    return Call(number, channel, operation, dtype, state, shape, entered, left)
+
+
+def read_info(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the process said of itself, and its channels."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return records[0], records[1:]

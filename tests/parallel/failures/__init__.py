@@ -1,0 +1,1 @@
+"""Worlds of processes. A package: its worlds end with its tests."""

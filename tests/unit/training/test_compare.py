@@ -1,0 +1,125 @@
+"""A training that is resumed is compared with what it was begun with."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen3_npu import log
+from qwen3_npu.args.rules.resume import REFUSED
+from qwen3_npu.checkpoint.training.compare import check_resumed
+from qwen3_npu.errors import UsageError
+
+# What a checkpoint may say, and another value of each; Megatron's names.
+SAVED: dict[str, Any] = {
+    "stage": "pt",
+    "seed": 1234,
+    "seq_length": 4096,
+    "data_digest": ["0123456789abcdef0123456789abcdef"],
+    "data_weights": "by size",
+    "split": "969, 30, 1",
+    "shuffle": True,
+    "global_batch_size": 64,
+    "reset_attention_mask": False,
+    "reset_position_ids": False,
+    "eod_mask_loss": False,
+    "rotary_base": 1e6,
+    "norm_epsilon": 1e-6,
+    "rope_scaling": "plain RoPE",
+    "moe_router_topk": 8,
+    "norm_topk_prob": True,
+    "bf16": True,
+}
+NOW = SAVED | {"split": "969,30,1"}
+OTHERS: dict[str, Any] = {
+    "stage": "sft",
+    "seed": 1,
+    "seq_length": 8192,
+    "data_digest": ["fedcba9876543210fedcba9876543210"],
+    "data_weights": [0.3, 0.7],
+    "split": "99,1,0",
+    "shuffle": False,
+    "global_batch_size": 128,
+    "reset_attention_mask": True,
+    "reset_position_ids": True,
+    "eod_mask_loss": True,
+    "rotary_base": 1e4,
+    "norm_epsilon": 1e-5,
+    "rope_scaling": "YaRN",
+    "moe_router_topk": 4,
+    "norm_topk_prob": False,
+    "bf16": False,
+}
+TOLD = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-6, "loss_normalization": "micro-batch", "clip_grad": 0.5}
+
+
+def said_by(saved: dict[str, Any], now: dict[str, Any], *allowed: str) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.setup()
+    log.LOGGER.handlers[:] = [handler]
+    try:
+        check_resumed(saved, now, allowed, "iter_3")
+        return said
+    finally:
+        log.setup()
+
+
+def test_nothing_is_said_of_what_is_the_same_nor_of_the_layout() -> None:
+    assert SAVED.keys() == REFUSED.keys() == OTHERS.keys()
+    assert (
+        said_by(SAVED | {"tensor_model_parallel_size": 2, "micro_batch_size": 1}, NOW | {"micro_batch_size": 2}) == []
+    )
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_change_that_repeats_or_skips_or_is_another_model_is_refused(name: str) -> None:
+    now = NOW | {name: OTHERS[name]}
+    with pytest.raises(UsageError) as refused:
+        said_by(SAVED, now)
+    text = str(refused.value)
+    assert f"{name} " in text
+    assert f"--finetune to start at step 0 with its weights, or --allow-changed {name}" in text
+    assert "\n" not in text
+    (line,) = said_by(SAVED, now, name)
+    assert name in line
+    assert "allowed" in line
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_another_setting_of_the_optimizer_is_told(name: str) -> None:
+    (line,) = said_by(SAVED | {name: 0.123}, NOW | {name: TOLD[name]})
+    assert f"{name} 0.123, now {TOLD[name]}" in line
+
+
+def test_all_refusals_are_in_one_line() -> None:
+    with pytest.raises(UsageError, match=r"--allow-changed seed seq_length$"):
+        said_by(SAVED, NOW | {"seed": 5, "seq_length": 7, "adam_beta1": 0.8})
+
+
+def test_what_a_checkpoint_of_another_program_does_not_say_is_said_once() -> None:
+    saved = {name: value for name, value in SAVED.items() if name not in ("data_digest", "shuffle")}
+    (line,) = said_by(saved | {"stage": None}, NOW)
+    assert line == "not compared with iter_3, which does not say them: stage, data_digest, shuffle"
+
+
+def test_data_of_the_same_shape_with_other_tokens_have_another_digest(tmp_path: Path) -> None:
+    from qwen3_npu.training.checkpoints.facts import digest
+
+    def write(name: str, count: int, place: int, suffix: str = "") -> str:
+        tokens = np.zeros(count, np.int32)
+        tokens[place] = 7
+        tokens.tofile(tmp_path / f"{name}{suffix}.bin")
+        (tmp_path / f"{name}{suffix}.idx").write_bytes(b"the same")
+        return str(tmp_path / name)
+
+    assert digest(write("a", 100, 3)) == digest(write("b", 100, 3)) != digest(write("c", 100, 4))
+    sft = "_packed_labels_document"
+    assert digest(write("d", 9, 1, sft)) != digest(write("e", 9, 2, sft))
+    large = 2**23
+    assert len({digest(write("f", large + n, place)) for n, place in ((0, 0), (0, large - 1), (1, 0))}) == 3
