@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,32 +48,33 @@ class Block:
     boundaries: tuple[int, ...] | None
 
 
-def blocks(boundaries: Sequence[int], chunk: int, size: int, rank: int, source: int) -> Iterator[Block]:
-    """What this rank's queries see of the keys that rank `source` holds.
+def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, source: int) -> Block | None:
+    """What this rank's queries see of the keys that rank `source` holds: one block of neighbouring rows, or nothing.
 
     Args:
         boundaries: of the documents in the whole sequence, (0, ..., length).
         chunk: tokens of one chunk.
     """
-    for i, mine in enumerate(chunk_numbers(size, rank)):
-        for j, theirs in enumerate(chunk_numbers(size, source)):
-            if theirs > mine:
-                continue
-            start, other = mine * chunk, theirs * chunk
-            if mine == theirs:
-                inside = [b - start for b in boundaries if start < b < start + chunk]
-                rows = slice(i * chunk, (i + 1) * chunk)
-                yield Block(rows, rows, (0, *inside, chunk))
-                continue
-            # The document of the last key before the queries; it is common if it reaches into their chunk.
-            document = bisect.bisect_right(boundaries, other + chunk - 1) - 1
-            first_key, end = max(boundaries[document], other), min(boundaries[document + 1], start + chunk)
-            if end > start:
-                yield Block(
-                    slice(i * chunk, i * chunk + end - start),
-                    slice(j * chunk + first_key - other, (j + 1) * chunk),
-                    None,
-                )
+    mine, theirs = ([n * chunk for n in chunk_numbers(size, holder)] for holder in (rank, source))
+    if source == rank:
+        # A document that begins in the first chunk and reaches into the second has its rows side by side here.
+        first, second = mine
+        here = {b - first for b in boundaries if first <= b < first + chunk}
+        here |= {b - second + chunk for b in boundaries if second < b < second + chunk}
+        cut = {chunk} if any(first + chunk <= b <= second for b in boundaries) else set()
+        everything = slice(0, 2 * chunk)
+        return Block(everything, everything, tuple(sorted({0, 2 * chunk} | here | cut)))
+    # Both of my chunks come after their first one alone, or only my second one comes after theirs, both of them.
+    seen, seeing = (theirs[:1], mine) if source < rank else (theirs, mine[1:])
+    # The document of the last key before the queries; it is common if it reaches into their chunk.
+    document = bisect.bisect_right(boundaries, seen[-1] + chunk - 1) - 1
+    start, end = boundaries[document], boundaries[document + 1]
+    queries = sum(min(max(end - place, 0), chunk) for place in seeing)
+    keys = sum(min(max(place + chunk - start, 0), chunk) for place in seen)
+    if not queries:
+        return None
+    first_query, last_key = (2 - len(seeing)) * chunk, len(seen) * chunk
+    return Block(slice(first_query, first_query + queries), slice(last_key - keys, last_key), None)
 
 
 class _Ring:
@@ -120,7 +121,8 @@ class _RingAttention(torch.autograd.Function):
         lse = torch.full(q.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
         for step in range(size):
             transfer = ring.start(here) if step < size - 1 else None
-            for block in blocks(boundaries, chunk, size, rank, (rank - step) % size):
+            block = visible(boundaries, chunk, size, rank, (rank - step) % size)
+            if block is not None:
                 k, v = here[0, block.keys], here[1, block.keys]
                 part, part_lse = kernels.attention_block(
                     q[block.queries], k, v, scale=scale, cu_seqlens=block.boundaries
@@ -147,7 +149,8 @@ class _RingAttention(torch.autograd.Function):
         for step in range(size):
             transfer = ring.start(here) if step < size - 1 else None
             mine = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
-            for block in blocks(boundaries, chunk, size, rank, (rank - step) % size):
+            block = visible(boundaries, chunk, size, rank, (rank - step) % size)
+            if block is not None:
                 rows, keys = block.queries, block.keys
                 dq_part, dk, dv = kernels.attention_block_backward(
                     grad[rows],
@@ -159,9 +162,9 @@ class _RingAttention(torch.autograd.Function):
                     scale=scale,
                     cu_seqlens=block.boundaries,
                 )
-                dq[rows] += dq_part
-                mine[0, keys] += dk
-                mine[1, keys] += dv
+                dq[rows].add_(dq_part)  # dq[rows] += would also copy the rows onto themselves
+                mine[0, keys].copy_(dk)
+                mine[1, keys].copy_(dv)
             if dkv_transfer is not None:
                 mine += ring.finish(dkv_transfer)
             dkv_transfer = ring.start(mine)
@@ -174,9 +177,9 @@ class _RingAttention(torch.autograd.Function):
 
 def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Add a block's normalised result to the one so far, in place, each weighted by its share of the softmax's sum."""
-    total = torch.logaddexp(lse, part_lse)
-    out.mul_((lse - total).exp().unsqueeze(-1)).add_(part.float() * (part_lse - total).exp().unsqueeze(-1))
-    lse.copy_(total)
+    share = (part_lse - lse).sigmoid_().unsqueeze(-1)  # e^part_lse / (e^lse + e^part_lse)
+    out.lerp_(part.to(out.dtype), share)
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def attention(

@@ -7,7 +7,7 @@ against stand-ins that do what it says; never run with MindSpeed itself or on an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from mindspeed.ops.gmm import npu_gmm
@@ -23,8 +23,13 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return npu_rotary_position_embedding(x.contiguous(), cos, sin, _HALF)
 
 
-def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """npu_gmm, which brings its own gradient; it refuses a single group."""
-    if x.shape[0] == 0 or len(counts) == 1:
-        return x @ weight[0]
-    return npu_gmm(x, weight, group_list=group_ends(counts, x.device), group_type=0)
+    ends = group_ends(counts)
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 0 or len(ends) == 1:
+            return x @ weight[0]
+        return npu_gmm(x, weight, group_list=ends, group_type=0)
+
+    return product

@@ -10,7 +10,7 @@ s = sequence (queries), t = sequence (keys), b = batch, n = query heads, g = key
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -239,16 +239,22 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *, group
     )[0]
 
 
-def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """npu_grouped_matmul with one output; groups are told by the cumulative rows."""
-    if x.shape[0] == 0:
-        return x @ weight[0]  # no rows, but gradients of the right shape
-    return _GroupedMatmul.apply(x, weight, group_ends(counts, x.device))
+def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """npu_grouped_matmul with one output; groups are told by the cumulative rows, which stay on the device."""
+    ends = group_ends(counts)
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        # No rows, but gradients of the right shape.
+        return _GroupedMatmul.apply(x, weight, ends) if x.shape[0] else x @ weight[0]
+
+    return product
 
 
-def group_ends(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+def group_ends(counts: torch.Tensor) -> torch.Tensor:
     """Where each group's rows end, int64 on the device."""
-    return torch.tensor(counts, dtype=torch.int64).cumsum(0).to(device, non_blocking=True)
+    if counts.device.type == "cpu":  # constants, with a capacity; the copy of pinned memory waits for nothing
+        counts = counts.pin_memory().to(f"npu:{torch_npu.npu.current_device()}", non_blocking=True)
+    return counts.cumsum(0)
 
 
 def permute(

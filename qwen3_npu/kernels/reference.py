@@ -159,18 +159,22 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Consecutive rows of x times the matrix of their group.
+def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Consecutive rows times the matrix of their group, for any number of products with the same groups.
 
     Args:
-        x: [rows, k], rows sorted by group.
-        weight: [groups, k, n].
-        counts: rows of each group; they add up to x's rows.
+        counts: [groups] int64, rows of each group; usually on the device. This implementation reads them on the host.
 
     Returns:
-        [rows, n].
+        x [rows, k], whose rows are sorted by group and as many as the counts add up to, and weight [groups, k, n]
+        -> [rows, n].
     """
-    return torch.cat([part @ matrix for part, matrix in zip(x.split(list(counts)), weight, strict=True)])
+    rows: list[int] = counts.tolist()
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part @ matrix for part, matrix in zip(x.split(rows), weight, strict=True)])
+
+    return product
 
 
 def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -15,6 +15,7 @@ from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.lora import freeze_base
 from qwen3_npu.model.loss import cross_entropy
+from qwen3_npu.model.modules import Embedding
 from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts, block_spec
 
@@ -49,6 +50,8 @@ class Qwen3Model(GPTModel):
             vp_stage=chunk if layout.virtual > 1 else None,
         )
         self.arch, self.loss_chunk = arch, parts.loss_chunk
+        if pre_process:
+            self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
 
     def _preprocess(self, *args: Any, packed_seq_params: TokenSequence | None = None, **others: Any) -> tuple:
         """As megatron's, whose sixth value is what of this rank's tokens is padding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,18 +66,18 @@ class GroupedExperts(MegatronModule):
 
         Args:
             tokens: [rows, hidden], sorted by expert.
-            tokens_per_expert: [experts], counts; on the host.
+            tokens_per_expert: [experts] int64, counts; on the device unless a capacity makes them constants.
             probs: [rows], router weight of each row.
 
         Returns:
             [rows, hidden], and no bias.
         """
-        counts = tokens_per_expert.tolist()
-        wide = self.multiply(1, tokens, counts)
+        product = self.kernels.grouped_matmul(tokens_per_expert)
+        wide = self.multiply(1, tokens, product)
         if not (self.recompute_activation and self.training):
-            return self.multiply(2, self.activate(wide, probs), counts), None
+            return self.multiply(2, self.activate(wide, probs), product), None
         kept = CheckpointWithoutOutput()
-        out = self.multiply(2, kept.checkpoint(self.activate, wide, probs), counts)
+        out = self.multiply(2, kept.checkpoint(self.activate, wide, probs), product)
         kept.discard_output_and_register_recompute(out)
         return out, None
 
@@ -84,7 +85,7 @@ class GroupedExperts(MegatronModule):
         """SwiGLU of each row [rows, 2 ffn], weighted by the router: [rows, ffn]."""
         return (self.kernels.swiglu(wide) * probs.unsqueeze(-1)).to(wide.dtype)
 
-    def multiply(self, which: int, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Each expert's rows of x times its matrix in weight1 or weight2."""
+    def multiply(self, which: int, x: torch.Tensor, product: Callable) -> torch.Tensor:
+        """Each expert's rows of x times its matrix in weight1 or weight2, by `kernels.grouped_matmul`'s product."""
         weight = self.weight1 if which == 1 else self.weight2
-        return self.kernels.grouped_matmul(x, weight.view(self.num_local_experts, x.shape[-1], -1), counts)
+        return product(x, weight.view(self.num_local_experts, x.shape[-1], -1))

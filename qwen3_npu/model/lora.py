@@ -12,7 +12,7 @@ One A serves q, k and v, and one serves gate and up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -161,9 +161,9 @@ class LoraExperts(GroupedExperts):
                 group=self.pg_collection.expt_tp,
             )
 
-    def multiply(self, which: int, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def multiply(self, which: int, x: torch.Tensor, product: Callable) -> torch.Tensor:
         """The base product plus the adapter's."""
-        out = super().multiply(which, x, counts)
+        out = super().multiply(which, x, product)
         a = getattr(self, f"weight{which}_lora_a", None)
         if a is None or not self.enabled:
             return out
@@ -171,8 +171,8 @@ class LoraExperts(GroupedExperts):
         if self.training and self.dropout:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 x = torch.nn.functional.dropout(x, self.dropout)
-        narrow = self.kernels.grouped_matmul(x, a.view(e, -1, self.rank), counts) * self.scale
-        return out + self.kernels.grouped_matmul(narrow, b.view(e, self.rank, -1), counts)
+        narrow = product(x, a.view(e, -1, self.rank)) * self.scale
+        return out + product(narrow, b.view(e, self.rank, -1))
 
 
 def freeze_base(chunks: Iterable[torch.nn.Module]) -> None:

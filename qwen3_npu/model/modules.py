@@ -6,6 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
@@ -64,6 +69,23 @@ class RecomputedMLP(MLP):
         out, bias = self.linear_fc2(kept.checkpoint(self.activation_func, wide))
         kept.discard_output_and_register_recompute(out)
         return out, bias
+
+
+class Embedding(VocabParallelEmbedding):
+    """megatron's, without its writes through a mask: torch_npu reads what is written on the host, and waits for it."""
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        """[b, s] tokens -> [b, s, hidden], or [s / TP, b, hidden] under sequence parallelism."""
+        if self.tp_group.size() == 1:
+            return super().forward(input_)
+        local = input_ - self.vocab_start_index
+        elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
+        local = local.masked_fill_(elsewhere, 0)
+        rows = self.weight[local] if self.deterministic_mode else torch.nn.functional.embedding(local, self.weight)
+        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        if self.reduce_scatter_embeddings:
+            return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(), group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
 
 
 class NoopLayer(MegatronModule, BaseTransformerLayer):

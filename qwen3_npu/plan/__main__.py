@@ -14,7 +14,7 @@ from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.launch import device_for
 from qwen3_npu.plan.learn import learn
-from qwen3_npu.plan.report import as_json, command, describe, table
+from qwen3_npu.plan.report import as_json, command, describe, plot, table
 from qwen3_npu.plan.search import search
 from qwen3_npu.plan.shape import Shape, read_shape, shape_of
 
@@ -39,8 +39,6 @@ def main() -> None:
         print("\n".join(["", "the first:", *describe(found[0].verdict)]))
         print(f"\n{command(found[0].args, args.devices, device.node)}")
     if args.plot is not None:
-        from qwen3_npu.plan.plot import plot
-
         plot(found[0].verdict, Path(args.plot))
         print(f"picture: {args.plot}")
 

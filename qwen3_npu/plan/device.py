@@ -1,7 +1,7 @@
-"""What is known of each device: one table, each constant with its source. The one model of the machine.
+"""What is known of each device: one table, each published constant with its source. The one model of the machine.
 
-Efficiencies and overheads are fitted by `benchmarks/fit_devices.py` to published step times, never by hand; `learn.py`
-replaces them by those of your own runs.
+Efficiencies and overheads are general guesses, the same for all devices of a kind. `learn.py` replaces them by what
+your own runs show.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Device:
         transfer: share of `link` and `network` that collectives reach.
         launch: seconds of host time per operation.
         reserve: bytes that the runtime takes (context, collectives' buffers).
-        stats_bytes: bytes of softmax statistics per query and head.
-        error: relative uncertainty of a predicted step time (median error of the fit).
+        kernels: those of this project that run here, as `activations.layer_bytes` names them.
+        error: relative uncertainty of a predicted step time, a guess until `--learn`.
         sources: where the published numbers come from.
     """
 
@@ -55,7 +55,7 @@ class Device:
     transfer: float = 0.75
     launch: float = 8e-6
     reserve: float = 1.5 * GIB
-    stats_bytes: float = 4
+    kernels: str = "torch"
     error: float = 0.25
     sources: str = ""
 
@@ -71,7 +71,7 @@ def _ascend(name: str, memory: float, flops: float, bandwidth: float, *, node: i
         network=25e9,
         launch=12e-6,
         reserve=2.5 * GIB,
-        stats_bytes=64,
+        kernels="npu",
         sources=sources,
     )
 
@@ -129,7 +129,7 @@ DEVICES = {
         ),
     )
 }
-_LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node", "sources"}
+_LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node", "kernels", "sources"}
 
 
 def find_device(name: str, learnt: str | None = None) -> Device:

@@ -34,6 +34,8 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         recompute_group=group,
         recompute_activation=train.recompute_activation_function,
         recompute_norm=train.recompute_norm,
+        recompute_attention=train.recompute_granularity == "selective",
+        packed=args.data.reset_attention_mask,
         lora_rank=args.lora.lora_r if args.lora.on else 0,
         lora_targets=tuple(args.lora.lora_target_modules),
         loss_chunk=train.loss_chunk_size if train.loss_compute_mode == "chunk" else 0,

@@ -1,16 +1,16 @@
 """Memory of one rank of each pipeline stage, in closed form. Bytes throughout.
 
-What a layer keeps for backward follows from this project's own modules: the inputs of its two norms and of its linears,
-queries and keys before and after their norms and rotation, values, the attention's output and softmax statistics, and
-both sides of the activation. The rules for what is alive at the same time are those of the 1F1B and interleaved
-schedules (Narayanan et al., arXiv:2104.04473); static bytes follow Rajbhandari et al., arXiv:1910.02054, stage 1.
+What a layer keeps for backward is in `activations.py`. The rules for what is alive at the same time are those of the
+1F1B and interleaved schedules (Narayanan et al., arXiv:2104.04473); static bytes follow Rajbhandari et al.,
+arXiv:1910.02054, stage 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.plan.parameters import Counts, lora_counts, stage_counts
+from qwen3_npu.plan.activations import NPU, layer_bytes, routed_rows
+from qwen3_npu.plan.parameters import Counts, largest_count, lora_counts, stage_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
@@ -28,6 +28,7 @@ class StageMemory:
         logits: logits and loss of one micro-batch (last stage).
         ends: embedding output and final norm.
         communication: buffers of collectives.
+        update: what the optimizer's update needs beyond the room of activations and buffers, which are gone then.
         reserve: what the runtime and the allocator hold beside.
     """
 
@@ -39,6 +40,7 @@ class StageMemory:
     logits: float
     ends: float
     communication: float
+    update: float
     reserve: float
 
     @property
@@ -51,25 +53,23 @@ class StageMemory:
 
     @property
     def total(self) -> float:
-        return self.static + self.activations + self.communication + self.reserve
+        return self.static + self.activations + self.communication + self.update + self.reserve
 
     def rows(self) -> list[tuple[str, float]]:
         """Name and bytes of each kind, in the order to show them."""
         return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
 
 
-def stage_memory(
-    shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0, stats_bytes: float = 64
-) -> StageMemory:
+def stage_memory(shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0, kernels: str = NPU) -> StageMemory:
     """Memory of one rank of a pipeline stage.
 
     Args:
         reserve: bytes that the runtime holds on this device.
-        stats_bytes: bytes of softmax statistics per query and head (64 on NPUs, 4 on GPUs).
+        kernels: of `activations.layer_bytes`.
     """
     weights, gradients, optimizer = static_bytes(shape, setup, stage)
-    kept, working = layer_activations(shape, setup, stage, stats_bytes)
-    return StageMemory(
+    kept, working = layer_activations(shape, setup, stage, kernels)
+    memory = StageMemory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
@@ -78,8 +78,19 @@ def stage_memory(
         logits=logit_bytes(shape, setup) if stage == setup.pipeline - 1 else 0.0,
         ends=_end_bytes(shape, setup, stage),
         communication=_communication(shape, setup),
+        update=0.0,
         reserve=reserve,
     )
+    beyond = update_bytes(shape, setup, stage) - memory.activations - memory.communication
+    return dataclasses.replace(memory, update=max(0.0, beyond))
+
+
+def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
+    """Bytes that the optimizer's update takes for a moment: a float32 copy of the largest weight.
+
+    MindSpeed-LLM's CI shows it on NPUs: where activations are small, the peak is static bytes, this, and up to 16 MiB.
+    """
+    return 0.0 if setup.swap_optimizer else 4.0 * largest_count(shape, setup, stage)
 
 
 def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, float]:
@@ -109,13 +120,13 @@ def in_flight(setup: Setup, stage: int) -> int:
     return min(passes * chunks, (stages - stage - 1) * 2 + (chunks - 1) * stages + 1)
 
 
-def layer_activations(shape: Shape, setup: Setup, stage: int, stats_bytes: float) -> tuple[float, float]:
+def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> tuple[float, float]:
     """Bytes that the layers of a stage keep for backward, of all chunks in flight; and one layer's working bytes."""
     kinds = setup.layer_kinds(shape, stage)
     number = sum(kinds.values())
     if not number:
         return 0.0, 0.0
-    sizes = {kind: layer_bytes(shape, setup, kind, stats_bytes) for kind in kinds}
+    sizes = {kind: layer_bytes(shape, setup, kind, kernels) for kind in kinds}
     per_chunk = number / setup.virtual
     inputs = setup.weight_bytes * shape.hidden_size * setup.sharded_tokens
     recomputed = min(setup.recompute, number) / setup.virtual  # layers of a chunk that keep their input only
@@ -123,39 +134,6 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, stats_bytes: float
     kept = (per_chunk - recomputed) * mean + recomputed / setup.recompute_group * inputs
     working = setup.recompute_group * largest if recomputed else 0.0
     return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
-
-
-def layer_bytes(shape: Shape, setup: Setup, has_experts: bool, stats_bytes: float = 64) -> float:
-    """Bytes that one layer keeps for backward, of one micro-batch, when nothing is recomputed."""
-    width, tokens, sharded = setup.weight_bytes, setup.tokens, setup.sharded_tokens
-    norms = 2 if setup.recompute_norm else 4  # inputs and outputs of both norms
-    around = norms * shape.hidden_size * sharded * width
-    query, key = shape.query_width / setup.tensor, shape.key_width / setup.tensor
-    # qkv's output, queries laid out anew where heads have norms, rotated queries and keys, attention's output
-    attention = (query + 2 * key) + (query if shape.qk_norm else 0) + (query + key) + query
-    stats = shape.num_attention_heads / setup.tensor * stats_bytes
-    inside = tokens * (attention * width + stats)
-    return around + inside + (_expert_bytes(shape, setup) if has_experts else _mlp_bytes(shape, setup))
-
-
-def _mlp_bytes(shape: Shape, setup: Setup) -> float:
-    sides = shape.gate_factor + (0 if setup.recompute_activation else 1)
-    return setup.tokens * sides * shape.ffn_hidden_size / setup.tensor * setup.weight_bytes
-
-
-def routed_rows(shape: Shape, setup: Setup) -> float:
-    """Rows that the experts of one rank compute, if all get the same."""
-    return setup.tokens / setup.tensor * setup.expert_tensor * shape.moe_topk
-
-
-def _expert_bytes(shape: Shape, setup: Setup) -> float:
-    rows, width = routed_rows(shape, setup), setup.weight_bytes
-    ffn = shape.moe_ffn_hidden_size / setup.expert_tensor
-    sides = shape.gate_factor + (0 if setup.recompute_activation else 2)  # the activation, and it times probabilities
-    routed = rows * (shape.hidden_size + sides * ffn) * width
-    router = setup.sharded_tokens * shape.num_experts * 12
-    shared = setup.tokens * (shape.gate_factor + 1) * shape.moe_shared_ffn / setup.tensor * width
-    return routed + router + shared
 
 
 def transient_bytes(shape: Shape, setup: Setup) -> float:

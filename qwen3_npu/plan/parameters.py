@@ -68,6 +68,27 @@ def stage_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
     return counts
 
 
+def largest_count(shape: Shape, setup: Setup, stage: int) -> float:
+    """Weights of the largest trained tensor of one rank of a stage; with a sharded optimizer, its share of it."""
+    h, tp = shape.hidden_size, setup.tensor
+    dense_copies, expert_copies = 1, 1
+    if setup.distributed_optimizer:
+        dense_copies, expert_copies = setup.data * setup.context, setup.expert_data
+    if setup.lora_rank:
+        widest = max(shape.query_width + 2 * shape.key_width, shape.gate_factor * shape.ffn_hidden_size, h)
+        return setup.lora_rank * widest / dense_copies
+    mlp = 0 if shape.is_moe else shape.gate_factor * shape.ffn_hidden_size
+    most: float = h * max(shape.query_width + 2 * shape.key_width, mlp) / tp
+    if stage == 0 or (stage == setup.pipeline - 1 and (not shape.tied or setup.pipeline > 1)):
+        most = max(most, float(embedding_count(shape, setup)))
+    if not shape.is_moe:
+        return most / dense_copies
+    # The experts of a rank are one tensor of each linear.
+    experts = shape.num_experts // setup.expert
+    rows = experts * h * shape.gate_factor * shape.moe_ffn_hidden_size / setup.expert_tensor
+    return max(most / dense_copies, rows / expert_copies)
+
+
 def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
     """Weights of the adapters of one rank of a stage."""
     total = Counts()

@@ -20,7 +20,8 @@ class Setup:
         distributed_optimizer: optimizer state is sharded over data-parallel ranks.
         recompute: layers of each stage whose inside is computed again in backward.
         recompute_group: layers of one recomputed group (method uniform).
-        recompute_activation, recompute_norm: these alone are computed again.
+        recompute_activation, recompute_norm, recompute_attention: these alone are computed again.
+        packed: several documents share a sequence.
         lora_rank, lora_targets: 0: all weights are trained.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
         swap_optimizer: optimizer state is on the host.
@@ -49,6 +50,8 @@ class Setup:
     recompute_group: int = 1
     recompute_activation: bool = False
     recompute_norm: bool = False
+    recompute_attention: bool = False
+    packed: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     reuse_master: bool = False

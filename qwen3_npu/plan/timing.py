@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from qwen3_npu.plan.activations import routed_rows
 from qwen3_npu.plan.device import Device
-from qwen3_npu.plan.memory import routed_rows
 from qwen3_npu.plan.parameters import lora_counts, stage_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape

@@ -29,7 +29,7 @@ class Verdict:
 
     def _stage(self, stage: int) -> StageMemory:
         device = self.device
-        return stage_memory(self.shape, self.setup, stage, reserve=device.reserve, stats_bytes=device.stats_bytes)
+        return stage_memory(self.shape, self.setup, stage, reserve=device.reserve, kernels=device.kernels)
 
     @functools.cached_property
     def stages(self) -> tuple[StageMemory, ...]:

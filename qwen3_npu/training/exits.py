@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from types import FrameType
 
-import torch
-
 from qwen3_npu.args.training import ExitArgs
-from qwen3_npu.training.guard import anywhere
 
 
 class Exits:
-    """Notices signals; the loop asks at every step whether to save and leave."""
+    """Notices signals; the step carries them to the other ranks."""
 
     def __init__(self, args: ExitArgs) -> None:
         self.limit = args.exit_duration_in_mins * 60 if args.exit_duration_in_mins is not None else None
@@ -28,15 +26,22 @@ class Exits:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
 
-    def reason(self, iteration: int, device: torch.device) -> str | None:
-        """Why all ranks should stop after this step, or None. Every rank must call this."""
+    def wishes(self) -> tuple[bool, ...]:
+        """What this rank has to say: a signal came, the time is over. Nothing where neither is watched."""
+        if not self.watches:
+            return ()
+        expired = self.limit is not None and time.monotonic() - self.start >= self.limit
+        return self.signal is not None, expired
+
+    def reason(self, iteration: int, wishes: Sequence[bool]) -> str | None:
+        """Why all ranks should stop after this step, or None.
+
+        Args:
+            wishes: as `wishes` says, on any rank.
+        """
         if self.interval and iteration % self.interval == 0:
             return f"--exit-interval {self.interval}"
-        if not self.watches:
-            return None
-        expired = self.limit is not None and time.monotonic() - self.start >= self.limit
-        if anywhere(self.signal is not None, device):
+        signalled, expired = wishes or (False, False)
+        if signalled:
             return self.signal or "a signal to another process"
-        if anywhere(expired, device):
-            return "--exit-duration-in-mins is over"
-        return None
+        return "--exit-duration-in-mins is over" if expired else None

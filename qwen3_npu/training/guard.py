@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -29,12 +28,10 @@ class NanGuard:
     def __init__(self, limit: int) -> None:
         self.limit, self.in_a_row, self.total = limit, 0, 0
 
-    def judge(self, loss: float, grad_norm: float, device: torch.device) -> bool:
-        """Whether this step's update must be skipped: a loss or gradient that is not finite, on any rank."""
-        skip = anywhere(not (math.isfinite(loss) and math.isfinite(grad_norm)), device)
-        self.in_a_row = self.in_a_row + 1 if skip else 0
-        self.total += skip
-        return skip
+    def count(self, skipped: bool) -> None:
+        """Note whether this step's update was skipped: a loss or gradient was not finite, on any rank."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        self.total += skipped
 
     def check_weights(self, parameters: Iterable[torch.Tensor], iteration: int, device: torch.device) -> None:
         """What is to be saved is finite. Every rank must call this; it waits for the device, once per checkpoint.

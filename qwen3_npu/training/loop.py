@@ -258,6 +258,7 @@ class Trainer:
             self.training_batches(),
             self.guard,
             objective=self.objective,
+            wishes=self.exits.wishes(),
             global_batch=self.plan.global_batch,
             **self.sizes,
         )
@@ -291,7 +292,7 @@ class Trainer:
             if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
                 with reporter.paused(), here.during("eval"):
                     self.evaluate(reporter)
-            stop = self.exits.reason(iteration, self.world.device)
+            stop = self.exits.reason(iteration, result.wishes)
             profiling.after(iteration, last=iteration == last or stop is not None)
             due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
             export = self.export.due(iteration, is_last=iteration == last)

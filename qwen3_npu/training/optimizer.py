@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
@@ -61,11 +61,29 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
     return optimizer
 
 
+def gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> torch.Tensor:
+    """The norm of all gradients, a float32 scalar on the device.
+
+    What megatron's `get_grad_norm` computes, which reads the norm of each parameter on the host.
+    """
+    found: dict[dist.ProcessGroup, list[torch.Tensor]] = {}
+    for part in parts(optimizer):
+        found.setdefault(part.get_grad_stats_parallel_group(), []).extend(part.get_main_grads_for_grad_norm())
+    total = torch.zeros((), device=device)
+    for group, gradients in found.items():
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum() if gradients else torch.zeros_like(total)
+        dist.all_reduce(squares, group=group)
+        total += squares
+    return total.sqrt()
+
+
 def clip_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
     """Scale the gradients so that their norm, which is `norm` now, is at most --clip-grad (0: any)."""
     for part in parts(optimizer):
-        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+        factor = part.config.clip_grad / (norm + 1e-6)  # as megatron's
+        gradients = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
+        if 0 < factor < 1 and gradients:
+            torch._foreach_mul_(gradients, factor)
 
 
 def build_scheduler(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron.core.utils import get_model_config
 from qwen3_npu.data.train.batches import Batch
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.objective import Objective
-from qwen3_npu.training.optimizer import clip_gradients
+from qwen3_npu.training.optimizer import clip_gradients, gradient_norm
 from qwen3_npu.watch import here
 
 
@@ -78,12 +79,14 @@ class StepResult:
         grad_norm: of the gradients before clipping.
         learning_rate: that was applied.
         skipped: the update was not made, for a number that is not finite.
+        wishes: what was to be told to all ranks, true if it is on any of them.
     """
 
     tally: Tally
     grad_norm: float
     learning_rate: float
     skipped: bool = False
+    wishes: tuple[bool, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -180,13 +183,16 @@ def run_schedule(
     micro_batch: int,
     forward_only: bool,
     objective: Objective | None = None,
-) -> Tally:
+) -> torch.Tensor:
     """Forward (and backward) over all micro-batches of this step.
 
     Args:
         batches: one iterator per model chunk, over the same micro-batches.
         seq_length, micro_batch: of every micro-batch, unless the configuration says that they differ.
         objective: what is trained for, if not the next token.
+
+    Returns:
+        The numbers of a `Tally`, float32 on the device: nothing has waited for them.
     """
     reports = get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, objective),
@@ -203,7 +209,7 @@ def run_schedule(
     # Only the last stage has losses; the sum over stages and data-parallel ranks tells every rank.
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return tally_of(total.tolist())
+    return total
 
 
 def train_step(
@@ -218,12 +224,16 @@ def train_step(
     micro_batch: int,
     global_batch: int,
     objective: Objective | None = None,
+    wishes: Sequence[bool] = (),
 ) -> StepResult:
-    """One step of training. The schedule of the learning rate does not move when the update is skipped."""
+    """One step of training. The schedule of the learning rate does not move when the update is skipped.
+
+    The host waits once: for one row with the losses, the norm, whether all is finite, and the `wishes` of the ranks.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    tally = run_schedule(
+    sums = run_schedule(
         chunks,
         batches,
         num_microbatches=num_microbatches,
@@ -235,13 +245,20 @@ def train_step(
     here.at("optimizer")
     rate = max((group["lr"] for group in optimizer.param_groups), default=0.0)
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    skip = guard.judge(tally.loss, grad_norm, next(chunks[0].parameters()).device)
+    norm = gradient_norm(optimizer, sums.device)
+    # 0, or NaN where a number is not finite; a sum over the ranks keeps NaN (a maximum need not).
+    flags = [0 * (sums[0] + sums[1] + norm), *(torch.full_like(norm, float(wish)) for wish in wishes)]
+    everyones = torch.stack(flags)
+    dist.all_reduce(everyones)
+    *numbers, grad_norm = torch.cat((everyones, sums, norm.view(1))).tolist()
+    bad, *told = numbers[: len(flags)]
+    tally, skip = tally_of(numbers[len(flags) :]), math.isnan(bad)
+    guard.count(skip)
     if not skip:
         clip_gradients(optimizer, grad_norm)
         optimizer.step_with_ready_grads()
         scheduler.step(increment=global_batch)
-    return StepResult(tally, grad_norm, rate, skip)
+    return StepResult(tally, grad_norm, rate, skip, tuple(count > 0 for count in told))
 
 
 def evaluate_step(
@@ -251,7 +268,7 @@ def evaluate_step(
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        result = run_schedule(chunks, batches, forward_only=True, objective=objective, **sizes)
+        sums = run_schedule(chunks, batches, forward_only=True, objective=objective, **sizes)
     for chunk in chunks:
         chunk.train()
-    return result
+    return tally_of(sums.tolist())

@@ -6,15 +6,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from qwen3_npu.data.train.token_file import IndexedWriter, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parallel" / "support"))
 
+import counts
 import tiny
 import wheel
 from worlds import World
@@ -53,10 +51,4 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prefix of a token file; several documents share a sequence, each ends with token 1."""
-    prefix, rng = tmp_path_factory.mktemp("tokens") / "text_document", np.random.default_rng(0)
-    lengths = rng.integers(5, 25, 200)
-    documents = [np.append((rng.integers(254) + np.cumsum(rng.integers(1, 4, n - 1))) % 254 + 2, 1) for n in lengths]
-    writer = IndexedWriter(prefix)
-    writer.add(np.concatenate(documents).astype(np.int32), lengths.astype(np.int32))
-    publish([writer])
-    return str(prefix)
+    return str(counts.write_documents(tmp_path_factory.mktemp("tokens") / "text_document"))

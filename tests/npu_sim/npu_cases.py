@@ -64,6 +64,12 @@ def _cache_difference(npu: Any, lengths: list[int] | None) -> float:
     return (got.float() - exact).abs().max().item()
 
 
+def _grouped_difference(module: Any, counts: list[int]) -> float:
+    """Counts on the device, as the dispatcher of experts leaves them."""
+    products = module.grouped_matmul(torch.tensor(counts).npu()), reference.grouped_matmul(torch.tensor(counts))
+    return _difference(*products, _randn(sum(counts), 8), _randn(len(counts), 8, 6))
+
+
 def _rotary(module: Any) -> Callable:
     angles = _randn(17, 1, 1, 8)
     angles = torch.cat((angles, angles), -1)
@@ -87,7 +93,6 @@ def _measurements(npu: Any) -> dict[str, Callable[[], float]]:
     q, k, v = _randn(17, 2, 4, 16), _randn(17, 2, 2, 16, seed=1), _randn(17, 2, 2, 16, seed=2)
     packed = _randn(20, 1, 4, 16), _randn(20, 1, 2, 16, seed=1), _randn(20, 1, 2, 16, seed=2)
     attention = npu.attention, reference.attention
-    grouped = npu.grouped_matmul, reference.grouped_matmul
     return {
         "attention": lambda: _difference(*attention, q, k, v, scale=0.25),
         "attention, last positions": lambda: _difference(*attention, q[-5:], k, v, scale=0.25),
@@ -103,8 +108,8 @@ def _measurements(npu: Any) -> dict[str, Callable[[], float]]:
         "rms_norm": lambda: _difference(npu.rms_norm, reference.rms_norm, q, 1 + _randn(16), eps=1e-6),
         "rotary": lambda: _difference(_rotary(npu), _rotary(reference), q),
         "swiglu": lambda: _difference(npu.swiglu, reference.swiglu, q),
-        "grouped_matmul": lambda: _difference(*grouped, _randn(9, 8), _randn(4, 8, 6), counts=[3, 0, 4, 2]),
-        "grouped_matmul, no rows": lambda: _difference(*grouped, _randn(0, 8), _randn(4, 8, 6), counts=[0, 0, 0, 0]),
+        "grouped_matmul": lambda: _grouped_difference(npu, [3, 0, 4, 2]),
+        "grouped_matmul, no rows": lambda: _grouped_difference(npu, [0, 0, 0, 0]),
         "permute and unpermute": lambda: _difference(
             _there_and_back(npu), _there_and_back(reference), _randn(9, 8), _randn(9, 4).softmax(-1)
         ),
@@ -146,13 +151,19 @@ def mindspeed_differences(platform: Platform, world: World) -> dict[str, float]:
     chosen = kernels.select("mindspeed", "npu")
     assert chosen.rotary.__module__.endswith(".mindspeed")
     assert chosen.grouped_matmul.__module__.endswith(".mindspeed")
-    grouped = chosen.grouped_matmul, reference.grouped_matmul
     return {
         "rotary": _difference(_rotary(chosen), _rotary(reference), _randn(17, 2, 4, 16)),
-        "grouped_matmul": _difference(*grouped, _randn(9, 8), _randn(4, 8, 6), counts=[3, 0, 4, 2]),
-        "grouped_matmul, no rows": _difference(*grouped, _randn(0, 8), _randn(4, 8, 6), counts=[0, 0, 0, 0]),
-        "grouped_matmul, one expert": _difference(*grouped, _randn(9, 8), _randn(1, 8, 6), counts=[9]),
+        "grouped_matmul": _grouped_difference(chosen, [3, 0, 4, 2]),
+        "grouped_matmul, no rows": _grouped_difference(chosen, [0, 0, 0, 0]),
+        "grouped_matmul, one expert": _grouped_difference(chosen, [9]),
     }
+
+
+def layers_saved(platform: Platform, world: World) -> dict[str, int]:
+    """Bytes that a layer keeps for backward, of each case of tests/saved.py."""
+    import saved
+
+    return {case: saved.layer_saved(case, "npu", "npu") for case in saved.CASES}
 
 
 def operation_calls(platform: Platform, world: World) -> dict[str, int]:

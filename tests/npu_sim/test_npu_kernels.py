@@ -32,7 +32,7 @@ MUTATIONS = {
     ),
     "epsilon lost": ("epsilon=eps", "epsilon=1e-2", "rms_norm"),
     "rotary of the other kind": ('rotary_mode="half"', 'rotary_mode="interleave"', "rotary"),
-    "counts instead of ends": ("dtype=torch.int64).cumsum(0)", "dtype=torch.int64)", "grouped_matmul"),
+    "counts instead of ends": ("counts.cumsum(0)", "counts", "grouped_matmul"),
     "weights not turned for dx": ("weight.transpose(1, 2)", "weight", "grouped_matmul"),
     "gradient of weights by rows": (
         "_grouped(x.t(), grad, ends, group_type=2)",

@@ -91,7 +91,7 @@ def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
 
 
 def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> Output:
-    """Write, publish and reveal the output; it is looked for only after everything is there."""
+    """Write and commit the output; the tracker or index, which readers look for, comes last."""
     carried = _carried_from(plan, args, legacy)
     config = read_hf_config(carried) if (carried / "config.json").is_file() else None
     output = planned_output(plan, args, target, legacy, config)

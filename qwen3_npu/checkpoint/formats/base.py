@@ -136,7 +136,7 @@ class Target:
         return widest(self.kept.get(piece.hf, usual) for piece in shard.slices) if self.kept else usual
 
     def joined(self) -> list[str]:
-        """Tensors made of several dtypes, in a model in one piece."""
+        """Tensors made of several dtypes, in an unsharded model."""
         if not self.kept:
             return []
         shards = self.contents.shards(single(self.contents.arch), Rank(0, 0, 0, 0))
@@ -150,7 +150,7 @@ class RankState:
 
     Attributes:
         held: "" and `STATES` -> (chunk, name) -> dtype of the tensors that are here.
-        step: updates made.
+        step: optimizer steps made.
         random: states of the random generators, with `Tensor`s in place of tensors; None: not saved.
         random_data: the data of those.
     """

@@ -10,9 +10,9 @@ megatron-core stores each tensor of the layers under one key for all layers, who
     decoder.layers.mlp.experts.experts.linear_fc1.weight    [layers, experts, [gate | up], in]
     decoder.final_layernorm.weight, output_layer.weight     (no output layer if it is tied)
 
-Layers are numbered as Megatron numbers them, places without weights included. A layer's tensor is thus the uncut
+Layers are numbered as Megatron numbers them, no-op layers included. A layer's tensor is thus the unsharded
 Megatron tensor of the table with one pair of matrices per expert, and LoRA tensors follow the same rule. Files and
-their sizes follow the cut that the training had; where a tensor of one rank lies in the whole one, this module says.
+their sizes follow the layout that the training had; where a tensor of one rank lies in the whole one, this module says.
 Source: `GPTModel.sharded_state_dict` with the local specification (whose keys map renames the two norms, as MindSpeed-
 LLM's Qwen3 specification does), and the strategies of megatron.core.dist_checkpointing 0.16.
 """
@@ -33,7 +33,7 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.*)")
-# Modules whose weight is cut over tensor parallelism: the axis, and how many matrices below each other are cut each.
+# Modules whose weight is sharded over tensor parallelism: the axis, and how many stacked matrices are sharded each.
 _CUT = {
     "word_embeddings": (0, 1),
     "output_layer": (0, 1),
@@ -167,7 +167,7 @@ def extra_states(contents: Contents, layout: Layout, rank: Rank) -> list[str]:
 
 
 def _cut(name: str) -> tuple[int | None, int]:
-    """The axis over which a tensor is cut, and how many matrices it holds below each other."""
+    """The axis over which a tensor is sharded, and how many stacked matrices it holds."""
     module = next((part for part in name.split(".") if part in _CUT), None)
     if module is None:
         return None, 1

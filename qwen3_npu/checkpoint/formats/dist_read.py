@@ -133,7 +133,7 @@ class DistReader(DistTensors):
 
     Attributes:
         contents: which tensors: a model's, an adapter's, or both.
-        layout: the uncut one, with the places without weights that the training had.
+        layout: the unsharded one, with the no-op layers that the training had.
         common: what `common.pt` holds.
     """
 
@@ -204,7 +204,7 @@ class DistReader(DistTensors):
                 raise UsageError(f"{self.folder / file} is truncated: {end} bytes expected, {there} there")
 
     def saved_layout(self) -> Layout:
-        """The layout in which it was saved; its files are cut so."""
+        """The layout in which it was saved; its files are sharded so."""
         return layout_from_args(
             self.args,
             self.arch,

@@ -212,7 +212,7 @@ def _first_file(folder: Path) -> PtFile:
 
 
 def _first_layers(folder: Path, virtual: int) -> dict[str, Any]:
-    """Name -> shape of what the first file with layers holds: a stage may consist of places without weights."""
+    """Name -> shape of what the first file with layers holds: a stage may consist of no-op layers."""
     for path in sorted(folder.glob(f"mp_rank_*/{WEIGHTS}")):
         file = open_file(path)
         file.close()
@@ -250,7 +250,7 @@ def _layout(tensors: dict[str, Any], args: argparse.Namespace, contents: Content
 
 
 def _expert_tensor(tensors: dict[str, Any], args: argparse.Namespace, arch: Qwen3Arch) -> int | None:
-    """Over how many ranks an expert is cut, read off a tensor that has the experts' width on one side."""
+    """Over how many ranks an expert is sharded, read off a tensor that has the experts' width on one side."""
     width = arch.moe_intermediate_size
     stacked = width * (arch.num_experts // (getattr(args, "expert_model_parallel_size", None) or 1))
     sides = {

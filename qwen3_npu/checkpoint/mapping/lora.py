@@ -1,4 +1,4 @@
-"""LoRA tensors in the style of the weight table: derived from the rows of `table.py`, so they are cut as those are.
+"""LoRA tensors in the style of the weight table: derived from the rows of `table.py`, so they are sharded as those are.
 
 A LoRA of rank r adds (alpha / r) * B @ A to a weight. In a Megatron checkpoint each wrapped linear has one A, shared by
 the projections that it joins, and a B whose rows are in the order of the base weight's rows. Names and shapes are
@@ -13,7 +13,7 @@ of an expert's FFN width, H the hidden size):
                                                    .lora_B.default.weight [out, r]   on every TP rank
     decoder.layers.L.mlp.linear_fc1                as linear_qkv; rows of B are [gate | up] of the rank
     decoder.layers.L.mlp.linear_fc2                as linear_proj
-    decoder.layers.L.mlp.experts.local_experts.K.linear_fc1 / .linear_fc2    as the dense ones, cut over ETP
+    decoder.layers.L.mlp.experts.local_experts.K.linear_fc1 / .linear_fc2    as the dense ones, sharded over ETP
 
     decoder.layers.L.mlp.experts.weight1           its own name is kept
                                 .weight1_lora_a    [H, E r], memory (E, H, r)
@@ -103,7 +103,7 @@ def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> I
 
 
 def _linear(shard: Shard, r: int) -> Iterator[Shard]:
-    """A [r, in] and B [out, r] beside a weight [out, in]: each has the weight's cut along the side they share."""
+    """A [r, in] and B [out, r] beside a weight [out, in]: each is sharded as the weight on the shared side."""
     rows, columns = shard.view
     stem = shard.name.removesuffix("weight")
     a = [TensorSlice(peft_name(p.hf, "A"), ((0, r), p.source[1]), ((0, r), p.target[1])) for p in shard.slices]
@@ -131,7 +131,7 @@ def _stacked(shard: Shard, r: int) -> Iterator[Shard]:
 
 
 def _beside(base: Shard, name: str, shape: tuple[int, ...], view: tuple[int, ...], slices: list[TensorSlice]) -> Shard:
-    # The heads of q share one A with the same piece: once is enough.
+    # The heads of q share one A with the same slice: once is enough.
     return Shard(name, shape, view, tuple(dict.fromkeys(slices)), base.chunk, base.layer)
 
 
@@ -162,7 +162,7 @@ class Contents:
 
     @property
     def parameters(self) -> int:
-        """How many numbers a checkpoint in one piece holds, without the padding of the vocabulary."""
+        """How many numbers an unsharded checkpoint holds, without the padding of the vocabulary."""
         return sum(math.prod(shard.shape) for shard in self.shards(single(self.arch), Rank(0, 0, 0, 0)))
 
     def __str__(self) -> str:

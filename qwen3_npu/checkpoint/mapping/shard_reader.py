@@ -18,9 +18,9 @@ Where = TypeVar("Where")
 
 
 class Holder(NamedTuple):
-    """Where a piece of a Hugging Face tensor lies."""
+    """Where a slice of a Hugging Face tensor lies."""
 
-    piece: TensorSlice
+    slice: TensorSlice
     shard: Shard
     where: Any
 
@@ -38,10 +38,10 @@ class ShardReader(abc.ABC, Generic[Where]):
         self.dtypes: dict[str, DType] = {}
         self.places: dict[str, dict[Region, list[Holder]]] = {}
         for where, shard in holders:
-            for piece in shard.slices:
-                if not piece.padding:
-                    by_region = self.places.setdefault(piece.hf, {})
-                    by_region.setdefault(piece.source, []).append(Holder(piece, shard, where))
+            for part in shard.slices:
+                if not part.padding:
+                    by_region = self.places.setdefault(part.hf, {})
+                    by_region.setdefault(part.source, []).append(Holder(part, shard, where))
 
     @abc.abstractmethod
     def find(self, holder: Holder) -> Any:
@@ -55,7 +55,7 @@ class ShardReader(abc.ABC, Generic[Where]):
         """A region (of the shard's view) of a stored tensor."""
 
     def _holder(self, name: str, source: Region) -> tuple[Holder, Any]:
-        """The first holder that has this piece: replicas are the same, and of some only one rank writes its copy."""
+        """The first holder that has this slice: replicas are the same, and of some only one rank writes its copy."""
         for holder in self.places[name][source]:
             tensor = self.find(holder)
             if tensor is not None:
@@ -77,14 +77,14 @@ class ShardReader(abc.ABC, Generic[Where]):
                 continue
             holder, tensor = self._holder(name, source)
             stored = self.stored_dtype(holder, tensor)
-            data = self.read_stored(holder, tensor, holder.piece.part(common))
+            data = self.read_stored(holder, tensor, holder.slice.part(common))
             data = data.reshape(data.shape[data.ndim - len(common) :])
-            data = convert(data.T if holder.piece.transposed else data, stored, self.dtype(name))
+            data = convert(data.T if holder.slice.transposed else data, stored, self.dtype(name))
             if common == region:
                 return data
             if out is None:
                 out = np.empty(sizes(region), data.dtype)
             inside(out, common, region)[...] = data
         if out is None:
-            raise AssertionError(f"no piece of {name} lies in {region}")
+            raise AssertionError(f"no slice of {name} lies in {region}")
         return out

@@ -1,4 +1,4 @@
-"""How one Megatron tensor of Qwen3 is cut out of Hugging Face tensors: the kinds of rows in the weight table.
+"""Which slices of Hugging Face tensors make one Megatron tensor: the kinds of rows in the weight table.
 
 A rule answers with *slices*: "these rows and columns of that Hugging Face tensor are these of mine". Pure arithmetic.
 """
@@ -93,7 +93,7 @@ def vocabulary(at: ShardContext, hf: Sequence[str]) -> tuple:
 
 
 def qkv(at: ShardContext, hf: Sequence[str]) -> tuple:
-    """Per key/value head: its query heads, then the key head, then the value head; rows cut evenly across TP.
+    """Per key/value head: its query heads, then the key head, then the value head; rows sharded evenly across TP.
 
     Up to as many ranks as key/value heads, a rank has whole heads; above, a part of one head's rows, as megatron-core.
     """
@@ -121,7 +121,7 @@ def qkv_bias(at: ShardContext, hf: Sequence[str]) -> tuple:
 
 
 def columns(width: Callable[[Qwen3Arch], int]) -> SliceRule:
-    """A matrix whose columns are cut across TP (row-parallel linear)."""
+    """A matrix whose columns are sharded across TP (row-parallel linear)."""
 
     def rule(at: ShardContext, hf: Sequence[str]) -> tuple:
         return _stack(hf, [(0, at.arch.hidden_size)], _span(width(at.arch), at.layout.tensor, at.rank.tensor))
@@ -130,7 +130,7 @@ def columns(width: Callable[[Qwen3Arch], int]) -> SliceRule:
 
 
 def gate_up(at: ShardContext, hf: Sequence[str]) -> tuple:
-    """Gate above up, each cut across TP: the local matrix is [gate_local; up_local]."""
+    """Gate above up, each sharded across TP: the local matrix is [gate_local; up_local]."""
     span = _span(at.arch.intermediate_size, at.layout.tensor, at.rank.tensor)
     return _stack(hf, [span, span], (0, at.arch.hidden_size))
 

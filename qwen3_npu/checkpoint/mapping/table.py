@@ -1,6 +1,6 @@
 """The weight table: every Megatron tensor of a model, and where each part of it lies in the Hugging Face tensors.
 
-One declaration, read in both directions. A row says how its tensor is cut into slices (`slices.py`). Converting to
+One declaration, read in both directions. A row says which slices make its tensor (`slices.py`). Converting to
 Megatron copies slices forward, converting back copies them backward, resharding does one after the other, loading
 into a live model copies them into its parameters. Pure arithmetic: no torch, no files, no process groups.
 
@@ -43,7 +43,7 @@ FIRST, LAYER, LAST = "first stage", "each layer", "last stage"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: Megatron name, Hugging Face names, how it is cut, where it lives, which models have it.
+    """One line of the table: Megatron name, Hugging Face names, slices, where it lives, which models have it.
 
     The Hugging Face names are the usual ones; a family may have others. In them, {l} is the layer's number, {e} an
     expert's number in the model and {k} its number on the rank.
@@ -183,7 +183,7 @@ def _copy(shard: Shard) -> Shard:
 
 
 def covered(shards: Iterable[Shard]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that an uncut model's shards are made of: it ends where its last piece ends."""
+    """Name and shape of every tensor that an unsharded model has: it ends where its last slice ends."""
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         for piece in shard.slices:

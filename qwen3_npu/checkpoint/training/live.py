@@ -105,7 +105,7 @@ def load_weights(
 
     Args:
         chunks: the model chunks, not wrapped.
-        contents: what the model is made of; by default weights without LoRA updates.
+        contents: what the model is made of; by default weights without LoRA adapters.
         loads: which parameters are filled, by their names.
         allow_nonfinite: take NaN and infinite values too (--allow-nonfinite-weights).
 

@@ -1,4 +1,4 @@
-"""Take up what --load and --lora-load hold: weights, LoRA updates, or a whole training, saved in any layout."""
+"""Resume from what --load and --lora-load hold: weights, LoRA adapters, or a whole training, saved in any layout."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from qwen3_npu.files import same_folder
 from qwen3_npu.model.arch import Qwen3Arch
 
 Base = Any  # HfReader, MegatronReader or DistReader
-Updates = Any  # SharedA, MegatronReader or DistReader
+AdapterSource = Any  # SharedA, MegatronReader or DistReader
 
 
 def load(
@@ -48,7 +48,7 @@ def load(
 
     Raises:
         UsageError: nothing there (and it is not the folder that this training saves to), it is damaged, or does not
-            fit the model or its LoRA updates.
+            fit the model or its LoRA adapter.
     """
     base = _open_base(trained, args)
     if base is not None:
@@ -61,10 +61,10 @@ def load(
             lambda name: not is_lora(name),
             allow_nonfinite=args.allow_nonfinite_weights,
         )
-    updates = _open_adapter(trained, base, lora_load)
-    if updates is not None:
+    adapter = _open_adapter(trained, base, lora_load)
+    if adapter is not None:
         load_weights(
-            updates,
+            adapter,
             trained.layout,
             model_rank(),
             trained.chunks,
@@ -72,9 +72,9 @@ def load(
             is_lora,
             allow_nonfinite=args.allow_nonfinite_weights,
         )
-    state = updates if trained.contents.lora else base
+    state = adapter if trained.contents.lora else base
     position = _resume(trained, args, state, facts or {})
-    for source in {id(source): source for source in (base, updates) if source is not None}.values():
+    for source in {id(source): source for source in (base, adapter) if source is not None}.values():
         source.close()
     return position
 
@@ -84,7 +84,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     lora = trained.contents.lora
     if args.load is None:
         if lora:
-            raise UsageError("--lora-r trains updates of a given model; give it with --load")
+            raise UsageError("--lora-r trains an adapter of a given model; give it with --load")
         log.info("weights: random (no --load)")
         return None
     opened = _open(args.load, args.ckpt_step, "--load", trained)
@@ -100,7 +100,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     there = opened.contents
     if not there.base:
         raise UsageError(
-            f"--load {args.load} holds LoRA updates only; give the model they belong to with --load and this folder "
+            f"--load {args.load} holds a LoRA adapter only; give the model it belongs to with --load and this folder "
             f"with --lora-load"
         )
     if there.lora and not lora:
@@ -112,34 +112,34 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     return opened
 
 
-def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) -> Updates | None:
-    """Where LoRA updates come from; None: they start anew."""
+def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) -> AdapterSource | None:
+    """Where the LoRA adapter comes from; None: it is new."""
     lora = trained.contents.lora
     if lora is None:
         return None
-    updates: Updates
+    adapter: AdapterSource
     if lora_load is None:
         if base is None or base.contents.lora is None:
-            log.info("LoRA updates: new")
+            log.info("LoRA adapter: new")
             return None
-        updates = base
+        adapter = base
     else:
         opened = _open(lora_load, None, "--lora-load", trained)
         if opened is None:
             raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
         _check_same_model(opened.arch, trained.contents.arch, f"--lora-load {lora_load}")
-        updates = SharedA(opened) if isinstance(opened, PeftReader) else opened
-    there = updates.contents.lora
+        adapter = SharedA(opened) if isinstance(opened, PeftReader) else opened
+    there = adapter.contents.lora
     if there is None:
-        raise UsageError(f"--lora-load {lora_load} holds no LoRA updates")
+        raise UsageError(f"--lora-load {lora_load} holds no LoRA adapter")
     if there != lora:
         raise UsageError(
-            f"the LoRA updates to start from are {there}; the flags ask for {lora}: give --lora-r {there.r} "
+            f"the LoRA adapter to start from is {there}; the flags ask for {lora}: give --lora-r {there.r} "
             f"--lora-alpha {there.alpha:g} --lora-target-modules {' '.join(there.targets)}"
         )
     if lora_load is not None:
-        log.info(f"LoRA updates: {lora_load}")
-    return updates
+        log.info(f"LoRA adapter: {lora_load}")
+    return adapter
 
 
 def newest_whole(load: str, step: int | None, flag: str = "--load") -> Found | None:
@@ -195,7 +195,7 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
 
 
 def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:
-    """How far it is; what it is, the flags say, and where they say something new, so does the log."""
+    """The checkpoint gives the position, the flags give the form of the schedule. The log says what changed."""
     trained.scheduler.load_state_dict(saved)
     now = trained.scheduler.state_dict()
     changed = [f"{key} {saved[key]} -> {value}" for key, value in now.items() if key in saved and saved[key] != value]

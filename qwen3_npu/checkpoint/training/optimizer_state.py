@@ -37,7 +37,7 @@ def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
-    """Whether its state is cut over data-parallel ranks."""
+    """Whether its state is sharded over data-parallel ranks."""
     return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
 
 
@@ -47,7 +47,7 @@ def parameter_names(chunks: Sequence[torch.nn.Module]) -> Names:
 
 
 def step_count(optimizer: MegatronOptimizer) -> int:
-    """Updates made so far."""
+    """Optimizer steps made so far."""
     steps = {int(state["step"]) for part in parts(optimizer) for state in part.optimizer.state.values()}
     return max(steps, default=0)
 
@@ -84,7 +84,7 @@ def restore(
     """The reverse of `gather`. Every rank must call this.
 
     Args:
-        step: updates made before.
+        step: optimizer steps made before.
         read: (chunk, name, key) -> tensor of the parameter's local shape; called where the tensor is needed.
     """
     for part in parts(optimizer):

@@ -102,7 +102,7 @@ class Snapshot:
         weights: of this rank.
         optimizer: one of `STATES` -> the trained parameters that this rank has the state of; empty: not saved.
         sharded: instead of `optimizer`: this rank's share of it, to be put together from files.
-        step: updates made.
+        step: optimizer steps made.
         random: states of the random generators; None: not saved.
     """
 

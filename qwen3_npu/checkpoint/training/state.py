@@ -33,7 +33,7 @@ class TorchState:
 
     @property
     def step(self) -> int:
-        """Updates made."""
+        """Optimizer steps made."""
         file = PtFile(self._first)
         file.close()
         return file.content["step"]
@@ -75,7 +75,7 @@ class DistState:
 
     @property
     def step(self) -> int:
-        """Updates made."""
+        """Optimizer steps made."""
         return self.common["optimizer_step"]
 
     def optimizer(self, key: str, contents: Contents, rank: Rank) -> Source:

@@ -4,7 +4,7 @@ The order of a token file's samples, epoch after epoch, does not depend on how m
 shuffles all epochs of a training together: with other --train-iters the order is another. Here epoch e is shuffled by
 (seed, e) alone, documents and samples; the first epoch is what megatron gives for a single one.
 
-Documents lie one after the other, those of the next epoch behind those of the last, and are cut into samples of
+Documents lie one after the other, those of the next epoch behind those of the last, and are divided into samples of
 `sequence_length` tokens (and one more to predict); a sample belongs to the epoch that it ends in.
 """
 

@@ -79,7 +79,7 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:
     return _opened(prefix, tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats))
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)  # each holds a descriptor of its .bin
 def _opened(prefix: str, stats: tuple[tuple[int, int, int], ...]) -> Indexed:
     """The pair as it is now; a training opens each several times."""
     bin_ = Path(prefix + ".bin")

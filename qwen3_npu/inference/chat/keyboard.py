@@ -138,7 +138,10 @@ class TerminalKeyboard(Keyboard):
                 text = text[os.write(self.screen, text) :]
 
     def interrupted(self) -> bool:
-        while not self.closed and select.select([self.descriptor], [], [], 0)[0] and self._fill():
+        # Not select(): it takes no descriptor above 1023.
+        keys = select.poll()
+        keys.register(self.descriptor, select.POLLIN)
+        while not self.closed and keys.poll(0) and self._fill():
             pass
         _, key, after = self.waiting.rpartition(_INTERRUPT)
         if key:

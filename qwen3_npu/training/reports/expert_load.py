@@ -68,7 +68,7 @@ def take_expert_load(chunks: Sequence[torch.nn.Module], layers: int, experts: in
             if isinstance(module, Router):
                 counts[module.layer_number - 1] += module.take_counts()
     dist.all_reduce(counts)
-    on_host = counts.double().cpu()
+    on_host = counts.cpu().double()
     used = on_host.sum(1).nonzero().flatten().tolist()
     tokens, (dropped, losses, micro_batches) = on_host[used, :experts], on_host[used, experts:].unbind(1)
     return ExpertLoad(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable
@@ -22,6 +24,25 @@ _MIXED = ("copy_", "_copy_from", "_copy_from_and_resize", "index.Tensor", "index
 _RANDOM = ("normal", "uniform", "random", "bernoulli", "exponential", "multinomial", "randperm", "rand", "dropout")
 _DROPOUT = ("native_dropout", "dropout", "_fused_dropout")
 _library = torch.library.Library("aten", "IMPL")
+_crossings: collections.Counter[str] = collections.Counter()
+
+
+def counts() -> collections.Counter[str]:
+    """How often the host has waited for the device, and copies between the two, since the process began."""
+    return collections.Counter(_crossings, waits=_crossings["waits"] + _cann().stub_waits())
+
+
+@functools.cache
+def _cann() -> ctypes.CDLL:
+    return ctypes.CDLL("libascendcl.so")
+
+
+def _note_copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> None:
+    """A copy waits, as torch_npu's does, unless it was asked not to and the host's memory is pinned."""
+    on_host = [t for t in (to, source) if t.device.type != "npu"]
+    if on_host:
+        _crossings["copies"] += 1
+        _crossings["waits"] += not (non_blocking and on_host[0].is_pinned())
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,6 +123,8 @@ def _emulated(operation: Any, name: str) -> Callable:
         device = device_of(name, values) or kwargs.get("device")
         if device is None or device.index is None:
             device = torch.device("npu", torch_npu.npu.current_device())
+        if name == "copy_":
+            _note_copy(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
         if is_random:
             kwargs["generator"] = _generator(device, kwargs.get("generator"))
         if kwargs.get("pin_memory"):

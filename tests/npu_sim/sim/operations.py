@@ -6,7 +6,8 @@ the result is computed here. Gradients stay torch_npu's: its autograd nodes call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ _KERNEL_NOT_HERE = "error code is 361001"
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 _library = torch.library.Library("npu", "IMPL")
 CALLS: dict[str, int] = {}
+
+
+@contextlib.contextmanager
+def differentiated() -> Iterator[None]:
+    """Autograd on the host, also below a TorchDispatchMode, which has switched it off here."""
+    off = torch._C._dispatch_tls_local_exclude_set() - torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
+    off = off - torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off), torch.enable_grad():
+        yield
 
 
 def _emulate(name: str, compute: Callable) -> None:
@@ -81,7 +91,7 @@ def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_mode: 
 def _rotary_backward(
     grad: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_mode: str = "half"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.enable_grad():
+    with differentiated():
         inputs = [t.detach().requires_grad_() for t in (x, cos, sin)]
         return torch.autograd.grad(_rotary(*inputs, rotary_mode), inputs, grad)
 
@@ -93,7 +103,7 @@ def _swiglu(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
 
 
 def _swiglu_backward(grad: torch.Tensor, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    with torch.enable_grad():
+    with differentiated():
         leaf = x.detach().requires_grad_()
         return torch.autograd.grad(_swiglu(leaf, dim), leaf, grad)[0]
 

@@ -45,6 +45,11 @@ aclError aclrtMallocHost(void **p, size_t n) { return aclrtMalloc(p, n, 0); }
 aclError aclrtFree(void *p) { free(p); return OK; }
 aclError aclrtFreeHost(void *p) { free(p); return OK; }
 aclError aclrtGetMemInfo(int kind, size_t *left, size_t *total) { *left = 60ull << 30; *total = 64ull << 30; return OK; }
+// What the host waits for, counted for tests/counting.py.
+static long waits = 0;
+long stub_waits(void) { return waits; }
+#define WAIT { __atomic_add_fetch(&waits, 1, __ATOMIC_RELAXED); return OK; }
+
 aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t n, int kind) { memmove(to, from, n); return OK; }
 aclError aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t n, int kind, void *stream) { memmove(to, from, n); return OK; }
 aclError aclrtMemset(void *p, size_t room, int value, size_t n) { memset(p, value, n); return OK; }
@@ -55,10 +60,10 @@ aclError aclrtCreateStream(void **stream) { *stream = malloc(16); return OK; }
 aclError aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flags) { return aclrtCreateStream(stream); }
 aclError aclrtDestroyStream(void *stream) { return OK; }
 aclError aclrtDestroyStreamForce(void *stream) { return OK; }
-aclError aclrtSynchronizeStream(void *stream) { return OK; }
-aclError aclrtSynchronizeStreamWithTimeout(void *stream, int ms) { return OK; }
-aclError aclrtSynchronizeDevice(void) { return OK; }
-aclError aclrtSynchronizeDeviceWithTimeout(int ms) { return OK; }
+aclError aclrtSynchronizeStream(void *stream) WAIT
+aclError aclrtSynchronizeStreamWithTimeout(void *stream, int ms) WAIT
+aclError aclrtSynchronizeDevice(void) WAIT
+aclError aclrtSynchronizeDeviceWithTimeout(int ms) WAIT
 aclError aclrtStreamQuery(void *stream, int *status) { *status = 0; return OK; }
 aclError aclrtStreamGetId(void *stream, int *id) { *id = 1; return OK; }
 aclError aclrtSetStreamFailureMode(void *stream, uint64_t mode) { return OK; }
@@ -68,7 +73,7 @@ aclError aclrtCreateEventWithFlag(void **event, uint32_t flag) { *event = malloc
 aclError aclrtDestroyEvent(void *event) { return OK; }
 aclError aclrtRecordEvent(void *event, void *stream) { return OK; }
 aclError aclrtResetEvent(void *event, void *stream) { return OK; }
-aclError aclrtSynchronizeEvent(void *event) { return OK; }
+aclError aclrtSynchronizeEvent(void *event) WAIT
 aclError aclrtStreamWaitEvent(void *stream, void *event) { return OK; }
 aclError aclrtQueryEventStatus(void *event, int *status) { *status = 1; return OK; }
 aclError aclrtQueryEventWaitStatus(void *event, int *status) { *status = 0; return OK; }

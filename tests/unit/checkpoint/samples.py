@@ -177,7 +177,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
     first, second = weights(a), weights(b)
     assert first.keys() == second.keys()
     wrong = [name for name in first if not np.array_equal(first[name], second[name])]
-    assert not wrong
+    assert not wrong, wrong[:5]
 
 
 def unsealed(folder: Path) -> Path:

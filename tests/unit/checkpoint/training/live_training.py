@@ -47,7 +47,7 @@ def main(models: Path, tokens: Path, out: Path) -> None:
                 with torch.no_grad():
                     logits = model(ids, positions, None, packed_seq_params=sequence)
                 np.save(out / f"{kind}.npy", logits[..., : training.plan.arch.vocab_size].numpy())
-    again(out / kinds[0], out / "resaved")
+    again(out / "moe", out / "resaved")
 
 
 def again(folder: Path, copy: Path) -> None:

@@ -7,15 +7,20 @@ import signal
 import time
 from pathlib import Path
 
-from test_kills import launch, workers
+from failures.test_kills import launch, losses, workers
 from test_resume import BASE
 
 from qwen3_npu.parity.rows import TP2
+from worlds import World
 
 
-def test_a_stopped_rank_is_named_and_the_job_ends(models: dict[str, str], tokens: str, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_and_the_job_ends(
+    worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
     save, output = tmp_path / "save", tmp_path / "output"
     flags = [*BASE, *TP2, "--train-iters", "100000", "--data-path", tokens, "--load", models["tied"]]
+    unwatched = worlds[2].run("train", flags=flags, steps=2)["loss"]
+    flags += ["--tensorboard-dir", str(tmp_path)]
     flags += ["--save", str(save), "--save-interval", "2", "--save-total-limit", "1", "--hang-timeout", "2"]
     process = launch(2, 0, flags, output)
     try:
@@ -45,3 +50,4 @@ def test_a_stopped_rank_is_named_and_the_job_ends(models: dict[str, str], tokens
     assert verdict in text[text.index("Root Cause") :], "torchrun shows it last"
     folder = next((save / "logs").glob("hang_step_*"))
     assert "in wait" in (folder / "rank_0.txt").read_text() + (folder / "rank_1.txt").read_text()
+    assert [loss for _, loss in losses(tmp_path)[:2]] == unwatched, "bit for bit"

@@ -1,0 +1,115 @@
+"""What one layer keeps for backward, in closed form, for this project's two sets of kernels. Bytes; 16-bit training.
+
+`npu`: torch_npu's kernels, as torch_npu's own dispatcher keeps tensors (its autograd formulas; kernels emulated).
+`torch`: torch's, on CUDA and CPU. Both are compared with the saved tensors of real layers, byte by byte, in
+tests/unit/plan/test_activations.py and tests/npu_sim/test_npu_memory.py.
+"""
+
+from __future__ import annotations
+
+from qwen3_npu.plan.setup import Setup
+from qwen3_npu.plan.shape import Shape
+
+NPU, TORCH = "npu", "torch"
+_FLOAT = 4
+
+
+def layer_bytes(shape: Shape, setup: Setup, has_experts: bool, kernels: str = NPU) -> float:
+    """Bytes that one layer keeps for backward, of one micro-batch, when it is not recomputed as a whole.
+
+    Args:
+        has_experts: its MLP is a mixture of experts, whose rows are evenly spread.
+        kernels: `NPU` or `TORCH`.
+    """
+    mlp = _experts(shape, setup, kernels) if has_experts else _mlp(shape, setup)
+    return (
+        _norms(shape, setup, has_experts, kernels)
+        + _attention(shape, setup, kernels)
+        + mlp
+        + _lora(shape, setup, has_experts, kernels)
+    )
+
+
+def _keeps_input(setup: Setup, linear: str) -> bool:
+    """Whether a linear's weight, or its adapter's, needs the input for its gradient."""
+    return not setup.lora_rank or linear in setup.lora_targets
+
+
+def _norm_inputs(setup: Setup, kernels: str, width: float) -> float:
+    """What a norm over vectors of `width` keeps of each vector, without its output."""
+    if kernels == NPU:
+        return width * setup.weight_bytes + _FLOAT
+    # In float32 the vector, and unless the norm's weight is frozen the vector over its length; one over the length.
+    return width * _FLOAT * (1 if setup.lora_rank else 2) + _FLOAT
+
+
+def _norms(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float:
+    """Both norms of the hidden state: inputs, and outputs as far as what follows needs them."""
+    h, width = shape.hidden_size, setup.weight_bytes
+    if setup.recompute_norm:
+        before, outputs = float(h * width), 0  # the input only
+    else:
+        before = _norm_inputs(setup, kernels, h)
+        # The permutation of torch_npu keeps its input; elsewhere the router does, whose weight LoRA freezes.
+        second = (kernels == NPU or not setup.lora_rank) if has_experts else _keeps_input(setup, "linear_fc1")
+        outputs = int(_keeps_input(setup, "linear_qkv")) + int(second)
+    return setup.sharded_tokens * (2 * before + outputs * h * width)
+
+
+def _attention(shape: Shape, setup: Setup, kernels: str) -> float:
+    heads, groups = shape.num_attention_heads / setup.tensor, shape.num_query_groups / setup.tensor
+    query, key, size = shape.query_width / setup.tensor, shape.key_width / setup.tensor, shape.head_dim
+    kept = (query + 2 * key) + (query + key) + query  # qkv's output, rotated queries and keys, attention's output
+    per_head = 0.0
+    if kernels == NPU:
+        kept += query  # laid out anew
+        kept += 0 if setup.packed or setup.recompute_attention else key  # values, laid out anew
+        if shape.qk_norm:
+            kept += query + key  # the rotation keeps its input, which else is part of what stands above
+            per_head = (heads + groups) * _FLOAT
+        stats = 64  # largest score and sum, eight float32 copies each
+    else:
+        kept += query if setup.packed else 0  # the documents' outputs, joined
+        if shape.qk_norm:
+            per_head = (heads + groups) * _norm_inputs(setup, kernels, size)
+        stats = _FLOAT
+    per_head += 0 if setup.recompute_attention else heads * stats
+    return setup.tokens * (kept * setup.weight_bytes + per_head)
+
+
+def _mlp(shape: Shape, setup: Setup) -> float:
+    has_product = _keeps_input(setup, "linear_fc2") and not setup.recompute_activation
+    sides = shape.gate_factor + (1 if has_product else 0)
+    return setup.tokens * sides * shape.ffn_hidden_size / setup.tensor * setup.weight_bytes
+
+
+def routed_rows(shape: Shape, setup: Setup) -> float:
+    """Rows that the experts of one rank compute, if all get the same."""
+    return setup.tokens / setup.tensor * setup.expert_tensor * shape.moe_topk
+
+
+def _experts(shape: Shape, setup: Setup, kernels: str) -> float:
+    rows, width = routed_rows(shape, setup), setup.weight_bytes
+    ffn = shape.moe_ffn_hidden_size / setup.expert_tensor
+    always = kernels == NPU  # the grouped product of torch_npu keeps its input, whatever is trained
+    inputs = shape.hidden_size * (1 + int(always or _keeps_input(setup, "linear_fc1")))  # and fc2's output
+    sides = shape.gate_factor
+    if not setup.recompute_activation:  # the activation, and it times probabilities
+        sides += 1 + int(always or _keeps_input(setup, "linear_fc2"))
+    indices = 3 * 4 if kernels == NPU else 8
+    routing = rows * (indices + width + 8 + _FLOAT)  # places, probabilities; chosen experts and their softmax
+    routing += setup.sharded_tokens * shape.num_experts * (1 if kernels == NPU else 1 + width)  # the map
+    counters = 16 * shape.num_experts / setup.expert if kernels == NPU else 0
+    shared = setup.tokens * (shape.gate_factor + 1) * shape.moe_shared_ffn / setup.tensor * width
+    return rows * (inputs + sides * ffn) * width + routing + counters + shared
+
+
+def _lora(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float:
+    """The narrow middle of each adapter."""
+    if not setup.lora_rank:
+        return 0.0
+    dense = sum(target in setup.lora_targets for target in ("linear_qkv", "linear_proj"))
+    mlp = sum(target in setup.lora_targets for target in ("linear_fc1", "linear_fc2"))
+    rows = routed_rows(shape, setup) if has_experts else setup.tokens
+    counters = mlp * 16 * shape.num_experts / setup.expert if has_experts and kernels == NPU else 0
+    return (setup.tokens * dense + rows * mlp) * setup.lora_rank * setup.weight_bytes + counters

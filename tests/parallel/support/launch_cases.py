@@ -1,0 +1,24 @@
+"""What a training launches, for the tables of tests/golden."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import counting
+from qwen3_npu.distributed.launch import World
+from qwen3_npu.parity.measure import trainer
+from qwen3_npu.platform.base import Platform
+
+
+def launches(platform: Platform, world: World, flags: list[str], models: list[str]) -> list[dict[str, Any]]:
+    """`counting.counted` of the same training of several models."""
+    below = counting._idle
+    if platform.name == "npu":
+        from sim import device
+
+        below = device.counts
+    found = []
+    for model in models:
+        with trainer(platform, world, [*flags, "--load", model]) as made:
+            found.append(counting.counted(made, platform.name, below))
+    return found

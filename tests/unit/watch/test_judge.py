@@ -1,0 +1,156 @@
+"""Verdicts on states made by hand, limits of patience, and stragglers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from qwen3_npu.watch import probe
+from qwen3_npu.watch.judge import Channel, Entry, Rank, judge
+from qwen3_npu.watch.state import INSIDE, LAUNCHED, LEFT, PHASES, Call, Read, State, read
+from qwen3_npu.watch.stragglers import Stragglers
+from qwen3_npu.watch.watcher import limit
+
+RANK = Rank(
+    rank=0,
+    node="a",
+    device=0,
+    pid=1,
+    alive=True,
+    state="S",
+    waits_in="",
+    computes=False,
+    ended=False,
+    steps=3,
+    phase="forward",
+    age=9.0,
+    at="x.py:1 (f)",
+    inner="",
+    channels={},
+)
+EVERYONE = (0, 1, 2, 3)
+
+
+def call(number: int, state: int = INSIDE, name: str = "all_reduce", shape: tuple[int, ...] | None = (4,)) -> Entry:
+    return Entry(number, name, "float32", shape, state, 9.0)
+
+
+def ranks(*channels: dict[str, Entry], members: tuple[int, ...] = EVERYONE) -> list[Rank]:
+    """A rank for each: channel -> its last call."""
+    made = []
+    for number, own in enumerate(channels):
+        known = {name: Channel(name, members, entry) for name, entry in own.items()}
+        made.append(dataclasses.replace(RANK, rank=number, device=number, channels=known))
+    return made
+
+
+@pytest.mark.parametrize("state", [INSIDE, LAUNCHED])
+def test_the_rank_that_has_not_called_is_named_on_hosts_and_devices(state: int) -> None:
+    verdict = judge(ranks(*[{"dp": call(7, state)}] * 3, {"dp": call(6, LEFT)}))
+    assert (verdict.kind, verdict.ranks) == ("elsewhere", (3,))
+    assert "rank 3 (a, device 3) never entered all_reduce #7 of group dp (4 ranks; 3 wait since 9 s)" in verdict.text
+
+
+def test_a_chain_of_waits_ends_at_its_first_cause() -> None:
+    # 0 waits for 1 and 2 in tp, 1 waits for the others in pp, and 2 is in Python.
+    chain = [
+        {"tp": call(5)},
+        {"tp": call(4, LEFT), "pp": call(2)},
+        {"tp": call(4, LEFT)},
+        {"tp": call(5), "pp": call(2)},
+    ]
+    verdict = judge(ranks(*chain))
+    assert verdict.ranks == (2,)
+    assert verdict.text.startswith("rank 2 (a, device 2) never entered all_reduce #5 of group tp")
+
+
+def test_who_has_left_a_call_waits_for_nobody() -> None:
+    verdict = judge(ranks({"dp": call(7, LEFT)}, {"dp": call(6, LEFT)}))
+    assert verdict.kind == "alone"
+
+
+def test_another_view_of_the_same_numbers_is_no_mismatch_and_another_count_is() -> None:
+    same = ranks({"dp": call(7, shape=(2, 2))}, {"dp": call(7)}, {"dp": call(7)}, {"dp": call(7)})
+    assert judge(same).kind == "network"
+    other = ranks({"dp": call(7, shape=(2, 3))}, {"dp": call(7)}, {"dp": call(7)}, {"dp": call(7)})
+    assert (judge(other).kind, judge(other).ranks) == ("shape", (0,))
+
+
+def test_a_mismatch_is_the_cause_of_a_death() -> None:
+    states = ranks({"dp": call(7, shape=(5,))}, {"dp": call(7)}, {"dp": call(7)})
+    states[1] = dataclasses.replace(states[1], alive=False)
+    assert judge(states).kind == "shape"
+    states[0] = dataclasses.replace(states[1], rank=0)
+    assert (judge(states).kind, judge(states).ranks) == ("dead", (0, 1))
+
+
+def test_a_send_and_its_receive_agree() -> None:
+    states = ranks({"dp 0>1": call(3, name="send")}, {"dp 0>1": call(3, name="recv")}, members=(0, 1))
+    assert judge(states).kind == "network"
+
+
+def test_a_node_without_a_report_is_named_first() -> None:
+    assert judge(ranks({"dp": call(7)}), ["node 1 of 2"]).kind == "missing"
+
+
+def test_the_patience_follows_the_steps_and_their_phase() -> None:
+    step = Read(1, 9, "forward", 0.0, False, [20.0] * 5, {}, {}, [])
+    assert limit(None, {0: step}) == 200
+    assert limit(None, {0: dataclasses.replace(step, durations=[0.1] * 9)}) == 60
+    assert limit(7, {0: step}) == 7
+    for phase in ("save", "eval", "start"):
+        assert limit(7, {0: step, 1: dataclasses.replace(step, phase=phase)}) == 600
+    assert limit(90, {0: dataclasses.replace(step, durations=[])}) == 900, "the first step"
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    state = State(tmp_path, 5, {}, interval=2, device=False)
+    tp = state.channel("k", "1", "tp", [4, 5])
+    for step in (1, 2, 3):
+        state.enter_phase(PHASES.index("data"))
+        state.leave(state.enter(tp, 3, 1, (2, 3)))
+        state.finish_step(step)
+    state.enter(tp, 4, 2, None)
+    found = read(tmp_path / "rank_5.state")
+    assert (found.steps, found.phase, found.ended, sorted(found.windows)) == (3, "other", False, [1])
+    assert [c.number for c in found.recent] == [1, 2, 3, 4]
+    assert [c.state for c in found.recent] == [LEFT, LEFT, LEFT, INSIDE]
+    assert found.recent[2].shape == (2, 3)
+    assert found.recent[2].left >= found.recent[2].entered
+    last: Call = found.last[tp]
+    assert (last.number, last.operation, last.dtype, last.shape, last.left) == (4, 4, 2, None, 0)
+    (tmp_path / "rank_5.state").write_bytes(b"other")
+    with pytest.raises(ValueError, match="no state of a rank"):
+        read(tmp_path / "rank_5.state")
+
+
+def test_a_straggler_is_told_once_after_three_windows_and_when_it_is_over() -> None:
+    def work(*seconds: float) -> dict[int, tuple[float, ...]]:
+        return {n: tuple(s if phase == "data" else 1.0 for phase in PHASES) for n, s in enumerate(seconds, start=1)}
+
+    stragglers = Stragglers(10, {rank: f"rank {rank}" for rank in range(3)})
+    slow = work(9, 9, 1, 9, 9, 9, 9, 1)
+    told = []
+    for upto in range(1, 9):
+        every = {
+            rank: {n: w for n, w in each.items() if n <= upto}
+            for rank, each in enumerate((work(*[1] * 8), slow, work(*[1] * 8)))
+        }
+        told.append(stragglers.compare(every))
+    assert [len(lines) for lines in told] == [0, 0, 0, 0, 0, 1, 0, 1]
+    assert "rank 1 works 2.3 x" in told[5][0]
+    assert "most of it in data: 0.9 s a step, the median 0.1 s" in told[5][0]
+    assert "as fast as the others again" in told[7][0]
+
+
+def test_the_place_of_a_thread_in_faulthandlers_text() -> None:
+    text = (
+        'Thread 0x00007f0000000001 (most recent call first):\n  File "/x/other.py", line 3 in run\n\n'
+        "Current thread 0x00007f0000000002 (most recent call first):\n"
+        '  File "/v/site-packages/torch/distributed/c.py", line 9 in wait\n'
+        '  File "/home/qwen3_npu/data/read/a b.py", line 88 in read\n'
+    )
+    assert probe.place(text, 0x7F0000000002) == ("torch/distributed/c.py:9 (wait)", "data/read/a b.py:88 (read)")
+    assert probe.place(text, 0x7F0000000009) == ("", "")
