@@ -4,8 +4,8 @@ The sequence is divided into 2c chunks. Rank r of c holds chunks r and 2c-1-r: c
 for every rank. While one pair of key/value chunks is attended to, the next is under way. Partial results are merged by
 their log-sum-exp; backward sends keys and values around again, their gradients with them.
 
-Packed documents: between two different chunks only one document can be common, the one across the boundary, so what the
-queries of one chunk see of another chunk is always a full rectangle; within a chunk it is causal, document by document.
+Packed documents: with the keys of another rank only one document can be common, the one across the boundary, so what
+the queries see of them is always one full rectangle; of a rank's own keys it is causal, document by document.
 
 s = local sequence, b = batch, n = query heads, g = key/value heads, d = head size.
 """

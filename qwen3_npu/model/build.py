@@ -16,7 +16,6 @@ from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.lora import freeze_base
 from qwen3_npu.model.loss import cross_entropy
 from qwen3_npu.model.modules import Embedding
-from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.model.spec import Parts, block_spec
 
 
@@ -52,15 +51,6 @@ class Qwen3Model(GPTModel):
         self.arch, self.loss_chunk = arch, parts.loss_chunk
         if pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
-
-    def _preprocess(self, *args: Any, packed_seq_params: TokenSequence | None = None, **others: Any) -> tuple:
-        """As megatron's, whose sixth value is what of this rank's tokens is padding."""
-        found = super()._preprocess(*args, packed_seq_params=packed_seq_params, **others)
-        # megatron shards a mask for sequence parallelism on the first stage only; here each stage takes its own part.
-        padding = packed_seq_params.padding if packed_seq_params is not None and self.arch.is_moe else None
-        if padding is not None and self.config.sequence_parallel:
-            padding = padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
-        return (*found[:5], padding, *found[6:])
 
     def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: Any) -> torch.Tensor:
         """Logits [b, s, local vocabulary], or with labels [b, s] the loss of each token."""

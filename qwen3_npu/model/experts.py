@@ -17,6 +17,18 @@ from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.modules import mark
 
 
+def is_like_dense(config: TransformerConfig) -> bool:
+    """Whether experts are replicated over the same ranks as all other weights, and so reduced with them.
+
+    They are not with expert parallelism, nor where fewer ranks share an expert than share a layer: then ranks of a
+    tensor parallel group hold copies of an expert and see different tokens. (megatron-core 0.16.1 asks for the former
+    only.)
+    """
+    return config.expert_model_parallel_size == 1 and (
+        config.expert_tensor_parallel_size == config.tensor_model_parallel_size
+    )
+
+
 class GroupedExperts(MegatronModule):
     """This rank's experts.
 
@@ -48,7 +60,7 @@ class GroupedExperts(MegatronModule):
             weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=device))
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
             # Experts of different EP ranks are different weights: not summed over the data-parallel group.
-            mark(weight, allreduce=config.expert_model_parallel_size == 1)
+            mark(weight, allreduce=is_like_dense(config))
             if config.perform_initialization:
                 name = tensor_parallel.random.get_expert_parallel_rng_tracker_name()
                 with tensor_parallel.get_cuda_rng_tracker().fork(name):

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 
 from qwen3_npu.args.lora import LoraArgs
-from qwen3_npu.model.experts import GroupedExperts
+from qwen3_npu.model.experts import GroupedExperts, is_like_dense
 from qwen3_npu.model.modules import mark
 
 
@@ -140,7 +140,7 @@ class LoraExperts(GroupedExperts):
 
     def _update(self, rows: int, columns: int, *, is_sharded: bool) -> torch.nn.Parameter:
         weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=self.weight1.dtype, device=self.weight1.device))
-        mark(weight, allreduce=self.config.expert_model_parallel_size == 1)
+        mark(weight, allreduce=is_like_dense(self.config))
         if is_sharded or self.pg_collection.expt_tp.size() == 1:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
         else:

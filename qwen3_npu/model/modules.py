@@ -15,7 +15,11 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import (
+    BaseTransformerLayer,
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
 from megatron.core.utils import get_pg_rank
 
 
@@ -86,6 +90,24 @@ class Embedding(VocabParallelEmbedding):
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(), group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+
+
+class Layer(TransformerLayer):
+    """megatron's layer, whose routers learn from the sequence what is padding.
+
+    megatron-core 0.16.1 hands a mask of its own down, but shards it for sequence parallelism on the first stage only,
+    and forgets it in the layers that `--recompute-method block` does not recompute.
+    """
+
+    def forward(self, *args: Any, **others: Any) -> tuple:
+        """As megatron's."""
+        padding = getattr(others.get("packed_seq_params"), "padding", None)
+        if padding is not None:
+            if self.config.sequence_parallel:
+                group = self.pg_collection.tp
+                padding = padding.chunk(group.size(), dim=1)[group.rank()]
+            others["padding_mask"] = padding
+        return super().forward(*args, **others)
 
 
 class NoopLayer(MegatronModule, BaseTransformerLayer):

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer import ModuleSpec, TransformerLayerSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -23,7 +23,7 @@ from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
 from qwen3_npu.model.dispatcher import MoE
 from qwen3_npu.model.experts import GroupedExperts
 from qwen3_npu.model.lora import LoraExperts, LoraLinear
-from qwen3_npu.model.modules import NoopLayer, RecomputedMLP, RMSNorm, SwiGLU
+from qwen3_npu.model.modules import Layer, NoopLayer, RecomputedMLP, RMSNorm, SwiGLU
 from qwen3_npu.model.router import Router
 
 
@@ -63,7 +63,7 @@ def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        TransformerLayer,
+        Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,

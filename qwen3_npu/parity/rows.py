@@ -60,6 +60,7 @@ MOE_LAYOUTS = {
         ["--recompute-activation-function", "--recompute-granularity", "selective", "--recompute-modules", "moe"],
     ),
     "TP2 SP": (2, TP2 + SP),
+    "TP2 SP ETP1": (2, TP2 + SP + ETP1),
     "PP2 VPP2": (2, PP2 + VPP),
     "DP2 distributed optimizer": (2, ZERO),
     "EP2": (2, EP2),

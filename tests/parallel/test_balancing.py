@@ -78,9 +78,11 @@ def plain(models: dict[str, str], data: dict[str, str]) -> Any:
 
 
 TOKEN, MICRO = "token", "micro-batch"
+BLOCK = ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1"]
 CASES = {
     "padded": (1, "single", TOKEN, []),
     "padded to much more, recomputed": (1, "single", MICRO, ["--seq-length", "160", *FULL]),
+    "packed, one layer recomputed": (1, "packed", TOKEN, PER_DOCUMENT + BLOCK),
     "dynamic lengths, DP2": (2, "single", TOKEN, VARIABLE),
     "padded, PP2 VPP2": (2, "single", TOKEN, PP2 + VPP),
     "padded, CP2 ulysses": (2, "single", MICRO, ULYSSES),
