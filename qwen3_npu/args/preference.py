@@ -8,12 +8,12 @@ from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 
 # Stages that learn from answers that people prefer, and whether they compare with a reference model.
-STAGES = {"dpo": True, "orpo": False, "simpo": False}
+STAGES = {"dpo": True, "orpo": False, "simpo": False, "kto": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceArgs:
-    """preference training (--stage dpo, orpo or simpo)"""
+    """preference training (--stage dpo, orpo, simpo or kto)"""
 
     dpo_loss_type: str = flag(
         "sigmoid",
@@ -24,12 +24,14 @@ class PreferenceArgs:
     dpo_beta: float = flag(
         0.1,
         names=("--beta",),
-        help="strength of the pull to the reference (dpo), of the odds ratio (orpo) or the scale of rewards (simpo)",
+        help="pull to the reference (dpo, kto), strength of the odds ratio (orpo) or scale of rewards (simpo)",
     )
     dpo_label_smoothing: float = flag(
         0.0, minimum=0, help="probability that a preference is wrong (conservative DPO); below 0.5"
     )
     simpo_gamma: float = flag(0.5, minimum=0, help="margin of rewards that simpo asks for (arXiv:2405.14734)")
+    desirable_weight: float = flag(1.0, minimum=0, help="weight of kto's losses of desirable answers")
+    undesirable_weight: float = flag(1.0, minimum=0, help="weight of kto's losses of undesirable answers")
     pref_ftx: float = flag(0.0, minimum=0, help="weight of the fine-tuning loss on chosen answers, added to dpo's")
     ref_model: str | None = flag(
         None,
@@ -50,3 +52,23 @@ class PreferenceArgs:
             raise UsageError(f"--dpo-beta {self.dpo_beta} must be above 0")
         if self.dpo_label_smoothing >= 0.5:
             raise UsageError(f"--dpo-label-smoothing {self.dpo_label_smoothing} must be below 0.5")
+        if self.desirable_weight == self.undesirable_weight == 0:
+            raise UsageError("--desirable-weight 0 --undesirable-weight 0: nothing would be learned")
+
+    def check_kto(self, micro_batch: int) -> None:
+        """Raises: UsageError: --stage kto cannot do what the flags say."""
+        if micro_batch < 2:
+            raise UsageError(
+                f"--micro-batch-size {micro_batch}: --stage kto compares each prompt with the answer to another one of "
+                f"its micro-batch; give 2 or more"
+            )
+        if self.ref_logprobs == "cache":
+            raise UsageError(
+                "--ref-logprobs cache: --stage kto asks the reference about each prompt with another's answer, which "
+                "changes with the micro-batch; give --ref-logprobs model"
+            )
+        if self.is_pairwise_dataset:
+            raise UsageError("--is-pairwise-dataset: --stage kto reads single answers with a label, not pairs")
+        for name in ("pref_ftx", "dpo_label_smoothing"):
+            if getattr(self, name):
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is for pairs, not for --stage kto")

@@ -20,6 +20,9 @@ HANDLER_NAMES = (
     "OpenAIInstructionHandler",
     "AlpacaStylePairwiseHandler",
     "SharegptStylePairwiseHandler",
+    "AlpacaStyleKtoHandler",
+    "SharegptStyleKtoHandler",
+    "OpenAIKtoHandler",
 )
 THINKING = {"true": True, "false": False, "none": None}
 

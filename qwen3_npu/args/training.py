@@ -148,6 +148,15 @@ class OptimizerArgs:
             raise UsageError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
 
 
+# What --data-path may hold, and the stages that learn it.
+DATA_KINDS = {
+    "text": "--stage pt",
+    "instruction data": "--stage sft",
+    "pairs": "--stage dpo, orpo or simpo",
+    "labelled answers": "--stage kto",
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataArgs:
     """data"""
@@ -193,6 +202,13 @@ class DataArgs:
     @property
     def is_preference(self) -> bool:
         return self.stage in PREFERENCE_STAGES
+
+    @property
+    def kind(self) -> str:
+        """What it reads, of `DATA_KINDS`."""
+        if self.is_preference:
+            return "labelled answers" if self.stage == "kto" else "pairs"
+        return "instruction data" if self.is_instruction else "text"
 
     @property
     def is_instruction(self) -> bool:

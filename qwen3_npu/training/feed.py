@@ -16,7 +16,7 @@ from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.data.train import pretrain_dataset
 from qwen3_npu.data.train.batches import Answers, Batch, moved, sample_numbers
 from qwen3_npu.data.train.data_path import blend
-from qwen3_npu.data.train.preference_dataset import PairFiles, pair_rows
+from qwen3_npu.data.train.preference_dataset import labelled_rows, open_answers, pair_rows
 from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
 from qwen3_npu.data.train.sft_dataset import InstructionFiles, Kind, instruction_splits, open_instructions
 from qwen3_npu.data.train.token_file import open_indexed
@@ -105,10 +105,12 @@ class Feed:
         if is_last:
             amounts = (rows.real_tokens, rows.tokens.size, rows.squares)
             fields["amounts"] = torch.tensor([amount / context for amount in amounts])
+            if rows.answers is not None and rows.answers.desirable is not None:
+                fields["desirable"] = torch.from_numpy(rows.answers.desirable)  # whole on context-parallel ranks
         fields = moved(fields, device)
         answers = None
         if is_last and rows.answers is not None:
-            answers = Answers(fields["numbers"], fields["text_mask"], rows.answers.count)
+            answers = Answers(fields["numbers"], fields["text_mask"], rows.answers.count, fields.get("desirable"))
         return Batch(
             fields.get("tokens"),
             fields.get("labels"),
@@ -129,13 +131,13 @@ def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
         digest = " ".join(_fingerprint(args, prefix) for prefix in prefixes)
     check_same(digest, f"--data-path {' '.join(args.data.data_path)}")
     if args.data.is_preference:
-        return _pairs(args, plan)
+        return _answers(args, plan)
     return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan)
 
 
 def _fingerprint(args: PretrainArgs, prefix: str) -> str:
     if args.data.is_preference:
-        return PairFiles(prefix).fingerprint()
+        return open_answers(args.data.stage, [prefix])[0].fingerprint()
     return (InstructionFiles(prefix).ids if args.data.is_instruction else open_indexed(prefix)).fingerprint()
 
 
@@ -188,23 +190,25 @@ def _padding(args: PretrainArgs, plan: TrainingPlan) -> tuple[TokenizerFolder | 
     return tokenizer, Padding(pad, None if data.variable_seq_lengths else args.train.seq_length, multiple)
 
 
-def _pairs(args: PretrainArgs, plan: TrainingPlan) -> Feed:
+def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, train, micro = args.data, args.train, args.train.micro_batch_size
     prefixes, weights = blend(data.data_path)
-    files = [PairFiles(prefix) for prefix in prefixes]
+    files = open_answers(data.stage, prefixes)
     splits = instruction_splits(
         files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
     )
     if splits.train is None:
-        raise UsageError(f"--split {data.split} leaves no pair of {' '.join(prefixes)} for training")
+        raise UsageError(f"--split {data.split} leaves nothing of {' '.join(prefixes)} for training")
     if args.report.eval_iters and splits.valid is None:
-        raise UsageError(f"--split {data.split} leaves no pair for validation; give another, or --eval-iters 0")
+        raise UsageError(f"--split {data.split} leaves nothing for validation; give another, or --eval-iters 0")
     _, padding = _padding(args, plan)
     packed = data.per_document
     if packed and padding.length is not None:  # room for all answers of a micro-batch in one row
         padding = dataclasses.replace(padding, length=2 * micro * padding.length)
 
     def rows(samples: Sequence[Any]) -> Rows:
+        if data.stage == "kto":
+            return labelled_rows(samples, padding, longest=train.seq_length, packed=packed)
         return pair_rows(samples, padding, packed=packed)
 
     valid = splits.valid if args.report.eval_iters else None

@@ -13,6 +13,7 @@ A step's loss is the mean over all pairs (kto: samples) of its global batch.
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -36,6 +37,13 @@ METRICS = (
     "kl",
     "length/chosen",
     "length/rejected",
+)
+
+
+# Means over what is desirable ("chosen", as in TRL) and what is not; `count/..` are how many these are.
+KTO_METRICS = (
+    *(f"{what}/{which}" for what in ("rewards", "logps", "length", "count") for which in ("chosen", "rejected")),
+    "kl",
 )
 
 
@@ -146,32 +154,53 @@ def _simpo(found: LogProbs, reference: torch.Tensor | None, args: PreferenceArgs
 LOSSES: dict[str, PairLoss] = {"sigmoid": _sigmoid, "hinge": _hinge, "ipo": _ipo, "orpo": _orpo, "simpo": _simpo}
 
 
-class PreferenceObjective:
+class AnswerObjective(abc.ABC):
+    """A loss of whole answers.
+
+    Attributes:
+        names: of its metrics.
+        references: log-probabilities of the reference, [2 n] of each micro-batch in order; empty where none is needed.
+    """
+
+    names: Sequence[str] = ()
+
+    def __init__(self, args: PreferenceArgs) -> None:
+        self.args = args
+        self.references: collections.deque[torch.Tensor] = collections.deque()
+
+    @abc.abstractmethod
+    def judge(self, batch: Batch, found: LogProbs, reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [n] of the pairs or answers of a micro-batch, and [len(names)] sums over them."""
+
+    def __call__(self, batch: Batch, losses: torch.Tensor) -> Outcome:
+        """See `objective.Objective`."""
+        reference = self.references.popleft() if self.references else None
+        each, metrics = self.judge(batch, log_probs_of(batch, losses), reference)
+        # Every context-parallel rank has the same loss; one of them counts it.
+        counted = 1.0 if parallel_state.get_context_parallel_rank() == 0 else 0.0
+        return Outcome(each.sum(), torch.full((), len(each), device=each.device), counted, metrics)
+
+
+class PreferenceObjective(AnswerObjective):
     """The loss of pairs.
 
     Args:
         name: of `LOSSES`.
-        references: log-probabilities of the reference, [2 n] of each micro-batch in order; empty where none is needed.
     """
 
-    names: Sequence[str] = METRICS
+    names = METRICS
 
     def __init__(self, name: str, args: PreferenceArgs) -> None:
-        self.loss, self.args, self.averages = LOSSES[name], args, name in ("orpo", "simpo")
-        self.references: collections.deque[torch.Tensor] = collections.deque()
+        super().__init__(args)
+        self.loss, self.averages = LOSSES[name], name in ("orpo", "simpo")
 
-    def __call__(self, batch: Batch, losses: torch.Tensor) -> Outcome:
-        """See `objective.Objective`."""
-        found = log_probs_of(batch, losses)
-        reference = self.references.popleft() if self.references else None
+    def judge(self, batch: Batch, found: LogProbs, reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `AnswerObjective`."""
         each = self.loss(found, reference, self.args)
         if self.args.pref_ftx:
             each = each - self.args.pref_ftx * _split(found.mean)[0]
-        # Every context-parallel rank has the same loss; one of them counts it.
-        counted = 1.0 if parallel_state.get_context_parallel_rank() == 0 else 0.0
         with torch.no_grad():
-            metrics = self._metrics(found, reference)
-        return Outcome(each.sum(), torch.full((), len(each), device=each.device), counted, metrics)
+            return each, self._metrics(found, reference)
 
     def _metrics(self, found: LogProbs, reference: torch.Tensor | None) -> torch.Tensor:
         """[len(METRICS)], sums over the pairs."""
@@ -195,8 +224,43 @@ class PreferenceObjective:
         return torch.stack([column.sum() for column in columns])
 
 
-def preference_objective(stage: str, args: PreferenceArgs) -> PreferenceObjective | None:
+class KtoObjective(AnswerObjective):
+    """The loss of labelled answers (arXiv:2402.01306, equations 7 and 8).
+
+    z_0, `kl` here, is how much likelier than the reference the policy finds answers to other prompts, which
+    `labelled_rows` puts after each answer: a mean over the micro-batches that the data-parallel ranks work on at once,
+    as TRL's. No gradient goes through it.
+    """
+
+    names = KTO_METRICS
+
+    def judge(self, batch: Batch, found: LogProbs, reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `AnswerObjective`."""
+        assert reference is not None
+        assert batch.answers is not None
+        assert batch.answers.desirable is not None
+        ratios, mismatched = _split(found.answers - reference)
+        kl = mismatched.detach().mean()
+        group = parallel_state.get_data_parallel_group()
+        if group.size() > 1:
+            dist.all_reduce(kl, group=group)
+            kl = kl / group.size()
+        kl = kl.clamp(min=0)
+        desirable = batch.answers.desirable
+        sign = 2 * desirable - 1
+        weight = torch.where(desirable > 0, self.args.desirable_weight, self.args.undesirable_weight)
+        each = weight * (1 - torch.sigmoid(sign * self.args.dpo_beta * (ratios - kl)))
+        with torch.no_grad():
+            rewards, logps, tokens = self.args.dpo_beta * ratios, found.answers[0::2], found.tokens[0::2]
+            of_each = torch.stack((rewards, logps, tokens, torch.ones_like(tokens)))[:, None]
+            sums = (of_each * torch.stack((desirable, 1 - desirable))).sum(-1)
+            return each, torch.cat((sums.flatten(), (kl * len(each))[None]))
+
+
+def preference_objective(stage: str, args: PreferenceArgs) -> AnswerObjective | None:
     """The objective of a stage; None where the next token is all that is learned."""
     if stage not in STAGES:
         return None
+    if stage == "kto":
+        return KtoObjective(args)
     return PreferenceObjective(args.dpo_loss_type if stage == "dpo" else stage, args)

@@ -15,12 +15,22 @@ import numpy as np
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
+from qwen3_npu.data.preprocess.answer_lengths import AnswerLengths
 from qwen3_npu.data.preprocess.handler import Handler, Produced, produce
 from qwen3_npu.data.preprocess.pipeline import Totals, documents
-from qwen3_npu.data.preprocess.sft_handler import CUT, DROPPED, UNSUPERVISED, ConversationHandler
+from qwen3_npu.data.preprocess.sft_handler import CUT, DROPPED, LABEL, UNSUPERVISED, ConversationHandler
 from qwen3_npu.data.read.blocks import Block, first
 from qwen3_npu.data.read.open import Inputs
-from qwen3_npu.data.text.conversation import ASSISTANT, END_THINK, NO_THOUGHT, THINK, Conversation, Message, Pair
+from qwen3_npu.data.text.conversation import (
+    ASSISTANT,
+    END_THINK,
+    NO_THOUGHT,
+    THINK,
+    Conversation,
+    Judged,
+    Message,
+    Pair,
+)
 from qwen3_npu.data.text.encoder import Encoder, Tokens
 from qwen3_npu.data.train.token_record import IGNORED
 from qwen3_npu.errors import UsageError, printable
@@ -46,6 +56,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
     if not args.check.check:
         return 0
     totals, lengths, supervised, hashes = Totals(), _Numbers(), _Numbers(), _Numbers(np.uint64)
+    answers = AnswerLengths()
     warnings: Counter[str] = Counter()
     places: dict[str, str] = {}
     if isinstance(handler, ConversationHandler):
@@ -60,9 +71,11 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
         hashes.add(np.array([_hash(part) for part in _split(ids)], np.uint64))
         if labels := _labels(handler.outputs, produced):
             supervised.add(np.array([int((part != IGNORED).sum()) for part in _split(labels)]))
+        answers.add(produced)
     if not totals.records:
         raise UsageError(f"--input {' '.join(args.input.input)}: it holds no records")
     _statistics(handler, totals, lengths.all(), supervised.all())
+    answers.report()
     return _warn(args, totals, warnings, places, hashes.all())
 
 
@@ -108,7 +121,10 @@ def _show(blocks: Iterator[Block], handler: Handler, encoder: Encoder, count: in
         for i in range(max(map(len, rows))):
             for (name, _), row in zip(columns, rows, strict=True):
                 if i < len(row):
-                    _print(f"sample {shown + 1}, {name.removeprefix('packed_')}", row[i][0], row[i][1], encoder)
+                    judged = produced.outputs.get(LABEL)
+                    label = "" if judged is None else f", {'desirable' if judged.ids[i] else 'undesirable'}"
+                    title = f"sample {shown + 1}, {name.removeprefix('packed_')}{label}"
+                    _print(title, row[i][0], row[i][1], encoder)
             shown += 1
             if shown == count:
                 return
@@ -167,13 +183,15 @@ def _warn(
     return 1 if warnings and args.check.strict else 0
 
 
-def lint(conversation: Conversation | Pair, thinking: bool | None) -> Iterator[str]:
+def lint(conversation: Conversation | Pair | Judged, thinking: bool | None) -> Iterator[str]:
     """Warnings about one conversation.
 
     Args:
         thinking: --enable-thinking.
     """
-    if isinstance(conversation, Pair):
+    if isinstance(conversation, Judged):
+        conversation = conversation.conversation
+    elif isinstance(conversation, Pair):
         if conversation.chosen == conversation.rejected:
             yield "chosen and rejected are the same"
         conversation = conversation.prompt._replace(

@@ -16,20 +16,30 @@ from qwen3_npu.data.preprocess.handler import Handler
 from qwen3_npu.data.preprocess.pretrain_handler import PretrainHandler, TextOf, alpaca_text, sharegpt_text
 from qwen3_npu.data.preprocess.record_formats import (
     ALPACA,
+    ALPACA_KTO,
     ALPACA_PAIRS,
     OPENAI,
+    OPENAI_KTO,
     SHAREGPT,
+    SHAREGPT_KTO,
     SHAREGPT_PAIRS,
     Columns,
     Names,
     alpaca,
     alpaca_pair,
+    judged,
     openai,
     sharegpt,
     sharegpt_pair,
     text_value,
 )
-from qwen3_npu.data.preprocess.sft_handler import ConversationHandler, InstructionHandler, PairwiseHandler, Style
+from qwen3_npu.data.preprocess.sft_handler import (
+    ConversationHandler,
+    InstructionHandler,
+    KtoHandler,
+    PairwiseHandler,
+    Style,
+)
 from qwen3_npu.data.text.prompt_types import open_template, warn_of_misfit
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
 from qwen3_npu.errors import UsageError, choose
@@ -60,11 +70,11 @@ def conversations(
     names: Names,
     has_tags: bool = False,
 ) -> Make:
-    """A handler of conversations (`InstructionHandler`) or of pairs of answers (`PairwiseHandler`).
+    """A handler of conversations (`InstructionHandler`), pairs (`PairwiseHandler`) or labelled answers (`KtoHandler`).
 
     Args:
-        read: (record, what its columns are called) -> a Conversation or a Pair; raises ValueError, with the reason, for
-            a record that is none.
+        read: (record, what its columns are called) -> a Conversation, Pair or Judged; raises ValueError, with the
+            reason, for a record that is none.
         names: meanings and columns, for --map-keys; `read` gets a column's value from `Columns.get`.
         has_tags: whether keys and roles of messages have names as in ShareGPT.
     """
@@ -73,8 +83,8 @@ def conversations(
         chosen = args.instruction
         if chosen.prompt_type is None:
             raise UsageError(f"{args.records.handler_name} needs --prompt-type auto, qwen3, qwen or hf")
-        if kind is PairwiseHandler and chosen.pack:
-            raise UsageError(f"--pack: the pairs of {args.records.handler_name} are not packed")
+        if kind is not InstructionHandler and chosen.pack:
+            raise UsageError(f"--pack: the answers of {args.records.handler_name} are not packed")
         warn_of_misfit(chosen.prompt_type, tokenizer)
         # As in MindSpeed-LLM, what ends the template's answers ends a sample, whatever eos_token says.
         template, ends = open_template(chosen.prompt_type, tokenizer), kind is InstructionHandler
@@ -99,6 +109,9 @@ HANDLERS: dict[str, Make] = {
     "OpenAIInstructionHandler": conversations(InstructionHandler, openai, OPENAI),
     "AlpacaStylePairwiseHandler": conversations(PairwiseHandler, alpaca_pair, ALPACA_PAIRS),
     "SharegptStylePairwiseHandler": conversations(PairwiseHandler, sharegpt_pair, SHAREGPT_PAIRS, has_tags=True),
+    "AlpacaStyleKtoHandler": conversations(KtoHandler, judged(alpaca), ALPACA_KTO),
+    "SharegptStyleKtoHandler": conversations(KtoHandler, judged(sharegpt), SHAREGPT_KTO, has_tags=True),
+    "OpenAIKtoHandler": conversations(KtoHandler, judged(openai), OPENAI_KTO),
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwen3_npu.data.text.conversation import (
@@ -15,6 +15,7 @@ from qwen3_npu.data.text.conversation import (
     TOOL,
     USER,
     Conversation,
+    Judged,
     Message,
     Pair,
     checked,
@@ -29,15 +30,21 @@ Names = Mapping[str, str | None]
 
 ALPACA: Names = {"prompt": "instruction", "query": "input", "response": "output", "history": None, "system": None}
 ALPACA_PAIRS: Names = {**ALPACA, "chosen": "chosen", "rejected": "rejected"}
+ALPACA_KTO: Names = {**ALPACA, "label": "label"}
 SHAREGPT: Names = {"messages": "conversations", "system": None, "tools": None}
 SHAREGPT_PAIRS: Names = {**SHAREGPT, "chosen": "chosen", "rejected": "rejected"}
+SHAREGPT_KTO: Names = {**SHAREGPT, "label": "label"}
 OPENAI: Names = {"messages": "messages", "system": None, "tools": "tools"}
+OPENAI_KTO: Names = {**OPENAI, "label": "label"}
+# What a label may be, as text; whether the answer is desirable.
+_LABELS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
 # What columns are called elsewhere, for a hint.
 _ALIASES = {
     "prompt": ("prompt", "question", "query", "input", "user"),
     "response": ("response", "answer", "completion", "target", "chosen", "text"),
     "chosen": ("chosen", "response", "answer"),
     "rejected": ("rejected", "reject", "rejected_response"),
+    "label": ("label", "kto_tag", "desirable", "feedback", "thumbs_up"),
     "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "chat"),
 }
 _OPTIONAL = {"query", "history", "system", "tools"}
@@ -280,3 +287,21 @@ def openai(record: Mapping[str, Any], columns: Columns) -> Conversation:
     messages = columns.get(record, "messages")
     system = columns.optional_text(record, "system")
     return checked(read_messages(messages, columns.get(record, "tools"), system))
+
+
+def judged(
+    read: Callable[[Mapping[str, Any], Columns], Conversation],
+) -> Callable[[Mapping[str, Any], Columns], Judged]:
+    """A reader of conversations -> one of conversations with a label."""
+
+    def read_judged(record: Mapping[str, Any], columns: Columns) -> Judged:
+        label = columns.get(record, "label")
+        text = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip().lower()
+        if text not in _LABELS:
+            raise ValueError(
+                f"column {columns.names['label']!r} is {label!r}, where {', '.join(_LABELS)} (true and 1: a good "
+                f"answer) are expected"
+            )
+        return Judged(read(record, columns), _LABELS[text])
+
+    return read_judged

@@ -13,15 +13,19 @@ import numpy as np
 from qwen3_npu.data.preprocess.handler import Prepared
 from qwen3_npu.data.preprocess.record_formats import Columns
 from qwen3_npu.data.read.blocks import BadRecord, Block, parse
-from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Pair
+from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Judged, Pair
 from qwen3_npu.data.text.encoder import Tokens
-from qwen3_npu.data.text.templates import Template, render_pair
+from qwen3_npu.data.text.templates import Template, render_answer, render_pair
 from qwen3_npu.data.train.token_record import IGNORED
 from qwen3_npu.data.train.turns import kept_tokens, limits
 
 THOUGHTS = "answers with thoughts"
 MASKED = "answers that are not learned, as the data say"
 CUT, DROPPED, UNSUPERVISED = "over-long samples cut", "over-long samples left out", "samples without anything to learn"
+
+
+# The output of labelled answers that says whether each is desirable: 1 or 0.
+LABEL = "packed_answer_desirable"
 
 
 class Style(NamedTuple):
@@ -61,7 +65,11 @@ class ConversationHandler(abc.ABC):
 
     @abc.abstractmethod
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
-        """The documents of each output; the layout is (strings of each piece, pieces of each sample)."""
+        """The documents of each output; the layout is (strings of each piece, pieces and `tag` of each sample)."""
+
+    def tag(self, conversation: Any) -> int:
+        """What `documents` must know of a sample beside its tokens."""
+        return 0
 
     def prepare(self, block: Block) -> Prepared:
         """The strings of a block."""
@@ -69,6 +77,7 @@ class ConversationHandler(abc.ABC):
         texts: list[str] = []
         strings: list[int] = []
         pieces: list[int] = []
+        tags: list[int] = []
         counts: Counter[str] = Counter()
         warnings: dict[str, list[int]] = {}
         for number, record in records:
@@ -89,7 +98,8 @@ class ConversationHandler(abc.ABC):
                 bad.append(BadRecord(block.file, number, str(error)))
             else:
                 pieces.append(len(strings) - before)
-        layout = np.array(strings, np.int64), np.array(pieces, np.int64)
+                tags.append(self.tag(conversation))
+        layout = np.array(strings, np.int64), np.array(pieces, np.int64), np.array(tags, np.int32)
         return Prepared(texts, layout, len(block.numbers), counts, sorted(bad, key=lambda b: b.number), warnings)
 
 
@@ -103,7 +113,7 @@ class InstructionHandler(ConversationHandler):
         return itertools.chain.from_iterable(self.style.template.render(conversation, self.style.thinking, False))
 
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
-        strings, pieces = prepared.layout
+        strings, pieces, _ = prepared.layout
         sizes = _sums(tokens.lengths, strings).reshape(-1, 2)
         learned = np.repeat(np.tile([False, True], len(sizes)), sizes.reshape(-1))
         labels = np.where(learned, tokens.ids, np.int32(IGNORED))
@@ -147,8 +157,10 @@ class InstructionHandler(ConversationHandler):
         return Tokens(joined[0], kept_lengths), Tokens(joined[1], kept_lengths)
 
 
-def _count(conversation: Conversation | Pair, counts: Counter[str]) -> None:
-    """Answers that think, and those that the data say not to learn."""
+def _count(conversation: Conversation | Pair | Judged, counts: Counter[str]) -> None:
+    """Answers that think, those that the data say not to learn, and those that were found good or bad."""
+    if isinstance(conversation, Judged):
+        counts[f"{'desirable' if conversation.desirable else 'undesirable'} answers"] += 1
     for message in conversation.messages if isinstance(conversation, Conversation) else ():
         if message.role == ASSISTANT:
             if not message.learned:
@@ -180,29 +192,60 @@ class PairwiseHandler(ConversationHandler):
         return prompt, *answers
 
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
-        strings, _ = prepared.layout
+        strings, _, _ = prepared.layout
         lengths = _sums(tokens.lengths, strings)
         parts = Tokens(tokens.ids, lengths).split()
         columns: dict[str, list[np.ndarray]] = {name: [] for name in self.outputs}
         for row in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-            if fitted := self._fitted(*row, prepared.counts):
+            if fitted := _fitted(self.style, row[0], row[1:], prepared.counts):
                 for name, array in zip(self.outputs, fitted, strict=True):
                     columns[name].append(array)
         return {name: _joined(arrays) for name, arrays in columns.items()}
 
-    def _fitted(
-        self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, counts: Counter[str]
-    ) -> list[np.ndarray]:
-        longest = self.style.longest
-        answer = max(len(chosen), len(rejected))
-        if longest is not None and len(prompt) + answer > longest:
-            counts[CUT if self.style.cut else DROPPED] += 1
-            if not self.style.cut:
-                return []
-            keep = limits(len(prompt), answer, longest)
-            prompt, chosen, rejected = prompt[: keep.source], chosen[: keep.target], rejected[: keep.target]
-        masked = np.full(len(prompt), IGNORED, np.int32)
-        return [np.concatenate(both) for answer in (chosen, rejected) for both in ((prompt, answer), (masked, answer))]
+
+class KtoHandler(ConversationHandler):
+    """An answer to a prompt as ids and labels, and whether it is desirable: one number, 1 or 0."""
+
+    outputs = ("packed_answer_input_ids", "packed_answer_labels", LABEL)
+
+    def pieces(self, conversation: Any) -> Iterable[list[str]]:
+        """The prompt and the answer."""
+        *prompt, answer = conversation.conversation.messages
+        if not answer.learned:
+            raise ValueError("the answer is labelled, but the data say not to learn it")
+        return render_answer(
+            conversation.conversation._replace(messages=tuple(prompt)),
+            answer,
+            self.style.template,
+            self.style.thinking,
+        )
+
+    def tag(self, conversation: Any) -> int:
+        """1: desirable."""
+        return int(conversation.desirable)
+
+    def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
+        strings, _, tags = prepared.layout
+        parts = Tokens(tokens.ids, _sums(tokens.lengths, strings)).split()
+        columns: tuple[list[np.ndarray], ...] = ([], [], [])
+        for prompt, answer, tag in zip(parts[::2], parts[1::2], tags, strict=True):
+            if fitted := _fitted(self.style, prompt, [answer], prepared.counts):
+                for column, array in zip(columns, (*fitted, np.array([tag], np.int32)), strict=True):
+                    column.append(array)
+        return dict(zip(self.outputs, map(_joined, columns), strict=True))
+
+
+def _fitted(style: Style, prompt: np.ndarray, answers: Sequence[np.ndarray], counts: Counter[str]) -> list[np.ndarray]:
+    """Ids and labels of each answer after the prompt, within the limit; empty: the sample is left out."""
+    longest, answer = style.longest, max(map(len, answers))
+    if longest is not None and len(prompt) + answer > longest:
+        counts[CUT if style.cut else DROPPED] += 1
+        if not style.cut:
+            return []
+        keep = limits(len(prompt), answer, longest)
+        prompt, answers = prompt[: keep.source], [answer[: keep.target] for answer in answers]
+    masked = np.full(len(prompt), IGNORED, np.int32)
+    return [np.concatenate(both) for answer in answers for both in ((prompt, answer), (masked, answer))]
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> Tokens:

@@ -69,6 +69,13 @@ class Pair(NamedTuple):
     rejected: Message
 
 
+class Judged(NamedTuple):
+    """A conversation whose last answer was found good or bad."""
+
+    conversation: Conversation
+    desirable: bool
+
+
 def to_json(value: Any) -> str:
     """JSON as chat templates write it."""
     return json.dumps(value, ensure_ascii=False)

@@ -93,14 +93,22 @@ def render_qwen3(conversation: Conversation, thinking: bool | None, last_only: b
     return turns.done
 
 
+def render_answer(
+    prompt: Conversation, answer: Message, template: Template, thinking: bool | None
+) -> tuple[list[str], list[str]]:
+    """An answer to a prompt -> strings of the prompt, earlier answers included, and of the answer."""
+    conversation = prompt._replace(messages=(*prompt.messages, answer))
+    turns = [turn for turn in template.render(conversation, thinking, True) if turn.target]
+    return [text for turn in turns[:-1] for text in (*turn.source, *turn.target)] + turns[-1].source, turns[-1].target
+
+
 def render_pair(pair: Pair, template: Template, thinking: bool | None) -> tuple[list[str], tuple[list[str], list[str]]]:
     """Two answers to one prompt -> strings of the prompt, and of both answers."""
     prompts, answers = [], []
     for answer in (pair.chosen, pair.rejected):
-        conversation = pair.prompt._replace(messages=(*pair.prompt.messages, answer))
-        turns = [turn for turn in template.render(conversation, thinking, True) if turn.target]
-        prompts.append([text for turn in turns[:-1] for text in (*turn.source, *turn.target)] + turns[-1].source)
-        answers.append(turns[-1].target)
+        prompt, target = render_answer(pair.prompt, answer, template, thinking)
+        prompts.append(prompt)
+        answers.append(target)
     if prompts[0] != prompts[1]:
         # One answer has thoughts: the empty thoughts of the other are then a part of what it says.
         for prompt, target in zip(prompts, answers, strict=True):

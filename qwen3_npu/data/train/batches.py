@@ -22,11 +22,13 @@ class Answers:
         numbers: [b, s] int64.
         text_mask: [b, s] float32.
         count: answers of the micro-batch.
+        desirable: [count / 2] float32; None for pairs.
     """
 
     numbers: torch.Tensor
     text_mask: torch.Tensor
     count: int
+    desirable: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from qwen3_npu import log
-from qwen3_npu.args.training import DataArgs
+from qwen3_npu.args.training import DATA_KINDS, DataArgs
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
-from qwen3_npu.data.train.preference_dataset import PairFiles
+from qwen3_npu.data.train.preference_dataset import open_answers
 from qwen3_npu.data.train.sft_dataset import InstructionFiles, open_instructions, split_ranges
 from qwen3_npu.data.train.token_file import Indexed, open_indexed
 from qwen3_npu.data.train.token_record import TokenRecord, check_ids, scanned_record
@@ -87,7 +87,7 @@ def check_data(
     if tokenizer is not None:
         _compare_vocabularies(tokenizer, vocab_size)
     if data.is_preference:
-        return _pair_facts(data, prefixes, vocab_size, tokenizer, scans=scans)
+        return _answer_facts(data, prefixes, vocab_size, tokenizer, scans=scans)
     if data.is_instruction:
         files = open_instructions(prefixes, per_document=data.per_document)
         if scans:
@@ -105,33 +105,37 @@ def check_data(
     return DataFacts(sum(_text_samples(text, data.split, seq_length) for text in texts))
 
 
-def _pair_facts(
+def _answer_facts(
     data: DataArgs, prefixes: Sequence[str], vocab_size: int, tokenizer: TokenizerFolder | None, *, scans: bool
 ) -> DataFacts:
-    pairs = [PairFiles(prefix) for prefix in prefixes]
+    opened = open_answers(data.stage, prefixes)
     if scans:
-        for one in pairs:
+        for one in opened:
             for number, part in enumerate(one.files):
                 record = _check_ids(part, data, vocab_size, labels=number % 2 == 1)
             _compare_tokenizers(one.prefix, record, tokenizer)
-    return DataFacts(sum(len(split_ranges(data.split, len(one))[0]) for one in pairs))
+    return DataFacts(sum(len(split_ranges(data.split, len(one))[0]) for one in opened))
 
 
-# How the first file of a prefix is called, by what the training reads.
-KINDS = {"text": "", "instruction data": "_packed_input_ids_document", "pairs": "_packed_chosen_input_ids_document"}
-_STAGES = {"text": "--stage pt", "instruction data": "--stage sft", "pairs": "--stage dpo, orpo or simpo"}
+# How the first file of a prefix is called, by what it holds.
+KINDS = {
+    "text": "",
+    "instruction data": "_packed_input_ids_document",
+    "pairs": "_packed_chosen_input_ids_document",
+    "labelled answers": "_packed_answer_input_ids_document",
+}
 
 
 def _check_there(prefix: str, data: DataArgs) -> None:
     """Raises: UsageError: a word of --data-path names nothing, or data of another stage."""
-    wanted = "pairs" if data.is_preference else "instruction data" if data.is_instruction else "text"
+    wanted = data.kind
     end = KINDS[wanted]
     if any(Path(f"{prefix}{end}{suffix}").exists() for suffix in (".idx", ".bin")):
         return
     for kind, other in KINDS.items():
         if Path(f"{prefix}{other}.idx").exists():
             raise UsageError(
-                f"--data-path {prefix} holds {kind}, and this training reads {wanted}: give {_STAGES[kind]}"
+                f"--data-path {prefix} holds {kind}, and this training reads {wanted}: give {DATA_KINDS[kind]}"
             )
     folder = Path(prefix).parent
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

@@ -1,8 +1,13 @@
-"""Pairs of answers to one prompt: <prefix>_packed_{chosen,rejected}_{input_ids,labels}_document. No torch."""
+"""Answers that people prefer. No torch.
+
+Pairs of answers to one prompt: <prefix>_packed_{chosen,rejected}_{input_ids,labels}_document.
+Labelled answers (kto): <prefix>_packed_answer_{input_ids,labels,desirable}_document; desirable holds 1 or 0 for each.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,6 +56,58 @@ class PairFiles:
         return Pair(_cut(chosen, chosen_labels, longest), _cut(rejected, rejected_labels, longest))
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """An answer with its prompt, and whether it is good."""
+
+    answer: Sample
+    desirable: bool
+
+
+class LabelledFiles:
+    """The files of one prefix.
+
+    Attributes:
+        files: ids and labels.
+        desirable: bool [samples].
+    """
+
+    def __init__(self, prefix: str) -> None:
+        """Raises: UsageError: a file is missing or damaged, or they do not belong together."""
+        self.prefix = prefix
+        names = ("input_ids", "labels", "desirable")
+        ids, labels, desirable = (open_indexed(f"{prefix}_packed_answer_{name}_document") for name in names)
+        if not np.array_equal(ids.lengths, labels.lengths):
+            raise UsageError(f"--data-path {prefix}: {labels.prefix} does not belong to {ids.prefix}")
+        if len(desirable) != len(ids) or (desirable.lengths != 1).any():
+            raise UsageError(f"--data-path {prefix}: {desirable.prefix} does not hold one label for each of {len(ids)}")
+        in_order = desirable.index.in_order
+        found = np.array(desirable.tokens if in_order else [desirable[number][0] for number in range(len(desirable))])
+        if ((found != 0) & (found != 1)).any():
+            raise UsageError(f"--data-path {prefix}: {desirable.prefix} holds other labels than 0 and 1")
+        self.files, self.desirable = [ids, labels], found == 1
+
+    def __len__(self) -> int:
+        return len(self.desirable)
+
+    def fingerprint(self) -> str:
+        """What tells these data from others."""
+        digest = hashlib.sha256(self.desirable.tobytes()).hexdigest()[:16]
+        return " ".join([*(file.fingerprint() for file in self.files), digest])
+
+    def sample(self, number: int, longest: int) -> Labelled:
+        """An answer, with its prompt cut to `longest` tokens as fine-tuning samples are."""
+        ids, labels = (file[number] for file in self.files)
+        return Labelled(_cut(ids, labels, longest), bool(self.desirable[number]))
+
+
+def open_answers(stage: str, prefixes: Sequence[str]) -> list[PairFiles] | list[LabelledFiles]:
+    """The data sets of a stage. Raises: UsageError: see `PairFiles` and `LabelledFiles`."""
+    if stage == "kto":
+        return [LabelledFiles(prefix) for prefix in prefixes]
+    return [PairFiles(prefix) for prefix in prefixes]
+
+
 def _cut(ids: np.ndarray, labels: np.ndarray, longest: int) -> Sample:
     if len(ids) > longest:
         where = kept_tokens(turns_of(labels), longest)
@@ -64,7 +121,43 @@ def pair_rows(pairs: Sequence[Pair], padding: Padding, *, packed: bool) -> Rows:
     Args:
         packed: all sequences lie in one row, one after the other, apart as documents; padding follows the last.
     """
-    samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
+    return _answer_rows([sample for pair in pairs for sample in (pair.chosen, pair.rejected)], padding, packed=packed)
+
+
+def labelled_rows(found: Sequence[Labelled], padding: Padding, *, longest: int, packed: bool) -> Rows:
+    """The rows of a micro-batch of labelled answers: each, and after it its prompt with the answer to the one before.
+
+    The latter tell how far the policy is from the reference where it says something that does not fit (KTO's z_0); TRL
+    cycles the answers of a micro-batch alike.
+
+    Args:
+        longest: these strange pairs are cut to so many tokens.
+        packed: as for `pair_rows`.
+    """
+    samples = []
+    for one, before in zip(found, [found[-1], *found[:-1]], strict=True):
+        samples += [one.answer, _mismatched(one.answer, before.answer, longest)]
+    rows = _answer_rows(samples, padding, packed=packed)
+    assert rows.answers is not None
+    desirable = np.array([one.desirable for one in found], np.float32)
+    return dataclasses.replace(rows, answers=dataclasses.replace(rows.answers, desirable=desirable))
+
+
+def _mismatched(sample: Sample, other: Sample, longest: int) -> Sample:
+    """The prompt of one sample with the answer of another."""
+    prompt, start = _prompt_length(sample), _prompt_length(other)
+    ids, labels = (
+        np.concatenate((getattr(sample, name)[:prompt], getattr(other, name)[start:])) for name in ("ids", "labels")
+    )
+    return _cut(ids, labels, longest)
+
+
+def _prompt_length(sample: Sample) -> int:
+    learned = np.flatnonzero(sample.labels != IGNORED)
+    return int(learned[0]) if len(learned) else len(sample.labels)
+
+
+def _answer_rows(samples: Sequence[Sample], padding: Padding, *, packed: bool) -> Rows:
     lengths = np.array([len(sample.ids) for sample in samples])
     if packed:
         segments = np.repeat(np.arange(1, len(samples) + 1), lengths)

@@ -25,14 +25,17 @@ class AnswerRows:
     """Which answer each place of a micro-batch belongs to.
 
     Attributes:
-        numbers: int64 [b, s]: chosen answers have even numbers, the rejected one of a pair comes next.
+        numbers: int64 [b, s]: chosen answers have even numbers, the rejected one of a pair comes next; kto: labelled
+            answers have even numbers, each prompt with another's answer comes next.
         text_mask: float32 [b, s]: 1 where the label belongs to prompt or answer.
         count: answers.
+        desirable: kto: float32 [count / 2], 1 for a good answer.
     """
 
     numbers: np.ndarray
     text_mask: np.ndarray
     count: int
+    desirable: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

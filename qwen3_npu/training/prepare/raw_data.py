@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen3_npu.args.preprocess import CheckArgs, InputArgs, OutputArgs, PreprocessArgs
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.args.training import DATA_KINDS
 from qwen3_npu.data.preprocess.cache import is_raw, prepare_data_path
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.errors import UsageError
@@ -47,12 +48,8 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
 
 def _check_handler(args: PretrainArgs, name: str) -> None:
     """Raises: UsageError: the handler makes what this training does not read."""
-    made = "pairs of answers" if "Pairwise" in name else "text" if "Pretrain" in name else "instruction data"
-    reads = (
-        "pairs of answers" if args.data.is_preference else "instruction data" if args.data.is_instruction else "text"
-    )
-    if made != reads:
-        raise UsageError(
-            f"--handler-name {name} makes {made}; this training reads {reads} (text: --stage pt, instruction data: "
-            f"--stage sft, pairs: --stage dpo, orpo or simpo)"
-        )
+    kinds = {"Pairwise": "pairs", "Kto": "labelled answers", "Pretrain": "text"}
+    made = next((kind for word, kind in kinds.items() if word in name), "instruction data")
+    if made != args.data.kind:
+        stages = ", ".join(f"{kind}: {stage}" for kind, stage in DATA_KINDS.items())
+        raise UsageError(f"--handler-name {name} makes {made}; this training reads {args.data.kind} ({stages})")

@@ -22,8 +22,20 @@ from qwen3_npu.training.step import NOTHING, StepResult, Tally
 
 
 def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
-    """An objective's metrics by name."""
-    return {name: value / max(tally.loss_weight, 1.0) for name, value in zip(names, tally.metrics, strict=True)}
+    """An objective's metrics by name.
+
+    Where it counts chosen and rejected answers (`count/chosen`), the means of the ones and the others are over these,
+    and what no answer tells is left out; all else are means over the units of its loss.
+    """
+    sums = dict(zip(names, tally.metrics, strict=True))
+    counts = {name.partition("/")[2]: value for name, value in sums.items() if name.startswith("count/")}
+    found = {}
+    for name, value in sums.items():
+        if (count := counts.get(name.partition("/")[2], tally.loss_weight)) and not name.startswith("count/"):
+            found[name] = value / count
+    if counts and all(counts.values()):
+        found["rewards/margin"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found
 
 
 @dataclasses.dataclass
@@ -51,12 +63,10 @@ class _Window:
             self.learned += result.tally
 
     def preference(self, names: Sequence[str]) -> tuple[dict[str, float], list[str]]:
-        """Means over the pairs of all steps, as values and as text."""
+        """Means over the answers of all steps, as values and as text."""
         values = means(self.computed, names)
-        if not values:
-            return {}, []
-        shown = f"accuracy {values['rewards/accuracy']:.3f}, margin {values['rewards/margin']:.4f}"
-        return values, [shown]
+        shown = [f"{name} {values[key]:.4f}" for name in ("accuracy", "margin") if (key := f"rewards/{name}") in values]
+        return values, [", ".join(shown)] if shown else []
 
     def fine_tuning(self) -> tuple[dict[str, float], list[str]]:
         """What is worth telling where not every token is learned: values, and as text. Empty for pretraining."""

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3_npu.data.train.preference_dataset import PairFiles
+from qwen3_npu.data.train.preference_dataset import LabelledFiles, PairFiles
 from qwen3_npu.data.train.sft_dataset import instruction_splits
 from qwen3_npu.data.train.token_file import IndexedWriter, publish
 
 LONGEST, BATCH = 64, 8
 NAMES = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+LABELLED = ("input_ids", "labels", "desirable")
 Pair = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
 
@@ -45,6 +46,88 @@ def first_step(prefix: str, seed: int = 1234) -> list[Pair]:
         ids = pair.chosen.ids.tolist()
         found.append((ids[:prompt], ids[prompt:], pair.rejected.ids.tolist()[prompt:]))
     return found
+
+
+def write_labelled(prefix: Path, *, count: int = 24, vocab: int = 256, seed: int = 16) -> str:
+    """Random answers with labels: those that count on from the prompt are desirable, noise is not."""
+    rng = np.random.default_rng(seed)
+    writers = [IndexedWriter(f"{prefix}_packed_answer_{name}_document") for name in LABELLED]
+    for number in range(count):
+        start, sizes, good = int(rng.integers(vocab)), rng.integers(3, 24, 2), number % 3 != 1
+        prompt = [(start + i) % (vocab - 2) + 2 for i in range(sizes[0])]
+        answer = rng.integers(vocab - 2, size=sizes[1]) + 2
+        if good:
+            answer = (start + sizes[0] + np.arange(sizes[1])) % (vocab - 2) + 2
+        rows = [*prompt, *answer], [*[-100] * len(prompt), *answer], [int(good)]
+        for writer, row in zip(writers, rows, strict=True):
+            writer.add(np.array(row, np.int32), np.array([len(row)], np.int32))
+    publish(writers)
+    return str(prefix)
+
+
+def labelled_step(prefix: str, seed: int = 1234) -> list[tuple[list[int], list[int], bool]]:
+    """Prompt, answer and label of the samples of the first step, in the order of the training."""
+    train = instruction_splits([LabelledFiles(prefix)], None, "1,0,0", longest=LONGEST, seed=seed).train
+    assert train is not None
+    found = []
+    for one in (train[number] for number in range(BATCH)):
+        prompt = int((one.answer.labels == -100).sum())
+        ids = one.answer.ids.tolist()
+        found.append((ids[:prompt], ids[prompt:], one.desirable))
+    return found
+
+
+def kto_loss(
+    policy: Any,
+    reference: Any,
+    samples: list[tuple[list[int], list[int], bool]],
+    folder: Path,
+    *,
+    micro: int,
+    at_once: int,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of a batch and the metrics of TRL's trainer, on `at_once` samples, answers cycled `micro` by `micro`."""
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    policy.train()
+    policy.config.router_aux_loss_coef = 0.0
+    dummy = Dataset.from_list([{"prompt": "t5", "completion": "t7", "label": True}] * 2)
+    config = KTOConfig(
+        output_dir=str(folder),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.7,
+        per_device_train_batch_size=2,
+    )
+    trainer = KTOTrainer(
+        model=policy, ref_model=reference, args=config, train_dataset=dummy, processing_class=_tokenizer()
+    )
+    rounds = []
+    for start in range(0, len(samples), at_once):
+        examples = []
+        for number in range(start, start + at_once):
+            prompt, answer, label = samples[number]
+            before = number - 1 if number % micro else number + micro - 1
+            other = samples[before][1]
+            examples.append(
+                {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": other, "label": label}
+            )
+        rounds.append((trainer._compute_loss(policy, trainer.data_collator(examples), False), examples))
+    told = trainer._metrics["train"]
+    counts = {
+        "chosen": [sum(example["label"] for example in examples) for _, examples in rounds],
+        "rejected": [sum(not example["label"] for example in examples) for _, examples in rounds],
+    }
+    metrics = {"kl": float(np.mean(told["kl"]))}
+    for which, numbers in counts.items():
+        weights = [count for count in numbers if count]  # TRL tells nothing of a round without any
+        for what in ("rewards", "logps"):
+            metrics[f"{what}/{which}"] = float(np.average(told[f"{what}/{which}"], weights=weights))
+    return torch.stack([loss for loss, _ in rounds]).mean(), metrics
 
 
 def _tokenizer() -> Any:

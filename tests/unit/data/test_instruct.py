@@ -197,6 +197,32 @@ def test_pairs(style: str, tmp_path: Path, run: Callable, documents: Callable, e
         assert documents(tmp_path / f"o_packed_{name}_labels_document") == [[-100] * len(prompt) + answer]
 
 
+@pytest.mark.parametrize("style", ["AlpacaStyle", "SharegptStyle", "OpenAI"])
+def test_labelled_answers(style: str, tmp_path: Path, run: Callable, documents: Callable, encode: Callable) -> None:
+    """Labels of every spelling, as true where true is meant; earlier answers are a part of the prompt."""
+    given = [True, 1, 1.0, "true", "Desirable", "1", False, 0, "0", "FALSE", "undesirable"]
+    records = []
+    for label in given:
+        turns = [("human", "q"), ("gpt", "e"), ("human", "r"), ("gpt", "good")]
+        roles = {"human": "user", "gpt": "assistant"}
+        record: dict = {"messages": [{"role": roles[who], "content": text} for who, text in turns]}
+        if style == "SharegptStyle":
+            record = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+        elif style == "AlpacaStyle":
+            record = {"instruction": "r", "input": "", "output": "good", "history": [["q", "e"]]}
+        records.append({**record, "kto_tag": label})
+    keys = {"label": "kto_tag"} | ({"history": "history"} if style == "AlpacaStyle" else {})
+    source = write_lines(tmp_path / "a.jsonl", records)
+    arguments = ("--handler-name", f"{style}KtoHandler", "--prompt-type", "qwen3", "--map-keys", json.dumps(keys))
+    run("--input", source, *arguments, "--output-prefix", tmp_path / "o")
+    ask = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    prompt = encode(f"{ask.format('q')}e<|im_end|>\n{ask.format('r')}<think>\n\n</think>\n\n")
+    answer = encode("good<|im_end|>\n")
+    assert documents(tmp_path / "o_packed_answer_input_ids_document") == [prompt + answer] * 11
+    assert documents(tmp_path / "o_packed_answer_labels_document") == [[-100] * len(prompt) + answer] * 11
+    assert documents(tmp_path / "o_packed_answer_desirable_document") == [[1]] * 6 + [[0]] * 5
+
+
 BROKEN = {
     "AlpacaStyleInstructionHandler": [
         ({"instruction": "q", "input": ""}, "no column 'output'"),
@@ -227,6 +253,22 @@ BROKEN = {
     ],
     "AlpacaStylePairwiseHandler": [
         ({"instruction": "q", "input": "", "chosen": "a", "rejected": None}, "two answers"),
+    ],
+    "AlpacaStyleKtoHandler": [
+        ({"instruction": "q", "input": "", "output": "a"}, "no column 'label'"),
+        ({"instruction": "q", "output": "a", "kto_tag": True}, """--map-keys '{"label": "kto_tag"}'"""),
+        ({"instruction": "q", "input": "", "output": "a", "label": None}, "column 'label' is None"),
+        ({"instruction": "q", "input": "", "output": "a", "label": "maybe"}, "column 'label' is 'maybe'"),
+        ({"instruction": "q", "input": "", "output": "a", "label": 2}, "column 'label' is 2"),
+    ],
+    "OpenAIKtoHandler": [
+        (
+            {
+                "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}],
+                "label": 1,
+            },
+            "the data say not to learn it",
+        ),
     ],
 }
 

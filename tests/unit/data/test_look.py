@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lines import write_lines
+from tokenizers import Tokenizer
 
 from qwen3_npu.data.preprocess import run as preprocess
 from qwen3_npu.data.text.encoder import Encoder
@@ -86,6 +87,30 @@ def test_check_of_text_and_pairs(tmp_path: Path, run: Callable, caplog: pytest.L
     assert run("--input", pair, *flags, "--check", "--show", 1, "--strict") == 1
     assert "chosen and rejected are the same" in caplog.text
     assert "sample 1, rejected_input_ids" in caplog.text
+
+
+def test_check_tells_how_long_preferred_answers_are(
+    tmp_path: Path, run: Callable, tiny_tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    long, short = "one two three four five six seven eight nine ten", "one"
+    records = [{"instruction": f"q{i}", "chosen": long if i else short, "rejected": short} for i in range(4)]
+    pairs = write_lines(tmp_path / "p.jsonl", records)
+    caplog.set_level("INFO", "qwen3_npu")
+    flags = ("--prompt-type", "qwen3", "--check", "--show", 1)
+    run("--input", pairs, "--handler-name", "AlpacaStylePairwiseHandler", *flags)
+    tokenizer = Tokenizer.from_file(f"{tiny_tokenizer}/tokenizer.json")
+    sizes = [len(tokenizer.encode(f"{text}<|im_end|>\n").ids) for text in (long, short)]
+    mean = (3 * sizes[0] + sizes[1]) / 4
+    told = f"chosen {mean:.1f} tokens, rejected {sizes[1]:.1f} on average: {mean / sizes[1]:.2f} times as long"
+    assert told in caplog.text
+    assert "chosen over twice as long          3 ####" in caplog.text
+    assert "chosen about as long               1 ####" in caplog.text
+    labelled = [{"instruction": f"q{i}", "output": long if i else short, "label": i > 0} for i in range(2)]
+    source = write_lines(tmp_path / "k.jsonl", labelled)
+    run("--input", source, "--handler-name", "AlpacaStyleKtoHandler", *flags)
+    assert f"desirable {sizes[0]:.1f} tokens, undesirable {sizes[1]:.1f} on average" in caplog.text
+    assert "sample 1, answer_input_ids, undesirable: " in caplog.text
+    assert "1 desirable answers" in caplog.text
 
 
 def test_strict_needs_check(tmp_path: Path, run: Callable) -> None:

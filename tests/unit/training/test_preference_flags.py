@@ -10,7 +10,9 @@ import pytest
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.training import DataArgs
 from qwen3_npu.data.train.data_path import check_data
-from qwen3_npu.data.train.preference_dataset import PairFiles
+from qwen3_npu.data.train.preference_dataset import Labelled, LabelledFiles, PairFiles, labelled_rows
+from qwen3_npu.data.train.rows import Padding
+from qwen3_npu.data.train.sft_dataset import Sample
 from qwen3_npu.data.train.token_file import IndexedWriter, publish
 from qwen3_npu.errors import UsageError
 
@@ -56,3 +58,72 @@ def test_ids_of_pairs_are_looked_at(tmp_path: Path) -> None:
     prefix = write(tmp_path / "p", counts=(2, 2, 2, 2))
     with pytest.raises(UsageError, match="chosen_input_ids_document"):
         check_data(DataArgs(data_path=[prefix], stage="dpo"), 5, seq_length=32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "micro", "words"),
+    [
+        ({}, 1, "--micro-batch-size 1: --stage kto compares each prompt"),
+        ({"ref_logprobs": "cache"}, 2, "--ref-logprobs cache: --stage kto"),
+        ({"is_pairwise_dataset": True}, 2, "--is-pairwise-dataset: --stage kto reads single answers"),
+        ({"pref_ftx": 0.1}, 2, "--pref-ftx 0.1 is for pairs"),
+        ({"dpo_label_smoothing": 0.1}, 2, "--dpo-label-smoothing 0.1 is for pairs"),
+    ],
+)
+def test_what_kto_cannot_do_is_one_line(flags: dict, micro: int, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        PreferenceArgs(**flags).check_kto(micro)
+
+
+def test_kto_needs_a_weight_above_zero() -> None:
+    with pytest.raises(UsageError, match="nothing would be learned"):
+        PreferenceArgs(desirable_weight=0, undesirable_weight=0)
+
+
+def labelled(prefix: Path, desirable: list[list[int]]) -> str:
+    columns = ("input_ids", [[3, 4, 5]] * 2), ("labels", [[-100, 4, 5]] * 2), ("desirable", desirable)
+    writers = []
+    for name, rows in columns:
+        writers.append(IndexedWriter(f"{prefix}_packed_answer_{name}_document"))
+        for row in rows:
+            writers[-1].add(np.array(row, np.int32), np.array([len(row)], np.int32))
+    publish(writers)
+    return str(prefix)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([[1]], "does not hold one label for each of 2"),
+        ([[1], [0, 1]], "does not hold one label for each of 2"),
+        ([[1], [2]], "other labels than 0 and 1"),
+    ],
+)
+def test_every_answer_has_one_label(labels: list[list[int]], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        LabelledFiles(labelled(tmp_path / "k", labels))
+
+
+def test_labelled_answers_are_no_pairs(tmp_path: Path) -> None:
+    prefix = labelled(tmp_path / "k", [[1], [0]])
+    check_data(DataArgs(data_path=[prefix], stage="kto"), 256, seq_length=32)
+    with pytest.raises(UsageError, match="holds labelled answers, and this training reads pairs: give --stage kto"):
+        check_data(DataArgs(data_path=[prefix], stage="dpo"), 256, seq_length=32)
+    with pytest.raises(UsageError, match="answer_input_ids_document"):
+        check_data(DataArgs(data_path=[prefix], stage="kto"), 5, seq_length=32)
+
+
+def test_a_prompt_with_the_answer_before_it_follows_each_answer() -> None:
+    """As TRL's collator: prompt i with completion i - 1 of the micro-batch. Too long ones are cut."""
+    samples = []
+    for prompt, answer in (([2, 3], [10]), ([4], [11, 12]), ([5, 6, 7], [13, 14, 15])):
+        labels = np.array([-100] * len(prompt) + answer, np.int32)
+        samples.append(Labelled(Sample(np.array(prompt + answer, np.int32), labels, None), len(prompt) > 1))
+    rows = labelled_rows(samples, Padding(0, 8), longest=5, packed=False)
+    found = [row[row != 0].tolist() for row in rows.tokens]
+    assert found[0::2] == [[2, 3, 10], [4, 11, 12], [5, 6, 7, 13, 14, 15]]
+    assert found[1::2] == [[2, 3, 13, 14, 15], [4, 10], [5, 6, 7, 11, 12]]
+    assert rows.loss_mask.sum(1).tolist() == [1, 3, 2, 1, 3, 2]
+    assert rows.answers is not None
+    assert rows.answers.desirable is not None
+    assert rows.answers.desirable.tolist() == [1, 0, 1]
