@@ -99,9 +99,8 @@ def _experts(shape: Shape, setup: Setup, kernels: str) -> float:
     indices = 3 * 4 if kernels == NPU else 8
     routing = rows * (indices + width + 8 + _FLOAT)  # places, probabilities; chosen experts and their softmax
     routing += setup.sharded_tokens * shape.num_experts * (1 if kernels == NPU else 1 + width)  # the map
-    counters = 16 * shape.num_experts / setup.expert if kernels == NPU else 0
     shared = setup.tokens * (shape.gate_factor + 1) * shape.moe_shared_ffn / setup.tensor * width
-    return rows * (inputs + sides * ffn) * width + routing + counters + shared
+    return rows * (inputs + sides * ffn) * width + routing + shared
 
 
 def _lora(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float:
@@ -111,5 +110,4 @@ def _lora(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float:
     dense = sum(target in setup.lora_targets for target in ("linear_qkv", "linear_proj"))
     mlp = sum(target in setup.lora_targets for target in ("linear_fc1", "linear_fc2"))
     rows = routed_rows(shape, setup) if has_experts else setup.tokens
-    counters = mlp * 16 * shape.num_experts / setup.expert if has_experts and kernels == NPU else 0
-    return (setup.tokens * dense + rows * mlp) * setup.lora_rank * setup.weight_bytes + counters
+    return (setup.tokens * dense + rows * mlp) * setup.lora_rank * setup.weight_bytes
