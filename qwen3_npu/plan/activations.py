@@ -26,7 +26,7 @@ def layer_bytes(shape: Shape, setup: Setup, has_experts: bool, kernels: str = NP
         _norms(shape, setup, has_experts, kernels)
         + _attention(shape, setup, kernels)
         + mlp
-        + _lora(shape, setup, has_experts, kernels)
+        + _lora(shape, setup, has_experts)
     )
 
 
@@ -103,7 +103,7 @@ def _experts(shape: Shape, setup: Setup, kernels: str) -> float:
     return rows * (inputs + sides * ffn) * width + routing + shared
 
 
-def _lora(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float:
+def _lora(shape: Shape, setup: Setup, has_experts: bool) -> float:
     """The narrow middle of each adapter."""
     if not setup.lora_rank:
         return 0.0
