@@ -125,8 +125,8 @@ def _virtual_sizes(layers: int, pipeline: int) -> list[int | None]:
     if pipeline == 1:
         return [None]
     per_stage = _padded(layers, pipeline) // pipeline
-    # More chunks than eight gain nothing that their messages do not cost.
-    return [None, *(d for d in _divisors(per_stage, per_stage) if per_stage // 8 <= d < per_stage)]
+    # More chunks than four gain little that their messages do not cost, and each is a layout more to judge.
+    return [None, *(d for d in _divisors(per_stage, per_stage) if per_stage // 4 <= d < per_stage)]
 
 
 def _parallel(
