@@ -80,7 +80,9 @@ def test_a_process_id_that_was_given_again_is_no_holder(tmp_path: Path) -> None:
     with folder_lease(tmp_path, "--save") as held:
         text = held.path.read_text()
     held.path.write_text(text.replace(str(started(os.getpid())), "1"))
-    folder_lease(tmp_path, "--save").release()
+    taken = folder_lease(tmp_path, "--save")
+    assert str(os.getpid()) in taken.path.read_text()
+    taken.release()
 
 
 def test_elsewhere_signs_of_life_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
