@@ -13,7 +13,7 @@ def main() -> int:
         log.info(note)
     from qwen3_npu.checkpoint.convert.run import convert
 
-    return convert(*parsed.groups, parsed.given)
+    return convert(*parsed.groups, given=parsed.given)
 
 
 if __name__ == "__main__":

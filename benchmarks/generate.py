@@ -177,12 +177,22 @@ def measure(platform: Any, folder: Path, args: argparse.Namespace, bf16: bool, c
     from qwen3_npu.inference.runner import loaded
 
     arch, parallel = SIZES[args.size], ParallelArgs()
-    plan = InferencePlan(arch, "", make_layout(arch, parallel), parallel, 1, 40960, None, (), ())  # type: ignore[arg-type]
+    plan = InferencePlan(
+        arch,
+        "",
+        make_layout(arch, parallel),
+        parallel,
+        data_parallel=1,
+        positions=40960,
+        tokenizer=None,
+        eos=(),
+        notes=(),
+    )  # type: ignore[arg-type]
     runtime, weights = RuntimeArgs(), WeightArgs(load=str(folder), bf16=bf16)
     tokens = prompts(count)
     with (
         process_group(platform, runtime) as world,
-        loaded(platform, world, runtime, weights, plan, rows=count) as runner,
+        loaded(platform, world, runtime, weights, plan=plan, rows=count) as runner,
     ):
         sides = {"transformers": Theirs(folder, bf16), "qwen3_npu": Ours(runner)}
         times: dict[str, list[float]] = {name: [] for name in sides}

@@ -42,7 +42,9 @@ def _row(script: Path, folder: Path) -> str:
     asked = ask(script, folder, HF_DIR=model, CKPT_LOAD_DIR=model, TOKENIZER_PATH=model)
     device = "910C-64G" if "A3" in script.stem else "910B-64G"
     words = [*asked.flags, "--plan-device", device]
-    verdict = plan_training(PretrainArgs(*cli.parse("plan", "", GROUPS, FOREIGN, words).groups), asked.world).verdict
+    verdict = plan_training(
+        PretrainArgs(*cli.parse("plan", "", GROUPS, FOREIGN, argv=words).groups), asked.world
+    ).verdict
     assert verdict is not None
     columns = [
         script.stem,

@@ -237,6 +237,7 @@ def parse(
     description: str,
     groups: Sequence[type],
     foreign: Mapping[str, Foreign] | None = None,
+    *,
     argv: Sequence[str] | None = None,
 ) -> Parsed:
     """Parse argv into one instance per dataclass; a field declared by several groups is given to each.

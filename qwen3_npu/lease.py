@@ -51,7 +51,7 @@ class Holder:
     def me() -> Holder:
         """This process."""
         pid, now = os.getpid(), datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-        return Holder(socket.gethostname(), process_table(), pid, started(pid) or "", now, uuid.uuid4().hex)
+        return Holder(socket.gethostname(), process_table(), pid, started(pid) or "", since=now, token=uuid.uuid4().hex)
 
     @staticmethod
     def parse(text: str) -> Holder | None:

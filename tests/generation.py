@@ -28,8 +28,18 @@ def runner(platform: Any, world: Any, folder: str | Path, *flags: str) -> Iterat
     arch = open_hf(args.model.hf_dir or folder).arch
     layout = make_layout(arch, args.parallel)
     copies = world.size // (layout.tensor * layout.pipeline)
-    plan = InferencePlan(arch, "a test", layout, args.parallel, copies, arch.max_position_embeddings, None, (EOS,), ())
-    with loaded(platform, world, args.runtime, args.weights, plan) as made:
+    plan = InferencePlan(
+        arch,
+        "a test",
+        layout,
+        args.parallel,
+        data_parallel=copies,
+        positions=arch.max_position_embeddings,
+        tokenizer=None,
+        eos=(EOS,),
+        notes=(),
+    )
+    with loaded(platform, world, args.runtime, args.weights, plan=plan) as made:
         yield made
 
 

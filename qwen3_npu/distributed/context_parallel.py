@@ -48,7 +48,7 @@ class ContextParallel:
         def whole(q: Any, k: Any, v: Any) -> torch.Tensor:
             return self.kernels.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, dropout=dropout)
 
-        return ulysses.attention(whole, q, k, v, group)
+        return ulysses.attention(whole, q, k, v, group=group)
 
 
 def shard(fields: dict[str, torch.Tensor], algorithm: str, size: int, rank: int) -> dict[str, torch.Tensor]:

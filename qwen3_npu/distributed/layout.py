@@ -124,7 +124,7 @@ def plan(
     problems = _problems(arch, tensor, expert, etp)
     chunks: tuple[tuple[tuple[int, ...], ...], ...] = ()
     try:
-        chunks = _chunks(arch, pipeline, layers_per_virtual_stage, num_layer_list, noop_layers)
+        chunks = _chunks(arch, pipeline, layers_per_virtual_stage, num_layer_list, noop_layers=noop_layers)
     except UsageError as error:
         problems.append(str(error))
     multiple = vocab_divisible_by * tensor
@@ -213,6 +213,7 @@ def _chunks(
     pipeline: int,
     layers_per_virtual_stage: int | None,
     num_layer_list: Sequence[int] | None,
+    *,
     noop_layers: Sequence[int],
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     layers = arch.num_hidden_layers

@@ -48,7 +48,7 @@ class Block:
     boundaries: tuple[int, ...] | None
 
 
-def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, source: int) -> Block | None:
+def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, source: int) -> Block | None:
     """What this rank's queries see of the keys that rank `source` holds: one block of neighbouring rows, or nothing.
 
     Args:
@@ -121,7 +121,7 @@ class _RingAttention(torch.autograd.Function):
         lse = torch.full(q.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
         for step in range(size):
             transfer = ring.start(here) if step < size - 1 else None
-            block = visible(boundaries, chunk, size, rank, (rank - step) % size)
+            block = visible(boundaries, chunk, size, rank, source=(rank - step) % size)
             if block is not None:
                 k, v = here[0, block.keys], here[1, block.keys]
                 part, part_lse = kernels.attention_block(
@@ -149,7 +149,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(size):
             transfer = ring.start(here) if step < size - 1 else None
             mine = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
-            block = visible(boundaries, chunk, size, rank, (rank - step) % size)
+            block = visible(boundaries, chunk, size, rank, source=(rank - step) % size)
             if block is not None:
                 rows, keys = block.queries, block.keys
                 dq_part, dk, dv = kernels.attention_block_backward(
@@ -157,8 +157,8 @@ class _RingAttention(torch.autograd.Function):
                     q[rows],
                     here[0, keys],
                     here[1, keys],
-                    out[rows],
-                    lse[rows],
+                    out=out[rows],
+                    lse=lse[rows],
                     scale=scale,
                     cu_seqlens=block.boundaries,
                 )

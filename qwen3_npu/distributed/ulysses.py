@@ -59,6 +59,7 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    *,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
     """Attention over the whole sequence.

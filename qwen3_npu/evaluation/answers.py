@@ -52,7 +52,7 @@ class Read:
 class Answers:
     """Answers of one model to one task."""
 
-    def __init__(self, runner: Runner, writer: Writer, args: EvaluationArgs, read: Read, journal: Journal) -> None:
+    def __init__(self, runner: Runner, writer: Writer, args: EvaluationArgs, read: Read, *, journal: Journal) -> None:
         self.runner, self.writer, self.args, self.read, self.journal = runner, writer, args, read, journal
         self.earlier = [entry for entry in journal.entries if entry["task"] == read.name]
 

@@ -70,7 +70,7 @@ def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, Any]) -> Cas
         raise ValueError(f"the answer {answer!r} is none of the choices {list(choices)}")
     if match == "regex":
         re.compile(answer)
-    return Case(prompt, answer, match, tuple(choices), str(record.get("category", "all")))
+    return Case(prompt, answer, match, tuple(choices), category=str(record.get("category", "all")))
 
 
 def _question_and_answer(record: Mapping[str, Any], keys: Mapping[str, Any]) -> tuple[Conversation, str]:

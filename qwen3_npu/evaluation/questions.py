@@ -60,7 +60,7 @@ def load_questions(
             missing.append(subject)
             continue
         rows = _read(file, task)
-        examples = _examples(task, root, file, subject, shots)
+        examples = _examples(task, root, file, subject, shots=shots)
         for number, row in enumerate(rows[:most]):
             try:
                 gold = task.choices.index(row["answer"]) if task.method == LIKELIHOOD else -1
@@ -68,7 +68,7 @@ def load_questions(
                 raise UsageError(
                     f"{file}, question {number + 1}: the answer {row['answer']!r} is none of {', '.join(task.choices)}"
                 ) from None
-            found.append(Question(subject, number, row, examples(row), gold))
+            found.append(Question(subject, number, row, examples(row), gold=gold))
     if not found or (subjects and missing):
         name = task.test[0].format(subject=(missing or ["*"])[0])
         raise UsageError(
@@ -94,7 +94,9 @@ def _find(root: Path, names: Sequence[str], subject: str) -> Path | None:
     return None
 
 
-def _examples(task: Task, root: Path, test: Path, subject: str, shots: int) -> Callable[[Columns], tuple[Columns, ...]]:
+def _examples(
+    task: Task, root: Path, test: Path, subject: str, *, shots: int
+) -> Callable[[Columns], tuple[Columns, ...]]:
     """A function that gives the examples of the next question."""
     if not shots:
         return lambda row: ()

@@ -51,7 +51,7 @@ def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Infer
     facts = {task.name: _facts(task, writer, args) for task in tasks}
     folder = Path(args.evaluate.output_dir)
     rows = pass_tokens(args, world.device.type)
-    with loaded(platform, world, args.runtime, args.weights, plan, rows=rows, copy_tied=False) as runner:
+    with loaded(platform, world, args.runtime, args.weights, plan=plan, rows=rows, copy_tied=False) as runner:
         model = [str(plan.arch), str(plan.layout), plan.positions, plan.eos, weights_identity(args.weights)]
         model += [args.weights.bf16, args.weights.lora_alpha, plan.tokenizer.identity]
         journal = Journal(
@@ -60,7 +60,7 @@ def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Infer
         results = {}
         for task in tasks:
             start = time.monotonic()
-            samples, extra = _Judge(Answers(runner, writer, args, task, journal)).run()
+            samples, extra = _Judge(Answers(runner, writer, args, task, journal=journal)).run()
             seconds = time.monotonic() - start
             summary = Summary(samples)
             results[task.name] = {**facts[task.name], **summary.json(), "seconds": round(seconds, 2)}
@@ -91,7 +91,7 @@ def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> Read:
             f"{name}: {len(missing)} of {len(task.subjects)} subjects have no file and do not count: {missing[0]} .."
         )
     asker = Asker(task, writer, language=evaluate.eval_language, scoring=evaluate.scoring)
-    return Read(name, [asker.context(question) for question in questions], task, questions, asker)
+    return Read(name, [asker.context(question) for question in questions], task, questions, asker=asker)
 
 
 class _Judge:
@@ -126,19 +126,19 @@ class _Judge:
             "answer": task.choices[chosen],
             "expected": task.choices[question.gold],
         }
-        return _sample(task, question, {"acc": float(chosen == question.gold)}, best[0] - best[1], entry)
+        return _sample(task, question, {"acc": float(chosen == question.gold)}, best[0] - best[1], entry=entry)
 
     def _by_letter(self, task: Task, question: Question, context: str, said: str) -> Sample:
         letter, expected = mindspeed_letter(said), question.columns["answer"]
         entry = {"prompt": context, "said": said, "answer": letter, "expected": expected}
-        return _sample(task, question, {"acc": float(letter == expected)}, None, entry)
+        return _sample(task, question, {"acc": float(letter == expected)}, None, entry=entry)
 
     def _by_filters(self, task: Task, question: Question, context: str, said: str) -> Sample:
         answers = {name: filtered(said, *rule) for name, rule in task.filters.items()}
         expected = question.columns["answer"]
         scores = {f"exact_match {name}": float(same_number(text, expected)) for name, text in answers.items()}
         entry = {"prompt": context, "said": said, "answers": answers, "expected": expected}
-        return _sample(task, question, scores, None, entry)
+        return _sample(task, question, scores, None, entry=entry)
 
     def _custom(self, cases: Sequence[Case]) -> tuple[list[Sample], str]:
         scored = {i: case.choices for i, case in enumerate(cases) if case.match == "choice"}
@@ -159,16 +159,16 @@ class _Judge:
             pairs.append((plain(case.answer), plain(case.answer) if right else answer))
             entry = {"number": i, "prompt": self.read.contexts[i], "answer": answer, "expected": case.answer}
             entry |= {"category": case.category, "match": case.match, "acc": float(right)}
-            samples.append(Sample(case.category, case.category, {"acc": float(right)}, margin, entry))
+            samples.append(Sample(case.category, case.category, {"acc": float(right)}, margin, log=entry))
         return samples, confusion(pairs)
 
 
 def _sample(
-    task: Task, question: Question, scores: dict[str, float], margin: float | None, entry: dict[str, Any]
+    task: Task, question: Question, scores: dict[str, float], margin: float | None, *, entry: dict[str, Any]
 ) -> Sample:
     category = task.subjects[question.subject][0]
     entry = {"subject": question.subject, "number": question.number, **entry, **scores}
-    return Sample(question.subject, category, scores, margin, entry)
+    return Sample(question.subject, category, scores, margin, log=entry)
 
 
 def _facts(task: Read, writer: Writer, args: EvaluationArgs) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Batch:
         results: answers so far of this copy of the model, by the prompt's number; at the end of all copies.
     """
 
-    def __init__(self, runner: Runner, writer: Writer, args: InferenceArgs, place: int, journal: Journal) -> None:
+    def __init__(self, runner: Runner, writer: Writer, args: InferenceArgs, place: int, *, journal: Journal) -> None:
         """Args: place: of the task in --task."""
         self.runner, self.writer, self.args, self.place, self.journal = runner, writer, args, place, journal
         self.task = args.generate.task[place]

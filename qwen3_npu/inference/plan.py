@@ -62,6 +62,7 @@ def plan_inference(
     shape: ShapeArgs,
     parallel: ParallelArgs,
     weights: WeightArgs,
+    *,
     prompts: PromptArgs,
     world_size: int,
 ) -> InferencePlan:

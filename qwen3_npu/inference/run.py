@@ -70,7 +70,7 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
     typed = keyboard() if _CHAT in flags.task and world.rank == 0 else contextlib.nullcontext(Keyboard())
     with (
         typed as keys,
-        loaded(platform, world, args.runtime, args.weights, plan, rows=_rows(flags, len(prompts))) as runner,
+        loaded(platform, world, args.runtime, args.weights, plan=plan, rows=_rows(flags, len(prompts))) as runner,
     ):
         journal = None
         if flags.task != [_CHAT]:
@@ -81,7 +81,7 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
                 chat(runner, writer, args, keys)
                 continue
             assert journal is not None
-            batch = Batch(runner, writer, args, place, journal)
+            batch = Batch(runner, writer, args, place, journal=journal)
             results += batch.run(texts)
             if runner.world.rank == 0:
                 for path in write_generated(folder, results):

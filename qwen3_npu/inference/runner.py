@@ -39,8 +39,8 @@ def loaded(
     world: World,
     runtime: RuntimeArgs,
     weights: WeightArgs,
-    plan: InferencePlan,
     *,
+    plan: InferencePlan,
     rows: int = 1,
     copy_tied: bool = True,
 ) -> Iterator[Runner]:
@@ -51,7 +51,7 @@ def loaded(
         copy_tied: an output layer that shares the embedding's weight may have a copy in its own layout.
     """
     with model_parallel(plan.layout, plan.parallel, runtime), torch.inference_mode():
-        yield Runner(platform, world, runtime, weights, plan, rows, copy_tied)
+        yield Runner(platform, world, runtime, weights, plan=plan, rows=rows, copy_tied=copy_tied)
 
 
 class Runner:
@@ -70,6 +70,7 @@ class Runner:
         world: World,
         runtime: RuntimeArgs,
         weights: WeightArgs,
+        *,
         plan: InferencePlan,
         rows: int,
         copy_tied: bool,

@@ -40,7 +40,7 @@ def sampling_of(args: GenerateArgs, seed: int, *, sample: bool) -> Sampling:
     """The flags, complete, as the engine takes them; a temperature of 0 counts for nothing where nothing is drawn."""
     values = [getattr(args, name) if getattr(args, name) is not None else DEFAULTS[name] for name in DEFAULTS]
     temperature, top_k, top_p, penalty = values
-    return Sampling(sample, temperature or 1.0, int(top_k), top_p, penalty, seed)
+    return Sampling(sample, temperature or 1.0, int(top_k), top_p, repetition_penalty=penalty, seed=seed)
 
 
 def penalized(scores: torch.Tensor, seen: Sequence[Sequence[int]], penalty: float) -> torch.Tensor:

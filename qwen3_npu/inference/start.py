@@ -36,7 +36,9 @@ def start(
     args = make(*parsed.groups)
     from qwen3_npu.inference.plan import plan_inference
 
-    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, world_size)
+    plan = plan_inference(
+        args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=world_size
+    )
     for line in [*plan.describe(args.weights), *parsed.notes]:
         log.info(line)
     if args.runtime.dry_run:

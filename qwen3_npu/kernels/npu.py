@@ -167,9 +167,9 @@ def attention_block_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    *,
     out: torch.Tensor,
     lse: torch.Tensor,
-    *,
     scale: float,
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

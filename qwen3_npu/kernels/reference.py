@@ -77,7 +77,7 @@ def attention_block(
     Returns:
         The normalised output [s, b, n, d], and the log-sum-exp of the scaled scores [s, b, n], float32.
     """
-    _, v, scores = _block_scores(q, k, v, scale, cu_seqlens)
+    _, v, scores = _block_scores(q, k, v, scale, cu_seqlens=cu_seqlens)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp()
     return torch.einsum("bnst,tbnd->sbnd", weights, v.float()).to(q.dtype), lse.permute(2, 0, 1)
@@ -88,9 +88,9 @@ def attention_block_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    *,
     out: torch.Tensor,
     lse: torch.Tensor,
-    *,
     scale: float,
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ def attention_block_backward(
         Gradients of q, k and v in their shapes.
     """
     groups = k.shape[2]
-    k_all, v_all, scores = _block_scores(q, k, v, scale, cu_seqlens)
+    k_all, v_all, scores = _block_scores(q, k, v, scale, cu_seqlens=cu_seqlens)
     weights = (scores - lse.permute(1, 2, 0).unsqueeze(-1)).exp()
     grad, out = grad.float(), out.float()
     dv = torch.einsum("bnst,sbnd->tbnd", weights, grad)
@@ -114,7 +114,7 @@ def attention_block_backward(
 
 
 def _block_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cu_seqlens: Sequence[int] | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, cu_seqlens: Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """k and v for every query head, and the masked scores [b, n, s, t]."""
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))

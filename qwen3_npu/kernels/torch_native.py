@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from qwen3_npu.kernels import cpu_attention, reference
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, dropout: float) -> torch.Tensor:
     """One causal block, [s, b, n, d] with queries at the end of the keys."""
     if cpu_attention.serves(q, k, dropout):
         return cpu_attention.causal_attention(q, k, v, scale)
@@ -38,10 +38,10 @@ def attention(
 ) -> torch.Tensor:
     """Scaled dot product attention; packed documents one after the other, so memory grows with tokens, not squares."""
     if cu_seqlens is None:
-        return _sdpa(q, k, v, scale, dropout)
+        return _sdpa(q, k, v, scale, dropout=dropout)
     lengths = _lengths(cu_seqlens)
     documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([_sdpa(*document, scale, dropout) for document in documents])
+    return torch.cat([_sdpa(*document, scale, dropout=dropout) for document in documents])
 
 
 def decode_attention(
@@ -72,15 +72,15 @@ def attention_block_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    *,
     out: torch.Tensor,
     lse: torch.Tensor,
-    *,
     scale: float,
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Its gradients."""
     if q.device.type != "cpu":
-        return reference.attention_block_backward(grad, q, k, v, out, lse, scale=scale, cu_seqlens=cu_seqlens)
+        return reference.attention_block_backward(grad, q, k, v, out=out, lse=lse, scale=scale, cu_seqlens=cu_seqlens)
     groups = k.shape[2]
     parts = []
     lengths = _lengths(cu_seqlens) or [q.shape[0]]

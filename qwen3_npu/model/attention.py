@@ -139,7 +139,7 @@ class SelfAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attention of the local heads; dropout, if any, differs between TP ranks."""
         if isinstance(sequence, CachedSequence | PrefixedSequence):
-            return sequence.attend(self.layer_number, self.kernels, q, k, v, self.scale)
+            return sequence.attend(self.layer_number, self.kernels, q, k, v=v, scale=self.scale)
         dropout = self.config.attention_dropout if self.training else 0.0
         options = {"scale": self.scale, "cu_seqlens": sequence.cu_seqlens, "dropout": dropout}
 

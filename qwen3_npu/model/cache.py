@@ -111,7 +111,7 @@ class CachedSequence(TokenSequence):
         return torch.arange(len(self.kept), device=self.positions.device)
 
     def attend(
-        self, number: int, kernels: Kernels, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        self, number: int, kernels: Kernels, q: torch.Tensor, k: torch.Tensor, *, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Attention of layer `number`; q [s, 1, n, d], k and v [s, 1, g, d]; [s, 1, n, d]."""
         keys, values = self.cache.layer(number)
@@ -151,7 +151,7 @@ class PrefixedSequence(TokenSequence):
     prefix: int
 
     def attend(
-        self, number: int, kernels: Kernels, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        self, number: int, kernels: Kernels, q: torch.Tensor, k: torch.Tensor, *, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """As `CachedSequence.attend`."""
         keys, values = (x[0, :, : self.prefix].transpose(0, 1).unsqueeze(1) for x in self.cache.layer(number))

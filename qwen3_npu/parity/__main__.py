@@ -43,7 +43,7 @@ def main() -> int:
         return _launch(args, runtime)
     fitting = [row for row in chosen if world_size % row.size == 0]
     with tempfile.TemporaryDirectory(prefix="qwen3-parity-") as folder:
-        return _check(fitting, len(chosen) - len(fitting), args, runtime, Path(folder))
+        return _check(fitting, len(chosen) - len(fitting), args, runtime, folder=Path(folder))
 
 
 def _launch(args: ParityArgs, runtime: RuntimeArgs) -> int:
@@ -59,7 +59,7 @@ def _launch(args: ParityArgs, runtime: RuntimeArgs) -> int:
     return subprocess.run([*command, "-m", "qwen3_npu.parity", *sys.argv[1:]], env=environ).returncode
 
 
-def _check(chosen: list[Row], left_out: int, args: ParityArgs, runtime: RuntimeArgs, folder: Path) -> int:
+def _check(chosen: list[Row], left_out: int, args: ParityArgs, runtime: RuntimeArgs, *, folder: Path) -> int:
     from qwen3_npu.parity.reference import file_name, write_inputs
     from qwen3_npu.platform import select
 
@@ -75,7 +75,7 @@ def _check(chosen: list[Row], left_out: int, args: ParityArgs, runtime: RuntimeA
     from qwen3_npu.distributed.launch import process_group
 
     with recorded(), process_group(platform, runtime) as world:
-        breaches = sum(not _row(row, platform, world, args.tolerance, batch, folder) for row in chosen)
+        breaches = sum(not _row(row, platform, world, args.tolerance, batch=batch, folder=folder) for row in chosen)
     if left_out:
         log.info(f"{left_out} rows left out: the number of processes, {size}, is no multiple of what they need")
     if breaches:
@@ -93,14 +93,14 @@ def _reference(folder: Path, device: str, batch: int, wanted: list[str]) -> None
         raise Stopped(f"one process alone fails:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
 
 
-def _row(row: Row, platform: Any, world: Any, tolerance: float, batch: int, folder: Path) -> bool:
+def _row(row: Row, platform: Any, world: Any, tolerance: float, *, batch: int, folder: Path) -> bool:
     """Train one row; print its line; whether it agrees."""
     import numpy as np
 
     from qwen3_npu.parity.measure import largest_difference, measure, trainer
     from qwen3_npu.parity.reference import STEPS, base_flags, file_name
 
-    flags = [*base_flags(folder, platform.name, batch, row.model, row.packed), *row.flags]
+    flags = [*base_flags(folder, platform.name, batch, row.model, packed=row.packed), *row.flags]
     with log.quiet(), trainer(platform, world, flags) as made:
         measured = measure(made, STEPS)
     del made

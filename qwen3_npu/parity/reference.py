@@ -24,7 +24,7 @@ def write_inputs(folder: Path) -> None:
     write_instructions(folder / "packed", pack=LENGTH, count=64)
 
 
-def base_flags(folder: Path, device: str, batch: int, model: str, packed: bool) -> list[str]:
+def base_flags(folder: Path, device: str, batch: int, model: str, *, packed: bool) -> list[str]:
     """Flags of all rows of one model and form of data."""
     data = folder / ("packed" if packed else "single")
     flags = ["--stage", "sft", "--load", str(folder / model), "--data-path", str(data), "--device", device]
@@ -51,7 +51,7 @@ def main(folder: Path, device: str, batch: int, wanted: list[str]) -> None:
                 name = file_name(model, packed)
                 if name not in wanted:
                     continue
-                with trainer(platform, world, base_flags(folder, device, batch, model, packed)) as made:
+                with trainer(platform, world, base_flags(folder, device, batch, model, packed=packed)) as made:
                     measured = measure(made, STEPS)
                 np.savez(folder / f"{name}.npz", allow_pickle=False, **measured.gradients)
                 (folder / f"{name}.json").write_text(json.dumps([step.loss for step in measured.steps]))

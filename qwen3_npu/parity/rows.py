@@ -123,7 +123,7 @@ def rows() -> list[Row]:
     tables += [("moe", False, MOE_LAYOUTS), ("untied", True, PACKED_LAYOUTS)]
     tables += [("moe", True, {"EP2": (2, EP2), "TP2 SP EP2": (4, TP2 + SP + EP2)})]
     return [
-        Row(model, packed, name, size, tuple(flags))
+        Row(model, packed, name, size, flags=tuple(flags))
         for model, packed, table in tables
         for name, (size, flags) in table.items()
     ]

@@ -102,7 +102,9 @@ def _layouts(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[Parall
                     continue
                 for expert, expert_tensor in _expert_sizes(arch, tensor, copies * context * tensor):
                     for virtual in _virtual_sizes(layers, pipeline):
-                        yield _parallel(arch, tensor, pipeline, context, expert, expert_tensor, virtual)
+                        yield _parallel(
+                            arch, tensor, pipeline, context, expert=expert, expert_tensor=expert_tensor, virtual=virtual
+                        )
 
 
 def _expert_sizes(arch: Qwen3Arch, tensor: int, ranks: int) -> list[tuple[int, int]]:
@@ -134,6 +136,7 @@ def _parallel(
     tensor: int,
     pipeline: int,
     context: int,
+    *,
     expert: int,
     expert_tensor: int,
     virtual: int | None,

@@ -69,7 +69,7 @@ def _product(device: Device, flops: float, count: int = 1) -> float:
     return flops / (device.flops * device.product) * (1 + device.product_half / max(each, 1.0))
 
 
-def _ring(device: Device, size: int, stride: int, moved: float, steps: float = 1.0) -> float:
+def _ring(device: Device, size: int, stride: int, moved: float, *, steps: float = 1.0) -> float:
     """Seconds of an all-gather, reduce-scatter or all-to-all that leaves `moved` bytes on each of `size` ranks.
 
     Args:
@@ -117,14 +117,14 @@ def step_time(shape: Shape, setup: Setup, device: Device, *, imbalance: float = 
     different = {
         (setup.layers[stage], stage == 0, stage == setup.pipeline - 1): stage for stage in range(setup.pipeline)
     }
-    stages = [_stage_time(shape, setup, device, stage, imbalance) for stage in different.values()]
+    stages = [_stage_time(shape, setup, device, stage, imbalance=imbalance) for stage in different.values()]
     slowest = max(stages, key=lambda time: time.total)
     per_pass = (slowest.total - slowest.data - slowest.optimizer) / setup.num_microbatches
     bubble = per_pass * (setup.pipeline - 1) / setup.virtual
     return dataclasses.replace(slowest, bubble=bubble)
 
 
-def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, imbalance: float) -> StepTime:
+def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbalance: float) -> StepTime:
     counts, passes = setup.layer_kinds(shape, stage), setup.num_microbatches
     number = sum(counts.values())
     products = attention = kernels = 0.0
@@ -155,7 +155,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, imbalanc
         expert=passes * counts.get(True, 0) * _expert(shape, setup, device, imbalance) * (1 + share / 2),
         context=passes * number * _context(shape, setup, device),
         pipeline=_pipeline(shape, setup, device),
-        data=_data(shape, setup, device, stage, passes * busy),
+        data=_data(shape, setup, device, stage, busy=passes * busy),
         bubble=0.0,
         optimizer=_optimizer(shape, setup, device, stage),
         host=passes * max(0.0, launches * device.launch - busy),
@@ -202,7 +202,7 @@ def _pipeline(shape: Shape, setup: Setup, device: Device) -> float:
     return exchanges * (latency + moved / bandwidth) * (1.0 if setup.virtual == 1 else 0.3)
 
 
-def _data(shape: Shape, setup: Setup, device: Device, stage: int, busy: float) -> float:
+def _data(shape: Shape, setup: Setup, device: Device, stage: int, *, busy: float) -> float:
     """Seconds of the gradients' reduction and the weights' gathering that nothing hides."""
     trained = (lora_counts if setup.lora_rank else stage_counts)(shape, setup, stage)
     stride = setup.tensor

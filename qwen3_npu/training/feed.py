@@ -115,11 +115,11 @@ class Feed:
             fields.get("tokens"),
             fields.get("labels"),
             fields.get("loss_mask"),
-            TokenSequence(fields["positions"], rows.cu_seqlens, arch.rope, dtype, fields.get("padding")),
-            fields.get("think_mask"),
-            fields.get("amounts"),
-            float(rows.loss_mask.sum(dtype=np.float64)),
-            answers,
+            TokenSequence(fields["positions"], rows.cu_seqlens, arch.rope, dtype, padding=fields.get("padding")),
+            think_mask=fields.get("think_mask"),
+            amounts=fields.get("amounts"),
+            supervised=float(rows.loss_mask.sum(dtype=np.float64)),
+            answers=answers,
         )
 
 
@@ -152,7 +152,14 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan))
     if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
         return Feed(
-            args, plan, splits.train, splits.valid, pretrain_dataset.plain_rows, micro, seq, supervised=micro * seq
+            args,
+            plan,
+            splits.train,
+            splits.valid,
+            make_rows=pretrain_dataset.plain_rows,
+            rows=micro,
+            length=seq,
+            supervised=micro * seq,
         )
     flag = "--reset-attention-mask, --reset-position-ids and --eod-mask-loss"
     ends = {find_eod(open_indexed(prefix), flag) for prefix in blend(data.data_path)[0]}
@@ -172,7 +179,16 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     flat = data.reset_attention_mask
     supervised = None if data.eod_mask_loss else micro * seq
     length = seq * (micro if flat else 1)
-    return Feed(args, plan, splits.train, splits.valid, rows, 1 if flat else micro, length, supervised=supervised)
+    return Feed(
+        args,
+        plan,
+        splits.train,
+        splits.valid,
+        make_rows=rows,
+        rows=1 if flat else micro,
+        length=length,
+        supervised=supervised,
+    )
 
 
 def _padding(args: PretrainArgs, plan: TrainingPlan) -> tuple[TokenizerFolder | None, Padding]:
@@ -213,7 +229,16 @@ def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
 
     valid = splits.valid if args.report.eval_iters else None
     length = None if padding.length is None else -(-padding.length // padding.multiple) * padding.multiple
-    return Feed(args, plan, splits.train, valid, rows, 1 if packed else 2 * micro, length, supervised=float(micro))
+    return Feed(
+        args,
+        plan,
+        splits.train,
+        valid,
+        make_rows=rows,
+        rows=1 if packed else 2 * micro,
+        length=length,
+        supervised=float(micro),
+    )
 
 
 def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
@@ -242,8 +267,8 @@ def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
         plan,
         splits.train,
         splits.valid if args.report.eval_iters else None,
-        rows,
-        1 if packs else micro,
-        None if data.variable_seq_lengths else length * (micro if packs else 1),
-        think,
+        make_rows=rows,
+        rows=1 if packs else micro,
+        length=None if data.variable_seq_lengths else length * (micro if packs else 1),
+        think=think,
     )

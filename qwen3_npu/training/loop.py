@@ -119,13 +119,13 @@ class Trainer:
             if args.optimizer.overlap_param_gather:
                 config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in self.chunks])
         contents = Contents(plan.arch, lora=_lora(args.lora))
-        trained = Trained(contents, plan.layout, self.modules, self.optimizer, self.scheduler)
+        trained = Trained(contents, plan.layout, self.modules, self.optimizer, scheduler=self.scheduler)
         if contents.lora:
             some, every = trained.optimized.parameters, contents.parameters
             log.info(
                 f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
             )
-        self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), plan.config)
+        self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), config=plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
         self.feed: Feed  # open_data
@@ -190,7 +190,13 @@ class Trainer:
         facts = (identity(model), args.preference.refer_model_iter, args.train.seq_length, args.train.bf16)
         path = cache_folder(args.data) / f"reference_{digest_of([f.fingerprint() for f in files], *facts)}.npy"
         return cached(
-            self._open_reference, path, starts, total, self._reference_steps(), self.world.device, **self.sizes
+            self._open_reference,
+            path,
+            starts,
+            total,
+            steps=self._reference_steps(),
+            device=self.world.device,
+            **self.sizes,
         )
 
     def _reference_steps(self) -> Iterator[tuple[Callable[[], list[Iterator[Batch]]], list[Samples], list[Samples]]]:
@@ -256,7 +262,7 @@ class Trainer:
             self.optimizer,
             self.scheduler,
             self.training_batches(),
-            self.guard,
+            guard=self.guard,
             objective=self.objective,
             wishes=self.exits.wishes(),
             global_batch=self.plan.global_batch,

@@ -68,6 +68,7 @@ def cached(
     path: Path,
     starts: dict[str, int],
     total: int,
+    *,
     steps: Iterator[tuple[Callable[[], list[Iterator[Batch]]], Sequence[Samples], Sequence[Samples]]],
     device: torch.device,
     **sizes: Any,

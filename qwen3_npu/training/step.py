@@ -217,8 +217,8 @@ def train_step(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     batches: Sequence[Iterator[Batch]],
-    guard: NanGuard,
     *,
+    guard: NanGuard,
     num_microbatches: int,
     seq_length: int,
     micro_batch: int,
@@ -258,7 +258,7 @@ def train_step(
         clip_gradients(optimizer, grad_norm)
         optimizer.step_with_ready_grads()
         scheduler.step(increment=global_batch)
-    return StepResult(tally, grad_norm, rate, skip, tuple(count > 0 for count in told))
+    return StepResult(tally, grad_norm, rate, skip, wishes=tuple(count > 0 for count in told))
 
 
 def evaluate_step(

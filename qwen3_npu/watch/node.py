@@ -90,7 +90,7 @@ class Node:
 
 def _entry(call: state.Call, info: dict[str, Any], now: float) -> Entry:
     operation, dtype = info["operations"][call.operation], info["dtypes"][call.dtype]
-    return Entry(call.number, operation, dtype, call.shape, call.state, now - call.entered)
+    return Entry(call.number, operation, dtype, call.shape, state=call.state, age=now - call.entered)
 
 
 def to_text(reports: list[Report]) -> str:

@@ -194,7 +194,17 @@ def read(path: Path) -> Read:
             last[i] = call
     ring = (_call(data, _RING_AT + (i % CALLS) * _CALL.size) for i in range(max(calls - CALLS, 0), calls))
     recent = [call for call in ring if call]
-    return Read(beats, steps, PHASES[phase], since, bool(ended), durations, windows, last, recent)
+    return Read(
+        beats,
+        steps,
+        PHASES[phase],
+        since,
+        ended=bool(ended),
+        durations=durations,
+        windows=windows,
+        last=last,
+        recent=recent,
+    )
 
 
 def _call(data: bytes, at: int) -> Call | None:
@@ -202,7 +212,7 @@ def _call(data: bytes, at: int) -> Call | None:
     if not number:
         return None
     shape = None if dims == 255 else tuple(sizes[: min(dims, 4)])
-    return Call(number, channel, operation, dtype, state, shape, entered, left)
+    return Call(number, channel, operation, dtype, state=state, shape=shape, entered=entered, left=left)
 
 
 def read_info(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

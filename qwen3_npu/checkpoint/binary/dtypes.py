@@ -137,7 +137,7 @@ def _read_into(fd: int, offset: int, out: np.ndarray, path: str) -> None:
         done += n
 
 
-def read_region(fd: int, offset: int, shape: tuple[int, ...], dtype: DType, region: Region, path: str) -> np.ndarray:
+def read_region(fd: int, offset: int, shape: tuple[int, ...], dtype: DType, *, region: Region, path: str) -> np.ndarray:
     """A part of a contiguous tensor that starts at byte `offset` of an open file.
 
     Memory beyond the result is bounded by a few MB: rows of which only some columns are wanted pass through a block.
@@ -146,11 +146,11 @@ def read_region(fd: int, offset: int, shape: tuple[int, ...], dtype: DType, regi
         UsageError: the file is shorter than it should be (`path` names it).
     """
     out = np.empty(sizes(region), dtype.carrier)
-    _fill(fd, offset, shape, region, out, path)
+    _fill(fd, offset, shape, region, out=out, path=path)
     return out
 
 
-def _fill(fd: int, offset: int, shape: tuple[int, ...], region: Region, out: np.ndarray, path: str) -> None:
+def _fill(fd: int, offset: int, shape: tuple[int, ...], region: Region, *, out: np.ndarray, path: str) -> None:
     row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * out.itemsize
     start, stop = region[0] if region else (0, 1)
     if region[1:] == full(shape[1:]):
@@ -164,4 +164,4 @@ def _fill(fd: int, offset: int, shape: tuple[int, ...], region: Region, out: np.
             out[row - start : row - start + len(block)] = block[:, columns]
     else:
         for index in range(start, stop):
-            _fill(fd, offset + index * row_bytes, shape[1:], region[1:], out[index - start], path)
+            _fill(fd, offset + index * row_bytes, shape[1:], region[1:], out=out[index - start], path=path)

@@ -67,7 +67,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
         raise NotPlain(
             f"a tensor of shape {list(shape)} at {offset} lies outside its storage of {storage.numel} elements"
         )
-    return TensorRef(storage.key, storage.dtype, shape, strides, offset)
+    return TensorRef(storage.key, storage.dtype, shape, strides, offset=offset)
 
 
 def _parameter(data: Any, *_: Any) -> Any:

@@ -79,7 +79,7 @@ class SafetensorsFile:
 
     def read(self, name: str, region: Region) -> np.ndarray:
         offset = self.start + self.header[name].start
-        return read_region(self.fd, offset, self.shape(name), self.dtype(name), region, str(self.path))
+        return read_region(self.fd, offset, self.shape(name), self.dtype(name), region=region, path=str(self.path))
 
     def close(self) -> None:
         os.close(self.fd)

@@ -179,7 +179,7 @@ class PtArchive:
         entry = self._data[tensor.storage]
         self._check(entry, f"data/{tensor.storage}")
         start = entry.start + tensor.offset * tensor.dtype.itemsize
-        return read_region(self.fd, start, view, tensor.dtype, region, str(self.path))
+        return read_region(self.fd, start, view, tensor.dtype, region=region, path=str(self.path))
 
 
 class PtFile(PtArchive):

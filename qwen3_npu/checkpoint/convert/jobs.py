@@ -66,7 +66,9 @@ def run_jobs(
     check_space(stage, total)
     write_text(stage / PLAN, plan)
     with Progress(what, total, {"bytes": "B"}) as progress:
-        records |= in_processes(_Write(stage), todo, open_source, workers, lambda count: progress.add(bytes=count))
+        records |= in_processes(
+            _Write(stage), todo, open_source, workers, progress=lambda count: progress.add(bytes=count)
+        )
     return {job.name: records[job.name] for job in jobs}
 
 
@@ -168,6 +170,7 @@ def in_processes(
     jobs: Sequence[FileJob],
     open_source: Callable[[], Source],
     workers: int,
+    *,
     progress: Count,
 ) -> dict[str, Result]:
     """`function(job, source, count bytes)` for every job; job name -> result. With one worker in this process."""

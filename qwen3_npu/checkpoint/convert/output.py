@@ -43,7 +43,7 @@ def target_layout(arch: Qwen3Arch, target: TargetArgs) -> Layout:
 
 
 def planned_output(
-    what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, config: dict | None
+    what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, *, config: dict | None
 ) -> Output:
     """What is to be written.
 
@@ -56,12 +56,12 @@ def planned_output(
     root = Path(args.save_dir)
     if not what.contents.base and what.contents.lora and args.save_model_type == HF:
         output: Output = PeftOutput(
-            root, what.contents.arch, what.contents.lora, what.lora_dtype, args.hf_cfg_dir, kept=what.kept
+            root, what.contents.arch, what.contents.lora, what.lora_dtype, base=args.hf_cfg_dir, kept=what.kept
         )
     elif args.save_model_type == HF:
         root = _hf_root(root, legacy, args.overwrite or args.verify_only)
         files = plan_hf_files(what.contents.arch, what.dtype, int(args.max_shard_size * 1e9), what.kept)
-        output = HfOutput(root, what.contents.arch, config, what.dtype, files, kept=what.kept)
+        output = HfOutput(root, what.contents.arch, config, what.dtype, files=files, kept=what.kept)
     else:
         layout = target_layout(what.contents.arch, target)
         output = MegatronOutput(
@@ -80,7 +80,7 @@ def _hf_root(root: Path, legacy: LegacyConvertArgs, replaces: bool) -> Path:
 
 
 def found_output(
-    what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, given: Collection[str]
+    what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, *, given: Collection[str]
 ) -> Output:
     """What lies in --save-dir, as it should be. Layout, format and dtype that no flag says are those found there.
 
@@ -90,7 +90,7 @@ def found_output(
     Raises:
         UsageError: nothing of the kind lies there, or it cannot be read.
     """
-    output = planned_output(what, args, target, legacy, None)
+    output = planned_output(what, args, target, legacy, config=None)
     if isinstance(output, HfOutput):
         return _found_hf(output, args)
     if isinstance(output, PeftOutput):
@@ -131,4 +131,4 @@ def _found_hf(output: HfOutput, args: ConvertArgs) -> HfOutput:
         stored = {name: file.dtype(name) for file in headers.values() for name in file.header}
         names = {name: shape for name, shape in hf_shapes(output.arch).items() if name in stored}
         dtype, _, kept = kept_dtypes(names, lambda name: stored[name]) if names else (dtype, dtype, kept)
-    return HfOutput(output.root, output.arch, None, dtype, files, kept=kept)
+    return HfOutput(output.root, output.arch, None, dtype, files=files, kept=kept)

@@ -54,7 +54,12 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
         if folder is not None and not Path(folder).is_dir():
             raise UsageError(f"{flag} {folder} is not a directory")
     sources = Sources(
-        args.load_dir, args.load_model_type, args.ckpt_step, args.hf_cfg_dir, lora.lora_load, lora.lora_alpha
+        args.load_dir,
+        args.load_model_type,
+        args.ckpt_step,
+        args.hf_cfg_dir,
+        lora_load=lora.lora_load,
+        lora_alpha=lora.lora_alpha,
     )
     sources, home = sources.checked("--load-dir")
     base = sources.open_base()
@@ -70,14 +75,21 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     for opened in (base, adapter):
         if opened is not None:
             opened.close()
-    sources = _decide(args, lora, sources, base, adapter)
+    sources = _decide(args, lora, sources, base, adapter=adapter)
     with contextlib.closing(sources()) as source:
         contents = source.contents
         if lora.save_lora_to_hf:
             contents = dataclasses.replace(contents, base=False)
         dtype, lora_dtype, kept = _dtypes(source, contents, args)
     return ConversionPlan(
-        sources, home, contents, dtype, lora_dtype, kept, held if isinstance(source, MergedSource) else None, facts
+        sources,
+        home,
+        contents,
+        dtype,
+        lora_dtype=lora_dtype,
+        kept=kept,
+        merged=held if isinstance(source, MergedSource) else None,
+        facts=facts,
     )
 
 
@@ -117,7 +129,7 @@ def _check_flags(lora: LoraConvertArgs, held: Lora | None, folder: str) -> None:
 
 
 def _decide(
-    args: ConvertArgs, lora: LoraConvertArgs, sources: Sources, base: Checkpoint, adapter: Checkpoint | None
+    args: ConvertArgs, lora: LoraConvertArgs, sources: Sources, base: Checkpoint, *, adapter: Checkpoint | None
 ) -> Sources:
     """Merge, reshard or export."""
     to_hf = args.save_model_type == HF

@@ -159,8 +159,8 @@ class HfOutput(Output):
         arch: Qwen3Arch,
         config: dict | None,
         dtype: DType,
-        files: Mapping[str, list[str]],
         *,
+        files: Mapping[str, list[str]],
         kept: Mapping[str, DType] | None = None,
     ) -> None:
         """
@@ -220,8 +220,8 @@ class PeftOutput(Output):
         arch: Qwen3Arch,
         lora: Lora,
         dtype: DType,
-        base: str | None,
         *,
+        base: str | None,
         kept: Mapping[str, DType] | None = None,
     ) -> None:
         """

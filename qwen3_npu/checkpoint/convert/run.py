@@ -38,6 +38,7 @@ def convert(
     target: TargetArgs,
     lora: LoraConvertArgs,
     legacy: LegacyConvertArgs,
+    *,
     given: Collection[str] = (),
 ) -> int:
     """Do what the command line says.
@@ -63,7 +64,7 @@ def convert(
         log.info(f"dtypes: {count} tensors stay {dtype} beside {plan.dtype.torch}")
     if args.verify_only:
         try:
-            output = found_output(plan, args, target, legacy, given)
+            output = found_output(plan, args, target, legacy, given=given)
         except UsageError as error:
             return _report([str(error)], 0, 0, Path(args.save_dir))
     else:
@@ -94,19 +95,19 @@ def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: 
     """Write and commit the output; the tracker or index, which readers look for, comes last."""
     carried = _carried_from(plan, args, legacy)
     config = read_hf_config(carried) if (carried / "config.json").is_file() else None
-    output = planned_output(plan, args, target, legacy, config)
+    output = planned_output(plan, args, target, legacy, config=config)
     if isinstance(output, MegatronOutput) and (names := output.target.joined()):
         log.info(
             f"dtypes: {len(names)} Megatron tensors join several dtypes and have the one that holds all exactly, which "
             f"the way back keeps: {listed(names, 2)}"
         )
     with folder_lease(output.root, "--save-dir") as lease:
-        _fill(output, plan, args, carried, config, lease)
+        _fill(output, plan, args, carried, config=config, lease=lease)
     return output
 
 
 def _fill(
-    output: Output, plan: ConversionPlan, args: ConvertArgs, carried: Path, config: dict | None, lease: Lease
+    output: Output, plan: ConversionPlan, args: ConvertArgs, carried: Path, *, config: dict | None, lease: Lease
 ) -> None:
     output.prepare(args.overwrite)
     target_facts = output.facts()

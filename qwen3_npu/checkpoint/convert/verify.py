@@ -74,6 +74,8 @@ def differences(
         The lines, how many tensors were compared, and how many of them were converted to another dtype.
     """
     with Progress("comparing", sum(map(job_bytes, jobs)), {"bytes": "B"}) as progress:
-        found = in_processes(_Compare(folder), jobs, open_source, workers, lambda count: progress.add(bytes=count))
+        found = in_processes(
+            _Compare(folder), jobs, open_source, workers, progress=lambda count: progress.add(bytes=count)
+        )
     lines = [line for job in jobs for line in found[job.name][0]]
     return lines, sum(len(job.items()) for job in jobs), sum(converted for _, converted in found.values())

@@ -138,7 +138,7 @@ def chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chunk]:
             part = _rows(shard, half, halves)
             start = [(half * parts + index) * n if i == axis else 0 for i, n in enumerate(part.shape)]
             inner = ((o, o + n) for o, n in zip(start, part.shape, strict=True))
-            yield Chunk(key, size, (*((i, i + 1) for i in lead), *inner), len(lead), part)
+            yield Chunk(key, size, (*((i, i + 1) for i in lead), *inner), len(lead), shard=part)
 
 
 def _rows(shard: Shard, half: int, halves: int) -> Shard:

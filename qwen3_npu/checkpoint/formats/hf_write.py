@@ -37,7 +37,7 @@ class WeightFile:
         return [
             Item(
                 name,
-                Shard(name, shape, shape, (TensorSlice(name, full(shape), full(shape)),), 0, None),
+                Shard(name, shape, shape, (TensorSlice(name, full(shape), full(shape)),), chunk=0, layer=None),
                 self._dtype(name),
             )
             for name, shape in self.shapes.items()

@@ -66,7 +66,12 @@ def find(path: str | Path, iteration: int | None = None, kind: str | None = None
 
 
 def find_whole(
-    path: str | Path, iteration: int | None = None, kind: str | None = None, peers: Peers = ALONE, flag: str = "--load"
+    path: str | Path,
+    iteration: int | None = None,
+    kind: str | None = None,
+    peers: Peers = ALONE,
+    *,
+    flag: str = "--load",
 ) -> Found | None:
     """What a path means, with files that are what was written; None: there is nothing. Every rank must call this.
 
@@ -239,7 +244,7 @@ class Sources:
         Raises:
             UsageError: something is not there, or damaged.
         """
-        found = find_whole(self.load, self.iteration, self.kind, peers, flag)
+        found = find_whole(self.load, self.iteration, self.kind, peers, flag=flag)
         if found is None:
             raise UsageError(f"{flag} {nothing_there(self.load, self.kind)}")
         adapter = find_whole(self.lora_load, peers=peers, flag="--lora-load") if self.lora_load else None

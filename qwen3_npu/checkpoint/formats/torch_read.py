@@ -56,6 +56,7 @@ class ShardedTensors(ShardReader[Rank]):
         file: str,
         arch: Qwen3Arch,
         layout: Layout,
+        *,
         models: Models = weights_of,
         prefer: Rank | None = None,
         table: Table | None = None,
@@ -135,7 +136,7 @@ class MegatronReader(ShardedTensors):
         tensors = _tensors(first, range(virtual), virtual) | _first_layers(folder, virtual)
         lora = lora_from_args(self.args, tensors, lora_alpha, str(folder))
         self.contents = Contents(arch, base=not all(map(is_lora, tensors)), lora=lora)
-        layout = _layout(tensors, self.args, self.contents, virtual, first.path)
+        layout = _layout(tensors, self.args, self.contents, virtual, path=first.path)
         first.close()
         super().__init__(folder, WEIGHTS, arch, layout, prefer=prefer, table=self.contents.shards)
 
@@ -232,7 +233,9 @@ def _tensors(file: PtFile, chunks: Iterable[int], virtual: int) -> dict[str, Any
     }
 
 
-def _layout(tensors: dict[str, Any], args: argparse.Namespace, contents: Contents, virtual: int, path: Path) -> Layout:
+def _layout(
+    tensors: dict[str, Any], args: argparse.Namespace, contents: Contents, virtual: int, *, path: Path
+) -> Layout:
     arch, tensor_parallel = contents.arch, getattr(args, "tensor_model_parallel_size", 1)
     padded = getattr(args, "padded_vocab_size", None) or arch.vocab_size
     if contents.base:

@@ -108,8 +108,8 @@ def _linear(shard: Shard, r: int) -> Iterator[Shard]:
     stem = shard.name.removesuffix("weight")
     a = [TensorSlice(peft_name(p.hf, "A"), ((0, r), p.source[1]), ((0, r), p.target[1])) for p in shard.slices]
     b = [TensorSlice(peft_name(p.hf, "B"), (p.source[0], (0, r)), (p.target[0], (0, r))) for p in shard.slices]
-    yield _beside(shard, f"{stem}lora_A.default.weight", (r, columns), (r, columns), a)
-    yield _beside(shard, f"{stem}lora_B.default.weight", (rows, r), (rows, r), b)
+    yield _beside(shard, f"{stem}lora_A.default.weight", (r, columns), (r, columns), slices=a)
+    yield _beside(shard, f"{stem}lora_B.default.weight", (rows, r), (rows, r), slices=b)
 
 
 def _stacked(shard: Shard, r: int) -> Iterator[Shard]:
@@ -126,13 +126,15 @@ def _stacked(shard: Shard, r: int) -> Iterator[Shard]:
     first = shard.name.endswith("weight1")  # stored as (inner, rest), weight2 as (rest, outer)
     a_shape = (inner, experts * r) if first else (experts * inner, r)
     b_shape = (r, experts * outer) if first else (experts * r, outer)
-    yield _beside(shard, f"{shard.name}_lora_a", a_shape, (experts, inner, r), a)
-    yield _beside(shard, f"{shard.name}_lora_b", b_shape, (experts, r, outer), b)
+    yield _beside(shard, f"{shard.name}_lora_a", a_shape, (experts, inner, r), slices=a)
+    yield _beside(shard, f"{shard.name}_lora_b", b_shape, (experts, r, outer), slices=b)
 
 
-def _beside(base: Shard, name: str, shape: tuple[int, ...], view: tuple[int, ...], slices: list[TensorSlice]) -> Shard:
+def _beside(
+    base: Shard, name: str, shape: tuple[int, ...], view: tuple[int, ...], *, slices: list[TensorSlice]
+) -> Shard:
     # The heads of q share one A with the same slice: once is enough.
-    return Shard(name, shape, view, tuple(dict.fromkeys(slices)), base.chunk, base.layer)
+    return Shard(name, shape, view, tuple(dict.fromkeys(slices)), chunk=base.chunk, layer=base.layer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ def judge(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch
     _check_config(config)
     known = peft_shapes(arch, Lora(1, 1.0, tuple(LORA_TARGETS)))
     found = _modules(shapes, known, arch, where)
-    _check_targets(config, {f.module for f in found}, {_module(name) for name in known}, arch, where)
+    _check_targets(config, {f.module for f in found}, {_module(name) for name in known}, arch, where=where)
     r, alpha = config.integer("r", least=1), config.number("lora_alpha")
     rank_of, alpha_of = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
     scales: list[float] = []
@@ -134,7 +134,7 @@ def judge(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch
     for item, own in zip(found, scales, strict=True):
         for stem, (row_a, row_b, expert) in item.projections.items():
             parts[f"{stem}lora_A.weight"] = Part(f"{item.stem}lora_A.weight", item.rank, 1.0, row_a)
-            b = Part(f"{item.stem}lora_B.weight", item.rank, own / scale, row_b, expert, item.experts)
+            b = Part(f"{item.stem}lora_B.weight", item.rank, own / scale, row_b, expert=expert, experts=item.experts)
             parts[f"{stem}lora_B.weight"] = b
     names = {name.split(".")[-3] for name in parts}
     targets = tuple(target for target in LORA_TARGETS if any(_PROJECTIONS[name] == target for name in names))
@@ -180,7 +180,7 @@ def _modules(
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
             raise UsageError(f"{where}: {stem}lora_A and lora_B have shapes {a} and {b}; [r, in] and [out, r] expected")
         if f"{stem}lora_A.weight" in fused:
-            found.append(_experts(stem, a, b, arch, where))
+            found.append(_experts(stem, a, b, arch, where=where))
             continue
         inner, outer = known[f"{stem}lora_A.weight"][1], known[f"{stem}lora_B.weight"][0]
         if (a[1], b[0]) != (inner, outer):
@@ -189,7 +189,7 @@ def _modules(
     return found
 
 
-def _experts(stem: str, a: tuple[int, ...], b: tuple[int, ...], arch: Qwen3Arch, where: str) -> _Found:
+def _experts(stem: str, a: tuple[int, ...], b: tuple[int, ...], arch: Qwen3Arch, *, where: str) -> _Found:
     """One parameter of all experts; its shape says which."""
     hidden, width, experts = arch.hidden_size, arch.moe_intermediate_size, arch.num_experts
     names = {(hidden, 2 * width): ("gate_up_proj", "gate_proj", "up_proj"), (width, hidden): ("down_proj", "down_proj")}
@@ -205,10 +205,10 @@ def _experts(stem: str, a: tuple[int, ...], b: tuple[int, ...], arch: Qwen3Arch,
         for expert in range(experts)
         for half, name in enumerate(halves)
     }
-    return _Found(f"{module}.{whole}", stem, rank, places, experts)
+    return _Found(f"{module}.{whole}", stem, rank, places, experts=experts)
 
 
-def _check_targets(config: Record, found: set[str], known: set[str], arch: Qwen3Arch, where: str) -> None:
+def _check_targets(config: Record, found: set[str], known: set[str], arch: Qwen3Arch, *, where: str) -> None:
     """Where the configuration names modules, the file has these and no other."""
     named, parameters = config.fields.get("target_modules"), config.sequence("target_parameters", ())
     wholes = {f"model.layers.{i}.mlp.experts.{name}" for i in range(arch.num_hidden_layers) for name in _WHOLES}

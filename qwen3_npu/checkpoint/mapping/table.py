@@ -109,13 +109,21 @@ TABLE: tuple[Row, ...] = (
         tuple(f"{_ATTENTION}{x}_proj.bias" for x in "qkv"),
         slices.qkv_bias,
         LAYER,
-        _qkv_bias,
+        when=_qkv_bias,
     ),
     Row(
-        "self_attention.q_layernorm.weight", (_ATTENTION + "q_norm.weight",), slices.replicated(_head), LAYER, _qk_norm
+        "self_attention.q_layernorm.weight",
+        (_ATTENTION + "q_norm.weight",),
+        slices.replicated(_head),
+        LAYER,
+        when=_qk_norm,
     ),
     Row(
-        "self_attention.k_layernorm.weight", (_ATTENTION + "k_norm.weight",), slices.replicated(_head), LAYER, _qk_norm
+        "self_attention.k_layernorm.weight",
+        (_ATTENTION + "k_norm.weight",),
+        slices.replicated(_head),
+        LAYER,
+        when=_qk_norm,
     ),
     Row(
         "self_attention.linear_proj.weight",
@@ -123,20 +131,32 @@ TABLE: tuple[Row, ...] = (
         slices.columns(slices.attention_width),
         LAYER,
     ),
-    Row("self_attention.linear_proj.bias", (_ATTENTION + "o_proj.bias",), slices.replicated(_hidden), LAYER, _o_bias),
+    Row(
+        "self_attention.linear_proj.bias",
+        (_ATTENTION + "o_proj.bias",),
+        slices.replicated(_hidden),
+        LAYER,
+        when=_o_bias,
+    ),
     Row(
         "pre_mlp_layernorm.weight",
         ("model.layers.{l}.post_attention_layernorm.weight",),
         slices.replicated(_hidden),
         LAYER,
     ),
-    Row("mlp.linear_fc1.weight", (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"), slices.gate_up, LAYER, _dense),
-    Row("mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), slices.columns(slices.ffn_width), LAYER, _dense),
-    Row("mlp.router.weight", (_MLP + "gate.weight",), slices.router, LAYER, _moe),
-    Row("mlp.experts.weight1", _GATE_UP, slices.experts_fc1, LAYER, _stacked),
-    Row("mlp.experts.weight2", _DOWN, slices.experts_fc2, LAYER, _stacked),
-    Row(_ONE_EXPERT + "linear_fc1.weight", _GATE_UP, slices.expert_gate_up, LAYER, _single_experts),
-    Row(_ONE_EXPERT + "linear_fc2.weight", _DOWN, slices.expert_down, LAYER, _single_experts),
+    Row(
+        "mlp.linear_fc1.weight",
+        (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"),
+        slices.gate_up,
+        LAYER,
+        when=_dense,
+    ),
+    Row("mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), slices.columns(slices.ffn_width), LAYER, when=_dense),
+    Row("mlp.router.weight", (_MLP + "gate.weight",), slices.router, LAYER, when=_moe),
+    Row("mlp.experts.weight1", _GATE_UP, slices.experts_fc1, LAYER, when=_stacked),
+    Row("mlp.experts.weight2", _DOWN, slices.experts_fc2, LAYER, when=_stacked),
+    Row(_ONE_EXPERT + "linear_fc1.weight", _GATE_UP, slices.expert_gate_up, LAYER, when=_single_experts),
+    Row(_ONE_EXPERT + "linear_fc2.weight", _DOWN, slices.expert_down, LAYER, when=_single_experts),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",), slices.replicated(_hidden), LAST),
     OUTPUT,
 )
@@ -152,28 +172,30 @@ def shards(arch: Qwen3Arch, layout: Layout, rank: Rank) -> Iterator[Shard]:
     rows = [row for row in TABLE if row.when(arch, layout)]
     for chunk, layers in enumerate(layout.chunks[rank.pipeline]):
         if rank.pipeline == 0 and chunk == 0:
-            yield from (_shard(at, row, row.megatron, row.hf, chunk, None) for row in rows if row.where == FIRST)
+            yield from (
+                _shard(at, row, row.megatron, row.hf, chunk=chunk, layer=None) for row in rows if row.where == FIRST
+            )
         for local, layer in enumerate(layers):
             if layer != NOOP:
-                yield from _layer_shards(at, [row for row in rows if row.where == LAYER], chunk, local, layer)
+                yield from _layer_shards(at, [row for row in rows if row.where == LAYER], chunk, local, layer=layer)
         if rank.pipeline == layout.pipeline - 1 and chunk == layout.virtual - 1:
             for row in rows:
                 if row.where == LAST and not (row is OUTPUT and arch.tie_word_embeddings):
-                    yield _shard(at, row, row.megatron, row.hf, chunk, None)
+                    yield _shard(at, row, row.megatron, row.hf, chunk=chunk, layer=None)
             if arch.tie_word_embeddings and layout.pipeline > 1:
-                yield _copy(_shard(at, OUTPUT, OUTPUT.megatron, EMBEDDING.hf, chunk, None))
+                yield _copy(_shard(at, OUTPUT, OUTPUT.megatron, EMBEDDING.hf, chunk=chunk, layer=None))
 
 
-def _layer_shards(at: ShardContext, rows: Sequence[Row], chunk: int, local: int, layer: int) -> Iterator[Shard]:
+def _layer_shards(at: ShardContext, rows: Sequence[Row], chunk: int, local: int, *, layer: int) -> Iterator[Shard]:
     for row in rows:
         # A row per expert has {k} in its name; every other row stands for itself (and may name all experts).
         experts = enumerate(slices.local_experts(at)[0]) if "{k}" in row.megatron else [(0, "{e}")]
         for k, expert in experts:
             name = f"decoder.layers.{local}.{row.megatron.format(k=k)}"
-            yield _shard(at, row, name, [h.format(l=layer, e=expert) for h in row.hf], chunk, layer)
+            yield _shard(at, row, name, [h.format(l=layer, e=expert) for h in row.hf], chunk=chunk, layer=layer)
 
 
-def _shard(at: ShardContext, row: Row, name: str, hf: Sequence[str], chunk: int, layer: int | None) -> Shard:
+def _shard(at: ShardContext, row: Row, name: str, hf: Sequence[str], *, chunk: int, layer: int | None) -> Shard:
     shape, view, slices = row.rule(at, [at.arch.family.hf_name(standard) for standard in hf])
     return Shard(name=name, shape=shape, view=view, slices=tuple(slices), chunk=chunk, layer=layer)
 

@@ -96,9 +96,9 @@ def load_weights(
     layout: Layout,
     rank: Rank,
     chunks: Sequence[torch.nn.Module],
+    *,
     contents: Contents | None = None,
     loads: Callable[[str], bool] = lambda name: True,
-    *,
     allow_nonfinite: bool = False,
 ) -> None:
     """Fill this rank's parameters.

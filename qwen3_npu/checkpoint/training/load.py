@@ -56,8 +56,8 @@ def load(
             trained.layout,
             model_rank(),
             trained.chunks,
-            trained.contents,
-            lambda name: not is_lora(name),
+            contents=trained.contents,
+            loads=lambda name: not is_lora(name),
             allow_nonfinite=args.allow_nonfinite_weights,
         )
     adapter = _open_adapter(trained, base, lora_load)
@@ -67,8 +67,8 @@ def load(
             trained.layout,
             model_rank(),
             trained.chunks,
-            trained.contents,
-            is_lora,
+            contents=trained.contents,
+            loads=is_lora,
             allow_nonfinite=args.allow_nonfinite_weights,
         )
     state = adapter if trained.contents.lora else base

@@ -120,6 +120,7 @@ def begin_save(
     position: Position,
     args: CheckpointArgs,
     extra: dict[str, Any],
+    *,
     config: Path | None,
     adapter_only: bool = False,
 ) -> Writing:
@@ -149,9 +150,11 @@ def begin_save(
             lambda writing: put(stage) if put is not None else None,
             lambda writing: write_rank(held, stage, args.ckpt_format, writing, writes=rank in writers),
         ),
-        (lambda: commit(held.target, stage, folder, writers, args, config, trained)) if rank == 0 else None,
+        (lambda: commit(held.target, stage, folder, writers, args=args, config=config, trained=trained))
+        if rank == 0
+        else None,
         stage,
-        writers,
+        writers=writers,
         background=args.async_save,
     )
 
@@ -211,13 +214,13 @@ def snapshot(
             "rng_tracker_states": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
         }
     return Snapshot(
-        Target(contents, trained.layout, trained.dtype, trained.dtype, common),
+        Target(contents, trained.layout, trained.dtype, trained.dtype, trained=common),
         model_rank(),
         on_host(weights) if args.async_save and writes else weights,
         by_state(gathered) if args.save_optim and sharded is None else {},
-        sharded,
-        step,
-        on_host(random) if args.async_save else random,
+        sharded=sharded,
+        step=step,
+        random=on_host(random) if args.async_save else random,
     )
 
 
@@ -260,6 +263,7 @@ def commit(
     stage: Path,
     folder: Path,
     writers: Sequence[int],
+    *,
     args: CheckpointArgs,
     config: Path | None,
     trained: Trained,

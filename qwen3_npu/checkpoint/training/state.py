@@ -45,7 +45,7 @@ class TorchState:
             return content["state"][key].get(chunk, {})
 
         opened = ShardedTensors(
-            self.folder, OPTIMIZER, contents.arch, self.layout, models, prefer=rank, table=contents.shards
+            self.folder, OPTIMIZER, contents.arch, self.layout, models=models, prefer=rank, table=contents.shards
         )
         self._opened.append(opened)
         return opened  # type: ignore[return-value]

@@ -39,8 +39,8 @@ class Writing:
         steps: Sequence[Callable[[Writing], None]],
         publish: Callable[[], None] | None,
         stage: Path,
-        writers: Sequence[int],
         *,
+        writers: Sequence[int],
         background: bool,
     ) -> None:
         self.what, self.steps, self.publish, self.stage, self.writers = what, steps, publish, stage, writers

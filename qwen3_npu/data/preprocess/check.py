@@ -62,7 +62,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
     if isinstance(handler, ConversationHandler):
         handler.look = functools.partial(lint, thinking=handler.style.thinking)
         handler.columns = ()  # all of a table, to tell which are not used
-    for block, produced in documents(args, inputs, handler, encoder, totals):
+    for block, produced in documents(args, inputs, handler, encoder, totals=totals):
         for text, numbers in produced.warnings.items():
             warnings[text] += len(numbers)
             places.setdefault(text, f"{block.file}:{numbers[0]}")
@@ -76,7 +76,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
         raise UsageError(f"--input {' '.join(args.input.input)}: it holds no records")
     _statistics(handler, totals, lengths.all(), supervised.all())
     answers.report()
-    return _warn(args, totals, warnings, places, hashes.all())
+    return _warn(args, totals, warnings, places, hashes=hashes.all())
 
 
 class _Numbers:
@@ -167,7 +167,7 @@ def _statistics(handler: Handler, totals: Totals, lengths: np.ndarray, supervise
 
 
 def _warn(
-    args: PreprocessArgs, totals: Totals, warnings: Counter[str], places: dict[str, str], hashes: np.ndarray
+    args: PreprocessArgs, totals: Totals, warnings: Counter[str], places: dict[str, str], *, hashes: np.ndarray
 ) -> int:
     """Print warnings, the most frequent first; the exit status."""
     for text, count in totals.counts.items():

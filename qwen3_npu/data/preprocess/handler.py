@@ -78,4 +78,4 @@ class Handler(Protocol):
 def produce(handler: Handler, prepared: Prepared, encoder: Encoder) -> Produced:
     """Encode what a handler prepared, and have it make documents of the tokens."""
     outputs = handler.documents(prepared, encoder.encode(prepared.texts))
-    return Produced(outputs, prepared.records, prepared.counts, prepared.bad, prepared.warnings)
+    return Produced(outputs, prepared.records, prepared.counts, prepared.bad, warnings=prepared.warnings)

@@ -93,7 +93,7 @@ def conversations(
             chosen.thinking,
             None if chosen.seq_length is None else chosen.seq_length - 1,
             chosen.overlong == "cut",
-            tokenizer.id(template.end, "--append-eod") if args.tokenizer.append_eod and ends else None,
+            eod=tokenizer.id(template.end, "--append-eod") if args.tokenizer.append_eod and ends else None,
         )
         return kind(read, Columns(names, args.records.mapping(), has_tags=has_tags), style)
 

@@ -78,7 +78,7 @@ def pack(samples: Sequence[IndexedWriter], outputs: Sequence[IndexedWriter], rul
         packs = 0
         with Progress("pack", len(lengths), {"samples": "samples", "packs": "packs"}) as progress:
             for group in _groups(lengths, rule):
-                _write(group, (lengths, offsets), files, outputs, rule)
+                _write(group, (lengths, offsets), files, outputs, rule=rule)
                 progress.add(samples=sum(map(len, group)), packs=len(group))
                 packs += len(group)
     finally:
@@ -107,6 +107,7 @@ def _write(
     samples: tuple[np.ndarray, np.ndarray],
     files: Sequence[int],
     outputs: Sequence[IndexedWriter],
+    *,
     rule: PackRule,
 ) -> None:
     lengths, offsets = samples

@@ -61,7 +61,7 @@ class Totals:
 
 
 def documents(
-    args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], totals: Totals
+    args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], *, totals: Totals
 ) -> Iterator[tuple[Block, Produced]]:
     """Each block and what becomes of it, behind those that `totals` counts already; keeps `totals` up to date.
 

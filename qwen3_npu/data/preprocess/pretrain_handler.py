@@ -71,7 +71,7 @@ class PretrainHandler:
         filled = [[text for text in texts[key] if text] for key in self.outputs]
         layout, together = [len(part) for part in filled], list(itertools.chain.from_iterable(filled))
         counts = Counter({"empty texts left out": sum(map(len, texts.values())) - len(together)})
-        return Prepared(together, layout, len(block.numbers), counts, sorted(bad, key=lambda b: b.number))
+        return Prepared(together, layout, len(block.numbers), counts, bad=sorted(bad, key=lambda b: b.number))
 
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
         """Each text, with the end-of-document token if there is one."""

@@ -278,7 +278,7 @@ def _sharegpt_message(message: Mapping[str, Any], place: int, tags: Names) -> Me
         content = to_json(content)
     if expected[role] == "function":
         reasoning, calls = written_calls(content)
-        return Message(ASSISTANT, "", reasoning, calls, chosen)
+        return Message(ASSISTANT, "", reasoning, calls, learned=chosen)
     return Message(expected[role], content, learned=chosen)
 
 

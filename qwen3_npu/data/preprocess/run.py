@@ -75,7 +75,7 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
         if looks_only:
             return check(args, inputs, handler, encoder)
         with _lease(str(prefix)):
-            _write(args, inputs, handler, encoder, tokenizer)
+            _write(args, inputs, handler, encoder, tokenizer=tokenizer)
     return 0
 
 
@@ -92,7 +92,7 @@ def _opened(args: PreprocessArgs, inputs: Inputs, loading: Loading) -> Encoder:
 
 
 def _write(
-    args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], tokenizer: TokenizerFolder
+    args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], *, tokenizer: TokenizerFolder
 ) -> None:
     prefix, packs = str(args.output.output_prefix), args.instruction.pack
     # Packing needs all samples first; attention_mask is made of them.
@@ -100,7 +100,7 @@ def _write(
     identity = _identity(args, inputs, tokenizer)
     output = Output(prefix + "_unpacked" if packs else prefix, names, identity, resume=args.output.resume)
     try:
-        for _, produced in documents(args, inputs, handler, encoder, output.totals):
+        for _, produced in documents(args, inputs, handler, encoder, totals=output.totals):
             output.add(produced.outputs)
             output.finish_part()
         if not any(output.totals.documents.values()):

@@ -100,7 +100,9 @@ class ConversationHandler(abc.ABC):
                 pieces.append(len(strings) - before)
                 tags.append(self.tag(conversation))
         layout = np.array(strings, np.int64), np.array(pieces, np.int64), np.array(tags, np.int32)
-        return Prepared(texts, layout, len(block.numbers), counts, sorted(bad, key=lambda b: b.number), warnings)
+        return Prepared(
+            texts, layout, len(block.numbers), counts, bad=sorted(bad, key=lambda b: b.number), warnings=warnings
+        )
 
 
 class InstructionHandler(ConversationHandler):
@@ -117,12 +119,12 @@ class InstructionHandler(ConversationHandler):
         sizes = _sums(tokens.lengths, strings).reshape(-1, 2)
         learned = np.repeat(np.tile([False, True], len(sizes)), sizes.reshape(-1))
         labels = np.where(learned, tokens.ids, np.int32(IGNORED))
-        kept, kept_labels = self._fitted(tokens.ids, labels, sizes, pieces // 2, prepared.counts)
+        kept, kept_labels = self._fitted(tokens.ids, labels, sizes, pieces // 2, counts=prepared.counts)
         ones = Tokens(np.ones(len(kept.ids), np.int32), kept.lengths)
         return dict(zip(self.outputs, (kept, ones, kept_labels), strict=True))
 
     def _fitted(
-        self, ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray, turns: np.ndarray, counts: Counter[str]
+        self, ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray, turns: np.ndarray, *, counts: Counter[str]
     ) -> tuple[Tokens, Tokens]:
         """Every sample within the limit, with something to learn, and its eod.
 

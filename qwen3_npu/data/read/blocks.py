@@ -116,7 +116,7 @@ class Splitter:
         """What is left at the end of the file."""
         if self.items:
             now = self.stream.consumed()
-            yield Block(self.file, self.numbers, self.items, self.decode, now - self.before)
+            yield Block(self.file, self.numbers, self.items, self.decode, size=now - self.before)
             self.before = now
             self._start()
 

@@ -58,20 +58,20 @@ def line_blocks(file: InputFile, stream: Stream, decode: Callable[[bytes], dict[
         rest = lines.pop()
         if lines:
             now = stream.consumed()
-            yield _block(file, lines, number, decode, now - before)
+            yield _block(file, lines, number, decode, size=now - before)
             number, before = number + len(lines), now
     if rest:
-        yield _block(file, [rest], number, decode, file.size - before)
+        yield _block(file, [rest], number, decode, size=file.size - before)
 
 
 def _block(
-    file: InputFile, lines: list[bytes], number: int, decode: Callable[[bytes], dict[str, Any]], size: int
+    file: InputFile, lines: list[bytes], number: int, decode: Callable[[bytes], dict[str, Any]], *, size: int
 ) -> Block:
     numbers: Sequence[int] = range(number, number + len(lines))
     if not all(map(bytes.strip, lines)):
         kept = [(n, line) for n, line in zip(numbers, lines, strict=True) if line.strip()]
         numbers, lines = [n for n, _ in kept], [line for _, line in kept]
-    return Block(str(file.path), numbers, lines, decode, size)
+    return Block(str(file.path), numbers, lines, decode, size=size)
 
 
 def json_record(line: bytes) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _batch_blocks(
     for start in range(0, batch.num_rows, rows):
         part = batch.slice(start, rows)
         numbers = range(number + start, number + start + part.num_rows)
-        yield Block(file, numbers, _rows(part), decode, round(part.num_rows * bytes_per_row))
+        yield Block(file, numbers, _rows(part), decode, size=round(part.num_rows * bytes_per_row))
 
 
 def _rows(batch: Any) -> Sequence[Any]:
@@ -173,7 +173,7 @@ def read_dataset(name: str, arguments: dict[str, Any]) -> Iterator[Block]:
             names = list(batch)
             items = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             number = start * _MOST_ROWS + 1
-            yield Block(name, range(number, number + len(items)), items, _dataset_record, 0)
+            yield Block(name, range(number, number + len(items)), items, _dataset_record, size=0)
     except UsageError:
         raise
     except Exception as error:

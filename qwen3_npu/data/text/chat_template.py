@@ -91,7 +91,14 @@ def hf_template(tokenizer: TokenizerFolder) -> Template:
     opening = chosen.of(None).opening(None)
     opens_thought = opening.rstrip().endswith(THINK)
     identity = hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
-    return Template(render, prompt, (end,) if end in tokenizer.special else (), end, f"hf:{identity}", opens_thought)
+    return Template(
+        render,
+        prompt,
+        (end,) if end in tokenizer.special else (),
+        end,
+        identity=f"hf:{identity}",
+        opens_thought=opens_thought,
+    )
 
 
 class Named(NamedTuple):

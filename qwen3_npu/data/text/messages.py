@@ -67,15 +67,15 @@ def _message(message: Mapping[str, Any], place: int) -> Message:
         raise ValueError(f"message {place} has no text as content but {kind(content)}")
     if not isinstance(reasoning, str | None):
         raise ValueError(f"message {place} has thoughts that are no text but {kind(reasoning)}")
-    given = _for_templates(message, role, content, reasoning, calls)
+    given = _for_templates(message, role, content, reasoning, calls=calls)
     if role != ASSISTANT:
         return Message(role, content or "", given=given)
     read = calls_of(calls) if calls else ()
-    return Message(role, content or "", reasoning or None, read, learned(message, place), given)
+    return Message(role, content or "", reasoning or None, read, learned=learned(message, place), given=given)
 
 
 def _for_templates(
-    message: Mapping[str, Any], role: str, content: str | None, reasoning: str | None, calls: Any
+    message: Mapping[str, Any], role: str, content: str | None, reasoning: str | None, *, calls: Any
 ) -> dict[str, Any]:
     """The message as transformers hands it to a chat template: without null keys, thoughts under all their names."""
     known = {"role", "content", "function_call", *LEARN_KEYS, *MASK_KEYS}

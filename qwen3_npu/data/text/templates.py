@@ -233,5 +233,7 @@ def _prompt(
     return prompt
 
 
-QWEN = Template(render_qwen, _prompt(render_qwen), ("<|im_start|>", END), END, "qwen")
-QWEN3 = Template(render_qwen3, _prompt(render_qwen3), ("<|im_start|>", END, "<think>", "</think>"), END, "qwen3")
+QWEN = Template(render_qwen, _prompt(render_qwen), ("<|im_start|>", END), END, identity="qwen")
+QWEN3 = Template(
+    render_qwen3, _prompt(render_qwen3), ("<|im_start|>", END, "<think>", "</think>"), END, identity="qwen3"
+)

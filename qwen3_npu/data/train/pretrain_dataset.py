@@ -161,7 +161,9 @@ def plain_rows(samples: Sequence[dict[str, torch.Tensor]]) -> Rows:
     """Samples as rows without regard to documents."""
     tokens, labels, mask = _stacked(samples)
     positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
-    return Rows(tokens, labels, mask, positions, None, tokens.size, tokens.size * tokens.shape[1])
+    return Rows(
+        tokens, labels, mask, positions, cu_seqlens=None, real_tokens=tokens.size, squares=tokens.size * tokens.shape[1]
+    )
 
 
 def document_rows(

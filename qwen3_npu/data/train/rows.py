@@ -170,12 +170,30 @@ def _rows(
     places = np.stack([positions(row if reset_positions else [0, size]) for row in boundaries])
     known = padding if padding.any() else None
     if not per_document:
-        return Rows(tokens, labels, mask, places, None, int(real.sum()), int((real**2).sum()), known)
+        return Rows(
+            tokens,
+            labels,
+            mask,
+            places,
+            cu_seqlens=None,
+            real_tokens=int(real.sum()),
+            squares=int((real**2).sum()),
+            padding=known,
+        )
     ends = [np.minimum(row, count) for row, count in zip(boundaries, real, strict=True)]
     squares = sum(int((np.diff(row) ** 2).sum()) for row in ends)
     tokens, labels, mask, places = (array.reshape(1, -1) for array in (tokens, labels, mask, places))
     known = None if known is None else known.reshape(1, -1)
-    return Rows(tokens, labels, mask, places, joined(boundaries), int(real.sum()), squares, known)
+    return Rows(
+        tokens,
+        labels,
+        mask,
+        places,
+        cu_seqlens=joined(boundaries),
+        real_tokens=int(real.sum()),
+        squares=squares,
+        padding=known,
+    )
 
 
 def boundaries_at_eod(tokens: np.ndarray, eod: int) -> list[int]:

@@ -83,18 +83,18 @@ def read_index(path: Path, bin_bytes: int) -> TokenIndex:
         lengths = np.memmap(file, np.int32, "r", HEADER_BYTES, (sequences,))
         offsets = np.memmap(file, np.int64, "r", HEADER_BYTES + 4 * sequences, (sequences,))
         ends = np.memmap(file, np.int64, "r", HEADER_BYTES + 12 * sequences, (boundaries,))
-    in_order = _check_lengths(path, lengths, offsets, dtype.itemsize, bin_bytes)
+    in_order = _check_lengths(path, lengths, offsets, dtype.itemsize, bin_bytes=bin_bytes)
     if not in_order:
-        _check_tiling(path, lengths, offsets, dtype.itemsize, bin_bytes)
+        _check_tiling(path, lengths, offsets, dtype.itemsize, bin_bytes=bin_bytes)
     _check_boundaries(path, ends, sequences)
-    return TokenIndex(dtype, lengths, offsets, ends, in_order)
+    return TokenIndex(dtype, lengths, offsets, ends, in_order=in_order)
 
 
 def _damaged(path: Path, why: str) -> NoReturn:
     raise UsageError(f"{path} is damaged: {why}; {_AGAIN}")
 
 
-def _check_lengths(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, bin_bytes: int) -> bool:
+def _check_lengths(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, *, bin_bytes: int) -> bool:
     """Together the sequences are as long as the .bin file. Returns whether they lie in order."""
     position, in_order = 0, True
     for chunk in chunks(len(lengths)):
@@ -119,7 +119,7 @@ def _check_lengths(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsiz
     return in_order
 
 
-def _check_tiling(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, bin_bytes: int) -> None:
+def _check_tiling(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, *, bin_bytes: int) -> None:
     """Sequences in any order lie side by side, from the first byte to the last."""
     outside = (offsets < 0) | (offsets > bin_bytes)
     if outside.any():

@@ -38,7 +38,7 @@ def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwe
     found: dict[str, Any] = {"model_type": family.model_type}
     for fact in FACTS:
         if fact.name != "rope_theta" and (family.moe or not fact.moe):
-            found[fact.name] = _value(fact, config, family, found, where)
+            found[fact.name] = _value(fact, config, family, found, where=where)
     positions, default = found["max_position_embeddings"], family.defaults.get("rope_theta", 10000.0)
     found["rope_theta"], found["rope_scaling"], said = rope.from_hf(config, positions, default, where)
     _tell_contradictions(config, found["rope_theta"], said, where)
@@ -47,7 +47,7 @@ def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwe
     return Qwen3Arch(**found, more_eos_token_ids=tuple(ending[1:]))
 
 
-def _value(fact: Fact, config: Mapping[str, Any], family: Family, found: Mapping[str, Any], where: str) -> Any:
+def _value(fact: Fact, config: Mapping[str, Any], family: Family, found: Mapping[str, Any], *, where: str) -> Any:
     names = [name for name in (fact.newer, fact.name) if name is not None]
     said = {name: config[name] for name in names if config.get(name) is not None}
     if len(said) == 2 and len(set(map(repr, said.values()))) > 1:

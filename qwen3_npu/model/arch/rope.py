@@ -207,11 +207,11 @@ def from_hf(config: Mapping[str, Any], positions: int, default_theta: float, whe
     values = {k: v for k, v in said.items() if k not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
     if kind == "default" or (kind == "dynamic" and values.get("factor") == 1):
         return theta, None, said
-    return theta, checked(_scaling(kind, values, config, positions, place), theta, place), said
+    return theta, checked(_scaling(kind, values, config, positions, place=place), theta, place), said
 
 
 def _scaling(
-    kind: object, values: dict[str, Any], config: Mapping[str, Any], positions: int, place: str
+    kind: object, values: dict[str, Any], config: Mapping[str, Any], positions: int, *, place: str
 ) -> RopeScaling:
     if not isinstance(kind, str) or kind not in _KEYS:
         why = _CHANGING.get(str(kind), f"one of default, {', '.join(_KEYS)} is expected")

@@ -118,7 +118,7 @@ class Saver:
     """
 
     def __init__(
-        self, trained: Trained, args: CheckpointArgs, lora: LoraArgs, extra: dict[str, Any], config: Path | None
+        self, trained: Trained, args: CheckpointArgs, lora: LoraArgs, extra: dict[str, Any], *, config: Path | None
     ) -> None:
         self.trained, self.args, self.lora, self.extra, self.config = trained, args, lora, extra, config
         self.pending: Writing | None = None
@@ -138,7 +138,7 @@ class Saver:
         self.finish()
         self._check_lease()
         writing = save.begin_save(
-            self.trained, position, self.args, self.extra, self.config, adapter_only=self.lora.lora_ckpt_filter
+            self.trained, position, self.args, self.extra, config=self.config, adapter_only=self.lora.lora_ckpt_filter
         )
         if self.args.async_save:
             self.pending = writing

@@ -37,7 +37,7 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
     if name is None or ":" not in name:  # a handler of one's own says itself what it makes
         _check_handler(args, name or "GeneralPretrainHandler")
     recipe = PreprocessArgs(
-        InputArgs(input=raw), args.record, args.tokenizer, args.instruction, OutputArgs(), CheckArgs()
+        InputArgs(input=raw), args.record, args.tokenizer, args.instruction, output=OutputArgs(), check=CheckArgs()
     )
     cache = Path(args.data.data_cache_path or Path(raw[0]).parent / "cache")
     remedy = f"give {'another ' if args.data.data_cache_path else ''}--data-cache-path"

@@ -32,7 +32,7 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
             check_writable_later(Path(folder), flag)
     _check_load(args, arch)
     if args.lora.lora_load is not None:
-        _check_opens(args.lora.lora_load, None, "--lora-load", args, arch)
+        _check_opens(args.lora.lora_load, None, "--lora-load", args, arch=arch)
 
 
 def _check_load(args: PretrainArgs, arch: Qwen3Arch) -> None:
@@ -42,10 +42,10 @@ def _check_load(args: PretrainArgs, arch: Qwen3Arch) -> None:
     starts = save is not None and same_folder(load, save) and not args.lora.on
     if starts and not args.checkpoint.exit_on_missing_checkpoint and not candidates(load, args.checkpoint.ckpt_step):
         return
-    _check_opens(load, args.checkpoint.ckpt_step, "--load", args, arch)
+    _check_opens(load, args.checkpoint.ckpt_step, "--load", args, arch=arch)
 
 
-def _check_opens(folder: str, step: int | None, flag: str, args: PretrainArgs, arch: Qwen3Arch) -> None:
+def _check_opens(folder: str, step: int | None, flag: str, args: PretrainArgs, *, arch: Qwen3Arch) -> None:
     found = next(iter(candidates(folder, step)), None)
     if found is None:
         lacks = "no checkpoint and no Hugging Face model" if flag == "--load" else "no checkpoint and no PEFT adapter"

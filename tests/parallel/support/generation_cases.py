@@ -47,7 +47,9 @@ def evaluated(platform: Any, world: Any, flags: list[str]) -> None:
     from qwen3_npu.evaluation.run import evaluate
 
     args = EvaluationArgs(*cli.parse("evaluation.py", "", GROUPS, FOREIGN, argv=flags).groups)
-    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
+    plan = plan_inference(
+        args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=world.size
+    )
     evaluate(platform, world, args, plan)
 
 
@@ -57,5 +59,7 @@ def generated(platform: Any, world: Any, flags: list[str]) -> None:
     from qwen3_npu.inference.run import generate
 
     args = InferenceArgs(*cli.parse("inference.py", "", GROUPS, FOREIGN, argv=flags).groups)
-    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, world.size)
+    plan = plan_inference(
+        args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=world.size
+    )
     generate(platform, world, args, plan)

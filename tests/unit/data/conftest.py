@@ -86,7 +86,7 @@ def run(tiny_tokenizer: str) -> Callable[..., int]:
         words = [str(word) for word in argv]
         if not any(word.startswith("--tokenizer-name-or-path") for word in words):
             words += ["--tokenizer-name-or-path", tiny_tokenizer]
-        parsed = cli.parse("preprocess_data.py", "", GROUPS, FOREIGN, words)
+        parsed = cli.parse("preprocess_data.py", "", GROUPS, FOREIGN, argv=words)
         return preprocess(PreprocessArgs(*parsed.groups))
 
     return command

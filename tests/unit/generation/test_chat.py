@@ -77,7 +77,7 @@ def talk(process: Any, model: Path, *flags: object) -> None:
 
     words = ["--load", str(model), "--device", "cpu", "--task", "chat", "--prompt-type", "qwen3", "--temperature", "0"]
     args = InferenceArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=[*words, *map(str, flags)]).groups)
-    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
     generate(select("cpu"), process, args, plan)
 
 

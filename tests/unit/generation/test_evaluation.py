@@ -42,7 +42,7 @@ def evaluate(process: Any, model: Path, out: Path, *flags: object) -> dict[str, 
     words = ["--load", str(model), "--output-dir", str(out), "--log-samples", "--device", "cpu", *map(str, flags)]
     args = EvaluationArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=words).groups)
     out.mkdir(exist_ok=True)
-    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
     run(select("cpu"), process, args, plan)
     results = json.loads((out / "results.json").read_text())
     files = out.glob("samples_*.jsonl")

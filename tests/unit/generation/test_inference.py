@@ -38,7 +38,7 @@ def run(process: Any, model: Path, out: Path, *flags: object) -> list[dict[str, 
     from qwen3_npu.inference.run import generate
 
     args = parse(model, "--output-dir", out, *flags)
-    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
     generate(select("cpu"), process, args, plan)
     return [json.loads(line) for line in (out / "text_generation_result.jsonl").read_text().splitlines()]
 

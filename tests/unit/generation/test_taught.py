@@ -56,7 +56,7 @@ def planned(checkpoint: Path, model: Path, *flags: str) -> Any:
     words = ["--load", str(checkpoint), "--hf-dir", str(model), "--tokenizer-name-or-path", str(model), *flags]
     parsed = cli.parse("", "", inference.GROUPS, inference.FOREIGN, argv=[*words, "--prompt", "hi", "--device", "cpu"])
     args = inference.InferenceArgs(*parsed.groups)
-    return args, plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
+    return args, plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
 
 
 def asked(process: Any, checkpoint: Path, model: Path, out: Path, *flags: str) -> str:
@@ -95,7 +95,7 @@ def test_custom_evaluation_uses_the_recorded_template(
     words += ["--task", "custom", "--eval-data-path", cases, "--output-dir", tmp_path, "--max-new-tokens", "1"]
     parsed = cli.parse("", "", evaluation.GROUPS, evaluation.FOREIGN, argv=[*map(str, words), "--device", "cpu"])
     args = evaluation.EvaluationArgs(*parsed.groups)
-    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
     evaluate(select("cpu"), process, args, plan)
     assert json.loads((tmp_path / "samples_custom.jsonl").read_text())["prompt"] == QWEN
     assert json.loads((tmp_path / "results.json").read_text())["results"]["custom"]["template"] == "qwen"

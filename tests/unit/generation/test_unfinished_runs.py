@@ -34,7 +34,7 @@ def generate(process: Any, model: Path, out: Path, *flags: object) -> list[dict[
     out.mkdir(exist_ok=True)
     words = ["--load", str(model), "--device", "cpu", "--output-dir", str(out), *map(str, flags)]
     args = inference.InferenceArgs(*cli.parse("test", "", inference.GROUPS, inference.FOREIGN, argv=words).groups)
-    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
     generate(select("cpu"), process, args, plan)
     return [json.loads(line) for line in (out / "text_generation_result.jsonl").read_text().splitlines()]
 
@@ -45,7 +45,7 @@ def evaluate(process: Any, model: Path, out: Path, *flags: object) -> dict[str, 
     out.mkdir(exist_ok=True)
     words = ["--load", str(model), "--device", "cpu", "--output-dir", str(out), "--log-samples", *map(str, flags)]
     args = evaluation.EvaluationArgs(*cli.parse("test", "", evaluation.GROUPS, evaluation.FOREIGN, argv=words).groups)
-    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, args.prompts, 1)
+    plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
     evaluate(select("cpu"), process, args, plan)
     return json.loads((out / "results.json").read_text())["results"]
 

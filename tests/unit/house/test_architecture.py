@@ -141,6 +141,33 @@ def test_no_function_is_longer_than_60_lines() -> None:
     assert not long
 
 
+# Another library prescribes these signatures.
+PRESCRIBED = {"_tojson", "_reduce_scatter"}
+OF_OTHERS = {"apply", "pack", "permute", "view"}
+
+
+def test_arguments_beyond_the_fourth_are_passed_by_name() -> None:
+    """Also fields of dataclasses."""
+    found, own = [], set()
+    trees = {path: ast.parse(path.read_text()) for _, path in modules()}
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            own.add(node.name)
+            if isinstance(node, ast.FunctionDef) and node.name not in PRESCRIBED:
+                names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+                if "ctx" not in names and len(names) - (names[:1] in (["self"], ["cls"])) > 4:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} takes more by position")
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute) and len(node.args) > 4:
+                name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+                if name in own - OF_OTHERS:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name} is given more by position")
+    assert not found
+
+
 def test_every_import_of_the_package_is_there() -> None:
     """Also of benchmarks and scripts of tests, which no test runs."""
     trees = {name: ast.parse(path.read_text()) for name, path in modules()}

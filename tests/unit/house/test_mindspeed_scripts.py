@@ -52,7 +52,7 @@ def test_all_scripts_are_here() -> None:
 def test_flags_are_taken(name: str) -> None:
     program, argv = SCRIPTS[name]
     groups, foreign = PROGRAMS[program]
-    parsed = cli.parse(program, "", groups, foreign, argv)
+    parsed = cli.parse(program, "", groups, foreign, argv=argv)
     if groups is pretrain.GROUPS:
         args = pretrain.PretrainArgs(*parsed.groups)
         check_switches(args, parsed.given)

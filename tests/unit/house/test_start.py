@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parsed(made: Path, *flags: str) -> pretrain.PretrainArgs:
     base = ["--train-iters", "2", "--lr", "1e-5", "--data-path", str(made / "tokens"), "--dry-run"]
-    found = cli.parse("pretrain_gpt.py", "", pretrain.GROUPS, FOREIGN, [*base, *flags])
+    found = cli.parse("pretrain_gpt.py", "", pretrain.GROUPS, FOREIGN, argv=[*base, *flags])
     return pretrain.PretrainArgs(*found.groups)
 
 

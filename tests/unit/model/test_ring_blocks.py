@@ -35,7 +35,7 @@ def test_one_block_is_the_mask(size: int, chunk: int) -> None:
             for source in range(size):
                 rows, columns = (ring.shard_indices(length, size, r) for r in (rank, source))
                 seen = torch.zeros(2 * chunk, 2 * chunk, dtype=torch.bool)
-                block = ring.visible(boundaries, chunk, size, rank, source)
+                block = ring.visible(boundaries, chunk, size, rank, source=source)
                 if block is not None:
                     inner = block.boundaries
                     seen[block.queries, block.keys] = True if inner is None else mask(inner)

@@ -219,7 +219,7 @@ def test_the_command_line_of_the_first_layout_is_one_that_training_accepts(tmp_p
     assert result.returncode == 0, result.stderr
     words = shlex.split(result.stdout.strip().splitlines()[-1])
     flags = words[words.index("pretrain_gpt.py") + 1 :]
-    args = PretrainArgs(*cli.parse("p", "d", GROUPS, {}, [*flags, "--train-iters", "1", "--dry-run"]).groups)
+    args = PretrainArgs(*cli.parse("p", "d", GROUPS, {}, argv=[*flags, "--train-iters", "1", "--dry-run"]).groups)
     plan = plan_training(args, 256)
     assert plan.verdict is not None
     assert plan.verdict.fits

@@ -12,7 +12,7 @@ from qwen3_npu.training.prepare import length
 
 
 def args(*flags: str) -> PretrainArgs:
-    return PretrainArgs(*cli.parse("x", "", GROUPS, {}, ["--data-path", "x", "--lr", "1", *flags]).groups)
+    return PretrainArgs(*cli.parse("x", "", GROUPS, {}, argv=["--data-path", "x", "--lr", "1", *flags]).groups)
 
 
 def steps(*flags: str, batch: int = 8, epoch: int | None = 200) -> int:

@@ -224,7 +224,7 @@ def test_rank_0_waits_for_all_parts_in_the_background(tmp_path: Path) -> None:
 
     published = threading.Event()
     mine = lambda writing: manifest.write_part(tmp_path, 0, {})  # noqa: E731
-    writing = Writing("a checkpoint", [mine], published.set, tmp_path, [0, 1], background=True)
+    writing = Writing("a checkpoint", [mine], published.set, tmp_path, writers=[0, 1], background=True)
     writing.done[0].wait(10)
     assert not published.wait(0.2), "rank 1 has not written yet"
     manifest.write_part(tmp_path, 1, {})

@@ -34,7 +34,7 @@ EVERYONE = (0, 1, 2, 3)
 
 
 def call(number: int, state: int = INSIDE, name: str = "all_reduce", shape: tuple[int, ...] | None = (4,)) -> Entry:
-    return Entry(number, name, "float32", shape, state, 9.0)
+    return Entry(number, name, "float32", shape, state=state, age=9.0)
 
 
 def ranks(*channels: dict[str, Entry], members: tuple[int, ...] = EVERYONE) -> list[Rank]:
@@ -96,7 +96,7 @@ def test_a_node_without_a_report_is_named_first() -> None:
 
 
 def test_the_patience_follows_the_steps_and_their_phase() -> None:
-    step = Read(1, 9, "forward", 0.0, False, [20.0] * 5, {}, {}, [])
+    step = Read(1, 9, "forward", 0.0, ended=False, durations=[20.0] * 5, windows={}, last={}, recent=[])
     assert limit(None, {0: step}) == 200
     assert limit(None, {0: dataclasses.replace(step, durations=[0.1] * 9)}) == 60
     assert limit(7, {0: step}) == 7

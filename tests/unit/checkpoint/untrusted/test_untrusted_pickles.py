@@ -168,7 +168,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_tensor_lies_inside_its_storage(name: str) -> None:
-    assert plain(tensor((2, 3), (3, 1))) == TensorRef("0", BF16, (2, 3), (3, 1), 0)
+    assert plain(tensor((2, 3), (3, 1))) == TensorRef("0", BF16, (2, 3), (3, 1), offset=0)
     with pytest.raises(UsageError, match=r"x\.pt cannot be read"):
         plain(TENSORS[name])
 

@@ -45,7 +45,7 @@ def feed_of(
     args: Any = SimpleNamespace(parallel=parallel, train=SimpleNamespace(micro_batch_size=2, steps=2))
     arch = SimpleNamespace(is_moe=True, rope=None)
     plan: Any = SimpleNamespace(global_batch=4, data_parallel=1, arch=arch)
-    return feed.Feed(args, plan, samples, None, make_rows, 2, None)
+    return feed.Feed(args, plan, samples, None, make_rows=make_rows, rows=2, length=None)
 
 
 def text_samples(count: int) -> list[dict[str, torch.Tensor]]:

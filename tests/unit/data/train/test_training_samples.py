@@ -259,7 +259,7 @@ def recipe(tiny_tokenizer: str) -> Callable:
 
     def make(*flags: str) -> PreprocessArgs:
         words = ["--input", "-", "--tokenizer-name-or-path", tiny_tokenizer, *flags]
-        return PreprocessArgs(*cli.parse("x", "", GROUPS, FOREIGN, words).groups)
+        return PreprocessArgs(*cli.parse("x", "", GROUPS, FOREIGN, argv=words).groups)
 
     return make
 
