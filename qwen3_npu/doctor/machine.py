@@ -98,7 +98,7 @@ class Facts:
     taken_ports: list[int]
 
 
-def look(args: DoctorArgs) -> Facts:
+def machine_facts(args: DoctorArgs) -> Facts:
     """The facts of this machine."""
     environment = dict(os.environ)
     wanted = args.npus_per_node or (int(environment["NPUS_PER_NODE"]) if "NPUS_PER_NODE" in environment else None)

@@ -49,7 +49,7 @@ class Kernels:
 OPERATIONS = tuple(field.name for field in dataclasses.fields(Kernels))
 
 
-def select(name: str, device: str = "cpu", overrides: Sequence[str] = ()) -> Kernels:
+def select_kernels(name: str, device: str = "cpu", overrides: Sequence[str] = ()) -> Kernels:
     """The kernels for `--kernels` and `--kernel-overrides`.
 
     Args:
@@ -88,7 +88,7 @@ def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
     for link in _CHAINS[name]:
         module = _module(link, flag)
         if hasattr(module, operation):
-            if reason := getattr(module, "why_not", lambda operation: None)(operation):
+            if reason := getattr(module, "why_no_kernel", lambda operation: None)(operation):
                 raise UsageError(f"{flag}: {operation}: {reason}; use --kernels auto")
             return getattr(module, operation)
     raise AssertionError(f"{operation} is nowhere")

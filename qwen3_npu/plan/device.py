@@ -81,7 +81,7 @@ _A2 += "200 Gb/s RoCE each (Ascend 910B1/B2, Atlas 800T A2)"
 _B4 = "280 TFLOP/s, 32 GB at 0.8 TB/s (Ascend 910B4, Atlas 800I A2)"
 _A3 = "one of two dies: 376 TFLOP/s, 64 GB at 1.6 TB/s, 196 GB/s, 200 Gb/s RDMA (Ascend 910C, arXiv:2506.12708)"
 
-DEVICES = {
+DEVICE_SPECS = {
     device.name: device
     for device in (
         _ascend("910B-64G", 64, 354e12, 1.6e12, node=8, sources=_A2),
@@ -141,9 +141,11 @@ def find_device(name: str, learnt: str | None = None) -> Device:
     Raises:
         UsageError: unknown name (the known ones are listed), or a file that is no such table.
     """
-    by_name = {known.lower(): device for known, device in DEVICES.items()}
+    by_name = {known.lower(): device for known, device in DEVICE_SPECS.items()}
     if name.lower() not in by_name:
-        raise UsageError(f"--device {name} is not known{did_you_mean(name, DEVICES)}; known: {', '.join(DEVICES)}")
+        raise UsageError(
+            f"--device {name} is not known{did_you_mean(name, DEVICE_SPECS)}; known: {', '.join(DEVICE_SPECS)}"
+        )
     device = by_name[name.lower()]
     if learnt is None:
         return device

@@ -9,12 +9,12 @@ import pytest
 
 from qwen3_npu import cli
 from qwen3_npu.args import convert, evaluation, inference, preprocess, pretrain
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.rules.switches import check_switches
 from qwen3_npu.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
-TRAINING = (pretrain.GROUPS, FOREIGN)
+TRAINING = (pretrain.GROUPS, FOREIGN_TRAINING)
 CONVERT = (convert.ConvertArgs, convert.TargetArgs, convert.LoraConvertArgs, convert.LegacyConvertArgs)
 PROGRAMS = {
     "pretrain_gpt.py": TRAINING,

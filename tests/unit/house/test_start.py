@@ -12,7 +12,7 @@ import pytest
 
 from qwen3_npu import cli
 from qwen3_npu.args import pretrain
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parsed(made: Path, *flags: str) -> pretrain.PretrainArgs:
     base = ["--train-iters", "2", "--lr", "1e-5", "--data-path", str(made / "tokens"), "--dry-run"]
-    found = cli.parse("pretrain_gpt.py", "", pretrain.GROUPS, FOREIGN, argv=[*base, *flags])
+    found = cli.parse("pretrain_gpt.py", "", pretrain.GROUPS, FOREIGN_TRAINING, argv=[*base, *flags])
     return pretrain.PretrainArgs(*found.groups)
 
 
