@@ -78,7 +78,7 @@ def select_kernels(name: str, device: str = "cpu", overrides: Sequence[str] = ()
 def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
     """One operation from an implementation, or from those behind it; `auto` may fall back, and says so."""
     if name == "auto":
-        if device == "npu" and (reason := _module("npu", flag).why_not(operation)) is not None:
+        if device == "npu" and (reason := _module("npu", flag).why_no_kernel(operation)) is not None:
             log.info(f"warning: {operation} without torch_npu's kernel: {reason}; --kernels npu makes this an error")
             name = "torch"
         else:

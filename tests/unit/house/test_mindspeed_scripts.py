@@ -67,7 +67,7 @@ def test_the_preference_script_parses() -> None:
 
 
 def said(*flags: str) -> tuple[pretrain.PretrainArgs, list[str]]:
-    parsed = cli.parse("pretrain_gpt.py", "", *TRAINING, [*BASE, *flags])
+    parsed = cli.parse("pretrain_gpt.py", "", *TRAINING, argv=[*BASE, *flags])
     args = pretrain.PretrainArgs(*parsed.groups)
     return args, check_switches(args, parsed.given)
 
