@@ -63,7 +63,7 @@ def flag(
         minimum, maximum: smallest and largest value allowed (for a list: of each element).
         above, below: the same, but these are not allowed themselves.
     """
-    meta = {"help": help, "unit": unit, "choices": choices, "names": names, "metavar": metavar}
+    meta: dict[str, Any] = {"help": help, "unit": unit, "choices": choices, "names": names, "metavar": metavar}
     meta |= {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
