@@ -105,7 +105,7 @@ class Seal(NamedTuple):
     """Size and digest of a finished file."""
 
     bytes: int
-    digest: str
+    file_digest: str
 
 
 class SealedFile:

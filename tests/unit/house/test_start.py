@@ -99,7 +99,8 @@ def test_a_port_in_use_and_a_host_that_does_not_resolve_are_named(monkeypatch: p
         body = (
             "from qwen3_npu import cli\nfrom qwen3_npu.platform import select_platform\n"
             "from qwen3_npu.args.parallel import RuntimeArgs\nfrom qwen3_npu.distributed.launch import process_group\n"
-            "def main():\n    with process_group(select_platform('cpu'), RuntimeArgs(distributed_timeout_minutes=0.1)): pass\n"
+            "def main():\n"
+            "    with process_group(select_platform('cpu'), RuntimeArgs(distributed_timeout_minutes=0.1)): pass\n"
             "cli.run('p', main)"
         )
         done = subprocess.run(
