@@ -105,7 +105,7 @@ class Seal(NamedTuple):
     """Size and digest of a finished file."""
 
     bytes: int
-    file_digest: str
+    digest: str
 
 
 class SealedFile:
