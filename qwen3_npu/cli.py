@@ -105,9 +105,18 @@ def _unwrap(hint: Any) -> Any:
     return hint
 
 
+def _path(text: str) -> str:
+    """An empty one (`--load "$UNSET"`) would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path was given; name one, or drop the flag")
+    return text
+
+
 def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
     """`kind` as an argparse type that also refuses values under the field's minimum, and no numbers."""
     minimum = f.metadata["minimum"]
+    if f.metadata["metavar"] in ("DIR", "FILE"):
+        return _path
     if minimum is None and kind is not float:
         return kind
 
