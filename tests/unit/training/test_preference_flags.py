@@ -27,17 +27,6 @@ def write(prefix: Path, *, counts: tuple[int, int, int, int]) -> str:
     return str(prefix)
 
 
-@pytest.mark.parametrize("value", [0.0, -0.1])
-def test_beta_must_be_above_zero(value: float) -> None:
-    with pytest.raises(UsageError, match=r"--dpo-beta .* must be above 0"):
-        PreferenceArgs(dpo_beta=value)
-
-
-def test_more_than_half_of_the_preferences_cannot_be_wrong() -> None:
-    with pytest.raises(UsageError, match=r"--dpo-label-smoothing 0\.5 must be below"):
-        PreferenceArgs(dpo_label_smoothing=0.5)
-
-
 def test_as_many_rejected_as_chosen_answers_are_needed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 chosen answers and 3 rejected ones"):
         PairFiles(write(tmp_path / "p", counts=(2, 2, 3, 3)))
