@@ -1,7 +1,8 @@
 """What is known of each device: one table, each published constant with its source. The one model of the machine.
 
-Efficiencies and overheads are general guesses, the same for all devices of a kind. `learn.py` replaces them by what
-your own runs show.
+Efficiencies and overheads of Hopper GPUs are fitted to published runs (`benchmarks/fit_devices.py`: 13 runs, each left
+out of its fit, median error 11 %). Those of other devices are general guesses. `learn.py` replaces them by what your
+own runs show.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Device:
         streaming: share of `memory_bandwidth` that element-wise operations reach.
         transfer: share of `link` and `network` that collectives reach.
         launch: seconds of host time per operation.
+        stall: seconds that a MoE layer loses in each pass while the host waits for the sizes of the exchange.
         reserve: bytes that the runtime takes (context, collectives' buffers).
         kernels: those of this project that run here, as `activations.layer_bytes` names them.
         error: relative uncertainty of a predicted step time, a guess until `--learn`.
@@ -54,6 +56,7 @@ class Device:
     streaming: float = 0.75
     transfer: float = 0.75
     launch: float = 8e-6
+    stall: float = 0.0
     reserve: float = 1.5 * GIB
     kernels: str = "torch"
     error: float = 0.25
@@ -81,6 +84,28 @@ _A2 += "200 Gb/s RoCE each (Ascend 910B1/B2, Atlas 800T A2)"
 _B4 = "280 TFLOP/s, 32 GB at 0.8 TB/s (Ascend 910B4, Atlas 800I A2)"
 _A3 = "one of two dies: 376 TFLOP/s, 64 GB at 1.6 TB/s, 196 GB/s, 200 Gb/s RDMA (Ascend 910C, arXiv:2506.12708)"
 
+
+def _hopper(name: str, memory: float, bandwidth: float, *, link: float, sources: str) -> Device:
+    """Published figures, and constants that benchmarks/fit_devices.py printed."""
+    return Device(
+        name=name,
+        memory=memory,
+        flops=989e12,
+        memory_bandwidth=bandwidth,
+        node=8,
+        link=link,
+        network=50e9,
+        product=0.743,
+        product_half=15.6e9,
+        attention=0.491,
+        streaming=0.896,
+        transfer=0.95,
+        stall=1.74e-3,
+        error=0.2,
+        sources=sources,
+    )
+
+
 DEVICES = {
     device.name: device
     for device in (
@@ -97,36 +122,9 @@ DEVICES = {
             network=25e9,
             sources="NVIDIA A100 data sheet; HDR InfiniBand",
         ),
-        Device(
-            name="H100-80G",
-            memory=80e9,
-            flops=989e12,
-            memory_bandwidth=3.35e12,
-            node=8,
-            link=450e9,
-            network=50e9,
-            sources="NVIDIA H100 SXM data sheet; NDR InfiniBand",
-        ),
-        Device(
-            name="H800-80G",
-            memory=80e9,
-            flops=989e12,
-            memory_bandwidth=3.35e12,
-            node=8,
-            link=200e9,
-            network=50e9,
-            sources="NVIDIA H800: as H100 with 400 GB/s NVLink",
-        ),
-        Device(
-            name="H200-141G",
-            memory=141e9,
-            flops=989e12,
-            memory_bandwidth=4.8e12,
-            node=8,
-            link=450e9,
-            network=50e9,
-            sources="NVIDIA H200 data sheet; NDR InfiniBand",
-        ),
+        _hopper("H100-80G", 80e9, 3.35e12, link=450e9, sources="NVIDIA H100 SXM data sheet; NDR InfiniBand"),
+        _hopper("H800-80G", 80e9, 3.35e12, link=200e9, sources="NVIDIA H800: as H100 with 400 GB/s NVLink"),
+        _hopper("H200-141G", 141e9, 4.8e12, link=450e9, sources="NVIDIA H200 data sheet; NDR InfiniBand"),
     )
 }
 _LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node", "kernels", "sources"}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fit_devices import NOT_FITTED, PUBLISHED, error
 from qwen3_npu.args.tools.plan import PlanArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sizes import SIZES
@@ -190,6 +191,15 @@ def test_a_recomputed_layer_keeps_its_input_only() -> None:
     kept = [stage_memory(shape, one_rank(shape, recompute=n), 0).layers for n in (0, 1, 4)]
     one, token_bytes = layer_bytes(shape, one_rank(shape), False), 2 * 4096 * 4096
     assert kept == pytest.approx([4 * one, 3 * one + token_bytes, 4 * token_bytes])
+
+
+def test_step_times_are_those_that_others_published() -> None:
+    """Median error over 13 runs of Hopper GPUs; `fit_devices.py` gives the sources, and errors of unseen runs."""
+    rows = [row for row in PUBLISHED if not any(part in row.name for part in NOT_FITTED)]
+    errors = sorted(abs(error(row, {})) for row in rows)
+    assert len(errors) == 13
+    assert errors[6] <= 0.15
+    assert errors[-1] <= 0.25
 
 
 def test_every_layout_found_is_legal_for_the_parser_and_ranked() -> None:
