@@ -60,14 +60,14 @@ class ConversationHandler(abc.ABC):
         self.columns: Sequence[str] = columns.all()
 
     @abc.abstractmethod
-    def pieces(self, conversation: Any) -> Iterable[list[str]]:
+    def pieces(self, conversation: object) -> Iterable[list[str]]:
         """A conversation (or pair) as pieces, each of strings to encode one by one. Raises: ValueError: it has none."""
 
     @abc.abstractmethod
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
         """The documents of each output; the layout is (strings of each piece, pieces and `tag` of each sample)."""
 
-    def tag(self, conversation: Any) -> int:
+    def tag(self, conversation: object) -> int:
         """What `documents` must know of a sample beside its tokens."""
         return 0
 
