@@ -10,6 +10,7 @@ from qwen3_npu.distributed import environment
 from qwen3_npu.training.prepare import length
 from qwen3_npu.training.prepare.plan import plan_training
 from qwen3_npu.training.prepare.start import check_start
+from qwen3_npu.training.prepare.taught import start_line
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
 
     if args.runtime.dry_run and (raw := raw_words(args)):
         parsed.notes.append(f"raw data: {' '.join(raw)} would be preprocessed")
+        parsed.notes.extend(start_line(args, None))
         args = length.settled(args, plan.global_batch, None)
     else:
         asked = prepared(args)
@@ -36,6 +38,7 @@ def main() -> None:
             evaluates=asked.report.eval_iters > 0,
         )
         args = length.settled(asked, plan.global_batch, facts.samples)
+        parsed.notes.extend(start_line(asked, facts))
         parsed.notes.extend(length.describe(asked, args.train.steps, plan.global_batch, facts))
     for line in plan.describe(args) + parsed.notes:
         log.info(line)

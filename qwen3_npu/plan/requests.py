@@ -56,7 +56,7 @@ def _stage(shape: Shape, setup: Setup, device: Device, stage: int, *, length: in
         request += shape.vocab_size / setup.tensor * _LOGIT_BYTES
     working = transient_bytes(shape, setup) + 4 * setup.tokens * shape.hidden_size * setup.weight_bytes
     room = device.memory * USABLE - device.reserve - weights - working
-    return RequestMemory(setup, length, weights, working, request, fit=max(0, math.floor(room / request)))
+    return RequestMemory(setup, length, weights, working, request=request, fit=max(0, math.floor(room / request)))
 
 
 def setup_of_inference(layout: Layout, *, bf16: bool = True, copies: int = 1) -> Setup:

@@ -15,6 +15,7 @@ import numpy as np
 
 from qwen3_npu import log
 from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
+from qwen3_npu.checkpoint.convert.card import write_card
 from qwen3_npu.checkpoint.convert.jobs import run_jobs
 from qwen3_npu.checkpoint.convert.library import LibrarySources
 from qwen3_npu.checkpoint.convert.output import found_output, planned_output
@@ -138,6 +139,14 @@ def _fill(
     }
     files = {str(place / name): {"bytes": r.bytes, "sha256": r.sha256} for name, r in records.items()}
     write_conversion(output.root, facts, files)
+    if not isinstance(output, MegatronOutput):
+        write_card(
+            output.root,
+            f"{plan.contents.arch}: {plan.contents}",
+            plan.facts,
+            plan.trained,
+            scores=plan.home / "results.json",
+        )
     output.commit()
     log.info(f"written: {output.root}")
 

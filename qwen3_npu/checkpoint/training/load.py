@@ -84,7 +84,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     if args.load is None:
         if lora:
             raise UsageError("--lora-r trains an adapter of a given model; give it with --load")
-        log.info("weights: random (no --load)")
+        log.info(f"weights: random ({'--from-scratch' if args.from_scratch else 'no --load'})")
         return None
     opened = _open(args.load, args.ckpt_step, "--load", trained)
     if opened is None:

@@ -63,7 +63,7 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
         log.info(f"--handler-name {TEXT_HANDLER} (the default): records are text")
         args = args._replace(records=dataclasses.replace(args.records, handler_name=TEXT_HANDLER))
     make = maker(str(args.records.handler_name))
-    inputs = open_inputs(args.input.input, args.input.hf_datasets_params)
+    inputs = open_inputs(args.input.input, args.records.hf_datasets_params)
     chosen = args.tokenizer
     if chosen.tokenizer_name_or_path is None:
         raise UsageError("--tokenizer-name-or-path is needed: the folder of a downloaded Qwen3 model")

@@ -121,3 +121,39 @@ def test_another_tokenizer_is_noticed_before_loading(
     (other / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match="has tokens up to 800, but the model has only 800; give the model's own"):
         planned(trained["qwen3"], model, "--tokenizer-name-or-path", str(other))
+
+
+def test_the_start_and_the_model_card_say_what_was_taught(
+    trained: dict[str, Path], model: Path, tmp_path: Path
+) -> None:
+    from qwen3_npu.args import convert as flags
+    from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+    from qwen3_npu.checkpoint.convert.run import convert
+    from qwen3_npu.data.train.data_path import DataFacts
+    from qwen3_npu.training.prepare.taught import start_line
+
+    data = trained["qwen3"].parent / "qwen3"
+    words = ["--stage", "sft", "--lr", "1", "--train-iters", "1", "--data-path", str(data), "--seq-length", "64"]
+    (line,) = start_line(PretrainArgs(*cli.parse("", "", GROUPS, argv=words).groups), DataFacts(9, cut=2))
+    assert line == (
+        "sft: template qwen3, loss normalization token mean; MindSpeed-LLM's is micro-batch mean: "
+        "--loss-normalization micro-batch; 2 of 9 samples cut to --seq-length 64"
+    )
+    groups = (flags.ConvertArgs, flags.TargetArgs, flags.LoraConvertArgs, flags.LegacyConvertArgs)
+    words = ["--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", str(trained["qwen3"])]
+    score = {"count": 4, "mean": 0.5, "stderr": None}
+    (trained["qwen3"] / "results.json").write_text(
+        json.dumps({"results": {"mmlu": {"metrics": {"acc": {"total": score}}}}})
+    )
+    parsed = cli.parse("", "", groups, argv=[*words, "--save-dir", str(tmp_path), "--jobs", "1"])
+    convert(*parsed.groups)
+    card = (tmp_path / "README.md").read_text()
+    assert "| stage | 'sft' |\n| steps | 1 |" in card
+    assert "| prompts are written as | 'qwen3' |" in card
+    assert "| data | qwen3 (SHA-256 '" in card
+    assert "| mmlu | acc | 4 | 50.00 % |" in card
+    assert str(tmp_path.parent) not in card, "paths are nobody's business"
+    assert card.splitlines()[:2] == ["---", "library_name: transformers"]
+    (tmp_path / "README.md").write_text("mine")
+    convert(*cli.parse("", "", groups, argv=[*words, "--save-dir", str(tmp_path), "--jobs", "1", "--overwrite"]).groups)
+    assert (tmp_path / "README.md").read_text() == "mine"

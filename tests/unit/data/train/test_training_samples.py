@@ -316,6 +316,32 @@ def test_raw_conversations_and_failures(tmp_path: Path, recipe: Callable) -> Non
     assert prepare_data_path(["no/such/prefix"], chat, tmp_path / "cache") == ["no/such/prefix"]
 
 
+def test_a_data_set_of_the_hub_is_prepared_like_a_file(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    from qwen3_npu.data.preprocess.cache import is_raw, prepare_data_path
+
+    asked = []
+
+    def load(name: str, **arguments: object) -> datasets.IterableDataset:
+        asked.append((name, arguments))
+        return datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parameters.json").write_text('{"split": "test"}')
+    flags = ("--handler-name", "GeneralPretrainHandler", "--hf-datasets-params", "parameters.json")
+    (made,) = prepare_data_path(["owner/texts"], recipe(*flags), tmp_path / "cache")
+    assert len(open_indexed(made)) == 2
+    assert prepare_data_path(["owner/texts"], recipe(*flags), tmp_path / "cache") == [made]
+    assert asked == [("owner/texts", {"split": "test", "streaming": True})], "once"
+    assert not is_raw("owner/texts"), "nobody has said what its records are"
+    (tmp_path / "owner").mkdir()
+    assert not is_raw("owner/texts", takes_names=True), "a mistyped file"
+
+
 def test_whoever_is_faster(tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen3_npu.data.preprocess import cache as prepare
 
