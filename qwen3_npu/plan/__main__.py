@@ -13,9 +13,8 @@ from qwen3_npu import cli
 from qwen3_npu.args.tools.plan import PlanArgs
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.sizes import SIZES
-from qwen3_npu.plan.device import Device
+from qwen3_npu.plan.device import Device, learn
 from qwen3_npu.plan.launch import device_for
-from qwen3_npu.plan.learn import learn
 from qwen3_npu.plan.report import as_json, command, describe, plot, table
 from qwen3_npu.plan.requests import find_layouts, request_table
 from qwen3_npu.plan.search import search
