@@ -15,7 +15,7 @@ from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.device import Device, learn
 from qwen3_npu.plan.launch import device_for
-from qwen3_npu.plan.report import as_json, command, describe, plot, table
+from qwen3_npu.plan.report import as_json, command, describe_plan, plot, table
 from qwen3_npu.plan.requests import find_layouts, request_table
 from qwen3_npu.plan.search import search
 from qwen3_npu.plan.shape import Shape, read_shape, shape_of
@@ -41,7 +41,7 @@ def main() -> None:
         batch = f"{args.global_batch_size} samples of {args.seq_length} tokens"
         print(f"{len(found)} layouts of {args.devices} x {device.name} fit; {batch} a step")
         print("\n".join(table(found, args.top)))
-        print("\n".join(["", "the first:", *describe(found[0].verdict)]))
+        print("\n".join(["", "the first:", *describe_plan(found[0].verdict)]))
         print(f"\n{command(found[0].args, args.devices, device.node)}")
     if args.plot is not None:
         plot(found[0].verdict, Path(args.plot))

@@ -108,7 +108,7 @@ def _hopper(name: str, memory: float, bandwidth: float, *, link: float, sources:
     )
 
 
-DEVICES = {
+DEVICE_SPECS = {
     device.name: device
     for device in (
         _ascend("910B-64G", 64, 354e12, 1.6e12, node=8, sources=_A2),
@@ -141,9 +141,11 @@ def find_device(name: str, learnt: str | None = None) -> Device:
     Raises:
         UsageError: unknown name (the known ones are listed), or a file that is no such table.
     """
-    by_name = {known.lower(): device for known, device in DEVICES.items()}
+    by_name = {known.lower(): device for known, device in DEVICE_SPECS.items()}
     if name.lower() not in by_name:
-        raise UsageError(f"--device {name} is not known{did_you_mean(name, DEVICES)}; known: {', '.join(DEVICES)}")
+        raise UsageError(
+            f"--device {name} is not known{did_you_mean(name, DEVICE_SPECS)}; known: {', '.join(DEVICE_SPECS)}"
+        )
     device = by_name[name.lower()]
     if learnt is None:
         return device

@@ -14,7 +14,7 @@ from qwen3_npu.args.parallel import ParallelArgs, make_layout
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.cache import KVCache
 from qwen3_npu.model.sizes import SIZES
-from qwen3_npu.plan.device import DEVICES, GIB
+from qwen3_npu.plan.device import DEVICE_SPECS, GIB
 from qwen3_npu.plan.requests import find_layouts, request_memory, setup_of_inference
 from qwen3_npu.plan.shape import shape_of
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def memory(name: str, length: int, **parallel: int) -> tuple[float, float, int]:
     arch = SIZES[name]
     setup = setup_of_inference(make_layout(arch, ParallelArgs(**parallel)))
-    found = request_memory(shape_of(arch), setup, DEVICES["910B-64G"], length)
+    found = request_memory(shape_of(arch), setup, DEVICE_SPECS["910B-64G"], length)
     return found.weights, found.request, found.fit
 
 
@@ -56,7 +56,7 @@ def test_heads_that_several_devices_hold_are_not_halved_again() -> None:
 def test_nothing_that_fits_says_what_is_needed() -> None:
     arch = SIZES["qwen3-235b-a22b"]
     with pytest.raises(UsageError, match=r"GiB are needed on each.*give more devices"):
-        find_layouts(shape_of(arch), arch, DEVICES["910B-64G"], devices=4, length=4096)
+        find_layouts(shape_of(arch), arch, DEVICE_SPECS["910B-64G"], devices=4, length=4096)
 
 
 def test_the_command_prints_layouts_as_a_table_and_as_json() -> None:
