@@ -17,6 +17,9 @@ _OPEN = "default: generation_config.json's, else"
 GENERATION_TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
 
 
+PREFILL_TOKENS = 4096  # new prompts' tokens of one pass, unless a single prompt has more
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightArgs:
     """weights"""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qwen3_npu.args.inference import PREFILL_TOKENS
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.diagnose import check_finite_scores
 from qwen3_npu.inference.runner import Runner
@@ -19,7 +20,6 @@ from qwen3_npu.model.cache import Kept, KVCache
 
 # A prompt waits for another one's beginning if at least so many tokens are shared; copying costs next to nothing.
 _WORTH_SHARING = 16
-_PREFILL_TOKENS = 4096  # new prompts' tokens of one pass, unless a single prompt has more
 
 
 @dataclasses.dataclass
@@ -118,7 +118,7 @@ class Engine:
         tokens = 0
         for request in list(waiting):
             slot = busy + len(entered)
-            if slot == self.slots or (entered and tokens + request.prompt > _PREFILL_TOKENS):
+            if slot == self.slots or (entered and tokens + request.prompt > PREFILL_TOKENS):
                 break
             source, known = self._known(request)
             if self.prefix_cache and any(

@@ -149,7 +149,7 @@ def test_earlier_answers_of_a_conversation(model: Path) -> None:
         (["--prompt", "x", "--task", "search"], "invalid choice: 'search'"),
         (["--prompt", "x", "--hf-chat-template", "--prompt-type", "qwen3"], "name two templates"),
         (["--prompt", "x", "--task", "do_sample", "--temperature", "0"], "needs --temperature above 0"),
-        (["--prompt", "x", "--top-p", "0"], "--top-p 0.0"),
+        (["--prompt", "x", "--top-p", "0"], "--top-p: 0 is too small"),
         (["--prompt", "x", "--system", "be brief"], "needs a template"),
         (["--predict-data", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--predict-data", "{bad}"], "line 2: not JSON"),

@@ -301,7 +301,7 @@ def test_any_decoder_can_be_described(tmp_path: Path) -> None:
 
 
 def test_what_a_cluster_taught_changes_the_plan(tmp_path: Path) -> None:
-    from qwen3_npu.plan.learn import learn
+    from qwen3_npu.plan.device import learn
 
     line = {"planned_step_seconds": 2.0, "measured_step_seconds": 4.0, "planned_bytes": 10 * GIB}
     line |= {"measured_bytes": 11 * GIB, "device": "910B-64G"}

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 import tiny
-from qwen3_npu.plan.device import DEVICE_SPECS, GIB
-from qwen3_npu.plan.learn import learn
+from qwen3_npu.plan.device import DEVICE_SPECS, GIB, learn
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import shape_of
 from qwen3_npu.plan.verdict import PlanVerdict
