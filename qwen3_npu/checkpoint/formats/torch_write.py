@@ -26,7 +26,7 @@ from qwen3_npu.files import Seal
 
 def jobs(target: Target, rank: Rank, state: RankState | None = None) -> list[FileJob]:
     """The files of one rank; with `state`, of a training's."""
-    found: list[FileJob] = [WeightFile(target, rank, state)]
+    found: list[FileJob] = [RankWeightFile(target, rank, state)]
     if state is not None and state.held.keys() & STATES:
         found.append(StateFile(target, rank, state))
     return found
@@ -59,7 +59,7 @@ class _RankFile:
         return [(s, held[s.chunk, s.name]) for s in shards if (s.chunk, s.name) in held]
 
 
-class WeightFile(_RankFile):
+class RankWeightFile(_RankFile):
     """One rank's `model_optim_rng.pt`."""
 
     file = WEIGHTS

@@ -12,7 +12,7 @@ from qwen3_npu.data.text.encoder import Encoder, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class BlockSummary:
     """What is told of the records of a block.
 
     Attributes:
@@ -39,7 +39,7 @@ class Prepared:
 
     texts: Sequence[str]
     layout: Any
-    summary: Summary
+    summary: BlockSummary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Produced:
     """
 
     outputs: Mapping[str, Tokens]
-    summary: Summary
+    summary: BlockSummary
 
     @property
     def tokens(self) -> int:

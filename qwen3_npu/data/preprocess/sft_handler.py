@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3_npu.data.preprocess.handler import Prepared, Summary
+from qwen3_npu.data.preprocess.handler import BlockSummary, Prepared
 from qwen3_npu.data.preprocess.record_formats import Columns
 from qwen3_npu.data.read.blocks import BadRecord, RecordBlock, parse_block
 from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Judged, PreferencePair
@@ -101,7 +101,7 @@ class ConversationHandler(abc.ABC):
                 tags.append(self.tag(conversation))
         layout = np.array(strings, np.int64), np.array(pieces, np.int64), np.array(tags, np.int32)
         bad.sort(key=lambda b: b.number)
-        return Prepared(texts, layout, Summary(len(block.numbers), counts, bad, warnings))
+        return Prepared(texts, layout, BlockSummary(len(block.numbers), counts, bad, warnings))
 
 
 class InstructionHandler(ConversationHandler):
