@@ -43,7 +43,7 @@ def main() -> None:
         return
     from qwen3_npu.platform import select
 
-    platform = select(args.runtime.device)
+    platform = select(args.runtime.device, args.spikes.npu_asd)
     platform.activate()
     from qwen3_npu.distributed.failure import recorded
     from qwen3_npu.training.loop import run
