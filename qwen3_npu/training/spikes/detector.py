@@ -25,7 +25,7 @@ class Seen(NamedTuple):
     grad_norm: float
 
 
-class Limits(NamedTuple):
+class SpikeLimits(NamedTuple):
     """What is above is a spike."""
 
     loss: float
@@ -91,15 +91,15 @@ class Detector:
             if number <= step:
                 self.add(int(number), loss, grad_norm)
 
-    def limits(self) -> Limits:
+    def limits(self) -> SpikeLimits:
         """For the next step."""
         usual = abs(self.losses.last[-1]) if self.losses.last else 0.0
         norm = self.norms.highest(self.sigma, _NORM)
         loss = self.losses.highest(self.sigma, _LOSS * usual)
-        return Limits(min(loss, self.ceiling), math.exp(norm) if norm < 80 else math.inf)
+        return SpikeLimits(min(loss, self.ceiling), math.exp(norm) if norm < 80 else math.inf)
 
 
-def reason(loss: float, grad_norm: float, limits: Limits) -> str | None:
+def reason(loss: float, grad_norm: float, limits: SpikeLimits) -> str | None:
     """Why a step is a spike, or None."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return f"loss {loss:g}, grad norm {grad_norm:g}"

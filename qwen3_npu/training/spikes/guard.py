@@ -18,7 +18,7 @@ from qwen3_npu.data.train import quarantine
 from qwen3_npu.data.train.quarantine import LEFT_OUT, NOTED, Ordered, Quarantined
 from qwen3_npu.errors import Stopped
 from qwen3_npu.files import write_text
-from qwen3_npu.training.spikes.detector import Detector, Limits, reason
+from qwen3_npu.training.spikes.detector import Detector, SpikeLimits, reason
 
 HISTORY = "spike_history.json"
 Decode = Callable[[Sequence[int]], str]
@@ -48,7 +48,7 @@ class SpikeGuard:
         return self.args.spike_guard == "rollback"
 
     @property
-    def limits(self) -> Limits | None:
+    def limits(self) -> SpikeLimits | None:
         """What the ranks compare the next step with, before its update; None: they do not."""
         return self.detector.limits() if self.is_on else None
 
@@ -108,7 +108,7 @@ class SpikeGuard:
         if self.folder is not None and self.is_on and dist.get_rank() == 0:
             write_text(self.folder / HISTORY, json.dumps([list(one) for one in self.detector.seen]))
 
-    def note(self, train: Ordered, before: Position, count: int, why: str, decode: Decode | None) -> None:
+    def note(self, train: Ordered, before: Position, count: int, *, why: str, decode: Decode | None) -> None:
         """Write the samples of a step whose update was left out; with rollback they are left out from now on.
 
         Args:
