@@ -17,6 +17,7 @@ from qwen3_npu.data.train import pretrain_dataset
 from qwen3_npu.data.train.batches import AnswerTokens, MicroBatch, moved, sample_numbers
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.data.train.preference_dataset import labelled_rows, open_answers, pair_rows
+from qwen3_npu.data.train.quarantine import Ordered
 from qwen3_npu.data.train.rows import (
     Padding,
     Rows,
@@ -47,9 +48,11 @@ from qwen3_npu.training.prepare.plan import TrainingPlan
 
 
 class SampleSource(Protocol[SampleOut]):
-    """Samples by number."""
+    """Samples by number, and where each comes from."""
 
     def __getitem__(self, number: int, /) -> SampleOut: ...
+
+    def locate(self, number: int) -> tuple: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Feed(Generic[Sample]):
 
     args: PretrainArgs
     plan: TrainingPlan
-    train: SampleSource[Sample]
+    train: Ordered
     valid: SampleSource[Sample] | None
     make_rows: Callable[[Sequence[Sample]], Rows]
     rows: int
@@ -85,6 +88,10 @@ class Feed(Generic[Sample]):
             data_parallel=self.plan.data_parallel,
             data_rank=parallel_state.get_data_parallel_rank(),
         )
+
+    def forget(self) -> None:
+        """Drop what was made ahead: the training goes on elsewhere."""
+        self._ahead.clear()
 
     def batches(
         self, dataset: SampleSource[Sample], consumed: int, device: torch.device, dtype: torch.dtype
@@ -151,8 +158,12 @@ class Feed(Generic[Sample]):
         )
 
 
-def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
-    """The samples that --data-path names. Every rank must call this."""
+def open_feed(args: PretrainArgs, plan: TrainingPlan, spare: int = 0) -> Feed:
+    """The samples that --data-path names. Every rank must call this.
+
+    Args:
+        spare: samples of the training that may be left out.
+    """
     prefixes, _ = blend(args.data.data_path)
     digest = None
     if environment.ranks()[2] == 0:  # nodes may have copies of their own
@@ -160,7 +171,7 @@ def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     check_same(digest, f"--data-path {' '.join(args.data.data_path)}")
     if args.data.is_preference:
         return _answers(args, plan)
-    return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan)
+    return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan, spare)
 
 
 def _fingerprint(args: PretrainArgs, prefix: str) -> str:
@@ -169,20 +180,21 @@ def _fingerprint(args: PretrainArgs, prefix: str) -> str:
     return (InstructionFiles(prefix) if args.data.is_instruction else open_indexed(prefix)).fingerprint()
 
 
-def _samples(args: PretrainArgs, plan: TrainingPlan) -> tuple[int, int, int]:
+def _samples(args: PretrainArgs, plan: TrainingPlan, spare: int) -> tuple[int, int, int]:
     """How many samples of each split are asked for."""
     evaluations = args.train.steps // args.report.eval_interval + 1
-    return args.train.steps * plan.global_batch, evaluations * args.report.eval_iters * plan.global_batch, 0
+    return args.train.steps * plan.global_batch + spare, evaluations * args.report.eval_iters * plan.global_batch, 0
 
 
-def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
+def _pretraining(args: PretrainArgs, plan: TrainingPlan, spare: int) -> Feed:
     data, seq, micro = args.data, args.train.seq_length, args.train.micro_batch_size
-    splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan))
+    samples = _samples(args, plan, spare)
+    splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=samples)
     if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
         return Feed(
             args,
             plan,
-            splits.train,
+            Ordered(splits.train),
             splits.valid,
             make_rows=pretrain_dataset.plain_rows,
             rows=micro,
@@ -210,7 +222,7 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     return Feed(
         args,
         plan,
-        splits.train,
+        Ordered(splits.train),
         splits.valid,
         make_rows=rows,
         rows=1 if flat else micro,
@@ -273,7 +285,7 @@ def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     return Feed(
         args,
         plan,
-        train,
+        Ordered(train),
         valid,
         make_rows=rows,
         rows=1 if packed else 2 * micro,
@@ -300,7 +312,7 @@ def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     return Feed(
         args,
         plan,
-        train,
+        Ordered(train),
         valid,
         make_rows=rows,
         rows=1 if packs else micro,
