@@ -3,9 +3,9 @@
 
     python benchmarks/run_all.py [--only convert save ...] [--quick] [--tokenizer DIR --words FILE] [--table]
 
-A result says when it was made, of which commit, on which machine and under which load. Every ratio compares two programs
-that ran in turns on the same machine; times alone are not compared from one result to the next. --table writes the table
-of docs/benchmarks.md from the results and runs nothing.
+A result says when it was made, of which commit, on which machine and under which load. Every ratio compares two
+programs that ran in turns on the same machine; times alone are not compared from one result to the next. --table
+writes the table of docs/benchmarks.md from the results and runs nothing.
 """
 
 from __future__ import annotations

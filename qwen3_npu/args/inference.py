@@ -33,7 +33,7 @@ class WeightArgs:
     allow_nonfinite_weights: bool = flag(False, help="run weights with NaN or infinite values, too")
     bf16: bool = flag(False, help="weights and activations in bfloat16; default: float32")
     use_kv_cache: bool = flag(True, help="keep keys and values between tokens")
-    prefix_cache: bool = flag(True, help="compute what prompts begin with in common only once")
+    prefix_cache: bool = flag(True, help="compute the beginning that prompts share only once")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,9 @@ class GenerateArgs:
     predict_data: str | None = flag(
         None, metavar="TEXT|FILE", help="a prompt, or a file of them: one a line, or .jsonl with prompt or messages"
     )
-    predict_batch_size: int = flag(8, minimum=1, unit="sequences", help="worked on at the same time by each model")
+    predict_batch_size: int = flag(
+        8, minimum=1, unit="sequences", help="prompts that each copy of the model processes at the same time"
+    )
     max_new_tokens: int = flag(128, minimum=1, unit="tokens", help="longest answer")
     temperature: float | None = flag(None, minimum=0, help=f"logits are divided by it when sampling; {_OPEN} 0.7")
     top_k: int | None = flag(None, minimum=0, unit="tokens", help=f"sample among the likeliest; 0: all; {_OPEN} 50")
@@ -117,7 +119,7 @@ class GenerateArgs:
     history_turns: int = flag(3, minimum=0, unit="turns", help="questions and answers that a chat remembers")
     hide_thinking: bool = flag(False, help="do not show the model's thoughts in a chat; default: dimmed")
     output_dir: str = flag(".", metavar="DIR", help="folder of text_generation_result.jsonl and .txt")
-    resume: bool = flag(True, help="go on where a run that was killed had stopped")
+    resume: bool = flag(True, help="continue a run that was interrupted")
 
     def __post_init__(self) -> None:
         sampled = [task for task in self.task if task in ("do_sample", "beam_search_with_sampling")]

@@ -1,4 +1,4 @@
-"""Is a checkpoint whole? Size and digest of each of its files: made while they are written, checked before loading.
+"""Whether a checkpoint is complete: size and digest of each file, computed while it is written, checked before loading.
 
 <folder>/integrity.json          {"hash": "xxh3_128", "by": "training", "files": {"common.pt": {"bytes": ..}}}
         /integrity.00003.json    what rank 3 wrote, until rank 0 has put all of them together
@@ -30,7 +30,7 @@ Count = Callable[[int], None]
 
 
 def _uncounted(done: int) -> None:
-    """Nobody wants to know."""
+    """Counts nothing."""
 
 
 def write_integrity(folder: Path, by: str, seals: Mapping[str, Seal]) -> None:

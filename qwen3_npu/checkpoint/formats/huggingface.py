@@ -179,7 +179,7 @@ def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES
     for name in copied:
         (target / name).parent.mkdir(exist_ok=True)
         if (source / name).resolve() != (target / name).resolve():
-            # Whole at any moment: the folder may be in use.
+            # Complete at any moment: the folder may be in use.
             with open(source / name, "rb") as old, replacing(target / name, binary=True) as new:
                 shutil.copyfileobj(old, new)
     return copied

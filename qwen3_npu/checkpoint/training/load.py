@@ -173,7 +173,7 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
     if args.load_optim and not state.has_optimizer and _is_foreign(state):
         raise UsageError(
             f"{state.folder} holds the optimizer state of Megatron or MindSpeed-LLM (distrib_optim.pt): only weights "
-            f"can be taken over; give --finetune"
+            f"can be loaded; give --finetune"
         )
     saved, model = vars(state.common["args"]), trained.contents.arch
     now = {**facts, **model_facts(model)}

@@ -6,7 +6,7 @@
     <root>/latest_checkpointed_iteration.txt       written last
 
 `snapshot` takes what is saved of this rank, `write_rank` makes the rank's files in `iter_*.partial`, and on rank 0
-`commit` completes them and makes them visible, once every rank has written. A folder named `iter_*` is whole.
+`commit` completes them and makes them visible, once every rank has written. A folder named `iter_*` is complete.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Tensors = Mapping[tuple[int, str], torch.Tensor]  # (virtual chunk, name) -> ten
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a training is.
+    """The position of a training.
 
     Attributes:
         iteration: optimizer steps done.

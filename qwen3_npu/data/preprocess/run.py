@@ -141,7 +141,7 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: DatasetOutpu
 
 
 def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> dict[str, Any]:
-    """What a training must know of how its data were made, for their records (`TokenRecord.made`)."""
+    """How the data were made, for the record that a training reads (`TokenRecord.made`)."""
     made = {"tokenizer": tokenizer.identity}
     if args.instruction.prompt_type is not None:
         made["prompt_type"] = resolved(args.instruction.prompt_type, tokenizer)
