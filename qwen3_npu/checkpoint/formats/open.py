@@ -107,7 +107,7 @@ _REMEDY = f"delete its {manifest.INTEGRITY} if it was changed on purpose"
 
 
 def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None, peers: Peers) -> list[StoredModel]:
-    """All ranks go by what rank 0 sees."""
+    """Every rank uses what rank 0 has found."""
     seen: list[StoredModel] | str | None = None
     if peers.rank == 0:
         try:

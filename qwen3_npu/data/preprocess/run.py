@@ -45,7 +45,7 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
     """Do what the command line says; the exit status.
 
     Args:
-        loading: the tokenizer, if it is on its way already.
+        loading: the tokenizer, if it is being loaded already.
 
     Raises:
         UsageError: an input, the tokenizer or the output cannot be used, or records are broken.
@@ -112,7 +112,7 @@ def _write(
             _report(output)
     except (OSError, UsageError, KeyboardInterrupt) as error:
         if output.resumable():
-            log.info("what is finished is kept: --resume goes on from there")
+            log.info("finished parts are kept: --resume continues from there")
         else:
             output.remove()
         if isinstance(error, OSError):

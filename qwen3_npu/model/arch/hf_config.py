@@ -24,7 +24,8 @@ def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwe
     """The architecture that a Hugging Face `config.json` describes.
 
     Both spellings are read: the published one (`rope_theta`, `num_experts`) and what transformers 5 saves
-    (`rope_parameters`, `num_local_experts`). Where both are there and differ, transformers' choice counts, and is told.
+    (`rope_parameters`, `num_local_experts`). Where both are given and differ, transformers' choice is used, and the
+    log says so.
 
     Args:
         where: the file's name, for messages.
@@ -78,7 +79,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
 
 
 def _tell_contradictions(config: Mapping[str, Any], theta: float, said: Mapping[str, Any], where: str) -> None:
-    """Tell of facts that are said twice, and differently; transformers' choice is made already."""
+    """Log facts that are given twice with different values; transformers' choice has been made already."""
     outer = config.get("rope_theta")
     if outer is not None and "rope_theta" in said and number(outer, f"{where}: rope_theta") != theta:
         _tell(f"{where}: rope_theta {outer:g} and the inner one {theta:g} differ; {theta:g} counts, as in transformers")
