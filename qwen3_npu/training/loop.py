@@ -365,4 +365,4 @@ def _one_or_list(items: list) -> Any:
 def _lora(args: LoraArgs) -> Lora | None:
     """What the checkpoints say of LoRA adapters."""
     targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
-    return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None
+    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora) if args.on else None
