@@ -2,7 +2,7 @@
 """Train a Qwen3 model with Megatron-Core, under torchrun or as a single process."""
 
 from qwen3_npu import cli, log
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.args.rules.switches import check_switches
 from qwen3_npu.data.train.data_path import check_data
@@ -16,7 +16,7 @@ from qwen3_npu.training.prepare.taught import start_line
 def main() -> None:
     rank, world_size, _ = environment.ranks()
     log.setup(rank, world_size)
-    parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN)
+    parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN_TRAINING)
     args = PretrainArgs(*parsed.groups)
     parsed.notes.extend(check_switches(args, parsed.given))
     plan = plan_training(args, world_size)
@@ -39,14 +39,14 @@ def main() -> None:
         )
         args = length.settled(asked, plan.global_batch, facts.samples)
         parsed.notes.extend(start_line(asked, facts))
-        parsed.notes.extend(length.describe(asked, args.train.steps, plan.global_batch, facts))
+        parsed.notes.extend(length.describe_length(asked, args.train.steps, plan.global_batch, facts))
     for line in plan.describe(args) + parsed.notes:
         log.info(line)
     if args.runtime.dry_run:
         return
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    platform = select(args.runtime.device)
+    platform = select_platform(args.runtime.device)
     platform.activate()
     from qwen3_npu.distributed.failure import recorded
     from qwen3_npu.training.loop import run

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from qwen3_npu.model.sizes import SIZES
-from qwen3_npu.plan.device import DEVICES
+from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape, shape_of
 from qwen3_npu.plan.timing import step_time
@@ -247,7 +247,7 @@ _PRIOR = 0.01  # cost of a factor e away from the start: constants that no row d
 
 def planned_rate(row: Published, constants: Mapping[str, float]) -> float:
     """Tokens/s of one device."""
-    device = dataclasses.replace(DEVICES[row.device], **constants)  # type: ignore[arg-type]
+    device = dataclasses.replace(DEVICE_SPECS[row.device], **constants)  # type: ignore[arg-type]
     seconds = step_time(row.shape, row.setup, device, imbalance=row.imbalance).total
     return row.setup.global_batch * row.setup.seq_length / row.setup.devices / seconds
 

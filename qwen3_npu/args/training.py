@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.args.preference import STAGES as PREFERENCE_STAGES
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.rules.resume import REFUSED
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError

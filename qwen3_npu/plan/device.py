@@ -1,18 +1,20 @@
 """What is known of each device: one table, each published constant with its source. The one model of the machine.
 
 Efficiencies and overheads of Hopper GPUs are fitted to published runs (`benchmarks/fit_devices.py`: 13 runs, each left
-out of its fit, median error 11 %). Those of other devices are general guesses. `learn.py` replaces them by what your
+out of its fit, median error 11 %). Those of other devices are general guesses. `learn` replaces them by what your
 own runs show.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError, did_you_mean
+from qwen3_npu.files import write_text
 
 GIB = 2**30
 
@@ -106,7 +108,7 @@ def _hopper(name: str, memory: float, bandwidth: float, *, link: float, sources:
     )
 
 
-DEVICES = {
+DEVICE_SPECS = {
     device.name: device
     for device in (
         _ascend("910B-64G", 64, 354e12, 1.6e12, node=8, sources=_A2),
@@ -139,9 +141,11 @@ def find_device(name: str, learnt: str | None = None) -> Device:
     Raises:
         UsageError: unknown name (the known ones are listed), or a file that is no such table.
     """
-    by_name = {known.lower(): device for known, device in DEVICES.items()}
+    by_name = {known.lower(): device for known, device in DEVICE_SPECS.items()}
     if name.lower() not in by_name:
-        raise UsageError(f"--device {name} is not known{did_you_mean(name, DEVICES)}; known: {', '.join(DEVICES)}")
+        raise UsageError(
+            f"--device {name} is not known{did_you_mean(name, DEVICE_SPECS)}; known: {', '.join(DEVICE_SPECS)}"
+        )
     device = by_name[name.lower()]
     if learnt is None:
         return device
@@ -154,3 +158,41 @@ def read_learnt(path: Path) -> dict[str, float]:
     constants = schema.read_record(path).record("constants")
     constants.only(_LEARNT)
     return {name: constants.number(name, least=0, most=1e18) for name in constants.fields}
+
+
+def learn(folder: Path, output: Path) -> list[str]:
+    """Make this cluster's table of a training's own figures (`--learn RUN_DIR`); what was learnt, a line each.
+
+    A run's metrics.jsonl has a line `plan` (what was predicted for which device) and the measured steps. Products and
+    attention take the blame for computing in proportion; memory beyond the plan becomes the reserve.
+
+    Raises:
+        UsageError: no such run, or it was not planned.
+    """
+    path = folder / "metrics.jsonl"
+    lines = schema.read_small(path).splitlines()
+    plans = [row for row in (_row(line, path) for line in lines) if "planned_step_seconds" in row.fields]
+    if not plans:
+        raise UsageError(f"--learn {folder}: {path} has no planned step; the training must have logged three steps")
+    last = plans[-1]
+    device = find_device(last.text("device"))
+    planned, measured = (last.number(f"{kind}_step_seconds", least=1e-9) for kind in ("planned", "measured"))
+    ratio = measured / planned
+    extra = last.number("measured_bytes", least=0) - last.number("planned_bytes", least=0)
+    constants = {
+        "product": min(0.98, device.product / ratio),
+        "attention": min(0.98, device.attention / ratio),
+        "streaming": min(0.98, device.streaming / ratio),
+        "reserve": max(1.0, device.reserve + extra),
+        "error": 0.1,
+    }
+    record = {"device": device.name, "learnt_from": last.text("layout", ""), "constants": constants}
+    write_text(output, json.dumps(record, indent=2) + "\n")
+    return [
+        f"step: planned {planned:.2f} s, measured {measured:.2f} s",
+        f"written: {output}; give it as --device-table {output}",
+    ]
+
+
+def _row(line: bytes, path: Path) -> schema.Record:
+    return schema.record(schema.parse_json(line, str(path)), str(path))

@@ -12,7 +12,7 @@ import pytest
 
 from qwen3_npu import cli
 from qwen3_npu.args import convert, preprocess
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.checkpoint.binary.dtypes import BF16
@@ -48,7 +48,7 @@ def hf_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def parse(asked: Asked) -> None:
     """With the real parser; raises where the program would."""
     if asked.program == "pretrain_gpt.py":
-        args = PretrainArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=asked.flags).groups)
+        args = PretrainArgs(*cli.parse("test", "", GROUPS, FOREIGN_TRAINING, argv=asked.flags).groups)
         plan_training(args, asked.world)
     elif asked.program == "convert_ckpt.py":
         groups = (convert.ConvertArgs, convert.TargetArgs, convert.LoraConvertArgs, convert.LegacyConvertArgs)

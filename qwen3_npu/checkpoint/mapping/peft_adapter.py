@@ -104,7 +104,7 @@ class _Found:
     experts: int = 1
 
 
-def judge(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch, where: str) -> Adapter:
+def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch, where: str) -> Adapter:
     """What an adapter is.
 
     Args:
@@ -120,7 +120,7 @@ def judge(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch
     _check_targets(config, {f.module for f in found}, {_module(name) for name in known}, arch, where=where)
     r, alpha = config.integer("r", least=1), config.number("lora_alpha")
     rank_of, alpha_of = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
-    is_stabilized, scales = config.flag("use_rslora", False), list[float]()
+    is_stabilized, scales = config.boolean("use_rslora", False), list[float]()
     for item in found:
         rank, own = rank_of(item.module, r), alpha_of(item.module, alpha)
         if item.rank != rank:

@@ -16,7 +16,7 @@ from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.formats.adapters import SharedA
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import Found, restore_backup
+from qwen3_npu.checkpoint.formats.folders import StoredModel, restore_backup
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader
@@ -142,7 +142,7 @@ def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) ->
     return adapter
 
 
-def newest_whole(load: str, step: int | None, flag: str = "--load") -> Found | None:
+def newest_whole(load: str, step: int | None, flag: str = "--load") -> StoredModel | None:
     """What a folder holds, after a save that was killed too; None: nothing. Every rank must call this."""
     if dist.get_rank() == 0:
         restore_backup(Path(load))

@@ -14,7 +14,7 @@ from qwen3_npu import cli, log
 from qwen3_npu.args import evaluation, inference, preprocess
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import plan_inference
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 # What training showed the model before its answer: MindSpeed-LLM's strings.
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -45,7 +45,7 @@ def trained(process: Any, model: Path, tmp_path_factory: pytest.TempPathFactory)
         flags += ["--variable-seq-lengths", "--tokenizer-name-or-path", model, "--split", "100,0,0", "--device", "cpu"]
         flags += ["--eval-iters", "0"]
         flags += ["--seq-length", "64", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
-        with trainer(select("cpu"), process, list(map(str, flags))) as training:
+        with trainer(select_platform("cpu"), process, list(map(str, flags))) as training:
             training.step()
             training.saver.save(training.position)
             training.saver.finish()
@@ -64,7 +64,7 @@ def asked(process: Any, checkpoint: Path, model: Path, out: Path, *flags: str) -
     from qwen3_npu.inference.run import generate
 
     args, plan = planned(checkpoint, model, "--output-dir", str(out), "--max-new-tokens", "1", *flags)
-    generate(select("cpu"), process, args, plan)
+    generate(select_platform("cpu"), process, args, plan)
     return str(json.loads((out / "text_generation_result.jsonl").read_text())["prompt"])
 
 
@@ -96,7 +96,7 @@ def test_custom_evaluation_uses_the_recorded_template(
     parsed = cli.parse("", "", evaluation.GROUPS, evaluation.FOREIGN, argv=[*map(str, words), "--device", "cpu"])
     args = evaluation.EvaluationArgs(*parsed.groups)
     plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
-    evaluate(select("cpu"), process, args, plan)
+    evaluate(select_platform("cpu"), process, args, plan)
     assert json.loads((tmp_path / "samples_custom.jsonl").read_text())["prompt"] == QWEN
     assert json.loads((tmp_path / "results.json").read_text())["results"]["custom"]["template"] == "qwen"
 

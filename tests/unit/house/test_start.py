@@ -12,7 +12,7 @@ import pytest
 
 from qwen3_npu import cli
 from qwen3_npu.args import pretrain
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parsed(made: Path, *flags: str) -> pretrain.PretrainArgs:
     base = ["--train-iters", "2", "--lr", "1e-5", "--data-path", str(made / "tokens"), "--dry-run"]
-    found = cli.parse("pretrain_gpt.py", "", pretrain.GROUPS, FOREIGN, argv=[*base, *flags])
+    found = cli.parse("pretrain_gpt.py", "", pretrain.GROUPS, FOREIGN_TRAINING, argv=[*base, *flags])
     return pretrain.PretrainArgs(*found.groups)
 
 
@@ -98,9 +98,10 @@ def test_a_port_in_use_and_a_host_that_does_not_resolve_are_named(monkeypatch: p
             environment.check_meeting(first=True)
         variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         body = (
-            "from qwen3_npu import cli\nfrom qwen3_npu.platform import select\n"
+            "from qwen3_npu import cli\nfrom qwen3_npu.platform import select_platform\n"
             "from qwen3_npu.args.parallel import RuntimeArgs\nfrom qwen3_npu.distributed.launch import process_group\n"
-            "def main():\n    with process_group(select('cpu'), RuntimeArgs(distributed_timeout_minutes=0.1)): pass\n"
+            "def main():\n"
+            "    with process_group(select_platform('cpu'), RuntimeArgs(distributed_timeout_minutes=0.1)): pass\n"
             "cli.run('p', main)"
         )
         done = subprocess.run(
