@@ -48,6 +48,7 @@ from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of
 from qwen3_npu.training.reports.expert_load import ExpertLoad, take_expert_load
 from qwen3_npu.training.reports.profiling import Profiling
 from qwen3_npu.training.reports.report import Reporter
+from qwen3_npu.training.reports.trackers import open_trackers, settings
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
 from qwen3_npu.watch import here
 from qwen3_npu.watch.start import watched
@@ -346,6 +347,7 @@ class Trainer:
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
             verdict=self.plan.verdict,
+            trackers=open_trackers(args.trackers, settings(args)) if self.world.rank == 0 else (),
         )
 
     def evaluate(self, reporter: Reporter) -> None:
