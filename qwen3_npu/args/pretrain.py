@@ -13,7 +13,7 @@ from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.tools.plan import VerdictArgs
 from qwen3_npu.args.trackers import TrackerArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
-from qwen3_npu.args.watch import WatchArgs
+from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 
 
 class PretrainArgs(typing.NamedTuple):
@@ -36,6 +36,7 @@ class PretrainArgs(typing.NamedTuple):
     trackers: TrackerArgs
     profile: ProfileArgs
     watch: WatchArgs
+    spikes: SpikeArgs
     verdict: VerdictArgs
     preference: PreferenceArgs
 
