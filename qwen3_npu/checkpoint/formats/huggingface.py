@@ -96,7 +96,7 @@ class HfReader:
             name = scale.removesuffix(SCALE)
             if name not in self.where or name not in shapes:
                 raise UsageError(f"{file.path}: {printable(scale)} is the scale of no weight of this config.json")
-            found[name] = BlockScaled(name, self.where[name], file, block, dtype)
+            found[name] = BlockScaled(name, self.where[name], file, block, dtype=dtype)
         return found
 
     def dtype(self, name: str) -> DType:
