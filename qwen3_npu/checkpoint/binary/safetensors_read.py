@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, DType, Region, read_region
+from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, U8, DType, Region, read_region
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.schema import Record, open_regular, parse_json, record, shown
 
@@ -79,6 +79,11 @@ class SafetensorsFile:
     def read(self, name: str, region: Region) -> np.ndarray:
         offset = self.start + self.header[name].start
         return read_region(self.fd, offset, self.shape(name), self.dtype(name), region=region, path=str(self.path))
+
+    def read_bytes(self, name: str, region: Region) -> np.ndarray:
+        """A part of a tensor whose elements are bytes of whatever meaning, as uint8."""
+        offset = self.start + self.header[name].start
+        return read_region(self.fd, offset, self.shape(name), U8, region=region, path=str(self.path))
 
     def close(self) -> None:
         os.close(self.fd)

@@ -39,7 +39,7 @@ def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": lora.is_stabilized,
     }
 
 

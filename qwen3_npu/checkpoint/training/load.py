@@ -134,6 +134,7 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
         raise UsageError(
             f"the LoRA adapter to start from is {there}; the flags ask for {lora}: give --lora-r {there.r} "
             f"--lora-alpha {there.alpha:g} --lora-target-modules {' '.join(there.targets)}"
+            f"{' --use-rslora' * there.is_stabilized}{' --no-use-rslora' * (lora.is_stabilized > there.is_stabilized)}"
         )
     if lora_load is not None:
         log.info(f"LoRA adapter: {lora_load}")
