@@ -19,8 +19,9 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     widest,
 )
 from qwen3_npu.checkpoint.formats.peft import PeftReader
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_name, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Contents, Lora, peft_name, peft_shapes
 from qwen3_npu.checkpoint.mapping.source import Source, inside
+from qwen3_npu.checkpoint.mapping.table import SCORE
 
 
 class MergedSource:
@@ -32,17 +33,25 @@ class MergedSource:
     """
 
     def __init__(self, base: Source, adapter: Source, lora: Lora) -> None:
-        self.base, self.adapter, self.lora, self.arch = base, adapter, lora, base.arch
-        self.contents = Contents(base.arch)
-        self.adapted = set(peft_shapes(base.arch, lora))
+        self.base, self.adapter, self.lora = base, adapter, lora
+        # An adapter brings the head of a reward model, which its base need not have.
+        self.arch = base.arch.as_reward() if adapter.arch.reward else base.arch
+        self.contents = Contents(self.arch)
+        self.adapted = set(peft_shapes(self.arch, lora))
 
     def dtype(self, name: str) -> DType:
-        return F32 if self.is_adapted(name) else self.base.dtype(name)
+        return F32 if self.is_adapted(name) else self.unmerged_dtype(name)
+
+    def unmerged_dtype(self, name: str) -> DType:
+        """What a weight is stored in before it is merged."""
+        return self.adapter.dtype(PEFT_SCORE) if name == SCORE.hf[0] else self.base.dtype(name)
 
     def is_adapted(self, name: str) -> bool:
         return peft_name(name, "A") in self.adapted
 
     def read(self, name: str, region: Region) -> np.ndarray:
+        if name == SCORE.hf[0]:
+            return self.adapter.read(PEFT_SCORE, region)
         weight = self.base.read(name, region)
         if not self.is_adapted(name):
             return weight

@@ -25,11 +25,17 @@ from qwen3_npu.schema import read_record
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
-    """The adapter_config.json of an adapter for the model in folder `base`; what it does not say is peft's default."""
+def peft_config(lora: Lora, base: str | None, *, reward: bool = False) -> dict[str, Any]:
+    """The adapter_config.json of an adapter for the model in folder `base`; what it does not say is peft's default.
+
+    Args:
+        reward: it makes a reward model, and has its head.
+    """
+    head = {"modules_to_save": ["score"]} if reward else {}
     return {
+        **head,
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,

@@ -98,7 +98,11 @@ _DOWN = (_EXPERT + "down_proj.weight",)
 _ONE_EXPERT = "mlp.experts.local_experts.{k}."
 
 EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), slices.vocabulary, FIRST)
-OUTPUT = Row("output_layer.weight", ("lm_head.weight",), slices.vocabulary, LAST)
+OUTPUT = Row(
+    "output_layer.weight", ("lm_head.weight",), slices.vocabulary, LAST, when=lambda arch, layout: not arch.reward
+)
+# The head of a reward model, whole on every rank of the last stage.
+SCORE = Row("score.weight", ("score.weight",), slices.one_row, LAST, when=lambda arch, layout: arch.reward)
 
 TABLE: tuple[Row, ...] = (
     EMBEDDING,
@@ -159,6 +163,7 @@ TABLE: tuple[Row, ...] = (
     Row(_ONE_EXPERT + "linear_fc2.weight", _DOWN, slices.expert_down, LAYER, when=_single_experts),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",), slices.replicated(_hidden), LAST),
     OUTPUT,
+    SCORE,
 )
 
 
