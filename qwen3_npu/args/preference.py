@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from qwen3_npu.cli import flag, option
 from qwen3_npu.errors import UsageError
@@ -67,7 +68,7 @@ class PreferenceArgs:
     )
 
     def __post_init__(self) -> None:
-        if self.dpo_beta <= 0:
+        if not 0 < self.dpo_beta < math.inf:  # nan is neither
             raise UsageError(f"--dpo-beta {self.dpo_beta} must be above 0")
         if self.dpo_label_smoothing >= 0.5:
             raise UsageError(f"--dpo-label-smoothing {self.dpo_label_smoothing} must be below 0.5")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from pairs import BATCH, LONGEST, first_step, trl_loss, write_pairs
+from pairs import BATCH, LONGEST, first_step, trl_loss, write_pairs, write_texts
 from plain import unstacked
 from qwen3_npu.parity.measure import largest_difference
 from qwen3_npu.parity.rows import CHUNKS, EP2, FULL, PER_DOCUMENT, PP2, RING, SP, TP2, ULYSSES, VPP, ZERO
@@ -175,21 +175,34 @@ def test_a_reference_of_another_shape_is_one_line(
     assert "the model that is trained is" in found["error"]
 
 
-def test_held_back_pairs_are_told_apart_after_training(
-    worlds: dict[int, World], models: dict[str, str], tmp_path: Path
+REAL = {
+    "dpo": ["--stage", "dpo", "--dpo-beta", "0.05", "--lr", "3e-3", "--train-iters", "10"],
+    "reward model": ["--stage", "rm", "--lr", "6e-3", "--train-iters", "20"],
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_pairs_that_were_held_back_are_told_apart(
+    name: str, worlds: dict[int, World], real_data: Path, tmp_path: Path
 ) -> None:
-    """Chosen answers go on counting, rejected ones are noise: a rule that holds for pairs never seen."""
-    data = write_pairs(tmp_path / "pairs", count=160)
-    flags = [
-        *flags_of("sigmoid", models["untied"], models["untied"], data),
-        "--split",
-        "75,25,0",
-        "--train-iters",
-        "30",
-    ]
-    flags += ["--lr", "3e-3", "--micro-batch-size", "8", "--eval-iters", "5", "--eval-interval", "30"]
-    worlds[1].run("whole_training", flags=[*flags, "--tensorboard-dir", str(tmp_path), "--no-pad-to-seq-lengths"])
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    held_back = next(row for row in rows if "validation_rewards/accuracy" in row)
-    assert held_back["validation_rewards/accuracy"] >= 0.8
-    assert held_back["validation_rewards/margin"] > 0.1
+    """300 pairs that people judged, each half held back once from a training on the other, which is seen once or twice.
+
+    What can be learned from so few pairs (fewer exclamation marks, a full stop at the end, no "Sure") tells about 62 of
+    100: so does a logistic regression on the counts of bytes. Chance reaches 57 once in a hundred times.
+    """
+    records = json.loads((real_data / "sft" / "dpo_en_demo.json").read_text(encoding="utf-8"))
+    pairs = [(r["conversations"][-1]["value"], r["chosen"]["value"], r["rejected"]["value"]) for r in records]
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    model = tiny.write_model(tmp_path / "model", tiny.arch(**small, num_key_value_heads=2))
+    flags = ["--load", str(model), "--seq-length", "256", "--micro-batch-size", "15", "--global-batch-size", "15"]
+    flags += ["--no-pad-to-seq-lengths", "--reset-attention-mask", "--device", "cpu", "--split", "1,1,0", *REAL[name]]
+    flags += ["--eval-iters", "10", "--eval-interval", "100"]  # the whole other half, after the last step
+    found = []
+    for half in (0, 150):
+        data, folder = write_texts(tmp_path / f"pairs {half}", pairs[half:] + pairs[:half]), tmp_path / str(half)
+        worlds[1].run("whole_training", flags=[*flags, "--data-path", data, "--tensorboard-dir", str(folder)])
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        found += [row for row in rows if "validation_rewards/accuracy" in row]
+    assert len(found) == 2
+    assert np.mean([row["validation_rewards/accuracy"] for row in found]) >= 0.57
+    assert all(row["validation_rewards/margin"] > 0 for row in found)

@@ -99,6 +99,8 @@ class SharedA:
 
     def _is_shared(self) -> bool:
         for name, shape in self.adapter.shapes.items():
+            if name == PEFT_SCORE:
+                continue
             first = self._sibling(name, self.siblings[name.split(".")[-3]][0])
             if ".lora_A." in name and self.adapter.has(name) and first != name:
                 whole = full(shape)
@@ -107,10 +109,14 @@ class SharedA:
         return True
 
     def dtype(self, name: str) -> DType:
+        if name == PEFT_SCORE:
+            return self.adapter.dtype(name)
         siblings = self.siblings[name.split(".")[-3]]
         return widest(self.adapter.dtype(self._sibling(name, sibling)) for sibling in siblings)
 
     def read(self, name: str, region: Region) -> np.ndarray:
+        if name == PEFT_SCORE:
+            return self.adapter.read(name, region)
         axis = 0 if ".lora_A." in name else 1  # the side of the rank
         projection = name.split(".")[-3]
         siblings = self.siblings[projection]

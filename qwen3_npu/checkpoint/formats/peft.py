@@ -7,6 +7,7 @@ where transformers does.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import F32, DType, Region, sizes, to_float32
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
-from qwen3_npu.checkpoint.mapping.peft_adapter import judge
+from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Contents, Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.peft_adapter import has_head, judge
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.schema import read_record
@@ -67,8 +68,9 @@ class PeftReader:
         Raises:
             UsageError: a file is missing or truncated, it is not plain LoRA, or it is another model's.
         """
-        self.folder, self.arch = Path(folder), arch
+        self.folder = Path(folder)
         config = read_record(self.folder / ADAPTER_CONFIG)
+        arch = self.arch = dataclasses.replace(arch, reward=has_head(config))
         if not (self.folder / ADAPTER_WEIGHTS).exists():
             other = "; it has adapter_model.bin: save it as safetensors" if any(self.folder.glob("*.bin")) else ""
             raise UsageError(f"{self.folder} holds no {ADAPTER_WEIGHTS}{other}")
@@ -86,6 +88,8 @@ class PeftReader:
         return name in self.adapter.parts
 
     def dtype(self, name: str) -> DType:
+        if name == PEFT_SCORE:
+            return self.file.dtype(name)
         if not self.has(name):
             return self.file.dtype(next(iter(self.file.header)))
         part = self.adapter.parts[name]
@@ -93,6 +97,8 @@ class PeftReader:
 
     def read(self, name: str, region: Region) -> np.ndarray:
         """A part of one tensor, in its own dtype (bfloat16 as uint16)."""
+        if name == PEFT_SCORE:
+            return self.file.read(name, region)
         out = np.zeros(sizes(region), self.dtype(name).carrier)
         if not self.has(name):
             return out

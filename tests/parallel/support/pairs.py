@@ -35,6 +35,20 @@ def write_pairs(prefix: Path, *, count: int = 24, vocab: int = 256, seed: int = 
     return str(prefix)
 
 
+def write_texts(prefix: Path, pairs: list[tuple[str, str, str]], longest: int = 128) -> str:
+    """Pairs of texts as bytes: the end of each prompt, the beginning of each answer, and 0 after an answer."""
+    writers = [IndexedWriter(f"{prefix}_packed_{name}_document") for name in NAMES]
+    for prompt_text, *answers in pairs:
+        prompt = list(prompt_text.encode()[-longest // 4 :])
+        for text, (ids, labels) in zip(answers, (writers[:2], writers[2:]), strict=True):
+            answer = [*text.encode()[: longest - 1], 0]
+            length = np.array([len(prompt) + len(answer)], np.int32)
+            ids.add(np.array(prompt + answer, np.int32), length)
+            labels.add(np.array([-100] * len(prompt) + answer, np.int32), length)
+    publish(writers)
+    return str(prefix)
+
+
 def first_step(prefix: str, seed: int = 1234) -> list[Pair]:
     """The pairs of the first step, in the order of the training."""
     train = instruction_splits([PairFiles(prefix)], None, "1,0,0", longest=LONGEST, seed=seed).train
