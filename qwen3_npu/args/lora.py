@@ -23,8 +23,8 @@ class LoraArgs:
     lora_r: int = flag(
         0, minimum=1, help="rank of the adapters; default: 16 with --lora-target-modules, else 0: train all weights"
     )
-    lora_alpha: float = flag(32, minimum=0, help="the adapters' output is multiplied by alpha / r")
-    lora_dropout: float = flag(0.0, minimum=0, help="dropout of the adapters' input")
+    lora_alpha: float = flag(32, above=0, help="the adapters' output is multiplied by alpha / r")
+    lora_dropout: float = flag(0.0, minimum=0, below=1, help="dropout of the adapters' input")
     lora_target_modules: list[str] = flag(
         [], choices=tuple(LORA_TARGETS), help="linears that get an adapter; default with --lora-r: all four"
     )
@@ -39,8 +39,6 @@ class LoraArgs:
             object.__setattr__(self, "lora_target_modules", list(LORA_TARGETS))
         if not self.lora_r and (self.lora_load or self.lora_ckpt_filter):
             raise UsageError("--lora-load and --lora-ckpt-filter need --lora-target-modules or --lora-r")
-        if self.lora_dropout >= 1:
-            raise UsageError(f"--lora-dropout {self.lora_dropout} must be below 1")
 
     @property
     def on(self) -> bool:

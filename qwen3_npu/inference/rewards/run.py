@@ -14,7 +14,7 @@ from qwen3_npu import console, log
 from qwen3_npu.args.inference import GenerateArgs, InferenceArgs
 from qwen3_npu.data.text.prompt_types import AUTO
 from qwen3_npu.distributed.launch import World
-from qwen3_npu.inference.diagnose import check_finite
+from qwen3_npu.inference.diagnose import check_finite_scores
 from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.inference.results.files import write_lines
 from qwen3_npu.inference.rewards.texts import PAIR, Scored, read_texts
@@ -96,7 +96,7 @@ def rewards_of(runner: Runner, texts: Sequence[Sequence[int]], at_once: int) -> 
             rewards = runner.forward([token for text in batch for token in text], runner.packed(lengths), ends)
             values = torch.zeros(len(batch), device=runner.device) if rewards is None else rewards[:, 0].float()
             values_here = runner.share(values).tolist()
-            check_finite(runner, values_here, batch)
+            check_finite_scores(runner, values_here, batch)
             found += zip(numbers, values_here, strict=True)
             progress.add(texts=len(batch))
     while runner.anyone(False):

@@ -15,7 +15,7 @@ from qwen3_npu.data.preprocess.record_formats import (
     alpaca_pair,
     sharegpt_pair,
 )
-from qwen3_npu.data.text.conversation import Conversation, Message, Pair, checked
+from qwen3_npu.data.text.conversation import Conversation, Message, PreferencePair, checked_conversation
 from qwen3_npu.data.text.messages import read_messages
 from qwen3_npu.data.text.templates import render_answer, render_pair
 from qwen3_npu.errors import UsageError
@@ -84,7 +84,7 @@ def _texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Sequenc
 
 def _pair_texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
     if all(isinstance(record[name], list) and isinstance(record[name][0], dict) for name in PAIR if record[name]):
-        conversations = [_with_system(checked(read_messages(record[name])), writer) for name in PAIR]
+        conversations = [_with_system(checked_conversation(read_messages(record[name])), writer) for name in PAIR]
         return {
             name: _rendered(one._replace(messages=one.messages[:-1]), one.messages[-1], writer)
             for name, one in zip(PAIR, conversations, strict=True)
@@ -93,7 +93,7 @@ def _pair_texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Se
         pair = sharegpt_pair(record, Columns(SHAREGPT_PAIRS, {"system": "system"} if "system" in record else None))
     else:
         pair = alpaca_pair(record, Columns(_named(record, ALPACA_PAIRS), None))
-    pair = Pair(_with_system(pair.prompt, writer), pair.chosen, pair.rejected)
+    pair = PreferencePair(_with_system(pair.prompt, writer), pair.chosen, pair.rejected)
     prompt, answers = render_pair(pair, writer.template, writer.args.thinking)
     return {name: (prompt, answer) for name, answer in zip(PAIR, answers, strict=True)}
 
@@ -101,7 +101,7 @@ def _pair_texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Se
 def _answered(record: Mapping[str, Any]) -> Conversation:
     """A conversation that ends with an answer. Raises: ValueError: it does not."""
     if any(isinstance(record.get(name), list) for name in ("messages", "conversations")):
-        return checked(conversation_of(record, {}))
+        return checked_conversation(conversation_of(record, {}))
     return alpaca(record, Columns(_named(record, ALPACA), None))
 
 
