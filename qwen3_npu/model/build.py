@@ -15,8 +15,7 @@ from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.lora import freeze_base
 from qwen3_npu.model.loss import cross_entropy
-from qwen3_npu.model.modules import Embedding
-from qwen3_npu.model.reward import RewardHead
+from qwen3_npu.model.modules import Embedding, RewardHead
 from qwen3_npu.model.spec import Parts, block_spec
 
 

@@ -63,7 +63,7 @@ def read_texts(path: str, writer: Writer, positions: int) -> list[Scored]:
                     f"--predict-data {where}: {name} has {len(tokens)} tokens; from 1 to the model's {positions} "
                     f"positions are expected"
                 )
-            found.append(Scored(number, name, "".join(prompt), "".join(answer), tokens))
+            found.append(Scored(number, name, "".join(prompt), answer="".join(answer), tokens=tokens))
     if not found:
         raise UsageError(f"--predict-data {path} holds nothing to score")
     return found
