@@ -17,6 +17,7 @@ from qwen3_npu.data.train import pretrain_dataset
 from qwen3_npu.data.train.batches import AnswerTokens, MicroBatch, moved, sample_numbers
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.data.train.preference_dataset import labelled_rows, open_answers, pair_rows
+from qwen3_npu.data.train.quarantine import Ordered
 from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
 from qwen3_npu.data.train.sft_dataset import InstructionFiles, Kind, instruction_splits, open_instructions
 from qwen3_npu.data.train.token_file import open_indexed
@@ -61,6 +62,10 @@ class Feed:
             data_parallel=self.plan.data_parallel,
             data_rank=parallel_state.get_data_parallel_rank(),
         )
+
+    def forget(self) -> None:
+        """Drop what was made ahead: the training goes on elsewhere."""
+        self._ahead.clear()
 
     def batches(self, dataset: Any, consumed: int, device: torch.device, dtype: torch.dtype) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the step that starts after `consumed` samples.
@@ -123,16 +128,22 @@ class Feed:
         )
 
 
-def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
-    """The samples that --data-path names. Every rank must call this."""
+def open_feed(args: PretrainArgs, plan: TrainingPlan, spare: int = 0) -> Feed:
+    """The samples that --data-path names. Every rank must call this.
+
+    Args:
+        spare: samples of the training that may be left out.
+    """
     prefixes, _ = blend(args.data.data_path)
     digest = None
     if environment.ranks()[2] == 0:  # nodes may have copies of their own
         digest = " ".join(_fingerprint(args, prefix) for prefix in prefixes)
     check_same(digest, f"--data-path {' '.join(args.data.data_path)}")
     if args.data.is_preference:
-        return _answers(args, plan)
-    return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan)
+        feed = _answers(args, plan)
+    else:
+        feed = _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan, spare)
+    return dataclasses.replace(feed, train=Ordered(feed.train))
 
 
 def _fingerprint(args: PretrainArgs, prefix: str) -> str:
@@ -141,15 +152,16 @@ def _fingerprint(args: PretrainArgs, prefix: str) -> str:
     return (InstructionFiles(prefix).ids if args.data.is_instruction else open_indexed(prefix)).fingerprint()
 
 
-def _samples(args: PretrainArgs, plan: TrainingPlan) -> tuple[int, int, int]:
+def _samples(args: PretrainArgs, plan: TrainingPlan, spare: int) -> tuple[int, int, int]:
     """How many samples of each split are asked for."""
     evaluations = args.train.steps // args.report.eval_interval + 1
-    return args.train.steps * plan.global_batch, evaluations * args.report.eval_iters * plan.global_batch, 0
+    return args.train.steps * plan.global_batch + spare, evaluations * args.report.eval_iters * plan.global_batch, 0
 
 
-def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
+def _pretraining(args: PretrainArgs, plan: TrainingPlan, spare: int) -> Feed:
     data, seq, micro = args.data, args.train.seq_length, args.train.micro_batch_size
-    splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan))
+    samples = _samples(args, plan, spare)
+    splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=samples)
     if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
         return Feed(
             args,

@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -124,20 +124,21 @@ def _show(blocks: Iterator[RecordBlock], handler: Handler, encoder: Encoder, cou
                     judged = produced.outputs.get(LABEL)
                     label = "" if judged is None else f", {'desirable' if judged.ids[i] else 'undesirable'}"
                     title = f"sample {shown + 1}, {name.removeprefix('packed_')}{label}"
-                    _print(title, row[i][0], row[i][1], encoder)
+                    show_sample(title, row[i][0], row[i][1], encoder.decode)
             shown += 1
             if shown == count:
                 return
 
 
-def _print(title: str, ids: np.ndarray, labels: np.ndarray, encoder: Encoder) -> None:
+def show_sample(title: str, ids: np.ndarray, labels: np.ndarray, decode: Callable[[list[int]], str]) -> None:
+    """Print a sample: what is given dim, what is learned green; between brackets where there are no colours."""
     colours = sys.stdout.isatty()
     learned = labels != IGNORED
     log.info(f"--- {title}: {len(ids)} tokens, {int(learned.sum())} learned")
     boundaries = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     text = ""
     for start, stop in itertools.pairwise(boundaries):
-        part = printable(encoder.decode(ids[start:stop].tolist()), keep="\n\t")
+        part = printable(decode(ids[start:stop].tolist()), keep="\n\t")
         if colours:
             text += f"{_LEARNED if learned[start] else _GIVEN}{part}{_PLAIN}"
         else:

@@ -98,6 +98,11 @@ class TextDataset(GPTDataset):
         documents, samples, order = cache.arrays(self._indices)
         return documents, samples, order
 
+    def locate(self, number: int) -> tuple[str, int, int]:
+        """The prefix, document and token of it that sample `number` begins at."""
+        place, offset = self.sample_index[self.shuffle_index[number]]
+        return self.dataset.path_prefix, int(self.document_index[place]), int(offset)
+
     def _indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         from megatron.core.datasets import helpers  # compiled
 
@@ -130,6 +135,11 @@ class _Blended:
     def __getitem__(self, number: int) -> Any:
         chosen = self.order[number]
         return self.datasets[chosen.source][chosen.number]
+
+    def locate(self, number: int) -> tuple[str, int, int]:
+        """As `TextDataset.locate`."""
+        chosen = self.order[number]
+        return self.datasets[chosen.source].locate(chosen.number)
 
 
 def _needed_splits(
