@@ -126,8 +126,9 @@ class NoopLayer(MegatronModule, BaseTransformerLayer):
 class RewardHead(torch.nn.Module):
     """hidden -> 1 without bias, in place of the output layer (transformers' `score`).
 
-    It is whole on every rank of the last pipeline stage. The weight is drawn by `seed` alone, so it is the same in every layout; its deviation is transformers'. Beside
-    a LoRA adapter it is trained and belongs to it; its name says so (`checkpoint/mapping/lora.py`).
+    It is whole on every rank of the last pipeline stage. The weight is drawn by `seed` alone, so it is the same in every
+    layout; its deviation is transformers'. Beside a LoRA adapter it is trained and belongs to it, as its name says
+    (`checkpoint/mapping/lora.py`).
     """
 
     def __init__(self, config: TransformerConfig, group: torch.distributed.ProcessGroup, *, seed: int, lora: bool):
