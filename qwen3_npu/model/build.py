@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -55,7 +53,9 @@ class Qwen3Model(GPTModel):
         if pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
 
-    def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: Any) -> torch.Tensor:
+    def _postprocess(
+        self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: object
+    ) -> torch.Tensor:
         """Logits [b, s, local vocabulary], or with labels [b, s] the loss of each token; [b, s] rewards of tokens."""
         if self.post_process and self.arch.reward:
             return self.score(hidden_states).t()

@@ -38,7 +38,7 @@ from qwen3_npu.training.checkpoints.facts import facts
 from qwen3_npu.training.checkpoints.hf_export import HfExport
 from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continued, leased
 from qwen3_npu.training.exits import Exits
-from qwen3_npu.training.feed import Feed, open_feed
+from qwen3_npu.training.feed import Feed, SampleSource, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.preference import preference_objective
@@ -199,7 +199,7 @@ class Trainer:
     def _cached_reference(self) -> KnownReference:
         """The reference's log-probabilities from the file beside the data; what it lacks is computed first."""
         args, starts, total = self.args, {}, 0
-        files = [file for dataset in (self.feed.train, self.feed.valid) if dataset for file in dataset.files]
+        files = [file for dataset in self._answer_sets() for file in dataset.files]
         for file in sorted({file.prefix: file for file in files}.values(), key=lambda file: file.prefix):
             starts[file.prefix], total = total, total + len(file)
         model = str(args.preference.ref_model or args.checkpoint.load)
@@ -219,8 +219,8 @@ class Trainer:
         self,
     ) -> Iterator[tuple[Callable[[], list[Iterator[MicroBatch]]], list[Samples], list[Samples]]]:
         """Every step of the training, then of the evaluations, as `reference_cache.cached` wants them."""
-        evaluations = self.args.report.eval_iters if self.feed.valid is not None else 0
-        for dataset, count in ((self.feed.train, self.args.train.steps), (self.feed.valid, evaluations)):
+        evaluations = self.args.report.eval_iters
+        for dataset, count in zip(self._answer_sets(), (self.args.train.steps, evaluations), strict=False):
             for number in range(count):
                 consumed = number * self.plan.global_batch
                 everyone: list[Samples] = [
@@ -228,16 +228,20 @@ class Trainer:
                 ]
                 yield functools.partial(self.batches, dataset, consumed), self._samples(dataset, consumed), everyone
 
-    def _samples(self, dataset: Any, consumed: int) -> list[Samples]:
+    def _answer_sets(self) -> list[Any]:
+        """The answers for training (an `Ordered`) and, if there are any, for validation: `InstructionDataset`s."""
+        return [found for found in (self.feed.train, self.feed.valid) if found is not None]
+
+    def _samples(self, dataset: SampleSource, consumed: int) -> list[Samples]:
         """Where the pairs of this rank's micro-batches come from."""
         return [[dataset.locate(n) for n in numbers] for numbers in self.feed.numbers(consumed)]
 
-    def batches(self, dataset: Any, consumed: int) -> list[Iterator[MicroBatch]]:
+    def batches(self, dataset: SampleSource, consumed: int) -> list[Iterator[MicroBatch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
         batches = self.feed.batches(dataset, consumed, self.world.device, self.dtype)
         return list(itertools.tee(batches, len(self.chunks)))
 
-    def _with_reference(self, dataset: Any, consumed: int) -> list[Iterator[MicroBatch]]:
+    def _with_reference(self, dataset: SampleSource, consumed: int) -> list[Iterator[MicroBatch]]:
         """The micro-batches of a step; the objective learns what the reference says of them."""
         batches = self.batches(dataset, consumed)
         if self.objective is None or self.reference is None:
@@ -348,7 +352,7 @@ class Trainer:
         reporter.evaluation(self.position.iteration, "validation", total)
 
 
-def _one_or_list(items: list) -> Any:
+def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
     """megatron takes one function, or a list of one per model chunk."""
     return items if len(items) > 1 else items[0]
 

@@ -225,7 +225,7 @@ class Reporter:
         if self.records is not None:
             self.records.line(iteration, values)
 
-    def _bars(self, iteration: int, name: str, values: Any) -> None:
+    def _bars(self, iteration: int, name: str, values: object) -> None:
         if self.records is not None:
             self.records.events(lambda writer: writer.add_histogram(name, values, iteration))
 
