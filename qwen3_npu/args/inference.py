@@ -33,7 +33,7 @@ class WeightArgs:
     allow_nonfinite_weights: bool = flag(False, help="run weights with NaN or infinite values, too")
     bf16: bool = flag(False, help="weights and activations in bfloat16; default: float32")
     use_kv_cache: bool = flag(True, help="keep keys and values between tokens")
-    prefix_cache: bool = flag(True, help="compute what prompts begin with in common only once")
+    prefix_cache: bool = flag(True, help="compute the beginning that prompts share only once")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,9 @@ class GenerateArgs:
     predict_data: str | None = flag(
         None, metavar="TEXT|FILE", help="a prompt, or a file of them: one a line, or .jsonl with prompt or messages"
     )
-    predict_batch_size: int = flag(8, minimum=1, unit="sequences", help="worked on at the same time by each model")
+    predict_batch_size: int = flag(
+        8, minimum=1, unit="sequences", help="prompts that each copy of the model processes at the same time"
+    )
     max_new_tokens: int = flag(128, minimum=1, unit="tokens", help="longest answer")
     temperature: float | None = flag(None, minimum=0, help=f"logits are divided by it when sampling; {_OPEN} 0.7")
     top_k: int | None = flag(None, minimum=0, unit="tokens", help=f"sample among the likeliest; 0: all; {_OPEN} 50")
@@ -123,7 +125,7 @@ class GenerateArgs:
     output_dir: str = flag(
         ".", metavar="DIR", help="folder of text_generation_result.jsonl and .txt, and reward_result.jsonl"
     )
-    resume: bool = flag(True, help="go on where a run that was killed had stopped")
+    resume: bool = flag(True, help="continue a run that was interrupted")
 
     def __post_init__(self) -> None:
         if "score" in self.task and (len(self.task) > 1 or self.prompt or not self.predict_data):

@@ -129,7 +129,7 @@ class Runner:
     # What passes attend to
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Room for `slots` sequences of up to `capacity` tokens."""
+        """A cache for `slots` sequences of up to `capacity` tokens."""
         return KVCache(
             [layer.layer_number for layer in self.model.decoder.layers],
             slots=slots,
@@ -198,7 +198,9 @@ class Runner:
         self.forward([0], self.packed([1]), [])
 
     def anyone(self, busy: bool) -> bool:
-        """Whether this copy of the model has work; where copies go in step, whether any has."""
+        """Whether this copy of the model has work; if copies must make the same number of passes, whether any copy
+        has.
+        """
         if not self.in_step:
             return busy
         flag = torch.tensor([int(busy)], device=self.device)
@@ -239,7 +241,7 @@ class Runner:
         self._finish_send()
         values = values.contiguous()
         if self.plan.layout.tensor > 1:
-            # Ranks have the same logits; should a device round differently, they still go on with one text.
+            # Ranks have the same logits; if a device rounds differently, they still continue with one text.
             group = parallel_state.get_tensor_model_parallel_group()
             dist.broadcast(values, dist.get_global_rank(group, 0), group=group)
         if self.pipeline.size() > 1:

@@ -47,6 +47,7 @@ from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrain
 from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of, identity
 from qwen3_npu.training.reports.expert_load import ExpertLoad, take_expert_load
 from qwen3_npu.training.reports.report import Reporter
+from qwen3_npu.training.reports.trackers import open_trackers, settings
 from qwen3_npu.training.spikes.guard import SpikeGuard
 from qwen3_npu.training.spikes.replicas import ReplicaCheck
 from qwen3_npu.training.spikes.rollback import decoder, go_back
@@ -339,6 +340,7 @@ class Trainer:
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
             verdict=self.plan.verdict,
+            trackers=open_trackers(args.trackers, settings(args)) if self.world.rank == 0 else (),
         )
 
     def evaluate(self, reporter: Reporter) -> None:
@@ -360,4 +362,4 @@ def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
 def _lora(args: LoraArgs) -> Lora | None:
     """What the checkpoints say of LoRA adapters."""
     targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
-    return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None
+    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora) if args.on else None

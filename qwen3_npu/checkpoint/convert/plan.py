@@ -48,7 +48,7 @@ class ConversionPlan:
 
 
 def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
-    """Open the sources, check them whole, and decide what is made of them.
+    """Open the sources, check that they are complete, and decide what is made of them.
 
     Raises:
         UsageError: a source cannot be read, is another one than the flags say, or gives nothing of the kind asked for.

@@ -60,7 +60,7 @@ class ConversionOutput(abc.ABC):
 
     @abc.abstractmethod
     def existing(self) -> str | None:
-        """What is in the way, in words."""
+        """What prevents the output, as a message."""
 
     def finish(self, records: Mapping[str, FileRecord]) -> None:
         """Complete the stage: what follows from all files, and last their sizes and digests."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 
 from qwen3_npu.args.lora import LORA_TARGETS
@@ -90,7 +93,8 @@ class SharedA:
             for projection in LORA_TARGETS[target]
         }
         self.width = 1 if self._is_shared() else max(map(len, self.siblings.values()))
-        self.lora = Lora(lora.r * self.width, lora.alpha * self.width, lora.targets)
+        alpha = lora.alpha * (math.sqrt(self.width) if lora.is_stabilized else self.width)
+        self.lora = dataclasses.replace(lora, r=lora.r * self.width, alpha=alpha)
         self.contents = Contents(self.arch, base=False, lora=self.lora)
 
     def _sibling(self, name: str, projection: str) -> str:

@@ -46,7 +46,7 @@ def peft_config(lora: Lora, base: str | None, *, reward: bool = False) -> dict[s
         "fan_in_fan_out": False,
         "inference_mode": True,
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": lora.is_stabilized,
     }
 
 

@@ -28,7 +28,8 @@ Their slices are slices of PEFT's tensors, one pair per Hugging Face projection:
 
 so a Megatron A holds q's, k's and v's A, which are therefore equal. The head of a reward model is trained beside its
 adapter and belongs to it: `score.lora_weight`, PEFT's `base_model.model.score.weight` (modules_to_save). The arguments
-of a checkpoint with LoRA tensors have `lora_r`, `lora_alpha` and `lora_target_modules`. No torch here.
+of a checkpoint with LoRA tensors have `lora_r`, `lora_alpha`, `lora_target_modules` and, for rsLoRA,
+`use_rslora`. No torch here.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-from qwen3_npu.args.lora import LORA_TARGETS
+from qwen3_npu.args.lora import LORA_TARGETS, lora_scale
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.table import SCORE, Shard, covered, shards
 from qwen3_npu.distributed.layout import Layout, Rank, single_layout
@@ -55,20 +56,22 @@ class Lora:
 
     Attributes:
         r: rank.
-        alpha: the adapter is scaled by alpha / r.
+        alpha: the adapter is scaled by alpha / r, or alpha / sqrt(r).
         targets: names of `LORA_TARGETS`, in that order.
+        is_stabilized: rsLoRA.
     """
 
     r: int
     alpha: float
     targets: tuple[str, ...]
+    is_stabilized: bool = False
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.r
+        return lora_scale(self.alpha, self.r, is_stabilized=self.is_stabilized)
 
     def __str__(self) -> str:
-        return f"LoRA r {self.r}, alpha {self.alpha:g}, {' '.join(self.targets)}"
+        return f"{'rs' * self.is_stabilized}LoRA r {self.r}, alpha {self.alpha:g}, {' '.join(self.targets)}"
 
 
 def is_lora(name: str) -> bool:

@@ -150,6 +150,7 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
         raise UsageError(
             f"the LoRA adapter to start from is {there}; the flags ask for {lora}: give --lora-r {there.r} "
             f"--lora-alpha {there.alpha:g} --lora-target-modules {' '.join(there.targets)}"
+            f"{' --use-rslora' * there.is_stabilized}{' --no-use-rslora' * (lora.is_stabilized > there.is_stabilized)}"
         )
     if lora_load is not None:
         log.info(f"LoRA adapter: {lora_load}")
@@ -157,7 +158,7 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
 
 
 def newest_whole(load: str, step: int | None, flag: str = "--load") -> StoredModel | None:
-    """What a folder holds, after a save that was killed too; None: nothing. Every rank must call this."""
+    """What a folder holds, also after a save that was interrupted; None: nothing. Every rank must call this."""
     if dist.get_rank() == 0:
         restore_backup(Path(load))
     return find_whole(load, step, peers=Ranks(), flag=flag)
@@ -172,7 +173,7 @@ def _open(load: str, step: int | None, flag: str, trained: Trained) -> Checkpoin
 
 
 def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[str, Any]) -> Position:
-    """Everything but the weights, if `source` is a training's checkpoint and is to be continued."""
+    """Load everything but the weights, if `source` is a training's checkpoint and the training resumes."""
     why, state = None, None
     if args.finetune:
         why = "--finetune"
@@ -189,7 +190,7 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
     if args.load_optim and not state.has_optimizer and _is_foreign(state):
         raise UsageError(
             f"{state.folder} holds the optimizer state of Megatron or MindSpeed-LLM (distrib_optim.pt): only weights "
-            f"can be taken over; give --finetune"
+            f"can be loaded; give --finetune"
         )
     saved, model = vars(state.common["args"]), trained.contents.arch
     now = {**facts, **model_facts(model)}
@@ -212,12 +213,12 @@ def _is_foreign(state: TorchState | DistState) -> bool:
 
 
 def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:
-    """The checkpoint gives the position, the flags give the form of the schedule. The log says what changed."""
+    """The position comes from the checkpoint, the schedule from the flags. The log says what changed."""
     trained.scheduler.load_state_dict(saved)
     now = trained.scheduler.state_dict()
     changed = [f"{key} {saved[key]} -> {value}" for key, value in now.items() if key in saved and saved[key] != value]
     if changed:
-        log.info(f"schedule: as the flags say, not as the checkpoint does (steps in samples): {', '.join(changed)}")
+        log.info(f"schedule: the flags decide, not the checkpoint (steps in samples): {', '.join(changed)}")
 
 
 def _load_optimizer(trained: Trained, state: TorchState | DistState) -> None:

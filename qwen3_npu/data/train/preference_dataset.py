@@ -51,7 +51,7 @@ class PairFiles:
         return " ".join(file.fingerprint() for file in self.files)
 
     def sample(self, number: int, longest: int) -> SamplePair:
-        """A pair, each answer with its prompt cut to `longest` tokens as fine-tuning samples are."""
+        """A pair, each answer with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         chosen, chosen_labels, rejected, rejected_labels = (file[number] for file in self.files)
         return SamplePair(_cut(chosen, chosen_labels, longest), _cut(rejected, rejected_labels, longest))
 
@@ -96,7 +96,7 @@ class LabelledFiles:
         return " ".join([*(file.fingerprint() for file in self.files), digest])
 
     def sample(self, number: int, longest: int) -> Labelled:
-        """An answer, with its prompt cut to `longest` tokens as fine-tuning samples are."""
+        """An answer, with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         ids, labels = (file[number] for file in self.files)
         return Labelled(_cut(ids, labels, longest), bool(self.desirable[number]))
 
@@ -138,11 +138,11 @@ def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool, sc
 def labelled_rows(found: Sequence[Labelled], padding: Padding, *, longest: int, packed: bool) -> Rows:
     """The rows of a micro-batch of labelled answers: each, and after it its prompt with the answer to the one before.
 
-    The latter tell how far the policy is from the reference where it says something that does not fit (KTO's z_0); TRL
-    cycles the answers of a micro-batch alike.
+    The latter estimate the divergence of the policy from the reference on mismatched answers (KTO's z_0); TRL shifts
+    the answers of a micro-batch in the same way.
 
     Args:
-        longest: these strange pairs are cut to so many tokens.
+        longest: the mismatched pairs are truncated to so many tokens.
         packed: as for `pair_rows`.
     """
     samples = []

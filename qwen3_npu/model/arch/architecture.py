@@ -23,7 +23,7 @@ class Qwen3Arch:
 
     Attributes:
         model_type: the family; "qwen3" and "qwen3_moe" stand for each other where the number of experts says so.
-        rope_scaling: how rotary embedding is stretched; None: not at all.
+        rope_scaling: scaling of the rotary embedding; None: no scaling.
         more_eos_token_ids: further tokens that end a text.
         reward: a reward model: a head of one number per token (transformers' `score`) in place of the output layer.
     """
@@ -114,9 +114,10 @@ class Qwen3Arch:
         return all(getattr(self, name) == getattr(other, name) for name in names.split())
 
     def unlike(self, trained: Qwen3Arch) -> str | None:
-        """What this computes otherwise than weights of the same shapes were trained with; None: nothing.
+        """The first fact in which this architecture computes something else than weights of the same shapes were
+        trained for; None: none.
 
-        A model may be stretched that was trained without; one that was trained stretched needs the same again.
+        A model trained without rope scaling may get one; a model trained with rope scaling needs the same.
         """
         names = ["rope_theta", "rms_norm_eps", *(["num_experts_per_tok", "norm_topk_prob"] if self.is_moe else [])]
         pairs = [(name, getattr(trained, name), getattr(self, name)) for name in names]

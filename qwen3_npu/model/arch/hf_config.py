@@ -19,13 +19,15 @@ from qwen3_npu.schema import integer, number, read_record, sequence, shown
 _OF_REWARD_MODELS = ("id2label", "label2id", "num_labels")
 # Keys that say what this code says in another key, or that transformers derives; none is written.
 _NOT_WRITTEN = ("rope_parameters", "num_local_experts", "dtype", "layer_types", "original_max_position_embeddings")
+_QUANTIZED = "quantization_config"  # of weights that are dequantized when they are read
 
 
 def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwen3Arch:
     """The architecture that a Hugging Face `config.json` describes.
 
     Both spellings are read: the published one (`rope_theta`, `num_experts`) and what transformers 5 saves
-    (`rope_parameters`, `num_local_experts`). Where both are there and differ, transformers' choice counts, and is told.
+    (`rope_parameters`, `num_local_experts`). Where both are given and differ, transformers' choice is used, and the
+    log says so.
 
     Args:
         where: the file's name, for messages.
@@ -92,7 +94,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
 
 
 def _tell_contradictions(config: Mapping[str, Any], theta: float, said: Mapping[str, Any], where: str) -> None:
-    """Tell of facts that are said twice, and differently; transformers' choice is made already."""
+    """Log facts that are given twice with different values; transformers' choice has been made already."""
     outer = config.get("rope_theta")
     if outer is not None and "rope_theta" in said and number(outer, f"{where}: rope_theta") != theta:
         _tell(f"{where}: rope_theta {outer:g} and the inner one {theta:g} differ; {theta:g} counts, as in transformers")
@@ -139,7 +141,7 @@ def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype:
         carry: a config the model came from; what this code does not use of it is kept.
         dtype: of the weights beside it, e.g. "bfloat16".
     """
-    config = {key: value for key, value in (carry or {}).items() if key not in _NOT_WRITTEN}
+    config = {key: value for key, value in (carry or {}).items() if key not in (*_NOT_WRITTEN, _QUANTIZED)}
     family = arch.family
     facts = {fact.name: getattr(arch, fact.name) for fact in FACTS if arch.has(fact)}
     facts["rope_scaling"] = arch.rope_scaling.to_hf() if arch.rope_scaling else None
