@@ -90,6 +90,11 @@ class EvaluationArgs(typing.NamedTuple):
     evaluate: EvaluateArgs
 
     @property
+    def scores(self) -> bool:
+        """See `InferenceArgs`."""
+        return False
+
+    @property
     def output_dir(self) -> str:
         """Where results go."""
         return self.evaluate.output_dir

@@ -154,7 +154,7 @@ class OptimizerArgs:
 DATA_KINDS = {
     "text": "--stage pt",
     "instruction data": "--stage sft",
-    "pairs": "--stage dpo, orpo or simpo",
+    "pairs": "--stage dpo, orpo, simpo or rm",
     "labelled answers": "--stage kto",
 }
 

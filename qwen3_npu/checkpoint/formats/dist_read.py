@@ -33,7 +33,12 @@ from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.numbers import number_list
 
-_MODEL = ("embedding.", "decoder.", "output_layer.")  # keys of weights; the optimizer's begin with "optimizer."
+_MODEL = (
+    "embedding.",
+    "decoder.",
+    "output_layer.",
+    "score.",
+)  # keys of weights; the optimizer's begin with "optimizer."
 _ARCHIVES = 256  # opened archives remembered; a chunk of q, k and v is read a head at a time
 
 

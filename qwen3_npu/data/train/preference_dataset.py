@@ -115,13 +115,24 @@ def _cut(ids: np.ndarray, labels: np.ndarray, longest: int) -> TokenSample:
     return TokenSample(ids, labels, None)
 
 
-def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool) -> Rows:
+def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool, scored: bool = False) -> Rows:
     """The rows of a micro-batch of pairs.
 
     Args:
         packed: all sequences lie in one row, one after the other, apart as documents; padding follows the last.
+        scored: the loss is of the last token of each sequence, where a reward model gives its reward.
     """
-    return _answer_rows([sample for pair in pairs for sample in (pair.chosen, pair.rejected)], padding, packed=packed)
+    samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
+    rows = _answer_rows(samples, padding, packed=packed)
+    if not scored:
+        return rows
+    lengths = np.array([len(sample.ids) for sample in samples])
+    ends = np.zeros_like(rows.loss_mask)
+    if packed:
+        ends[0, np.cumsum(lengths) - 1] = 1
+    else:
+        ends[np.arange(len(lengths)), lengths - 1] = 1
+    return dataclasses.replace(rows, loss_mask=ends)
 
 
 def labelled_rows(found: Sequence[Labelled], padding: Padding, *, longest: int, packed: bool) -> Rows:
