@@ -18,7 +18,8 @@ class Activations(TorchDispatchMode):
     """Counts storages made by torch's operations, so neither earlier tensors nor those inside an operation.
 
     Attributes:
-        kept: the maximum of bytes that autograd kept for backward. peak: the maximum of allocated bytes.
+        kept: the maximum of bytes that autograd kept for backward.
+        peak: the maximum of allocated bytes.
     """
 
     def __init__(self) -> None:
