@@ -60,9 +60,9 @@ def short(value: Any) -> str:
 
 def run_section(name: str, device: str, tiny: bool, record: Callable[[str, Any], None]) -> None:
     """One of SECTIONS but parity, in this process."""
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    platform = select(device)
+    platform = select_platform(device)
     platform.activate()
     import gpu_kernels
     import gpu_rates

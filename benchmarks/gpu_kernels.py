@@ -195,7 +195,7 @@ def block_cases(s: Sizes, device: str) -> list[Case]:
 
     def back(cu_seqlens: tuple[int, ...] | None) -> Callable[..., torch.Tensor]:
         def call(k: Kernels, grad: torch.Tensor, *x: torch.Tensor) -> torch.Tensor:
-            exact = kernels.select("reference").attention_block
+            exact = kernels.select_kernels("reference").attention_block
             out, lse = exact(*(t.float() for t in x), scale=scale, cu_seqlens=cu_seqlens)
             grads = k.attention_block_backward(
                 grad, *x, out=out.to(grad.dtype), lse=lse, scale=scale, cu_seqlens=cu_seqlens
@@ -248,7 +248,7 @@ def poisoned() -> Iterator[None]:
 
 def check(device: str, sizes: Sizes, record: Callable[[str, Any], None]) -> None:
     """Every operation in both dtypes."""
-    ours, reference = kernels.select("auto", device), kernels.select("reference")
+    ours, reference = kernels.select_kernels("auto", device), kernels.select_kernels("reference")
     record("kernels", str(ours))
     for case in (*cases(sizes, device), *block_cases(sizes, device)):
         for dtype, bound in BOUNDS.items():

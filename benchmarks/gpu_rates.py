@@ -57,7 +57,7 @@ def rates(device: str, sizes: Sizes, record: Callable[[str, Any], None]) -> None
         found: dict[str, Any] = {"floor_ms": _floor(case, most)}
         for name in ("auto", "torch"):
             try:
-                found[name] = timed(functools.partial(case.call, kernels.select(name, device)), inputs)
+                found[name] = timed(functools.partial(case.call, kernels.select_kernels(name, device)), inputs)
             except Exception as error:
                 found[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
         record(f"time {case.name}", found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from qwen3_npu.args.foreign import FOREIGN as TRAINING
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preprocess import THINKING
@@ -14,7 +14,10 @@ from qwen3_npu.errors import UsageError
 
 DEFAULT_PROMPT = "how are you?"  # MindSpeed-LLM v2.1.0's
 _OPEN = "default: generation_config.json's, else"
-TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+GENERATION_TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+
+
+PREFILL_TOKENS = 4096  # new prompts' tokens of one pass, unless a single prompt has more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class WeightArgs:
     )
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
     lora_load: str | None = flag(None, metavar="DIR", help="LoRA adapter to merge: PEFT, or a Megatron checkpoint")
-    lora_alpha: float | None = flag(None, minimum=0, help="of an adapter whose checkpoint does not say it")
+    lora_alpha: float | None = flag(None, above=0, help="of an adapter whose checkpoint does not say it")
     allow_nonfinite_weights: bool = flag(False, help="run weights with NaN or infinite values, too")
     bf16: bool = flag(False, help="weights and activations in bfloat16; default: float32")
     use_kv_cache: bool = flag(True, help="keep keys and values between tokens")
@@ -85,7 +88,7 @@ class PromptArgs:
 class GenerateArgs:
     """generation"""
 
-    task: list[str] = flag(["greedy"], choices=TASKS, help="what to do, one after the other")
+    task: list[str] = flag(["greedy"], choices=GENERATION_TASKS, help="what to do, one after the other")
     prompt: list[str] | None = flag(
         None, metavar="TEXT", help=f'prompts; without any, and without --predict-data: "{DEFAULT_PROMPT}"'
     )
@@ -97,12 +100,17 @@ class GenerateArgs:
     temperature: float | None = flag(None, minimum=0, help=f"logits are divided by it when sampling; {_OPEN} 0.7")
     top_k: int | None = flag(None, minimum=0, unit="tokens", help=f"sample among the likeliest; 0: all; {_OPEN} 50")
     top_p: float | None = flag(
-        None, minimum=0, help=f"sample among the likeliest whose probabilities add up to it; 1: all; {_OPEN} 0.95"
+        None,
+        above=0,
+        maximum=1,
+        help=f"sample among the likeliest whose probabilities add up to it; 1: all; {_OPEN} 0.95",
     )
     num_beams: int = flag(4, minimum=1, unit="beams", help="sequences that a beam search follows")
-    length_penalty: float = flag(1.0, help="beams are ranked by log-likelihood / length to this power")
+    length_penalty: float = flag(
+        1.0, minimum=-10, maximum=10, help="beams are ranked by log-likelihood / length to this power"
+    )
     repetition_penalty: float | None = flag(
-        None, minimum=0, help=f"logits of tokens that occurred are reduced by this factor; {_OPEN} 1"
+        None, above=0, help=f"logits of tokens that occurred are reduced by this factor; {_OPEN} 1"
     )
     stop: list[str] | None = flag(None, metavar="TEXT", help="texts that end an answer (they are not part of it)")
     stream: bool = flag(False, help="print answers while they are made, one prompt after the other")
@@ -115,10 +123,6 @@ class GenerateArgs:
         sampled = [task for task in self.task if task in ("do_sample", "beam_search_with_sampling")]
         if sampled and self.temperature == 0:
             raise UsageError(f"--task {sampled[0]} needs --temperature above 0; --task greedy has none")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p {self.top_p}: a probability above 0 and up to 1 is expected")
-        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
-            raise UsageError(f"--repetition-penalty {self.repetition_penalty} must be above 0; 1 changes nothing")
 
 
 class InferenceArgs(typing.NamedTuple):
@@ -145,7 +149,7 @@ _LORA = "the adapter's tensors say it"
 _FOUND = "the folder shows it"
 
 SHARED_FOREIGN: dict[str, Foreign] = {
-    **TRAINING,
+    **FOREIGN_TRAINING,
     "--micro-batch-size": Foreign("--predict-batch-size and --evaluation-batch-size are the sizes here", nargs=1),
     "--global-batch-size": Foreign(_TRAINED, nargs=1),
     "--train-iters": Foreign(_TRAINED, nargs=1),

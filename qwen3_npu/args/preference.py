@@ -8,7 +8,7 @@ from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 
 # Stages that learn from answers that people prefer, and whether they compare with a reference model.
-STAGES = {"dpo": True, "orpo": False, "simpo": False, "kto": True}
+PREFERENCE_STAGES = {"dpo": True, "orpo": False, "simpo": False, "kto": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,12 @@ class PreferenceArgs:
     )
     dpo_beta: float = flag(
         0.1,
+        above=0,
         names=("--beta",),
         help="pull to the reference (dpo, kto), strength of the odds ratio (orpo) or scale of rewards (simpo)",
     )
     dpo_label_smoothing: float = flag(
-        0.0, minimum=0, help="probability that a preference is wrong (conservative DPO); below 0.5"
+        0.0, minimum=0, below=0.5, help="probability that a preference is wrong (conservative DPO); below 0.5"
     )
     simpo_gamma: float = flag(0.5, minimum=0, help="margin of rewards that simpo asks for (arXiv:2405.14734)")
     desirable_weight: float = flag(1.0, minimum=0, help="weight of kto's losses of desirable answers")
@@ -48,10 +49,6 @@ class PreferenceArgs:
     is_pairwise_dataset: bool = flag(False, help="--data-path holds pairs of answers, as --stage dpo says too")
 
     def __post_init__(self) -> None:
-        if self.dpo_beta <= 0:
-            raise UsageError(f"--dpo-beta {self.dpo_beta} must be above 0")
-        if self.dpo_label_smoothing >= 0.5:
-            raise UsageError(f"--dpo-label-smoothing {self.dpo_label_smoothing} must be below 0.5")
         if self.desirable_weight == self.undesirable_weight == 0:
             raise UsageError("--desirable-weight 0 --undesirable-weight 0: nothing would be learned")
 

@@ -58,7 +58,7 @@ class Kernels:
 OPERATIONS = tuple(field.name for field in dataclasses.fields(Kernels))
 
 
-def select(name: str, device: str = "cpu", overrides: Sequence[str] = ()) -> Kernels:
+def select_kernels(name: str, device: str = "cpu", overrides: Sequence[str] = ()) -> Kernels:
     """The kernels for `--kernels` and `--kernel-overrides`.
 
     Args:
@@ -92,7 +92,7 @@ def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
         if name == "cuda" and importlib.util.find_spec("triton") is None:
             tell_once("torch's kernels instead of the GPU's: triton is not installed; --kernels cuda needs it")
             name = "torch"
-        elif name != "torch" and (reason := _module(name, flag).why_not(operation)) is not None:
+        elif name != "torch" and (reason := _module(name, flag).why_no_kernel(operation)) is not None:
             log.info(
                 f"warning: {operation} without {_OWNERS[name]} kernel: {reason}; --kernels {name} makes this an error"
             )
@@ -102,7 +102,7 @@ def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
     for link in _CHAINS[name]:
         module = _module(link, flag)
         if hasattr(module, operation):
-            if reason := getattr(module, "why_not", lambda operation: None)(operation):
+            if reason := getattr(module, "why_no_kernel", lambda operation: None)(operation):
                 raise UsageError(f"{flag}: {operation}: {reason}; use --kernels auto")
             return getattr(module, operation)
     raise AssertionError(f"{operation} is nowhere")

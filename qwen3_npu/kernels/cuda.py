@@ -23,7 +23,7 @@ _HALF = (torch.bfloat16, torch.float16)  # what flash attention takes
 _ALIGNED = 8  # elements of 16 bits that make the 16 bytes of a bulk copy
 
 
-def why_not(operation: str) -> str | None:
+def why_no_kernel(operation: str) -> str | None:
     """Why an operation's kernel cannot be used with this torch on this GPU; None if it can."""
     if operation != "grouped_matmul":
         return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 
 from qwen3_npu.args.lora import LORA_TARGETS
@@ -9,7 +12,7 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     F32,
     DType,
     Region,
-    convert,
+    convert_dtype,
     full,
     intersect,
     relative,
@@ -20,7 +23,7 @@ from qwen3_npu.checkpoint.binary.dtypes import (
 )
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_name, peft_shapes
-from qwen3_npu.checkpoint.mapping.source import Source, inside
+from qwen3_npu.checkpoint.mapping.source import Source, view_of
 
 
 class MergedSource:
@@ -81,7 +84,8 @@ class SharedA:
             for projection in LORA_TARGETS[target]
         }
         self.width = 1 if self._is_shared() else max(map(len, self.siblings.values()))
-        self.lora = Lora(lora.r * self.width, lora.alpha * self.width, lora.targets)
+        alpha = lora.alpha * (math.sqrt(self.width) if lora.is_stabilized else self.width)
+        self.lora = dataclasses.replace(lora, r=lora.r * self.width, alpha=alpha)
         self.contents = Contents(self.arch, base=False, lora=self.lora)
 
     def _sibling(self, name: str, projection: str) -> str:
@@ -117,7 +121,7 @@ class SharedA:
             if common is not None:
                 other = self._sibling(name, sibling)
                 data = self.adapter.read(other, relative(common, tuple(origin)))
-                inside(out, common, region)[...] = convert(data, self.adapter.dtype(other), self.dtype(name))
+                view_of(out, common, region)[...] = convert_dtype(data, self.adapter.dtype(other), self.dtype(name))
         return out
 
     def close(self) -> None:

@@ -15,12 +15,11 @@ parameters of all experts (`target_parameters`), wrapped one around the other:
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qwen3_npu.args.lora import LORA_TARGETS
+from qwen3_npu.args.lora import LORA_TARGETS, lora_scale
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.source import listed
 from qwen3_npu.errors import UsageError
@@ -105,7 +104,7 @@ class _Found:
     experts: int = 1
 
 
-def judge(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch, where: str) -> Adapter:
+def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch, where: str) -> Adapter:
     """What an adapter is.
 
     Args:
@@ -121,14 +120,14 @@ def judge(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch
     _check_targets(config, {f.module for f in found}, {_module(name) for name in known}, arch, where=where)
     r, alpha = config.integer("r", least=1), config.number("lora_alpha")
     rank_of, alpha_of = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
-    scales: list[float] = []
+    is_stabilized, scales = config.boolean("use_rslora", False), list[float]()
     for item in found:
         rank, own = rank_of(item.module, r), alpha_of(item.module, alpha)
         if item.rank != rank:
             raise UsageError(f"{where}: {item.module} has rank {item.rank}; {config.where} says {shown(rank)}")
         if not own > 0:
             raise UsageError(f"{config.where}: lora_alpha is {shown(own)}; a number above 0 is expected")
-        scales.append(own / math.sqrt(rank) if config.flag("use_rslora", False) else own / rank)
+        scales.append(lora_scale(own, rank, is_stabilized=is_stabilized))
     top, scale = max(item.rank for item in found), max(scales)
     parts: dict[str, Part] = {}
     for item, own in zip(found, scales, strict=True):
@@ -138,7 +137,9 @@ def judge(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch
             parts[f"{stem}lora_B.weight"] = b
     names = {name.split(".")[-3] for name in parts}
     targets = tuple(target for target in LORA_TARGETS if any(_PROJECTIONS[name] == target for name in names))
-    lora = Lora(top, float(alpha) if scale == alpha / top else scale * top, targets)
+    lora = Lora(top, float(alpha), targets, is_stabilized=is_stabilized)
+    if lora.scale != scale:  # of several ranks or alphas
+        lora = Lora(top, scale * top, targets)
     return Adapter(lora, parts, [name for name in _PROJECTIONS if name in names])
 
 
@@ -248,7 +249,7 @@ def _as_parts(modules: set[str], arch: Qwen3Arch) -> set[str]:
     }
 
 
-def _pattern(config: Record, field: str) -> Callable[[str, Any], Any]:
+def _pattern(config: Record, field: str) -> Callable[[str, object], Any]:
     """module, default -> what `rank_pattern` or `alpha_pattern` says of it: the first key that matches its end."""
     patterns: dict[re.Pattern[str], float] = {}
     fields = config.record(field, Record({}, config.where))
@@ -262,7 +263,7 @@ def _pattern(config: Record, field: str) -> Callable[[str, Any], Any]:
             raise UsageError(f"{config.where}: {field} {shown(key)} is no expression: {error}") from None
         patterns[compiled] = fields.integer(key, least=1) if field == "rank_pattern" else fields.number(key)
 
-    def find(module: str, default: Any) -> Any:
+    def find(module: str, default: object) -> Any:
         return next((value for pattern, value in patterns.items() if pattern.match(module)), default)
 
     return find

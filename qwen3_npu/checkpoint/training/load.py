@@ -16,7 +16,7 @@ from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.formats.adapters import SharedA
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import Found, restore_backup
+from qwen3_npu.checkpoint.formats.folders import StoredModel, restore_backup
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader
@@ -32,8 +32,7 @@ from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
 
-Base = Any  # HfReader, MegatronReader or DistReader
-AdapterSource = Any  # SharedA, MegatronReader or DistReader
+AdapterSource = SharedA | Checkpoint
 
 
 def load(
@@ -78,13 +77,13 @@ def load(
     return position
 
 
-def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
+def _open_base(trained: Trained, args: CheckpointArgs) -> Checkpoint | None:
     """What --load holds; None: weights stay random."""
     lora = trained.contents.lora
     if args.load is None:
         if lora:
             raise UsageError("--lora-r trains an adapter of a given model; give it with --load")
-        log.info("weights: random (no --load)")
+        log.info(f"weights: random ({'--from-scratch' if args.from_scratch else 'no --load'})")
         return None
     opened = _open(args.load, args.ckpt_step, "--load", trained)
     if opened is None:
@@ -111,7 +110,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     return opened
 
 
-def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) -> AdapterSource | None:
+def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | None) -> AdapterSource | None:
     """Where the LoRA adapter comes from; None: it is new."""
     lora = trained.contents.lora
     if lora is None:
@@ -135,13 +134,14 @@ def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) ->
         raise UsageError(
             f"the LoRA adapter to start from is {there}; the flags ask for {lora}: give --lora-r {there.r} "
             f"--lora-alpha {there.alpha:g} --lora-target-modules {' '.join(there.targets)}"
+            f"{' --use-rslora' * there.is_stabilized}{' --no-use-rslora' * (lora.is_stabilized > there.is_stabilized)}"
         )
     if lora_load is not None:
         log.info(f"LoRA adapter: {lora_load}")
     return adapter
 
 
-def newest_whole(load: str, step: int | None, flag: str = "--load") -> Found | None:
+def newest_whole(load: str, step: int | None, flag: str = "--load") -> StoredModel | None:
     """What a folder holds, after a save that was killed too; None: nothing. Every rank must call this."""
     if dist.get_rank() == 0:
         restore_backup(Path(load))

@@ -18,6 +18,7 @@ from qwen3_npu.schema import integer, number, read_record, sequence, shown
 
 # Keys that say what this code says in another key, or that transformers derives; none is written.
 _NOT_WRITTEN = ("rope_parameters", "num_local_experts", "dtype", "layer_types", "original_max_position_embeddings")
+_QUANTIZED = "quantization_config"  # of weights that are dequantized when they are read
 
 
 def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwen3Arch:
@@ -125,7 +126,7 @@ def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype:
         carry: a config the model came from; what this code does not use of it is kept.
         dtype: of the weights beside it, e.g. "bfloat16".
     """
-    config = {key: value for key, value in (carry or {}).items() if key not in _NOT_WRITTEN}
+    config = {key: value for key, value in (carry or {}).items() if key not in (*_NOT_WRITTEN, _QUANTIZED)}
     family = arch.family
     facts = {fact.name: getattr(arch, fact.name) for fact in FACTS if arch.has(fact)}
     facts["rope_scaling"] = arch.rope_scaling.to_hf() if arch.rope_scaling else None

@@ -98,7 +98,25 @@ HF = {
     "config.json is a list": (lambda f: put(f / "config.json", "[1]"), "a JSON object is expected"),
     "config.json is nested": (lambda f: put(f / "config.json", "[" * 100_000), "nested too deeply"),
     "config.json is not UTF-8": (lambda f: put(f / "config.json", b'{"\xff": 1}'), "cannot be read as JSON"),
-    "FP8": (lambda f: rename(f, "q_proj.weight", "q_proj.weight_scale_inv"), "holds FP8 weights"),
+    "FP8 without a configuration": (
+        lambda f: rename(f, "q_proj.weight", "q_proj.weight_scale_inv"),
+        r"config.json: quantization_config: quant_method null, but the weights are FP8",
+    ),
+    "scales without weights": (
+        lambda f: (
+            rename(f, "q_proj.weight", "q_proj.weight_scale_inv"),
+            edit(f / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        ),
+        "q_proj.weight_scale_inv is the scale of no weight",
+    ),
+    "AWQ by its configuration": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "awq"}),
+        "quant_method 'awq': such weights are not read",
+    ),
+    "GPTQ by its configuration": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}),
+        "quant_method 'gptq': such weights are not read",
+    ),
     "GPTQ": (lambda f: rename(f, "q_proj.weight", "q_proj.g_idx"), "holds GPTQ weights"),
     "AWQ": (lambda f: rename(f, "q_proj.weight", "q_proj.qweight"), "holds AWQ"),
     "a reward model": (lambda f: rename(f, "lm_head.weight", "score.weight"), "holds a reward or classification model"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
@@ -28,7 +28,7 @@ def test_the_layers_are_trained_and_timed_beside_transformers(
 ) -> None:
     found = {}
     for section, train in (
-        (name, gpu._ours(select("cpu"), process, tmp_path)),
+        (name, gpu._ours(select_platform("cpu"), process, tmp_path)),
         (f"peer_{name}", gpu._peer("cpu", tmp_path)),
     ):
         gpu._runs(name, True, gpu.Record(tmp_path / f"{section}.json"), train)

@@ -23,9 +23,9 @@ def implementation(request: pytest.FixtureRequest) -> kernels.Kernels:
 def selected(name: str) -> kernels.Kernels:
     """The GPU's kernels run here, too: Triton interprets them (conftest.py)."""
     if name != "cuda":
-        return kernels.select(name)
+        return kernels.select_kernels(name)
     pytest.importorskip("triton", reason="triton is not installed: it comes with torch for CUDA")
-    return kernels.select("cuda", "cuda")
+    return kernels.select_kernels("cuda", "cuda")
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -198,37 +198,37 @@ class Ranks:
 
 
 def test_selection_is_printed_and_a_typo_refused() -> None:
-    chosen = str(kernels.select("auto"))
+    chosen = str(kernels.select_kernels("auto"))
     assert all(f.name + "=" in chosen for f in dataclasses.fields(kernels.Kernels))
     with pytest.raises(UsageError, match="--kernels fast: known are"):
-        kernels.select("fast")
+        kernels.select_kernels("fast")
 
 
 def test_single_operations_are_overridden() -> None:
-    chosen = kernels.select("torch", "cpu", ["attention=reference"])
+    chosen = kernels.select_kernels("torch", "cpu", ["attention=reference"])
     assert chosen.attention is reference.attention
     assert chosen.rms_norm is not reference.rms_norm
     for wrong in ("attention", "atention=reference", "attention=fast"):
         with pytest.raises(UsageError, match=f"--kernel-overrides {wrong}: give operation=implementation"):
-            kernels.select("torch", "cpu", [wrong])
+            kernels.select_kernels("torch", "cpu", [wrong])
 
 
 def test_the_kernels_of_a_gpu_are_refused_elsewhere_and_what_misses_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UsageError, match="--kernels cuda: runs on a CUDA GPU only, and the device is cpu"):
-        kernels.select("cuda", "cpu")
+        kernels.select_kernels("cuda", "cpu")
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     said: list[str] = []
     monkeypatch.setattr(kernels.log, "info", said.append)
     kernels.tell_once.cache_clear()
-    assert kernels.select("auto", "cuda").swiglu.__module__.endswith("torch_native")
+    assert kernels.select_kernels("auto", "cuda").swiglu.__module__.endswith("torch_native")
     assert said == ["warning: torch's kernels instead of the GPU's: triton is not installed; --kernels cuda needs it"]
 
 
 @pytest.mark.parametrize("name", ["npu", "mindspeed"])
 def test_a_forced_kernel_of_another_device_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"--kernels {name}: runs on an NPU only, and the device is cuda"):
-        kernels.select(name, "cuda")
+        kernels.select_kernels(name, "cuda")
     with pytest.raises(UsageError, match=f"--kernel-overrides swiglu={name}: runs on an NPU only"):
-        kernels.select("auto", "cpu", [f"swiglu={name}"])
+        kernels.select_kernels("auto", "cpu", [f"swiglu={name}"])
