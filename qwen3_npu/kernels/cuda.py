@@ -164,7 +164,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Triton's."""
     if x.shape[-1] > norm.LONGEST or x.dim() < 2:
         return torch_native.rms_norm(x, weight, eps)
-    return norm.RMSNorm.apply(x, weight, eps)
+    return norm.FusedRMSNorm.apply(x, weight, eps)
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ def _shape(size: int) -> dict[str, int]:
     return {"SIZE": size, "BLOCK": block, "ROWS": max(_ELEMENTS // block, 1), "num_warps": 8 if block > 512 else 4}
 
 
-class RMSNorm(torch.autograd.Function):
+class FusedRMSNorm(torch.autograd.Function):
     """x [..., n] (any strides but the last), weight [n], eps."""
 
     @staticmethod
