@@ -1,4 +1,4 @@
-"""Console output of a distributed job: rank 0 is_main, the others only when something is wrong."""
+"""Console output of a distributed job: rank 0 prints everything, other ranks only warnings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def warning(message: str) -> None:
 
 
 def warning_once(message: str) -> None:
-    """A warning that every rank has reason for; rank 0 gives it."""
+    """A warning that concerns every rank; rank 0 prints it."""
     if not _silent:
         LOGGER.warning(message)
 
