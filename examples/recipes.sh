@@ -14,7 +14,7 @@ defaults() { # NAME=VALUE..., set where the environment does not say otherwise; 
     done
     source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
     HF_DIR="${HF_DIR:-./model_from_hf/${MODEL}_hf}"       # config.json and tokenizer
-    CKPT_LOAD_DIR="${CKPT_LOAD_DIR:-$HF_DIR}"             # Hugging Face or converted weights, or a checkpoint
+    CKPT_LOAD_DIR="${CKPT_LOAD_DIR-$HF_DIR}"              # Hugging Face or converted weights, a checkpoint; empty: random
     PARALLEL=(--tensor-model-parallel-size "${TP:-1}" --pipeline-model-parallel-size "${PP:-1}")
     if [ -n "${VPP:-}" ]; then PARALLEL+=(--num-layers-per-virtual-pipeline-stage "$VPP"); fi
     if [ -n "${NOOP_LAYERS:-}" ]; then PARALLEL+=(--noop-layers "$NOOP_LAYERS"); fi
@@ -49,10 +49,12 @@ train() { # flags of this kind of training...
     fi
     local length=(--train-iters "${TRAIN_ITERS:-2000}")
     if [ -n "${EPOCHS:-}" ]; then length=(--epochs "$EPOCHS"); fi
+    local start=(--load "$CKPT_LOAD_DIR")
+    if [ -z "$CKPT_LOAD_DIR" ]; then start=(--from-scratch); fi
     local words
     words_of "$DATA_PATH"
     launch pretrain_gpt.py \
-        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" --data-path "${words[@]}" --split 100,0,0 \
+        --hf-dir "$HF_DIR" "${start[@]}" --save "$CKPT_SAVE_DIR" --data-path "${words[@]}" --split 100,0,0 \
         "${PARALLEL[@]}" "${memory[@]}" "${collect[@]}" \
         --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
         --seq-length "$SEQ_LENGTH" --micro-batch-size "$MBS" --global-batch-size "$GBS" --bf16 \

@@ -111,6 +111,13 @@ def _unwrap(hint: Any) -> Any:
     return hint
 
 
+def _path(text: str) -> str:
+    """An empty one (`--load "$UNSET"`) would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path was given; name one, or drop the flag")
+    return text
+
+
 # What a value may be beside a bound, and how one that is not is told of.
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "minimum": (operator.ge, "too small; the minimum is"),
@@ -123,6 +130,8 @@ _LARGEST = 2**63 - 1  # what counts and numbers of samples are kept in
 
 def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
     """`kind` as an argparse type that also refuses values outside the field's bounds, and no numbers."""
+    if f.metadata["metavar"] in ("DIR", "FILE"):
+        return _path
     if kind not in (int, float):
         return kind
     bounds = {name: f.metadata[name] for name in _BOUNDS}

@@ -12,7 +12,7 @@ from qwen3_npu.errors import printable
 _KEPT = "\n\t\u200c\u200d"
 
 
-def prepare() -> None:
+def escape_output() -> None:
     """Let stdout and stderr escape the characters that their encoding lacks (LANG=C), instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)

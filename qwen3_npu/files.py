@@ -149,7 +149,7 @@ def hashing(name: str) -> Any:
     return xxhash.xxh3_128() if name == HASH else hashlib.sha256()
 
 
-def digest(path: Path, name: str = HASH, count: Callable[[int], None] = lambda done: None) -> str:
+def file_digest(path: Path, name: str = HASH, count: Callable[[int], None] = lambda done: None) -> str:
     """The digest of a file; `count` is told of every block's bytes."""
     found, block = hashing(name), bytearray(_BLOCK)
     with open(path, "rb", buffering=0) as file:

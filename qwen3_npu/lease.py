@@ -30,7 +30,7 @@ _LOOK = 0.2  # seconds between looks at a lease that is being judged
 
 
 @dataclasses.dataclass(frozen=True)
-class Holder:
+class LeaseHolder:
     """The process that a lease belongs to.
 
     Attributes:
@@ -48,18 +48,20 @@ class Holder:
     token: str
 
     @staticmethod
-    def me() -> Holder:
+    def me() -> LeaseHolder:
         """This process."""
         pid, now = os.getpid(), datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-        return Holder(socket.gethostname(), process_table(), pid, started(pid) or "", since=now, token=uuid.uuid4().hex)
+        return LeaseHolder(
+            socket.gethostname(), process_table(), pid, started(pid) or "", since=now, token=uuid.uuid4().hex
+        )
 
     @staticmethod
-    def parse(text: str) -> Holder | None:
+    def parse(text: str) -> LeaseHolder | None:
         """None: this is no record of a holder, or a half-written one."""
         try:
             read = schema.record(schema.parse_json(text.encode(), "a lease"), "a lease")
-            words = {f.name: read.text(f.name) for f in dataclasses.fields(Holder) if f.name != "pid"}
-            return Holder(pid=read.integer("pid", least=0), **words)
+            words = {f.name: read.text(f.name) for f in dataclasses.fields(LeaseHolder) if f.name != "pid"}
+            return LeaseHolder(pid=read.integer("pid", least=0), **words)
         except UsageError:
             return None
 
@@ -93,7 +95,7 @@ class Lease:
     """
 
     def __init__(self, path: Path, what: str, remedy: str, *, wait: bool = False) -> None:
-        self.path, self.what, self.remedy, self.wait, self.me = path, what, remedy, wait, Holder.me()
+        self.path, self.what, self.remedy, self.wait, self.me = path, what, remedy, wait, LeaseHolder.me()
         self._stop = threading.Event()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,9 +146,9 @@ class Lease:
             flush(file)
         return True
 
-    def _holder(self) -> Holder | None:
+    def _holder(self) -> LeaseHolder | None:
         seen = _look(self.path)
-        return Holder.parse(seen.text) if seen else None
+        return LeaseHolder.parse(seen.text) if seen else None
 
     def _take_over(self) -> None:
         """Remove the lease of a dead holder. Raises: UsageError: the holder lives."""
@@ -166,14 +168,14 @@ class Lease:
             now = _look(self.path)
             if now == seen:
                 self.path.unlink()
-                holder = Holder.parse(seen.text) or "an unknown process"
+                holder = LeaseHolder.parse(seen.text) or "an unknown process"
                 log.warning(f"{self.what}: {holder} left its lease behind and {reason}; it is taken over")
         finally:
             guard.unlink(missing_ok=True)
 
     def _death(self, seen: _Seen) -> str | None:
         """How it is known that the holder is dead; None: look again. Raises: UsageError: it lives."""
-        holder = Holder.parse(seen.text)
+        holder = LeaseHolder.parse(seen.text)
         if holder is not None and holder.processes == self.me.processes and holder.host == self.me.host:
             if started(holder.pid) != holder.started:
                 return "has ended"
@@ -195,7 +197,7 @@ class Lease:
                 log.info(f"{self.what} is leased by {holder}: waiting {PATIENCE:.0f} s for a sign of life")
         return f"has given no sign of life for {PATIENCE:.0f} s"
 
-    def _alive(self, holder: Holder | None) -> None:
+    def _alive(self, holder: LeaseHolder | None) -> None:
         """Raises: UsageError: nobody wants to wait."""
         if not self.wait:
             raise UsageError(

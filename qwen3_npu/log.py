@@ -38,7 +38,7 @@ class _Handler(logging.StreamHandler):
 
 def setup(rank: int = 0, world_size: int = 1) -> None:
     """Send this package's messages to stdout; ranks other than 0 print warnings only. Safe to call again."""
-    console.prepare()
+    console.escape_output()
     handler = _Handler(sys.stdout)
     handler.setFormatter(_Format(rank, world_size))
     LOGGER.handlers[:] = [handler]

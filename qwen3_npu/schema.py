@@ -169,7 +169,7 @@ def text(value: object, where: str) -> str:
     return value
 
 
-def flag(value: object, where: str) -> bool:
+def boolean(value: object, where: str) -> bool:
     """True or false. Raises: UsageError: it is neither; `where` names it."""
     if not isinstance(value, bool):
         raise UsageError(f"{where} is {shown(value)}; true or false is expected")
@@ -227,9 +227,9 @@ class Record:
         """See `schema.text`."""
         return self._get(name, default, text)
 
-    def flag(self, name: str, default: Any = _REQUIRED) -> Any:
-        """See `schema.flag`."""
-        return self._get(name, default, flag)
+    def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
+        """See `schema.boolean`."""
+        return self._get(name, default, boolean)
 
     def sequence(self, name: str, default: Any = _REQUIRED) -> Any:
         """See `schema.sequence`."""

@@ -14,7 +14,7 @@ from qwen3_npu.cli import Foreign, flag
 from qwen3_npu.errors import UsageError
 
 CUSTOM = "custom"
-TASKS = ("mmlu", "cmmlu", "ceval", "gsm8k", "boolq", "mmlu_ppl", CUSTOM)
+EVALUATION_TASKS = ("mmlu", "cmmlu", "ceval", "gsm8k", "boolq", "mmlu_ppl", CUSTOM)
 LM_EVAL, MINDSPEED = "lm-eval", "mindspeed"
 MATCHES = ("exact", "contains", "regex", "choice")
 
@@ -23,7 +23,7 @@ MATCHES = ("exact", "contains", "regex", "choice")
 class EvaluateArgs:
     """evaluation"""
 
-    task: list[str] = flag(choices=TASKS, help="benchmarks; custom: conversations with expected answers")
+    task: list[str] = flag(choices=EVALUATION_TASKS, help="benchmarks; custom: conversations with expected answers")
     task_data_path: list[str] = flag(
         metavar="PATH",
         names=("--eval-data-path",),

@@ -17,7 +17,7 @@ _SPECS = tuple(f"mindspeed_llm.tasks.models.spec.{name}_spec layer_spec" for nam
 _MIGRATION = "it is MindFormers'; docs/migration.md has the command here"
 _EXPERTS = "experts are always stacked and multiplied together"
 
-FOREIGN: dict[str, Foreign] = {
+FOREIGN_TRAINING: dict[str, Foreign] = {
     # the architecture, said again
     "--use-mcore-models": Foreign("there is no other implementation"),
     "--spec": Foreign("Qwen3 has one specification, and code of others is not loaded", nargs="+", only=_SPECS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from qwen3_npu.args.foreign import FOREIGN as TRAINING
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preprocess import THINKING
@@ -14,7 +14,10 @@ from qwen3_npu.errors import UsageError
 
 DEFAULT_PROMPT = "how are you?"  # MindSpeed-LLM v2.1.0's
 _OPEN = "default: generation_config.json's, else"
-TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+GENERATION_TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+
+
+PREFILL_TOKENS = 4096  # new prompts' tokens of one pass, unless a single prompt has more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ class PromptArgs:
 class GenerateArgs:
     """generation"""
 
-    task: list[str] = flag(["greedy"], choices=TASKS, help="what to do, one after the other")
+    task: list[str] = flag(["greedy"], choices=GENERATION_TASKS, help="what to do, one after the other")
     prompt: list[str] | None = flag(
         None, metavar="TEXT", help=f'prompts; without any, and without --predict-data: "{DEFAULT_PROMPT}"'
     )
@@ -146,7 +149,7 @@ _LORA = "the adapter's tensors say it"
 _FOUND = "the folder shows it"
 
 SHARED_FOREIGN: dict[str, Foreign] = {
-    **TRAINING,
+    **FOREIGN_TRAINING,
     "--micro-batch-size": Foreign("--predict-batch-size and --evaluation-batch-size are the sizes here", nargs=1),
     "--global-batch-size": Foreign(_TRAINED, nargs=1),
     "--train-iters": Foreign(_TRAINED, nargs=1),

@@ -8,7 +8,7 @@ from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 
 # Stages that learn from answers that people prefer, and whether they compare with a reference model.
-STAGES = {"dpo": True, "orpo": False, "simpo": False, "kto": True}
+PREFERENCE_STAGES = {"dpo": True, "orpo": False, "simpo": False, "kto": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,9 +51,6 @@ class InputArgs:
         help="files, folders or patterns of .jsonl .json .parquet .arrow .csv .txt, WikiText's .tokens (.gz or .zst "
         "may follow), or the name of a Hugging Face dataset; with --merge-group-keys a folder of .bin/.idx pairs",
     )
-    hf_datasets_params: str | None = flag(
-        None, metavar="FILE", help="JSON file of arguments for datasets.load_dataset (path, name, split, ..)"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +62,9 @@ class RecordArgs:
         metavar="NAME",
         help=f"what the records are: {', '.join(HANDLER_NAMES)}, or module:function of your own; default: text "
         f"({TEXT_HANDLER})",
+    )
+    hf_datasets_params: str | None = flag(
+        None, metavar="FILE", help="JSON file of arguments for datasets.load_dataset (path, name, split, ..)"
     )
     json_keys: list[str] = flag(["text"], metavar="KEY", help="columns of pretraining text; each gives its own files")
     map_keys: str | None = flag(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.args.preference import STAGES as PREFERENCE_STAGES
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.rules.resume import REFUSED
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import same_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,6 +221,11 @@ class CheckpointArgs:
     """checkpoints"""
 
     load: str | None = flag(None, metavar="DIR", help="checkpoint folder to start from or to resume")
+    from_scratch: bool = flag(
+        False,
+        help="pretraining from random weights, without --load; with --load and --save naming one folder the training "
+        "resumes what it has saved there",
+    )
     save: str | None = flag(None, metavar="DIR", help="checkpoint folder to write")
     save_interval: int | None = flag(None, minimum=1, unit="steps", help="between checkpoints; always one at the end")
     save_total_limit: int | None = flag(
@@ -251,6 +257,13 @@ class CheckpointArgs:
     def __post_init__(self) -> None:
         if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
             raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
+        if self.from_scratch and self.finetune:
+            raise UsageError("--from-scratch and --finetune contradict each other: fine-tuning needs weights (--load)")
+        if self.from_scratch and self.load is not None and (self.save is None or not same_folder(self.load, self.save)):
+            raise UsageError(
+                f"--from-scratch and --load {self.load} contradict each other; drop one (--load may only be --save, "
+                f"to resume)"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from qwen3_npu import __version__
 from qwen3_npu.errors import UsageError
-from qwen3_npu.files import HASH, Seal, digest, write_text
+from qwen3_npu.files import HASH, Seal, file_digest, write_text
 from qwen3_npu.schema import read_record
 
 INTEGRITY, CONVERSION = "integrity.json", "conversion.json"
@@ -137,7 +137,7 @@ def _wrong(path: Path, seal: Seal, hash_name: str, count: Count) -> str | None:
         size = path.stat().st_size
         if size != seal.bytes:
             return f"{path} has {size} bytes, not {seal.bytes}"
-        same = digest(path, hash_name, count) == seal.digest
+        same = file_digest(path, hash_name, count) == seal.digest
         return None if same else f"{path} is damaged: its {hash_name} digest is another"
     except FileNotFoundError:
         return f"{path} is missing"

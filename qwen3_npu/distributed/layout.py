@@ -146,7 +146,7 @@ def plan(
     )
 
 
-def single(arch: Qwen3Arch) -> Layout:
+def single_layout(arch: Qwen3Arch) -> Layout:
     """The layout of one process."""
     return plan(arch)
 

@@ -35,7 +35,7 @@ def shard_indices(length: int, size: int, rank: int) -> torch.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class AttentionBlock:
     """A part of the score matrix between this rank's queries and the keys that are here now.
 
     Attributes:
@@ -48,7 +48,7 @@ class Block:
     boundaries: tuple[int, ...] | None
 
 
-def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, source: int) -> Block | None:
+def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, source: int) -> AttentionBlock | None:
     """What this rank's queries see of the keys that rank `source` holds: one block of neighbouring rows, or nothing.
 
     Args:
@@ -63,7 +63,7 @@ def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, sour
         here |= {b - second + chunk for b in boundaries if second < b < second + chunk}
         cut = {chunk} if any(first + chunk <= b <= second for b in boundaries) else set()
         everything = slice(0, 2 * chunk)
-        return Block(everything, everything, tuple(sorted({0, 2 * chunk} | here | cut)))
+        return AttentionBlock(everything, everything, tuple(sorted({0, 2 * chunk} | here | cut)))
     # Both of my chunks come after their first one alone, or only my second one comes after theirs, both of them.
     seen, seeing = (theirs[:1], mine) if source < rank else (theirs, mine[1:])
     # The document of the last key before the queries; it is common if it reaches into their chunk.
@@ -74,7 +74,7 @@ def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, sour
     if not queries:
         return None
     first_query, last_key = (2 - len(seeing)) * chunk, len(seen) * chunk
-    return Block(slice(first_query, first_query + queries), slice(last_key - keys, last_key), None)
+    return AttentionBlock(slice(first_query, first_query + queries), slice(last_key - keys, last_key), None)
 
 
 class _Ring:
@@ -127,7 +127,7 @@ class _RingAttention(torch.autograd.Function):
                 part, part_lse = kernels.attention_block(
                     q[block.queries], k, v, scale=scale, cu_seqlens=block.boundaries
                 )
-                merge(out[block.queries], lse[block.queries], part, part_lse)
+                merge_block(out[block.queries], lse[block.queries], part, part_lse)
             if transfer is not None:
                 here = ring.finish(transfer)
         out = out.to(q.dtype)
@@ -175,7 +175,7 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dkv.to(kv.dtype), None, None, None, None
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+def merge_block(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Add a block's normalised result to the one so far, in place, each weighted by its share of the softmax's sum."""
     share = (part_lse - lse).sigmoid_().unsqueeze(-1)  # e^part_lse / (e^lse + e^part_lse)
     out.lerp_(part.to(out.dtype), share)

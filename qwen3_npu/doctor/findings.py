@@ -25,7 +25,7 @@ class Finding:
     remedy: str = ""
 
 
-def show(findings: Sequence[Finding]) -> int:
+def print_findings(findings: Sequence[Finding]) -> int:
     """Print the findings, remedies under them. Returns: the exit status, 1 if there is a blocker."""
     width = max(len(f.about) for f in findings)
     for finding in findings:

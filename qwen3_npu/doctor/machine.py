@@ -29,8 +29,8 @@ _SINGLE = ("megatron.core", "torch", "torch_npu", "mindspeed", "transformers", "
 
 _DEVICES = """
 import json, sys
-from qwen3_npu.platform import select
-platform = select(sys.argv[1])
+from qwen3_npu.platform import select_platform
+platform = select_platform(sys.argv[1])
 import torch
 library = {"npu": getattr(torch, "npu", None), "cuda": torch.cuda}.get(platform.name)
 count = library.device_count() if library else 0
@@ -42,9 +42,9 @@ import time, torch
 import torch.distributed as dist
 from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.distributed.launch import process_group
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 import sys
-platform = select(sys.argv[1])
+platform = select_platform(sys.argv[1])
 with process_group(platform, RuntimeArgs(distributed_timeout_minutes=1)) as world:
     tensor = torch.full((2**22,), world.rank + 1.0, device=world.device)
     dist.all_reduce(tensor)
@@ -98,7 +98,7 @@ class Facts:
     taken_ports: list[int]
 
 
-def look(args: DoctorArgs) -> Facts:
+def machine_facts(args: DoctorArgs) -> Facts:
     """The facts of this machine."""
     environment = dict(os.environ)
     wanted = args.npus_per_node or (int(environment["NPUS_PER_NODE"]) if "NPUS_PER_NODE" in environment else None)

@@ -19,12 +19,12 @@ from qwen3_npu.inference.results.journal import Journal
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import Sampling
 from qwen3_npu.inference.scoring import Choice, Key, Scorer, choice_tokens
-from qwen3_npu.inference.text import Stream, Writer
+from qwen3_npu.inference.text import TextStream, Writer
 from qwen3_npu.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class TaskQuestions:
     """A task's questions, read before the model is.
 
     Attributes:
@@ -49,10 +49,12 @@ class Read:
         return self.questions[number].subject if self.questions else "all"
 
 
-class Answers:
+class TaskAnswers:
     """Answers of one model to one task."""
 
-    def __init__(self, runner: Runner, writer: Writer, args: EvaluationArgs, read: Read, *, journal: Journal) -> None:
+    def __init__(
+        self, runner: Runner, writer: Writer, args: EvaluationArgs, read: TaskQuestions, *, journal: Journal
+    ) -> None:
         self.runner, self.writer, self.args, self.read, self.journal = runner, writer, args, read, journal
         self.earlier = [entry for entry in journal.entries if entry["task"] == read.name]
 
@@ -99,7 +101,7 @@ class Answers:
             for request, _ in requests
             if request.number % runner.data_parallel == runner.data_rank and request.number not in earlier
         ]
-        streams = {r.number: Stream(self.writer.encoder, runner.plan.eos, stops) for r in mine}
+        streams = {r.number: TextStream(self.writer.encoder, runner.plan.eos, stops) for r in mine}
         slots = min(self.args.evaluate.evaluation_batch_size or 8, max(len(mine), 1))
         engine = Engine(runner, slots=slots, kv_cache=weights.use_kv_cache, prefix_cache=weights.prefix_cache)
         progress = self._progress(len(requests))

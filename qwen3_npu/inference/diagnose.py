@@ -14,7 +14,7 @@ from qwen3_npu.errors import Stopped
 from qwen3_npu.inference.runner import Runner
 
 
-def check_finite(runner: Runner, scores: Iterable[float], texts: Sequence[Sequence[int]]) -> None:
+def check_finite_scores(runner: Runner, scores: Iterable[float], texts: Sequence[Sequence[int]]) -> None:
     """Go on only if scores are numbers. Every process of a copy of the model has the same scores.
 
     Args:

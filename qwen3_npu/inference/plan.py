@@ -17,6 +17,10 @@ from qwen3_npu.inference.generation_config import GenerationConfig, read_generat
 from qwen3_npu.inference.taught import read_taught, settle
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
+from qwen3_npu.plan.device import find_device
+from qwen3_npu.plan.launch import DEFAULT
+from qwen3_npu.plan.requests import in_words, request_memory, setup_of_inference
+from qwen3_npu.plan.shape import shape_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,12 @@ class InferencePlan:
             f"layout: {self.layout}{copies}",
             *self.notes,
         ]
+
+    def memory_in_words(self, *, bf16: bool) -> str:
+        """What a device of the usual kind holds, a line."""
+        device, shape = find_device(DEFAULT), shape_of(self.arch, self.layout.padded_vocab_size)
+        setup = setup_of_inference(self.layout, bf16=bf16, copies=self.data_parallel)
+        return in_words(request_memory(shape, setup, device, self.positions), device)
 
 
 def plan_inference(

@@ -76,7 +76,7 @@ class Runner:
         copy_tied: bool,
     ) -> None:
         self.world, self.plan, self.arch = world, plan, plan.arch
-        chosen = kernels.select(runtime.kernels, platform.name, runtime.kernel_overrides)
+        chosen = kernels.select_kernels(runtime.kernels, platform.name, runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         train = TrainArgs(train_iters=0, bf16=weights.bf16)
         config = transformer_config(
@@ -119,7 +119,7 @@ class Runner:
         if not self.arch.tie_word_embeddings or isinstance(layer, FrozenLinear):
             return layer
         shared = self.model.shared_embedding_or_output_weight()
-        return FrozenLinear(layer, shared, chosen if copy_tied else kernels.select("reference"), rows)
+        return FrozenLinear(layer, shared, chosen if copy_tied else kernels.select_kernels("reference"), rows)
 
     # What passes attend to
 

@@ -77,7 +77,7 @@ def warped(scores: torch.Tensor, sampling: Sampling, *, at_least: int = 1) -> to
     return scores
 
 
-def choose(
+def choose_tokens(
     logits: torch.Tensor, sampling: Sampling, seen: Sequence[Sequence[int]], numbers: Sequence[int]
 ) -> torch.Tensor:
     """The next token of each row, [b] int64.

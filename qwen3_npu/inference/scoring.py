@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 import torch
 
-from qwen3_npu.inference.diagnose import check_finite
+from qwen3_npu.inference.diagnose import check_finite_scores
 from qwen3_npu.inference.engine import common
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.model.cache import Kept, KVCache
@@ -120,7 +120,7 @@ class Scorer:
         start = 0
         for batch, _ in passes:
             end = start + sum(len(row.choices) for row in batch)
-            check_finite(self.runner, scores[start:end], [row.tokens for row in batch])
+            check_finite_scores(self.runner, scores[start:end], [row.tokens for row in batch])
             start = end
         return list(zip(keys, scores, strict=True))
 

@@ -113,7 +113,7 @@ def read_shape(path: Path) -> Shape:
         if field.name not in found.fields:
             continue
         is_switch = field.type == "bool"
-        values[field.name] = found.flag(field.name) if is_switch else found.integer(field.name, least=0, most=10**7)
+        values[field.name] = found.boolean(field.name) if is_switch else found.integer(field.name, least=0, most=10**7)
     hidden = found.integer("hidden_size", least=1)
     heads = found.integer("num_attention_heads", least=1)
     values.setdefault("num_query_groups", heads)

@@ -1,4 +1,4 @@
-"""Which machine this is: the one package that may name a vendor. Chosen once, by `select`."""
+"""Which machine this is: the one package that may name a vendor. Chosen once, by `select_platform`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qwen3_npu.platform.base import Platform
 DEVICES = ("auto", "npu", "cuda", "cpu")
 
 
-def select(name: str) -> Platform:
+def select_platform(name: str) -> Platform:
     """The platform for `--device`; `auto` takes an NPU, then a CUDA GPU, then the CPU.
 
     Raises:

@@ -14,7 +14,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.text.prompt_types import warn_of_misfit
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.data.train import pretrain_dataset
-from qwen3_npu.data.train.batches import Answers, Batch, moved, sample_numbers
+from qwen3_npu.data.train.batches import AnswerTokens, MicroBatch, moved, sample_numbers
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.data.train.preference_dataset import labelled_rows, open_answers, pair_rows
 from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
@@ -50,7 +50,7 @@ class Feed:
     length: int | None
     think: ThinkTokens | None = None
     supervised: float | None = None
-    _ahead: dict[int, Batch] = dataclasses.field(default_factory=dict, init=False)
+    _ahead: dict[int, MicroBatch] = dataclasses.field(default_factory=dict, init=False)
 
     def numbers(self, consumed: int) -> Iterator[range]:
         """The samples of each of this rank's micro-batches of the step that starts after `consumed` samples."""
@@ -62,7 +62,7 @@ class Feed:
             data_rank=parallel_state.get_data_parallel_rank(),
         )
 
-    def batches(self, dataset: Any, consumed: int, device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
+    def batches(self, dataset: Any, consumed: int, device: torch.device, dtype: torch.dtype) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the step that starts after `consumed` samples.
 
         Each is made while the device computes the one before; the first one of a training's next step, with the last.
@@ -83,7 +83,7 @@ class Feed:
             self._ahead[after] = self._batch(dataset, next(self.numbers(after)), device, dtype)
         yield batch
 
-    def _batch(self, dataset: Any, samples: range, device: torch.device, dtype: torch.dtype) -> Batch:
+    def _batch(self, dataset: Any, samples: range, device: torch.device, dtype: torch.dtype) -> MicroBatch:
         """Read and arrange samples, and move what this rank needs of them."""
         rows = self.make_rows([dataset[number] for number in samples])
         parallel, arch = self.args.parallel, self.plan.arch
@@ -110,8 +110,8 @@ class Feed:
         fields = moved(fields, device)
         answers = None
         if is_last and rows.answers is not None:
-            answers = Answers(fields["numbers"], fields["text_mask"], rows.answers.count, fields.get("desirable"))
-        return Batch(
+            answers = AnswerTokens(fields["numbers"], fields["text_mask"], rows.answers.count, fields.get("desirable"))
+        return MicroBatch(
             fields.get("tokens"),
             fields.get("labels"),
             fields.get("loss_mask"),

@@ -18,11 +18,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu import kernels, log
 from qwen3_npu.args.lora import LORA_TARGETS, LoraArgs
-from qwen3_npu.args.preference import STAGES
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.training.save import Position, Trained
-from qwen3_npu.data.train.batches import Batch, drained
+from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.data.train.data_path import cache_folder
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
@@ -36,7 +36,7 @@ from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
 from qwen3_npu.training.checkpoints.facts import facts
 from qwen3_npu.training.checkpoints.hf_export import HfExport
-from qwen3_npu.training.checkpoints.saving import Saver, continued, leased, prepare
+from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continued, leased
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, open_feed
 from qwen3_npu.training.guard import NanGuard
@@ -55,7 +55,7 @@ from qwen3_npu.watch.start import watched
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
     """The whole training, from joining the other processes to the last checkpoint."""
-    prepare(args.checkpoint, args.lora)
+    check_folders(args.checkpoint, args.lora)
     with leased(args.checkpoint) as lease, process_group(platform, args.runtime) as world:
         if args.checkpoint.save is not None:
             check_shared(Path(args.checkpoint.save), "--save")
@@ -94,7 +94,7 @@ class Trainer:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
         if args.train.moe_router_dtype == "fp64" and not platform.has_float64:
             raise UsageError(f"--moe-router-dtype fp64: {platform.name} has no float64; use fp32")
-        chosen = kernels.select(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
+        chosen = kernels.select_kernels(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = self._config()
         self.dtype = config.params_dtype
@@ -112,7 +112,7 @@ class Trainer:
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
-        config.finalize_model_grads_func = here.inside("reduce", finalize_model_grads)
+        config.finalize_model_grads_func = here.in_phase("reduce", finalize_model_grads)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
@@ -155,7 +155,7 @@ class Trainer:
     def open_data(self) -> None:
         """The samples of each split, and what a reference model says of them."""
         self.feed = open_feed(self.args, self.plan)
-        if STAGES.get(self.args.data.stage):
+        if PREFERENCE_STAGES.get(self.args.data.stage):
             is_cached = self.args.preference.ref_logprobs == "cache"
             self.reference = self._cached_reference() if is_cached else self._open_reference()
 
@@ -199,7 +199,9 @@ class Trainer:
             **self.sizes,
         )
 
-    def _reference_steps(self) -> Iterator[tuple[Callable[[], list[Iterator[Batch]]], list[Samples], list[Samples]]]:
+    def _reference_steps(
+        self,
+    ) -> Iterator[tuple[Callable[[], list[Iterator[MicroBatch]]], list[Samples], list[Samples]]]:
         """Every step of the training, then of the evaluations, as `reference_cache.cached` wants them."""
         evaluations = self.args.report.eval_iters if self.feed.valid is not None else 0
         for dataset, count in ((self.feed.train, self.args.train.steps), (self.feed.valid, evaluations)):
@@ -214,12 +216,12 @@ class Trainer:
         """Where the pairs of this rank's micro-batches come from."""
         return [[dataset.locate(n) for n in numbers] for numbers in self.feed.numbers(consumed)]
 
-    def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
+    def batches(self, dataset: Any, consumed: int) -> list[Iterator[MicroBatch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
         batches = self.feed.batches(dataset, consumed, self.world.device, self.dtype)
         return list(itertools.tee(batches, len(self.chunks)))
 
-    def _with_reference(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
+    def _with_reference(self, dataset: Any, consumed: int) -> list[Iterator[MicroBatch]]:
         """The micro-batches of a step; the objective learns what the reference says of them."""
         batches = self.batches(dataset, consumed)
         if self.objective is None or self.reference is None:
@@ -231,7 +233,7 @@ class Trainer:
         )
         return [drained(collections.deque(held)) for _ in self.chunks]
 
-    def training_batches(self) -> list[Iterator[Batch]]:
+    def training_batches(self) -> list[Iterator[MicroBatch]]:
         """This rank's micro-batches of the next step, once for each model chunk; the routers know what they need."""
         batches = self._with_reference(self.feed.train, self.position.samples)
         if not self.routers:

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.nn.functional import logsigmoid
 
-from qwen3_npu.args.preference import STAGES, PreferenceArgs
-from qwen3_npu.data.train.batches import Batch
+from qwen3_npu.args.preference import PREFERENCE_STAGES, PreferenceArgs
+from qwen3_npu.data.train.batches import MicroBatch
 from qwen3_npu.training.objective import Outcome
 
 METRICS = (
@@ -82,7 +82,7 @@ class LogProbs:
         return self.answers / self.tokens.clamp(min=1)
 
 
-def log_probs_of(batch: Batch, losses: torch.Tensor) -> LogProbs:
+def log_probs_of(batch: MicroBatch, losses: torch.Tensor) -> LogProbs:
     """Add up the tokens of each sequence, over context-parallel ranks too.
 
     Args:
@@ -169,10 +169,12 @@ class AnswerObjective(abc.ABC):
         self.references: collections.deque[torch.Tensor] = collections.deque()
 
     @abc.abstractmethod
-    def judge(self, batch: Batch, found: LogProbs, reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(
+        self, batch: MicroBatch, found: LogProbs, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses [n] of the pairs or answers of a micro-batch, and [len(names)] sums over them."""
 
-    def __call__(self, batch: Batch, losses: torch.Tensor) -> Outcome:
+    def __call__(self, batch: MicroBatch, losses: torch.Tensor) -> Outcome:
         """See `objective.Objective`."""
         reference = self.references.popleft() if self.references else None
         each, metrics = self.judge(batch, log_probs_of(batch, losses), reference)
@@ -194,7 +196,9 @@ class PreferenceObjective(AnswerObjective):
         super().__init__(args)
         self.loss, self.averages = LOSSES[name], name in ("orpo", "simpo")
 
-    def judge(self, batch: Batch, found: LogProbs, reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(
+        self, batch: MicroBatch, found: LogProbs, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AnswerObjective`."""
         each = self.loss(found, reference, self.args)
         if self.args.pref_ftx:
@@ -234,7 +238,9 @@ class KtoObjective(AnswerObjective):
 
     names = KTO_METRICS
 
-    def judge(self, batch: Batch, found: LogProbs, reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(
+        self, batch: MicroBatch, found: LogProbs, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AnswerObjective`."""
         assert reference is not None
         assert batch.answers is not None
@@ -259,7 +265,7 @@ class KtoObjective(AnswerObjective):
 
 def preference_objective(stage: str, args: PreferenceArgs) -> AnswerObjective | None:
     """The objective of a stage; None where the next token is all that is learned."""
-    if stage not in STAGES:
+    if stage not in PREFERENCE_STAGES:
         return None
     if stage == "kto":
         return KtoObjective(args)

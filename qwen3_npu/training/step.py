@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-from qwen3_npu.data.train.batches import Batch
+from qwen3_npu.data.train.batches import MicroBatch
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.objective import Objective
 from qwen3_npu.training.optimizer import clip_gradients, gradient_norm
@@ -93,7 +93,9 @@ class StepResult:
         return self.tally.loss
 
 
-def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def loss_of(
+    batch: MicroBatch, per_token: bool, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What backward starts from, what megatron divides it by, and the numbers of `Tally`.
 
     Args:
@@ -123,7 +125,7 @@ def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.
 
 
 def objective_loss(
-    batch: Batch, objective: Objective, per_token: bool, losses: torch.Tensor
+    batch: MicroBatch, objective: Objective, per_token: bool, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `loss_of`, for an objective whose units are not tokens."""
     assert batch.loss_mask is not None, "only the last stage has losses"
@@ -141,7 +143,7 @@ def objective_loss(
 
 
 def forward_step(
-    objective: Objective | None, batches: Iterator[Batch], model: torch.nn.Module
+    objective: Objective | None, batches: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable]:
     """megatron's callback: run one micro-batch through one model chunk."""
     here.at("data")
@@ -155,7 +157,7 @@ def forward_step(
     return output, functools.partial(loss_of, batch, per_token)
 
 
-def router_loss_weight(batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
+def router_loss_weight(batches: Sequence[MicroBatch], device: torch.device) -> torch.Tensor:
     """What `Router.loss_weight` must be so that the routers' losses count as the mean over the micro-batches of a step.
 
     megatron divides all gradients by the supervised tokens of the global batch. These must be known before the first
@@ -176,7 +178,7 @@ def router_loss_weight(batches: Sequence[Batch], device: torch.device) -> torch.
 
 def run_schedule(
     chunks: Sequence[torch.nn.Module],
-    batches: Sequence[Iterator[Batch]],
+    batches: Sequence[Iterator[MicroBatch]],
     *,
     num_microbatches: int,
     seq_length: int,
@@ -216,7 +218,7 @@ def train_step(
     chunks: Sequence[Any],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    batches: Sequence[Iterator[Batch]],
+    batches: Sequence[Iterator[MicroBatch]],
     *,
     guard: NanGuard,
     num_microbatches: int,
@@ -262,7 +264,7 @@ def train_step(
 
 
 def evaluate_step(
-    chunks: Sequence[Any], batches: Sequence[Iterator[Batch]], objective: Objective | None = None, **sizes: int
+    chunks: Sequence[Any], batches: Sequence[Iterator[MicroBatch]], objective: Objective | None = None, **sizes: int
 ) -> Tally:
     """A global batch without touching the weights."""
     for chunk in chunks:

@@ -60,12 +60,12 @@ METHODS = {
     "send": _Kind("send", way=1),
     "recv": _Kind("recv", way=-1),
 }
-OPERATIONS = sorted({kind.name for kind in METHODS.values()})
+COLLECTIVES = sorted({kind.name for kind in METHODS.values()})
 _DTYPES: dict[torch.dtype, int] = {}
 for _name in ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool"):
     _DTYPES[getattr(torch, _name)] = len(_DTYPES) + 1
-DTYPES = ["", *(str(dtype).removeprefix("torch.") for dtype in _DTYPES), "another dtype"]
-_OTHER_DTYPE = len(DTYPES) - 1
+DTYPE_NAMES = ["", *(str(dtype).removeprefix("torch.") for dtype in _DTYPES), "another dtype"]
+_OTHER_DTYPE = len(DTYPE_NAMES) - 1
 
 # megatron's descriptions of its groups, by the names that people use.
 _LABELS = {
@@ -125,7 +125,7 @@ class Recorder:
         setattr(owner, name, wrapper)
 
     def _method(self, original: Callable[..., Any], kind: _Kind) -> Callable[..., Any]:
-        operation, enter = OPERATIONS.index(kind.name), self.state.enter
+        operation, enter = COLLECTIVES.index(kind.name), self.state.enter
 
         def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             if group.size() == 1:

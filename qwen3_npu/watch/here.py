@@ -39,7 +39,7 @@ def during(phase: str) -> Iterator[None]:
         at("other")
 
 
-def inside(phase: str, function: Callable[..., T]) -> Callable[..., T]:
+def in_phase(phase: str, function: Callable[..., T]) -> Callable[..., T]:
     """The function, which puts the rank into this phase."""
 
     @functools.wraps(function)

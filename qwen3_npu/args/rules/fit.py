@@ -28,7 +28,7 @@ class Fit:
     num_microbatches: int
 
 
-def fit(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
+def fit_flags(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
     """What follows from the flags for this model on so many processes.
 
     Raises:

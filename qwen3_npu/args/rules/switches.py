@@ -76,7 +76,4 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
     steps, warm = args.train.train_iters, args.optimizer.lr_warmup_iters
     if steps is not None and warm > steps:
         said.append(f"warning: --lr-warmup-iters {warm} is above --train-iters {steps}: --lr is never reached")
-    if args.data.is_instruction:
-        mean = "token mean; MindSpeed-LLM's is micro-batch mean: --loss-normalization micro-batch"
-        said.append(f"loss: {mean if args.train.loss_normalization == 'token' else 'micro-batch mean'}")
     return said

@@ -1,6 +1,6 @@
 """Tensors as bytes: dtypes that numpy carries, and reading a region of a tensor that lies in a file. No torch.
 
-bfloat16 has no numpy dtype; its bits travel as uint16. Nothing is converted unless `convert` is called.
+bfloat16 has no numpy dtype; its bits travel as uint16. Nothing is converted unless `convert_dtype` is called.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def from_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-def convert(array: np.ndarray, source: DType, target: DType) -> np.ndarray:
+def convert_dtype(array: np.ndarray, source: DType, target: DType) -> np.ndarray:
     """The tensor in another dtype; the same array if it is the same dtype."""
     return array if source is target else from_float32(to_float32(array, source), target)
 

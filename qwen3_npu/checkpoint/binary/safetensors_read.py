@@ -29,7 +29,7 @@ _AGAIN = "download or copy it again"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class _HeaderEntry:
     """A tensor of the header; offsets count from the end of the header."""
 
     dtype: str
@@ -92,7 +92,7 @@ def _check_notes(notes: Any, path: Path) -> None:
             fields.text(name)
 
 
-def _entry(value: Any, where: str) -> _Entry:
+def _entry(value: Any, where: str) -> _HeaderEntry:
     fields: Record = record(value, where)
     fields.only(("dtype", "shape", "data_offsets"))
     dtype, shape = fields.text("dtype"), fields.counts("shape")
@@ -107,10 +107,10 @@ def _entry(value: Any, where: str) -> _Entry:
     start, stop = where_to
     if bits % 8 or stop - start != bits // 8:
         raise UsageError(f"{where}: {stop - start} bytes are not a tensor of shape {list(shape)} in {dtype}")
-    return _Entry(dtype, shape, start, stop)
+    return _HeaderEntry(dtype, shape, start, stop)
 
 
-def _check_places(header: Mapping[str, _Entry], size: int, path: Path) -> None:
+def _check_places(header: Mapping[str, _HeaderEntry], size: int, path: Path) -> None:
     """The tensors fill the file: none overlaps another or lies outside, and there is nothing between or after them."""
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: (item[1].start, item[1].stop)):

@@ -23,7 +23,7 @@ from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Opened, Sources
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.shard_reader import Holder
+from qwen3_npu.checkpoint.mapping.shard_reader import SliceLocation
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.errors import UsageError, printable
 
@@ -68,7 +68,7 @@ class MegatronLibrary:
         self.loaded = functools.cache(torch_tensors)
         reader.read_stored = self.read_stored  # type: ignore[method-assign]
 
-    def read_stored(self, holder: Holder, tensor: TensorRef, region: Region) -> np.ndarray:
+    def read_stored(self, holder: SliceLocation, tensor: TensorRef, region: Region) -> np.ndarray:
         path = self.reader.open(holder.where).path
         key = "model" if self.reader.layout.virtual == 1 else f"model{holder.shard.chunk}"
         found = self.loaded(path)[f"{key}.{holder.shard.name}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -32,6 +33,7 @@ class ConversionPlan:
         kept: Hugging Face and PEFT names of the tensors that have another dtype, which they keep.
         merged: the adapter that is merged, if one is.
         facts: of the sources, for the log, the manifest and --resume.
+        trained: the args of the checkpoint that was trained last; empty for Hugging Face and PEFT.
     """
 
     sources: Sources
@@ -42,6 +44,7 @@ class ConversionPlan:
     kept: dict[str, DType]
     merged: Lora | None
     facts: dict[str, Any]
+    trained: argparse.Namespace
 
 
 def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
@@ -72,6 +75,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     held = (adapter or base).contents.lora
     _check_flags(lora, held, lora.lora_load or args.load_dir)
     facts = {"source": _facts(base)} | ({"adapter": _facts(adapter)} if adapter else {})
+    trained = getattr(adapter or base, "args", argparse.Namespace())
     for opened in (base, adapter):
         if opened is not None:
             opened.close()
@@ -90,6 +94,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
         kept=kept,
         merged=held if isinstance(source, MergedSource) else None,
         facts=facts,
+        trained=trained,
     )
 
 

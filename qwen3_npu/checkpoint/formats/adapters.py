@@ -9,7 +9,7 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     F32,
     DType,
     Region,
-    convert,
+    convert_dtype,
     full,
     intersect,
     relative,
@@ -20,7 +20,7 @@ from qwen3_npu.checkpoint.binary.dtypes import (
 )
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_name, peft_shapes
-from qwen3_npu.checkpoint.mapping.source import Source, inside
+from qwen3_npu.checkpoint.mapping.source import Source, view_of
 
 
 class MergedSource:
@@ -117,7 +117,7 @@ class SharedA:
             if common is not None:
                 other = self._sibling(name, sibling)
                 data = self.adapter.read(other, relative(common, tuple(origin)))
-                inside(out, common, region)[...] = convert(data, self.adapter.dtype(other), self.dtype(name))
+                view_of(out, common, region)[...] = convert_dtype(data, self.adapter.dtype(other), self.dtype(name))
         return out
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ _REPLACED = ".replaced"  # a whole one whose place another of the same step is a
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class StoredModel:
     """A model, adapter or checkpoint on disk.
 
     Attributes:
@@ -88,7 +88,7 @@ def is_peft(folder: str | Path) -> bool:
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def candidates(path: str | Path, iteration: int | None = None, kind: str | None = None) -> list[Found]:
+def candidates(path: str | Path, iteration: int | None = None, kind: str | None = None) -> list[StoredModel]:
     """What may be meant by a path, in order of preference; empty: there is nothing.
 
     A root gives the iteration that its tracker names and then the sealed ones before it, if its files are damaged.
@@ -112,20 +112,20 @@ def candidates(path: str | Path, iteration: int | None = None, kind: str | None 
     if kind == MEGATRON:
         return []
     if is_peft(path):
-        return [Found(PEFT, path, path)]
+        return [StoredModel(PEFT, path, path)]
     if is_hf_weights(path):
-        return [Found(HF, path, path)]
+        return [StoredModel(HF, path, path)]
     # What is missing of a Hugging Face model that was asked for, its reader says.
-    return [Found(HF, path, path)] if kind == HF and not candidates(path, iteration, MEGATRON) else []
+    return [StoredModel(HF, path, path)] if kind == HF and not candidates(path, iteration, MEGATRON) else []
 
 
-def _iteration(folder: Path, root: Path, form: str) -> Found:
+def _iteration(folder: Path, root: Path, form: str) -> StoredModel:
     number = folder.name.removeprefix("iter_")
     home = folder if (folder / "config.json").is_file() else root
-    return Found(form, folder, home, int(number) if number.isdigit() else None)
+    return StoredModel(form, folder, home, int(number) if number.isdigit() else None)
 
 
-def _iterations(root: Path, iteration: int | None) -> list[Found]:
+def _iterations(root: Path, iteration: int | None) -> list[StoredModel]:
     tracked = read_tracker(root)
     there = iterations(root)
     if iteration is not None:
@@ -150,7 +150,7 @@ def _listed(there: list[int]) -> str:
     return f"iterations there: {', '.join(map(iteration_name, reversed(there))) or 'none'}"
 
 
-def missing(root: Path, folder: Path) -> str:
+def incomplete(root: Path, folder: Path) -> str:
     """What is wrong with an iteration's folder at first sight; empty: nothing is."""
     if not folder.is_dir():
         return f"{folder} does not exist; {_listed(iterations(root))}"

@@ -20,9 +20,9 @@ from qwen3_npu.checkpoint.formats.folders import (
     TORCH,
     TORCH_DIST,
     TRACKER,
-    Found,
+    StoredModel,
     candidates,
-    missing,
+    incomplete,
     read_tracker,
 )
 from qwen3_npu.checkpoint.formats.huggingface import HfReader, open_hf
@@ -57,10 +57,10 @@ class Peers:
 ALONE = Peers()
 
 
-def find(path: str | Path, iteration: int | None = None, kind: str | None = None) -> Found | None:
+def find(path: str | Path, iteration: int | None = None, kind: str | None = None) -> StoredModel | None:
     """What a path means, its files not looked at; None: there is nothing. Raises: UsageError: see `candidates`."""
     found = next(iter(candidates(path, iteration, kind)), None)
-    if found is not None and found.kind == MEGATRON and (wrong := missing(found.home, found.folder)):
+    if found is not None and found.kind == MEGATRON and (wrong := incomplete(found.home, found.folder)):
         raise UsageError(wrong)
     return found
 
@@ -72,7 +72,7 @@ def find_whole(
     peers: Peers = ALONE,
     *,
     flag: str = "--load",
-) -> Found | None:
+) -> StoredModel | None:
     """What a path means, with files that are what was written; None: there is nothing. Every rank must call this.
 
     Damaged files are named. Of a root with earlier checkpoints the newest whole one is taken, aloud. The ranks share
@@ -104,9 +104,9 @@ def find_whole(
 _REMEDY = f"delete its {manifest.INTEGRITY} if it was changed on purpose"
 
 
-def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None, peers: Peers) -> list[Found]:
+def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None, peers: Peers) -> list[StoredModel]:
     """All ranks go by what rank 0 sees."""
-    seen: list[Found] | str | None = None
+    seen: list[StoredModel] | str | None = None
     if peers.rank == 0:
         try:
             seen = candidates(path, iteration, kind)
@@ -123,7 +123,7 @@ def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None
     return seen
 
 
-def _problems(found: Found, peers: Peers) -> list[str]:
+def _problems(found: StoredModel, peers: Peers) -> list[str]:
     """What is wrong, a line each. Every rank must call this."""
     first = peers.agree(_at_first_sight(found) if peers.rank == 0 else None)
     if first is not None:
@@ -141,19 +141,19 @@ def _problems(found: Found, peers: Peers) -> list[str]:
     return list(dict.fromkeys(line for lines in peers.gather(mine) for line in lines))
 
 
-def _at_first_sight(found: Found) -> str | None:
+def _at_first_sight(found: StoredModel) -> str | None:
     """What is wrong; "": nothing, as far as can be known; None: the files are to be checked."""
     if manifest.is_sealed(found.folder):
         return None
     if found.kind == MEGATRON:
-        if wrong := missing(found.home, found.folder):
+        if wrong := incomplete(found.home, found.folder):
             return wrong
         log.info(f"{found.folder} has no {manifest.INTEGRITY}; its files are not checked before they are read")
     return ""
 
 
 def reader(
-    found: Found,
+    found: StoredModel,
     *,
     hf_config: str | Path | None = None,
     lora_alpha: float | None = None,
@@ -292,11 +292,11 @@ def find_architecture(
         return _from_folder(Path(model.hf_dir))
     if model.model:
         return SIZES[model.model], f"--model {model.model}", None
-    options: Sequence[Found] = candidates(load) if load else ()
+    options: Sequence[StoredModel] = candidates(load) if load else ()
     for home in [Path(load), *(found.home for found in options[:1])] if load else []:
         if (home / "config.json").is_file():
             return _from_folder(home)
-    if whole := next((found for found in options if not missing(found.home, found.folder)), None):
+    if whole := next((found for found in options if not incomplete(found.home, found.folder)), None):
         args, where = checkpoint_args(whole)
         return arch_from_args(args, where), where, None
     if tokenizer and (Path(tokenizer) / "config.json").is_file():

@@ -17,7 +17,7 @@ from qwen3_npu.checkpoint.binary.dtypes import F32, DType, Region, sizes, to_flo
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
-from qwen3_npu.checkpoint.mapping.peft_adapter import judge
+from qwen3_npu.checkpoint.mapping.peft_adapter import read_adapter
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.schema import read_record
@@ -68,7 +68,7 @@ class PeftReader:
             raise UsageError(f"{self.folder} holds no {ADAPTER_WEIGHTS}{other}")
         self.file = SafetensorsFile(self.folder / ADAPTER_WEIGHTS)
         shapes = {name: self.file.shape(name) for name in self.file.header}
-        self.adapter = judge(config, shapes, arch, str(self.file.path))
+        self.adapter = read_adapter(config, shapes, arch, str(self.file.path))
         self.projections = self.adapter.projections
         self.contents = Contents(arch, base=False, lora=self.adapter.lora)
         self.shapes = peft_shapes(arch, self.adapter.lora)

@@ -39,7 +39,7 @@ from collections.abc import Iterator, Mapping
 from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.table import Shard, covered, shards
-from qwen3_npu.distributed.layout import Layout, Rank, single
+from qwen3_npu.distributed.layout import Layout, Rank, single_layout
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
@@ -160,12 +160,12 @@ class Contents:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every Hugging Face and PEFT tensor."""
-        return covered(self.shards(single(self.arch), Rank(0, 0, 0, 0)))
+        return covered(self.shards(single_layout(self.arch), Rank(0, 0, 0, 0)))
 
     @property
     def parameters(self) -> int:
         """How many numbers an unsharded checkpoint holds, without the padding of the vocabulary."""
-        return sum(math.prod(shard.shape) for shard in self.shards(single(self.arch), Rank(0, 0, 0, 0)))
+        return sum(math.prod(shard.shape) for shard in self.shards(single_layout(self.arch), Rank(0, 0, 0, 0)))
 
     def __str__(self) -> str:
         return " with ".join(part for part in ("weights" * self.base, str(self.lora or "")) if part)

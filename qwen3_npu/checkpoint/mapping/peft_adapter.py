@@ -105,7 +105,7 @@ class _Found:
     experts: int = 1
 
 
-def judge(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch, where: str) -> Adapter:
+def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch, where: str) -> Adapter:
     """What an adapter is.
 
     Args:
@@ -128,7 +128,7 @@ def judge(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qwen3Arch
             raise UsageError(f"{where}: {item.module} has rank {item.rank}; {config.where} says {shown(rank)}")
         if not own > 0:
             raise UsageError(f"{config.where}: lora_alpha is {shown(own)}; a number above 0 is expected")
-        scales.append(own / math.sqrt(rank) if config.flag("use_rslora", False) else own / rank)
+        scales.append(own / math.sqrt(rank) if config.boolean("use_rslora", False) else own / rank)
     top, scale = max(item.rank for item in found), max(scales)
     parts: dict[str, Part] = {}
     for item, own in zip(found, scales, strict=True):

@@ -24,10 +24,10 @@ class Change(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        return f"{self.name} {shown(self.before)}, now {shown(self.now)}"
+        return f"{self.name} {shown_fact(self.before)}, now {shown_fact(self.now)}"
 
 
-def shown(value: Any) -> str:
+def shown_fact(value: Any) -> str:
     """A fact for a message; digests by their first letters."""
     words = value if isinstance(value, list | tuple) else [value]
     return " ".join(str(word)[:12] if _is_digest(word) else str(word) for word in words)

@@ -14,7 +14,7 @@ from qwen3_npu.checkpoint.binary.dtypes import BF16, BY_TORCH, U8, DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.formats.open import Peers
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
+from qwen3_npu.checkpoint.mapping.shard_reader import ShardReader, SliceLocation
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
@@ -67,10 +67,10 @@ class LiveTensors(ShardReader[None]):
             return to_numpy(tensor)
         return read_shard(self, shard, dtype)
 
-    def find(self, holder: Holder) -> torch.Tensor:
+    def find(self, holder: SliceLocation) -> torch.Tensor:
         return self.tensors[holder.shard.chunk, holder.shard.name]
 
-    def stored_dtype(self, holder: Holder, tensor: torch.Tensor) -> DType:
+    def stored_dtype(self, holder: SliceLocation, tensor: torch.Tensor) -> DType:
         return dtype_of(tensor)
 
     def dtype(self, name: str) -> DType:
@@ -83,7 +83,7 @@ class LiveTensors(ShardReader[None]):
         # Padding repeats the vocabulary's last row, which another rank holds; what is in padded rows is never used.
         return np.zeros(sizes(region), self.dtype(name).carrier)
 
-    def read_stored(self, holder: Holder, tensor: torch.Tensor, region: Region) -> np.ndarray:
+    def read_stored(self, holder: SliceLocation, tensor: torch.Tensor, region: Region) -> np.ndarray:
         return to_numpy(tensor.detach().view(holder.shard.view)[as_index(region)])
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ def write_tensors(writer: PtWriter, tensors: list[torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def check_finite(chunks: Sequence[torch.nn.Module], what: str) -> None:
+def check_finite_weights(chunks: Sequence[torch.nn.Module], what: str) -> None:
     """The weights of all ranks are finite: one reduction a tensor, one transfer. Every rank must call this.
 
     Raises:

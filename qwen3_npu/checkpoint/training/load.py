@@ -16,7 +16,7 @@ from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.formats.adapters import SharedA
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import Found, restore_backup
+from qwen3_npu.checkpoint.formats.folders import StoredModel, restore_backup
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader
@@ -84,7 +84,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     if args.load is None:
         if lora:
             raise UsageError("--lora-r trains an adapter of a given model; give it with --load")
-        log.info("weights: random (no --load)")
+        log.info(f"weights: random ({'--from-scratch' if args.from_scratch else 'no --load'})")
         return None
     opened = _open(args.load, args.ckpt_step, "--load", trained)
     if opened is None:
@@ -141,7 +141,7 @@ def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) ->
     return adapter
 
 
-def newest_whole(load: str, step: int | None, flag: str = "--load") -> Found | None:
+def newest_whole(load: str, step: int | None, flag: str = "--load") -> StoredModel | None:
     """What a folder holds, after a save that was killed too; None: nothing. Every rank must call this."""
     if dist.get_rank() == 0:
         restore_backup(Path(load))

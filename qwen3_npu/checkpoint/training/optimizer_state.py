@@ -27,7 +27,7 @@ from qwen3_npu.checkpoint.training.live import on_host, write_content
 from qwen3_npu.files import rename
 
 KEYS = STATES
-Names = dict[torch.nn.Parameter, tuple[int, str]]  # parameter -> virtual chunk, name
+ParameterNames = dict[torch.nn.Parameter, tuple[int, str]]  # parameter -> virtual chunk, name
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -41,7 +41,7 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
     return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
 
 
-def parameter_names(chunks: Sequence[torch.nn.Module]) -> Names:
+def parameter_names(chunks: Sequence[torch.nn.Module]) -> ParameterNames:
     """Names of the trained parameters of the model chunks (not wrapped)."""
     return {p: (i, name) for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters() if p.requires_grad}
 
@@ -55,7 +55,7 @@ def step_count(optimizer: MegatronOptimizer) -> int:
 Gathered = dict[tuple[int, str], dict[str, torch.Tensor]]
 
 
-def gather(optimizer: MegatronOptimizer, names: Names, *, copy: bool = False) -> Gathered:
+def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = False) -> Gathered:
     """(chunk, name) -> {param, exp_avg, exp_avg_sq}, float32, each of the parameter's local shape.
 
     Every rank must call this. With a distributed optimizer only data-parallel rank 0 gets the tensors; the others get
@@ -79,7 +79,7 @@ def gather(optimizer: MegatronOptimizer, names: Names, *, copy: bool = False) ->
 
 @torch.no_grad()
 def restore(
-    optimizer: MegatronOptimizer, names: Names, step: int, read: Callable[[int, str, str], torch.Tensor]
+    optimizer: MegatronOptimizer, names: ParameterNames, step: int, read: Callable[[int, str, str], torch.Tensor]
 ) -> None:
     """The reverse of `gather`. Every rank must call this.
 
@@ -128,7 +128,7 @@ def _views(part: DistributedOptimizer, flat: dict) -> Iterator[tuple[torch.nn.Pa
 
 
 def _restore_distributed(
-    part: DistributedOptimizer, names: Names, read: Callable[[int, str, str], torch.Tensor]
+    part: DistributedOptimizer, names: ParameterNames, read: Callable[[int, str, str], torch.Tensor]
 ) -> None:
     flat: dict[Any, Any] | None = None
     if part.data_parallel_group_gloo.rank() == 0:
@@ -176,7 +176,7 @@ class _Part:
 class ShardedState:
     """A copy of what this rank has of the state; made without a collective call."""
 
-    def __init__(self, optimizer: MegatronOptimizer, names: Names) -> None:
+    def __init__(self, optimizer: MegatronOptimizer, names: ParameterNames) -> None:
         self.parts = []
         for number, part in enumerate(parts(optimizer)):
             assert isinstance(part, DistributedOptimizer)
@@ -217,7 +217,7 @@ class ShardedState:
         return found
 
 
-def _slices(part: DistributedOptimizer, names: Names) -> Iterator[tuple[ParameterKey, dict[str, Any]]]:
+def _slices(part: DistributedOptimizer, names: ParameterNames) -> Iterator[tuple[ParameterKey, dict[str, Any]]]:
     for buckets in part.gbuf_ranges:
         for ranges in (bucket for dtype in buckets.values() for bucket in dtype):
             for parameter, place in ranges["param_map"].items():

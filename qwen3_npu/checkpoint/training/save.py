@@ -39,7 +39,7 @@ from qwen3_npu.checkpoint.training import optimizer_state, retention
 from qwen3_npu.checkpoint.training.live import (
     LiveTensors,
     announce,
-    check_finite,
+    check_finite_weights,
     dtype_of,
     on_host,
     parameters_of,
@@ -136,7 +136,7 @@ def begin_save(
     Raises:
         Stopped: a weight is NaN or infinite: such a checkpoint must not take the place of good ones; on every rank.
     """
-    check_finite(trained.chunks, f"iteration {position.iteration} is not saved")
+    check_finite_weights(trained.chunks, f"iteration {position.iteration} is not saved")
     root, rank = Path(str(args.save)), dist.get_rank()
     folder = root / iteration_name(position.iteration)
     stage = folder.with_name(folder.name + ".partial")

@@ -19,7 +19,7 @@ from qwen3_npu.data.preprocess.answer_lengths import AnswerLengths
 from qwen3_npu.data.preprocess.handler import Handler, Produced, produce
 from qwen3_npu.data.preprocess.pipeline import Totals, documents
 from qwen3_npu.data.preprocess.sft_handler import CUT, DROPPED, LABEL, UNSUPERVISED, ConversationHandler
-from qwen3_npu.data.read.blocks import Block, first
+from qwen3_npu.data.read.blocks import RecordBlock, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.conversation import (
     ASSISTANT,
@@ -29,7 +29,7 @@ from qwen3_npu.data.text.conversation import (
     Conversation,
     Judged,
     Message,
-    Pair,
+    PreferencePair,
 )
 from qwen3_npu.data.text.encoder import Encoder, Tokens
 from qwen3_npu.data.train.token_record import IGNORED
@@ -55,7 +55,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
         _show(blocks, handler, encoder.result(), args.check.show)
     if not args.check.check:
         return 0
-    totals, lengths, supervised, hashes = Totals(), _Numbers(), _Numbers(), _Numbers(np.uint64)
+    totals, lengths, supervised, hashes = Totals(), _GrowingArray(), _GrowingArray(), _GrowingArray(np.uint64)
     answers = AnswerLengths()
     warnings: Counter[str] = Counter()
     places: dict[str, str] = {}
@@ -79,7 +79,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
     return _warn(args, totals, warnings, places, hashes=hashes.all())
 
 
-class _Numbers:
+class _GrowingArray:
     """Numbers that come in pieces."""
 
     def __init__(self, dtype: type = np.int64) -> None:
@@ -108,7 +108,7 @@ def _labels(outputs: Sequence[str], produced: Produced) -> Tokens | None:
     return next((produced.outputs[name] for name in outputs if name.endswith("labels")), None)
 
 
-def _show(blocks: Iterator[Block], handler: Handler, encoder: Encoder, count: int) -> None:
+def _show(blocks: Iterator[RecordBlock], handler: Handler, encoder: Encoder, count: int) -> None:
     """Print samples: what is given dim, what is learned green; between brackets where there are no colours."""
     pairs = [(i, i.replace("input_ids", "labels")) for i in handler.outputs if i.endswith("input_ids")]
     shown = 0
@@ -183,7 +183,7 @@ def _warn(
     return 1 if warnings and args.check.strict else 0
 
 
-def lint(conversation: Conversation | Pair | Judged, thinking: bool | None) -> Iterator[str]:
+def lint(conversation: Conversation | PreferencePair | Judged, thinking: bool | None) -> Iterator[str]:
     """Warnings about one conversation.
 
     Args:
@@ -191,7 +191,7 @@ def lint(conversation: Conversation | Pair | Judged, thinking: bool | None) -> I
     """
     if isinstance(conversation, Judged):
         conversation = conversation.conversation
-    elif isinstance(conversation, Pair):
+    elif isinstance(conversation, PreferencePair):
         if conversation.chosen == conversation.rejected:
             yield "chosen and rejected are the same"
         conversation = conversation.prompt._replace(

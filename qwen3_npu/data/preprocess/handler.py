@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from qwen3_npu.data.read.blocks import BadRecord, Block
+from qwen3_npu.data.read.blocks import BadRecord, RecordBlock
 from qwen3_npu.data.text.encoder import Encoder, Tokens
 
 
@@ -64,7 +64,7 @@ class Handler(Protocol):
     outputs: Sequence[str]
     columns: Sequence[str]
 
-    def prepare(self, block: Block) -> Prepared:
+    def prepare(self, block: RecordBlock) -> Prepared:
         """The strings of a block."""
 
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:

@@ -17,7 +17,7 @@ import numpy as np
 from qwen3_npu import log
 from qwen3_npu.data.preprocess.pipeline import Totals
 from qwen3_npu.data.text.encoder import Tokens
-from qwen3_npu.data.train.token_file import Indexed, IndexedWriter, open_indexed, publish, write_index
+from qwen3_npu.data.train.token_file import Indexed, IndexedWriter, open_indexed, publish, write_token_index
 from qwen3_npu.data.train.token_record import IdRange, TokenRecord, find_record, record_path
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import flush, rename, write_text
@@ -26,7 +26,7 @@ PART_BYTES = 256 << 20
 _PIECE = 4 << 20  # tokens copied at once
 
 
-class Output:
+class DatasetOutput:
     """The datasets <prefix>_<name>_document of one run."""
 
     def __init__(self, prefix: str, names: Sequence[str], identity: str, *, resume: bool) -> None:
@@ -97,7 +97,7 @@ class Output:
         self.record.unlink(missing_ok=True)
 
 
-def merge(folders: Sequence[str], keys: Sequence[str], prefix: str) -> None:
+def merge_datasets(folders: Sequence[str], keys: Sequence[str], prefix: str) -> None:
     """Join all pairs in a folder whose names hold a key, in the order of their names, to <prefix>_<key>.
 
     Raises:
@@ -131,7 +131,7 @@ def _merge(folder: Path, key: str, target: str) -> None:
                     ids += IdRange.of(tokens)
             flush(file)
         with open(target + ".idx.tmp", "wb") as file:
-            write_index(
+            write_token_index(
                 file, np.concatenate([p.lengths for p in parts]), boundaries.astype(np.int64), parts[0].index.dtype
             )
             flush(file)

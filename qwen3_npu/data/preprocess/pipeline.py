@@ -13,7 +13,7 @@ from typing import TypeVar
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.handler import Handler, Prepared, Produced, produce
-from qwen3_npu.data.read.blocks import Block, first
+from qwen3_npu.data.read.blocks import RecordBlock, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.encoder import Encoder
 from qwen3_npu.data.text.tokenizer import available_cpus
@@ -62,7 +62,7 @@ class Totals:
 
 def documents(
     args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], *, totals: Totals
-) -> Iterator[tuple[Block, Produced]]:
+) -> Iterator[tuple[RecordBlock, Produced]]:
     """Each block and what becomes of it, behind those that `totals` counts already; keeps `totals` up to date.
 
     One thread prepares blocks (Python runs one at a time anyway), even before the encoder is there; --workers encode.
@@ -84,7 +84,7 @@ def documents(
             progress.counts["bytes"] += next(blocks).size
         waiting = dict.fromkeys(counters, 0)
 
-        def encoded(item: tuple[Block, Prepared]) -> Produced:
+        def encoded(item: tuple[RecordBlock, Prepared]) -> Produced:
             return produce(handler, item[1], encoder.result())
 
         for (block, _), produced in in_order(encoding, encoded, prepared, 2 * workers):

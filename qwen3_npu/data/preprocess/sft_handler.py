@@ -12,8 +12,8 @@ import numpy as np
 
 from qwen3_npu.data.preprocess.handler import Prepared
 from qwen3_npu.data.preprocess.record_formats import Columns
-from qwen3_npu.data.read.blocks import BadRecord, Block, parse
-from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Judged, Pair
+from qwen3_npu.data.read.blocks import BadRecord, RecordBlock, parse_block
+from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Judged, PreferencePair
 from qwen3_npu.data.text.encoder import Tokens
 from qwen3_npu.data.text.templates import Template, render_answer, render_pair
 from qwen3_npu.data.train.token_record import IGNORED
@@ -71,9 +71,9 @@ class ConversationHandler(abc.ABC):
         """What `documents` must know of a sample beside its tokens."""
         return 0
 
-    def prepare(self, block: Block) -> Prepared:
+    def prepare(self, block: RecordBlock) -> Prepared:
         """The strings of a block."""
-        records, bad = parse(block)
+        records, bad = parse_block(block)
         texts: list[str] = []
         strings: list[int] = []
         pieces: list[int] = []
@@ -159,7 +159,7 @@ class InstructionHandler(ConversationHandler):
         return Tokens(joined[0], kept_lengths), Tokens(joined[1], kept_lengths)
 
 
-def _count(conversation: Conversation | Pair | Judged, counts: Counter[str]) -> None:
+def _count(conversation: Conversation | PreferencePair | Judged, counts: Counter[str]) -> None:
     """Answers that think, those that the data say not to learn, and those that were found good or bad."""
     if isinstance(conversation, Judged):
         counts[f"{'desirable' if conversation.desirable else 'undesirable'} answers"] += 1

@@ -12,13 +12,13 @@ from qwen3_npu import log
 from qwen3_npu.data.text.chat_template import chat_templates, hf_template
 from qwen3_npu.data.text.conversation import THINK, Conversation
 from qwen3_npu.data.text.encoder import Encoder
-from qwen3_npu.data.text.templates import QWEN, QWEN3, Template
+from qwen3_npu.data.text.templates import QWEN, QWEN3_TEMPLATE, Template
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
 
 AUTO = "auto"
 TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
     "qwen": lambda tokenizer: QWEN,
-    "qwen3": lambda tokenizer: QWEN3,
+    "qwen3": lambda tokenizer: QWEN3_TEMPLATE,
     "hf": hf_template,
 }
 PROMPT_TYPES = (AUTO, *TEMPLATES)

@@ -142,7 +142,7 @@ def _check_there(prefix: str, data: DataArgs) -> None:
     pairs = [name.removesuffix(f"{end}.idx") for name in names if name.endswith(f"{end}.idx")]
     hint = did_you_mean(Path(prefix).name, [*pairs, *(name for name in names if not name.endswith((".idx", ".bin")))])
     if not hint and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", prefix):
-        hint = f"; a Hugging Face data set is preprocessed first: preprocess_data.py --input {prefix}"
+        hint = "; for a data set of the Hugging Face Hub give --handler-name, which says what its records are"
     raise UsageError(
         f"--data-path {prefix}: not found: there is no pair {prefix}{end}.idx and .bin, and no raw file or folder of "
         f"this name{hint}"

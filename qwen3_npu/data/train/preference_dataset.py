@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwen3_npu.data.train.rows import AnswerRows, Padding, Rows, instruction_rows
-from qwen3_npu.data.train.sft_dataset import Sample
+from qwen3_npu.data.train.sft_dataset import TokenSample
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.data.train.turns import IGNORED, kept_tokens, turns_of
 from qwen3_npu.errors import UsageError
@@ -22,11 +22,11 @@ _NAMES = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_l
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class SamplePair:
     """Two answers to one prompt, each with it."""
 
-    chosen: Sample
-    rejected: Sample
+    chosen: TokenSample
+    rejected: TokenSample
 
 
 class PairFiles:
@@ -50,17 +50,17 @@ class PairFiles:
         """What tells these data from others."""
         return " ".join(file.fingerprint() for file in self.files)
 
-    def sample(self, number: int, longest: int) -> Pair:
+    def sample(self, number: int, longest: int) -> SamplePair:
         """A pair, each answer with its prompt cut to `longest` tokens as fine-tuning samples are."""
         chosen, chosen_labels, rejected, rejected_labels = (file[number] for file in self.files)
-        return Pair(_cut(chosen, chosen_labels, longest), _cut(rejected, rejected_labels, longest))
+        return SamplePair(_cut(chosen, chosen_labels, longest), _cut(rejected, rejected_labels, longest))
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
     """An answer with its prompt, and whether it is good."""
 
-    answer: Sample
+    answer: TokenSample
     desirable: bool
 
 
@@ -108,14 +108,14 @@ def open_answers(stage: str, prefixes: Sequence[str]) -> list[PairFiles] | list[
     return [PairFiles(prefix) for prefix in prefixes]
 
 
-def _cut(ids: np.ndarray, labels: np.ndarray, longest: int) -> Sample:
+def _cut(ids: np.ndarray, labels: np.ndarray, longest: int) -> TokenSample:
     if len(ids) > longest:
         where = kept_tokens(turns_of(labels), longest)
         ids, labels = ids[where], labels[where]
-    return Sample(ids, labels, None)
+    return TokenSample(ids, labels, None)
 
 
-def pair_rows(pairs: Sequence[Pair], padding: Padding, *, packed: bool) -> Rows:
+def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool) -> Rows:
     """The rows of a micro-batch of pairs.
 
     Args:
@@ -143,7 +143,7 @@ def labelled_rows(found: Sequence[Labelled], padding: Padding, *, longest: int, 
     return dataclasses.replace(rows, answers=dataclasses.replace(rows.answers, desirable=desirable))
 
 
-def _mismatched(sample: Sample, other: Sample, longest: int) -> Sample:
+def _mismatched(sample: TokenSample, other: TokenSample, longest: int) -> TokenSample:
     """The prompt of one sample with the answer of another."""
     prompt, start = _prompt_length(sample), _prompt_length(other)
     ids, labels = (
@@ -152,19 +152,19 @@ def _mismatched(sample: Sample, other: Sample, longest: int) -> Sample:
     return _cut(ids, labels, longest)
 
 
-def _prompt_length(sample: Sample) -> int:
+def _prompt_length(sample: TokenSample) -> int:
     learned = np.flatnonzero(sample.labels != IGNORED)
     return int(learned[0]) if len(learned) else len(sample.labels)
 
 
-def _answer_rows(samples: Sequence[Sample], padding: Padding, *, packed: bool) -> Rows:
+def _answer_rows(samples: Sequence[TokenSample], padding: Padding, *, packed: bool) -> Rows:
     lengths = np.array([len(sample.ids) for sample in samples])
     if packed:
         segments = np.repeat(np.arange(1, len(samples) + 1), lengths)
         ids, labels = (np.concatenate([getattr(s, name) for s in samples]) for name in ("ids", "labels"))
         starts = np.cumsum(lengths) - lengths
         labels[starts] = IGNORED
-        samples = [Sample(ids, labels, segments)]
+        samples = [TokenSample(ids, labels, segments)]
     rows = instruction_rows(samples, padding, per_document=packed)
     places = np.arange(rows.tokens.shape[1])
     if packed:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_npu.data.train.sft_dataset import Sample
+from qwen3_npu.data.train.sft_dataset import TokenSample
 from qwen3_npu.data.train.token_file import Indexed
 from qwen3_npu.data.train.token_record import IGNORED
 from qwen3_npu.errors import UsageError
@@ -79,7 +79,7 @@ class Padding:
     length: int | None
     multiple: int = 1
 
-    def of(self, samples: Sequence[Sample]) -> int:
+    def of(self, samples: Sequence[TokenSample]) -> int:
         """The length of the rows of these samples."""
         length = self.length or max(len(sample.ids) for sample in samples)
         return -(-length // self.multiple) * self.multiple
@@ -92,7 +92,7 @@ def padding_multiple(pad_to_multiple_of: int, *, tensor: int, context: int) -> i
 
 
 def instruction_rows(
-    samples: Sequence[Sample], padding: Padding, *, per_document: bool, reset_positions: bool = True
+    samples: Sequence[TokenSample], padding: Padding, *, per_document: bool, reset_positions: bool = True
 ) -> Rows:
     """Fine-tuning samples as rows.
 

@@ -31,7 +31,7 @@ class Kind(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class TokenSample:
     """One sample.
 
     Attributes:
@@ -72,7 +72,7 @@ class InstructionFiles:
         padded = all(self.labels[i][-1:] == -100 for i in looked_at)
         return Kind.PACK if same_length and padded else Kind.SINGLE
 
-    def sample(self, number: int, longest: int) -> Sample:
+    def sample(self, number: int, longest: int) -> TokenSample:
         """A sample, cut to `longest` tokens: packs at the end, conversations turn by turn."""
         ids, labels = self.ids[number], self.labels[number]
         segments = self.mask[number] if self.kind is Kind.NEAT_PACK else None
@@ -82,7 +82,7 @@ class InstructionFiles:
         if len(ids) > longest and self.kind is Kind.SINGLE:
             where = kept_tokens(turns_of(labels), longest)
             ids, labels = ids[where], labels[where]
-        return Sample(ids[:longest], labels[:longest], None if segments is None else segments[:longest])
+        return TokenSample(ids[:longest], labels[:longest], None if segments is None else segments[:longest])
 
     def is_supervised(self, number: int, longest: int) -> bool:
         """Whether anything of a sample is learned: a label that its document's token before it predicts."""

@@ -14,7 +14,7 @@ from qwen3_npu.inference.chat.screen import Screen
 from qwen3_npu.inference.engine import Engine, Request
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import sampling_of
-from qwen3_npu.inference.text import Stream, Writer
+from qwen3_npu.inference.text import TextStream, Writer
 
 EXIT, CLEAR = ("/exit", "q", "quit", "exit"), ("/clear", "clear", "new")
 _HELP = "Type a message; /clear forgets the conversation, /exit ends it, Ctrl-C ends an answer."
@@ -121,7 +121,7 @@ class _Conversation:
         return text, tokens
 
     def _generate(self, request: Request, opened: bool) -> str:
-        stream = Stream(self.writer.encoder, self.runner.plan.eos, self.flags.stop or ())
+        stream = TextStream(self.writer.encoder, self.runner.plan.eos, self.flags.stop or ())
         screen = None
         if self.is_main:
             out = sys.stdout or open(os.devnull, "w", encoding="utf-8")

@@ -13,7 +13,7 @@ from qwen3_npu.errors import UsageError
 RESULT = "text_generation_result"
 
 
-def write_text(path: Path, text: str) -> None:
+def write_result(path: Path, text: str) -> None:
     """The file appears whole, or not at all.
 
     Raises:
@@ -27,12 +27,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Likewise, a value as indented JSON."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    write_result(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Likewise, a record a line."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_result(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def write_generated(folder: Path, results: Iterable[Mapping[str, Any]]) -> list[Path]:
@@ -40,5 +40,5 @@ def write_generated(folder: Path, results: Iterable[Mapping[str, Any]]) -> list[
     results = list(results)
     paths = [folder / f"{RESULT}.jsonl", folder / f"{RESULT}.txt"]
     write_lines(paths[0], results)
-    write_text(paths[1], "".join(f"[{r['task']}]\n{r['prompt']}\n---\n{r['answer']}\n\n" for r in results))
+    write_result(paths[1], "".join(f"[{r['task']}]\n{r['prompt']}\n---\n{r['answer']}\n\n" for r in results))
     return paths

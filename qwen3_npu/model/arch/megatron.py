@@ -223,7 +223,7 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
     Raises:
         UsageError: one that is not computed here, several, or without what it needs.
     """
-    read = _Numbers(said, where)
+    read = _NumericArgs(said, where)
     found: list[RopeScaling] = []
     kind = said.get("rope_scaling_type")
     if kind not in (None, YARN, LLAMA3):
@@ -245,10 +245,10 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
         raise UsageError(_unlike(where, "dynamic_factor", said["dynamic_factor"], "1"))
     if len(found) > 1:
         raise UsageError(f"{where}: its args name {' and '.join(map(str, found))}; one of them can be computed")
-    return rope.checked(found[0], theta, where) if found else None
+    return rope.checked_scaling(found[0], theta, where) if found else None
 
 
-class _Numbers:
+class _NumericArgs:
     """Numbers among arguments."""
 
     def __init__(self, said: Mapping[str, Any], where: str) -> None:
@@ -266,7 +266,7 @@ class _Numbers:
         return self(name) if name in self.said else None
 
 
-def _yarn(read: _Numbers, prefix: str) -> RopeScaling:
+def _yarn(read: _NumericArgs, prefix: str) -> RopeScaling:
     mindspeed = prefix == "rope_scaling_"
     factor = read("rope_scaling_factor" if mindspeed else "yarn_rotary_scaling_factor")
     # MindSpeed-LLM's defaults are 1 and 0, Megatron's None; all of them mean `mscale(factor)`.

@@ -27,7 +27,7 @@ from qwen3_npu.lease import Lease, folder_lease
 _BEFORE = "before_this_run.json"  # which job, and what the tracker was when it began: later ones are its own
 
 
-def prepare(args: CheckpointArgs, lora: LoraArgs) -> None:
+def check_folders(args: CheckpointArgs, lora: LoraArgs) -> None:
     """Look at the folders before anything costly.
 
     Raises:
@@ -112,7 +112,7 @@ class Saver:
     """Loads and saves what is trained. Every rank must call every method.
 
     Args:
-        args: as `prepare` gave them.
+        args: as `check_folders` gave them.
         extra: further entries of the saved args, and what a checkpoint that is resumed must agree with.
         config: folder whose config.json and tokenizer files are carried along.
     """

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from qwen3_npu.args.model import positions_note, shaped
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.args.rules.fit import Fit, fit
+from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.formats.open import find_architecture
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
 from qwen3_npu.plan.launch import lines, planned
-from qwen3_npu.plan.verdict import Verdict
+from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.progress import human
 
 
@@ -30,7 +30,7 @@ class TrainingPlan(Fit):
     arch: Qwen3Arch
     found_in: str
     config: Path | None
-    verdict: Verdict | None
+    verdict: PlanVerdict | None
     notes: tuple[str, ...]
 
     def describe(self, args: PretrainArgs) -> list[str]:
@@ -69,7 +69,7 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
     found, arch = arch, shaped(args.shape, arch, noop)
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
-    sizes = fit(args, arch, world_size)
+    sizes = fit_flags(args, arch, world_size)
     verdict = planned(args, arch, sizes)
     notes = tuple(positions_note(arch, found))
     return TrainingPlan(**vars(sizes), arch=arch, found_in=found_in, config=config, verdict=verdict, notes=notes)

@@ -38,6 +38,8 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
 def _check_load(args: PretrainArgs, arch: Qwen3Arch) -> None:
     load, save = args.checkpoint.load, args.checkpoint.save
     if load is None:
+        if args.lora.on:
+            raise UsageError("--lora-r trains an adapter of a given model; give it with --load")
         return
     starts = save is not None and same_folder(load, save) and not args.lora.on
     if starts and not args.checkpoint.exit_on_missing_checkpoint and not candidates(load, args.checkpoint.ckpt_step):

@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
-from qwen3_npu.plan.verdict import Verdict
+from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
 from qwen3_npu.training.reports.expert_load import ExpertLoad
@@ -39,7 +39,7 @@ def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
 
 
 @dataclasses.dataclass
-class _Window:
+class _LogInterval:
     """Steps since the last line.
 
     Attributes:
@@ -108,12 +108,12 @@ class Reporter:
         folder: Path | None,
         is_main: bool,
         names: Sequence[str] = (),
-        verdict: Verdict | None = None,
+        verdict: PlanVerdict | None = None,
     ) -> None:
         self.names = names
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
-        self.window = _Window()
+        self.window = _LogInterval()
         self.records = Records(folder, first) if folder is not None and is_main else None
         self.planned: PlannedMeasured | None = None
         if verdict is not None and is_main:
@@ -178,7 +178,7 @@ class Reporter:
         parts += [f"{memory:.2f} GiB", f"{seconds:.3g} s/step", f"{duration((self.last - iteration) * seconds)} left"]
         log.info(" | ".join(parts))
         self._write(iteration, rates | {"seconds_per_step": seconds} | more)
-        self.window = _Window()
+        self.window = _LogInterval()
 
     def evaluation(self, iteration: int, split: str, tally: Tally) -> None:
         """The loss on another split after `iteration` steps, and what else the objective tells."""

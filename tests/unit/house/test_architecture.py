@@ -168,6 +168,24 @@ def test_arguments_beyond_the_fourth_are_passed_by_name() -> None:
     assert not found
 
 
+def test_a_class_name_stands_for_one_thing() -> None:
+    found = collections.defaultdict(list)
+    for module, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found[node.name].append(module)
+    assert not {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_nothing_of_the_package_is_imported_under_a_second_name() -> None:
+    found = []
+    for module, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qwen3_npu":
+                found += [f"{module}: {a.name} as {a.asname}" for a in node.names if a.asname]
+    assert not found
+
+
 def test_every_import_of_the_package_is_there() -> None:
     """Also of benchmarks and scripts of tests, which no test runs."""
     trees = {name: ast.parse(path.read_text()) for name, path in modules()}

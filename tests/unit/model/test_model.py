@@ -32,7 +32,7 @@ def built(folder: Path, kernel: str = "auto", **train: object) -> Iterator[torch
     arguments = TrainArgs(train_iters=1, **{"moe_router_load_balancing_type": "none", **train})
     with model_parallel(layout, parallel, RuntimeArgs()):
         config = transformer_config(source.arch, layout, parallel, arguments, overlaps_p2p_safely=False)
-        chunks = build_model(source.arch, config, layout, Parts(kernels.select(kernel)))
+        chunks = build_model(source.arch, config, layout, Parts(kernels.select_kernels(kernel)))
         load_weights(source, layout, model_rank(), chunks)
         yield chunks[0]
 
@@ -174,8 +174,8 @@ class TestLoss:
 @pytest.mark.usefixtures("process")
 def test_parameters_are_those_of_the_weight_table(folder: Path) -> None:
     from qwen3_npu.checkpoint.mapping.table import shards
-    from qwen3_npu.distributed.layout import Rank, single
+    from qwen3_npu.distributed.layout import Rank, single_layout
 
     with built(folder) as model:
-        expected = {s.name: s.shape for s in shards(model.arch, single(model.arch), Rank(0, 0, 0, 0))}
+        expected = {s.name: s.shape for s in shards(model.arch, single_layout(model.arch), Rank(0, 0, 0, 0))}
         assert {n: tuple(p.shape) for n, p in model.named_parameters()} == expected

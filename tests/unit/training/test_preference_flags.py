@@ -12,7 +12,7 @@ from qwen3_npu.args.training import DataArgs
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.data.train.preference_dataset import Labelled, LabelledFiles, PairFiles, labelled_rows
 from qwen3_npu.data.train.rows import Padding
-from qwen3_npu.data.train.sft_dataset import Sample
+from qwen3_npu.data.train.sft_dataset import TokenSample
 from qwen3_npu.data.train.token_file import IndexedWriter, publish
 from qwen3_npu.errors import UsageError
 
@@ -107,7 +107,7 @@ def test_a_prompt_with_the_answer_before_it_follows_each_answer() -> None:
     samples = []
     for prompt, answer in (([2, 3], [10]), ([4], [11, 12]), ([5, 6, 7], [13, 14, 15])):
         labels = np.array([-100] * len(prompt) + answer, np.int32)
-        samples.append(Labelled(Sample(np.array(prompt + answer, np.int32), labels, None), len(prompt) > 1))
+        samples.append(Labelled(TokenSample(np.array(prompt + answer, np.int32), labels, None), len(prompt) > 1))
     rows = labelled_rows(samples, Padding(0, 8), longest=5, packed=False)
     found = [row[row != 0].tolist() for row in rows.tokens]
     assert found[0::2] == [[2, 3, 10], [4, 11, 12], [5, 6, 7, 13, 14, 15]]

@@ -53,7 +53,7 @@ def prepared(
     job: str = "this job",
 ) -> tuple[CheckpointArgs, LoraArgs, str]:
     """What the so-many-th start of a job loads by, and what it says."""
-    from qwen3_npu.training.checkpoints.saving import continued, prepare
+    from qwen3_npu.training.checkpoints.saving import check_folders, continued
 
     lora = lora or LoraArgs()
 
@@ -65,7 +65,7 @@ def prepared(
     log.setup()
     log.LOGGER.addHandler(handler)
     try:
-        prepare(args, lora)
+        check_folders(args, lora)
         return *continued(args, lora), "\n".join(said)
     finally:
         log.LOGGER.removeHandler(handler)
@@ -239,15 +239,15 @@ def test_rank_0_waits_for_all_parts_in_the_background(tmp_path: Path) -> None:
 def test_nan_weights_are_not_saved(process: object) -> None:
     import torch
 
-    from qwen3_npu.checkpoint.training.live import check_finite
+    from qwen3_npu.checkpoint.training.live import check_finite_weights
 
     model = torch.nn.Linear(3, 3)
-    check_finite([model], "iteration 7 is not saved")
+    check_finite_weights([model], "iteration 7 is not saved")
     for value in (float("nan"), float("inf")):
         with torch.no_grad():
             model.bias[1] = value
         with pytest.raises(Stopped, match="iteration 7 is not saved: bias holds NaN or infinite values"):
-            check_finite([model], "iteration 7 is not saved")
+            check_finite_weights([model], "iteration 7 is not saved")
 
 
 def test_an_export_that_fails_is_a_warning_and_counted(
