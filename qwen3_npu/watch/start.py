@@ -7,6 +7,7 @@ import dataclasses
 import faulthandler
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import qwen3_npu
+from qwen3_npu import log
 from qwen3_npu.args.watch import WatchArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.processes import started
@@ -42,7 +44,6 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
     dist.broadcast_object_list(token, 0)  # once, so that the processes of a node meet in one folder
     node, local = environment.node(), environment.local_size(dist.get_world_size())
     folder = Path(_memory()) / f"qwen3_npu_watch_{token[0]}_{node}"
-    folder.mkdir(mode=0o700, exist_ok=True)
     rank, _, local_rank = environment.ranks()
     info = {
         "pid": os.getpid(),
@@ -54,8 +55,23 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
         "operations": COLLECTIVES,
         "dtypes": DTYPE_NAMES,
     }
-    with open(folder / f"rank_{rank}.stack", "w", encoding="utf-8") as stacks:
+    opened = contextlib.ExitStack()
+    problem = None
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        stacks = opened.enter_context(open(folder / f"rank_{rank}.stack", "w", encoding="utf-8"))
         state = State(folder, rank, info, interval=args.straggler_interval, device=has_device)
+    except OSError as error:
+        problem = f"{folder.parent} takes no files: {error.strerror}"
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if told := next(filter(None, problems), None):
+        opened.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        log.warning_once(f"no watch over hangs and stragglers: {told}")
+        yield
+        return
+    with opened:
         faulthandler.register(probe.STACKS, stacks, all_threads=True)
         recorder = Recorder(state)
         recorder.install()

@@ -16,6 +16,9 @@ import pytest
 from tensorboard.summary.writer import record_writer
 
 from qwen3_npu import log
+from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.platform import select_platform
+from qwen3_npu.training.reports.profiling import Profiling
 from qwen3_npu.training.reports.records import Records
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -119,9 +122,6 @@ def test_a_log_that_cannot_be_written_leaves_the_status_of_a_script(place: str, 
 
 
 def test_a_recording_that_cannot_be_written_is_told(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen3_npu.args.profile import ProfileArgs
-    from qwen3_npu.platform import select
-    from qwen3_npu.training.reports.profiling import Profiling
 
     class Full:
         start = staticmethod(lambda: None)
@@ -131,7 +131,7 @@ def test_a_recording_that_cannot_be_written_is_told(said: list[str], monkeypatch
             raise RuntimeError("Can't create directory: /full")
 
     args = ProfileArgs(profile=True, profile_step_start=1, profile_step_end=2)
-    platform = dataclasses.replace(select("cpu"), profiler=lambda args: Full())
+    platform = dataclasses.replace(select_platform("cpu"), profiler=lambda args: Full())
     profiling = Profiling(platform, args, 0, first=1, last=5)
     for iteration in range(1, 6):
         profiling.before(iteration)
