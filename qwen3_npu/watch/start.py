@@ -63,12 +63,9 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
         state = State(folder, rank, info, interval=args.straggler_interval, device=has_device)
     except OSError as error:
         problem = f"{folder.parent} takes no files: {error.strerror}"
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if told := next(filter(None, problems), None):
+    if _impossible(problem):
         opened.close()
         shutil.rmtree(folder, ignore_errors=True)
-        log.warning_once(f"no watch over hangs and stragglers: {told}")
         yield
         return
     with opened:
@@ -78,19 +75,7 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
         here.watch(state)
         if local_rank == 0:
             nodes = max(dist.get_world_size() // local, 1)
-            settings = Settings(
-                folder=str(folder),
-                shared=str(_shared(save, token[0])) if save and nodes > 1 else "",
-                logs=str(Path(save or ".") / "logs"),
-                node=node,
-                nodes=nodes,
-                local=local,
-                world=dist.get_world_size(),
-                timeout=args.hang_timeout,
-                abort=args.on_hang == "abort",
-                interval=args.straggler_interval,
-            )
-            _start(settings)
+            _start(_settings(args, save, folder, token[0], nodes=nodes))
         try:
             yield
         finally:
@@ -98,6 +83,32 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
             recorder.remove()
             faulthandler.unregister(probe.STACKS)
             state.end()
+
+
+def _impossible(problem: str | None) -> bool:
+    """Whether some rank has a problem, which is told. Every rank must call this."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = next(filter(None, problems), None)
+    if found is not None:
+        log.warning_once(f"no watch over hangs and stragglers: {found}")
+    return found is not None
+
+
+def _settings(args: WatchArgs, save: str | None, folder: Path, token: str, *, nodes: int) -> Settings:
+    """What the watcher of this node is told."""
+    return Settings(
+        folder=str(folder),
+        shared=str(_shared(save, token)) if save and nodes > 1 else "",
+        logs=str(Path(save or ".") / "logs"),
+        node=environment.node(),
+        nodes=nodes,
+        local=environment.local_size(dist.get_world_size()),
+        world=dist.get_world_size(),
+        timeout=args.hang_timeout,
+        abort=args.on_hang == "abort",
+        interval=args.straggler_interval,
+    )
 
 
 def _start(settings: Settings) -> None:
