@@ -42,7 +42,7 @@ class Foreign:
 
 
 def flag(
-    default: Any = dataclasses.MISSING,
+    default: object = dataclasses.MISSING,
     *,
     help: str,
     unit: str = "",
@@ -104,7 +104,7 @@ def _default(f: dataclasses.Field) -> Any:
     return f.default
 
 
-def _unwrap(hint: Any) -> Any:
+def _unwrap(hint: object) -> Any:
     """`int | None` -> `int`."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(a for a in typing.get_args(hint) if a is not type(None))
@@ -151,7 +151,7 @@ def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
     return convert
 
 
-def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any) -> None:
+def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: object) -> None:
     meta, kind = f.metadata, _unwrap(hint)
     default = _default(f)
     required = default is dataclasses.MISSING

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import xxhash
 
@@ -101,6 +101,14 @@ def check_writable_later(folder: Path, flag: str) -> None:
                 path.rmdir()
 
 
+class Digest(Protocol):
+    """A hash object, of hashlib or xxhash."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
 class Seal(NamedTuple):
     """Size and digest of a finished file."""
 
@@ -142,7 +150,7 @@ class SealedFile:
 HASH = "xxh3_128"
 
 
-def hashing(name: str) -> Any:
+def hashing(name: str) -> Digest:
     """A new hash object of this name (xxHash's or hashlib's). Raises: UsageError: it is not known."""
     if name not in (HASH, "sha256"):
         raise UsageError(f"hash {name!r} is not known; {HASH} and sha256 are")

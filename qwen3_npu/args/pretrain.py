@@ -12,7 +12,7 @@ from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.tools.plan import VerdictArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
-from qwen3_npu.args.watch import WatchArgs
+from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 
 
 class PretrainArgs(typing.NamedTuple):
@@ -34,6 +34,7 @@ class PretrainArgs(typing.NamedTuple):
     report: ReportArgs
     profile: ProfileArgs
     watch: WatchArgs
+    spikes: SpikeArgs
     verdict: VerdictArgs
     preference: PreferenceArgs
 

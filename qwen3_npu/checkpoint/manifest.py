@@ -49,7 +49,7 @@ def part(rank: int) -> str:
     return f"integrity.{rank:05d}.json"
 
 
-def write_part(folder: Path, rank: int, seals: Mapping[str, Seal], notes: Any = None) -> None:
+def write_part(folder: Path, rank: int, seals: Mapping[str, Seal], notes: object = None) -> None:
     """Say that a rank has finished its files; `notes` are for the rank that puts everything together."""
     write_text(folder / part(rank), json.dumps({"files": seals, "notes": notes}))
 

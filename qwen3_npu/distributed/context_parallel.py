@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +44,7 @@ class ContextParallel:
             boundaries = cu_seqlens or (0, q.shape[0] * group.size())
             return ring.attention(q, k, v, boundaries=boundaries, scale=scale, kernels=self.kernels, group=group)
 
-        def whole(q: Any, k: Any, v: Any) -> torch.Tensor:
+        def whole(q: object, k: object, v: object) -> torch.Tensor:
             return self.kernels.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, dropout=dropout)
 
         return ulysses.attention(whole, q, k, v, group=group)

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from qwen3_npu.platform.base import Platform
 # torch 2.7 ends a process group with the interpreter locked and joins gloo's threads, which may wait for that lock
 # themselves, to let go of their last tensors. A backend ends unlocked: those of ended groups live here until nobody
 # holds the group.
-_ended_backends: list[Any] = []
+_ended_backends: list[object] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,8 @@ def model_parallel(layout: Layout, parallel: ParallelArgs, runtime: RuntimeArgs)
                 _end(group)
 
 
-def _end(group: Any) -> None:
+def _end(group: dist.ProcessGroup | None) -> None:
+    assert group is not None
     with contextlib.suppress(RuntimeError):  # none for the host
         _ended_backends.append(group._get_backend(torch.device("cpu")))
     dist.destroy_process_group(group)

@@ -34,7 +34,7 @@ def stop(runner: Runner, texts: Sequence[Sequence[int]]) -> NoReturn:
     handles = []
 
     def watch(name: str) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+        def hook(module: torch.nn.Module, args: object, output: object) -> None:
             # Only the first one: what comes after has it from there.
             if not found and not all(map(_finite, _tensors(output))):
                 found.append((runner.stage, _layer(name), name))
@@ -73,7 +73,7 @@ def _finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
+def _tensors(output: object) -> list[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         return [output]
     return [t for one in output for t in _tensors(one)] if isinstance(output, tuple | list) else []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -52,7 +50,9 @@ class Qwen3Model(GPTModel):
         if pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
 
-    def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: Any) -> torch.Tensor:
+    def _postprocess(
+        self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: object
+    ) -> torch.Tensor:
         """Logits [b, s, local vocabulary], or with labels [b, s] the loss of each token."""
         if self.post_process and labels is not None and self.loss_chunk:
             return self._loss_in_chunks(hidden_states, labels)

@@ -55,7 +55,7 @@ class LoraLinear(MegatronModule):
     product A x: no tensor of the output's size is made beside the output itself.
     """
 
-    def __init__(self, *sizes: int, linear: type, args: LoraArgs, **options: Any) -> None:
+    def __init__(self, *sizes: int, linear: type, args: LoraArgs, **options: object) -> None:
         """Args: linear: the base layer's class; `sizes` and `options` are its own arguments."""
         super().__init__(config=options["config"])
         self.base_layer = base = linear(*sizes, **options)

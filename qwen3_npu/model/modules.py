@@ -41,7 +41,7 @@ class RMSNorm(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, *, kernel: Callable, eps: float = 1e-6, **_: Any
+        self, config: TransformerConfig, hidden_size: int, *, kernel: Callable, eps: float = 1e-6, **_: object
     ) -> None:
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
@@ -67,7 +67,7 @@ class SwiGLU(torch.nn.Module):
 class RecomputedMLP(MLP):
     """An MLP that keeps the input of its activation but not the output (--recompute-activation-function)."""
 
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         wide, _ = self.linear_fc1(hidden_states)
         kept = CheckpointWithoutOutput()
         out, bias = self.linear_fc2(kept.checkpoint(self.activation_func, wide))
@@ -99,7 +99,7 @@ class Layer(TransformerLayer):
     and forgets it in the layers that `--recompute-method block` does not recompute.
     """
 
-    def forward(self, *args: Any, **others: Any) -> tuple:
+    def forward(self, *args: object, **others: object) -> tuple:
         """As megatron's."""
         padding = getattr(others.get("packed_seq_params"), "padding", None)
         if padding is not None:
@@ -119,5 +119,5 @@ class NoopLayer(MegatronModule, BaseTransformerLayer):
         super().__init__(config)
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, get_pg_rank(pg_collection.pp))
 
-    def forward(self, hidden_states: torch.Tensor, context: Any = None, **_: Any) -> tuple[torch.Tensor, Any]:
+    def forward(self, hidden_states: torch.Tensor, context: object = None, **_: object) -> tuple[torch.Tensor, Any]:
         return hidden_states, context

@@ -88,7 +88,7 @@ class State:
         self._head()
         rename(partial, path)
 
-    def channel(self, key: Any, name: str, label: str, ranks: Sequence[int]) -> int:
+    def channel(self, key: object, name: str, label: str, ranks: Sequence[int]) -> int:
         """A new channel; further ones than fit are counted together with the last.
 
         Args:

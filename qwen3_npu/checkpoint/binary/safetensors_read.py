@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -85,14 +84,14 @@ class SafetensorsFile:
         os.close(self.fd)
 
 
-def _check_notes(notes: Any, path: Path) -> None:
+def _check_notes(notes: object, path: Path) -> None:
     if notes is not None:
         fields = record(notes, f"{path}: __metadata__")
         for name in fields.fields:
             fields.text(name)
 
 
-def _entry(value: Any, where: str) -> _HeaderEntry:
+def _entry(value: object, where: str) -> _HeaderEntry:
     fields: Record = record(value, where)
     fields.only(("dtype", "shape", "data_offsets"))
     dtype, shape = fields.text("dtype"), fields.counts("shape")

@@ -45,11 +45,11 @@ class Peers:
 
     rank, ranks = 0, 1
 
-    def agree(self, value: Any) -> Any:
+    def agree(self, value: object) -> Any:
         """Rank 0's value."""
         return value
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         """All ranks' values."""
         return [value]
 

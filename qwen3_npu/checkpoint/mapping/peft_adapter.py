@@ -248,7 +248,7 @@ def _as_parts(modules: set[str], arch: Qwen3Arch) -> set[str]:
     }
 
 
-def _pattern(config: Record, field: str) -> Callable[[str, Any], Any]:
+def _pattern(config: Record, field: str) -> Callable[[str, object], Any]:
     """module, default -> what `rank_pattern` or `alpha_pattern` says of it: the first key that matches its end."""
     patterns: dict[re.Pattern[str], float] = {}
     fields = config.record(field, Record({}, config.where))
@@ -262,7 +262,7 @@ def _pattern(config: Record, field: str) -> Callable[[str, Any], Any]:
             raise UsageError(f"{config.where}: {field} {shown(key)} is no expression: {error}") from None
         patterns[compiled] = fields.integer(key, least=1) if field == "rank_pattern" else fields.number(key)
 
-    def find(module: str, default: Any) -> Any:
+    def find(module: str, default: object) -> Any:
         return next((value for pattern, value in patterns.items() if pattern.match(module)), default)
 
     return find

@@ -19,25 +19,25 @@ class Change(NamedTuple):
     """One fact that is another than in the checkpoint; `why` it matters."""
 
     name: str
-    before: Any
-    now: Any
+    before: object
+    now: object
     why: str
 
     def __str__(self) -> str:
         return f"{self.name} {shown_fact(self.before)}, now {shown_fact(self.now)}"
 
 
-def shown_fact(value: Any) -> str:
+def shown_fact(value: object) -> str:
     """A fact for a message; digests by their first letters."""
     words = value if isinstance(value, list | tuple) else [value]
     return " ".join(str(word)[:12] if _is_digest(word) else str(word) for word in words)
 
 
-def _is_digest(word: Any) -> bool:
+def _is_digest(word: object) -> bool:
     return isinstance(word, str) and len(word) > 15 and all(c in "0123456789abcdef" for c in word)
 
 
-def _same(before: Any, now: Any) -> bool:
+def _same(before: object, now: object) -> bool:
     if isinstance(before, str) and isinstance(now, str):  # Megatron's --split is "969, 30, 1"
         return before.replace(" ", "") == now.replace(" ", "")
     if isinstance(before, list | tuple) and isinstance(now, list | tuple):

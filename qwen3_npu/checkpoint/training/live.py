@@ -37,7 +37,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
-def on_host(content: Any) -> Any:
+def on_host(content: object) -> Any:
     """Nested dicts and lists with copies on the host for the tensors in them, which training then leaves alone."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
@@ -149,7 +149,7 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], to
     return {(i, name): p for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
 
 
-def write_content(path: Path, content: Any) -> None:
+def write_content(path: Path, content: object) -> None:
     """Write nested dicts and lists with torch tensors in them as a torch checkpoint, flushed to disk.
 
     One tensor at a time is in host memory.
@@ -158,11 +158,11 @@ def write_content(path: Path, content: Any) -> None:
     write_tensors(PtWriter(path, announced), tensors)
 
 
-def announce(content: Any) -> tuple[Any, list[torch.Tensor]]:
+def announce(content: object) -> tuple[Any, list[torch.Tensor]]:
     """The content with placeholders for its tensors, and the tensors in order."""
     tensors: list[torch.Tensor] = []
 
-    def described(value: Any) -> Any:
+    def described(value: object) -> Any:
         if isinstance(value, torch.Tensor):
             tensors.append(value)
             return Tensor(dtype_of(value), tuple(value.shape))
@@ -205,12 +205,12 @@ class Ranks(Peers):
     def __init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
 
-    def agree(self, value: Any) -> Any:
+    def agree(self, value: object) -> Any:
         held = [value]
         dist.broadcast_object_list(held, 0)
         return held[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value)
         return values

@@ -32,8 +32,7 @@ from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
 
-Base = Any  # HfReader, MegatronReader or DistReader
-AdapterSource = Any  # SharedA, MegatronReader or DistReader
+AdapterSource = SharedA | Checkpoint
 
 
 def load(
@@ -78,7 +77,7 @@ def load(
     return position
 
 
-def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
+def _open_base(trained: Trained, args: CheckpointArgs) -> Checkpoint | None:
     """What --load holds; None: weights stay random."""
     lora = trained.contents.lora
     if args.load is None:
@@ -111,7 +110,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     return opened
 
 
-def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) -> AdapterSource | None:
+def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | None) -> AdapterSource | None:
     """Where the LoRA adapter comes from; None: it is new."""
     lora = trained.contents.lora
     if lora is None:

@@ -77,6 +77,16 @@ def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = 
     return found
 
 
+def states_by_parameter(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
+    """Model parameter -> its {param, exp_avg, exp_avg_sq}, the optimizer's own; nothing of a distributed one."""
+    return {
+        parameter: {"param": main, **{key: part.optimizer.state[main][key] for key in KEYS[1:]}}
+        for part in parts(optimizer)
+        if not isinstance(part, DistributedOptimizer)
+        for parameter, main in _main_parameters(part)
+    }
+
+
 @torch.no_grad()
 def restore(
     optimizer: MegatronOptimizer, names: ParameterNames, step: int, read: Callable[[int, str, str], torch.Tensor]

@@ -47,8 +47,8 @@ class Totals:
     def add(self, produced: Produced) -> None:
         """Count a block (its broken records are counted apart)."""
         self.blocks += 1
-        self.records += produced.records
-        self.counts.update(produced.counts)
+        self.records += produced.summary.records
+        self.counts.update(produced.summary.counts)
         for name, tokens in produced.outputs.items():
             self.documents[name] += len(tokens.lengths)
             self.tokens[name] += len(tokens.ids)
@@ -91,7 +91,7 @@ def documents(
             _count_bad(produced, totals, args.records.max_bad_records)
             totals.add(produced)
             yield block, produced
-            for name, count in zip(waiting, (block.size, produced.records, produced.tokens), strict=True):
+            for name, count in zip(waiting, (block.size, produced.summary.records, produced.tokens), strict=True):
                 waiting[name] += count
             if waiting["records"] >= args.output.log_interval:
                 progress.add(**waiting)
@@ -120,7 +120,7 @@ def in_order(
 
 def _count_bad(produced: Produced, totals: Totals, allowed: int) -> None:
     """Report broken records; stop when there are more than allowed."""
-    for record in produced.bad:
+    for record in produced.summary.bad:
         totals.bad += 1
         if totals.bad > allowed:
             raise UsageError(f"{record} (broken records: {totals.bad}; --max-bad-records N leaves out up to N)")

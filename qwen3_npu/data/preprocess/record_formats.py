@@ -132,7 +132,7 @@ class Columns:
         self.message_keys = {*self.telling_keys, *filter(None, own), *LEARN_KEYS, *MASK_KEYS}
 
     @staticmethod
-    def _tags(given: Any) -> ColumnNames:
+    def _tags(given: object) -> ColumnNames:
         # As in MindSpeed-LLM: once tags are given, those not mentioned do not exist.
         if not isinstance(given, dict) or (unknown := [t for t in given if t not in TAGS]):
             what = f"tags have no {unknown[0]!r}" if isinstance(given, dict) else "tags must be an object"

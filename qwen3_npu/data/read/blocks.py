@@ -104,7 +104,7 @@ class Splitter:
         self.items: list[Any] = []
         self.length = 0
 
-    def add(self, number: int, item: Any, length: int) -> Iterator[RecordBlock]:
+    def add(self, number: int, item: object, length: int) -> Iterator[RecordBlock]:
         """Take a record of about `length` bytes; gives the block that it filled, if any."""
         self.numbers.append(number)
         self.items.append(item)
@@ -134,14 +134,14 @@ def open_stream(file: InputFile) -> Iterator[InputStream]:
             yield InputStream(io.BufferedReader(inflated, BLOCK_BYTES), raw.tell)
 
 
-def checked_row(row: Any) -> dict[str, Any]:
+def checked_row(row: object) -> dict[str, Any]:
     """A parsed JSON value as a record. Raises: ValueError: it is none."""
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
     return checked_text(row)
 
 
-def checked_text(record: Any) -> Any:
+def checked_text(record: object) -> Any:
     """The record itself. Raises: ValueError: its text holds half of a surrogate pair, which has no UTF-8 form."""
     try:
         orjson.dumps(record)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class Boundaries:
@@ -15,7 +18,7 @@ class Boundaries:
         self.file, self.special = tokenizer.json_path, tuple(tokenizer.special)
 
     @functools.cached_property
-    def reference(self) -> Any:
+    def reference(self) -> Tokenizer:
         """Hugging Face's `tokenizers`, which says where in the text tokens are; loaded when first needed."""
         from tokenizers import Tokenizer
 

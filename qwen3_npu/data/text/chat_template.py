@@ -213,7 +213,7 @@ class Renderer:
         filled = [{"content": "", **message} for message in messages]
         return self._render(messages=filled, tools=listed, add_generation_prompt=ask, **variables)
 
-    def _render(self, **variables: Any) -> str:
+    def _render(self, **variables: object) -> str:
         try:
             return self.template.render(documents=None, **variables)
         except Exception as error:  # a template is a program: what it stumbles over is of any kind
@@ -269,7 +269,7 @@ def _as_dict(message: Message) -> dict[str, Any]:
 
 
 def _tojson(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,

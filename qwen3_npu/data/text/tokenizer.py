@@ -14,10 +14,13 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # A key: inside a string of JSON, quotes have a backslash.
 _ADDED_TOKENS = re.compile(r'"added_tokens"\s*:\s*\[')
@@ -130,7 +133,7 @@ class Loading(NamedTuple):
         fast: a fastokens.Tokenizer, or an ImportError or what else keeps it from being used; None: not wanted.
     """
 
-    reference: Future[Any]
+    reference: Future[Tokenizer]
     fast: Future[Any] | None
 
 
@@ -165,7 +168,7 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS lacks it
 
 
-def _load_reference(file: str) -> Any:
+def _load_reference(file: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:

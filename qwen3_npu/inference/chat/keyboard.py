@@ -16,7 +16,6 @@ import threading
 import unicodedata
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 from qwen3_npu import console
 
@@ -168,7 +167,7 @@ def keyboard() -> Iterator[Keyboard]:
         yield Keyboard()
         return
 
-    def single_keys(*signal_and_frame: Any) -> None:
+    def single_keys(*signal_and_frame: object) -> None:
         changed = termios.tcgetattr(descriptor)
         changed[3] &= ~(termios.ICANON | termios.ECHO)
         changed[6][termios.VINTR] = b"\0"  # Ctrl-C comes as a key: under torchrun the signal would end all processes

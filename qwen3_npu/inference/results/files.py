@@ -25,7 +25,7 @@ def write_result(path: Path, text: str) -> None:
         raise UsageError(f"--output-dir: {path} cannot be written: {error.strerror}; make room and run again") from None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Likewise, a value as indented JSON."""
     write_result(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 

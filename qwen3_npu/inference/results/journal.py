@@ -53,7 +53,7 @@ class Journal:
                 _rewrite(self.path, identity, [])
             self.file = self.path.open("a", encoding="utf-8")
 
-    def add(self, **entry: Any) -> None:
+    def add(self, **entry: object) -> None:
         """Write a result; of the processes of a copy only the first one does."""
         if self.file is not None:
             self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")

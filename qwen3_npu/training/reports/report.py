@@ -132,6 +132,8 @@ class Reporter:
         self.window.add(result)
         if result.skipped:
             self._write(iteration, {"skipped": 1.0})
+        if result.spike:
+            self._write(iteration, {"spike": 1.0})
         self._write(iteration, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate})
         if self.is_due(iteration):
             self._line(iteration, result, load)
@@ -139,6 +141,11 @@ class Reporter:
             self.planned.step(iteration, result.tally.places)
             if self.is_due(iteration):
                 self.planned.synchronized(iteration)
+
+    def went_back(self, step: int, to: int) -> None:
+        """After a spike or silent corruption at `step` the training is again where it was after step `to`."""
+        self._write(step, {"rolled_back_to": float(to)})
+        self.window = _LogInterval()
 
     def _line(self, iteration: int, result: StepResult, load: ExpertLoad | None) -> None:
         self.platform.synchronize()
@@ -218,7 +225,7 @@ class Reporter:
         if self.records is not None:
             self.records.line(iteration, values)
 
-    def _bars(self, iteration: int, name: str, values: Any) -> None:
+    def _bars(self, iteration: int, name: str, values: object) -> None:
         if self.records is not None:
             self.records.events(lambda writer: writer.add_histogram(name, values, iteration))
 

@@ -79,6 +79,7 @@ def test_imports_point_downwards(module: str, path: Path) -> None:
 
 # The rooms of data: text and read know no other, train knows text, preprocess all of them.
 DATA_ROOMS = {"text": (), "read": (), "train": ("text",), "preprocess": ("text", "read", "train")}
+DATA_ROOMS["__main__"] = tuple(DATA_ROOMS)
 
 
 def test_rooms_of_data_point_one_way() -> None:
