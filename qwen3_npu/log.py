@@ -1,4 +1,4 @@
-"""Console output of a distributed job: rank 0 is_main, the others only when something is wrong."""
+"""Console output of a distributed job: rank 0 prints everything, other ranks only warnings."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def warning(message: str) -> None:
 
 
 def warning_once(message: str) -> None:
-    """A warning that every rank has reason for, perhaps several times; rank 0 gives it, the first time."""
+    """A warning that concerns every rank, perhaps several times; rank 0 prints it, once."""
     if not _silent and message not in _told:
         _told.add(message)
         LOGGER.warning(message)

@@ -1,6 +1,6 @@
-"""The operations worth a device's own kernel: one signature each, and which implementation serves.
+"""The operations that have a kernel per device: one signature each, and which implementation serves.
 
-`reference` is the definition of correct, in plain torch. Every other implementation must match it, forward and
+`reference` defines the right result, in plain torch. Every other implementation must match it, forward and
 gradient. The model's ModuleSpec hands a kernel to the module that calls it (`model/spec.py`).
 """
 

@@ -18,7 +18,7 @@ import torch_npu
 
 from qwen3_npu.kernels import reference
 
-# What each kernel calls, to tell a torch_npu that is too old at the start instead of in the first step.
+# What each kernel calls, so that a torch_npu that is too old is refused at the start and not in the first step.
 _NEEDS = {
     "attention": ("npu_fusion_attention", "npu_fused_infer_attention_score"),
     "decode_attention": ("npu_fused_infer_attention_score",),

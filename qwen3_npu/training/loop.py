@@ -47,6 +47,7 @@ from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrain
 from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of, identity
 from qwen3_npu.training.reports.expert_load import ExpertLoad, take_expert_load
 from qwen3_npu.training.reports.report import Reporter
+from qwen3_npu.training.reports.trackers import open_trackers, settings
 from qwen3_npu.training.spikes.guard import SpikeGuard
 from qwen3_npu.training.spikes.replicas import ReplicaCheck
 from qwen3_npu.training.spikes.rollback import decoder, go_back
@@ -110,6 +111,7 @@ class Trainer:
             context_parallel=context_parallel,
             recompute_activation=args.train.recompute_activation_function,
             loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+            seed=args.runtime.seed,
         )
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
@@ -338,6 +340,7 @@ class Trainer:
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
             verdict=self.plan.verdict,
+            trackers=open_trackers(args.trackers, settings(args)) if self.world.rank == 0 else (),
         )
 
     def evaluate(self, reporter: Reporter) -> None:
@@ -359,4 +362,4 @@ def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
 def _lora(args: LoraArgs) -> Lora | None:
     """What the checkpoints say of LoRA adapters."""
     targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
-    return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None
+    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora) if args.on else None

@@ -1,4 +1,5 @@
-"""What a resumed training was begun with against what the flags say: refused, warned of, or of no matter. No torch.
+"""Settings of a checkpoint's training compared with the flags: a difference is refused, warned of, or ignored. No
+torch.
 
 `args.rules.resume` says what a change of each argument means. Its names are those of Megatron's args where it has one,
 so a checkpoint of Megatron is compared as far as it says.
@@ -16,7 +17,7 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 
 class Change(NamedTuple):
-    """One fact that is another than in the checkpoint; `why` it matters."""
+    """One fact that differs from the checkpoint; `why` it matters."""
 
     name: str
     before: object
@@ -87,7 +88,7 @@ def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Seq
     if refused:
         reasons = "; ".join(dict.fromkeys(change.why for change in refused))
         raise UsageError(
-            f"{where} was saved with {'; '.join(map(str, refused))} ({reasons}): give the flags of then, --finetune to "
+            f"{where} was saved with {'; '.join(map(str, refused))} ({reasons}): give the same flags, or --finetune to "
             f"start at step 0 with its weights, or --allow-changed {' '.join(change.name for change in refused)}"
         )
     for change in found:

@@ -71,7 +71,7 @@ def warn_of_misfit(prompt_type: str, tokenizer: TokenizerFolder) -> None:
 
 
 def prompt_tokens(template: Template, conversation: Conversation, thinking: bool | None, encoder: Encoder) -> list[int]:
-    """The tokens of a conversation up to where the next answer starts, as training saw them before an answer.
+    """The tokens of a conversation up to where the next answer starts, as in training.
 
     Args:
         conversation: its last message waits for an answer; `read_messages` makes it of OpenAI's messages.
