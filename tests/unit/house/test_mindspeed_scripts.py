@@ -149,6 +149,7 @@ def test_targets_switch_lora_on() -> None:
         ["--lora-alpha", "16"],
         ["--lora-fusion"],
         ["--moe-token-drop-policy", "probs"],
+        ["--moe-aux-loss-coeff", "0.1", "--moe-router-load-balancing-type", "none"],
         ["--loss-chunk-size", "1024"],
         ["--context-parallel-algo", "megatron_cp_algo"],
         ["--lr-wsd-decay-iters", "5"],
