@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     (named,) = (line for line in answer["said"] if "damaged checkpoint" in line)
     assert str(folder / "iter_0000002" / file).removesuffix("/.") in named
     assert message in named
-    assert any("iter_0000001 is the newest whole checkpoint" in line for line in answer["said"])
+    assert any("iter_0000001 is the newest complete checkpoint" in line for line in answer["said"])
 
 
 def test_none_is_whole(worlds: dict[int, World], saved: dict[str, Path], tokens: str, tmp_path: Path) -> None:

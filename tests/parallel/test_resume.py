@@ -127,7 +127,7 @@ def test_the_flags_say_what_the_schedule_is(
     assert rest["learning_rate"] == whole[3:]
     for more, word in (([], "lr_decay_steps 24 -> 48"), (["--train-iters", "3"], None)):
         said = worlds[1].run("resumed", flags=[*flags, *more, "--load", str(tmp_path)])["said"]
-        assert [word in line for line in said if line.startswith("schedule: as the flags say")] == [True] * bool(word)
+        assert [word in line for line in said if line.startswith("schedule: the flags decide")] == [True] * bool(word)
 
 
 def test_another_training_is_not_resumed_in_silence(

@@ -146,7 +146,7 @@ MG: dict[str, tuple[Callable, str]] = {
     "truncated": (lambda f: cut(f / RANK), "is not a complete torch checkpoint"),
     "no zip": (lambda f: (f / RANK).write_bytes(b"x" * 999), "is not a complete torch checkpoint"),
     "config of another model": (lambda f: edit(f / "config.json", num_hidden_layers=6), "tensors missing for layout"),
-    "a rank is missing": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "not whole"),
+    "a rank is missing": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "incomplete"),
 }
 
 

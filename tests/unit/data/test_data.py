@@ -171,7 +171,7 @@ class TestOrder:
             if content is not None:
                 path.write_bytes(content)
             assert self.build([prefix], 40) == right
-            assert "made anew" in capsys.readouterr().out
+            assert "made again" in capsys.readouterr().out
             assert path.read_bytes() == whole[path]
         seal.unlink()  # killed before the end
         order.write_bytes(zeros)

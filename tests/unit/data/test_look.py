@@ -34,7 +34,7 @@ def talk(answer: str, **more: object) -> dict:
         ([talk("a", thoughts="hm")], (), "'thoughts' (thoughts are read from 'reasoning_content') that is not used"),
         ([talk("a")], ("--enable-thinking", "true"), "learns empty ones"),
         ([talk("<think>\nx\n</think>\n\na")], ("--enable-thinking", "false"), "thoughts are removed"),
-        ([talk("word " * 70 + "and the")], (), "seems to be cut off"),
+        ([talk("word " * 70 + "and the")], (), "seems to be truncated"),
         ([talk(" ")], (), "an answer is empty"),
         ([talk("a<|im_end|>b")], (), "control tokens"),
         ([talk("a", loss_weight=0), talk("b")], (), "samples without anything to learn"),

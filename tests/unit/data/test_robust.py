@@ -165,7 +165,7 @@ def bad_commands(tmp_path: Path) -> list[tuple[list, str]]:
         (["--input", good, *ALPACA, "--map-keys", "{prompt: x}"], "--map-keys .*not JSON"),
         (["--input", good, *ALPACA, "--map-keys", '["x"]'], "an object is expected"),
         (["--input", good, *ALPACA, "--map-keys", '{"promt": "x"}'], "did you mean prompt"),
-        (["--input", good, *ALPACA, "--neat-pack"], "it needs --pack"),
+        (["--input", good, *ALPACA, "--neat-pack"], "--neat-pack needs --pack"),
         (["--input", good, *ALPACA, "--pack"], "--pack needs --seq-length"),
         (["--input", good, *ALPACA, "--enable-thinking", "yes"], "--enable-thinking yes"),
         (["--input", good, *ALPACA, "--tokenizer-name-or-path", tmp_path / "no"], "is not a folder"),

@@ -52,7 +52,7 @@ def parsed(made: Path, *flags: str) -> pretrain.PretrainArgs:
             ["--load", "model", "--lora-r", "4", "--lora-load", "missing"],
             "--lora-load {made}/missing holds no checkpoint and no PEFT",
         ),
-        (["--load", "model", "--lora-r", "4", "--lora-load", "model"], "--lora-load {made}/model is a whole model"),
+        (["--load", "model", "--lora-r", "4", "--lora-load", "model"], "--lora-load {made}/model is a full model"),
         (["--save", "a file/x"], "--save {made}/a file/x cannot be written: Not a directory"),
         (["--lora-r", "4"], "--lora-r trains an adapter of a given model; give it with --load"),
         (["--tensorboard-dir", "a file"], "--tensorboard-dir {made}/a file cannot be written: File exists"),

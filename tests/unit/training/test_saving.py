@@ -149,7 +149,7 @@ def test_a_restart_goes_on_from_what_this_job_saved(
     again, _, said = prepared(args, monkeypatch, restarts=2)
     assert (again.load, again.finetune, again.ckpt_step) == (str(save), False, None)
     assert (again.load_optim, again.load_rng) == (True, False), "what is saved is what can be loaded"
-    assert f"going on from {save} instead of --load {tmp_path / 'model'}" in said
+    assert f"resuming from {save} instead of --load {tmp_path / 'model'}" in said
 
 
 def test_killed_before_it_was_noted_what_was_there(
