@@ -211,7 +211,7 @@ def test_what_data_path_does_not_name(tmp_path: Path) -> None:
     for word, message in said.items():
         with pytest.raises(UsageError, match=rf"--data-path {tmp_path / word}: {message}"):
             check_data(DataArgs(data_path=[str(tmp_path / word)]), 256, seq_length=8)
-    with pytest.raises(UsageError, match=r"preprocessed first: preprocess_data.py --input owner/name$"):
+    with pytest.raises(UsageError, match=r"for a data set of the Hugging Face Hub give --handler-name"):
         check_data(DataArgs(data_path=["owner/name"]), 256, seq_length=8)
     data = DataArgs(data_path=[str(tmp_path / "wiki_text_document")], stage="sft")
     with pytest.raises(UsageError, match="holds text, and this training reads instruction data: give --stage pt"):
