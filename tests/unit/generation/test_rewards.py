@@ -1,4 +1,4 @@
-"""Reward models: written as transformers reads them, scored as transformers scores them, refused where text is wanted."""
+"""Reward models: read and scored as transformers does, refused where text is wanted."""
 
 from __future__ import annotations
 
