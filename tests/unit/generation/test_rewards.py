@@ -15,7 +15,7 @@ from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import InferencePlan, plan_inference
 from qwen3_npu.model.arch import from_hf_config, read_hf_config, to_hf_config
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 RECORDS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]},
@@ -55,7 +55,7 @@ def test_rewards_are_those_of_transformers(process: Any, model: Path, tmp_path: 
     data.write_text("".join(json.dumps(record) + "\n" for record in [*RECORDS, *PAIRS]))
     flags = ("--task", "score", "--predict-data", data, "--prompt-type", "qwen3", "--output-dir", tmp_path)
     args, plan = planned(model, *flags, "--predict-batch-size", 2)
-    score_answers(select("cpu"), process, args, plan)
+    score_answers(select_platform("cpu"), process, args, plan)
     found = [json.loads(line) for line in (tmp_path / "reward_result.jsonl").read_text().splitlines()]
     theirs = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
     assert theirs.config.num_labels == 1
@@ -111,4 +111,4 @@ def test_a_record_without_an_answer_is_named(process: Any, model: Path, tmp_path
     data.write_text(json.dumps({"messages": [{"role": "user", "content": "Where?"}]}) + "\n")
     args, plan = planned(model, "--task", "score", "--predict-data", data, "--prompt-type", "qwen3")
     with pytest.raises(UsageError, match=r"q\.jsonl, line 1: the last message is the user's; there is no answer"):
-        score_answers(select("cpu"), process, args, plan)
+        score_answers(select_platform("cpu"), process, args, plan)
