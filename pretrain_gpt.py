@@ -46,7 +46,7 @@ def main() -> None:
         return
     from qwen3_npu.platform import select_platform
 
-    platform = select_platform(args.runtime.device)
+    platform = select_platform(args.runtime.device, args.spikes.npu_asd)
     platform.activate()
     from qwen3_npu.distributed.failure import recorded
     from qwen3_npu.training.loop import run

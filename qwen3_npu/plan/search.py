@@ -17,8 +17,9 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
+from qwen3_npu.args.trackers import TrackerArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
-from qwen3_npu.args.watch import WatchArgs
+from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.device import GIB, Device
@@ -176,8 +177,10 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         checkpoint=CheckpointArgs(),
         exits=ExitArgs(),
         report=ReportArgs(),
+        trackers=TrackerArgs(),
         profile=ProfileArgs(),
         watch=WatchArgs(),
+        spikes=SpikeArgs(),
         verdict=VerdictArgs(),
         preference=PreferenceArgs(),
     )

@@ -7,11 +7,11 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,6 +21,7 @@ from qwen3_npu.data.train.batches import MicroBatch
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.objective import Objective
 from qwen3_npu.training.optimizer import clip_gradients, gradient_norm
+from qwen3_npu.training.spikes.detector import SpikeLimits
 from qwen3_npu.watch import here
 
 
@@ -78,8 +79,9 @@ class StepResult:
         loss: of the global batch, see --loss-normalization.
         grad_norm: of the gradients before clipping.
         learning_rate: that was applied.
-        skipped: the update was not made, for a number that is not finite.
+        skipped: the update was not made, for a number that is not finite, or above the limits.
         wishes: what was to be told to all ranks, true if it is on any of them.
+        spike: why it is one; `Trainer.step` says so.
     """
 
     tally: Tally
@@ -87,6 +89,7 @@ class StepResult:
     learning_rate: float
     skipped: bool = False
     wishes: tuple[bool, ...] = ()
+    spike: str | None = None
 
     @property
     def loss(self) -> float:
@@ -215,7 +218,7 @@ def run_schedule(
 
 
 def train_step(
-    chunks: Sequence[Any],
+    chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     batches: Sequence[Iterator[MicroBatch]],
@@ -227,10 +230,14 @@ def train_step(
     global_batch: int,
     objective: Objective | None = None,
     wishes: Sequence[bool] = (),
+    limits: SpikeLimits | None = None,
 ) -> StepResult:
     """One step of training. The schedule of the learning rate does not move when the update is skipped.
 
     The host waits once: for one row with the losses, the norm, whether all is finite, and the `wishes` of the ranks.
+
+    Args:
+        limits: above them the update is skipped, on all ranks if any rank sees it.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -249,12 +256,16 @@ def train_step(
     optimizer.prepare_grads()
     norm = gradient_norm(optimizer, sums.device)
     # 0, or NaN where a number is not finite; a sum over the ranks keeps NaN (a maximum need not).
-    flags = [0 * (sums[0] + sums[1] + norm), *(torch.full_like(norm, float(wish)) for wish in wishes)]
+    bad = 0 * (sums[0] + sums[1] + norm)
+    if limits is not None:
+        is_above = (sums[0] > limits.loss * sums[1].clamp(min=1)) | (norm > limits.grad_norm)
+        bad = bad.masked_fill(is_above, math.nan)
+    flags = [bad, *(torch.full_like(norm, float(wish)) for wish in wishes)]
     everyones = torch.stack(flags)
     dist.all_reduce(everyones)
     *numbers, grad_norm = torch.cat((everyones, sums, norm.view(1))).tolist()
-    bad, *told = numbers[: len(flags)]
-    tally, skip = tally_of(numbers[len(flags) :]), math.isnan(bad)
+    not_well, *told = numbers[: len(flags)]
+    tally, skip = tally_of(numbers[len(flags) :]), math.isnan(not_well)
     guard.count(skip)
     if not skip:
         clip_gradients(optimizer, grad_norm)
@@ -264,7 +275,10 @@ def train_step(
 
 
 def evaluate_step(
-    chunks: Sequence[Any], batches: Sequence[Iterator[MicroBatch]], objective: Objective | None = None, **sizes: int
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Iterator[MicroBatch]],
+    objective: Objective | None = None,
+    **sizes: int,
 ) -> Tally:
     """A global batch without touching the weights."""
     for chunk in chunks:

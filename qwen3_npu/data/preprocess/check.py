@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -63,7 +63,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
         handler.look = functools.partial(lint, thinking=handler.style.thinking)
         handler.columns = ()  # all of a table, to tell which are not used
     for block, produced in documents(args, inputs, handler, encoder, totals=totals):
-        for text, numbers in produced.warnings.items():
+        for text, numbers in produced.summary.warnings.items():
             warnings[text] += len(numbers)
             places.setdefault(text, f"{block.file}:{numbers[0]}")
         ids = produced.outputs[handler.outputs[0]]
@@ -114,7 +114,7 @@ def _show(blocks: Iterator[RecordBlock], handler: Handler, encoder: Encoder, cou
     shown = 0
     for block in blocks:
         produced = produce(handler, handler.prepare(block), encoder)
-        for bad in produced.bad:
+        for bad in produced.summary.bad:
             log.warning(str(bad))
         columns = pairs or [(name, name) for name in handler.outputs]
         rows = [list(zip(*(_split(produced.outputs[name]) for name in both), strict=True)) for both in columns]
@@ -124,20 +124,21 @@ def _show(blocks: Iterator[RecordBlock], handler: Handler, encoder: Encoder, cou
                     judged = produced.outputs.get(LABEL)
                     label = "" if judged is None else f", {'desirable' if judged.ids[i] else 'undesirable'}"
                     title = f"sample {shown + 1}, {name.removeprefix('packed_')}{label}"
-                    _print(title, row[i][0], row[i][1], encoder)
+                    show_sample(title, row[i][0], row[i][1], encoder.decode)
             shown += 1
             if shown == count:
                 return
 
 
-def _print(title: str, ids: np.ndarray, labels: np.ndarray, encoder: Encoder) -> None:
+def show_sample(title: str, ids: np.ndarray, labels: np.ndarray, decode: Callable[[list[int]], str]) -> None:
+    """Print a sample: what is given dim, what is learned green; between brackets where there are no colours."""
     colours = sys.stdout.isatty()
     learned = labels != IGNORED
     log.info(f"--- {title}: {len(ids)} tokens, {int(learned.sum())} learned")
     boundaries = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     text = ""
     for start, stop in itertools.pairwise(boundaries):
-        part = printable(encoder.decode(ids[start:stop].tolist()), keep="\n\t")
+        part = printable(decode(ids[start:stop].tolist()), keep="\n\t")
         if colours:
             text += f"{_LEARNED if learned[start] else _GIVEN}{part}{_PLAIN}"
         else:

@@ -30,6 +30,7 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
     for flag, folder in folders.items():
         if folder is not None:
             check_writable_later(Path(folder), flag)
+    args.trackers.check_installed()
     _check_load(args, arch)
     if args.lora.lora_load is not None:
         _check_opens(args.lora.lora_load, None, "--lora-load", args, arch=arch)
