@@ -19,7 +19,7 @@ from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.platform.base import Platform
-from qwen3_npu.trace.record import Operation, Recorder, modules_named
+from qwen3_npu.trace.record import Operation, TraceRecorder, modules_named
 from qwen3_npu.trace.world import pretended
 from qwen3_npu.training.loop import Trainer
 from qwen3_npu.training.prepare.plan import TrainingPlan
@@ -71,15 +71,15 @@ def trace_rank(platform: Platform, args: PretrainArgs, plan: TrainingPlan, rank:
         return traced(recorder_for(args, plan), platform, world, args, plan=plan)
 
 
-def recorder_for(args: PretrainArgs, plan: TrainingPlan) -> Recorder:
+def recorder_for(args: PretrainArgs, plan: TrainingPlan) -> TraceRecorder:
     """One that answers what a step asks of numbers that tensors without data do not have."""
     group, experts = plan.layout.expert * plan.layout.expert_tensor, max(plan.arch.num_experts, 1)
     rows = _routed_rows(args, plan) * group // experts
-    return Recorder(experts=experts, topk=plan.arch.num_experts_per_tok, rows_of_expert=rows)
+    return TraceRecorder(experts=experts, topk=plan.arch.num_experts_per_tok, rows_of_expert=rows)
 
 
 def traced(
-    recorder: Recorder, platform: Platform, world: World, args: PretrainArgs, *, plan: TrainingPlan
+    recorder: TraceRecorder, platform: Platform, world: World, args: PretrainArgs, *, plan: TrainingPlan
 ) -> RankTrace:
     """The steps of this process, whether or not its tensors have data."""
     with model_parallel(plan.layout, args.parallel, args.runtime), recorder, _noted(recorder):
@@ -97,7 +97,7 @@ def _routed_rows(args: PretrainArgs, plan: TrainingPlan) -> int:
 
 
 @contextlib.contextmanager
-def _noted(recorder: Recorder) -> Iterator[None]:
+def _noted(recorder: TraceRecorder) -> Iterator[None]:
     """The recorder follows the phases of a step, and storages that recomputation empties and fills."""
     resize = torch.UntypedStorage.resize_
 
@@ -113,7 +113,7 @@ def _noted(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def _steps(recorder: Recorder, trainer: Trainer, world: World) -> RankTrace:
+def _steps(recorder: TraceRecorder, trainer: Trainer, world: World) -> RankTrace:
     start = tuple(operation for operation in recorder.operations if operation.ranks)
     buffers = [buffer for chunk in trainer.chunks for buffer in _buffers(chunk)]
     held = [list(module.parameters()) for module in trainer.modules]

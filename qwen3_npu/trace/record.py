@@ -60,7 +60,7 @@ class Operation:
     waits: bool = True
 
 
-class Recorder(TorchDispatchMode):
+class TraceRecorder(TorchDispatchMode):
     """Notes what runs.
 
     Attributes:
@@ -146,7 +146,7 @@ class Recorder(TorchDispatchMode):
         moved = sum(tensor.nbytes for tensor in tree_iter(args[:2]) if isinstance(tensor, torch.Tensor))
         asynchronous = any(arg is True for arg in args)
         name = func._schema.name.replace("::", ".").rstrip("_")
-        self.operations.append(Operation(name, self.phase, 0.0, float(moved), ranks, waits=not asynchronous))
+        self.operations.append(Operation(name, self.phase, 0.0, float(moved), ranks=ranks, waits=not asynchronous))
 
     def _without_data(self, func: Any, args: tuple) -> Any:
         """The result of an operation that needs data; NotImplemented for all others."""
@@ -188,7 +188,7 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 
 @contextlib.contextmanager
-def modules_named(recorder: Recorder, chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def modules_named(recorder: TraceRecorder, chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Bytes that are made in a module's forward pass bear its name, with layers told apart by number."""
     handles = []
     for chunk in chunks:
