@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.args.preference import STAGES as PREFERENCE_STAGES
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.rules.resume import REFUSED
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import same_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,10 @@ class TrainArgs:
         None, minimum=0, unit="steps", help="optimizer steps of the whole training; or one of the next two"
     )
     train_samples: int | None = flag(
-        None, minimum=1, unit="samples", help="samples of the whole training; what fills no --global-batch-size is left"
+        None,
+        minimum=1,
+        unit="samples",
+        help="samples of the whole training; a last incomplete --global-batch-size is dropped",
     )
     epochs: float | None = flag(
         None, above=0, help="times that the whole training sees each sample; the last step may see some once more"
@@ -65,7 +69,10 @@ class TrainArgs:
     )
     moe_z_loss_coeff: float | None = flag(None, minimum=0, help="weight of the router's z loss")
     moe_expert_capacity_factor: float | None = flag(
-        None, above=0, help="tokens an expert takes, times its even share; others are dropped; default: none is"
+        None,
+        above=0,
+        help="capacity of an expert, as a multiple of its even share of tokens; tokens above it are "
+        "dropped; default: none",
     )
     moe_token_drop_policy: str = flag("probs", choices=["probs", "position"], help="which tokens are dropped first")
     moe_pad_expert_input_to_capacity: bool = flag(False, help="pad every expert's tokens to its capacity")
@@ -147,7 +154,7 @@ class OptimizerArgs:
 DATA_KINDS = {
     "text": "--stage pt",
     "instruction data": "--stage sft",
-    "pairs": "--stage dpo, orpo or simpo",
+    "pairs": "--stage dpo, orpo, simpo or rm",
     "labelled answers": "--stage kto",
 }
 
@@ -220,6 +227,11 @@ class CheckpointArgs:
     """checkpoints"""
 
     load: str | None = flag(None, metavar="DIR", help="checkpoint folder to start from or to resume")
+    from_scratch: bool = flag(
+        False,
+        help="pretraining from random weights, without --load; with --load and --save naming one folder the training "
+        "resumes what it has saved there",
+    )
     save: str | None = flag(None, metavar="DIR", help="checkpoint folder to write")
     save_interval: int | None = flag(None, minimum=1, unit="steps", help="between checkpoints; always one at the end")
     save_total_limit: int | None = flag(
@@ -235,7 +247,7 @@ class CheckpointArgs:
         None, metavar="DIR", help="where they go, as mg2hf_iteration<N>; default: --save, which all nodes must share"
     )
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
-    finetune: bool = flag(False, help="take only the weights: step 0, new optimizer, new data order")
+    finetune: bool = flag(False, help="load only the weights: step 0, new optimizer, new data order")
     load_optim: bool = flag(True, help="load the optimizer's state")
     load_rng: bool = flag(True, help="load the random generators' state")
     save_optim: bool = flag(True, help="save the optimizer's state")
@@ -244,13 +256,21 @@ class CheckpointArgs:
     allow_changed: list[str] = flag(
         [],
         choices=list(REFUSED),
-        help="resume although this is another than in the checkpoint; the position in the data may then be meaningless",
+        help="resume although these settings differ from the checkpoint's; the position in the data "
+        "may then be meaningless",
     )
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:
         if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
             raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
+        if self.from_scratch and self.finetune:
+            raise UsageError("--from-scratch and --finetune contradict each other: fine-tuning needs weights (--load)")
+        if self.from_scratch and self.load is not None and (self.save is None or not same_folder(self.load, self.save)):
+            raise UsageError(
+                f"--from-scratch and --load {self.load} contradict each other; drop one (--load may only be --save, "
+                f"to resume)"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,7 +281,7 @@ class ExitArgs:
         10,
         minimum=0,
         unit="steps",
-        help="steps in a row that may be skipped for a NaN or Inf in loss or gradients",
+        help="consecutive steps that may be skipped for NaN or Inf in loss or gradients",
     )
     exit_signal_handler: bool = flag(False, help="on SIGTERM or SIGUSR1 save a checkpoint and end")
     exit_duration_in_mins: float | None = flag(None, minimum=0, unit="min", help="save a checkpoint and end after this")

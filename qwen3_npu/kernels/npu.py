@@ -22,7 +22,7 @@ from qwen3_npu.kernels.npu_gradients import add_weight_gradient as add_weight_gr
 from qwen3_npu.kernels.npu_gradients import rms_norm as rms_norm
 from qwen3_npu.kernels.npu_gradients import rotary as rotary
 
-# What each kernel calls, to tell a torch_npu that is too old at the start instead of in the first step.
+# What each kernel calls, so that a torch_npu that is too old is refused at the start and not in the first step.
 _NEEDS = {
     "attention": ("npu_fusion_attention", "npu_fused_infer_attention_score"),
     "decode_attention": ("npu_fused_infer_attention_score",),
@@ -43,7 +43,7 @@ _ALL, _CAUSAL = 0, 3
 _INFINITE = 2147483647
 
 
-def why_not(operation: str) -> str | None:
+def why_no_kernel(operation: str) -> str | None:
     """Why an operation's kernel cannot be used with the installed torch_npu; None if it can."""
     missing = [name for name in _NEEDS.get(operation, ()) if not hasattr(torch_npu, name)]
     return f"torch_npu {torch_npu.__version__} has no {' and no '.join(missing)}" if missing else None
@@ -220,6 +220,11 @@ def attention_block_backward(
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """npu_swiglu; it, too, gates with the first half."""
     return torch_npu.npu_swiglu(x, dim=-1)
+
+
+def weighted_swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """npu_swiglu, and a multiplication."""
+    return (swiglu(x) * weights.unsqueeze(-1)).to(x.dtype)
 
 
 def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

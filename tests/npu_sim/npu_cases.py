@@ -250,7 +250,7 @@ def mindspeed_differences(platform: Platform, world: World) -> dict[str, float]:
     import mindspeed_ops
 
     mindspeed_ops.install()
-    chosen = kernels.select("mindspeed", "npu")
+    chosen = kernels.select_kernels("mindspeed", "npu")
     assert chosen.rotary.__module__.endswith(".mindspeed")
     assert chosen.grouped_matmul.__module__.endswith(".mindspeed")
     return {

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, whoever does: kernels of a GPU run on the host
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cpu_platform() -> None:
     """As an entry point does, before megatron is imported."""
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    select("cpu").activate()
+    select_platform("cpu").activate()
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +26,7 @@ def process() -> Iterator[object]:
     """A process group of one."""
     from qwen3_npu.args.parallel import RuntimeArgs
     from qwen3_npu.distributed.launch import process_group
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    with process_group(select("cpu"), RuntimeArgs()) as world:
+    with process_group(select_platform("cpu"), RuntimeArgs()) as world:
         yield world

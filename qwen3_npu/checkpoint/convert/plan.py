@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -32,6 +33,7 @@ class ConversionPlan:
         kept: Hugging Face and PEFT names of the tensors that have another dtype, which they keep.
         merged: the adapter that is merged, if one is.
         facts: of the sources, for the log, the manifest and --resume.
+        trained: the args of the checkpoint that was trained last; empty for Hugging Face and PEFT.
     """
 
     sources: Sources
@@ -42,10 +44,11 @@ class ConversionPlan:
     kept: dict[str, DType]
     merged: Lora | None
     facts: dict[str, Any]
+    trained: argparse.Namespace
 
 
 def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
-    """Open the sources, check them whole, and decide what is made of them.
+    """Open the sources, check that they are complete, and decide what is made of them.
 
     Raises:
         UsageError: a source cannot be read, is another one than the flags say, or gives nothing of the kind asked for.
@@ -72,6 +75,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     held = (adapter or base).contents.lora
     _check_flags(lora, held, lora.lora_load or args.load_dir)
     facts = {"source": _facts(base)} | ({"adapter": _facts(adapter)} if adapter else {})
+    trained = getattr(adapter or base, "args", argparse.Namespace())
     for opened in (base, adapter):
         if opened is not None:
             opened.close()
@@ -90,6 +94,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
         kept=kept,
         merged=held if isinstance(source, MergedSource) else None,
         facts=facts,
+        trained=trained,
     )
 
 
@@ -102,7 +107,7 @@ def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Check
     adapter = sources.open_adapter(base.arch)
     if adapter.contents.lora is None:
         raise UsageError(f"--lora-load {lora.lora_load} holds no LoRA tensors")
-    if not adapter.arch.same_weights(base.arch):
+    if not (adapter.arch.same_weights(base.arch) or adapter.arch.same_weights(base.arch.as_reward())):
         raise UsageError(f"--lora-load {lora.lora_load} is for {adapter.arch}, but --load-dir holds {base.arch}")
     adapter.check()
     return adapter
@@ -159,8 +164,8 @@ def _dtypes(source: Source, contents: Contents, args: ConvertArgs) -> tuple[DTyp
     """Of the weights, of LoRA tensors, and of those that have another."""
     if args.params_dtype:
         return BY_TORCH[args.params_dtype], BY_TORCH[args.params_dtype], {}
-    unmerged = source.base if isinstance(source, MergedSource) else source
-    found = kept_dtypes(contents.shapes(), unmerged.dtype)
+    stored = source.unmerged_dtype if isinstance(source, MergedSource) else source.dtype
+    found = kept_dtypes(contents.shapes(), stored)
     if args.save_model_type == HF or args.ckpt_format != TORCH_DIST:
         return found
     return same_in_all_layers(*found, contents.shapes())

@@ -15,7 +15,7 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, widest
 from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, ITERATION, lora_args, to_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.table import Shard
-from qwen3_npu.distributed.layout import Layout, Rank, single
+from qwen3_npu.distributed.layout import Layout, Rank, single_layout
 from qwen3_npu.files import Seal
 
 STATES = ("param", "exp_avg", "exp_avg_sq")  # of each trained parameter: float32 weight and moments
@@ -72,7 +72,7 @@ class FileJob(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class FileRecord:
     """A finished file.
 
     Attributes:
@@ -139,7 +139,7 @@ class Target:
         """Tensors made of several dtypes, in an unsharded model."""
         if not self.kept:
             return []
-        shards = self.contents.shards(single(self.contents.arch), Rank(0, 0, 0, 0))
+        shards = self.contents.shards(single_layout(self.contents.arch), Rank(0, 0, 0, 0))
         usual = {True: self.lora_dtype, False: self.dtype}
         return [s.name for s in shards if len({self.kept.get(p.hf, usual[is_lora(s.name)]) for p in s.slices}) > 1]
 

@@ -8,16 +8,16 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, Region, convert, intersect, sizes, widest
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, convert_dtype, intersect, sizes, widest
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
-from qwen3_npu.checkpoint.mapping.source import inside
+from qwen3_npu.checkpoint.mapping.source import view_of
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError
 
 Where = TypeVar("Where")
 
 
-class Holder(NamedTuple):
+class SliceLocation(NamedTuple):
     """Where a slice of a Hugging Face tensor lies."""
 
     slice: TensorSlice
@@ -36,25 +36,25 @@ class ShardReader(abc.ABC, Generic[Where]):
     def __init__(self, holders: Iterable[tuple[Where, Shard]], what: str) -> None:
         self.what = what
         self.dtypes: dict[str, DType] = {}
-        self.places: dict[str, dict[Region, list[Holder]]] = {}
+        self.places: dict[str, dict[Region, list[SliceLocation]]] = {}
         for where, shard in holders:
             for part in shard.slices:
                 if not part.padding:
                     by_region = self.places.setdefault(part.hf, {})
-                    by_region.setdefault(part.source, []).append(Holder(part, shard, where))
+                    by_region.setdefault(part.source, []).append(SliceLocation(part, shard, where))
 
     @abc.abstractmethod
-    def find(self, holder: Holder) -> Any:
+    def find(self, holder: SliceLocation) -> Any:
         """The stored tensor of a holder, or None if it is not there. Raises: UsageError: it has another shape."""
 
     @abc.abstractmethod
-    def stored_dtype(self, holder: Holder, tensor: Any) -> DType: ...
+    def stored_dtype(self, holder: SliceLocation, tensor: Any) -> DType: ...
 
     @abc.abstractmethod
-    def read_stored(self, holder: Holder, tensor: Any, region: Region) -> np.ndarray:
+    def read_stored(self, holder: SliceLocation, tensor: Any, region: Region) -> np.ndarray:
         """A region (of the shard's view) of a stored tensor."""
 
-    def _holder(self, name: str, source: Region) -> tuple[Holder, Any]:
+    def _holder(self, name: str, source: Region) -> tuple[SliceLocation, Any]:
         """The first holder that has this slice: replicas are the same, and of some only one rank writes its copy."""
         for holder in self.places[name][source]:
             tensor = self.find(holder)
@@ -79,12 +79,12 @@ class ShardReader(abc.ABC, Generic[Where]):
             stored = self.stored_dtype(holder, tensor)
             data = self.read_stored(holder, tensor, holder.slice.part(common))
             data = data.reshape(data.shape[data.ndim - len(common) :])
-            data = convert(data.T if holder.slice.transposed else data, stored, self.dtype(name))
+            data = convert_dtype(data.T if holder.slice.transposed else data, stored, self.dtype(name))
             if common == region:
                 return data
             if out is None:
                 out = np.empty(sizes(region), data.dtype)
-            inside(out, common, region)[...] = data
+            view_of(out, common, region)[...] = data
         if out is None:
             raise AssertionError(f"no slice of {name} lies in {region}")
         return out

@@ -14,7 +14,7 @@ import pytest
 
 from qwen3_npu import cli
 from qwen3_npu.args import convert, evaluation, inference, preprocess, pretrain
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.model import ModelArgs, shaped
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.rules.switches import check_switches
@@ -27,7 +27,7 @@ from qwen3_npu.numbers import number_list
 from qwen3_npu.training.prepare.plan import plan_training
 
 ROOT = Path(__file__).resolve().parents[3]
-TRAINING = (pretrain.GROUPS, FOREIGN)
+TRAINING = (pretrain.GROUPS, FOREIGN_TRAINING)
 CONVERT = (convert.ConvertArgs, convert.TargetArgs, convert.LoraConvertArgs, convert.LegacyConvertArgs)
 PROGRAMS = {
     "pretrain_gpt.py": TRAINING,
