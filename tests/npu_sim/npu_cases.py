@@ -241,7 +241,7 @@ def kernel_differences(
         try:
             results[name] = measure()
         except (RuntimeError, NotImplementedError, AssertionError) as error:
-            results[name] = str(error).splitlines()[0]
+            results[name] = (str(error) or repr(error)).splitlines()[0]
     return results
 
 
