@@ -15,12 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch_npu
 
-from qwen3_npu.kernels import reference
-from qwen3_npu.kernels.npu_gradients import GroupedMatmul
-from qwen3_npu.kernels.npu_gradients import add_rms_norm as add_rms_norm
-from qwen3_npu.kernels.npu_gradients import add_weight_gradient as add_weight_gradient
-from qwen3_npu.kernels.npu_gradients import rms_norm as rms_norm
-from qwen3_npu.kernels.npu_gradients import rotary as rotary
+from qwen3_npu.kernels import npu_gradients, reference
 
 # What each kernel calls, so that a torch_npu that is too old is refused at the start and not in the first step.
 _NEEDS = {
@@ -217,6 +212,10 @@ def attention_block_backward(
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
+add_weight_gradient = npu_gradients.add_weight_gradient
+rms_norm, add_rms_norm, rotary = npu_gradients.rms_norm, npu_gradients.add_rms_norm, npu_gradients.rotary
+
+
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """npu_swiglu; it, too, gates with the first half."""
     return torch_npu.npu_swiglu(x, dim=-1)
@@ -233,7 +232,7 @@ def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor
 
     def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # No rows, but gradients of the right shape.
-        return GroupedMatmul.apply(x, weight, ends) if x.shape[0] else x @ weight[0]
+        return npu_gradients.GroupedMatmul.apply(x, weight, ends) if x.shape[0] else x @ weight[0]
 
     return product
 

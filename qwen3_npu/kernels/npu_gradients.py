@@ -80,7 +80,7 @@ def add_rms_norm(
 _NEGATED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-class _Rotary(torch.autograd.Function):
+class _RotaryMul(torch.autograd.Function):
     """The gradient is the rotation back: x is not kept, and no gradient of cos and sin is computed."""
 
     @staticmethod
@@ -99,7 +99,7 @@ class _Rotary(torch.autograd.Function):
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """npu_rotary_mul, in its layout SBND with cos and sin [s, 1 or b, 1, d]."""
-    return _Rotary.apply(x, cos, sin)
+    return _RotaryMul.apply(x, cos, sin)
 
 
 class GroupedMatmul(torch.autograd.Function):

@@ -216,8 +216,9 @@ def _changed(modules: tuple[types.ModuleType, types.ModuleType], old: str, new: 
     found = [source.count(old) for source in sources]
     assert sorted(found) == [0, 1], f"{old!r} is {found} times in {modules}"
     changed = types.ModuleType("changed")
-    for source in sources:  # both become one module: what the first imports of the second is replaced by the second
+    for source in sources:  # both become one module, of which the first takes the second to be
         exec(compile(source.replace(old, new), "changed", "exec"), changed.__dict__)
+    vars(changed)["npu_gradients"] = changed
     return changed
 
 
