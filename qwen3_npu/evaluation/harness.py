@@ -183,14 +183,12 @@ class Qwen3Harness(TemplateLM):
         }
         streams = {number: TextStream(self.writer.encoder, runner.plan.eos, stops) for number in requests}
 
-        tokenizer = self.plan.tokenizer
-        unspoken = {token: text for text, token in tokenizer.special.items() if token in tokenizer.unspoken}
+        unspoken = self.plan.tokenizer.unspoken
 
         def on_token(request: Request) -> bool:
             token, stream = request.tokens[-1], streams[request.number]
-            if token in unspoken:  # no part of an answer; as in `hf`, a stop text in its name counts
-                return any(stop in unspoken[token] for stop in stops)
-            stream.add(token)
+            if token not in unspoken:  # as in `hf`, these are no part of an answer
+                stream.add(token)
             return stream.stopped
 
         engine = Engine(

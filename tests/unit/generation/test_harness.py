@@ -37,7 +37,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "generate_until": {
         "doc_to_target": "{{choices[0]}}",
-        "generation_kwargs": {"until": ["e"], "max_gen_toks": 12},
+        "generation_kwargs": {"until": ["l"], "max_gen_toks": 12},
         "metric_list": [{"metric": "exact_match"}],
     },
 }
