@@ -117,7 +117,7 @@ class Seal(NamedTuple):
 
 
 class SealedFile:
-    """A file written from start to end, whose digest is made from memory on the way, not from what is read back."""
+    """A file written from start to end, whose digest is computed from memory while it is written."""
 
     def __init__(self, path: str | Path) -> None:
         self.file = open(path, "wb", buffering=0)
@@ -137,7 +137,7 @@ class SealedFile:
         return self.size
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: writes are not buffered."""
 
     def close(self) -> Seal:
         """Flush to disk."""
@@ -146,7 +146,7 @@ class SealedFile:
         return Seal(self.size, self.hash.hexdigest())
 
 
-# The hash of new files: 128 bits of xxHash3, 17 times as fast as SHA-256 here. It tells damage, not forgery.
+# The hash of new files: 128 bits of xxHash3, 17 times as fast as SHA-256 here. It detects damage, not manipulation.
 HASH = "xxh3_128"
 
 

@@ -39,7 +39,7 @@ class ContextParallel:
         cu_seqlens: tuple[int, ...] | None,
         dropout: float,
     ) -> torch.Tensor:
-        """[s, b, n, d] of the local tokens; `cu_seqlens` are boundaries in the whole sequence."""
+        """[s, b, n, d] of the local tokens; `cu_seqlens` are boundaries in the full sequence."""
         if self.algorithm == "megatron_cp_algo":
             boundaries = cu_seqlens or (0, q.shape[0] * group.size())
             return ring.attention(q, k, v, boundaries=boundaries, scale=scale, kernels=self.kernels, group=group)
@@ -51,7 +51,7 @@ class ContextParallel:
 
 
 def shard(fields: dict[str, torch.Tensor], algorithm: str, size: int, rank: int) -> dict[str, torch.Tensor]:
-    """This rank's part of [b, s] tensors; labels must be shifted already, so none is lost at a seam."""
+    """This rank's part of [b, s] tensors; labels must be shifted already, so none is lost at a boundary."""
     if size == 1:
         return fields
     length = next(iter(fields.values())).shape[1]

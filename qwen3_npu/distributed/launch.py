@@ -1,4 +1,4 @@
-"""Process groups, model-parallel groups and seeds; always torn down, whatever happens."""
+"""Process groups, model-parallel groups and seeds; always destroyed at the end, also after an error."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.platform.base import Platform
 
 # torch 2.7 ends a process group with the interpreter locked and joins gloo's threads, which may wait for that lock
-# themselves, to let go of their last tensors. A backend ends unlocked: those of ended groups live here until nobody
+# themselves, to let go of their last tensors. A backend ends unlocked: those of ended groups are held here until
+# nothing
 # holds the group.
 _ended_backends: list[object] = []
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """The rank of this process, and its device."""
 
     rank: int
     size: int
@@ -44,7 +45,7 @@ def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     timeout = datetime.timedelta(minutes=runtime.distributed_timeout_minutes)
     if environment.has_rendezvous():
         # torchrun with a fixed --master-port keeps one store for all restarts; what the processes of an earlier start
-        # left in it (addresses, ids of communicators) makes those of the next wait for them for ever.
+        # left in it (addresses, ids of communicators) makes those of the next start wait for them forever.
         try:
             store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         except (OSError, RuntimeError) as error:

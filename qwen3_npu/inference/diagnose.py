@@ -1,4 +1,4 @@
-"""Where numbers that are not finite come from: the forward pass once more, with every module's output looked at."""
+"""Find where numbers that are not finite come from: repeat the forward pass and check every module's output."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qwen3_npu.inference.runner import Runner
 
 
 def check_finite_scores(runner: Runner, scores: Iterable[float], texts: Sequence[Sequence[int]]) -> None:
-    """Go on only if scores are numbers. Every process of a copy of the model has the same scores.
+    """Continue only if scores are finite numbers. Every process of a copy of the model has the same scores.
 
     Args:
-        scores: on the host already, so that looking at them costs nothing.
+        scores: on the host already, so that checking them costs nothing.
         texts: the tokens that went through the model.
 
     Raises:

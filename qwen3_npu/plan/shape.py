@@ -19,6 +19,7 @@ class Shape:
         num_query_groups: key/value heads.
         vocab_size: rows of the padded embedding.
         tied: the output layer is the embedding.
+        reward: a head of one number per token in place of the output layer.
         gated: the MLP has a gate (SwiGLU), so its first matrix is twice as wide.
         num_experts: experts of a MoE layer; 0: a dense model.
         moe_dense_layers: leading layers without experts.
@@ -36,6 +37,7 @@ class Shape:
     head_dim: int
     vocab_size: int
     tied: bool = False
+    reward: bool = False
     gated: bool = True
     num_experts: int = 0
     moe_topk: int = 0
@@ -90,6 +92,7 @@ _ARCH_NAMES = {
     "head_dim": "head_dim",
     "vocab_size": "vocab_size",
     "tied": "tie_word_embeddings",
+    "reward": "reward",
     "num_experts": "num_experts",
     "moe_topk": "num_experts_per_tok",
     "moe_ffn_hidden_size": "moe_intermediate_size",

@@ -279,7 +279,7 @@ def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     def rows(samples: Sequence[Any]) -> Rows:
         if data.stage == "kto":
             return labelled_rows(samples, padding, longest=args.train.seq_length, packed=packed)
-        return pair_rows(samples, padding, packed=packed)
+        return pair_rows(samples, padding, packed=packed, scored=data.stage == "rm")
 
     length = None if padding.length is None else -(-padding.length // padding.multiple) * padding.multiple
     return Feed(

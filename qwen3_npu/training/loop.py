@@ -111,6 +111,7 @@ class Trainer:
             context_parallel=context_parallel,
             recompute_activation=args.train.recompute_activation_function,
             loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+            seed=args.runtime.seed,
         )
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
         self.chunks = wrap_model(config, self.modules, args.optimizer)

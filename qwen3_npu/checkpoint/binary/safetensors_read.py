@@ -59,7 +59,7 @@ class SafetensorsFile:
         if length > _MOST_HEADER:
             raise UsageError(f"{self.path} says that its header has {length} bytes; it is no safetensors file")
         if size < 8 or 8 + length > size:
-            raise UsageError(f"{self.path} is not a whole safetensors file ({size} bytes); {_AGAIN}")
+            raise UsageError(f"{self.path} is not a complete safetensors file ({size} bytes); {_AGAIN}")
         header = parse_json(os.pread(self.fd, length, 8), f"{self.path}: the header", strict=True)
         entries = record(header, f"{self.path}: the header").fields
         _check_notes(entries.pop("__metadata__", None), self.path)

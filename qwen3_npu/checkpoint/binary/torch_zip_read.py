@@ -84,9 +84,9 @@ class PtArchive:
             with zipfile.ZipFile(io.BufferedReader(_FileSection(fd, start, length))) as archive:
                 entries = self._entries(archive)
         except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, OverflowError, struct.error):
-            # zipfile raises NotImplementedError for a compression that it lacks: a flipped bit may name one.
+            # zipfile raises NotImplementedError for a compression that it lacks: a flipped bit may set one.
             raise UsageError(
-                f"{path} is not a whole torch checkpoint: truncated, or not written by torch.save (zip format)"
+                f"{path} is not a complete torch checkpoint: truncated, or not written by torch.save (zip format)"
             ) from None
         root = self._root(entries)
         pickled = entries[root + "data.pkl"]
@@ -139,7 +139,7 @@ class PtArchive:
     def _check_size(self, storage: Storage) -> None:
         entry = self._data.get(storage.key)
         if entry is None:
-            raise UsageError(f"{self.path} lacks the data of a tensor; it is not a whole torch checkpoint")
+            raise UsageError(f"{self.path} lacks the data of a tensor; it is not a complete torch checkpoint")
         if storage.dtype is not None and entry.size != storage.numel * storage.dtype.itemsize:
             raise UsageError(
                 f"{self.path}: data/{printable(storage.key)[:40]} has {entry.size} bytes, not {storage.numel} elements "

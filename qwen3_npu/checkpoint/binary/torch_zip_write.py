@@ -58,7 +58,7 @@ class _StorageId:
     tensor: Tensor
 
 
-# The pure-python pickler is the one whose handling of single types can be extended; it is as old as pickle itself.
+# The pure-python pickler is the one whose handling of single types can be extended; it exists since pickle does.
 class TorchPickler(pickle._Pickler):
     """Writes `Tensor`s, `DType`s and `TorchName`s as torch pickles tensors, dtypes and names."""
 
@@ -110,7 +110,7 @@ class _FromHere:
         self.file.flush()
 
     def close(self) -> None:
-        """The larger file stays open."""
+        """Does nothing: the larger file stays open."""
 
     def tell(self) -> int:
         return self.file.tell() - self.start

@@ -47,7 +47,7 @@ class StoredChunk:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A whole tensor; dtype None: one that is no weight's."""
+    """A stored tensor; dtype None: one that is no weight's."""
 
     dtype: DType | None
     size: tuple[int, ...]

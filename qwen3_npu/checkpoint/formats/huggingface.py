@@ -29,7 +29,7 @@ _OTHER_KINDS = (
     (".g_idx", "GPTQ weights", "take the bfloat16 model"),
     (".qweight", "AWQ (or GPTQ) weights", "take the bfloat16 model"),
     (".absmax", "bitsandbytes weights", "take the bfloat16 model"),
-    ("score.weight", "a reward or classification model", "only causal language models are supported"),
+    ("score.weight", "a classification model", "a reward model is read whose config.json says so (1 label)"),
     ("v_head.summary.weight", "a reward model with a value head", "only causal language models are supported"),
 )
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -72,7 +72,7 @@ class HfReader:
                 raise UsageError(f"{file.path}: {printable(min(twice))} is in {where} too; remove the file too many")
             self.where |= dict.fromkeys(file.header, file)
         _refuse_quantized(self.folder / "config.json")
-        _refuse_other_kinds(self.where, self.folder)
+        _refuse_other_kinds(sorted(self.where.keys() - shapes.keys()), self.folder)
         self.scaled = self._take_scales(shapes)
         # Published tied models store lm_head.weight all the same; `check` compares it with the embedding.
         self.head = self.where.pop(HEAD, None) if arch.tie_word_embeddings else None
@@ -210,7 +210,7 @@ def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES
     for name in copied:
         (target / name).parent.mkdir(exist_ok=True)
         if (source / name).resolve() != (target / name).resolve():
-            # Whole at any moment: the folder may be in use.
+            # Complete at any moment: the folder may be in use.
             with open(source / name, "rb") as old, replacing(target / name, binary=True) as new:
                 shutil.copyfileobj(old, new)
     return copied

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwen3_npu.args.lora import LORA_TARGETS, lora_scale
-from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.source import listed
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
@@ -41,7 +41,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "bias": ("none", None),
     "lora_bias": (False, None),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None, []),
     "alora_invocation_tokens": (None, []),
     "layer_replication": (None, []),
@@ -53,7 +52,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_ga_config": (None,),
 }
 _JUDGED = "r lora_alpha use_rslora init_lora_weights rank_pattern alpha_pattern target_modules exclude_modules "
-_JUDGED += "layers_to_transform target_parameters"
+_JUDGED += "layers_to_transform target_parameters modules_to_save"
 # Initial values that leave the base as it was.
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _FUSED = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.experts\.(?:base_layer\.)?lora_(A|B)\.weight")
@@ -115,6 +114,11 @@ def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qw
             another shape.
     """
     _check_config(config)
+    if has_head(config) != (PEFT_SCORE in shapes):
+        raise UsageError(f"{where}: {PEFT_SCORE} and modules_to_save of {config.where} contradict each other")
+    if shapes.get(PEFT_SCORE, head := (1, arch.hidden_size)) != head:
+        raise UsageError(f"{where}: {PEFT_SCORE} has shape {shapes[PEFT_SCORE]}; {head} expected of a reward model")
+    shapes = {name: shape for name, shape in shapes.items() if name != PEFT_SCORE}
     known = peft_shapes(arch, Lora(1, 1.0, tuple(LORA_TARGETS)))
     found = _modules(shapes, known, arch, where)
     _check_targets(config, {f.module for f in found}, {_module(name) for name in known}, arch, where=where)
@@ -157,6 +161,16 @@ def _check_config(config: Record) -> None:
             f"{config.where}: init_lora_weights {shown(start)} is not supported, since it changes the base's weights; "
             f"{_CONVERT}"
         )
+
+
+def has_head(config: Record) -> bool:
+    """Whether the adapter makes a reward model. Raises: UsageError: it holds other whole modules."""
+    saved = config.fields.get("modules_to_save") or []
+    if saved and (not isinstance(saved, list) or "score" not in saved or not set(saved) <= {"score", "classifier"}):
+        raise UsageError(
+            f"{config.where}: modules_to_save {shown(saved)} is not supported; only the score of a reward model is"
+        )
+    return bool(saved)
 
 
 def _module(name: str) -> str:

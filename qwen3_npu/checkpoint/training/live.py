@@ -32,13 +32,13 @@ def to_torch(array: np.ndarray, dtype: DType) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor on the host, bfloat16 as uint16; the same memory if it is there already."""
+    """The tensor on the host, bfloat16 as uint16; the same memory if it is on the host already."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
 def on_host(content: object) -> Any:
-    """Nested dicts and lists with copies on the host for the tensors in them, which training then leaves alone."""
+    """Nested dicts and lists with host copies of the tensors in them, which training does not change."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
@@ -61,7 +61,9 @@ class LiveTensors(ShardReader[None]):
         super().__init__(((None, shard) for shard in shards), "this rank")
 
     def shard(self, shard: Shard, dtype: DType) -> np.ndarray:
-        """A Megatron tensor of this rank: the one that is here, or put together, where formats store others."""
+        """A Megatron tensor of this rank: the rank's own, or joined from its slices where a format stores other
+        tensors.
+        """
         tensor = self.tensors.get((shard.chunk, shard.name))
         if tensor is not None and tuple(tensor.shape) == shard.shape and dtype_of(tensor) is dtype:
             return to_numpy(tensor)
@@ -135,7 +137,7 @@ def load_weights(
             kind = f"NaN or infinity, in {dtype_name(chunks)}"
             raise UsageError(
                 f"{source} holds weights that are not finite ({kind}): {wrong[0]}{more}; "
-                "load an earlier checkpoint, or go on with --allow-nonfinite-weights"
+                "load an earlier checkpoint, or continue with --allow-nonfinite-weights"
             )
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a block of records: strings, then tokens, then documents."""
+"""How a block of records becomes documents: strings, then tokens, then documents."""
 
 from __future__ import annotations
 

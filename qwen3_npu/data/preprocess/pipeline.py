@@ -1,4 +1,4 @@
-"""Records to documents in threads, in the order of the input, with progress and an account of what was left out."""
+"""Records to documents in threads, in the order of the input, with progress and counts of what was left out."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Totals:
 def documents(
     args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], *, totals: Totals
 ) -> Iterator[tuple[RecordBlock, Produced]]:
-    """Each block and what becomes of it, behind those that `totals` counts already; keeps `totals` up to date.
+    """Each block and its documents, after those that `totals` counts already; keeps `totals` up to date.
 
     One thread prepares blocks (Python runs one at a time anyway), even before the encoder is there; --workers encode.
 
@@ -102,7 +102,7 @@ def documents(
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int
 ) -> Generator[tuple[T, R]]:
-    """(item, function(item)) in the order of the items, with at most `ahead` more under way."""
+    """(item, function(item)) in the order of the items, with at most `ahead` more in progress."""
     waiting: collections.deque = collections.deque()
     try:
         for item in items:
@@ -127,4 +127,4 @@ def _count_bad(produced: Produced, totals: Totals, allowed: int) -> None:
         if totals.bad <= _BAD_SHOWN:
             log.warning(f"left out: {record}")
         elif totals.bad == _BAD_SHOWN + 1:
-            log.warning("left out: more, which are counted but not shown")
+            log.warning("more records are left out; they are counted but not shown")

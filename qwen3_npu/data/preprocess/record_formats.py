@@ -255,7 +255,7 @@ def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair
 
 
 def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
-    """Turns of two sides, whoever has the last word."""
+    """Turns of two sides; either side may be last."""
     messages, tags = columns.get(record, "messages"), columns.tags
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"column {columns.names['messages']!r} is not a list of messages but {kind(messages)}")

@@ -21,8 +21,8 @@ from qwen3_npu.data.train.turns import kept_tokens, limits
 
 THOUGHTS = "answers with thoughts"
 MASKED = "answers that are not learned, as the data say"
-CUT, DROPPED, UNSUPERVISED = "over-long samples cut", "over-long samples left out", "samples without anything to learn"
-
+CUT, DROPPED = "over-long samples truncated", "over-long samples left out"
+UNSUPERVISED = "samples without anything to learn"
 
 # The output of labelled answers that says whether each is desirable: 1 or 0.
 LABEL = "packed_answer_desirable"
@@ -46,7 +46,7 @@ class Style(NamedTuple):
 
 
 class ConversationHandler(abc.ABC):
-    """The part that instruction and pairwise handlers share: records to strings.
+    """Common part of the handlers of conversations: records to strings.
 
     Attributes:
         look: a conversation (or pair) -> warnings; set by --check.
@@ -61,11 +61,13 @@ class ConversationHandler(abc.ABC):
 
     @abc.abstractmethod
     def pieces(self, conversation: object) -> Iterable[list[str]]:
-        """A conversation (or pair) as pieces, each of strings to encode one by one. Raises: ValueError: it has none."""
+        """A conversation (or pair) as parts, each a list of strings that are encoded one by one. Raises: ValueError:
+        it has none.
+        """
 
     @abc.abstractmethod
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
-        """The documents of each output; the layout is (strings of each piece, pieces and `tag` of each sample)."""
+        """The documents of each output; the layout is (strings of each part, parts and `tag` of each sample)."""
 
     def tag(self, conversation: object) -> int:
         """What `documents` must know of a sample beside its tokens."""
@@ -159,7 +161,7 @@ class InstructionHandler(ConversationHandler):
 
 
 def _count(conversation: Conversation | PreferencePair | Judged, counts: Counter[str]) -> None:
-    """Answers that think, those that the data say not to learn, and those that were found good or bad."""
+    """Count answers with thoughts, answers that the data say not to learn, and desirable and undesirable answers."""
     if isinstance(conversation, Judged):
         counts[f"{'desirable' if conversation.desirable else 'undesirable'} answers"] += 1
     for message in conversation.messages if isinstance(conversation, Conversation) else ():

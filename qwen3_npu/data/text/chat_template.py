@@ -105,14 +105,14 @@ class Named(NamedTuple):
     """One of a tokenizer's templates.
 
     Attributes:
-        end: the token after an answer; "" if none can be told.
+        end: the token after an answer; "" if none can be determined.
     """
 
     renderer: Renderer
     end: str
 
     def opening(self, thinking: bool | None) -> str:
-        """What the template writes before an answer; "" if that is nothing or cannot be told."""
+        """What the template writes before an answer; "" if that is nothing or cannot be determined."""
         return self.renderer.opening(thinking)
 
 
@@ -221,7 +221,7 @@ class Renderer:
             raise ValueError(f"the chat template refuses it: {what[0]}") from None
 
     def generations(self, conversation: Conversation, thinking: bool | None) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and where each {% generation %} is in it. Raises: ValueError: that cannot be told."""
+        """The text, and where each {% generation %} is in it. Raises: ValueError: it cannot be determined."""
         self.marking = True
         try:
             marked = self(conversation, thinking)

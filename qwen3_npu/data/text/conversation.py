@@ -82,9 +82,9 @@ def to_json(value: object) -> str:
 
 
 def without_thought(message: Message) -> Message:
-    """The message with its thoughts cut out.
+    """The message without its thoughts.
 
-    A template may open `<think>` itself (Qwen3-Thinking-2507): then the answer holds `</think>` only, and what stands
+    A template may open `<think>` itself (Qwen3-Thinking-2507): then the answer holds `</think>` only, and the text
     before it is the thought.
     """
     content = message.content

@@ -58,7 +58,7 @@ def _message(message: Mapping[str, Any], place: int) -> Message:
         content, thoughts, written = _parts(content, place)
         reasoning, calls = thoughts if reasoning is None else reasoning, calls or written
     if message.get("train_detail"):
-        raise ValueError(f"message {place} has train_detail; an answer is learned as a whole or not at all (train)")
+        raise ValueError(f"message {place} has train_detail; an answer is learned completely or not at all (train)")
     if legacy := message.get("function_call"):
         if calls:
             raise ValueError(f"message {place} has tool_calls and function_call; they say the same, keep one")

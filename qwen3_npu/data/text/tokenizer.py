@@ -1,6 +1,6 @@
 """Tokenizer folders: what they say about their tokens, and their libraries, loaded while the program starts.
 
-Imports nothing heavy: a small run's time goes into loading, which must begin before numpy is imported.
+Imports nothing large: a small run spends its time on loading, which must begin before numpy is imported.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def open_tokenizer(path: str) -> TokenizerFolder:
 
 
 class Loading(NamedTuple):
-    """Libraries on their way.
+    """Libraries that are being loaded.
 
     Attributes:
         reference: a tokenizers.Tokenizer.

@@ -1,7 +1,7 @@
 """Pretraining samples of one or several token files, built with megatron's datasets.
 
 The order of a token file's samples, epoch after epoch, does not depend on how many are asked for. megatron's GPTDataset
-shuffles all epochs of a training together: with other --train-iters the order is another. Here epoch e is shuffled by
+shuffles all epochs of a training together: with other --train-iters the order differs. Here epoch e is shuffled by
 (seed, e) alone, documents and samples; the first epoch is what megatron gives for a single one.
 
 Documents lie one after the other, those of the next epoch behind those of the last, and are divided into samples of
@@ -80,7 +80,7 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
             sequence_length=seq_length,
             blend=([prefix], None),
             split=data.split,
-            path_to_cache=str(cache / open_indexed(prefix).fingerprint()),  # never taken for other data
+            path_to_cache=str(cache / open_indexed(prefix).fingerprint()),  # never used for other data
             tokenizer=_Tokenizer(),
             reset_position_ids=False,
             reset_attention_mask=False,
@@ -99,7 +99,7 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
 
 
 class TextDataset(GPTDataset):
-    """megatron's samples in this order. A node that does not see rank 0's index makes its own, which is the same."""
+    """megatron's samples in this order. A node that does not see rank 0's index makes an equal one."""
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Documents [epochs x documents]; samples [n + 1, 2], place among them and offset; order of samples [n]."""
@@ -157,7 +157,7 @@ def _needed_splits(
 ) -> list[tuple[float, float] | None]:
     """The shares that are drawn from; None for the others.
 
-    megatron-core loops for ever over a share without documents, so such a share must never reach it.
+    megatron-core loops forever over a share without documents, so such a share must never reach it.
 
     Raises:
         UsageError: a share that is drawn from is 0 or has no document.

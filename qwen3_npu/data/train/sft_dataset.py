@@ -1,6 +1,7 @@
 """Fine-tuning samples: <prefix>_packed_{input_ids,attention_mask,labels}_document, alone or blended. No torch.
 
-The order of samples depends on the seed and the files alone and is computed, not stored: there is no cache to go stale.
+The order of samples depends on the seed and the files alone and is computed, not stored: there is no cache that could
+be outdated.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def open_instructions(prefixes: Sequence[str], *, per_document: bool) -> list[In
     """Open and check data sets.
 
     Args:
-        per_document: attention shall stay within the documents of packs (--reset-attention-mask).
+        per_document: attention must stay within the documents of packs (--reset-attention-mask).
 
     Raises:
         UsageError: see `InstructionFiles`; packs without boundaries.

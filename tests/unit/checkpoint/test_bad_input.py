@@ -79,7 +79,7 @@ HF = {
     "more layers": (lambda f: edit(f / "config.json", num_hidden_layers=5), "tensors missing"),
     "fewer layers": (lambda f: edit(f / "config.json", num_hidden_layers=3), "tensors not expected"),
     "truncated": (lambda f: cut(f / "model.safetensors"), "is truncated"),
-    "empty file": (lambda f: cut(f / "model.safetensors", 0), "is not a whole safetensors file"),
+    "empty file": (lambda f: cut(f / "model.safetensors", 0), "is not a complete safetensors file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "--load-dir|not a Megatron|safetensors"),
     "a shard is missing": (lambda f: (split(f), samples.unsealed(f)), "1 of . weight files missing"),
     "index is no index": (lambda f: put(f / INDEX, "[]"), "index.json is .*; a JSON object is expected"),
@@ -142,9 +142,9 @@ MG: dict[str, tuple[Callable, str]] = {
         "iter_0000007 does not exist; iterations there: iter_",
     ),
     "tracker of nonsense": (lambda f: (f / TRACKER).write_text("x"), "says 'x'"),
-    "empty iteration": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "the checkpoint is not whole"),
-    "truncated": (lambda f: cut(f / RANK), "is not a whole torch checkpoint"),
-    "no zip": (lambda f: (f / RANK).write_bytes(b"x" * 999), "is not a whole torch checkpoint"),
+    "empty iteration": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "the checkpoint is incomplete"),
+    "truncated": (lambda f: cut(f / RANK), "is not a complete torch checkpoint"),
+    "no zip": (lambda f: (f / RANK).write_bytes(b"x" * 999), "is not a complete torch checkpoint"),
     "config of another model": (lambda f: edit(f / "config.json", num_hidden_layers=6), "tensors missing for layout"),
     "a rank is missing": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "not whole"),
 }
@@ -176,7 +176,7 @@ DIST: dict[str, tuple[Callable, str]] = {
     "truncated metadata": (lambda f: cut(f / ".metadata"), "cannot be read"),
     "metadata is something else": (lambda f: (f / ".metadata").write_bytes(b"\x80\x02N."), "is not the metadata"),
     "a key is missing": (lambda f: rename_key(f, b"final_layernorm", b"xinal_layernorm"), "tensors missing for"),
-    "a chunk is missing": (lambda f: drop_chunk(f), "is not whole: a part of decoder.layers.2.mlp.linear_fc2"),
+    "a chunk is missing": (lambda f: drop_chunk(f), "is incomplete: a part of decoder.layers.2.mlp.linear_fc2"),
 }
 
 
