@@ -13,6 +13,7 @@ import pytest
 from qwen3_npu import cli
 from qwen3_npu.args import pretrain
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
+from qwen3_npu.args.rules.fit import fit_flags
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
@@ -76,6 +77,15 @@ def test_what_is_right_passes_and_leaves_nothing(made: Path) -> None:
     assert sorted(made.rglob("*")) == before
 
 
+def test_an_expert_is_not_padded_to_more_than_all_tokens(made: Path) -> None:
+    """Megatron takes the capacity's number of tokens out of fewer, which is a RuntimeError in the first step."""
+    flags = ["--seq-length", "16", "--moe-pad-expert-input-to-capacity", "--moe-expert-capacity-factor"]
+    with pytest.raises(UsageError, match=r"^--moe-expert-capacity-factor 2\.5 .* is above 2, "):
+        fit_flags(parsed(made, *flags, "2.5"), tiny.arch("moe"), 1)
+    fit_flags(parsed(made, *flags, "2"), tiny.arch("moe"), 1)
+    fit_flags(parsed(made, *flags[:2], flags[-1], "2.5"), tiny.arch("moe"), 1)
+
+
 def test_a_split_that_leaves_nothing_is_refused(made: Path) -> None:
     for split, evaluates, name in (("0,100,0", False, "training"), ("100,0,0", True, "validation")):
         args = parsed(made, "--split", split)
@@ -126,3 +136,18 @@ def test_from_scratch_goes_with_nothing_that_has_weights(made: Path, capsys: pyt
         with pytest.raises(SystemExit):
             parsed(made, flag, "")
         assert f"{flag}: an empty path was given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "one"}, "RANK=one: torchrun sets a whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: torchrun sets a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 WORLD_SIZE 2: ranks count from 0"),
+    ],
+)
+def test_ranks_that_are_none_are_named(variables: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"^{told}"):
+        environment.ranks()
