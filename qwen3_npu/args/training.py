@@ -288,4 +288,10 @@ class ReportArgs:
     log_interval: int = flag(100, minimum=1, unit="steps", help="between log lines")
     eval_interval: int = flag(1000, minimum=1, unit="steps", help="between evaluations on the validation share")
     eval_iters: int = flag(100, minimum=0, unit="batches", help="global batches of one evaluation; 0: none")
+    ledger_interval: int = flag(
+        100,
+        minimum=0,
+        unit="steps",
+        help="between records of where the time went (python -m qwen3_npu.ledger); 0: none",
+    )
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
