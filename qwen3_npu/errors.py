@@ -22,6 +22,10 @@ class Stopped(RuntimeError):
     """A run ended itself, in order and with a reason; entry points print it and exit with status 1."""
 
 
+class SaveFailed(Stopped):
+    """A checkpoint could not be written; the ones before are whole."""
+
+
 _UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats, surrogates, line separators
 
 

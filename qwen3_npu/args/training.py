@@ -228,6 +228,11 @@ class CheckpointArgs:
     )
     save: str | None = flag(None, metavar="DIR", help="checkpoint folder to write")
     save_interval: int | None = flag(None, minimum=1, unit="steps", help="between checkpoints; always one at the end")
+    max_failed_saves: int = flag(
+        3,
+        minimum=0,
+        help="checkpoints in a row that may fail, as on a full disk, before the training ends; it warns and goes on",
+    )
     save_total_limit: int | None = flag(
         None, minimum=1, help="checkpoints of this training to keep; older ones are deleted; default: all"
     )

@@ -66,7 +66,7 @@ def train(trainer: Trainer) -> None:
             reporter.ledger(iteration, record)
     reporter.close()
     with here.during("save"):
-        trainer.saver.finish()
+        trainer.saver.close()
         trainer.export.finish()
     if stop is not None:
         log.info(f"stopped after step {trainer.position.iteration} of {last}: {stop}")
@@ -94,4 +94,5 @@ def _save(trainer: Trainer, iteration: int, *, export: bool) -> None:
     trainer.spikes.keep_history()
     if export:
         trainer.saver.finish()
-        trainer.export.start(iteration)
+        if not trainer.saver.failed:
+            trainer.export.start(iteration)
