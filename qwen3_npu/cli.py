@@ -42,7 +42,7 @@ class Foreign:
 
 
 def flag(
-    default: Any = dataclasses.MISSING,
+    default: object = dataclasses.MISSING,
     *,
     help: str,
     unit: str = "",
@@ -104,7 +104,7 @@ def _default(f: dataclasses.Field) -> Any:
     return f.default
 
 
-def _unwrap(hint: Any) -> Any:
+def _unwrap(hint: object) -> Any:
     """`int | None` -> `int`."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(a for a in typing.get_args(hint) if a is not type(None))
@@ -112,13 +112,13 @@ def _unwrap(hint: Any) -> Any:
 
 
 def _path(text: str) -> str:
-    """An empty one (`--load "$UNSET"`) would be the current folder."""
+    """An empty path (`--load "$UNSET"`) would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path was given; name one, or drop the flag")
     return text
 
 
-# What a value may be beside a bound, and how one that is not is told of.
+# How a value is compared with a bound, and what the error says.
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "minimum": (operator.ge, "too small; the minimum is"),
     "maximum": (operator.le, "too large; the maximum is"),
@@ -151,7 +151,7 @@ def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
     return convert
 
 
-def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any) -> None:
+def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: object) -> None:
     meta, kind = f.metadata, _unwrap(hint)
     default = _default(f)
     required = default is dataclasses.MISSING
@@ -166,7 +166,7 @@ def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any) -> No
     common = {"dest": f.name, "help": text, "default": None if required else default}
     metavar = meta["metavar"] or (None if meta["choices"] else _METAVARS.get(kind))
     if kind is bool:
-        # argparse takes every name that begins with --no- for a denial; a further name is never one.
+        # argparse treats every name that begins with --no- as a negation; a further name is never one.
         same = [name for name in names if name.startswith("--no-")]
         common["help"] += f" (also {', '.join(same)})" if same else ""
         positive = [name for name in names if name not in same]
@@ -295,7 +295,7 @@ def parse(
 
 
 def tell_torchrun(text: str, file: str | None = None) -> None:
-    """Write an error to the file whose text torchrun shows last, after all the others' noise.
+    """Write an error to the file whose text torchrun shows last, after the output of the other ranks.
 
     Args:
         file: of another process; default: this one's.
@@ -307,7 +307,7 @@ def tell_torchrun(text: str, file: str | None = None) -> None:
 
 
 def _is_told_elsewhere() -> bool:
-    """Whether rank 0 has the same to say; torchrun shows the first error of all in any case."""
+    """Whether rank 0 reports the same error; torchrun shows the first error in any case."""
     return os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_ERROR_FILE" in os.environ
 
 

@@ -3,7 +3,7 @@
 A lease is a small file in or beside the output. It says which process writes there, and its time of modification moves
 every few seconds as a sign of life. It works on every file system that creates a file exclusively, across machines too;
 clocks are never compared. Whether a holder lives is read from the process table where both see the same one, and from
-its signs of life elsewhere. What a dead holder left is taken over, and said.
+its signs of life elsewhere. The lease of a dead holder is taken over, and the log says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qwen3_npu.processes import process_table, started
 
 HEARTBEAT = 10.0  # seconds between signs of life
 PATIENCE = 60.0  # seconds without one until a holder on another machine is taken for dead
-_LOOK = 0.2  # seconds between looks at a lease that is being judged
+_LOOK = 0.2  # seconds between checks of a lease whose holder may be dead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Lease:
         self.release()
 
     def check(self) -> None:
-        """Before anything is written or replaced that others may write too.
+        """Call it before writing anything that others may write too.
 
         Raises:
             Stopped: another process holds the lease: this one was taken for dead.
@@ -129,7 +129,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Let others write. Does nothing in a process that was forked from the holder, nor a second time."""
+        """Release the lease. Does nothing in a process that was forked from the holder, nor a second time."""
         self._stop.set()
         holder = self._holder()
         if os.getpid() == self.me.pid and holder is not None and holder.token == self.me.token:
@@ -198,7 +198,7 @@ class Lease:
         return f"has given no sign of life for {PATIENCE:.0f} s"
 
     def _alive(self, holder: LeaseHolder | None) -> None:
-        """Raises: UsageError: nobody wants to wait."""
+        """Raises: UsageError: `wait` is not given."""
         if not self.wait:
             raise UsageError(
                 f"{self.what} is being written by {holder or 'another process'}; wait for it, end it, or {self.remedy}"
@@ -215,12 +215,12 @@ class Lease:
                     os.utime(self.path)
                 else:
                     return  # `check` tells
-            except OSError as error:  # a file system that is away for a moment is no reason to stop
+            except OSError as error:  # a file system that is unavailable for a moment is no reason to stop
                 log.warning(f"{self.path}: no sign of life could be written: {error.strerror}")
 
 
 def _look(path: Path) -> _Seen | None:
-    """None: there is no lease. Opened anew each time: network file systems show news to those who open."""
+    """None: there is no lease. Opened anew each time: network file systems show changes only after opening again."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return _Seen(file.read(4096), os.fstat(file.fileno()).st_mtime_ns)
@@ -229,7 +229,7 @@ def _look(path: Path) -> _Seen | None:
 
 
 def _remove_if_left(guard: Path) -> None:
-    """A guard is held for a moment; one that stays was left by a process that was killed in that moment."""
+    """A guard is held for a moment; one that remains is of a process that was killed in that moment."""
     before = _look(guard)
     for _ in range(10):
         time.sleep(_LOOK)

@@ -99,8 +99,12 @@ class ShapeArgs:
     original_max_position_embeddings: int | None = flag(
         None, minimum=1, unit="tokens", help="llama3: longest sequence that the model was trained with before"
     )
-    low_freq_factor: float | None = flag(None, above=0, help="llama3: longer waves are stretched wholly")
-    high_freq_factor: float | None = flag(None, above=0, help="llama3: shorter waves stay as they are")
+    low_freq_factor: float | None = flag(
+        None, above=0, help="llama3: dimensions with longer wavelengths are divided by the factor"
+    )
+    high_freq_factor: float | None = flag(
+        None, above=0, help="llama3: dimensions with shorter wavelengths stay as they are"
+    )
     use_rope_scaling: bool | None = flag(None, help="as Megatron: llama3 over 8192 positions with factors 1 and 4")
     rotary_seq_len_interpolation_factor: float | None = flag(
         None, minimum=1, help="linear: positions are divided by this"
@@ -137,13 +141,14 @@ def shaped(shape: ShapeArgs, arch: Qwen3Arch, noop_layers: int = 0) -> Qwen3Arch
 
 
 def positions_note(arch: Qwen3Arch, before: Qwen3Arch) -> list[str]:
-    """What is done about positions that the model did not have before the flags, a line or none."""
+    """How the flags extend the model's positions, in one line; None: they do not."""
     how = str(arch.rope_scaling) if arch.rope_scaling else "plain RoPE, as trained"
     if arch.max_position_embeddings > before.max_position_embeddings:
         if arch.rope_scaling is None:
             how = (
-                f"plain RoPE stretched beyond the {before.max_position_embeddings} of the model: it has not seen such "
-                f"distances; --rope-scaling-type yarn is the other way"
+                f"plain RoPE stretched beyond the {before.max_position_embeddings} of the model: the "
+                "model was not trained on such "
+                f"distances; --rope-scaling-type yarn is the alternative"
             )
     elif arch.rope_scaling is None:
         return []

@@ -11,6 +11,7 @@ from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.tools.plan import VerdictArgs
+from qwen3_npu.args.trackers import TrackerArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
 from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 
@@ -32,6 +33,7 @@ class PretrainArgs(typing.NamedTuple):
     checkpoint: CheckpointArgs
     exits: ExitArgs
     report: ReportArgs
+    trackers: TrackerArgs
     profile: ProfileArgs
     watch: WatchArgs
     spikes: SpikeArgs

@@ -26,7 +26,10 @@ class TrainArgs:
         None, minimum=0, unit="steps", help="optimizer steps of the whole training; or one of the next two"
     )
     train_samples: int | None = flag(
-        None, minimum=1, unit="samples", help="samples of the whole training; what fills no --global-batch-size is left"
+        None,
+        minimum=1,
+        unit="samples",
+        help="samples of the whole training; a last incomplete --global-batch-size is dropped",
     )
     epochs: float | None = flag(
         None, above=0, help="times that the whole training sees each sample; the last step may see some once more"
@@ -66,7 +69,10 @@ class TrainArgs:
     )
     moe_z_loss_coeff: float | None = flag(None, minimum=0, help="weight of the router's z loss")
     moe_expert_capacity_factor: float | None = flag(
-        None, above=0, help="tokens an expert takes, times its even share; others are dropped; default: none is"
+        None,
+        above=0,
+        help="capacity of an expert, as a multiple of its even share of tokens; tokens above it are "
+        "dropped; default: none",
     )
     moe_token_drop_policy: str = flag("probs", choices=["probs", "position"], help="which tokens are dropped first")
     moe_pad_expert_input_to_capacity: bool = flag(False, help="pad every expert's tokens to its capacity")
@@ -148,7 +154,7 @@ class OptimizerArgs:
 DATA_KINDS = {
     "text": "--stage pt",
     "instruction data": "--stage sft",
-    "pairs": "--stage dpo, orpo or simpo",
+    "pairs": "--stage dpo, orpo, simpo or rm",
     "labelled answers": "--stage kto",
 }
 
@@ -246,7 +252,7 @@ class CheckpointArgs:
         None, metavar="DIR", help="where they go, as mg2hf_iteration<N>; default: --save, which all nodes must share"
     )
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
-    finetune: bool = flag(False, help="take only the weights: step 0, new optimizer, new data order")
+    finetune: bool = flag(False, help="load only the weights: step 0, new optimizer, new data order")
     load_optim: bool = flag(True, help="load the optimizer's state")
     load_rng: bool = flag(True, help="load the random generators' state")
     save_optim: bool = flag(True, help="save the optimizer's state")
@@ -255,7 +261,8 @@ class CheckpointArgs:
     allow_changed: list[str] = flag(
         [],
         choices=list(REFUSED),
-        help="resume although this is another than in the checkpoint; the position in the data may then be meaningless",
+        help="resume although these settings differ from the checkpoint's; the position in the data "
+        "may then be meaningless",
     )
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
@@ -279,7 +286,7 @@ class ExitArgs:
         10,
         minimum=0,
         unit="steps",
-        help="steps in a row that may be skipped for a NaN or Inf in loss or gradients",
+        help="consecutive steps that may be skipped for NaN or Inf in loss or gradients",
     )
     exit_signal_handler: bool = flag(False, help="on SIGTERM or SIGUSR1 save a checkpoint and end")
     exit_duration_in_mins: float | None = flag(None, minimum=0, unit="min", help="save a checkpoint and end after this")

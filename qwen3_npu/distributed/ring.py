@@ -1,11 +1,12 @@
-"""Ring context parallelism (arXiv:2310.01889): each rank keeps its queries; keys and values travel around the ring.
+"""Ring context parallelism (arXiv:2310.01889): each rank holds its queries; keys and values are sent around the ring.
 
 The sequence is divided into 2c chunks. Rank r of c holds chunks r and 2c-1-r: causal attention is then the same work
-for every rank. While one pair of key/value chunks is attended to, the next is under way. Partial results are merged by
+for every rank. While one pair of key/value chunks is attended to, the next is being transferred. Partial results are
+merged by
 their log-sum-exp; backward sends keys and values around again, their gradients with them.
 
-Packed documents: with the keys of another rank only one document can be common, the one across the boundary, so what
-the queries see of them is always one full rectangle; of a rank's own keys it is causal, document by document.
+Packed documents: with the keys of another rank only one document can be common, the one across the boundary, so the
+queries attend to one full rectangle of those keys; to a rank's own keys attention is causal, document by document.
 
 s = local sequence, b = batch, n = query heads, g = key/value heads, d = head size.
 """
@@ -78,7 +79,7 @@ def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, sour
 
 
 class _Ring:
-    """Passes tensors to the next rank and takes those of the one before; the transfer runs while others compute."""
+    """Sends tensors to the next rank and receives those of the previous one, while attention is computed."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -144,7 +145,8 @@ class _RingAttention(torch.autograd.Function):
         ring, here = _Ring(group), kv
         grad = grad.contiguous()
         dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        # The gradient of the keys and values that are here; it follows them one step behind, and ends at their owner.
+        # The gradient of the keys and values that are here; it is sent one step later, and ends at the rank that owns
+        # them.
         dkv_transfer: tuple[torch.Tensor, list] | None = None
         for step in range(size):
             transfer = ring.start(here) if step < size - 1 else None
@@ -192,7 +194,7 @@ def attention(
     kernels: Kernels,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """Causal attention over the whole sequence.
+    """Causal attention over the full sequence.
 
     Args:
         q: [s, b, n, d]; k, v: [s, b, g, d], rows as `shard_indices` gives them, s even.

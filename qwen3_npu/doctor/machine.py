@@ -1,4 +1,4 @@
-"""Facts about this machine. Nothing here judges; whatever may crash is asked in a process of its own."""
+"""Facts about this machine. Nothing is judged here; code that may crash runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CANN_FILES = ("version.cfg", "compiler/version.info", "runtime/version.info", "
 _DRIVER = Path("/usr/local/Ascend/driver/version.info")
 # Where CANN's set_env.sh lies, in newer releases and in older ones.
 SET_ENV = ("/usr/local/Ascend/cann/set_env.sh", "/usr/local/Ascend/ascend-toolkit/set_env.sh")
-# What trainings import, beside the project itself; of a second copy on the path one would not know which is used.
+# What trainings import, beside the project itself; with a second copy on the path it is unclear which one is used.
 _IMPORTS = ("torch", "megatron.core", "numpy", "tokenizers", "pyarrow", "orjson", "jinja2", "psutil", "packaging")
 _SINGLE = ("megatron.core", "torch", "torch_npu", "mindspeed", "transformers", "qwen3_npu")
 
@@ -132,7 +132,7 @@ def machine_facts(args: DoctorArgs) -> Facts:
 
 
 def _ask(command: list[str]) -> dict[str, str]:
-    """{"answer": what it printed after FACTS}, or {"error": its last words}."""
+    """{"answer": what it printed after FACTS}, or {"error": the last line it printed}."""
     folder = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
     try:

@@ -1,4 +1,4 @@
-"""What the model says to a task's questions; every answer is in the journal before the next pass."""
+"""The model's answers to a task's questions; every answer is in the journal before the next pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qwen3_npu.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class TaskQuestions:
-    """A task's questions, read before the model is.
+    """A task's questions, read before the model is loaded.
 
     Attributes:
         task, questions, asker: of a benchmark.
@@ -45,7 +45,7 @@ class TaskQuestions:
         return hashlib.sha256("\0".join(self.contexts).encode()).hexdigest()[:16]
 
     def group(self, number: int) -> str:
-        """Questions of a group are likely to begin alike."""
+        """Questions of a group are likely to share their beginning."""
         return self.questions[number].subject if self.questions else "all"
 
 
@@ -79,7 +79,7 @@ class TaskAnswers:
             self.journal.add(task=read.name, scores=[[*key, score] for key, score in scores])
 
         progress = self._progress(len(choices))
-        # A question may take several rows; what is shown are questions.
+        # A question may take several rows; progress counts questions.
         found = scorer.score(
             listed,
             lambda share: progress(share * len(choices) / self.runner.data_parallel),
@@ -141,12 +141,12 @@ class TaskAnswers:
 
 
 def pass_tokens(args: EvaluationArgs, device: str) -> int:
-    """Tokens of a pass: on a CPU more of them only take memory."""
+    """Tokens of a pass: on a CPU more tokens only need more memory."""
     return args.evaluate.pass_tokens or (256 if device == "cpu" else 4096)
 
 
 def asked(args: EvaluationArgs, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """All that answers depend on besides the model: flags, and the tasks' facts."""
+    """Everything that answers depend on besides the model: flags, and the tasks' facts."""
     unimportant = ("output_dir", "resume", "log_samples", "task_data_path")
     flags = {name: value for name, value in dataclasses.asdict(args.evaluate).items() if name not in unimportant}
     return {"flags": flags, "tasks": dict(facts), "kernels": [args.runtime.kernels, args.runtime.kernel_overrides]}

@@ -1,4 +1,4 @@
-"""One way of generating (a task) for all prompts; each answer is written when it is there."""
+"""One way of generating (a task) for all prompts; each answer is written when it is complete."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class GenerationTask:
         return [result for _, result in sorted(self.results.items())]
 
     def show(self, prompts: Sequence[Conversation]) -> None:
-        """What was not streamed, on the console."""
+        """Print the answers that were not streamed."""
         for number, result in sorted(self.results.items()):
             if number not in self.shown:
                 console.show(f"You:\n{prompts[number].messages[-1].content}\n\nqwen3_npu:\n{result['answer']}\n")
@@ -119,7 +119,7 @@ class GenerationTask:
             size = human(engine.cache.bytes, "B")
             log.info(f"cache: {engine.slots} x {engine.cache.capacity} tokens, {size} on each process")
         if engine.reused:
-            log.info(f"prefix cache: {engine.reused} of {engine.reused + engine.computed} prompt tokens were there")
+            log.info(f"prefix cache: {engine.reused} of {engine.reused + engine.computed} prompt tokens were cached")
 
     def _beams(self, requests: list[Request], texts: Sequence[str]) -> None:
         search = BeamSearch(self.args.generate.num_beams, self.args.generate.length_penalty, self.sampling)

@@ -1,4 +1,4 @@
-"""Beam search, with transformers' rules: which beams go on, which have ended, when nothing better can come."""
+"""Beam search, with transformers' rules: which beams continue, which have ended, and when no better one is possible."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class _Search:
         self.eos = set(runner.plan.eos)
         limit_request(request, runner.plan.positions)
         self.limit = request.limit
-        # Enough that `beams` of them go on even if all the others end.
+        # Enough that `beams` of them continue even if all the others end.
         self.width = max(2, 1 + len(self.eos)) * search.beams
         self.cache: KVCache = runner.new_cache(search.beams, request.prompt + self.limit)
         self.running: list[list[int]] = [[] for _ in range(search.beams)]

@@ -1,4 +1,5 @@
-"""Generation for many prompts at once: prompts enter as others leave, equal beginnings are computed once.
+"""Generation for many prompts at once: a prompt starts when another one has ended, and equal beginnings are computed
+once.
 
 Every process runs the same program on the same prompts; the chosen tokens are all that the last pipeline stage has to
 tell the others. Copies of the model (data parallel) take different prompts.
@@ -24,7 +25,7 @@ _WORTH_SHARING = 16
 
 @dataclasses.dataclass
 class Request:
-    """A prompt and what becomes of it.
+    """A prompt and its answer.
 
     Attributes:
         number: its place among all prompts.
@@ -62,7 +63,7 @@ class Engine:
     """
 
     def __init__(self, runner: Runner, *, slots: int, kv_cache: bool = True, prefix_cache: bool = True) -> None:
-        """Args: slots: sequences that are worked on at the same time."""
+        """Args: slots: sequences that are processed at the same time."""
         self.runner, self.slots = runner, slots
         self.kv_cache, self.prefix_cache = kv_cache, prefix_cache and kv_cache
         self.cache: KVCache | None = None

@@ -75,8 +75,12 @@ def plan_inference(
     *,
     prompts: PromptArgs,
     world_size: int,
+    scores: bool = False,
 ) -> InferencePlan:
     """Everything that follows from flags, config.json and the number of processes.
+
+    Args:
+        scores: it is a reward model, whatever the config.json of its base says.
 
     Raises:
         UsageError: something does not fit or is missing.
@@ -93,6 +97,9 @@ def plan_inference(
         model, shape, load=weights.load, tokenizer=tokenizer_path, noop_layers=noop
     )
     found, arch = arch, shaped(shape, arch, noop)
+    if arch.reward and not scores:
+        raise UsageError(f"{found_in} is a reward model's: it gives rewards (inference.py --task score), no text")
+    arch = arch.as_reward() if scores else arch
     parallel, notes = _without_training(parallel)
     notes += positions_note(arch, found)
     layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)

@@ -23,6 +23,7 @@ from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.inference.prompts import read_prompts
 from qwen3_npu.inference.results.files import RESULT, write_generated
 from qwen3_npu.inference.results.journal import Journal, weights_identity
+from qwen3_npu.inference.rewards.run import score_answers
 from qwen3_npu.inference.runner import loaded
 from qwen3_npu.inference.taught import PLAIN
 from qwen3_npu.inference.text import Writer
@@ -36,7 +37,7 @@ _SHOWN = ("predict_batch_size", "stream", "history_turns", "hide_thinking", "out
 def run(platform: Platform, args: InferenceArgs, plan: InferencePlan) -> None:
     """Everything, from joining the other processes to the last file."""
     with process_group(platform, args.runtime) as world:
-        generate(platform, world, args, plan)
+        (score_answers if args.scores else generate)(platform, world, args, plan)
 
 
 def generate(platform: Platform, world: World, args: InferenceArgs, plan: InferencePlan) -> None:

@@ -37,7 +37,13 @@ def start(
     from qwen3_npu.inference.plan import plan_inference
 
     plan = plan_inference(
-        args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=world_size
+        args.model,
+        args.shape,
+        args.parallel,
+        args.weights,
+        prompts=args.prompts,
+        world_size=world_size,
+        scores=args.scores,
     )
     for line in [*plan.describe(args.weights), *parsed.notes]:
         log.info(line)

@@ -73,7 +73,7 @@ class Writer:
 
 
 class TextStream:
-    """Decodes tokens as they come; holds back characters that are not whole, and what may become a stop text."""
+    """Decodes tokens as they come; delays incomplete characters, and text that may become a stop text."""
 
     def __init__(self, encoder: Encoder, eos: Sequence[int], stops: Sequence[str] = ()) -> None:
         self.encoder, self.eos, self.stops = encoder, eos, stops

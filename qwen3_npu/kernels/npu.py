@@ -18,7 +18,7 @@ import torch_npu
 
 from qwen3_npu.kernels import reference
 
-# What each kernel calls, to tell a torch_npu that is too old at the start instead of in the first step.
+# What each kernel calls, so that a torch_npu that is too old is refused at the start and not in the first step.
 _NEEDS = {
     "attention": ("npu_fusion_attention", "npu_fused_infer_attention_score"),
     "decode_attention": ("npu_fused_infer_attention_score",),
@@ -212,6 +212,11 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """npu_swiglu; it, too, gates with the first half."""
     return torch_npu.npu_swiglu(x, dim=-1)
+
+
+def weighted_swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """npu_swiglu, and a multiplication."""
+    return (swiglu(x) * weights.unsqueeze(-1)).to(x.dtype)
 
 
 class _GroupedMatmul(torch.autograd.Function):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qwen3_npu import cli, log
 from qwen3_npu.args.parallel import RuntimeArgs
@@ -23,6 +23,10 @@ from qwen3_npu.args.tools.parity import ParityArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.parity.rows import ParityRow, rows
+
+if TYPE_CHECKING:
+    from qwen3_npu.distributed.launch import World
+    from qwen3_npu.platform.base import Platform
 
 PROG = "python -m qwen3_npu.parity"
 
@@ -93,7 +97,7 @@ def _reference(folder: Path, device: str, batch: int, wanted: list[str]) -> None
         raise Stopped(f"one process alone fails:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
 
 
-def _row(row: ParityRow, platform: Any, world: Any, tolerance: float, *, batch: int, folder: Path) -> bool:
+def _row(row: ParityRow, platform: Platform, world: World, tolerance: float, *, batch: int, folder: Path) -> bool:
     """Train one row; print its line; whether it agrees."""
     import numpy as np
 

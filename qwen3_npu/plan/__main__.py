@@ -18,7 +18,7 @@ from qwen3_npu.plan.launch import device_for
 from qwen3_npu.plan.report import as_json, command, describe_plan, plot, table
 from qwen3_npu.plan.requests import find_layouts, request_table
 from qwen3_npu.plan.search import search
-from qwen3_npu.plan.shape import Shape, read_shape, shape_of
+from qwen3_npu.plan.shape import Shape, arch_of, read_shape, shape_of
 
 PROG = "python -m qwen3_npu.plan"
 
@@ -60,26 +60,9 @@ def _plan_requests(args: PlanArgs, shape: Shape, arch: Qwen3Arch, device: Device
 def _model(args: PlanArgs) -> tuple[Shape, Qwen3Arch]:
     if args.shape_json is not None:
         shape = read_shape(Path(args.shape_json))
-        return shape, _stand_in(shape)
+        return shape, arch_of(shape)
     arch = SIZES[args.model] if args.model else from_hf_config(read_hf_config(str(args.hf_dir)), str(args.hf_dir))
     return shape_of(arch), arch
-
-
-def _stand_in(shape: Shape) -> Qwen3Arch:
-    """An architecture with the same sizes: the layout's checks need no more."""
-    return Qwen3Arch(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_query_groups,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-        num_experts=shape.num_experts,
-        num_experts_per_tok=shape.moe_topk,
-        moe_intermediate_size=shape.moe_ffn_hidden_size,
-    )
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def command(args: PretrainArgs, devices: int, node: int) -> str:
     return shlex.join(words)
 
 
-def _words(field: dataclasses.Field, value: Any) -> list[str]:
+def _words(field: dataclasses.Field, value: object) -> list[str]:
     is_default = value == (field.default_factory() if callable(field.default_factory) else field.default)
     if is_default or field.name == "train_iters":
         return []

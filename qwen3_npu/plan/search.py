@@ -17,6 +17,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
+from qwen3_npu.args.trackers import TrackerArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
 from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 from qwen3_npu.errors import UsageError
@@ -176,6 +177,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         checkpoint=CheckpointArgs(),
         exits=ExitArgs(),
         report=ReportArgs(),
+        trackers=TrackerArgs(),
         profile=ProfileArgs(),
         watch=WatchArgs(),
         spikes=SpikeArgs(),

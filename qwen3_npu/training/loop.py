@@ -38,7 +38,7 @@ from qwen3_npu.training.checkpoints.facts import facts
 from qwen3_npu.training.checkpoints.hf_export import HfExport
 from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continued, leased
 from qwen3_npu.training.exits import Exits
-from qwen3_npu.training.feed import Feed, open_feed
+from qwen3_npu.training.feed import Feed, SampleSource, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.preference import preference_objective
@@ -47,6 +47,7 @@ from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrain
 from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of, identity
 from qwen3_npu.training.reports.expert_load import ExpertLoad, take_expert_load
 from qwen3_npu.training.reports.report import Reporter
+from qwen3_npu.training.reports.trackers import open_trackers, settings
 from qwen3_npu.training.spikes.guard import SpikeGuard
 from qwen3_npu.training.spikes.replicas import ReplicaCheck
 from qwen3_npu.training.spikes.rollback import decoder, go_back
@@ -110,6 +111,7 @@ class Trainer:
             context_parallel=context_parallel,
             recompute_activation=args.train.recompute_activation_function,
             loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+            seed=args.runtime.seed,
         )
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
@@ -198,7 +200,7 @@ class Trainer:
     def _cached_reference(self) -> KnownReference:
         """The reference's log-probabilities from the file beside the data; what it lacks is computed first."""
         args, starts, total = self.args, {}, 0
-        files = [file for dataset in (self.feed.train, self.feed.valid) if dataset for file in dataset.files]
+        files = [file for dataset in self._answer_sets() for file in dataset.files]
         for file in sorted({file.prefix: file for file in files}.values(), key=lambda file: file.prefix):
             starts[file.prefix], total = total, total + len(file)
         model = str(args.preference.ref_model or args.checkpoint.load)
@@ -218,8 +220,8 @@ class Trainer:
         self,
     ) -> Iterator[tuple[Callable[[], list[Iterator[MicroBatch]]], list[Samples], list[Samples]]]:
         """Every step of the training, then of the evaluations, as `reference_cache.cached` wants them."""
-        evaluations = self.args.report.eval_iters if self.feed.valid is not None else 0
-        for dataset, count in ((self.feed.train, self.args.train.steps), (self.feed.valid, evaluations)):
+        evaluations = self.args.report.eval_iters
+        for dataset, count in zip(self._answer_sets(), (self.args.train.steps, evaluations), strict=False):
             for number in range(count):
                 consumed = number * self.plan.global_batch
                 everyone: list[Samples] = [
@@ -227,16 +229,20 @@ class Trainer:
                 ]
                 yield functools.partial(self.batches, dataset, consumed), self._samples(dataset, consumed), everyone
 
-    def _samples(self, dataset: Any, consumed: int) -> list[Samples]:
+    def _answer_sets(self) -> list[Any]:
+        """The answers for training (an `Ordered`) and, if there are any, for validation: `InstructionDataset`s."""
+        return [found for found in (self.feed.train, self.feed.valid) if found is not None]
+
+    def _samples(self, dataset: SampleSource, consumed: int) -> list[Samples]:
         """Where the pairs of this rank's micro-batches come from."""
         return [[dataset.locate(n) for n in numbers] for numbers in self.feed.numbers(consumed)]
 
-    def batches(self, dataset: Any, consumed: int) -> list[Iterator[MicroBatch]]:
+    def batches(self, dataset: SampleSource, consumed: int) -> list[Iterator[MicroBatch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
         batches = self.feed.batches(dataset, consumed, self.world.device, self.dtype)
         return list(itertools.tee(batches, len(self.chunks)))
 
-    def _with_reference(self, dataset: Any, consumed: int) -> list[Iterator[MicroBatch]]:
+    def _with_reference(self, dataset: SampleSource, consumed: int) -> list[Iterator[MicroBatch]]:
         """The micro-batches of a step; the objective learns what the reference says of them."""
         batches = self.batches(dataset, consumed)
         if self.objective is None or self.reference is None:
@@ -334,6 +340,7 @@ class Trainer:
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
             verdict=self.plan.verdict,
+            trackers=open_trackers(args.trackers, settings(args)) if self.world.rank == 0 else (),
         )
 
     def evaluate(self, reporter: Reporter) -> None:
@@ -347,7 +354,7 @@ class Trainer:
         reporter.evaluation(self.position.iteration, "validation", total)
 
 
-def _one_or_list(items: list) -> Any:
+def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
     """megatron takes one function, or a list of one per model chunk."""
     return items if len(items) > 1 else items[0]
 
@@ -355,4 +362,4 @@ def _one_or_list(items: list) -> Any:
 def _lora(args: LoraArgs) -> Lora | None:
     """What the checkpoints say of LoRA adapters."""
     targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
-    return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None
+    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora) if args.on else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -102,7 +102,7 @@ class WithoutAdapter:
         chunks: the model chunks that are trained.
     """
 
-    def __init__(self, chunks: Sequence[Any]) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
         self.chunks = chunks
 
     def log_probs(
@@ -129,7 +129,9 @@ def _switched_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
             chunk.train()
 
 
-def _forward(chunks: Sequence[Any], batches: Sequence[Iterator[MicroBatch]], **sizes: int) -> list[torch.Tensor]:
+def _forward(
+    chunks: Sequence[torch.nn.Module], batches: Sequence[Iterator[MicroBatch]], **sizes: int
+) -> list[torch.Tensor]:
     recorder = _Recorder()
     with torch.no_grad():
         run_schedule(chunks, batches, forward_only=True, objective=recorder, **sizes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +70,7 @@ def cached(
     *,
     steps: Iterator[tuple[Callable[[], list[Iterator[MicroBatch]]], Sequence[Samples], Sequence[Samples]]],
     device: torch.device,
-    **sizes: Any,
+    **sizes: int,
 ) -> KnownReference:
     """Read what is known, compute the rest, and keep it. Every rank must call this.
 

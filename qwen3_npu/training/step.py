@@ -7,11 +7,11 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -218,7 +218,7 @@ def run_schedule(
 
 
 def train_step(
-    chunks: Sequence[Any],
+    chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     batches: Sequence[Iterator[MicroBatch]],
@@ -275,7 +275,10 @@ def train_step(
 
 
 def evaluate_step(
-    chunks: Sequence[Any], batches: Sequence[Iterator[MicroBatch]], objective: Objective | None = None, **sizes: int
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Iterator[MicroBatch]],
+    objective: Objective | None = None,
+    **sizes: int,
 ) -> Tally:
     """A global batch without touching the weights."""
     for chunk in chunks:

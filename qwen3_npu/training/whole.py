@@ -88,8 +88,6 @@ def _check_replicas(trainer: Trainer) -> bool:
 
 def _save(trainer: Trainer, iteration: int, *, export: bool) -> None:
     trainer.export.finish()  # it may be reading a checkpoint that saving removes
-    parameters = [p for module in trainer.modules for p in module.parameters()]
-    trainer.guard.check_weights(parameters, iteration, trainer.world.device)
     trainer.saver.save(trainer.position)
     trainer.spikes.keep_history()
     if export:

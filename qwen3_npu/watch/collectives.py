@@ -93,7 +93,7 @@ def label(group: ProcessGroup) -> str:
     return _LABELS.get(name, name.lower().removesuffix("_group")) + (" (host)" if host else "")
 
 
-def _first(value: Any) -> torch.Tensor | None:
+def _first(value: object) -> torch.Tensor | None:
     """The first tensor of an argument: a tensor, tensors, or lists of tensors."""
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
@@ -122,7 +122,7 @@ class Recorder:
             setattr(owner, name, original)
         self.replaced.clear()
 
-    def _replace(self, owner: type, name: str, wrapper: Any) -> None:
+    def _replace(self, owner: type, name: str, wrapper: object) -> None:
         self.replaced.append((owner, name, owner.__dict__[name]))
         setattr(owner, name, wrapper)
 
@@ -150,7 +150,7 @@ class Recorder:
         return method
 
     def _wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def wait(work: Work, *args: Any, **kwargs: Any) -> Any:
+        def wait(work: Work, *args: object, **kwargs: object) -> Any:
             start = time.monotonic()
             result = original(work, *args, **kwargs)
             token, label = self.open.pop(id(work), (None, ""))
@@ -166,7 +166,7 @@ class Recorder:
         self.times.wait(label, seconds)
 
     def _channel(self, group: ProcessGroup, way: int, peer: int) -> int:
-        key: Any = (group.group_name, way, peer) if way else group.group_name
+        key: tuple | str = (group.group_name, way, peer) if way else group.group_name
         found = self.state.channels.get(key)
         if found is not None:
             return found

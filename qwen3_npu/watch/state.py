@@ -9,9 +9,11 @@ A channel is a process group, or one direction between two ranks of it: calls th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import mmap
+import os
 import struct
 import time
 from collections.abc import Sequence
@@ -73,7 +75,7 @@ class State:
         path = folder / f"rank_{rank}.state"
         partial = path.with_suffix(".partial")
         with open(partial, "wb+") as file:
-            file.truncate(_SIZE)
+            os.posix_fallocate(file.fileno(), 0, _SIZE)  # a page that is not there later would be a SIGBUS
             self.map = mmap.mmap(file.fileno(), _SIZE)
         self.beats = self.steps = self.calls = 0
         self.phase, self.ended, self.held = 0, 0, False
@@ -86,7 +88,7 @@ class State:
         self._head()
         rename(partial, path)
 
-    def channel(self, key: Any, name: str, label: str, ranks: Sequence[int]) -> int:
+    def channel(self, key: object, name: str, label: str, ranks: Sequence[int]) -> int:
         """A new channel; further ones than fit are counted together with the last.
 
         Args:
@@ -97,7 +99,8 @@ class State:
         index = min(len(self.numbers), CHANNELS - 1)
         if index == len(self.numbers):
             self.numbers.append(0)
-            self.info.write(json.dumps({"index": index, "name": name, "label": label, "ranks": list(ranks)}) + "\n")
+            with contextlib.suppress(OSError):  # a full disk costs a name in a report, not the training
+                self.info.write(json.dumps({"index": index, "name": name, "label": label, "ranks": list(ranks)}) + "\n")
         self.channels[key] = index
         return index
 

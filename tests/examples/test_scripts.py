@@ -26,6 +26,7 @@ PROGRAMS = {
     "pretrain": "pretrain_gpt.py",
     "tune": "pretrain_gpt.py",
     "dpo": "pretrain_gpt.py",
+    "rm": "pretrain_gpt.py",
     "generate": "inference.py",
     "chat": "inference.py",
     "evaluate": "evaluation.py",

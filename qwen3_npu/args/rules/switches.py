@@ -15,7 +15,14 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
     (
         "--lora-target-modules (without it all weights are trained)",
         lambda args: args.lora.on,
-        ("lora_alpha", "lora_dropout", "foreign --lora-fusion", "foreign --lora-register-forward-hook"),
+        (
+            "lora_alpha",
+            "lora_dropout",
+            "use_rslora",
+            "lora_init",
+            "foreign --lora-fusion",
+            "foreign --lora-register-forward-hook",
+        ),
     ),
     (
         "--moe-expert-capacity-factor",

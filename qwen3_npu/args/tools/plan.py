@@ -28,7 +28,9 @@ class VerdictArgs:
         None, metavar="NAME", help="device to plan memory and time for, e.g. 910B-64G; default: 910B-64G in a dry run"
     )
     device_memory: str | None = flag(None, metavar="SIZE", help="its memory, if other than published, e.g. 61GiB")
-    fit: str = flag("warn", choices=["warn", "error"], help="what a layout that is too large is")
+    fit: str = flag(
+        "warn", choices=["warn", "error"], help="whether a layout that is too large is an error or a warning"
+    )
     device_table: str | None = flag(None, metavar="FILE", help="constants that `plan --learn` found on this cluster")
 
     def __post_init__(self) -> None:

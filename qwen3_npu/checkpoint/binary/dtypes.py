@@ -15,7 +15,7 @@ import numpy as np
 from qwen3_npu.errors import UsageError
 
 Region = tuple[tuple[int, int], ...]  # (start, stop) per dimension
-_BLOCK = 8 << 20  # bytes handled at a time, where a tensor need not be handled whole
+_BLOCK = 8 << 20  # bytes processed at a time, where a tensor need not be in memory as a whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def sizes(region: Region) -> tuple[int, ...]:
 
 
 def row_blocks(region: Region, itemsize: int) -> Iterator[Region]:
-    """A region cut into blocks of whole rows (along the first dimension) of a few MB each."""
+    """A region divided into blocks of complete rows (along the first dimension) of a few MB each."""
     (start, stop), *rest = region
     rows = max(1, _BLOCK // (itemsize * math.prod(b - a for a, b in rest)))
     for row in range(start, stop, rows):

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from qwen3_npu.checkpoint.binary.dtypes import Region, read_region
 from qwen3_npu.checkpoint.binary.pickles import Storage, TensorRef, read_pickle
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.schema import open_regular
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _BLOCK = 8 << 20  # bytes read at a time
 _MOST_PICKLE = 512 << 20  # bytes of data.pkl; the largest models' are a few MB
@@ -47,10 +50,11 @@ class _FileSection(io.RawIOBase):
     def tell(self) -> int:
         return self.position
 
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self.length - self.position))
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        into = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(into), self.length - self.position))
         data = os.pread(self.fd, wanted, self.start + self.position)
-        buffer[: len(data)] = data
+        into[: len(data)] = data
         self.position += len(data)
         return len(data)
 
@@ -80,9 +84,9 @@ class PtArchive:
             with zipfile.ZipFile(io.BufferedReader(_FileSection(fd, start, length))) as archive:
                 entries = self._entries(archive)
         except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, OverflowError, struct.error):
-            # zipfile raises NotImplementedError for a compression that it lacks: a flipped bit may name one.
+            # zipfile raises NotImplementedError for a compression that it lacks: a flipped bit may set one.
             raise UsageError(
-                f"{path} is not a whole torch checkpoint: truncated, or not written by torch.save (zip format)"
+                f"{path} is not a complete torch checkpoint: truncated, or not written by torch.save (zip format)"
             ) from None
         root = self._root(entries)
         pickled = entries[root + "data.pkl"]
@@ -135,7 +139,7 @@ class PtArchive:
     def _check_size(self, storage: Storage) -> None:
         entry = self._data.get(storage.key)
         if entry is None:
-            raise UsageError(f"{self.path} lacks the data of a tensor; it is not a whole torch checkpoint")
+            raise UsageError(f"{self.path} lacks the data of a tensor; it is not a complete torch checkpoint")
         if storage.dtype is not None and entry.size != storage.numel * storage.dtype.itemsize:
             raise UsageError(
                 f"{self.path}: data/{printable(storage.key)[:40]} has {entry.size} bytes, not {storage.numel} elements "

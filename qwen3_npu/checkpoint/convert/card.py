@@ -1,7 +1,7 @@
 """README.md of an export: what the model is and how it came about, as a model card of the Hugging Face Hub. No torch.
 
 Format: https://huggingface.co/docs/hub/model-cards. It says what the converted checkpoint's own args say; names of
-folders are written without their paths. A README.md that is there and was not written here is left alone.
+folders are written without their paths. An existing README.md that was not written here is kept.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_card(folder: Path, title: str, facts: Mapping[str, Any], args: argpars
     """
     path = folder / CARD
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        log.info(f"{path} is somebody's own; no model card is written")
+        log.info(f"{path} was not written by convert_ckpt.py and is kept; no model card is written")
         return
     lines = ["---", "library_name: transformers", "tags:", "- qwen3", "- qwen3_npu", "---", ""]
     lines += [f"{_MARK} {__version__}; a conversion writes it anew -->", f"# {title}", ""]

@@ -151,7 +151,7 @@ def one_ahead(function: Callable[[T], JobResult], items: Sequence[T]) -> Iterato
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(open_source: Callable[[], Source], counter: Any) -> None:
+def _start_worker(open_source: Callable[[], Source], counter: object) -> None:
     _worker["source"], _worker["counter"] = open_source(), counter
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, as_index
+from qwen3_npu.checkpoint.binary.fp8 import SCALE
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
 from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
@@ -53,7 +54,16 @@ class HfLibrary:
         return self.reader.dtype(name)
 
     def read(self, name: str, region: Region) -> np.ndarray:
-        return _bits(self.files[self.reader.where[name].path].get_slice(name)[as_index(region)])
+        tensor = self.files[self.reader.where[name].path].get_slice(name)[as_index(region)]
+        scaled = self.reader.scaled.get(name)
+        if scaled is not None:
+            import torch
+
+            scales = self.files[scaled.scales.path].get_tensor(name + SCALE).float()
+            for axis, ((start, stop), size) in enumerate(zip(region, scaled.block, strict=True)):
+                scales = scales.index_select(axis, torch.arange(start, stop) // size)
+            tensor = (tensor.float() * scales).to(getattr(torch, scaled.dtype.torch))
+        return _bits(tensor)
 
     def close(self) -> None:
         self.files.clear()
@@ -87,11 +97,11 @@ class MegatronLibrary:
 class _Ignored:
     """Stands for whatever holds no tensors."""
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: object) -> None: ...
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __setstate__(self, state: object) -> None: ...
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def __setitem__(self, key: object, value: object) -> None: ...
 
 
 class _Tensors(pickle.Unpickler):

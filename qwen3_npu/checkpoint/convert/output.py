@@ -1,4 +1,4 @@
-"""The output that the flags describe, or that lies on disk."""
+"""The output that the flags describe, or that exists on disk."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class ConversionPlan:
 
 
 def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
-    """Open the sources, check them whole, and decide what is made of them.
+    """Open the sources, check that they are complete, and decide what is made of them.
 
     Raises:
         UsageError: a source cannot be read, is another one than the flags say, or gives nothing of the kind asked for.
@@ -107,7 +107,7 @@ def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Check
     adapter = sources.open_adapter(base.arch)
     if adapter.contents.lora is None:
         raise UsageError(f"--lora-load {lora.lora_load} holds no LoRA tensors")
-    if not adapter.arch.same_weights(base.arch):
+    if not (adapter.arch.same_weights(base.arch) or adapter.arch.same_weights(base.arch.as_reward())):
         raise UsageError(f"--lora-load {lora.lora_load} is for {adapter.arch}, but --load-dir holds {base.arch}")
     adapter.check()
     return adapter
@@ -164,8 +164,8 @@ def _dtypes(source: Source, contents: Contents, args: ConvertArgs) -> tuple[DTyp
     """Of the weights, of LoRA tensors, and of those that have another."""
     if args.params_dtype:
         return BY_TORCH[args.params_dtype], BY_TORCH[args.params_dtype], {}
-    unmerged = source.base if isinstance(source, MergedSource) else source
-    found = kept_dtypes(contents.shapes(), unmerged.dtype)
+    stored = source.unmerged_dtype if isinstance(source, MergedSource) else source.dtype
+    found = kept_dtypes(contents.shapes(), stored)
     if args.save_model_type == HF or args.ckpt_format != TORCH_DIST:
         return found
     return same_in_all_layers(*found, contents.shapes())

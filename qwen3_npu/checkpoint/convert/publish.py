@@ -60,7 +60,7 @@ class ConversionOutput(abc.ABC):
 
     @abc.abstractmethod
     def existing(self) -> str | None:
-        """What is in the way, in words."""
+        """What prevents the output, as a message."""
 
     def finish(self, records: Mapping[str, FileRecord]) -> None:
         """Complete the stage: what follows from all files, and last their sizes and digests."""
@@ -230,7 +230,7 @@ class PeftOutput(ConversionOutput):
         """
         self.root = self.folder = root
         self.stage = root / STAGE
-        self.config, self.dtype = peft_config(lora, base), dtype
+        self.config, self.dtype = peft_config(lora, base, reward=arch.reward), dtype
         self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 
     def facts(self) -> dict[str, Any]:

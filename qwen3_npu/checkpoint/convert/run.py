@@ -31,7 +31,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.lease import Lease, folder_lease
 from qwen3_npu.model.arch import read_hf_config
 
-_SHOWN = 100  # differences listed; the number of the rest is given
+_SHOWN = 100  # differences listed; the rest is counted
 
 
 def convert(

@@ -33,7 +33,12 @@ from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.numbers import number_list
 
-_MODEL = ("embedding.", "decoder.", "output_layer.")  # keys of weights; the optimizer's begin with "optimizer."
+_MODEL = (
+    "embedding.",
+    "decoder.",
+    "output_layer.",
+    "score.",
+)  # keys of weights; the optimizer's begin with "optimizer."
 _ARCHIVES = 256  # opened archives remembered; a chunk of q, k and v is read a head at a time
 
 
@@ -90,7 +95,7 @@ class DistTensors(ShardReader[None]):
                 view_of(out, common, wanted)[...] = part
                 read += part.size
         if read != out.size:
-            raise UsageError(f"{self.folder}: {key} is not whole: a part of {wanted} lies in no file")
+            raise UsageError(f"{self.folder}: {key} is incomplete: a part of {wanted} lies in no file")
         return out.reshape(sizes(region))
 
     def chunks(self, key: str, lead: tuple[int, ...]) -> list[StoredChunk]:
@@ -145,15 +150,15 @@ class DistReader(DistTensors):
         hf_config: str | Path | None = None,
         lora_alpha: float | None = None,
     ) -> None:
-        """Find out architecture and contents.
+        """Read architecture and contents.
 
         Raises:
-            UsageError: not a whole checkpoint, or it does not say what it is.
+            UsageError: an incomplete checkpoint, or it does not say what it is.
         """
         folder = found.folder
         for name in (METADATA, CONFIG, COMMON):
             if not (folder / name).is_file():
-                raise UsageError(f"{folder} has no {name}; the torch_dist checkpoint is not whole")
+                raise UsageError(f"{folder} has no {name}; the torch_dist checkpoint is incomplete")
         common = PtFile(folder / COMMON)
         common.close()
         self.common: dict[str, Any] = common.content
@@ -194,7 +199,7 @@ class DistReader(DistTensors):
             whole_shard = (*((i, i + 1) for i in lead), *full(holder.shard.shape))
             parts = [intersect(whole_shard, chunk.region) for chunk in self.chunks(key, lead)]
             if sum(math.prod(sizes(part)) for part in parts if part) != math.prod(holder.shard.shape):
-                raise UsageError(f"{self.folder}: {key} is not whole: a part of {holder.shard.name} lies in no file")
+                raise UsageError(f"{self.folder}: {key} is incomplete: a part of {holder.shard.name} lies in no file")
         ends: dict[str, int] = {}
         for chunk in (chunk for key in wanted for chunk in self.stored[key].chunks):
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)

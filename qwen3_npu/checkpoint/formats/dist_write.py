@@ -120,7 +120,7 @@ class DistFile:
         return found
 
 
-def _section(file: SealedFile, content: Any, tensors: tuple[np.ndarray, ...]) -> list[int]:
+def _section(file: SealedFile, content: object, tensors: tuple[np.ndarray, ...]) -> list[int]:
     start = file.tell()
     section = PtSection(file, content)
     for data in tensors:

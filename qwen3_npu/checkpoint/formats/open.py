@@ -1,4 +1,6 @@
-"""Find out what a folder holds, see that it is whole, and open it as a `Source`. Every reader comes through here."""
+"""Determine what a folder holds, check that it is complete, and open it as a `Source`. Every reader comes through
+here.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,11 @@ class Peers:
 
     rank, ranks = 0, 1
 
-    def agree(self, value: Any) -> Any:
+    def agree(self, value: object) -> Any:
         """Rank 0's value."""
         return value
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         """All ranks' values."""
         return [value]
 
@@ -73,13 +75,13 @@ def find_whole(
     *,
     flag: str = "--load",
 ) -> StoredModel | None:
-    """What a path means, with files that are what was written; None: there is nothing. Every rank must call this.
+    """What a path means, its files compared with their digests; None: there is nothing. Every rank must call this.
 
-    Damaged files are named. Of a root with earlier checkpoints the newest whole one is taken, aloud. The ranks share
-    the files out, so each is read once. What says nothing of its files is not checked, aloud.
+    Damaged files are named. Of a root with earlier checkpoints the newest complete one is used, and the log says so.
+    Each rank checks some of the files, so each file is read once. A folder without integrity.json is not checked, and
+    the log says so.
 
-    Raises:
-        UsageError: nothing whole is there; on every rank.
+    Raises: UsageError: there is no complete checkpoint; on every rank.
     """
     options = _agreed_candidates(path, iteration, kind, peers)
     said: list[str] = []
@@ -87,7 +89,7 @@ def find_whole(
         wrong = _problems(found, peers)
         if not wrong:
             if found is not options[0]:
-                log.info(f"warning: {found.folder} is the newest whole checkpoint and is used")
+                log.info(f"warning: {found.folder} is the newest complete checkpoint and is used")
             return found
         if len(options) > 1:
             for line in wrong:
@@ -98,14 +100,14 @@ def find_whole(
     if options[0].kind == HF:
         raise UsageError(f"{flag} {path} is not what was written: {said[0]}; write it again, or {_REMEDY}")
     tried = ", ".join(found.folder.name for found in options)
-    raise UsageError(f"{flag} {path} holds no whole checkpoint (damaged: {tried}; {said[0]})")
+    raise UsageError(f"{flag} {path} holds no complete checkpoint (damaged: {tried}; {said[0]})")
 
 
 _REMEDY = f"delete its {manifest.INTEGRITY} if it was changed on purpose"
 
 
 def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None, peers: Peers) -> list[StoredModel]:
-    """All ranks go by what rank 0 sees."""
+    """Every rank uses what rank 0 has found."""
     seen: list[StoredModel] | str | None = None
     if peers.rank == 0:
         try:
@@ -186,7 +188,7 @@ def open_checkpoint(
     lora_alpha: float | None = None,
     arch: Qwen3Arch | None = None,
 ) -> Checkpoint:
-    """`find` and `reader` in one. Raises: UsageError: there is nothing of the kind, or it is not whole."""
+    """`find` and `reader` in one. Raises: UsageError: there is nothing of the kind, or it is incomplete."""
     found = find(folder, iteration, kind)
     if found is None:
         raise UsageError(nothing_there(folder, kind))

@@ -118,7 +118,7 @@ class MegatronReader(ShardedTensors):
         prefer: Rank | None = None,
         lora_alpha: float | None = None,
     ) -> None:
-        """Find out architecture, layout and contents.
+        """Read architecture, layout and contents.
 
         Args:
             hf_config: folder of the config.json that says the architecture; by default the one in the checkpoint, or

@@ -98,7 +98,11 @@ _DOWN = (_EXPERT + "down_proj.weight",)
 _ONE_EXPERT = "mlp.experts.local_experts.{k}."
 
 EMBEDDING = WeightRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), slices.vocabulary, FIRST)
-OUTPUT = WeightRow("output_layer.weight", ("lm_head.weight",), slices.vocabulary, LAST)
+OUTPUT = WeightRow(
+    "output_layer.weight", ("lm_head.weight",), slices.vocabulary, LAST, when=lambda arch, layout: not arch.reward
+)
+# The head of a reward model, whole on every rank of the last stage.
+SCORE = WeightRow("score.weight", ("score.weight",), slices.one_row, LAST, when=lambda arch, layout: arch.reward)
 
 TABLE: tuple[WeightRow, ...] = (
     EMBEDDING,
@@ -165,6 +169,7 @@ TABLE: tuple[WeightRow, ...] = (
     WeightRow(_ONE_EXPERT + "linear_fc2.weight", _DOWN, slices.expert_down, LAYER, when=_single_experts),
     WeightRow("decoder.final_layernorm.weight", ("model.norm.weight",), slices.replicated(_hidden), LAST),
     OUTPUT,
+    SCORE,
 )
 
 

@@ -3,8 +3,8 @@
 In this form the weight table says where every part of it belongs, so it is saved and resumed in any layout. megatron's
 distributed optimizer keeps flat shards instead; they are gathered to, and scattered from, its data-parallel rank 0.
 
-With --async-save no collective call may hold up the training: each rank copies its slices to the host and writes them
-to a file of the stage. The rank that writes the checkpoint's files puts those of its data-parallel group together.
+With --async-save no collective call may delay the training: each rank copies its slices to the host and writes them
+to a file of the stage. The rank that writes the checkpoint's files joins those of its data-parallel group.
 """
 
 from __future__ import annotations
@@ -164,11 +164,11 @@ ParameterKey = tuple[int, str]  # virtual chunk, name
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What this rank has of one optimizer.
+    """The share of one optimizer's state that this rank holds.
 
     Attributes:
         file: what its slices are written to; the number is that of the rank.
-        ranks: of the data-parallel group; the first puts the state together.
+        ranks: of the data-parallel group; the first joins the state.
         shapes: of all parameters.
         slices: parameter -> {"start": place in the flat parameter, and float32 tensors under `KEYS`}.
     """
@@ -179,12 +179,12 @@ class _Part:
     slices: dict[ParameterKey, dict[str, Any]]
 
     def others(self) -> list[str]:
-        """Files of the ranks whose slices this rank puts together."""
+        """Files of the ranks whose slices this rank joins."""
         return [self.file.format(rank) for rank in self.ranks[1:]] if self.ranks[0] == dist.get_rank() else []
 
 
 class ShardedState:
-    """A copy of what this rank has of the state; made without a collective call."""
+    """A copy of this rank's share of the state, made without a collective call."""
 
     def __init__(self, optimizer: MegatronOptimizer, names: ParameterNames) -> None:
         self.parts = []
@@ -195,7 +195,7 @@ class ShardedState:
             self.parts.append(_Part(f"slices.{number}.{{:05d}}", ranks, shapes, dict(_slices(part, names))))
 
     def put(self, stage: Path) -> None:
-        """Write what other ranks put together."""
+        """Write the slices for the rank that joins them."""
         for part in self.parts:
             if part.ranks[0] != dist.get_rank():
                 path = stage / part.file.format(dist.get_rank())

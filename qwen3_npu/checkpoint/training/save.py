@@ -5,8 +5,8 @@
     <root>/config.json, tokenizer files            what the weights are of
     <root>/latest_checkpointed_iteration.txt       written last
 
-`snapshot` takes what is saved of this rank, `write_rank` makes the rank's files in `iter_*.partial`, and on rank 0
-`commit` completes them and makes them visible, once every rank has written. A folder named `iter_*` is whole.
+`snapshot` takes what is saved of this rank, `write_rank` writes the rank's files in `iter_*.partial`, and on rank 0
+`commit` completes them and makes them visible, once every rank has written. A folder named `iter_*` is complete.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from qwen3_npu import log
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import manifest
 from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.formats.base import STATES, RankState, Target
-from qwen3_npu.checkpoint.formats.folders import TRACKER, clear, iteration_name, move_to_backup
+from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, move_to_backup
 from qwen3_npu.checkpoint.formats.hf_write import write_config
 from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
 from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, lora_args, to_args
@@ -48,7 +49,7 @@ from qwen3_npu.checkpoint.training.optimizer_state import ShardedState
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout, Rank
-from qwen3_npu.errors import SaveFailed
+from qwen3_npu.errors import SaveFailed, UsageError
 from qwen3_npu.files import rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import read_hf_config
 
@@ -57,7 +58,7 @@ Tensors = Mapping[tuple[int, str], torch.Tensor]  # (virtual chunk, name) -> ten
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a training is.
+    """The position of a training.
 
     Attributes:
         iteration: optimizer steps done.
@@ -134,7 +135,7 @@ def begin_save(
 
     Raises:
         SaveFailed: the folder cannot be made; on every rank.
-        Stopped: a weight is NaN or infinite: such a checkpoint must not take the place of good ones; on every rank.
+        Stopped: a weight is NaN or infinite: such a checkpoint must not replace good ones; on every rank.
     """
     check_finite_weights(trained.chunks, f"iteration {position.iteration} is not saved")
     root, rank = Path(str(args.save)), dist.get_rank()
@@ -185,7 +186,7 @@ def snapshot(
     adapter_only: bool,
     writes: bool,
 ) -> Snapshot:
-    """Everything that is saved of this rank; with --async-save copied to the host, and not gathered yet.
+    """Everything that this rank saves; with --async-save copied to the host and not gathered yet.
 
     Args:
         writes: this rank writes files of its own.
@@ -240,7 +241,7 @@ def by_state(gathered: optimizer_state.Gathered) -> dict[str, Tensors]:
 
 
 def write_rank(held: Snapshot, stage: Path, form: str, writing: Writing, *, writes: bool) -> None:
-    """Make this rank's files, and say so to rank 0 (`manifest.write_part`).
+    """Write this rank's files, and tell rank 0 (`manifest.write_part`).
 
     Args:
         form: `TORCH` or `TORCH_DIST`.
@@ -285,17 +286,25 @@ def commit(
     manifest.write_integrity(stage, manifest.TRAINING, seals)
     manifest.drop_parts(stage, writers)
     sync_tree(stage)
-    # Tokenizer files as they are; a config.json that says what was trained, which the flags may have changed.
-    there = None
-    if config is not None:
-        carry_files(config, root, [name for name in CARRIED_FILES if name != "config.json"])
-        there = read_hf_config(config) if (config / "config.json").is_file() else None
-    write_config(target.contents.arch, there, root, target.dtype)
+    write_config(target.contents.arch, _carried(config, root), root, target.dtype)
     move_to_backup(folder)
     rename(stage, folder)
     sync_folder(root)
     iteration = int(target.common["iteration"])
     write_text(root / TRACKER, str(iteration))
-    clear(root)
-    if args.save_total_limit is not None:
-        retention.keep_newest(root, iteration, args.save_total_limit)
+    retention.tidy(root, iteration, args.save_total_limit)
+
+
+def _carried(config: Path | None, root: Path) -> dict[str, Any] | None:
+    """Copy tokenizer files as they are; what config.json said before the flags changed the model.
+
+    A source that is gone, or cannot be read any more, does not cost the checkpoint.
+    """
+    if config is None:
+        return None
+    try:
+        carry_files(config, root, [name for name in CARRIED_FILES if name != "config.json"])
+        return read_hf_config(config) if (config / "config.json").is_file() else None
+    except (OSError, UsageError) as error:
+        log.warning(f"{config}: its tokenizer files do not go with the checkpoint in {root}: {error}")
+        return None

@@ -63,7 +63,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
         handler.look = functools.partial(lint, thinking=handler.style.thinking)
         handler.columns = ()  # all of a table, to tell which are not used
     for block, produced in documents(args, inputs, handler, encoder, totals=totals):
-        for text, numbers in produced.warnings.items():
+        for text, numbers in produced.summary.warnings.items():
             warnings[text] += len(numbers)
             places.setdefault(text, f"{block.file}:{numbers[0]}")
         ids = produced.outputs[handler.outputs[0]]
@@ -114,7 +114,7 @@ def _show(blocks: Iterator[RecordBlock], handler: Handler, encoder: Encoder, cou
     shown = 0
     for block in blocks:
         produced = produce(handler, handler.prepare(block), encoder)
-        for bad in produced.bad:
+        for bad in produced.summary.bad:
             log.warning(str(bad))
         columns = pairs or [(name, name) for name in handler.outputs]
         rows = [list(zip(*(_split(produced.outputs[name]) for name in both), strict=True)) for both in columns]

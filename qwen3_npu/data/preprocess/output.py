@@ -1,7 +1,8 @@
-"""The output of a preprocessing run: several indexed datasets that grow together, and where to go on after a kill.
+"""The output of a preprocessing run: several indexed datasets that grow together, and where to resume after an
+interruption.
 
 While it runs there are temporary files and, from the first finished part on, <prefix>.unfinished.json, which says how
-many blocks they hold. A part is finished when its bytes are on the disk; what lies behind it is cut off by --resume.
+many blocks they hold. A part is finished when its bytes are on the disk; --resume truncates what lies behind it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class DatasetOutput:
     """The datasets <prefix>_<name>_document of one run."""
 
     def __init__(self, prefix: str, names: Sequence[str], identity: str, *, resume: bool) -> None:
-        """Start, or go on where an earlier run with the same `identity` finished a part.
+        """Start, or resume where an earlier run with the same `identity` finished a part.
 
         Raises:
             UsageError: the folder cannot be written, or there is nothing to resume.
@@ -47,7 +48,7 @@ class DatasetOutput:
         except OSError as error:
             raise UsageError(f"--output-prefix {prefix}: {error.strerror or error}; choose another") from None
         if not resume and self.record.exists():
-            log.info(f"starting over; --resume would go on with the unfinished run that {self.record} describes")
+            log.info(f"starting anew; --resume would continue the unfinished run that {self.record} describes")
             self.record.unlink()
 
     def _earlier(self) -> Mapping[str, tuple[int, int]]:
@@ -67,7 +68,7 @@ class DatasetOutput:
             self.unsaved += outputs[name].ids.nbytes
 
     def finish_part(self) -> None:
-        """Once enough is written: all of it to the disk, then the record."""
+        """When enough is written: flush it to the disk, then write the record."""
         if self.unsaved < PART_BYTES:
             return
         positions = {name: writer.position() for name, writer in self.writers.items()}
@@ -87,7 +88,7 @@ class DatasetOutput:
         self.record.unlink(missing_ok=True)
 
     def resumable(self) -> bool:
-        """Whether --resume could go on."""
+        """Whether --resume is possible."""
         return self.record.exists()
 
     def remove(self) -> None:

@@ -132,7 +132,7 @@ class Columns:
         self.message_keys = {*self.telling_keys, *filter(None, own), *LEARN_KEYS, *MASK_KEYS}
 
     @staticmethod
-    def _tags(given: Any) -> ColumnNames:
+    def _tags(given: object) -> ColumnNames:
         # As in MindSpeed-LLM: once tags are given, those not mentioned do not exist.
         if not isinstance(given, dict) or (unknown := [t for t in given if t not in TAGS]):
             what = f"tags have no {unknown[0]!r}" if isinstance(given, dict) else "tags must be an object"
@@ -255,7 +255,7 @@ def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair
 
 
 def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
-    """Turns of two sides, whoever has the last word."""
+    """Turns of two sides; either side may be last."""
     messages, tags = columns.get(record, "messages"), columns.tags
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"column {columns.names['messages']!r} is not a list of messages but {kind(messages)}")

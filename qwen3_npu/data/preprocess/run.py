@@ -45,7 +45,7 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
     """Do what the command line says; the exit status.
 
     Args:
-        loading: the tokenizer, if it is on its way already.
+        loading: the tokenizer, if it is being loaded already.
 
     Raises:
         UsageError: an input, the tokenizer or the output cannot be used, or records are broken.
@@ -112,7 +112,7 @@ def _write(
             _report(output)
     except (OSError, UsageError, KeyboardInterrupt) as error:
         if output.resumable():
-            log.info("what is finished is kept: --resume goes on from there")
+            log.info("finished parts are kept: --resume continues from there")
         else:
             output.remove()
         if isinstance(error, OSError):
@@ -141,7 +141,7 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: DatasetOutpu
 
 
 def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> dict[str, Any]:
-    """What a training must know of how its data were made, for their records (`TokenRecord.made`)."""
+    """How the data were made, for the record that a training reads (`TokenRecord.made`)."""
     made = {"tokenizer": tokenizer.identity}
     if args.instruction.prompt_type is not None:
         made["prompt_type"] = resolved(args.instruction.prompt_type, tokenizer)

@@ -1,6 +1,6 @@
-"""Blocks: consecutive records of one file, about a megabyte. The cut into blocks depends on the files alone.
-
-One thread reads and cuts; `parse_block` makes records of a block in another. Memory does not grow with a file.
+"""Blocks: consecutive records of one file, about a megabyte. How a file is divided into blocks depends on the file
+alone. One thread reads and divides; `parse_block` makes records of a block in another. Memory does not grow with a
+file.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Splitter:
         self.items: list[Any] = []
         self.length = 0
 
-    def add(self, number: int, item: Any, length: int) -> Iterator[RecordBlock]:
+    def add(self, number: int, item: object, length: int) -> Iterator[RecordBlock]:
         """Take a record of about `length` bytes; gives the block that it filled, if any."""
         self.numbers.append(number)
         self.items.append(item)
@@ -128,24 +128,24 @@ def open_stream(file: InputFile) -> Iterator[InputStream]:
         if file.compression is None:
             yield InputStream(raw, raw.tell)
         else:
-            import pyarrow as pa  # takes a while; most inputs are not compressed
+            import pyarrow as pa  # slow to import; most inputs are not compressed
 
             inflated = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), file.compression)
             yield InputStream(io.BufferedReader(inflated, BLOCK_BYTES), raw.tell)
 
 
-def checked_row(row: Any) -> dict[str, Any]:
+def checked_row(row: object) -> dict[str, Any]:
     """A parsed JSON value as a record. Raises: ValueError: it is none."""
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
     return checked_text(row)
 
 
-def checked_text(record: Any) -> Any:
+def checked_text(record: object) -> Any:
     """The record itself. Raises: ValueError: its text holds half of a surrogate pair, which has no UTF-8 form."""
     try:
         orjson.dumps(record)
-    except TypeError:  # or a number of more than 64 bits, which is none of our business
+    except TypeError:  # or a number of more than 64 bits, which is allowed here
         try:
             json.dumps(record, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:

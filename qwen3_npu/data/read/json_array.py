@@ -68,7 +68,7 @@ class _Array:
         left = self.buffer[self.position :]
         self.lines += self.buffer.count("\n", 0, self.position)
         try:
-            # As much again as is there: an element longer than a block is tried a few times only.
+            # The buffer doubles: an element longer than a block is parsed a few times only.
             chunk = self.text.read(max(BLOCK_BYTES, len(left)))
         except UnicodeDecodeError:
             raise self._broken("not UTF-8") from None

@@ -145,7 +145,7 @@ def _dataset_record(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     """A value without the nulls of structs (see `_decoder`)."""
     if isinstance(value, dict):
         return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}

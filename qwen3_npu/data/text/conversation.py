@@ -76,15 +76,15 @@ class Judged(NamedTuple):
     desirable: bool
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """JSON as chat templates write it."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def without_thought(message: Message) -> Message:
-    """The message with its thoughts cut out.
+    """The message without its thoughts.
 
-    A template may open `<think>` itself (Qwen3-Thinking-2507): then the answer holds `</think>` only, and what stands
+    A template may open `<think>` itself (Qwen3-Thinking-2507): then the answer holds `</think>` only, and the text
     before it is the thought.
     """
     content = message.content
@@ -105,7 +105,7 @@ def checked_conversation(conversation: Conversation) -> Conversation:
     return conversation
 
 
-def tools_of(value: Any) -> tuple[dict[str, Any], ...] | None:
+def tools_of(value: object) -> tuple[dict[str, Any], ...] | None:
     """A `tools` column (JSON text or a list) -> tools, None for nothing. Raises: ValueError: it is neither."""
     if isinstance(value, str):
         if not value.strip():
@@ -126,7 +126,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...] | None:
     return tools
 
 
-def calls_of(value: Any) -> tuple[ToolCall, ...]:
+def calls_of(value: object) -> tuple[ToolCall, ...]:
     """Function calls in OpenAI's form or as {"name", "arguments"}, one or a list. Raises: ValueError: not so."""
     calls = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     found = []

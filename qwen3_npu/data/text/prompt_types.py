@@ -67,11 +67,11 @@ def misfit(prompt_type: str, tokenizer: TokenizerFolder) -> str | None:
 def warn_of_misfit(prompt_type: str, tokenizer: TokenizerFolder) -> None:
     """Say once that a prompt type does not fit a tokenizer, if so."""
     if problem := misfit(prompt_type, tokenizer):
-        log.warning(problem)
+        log.warning_once(problem)
 
 
 def prompt_tokens(template: Template, conversation: Conversation, thinking: bool | None, encoder: Encoder) -> list[int]:
-    """The tokens of a conversation up to where the next answer starts, as training saw them before an answer.
+    """The tokens of a conversation up to where the next answer starts, as in training.
 
     Args:
         conversation: its last message waits for an answer; `read_messages` makes it of OpenAI's messages.

@@ -172,7 +172,7 @@ def _qwen_tools(tools: tuple[dict[str, Any], ...] | None) -> str:
     )
 
 
-def _qwen_argument(name: str, parameter: Any, required: bool) -> str:
+def _qwen_argument(name: str, parameter: object, required: bool) -> str:
     if not isinstance(parameter, dict):
         raise ValueError(f"a tool's argument {name!r} is no object but {repr(parameter)[:80]}")
     text = f"  - {name} ({parameter.get('type', '')}{', required' if required else ''}): "

@@ -59,7 +59,7 @@ class MicroBatch:
 
 
 def drained(batches: collections.deque[MicroBatch]) -> Iterator[MicroBatch]:
-    """The micro-batches one after the other; none is kept."""
+    """The micro-batches one after the other; each is dropped once it is used."""
     while batches:
         yield batches.popleft()
 

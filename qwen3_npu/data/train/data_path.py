@@ -45,7 +45,7 @@ def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
 
 def cache_folder(data: DataArgs) -> Path:
-    """Where index caches and what else is made of --data-path are kept."""
+    """The folder of index caches and other files that are made of --data-path."""
     return Path(data.data_cache_path or Path(blend(data.data_path)[0][0]).parent / "cache")
 
 
@@ -67,11 +67,11 @@ class DataFacts:
 def check_data(
     data: DataArgs, vocab_size: int, *, seq_length: int, scans: bool = True, evaluates: bool = False
 ) -> DataFacts:
-    """Open every file of --data-path as training will, and look at its ids.
+    """Open every file of --data-path as training will, and check its ids.
 
     Args:
         vocab_size: of the model.
-        scans: read files through of which no record says what ids they hold; on one process of a job.
+        scans: read the files whose record does not say which ids they hold; on one process of a job.
         evaluates: on the share for validation, too.
 
     Raises:
@@ -171,7 +171,7 @@ def _check_ids(pair: Indexed, data: DataArgs, limit: int, *, labels: bool = Fals
 
 def _compare_vocabularies(tokenizer: TokenizerFolder, vocab_size: int) -> None:
     if tokenizer.largest_id >= vocab_size:
-        log.warning(
+        log.warning_once(
             f"--tokenizer-name-or-path {tokenizer.path} has tokens up to {tokenizer.largest_id}, but the model's "
             f"vocabulary has {vocab_size} rows: is it the model's tokenizer?"
         )
@@ -180,7 +180,7 @@ def _compare_vocabularies(tokenizer: TokenizerFolder, vocab_size: int) -> None:
 def _compare_tokenizers(prefix: str, record: TokenRecord, tokenizer: TokenizerFolder | None) -> None:
     made_with = record.made.get("tokenizer")
     if tokenizer is not None and made_with not in (None, tokenizer.identity):
-        log.warning(
+        log.warning_once(
             f"--data-path {prefix} was made with another tokenizer than --tokenizer-name-or-path {tokenizer.path}; "
             f"preprocess it again, unless the two give the same tokens"
         )

@@ -51,7 +51,7 @@ class PairFiles:
         return " ".join(file.fingerprint() for file in self.files)
 
     def sample(self, number: int, longest: int) -> SamplePair:
-        """A pair, each answer with its prompt cut to `longest` tokens as fine-tuning samples are."""
+        """A pair, each answer with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         chosen, chosen_labels, rejected, rejected_labels = (file[number] for file in self.files)
         return SamplePair(_cut(chosen, chosen_labels, longest), _cut(rejected, rejected_labels, longest))
 
@@ -96,7 +96,7 @@ class LabelledFiles:
         return " ".join([*(file.fingerprint() for file in self.files), digest])
 
     def sample(self, number: int, longest: int) -> Labelled:
-        """An answer, with its prompt cut to `longest` tokens as fine-tuning samples are."""
+        """An answer, with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         ids, labels = (file[number] for file in self.files)
         return Labelled(_cut(ids, labels, longest), bool(self.desirable[number]))
 
@@ -115,23 +115,34 @@ def _cut(ids: np.ndarray, labels: np.ndarray, longest: int) -> TokenSample:
     return TokenSample(ids, labels, None)
 
 
-def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool) -> Rows:
+def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool, scored: bool = False) -> Rows:
     """The rows of a micro-batch of pairs.
 
     Args:
         packed: all sequences lie in one row, one after the other, apart as documents; padding follows the last.
+        scored: the loss is of the last token of each sequence, where a reward model gives its reward.
     """
-    return _answer_rows([sample for pair in pairs for sample in (pair.chosen, pair.rejected)], padding, packed=packed)
+    samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
+    rows = _answer_rows(samples, padding, packed=packed)
+    if not scored:
+        return rows
+    lengths = np.array([len(sample.ids) for sample in samples])
+    ends = np.zeros_like(rows.loss_mask)
+    if packed:
+        ends[0, np.cumsum(lengths) - 1] = 1
+    else:
+        ends[np.arange(len(lengths)), lengths - 1] = 1
+    return dataclasses.replace(rows, loss_mask=ends)
 
 
 def labelled_rows(found: Sequence[Labelled], padding: Padding, *, longest: int, packed: bool) -> Rows:
     """The rows of a micro-batch of labelled answers: each, and after it its prompt with the answer to the one before.
 
-    The latter tell how far the policy is from the reference where it says something that does not fit (KTO's z_0); TRL
-    cycles the answers of a micro-batch alike.
+    The latter estimate the divergence of the policy from the reference on mismatched answers (KTO's z_0); TRL shifts
+    the answers of a micro-batch in the same way.
 
     Args:
-        longest: these strange pairs are cut to so many tokens.
+        longest: the mismatched pairs are truncated to so many tokens.
         packed: as for `pair_rows`.
     """
     samples = []

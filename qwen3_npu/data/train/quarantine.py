@@ -1,7 +1,7 @@
 """Samples that a training leaves out after a spike: `quarantine.jsonl` beside its checkpoints. No torch.
 
-The order of all other samples stays what it was: those behind a sample that is left out move up by one. What is left
-out is a function of the file and of the data, so it is the same in any layout and after every resume.
+The order of all other samples does not change: those after a sample that is left out move up by one. What is left out
+depends on the file and the data only, so it is the same in any layout and after every resume.
 
 A line of the file is one sample:
 
@@ -87,7 +87,7 @@ class Ordered:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.repeats = hasattr(dataset, "shares")  # each sample again in every epoch; text is cut anew
+        self.repeats = hasattr(dataset, "shares")  # each sample again in every epoch; text is divided anew
         self.rules: dict[Any, int] = {}  # place (of text: number) -> the number that it is left out from
         self.skipped: list[int] = []  # numbers that are left out, of those before `scanned`
         self.scanned = 0

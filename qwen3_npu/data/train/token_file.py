@@ -63,7 +63,7 @@ class Indexed:
 
 
 def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:
-    """Open a pair and check that the files are whole and agree with each other.
+    """Open a pair and check that the files are complete and agree with each other.
 
     Raises:
         UsageError: a file is missing, truncated, or not what its name says.
@@ -98,7 +98,7 @@ class IndexedWriter:
     def __init__(
         self, prefix: str | Path, resume: tuple[int, int] | None = None, made: Mapping[str, Any] | None = None
     ) -> None:
-        """Start a pair, or go on with one at a `position` that an earlier run reached.
+        """Start a pair, or resume one at a `position` that an earlier run reached.
 
         Args:
             made: how, for the record (`TokenRecord.made`).
@@ -171,7 +171,7 @@ class IndexedWriter:
 def publish(writers: Sequence[IndexedWriter]) -> None:
     """Make finished pairs visible under their names, replacing older ones.
 
-    The old .idx files go first and the new ones come last: at no moment does an .idx lie beside a .bin of another run.
+    The old .idx files go first and the new ones come last: an .idx never lies beside a .bin of another run.
     """
     for writer in writers:
         writer._finish()

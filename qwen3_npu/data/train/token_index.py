@@ -4,7 +4,7 @@
     int32 lengths[S], int64 byte offsets[S], int64 boundaries[D] (0 and, for each document, the sequence after it)
 
 Sequences may lie in the .bin file in any order, as Megatron allows; together they must be the file: no byte is in two
-of them or in none. So what is damaged or belongs to another .bin is found, and every number read is the right one.
+of them or in none. So a damaged index, or one of another .bin, is detected.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_index(path: Path, bin_bytes: int) -> TokenIndex:
             raise UsageError(f"{path} is damaged: {code} is no code of a type of numbers; {_AGAIN}")
         dtype = np.dtype(TOKEN_DTYPES[code])
         if dtype.kind == "f":
-            raise UsageError(f"{path} says that its tokens are {dtype}; token ids are whole numbers; {_AGAIN}")
+            raise UsageError(f"{path} says that its tokens are {dtype}; token ids are integers; {_AGAIN}")
         expected = HEADER_BYTES + 12 * sequences + 8 * boundaries
         if size == expected + sequences and sequences:
             raise UsageError(f"{path} is a multimodal index (it has modes of sequences), which cannot be trained on")

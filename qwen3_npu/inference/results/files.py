@@ -1,4 +1,4 @@
-"""Files of results: each appears whole, and before anything is shown on the console."""
+"""Files of results: each appears only when it is complete, and before anything is shown on the console."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULT = "text_generation_result"
 
 
 def write_result(path: Path, text: str) -> None:
-    """The file appears whole, or not at all.
+    """The file appears complete, or not at all.
 
     Raises:
         UsageError: it cannot be written.
@@ -22,10 +22,12 @@ def write_result(path: Path, text: str) -> None:
     try:
         files.write_text(path, text)
     except OSError as error:
-        raise UsageError(f"--output-dir: {path} cannot be written: {error.strerror}; make room and run again") from None
+        raise UsageError(
+            f"--output-dir: {path} cannot be written: {error.strerror}; free some space and run again"
+        ) from None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Likewise, a value as indented JSON."""
     write_result(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 

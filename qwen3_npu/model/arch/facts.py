@@ -40,7 +40,7 @@ class Fact:
     default: Any = REQUIRED
     args_default: Any = None
 
-    def turned(self, value: Any) -> Any:
+    def turned(self, value: object) -> Any:
         """The argument's value for the fact's, and back."""
         return not value if self.negated else value
 

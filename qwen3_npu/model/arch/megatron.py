@@ -19,7 +19,7 @@ from qwen3_npu.model.arch.families import FAMILIES
 from qwen3_npu.model.arch.families.family import Family
 from qwen3_npu.model.arch.rope import LINEAR, LLAMA3, YARN, RopeScaling
 from qwen3_npu.numbers import number_list
-from qwen3_npu.schema import integer, number, shown
+from qwen3_npu.schema import boolean, integer, number, shown
 
 # A family's fact -> the argument that says it.
 FEATURES = {"qk_norm": "qk_layernorm", "qkv_bias": "add_qkv_bias", "o_bias": "add_dense_bias"}
@@ -79,6 +79,8 @@ def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
     found["num_key_value_heads"] = arch.num_key_value_heads
     found |= ALWAYS | {argument: getattr(arch.family, feature) for feature, argument in FEATURES.items()}
     found |= {"hf_model_type": arch.model_type, "eos_token_id": arch.eos_token_id}
+    if arch.reward:
+        found["reward_model"] = True
     return found | (_scaling_arguments(arch.rope_scaling) if arch.rope_scaling else {})
 
 
@@ -114,7 +116,7 @@ def from_megatron(args: Mapping[str, Any], where: str) -> Qwen3Arch:
         facts.pop("norm_topk_prob", None)
     ids = {name: args[name] for name in ("bos_token_id", "eos_token_id") if name in args}
     facts["rope_scaling"] = scaling_from_megatron(said, facts["rope_theta"], where)
-    return Qwen3Arch(**{**facts, **ids})
+    return Qwen3Arch(**{**facts, **ids}, reward=boolean(said.get("reward_model", False), f"{where}: reward_model"))
 
 
 def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str) -> None:

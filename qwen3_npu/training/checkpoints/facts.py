@@ -29,6 +29,10 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
     found = {**dataclasses.asdict(args.train), **dataclasses.asdict(args.optimizer), "seed": args.runtime.seed}
     names = ("split", "shuffle", "reset_attention_mask", "reset_position_ids", "eod_mask_loss")
     found |= {name: getattr(data, name) for name in names}
+    if args.lora.on:
+        found["lora_dropout"] = args.lora.lora_dropout
+    if data.is_preference:
+        found |= dataclasses.asdict(args.preference)
     return {
         **found,
         "global_batch_size": plan.global_batch,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,15 +18,20 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.formats.folders import iteration_name
 from qwen3_npu.checkpoint.formats.open import find
+from qwen3_npu.errors import UsageError
 
 
-def _convert(args: ConvertArgs, lora: LoraConvertArgs) -> None:
-    """The body of the process."""
+def _convert(args: ConvertArgs, lora: LoraConvertArgs, reason: Connection) -> None:
+    """The body of the process; why it failed goes to the training, which tells it."""
     log.setup(rank=1)  # warnings only; the training is_main for it
     os.nice(10)
     from qwen3_npu.checkpoint.convert.run import convert
 
-    convert(args, TargetArgs(), lora, LegacyConvertArgs())
+    try:
+        convert(args, TargetArgs(), lora, LegacyConvertArgs())
+    except (UsageError, OSError) as error:
+        reason.send(str(error))
+        raise SystemExit(1) from None
 
 
 class HfExport:
@@ -34,6 +40,7 @@ class HfExport:
     def __init__(self, args: CheckpointArgs, lora: LoraArgs, rank: int) -> None:
         self.args, self.lora, self.works = args, lora, rank == 0
         self.process: BaseProcess | None = None
+        self.reason: Connection | None = None  # of the process: why it failed
         self.folder = Path()
         self.failures = 0  # directories that could not be written
 
@@ -66,9 +73,11 @@ class HfExport:
             jobs=1,
             overwrite=True,
         )
-        self.process = multiprocessing.get_context("spawn").Process(target=_convert, args=(args, lora))
         try:
+            self.reason, said = multiprocessing.Pipe(duplex=False)
+            self.process = multiprocessing.get_context("spawn").Process(target=_convert, args=(args, lora, said))
             self.process.start()
+            said.close()
         except OSError as error:
             self.process = None
             self._failed(f"no process for it could be started: {error.strerror}")
@@ -77,12 +86,15 @@ class HfExport:
 
     def finish(self) -> None:
         """Wait for the directory that is being written. One that could not be is a warning: training goes on."""
-        if self.process is None:
+        if self.process is None or self.reason is None:
             return
         self.process.join()
         code, self.process = self.process.exitcode, None
         if code:
-            self._failed("the reason stands above")
+            try:
+                self._failed(self.reason.recv())
+            except EOFError:
+                self._failed(f"its process ended with {code}")
         else:
             log.info(f"saved: {self.folder} (Hugging Face)")
 

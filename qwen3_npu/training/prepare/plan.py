@@ -10,6 +10,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.formats.open import find_architecture
+from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
 from qwen3_npu.plan.launch import lines, planned
@@ -67,6 +68,10 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
         args.model, args.shape, load=args.checkpoint.load, tokenizer=tokenizer, noop_layers=noop
     )
     found, arch = arch, shaped(args.shape, arch, noop)
+    if args.data.stage == "rm":
+        arch = arch.as_reward()
+    elif arch.reward:
+        raise UsageError(f"{found_in} is a reward model's; train it with --stage rm, a language model with others")
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
     sizes = fit_flags(args, arch, world_size)

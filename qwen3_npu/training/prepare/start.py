@@ -35,6 +35,7 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
             check_writable_later(Path(folder), flag)
     if args.checkpoint.save is not None:
         _check_room(Path(args.checkpoint.save), args, arch)
+    args.trackers.check_installed()
     _check_load(args, arch)
     if args.lora.lora_load is not None:
         _check_opens(args.lora.lora_load, None, "--lora-load", args, arch=arch)

@@ -19,6 +19,7 @@ from qwen3_npu.progress import duration, human
 from qwen3_npu.training.reports.expert_load import ExpertLoad
 from qwen3_npu.training.reports.planned import PlannedMeasured
 from qwen3_npu.training.reports.records import Records
+from qwen3_npu.training.reports.trackers import Tracked, finite
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
 
 
@@ -95,6 +96,7 @@ class Reporter:
         names: of the metrics that steps have beside the loss.
         folder: of metrics.jsonl and tensorboard events; None for the console only.
         verdict: what was planned; None: nothing was.
+        trackers: services that get the numbers, too; of rank 0.
     """
 
     def __init__(
@@ -110,12 +112,14 @@ class Reporter:
         is_main: bool,
         names: Sequence[str] = (),
         verdict: PlanVerdict | None = None,
+        trackers: Sequence[Tracked] = (),
     ) -> None:
         self.names = names
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
         self.window = _LogInterval()
         self.records = Records(folder, first) if folder is not None and is_main else None
+        self.trackers = trackers
         self.planned: PlannedMeasured | None = None
         if verdict is not None and is_main:
             self.planned = PlannedMeasured(platform, verdict, write=self._record, tell=log.info)
@@ -236,6 +240,8 @@ class Reporter:
             self.planned.pause(seconds)
 
     def _write(self, iteration: int, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(iteration, finite(values))
         if self.records is None:
             return
         # JSON has no NaN.
@@ -253,7 +259,7 @@ class Reporter:
         if self.records is not None:
             self.records.line(iteration, values)
 
-    def _bars(self, iteration: int, name: str, values: Any) -> None:
+    def _bars(self, iteration: int, name: str, values: object) -> None:
         if self.records is not None:
             self.records.events(lambda writer: writer.add_histogram(name, values, iteration))
 
@@ -262,3 +268,5 @@ class Reporter:
             self.planned.close()
         if self.records is not None:
             self.records.close()
+        for tracker in self.trackers:
+            tracker.close()

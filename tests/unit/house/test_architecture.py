@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import collections
 import dataclasses
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -158,7 +158,9 @@ def test_arguments_beyond_the_fourth_are_passed_by_name() -> None:
             own.add(node.name)
             if isinstance(node, ast.FunctionDef) and node.name not in PRESCRIBED:
                 names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
-                if "ctx" not in names and len(names) - (names[:1] in (["self"], ["cls"])) > 4:
+                # Triton's kernels take everything by position.
+                triton = any("triton" in ast.unparse(decorator) for decorator in node.decorator_list)
+                if "ctx" not in names and not triton and len(names) - (names[:1] in (["self"], ["cls"])) > 4:
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} takes more by position")
     for path, tree in trees.items():
         for node in ast.walk(tree):
@@ -227,12 +229,13 @@ def test_help_is_quick_and_imports_no_torch(script: Path) -> None:
         f"except SystemExit as e: assert not e.code\n"
         f"assert 'torch' not in sys.modules"
     )
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stderr
     assert "--" in result.stdout
-    # Under a second on an idle machine; tests share theirs.
-    assert time.perf_counter() - start < 3
+    # Under a second of a processor, which others may be using meanwhile.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def flag_groups() -> list[type]:

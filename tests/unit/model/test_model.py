@@ -142,7 +142,7 @@ class TestLoss:
     def test_equals_torch_and_ignores_padding(self) -> None:
         import torch.distributed as dist
 
-        from qwen3_npu.model.loss import cross_entropy
+        from qwen3_npu.kernels.cross_entropy import cross_entropy
 
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(5, 2, 12, generator=generator, requires_grad=True)
@@ -161,7 +161,7 @@ class TestLoss:
     def test_ignored_label_is_finite_and_large_logits_do_not_overflow(self) -> None:
         import torch.distributed as dist
 
-        from qwen3_npu.model.loss import cross_entropy
+        from qwen3_npu.kernels.cross_entropy import cross_entropy
 
         logits = torch.tensor([[[1e4, 0.0, -1e4]]])
         losses = cross_entropy(logits, torch.tensor([[-100]]), dist.group.WORLD, 3)
@@ -179,3 +179,25 @@ def test_parameters_are_those_of_the_weight_table(folder: Path) -> None:
     with built(folder) as model:
         expected = {s.name: s.shape for s in shards(model.arch, single_layout(model.arch), Rank(0, 0, 0, 0))}
         assert {n: tuple(p.shape) for n, p in model.named_parameters()} == expected
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("kaiming", True), ("gaussian", "gaussian")])
+def test_adapters_begin_as_those_of_peft(name: str, theirs: bool | str) -> None:
+    import peft
+
+    from qwen3_npu.args.lora import LoraArgs
+    from qwen3_npu.model.lora import _draw
+
+    torch.manual_seed(7)
+    config = peft.LoraConfig(r=4, init_lora_weights=theirs, target_modules=["0"])  # type: ignore[arg-type]
+    linear = torch.nn.Sequential(torch.nn.Linear(48, 32))
+    torch.manual_seed(7)
+    made = peft.get_peft_model(linear, config).base_model.model[0].lora_A["default"].weight
+    ours = torch.empty(4, 48)
+    torch.manual_seed(7)
+    _draw(ours, LoraArgs(lora_r=4, lora_init=name), 48)
+    torch.manual_seed(7)
+    again = torch.empty(4, 48)
+    (torch.nn.init.kaiming_uniform_(again, a=5**0.5) if name == "kaiming" else again.normal_(std=1 / 4))
+    torch.testing.assert_close(ours, again, rtol=0, atol=0)
+    assert abs(float(made.detach().std() / ours.std()) - 1) < 0.15, "the same distribution; peft draws twice"

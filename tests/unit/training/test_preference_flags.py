@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen3_npu.args.preference import PreferenceArgs
+from qwen3_npu.args.preference import PREFERENCE_STAGES, PreferenceArgs
 from qwen3_npu.args.training import DataArgs
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.data.train.preference_dataset import Labelled, LabelledFiles, PairFiles, labelled_rows
@@ -54,14 +54,33 @@ def test_ids_of_pairs_are_looked_at(tmp_path: Path) -> None:
     [
         ({}, 1, "--micro-batch-size 1: --stage kto compares each prompt"),
         ({"ref_logprobs": "cache"}, 2, "--ref-logprobs cache: --stage kto"),
-        ({"is_pairwise_dataset": True}, 2, "--is-pairwise-dataset: --stage kto reads single answers"),
-        ({"pref_ftx": 0.1}, 2, "--pref-ftx 0.1 is for pairs"),
-        ({"dpo_label_smoothing": 0.1}, 2, "--dpo-label-smoothing 0.1 is for pairs"),
     ],
 )
 def test_what_kto_cannot_do_is_one_line(flags: dict, micro: int, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         PreferenceArgs(**flags).check_kto(micro)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "words"),
+    [
+        ("kto", {"is_pairwise_dataset": True}, "--is-pairwise-dataset has no effect with --stage kto; it belongs to "),
+        ("kto", {"pref_ftx": 0.1}, "--pref-ftx 0.1 has no effect with --stage kto; it belongs to --stage dpo or orpo"),
+        ("rm", {"ref_model": "x"}, "--ref-model x has no effect with --stage rm; it belongs to --stage dpo or kto"),
+        ("rm", {"dpo_beta": 0.2}, "--dpo-beta 0.2 has no effect with --stage rm"),
+        ("dpo", {"center_rewards_coefficient": 0.1}, "--center-rewards-coefficient 0.1 has no effect with --stage dpo"),
+        ("orpo", {"ref_logprobs": "cache"}, "--ref-logprobs cache has no effect with --stage orpo"),
+        ("sft", {"dpo_loss_type": "ipo"}, "--dpo-loss-type ipo has no effect with --stage sft; it belongs to "),
+    ],
+)
+def test_a_flag_that_says_nothing_to_a_stage_is_refused(stage: str, flags: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        PreferenceArgs(**flags).check_stage(stage)
+
+
+def test_every_flag_belongs_to_a_stage() -> None:
+    for stage in ("pt", "sft", *PREFERENCE_STAGES):
+        PreferenceArgs().check_stage(stage)
 
 
 def test_kto_needs_a_weight_above_zero() -> None:
