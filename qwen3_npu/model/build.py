@@ -1,4 +1,4 @@
-"""Build the model chunks of this pipeline rank. Training, inference and evaluation all build here."""
+"""Build the model chunks of this pipeline rank. Training, inference and evaluation use this function."""
 
 from __future__ import annotations
 

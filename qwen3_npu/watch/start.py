@@ -44,7 +44,7 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
             yield
         return
     token = [uuid.uuid4().hex]
-    dist.broadcast_object_list(token, 0)  # once, so that the processes of a node meet in one folder
+    dist.broadcast_object_list(token, 0)  # once, so that the processes of a node use one folder
     node, local = environment.node(), environment.local_size(dist.get_world_size())
     folder = Path(_memory()) / f"qwen3_npu_watch_{token[0]}_{node}"
     rank, _, local_rank = environment.ranks()
@@ -139,7 +139,7 @@ def _start(settings: Settings) -> None:
 
 
 def _memory() -> str:
-    """A folder of files that are never written to a disk, where the system has one."""
+    """A folder in memory (such as /dev/shm), where the system has one."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
 

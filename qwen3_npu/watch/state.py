@@ -36,7 +36,7 @@ _LAST_AT = _WINDOWS_AT + WINDOWS * _WINDOW.size
 _RING_AT = _LAST_AT + CHANNELS * _CALL.size
 _SIZE = _RING_AT + CALLS * _CALL.size
 
-INSIDE, LAUNCHED, LEFT = 1, 2, 3  # LAUNCHED: handed to a device, which tells nobody when it is done
+INSIDE, LAUNCHED, LEFT = 1, 2, 3  # LAUNCHED: passed to a device, which does not report when it is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CollectiveCall:
     """One call of a collective, or one send or receive.
 
     Attributes:
-        number: the how-many-eth call of its channel, from 1.
+        number: index of the call in its channel, from 1.
         shape: of this rank's tensor that must be equal on all ranks; None: sizes may differ.
         entered, left: seconds of CLOCK_MONOTONIC; `left` 0: it is inside.
     """
@@ -148,7 +148,7 @@ class State:
         self._head()
 
     def end(self) -> None:
-        """The rank has ended in order, or says itself why not."""
+        """The rank has ended normally, or reports an error itself."""
         self.ended = 1
         self._head()
         self.info.close()

@@ -63,6 +63,7 @@ WARNED = {
     "desirable_weight": "loss",
     "undesirable_weight": "loss",
     "pref_ftx": "loss",
+    "center_rewards_coefficient": "loss",
     "attention_dropout": "noise",
     "hidden_dropout": "noise",
     "lora_dropout": "noise",

@@ -56,7 +56,7 @@ class DataFacts:
     Attributes:
         samples: for training, of all data sets together: those of one epoch.
         cut: of these, the samples that are longer than --seq-length.
-        cut_tokens: that are cut off them.
+        cut_tokens: tokens of these samples beyond that length.
     """
 
     samples: int

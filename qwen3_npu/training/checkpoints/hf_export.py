@@ -22,8 +22,8 @@ from qwen3_npu.errors import UsageError
 
 
 def _convert(args: ConvertArgs, lora: LoraConvertArgs, reason: Connection) -> None:
-    """The body of the process; why it failed goes to the training, which tells it."""
-    log.setup(rank=1)  # warnings only; the training is_main for it
+    """The body of the process; the reason of a failure goes to the training, which logs it."""
+    log.setup(rank=1)  # warnings only; the training logs the rest
     os.nice(10)
     from qwen3_npu.checkpoint.convert.run import convert
 
@@ -50,7 +50,9 @@ class HfExport:
         return bool(interval and iteration % interval == 0) or (self.args.enable_mg2hf_convert and is_last)
 
     def start(self, iteration: int) -> None:
-        """Begin to convert the checkpoint of this step, which must be whole; the directory before must be finished."""
+        """Begin to convert the checkpoint of this step, which must be complete; the previous directory must be
+        finished.
+        """
         if not self.works:
             return
         self.folder = Path(self.args.hf_save_dir or str(self.args.save)) / f"mg2hf_iteration{iteration}"
@@ -85,7 +87,7 @@ class HfExport:
         log.info(f"writing: {self.folder} (Hugging Face) in the background")
 
     def finish(self) -> None:
-        """Wait for the directory that is being written. One that could not be is a warning: training goes on."""
+        """Wait for the directory that is being written. A failure is a warning, and the training continues."""
         if self.process is None or self.reason is None:
             return
         self.process.join()
@@ -101,6 +103,6 @@ class HfExport:
     def _failed(self, reason: str) -> None:
         self.failures += 1
         log.warning(
-            f"{self.folder} could not be written ({reason}); the checkpoints are whole, training goes on, and "
+            f"{self.folder} could not be written ({reason}); the checkpoints are complete, the training continues, and "
             f"convert_ckpt.py can write it later ({self.failures} such directories so far)"
         )

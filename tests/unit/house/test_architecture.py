@@ -18,6 +18,7 @@ ENTRY_POINTS = sorted(p for p in ROOT.glob("*.py") if p.name != "setup.py")
 
 LEVELS = {
     "parity": 5,
+    "trace": 5,
     "training": 4,
     "inference": 4,
     "evaluation": 4,

@@ -178,7 +178,7 @@ def test_a_tracker_that_fails_or_hangs_is_told_and_nothing_waits(said: list[str]
     failing.log(1, {})
     failing.close()
     assert said == [
-        "service has failed (the network is gone); training goes on without",
+        "service has failed (the network is gone); the training continues without",
         "service: 2 records were not sent",
     ]
     said.clear()
