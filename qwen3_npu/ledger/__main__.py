@@ -10,11 +10,11 @@ from qwen3_npu import cli, log
 from qwen3_npu.args.tools.ledger import LedgerArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.ledger.picture import COLOURS, png, stacked
-from qwen3_npu.ledger.records import Entry, read
+from qwen3_npu.ledger.records import LedgerEntry, read
 from qwen3_npu.ledger.why import explained, facts_line, total, why
 
 
-def table(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
+def table(entries: Sequence[LedgerEntry]) -> tuple[list[str], list[str]]:
     """Lines of a table, and the kinds by size."""
     kinds, seconds = total(entries)
     steps = sum(entry.steps for entry in entries)

@@ -10,7 +10,7 @@ from qwen3_npu.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """The steps since the record before, per step.
 
     Attributes:
@@ -28,12 +28,12 @@ class Entry:
     facts: dict[str, object]
 
 
-def read(folder: Path) -> list[Entry]:
+def read(folder: Path) -> list[LedgerEntry]:
     """The records of a folder. Raises: UsageError: it has none, or they are damaged."""
     path = folder / "metrics.jsonl" if folder.is_dir() else folder
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give the --tensorboard-dir of a training")
-    found: dict[int, Entry] = {}
+    found: dict[int, LedgerEntry] = {}
     for number, line in enumerate(schema.read_small(path, 1 << 30).splitlines(), start=1):
         if b'"ledger"' in line:
             where = f"{path}, line {number}"
@@ -45,14 +45,16 @@ def read(folder: Path) -> list[Entry]:
     return [found[step] for step in sorted(found)]
 
 
-def _entry(step: int, record: schema.Record, where: str) -> Entry:
+def _entry(step: int, record: schema.Record, where: str) -> LedgerEntry:
     mean, most = record.record("mean").fields, record.record("most").fields
     pairs = {kind: schema.sequence(pair, f"{where}: {kind}") for kind, pair in most.items()}
-    return Entry(
-        step,
-        record.integer("steps", least=1),
-        record.number("seconds", least=0.0),
-        {kind: schema.number(seconds, f"{where}: {kind}", least=0) for kind, seconds in mean.items()},
-        {k: (schema.number(p[0], where, least=0), schema.integer(p[1], where, least=0)) for k, p in pairs.items()},
-        {name: v for name, v in record.fields.items() if name not in ("steps", "seconds", "mean", "most", "work")},
+    return LedgerEntry(
+        step=step,
+        steps=record.integer("steps", least=1),
+        seconds=record.number("seconds", least=0.0),
+        mean={kind: schema.number(seconds, f"{where}: {kind}", least=0) for kind, seconds in mean.items()},
+        most={k: (schema.number(p[0], where, least=0), schema.integer(p[1], where, least=0)) for k, p in pairs.items()},
+        facts={
+            name: v for name, v in record.fields.items() if name not in ("steps", "seconds", "mean", "most", "work")
+        },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from qwen3_npu.ledger.records import Entry
+from qwen3_npu.ledger.records import LedgerEntry
 from qwen3_npu.schema import shown
 
 WORK = ("data", "forward", "backward", "reduce", "optimizer", "other")
@@ -40,7 +40,7 @@ class Cause:
     text: str
 
 
-def total(entries: Sequence[Entry]) -> tuple[dict[str, float], float]:
+def total(entries: Sequence[LedgerEntry]) -> tuple[dict[str, float], float]:
     """Seconds of each kind, of the mean rank, and of the wall clock, over all steps."""
     found: dict[str, float] = {}
     for entry in entries:
@@ -49,13 +49,13 @@ def total(entries: Sequence[Entry]) -> tuple[dict[str, float], float]:
     return found, sum(entry.seconds * entry.steps for entry in entries)
 
 
-def explained(entries: Sequence[Entry]) -> float:
+def explained(entries: Sequence[LedgerEntry]) -> float:
     """The share of the wall clock that is of a named kind."""
     kinds, seconds = total(entries)
     return sum(value for kind, value in kinds.items() if kind not in ("other", "start")) / max(seconds, 1e-12)
 
 
-def causes(entries: Sequence[Entry]) -> list[Cause]:
+def causes(entries: Sequence[LedgerEntry]) -> list[Cause]:
     """All that costs, the most expensive first."""
     kinds, seconds = total(entries)
     share = {kind: value / max(seconds, 1e-12) for kind, value in kinds.items()}
@@ -69,7 +69,7 @@ def _number(facts: dict[str, object], name: str) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _slow_ranks(entries: Sequence[Entry], seconds: float) -> Iterator[Cause]:
+def _slow_ranks(entries: Sequence[LedgerEntry], seconds: float) -> Iterator[Cause]:
     """One rank whose own work takes longer than the others': these wait for it."""
     for kind in WORK:
         # Of the mean rank only, a single slow one of few ranks weighs much: compare with the others.
@@ -112,7 +112,7 @@ def _of_kinds(share: dict[str, float], facts: dict[str, object]) -> Iterator[Cau
             yield Cause(f"wait {group}", share.get(f"wait {group}", 0.0), f"waiting in collectives of {group}: {how}")
 
 
-def _of_layout(share: dict[str, float], facts: dict[str, object], entries: Sequence[Entry]) -> Iterator[Cause]:
+def _of_layout(share: dict[str, float], facts: dict[str, object], entries: Sequence[LedgerEntry]) -> Iterator[Cause]:
     compute = sum(share.get(kind, 0.0) for kind in _COMPUTE)
     stages, virtual = _number(facts, "pipeline"), max(_number(facts, "virtual"), 1)
     batches, wait = max(_number(facts, "micro_batches"), 1), share.get("wait pp", 0.0)
@@ -160,7 +160,7 @@ def _of_layout(share: dict[str, float], facts: dict[str, object], entries: Seque
             )
 
 
-def why(entries: Sequence[Entry]) -> str:
+def why(entries: Sequence[LedgerEntry]) -> str:
     """One line: the largest share that could be saved, and how."""
     first = causes(entries)[0]
     if first.share < 0.03:
@@ -168,6 +168,6 @@ def why(entries: Sequence[Entry]) -> str:
     return f"why slow: {100 * first.share:.0f} % of the time: {first.text}"
 
 
-def facts_line(entries: Sequence[Entry]) -> str:
+def facts_line(entries: Sequence[LedgerEntry]) -> str:
     """The facts, for people."""
     return ", ".join(f"{name} {shown(value)}" for name, value in entries[-1].facts.items() if value is not None)
