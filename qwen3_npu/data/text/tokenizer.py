@@ -35,11 +35,13 @@ class TokenizerFolder:
     Attributes:
         special: token -> number of every added token (`<|im_end|>`, `<think>`, ...).
         config: tokenizer_config.json.
+        unspoken: numbers of those that decoders leave out (`<|im_end|>`, not `<think>`): "special" in tokenizer.json.
     """
 
     path: Path
     special: Mapping[str, int]
     config: Mapping[str, Any]
+    unspoken: frozenset[int] = frozenset()
 
     @property
     def json_path(self) -> str:
@@ -118,11 +120,13 @@ def open_tokenizer(path: str) -> TokenizerFolder:
     file = folder / "tokenizer.json"
     config_file = folder / "tokenizer_config.json"
     try:
-        special = {token["content"]: int(token["id"]) for token in _added_tokens(file.read_text(encoding="utf-8"))}
+        added = _added_tokens(file.read_text(encoding="utf-8"))
+        special = {token["content"]: int(token["id"]) for token in added}
+        unspoken = frozenset(int(token["id"]) for token in added if token.get("special") is True)
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--tokenizer-name-or-path {path}: not a tokenizer ({error})") from None
-    return TokenizerFolder(folder, special, config)
+    return TokenizerFolder(folder, special, config, unspoken)
 
 
 class Loading(NamedTuple):

@@ -85,6 +85,7 @@ def test_dependencies_are_what_the_package_imports() -> None:
     optional = modules([*extras["npu-cann90"][:1], *extras["fast"], *extras["hub"], *extras["quickstart"][:1]]) | {
         "mindspeed",
         "triton",  # torch's CUDA build brings it
+        "lm_eval",
     }
     assert imported() - optional == modules(PROJECT["project"]["dependencies"])
     assert optional <= imported(), "an extra that nothing imports"
