@@ -60,6 +60,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
         args.hf_cfg_dir,
         lora_load=lora.lora_load,
         lora_alpha=lora.lora_alpha,
+        ignored=tuple(args.ignore_args or ()),
     )
     sources, home = sources.checked("--load-dir")
     base = sources.open_base()

@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from qwen3_npu.checkpoint.formats.dist_keys import global_layout, key_of, layer_
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, Found
 from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args
-from qwen3_npu.checkpoint.formats.torch_read import architecture
+from qwen3_npu.checkpoint.formats.torch_read import architecture, saved_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
 from qwen3_npu.checkpoint.mapping.source import check_tensors, inside
@@ -144,6 +143,7 @@ class DistReader(DistTensors):
         found: Found,
         hf_config: str | Path | None = None,
         lora_alpha: float | None = None,
+        ignored: Collection[str] = (),
     ) -> None:
         """Find out architecture and contents.
 
@@ -157,7 +157,7 @@ class DistReader(DistTensors):
         common = PtFile(folder / COMMON)
         common.close()
         self.common: dict[str, Any] = common.content
-        self.args: argparse.Namespace = self.common.get("args", argparse.Namespace())
+        self.args = saved_args(self.common, ignored)
         arch = architecture(found.home, hf_config, self.args)
         self.everything, self.objects = read_metadata(folder / METADATA)
         stored = {key: tensor for key, tensor in self.everything.items() if key.startswith(_MODEL)}

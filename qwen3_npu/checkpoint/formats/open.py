@@ -159,6 +159,7 @@ def reader(
     lora_alpha: float | None = None,
     arch: Qwen3Arch | None = None,
     prefer: Rank | None = None,
+    ignored: Sequence[str] = (),
 ) -> Checkpoint:
     """Open what was found.
 
@@ -167,14 +168,15 @@ def reader(
         lora_alpha: of an adapter whose checkpoint does not say it.
         arch: the architecture of a PEFT adapter's base, if it is known.
         prefer: the rank whose file is read for what several ranks hold.
+        ignored: arguments of a Megatron checkpoint that are not looked at.
     """
     if found.format == PEFT:
         return PeftReader(found.folder, arch or _peft_architecture(found.folder, hf_config))
     if found.format == HF:
         return open_hf(found.folder)
     if found.format == TORCH_DIST:
-        return DistReader(found, hf_config, lora_alpha)
-    return MegatronReader(found, hf_config, prefer=prefer, lora_alpha=lora_alpha)
+        return DistReader(found, hf_config, lora_alpha, ignored)
+    return MegatronReader(found, hf_config, prefer=prefer, lora_alpha=lora_alpha, ignored=ignored)
 
 
 def open_checkpoint(
@@ -185,12 +187,13 @@ def open_checkpoint(
     hf_config: str | Path | None = None,
     lora_alpha: float | None = None,
     arch: Qwen3Arch | None = None,
+    ignored: Sequence[str] = (),
 ) -> Checkpoint:
     """`find` and `reader` in one. Raises: UsageError: there is nothing of the kind, or it is not whole."""
     found = find(folder, iteration, kind)
     if found is None:
         raise UsageError(nothing_there(folder, kind))
-    return reader(found, hf_config=hf_config, lora_alpha=lora_alpha, arch=arch)
+    return reader(found, hf_config=hf_config, lora_alpha=lora_alpha, arch=arch, ignored=ignored)
 
 
 def nothing_there(folder: str | Path, kind: str | None) -> str:
@@ -225,6 +228,7 @@ class Sources:
         lora_load: adapter to merge into it.
         merge: merge the adapter that is in `load` itself.
         shared_a: give a PEFT adapter the form of a Megatron one.
+        ignored: arguments of a Megatron checkpoint that are not looked at.
     """
 
     load: str
@@ -235,6 +239,7 @@ class Sources:
     lora_alpha: float | None = None
     merge: bool = False
     shared_a: bool = False
+    ignored: tuple[str, ...] = ()
 
     def checked(self, flag: str = "--load", peers: Peers = ALONE) -> tuple[Sources, Path]:
         """The same with the folders of whole checkpoints, and where config.json and tokenizer files of the first are.
@@ -260,11 +265,12 @@ class Sources:
             iteration=self.iteration,
             hf_config=self.hf_config,
             lora_alpha=self.lora_alpha,
+            ignored=self.ignored,
         )
 
     def open_adapter(self, arch: Qwen3Arch) -> Checkpoint:
         assert self.lora_load is not None
-        return open_checkpoint(self.lora_load, lora_alpha=self.lora_alpha, arch=arch)
+        return open_checkpoint(self.lora_load, lora_alpha=self.lora_alpha, arch=arch, ignored=self.ignored)
 
     def __call__(self) -> Opened:
         base = self.open_base()

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,8 @@ class MegatronReader(ShardedTensors):
         hf_config: str | Path | None = None,
         prefer: Rank | None = None,
         lora_alpha: float | None = None,
+        *,
+        ignored: Collection[str] = (),
     ) -> None:
         """Find out architecture, layout and contents.
 
@@ -124,13 +126,14 @@ class MegatronReader(ShardedTensors):
             hf_config: folder of the config.json that says the architecture; by default the one in the checkpoint, or
                 the arguments saved with the weights.
             lora_alpha: of an adapter whose checkpoint does not say it.
+            ignored: arguments saved with the weights that are not looked at.
 
         Raises:
             UsageError: not a checkpoint, or it does not say what it is.
         """
         folder = found.folder
         first = _first_file(folder)
-        self.args: argparse.Namespace = first.content.get("args") or argparse.Namespace()
+        self.args = saved_args(first.content, ignored)
         arch = architecture(found.home, hf_config, self.args)
         virtual = max(1, sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit()))
         tensors = _tensors(first, range(virtual), virtual) | _first_layers(folder, virtual)
@@ -171,11 +174,17 @@ def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namesp
     return arch_from_args(args, str(root))
 
 
+def saved_args(content: dict[str, Any], ignored: Collection[str] = ()) -> argparse.Namespace:
+    """The arguments in a file, without those of the names in `ignored`."""
+    said = vars(content.get("args") or argparse.Namespace())
+    return argparse.Namespace(**{name: value for name, value in said.items() if name not in ignored})
+
+
 def checkpoint_args(found: Found) -> tuple[argparse.Namespace, str]:
     """The arguments saved in a checkpoint of either format, and the file they are in."""
     first = PtFile(found.folder / COMMON) if found.format == TORCH_DIST else _first_file(found.folder)
     first.close()
-    return first.content.get("args") or argparse.Namespace(), str(first.path)
+    return saved_args(first.content), str(first.path)
 
 
 def open_file(path: Path) -> PtFile:
