@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 
@@ -32,19 +30,6 @@ class NanGuard:
         """Note whether this step's update was skipped: a loss or gradient was not finite, on any rank."""
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         self.total += skipped
-
-    def check_weights(self, parameters: Iterable[torch.Tensor], iteration: int, device: torch.device) -> None:
-        """What is to be saved is finite. Every rank must call this; it waits for the device, once per checkpoint.
-
-        Raises:
-            Stopped: a weight of some rank is not; nothing is saved, and no older checkpoint removed.
-        """
-        norms = torch.stack([parameter.detach().abs().amax().float() for parameter in parameters if parameter.numel()])
-        if anywhere(not bool(norms.isfinite().all()), device):
-            raise Stopped(
-                f"step {iteration}: weights are NaN or Inf, nothing is saved; lower --lr and start again from the "
-                f"last checkpoint"
-            )
 
     def report(self, iteration: int, loss: float, grad_norm: float, samples: range) -> None:
         """Say what was skipped. Raises: Stopped: it was one too many."""

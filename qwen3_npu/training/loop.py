@@ -305,8 +305,6 @@ class Trainer:
             if args.checkpoint.save and (due or export or stop or iteration == last):
                 with reporter.paused(), here.during("save"):
                     self.export.finish()  # it may be reading a checkpoint that saving removes
-                    parameters = [p for module in self.modules for p in module.parameters()]
-                    self.guard.check_weights(parameters, iteration, self.world.device)
                     self.saver.save(self.position)
                     if export:
                         self.saver.finish()

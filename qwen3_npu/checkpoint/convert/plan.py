@@ -9,11 +9,11 @@ from typing import Any
 
 from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
+from qwen3_npu.checkpoint.convert.prompts import read_prompts
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
-from qwen3_npu.checkpoint.formats.folders import TORCH_DIST
-from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources
+from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
 from qwen3_npu.checkpoint.manifest import CONVERSION
-from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes, same_in_all_layers
+from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.cli import option
@@ -32,6 +32,7 @@ class ConversionPlan:
         kept: Hugging Face and PEFT names of the tensors that have another dtype, which they keep.
         merged: the adapter that is merged, if one is.
         facts: of the sources, for the log, the manifest and --resume.
+        prompts: how the prompts of its training were written, as the adapter or else the model says.
     """
 
     sources: Sources
@@ -42,6 +43,7 @@ class ConversionPlan:
     kept: dict[str, DType]
     merged: Lora | None
     facts: dict[str, Any]
+    prompts: dict[str, str]
 
 
 def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
@@ -91,7 +93,13 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
         kept=kept,
         merged=held if isinstance(source, MergedSource) else None,
         facts=facts,
+        prompts=_prompts(sources),
     )
+
+
+def _prompts(sources: Sources) -> dict[str, str]:
+    folders = [find(folder) for folder in (sources.lora_load, sources.load) if folder is not None]
+    return next((said for found in folders if found is not None and (said := read_prompts(found))), {})
 
 
 def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Checkpoint | None:
@@ -100,11 +108,7 @@ def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Check
         return None
     if not base.contents.base or base.contents.lora:
         raise UsageError(f"--lora-load needs a base without LoRA in --load-dir; {sources.load} holds {base.contents}")
-    adapter = sources.open_adapter(base.arch)
-    if adapter.contents.lora is None:
-        raise UsageError(f"--lora-load {lora.lora_load} holds no LoRA tensors")
-    if not adapter.arch.same_weights(base.arch):
-        raise UsageError(f"--lora-load {lora.lora_load} is for {adapter.arch}, but --load-dir holds {base.arch}")
+    adapter = sources.open_adapter(base)
     adapter.check()
     return adapter
 
@@ -161,10 +165,7 @@ def _dtypes(source: Source, contents: Contents, args: ConvertArgs) -> tuple[DTyp
     if args.params_dtype:
         return BY_TORCH[args.params_dtype], BY_TORCH[args.params_dtype], {}
     unmerged = source.base if isinstance(source, MergedSource) else source
-    found = kept_dtypes(contents.shapes(), unmerged.dtype)
-    if args.save_model_type == HF or args.ckpt_format != TORCH_DIST:
-        return found
-    return same_in_all_layers(*found, contents.shapes())
+    return kept_dtypes(contents.shapes(), unmerged.dtype)
 
 
 def _facts(opened: Checkpoint) -> dict[str, Any]:

@@ -98,8 +98,8 @@ def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: 
     output = planned_output(plan, args, target, legacy, config=config)
     if isinstance(output, MegatronOutput) and (names := output.target.joined()):
         log.info(
-            f"dtypes: {len(names)} Megatron tensors join several dtypes and have the one that holds all exactly, which "
-            f"the way back keeps: {listed(names, 2)}"
+            f"dtypes: {len(names)} Megatron tensors join several dtypes and have the one that holds all exactly (the "
+            f"way back gives each its own): {listed(names, 2)}"
         )
     with folder_lease(output.root, "--save-dir") as lease:
         _fill(output, plan, args, carried, config=config, lease=lease)

@@ -22,7 +22,7 @@ from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
 from qwen3_npu.checkpoint.formats.dist_keys import global_layout, key_of, layer_places, possible_keys
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, Found
-from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args
+from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args, own_dtypes
 from qwen3_npu.checkpoint.formats.torch_read import architecture, saved_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
@@ -168,6 +168,7 @@ class DistReader(DistTensors):
         padded = shapes.get(EMBEDDING.megatron, (said,))[0]
         layout = global_layout(arch, padded, number_list(getattr(self.args, "noop_layers", None)))
         super().__init__(folder, stored, contents, layout)
+        self.own = own_dtypes(self.args, contents.shapes(), str(folder))
 
     def under(self, prefix: str) -> DistTensors:
         """What is stored of the parameters under keys that begin with a prefix."""

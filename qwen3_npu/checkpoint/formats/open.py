@@ -268,14 +268,23 @@ class Sources:
             ignored=self.ignored,
         )
 
-    def open_adapter(self, arch: Qwen3Arch) -> Checkpoint:
+    def open_adapter(self, base: Checkpoint) -> Checkpoint:
+        """Raises: UsageError: there is none, or it is another model's."""
         assert self.lora_load is not None
-        return open_checkpoint(self.lora_load, lora_alpha=self.lora_alpha, arch=arch, ignored=self.ignored)
+        adapter = open_checkpoint(self.lora_load, lora_alpha=self.lora_alpha, arch=base.arch, ignored=self.ignored)
+        if adapter.contents.lora is None:
+            raise UsageError(
+                f"--lora-load {self.lora_load} holds no LoRA tensors: it holds a model and no adapter; drop the flag "
+                "to take that of --load alone"
+            )
+        if not adapter.arch.same_weights(base.arch):
+            raise UsageError(f"--lora-load {self.lora_load} is for {adapter.arch}, but {self.load} holds {base.arch}")
+        return adapter
 
     def __call__(self) -> Opened:
         base = self.open_base()
         if self.lora_load is not None or self.merge:
-            adapter = self.open_adapter(base.arch) if self.lora_load is not None else base
+            adapter = self.open_adapter(base) if self.lora_load is not None else base
             assert adapter.contents.lora is not None
             return MergedSource(base, adapter, adapter.contents.lora)
         return SharedA(base) if self.shared_a and isinstance(base, PeftReader) else base

@@ -18,7 +18,7 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
 from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
 from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, Found
-from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args
+from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args, own_dtypes
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
 from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
@@ -142,6 +142,7 @@ class MegatronReader(ShardedTensors):
         layout = _layout(tensors, self.args, self.contents, virtual, path=first.path)
         first.close()
         super().__init__(folder, WEIGHTS, arch, layout, prefer=prefer, table=self.contents.shards)
+        self.own = own_dtypes(self.args, self.contents.shapes(), str(folder))
 
     def check(self) -> None:
         """Open every file and check names and shapes of all tensors.

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import F32, full
-from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
+from qwen3_npu.checkpoint.binary.dtypes import F32
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.formats.base import STATES, FileJob, Item, RankState, Stored, Target
 from qwen3_npu.checkpoint.formats.torch_read import OPTIMIZER, WEIGHTS
@@ -75,12 +75,13 @@ class RankFile:
 
     def stored(self, path: Path) -> dict[str, Stored]:
         file = PtFile(path)
-
-        def tensor(ref: TensorRef) -> Stored:
-            return Stored(ref.dtype, ref.shape, lambda: file.read(ref, ref.shape, full(ref.shape)))
-
+        file.close()
         models = {key: value for key, value in file.content.items() if key.startswith("model")}
-        return {f"{key}.{name}": tensor(ref) for key, model in models.items() for name, ref in model.items()}
+        return {
+            f"{key}.{name}": Stored(ref.dtype, ref.shape)
+            for key, model in models.items()
+            for name, ref in model.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)

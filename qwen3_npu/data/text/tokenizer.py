@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3_npu import schema
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import UsageError, printable
 
 # A key: inside a string of JSON, quotes have a backslash.
 _ADDED_TOKENS = re.compile(r'"added_tokens"\s*:\s*\[')
@@ -56,9 +56,10 @@ class TokenizerFolder:
         return self.special[token]
 
     def named(self, name: str) -> str | None:
-        """`eos_token` or another role -> its text, if the folder gives it one."""
+        """`eos_token` or another role -> its text, if the folder gives it one. Raises: UsageError: it gives no text."""
         token = self.config.get(name)
-        return token.get("content") if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        return None if token is None else schema.text(token, f"{self.path / 'tokenizer_config.json'}: {name}")
 
     def eos(self) -> int:
         """The number of the end-of-document token, as Megatron and MindSpeed-LLM append it: `eos_token`.
@@ -115,10 +116,12 @@ def open_tokenizer(path: str) -> TokenizerFolder:
     file = folder / "tokenizer.json"
     config_file = folder / "tokenizer_config.json"
     try:
-        special = {token["content"]: int(token["id"]) for token in _added_tokens(file.read_text(encoding="utf-8"))}
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--tokenizer-name-or-path {path}: not a tokenizer ({error})") from None
+        tokens = _added_tokens(schema.read_small(file).decode("utf-8"))
+        special = {token["content"]: schema.integer(token["id"], "id", least=0, most=2**31) for token in tokens}
+        config = schema.read_record(config_file).fields if config_file.exists() else {}
+    except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
+        reason = printable(str(error)) or type(error).__name__
+        raise UsageError(f"--tokenizer-name-or-path {path}: not a tokenizer ({reason})") from None
     return TokenizerFolder(folder, special, config)
 
 

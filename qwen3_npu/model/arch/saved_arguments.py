@@ -95,7 +95,8 @@ WITHOUT_EFFECT = frozenset(
     moe_router_padding_for_quantization moe_per_layer_logging moe_expert_capacity_factor moe_train_capacity_factor
     moe_pad_expert_input_to_capacity moe_input_jitter_eps moe_no_drop moe_revert_type_after_topk
     moe_token_drop_policy moe_dynamic_padding moe_unperm2_mem_optim moe_hierarchical_alltoallv moe_use_grouped_tensor
-    moe_single_grouped_weight moe_use_legacy_grouped_gemm moe_tp_extend_ep moe_extended_tp moe_zero_memory moe_router_fusion mlp_experts_flag
+    moe_use_legacy_grouped_gemm
+    moe_single_grouped_weight moe_tp_extend_ep moe_extended_tp moe_zero_memory moe_router_fusion mlp_experts_flag
     qk_head_dim qk_pos_emb_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim compress_rope_theta
     sliding_window_size moba_topk compress_activation gamma_beta_ratio
     kv_head_repeat_before_uly_alltoall use_ulysses_allgather_kv unaligned_linear output_layer_slice_num
@@ -115,7 +116,8 @@ WITHOUT_EFFECT = frozenset(
 _NETWORK = frozenset(
     """
     act activation alibi altup attention attn bias capping clamp cla conv csa decoder deepnorm dense dsa embed embedding
-    embeddings embeds encoder expert experts ffn freq gate gated geglu gelu glu head heads heterogeneous hidden hybrid hyper indexer
+    embeddings embeds encoder expert experts ffn freq gate gated geglu gelu glu head heads heterogeneous
+    hidden hybrid hyper indexer
     interleave interleaved interpolation key kv latent layer layernorm layers limit linear logit logits longrope mamba
     mhc mla mlp moba moe mrope mscale mtp mup multiplier ngram norm normalization ntk offset pos position positions post
     pre qk qkv query recurrent relu residual rmsnorm rnn rope rotary router routed rwkv sandwich scale scaled scaling
@@ -190,7 +192,9 @@ def _every_layer(value: Any, said: Mapping[str, Any]) -> bool:
 
 def _usual_scale(value: Any, said: Mapping[str, Any]) -> bool:
     width = said.get("kv_channels") or said.get("head_dim")
-    return isinstance(value, (int, float)) and bool(width) and math.isclose(value, width**-0.5, rel_tol=1e-6)
+    if not isinstance(value, (int, float)) or not isinstance(width, int):
+        return False
+    return math.isclose(value, width**-0.5, rel_tol=1e-6)
 
 
 # Arguments judged by more than a list of values: name -> whether a value is computed here.

@@ -147,7 +147,8 @@ READ = """
 
 def test_every_field_of_megatrons_configuration_is_judged() -> None:
     spec = importlib.util.find_spec("megatron")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "core" / "transformer" / "transformer_config.py"
     classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
     (config,) = (node for node in classes if node.name == "TransformerConfig")
