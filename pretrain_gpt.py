@@ -2,7 +2,7 @@
 """Train a Qwen3 model with Megatron-Core, under torchrun or as a single process."""
 
 from qwen3_npu import cli, log
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.args.rules.switches import check_switches
 from qwen3_npu.data.train.data_path import check_data
@@ -10,12 +10,13 @@ from qwen3_npu.distributed import environment
 from qwen3_npu.training.prepare import length
 from qwen3_npu.training.prepare.plan import plan_training
 from qwen3_npu.training.prepare.start import check_start
+from qwen3_npu.training.prepare.taught import start_line
 
 
 def main() -> None:
     rank, world_size, _ = environment.ranks()
     log.setup(rank, world_size)
-    parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN)
+    parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN_TRAINING)
     args = PretrainArgs(*parsed.groups)
     parsed.notes.extend(check_switches(args, parsed.given))
     plan = plan_training(args, world_size)
@@ -25,6 +26,7 @@ def main() -> None:
 
     if args.runtime.dry_run and (raw := raw_words(args)):
         parsed.notes.append(f"raw data: {' '.join(raw)} would be preprocessed")
+        parsed.notes.extend(start_line(args, None))
         args = length.settled(args, plan.global_batch, None)
     else:
         asked = prepared(args)
@@ -36,14 +38,15 @@ def main() -> None:
             evaluates=asked.report.eval_iters > 0,
         )
         args = length.settled(asked, plan.global_batch, facts.samples)
-        parsed.notes.extend(length.describe(asked, args.train.steps, plan.global_batch, facts))
+        parsed.notes.extend(start_line(asked, facts))
+        parsed.notes.extend(length.describe_length(asked, args.train.steps, plan.global_batch, facts))
     for line in plan.describe(args) + parsed.notes:
         log.info(line)
     if args.runtime.dry_run:
         return
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    platform = select(args.runtime.device)
+    platform = select_platform(args.runtime.device, args.spikes.npu_asd)
     platform.activate()
     from qwen3_npu.distributed.failure import recorded
     from qwen3_npu.training.loop import run

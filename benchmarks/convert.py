@@ -40,7 +40,7 @@ from qwen3_npu.checkpoint.formats.hf_write import (  # noqa: E402
     SafetensorsWriter,
     plan_files,
     write_config,
-    write_index,
+    write_weight_index,
 )
 from qwen3_npu.checkpoint.mapping.table import hf_shapes, shards  # noqa: E402
 from qwen3_npu.model.arch import Qwen3Arch  # noqa: E402
@@ -62,7 +62,7 @@ def make_model(folder: Path, arch: Qwen3Arch) -> None:
         for name in names:
             writer.write(name, np.frombuffer(rng.bytes(sizes[name]), BF16.carrier).reshape(shapes[name]))
         writer.close()
-    write_index(folder, files, sum(sizes.values()))
+    write_weight_index(folder, files, sum(sizes.values()))
     write_config(arch, None, folder, BF16)
 
 

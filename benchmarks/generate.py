@@ -36,7 +36,7 @@ from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout  # no
 from qwen3_npu.inference.plan import InferencePlan  # noqa: E402
 from qwen3_npu.model.arch import parameter_count  # noqa: E402
 from qwen3_npu.model.sizes import SIZES  # noqa: E402
-from qwen3_npu.platform import select  # noqa: E402
+from qwen3_npu.platform import select_platform  # noqa: E402
 
 CASES = {"float32, 1 prompt": (False, 1, 1.2), "float32, 8 unequal prompts": (False, 8, 2.5)}
 CASES |= {"bfloat16, 1 prompt": (True, 1, 1.3)}
@@ -149,7 +149,7 @@ def main() -> None:
         args.threads, CLOCK = 1, time.process_time
     torch.set_num_threads(args.threads)
     log.LOGGER.setLevel("WARNING")
-    platform = select("cpu")
+    platform = select_platform("cpu")
     platform.activate()
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_model((args.folder or Path(temporary)) / args.size, SIZES[args.size])

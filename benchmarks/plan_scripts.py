@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from qwen3_npu import cli  # noqa: E402
-from qwen3_npu.args.foreign import FOREIGN  # noqa: E402
+from qwen3_npu.args.foreign import FOREIGN_TRAINING  # noqa: E402
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs  # noqa: E402
 from qwen3_npu.model.arch import to_hf_config  # noqa: E402
 from qwen3_npu.model.sizes import SIZES  # noqa: E402
 from qwen3_npu.plan.device import GIB  # noqa: E402
 from qwen3_npu.plan.report import layout_words  # noqa: E402
-from qwen3_npu.plan.verdict import Verdict, remedies  # noqa: E402
+from qwen3_npu.plan.verdict import PlanVerdict, remedies  # noqa: E402
 from qwen3_npu.training.prepare.plan import plan_training  # noqa: E402
 from scripts import SCRIPTS, ask, size_of  # noqa: E402
 
@@ -43,7 +43,7 @@ def _row(script: Path, folder: Path) -> str:
     device = "910C-64G" if "A3" in script.stem else "910B-64G"
     words = [*asked.flags, "--plan-device", device]
     verdict = plan_training(
-        PretrainArgs(*cli.parse("plan", "", GROUPS, FOREIGN, argv=words).groups), asked.world
+        PretrainArgs(*cli.parse("plan", "", GROUPS, FOREIGN_TRAINING, argv=words).groups), asked.world
     ).verdict
     assert verdict is not None
     columns = [
@@ -59,7 +59,7 @@ def _row(script: Path, folder: Path) -> str:
     return "| " + " | ".join(columns) + " |"
 
 
-def _judgement(verdict: Verdict) -> str:
+def _judgement(verdict: PlanVerdict) -> str:
     if verdict.fits:
         return f"{(verdict.limit - verdict.peak) / GIB:.1f} GiB left"
     best = remedies(verdict, most=1)

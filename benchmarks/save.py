@@ -46,9 +46,9 @@ ARCH = dataclasses.replace(
 def worker(repeats: int, flags: list[str]) -> None:
     """One rank: a step, then a checkpoint several times; rank 0 prints the seconds."""
     from qwen3_npu.distributed.launch import process_group
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    platform = select("cpu")
+    platform = select_platform("cpu")
     platform.activate()
     from qwen3_npu.parity.measure import trainer
 

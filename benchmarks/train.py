@@ -196,9 +196,9 @@ def resident() -> tuple[int, int]:
 def activation_worker(flags: list[str]) -> None:
     """One rank: two steps, one to count tensors in, one to watch the process in; rank 0 prints the most of any rank."""
     from qwen3_npu.distributed.launch import process_group
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    platform = select("cpu")
+    platform = select_platform("cpu")
     platform.activate()
     from qwen3_npu.parity.measure import trainer
     from qwen3_npu.parity.memory import activations

@@ -11,8 +11,8 @@ qwen3_npu_setup quickstart,fast matplotlib transformers safetensors
 OUT="${1:-outputs/quickstart}"
 rm -rf "$OUT"
 mkdir -p "$OUT"
-if ! devices="$(python -c 'from qwen3_npu.platform import select
-platform = select("auto").name
+if ! devices="$(python -c 'from qwen3_npu.platform import select_platform
+platform = select_platform("auto").name
 import torch
 print(0 if platform == "cpu" else getattr(torch, platform).device_count())')"; then
     python -m qwen3_npu.doctor --no-all-reduce || true

@@ -1,5 +1,5 @@
 # Sourced by the scripts of each size. A script says its sizes and calls one of
-#   pretrain | tune_full | tune_lora | dpo_full | dpo_lora | generate | chat | evaluate FLAGS...
+#   pretrain | tune_full | tune_lora | dpo_full | dpo_lora | rm_full | rm_lora | generate | chat | evaluate FLAGS...
 # Every NAME=VALUE given to `defaults` can be set in the environment instead, and every flag given to a script is passed
 # on last, so that it wins. Launching, logs and DRY_RUN=1: see common.sh.
 
@@ -14,7 +14,7 @@ defaults() { # NAME=VALUE..., set where the environment does not say otherwise; 
     done
     source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
     HF_DIR="${HF_DIR:-./model_from_hf/${MODEL}_hf}"       # config.json and tokenizer
-    CKPT_LOAD_DIR="${CKPT_LOAD_DIR:-$HF_DIR}"             # Hugging Face or converted weights, or a checkpoint
+    CKPT_LOAD_DIR="${CKPT_LOAD_DIR-$HF_DIR}"              # Hugging Face or converted weights, a checkpoint; empty: random
     PARALLEL=(--tensor-model-parallel-size "${TP:-1}" --pipeline-model-parallel-size "${PP:-1}")
     if [ -n "${VPP:-}" ]; then PARALLEL+=(--num-layers-per-virtual-pipeline-stage "$VPP"); fi
     if [ -n "${NOOP_LAYERS:-}" ]; then PARALLEL+=(--noop-layers "$NOOP_LAYERS"); fi
@@ -49,10 +49,12 @@ train() { # flags of this kind of training...
     fi
     local length=(--train-iters "${TRAIN_ITERS:-2000}")
     if [ -n "${EPOCHS:-}" ]; then length=(--epochs "$EPOCHS"); fi
+    local start=(--load "$CKPT_LOAD_DIR")
+    if [ -z "$CKPT_LOAD_DIR" ]; then start=(--from-scratch); fi
     local words
     words_of "$DATA_PATH"
     launch pretrain_gpt.py \
-        --hf-dir "$HF_DIR" --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" --data-path "${words[@]}" --split 100,0,0 \
+        --hf-dir "$HF_DIR" "${start[@]}" --save "$CKPT_SAVE_DIR" --data-path "${words[@]}" --split 100,0,0 \
         "${PARALLEL[@]}" "${memory[@]}" "${collect[@]}" \
         --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
         --seq-length "$SEQ_LENGTH" --micro-batch-size "$MBS" --global-batch-size "$GBS" --bf16 \
@@ -93,23 +95,44 @@ tune_lora() {
 
 prefer() { # as tune, on pairs of answers; STAGE=orpo or simpo for other losses
     DATA_PATH="${DATA_PATH:-./pref_dataset/pairs}"         # prefix of prepared pairs, or a raw file with --handler-name
-    local rows=--variable-seq-lengths
+    local rows=--variable-seq-lengths stage="${STAGE:-dpo}" strength=(--dpo-beta "${BETA:-0.1}")
     if [ -n "${PACKED:-}" ]; then rows=--reset-attention-mask; fi
-    train --stage "${STAGE:-dpo}" --finetune --is-pairwise-dataset --prompt-type "${PROMPT_TYPE:-auto}" "$rows" \
-        --tokenizer-name-or-path "$HF_DIR" --dpo-beta "${BETA:-0.1}" "$@"
+    case "$stage" in
+        rm) strength=() ;;
+        dpo) if [ -n "${REF_LOGPROBS:-}" ]; then strength+=(--ref-logprobs "$REF_LOGPROBS"); fi ;;
+    esac
+    train --stage "$stage" --finetune --is-pairwise-dataset --prompt-type "${PROMPT_TYPE:-auto}" "$rows" \
+        --tokenizer-name-or-path "$HF_DIR" "${strength[@]}" "$@"
+}
+
+prefer_lora() {
+    prefer --lora-r "${LORA_R:-16}" --lora-alpha "${LORA_ALPHA:-32}" --lora-ckpt-filter \
+        --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 "$@"
 }
 
 dpo_full() {
     CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_dpo}"
     LR="${LR:-5e-7}" MIN_LR="${MIN_LR:-0}"
-    prefer --ref-logprobs "${REF_LOGPROBS:-cache}" "$@"     # cache: no second model in memory
+    REF_LOGPROBS="${REF_LOGPROBS:-cache}"                   # cache: no second model in memory
+    prefer "$@"
 }
 
 dpo_lora() {
     CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_dpo_lora}"
     LR="${LR:-5e-6}" MIN_LR="${MIN_LR:-0}"
-    prefer --lora-r "${LORA_R:-16}" --lora-alpha "${LORA_ALPHA:-32}" --lora-ckpt-filter \
-        --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 "$@"
+    prefer_lora "$@"
+}
+
+rm_full() { # a reward model
+    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_rm}"
+    LR="${LR:-5e-6}" MIN_LR="${MIN_LR:-0}"
+    STAGE=rm prefer "$@"
+}
+
+rm_lora() {
+    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/${MODEL}_rm_lora}"
+    LR="${LR:-5e-5}" MIN_LR="${MIN_LR:-0}"
+    STAGE=rm prefer_lora "$@"
 }
 
 generate() {

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import sys
 import time
@@ -41,13 +42,16 @@ class Foreign:
 
 
 def flag(
-    default: Any = dataclasses.MISSING,
+    default: object = dataclasses.MISSING,
     *,
     help: str,
     unit: str = "",
     choices: Sequence[Any] | None = None,
     names: Sequence[str] = (),
     minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     metavar: str | None = None,
 ) -> Any:
     """One command line flag; the field's name is its first spelling (`train_iters` -> `--train-iters`).
@@ -56,9 +60,11 @@ def flag(
         default: without one the flag is required. A list default is copied.
         unit: shown in `--help`.
         names: further spellings, e.g. `("--variable-seq-lengths",)`.
-        minimum: smallest value allowed (for a list: of each element).
+        minimum, maximum: smallest and largest value allowed (for a list: of each element).
+        above, below: the same, but these are not allowed themselves.
     """
-    meta = {"help": help, "unit": unit, "choices": choices, "names": names, "minimum": minimum, "metavar": metavar}
+    meta: dict[str, Any] = {"help": help, "unit": unit, "choices": choices, "names": names, "metavar": metavar}
+    meta |= {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -98,32 +104,54 @@ def _default(f: dataclasses.Field) -> Any:
     return f.default
 
 
-def _unwrap(hint: Any) -> Any:
+def _unwrap(hint: object) -> Any:
     """`int | None` -> `int`."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(a for a in typing.get_args(hint) if a is not type(None))
     return hint
 
 
+def _path(text: str) -> str:
+    """An empty path (`--load "$UNSET"`) would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path was given; name one, or drop the flag")
+    return text
+
+
+# How a value is compared with a bound, and what the error says.
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "minimum": (operator.ge, "too small; the minimum is"),
+    "maximum": (operator.le, "too large; the maximum is"),
+    "above": (operator.gt, "too small; it must be above"),
+    "below": (operator.lt, "too large; it must be below"),
+}
+_LARGEST = 2**63 - 1  # what counts and numbers of samples are kept in
+
+
 def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
-    """`kind` as an argparse type that also refuses values under the field's minimum, and no numbers."""
-    minimum = f.metadata["minimum"]
-    if minimum is None and kind is not float:
+    """`kind` as an argparse type that also refuses values outside the field's bounds, and no numbers."""
+    if f.metadata["metavar"] in ("DIR", "FILE"):
+        return _path
+    if kind not in (int, float):
         return kind
+    bounds = {name: f.metadata[name] for name in _BOUNDS}
+    if kind is int and bounds["maximum"] is None:
+        bounds["maximum"] = _LARGEST
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if kind is float and not math.isfinite(value):
+        if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        if minimum is not None and value < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is too small; the minimum is {minimum}")
+        for name, (holds, what) in _BOUNDS.items():
+            if bounds[name] is not None and not holds(value, bounds[name]):
+                raise argparse.ArgumentTypeError(f"{text} is {what} {bounds[name]}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return convert
 
 
-def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any) -> None:
+def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: object) -> None:
     meta, kind = f.metadata, _unwrap(hint)
     default = _default(f)
     required = default is dataclasses.MISSING
@@ -138,7 +166,7 @@ def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any) -> No
     common = {"dest": f.name, "help": text, "default": None if required else default}
     metavar = meta["metavar"] or (None if meta["choices"] else _METAVARS.get(kind))
     if kind is bool:
-        # argparse takes every name that begins with --no- for a denial; a further name is never one.
+        # argparse treats every name that begins with --no- as a negation; a further name is never one.
         same = [name for name in names if name.startswith("--no-")]
         common["help"] += f" (also {', '.join(same)})" if same else ""
         positive = [name for name in names if name not in same]
@@ -267,7 +295,7 @@ def parse(
 
 
 def tell_torchrun(text: str, file: str | None = None) -> None:
-    """Write an error to the file whose text torchrun shows last, after all the others' noise.
+    """Write an error to the file whose text torchrun shows last, after the output of the other ranks.
 
     Args:
         file: of another process; default: this one's.
@@ -279,7 +307,7 @@ def tell_torchrun(text: str, file: str | None = None) -> None:
 
 
 def _is_told_elsewhere() -> bool:
-    """Whether rank 0 has the same to say; torchrun shows the first error of all in any case."""
+    """Whether rank 0 reports the same error; torchrun shows the first error in any case."""
     return os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_ERROR_FILE" in os.environ
 
 

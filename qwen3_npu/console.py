@@ -1,4 +1,4 @@
-"""Standard output for people. What it cannot show is escaped; if it is closed or full, the program goes on."""
+"""Standard output for people. What it cannot show is escaped; if it is closed or full, the program continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwen3_npu.errors import printable
 _KEPT = "\n\t\u200c\u200d"
 
 
-def prepare() -> None:
+def escape_output() -> None:
     """Let stdout and stderr escape the characters that their encoding lacks (LANG=C), instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -38,11 +38,11 @@ def show(text: str, end: str = "\n") -> None:
 
 
 def give_up(error: BaseException) -> None:
-    """Stdout cannot be written: say so once on stderr, and send what follows nowhere."""
+    """Stdout cannot be written: warn once on stderr, and drop what follows."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"warning: standard output cannot be written ({reason}); what follows is not shown there\n")
-    # The descriptor itself: what waits in the stream's buffer goes there at the end, too.
+    # The descriptor itself: the rest of the stream's buffer goes there at the end, too.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend, and helpers that word it."""
+"""The exception for errors that the user can fix, and helpers for its text."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ T = TypeVar("T")
 class UsageError(ValueError):
     """The user asked for something impossible.
 
-    The text names the flag or file, the value and the way out. Entry points print it on one line, without a
+    The text names the flag or file, the value and the remedy. Entry points print it on one line, without a
     traceback, and exit with status 2 (`cli.run`).
     """
 
 
 class Stopped(RuntimeError):
-    """A run ended itself, in order and with a reason; entry points print it and exit with status 1."""
+    """A run stopped itself for a reason; entry points print the reason and exit with status 1."""
 
 
 _UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats, surrogates, line separators
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with every control character escaped: it cannot move the cursor, hide or begin a line.
+    """The text with every control character escaped: it cannot move the cursor, hide text or begin a line.
 
     Args:
         keep: control characters that stay.

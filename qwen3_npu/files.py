@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import xxhash
 
@@ -101,6 +101,14 @@ def check_writable_later(folder: Path, flag: str) -> None:
                 path.rmdir()
 
 
+class Digest(Protocol):
+    """A hash object, of hashlib or xxhash."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
 class Seal(NamedTuple):
     """Size and digest of a finished file."""
 
@@ -109,7 +117,7 @@ class Seal(NamedTuple):
 
 
 class SealedFile:
-    """A file written from start to end, whose digest is made from memory on the way, not from what is read back."""
+    """A file written from start to end, whose digest is computed from memory while it is written."""
 
     def __init__(self, path: str | Path) -> None:
         self.file = open(path, "wb", buffering=0)
@@ -129,7 +137,7 @@ class SealedFile:
         return self.size
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: writes are not buffered."""
 
     def close(self) -> Seal:
         """Flush to disk."""
@@ -138,18 +146,18 @@ class SealedFile:
         return Seal(self.size, self.hash.hexdigest())
 
 
-# The hash of new files: 128 bits of xxHash3, 17 times as fast as SHA-256 here. It tells damage, not forgery.
+# The hash of new files: 128 bits of xxHash3, 17 times as fast as SHA-256 here. It detects damage, not manipulation.
 HASH = "xxh3_128"
 
 
-def hashing(name: str) -> Any:
+def hashing(name: str) -> Digest:
     """A new hash object of this name (xxHash's or hashlib's). Raises: UsageError: it is not known."""
     if name not in (HASH, "sha256"):
         raise UsageError(f"hash {name!r} is not known; {HASH} and sha256 are")
     return xxhash.xxh3_128() if name == HASH else hashlib.sha256()
 
 
-def digest(path: Path, name: str = HASH, count: Callable[[int], None] = lambda done: None) -> str:
+def file_digest(path: Path, name: str = HASH, count: Callable[[int], None] = lambda done: None) -> str:
     """The digest of a file; `count` is told of every block's bytes."""
     found, block = hashing(name), bytearray(_BLOCK)
     with open(path, "rb", buffering=0) as file:

@@ -3,7 +3,7 @@
 A lease is a small file in or beside the output. It says which process writes there, and its time of modification moves
 every few seconds as a sign of life. It works on every file system that creates a file exclusively, across machines too;
 clocks are never compared. Whether a holder lives is read from the process table where both see the same one, and from
-its signs of life elsewhere. What a dead holder left is taken over, and said.
+its signs of life elsewhere. The lease of a dead holder is taken over, and the log says so.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from qwen3_npu.processes import process_table, started
 
 HEARTBEAT = 10.0  # seconds between signs of life
 PATIENCE = 60.0  # seconds without one until a holder on another machine is taken for dead
-_LOOK = 0.2  # seconds between looks at a lease that is being judged
+_LOOK = 0.2  # seconds between checks of a lease whose holder may be dead
 
 
 @dataclasses.dataclass(frozen=True)
-class Holder:
+class LeaseHolder:
     """The process that a lease belongs to.
 
     Attributes:
@@ -48,18 +48,20 @@ class Holder:
     token: str
 
     @staticmethod
-    def me() -> Holder:
+    def me() -> LeaseHolder:
         """This process."""
         pid, now = os.getpid(), datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-        return Holder(socket.gethostname(), process_table(), pid, started(pid) or "", since=now, token=uuid.uuid4().hex)
+        return LeaseHolder(
+            socket.gethostname(), process_table(), pid, started(pid) or "", since=now, token=uuid.uuid4().hex
+        )
 
     @staticmethod
-    def parse(text: str) -> Holder | None:
+    def parse(text: str) -> LeaseHolder | None:
         """None: this is no record of a holder, or a half-written one."""
         try:
             read = schema.record(schema.parse_json(text.encode(), "a lease"), "a lease")
-            words = {f.name: read.text(f.name) for f in dataclasses.fields(Holder) if f.name != "pid"}
-            return Holder(pid=read.integer("pid", least=0), **words)
+            words = {f.name: read.text(f.name) for f in dataclasses.fields(LeaseHolder) if f.name != "pid"}
+            return LeaseHolder(pid=read.integer("pid", least=0), **words)
         except UsageError:
             return None
 
@@ -93,7 +95,7 @@ class Lease:
     """
 
     def __init__(self, path: Path, what: str, remedy: str, *, wait: bool = False) -> None:
-        self.path, self.what, self.remedy, self.wait, self.me = path, what, remedy, wait, Holder.me()
+        self.path, self.what, self.remedy, self.wait, self.me = path, what, remedy, wait, LeaseHolder.me()
         self._stop = threading.Event()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ class Lease:
         self.release()
 
     def check(self) -> None:
-        """Before anything is written or replaced that others may write too.
+        """Call it before writing anything that others may write too.
 
         Raises:
             Stopped: another process holds the lease: this one was taken for dead.
@@ -127,7 +129,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Let others write. Does nothing in a process that was forked from the holder, nor a second time."""
+        """Release the lease. Does nothing in a process that was forked from the holder, nor a second time."""
         self._stop.set()
         holder = self._holder()
         if os.getpid() == self.me.pid and holder is not None and holder.token == self.me.token:
@@ -144,9 +146,9 @@ class Lease:
             flush(file)
         return True
 
-    def _holder(self) -> Holder | None:
+    def _holder(self) -> LeaseHolder | None:
         seen = _look(self.path)
-        return Holder.parse(seen.text) if seen else None
+        return LeaseHolder.parse(seen.text) if seen else None
 
     def _take_over(self) -> None:
         """Remove the lease of a dead holder. Raises: UsageError: the holder lives."""
@@ -166,14 +168,14 @@ class Lease:
             now = _look(self.path)
             if now == seen:
                 self.path.unlink()
-                holder = Holder.parse(seen.text) or "an unknown process"
+                holder = LeaseHolder.parse(seen.text) or "an unknown process"
                 log.warning(f"{self.what}: {holder} left its lease behind and {reason}; it is taken over")
         finally:
             guard.unlink(missing_ok=True)
 
     def _death(self, seen: _Seen) -> str | None:
         """How it is known that the holder is dead; None: look again. Raises: UsageError: it lives."""
-        holder = Holder.parse(seen.text)
+        holder = LeaseHolder.parse(seen.text)
         if holder is not None and holder.processes == self.me.processes and holder.host == self.me.host:
             if started(holder.pid) != holder.started:
                 return "has ended"
@@ -195,8 +197,8 @@ class Lease:
                 log.info(f"{self.what} is leased by {holder}: waiting {PATIENCE:.0f} s for a sign of life")
         return f"has given no sign of life for {PATIENCE:.0f} s"
 
-    def _alive(self, holder: Holder | None) -> None:
-        """Raises: UsageError: nobody wants to wait."""
+    def _alive(self, holder: LeaseHolder | None) -> None:
+        """Raises: UsageError: `wait` is not given."""
         if not self.wait:
             raise UsageError(
                 f"{self.what} is being written by {holder or 'another process'}; wait for it, end it, or {self.remedy}"
@@ -213,12 +215,12 @@ class Lease:
                     os.utime(self.path)
                 else:
                     return  # `check` tells
-            except OSError as error:  # a file system that is away for a moment is no reason to stop
+            except OSError as error:  # a file system that is unavailable for a moment is no reason to stop
                 log.warning(f"{self.path}: no sign of life could be written: {error.strerror}")
 
 
 def _look(path: Path) -> _Seen | None:
-    """None: there is no lease. Opened anew each time: network file systems show news to those who open."""
+    """None: there is no lease. Opened anew each time: network file systems show changes only after opening again."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return _Seen(file.read(4096), os.fstat(file.fileno()).st_mtime_ns)
@@ -227,7 +229,7 @@ def _look(path: Path) -> _Seen | None:
 
 
 def _remove_if_left(guard: Path) -> None:
-    """A guard is held for a moment; one that stays was left by a process that was killed in that moment."""
+    """A guard is held for a moment; one that remains is of a process that was killed in that moment."""
     before = _look(guard)
     for _ in range(10):
         time.sleep(_LOOK)

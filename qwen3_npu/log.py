@@ -1,4 +1,4 @@
-"""Console output of a distributed job: rank 0 is_main, the others only when something is wrong."""
+"""Console output of a distributed job: rank 0 prints everything, other ranks only warnings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Handler(logging.StreamHandler):
 
 def setup(rank: int = 0, world_size: int = 1) -> None:
     """Send this package's messages to stdout; ranks other than 0 print warnings only. Safe to call again."""
-    console.prepare()
+    console.escape_output()
     handler = _Handler(sys.stdout)
     handler.setFormatter(_Format(rank, world_size))
     LOGGER.handlers[:] = [handler]
@@ -60,7 +60,7 @@ def warning(message: str) -> None:
 
 
 def warning_once(message: str) -> None:
-    """A warning that every rank has reason for; rank 0 gives it."""
+    """A warning that concerns every rank; rank 0 prints it."""
     if not _silent:
         LOGGER.warning(message)
 

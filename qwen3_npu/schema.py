@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qwen3_npu.errors import UsageError, did_you_mean, printable
 
@@ -91,7 +91,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"it has {name}, which JSON has not")
 
 
@@ -169,7 +169,7 @@ def text(value: object, where: str) -> str:
     return value
 
 
-def flag(value: object, where: str) -> bool:
+def boolean(value: object, where: str) -> bool:
     """True or false. Raises: UsageError: it is neither; `where` names it."""
     if not isinstance(value, bool):
         raise UsageError(f"{where} is {shown(value)}; true or false is expected")
@@ -205,7 +205,7 @@ class Record:
     def __init__(self, fields: dict[str, Any], where: str) -> None:
         self.fields, self.where = fields, where
 
-    def _get(self, name: str, default: Any, read: Callable[[object, str], Any]) -> Any:
+    def _get(self, name: str, default: object, read: Callable[[object, str], Any]) -> Any:
         value = self.fields.get(name)
         if value is not None:
             return read(value, f"{self.where}: {printable(name)}")
@@ -213,33 +213,35 @@ class Record:
             raise UsageError(f"{self.where} has no {printable(name)}")
         return default
 
-    def integer(self, name: str, default: Any = _REQUIRED, *, least: int | None = None, most: int | None = None) -> Any:
+    def integer(
+        self, name: str, default: object = _REQUIRED, *, least: int | None = None, most: int | None = None
+    ) -> Any:
         """See `schema.integer`."""
         return self._get(name, default, lambda value, where: integer(value, where, least=least, most=most))
 
     def number(
-        self, name: str, default: Any = _REQUIRED, *, least: float | None = None, most: float | None = None
+        self, name: str, default: object = _REQUIRED, *, least: float | None = None, most: float | None = None
     ) -> Any:
         """See `schema.number`."""
         return self._get(name, default, lambda value, where: number(value, where, least=least, most=most))
 
-    def text(self, name: str, default: Any = _REQUIRED) -> Any:
+    def text(self, name: str, default: object = _REQUIRED) -> Any:
         """See `schema.text`."""
         return self._get(name, default, text)
 
-    def flag(self, name: str, default: Any = _REQUIRED) -> Any:
-        """See `schema.flag`."""
-        return self._get(name, default, flag)
+    def boolean(self, name: str, default: object = _REQUIRED) -> Any:
+        """See `schema.boolean`."""
+        return self._get(name, default, boolean)
 
-    def sequence(self, name: str, default: Any = _REQUIRED) -> Any:
+    def sequence(self, name: str, default: object = _REQUIRED) -> Any:
         """See `schema.sequence`."""
         return self._get(name, default, sequence)
 
-    def counts(self, name: str, default: Any = _REQUIRED) -> Any:
+    def counts(self, name: str, default: object = _REQUIRED) -> Any:
         """See `schema.counts`."""
         return self._get(name, default, counts)
 
-    def record(self, name: str, default: Any = _REQUIRED) -> Any:
+    def record(self, name: str, default: object = _REQUIRED) -> Any:
         """See `schema.record`."""
         return self._get(name, default, record)
 

@@ -84,7 +84,7 @@ def _saved(case: str, layers: int, device: str, kernel: str) -> int:
     with model_parallel(layout, parallel, RuntimeArgs()):
         config = transformer_config(arch, layout, parallel, train, overlaps_p2p_safely=False)
         parts = Parts(
-            kernels.select(kernel, device),
+            kernels.select_kernels(kernel, device),
             lora=lora,
             recompute_activation=train.recompute_activation_function,
         )

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Megatron checkpoint (converted or trained, any layout) -> Hugging Face directory.
-source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/common.sh" ||
+    { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
 MCORE_DIR="${MCORE_DIR:-./model_weights/qwen3_mcore}"
 HF_OUT_DIR="${HF_OUT_DIR:-./hf_weights/qwen3_hf}"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Alpaca records -> files for fine-tuning: <OUTPUT_PREFIX>_packed_{input_ids,attention_mask,labels}_document.bin and .idx
 # To see what is learned before anything is written: --check or --show 3
-source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/common.sh" ||
+    { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
 INPUT="${INPUT:-./dataset}"
 OUTPUT_PREFIX="${OUTPUT_PREFIX:-./finetune_dataset/alpaca}"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Text -> token files for pretraining: <OUTPUT_PREFIX>_text_document.bin and .idx
-source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/common.sh" ||
+    { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
 INPUT="${INPUT:-./dataset}"
 OUTPUT_PREFIX="${OUTPUT_PREFIX:-./dataset/enwiki}"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # MMLU, 5-shot, of Qwen3-32B on one node of 8 devices; other tasks: TASK and DATA_PATH.
-source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/recipes.sh" ||
+    { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
 defaults MODEL=qwen3_32b NNODES=1 NPUS_PER_NODE=8 TP=8 PP=1
 

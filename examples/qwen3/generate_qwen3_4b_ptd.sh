@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Generate text with Qwen3-4B on one node of 8 devices: PREDICT_DATA is a prompt or a file of prompts.
-source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/recipes.sh" ||
+    { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
 defaults MODEL=qwen3_4b NNODES=1 NPUS_PER_NODE=8 TP=1 PP=1
 

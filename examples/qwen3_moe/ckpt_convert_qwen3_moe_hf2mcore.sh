@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Qwen3-30B-A3B: Hugging Face weights -> Megatron shards. Checkpoints load in any layout; this one is that of pretraining.
-source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/common.sh" ||
+    { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
 HF_DIR="${HF_DIR:-./model_from_hf/qwen3_30b_a3b_hf}"
 MCORE_DIR="${MCORE_DIR:-./model_weights/qwen3_30b_a3b_mcore}"

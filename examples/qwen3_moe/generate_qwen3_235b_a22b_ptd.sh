@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Generate text with Qwen3-235B-A22B on 2 nodes of 8 devices: PREDICT_DATA is a prompt or a file of prompts.
-source "$(dirname "${BASH_SOURCE[0]}")/../recipes.sh"
+source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/recipes.sh" ||
+    { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
 defaults MODEL=qwen3_235b_a22b NNODES=2 NPUS_PER_NODE=8 TP=1 PP=2 EP=8
 

@@ -40,10 +40,14 @@ class ConvertArgs:
         None, choices=["bf16", "fp16", "fp32"], help="dtype to write; default: that of the source"
     )
     ckpt_format: str = flag(
-        "torch", choices=["torch", "torch_dist"], help="of a Megatron output; that of an input is found out"
+        "torch",
+        choices=["torch", "torch_dist"],
+        help="of a Megatron output; the format of an input is read from its folder",
     )
-    max_shard_size: float = flag(5.0, minimum=1e-6, unit="GB", help="largest .safetensors file of an HF output")
-    jobs: int | None = flag(None, minimum=1, unit="processes", help="files written at once; default: CPUs, up to 4")
+    max_shard_size: float = flag(
+        5.0, minimum=1e-6, maximum=1e6, unit="GB", help="largest .safetensors file of an HF output"
+    )
+    jobs: int | None = flag(None, minimum=1, unit="processes", help="files written in parallel; default: CPUs, up to 4")
     resume: bool = flag(False, help="continue a conversion that was interrupted")
     overwrite: bool = flag(False, help="replace an existing output")
     verify: bool = flag(
@@ -64,7 +68,7 @@ class LoraConvertArgs:
         None, minimum=1, help="rank, checked against the adapter; without --lora-load: merge the one in --load-dir"
     )
     lora_alpha: float | None = flag(
-        None, minimum=0, help="the adapter is scaled by alpha / r; needed only if its checkpoint does not say it"
+        None, above=0, help="the adapter is scaled by alpha / r; needed only if its checkpoint does not say it"
     )
     lora_target_modules: list[str] | None = flag(
         None,

@@ -14,7 +14,7 @@ from qwen3_npu.cli import Foreign, flag
 from qwen3_npu.errors import UsageError
 
 CUSTOM = "custom"
-TASKS = ("mmlu", "cmmlu", "ceval", "gsm8k", "boolq", "mmlu_ppl", CUSTOM)
+EVALUATION_TASKS = ("mmlu", "cmmlu", "ceval", "gsm8k", "boolq", "mmlu_ppl", CUSTOM)
 LM_EVAL, MINDSPEED = "lm-eval", "mindspeed"
 MATCHES = ("exact", "contains", "regex", "choice")
 
@@ -23,7 +23,7 @@ MATCHES = ("exact", "contains", "regex", "choice")
 class EvaluateArgs:
     """evaluation"""
 
-    task: list[str] = flag(choices=TASKS, help="benchmarks; custom: conversations with expected answers")
+    task: list[str] = flag(choices=EVALUATION_TASKS, help="benchmarks; custom: conversations with expected answers")
     task_data_path: list[str] = flag(
         metavar="PATH",
         names=("--eval-data-path",),
@@ -62,7 +62,7 @@ class EvaluateArgs:
     max_new_tokens: int | None = flag(None, minimum=1, unit="tokens", help="longest answer; default: the task's")
     log_samples: bool = flag(False, help="write every question with its answer into samples_<task>.jsonl")
     output_dir: str = flag(".", metavar="DIR", help="folder of results.json and the samples")
-    resume: bool = flag(True, help="go on where a run that was killed had stopped")
+    resume: bool = flag(True, help="continue a run that was interrupted")
 
     def __post_init__(self) -> None:
         if len(self.task_data_path) != len(self.task):
@@ -71,7 +71,7 @@ class EvaluateArgs:
             )
         self.mapping()
         if len(set(self.task)) != len(self.task):
-            raise UsageError(f"--task {' '.join(self.task)}: a task is there twice")
+            raise UsageError(f"--task {' '.join(self.task)}: a task is named twice")
 
     def mapping(self) -> dict[str, Any]:
         """--map-keys. Raises: UsageError: it is no JSON object."""
@@ -90,6 +90,11 @@ class EvaluationArgs(typing.NamedTuple):
     evaluate: EvaluateArgs
 
     @property
+    def scores(self) -> bool:
+        """See `InferenceArgs`."""
+        return False
+
+    @property
     def output_dir(self) -> str:
         """Where results go."""
         return self.evaluate.output_dir
@@ -101,7 +106,7 @@ _OTHER_PROMPTS = "--scoring chooses among two ways of asking"
 
 FOREIGN: dict[str, Foreign] = {
     **SHARED_FOREIGN,
-    "--broadcast": Foreign("copies of the model that share experts always go in step"),
+    "--broadcast": Foreign("copies of the model that share experts always make the same number of passes"),
     "--temperature": Foreign("the likeliest answer counts", nargs=1),
     "--top-k": Foreign("the likeliest answer counts", nargs=1),
     "--top-p": Foreign("the likeliest answer counts", nargs=1),

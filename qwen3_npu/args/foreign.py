@@ -7,7 +7,7 @@ from qwen3_npu.cli import Foreign
 _QWEN3 = "Qwen3 is always built so"
 _KERNELS = "--kernels chooses the implementation"
 _ALWAYS = "always on"
-# How much, as MindSpeed's own documents of these flags put it.
+# The speed-ups are those that MindSpeed's documents of these flags state.
 _PRODUCTS = "products of tensor parallelism hide no communication here: MindSpeed's steps are 3 to 8 % faster"
 _EXCHANGE = "exchanges of experts are not overlapped with computation here: MindSpeed's steps are 10 % or more faster"
 _PASSES = "forward and backward passes are not interleaved here: MindSpeed's steps are about 10 % faster again"
@@ -17,10 +17,10 @@ _SPECS = tuple(f"mindspeed_llm.tasks.models.spec.{name}_spec layer_spec" for nam
 _MIGRATION = "it is MindFormers'; docs/migration.md has the command here"
 _EXPERTS = "experts are always stacked and multiplied together"
 
-FOREIGN: dict[str, Foreign] = {
-    # the architecture, said again
+FOREIGN_TRAINING: dict[str, Foreign] = {
+    # flags that repeat the architecture
     "--use-mcore-models": Foreign("there is no other implementation"),
-    "--spec": Foreign("Qwen3 has one specification, and code of others is not loaded", nargs="+", only=_SPECS),
+    "--spec": Foreign("Qwen3 has one specification, and code from elsewhere is not loaded", nargs="+", only=_SPECS),
     "--transformer-impl": Foreign("there is no other implementation", nargs=1),
     "--model-type-hf": Foreign("config.json says it", nargs=1),
     "--group-query-attention": Foreign(_QWEN3),
@@ -94,5 +94,5 @@ FOREIGN: dict[str, Foreign] = {
     "--run_mode": Foreign(_MIGRATION, nargs=1, refused=True),
     "--auto_trans_ckpt": Foreign(_MIGRATION, nargs="?", refused=True),
     "--num-workers": Foreign("samples are read from memory-mapped files without workers", nargs=1),
-    "--no-create-attention-mask-in-dataloader": Foreign("no mask of the size of the square is ever made"),
+    "--no-create-attention-mask-in-dataloader": Foreign("no mask of size [sequence, sequence] is made"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from qwen3_npu.args.foreign import FOREIGN as TRAINING
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preprocess import THINKING
@@ -14,7 +14,10 @@ from qwen3_npu.errors import UsageError
 
 DEFAULT_PROMPT = "how are you?"  # MindSpeed-LLM v2.1.0's
 _OPEN = "default: generation_config.json's, else"
-TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+GENERATION_TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat", "score")
+
+
+PREFILL_TOKENS = 4096  # new prompts' tokens of one pass, unless a single prompt has more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,11 +29,11 @@ class WeightArgs:
     )
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
     lora_load: str | None = flag(None, metavar="DIR", help="LoRA adapter to merge: PEFT, or a Megatron checkpoint")
-    lora_alpha: float | None = flag(None, minimum=0, help="of an adapter whose checkpoint does not say it")
+    lora_alpha: float | None = flag(None, above=0, help="of an adapter whose checkpoint does not say it")
     allow_nonfinite_weights: bool = flag(False, help="run weights with NaN or infinite values, too")
     bf16: bool = flag(False, help="weights and activations in bfloat16; default: float32")
     use_kv_cache: bool = flag(True, help="keep keys and values between tokens")
-    prefix_cache: bool = flag(True, help="compute what prompts begin with in common only once")
+    prefix_cache: bool = flag(True, help="compute the beginning that prompts share only once")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,40 +88,51 @@ class PromptArgs:
 class GenerateArgs:
     """generation"""
 
-    task: list[str] = flag(["greedy"], choices=TASKS, help="what to do, one after the other")
+    task: list[str] = flag(
+        ["greedy"],
+        choices=GENERATION_TASKS,
+        help="what to do, one after the other; score: rate the answers of --predict-data (reward models)",
+    )
     prompt: list[str] | None = flag(
         None, metavar="TEXT", help=f'prompts; without any, and without --predict-data: "{DEFAULT_PROMPT}"'
     )
     predict_data: str | None = flag(
         None, metavar="TEXT|FILE", help="a prompt, or a file of them: one a line, or .jsonl with prompt or messages"
     )
-    predict_batch_size: int = flag(8, minimum=1, unit="sequences", help="worked on at the same time by each model")
+    predict_batch_size: int = flag(
+        8, minimum=1, unit="sequences", help="prompts that each copy of the model processes at the same time"
+    )
     max_new_tokens: int = flag(128, minimum=1, unit="tokens", help="longest answer")
     temperature: float | None = flag(None, minimum=0, help=f"logits are divided by it when sampling; {_OPEN} 0.7")
     top_k: int | None = flag(None, minimum=0, unit="tokens", help=f"sample among the likeliest; 0: all; {_OPEN} 50")
     top_p: float | None = flag(
-        None, minimum=0, help=f"sample among the likeliest whose probabilities add up to it; 1: all; {_OPEN} 0.95"
+        None,
+        above=0,
+        maximum=1,
+        help=f"sample among the likeliest whose probabilities add up to it; 1: all; {_OPEN} 0.95",
     )
     num_beams: int = flag(4, minimum=1, unit="beams", help="sequences that a beam search follows")
-    length_penalty: float = flag(1.0, help="beams are ranked by log-likelihood / length to this power")
+    length_penalty: float = flag(
+        1.0, minimum=-10, maximum=10, help="beams are ranked by log-likelihood / length to this power"
+    )
     repetition_penalty: float | None = flag(
-        None, minimum=0, help=f"logits of tokens that occurred are reduced by this factor; {_OPEN} 1"
+        None, above=0, help=f"logits of tokens that occurred are reduced by this factor; {_OPEN} 1"
     )
     stop: list[str] | None = flag(None, metavar="TEXT", help="texts that end an answer (they are not part of it)")
     stream: bool = flag(False, help="print answers while they are made, one prompt after the other")
     history_turns: int = flag(3, minimum=0, unit="turns", help="questions and answers that a chat remembers")
     hide_thinking: bool = flag(False, help="do not show the model's thoughts in a chat; default: dimmed")
-    output_dir: str = flag(".", metavar="DIR", help="folder of text_generation_result.jsonl and .txt")
-    resume: bool = flag(True, help="go on where a run that was killed had stopped")
+    output_dir: str = flag(
+        ".", metavar="DIR", help="folder of text_generation_result.jsonl and .txt, and reward_result.jsonl"
+    )
+    resume: bool = flag(True, help="continue a run that was interrupted")
 
     def __post_init__(self) -> None:
+        if "score" in self.task and (len(self.task) > 1 or self.prompt or not self.predict_data):
+            raise UsageError("--task score stands alone and reads the answers of a file: give it with --predict-data")
         sampled = [task for task in self.task if task in ("do_sample", "beam_search_with_sampling")]
         if sampled and self.temperature == 0:
             raise UsageError(f"--task {sampled[0]} needs --temperature above 0; --task greedy has none")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p {self.top_p}: a probability above 0 and up to 1 is expected")
-        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
-            raise UsageError(f"--repetition-penalty {self.repetition_penalty} must be above 0; 1 changes nothing")
 
 
 class InferenceArgs(typing.NamedTuple):
@@ -133,6 +147,11 @@ class InferenceArgs(typing.NamedTuple):
     generate: GenerateArgs
 
     @property
+    def scores(self) -> bool:
+        """Whether the model gives rewards and writes nothing."""
+        return self.generate.task == ["score"]
+
+    @property
     def output_dir(self) -> str:
         """Where results go."""
         return self.generate.output_dir
@@ -145,7 +164,7 @@ _LORA = "the adapter's tensors say it"
 _FOUND = "the folder shows it"
 
 SHARED_FOREIGN: dict[str, Foreign] = {
-    **TRAINING,
+    **FOREIGN_TRAINING,
     "--micro-batch-size": Foreign("--predict-batch-size and --evaluation-batch-size are the sizes here", nargs=1),
     "--global-batch-size": Foreign(_TRAINED, nargs=1),
     "--train-iters": Foreign(_TRAINED, nargs=1),

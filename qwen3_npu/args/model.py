@@ -29,20 +29,20 @@ class ModelArgs:
 class ShapeArgs:
     """shapes (assertions: a value that contradicts the model is an error)"""
 
-    num_layers: int | None = flag(None, unit="layers", help="transformer layers, no-op layers included")
-    hidden_size: int | None = flag(None, help="width of the residual stream")
-    ffn_hidden_size: int | None = flag(None, help="width of the MLP (intermediate_size)")
-    num_attention_heads: int | None = flag(None, unit="heads", help="query heads")
-    num_query_groups: int | None = flag(None, unit="heads", help="key/value heads")
-    kv_channels: int | None = flag(None, help="size of one head (head_dim)")
-    rotary_base: float | None = flag(None, help="rope_theta")
-    norm_epsilon: float | None = flag(None, help="rms_norm_eps")
-    vocab_size: int | None = flag(None, unit="rows", help="rows of the embedding, without padding")
+    num_layers: int | None = flag(None, minimum=1, unit="layers", help="transformer layers, no-op layers included")
+    hidden_size: int | None = flag(None, minimum=1, help="width of the residual stream")
+    ffn_hidden_size: int | None = flag(None, minimum=1, help="width of the MLP (intermediate_size)")
+    num_attention_heads: int | None = flag(None, minimum=1, unit="heads", help="query heads")
+    num_query_groups: int | None = flag(None, minimum=1, unit="heads", help="key/value heads")
+    kv_channels: int | None = flag(None, minimum=1, help="size of one head (head_dim)")
+    rotary_base: float | None = flag(None, above=0, help="rope_theta")
+    norm_epsilon: float | None = flag(None, above=0, help="rms_norm_eps")
+    vocab_size: int | None = flag(None, minimum=1, unit="rows", help="rows of the embedding, without padding")
     untie_embeddings_and_output_weights: bool | None = flag(None, help="output layer has its own weight")
-    num_experts: int | None = flag(None, help="experts of each MoE layer")
-    moe_router_topk: int | None = flag(None, unit="experts", help="experts that each token uses")
+    num_experts: int | None = flag(None, minimum=1, help="experts of each MoE layer")
+    moe_router_topk: int | None = flag(None, minimum=1, unit="experts", help="experts that each token uses")
     moe_ffn_hidden_size: int | None = flag(
-        None, names=("--moe-intermediate-size",), help="width of one expert (moe_intermediate_size)"
+        None, minimum=1, names=("--moe-intermediate-size",), help="width of one expert (moe_intermediate_size)"
     )
     norm_topk_prob: bool | None = flag(None, help="router weights of the chosen experts add up to 1")
     padded_vocab_size: int | None = flag(None, minimum=1, unit="rows", help="rows of the embedding after padding")
@@ -78,13 +78,13 @@ class ShapeArgs:
     beta_fast: float | None = flag(
         None,
         names=("--rope-scaling-beta-fast", "--yarn-beta-fast"),
-        minimum=0,
+        above=0,
         help="yarn: dimensions that turn more often stay as they are [turns; 32]",
     )
     beta_slow: float | None = flag(
         None,
         names=("--rope-scaling-beta-slow", "--yarn-beta-slow"),
-        minimum=0,
+        above=0,
         help="yarn: dimensions that turn less often are divided by the factor [turns; 1]",
     )
     rope_scaling_mscale: float | None = flag(
@@ -99,8 +99,12 @@ class ShapeArgs:
     original_max_position_embeddings: int | None = flag(
         None, minimum=1, unit="tokens", help="llama3: longest sequence that the model was trained with before"
     )
-    low_freq_factor: float | None = flag(None, minimum=0, help="llama3: longer waves are stretched wholly")
-    high_freq_factor: float | None = flag(None, minimum=0, help="llama3: shorter waves stay as they are")
+    low_freq_factor: float | None = flag(
+        None, above=0, help="llama3: dimensions with longer wavelengths are divided by the factor"
+    )
+    high_freq_factor: float | None = flag(
+        None, above=0, help="llama3: dimensions with shorter wavelengths stay as they are"
+    )
     use_rope_scaling: bool | None = flag(None, help="as Megatron: llama3 over 8192 positions with factors 1 and 4")
     rotary_seq_len_interpolation_factor: float | None = flag(
         None, minimum=1, help="linear: positions are divided by this"
@@ -137,13 +141,14 @@ def shaped(shape: ShapeArgs, arch: Qwen3Arch, noop_layers: int = 0) -> Qwen3Arch
 
 
 def positions_note(arch: Qwen3Arch, before: Qwen3Arch) -> list[str]:
-    """What is done about positions that the model did not have before the flags, a line or none."""
+    """How the flags extend the model's positions, in one line; None: they do not."""
     how = str(arch.rope_scaling) if arch.rope_scaling else "plain RoPE, as trained"
     if arch.max_position_embeddings > before.max_position_embeddings:
         if arch.rope_scaling is None:
             how = (
-                f"plain RoPE stretched beyond the {before.max_position_embeddings} of the model: it has not seen such "
-                f"distances; --rope-scaling-type yarn is the other way"
+                f"plain RoPE stretched beyond the {before.max_position_embeddings} of the model: the "
+                "model was not trained on such "
+                f"distances; --rope-scaling-type yarn is the alternative"
             )
     elif arch.rope_scaling is None:
         return []

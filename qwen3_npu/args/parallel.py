@@ -52,12 +52,16 @@ class RuntimeArgs:
     kernel_overrides: list[str] = flag(
         [], metavar="OPERATION=IMPLEMENTATION", help="other implementations for single operations: attention=reference"
     )
-    seed: int = flag(1234, minimum=0, help="of weights, dropout and data order")
+    seed: int = flag(1234, minimum=0, maximum=2**32 - 1, help="random seed of weights, dropout and data order")
     deterministic: bool = flag(
-        False, names=("--npu-deterministic", "--use-deter-comp"), help="only operations that repeat bit for bit"
+        False,
+        names=("--npu-deterministic", "--use-deter-comp"),
+        help="only operations whose results are equal bit for bit in every run",
     )
-    dry_run: bool = flag(False, help="check flags, model, layout and data, say what would be done, and stop")
-    distributed_timeout_minutes: float = flag(10, minimum=0.1, unit="min", help="longest wait in a collective")
+    dry_run: bool = flag(False, help="check flags, model, layout and data, print what would be done, and stop")
+    distributed_timeout_minutes: float = flag(
+        10, minimum=0.1, maximum=525600, unit="min", help="longest wait in a collective"
+    )
 
 
 def make_layout(

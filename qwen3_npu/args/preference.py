@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.cli import flag
+from qwen3_npu.cli import flag, option
 from qwen3_npu.errors import UsageError
 
 # Stages that learn from answers that people prefer, and whether they compare with a reference model.
-STAGES = {"dpo": True, "orpo": False, "simpo": False, "kto": True}
+PREFERENCE_STAGES = {"dpo": True, "orpo": False, "simpo": False, "kto": True, "rm": False}
+# Flag -> the stages that it says something to.
+_STAGES_OF = {
+    "dpo_loss_type": ("dpo",),
+    "dpo_beta": ("dpo", "orpo", "simpo", "kto"),
+    "dpo_label_smoothing": ("dpo", "simpo"),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "pref_ftx": ("dpo", "orpo", "simpo"),
+    "ref_model": ("dpo", "kto"),
+    "refer_model_iter": ("dpo", "kto"),
+    "ref_logprobs": ("dpo", "kto"),
+    "is_pairwise_dataset": ("dpo", "orpo", "simpo", "rm"),
+    "center_rewards_coefficient": ("rm",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceArgs:
-    """preference training (--stage dpo, orpo, simpo or kto)"""
+    """preference training (--stage dpo, orpo, simpo, kto or rm)"""
 
     dpo_loss_type: str = flag(
         "sigmoid",
@@ -23,11 +38,12 @@ class PreferenceArgs:
     )
     dpo_beta: float = flag(
         0.1,
+        above=0,
         names=("--beta",),
         help="pull to the reference (dpo, kto), strength of the odds ratio (orpo) or scale of rewards (simpo)",
     )
     dpo_label_smoothing: float = flag(
-        0.0, minimum=0, help="probability that a preference is wrong (conservative DPO); below 0.5"
+        0.0, minimum=0, below=0.5, help="probability that a preference is wrong (conservative DPO); below 0.5"
     )
     simpo_gamma: float = flag(0.5, minimum=0, help="margin of rewards that simpo asks for (arXiv:2405.14734)")
     desirable_weight: float = flag(1.0, minimum=0, help="weight of kto's losses of desirable answers")
@@ -47,13 +63,24 @@ class PreferenceArgs:
     )
     is_pairwise_dataset: bool = flag(False, help="--data-path holds pairs of answers, as --stage dpo says too")
 
+    center_rewards_coefficient: float = flag(
+        0.0, minimum=0, help="weight of the squared sum of both rewards of a pair, which keeps rm's rewards near 0"
+    )
+
     def __post_init__(self) -> None:
-        if self.dpo_beta <= 0:
-            raise UsageError(f"--dpo-beta {self.dpo_beta} must be above 0")
-        if self.dpo_label_smoothing >= 0.5:
-            raise UsageError(f"--dpo-label-smoothing {self.dpo_label_smoothing} must be below 0.5")
         if self.desirable_weight == self.undesirable_weight == 0:
             raise UsageError("--desirable-weight 0 --undesirable-weight 0: nothing would be learned")
+
+    def check_stage(self, stage: str) -> None:
+        """Raises: UsageError: a flag that says nothing to this stage is given."""
+        for field in dataclasses.fields(self):
+            stages = _STAGES_OF[field.name]
+            if stage not in stages and getattr(self, field.name) != field.default:
+                value = getattr(self, field.name)
+                given = option(field.name) + ("" if value is True else f" {value}")
+                raise UsageError(
+                    f"{given} has no effect with --stage {stage}; it belongs to --stage {' or '.join(stages)}"
+                )
 
     def check_kto(self, micro_batch: int) -> None:
         """Raises: UsageError: --stage kto cannot do what the flags say."""
@@ -67,8 +94,3 @@ class PreferenceArgs:
                 "--ref-logprobs cache: --stage kto asks the reference about each prompt with another's answer, which "
                 "changes with the micro-batch; give --ref-logprobs model"
             )
-        if self.is_pairwise_dataset:
-            raise UsageError("--is-pairwise-dataset: --stage kto reads single answers with a label, not pairs")
-        for name in ("pref_ftx", "dpo_label_smoothing"):
-            if getattr(self, name):
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is for pairs, not for --stage kto")

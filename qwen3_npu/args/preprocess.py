@@ -51,9 +51,6 @@ class InputArgs:
         help="files, folders or patterns of .jsonl .json .parquet .arrow .csv .txt, WikiText's .tokens (.gz or .zst "
         "may follow), or the name of a Hugging Face dataset; with --merge-group-keys a folder of .bin/.idx pairs",
     )
-    hf_datasets_params: str | None = flag(
-        None, metavar="FILE", help="JSON file of arguments for datasets.load_dataset (path, name, split, ..)"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +62,9 @@ class RecordArgs:
         metavar="NAME",
         help=f"what the records are: {', '.join(HANDLER_NAMES)}, or module:function of your own; default: text "
         f"({TEXT_HANDLER})",
+    )
+    hf_datasets_params: str | None = flag(
+        None, metavar="FILE", help="JSON file of arguments for datasets.load_dataset (path, name, split, ..)"
     )
     json_keys: list[str] = flag(["text"], metavar="KEY", help="columns of pretraining text; each gives its own files")
     map_keys: str | None = flag(
@@ -118,10 +118,14 @@ class InstructionArgs:
         help="answers without thoughts get empty ones: true: to learn, none: given; false: given, and thoughts removed",
     )
     seq_length: int | None = flag(None, minimum=2, unit="tokens", help="samples stay below it; packs have it exactly")
-    overlong: str = flag("cut", choices=["cut", "drop"], help="what happens to longer samples (both are counted)")
-    pack: bool = flag(False, help="several samples in one of --seq-length tokens")
+    overlong: str = flag(
+        "cut", choices=["cut", "drop"], help="truncate longer samples or leave them out; both are counted"
+    )
+    pack: bool = flag(False, help="join several samples into one of --seq-length tokens")
     neat_pack: bool = flag(False, help="with --pack: keep the boundaries, so that samples do not attend to each other")
-    n_subs: int = flag(1, minimum=1, unit="subsets", help="with --pack: parts of the data that are packed apart")
+    n_subs: int = flag(
+        1, minimum=1, unit="subsets", help="with --pack: number of parts of the data that are packed separately"
+    )
 
     def __post_init__(self) -> None:
         if self.pack and self.seq_length is None:
@@ -134,9 +138,9 @@ class InstructionArgs:
             )
 
     def check_packing(self) -> None:
-        """For what preprocesses; data that are packed already need no --pack. Raises: UsageError."""
+        """Checks for preprocessing; data that are packed already need no --pack. Raises: UsageError."""
         if self.neat_pack and not self.pack:
-            raise UsageError("--neat-pack says how to pack; it needs --pack")
+            raise UsageError("--neat-pack needs --pack")
 
     @property
     def thinking(self) -> bool | None:
@@ -158,12 +162,12 @@ class OutputArgs:
         None, minimum=1, unit="threads", help="work at once; the output is the same for any; default: CPUs"
     )
     log_interval: int = flag(1000, minimum=1, unit="records", help="between progress lines, at most one in 10 s")
-    resume: bool = flag(False, help="go on with a run that was killed, after its last finished part")
+    resume: bool = flag(False, help="continue a run that was interrupted, after its last finished part")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckArgs:
-    """looking before writing"""
+    """checks before writing"""
 
     check: bool = flag(False, help="write nothing: statistics and warnings")
     show: int = flag(0, minimum=0, unit="samples", help="write nothing: show samples, what is learned in colour")
@@ -191,7 +195,7 @@ _TRAINING = "training pads the vocabulary"
 _STREAM = "inputs are always read as streams, nothing is cached"
 _TOKENIZER = "--tokenizer-name-or-path is all it takes"
 _SENTENCES = "documents are not split into sentences"
-_OTHER_MODELS = "Qwen3's templates have no such thing"
+_OTHER_MODELS = "Qwen3's templates do not have this"
 _LLAMA_FACTORY = "dataset_info.json is not read; give the file as --input, its columns as --map-keys"
 
 FOREIGN: dict[str, Foreign] = {

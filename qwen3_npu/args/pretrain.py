@@ -11,8 +11,9 @@ from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.tools.plan import VerdictArgs
+from qwen3_npu.args.trackers import TrackerArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
-from qwen3_npu.args.watch import WatchArgs
+from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 
 
 class PretrainArgs(typing.NamedTuple):
@@ -32,8 +33,10 @@ class PretrainArgs(typing.NamedTuple):
     checkpoint: CheckpointArgs
     exits: ExitArgs
     report: ReportArgs
+    trackers: TrackerArgs
     profile: ProfileArgs
     watch: WatchArgs
+    spikes: SpikeArgs
     verdict: VerdictArgs
     preference: PreferenceArgs
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from qwen3_npu.args.preference import STAGES as PREFERENCE_STAGES
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.rules.resume import REFUSED
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import same_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,18 @@ class TrainArgs:
         None, minimum=0, unit="steps", help="optimizer steps of the whole training; or one of the next two"
     )
     train_samples: int | None = flag(
-        None, minimum=1, unit="samples", help="samples of the whole training; what fills no --global-batch-size is left"
+        None,
+        minimum=1,
+        unit="samples",
+        help="samples of the whole training; a last incomplete --global-batch-size is dropped",
     )
     epochs: float | None = flag(
-        None, minimum=0, help="times that the whole training sees each sample; the last step may see some once more"
+        None, above=0, help="times that the whole training sees each sample; the last step may see some once more"
     )
     seq_length: int = flag(4096, minimum=1, unit="tokens", help="tokens of a sample")
     bf16: bool = flag(False, help="weights and activations in bfloat16, optimizer state in float32; default: float32")
-    attention_dropout: float = flag(0.0, minimum=0, help="dropout of attention weights")
-    hidden_dropout: float = flag(0.0, minimum=0, help="dropout of the residual branches")
+    attention_dropout: float = flag(0.0, minimum=0, below=1, help="dropout of attention weights")
+    hidden_dropout: float = flag(0.0, minimum=0, below=1, help="dropout of the residual branches")
     init_method_std: float = flag(0.02, minimum=0, help="standard deviation of random initial weights")
     recompute_granularity: str | None = flag(
         None, choices=["full", "selective"], help="recompute whole layers, or --recompute-modules of them, in backward"
@@ -66,7 +69,10 @@ class TrainArgs:
     )
     moe_z_loss_coeff: float | None = flag(None, minimum=0, help="weight of the router's z loss")
     moe_expert_capacity_factor: float | None = flag(
-        None, minimum=0, help="tokens an expert takes, times its even share; others are dropped; default: none is"
+        None,
+        above=0,
+        help="capacity of an expert, as a multiple of its even share of tokens; tokens above it are "
+        "dropped; default: none",
     )
     moe_token_drop_policy: str = flag("probs", choices=["probs", "position"], help="which tokens are dropped first")
     moe_pad_expert_input_to_capacity: bool = flag(False, help="pad every expert's tokens to its capacity")
@@ -86,8 +92,6 @@ class TrainArgs:
             given = [f"{name} {value}" for name, value in lengths.items() if value is not None]
             what = " and ".join(given) or "how long is the training?"
             raise UsageError(f"{what}: give exactly one of {', '.join(lengths)}")
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise UsageError(f"--epochs {self.epochs}: it must be above 0 and finite")
         if self.recompute_granularity == "full" and None in (self.recompute_method, self.recompute_num_layers):
             raise UsageError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
         if self.recompute_granularity != "full" and self.recompute_method is not None:
@@ -119,16 +123,16 @@ class OptimizerArgs:
         None, minimum=1, unit="samples", help="with --train-samples: end of the decay; default: --train-samples"
     )
     lr_warmup_samples: int = flag(0, minimum=0, unit="samples", help="with --train-samples: linear warm-up")
-    lr_warmup_fraction: float | None = flag(None, minimum=0, help="warm-up as a fraction of the decay steps")
+    lr_warmup_fraction: float | None = flag(None, minimum=0, below=1, help="warm-up as a fraction of the decay steps")
     lr_warmup_init: float = flag(0.0, minimum=0, help="learning rate at the start of the warm-up")
     lr_wsd_decay_iters: int | None = flag(None, minimum=1, unit="steps", help="last steps in which WSD decays")
     lr_wsd_decay_style: str = flag(
         "exponential", choices=["exponential", "linear", "cosine", "minus_sqrt"], help="shape of WSD's decay"
     )
     weight_decay: float = flag(0.01, minimum=0, help="decoupled, on matrices only")
-    adam_beta1: float = flag(0.9, minimum=0, help="decay of the first moment")
-    adam_beta2: float = flag(0.999, minimum=0, help="decay of the second moment")
-    adam_eps: float = flag(1e-8, minimum=0, help="added to the root of the second moment")
+    adam_beta1: float = flag(0.9, minimum=0, below=1, help="decay of the first moment")
+    adam_beta2: float = flag(0.999, minimum=0, below=1, help="decay of the second moment")
+    adam_eps: float = flag(1e-8, above=0, help="added to the root of the second moment")
     clip_grad: float = flag(1.0, minimum=0, help="largest gradient norm; 0: no clipping")
     use_distributed_optimizer: bool = flag(False, help="shard optimizer state over data-parallel ranks (ZeRO-1)")
     overlap_grad_reduce: bool = flag(False, help="reduce gradients while backward runs")
@@ -138,8 +142,6 @@ class OptimizerArgs:
         warmups = {"--lr-warmup-iters": self.lr_warmup_iters, "--lr-warmup-samples": self.lr_warmup_samples}
         if len(given := [n for n, v in {**warmups, "--lr-warmup-fraction": self.lr_warmup_fraction}.items() if v]) > 1:
             raise UsageError(f"{' and '.join(given)} say the same thing; give one")
-        if self.lr_warmup_fraction is not None and self.lr_warmup_fraction >= 1:
-            raise UsageError(f"--lr-warmup-fraction {self.lr_warmup_fraction} must be below 1")
         if self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
@@ -152,7 +154,7 @@ class OptimizerArgs:
 DATA_KINDS = {
     "text": "--stage pt",
     "instruction data": "--stage sft",
-    "pairs": "--stage dpo, orpo or simpo",
+    "pairs": "--stage dpo, orpo, simpo or rm",
     "labelled answers": "--stage kto",
 }
 
@@ -225,6 +227,11 @@ class CheckpointArgs:
     """checkpoints"""
 
     load: str | None = flag(None, metavar="DIR", help="checkpoint folder to start from or to resume")
+    from_scratch: bool = flag(
+        False,
+        help="pretraining from random weights, without --load; with --load and --save naming one folder the training "
+        "resumes what it has saved there",
+    )
     save: str | None = flag(None, metavar="DIR", help="checkpoint folder to write")
     save_interval: int | None = flag(None, minimum=1, unit="steps", help="between checkpoints; always one at the end")
     save_total_limit: int | None = flag(
@@ -240,7 +247,7 @@ class CheckpointArgs:
         None, metavar="DIR", help="where they go, as mg2hf_iteration<N>; default: --save, which all nodes must share"
     )
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
-    finetune: bool = flag(False, help="take only the weights: step 0, new optimizer, new data order")
+    finetune: bool = flag(False, help="load only the weights: step 0, new optimizer, new data order")
     load_optim: bool = flag(True, help="load the optimizer's state")
     load_rng: bool = flag(True, help="load the random generators' state")
     save_optim: bool = flag(True, help="save the optimizer's state")
@@ -249,13 +256,21 @@ class CheckpointArgs:
     allow_changed: list[str] = flag(
         [],
         choices=list(REFUSED),
-        help="resume although this is another than in the checkpoint; the position in the data may then be meaningless",
+        help="resume although these settings differ from the checkpoint's; the position in the data "
+        "may then be meaningless",
     )
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:
         if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
             raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
+        if self.from_scratch and self.finetune:
+            raise UsageError("--from-scratch and --finetune contradict each other: fine-tuning needs weights (--load)")
+        if self.from_scratch and self.load is not None and (self.save is None or not same_folder(self.load, self.save)):
+            raise UsageError(
+                f"--from-scratch and --load {self.load} contradict each other; drop one (--load may only be --save, "
+                f"to resume)"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,7 +281,7 @@ class ExitArgs:
         10,
         minimum=0,
         unit="steps",
-        help="steps in a row that may be skipped for a NaN or Inf in loss or gradients",
+        help="consecutive steps that may be skipped for NaN or Inf in loss or gradients",
     )
     exit_signal_handler: bool = flag(False, help="on SIGTERM or SIGUSR1 save a checkpoint and end")
     exit_duration_in_mins: float | None = flag(None, minimum=0, unit="min", help="save a checkpoint and end after this")

@@ -22,3 +22,31 @@ class WatchArgs:
     straggler_interval: int = flag(
         100, minimum=0, unit="steps", help="between comparisons of the ranks' own work; 0: none"
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpikeArgs:
+    """spikes and silent corruption"""
+
+    spike_guard: str = flag(
+        "off",
+        choices=["off", "skip", "rollback"],
+        help="of a step whose loss or gradient norm leaps: warn; leave its update out; or go back to the newest "
+        "checkpoint and on without its samples, which --save/quarantine.jsonl lists",
+    )
+    spike_sigma: float = flag(
+        6.0, minimum=1, help="a spike is so many deviations (by the median, of the last 128 steps) above the usual"
+    )
+    max_rollbacks: int = flag(5, minimum=0, help="with --spike-guard rollback: one more ends the training")
+    replica_check_interval: int = flag(
+        0,
+        minimum=0,
+        unit="steps",
+        help="between comparisons of the weights that ranks hold in common; one also precedes each checkpoint; a rank "
+        "that differs ends the training, or with --spike-guard rollback reloads; 0: none",
+    )
+    npu_asd: str | None = flag(
+        None,
+        choices=["detect", "checksum"],
+        help="torch_npu's own detection of silent corruption (NPU_ASD_CONFIG), alone or with checksums of products",
+    )

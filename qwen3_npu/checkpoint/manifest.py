@@ -1,7 +1,7 @@
-"""Is a checkpoint whole? Size and digest of each of its files: made while they are written, checked before loading.
+"""Whether a checkpoint is complete: size and digest of each file, computed while it is written, checked before loading.
 
 <folder>/integrity.json          {"hash": "xxh3_128", "by": "training", "files": {"common.pt": {"bytes": ..}}}
-        /integrity.00003.json    what rank 3 wrote, until rank 0 has put all of them together
+        /integrity.00003.json    what rank 3 wrote, until rank 0 has joined all of them
 <output>/conversion.json         of a conversion: what was converted from what, with the SHA-256 of every tensor
 
 `integrity.json` lies beside the weights of a training's and of a converted checkpoint alike. Older ones have no "hash"
@@ -21,7 +21,7 @@ import numpy as np
 
 from qwen3_npu import __version__
 from qwen3_npu.errors import UsageError
-from qwen3_npu.files import HASH, Seal, digest, write_text
+from qwen3_npu.files import HASH, Seal, file_digest, write_text
 from qwen3_npu.schema import read_record
 
 INTEGRITY, CONVERSION = "integrity.json", "conversion.json"
@@ -30,7 +30,7 @@ Count = Callable[[int], None]
 
 
 def _uncounted(done: int) -> None:
-    """Nobody wants to know."""
+    """Counts nothing."""
 
 
 def write_integrity(folder: Path, by: str, seals: Mapping[str, Seal]) -> None:
@@ -49,7 +49,7 @@ def part(rank: int) -> str:
     return f"integrity.{rank:05d}.json"
 
 
-def write_part(folder: Path, rank: int, seals: Mapping[str, Seal], notes: Any = None) -> None:
+def write_part(folder: Path, rank: int, seals: Mapping[str, Seal], notes: object = None) -> None:
     """Say that a rank has finished its files; `notes` are for the rank that puts everything together."""
     write_text(folder / part(rank), json.dumps({"files": seals, "notes": notes}))
 
@@ -62,7 +62,7 @@ def read_parts(folder: Path, ranks: Sequence[int]) -> tuple[dict[str, Seal], lis
 
 
 def drop_parts(folder: Path, ranks: Sequence[int]) -> None:
-    """Once `write_integrity` has put them together."""
+    """Delete the parts once `write_integrity` has joined them."""
     for rank in ranks:
         (folder / part(rank)).unlink()
 
@@ -82,7 +82,7 @@ class Integrity:
     files: dict[str, Seal]
 
     def share(self, rank: int, ranks: int) -> list[str]:
-        """The files that one of several ranks looks at: the largest is the first rank's, the next the second's."""
+        """The files that one of several ranks checks: the largest is the first rank's, the next the second's."""
         return sorted(self.files, key=lambda name: (-self.files[name].bytes, name))[rank::ranks]
 
     def share_bytes(self, rank: int, ranks: int) -> int:
@@ -121,7 +121,7 @@ def damage(folder: Path, rank: int = 0, ranks: int = 1, count: Count = _uncounte
     """What is wrong with a sealed folder, a line each.
 
     Args:
-        rank, ranks: the files are shared out; this rank looks at its own.
+        rank, ranks: the files are divided among the ranks; this rank checks its own.
         count: told of the bytes read.
     """
     try:
@@ -137,7 +137,7 @@ def _wrong(path: Path, seal: Seal, hash_name: str, count: Count) -> str | None:
         size = path.stat().st_size
         if size != seal.bytes:
             return f"{path} has {size} bytes, not {seal.bytes}"
-        same = digest(path, hash_name, count) == seal.digest
+        same = file_digest(path, hash_name, count) == seal.digest
         return None if same else f"{path} is damaged: its {hash_name} digest is another"
     except FileNotFoundError:
         return f"{path} is missing"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,19 +39,19 @@ class ContextParallel:
         cu_seqlens: tuple[int, ...] | None,
         dropout: float,
     ) -> torch.Tensor:
-        """[s, b, n, d] of the local tokens; `cu_seqlens` are boundaries in the whole sequence."""
+        """[s, b, n, d] of the local tokens; `cu_seqlens` are boundaries in the full sequence."""
         if self.algorithm == "megatron_cp_algo":
             boundaries = cu_seqlens or (0, q.shape[0] * group.size())
             return ring.attention(q, k, v, boundaries=boundaries, scale=scale, kernels=self.kernels, group=group)
 
-        def whole(q: Any, k: Any, v: Any) -> torch.Tensor:
+        def whole(q: object, k: object, v: object) -> torch.Tensor:
             return self.kernels.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, dropout=dropout)
 
         return ulysses.attention(whole, q, k, v, group=group)
 
 
 def shard(fields: dict[str, torch.Tensor], algorithm: str, size: int, rank: int) -> dict[str, torch.Tensor]:
-    """This rank's part of [b, s] tensors; labels must be shifted already, so none is lost at a seam."""
+    """This rank's part of [b, s] tensors; labels must be shifted already, so none is lost at a boundary."""
     if size == 1:
         return fields
     length = next(iter(fields.values())).shape[1]

@@ -1,4 +1,4 @@
-"""What torchrun says in the environment. No torch."""
+"""The variables that torchrun sets in the environment. No torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def ranks() -> tuple[int, int, int]:
 
 
 def has_rendezvous() -> bool:
-    """Whether a launcher says where the processes meet."""
+    """Whether a launcher has set the address at which the processes connect."""
     return "MASTER_ADDR" in os.environ
 
 
 def no_meeting(reason: str) -> str:
-    """One line on why the processes could not meet, and what to do.
+    """One line that says why the processes could not connect, and what to do.
 
     Args:
         reason: torch's message, or that of the system.
@@ -41,14 +41,14 @@ def no_meeting(reason: str) -> str:
             f"MASTER_ADDR=..., or torchrun --master-addr"
         )
     first = (reason.strip().splitlines() or [""])[0]
-    return f"MASTER_ADDR {address}, MASTER_PORT {port}: the processes could not meet: {first}"
+    return f"MASTER_ADDR {address}, MASTER_PORT {port}: the processes could not connect: {first}"
 
 
 def check_meeting(first: bool) -> None:
-    """Before torchrun, which would show a traceback: whether the processes can meet.
+    """Before torchrun, which would show a traceback: whether the processes can connect.
 
     Args:
-        first: this is the node that the others come to.
+        first: this is the node that the others connect to.
 
     Raises:
         UsageError: MASTER_PORT is in use here, or MASTER_ADDR does not resolve.

@@ -1,4 +1,6 @@
-"""Let torchrun know why a rank failed: it shows the first failing rank's error last, after all the others' noise."""
+"""Let torchrun know why a rank failed: it shows the first failing rank's error last, after the output of the other
+ranks.
+"""
 
 from __future__ import annotations
 

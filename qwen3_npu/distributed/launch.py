@@ -1,4 +1,4 @@
-"""Process groups, model-parallel groups and seeds; always torn down, whatever happens."""
+"""Process groups, model-parallel groups and seeds; always destroyed at the end, also after an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +19,15 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.platform.base import Platform
 
 # torch 2.7 ends a process group with the interpreter locked and joins gloo's threads, which may wait for that lock
-# themselves, to let go of their last tensors. A backend ends unlocked: those of ended groups live here until nobody
+# themselves, to let go of their last tensors. A backend ends unlocked: those of ended groups are held here until
+# nothing
 # holds the group.
-_ended_backends: list[Any] = []
+_ended_backends: list[object] = []
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """The rank of this process, and its device."""
 
     rank: int
     size: int
@@ -45,7 +45,7 @@ def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     timeout = datetime.timedelta(minutes=runtime.distributed_timeout_minutes)
     if environment.has_rendezvous():
         # torchrun with a fixed --master-port keeps one store for all restarts; what the processes of an earlier start
-        # left in it (addresses, ids of communicators) makes those of the next wait for them for ever.
+        # left in it (addresses, ids of communicators) makes those of the next start wait for them forever.
         try:
             store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         except (OSError, RuntimeError) as error:
@@ -95,7 +95,8 @@ def model_parallel(layout: Layout, parallel: ParallelArgs, runtime: RuntimeArgs)
                 _end(group)
 
 
-def _end(group: Any) -> None:
+def _end(group: dist.ProcessGroup | None) -> None:
+    assert group is not None
     with contextlib.suppress(RuntimeError):  # none for the host
         _ended_backends.append(group._get_backend(torch.device("cpu")))
     dist.destroy_process_group(group)

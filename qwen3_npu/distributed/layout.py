@@ -1,6 +1,6 @@
 """Which layers, experts and vocabulary rows live on which rank. Pure arithmetic, no torch.
 
-The converter, the live model and the checkpoint files all ask this module, so they cannot disagree.
+The converter, the live model and the checkpoint files all use this module, so they agree.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def plan(
     )
 
 
-def single(arch: Qwen3Arch) -> Layout:
+def single_layout(arch: Qwen3Arch) -> Layout:
     """The layout of one process."""
     return plan(arch)
 
@@ -202,7 +202,7 @@ def _problems(arch: Qwen3Arch, tensor: int, expert: int, etp: int) -> list[str]:
 
 
 def _cuts_heads(arch: Qwen3Arch, tensor: int) -> bool:
-    """Whether each rank has whole query heads, and whole key/value heads or, with more ranks, one that others share."""
+    """Whether each rank has complete query heads, and complete key/value heads or, with more ranks, a shared one."""
     heads, groups = arch.num_attention_heads, arch.num_key_value_heads
     rows = (heads + 2 * groups) * arch.head_dim
     return heads % tensor == 0 and rows % tensor == 0 and (groups % tensor == 0 or tensor % groups == 0)

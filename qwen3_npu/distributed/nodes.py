@@ -1,4 +1,4 @@
-"""Whether all nodes see the same: one folder behind a path, the same data."""
+"""Whether all nodes see the same folder under a path, and the same data."""
 
 from __future__ import annotations
 

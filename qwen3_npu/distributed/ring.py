@@ -1,11 +1,12 @@
-"""Ring context parallelism (arXiv:2310.01889): each rank keeps its queries; keys and values travel around the ring.
+"""Ring context parallelism (arXiv:2310.01889): each rank holds its queries; keys and values are sent around the ring.
 
 The sequence is divided into 2c chunks. Rank r of c holds chunks r and 2c-1-r: causal attention is then the same work
-for every rank. While one pair of key/value chunks is attended to, the next is under way. Partial results are merged by
+for every rank. While one pair of key/value chunks is attended to, the next is being transferred. Partial results are
+merged by
 their log-sum-exp; backward sends keys and values around again, their gradients with them.
 
-Packed documents: with the keys of another rank only one document can be common, the one across the boundary, so what
-the queries see of them is always one full rectangle; of a rank's own keys it is causal, document by document.
+Packed documents: with the keys of another rank only one document can be common, the one across the boundary, so the
+queries attend to one full rectangle of those keys; to a rank's own keys attention is causal, document by document.
 
 s = local sequence, b = batch, n = query heads, g = key/value heads, d = head size.
 """
@@ -35,7 +36,7 @@ def shard_indices(length: int, size: int, rank: int) -> torch.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class AttentionBlock:
     """A part of the score matrix between this rank's queries and the keys that are here now.
 
     Attributes:
@@ -48,7 +49,7 @@ class Block:
     boundaries: tuple[int, ...] | None
 
 
-def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, source: int) -> Block | None:
+def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, source: int) -> AttentionBlock | None:
     """What this rank's queries see of the keys that rank `source` holds: one block of neighbouring rows, or nothing.
 
     Args:
@@ -63,7 +64,7 @@ def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, sour
         here |= {b - second + chunk for b in boundaries if second < b < second + chunk}
         cut = {chunk} if any(first + chunk <= b <= second for b in boundaries) else set()
         everything = slice(0, 2 * chunk)
-        return Block(everything, everything, tuple(sorted({0, 2 * chunk} | here | cut)))
+        return AttentionBlock(everything, everything, tuple(sorted({0, 2 * chunk} | here | cut)))
     # Both of my chunks come after their first one alone, or only my second one comes after theirs, both of them.
     seen, seeing = (theirs[:1], mine) if source < rank else (theirs, mine[1:])
     # The document of the last key before the queries; it is common if it reaches into their chunk.
@@ -74,11 +75,11 @@ def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, sour
     if not queries:
         return None
     first_query, last_key = (2 - len(seeing)) * chunk, len(seen) * chunk
-    return Block(slice(first_query, first_query + queries), slice(last_key - keys, last_key), None)
+    return AttentionBlock(slice(first_query, first_query + queries), slice(last_key - keys, last_key), None)
 
 
 class _Ring:
-    """Passes tensors to the next rank and takes those of the one before; the transfer runs while others compute."""
+    """Sends tensors to the next rank and receives those of the previous one, while attention is computed."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -127,7 +128,7 @@ class _RingAttention(torch.autograd.Function):
                 part, part_lse = kernels.attention_block(
                     q[block.queries], k, v, scale=scale, cu_seqlens=block.boundaries
                 )
-                merge(out[block.queries], lse[block.queries], part, part_lse)
+                merge_block(out[block.queries], lse[block.queries], part, part_lse)
             if transfer is not None:
                 here = ring.finish(transfer)
         out = out.to(q.dtype)
@@ -144,7 +145,8 @@ class _RingAttention(torch.autograd.Function):
         ring, here = _Ring(group), kv
         grad = grad.contiguous()
         dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        # The gradient of the keys and values that are here; it follows them one step behind, and ends at their owner.
+        # The gradient of the keys and values that are here; it is sent one step later, and ends at the rank that owns
+        # them.
         dkv_transfer: tuple[torch.Tensor, list] | None = None
         for step in range(size):
             transfer = ring.start(here) if step < size - 1 else None
@@ -175,7 +177,7 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dkv.to(kv.dtype), None, None, None, None
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+def merge_block(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Add a block's normalised result to the one so far, in place, each weighted by its share of the softmax's sum."""
     share = (part_lse - lse).sigmoid_().unsqueeze(-1)  # e^part_lse / (e^lse + e^part_lse)
     out.lerp_(part.to(out.dtype), share)
@@ -192,7 +194,7 @@ def attention(
     kernels: Kernels,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """Causal attention over the whole sequence.
+    """Causal attention over the full sequence.
 
     Args:
         q: [s, b, n, d]; k, v: [s, b, g, d], rows as `shard_indices` gives them, s even.

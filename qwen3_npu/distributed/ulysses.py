@@ -1,5 +1,5 @@
 """Ulysses context parallelism (arXiv:2309.14509): each rank holds a run of the sequence; for attention, ranks exchange
-sequence for heads, so that each sees the whole sequence for some heads, and back.
+sequence for heads, so that each has the full sequence of some heads, and back.
 
 s = local sequence, b = batch, n = query heads, g = key/value heads, d = head size, c = ranks.
 """
@@ -62,13 +62,13 @@ def attention(
     *,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """Attention over the whole sequence.
+    """Attention over the full sequence.
 
     Args:
         attend: attention over a whole sequence, [S, b, n', d] x [S, b, g', d] -> [S, b, n', d].
         q: [s, b, n, d], n a multiple of the group's size.
         k, v: [s, b, g, d]. If the group's size does not divide g, key/value heads are repeated: until there is one per
-            rank, or, where that does not come out even, one per query head.
+            rank, or, if that number does not divide, one per query head.
 
     Returns:
         [s, b, n, d].

@@ -1,1 +1,1 @@
-"""Look at a machine before a training does: versions, devices, collectives, nodes. `python -m qwen3_npu.doctor`."""
+"""Check a machine before a training: versions, devices, collectives, nodes. `python -m qwen3_npu.doctor`."""

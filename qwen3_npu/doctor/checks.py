@@ -23,7 +23,7 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def diagnose(facts: Facts) -> list[Finding]:
-    """Every finding, in the order in which one would mend them."""
+    """Every finding, in the order in which one would fix them."""
     return [finding for check in CHECKS for finding in check(facts)]
 
 
@@ -172,8 +172,8 @@ def _import_remedy(error: str, facts: Facts) -> str:
     if missing := re.search(r"No module named '([\w.]+)'", error):
         return f"install {missing[1]}: see packages above"
     if "--device" in error:
-        return "choose another --device, or mend what the message names"
-    return "mend what the message names"
+        return "choose another --device, or fix what the message names"
+    return "fix what the message names"
 
 
 def _all_reduce(facts: Facts) -> Iterator[Finding]:

@@ -15,8 +15,7 @@ class Finding:
     Attributes:
         level: OK, WARNING (trainings start) or BLOCKER (they will not, or will be wrong).
         about: a word or two.
-        text: what is so.
-        remedy: what to do; empty if nothing.
+        text: what was found. remedy: what to do; empty if nothing.
     """
 
     level: str
@@ -25,7 +24,7 @@ class Finding:
     remedy: str = ""
 
 
-def show(findings: Sequence[Finding]) -> int:
+def print_findings(findings: Sequence[Finding]) -> int:
     """Print the findings, remedies under them. Returns: the exit status, 1 if there is a blocker."""
     width = max(len(f.about) for f in findings)
     for finding in findings:

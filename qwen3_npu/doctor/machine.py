@@ -1,4 +1,4 @@
-"""Facts about this machine. Nothing here judges; whatever may crash is asked in a process of its own."""
+"""Facts about this machine. Nothing is judged here; code that may crash runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _CANN_FILES = ("version.cfg", "compiler/version.info", "runtime/version.info", "
 _DRIVER = Path("/usr/local/Ascend/driver/version.info")
 # Where CANN's set_env.sh lies, in newer releases and in older ones.
 SET_ENV = ("/usr/local/Ascend/cann/set_env.sh", "/usr/local/Ascend/ascend-toolkit/set_env.sh")
-# What trainings import, beside the project itself; of a second copy on the path one would not know which is used.
+# What trainings import, beside the project itself; with a second copy on the path it is unclear which one is used.
 _IMPORTS = ("torch", "megatron.core", "numpy", "tokenizers", "pyarrow", "orjson", "jinja2", "psutil", "packaging")
 _SINGLE = ("megatron.core", "torch", "torch_npu", "mindspeed", "transformers", "qwen3_npu")
 
 _DEVICES = """
 import json, sys
-from qwen3_npu.platform import select
-platform = select(sys.argv[1])
+from qwen3_npu.platform import select_platform
+platform = select_platform(sys.argv[1])
 import torch
 library = {"npu": getattr(torch, "npu", None), "cuda": torch.cuda}.get(platform.name)
 count = library.device_count() if library else 0
@@ -42,9 +42,9 @@ import time, torch
 import torch.distributed as dist
 from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.distributed.launch import process_group
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 import sys
-platform = select(sys.argv[1])
+platform = select_platform(sys.argv[1])
 with process_group(platform, RuntimeArgs(distributed_timeout_minutes=1)) as world:
     tensor = torch.full((2**22,), world.rank + 1.0, device=world.device)
     dist.all_reduce(tensor)
@@ -98,7 +98,7 @@ class Facts:
     taken_ports: list[int]
 
 
-def look(args: DoctorArgs) -> Facts:
+def machine_facts(args: DoctorArgs) -> Facts:
     """The facts of this machine."""
     environment = dict(os.environ)
     wanted = args.npus_per_node or (int(environment["NPUS_PER_NODE"]) if "NPUS_PER_NODE" in environment else None)
@@ -132,7 +132,7 @@ def look(args: DoctorArgs) -> Facts:
 
 
 def _ask(command: list[str]) -> dict[str, str]:
-    """{"answer": what it printed after FACTS}, or {"error": its last words}."""
+    """{"answer": what it printed after FACTS}, or {"error": the last line it printed}."""
     folder = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
     try:

@@ -1,4 +1,4 @@
-"""What the model says to a task's questions; every answer is in the journal before the next pass."""
+"""The model's answers to a task's questions; every answer is in the journal before the next pass."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from qwen3_npu.inference.results.journal import Journal
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import Sampling
 from qwen3_npu.inference.scoring import Choice, Key, Scorer, choice_tokens
-from qwen3_npu.inference.text import Stream, Writer
+from qwen3_npu.inference.text import TextStream, Writer
 from qwen3_npu.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
-    """A task's questions, read before the model is.
+class TaskQuestions:
+    """A task's questions, read before the model is loaded.
 
     Attributes:
         task, questions, asker: of a benchmark.
@@ -45,14 +45,16 @@ class Read:
         return hashlib.sha256("\0".join(self.contexts).encode()).hexdigest()[:16]
 
     def group(self, number: int) -> str:
-        """Questions of a group are likely to begin alike."""
+        """Questions of a group are likely to share their beginning."""
         return self.questions[number].subject if self.questions else "all"
 
 
-class Answers:
+class TaskAnswers:
     """Answers of one model to one task."""
 
-    def __init__(self, runner: Runner, writer: Writer, args: EvaluationArgs, read: Read, *, journal: Journal) -> None:
+    def __init__(
+        self, runner: Runner, writer: Writer, args: EvaluationArgs, read: TaskQuestions, *, journal: Journal
+    ) -> None:
         self.runner, self.writer, self.args, self.read, self.journal = runner, writer, args, read, journal
         self.earlier = [entry for entry in journal.entries if entry["task"] == read.name]
 
@@ -77,7 +79,7 @@ class Answers:
             self.journal.add(task=read.name, scores=[[*key, score] for key, score in scores])
 
         progress = self._progress(len(choices))
-        # A question may take several rows; what is shown are questions.
+        # A question may take several rows; progress counts questions.
         found = scorer.score(
             listed,
             lambda share: progress(share * len(choices) / self.runner.data_parallel),
@@ -99,7 +101,7 @@ class Answers:
             for request, _ in requests
             if request.number % runner.data_parallel == runner.data_rank and request.number not in earlier
         ]
-        streams = {r.number: Stream(self.writer.encoder, runner.plan.eos, stops) for r in mine}
+        streams = {r.number: TextStream(self.writer.encoder, runner.plan.eos, stops) for r in mine}
         slots = min(self.args.evaluate.evaluation_batch_size or 8, max(len(mine), 1))
         engine = Engine(runner, slots=slots, kv_cache=weights.use_kv_cache, prefix_cache=weights.prefix_cache)
         progress = self._progress(len(requests))
@@ -139,12 +141,12 @@ class Answers:
 
 
 def pass_tokens(args: EvaluationArgs, device: str) -> int:
-    """Tokens of a pass: on a CPU more of them only take memory."""
+    """Tokens of a pass: on a CPU more tokens only need more memory."""
     return args.evaluate.pass_tokens or (256 if device == "cpu" else 4096)
 
 
 def asked(args: EvaluationArgs, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """All that answers depend on besides the model: flags, and the tasks' facts."""
+    """Everything that answers depend on besides the model: flags, and the tasks' facts."""
     unimportant = ("output_dir", "resume", "log_samples", "task_data_path")
     flags = {name: value for name, value in dataclasses.asdict(args.evaluate).items() if name not in unimportant}
     return {"flags": flags, "tasks": dict(facts), "kernels": [args.runtime.kernels, args.runtime.kernel_overrides]}

@@ -1,4 +1,4 @@
-"""How questions are put: lm-evaluation-harness's texts, with or without a chat template, and MindSpeed-LLM's."""
+"""How questions are written: lm-evaluation-harness's texts, with or without a chat template, and MindSpeed-LLM's."""
 
 from __future__ import annotations
 

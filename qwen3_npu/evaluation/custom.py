@@ -1,4 +1,4 @@
-"""`--task custom`: conversations of one's own with expected answers.
+"""`--task custom`: the user's conversations with expected answers.
 
 A record is a conversation in OpenAI's, ShareGPT's or Alpaca's form that ends with the expected answer, or has it in
 "answer"; `--map-keys` names columns and roles that are called otherwise. Also allowed: "choices" (a list), "match" and

@@ -22,7 +22,7 @@ def filtered(text: str, pattern: str, which: int) -> str:
 
 
 def same_number(said: str, gold: str) -> bool:
-    """Equality after what GSM8K's metric ignores is taken away (lm-evaluation-harness's exact_match)."""
+    """Equality without the characters that GSM8K's metric ignores (lm-evaluation-harness's exact_match)."""
     for pattern in _IGNORED:
         said, gold = re.sub(pattern, "", said), re.sub(pattern, "", gold)
     return said.lower() == gold.lower()

@@ -29,7 +29,9 @@ class ParagraphEncoder:
             self.checks -= 1
             whole = [self.encoder.encode([text]).ids.tolist() for text in texts]
             if whole != found:
-                log.warning_once("this tokenizer joins paragraphs: texts are encoded whole, which takes longer")
+                log.warning_once(
+                    "this tokenizer joins paragraphs: texts are encoded without splitting, which takes longer"
+                )
                 self.safe = False
                 return whole
         return found
@@ -41,7 +43,7 @@ class ParagraphEncoder:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The text cut after every empty line that an ASCII letter or digit follows."""
+    """The text split after every empty line that an ASCII letter or digit follows."""
     pieces, start, at = [], 0, text.find("\n\n")
     while at >= 0:
         if text[at + 2 : at + 3].isascii() and text[at + 2 : at + 3].isalnum():

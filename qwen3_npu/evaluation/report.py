@@ -11,7 +11,7 @@ RESULTS = "results.json"
 _CLOSE = 1e-3  # margins of log-likelihood below this are counted
 
 
-class Sample(NamedTuple):
+class ScoredQuestion(NamedTuple):
     """One answered question.
 
     Attributes:
@@ -64,7 +64,7 @@ class Summary:
         ties, close: questions whose two best choices are equally likely, or nearly.
     """
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Sequence[ScoredQuestion]) -> None:
         self.metrics: dict[str, dict[str, Any]] = {}
         for metric in samples[0].scores:
             subjects: dict[str, list[float]] = {}

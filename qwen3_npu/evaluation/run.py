@@ -14,12 +14,12 @@ from qwen3_npu import console, log
 from qwen3_npu.args.evaluation import CUSTOM, LM_EVAL, EvaluationArgs
 from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
-from qwen3_npu.evaluation.answers import Answers, Read, asked, pass_tokens
+from qwen3_npu.evaluation.answers import TaskAnswers, TaskQuestions, asked, pass_tokens
 from qwen3_npu.evaluation.asking import Asker
 from qwen3_npu.evaluation.custom import Case, is_right, load_cases, plain
 from qwen3_npu.evaluation.extract import filtered, mindspeed_letter, same_number
 from qwen3_npu.evaluation.questions import Question, load_questions, missing_subjects
-from qwen3_npu.evaluation.report import RESULTS, Sample, Summary, confusion
+from qwen3_npu.evaluation.report import RESULTS, ScoredQuestion, Summary, confusion
 from qwen3_npu.evaluation.task import LIKELIHOOD, Task
 from qwen3_npu.evaluation.tasks import TASKS
 from qwen3_npu.inference.plan import InferencePlan
@@ -60,7 +60,7 @@ def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Infer
         results = {}
         for task in tasks:
             start = time.monotonic()
-            samples, extra = _Judge(Answers(runner, writer, args, task, journal=journal)).run()
+            samples, extra = _Judge(TaskAnswers(runner, writer, args, task, journal=journal)).run()
             seconds = time.monotonic() - start
             summary = Summary(samples)
             results[task.name] = {**facts[task.name], **summary.json(), "seconds": round(seconds, 2)}
@@ -74,11 +74,11 @@ def evaluate(platform: Platform, world: World, args: EvaluationArgs, plan: Infer
         journal.remove()
 
 
-def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> Read:
+def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> TaskQuestions:
     evaluate = args.evaluate
     if name == CUSTOM:
         cases = load_cases(path, evaluate.match, evaluate.max_eval_samples, evaluate.mapping())
-        return Read(name, [writer.prompt(case.prompt) for case in cases], cases=cases)
+        return TaskQuestions(name, [writer.prompt(case.prompt) for case in cases], cases=cases)
     task = TASKS[name]
     if evaluate.scoring != LM_EVAL and name not in ("mmlu", "cmmlu", "ceval"):
         raise UsageError(f"--scoring {evaluate.scoring} is for mmlu, cmmlu and ceval; {name} has --scoring {LM_EVAL}")
@@ -91,16 +91,16 @@ def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> Read:
             f"{name}: {len(missing)} of {len(task.subjects)} subjects have no file and do not count: {missing[0]} .."
         )
     asker = Asker(task, writer, language=evaluate.eval_language, scoring=evaluate.scoring)
-    return Read(name, [asker.context(question) for question in questions], task, questions, asker=asker)
+    return TaskQuestions(name, [asker.context(question) for question in questions], task, questions, asker=asker)
 
 
 class _Judge:
     """Compares answers with what is expected."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: TaskAnswers) -> None:
         self.answers, self.read, self.flags = answers, answers.read, answers.args.evaluate
 
-    def run(self) -> tuple[list[Sample], str]:
+    def run(self) -> tuple[list[ScoredQuestion], str]:
         """A sample for each question, and a table for people if the task has one; on every process."""
         task = self.read.task
         if task is None:
@@ -116,7 +116,7 @@ class _Judge:
         said = self.answers.generated(numbers, self.flags.max_new_tokens or task.limit, task.stop)
         return [self._by_filters(task, q, c, said[i]) for i, (q, c) in enumerate(pairs)], ""
 
-    def _by_likelihood(self, task: Task, question: Question, context: str, scores: list[float]) -> Sample:
+    def _by_likelihood(self, task: Task, question: Question, context: str, scores: list[float]) -> ScoredQuestion:
         chosen = max(range(len(scores)), key=lambda i: scores[i])  # of equals the first, as argmax
         best = sorted(scores, reverse=True)
         entry = {
@@ -128,19 +128,19 @@ class _Judge:
         }
         return _sample(task, question, {"acc": float(chosen == question.gold)}, best[0] - best[1], entry=entry)
 
-    def _by_letter(self, task: Task, question: Question, context: str, said: str) -> Sample:
+    def _by_letter(self, task: Task, question: Question, context: str, said: str) -> ScoredQuestion:
         letter, expected = mindspeed_letter(said), question.columns["answer"]
         entry = {"prompt": context, "said": said, "answer": letter, "expected": expected}
         return _sample(task, question, {"acc": float(letter == expected)}, None, entry=entry)
 
-    def _by_filters(self, task: Task, question: Question, context: str, said: str) -> Sample:
+    def _by_filters(self, task: Task, question: Question, context: str, said: str) -> ScoredQuestion:
         answers = {name: filtered(said, *rule) for name, rule in task.filters.items()}
         expected = question.columns["answer"]
         scores = {f"exact_match {name}": float(same_number(text, expected)) for name, text in answers.items()}
         entry = {"prompt": context, "said": said, "answers": answers, "expected": expected}
         return _sample(task, question, scores, None, entry=entry)
 
-    def _custom(self, cases: Sequence[Case]) -> tuple[list[Sample], str]:
+    def _custom(self, cases: Sequence[Case]) -> tuple[list[ScoredQuestion], str]:
         scored = {i: case.choices for i, case in enumerate(cases) if case.match == "choice"}
         asked = [i for i in range(len(cases)) if i not in scored]
         likelihoods = self.answers.scores(scored) if scored else {}
@@ -159,19 +159,19 @@ class _Judge:
             pairs.append((plain(case.answer), plain(case.answer) if right else answer))
             entry = {"number": i, "prompt": self.read.contexts[i], "answer": answer, "expected": case.answer}
             entry |= {"category": case.category, "match": case.match, "acc": float(right)}
-            samples.append(Sample(case.category, case.category, {"acc": float(right)}, margin, log=entry))
+            samples.append(ScoredQuestion(case.category, case.category, {"acc": float(right)}, margin, log=entry))
         return samples, confusion(pairs)
 
 
 def _sample(
     task: Task, question: Question, scores: dict[str, float], margin: float | None, *, entry: dict[str, Any]
-) -> Sample:
+) -> ScoredQuestion:
     category = task.subjects[question.subject][0]
     entry = {"subject": question.subject, "number": question.number, **entry, **scores}
-    return Sample(question.subject, category, scores, margin, log=entry)
+    return ScoredQuestion(question.subject, category, scores, margin, log=entry)
 
 
-def _facts(task: Read, writer: Writer, args: EvaluationArgs) -> dict[str, Any]:
+def _facts(task: TaskQuestions, writer: Writer, args: EvaluationArgs) -> dict[str, Any]:
     """What a score depends on besides the weights."""
     shots = args.evaluate.num_fewshot
     return {
@@ -186,7 +186,7 @@ def _facts(task: Read, writer: Writer, args: EvaluationArgs) -> dict[str, Any]:
     }
 
 
-def _write_samples(task: Read, samples: Sequence[Sample], folder: Path) -> None:
+def _write_samples(task: TaskQuestions, samples: Sequence[ScoredQuestion], folder: Path) -> None:
     path = folder / f"samples_{task.name}.jsonl"
     write_lines(path, (sample.log for sample in samples))
     log.info(f"written: {path}")

@@ -1,4 +1,4 @@
-"""One way of generating (a task) for all prompts; each answer is written when it is there."""
+"""One way of generating (a task) for all prompts; each answer is written when it is complete."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qwen3_npu.inference.engine import Engine, Request
 from qwen3_npu.inference.results.journal import Journal
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import sampling_of
-from qwen3_npu.inference.text import Stream, Writer
+from qwen3_npu.inference.text import TextStream, Writer
 from qwen3_npu.progress import Progress, human
 
-Result = dict[str, Any]
+PromptResult = dict[str, Any]
 
 
 def requests_of(writer: Writer, texts: Sequence[str], limit: int) -> list[Request]:
@@ -25,7 +25,7 @@ def requests_of(writer: Writer, texts: Sequence[str], limit: int) -> list[Reques
     return [Request(i, writer.tokens(text), limit) for i, text in enumerate(texts)]
 
 
-class Batch:
+class GenerationTask:
     """One task.
 
     Attributes:
@@ -38,11 +38,11 @@ class Batch:
         self.task = args.generate.task[place]
         sample = self.task in ("do_sample", "beam_search_with_sampling")
         self.sampling = sampling_of(args.generate, args.runtime.seed, sample=sample)
-        self.streams: dict[int, Stream] = {}
-        self.results: dict[int, Result] = {}
+        self.streams: dict[int, TextStream] = {}
+        self.results: dict[int, PromptResult] = {}
         self.shown: set[int] = set()
 
-    def run(self, texts: Sequence[str]) -> list[Result]:
+    def run(self, texts: Sequence[str]) -> list[PromptResult]:
         """Answers to all prompts, in their order, on every process."""
         runner = self.runner
         earlier = {e["number"]: e["result"] for e in self.journal.entries if e["place"] == self.place}
@@ -61,13 +61,13 @@ class Batch:
         return [result for _, result in sorted(self.results.items())]
 
     def show(self, prompts: Sequence[Conversation]) -> None:
-        """What was not streamed, on the console."""
+        """Print the answers that were not streamed."""
         for number, result in sorted(self.results.items()):
             if number not in self.shown:
                 console.show(f"You:\n{prompts[number].messages[-1].content}\n\nqwen3_npu:\n{result['answer']}\n")
 
     def _done(self, request: Request, text: str, score: float | None = None) -> None:
-        result: Result = {
+        result: PromptResult = {
             "task": self.task,
             "prompt": text,
             "answer": self._answer(request),
@@ -119,7 +119,7 @@ class Batch:
             size = human(engine.cache.bytes, "B")
             log.info(f"cache: {engine.slots} x {engine.cache.capacity} tokens, {size} on each process")
         if engine.reused:
-            log.info(f"prefix cache: {engine.reused} of {engine.reused + engine.computed} prompt tokens were there")
+            log.info(f"prefix cache: {engine.reused} of {engine.reused + engine.computed} prompt tokens were cached")
 
     def _beams(self, requests: list[Request], texts: Sequence[str]) -> None:
         search = BeamSearch(self.args.generate.num_beams, self.args.generate.length_penalty, self.sampling)
@@ -135,10 +135,10 @@ class Batch:
             return None
         return lambda tokens: any(stop in self.writer.encoder.decode(tokens) for stop in stops)
 
-    def _stream(self, request: Request) -> Stream:
+    def _stream(self, request: Request) -> TextStream:
         if request.number not in self.streams:
             stops = self.args.generate.stop or ()
-            self.streams[request.number] = Stream(self.writer.encoder, self.runner.plan.eos, stops)
+            self.streams[request.number] = TextStream(self.writer.encoder, self.runner.plan.eos, stops)
         return self.streams[request.number]
 
     def _answer(self, request: Request) -> str:

@@ -1,4 +1,4 @@
-"""Beam search, with transformers' rules: which beams go on, which have ended, when nothing better can come."""
+"""Beam search, with transformers' rules: which beams continue, which have ended, and when no better one is possible."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from qwen3_npu.inference.diagnose import check_finite
-from qwen3_npu.inference.engine import Request, fit
+from qwen3_npu.inference.diagnose import check_finite_scores
+from qwen3_npu.inference.engine import Request, limit_request
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import Sampling, penalized, warped
 from qwen3_npu.model.cache import Kept, KVCache
@@ -60,9 +60,9 @@ class _Search:
     ) -> None:
         self.runner, self.request, self.search, self.ends = runner, request, search, ends
         self.eos = set(runner.plan.eos)
-        fit(request, runner.plan.positions)
+        limit_request(request, runner.plan.positions)
         self.limit = request.limit
-        # Enough that `beams` of them go on even if all the others end.
+        # Enough that `beams` of them continue even if all the others end.
         self.width = max(2, 1 + len(self.eos)) * search.beams
         self.cache: KVCache = runner.new_cache(search.beams, request.prompt + self.limit)
         self.running: list[list[int]] = [[] for _ in range(search.beams)]
@@ -124,7 +124,7 @@ class _Search:
                 places = total.topk(width).indices
             scored = places, total[places]
         found, totals = self.runner.share_scored(scored, width)
-        check_finite(self.runner, totals, [self.request.tokens + beam for beam in self.running])
+        check_finite_scores(self.runner, totals, [self.request.tokens + beam for beam in self.running])
         vocabulary = self.runner.vocab_size
         return [Candidate(score, *divmod(place, vocabulary)) for place, score in zip(found, totals, strict=True)]
 

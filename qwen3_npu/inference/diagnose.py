@@ -1,4 +1,4 @@
-"""Where numbers that are not finite come from: the forward pass once more, with every module's output looked at."""
+"""Find where numbers that are not finite come from: repeat the forward pass and check every module's output."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qwen3_npu.errors import Stopped
 from qwen3_npu.inference.runner import Runner
 
 
-def check_finite(runner: Runner, scores: Iterable[float], texts: Sequence[Sequence[int]]) -> None:
-    """Go on only if scores are numbers. Every process of a copy of the model has the same scores.
+def check_finite_scores(runner: Runner, scores: Iterable[float], texts: Sequence[Sequence[int]]) -> None:
+    """Continue only if scores are finite numbers. Every process of a copy of the model has the same scores.
 
     Args:
-        scores: on the host already, so that looking at them costs nothing.
+        scores: on the host already, so that checking them costs nothing.
         texts: the tokens that went through the model.
 
     Raises:
@@ -34,7 +34,7 @@ def stop(runner: Runner, texts: Sequence[Sequence[int]]) -> NoReturn:
     handles = []
 
     def watch(name: str) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+        def hook(module: torch.nn.Module, args: object, output: object) -> None:
             # Only the first one: what comes after has it from there.
             if not found and not all(map(_finite, _tensors(output))):
                 found.append((runner.stage, _layer(name), name))
@@ -73,7 +73,7 @@ def _finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
+def _tensors(output: object) -> list[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         return [output]
     return [t for one in output for t in _tensors(one)] if isinstance(output, tuple | list) else []

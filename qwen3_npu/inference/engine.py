@@ -1,4 +1,5 @@
-"""Generation for many prompts at once: prompts enter as others leave, equal beginnings are computed once.
+"""Generation for many prompts at once: a prompt starts when another one has ended, and equal beginnings are computed
+once.
 
 Every process runs the same program on the same prompts; the chosen tokens are all that the last pipeline stage has to
 tell the others. Copies of the model (data parallel) take different prompts.
@@ -11,20 +12,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qwen3_npu.args.inference import PREFILL_TOKENS
 from qwen3_npu.errors import UsageError
-from qwen3_npu.inference.diagnose import check_finite
+from qwen3_npu.inference.diagnose import check_finite_scores
 from qwen3_npu.inference.runner import Runner
-from qwen3_npu.inference.sampling import Sampling, choose
+from qwen3_npu.inference.sampling import Sampling, choose_tokens
 from qwen3_npu.model.cache import Kept, KVCache
 
 # A prompt waits for another one's beginning if at least so many tokens are shared; copying costs next to nothing.
 _WORTH_SHARING = 16
-_PREFILL_TOKENS = 4096  # new prompts' tokens of one pass, unless a single prompt has more
 
 
 @dataclasses.dataclass
 class Request:
-    """A prompt and what becomes of it.
+    """A prompt and its answer.
 
     Attributes:
         number: its place among all prompts.
@@ -62,7 +63,7 @@ class Engine:
     """
 
     def __init__(self, runner: Runner, *, slots: int, kv_cache: bool = True, prefix_cache: bool = True) -> None:
-        """Args: slots: sequences that are worked on at the same time."""
+        """Args: slots: sequences that are processed at the same time."""
         self.runner, self.slots = runner, slots
         self.kv_cache, self.prefix_cache = kv_cache, prefix_cache and kv_cache
         self.cache: KVCache | None = None
@@ -86,7 +87,7 @@ class Engine:
             UsageError: a prompt is empty, or leaves no room for an answer within the model's positions.
         """
         for request in requests:
-            fit(request, self.runner.plan.positions)
+            limit_request(request, self.runner.plan.positions)
         if self.kv_cache and requests:
             self._make_room(max(r.prompt + r.limit for r in requests))
         waiting, running = list(requests), list[Request]()
@@ -118,7 +119,7 @@ class Engine:
         tokens = 0
         for request in list(waiting):
             slot = busy + len(entered)
-            if slot == self.slots or (entered and tokens + request.prompt > _PREFILL_TOKENS):
+            if slot == self.slots or (entered and tokens + request.prompt > PREFILL_TOKENS):
                 break
             source, known = self._known(request)
             if self.prefix_cache and any(
@@ -168,10 +169,10 @@ class Engine:
         scored = None
         if logits is not None:
             logits = logits.float()
-            chosen = choose(logits, sampling, [r.tokens for r in batch], [r.number for r in batch])
+            chosen = choose_tokens(logits, sampling, [r.tokens for r in batch], [r.number for r in batch])
             scored = chosen, logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
         ids, logprobs = runner.share_scored(scored, len(batch))
-        check_finite(runner, logprobs, [request.tokens for request in batch])
+        check_finite_scores(runner, logprobs, [request.tokens for request in batch])
         for request, token, logprob in zip(batch, ids, logprobs, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
@@ -198,7 +199,7 @@ class Engine:
                 running.pop()
 
 
-def fit(request: Request, positions: int) -> None:
+def limit_request(request: Request, positions: int) -> None:
     """Shorten what a request may generate to what the model has positions for.
 
     Raises:

@@ -1,4 +1,6 @@
-"""generation_config.json: what a model's makers recommend; what is not honoured is said. No torch."""
+"""generation_config.json: the settings that a model's makers recommend; settings without effect here are logged. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,7 @@ def read_generation_config(folders: Sequence[Path]) -> GenerationConfig:
 
 
 def with_defaults(args: GenerateArgs, config: GenerationConfig) -> tuple[GenerateArgs, list[str]]:
-    """The flags with what they leave open filled in, from the file first; and lines about what the file changes.
+    """The flags, completed from the file and then from the defaults; and log lines about what the file changes.
 
     Raises:
         UsageError: the values do not fit the tasks.

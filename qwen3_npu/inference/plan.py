@@ -17,6 +17,10 @@ from qwen3_npu.inference.generation_config import GenerationConfig, read_generat
 from qwen3_npu.inference.taught import read_taught, settle
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
+from qwen3_npu.plan.device import find_device
+from qwen3_npu.plan.launch import DEFAULT
+from qwen3_npu.plan.requests import in_words, request_memory, setup_of_inference
+from qwen3_npu.plan.shape import shape_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,12 @@ class InferencePlan:
             *self.notes,
         ]
 
+    def memory_in_words(self, *, bf16: bool) -> str:
+        """What a device of the usual kind holds, a line."""
+        device, shape = find_device(DEFAULT), shape_of(self.arch, self.layout.padded_vocab_size)
+        setup = setup_of_inference(self.layout, bf16=bf16, copies=self.data_parallel)
+        return in_words(request_memory(shape, setup, device, self.positions), device)
+
 
 def plan_inference(
     model: ModelArgs,
@@ -65,8 +75,12 @@ def plan_inference(
     *,
     prompts: PromptArgs,
     world_size: int,
+    scores: bool = False,
 ) -> InferencePlan:
     """Everything that follows from flags, config.json and the number of processes.
+
+    Args:
+        scores: it is a reward model, whatever the config.json of its base says.
 
     Raises:
         UsageError: something does not fit or is missing.
@@ -83,6 +97,9 @@ def plan_inference(
         model, shape, load=weights.load, tokenizer=tokenizer_path, noop_layers=noop
     )
     found, arch = arch, shaped(shape, arch, noop)
+    if arch.reward and not scores:
+        raise UsageError(f"{found_in} is a reward model's: it gives rewards (inference.py --task score), no text")
+    arch = arch.as_reward() if scores else arch
     parallel, notes = _without_training(parallel)
     notes += positions_note(arch, found)
     layout = make_layout(arch, parallel, shape.make_vocab_size_divisible_by, shape.padded_vocab_size)

@@ -28,7 +28,7 @@ def read_prompts(args: GenerateArgs) -> list[Conversation]:
     """
     prompts = [_given("--prompt", text) for text in args.prompt or ()]
     if args.predict_data is None:
-        return prompts or ([single(DEFAULT_PROMPT)] if args.task != ["chat"] else [])
+        return prompts or ([single_prompt(DEFAULT_PROMPT)] if args.task != ["chat"] else [])
     path = Path(args.predict_data)
     try:
         is_file = path.is_file()
@@ -54,10 +54,10 @@ def _given(flag: str, text: str) -> Conversation:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"{flag}: the text is not UTF-8 (character {error.start + 1})") from None
-    return single(text)
+    return single_prompt(text)
 
 
-def single(text: str) -> Conversation:
+def single_prompt(text: str) -> Conversation:
     """A question and nothing else."""
     return Conversation((Message(USER, text),))
 
@@ -100,7 +100,7 @@ def _prompt(record: Mapping[str, Any]) -> Conversation:
         if isinstance(record.get(name), str):
             extra = record.get("input")
             text = f"{record[name]}\n{extra}" if isinstance(extra, str) and extra else record[name]
-            return single(text)._replace(system=record.get("system") or None)
+            return single_prompt(text)._replace(system=record.get("system") or None)
     if "messages" in record:
         raise ValueError("messages are not a list")
     raise ValueError(f"no prompt, instruction, question or messages (there are {', '.join(map(str, record))})")

@@ -14,15 +14,16 @@ from qwen3_npu.data.text.conversation import Conversation
 from qwen3_npu.data.text.prompt_types import AUTO
 from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
-from qwen3_npu.inference.batch import Batch, requests_of
+from qwen3_npu.inference.batch import GenerationTask, requests_of
 from qwen3_npu.inference.chat.conversation import chat
 from qwen3_npu.inference.chat.keyboard import Keyboard, keyboard
-from qwen3_npu.inference.engine import fit
+from qwen3_npu.inference.engine import limit_request
 from qwen3_npu.inference.generation_config import with_defaults
 from qwen3_npu.inference.plan import InferencePlan
 from qwen3_npu.inference.prompts import read_prompts
 from qwen3_npu.inference.results.files import RESULT, write_generated
 from qwen3_npu.inference.results.journal import Journal, weights_identity
+from qwen3_npu.inference.rewards.run import score_answers
 from qwen3_npu.inference.runner import loaded
 from qwen3_npu.inference.taught import PLAIN
 from qwen3_npu.inference.text import Writer
@@ -36,7 +37,7 @@ _SHOWN = ("predict_batch_size", "stream", "history_turns", "hide_thinking", "out
 def run(platform: Platform, args: InferenceArgs, plan: InferencePlan) -> None:
     """Everything, from joining the other processes to the last file."""
     with process_group(platform, args.runtime) as world:
-        generate(platform, world, args, plan)
+        (score_answers if args.scores else generate)(platform, world, args, plan)
 
 
 def generate(platform: Platform, world: World, args: InferenceArgs, plan: InferencePlan) -> None:
@@ -65,7 +66,7 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
     prompts = read_prompts(flags)
     texts = _texts(writer, prompts)
     for request in requests_of(writer, texts, flags.max_new_tokens):
-        fit(request, plan.positions)
+        limit_request(request, plan.positions)
     folder = Path(flags.output_dir)
     typed = keyboard() if _CHAT in flags.task and world.rank == 0 else contextlib.nullcontext(Keyboard())
     with (
@@ -81,7 +82,7 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
                 chat(runner, writer, args, keys)
                 continue
             assert journal is not None
-            batch = Batch(runner, writer, args, place, journal=journal)
+            batch = GenerationTask(runner, writer, args, place, journal=journal)
             results += batch.run(texts)
             if runner.world.rank == 0:
                 for path in write_generated(folder, results):

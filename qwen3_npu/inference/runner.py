@@ -59,7 +59,7 @@ class Runner:
 
     Attributes:
         data_rank, data_parallel: which copy of the model this is, and how many there are.
-        vocab_size: logits of a token, without padding.
+        vocab_size: logits of a token, without padding; of a reward model 1.
         last: this process has the logits.
         leads: this process is the first of its copy of the model.
     """
@@ -76,7 +76,7 @@ class Runner:
         copy_tied: bool,
     ) -> None:
         self.world, self.plan, self.arch = world, plan, plan.arch
-        chosen = kernels.select(runtime.kernels, platform.name, runtime.kernel_overrides)
+        chosen = kernels.select_kernels(runtime.kernels, platform.name, runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         train = TrainArgs(train_iters=0, bf16=weights.bf16)
         config = transformer_config(
@@ -87,6 +87,9 @@ class Runner:
         (self.model,) = build_model(plan.arch, config, plan.layout, Parts(chosen))
         self.model.eval().requires_grad_(False)
         source = open_source(weights)
+        if source.arch.reward != plan.arch.reward:
+            is_one = f"{weights.lora_load or weights.load} holds {'a' if source.arch.reward else 'no'} reward model"
+            raise UsageError(f"{is_one}; --task score is for those, and only for those")
         if not source.arch.same_weights(plan.arch):
             raise UsageError(f"--load {weights.load} holds {source.arch}; the model is {plan.arch}")
         if change := plan.arch.unlike(source.arch):
@@ -106,7 +109,7 @@ class Runner:
         self.stage, self.last = self.pipeline.rank(), self.pipeline.rank() == self.pipeline.size() - 1
         self.data_rank, self.data_parallel = parallel_state.get_data_parallel_rank(), plan.data_parallel
         self.leads = self.stage == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
-        self.vocab_size = plan.arch.vocab_size
+        self.vocab_size = 1 if plan.arch.reward else plan.arch.vocab_size
         if self.last:
             self.head = self._head(chosen, rows, copy_tied)
         self.sent: tuple[dist.Work | None, torch.Tensor] | None = None
@@ -114,17 +117,19 @@ class Runner:
         self.in_step = plan.layout.expert > 1 and self.data_parallel > 1
 
     def _head(self, chosen: kernels.Kernels, rows: int, copy_tied: bool) -> torch.nn.Module:
-        """The output layer; a weight that is the embedding too has to stay as it is, beside any copy."""
+        """The output layer or reward head; a weight that is the embedding too has to stay as it is, beside any copy."""
+        if self.arch.reward:
+            return self.model.score
         layer = self.model.output_layer
         if not self.arch.tie_word_embeddings or isinstance(layer, FrozenLinear):
             return layer
         shared = self.model.shared_embedding_or_output_weight()
-        return FrozenLinear(layer, shared, chosen if copy_tied else kernels.select("reference"), rows)
+        return FrozenLinear(layer, shared, chosen if copy_tied else kernels.select_kernels("reference"), rows)
 
     # What passes attend to
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Room for `slots` sequences of up to `capacity` tokens."""
+        """A cache for `slots` sequences of up to `capacity` tokens."""
         return KVCache(
             [layer.layer_number for layer in self.model.decoder.layers],
             slots=slots,
@@ -171,7 +176,8 @@ class Runner:
             wanted: the tokens (by their place) whose logits are needed.
 
         Returns:
-            Logits [len(wanted), vocabulary] in the model's dtype on the last pipeline stage, None on the others.
+            Logits [len(wanted), vocabulary] in the model's dtype on the last pipeline stage, None on the others; of a
+            reward model [len(wanted), 1] in float32.
         """
         hidden = self._first(tokens) if self.stage == 0 else self._received(len(tokens))
         hidden = run_layers(self.model.decoder, hidden, sequence)
@@ -182,6 +188,8 @@ class Runner:
             return hidden.new_empty(0, self.vocab_size)
         if len(wanted) < len(tokens):
             hidden = hidden[torch.tensor(wanted, device=self.device)]
+        if self.arch.reward:
+            return self.head(hidden)
         logits, _ = self.head(hidden)
         return gather_from_tensor_model_parallel_region(logits[:, 0])[:, : self.vocab_size]
 
@@ -190,7 +198,9 @@ class Runner:
         self.forward([0], self.packed([1]), [])
 
     def anyone(self, busy: bool) -> bool:
-        """Whether this copy of the model has work; where copies go in step, whether any has."""
+        """Whether this copy of the model has work; if copies must make the same number of passes, whether any copy
+        has.
+        """
         if not self.in_step:
             return busy
         flag = torch.tensor([int(busy)], device=self.device)
@@ -231,7 +241,7 @@ class Runner:
         self._finish_send()
         values = values.contiguous()
         if self.plan.layout.tensor > 1:
-            # Ranks have the same logits; should a device round differently, they still go on with one text.
+            # Ranks have the same logits; if a device rounds differently, they still continue with one text.
             group = parallel_state.get_tensor_model_parallel_group()
             dist.broadcast(values, dist.get_global_rank(group, 0), group=group)
         if self.pipeline.size() > 1:

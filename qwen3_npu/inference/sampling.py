@@ -37,7 +37,7 @@ class Sampling:
 
 
 def sampling_of(args: GenerateArgs, seed: int, *, sample: bool) -> Sampling:
-    """The flags, complete, as the engine takes them; a temperature of 0 counts for nothing where nothing is drawn."""
+    """The flags, complete, as the engine takes them; a temperature of 0 has no effect where nothing is sampled."""
     values = [getattr(args, name) if getattr(args, name) is not None else DEFAULTS[name] for name in DEFAULTS]
     temperature, top_k, top_p, penalty = values
     return Sampling(sample, temperature or 1.0, int(top_k), top_p, repetition_penalty=penalty, seed=seed)
@@ -77,7 +77,7 @@ def warped(scores: torch.Tensor, sampling: Sampling, *, at_least: int = 1) -> to
     return scores
 
 
-def choose(
+def choose_tokens(
     logits: torch.Tensor, sampling: Sampling, seen: Sequence[Sequence[int]], numbers: Sequence[int]
 ) -> torch.Tensor:
     """The next token of each row, [b] int64.
@@ -94,7 +94,7 @@ def choose(
     for row, tokens, number in zip(warped(scores, sampling), seen, numbers, strict=True):
         # In the order of the vocabulary: were it that of the probabilities, two that are nearly equal could swap.
         ids = torch.nonzero(row > float("-inf")).squeeze(1)
-        if not len(ids):  # NaN throughout; the caller sees it in the token's log-probability
+        if not len(ids):  # all NaN; the caller sees it in the token's log-probability
             chosen.append(row.argmax())
             continue
         cumulative = row[ids].cpu().double().softmax(-1).cumsum(-1)  # not every device knows float64

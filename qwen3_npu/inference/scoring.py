@@ -1,6 +1,6 @@
 """Log-likelihoods of given continuations: one pass for all that share it, common beginnings once, few logits.
 
-Tokens as in lm-evaluation-harness: context and continuation are encoded as one text, what is too long loses its
+Tokens as in lm-evaluation-harness: context and continuation are encoded as one text, a text that is too long loses its
 beginning.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 import torch
 
-from qwen3_npu.inference.diagnose import check_finite
+from qwen3_npu.inference.diagnose import check_finite_scores
 from qwen3_npu.inference.engine import common
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.model.cache import Kept, KVCache
@@ -120,7 +120,7 @@ class Scorer:
         start = 0
         for batch, _ in passes:
             end = start + sum(len(row.choices) for row in batch)
-            check_finite(self.runner, scores[start:end], [row.tokens for row in batch])
+            check_finite_scores(self.runner, scores[start:end], [row.tokens for row in batch])
             start = end
         return list(zip(keys, scores, strict=True))
 
@@ -154,7 +154,7 @@ class Scorer:
                 yield batch, prefix
 
     def _compute_prefix(self, rows: list[_Row], length: int) -> None:
-        """Put what all rows begin with into the cache."""
+        """Compute the beginning that all rows share into the cache."""
         first = rows[0].tokens
         if self.cache is None or self.cache.capacity < length:
             self.cache = None  # the old one goes first
@@ -193,7 +193,7 @@ class Scorer:
 
 
 def _shared_length(rows: list[_Row]) -> int:
-    """Tokens that all rows begin with, if so many that it is worth while."""
+    """Tokens that all rows begin with, if they are enough to save time."""
     first = rows[0].tokens
     # Every row keeps the tokens whose logits are needed.
     room = min(len(row.tokens) - row.logits for row in rows)

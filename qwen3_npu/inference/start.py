@@ -37,16 +37,23 @@ def start(
     from qwen3_npu.inference.plan import plan_inference
 
     plan = plan_inference(
-        args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=world_size
+        args.model,
+        args.shape,
+        args.parallel,
+        args.weights,
+        prompts=args.prompts,
+        world_size=world_size,
+        scores=args.scores,
     )
     for line in [*plan.describe(args.weights), *parsed.notes]:
         log.info(line)
     if args.runtime.dry_run:
+        log.info(plan.memory_in_words(bf16=args.weights.bf16))
         return
     from qwen3_npu.files import check_writable
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    platform = select(args.runtime.device)
+    platform = select_platform(args.runtime.device)
     platform.activate()
     check_writable(Path(args.output_dir), "--output-dir")
     from qwen3_npu.distributed.failure import recorded

@@ -1,4 +1,4 @@
-"""How prompts are written: as the checkpoint was taught, unless the flags say otherwise. No torch."""
+"""How prompts are written: as in the checkpoint's training, unless the flags say otherwise. No torch."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def settle(prompts: PromptArgs, taught: Taught | None, tokenizer: TokenizerFolde
     else:
         name = given
         log.warning_once(
-            f"--prompt-type {given}: the checkpoint was trained with {taught.prompt_type}; drop the flag to ask it so"
+            f"--prompt-type {given}: the checkpoint was trained with {taught.prompt_type}; drop the flag to use that"
         )
     thinking = prompts.enable_thinking
     if name == taught.prompt_type:
         if thinking not in (None, taught.thinking):
             log.warning_once(
                 f"--enable-thinking {thinking}: the checkpoint was trained with {taught.thinking}; drop the flag "
-                "to ask it so"
+                "to use that"
             )
         thinking = thinking or taught.thinking
     if taught.tokenizer not in (None, tokenizer.identity):

@@ -72,8 +72,8 @@ class Writer:
         return self.encoder.decode([token for token in tokens if token not in eos])
 
 
-class Stream:
-    """Decodes tokens as they come; holds back characters that are not whole, and what may become a stop text."""
+class TextStream:
+    """Decodes tokens as they come; delays incomplete characters, and text that may become a stop text."""
 
     def __init__(self, encoder: Encoder, eos: Sequence[int], stops: Sequence[str] = ()) -> None:
         self.encoder, self.eos, self.stops = encoder, eos, stops

@@ -1,6 +1,6 @@
-"""The operations worth a device's own kernel: one signature each, and which implementation serves.
+"""The operations that have a kernel per device: one signature each, and which implementation serves.
 
-`reference` is the definition of correct, in plain torch. Every other implementation must match it, forward and
+`reference` defines the right result, in plain torch. Every other implementation must match it, forward and
 gradient. The model's ModuleSpec hands a kernel to the module that calls it (`model/spec.py`).
 """
 
@@ -49,7 +49,7 @@ class Kernels:
 OPERATIONS = tuple(field.name for field in dataclasses.fields(Kernels))
 
 
-def select(name: str, device: str = "cpu", overrides: Sequence[str] = ()) -> Kernels:
+def select_kernels(name: str, device: str = "cpu", overrides: Sequence[str] = ()) -> Kernels:
     """The kernels for `--kernels` and `--kernel-overrides`.
 
     Args:
@@ -78,7 +78,7 @@ def select(name: str, device: str = "cpu", overrides: Sequence[str] = ()) -> Ker
 def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
     """One operation from an implementation, or from those behind it; `auto` may fall back, and says so."""
     if name == "auto":
-        if device == "npu" and (reason := _module("npu", flag).why_not(operation)) is not None:
+        if device == "npu" and (reason := _module("npu", flag).why_no_kernel(operation)) is not None:
             log.info(f"warning: {operation} without torch_npu's kernel: {reason}; --kernels npu makes this an error")
             name = "torch"
         else:
@@ -88,7 +88,7 @@ def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
     for link in _CHAINS[name]:
         module = _module(link, flag)
         if hasattr(module, operation):
-            if reason := getattr(module, "why_not", lambda operation: None)(operation):
+            if reason := getattr(module, "why_no_kernel", lambda operation: None)(operation):
                 raise UsageError(f"{flag}: {operation}: {reason}; use --kernels auto")
             return getattr(module, operation)
     raise AssertionError(f"{operation} is nowhere")

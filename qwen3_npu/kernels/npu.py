@@ -18,7 +18,7 @@ import torch_npu
 
 from qwen3_npu.kernels import reference
 
-# What each kernel calls, to tell a torch_npu that is too old at the start instead of in the first step.
+# What each kernel calls, so that a torch_npu that is too old is refused at the start and not in the first step.
 _NEEDS = {
     "attention": ("npu_fusion_attention", "npu_fused_infer_attention_score"),
     "decode_attention": ("npu_fused_infer_attention_score",),
@@ -37,7 +37,7 @@ _ALL, _CAUSAL = 0, 3
 _INFINITE = 2147483647
 
 
-def why_not(operation: str) -> str | None:
+def why_no_kernel(operation: str) -> str | None:
     """Why an operation's kernel cannot be used with the installed torch_npu; None if it can."""
     missing = [name for name in _NEEDS.get(operation, ()) if not hasattr(torch_npu, name)]
     return f"torch_npu {torch_npu.__version__} has no {' and no '.join(missing)}" if missing else None

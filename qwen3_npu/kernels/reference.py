@@ -1,4 +1,4 @@
-"""The definition of correct: each operation in readable torch. Slow and memory hungry on purpose.
+"""The reference implementation: each operation in readable torch. Slow and memory hungry on purpose.
 
 s = sequence (queries), t = sequence (keys), b = batch, n = query heads, g = key/value heads, d = head size.
 """

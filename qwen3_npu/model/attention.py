@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -45,7 +44,7 @@ class SelfAttention(MegatronModule):
         context_parallel: ContextParallel | None,
         output_bias: bool,
         pg_collection: ProcessGroupCollection,
-        **_: Any,
+        **_: object,
     ) -> None:
         super().__init__(config=config)
         self.layer_number, self.kernels = layer_number, kernels
@@ -90,7 +89,7 @@ class SelfAttention(MegatronModule):
         self.recompute = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
 
     def forward(
-        self, hidden_states: torch.Tensor, *, packed_seq_params: TokenSequence, **_: Any
+        self, hidden_states: torch.Tensor, *, packed_seq_params: TokenSequence, **_: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One layer's attention.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -15,7 +13,7 @@ from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.lora import freeze_base
 from qwen3_npu.model.loss import cross_entropy
-from qwen3_npu.model.modules import Embedding
+from qwen3_npu.model.modules import Embedding, RewardHead
 from qwen3_npu.model.spec import Parts, block_spec
 
 
@@ -49,11 +47,18 @@ class Qwen3Model(GPTModel):
             vp_stage=chunk if layout.virtual > 1 else None,
         )
         self.arch, self.loss_chunk = arch, parts.loss_chunk
+        if arch.reward and post_process:
+            del self.output_layer  # GPTModel makes one in any case
+            self.score = RewardHead(config, self.pg_collection.tp, seed=parts.seed, lora=parts.lora.on)
         if pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
 
-    def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: Any) -> torch.Tensor:
-        """Logits [b, s, local vocabulary], or with labels [b, s] the loss of each token."""
+    def _postprocess(
+        self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: object
+    ) -> torch.Tensor:
+        """Logits [b, s, local vocabulary], or with labels [b, s] the loss of each token; [b, s] rewards of tokens."""
+        if self.post_process and self.arch.reward:
+            return self.score(hidden_states).t()
         if self.post_process and labels is not None and self.loss_chunk:
             return self._loss_in_chunks(hidden_states, labels)
         return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen3_npu.distributed.ring import merge
+from qwen3_npu.distributed.ring import merge_block
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.sequence import TokenSequence
 
@@ -157,5 +157,5 @@ class PrefixedSequence(TokenSequence):
         keys, values = (x[0, :, : self.prefix].transpose(0, 1).unsqueeze(1) for x in self.cache.layer(number))
         own, own_lse = kernels.attention_block(q, k, v, scale=scale, cu_seqlens=self.cu_seqlens)
         out, lse = own.float(), own_lse.float().clone()
-        merge(out, lse, *kernels.attention_block(q, keys, values, scale=scale, cu_seqlens=None))
+        merge_block(out, lse, *kernels.attention_block(q, keys, values, scale=scale, cu_seqlens=None))
         return out.to(q.dtype)

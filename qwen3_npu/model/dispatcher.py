@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -21,7 +19,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
     many rows it sends and receives: nothing if this rank has all experts, else one copy, under way during the permute.
     """
 
-    def __init__(self, *sizes: Any, kernels: Kernels, **options: Any) -> None:
+    def __init__(self, *sizes: object, kernels: Kernels, **options: object) -> None:
         super().__init__(*sizes, **options)
         self.kernels = kernels
         self.is_even = self.config.moe_expert_capacity_factor is None
@@ -103,7 +101,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 class MoE(MoELayer):
     """megatron's MoE layer with the dispatcher above."""
 
-    def __init__(self, *sizes: Any, kernels: Kernels, **options: Any) -> None:
+    def __init__(self, *sizes: object, kernels: Kernels, **options: object) -> None:
         options.setdefault("pg_collection", get_default_pg_collection())
         super().__init__(*sizes, **options)
         if self.config.moe_token_dispatcher_type == "alltoall":

@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685): low-rank adapters beside frozen weights, W x + (alpha / r) B A x.
+"""LoRA (arXiv:2106.09685): low-rank adapters beside frozen weights, W x + (alpha / r) B A x; rsLoRA: alpha / sqrt(r).
 
 Names and shapes are MindSpeed-LLM's, so checkpoints are exchanged:
 
@@ -43,9 +43,15 @@ class _Weight(torch.nn.Module):
         return self.weight
 
 
-def _kaiming(weight: torch.Tensor) -> None:
-    """How peft initialises A."""
-    torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+def _draw(weight: torch.Tensor, args: LoraArgs, columns: int) -> None:
+    """A as peft initialises it; `columns` is the input's whole size."""
+    if args.lora_init == "gaussian":
+        weight.data.normal_(std=1 / args.lora_r)
+    else:
+        bound = math.sqrt(3) * (
+            math.sqrt(2 / 6) / math.sqrt(columns)
+        )  # torch's kaiming_uniform_(a=sqrt(5)), to the bit
+        weight.data.uniform_(-bound, bound)
 
 
 class LoraLinear(MegatronModule):
@@ -55,12 +61,12 @@ class LoraLinear(MegatronModule):
     product A x: no tensor of the output's size is made beside the output itself.
     """
 
-    def __init__(self, *sizes: int, linear: type, args: LoraArgs, **options: Any) -> None:
+    def __init__(self, *sizes: int, linear: type, args: LoraArgs, **options: object) -> None:
         """Args: linear: the base layer's class; `sizes` and `options` are its own arguments."""
         super().__init__(config=options["config"])
         self.base_layer = base = linear(*sizes, **options)
         self.by_output = isinstance(base, ColumnParallelLinear)
-        self.scale, self.dropout = args.lora_alpha / args.lora_r, args.lora_dropout
+        self.scale, self.dropout = args.scale, args.lora_dropout
         self.enabled = True  # off: the base layer alone, which is the reference of preference training
         self.group = base.tp_group
         self.sequence_parallel = base.config.sequence_parallel
@@ -70,10 +76,10 @@ class LoraLinear(MegatronModule):
         self.lora_A = torch.nn.ModuleDict({"default": first})
         self.lora_B = torch.nn.ModuleDict({"default": second})
         if self.by_output:
-            _kaiming(first.weight)  # replicated: drawn outside the tracker, alike on every rank
+            _draw(first.weight, args, in_features)  # replicated: drawn outside the tracker, alike on every rank
         else:
             with tensor_parallel.get_cuda_rng_tracker().fork():
-                _kaiming(first.weight)
+                _draw(first.weight, args, in_features * self.group.size())
 
     def _weight(self, rows: int, columns: int, is_sharded: bool, dim: int) -> _Weight:
         like = self.base_layer.weight
@@ -125,18 +131,18 @@ class LoraExperts(GroupedExperts):
 
     def __init__(self, *sizes: Any, args: LoraArgs, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        self.scale, self.dropout, self.rank = args.lora_alpha / args.lora_r, args.lora_dropout, args.lora_r
+        self.scale, self.dropout, self.rank = args.scale, args.lora_dropout, args.lora_r
         self.enabled = True
         e, r = self.num_local_experts, args.lora_r
         sharded = self.pg_collection.expt_tp.size() > 1
         if "linear_fc1" in args.lora_target_modules:
             self.weight1_lora_a = self._update(self.hidden, e * r, is_sharded=False)
             self.weight1_lora_b = self._update(r, e * 2 * self.ffn, is_sharded=sharded)
-            self._init_each(self.weight1_lora_a, self.hidden, alike=True)
+            self._init_each(self.weight1_lora_a, args, self.hidden, alike=True)
         if "linear_fc2" in args.lora_target_modules:
             self.weight2_lora_a = self._update(e * self.ffn, r, is_sharded=sharded)
             self.weight2_lora_b = self._update(e * r, self.hidden, is_sharded=False)
-            self._init_each(self.weight2_lora_a, self.ffn, alike=False)
+            self._init_each(self.weight2_lora_a, args, self.ffn, alike=False)
 
     def _update(self, rows: int, columns: int, *, is_sharded: bool) -> torch.nn.Parameter:
         weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=self.weight1.dtype, device=self.weight1.device))
@@ -148,12 +154,11 @@ class LoraExperts(GroupedExperts):
             mark(weight, sequence_parallel=True)
         return weight
 
-    def _init_each(self, weight: torch.nn.Parameter, rows: int, *, alike: bool) -> None:
-        """Kaiming by the size of one expert's input; `alike`: the same on every rank that shares the experts."""
-        bound = math.sqrt(1 / (rows if alike else rows * self.pg_collection.expt_tp.size()))
+    def _init_each(self, weight: torch.nn.Parameter, args: LoraArgs, rows: int, *, alike: bool) -> None:
+        """By the size of one expert's input; `alike`: the same on every rank that shares the experts."""
         name = tensor_parallel.random.get_expert_parallel_rng_tracker_name()
         with tensor_parallel.get_cuda_rng_tracker().fork(name):
-            weight.data.uniform_(-bound, bound)
+            _draw(weight, args, rows if alike else rows * self.pg_collection.expt_tp.size())
         if alike:
             torch.distributed.broadcast(
                 weight.data,

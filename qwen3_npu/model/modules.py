@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -41,7 +41,7 @@ class RMSNorm(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, *, kernel: Callable, eps: float = 1e-6, **_: Any
+        self, config: TransformerConfig, hidden_size: int, *, kernel: Callable, eps: float = 1e-6, **_: object
     ) -> None:
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
@@ -67,7 +67,7 @@ class SwiGLU(torch.nn.Module):
 class RecomputedMLP(MLP):
     """An MLP that keeps the input of its activation but not the output (--recompute-activation-function)."""
 
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         wide, _ = self.linear_fc1(hidden_states)
         kept = CheckpointWithoutOutput()
         out, bias = self.linear_fc2(kept.checkpoint(self.activation_func, wide))
@@ -99,7 +99,7 @@ class Layer(TransformerLayer):
     and forgets it in the layers that `--recompute-method block` does not recompute.
     """
 
-    def forward(self, *args: Any, **others: Any) -> tuple:
+    def forward(self, *args: object, **others: object) -> tuple:
         """As megatron's."""
         padding = getattr(others.get("packed_seq_params"), "padding", None)
         if padding is not None:
@@ -119,5 +119,35 @@ class NoopLayer(MegatronModule, BaseTransformerLayer):
         super().__init__(config)
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, get_pg_rank(pg_collection.pp))
 
-    def forward(self, hidden_states: torch.Tensor, context: Any = None, **_: Any) -> tuple[torch.Tensor, Any]:
+    def forward(self, hidden_states: torch.Tensor, context: object = None, **_: object) -> tuple[torch.Tensor, Any]:
         return hidden_states, context
+
+
+class RewardHead(torch.nn.Module):
+    """hidden -> 1 without bias, in place of the output layer (transformers' `score`).
+
+    It is whole on every rank of the last pipeline stage. The weight is drawn by `seed`, so it is the same in every
+    layout; its deviation is transformers'. Beside a LoRA adapter it is trained and belongs to it, as its name says
+    (`checkpoint/mapping/lora.py`).
+    """
+
+    def __init__(self, config: TransformerConfig, group: torch.distributed.ProcessGroup, *, seed: int, lora: bool):
+        super().__init__()
+        drawn = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(seed))
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        weight = torch.nn.Parameter((drawn * config.init_method_std).to(device, config.params_dtype))
+        mark(weight, sequence_parallel=config.sequence_parallel)
+        self.name = "lora_weight" if lora else "weight"
+        self.register_parameter(self.name, weight)
+        self.group, self.sequence_parallel = group, config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[s, b, hidden] (under sequence parallelism [s/tp, b, hidden]) -> [s, b] float32.
+
+        In float32, because what counts is the difference of two rewards: bfloat16 has no digits left for it.
+        """
+        rewards = torch.nn.functional.linear(hidden.float(), getattr(self, self.name).float()).squeeze(-1)
+        if self.sequence_parallel:
+            # Every rank goes on with the same rewards, and takes back the gradient of its own tokens.
+            rewards = gather_from_sequence_parallel_region(rewards, tensor_parallel_output_grad=False, group=self.group)
+        return rewards

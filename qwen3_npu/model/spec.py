@@ -35,6 +35,7 @@ class Parts:
         context_parallel: how attention sees the whole sequence where a rank holds a part of it.
         recompute_activation: compute the MLP's activation again in backward instead of keeping it.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
+        seed: of a reward model's new head.
     """
 
     kernels: Kernels
@@ -42,6 +43,7 @@ class Parts:
     context_parallel: ContextParallel | None = None
     recompute_activation: bool = False
     loss_chunk: int = 0
+    seed: int = 0
 
 
 def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:

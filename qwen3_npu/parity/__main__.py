@@ -15,14 +15,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qwen3_npu import cli, log
 from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.args.tools.parity import ParityArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import Stopped, UsageError
-from qwen3_npu.parity.rows import Row, rows
+from qwen3_npu.parity.rows import ParityRow, rows
+
+if TYPE_CHECKING:
+    from qwen3_npu.distributed.launch import World
+    from qwen3_npu.platform.base import Platform
 
 PROG = "python -m qwen3_npu.parity"
 
@@ -50,20 +54,20 @@ def _launch(args: ParityArgs, runtime: RuntimeArgs) -> int:
     """Start the processes of this machine; they come back to `main`."""
     import torch
 
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    devices = 4 if select(runtime.device).name == "cpu" else torch.accelerator.device_count()
+    devices = 4 if select_platform(runtime.device).name == "cpu" else torch.accelerator.device_count()
     count = args.processes or devices
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     environ = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run([*command, "-m", "qwen3_npu.parity", *sys.argv[1:]], env=environ).returncode
 
 
-def _check(chosen: list[Row], left_out: int, args: ParityArgs, runtime: RuntimeArgs, *, folder: Path) -> int:
+def _check(chosen: list[ParityRow], left_out: int, args: ParityArgs, runtime: RuntimeArgs, *, folder: Path) -> int:
     from qwen3_npu.parity.reference import file_name, write_inputs
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    platform = select(runtime.device)
+    platform = select_platform(runtime.device)
     rank, size, _ = environment.ranks()
     batch = size * -(-8 // size)
     write_inputs(folder)
@@ -93,7 +97,7 @@ def _reference(folder: Path, device: str, batch: int, wanted: list[str]) -> None
         raise Stopped(f"one process alone fails:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
 
 
-def _row(row: Row, platform: Any, world: Any, tolerance: float, *, batch: int, folder: Path) -> bool:
+def _row(row: ParityRow, platform: Platform, world: World, tolerance: float, *, batch: int, folder: Path) -> bool:
     """Train one row; print its line; whether it agrees."""
     import numpy as np
 

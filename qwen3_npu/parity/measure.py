@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qwen3_npu import cli
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed.launch import World
@@ -23,7 +23,7 @@ from qwen3_npu.training.step import StepResult
 @contextlib.contextmanager
 def trainer(platform: Platform, world: World, flags: Sequence[str]) -> Iterator[Trainer]:
     """A loaded trainer with data."""
-    args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN, argv=list(flags)).groups)
+    args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN_TRAINING, argv=list(flags)).groups)
     plan = plan_training(args, world.size)
     check_data(args.data, plan.arch.vocab_size, seq_length=args.train.seq_length)
     with ready(platform, world, args, plan) as made:

@@ -57,7 +57,7 @@ class Activations(TorchDispatchMode):
         return tensor
 
 
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+def _storages(values: object) -> Iterator[torch.UntypedStorage]:
     return (value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.parity.rows import PER_DOCUMENT
 from qwen3_npu.parity.tiny import arch, write_instructions, write_model
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 STEPS, LENGTH = 2, 64
 
@@ -40,7 +40,7 @@ def file_name(model: str, packed: bool) -> str:
 
 def main(folder: Path, device: str, batch: int, wanted: list[str]) -> None:
     """Args: wanted: names of `file_name`."""
-    platform = select(device)
+    platform = select_platform(device)
     platform.activate()
     from qwen3_npu.distributed.launch import process_group
     from qwen3_npu.parity.measure import measure, trainer

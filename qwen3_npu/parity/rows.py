@@ -97,7 +97,7 @@ PACKED_LAYOUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ParityRow:
     """One line of the certificate.
 
     Attributes:
@@ -117,13 +117,13 @@ class Row:
         return f"{self.model}{' packed' * self.packed}: {self.layout}"
 
 
-def rows() -> list[Row]:
+def rows() -> list[ParityRow]:
     """All of them."""
     tables = [("untied", False, LAYOUTS), ("tied", False, {name: LAYOUTS[name] for name in TIED})]
     tables += [("moe", False, MOE_LAYOUTS), ("untied", True, PACKED_LAYOUTS)]
     tables += [("moe", True, {"EP2": (2, EP2), "TP2 SP EP2": (4, TP2 + SP + EP2)})]
     return [
-        Row(model, packed, name, size, flags=tuple(flags))
+        ParityRow(model, packed, name, size, flags=tuple(flags))
         for model, packed, table in tables
         for name, (size, flags) in table.items()
     ]

@@ -43,7 +43,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def arch(kind: str = "untied", **changes: Any) -> Qwen3Arch:
+def arch(kind: str = "untied", **changes: object) -> Qwen3Arch:
     """A tiny "untied", "tied", "moe", "few", "qwen2" or "yarn" model, with changes."""
     return dataclasses.replace(DENSE, **{**_KINDS[kind], **changes})
 

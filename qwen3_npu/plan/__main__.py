@@ -5,6 +5,7 @@ python -m qwen3_npu.plan --model qwen3-32b --devices 16 --device 910B-64G --seq-
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from qwen3_npu import cli
 from qwen3_npu.args.tools.plan import PlanArgs
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.sizes import SIZES
+from qwen3_npu.plan.device import Device, learn
 from qwen3_npu.plan.launch import device_for
-from qwen3_npu.plan.learn import learn
-from qwen3_npu.plan.report import as_json, command, describe, plot, table
+from qwen3_npu.plan.report import as_json, command, describe_plan, plot, table
+from qwen3_npu.plan.requests import find_layouts, request_table
 from qwen3_npu.plan.search import search
-from qwen3_npu.plan.shape import Shape, read_shape, shape_of
+from qwen3_npu.plan.shape import Shape, arch_of, read_shape, shape_of
 
 PROG = "python -m qwen3_npu.plan"
 
@@ -29,6 +31,9 @@ def main() -> None:
         return
     shape, arch = _model(args)
     device = device_for(args.device, args.device_memory, args.device_table)
+    if args.inference:
+        _plan_requests(args, shape, arch, device)
+        return
     found = search(shape, arch, args, device)
     if args.json:
         print(json.dumps([as_json(one.verdict) for one in found[: args.top]], indent=1))
@@ -36,36 +41,28 @@ def main() -> None:
         batch = f"{args.global_batch_size} samples of {args.seq_length} tokens"
         print(f"{len(found)} layouts of {args.devices} x {device.name} fit; {batch} a step")
         print("\n".join(table(found, args.top)))
-        print("\n".join(["", "the first:", *describe(found[0].verdict)]))
+        print("\n".join(["", "the first:", *describe_plan(found[0].verdict)]))
         print(f"\n{command(found[0].args, args.devices, device.node)}")
     if args.plot is not None:
         plot(found[0].verdict, Path(args.plot))
         print(f"picture: {args.plot}")
 
 
+def _plan_requests(args: PlanArgs, shape: Shape, arch: Qwen3Arch, device: Device) -> None:
+    found = find_layouts(shape, arch, device, devices=args.devices, length=args.seq_length)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(memory) for memory in found[: args.top]], indent=1))
+        return
+    print(f"{args.devices} x {device.name}, requests of up to {args.seq_length:,} tokens (prompt and answer together)")
+    print("\n".join(request_table(found, args.top)))
+
+
 def _model(args: PlanArgs) -> tuple[Shape, Qwen3Arch]:
     if args.shape_json is not None:
         shape = read_shape(Path(args.shape_json))
-        return shape, _stand_in(shape)
+        return shape, arch_of(shape)
     arch = SIZES[args.model] if args.model else from_hf_config(read_hf_config(str(args.hf_dir)), str(args.hf_dir))
     return shape_of(arch), arch
-
-
-def _stand_in(shape: Shape) -> Qwen3Arch:
-    """An architecture with the same sizes: the layout's checks need no more."""
-    return Qwen3Arch(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_query_groups,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-        num_experts=shape.num_experts,
-        num_experts_per_tok=shape.moe_topk,
-        moe_intermediate_size=shape.moe_ffn_hidden_size,
-    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """What is known of each device: one table, each published constant with its source. The one model of the machine.
 
-Efficiencies and overheads are general guesses, the same for all devices of a kind. `learn.py` replaces them by what
-your own runs show.
+Efficiencies and overheads of Hopper GPUs are fitted to published runs (`benchmarks/fit_devices.py`: 13 runs, each left
+out of its fit, median error 11 %). Those of other devices are general guesses. `learn` replaces them by what your
+own runs show.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError, did_you_mean
+from qwen3_npu.files import write_text
 
 GIB = 2**30
 
@@ -33,6 +36,7 @@ class Device:
         streaming: share of `memory_bandwidth` that element-wise operations reach.
         transfer: share of `link` and `network` that collectives reach.
         launch: seconds of host time per operation.
+        stall: seconds that a MoE layer loses in each pass while the host waits for the sizes of the exchange.
         reserve: bytes that the runtime takes (context, collectives' buffers).
         kernels: those of this project that run here, as `activations.layer_bytes` names them.
         error: relative uncertainty of a predicted step time, a guess until `--learn`.
@@ -54,6 +58,7 @@ class Device:
     streaming: float = 0.75
     transfer: float = 0.75
     launch: float = 8e-6
+    stall: float = 0.0
     reserve: float = 1.5 * GIB
     kernels: str = "torch"
     error: float = 0.25
@@ -81,7 +86,29 @@ _A2 += "200 Gb/s RoCE each (Ascend 910B1/B2, Atlas 800T A2)"
 _B4 = "280 TFLOP/s, 32 GB at 0.8 TB/s (Ascend 910B4, Atlas 800I A2)"
 _A3 = "one of two dies: 376 TFLOP/s, 64 GB at 1.6 TB/s, 196 GB/s, 200 Gb/s RDMA (Ascend 910C, arXiv:2506.12708)"
 
-DEVICES = {
+
+def _hopper(name: str, memory: float, bandwidth: float, *, link: float, sources: str) -> Device:
+    """Published figures, and constants that benchmarks/fit_devices.py printed."""
+    return Device(
+        name=name,
+        memory=memory,
+        flops=989e12,
+        memory_bandwidth=bandwidth,
+        node=8,
+        link=link,
+        network=50e9,
+        product=0.743,
+        product_half=15.6e9,
+        attention=0.491,
+        streaming=0.896,
+        transfer=0.95,
+        stall=1.74e-3,
+        error=0.2,
+        sources=sources,
+    )
+
+
+DEVICE_SPECS = {
     device.name: device
     for device in (
         _ascend("910B-64G", 64, 354e12, 1.6e12, node=8, sources=_A2),
@@ -97,36 +124,9 @@ DEVICES = {
             network=25e9,
             sources="NVIDIA A100 data sheet; HDR InfiniBand",
         ),
-        Device(
-            name="H100-80G",
-            memory=80e9,
-            flops=989e12,
-            memory_bandwidth=3.35e12,
-            node=8,
-            link=450e9,
-            network=50e9,
-            sources="NVIDIA H100 SXM data sheet; NDR InfiniBand",
-        ),
-        Device(
-            name="H800-80G",
-            memory=80e9,
-            flops=989e12,
-            memory_bandwidth=3.35e12,
-            node=8,
-            link=200e9,
-            network=50e9,
-            sources="NVIDIA H800: as H100 with 400 GB/s NVLink",
-        ),
-        Device(
-            name="H200-141G",
-            memory=141e9,
-            flops=989e12,
-            memory_bandwidth=4.8e12,
-            node=8,
-            link=450e9,
-            network=50e9,
-            sources="NVIDIA H200 data sheet; NDR InfiniBand",
-        ),
+        _hopper("H100-80G", 80e9, 3.35e12, link=450e9, sources="NVIDIA H100 SXM data sheet; NDR InfiniBand"),
+        _hopper("H800-80G", 80e9, 3.35e12, link=200e9, sources="NVIDIA H800: as H100 with 400 GB/s NVLink"),
+        _hopper("H200-141G", 141e9, 4.8e12, link=450e9, sources="NVIDIA H200 data sheet; NDR InfiniBand"),
     )
 }
 _LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node", "kernels", "sources"}
@@ -141,9 +141,11 @@ def find_device(name: str, learnt: str | None = None) -> Device:
     Raises:
         UsageError: unknown name (the known ones are listed), or a file that is no such table.
     """
-    by_name = {known.lower(): device for known, device in DEVICES.items()}
+    by_name = {known.lower(): device for known, device in DEVICE_SPECS.items()}
     if name.lower() not in by_name:
-        raise UsageError(f"--device {name} is not known{did_you_mean(name, DEVICES)}; known: {', '.join(DEVICES)}")
+        raise UsageError(
+            f"--device {name} is not known{did_you_mean(name, DEVICE_SPECS)}; known: {', '.join(DEVICE_SPECS)}"
+        )
     device = by_name[name.lower()]
     if learnt is None:
         return device
@@ -156,3 +158,41 @@ def read_learnt(path: Path) -> dict[str, float]:
     constants = schema.read_record(path).record("constants")
     constants.only(_LEARNT)
     return {name: constants.number(name, least=0, most=1e18) for name in constants.fields}
+
+
+def learn(folder: Path, output: Path) -> list[str]:
+    """Make this cluster's table of a training's own figures (`--learn RUN_DIR`); what was learnt, a line each.
+
+    A run's metrics.jsonl has a line `plan` (what was predicted for which device) and the measured steps. Products and
+    attention take the blame for computing in proportion; memory beyond the plan becomes the reserve.
+
+    Raises:
+        UsageError: no such run, or it was not planned.
+    """
+    path = folder / "metrics.jsonl"
+    lines = schema.read_small(path).splitlines()
+    plans = [row for row in (_row(line, path) for line in lines) if "planned_step_seconds" in row.fields]
+    if not plans:
+        raise UsageError(f"--learn {folder}: {path} has no planned step; the training must have logged three steps")
+    last = plans[-1]
+    device = find_device(last.text("device"))
+    planned, measured = (last.number(f"{kind}_step_seconds", least=1e-9) for kind in ("planned", "measured"))
+    ratio = measured / planned
+    extra = last.number("measured_bytes", least=0) - last.number("planned_bytes", least=0)
+    constants = {
+        "product": min(0.98, device.product / ratio),
+        "attention": min(0.98, device.attention / ratio),
+        "streaming": min(0.98, device.streaming / ratio),
+        "reserve": max(1.0, device.reserve + extra),
+        "error": 0.1,
+    }
+    record = {"device": device.name, "learnt_from": last.text("layout", ""), "constants": constants}
+    write_text(output, json.dumps(record, indent=2) + "\n")
+    return [
+        f"step: planned {planned:.2f} s, measured {measured:.2f} s",
+        f"written: {output}; give it as --device-table {output}",
+    ]
+
+
+def _row(line: bytes, path: Path) -> schema.Record:
+    return schema.record(schema.parse_json(line, str(path)), str(path))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen3_npu.args.preference import STAGES
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.rules.fit import Fit
 from qwen3_npu.distributed.layout import NOOP
@@ -47,7 +47,11 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
 def _holds_reference(args: PretrainArgs) -> bool:
     wanted = args.preference
     from_file = wanted.ref_logprobs == "cache" and wanted.ref_model is None
-    return bool(STAGES.get(args.data.stage)) and not from_file and (wanted.ref_model is not None or not args.lora.on)
+    return (
+        bool(PREFERENCE_STAGES.get(args.data.stage))
+        and not from_file
+        and (wanted.ref_model is not None or not args.lora.on)
+    )
 
 
 def _recompute(args: PretrainArgs, per_stage: list[int], virtual: int) -> tuple[int, int]:

@@ -11,9 +11,9 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.device import GIB, Device, find_device
 from qwen3_npu.plan.from_args import setup_of
-from qwen3_npu.plan.report import describe
+from qwen3_npu.plan.report import describe_plan
 from qwen3_npu.plan.shape import shape_of
-from qwen3_npu.plan.verdict import Verdict, remedies
+from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 DEFAULT = "910B-64G"
 
@@ -29,7 +29,7 @@ def device_for(name: str, memory: str | None, table: str | None) -> Device:
     return dataclasses.replace(device, memory=size)
 
 
-def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit) -> Verdict | None:
+def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit) -> PlanVerdict | None:
     """What to expect; None where nothing says the device: name it with --plan-device.
 
     Raises:
@@ -41,7 +41,7 @@ def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit) -> Verdict | None:
         return None
     shape = shape_of(arch, sizes.layout.padded_vocab_size)
     device = device_for(name, wanted.device_memory, wanted.device_table)
-    verdict = Verdict(shape, setup_of(args, sizes), device)
+    verdict = PlanVerdict(shape, setup_of(args, sizes), device)
     if not verdict.fits and wanted.fit == "error":
         best = remedies(verdict, most=1)
         way_out = f"; {best[0]}" if best else ""
@@ -52,10 +52,10 @@ def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit) -> Verdict | None:
     return verdict
 
 
-def lines(verdict: Verdict | None, *, dry_run: bool) -> list[str]:
+def lines(verdict: PlanVerdict | None, *, dry_run: bool) -> list[str]:
     """The whole table in a dry run; else the verdict alone, with remedies if it does not fit."""
     if verdict is None:
         return []
-    words = describe(verdict)
+    words = describe_plan(verdict)
     start = next(number for number, line in enumerate(words) if line.startswith("plan: step"))
     return words if dry_run else words[start:]

@@ -148,7 +148,9 @@ def transient_bytes(shape: Shape, setup: Setup) -> float:
 
 
 def logit_bytes(shape: Shape, setup: Setup) -> float:
-    """Bytes of logits and of their float32 softmax, which becomes the gradient."""
+    """Bytes of logits and of their float32 softmax, which becomes the gradient; of rewards, their float32 input."""
+    if shape.reward:
+        return setup.sharded_tokens * shape.hidden_size * 4
     tokens = min(setup.tokens, setup.loss_chunk) if setup.loss_chunk else setup.tokens
     return tokens * shape.vocab_size / setup.tensor * (setup.weight_bytes + 4)
 

@@ -63,7 +63,9 @@ def stage_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
         counts += Counts(embedding_count(shape, setup) + shape.positions * shape.hidden_size)
     if stage == last:
         counts += Counts(shape.hidden_size * shape.norm_vectors)
-        if not shape.tied or setup.pipeline > 1:  # a tied output layer of another stage is a copy
+        if shape.reward:
+            counts += Counts(shape.hidden_size)
+        elif not shape.tied or setup.pipeline > 1:  # a tied output layer of another stage is a copy
             counts += Counts(embedding_count(shape, setup))
     return counts
 
@@ -79,7 +81,8 @@ def largest_count(shape: Shape, setup: Setup, stage: int) -> float:
         return setup.lora_rank * widest / dense_copies
     mlp = 0 if shape.is_moe else shape.gate_factor * shape.ffn_hidden_size
     most: float = h * max(shape.query_width + 2 * shape.key_width, mlp) / tp
-    if stage == 0 or (stage == setup.pipeline - 1 and (not shape.tied or setup.pipeline > 1)):
+    has_output = not shape.reward and (not shape.tied or setup.pipeline > 1)
+    if stage == 0 or (stage == setup.pipeline - 1 and has_output):
         most = max(most, float(embedding_count(shape, setup)))
     if not shape.is_moe:
         return most / dense_copies
@@ -94,6 +97,8 @@ def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
     total = Counts()
     for has_experts, number in setup.layer_kinds(shape, stage).items():
         total += _layer_lora(shape, setup, has_experts) * number
+    if shape.reward and stage == setup.pipeline - 1:
+        total += Counts(shape.hidden_size)  # the head is trained with the adapter
     return total
 
 

@@ -13,11 +13,11 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.device import GIB
-from qwen3_npu.plan.search import Found
-from qwen3_npu.plan.verdict import Verdict, remedies
+from qwen3_npu.plan.search import LayoutCandidate
+from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 
-def describe(verdict: Verdict) -> list[str]:
+def describe_plan(verdict: PlanVerdict) -> list[str]:
     """Memory of each stage by kind, time of a step by kind, and whether it fits; a line each."""
     lines = [*_memory_table(verdict), *_time_lines(verdict)]
     device = verdict.device
@@ -29,7 +29,7 @@ def describe(verdict: Verdict) -> list[str]:
     return [*lines, *(f"plan:   remedy: {remedy}" for remedy in remedies(verdict))]
 
 
-def _memory_table(verdict: Verdict) -> list[str]:
+def _memory_table(verdict: PlanVerdict) -> list[str]:
     """One column a stage; at most six, the first and the last among them."""
     stages = list(enumerate(verdict.stages))
     shown = stages if len(stages) <= 6 else [*stages[:3], *stages[-3:]]
@@ -43,7 +43,7 @@ def _memory_table(verdict: Verdict) -> list[str]:
     return lines
 
 
-def _time_lines(verdict: Verdict) -> list[str]:
+def _time_lines(verdict: PlanVerdict) -> list[str]:
     time = verdict.time
     parts = [f"{kind} {100 * value / time.total:.0f} %" for kind, value in time.rows() if value >= 0.005 * time.total]
     error = verdict.device.error
@@ -53,7 +53,7 @@ def _time_lines(verdict: Verdict) -> list[str]:
     ]
 
 
-def layout_words(verdict: Verdict) -> str:
+def layout_words(verdict: PlanVerdict) -> str:
     setup = verdict.setup
     words = [f"TP{setup.tensor}", f"PP{setup.pipeline}"]
     words += [f"VPP{setup.virtual}"] if setup.virtual > 1 else []
@@ -62,7 +62,7 @@ def layout_words(verdict: Verdict) -> str:
     return " ".join([*words, f"DP{setup.data}"])
 
 
-def table(found: Sequence[Found], top: int) -> list[str]:
+def table(found: Sequence[LayoutCandidate], top: int) -> list[str]:
     """The best layouts, one a line, and why the second is behind."""
     head = f"{'layout':<34}{'MBS':>4}{'recompute':>11}{'memory':>12}{'step':>10}{'tokens/s/dev':>14}{'MFU':>7}"
     lines = [f"   {head}"]
@@ -79,7 +79,7 @@ def table(found: Sequence[Found], top: int) -> list[str]:
     return lines
 
 
-def why_behind(best: Verdict, other: Verdict) -> str:
+def why_behind(best: PlanVerdict, other: PlanVerdict) -> str:
     """The kind of time by which a layout loses most."""
     first = dict(best.time.rows())
     kind, lost = max(((kind, value - first[kind]) for kind, value in other.time.rows()), key=lambda pair: pair[1])
@@ -99,7 +99,7 @@ def command(args: PretrainArgs, devices: int, node: int) -> str:
     return shlex.join(words)
 
 
-def _words(field: dataclasses.Field, value: Any) -> list[str]:
+def _words(field: dataclasses.Field, value: object) -> list[str]:
     is_default = value == (field.default_factory() if callable(field.default_factory) else field.default)
     if is_default or field.name == "train_iters":
         return []
@@ -109,7 +109,7 @@ def _words(field: dataclasses.Field, value: Any) -> list[str]:
     return [name, *(map(str, value) if isinstance(value, list) else [str(value)])]
 
 
-def as_json(verdict: Verdict) -> dict[str, Any]:
+def as_json(verdict: PlanVerdict) -> dict[str, Any]:
     """A verdict as plain data: bytes and seconds."""
     return {
         "setup": dataclasses.asdict(verdict.setup),
@@ -123,7 +123,7 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def plot(verdict: Verdict, path: Path) -> None:
+def plot(verdict: PlanVerdict, path: Path) -> None:
     """Write a PNG: memory of each stage against the device, a step's time.
 
     Raises:

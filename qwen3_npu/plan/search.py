@@ -15,36 +15,37 @@ from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
-from qwen3_npu.args.rules.fit import Fit, fit
+from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
+from qwen3_npu.args.trackers import TrackerArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
-from qwen3_npu.args.watch import WatchArgs
+from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.device import GIB, Device
 from qwen3_npu.plan.from_args import setup_of
 from qwen3_npu.plan.shape import Shape
-from qwen3_npu.plan.verdict import Verdict
+from qwen3_npu.plan.verdict import PlanVerdict
 
 _MICRO = (1, 2, 4)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class LayoutCandidate:
     """One layout of the search: its verdict, and the flags that ask for it."""
 
-    verdict: Verdict
+    verdict: PlanVerdict
     args: PretrainArgs
 
 
-def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> list[Found]:
+def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> list[LayoutCandidate]:
     """Every layout that fits, the fastest first.
 
     Raises:
         UsageError: none fits; the nearest is named, with what would make it fit.
     """
-    fitting: list[Found] = []
-    nearest: Verdict | None = None
+    fitting: list[LayoutCandidate] = []
+    nearest: PlanVerdict | None = None
     for flags, sizes in _legal(arch, args, device):
         for found in _recomputations(shape, flags, sizes, device):
             if found.verdict.fits:
@@ -57,7 +58,7 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
     return sorted(fitting, key=lambda found: -found.verdict.tokens_per_second)
 
 
-def _nothing_fits(nearest: Verdict | None, args: PlanArgs, device: Device) -> str:
+def _nothing_fits(nearest: PlanVerdict | None, args: PlanArgs, device: Device) -> str:
     if nearest is None:
         return (
             f"no layout of {args.devices} devices is legal for this model at --seq-length {args.seq_length} and "
@@ -86,7 +87,7 @@ def _legal(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[tuple[Pr
             train = dataclasses.replace(base.train, micro_batch_size=micro)
             flags = base._replace(parallel=parallel, train=train)
             try:
-                yield flags, fit(flags, arch, args.devices)
+                yield flags, fit_flags(flags, arch, args.devices)
             except UsageError:
                 break  # a larger micro-batch fits no better
 
@@ -176,14 +177,16 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         checkpoint=CheckpointArgs(),
         exits=ExitArgs(),
         report=ReportArgs(),
+        trackers=TrackerArgs(),
         profile=ProfileArgs(),
         watch=WatchArgs(),
+        spikes=SpikeArgs(),
         verdict=VerdictArgs(),
         preference=PreferenceArgs(),
     )
 
 
-def _recomputations(shape: Shape, flags: PretrainArgs, sizes: Fit, device: Device) -> Iterator[Found]:
+def _recomputations(shape: Shape, flags: PretrainArgs, sizes: Fit, device: Device) -> Iterator[LayoutCandidate]:
     """The layout with more and more recomputed: the first that fits is the fastest that does."""
     per_chunk = max(len(chunk) for stage in sizes.layout.chunks for chunk in stage)
     counts: Sequence[int] = sorted({0, -(-per_chunk // 4), -(-per_chunk // 2), per_chunk})
@@ -194,4 +197,4 @@ def _recomputations(shape: Shape, flags: PretrainArgs, sizes: Fit, device: Devic
                 train, recompute_granularity="full", recompute_method="block", recompute_num_layers=count
             )
         chosen = flags._replace(train=train)
-        yield Found(Verdict(shape, setup_of(chosen, sizes), device), chosen)
+        yield LayoutCandidate(PlanVerdict(shape, setup_of(chosen, sizes), device), chosen)

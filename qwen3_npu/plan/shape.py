@@ -19,6 +19,7 @@ class Shape:
         num_query_groups: key/value heads.
         vocab_size: rows of the padded embedding.
         tied: the output layer is the embedding.
+        reward: a head of one number per token in place of the output layer.
         gated: the MLP has a gate (SwiGLU), so its first matrix is twice as wide.
         num_experts: experts of a MoE layer; 0: a dense model.
         moe_dense_layers: leading layers without experts.
@@ -36,6 +37,7 @@ class Shape:
     head_dim: int
     vocab_size: int
     tied: bool = False
+    reward: bool = False
     gated: bool = True
     num_experts: int = 0
     moe_topk: int = 0
@@ -80,23 +82,33 @@ class Shape:
         return self.is_moe and layer >= self.moe_dense_layers
 
 
+# Shape's name of a size -> Qwen3Arch's.
+_ARCH_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "tied": "tie_word_embeddings",
+    "reward": "reward",
+    "num_experts": "num_experts",
+    "moe_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
+
+
 def shape_of(arch: Qwen3Arch, padded_vocab_size: int | None = None) -> Shape:
     """The sizes of a model of this project."""
-    return Shape(
-        num_layers=arch.num_hidden_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.intermediate_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_key_value_heads,
-        head_dim=arch.head_dim,
-        vocab_size=padded_vocab_size or arch.vocab_size,
-        tied=arch.tie_word_embeddings,
-        num_experts=arch.num_experts,
-        moe_topk=arch.num_experts_per_tok,
-        moe_ffn_hidden_size=arch.moe_intermediate_size,
-        qk_norm=arch.family.qk_norm,
-        qkv_bias=arch.family.qkv_bias,
-    )
+    sizes = {name: getattr(arch, theirs) for name, theirs in _ARCH_NAMES.items()}
+    sizes["vocab_size"] = padded_vocab_size or arch.vocab_size
+    return Shape(**sizes, qk_norm=arch.family.qk_norm, qkv_bias=arch.family.qkv_bias)
+
+
+def arch_of(shape: Shape) -> Qwen3Arch:
+    """An architecture with these sizes, for the checks of a layout, which read nothing else."""
+    return Qwen3Arch(**{theirs: getattr(shape, name) for name, theirs in _ARCH_NAMES.items()})
 
 
 def read_shape(path: Path) -> Shape:
@@ -113,7 +125,7 @@ def read_shape(path: Path) -> Shape:
         if field.name not in found.fields:
             continue
         is_switch = field.type == "bool"
-        values[field.name] = found.flag(field.name) if is_switch else found.integer(field.name, least=0, most=10**7)
+        values[field.name] = found.boolean(field.name) if is_switch else found.integer(field.name, least=0, most=10**7)
     hidden = found.integer("hidden_size", least=1)
     heads = found.integer("num_attention_heads", least=1)
     values.setdefault("num_query_groups", heads)

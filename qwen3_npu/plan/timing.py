@@ -146,6 +146,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         products, kernels = products + head, kernels + logits
     launches = sum(counts[kind] * _LAUNCHES[kind] for kind in counts) * (1 + share * 0.4)
     busy = products + attention + kernels + recompute
+    waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 else 0.0
     return StepTime(
         products=passes * products,
         attention=passes * attention,
@@ -158,7 +159,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         data=_data(shape, setup, device, stage, busy=passes * busy),
         bubble=0.0,
         optimizer=_optimizer(shape, setup, device, stage),
-        host=passes * max(0.0, launches * device.launch - busy),
+        host=passes * (max(0.0, launches * device.launch - busy) + waits * device.stall),
     )
 
 

@@ -17,7 +17,7 @@ USABLE = 0.94
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class PlanVerdict:
     """What to expect of one layout on one kind of device.
 
     What is not asked for is not computed: a search asks most layouts for their peak only.
@@ -87,11 +87,11 @@ class Remedy:
         return f"{self.words}: -{self.saved / GIB:.1f} GiB, {100 * self.slower:+.0f} % time"
 
 
-def remedies(verdict: Verdict, most: int = 4) -> list[Remedy]:
+def remedies(verdict: PlanVerdict, most: int = 4) -> list[Remedy]:
     """What makes a layout smaller: those that suffice first, the cheapest in time of them first."""
     found = []
     for words, setup in _changes(verdict.setup):
-        changed = Verdict(verdict.shape, setup, verdict.device)
+        changed = PlanVerdict(verdict.shape, setup, verdict.device)
         if (saved := verdict.peak - changed.peak) > 0.05 * GIB:
             found.append((not changed.fits, Remedy(words, saved, changed.time.total / verdict.time.total - 1)))
     found.sort(key=lambda pair: (pair[0], pair[1].slower if not pair[0] else -pair[1].saved))

@@ -1,4 +1,4 @@
-"""Which machine this is: the one package that may name a vendor. Chosen once, by `select`."""
+"""Which machine this is: the one package that may name a vendor. Chosen once, by `select_platform`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from qwen3_npu.platform.base import Platform
 DEVICES = ("auto", "npu", "cuda", "cpu")
 
 
-def select(name: str) -> Platform:
+def select_platform(name: str, npu_asd: str | None = None) -> Platform:
     """The platform for `--device`; `auto` takes an NPU, then a CUDA GPU, then the CPU.
+
+    Args:
+        npu_asd: --npu-asd.
 
     Raises:
         UsageError: the device asked for is not there, with the reason.
     """
     from qwen3_npu.platform import cpu, cuda, npu
 
+    if npu_asd is not None:
+        npu.detect_corruption(npu_asd)
+        if name not in ("auto", "npu") or npu.why_not() is not None:
+            raise UsageError(f"--npu-asd {npu_asd}: torch_npu does this, and the device is no NPU; drop the flag")
     if name == "auto":
         found = next((p for p in (npu, cuda) if p.why_not() is None), cpu)
         return found.platform()

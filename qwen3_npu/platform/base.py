@@ -79,7 +79,7 @@ def published_peak(table: dict[str, float], device_name: str) -> float | None:
     return table[max(keys, key=len)] if keys else None
 
 
-def replace(name: str, value: Any) -> None:
+def replace(name: str, value: object) -> None:
     """Let a full name such as "torch.Tensor.type" mean `value`, everywhere in this process."""
     owner_name, attribute = name.rsplit(".", 1)
     parts = owner_name.split(".")

@@ -23,21 +23,21 @@ from qwen3_npu.platform.base import replace
 class _Stream:
     """A CUDA stream or event where everything is synchronous already."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self.time = time.perf_counter()
 
-    def wait_stream(self, stream: Any) -> None: ...
+    def wait_stream(self, stream: object) -> None: ...
 
-    def wait_event(self, event: Any) -> None: ...
+    def wait_event(self, event: object) -> None: ...
 
     def synchronize(self) -> None: ...
 
-    def wait(self, stream: Any = None) -> None: ...
+    def wait(self, stream: object = None) -> None: ...
 
-    def record_event(self, event: Any = None) -> _Stream:
+    def record_event(self, event: _Stream | None = None) -> _Stream:
         return event if event is not None else _Stream()
 
-    def record(self, stream: Any = None) -> None:
+    def record(self, stream: object = None) -> None:
         self.time = time.perf_counter()
 
     def elapsed_time(self, other: _Stream) -> float:
@@ -53,12 +53,12 @@ class _Stream:
 class _Generators:
     """`torch.cuda.default_generators`: on the CPU there is one generator."""
 
-    def __getitem__(self, index: Any) -> torch.Generator:
+    def __getitem__(self, index: object) -> torch.Generator:
         return torch.default_generator
 
 
 @contextlib.contextmanager
-def _stream_context(stream: Any) -> Iterator[None]:
+def _stream_context(stream: object) -> Iterator[None]:
     yield
 
 
@@ -66,7 +66,7 @@ def _on_cpu(factory: Callable) -> Callable:
     """A tensor factory for which device="cuda" is the CPU."""
 
     @functools.wraps(factory)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: object, **kwargs: object) -> Any:
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
             kwargs["device"] = "cpu"
@@ -77,14 +77,14 @@ def _on_cpu(factory: Callable) -> Callable:
 
 def _cuda_type_name(original: Callable) -> Callable:
     @functools.wraps(original)
-    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: torch.Tensor, *args: object, **kwargs: object) -> Any:
         result = original(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
     return wrapper
 
 
-def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def _splits_to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """megatron's `maybe_move_tensor_to_cpu` where the tensor is there already."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
@@ -93,7 +93,7 @@ def _uneven_all_gather(original: Callable) -> Callable:
     """gloo gathers equal sizes only; NCCL and HCCL also others."""
 
     @functools.wraps(original)
-    def wrapper(tensor_list: list, tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+    def wrapper(tensor_list: list, tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> object:
         if len({t.shape for t in tensor_list}) == 1:
             return original(tensor_list, tensor, group=group, async_op=async_op)
         for rank, part in enumerate(tensor_list):
@@ -107,7 +107,11 @@ def _uneven_all_gather(original: Callable) -> Callable:
 
 
 def _reduce_scatter(
-    output: torch.Tensor, input_list: list, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    output: torch.Tensor,
+    input_list: list,
+    op: object = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
 ) -> None:
     """gloo has it for equal sizes only, and with torch 2.7 not at all."""
     for rank, part in enumerate(input_list):
@@ -117,11 +121,11 @@ def _reduce_scatter(
             output.copy_(part)
 
 
-def _get_rng_state(device: Any = None) -> torch.Tensor:
+def _get_rng_state(device: object = None) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+def _set_rng_state(state: torch.Tensor, device: object = None) -> None:
     torch.set_rng_state(state)
 
 

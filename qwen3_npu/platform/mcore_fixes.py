@@ -21,7 +21,7 @@ class _NoFp8:
         return None
 
 
-def _nothing(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
+def _nothing(*args: object, **kwargs: object) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 

@@ -40,6 +40,16 @@ def set_environment() -> None:
             os.environ.setdefault(name, value)
 
 
+def detect_corruption(how: str) -> None:
+    """Switch on torch_npu's detection of silent corruption, which is read when torch_npu is imported.
+
+    Args:
+        how: as --npu-asd says.
+    """
+    checksum = ",with_checksum:true" if how == "checksum" else ""
+    os.environ["NPU_ASD_CONFIG"] = f"enable:true{checksum}"
+
+
 def why_not() -> str | None:
     """Why this device cannot be used; None if it can."""
     if importlib.util.find_spec("torch_npu") is None:

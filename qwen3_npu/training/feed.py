@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import numpy as np
 import torch
@@ -14,11 +14,30 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.text.prompt_types import warn_of_misfit
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.data.train import pretrain_dataset
-from qwen3_npu.data.train.batches import Answers, Batch, moved, sample_numbers
+from qwen3_npu.data.train.batches import AnswerTokens, MicroBatch, moved, sample_numbers
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.data.train.preference_dataset import labelled_rows, open_answers, pair_rows
-from qwen3_npu.data.train.rows import Padding, Rows, ThinkTokens, find_eod, instruction_rows, padding_multiple
-from qwen3_npu.data.train.sft_dataset import InstructionFiles, Kind, instruction_splits, open_instructions
+from qwen3_npu.data.train.quarantine import Ordered
+from qwen3_npu.data.train.rows import (
+    Padding,
+    Rows,
+    ThinkTokens,
+    find_eod,
+    instruction_rows,
+    padding_multiple,
+    pretraining_rows,
+)
+from qwen3_npu.data.train.sft_dataset import (
+    InstructionDataset,
+    InstructionFiles,
+    Kind,
+    Sample,
+    SampleFiles,
+    SampleOut,
+    TokenSample,
+    instruction_splits,
+    open_instructions,
+)
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.context_parallel import shard
@@ -28,8 +47,16 @@ from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.training.prepare.plan import TrainingPlan
 
 
+class SampleSource(Protocol[SampleOut]):
+    """Samples by number, and where each comes from."""
+
+    def __getitem__(self, number: int, /) -> SampleOut: ...
+
+    def locate(self, number: int) -> tuple: ...
+
+
 @dataclasses.dataclass(frozen=True)
-class Feed:
+class Feed(Generic[Sample]):
     """Samples, and the micro-batches that this rank makes of them.
 
     Attributes:
@@ -43,14 +70,14 @@ class Feed:
 
     args: PretrainArgs
     plan: TrainingPlan
-    train: Any
-    valid: Any
-    make_rows: Callable[[Sequence[Any]], Rows]
+    train: Ordered
+    valid: SampleSource[Sample] | None
+    make_rows: Callable[[Sequence[Sample]], Rows]
     rows: int
     length: int | None
     think: ThinkTokens | None = None
     supervised: float | None = None
-    _ahead: dict[int, Batch] = dataclasses.field(default_factory=dict, init=False)
+    _ahead: dict[int, MicroBatch] = dataclasses.field(default_factory=dict, init=False)
 
     def numbers(self, consumed: int) -> Iterator[range]:
         """The samples of each of this rank's micro-batches of the step that starts after `consumed` samples."""
@@ -62,7 +89,13 @@ class Feed:
             data_rank=parallel_state.get_data_parallel_rank(),
         )
 
-    def batches(self, dataset: Any, consumed: int, device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
+    def forget(self) -> None:
+        """Drop what was made ahead: the training goes on elsewhere."""
+        self._ahead.clear()
+
+    def batches(
+        self, dataset: SampleSource[Sample], consumed: int, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the step that starts after `consumed` samples.
 
         Each is made while the device computes the one before; the first one of a training's next step, with the last.
@@ -83,7 +116,9 @@ class Feed:
             self._ahead[after] = self._batch(dataset, next(self.numbers(after)), device, dtype)
         yield batch
 
-    def _batch(self, dataset: Any, samples: range, device: torch.device, dtype: torch.dtype) -> Batch:
+    def _batch(
+        self, dataset: SampleSource[Sample], samples: range, device: torch.device, dtype: torch.dtype
+    ) -> MicroBatch:
         """Read and arrange samples, and move what this rank needs of them."""
         rows = self.make_rows([dataset[number] for number in samples])
         parallel, arch = self.args.parallel, self.plan.arch
@@ -110,8 +145,8 @@ class Feed:
         fields = moved(fields, device)
         answers = None
         if is_last and rows.answers is not None:
-            answers = Answers(fields["numbers"], fields["text_mask"], rows.answers.count, fields.get("desirable"))
-        return Batch(
+            answers = AnswerTokens(fields["numbers"], fields["text_mask"], rows.answers.count, fields.get("desirable"))
+        return MicroBatch(
             fields.get("tokens"),
             fields.get("labels"),
             fields.get("loss_mask"),
@@ -123,8 +158,12 @@ class Feed:
         )
 
 
-def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
-    """The samples that --data-path names. Every rank must call this."""
+def open_feed(args: PretrainArgs, plan: TrainingPlan, spare: int = 0) -> Feed:
+    """The samples that --data-path names. Every rank must call this.
+
+    Args:
+        spare: samples of the training that may be left out.
+    """
     prefixes, _ = blend(args.data.data_path)
     digest = None
     if environment.ranks()[2] == 0:  # nodes may have copies of their own
@@ -132,29 +171,30 @@ def open_feed(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     check_same(digest, f"--data-path {' '.join(args.data.data_path)}")
     if args.data.is_preference:
         return _answers(args, plan)
-    return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan)
+    return _instructions(args, plan) if args.data.is_instruction else _pretraining(args, plan, spare)
 
 
 def _fingerprint(args: PretrainArgs, prefix: str) -> str:
     if args.data.is_preference:
         return open_answers(args.data.stage, [prefix])[0].fingerprint()
-    return (InstructionFiles(prefix).ids if args.data.is_instruction else open_indexed(prefix)).fingerprint()
+    return (InstructionFiles(prefix) if args.data.is_instruction else open_indexed(prefix)).fingerprint()
 
 
-def _samples(args: PretrainArgs, plan: TrainingPlan) -> tuple[int, int, int]:
+def _samples(args: PretrainArgs, plan: TrainingPlan, spare: int) -> tuple[int, int, int]:
     """How many samples of each split are asked for."""
     evaluations = args.train.steps // args.report.eval_interval + 1
-    return args.train.steps * plan.global_batch, evaluations * args.report.eval_iters * plan.global_batch, 0
+    return args.train.steps * plan.global_batch + spare, evaluations * args.report.eval_iters * plan.global_batch, 0
 
 
-def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
+def _pretraining(args: PretrainArgs, plan: TrainingPlan, spare: int) -> Feed:
     data, seq, micro = args.data, args.train.seq_length, args.train.micro_batch_size
-    splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=_samples(args, plan))
+    samples = _samples(args, plan, spare)
+    splits = pretrain_dataset.build_splits(data, seq_length=seq, seed=args.runtime.seed, samples=samples)
     if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
         return Feed(
             args,
             plan,
-            splits.train,
+            Ordered(splits.train),
             splits.valid,
             make_rows=pretrain_dataset.plain_rows,
             rows=micro,
@@ -166,9 +206,9 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     if len(ends) > 1:
         raise UsageError(f"{flag}: the data sets of --data-path end their documents with different tokens {ends}")
 
-    def rows(samples: Sequence[Any]) -> Rows:
-        return pretrain_dataset.document_rows(
-            samples,
+    def rows(samples: Sequence[dict[str, torch.Tensor]]) -> Rows:
+        return pretraining_rows(
+            *pretrain_dataset.stacked(samples),
             eod=next(iter(ends)),
             reset_position_ids=data.reset_position_ids,
             reset_attention_mask=data.reset_attention_mask,
@@ -182,7 +222,7 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     return Feed(
         args,
         plan,
-        splits.train,
+        Ordered(splits.train),
         splits.valid,
         make_rows=rows,
         rows=1 if flat else micro,
@@ -206,17 +246,31 @@ def _padding(args: PretrainArgs, plan: TrainingPlan) -> tuple[TokenizerFolder | 
     return tokenizer, Padding(pad, None if data.variable_seq_lengths else args.train.seq_length, multiple)
 
 
-def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
-    data, train, micro = args.data, args.train, args.train.micro_batch_size
-    prefixes, weights = blend(data.data_path)
-    files = open_answers(data.stage, prefixes)
+def _splits(
+    args: PretrainArgs, files: Sequence[SampleFiles[Sample]], weights: Sequence[float] | None
+) -> tuple[InstructionDataset[Sample], InstructionDataset[Sample] | None]:
+    """Samples for training, and for validation if the training evaluates.
+
+    Raises:
+        UsageError: --split leaves none.
+    """
+    data, evaluates = args.data, args.report.eval_iters > 0
     splits = instruction_splits(
-        files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
+        files, weights, data.split, longest=args.train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
     )
     if splits.train is None:
-        raise UsageError(f"--split {data.split} leaves nothing of {' '.join(prefixes)} for training")
-    if args.report.eval_iters and splits.valid is None:
-        raise UsageError(f"--split {data.split} leaves nothing for validation; give another, or --eval-iters 0")
+        prefixes = " ".join(file.prefix for file in files)
+        raise UsageError(f"--split {data.split} leaves no sample of {prefixes} for training")
+    if evaluates and splits.valid is None:
+        raise UsageError(f"--split {data.split} leaves no sample for validation; give another, or --eval-iters 0")
+    return splits.train, splits.valid if evaluates else None
+
+
+def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
+    data, micro = args.data, args.train.micro_batch_size
+    prefixes, weights = blend(data.data_path)
+    files: Sequence[SampleFiles[Any]] = open_answers(data.stage, prefixes)  # the stage says which samples they hold
+    train, valid = _splits(args, files, weights)
     _, padding = _padding(args, plan)
     packed = data.per_document
     if packed and padding.length is not None:  # room for all answers of a micro-batch in one row
@@ -224,15 +278,14 @@ def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
 
     def rows(samples: Sequence[Any]) -> Rows:
         if data.stage == "kto":
-            return labelled_rows(samples, padding, longest=train.seq_length, packed=packed)
-        return pair_rows(samples, padding, packed=packed)
+            return labelled_rows(samples, padding, longest=args.train.seq_length, packed=packed)
+        return pair_rows(samples, padding, packed=packed, scored=data.stage == "rm")
 
-    valid = splits.valid if args.report.eval_iters else None
     length = None if padding.length is None else -(-padding.length // padding.multiple) * padding.multiple
     return Feed(
         args,
         plan,
-        splits.train,
+        Ordered(train),
         valid,
         make_rows=rows,
         rows=1 if packed else 2 * micro,
@@ -242,31 +295,25 @@ def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
 
 
 def _instructions(args: PretrainArgs, plan: TrainingPlan) -> Feed:
-    data, train = args.data, args.train
+    data = args.data
     prefixes, weights = blend(data.data_path)
     files = open_instructions(prefixes, per_document=data.per_document)
-    splits = instruction_splits(
-        files, weights, data.split, longest=train.seq_length, seed=args.runtime.seed, shuffle=data.shuffle
-    )
-    if splits.train is None:
-        raise UsageError(f"--split {data.split} leaves no sample of {' '.join(prefixes)} for training")
-    if args.report.eval_iters and splits.valid is None:
-        raise UsageError(f"--split {data.split} leaves no sample for validation; give another, or --eval-iters 0")
+    train, valid = _splits(args, files, weights)
     tokenizer, padding = _padding(args, plan)
     packs = data.per_document and any(file.kind is Kind.NEAT_PACK for file in files)
 
-    def rows(samples: Sequence[Any]) -> Rows:
+    def rows(samples: Sequence[TokenSample]) -> Rows:
         return instruction_rows(samples, padding, per_document=packs)
 
-    micro, length = train.micro_batch_size, train.seq_length
+    micro, length = args.train.micro_batch_size, args.train.seq_length
     think = None
     if tokenizer and {"<think>", "</think>"} <= tokenizer.special.keys():
         think = ThinkTokens(tokenizer.special["<think>"], tokenizer.special["</think>"])
     return Feed(
         args,
         plan,
-        splits.train,
-        splits.valid if args.report.eval_iters else None,
+        Ordered(train),
+        valid,
         make_rows=rows,
         rows=1 if packs else micro,
         length=None if data.variable_seq_lengths else length * (micro if packs else 1),

@@ -6,8 +6,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import gc
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu import kernels, log
 from qwen3_npu.args.lora import LORA_TARGETS, LoraArgs
-from qwen3_npu.args.preference import STAGES
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.training.save import Position, Trained
-from qwen3_npu.data.train.batches import Batch, drained
+from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.data.train.data_path import cache_folder
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, process_group
@@ -36,9 +36,9 @@ from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
 from qwen3_npu.training.checkpoints.facts import facts
 from qwen3_npu.training.checkpoints.hf_export import HfExport
-from qwen3_npu.training.checkpoints.saving import Saver, continued, leased, prepare
+from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continued, leased
 from qwen3_npu.training.exits import Exits
-from qwen3_npu.training.feed import Feed, open_feed
+from qwen3_npu.training.feed import Feed, SampleSource, open_feed
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.preference import preference_objective
@@ -46,16 +46,20 @@ from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
 from qwen3_npu.training.reference_cache import KnownReference, cached, digest_of, identity
 from qwen3_npu.training.reports.expert_load import ExpertLoad, take_expert_load
-from qwen3_npu.training.reports.profiling import Profiling
 from qwen3_npu.training.reports.report import Reporter
+from qwen3_npu.training.reports.trackers import open_trackers, settings
+from qwen3_npu.training.spikes.guard import SpikeGuard
+from qwen3_npu.training.spikes.replicas import ReplicaCheck
+from qwen3_npu.training.spikes.rollback import decoder, go_back
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
+from qwen3_npu.training.whole import train
 from qwen3_npu.watch import here
 from qwen3_npu.watch.start import watched
 
 
 def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
     """The whole training, from joining the other processes to the last checkpoint."""
-    prepare(args.checkpoint, args.lora)
+    check_folders(args.checkpoint, args.lora)
     with leased(args.checkpoint) as lease, process_group(platform, args.runtime) as world:
         if args.checkpoint.save is not None:
             check_shared(Path(args.checkpoint.save), "--save")
@@ -94,7 +98,7 @@ class Trainer:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
         if args.train.moe_router_dtype == "fp64" and not platform.has_float64:
             raise UsageError(f"--moe-router-dtype fp64: {platform.name} has no float64; use fp32")
-        chosen = kernels.select(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
+        chosen = kernels.select_kernels(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = self._config()
         self.dtype = config.params_dtype
@@ -107,12 +111,13 @@ class Trainer:
             context_parallel=context_parallel,
             recompute_activation=args.train.recompute_activation_function,
             loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+            seed=args.runtime.seed,
         )
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
-        config.finalize_model_grads_func = here.inside("reduce", finalize_model_grads)
+        config.finalize_model_grads_func = here.in_phase("reduce", finalize_model_grads)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
@@ -131,6 +136,13 @@ class Trainer:
         self.feed: Feed  # open_data
         self.guard = NanGuard(args.exits.max_skipped_updates)
         self.exits = Exits(args.exits)
+        is_of_tokens = not PREFERENCE_STAGES.get(args.data.stage)
+        self.spikes = SpikeGuard(
+            args.spikes, args.checkpoint, 2 * math.log(plan.arch.vocab_size) if is_of_tokens else math.inf
+        )
+        self.replicas: ReplicaCheck | None = None
+        if args.spikes.replica_check_interval:
+            self.replicas = ReplicaCheck(self.modules, self.chunks, self.optimizer)
         # megatron averages losses over micro-batches itself, if it does not divide by tokens.
         weighted = routers(self.modules) if config.calculate_per_token_loss else []
         self.routers = [router for router in weighted if router.has_losses]
@@ -154,8 +166,13 @@ class Trainer:
 
     def open_data(self) -> None:
         """The samples of each split, and what a reference model says of them."""
-        self.feed = open_feed(self.args, self.plan)
-        if STAGES.get(self.args.data.stage):
+        spikes = self.args.spikes
+        spare = self.spikes.read(self.position)
+        if self.spikes.rolls_back:
+            spare += spikes.max_rollbacks * self.plan.global_batch
+        self.feed = open_feed(self.args, self.plan, spare)
+        self.spikes.leave_out(self.feed.train)
+        if PREFERENCE_STAGES.get(self.args.data.stage):
             is_cached = self.args.preference.ref_logprobs == "cache"
             self.reference = self._cached_reference() if is_cached else self._open_reference()
 
@@ -183,7 +200,7 @@ class Trainer:
     def _cached_reference(self) -> KnownReference:
         """The reference's log-probabilities from the file beside the data; what it lacks is computed first."""
         args, starts, total = self.args, {}, 0
-        files = [file for dataset in (self.feed.train, self.feed.valid) if dataset for file in dataset.files]
+        files = [file for dataset in self._answer_sets() for file in dataset.files]
         for file in sorted({file.prefix: file for file in files}.values(), key=lambda file: file.prefix):
             starts[file.prefix], total = total, total + len(file)
         model = str(args.preference.ref_model or args.checkpoint.load)
@@ -199,10 +216,12 @@ class Trainer:
             **self.sizes,
         )
 
-    def _reference_steps(self) -> Iterator[tuple[Callable[[], list[Iterator[Batch]]], list[Samples], list[Samples]]]:
+    def _reference_steps(
+        self,
+    ) -> Iterator[tuple[Callable[[], list[Iterator[MicroBatch]]], list[Samples], list[Samples]]]:
         """Every step of the training, then of the evaluations, as `reference_cache.cached` wants them."""
-        evaluations = self.args.report.eval_iters if self.feed.valid is not None else 0
-        for dataset, count in ((self.feed.train, self.args.train.steps), (self.feed.valid, evaluations)):
+        evaluations = self.args.report.eval_iters
+        for dataset, count in zip(self._answer_sets(), (self.args.train.steps, evaluations), strict=False):
             for number in range(count):
                 consumed = number * self.plan.global_batch
                 everyone: list[Samples] = [
@@ -210,16 +229,20 @@ class Trainer:
                 ]
                 yield functools.partial(self.batches, dataset, consumed), self._samples(dataset, consumed), everyone
 
-    def _samples(self, dataset: Any, consumed: int) -> list[Samples]:
+    def _answer_sets(self) -> list[Any]:
+        """The answers for training (an `Ordered`) and, if there are any, for validation: `InstructionDataset`s."""
+        return [found for found in (self.feed.train, self.feed.valid) if found is not None]
+
+    def _samples(self, dataset: SampleSource, consumed: int) -> list[Samples]:
         """Where the pairs of this rank's micro-batches come from."""
         return [[dataset.locate(n) for n in numbers] for numbers in self.feed.numbers(consumed)]
 
-    def batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
+    def batches(self, dataset: SampleSource, consumed: int) -> list[Iterator[MicroBatch]]:
         """This rank's micro-batches of one step, once for each model chunk."""
         batches = self.feed.batches(dataset, consumed, self.world.device, self.dtype)
         return list(itertools.tee(batches, len(self.chunks)))
 
-    def _with_reference(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
+    def _with_reference(self, dataset: SampleSource, consumed: int) -> list[Iterator[MicroBatch]]:
         """The micro-batches of a step; the objective learns what the reference says of them."""
         batches = self.batches(dataset, consumed)
         if self.objective is None or self.reference is None:
@@ -231,7 +254,7 @@ class Trainer:
         )
         return [drained(collections.deque(held)) for _ in self.chunks]
 
-    def training_batches(self) -> list[Iterator[Batch]]:
+    def training_batches(self) -> list[Iterator[MicroBatch]]:
         """This rank's micro-batches of the next step, once for each model chunk; the routers know what they need."""
         batches = self._with_reference(self.feed.train, self.position.samples)
         if not self.routers:
@@ -266,55 +289,30 @@ class Trainer:
             objective=self.objective,
             wishes=self.exits.wishes(),
             global_batch=self.plan.global_batch,
+            limits=self.spikes.limits,
             **self.sizes,
         )
-        before = self.position
-        self.position = Position(before.iteration + 1, before.samples + self.plan.global_batch)
+        before, step = self.position, self.position.iteration + 1
+        why = self.spikes.judge(step, result.loss, result.grad_norm, skipped=result.skipped)
+        if result.skipped and why and self.spikes.is_on:
+            decode = decoder(self.args.data.tokenizer_name_or_path) if self.world.rank == 0 else None
+            self.spikes.note(self.feed.train, before, self.plan.global_batch, why=why, decode=decode)
+        if result.skipped and why and self.spikes.rolls_back:
+            self.go_back(f"spike: {why}; it goes on without the samples of step {step}")
+            return dataclasses.replace(result, spike=why)
+        self.position = Position(step, before.samples + self.plan.global_batch)
         if result.skipped:
             samples = range(before.samples, self.position.samples)
-            self.guard.report(self.position.iteration, result.loss, result.grad_norm, samples)
+            self.guard.report(step, result.loss, result.grad_norm, samples)
         here.step_done(self.position.iteration)
-        return result
+        return dataclasses.replace(result, spike=why)
+
+    def go_back(self, why: str) -> None:
+        self.position = go_back(self.spikes, self.guard, self.saver, self.feed, position=self.position, why=why)
 
     def train(self) -> None:
         """All steps up to --train-iters."""
-        args, last = self.args, self.args.train.steps
-        if self.position.iteration >= last:
-            log.info(f"nothing to do: step {self.position.iteration} of --train-iters {last} is reached")
-            return
-        reporter = self._reporter()
-        if args.train.manual_gc:
-            gc.disable()
-        first = self.position.iteration + 1
-        profiling = Profiling(self.platform, args.profile, self.world.rank, first=first, last=last)
-        stop: str | None = None
-        while self.position.iteration < last and stop is None:
-            profiling.before(self.position.iteration + 1)
-            result = self.step()
-            iteration = self.position.iteration
-            reporter.step(iteration, result, self._expert_load() if reporter.is_due(iteration) else None)
-            if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
-                gc.collect()
-            if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
-                with reporter.paused(), here.during("eval"):
-                    self.evaluate(reporter)
-            stop = self.exits.reason(iteration, result.wishes)
-            profiling.after(iteration, last=iteration == last or stop is not None)
-            due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
-            export = self.export.due(iteration, is_last=iteration == last)
-            if args.checkpoint.save and (due or export or stop or iteration == last):
-                with reporter.paused(), here.during("save"):
-                    self.export.finish()  # it may be reading a checkpoint that saving removes
-                    self.saver.save(self.position)
-                    if export:
-                        self.saver.finish()
-                        self.export.start(iteration)
-        reporter.close()
-        with here.during("save"):
-            self.saver.finish()
-            self.export.finish()
-        if stop is not None:
-            log.info(f"stopped after step {self.position.iteration} of {last}: {stop}")
+        train(self)
 
     def close(self) -> None:
         """Let go of the model, for a process that trains more than once."""
@@ -325,11 +323,11 @@ class Trainer:
             for part in [*chunk.parameters(), *chunk.modules()]:
                 vars(part).clear()
 
-    def _expert_load(self) -> ExpertLoad | None:
+    def expert_load(self) -> ExpertLoad | None:
         arch = self.plan.arch
         return take_expert_load(self.modules, self.plan.layout.num_layers, arch.num_experts) if arch.is_moe else None
 
-    def _reporter(self) -> Reporter:
+    def reporter(self) -> Reporter:
         args = self.args
         return Reporter(
             self.platform,
@@ -342,6 +340,7 @@ class Trainer:
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
             verdict=self.plan.verdict,
+            trackers=open_trackers(args.trackers, settings(args)) if self.world.rank == 0 else (),
         )
 
     def evaluate(self, reporter: Reporter) -> None:
@@ -355,7 +354,7 @@ class Trainer:
         reporter.evaluation(self.position.iteration, "validation", total)
 
 
-def _one_or_list(items: list) -> Any:
+def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
     """megatron takes one function, or a list of one per model chunk."""
     return items if len(items) > 1 else items[0]
 
@@ -363,4 +362,4 @@ def _one_or_list(items: list) -> Any:
 def _lora(args: LoraArgs) -> Lora | None:
     """What the checkpoints say of LoRA adapters."""
     targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
-    return Lora(args.lora_r, args.lora_alpha, targets) if args.on else None
+    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora) if args.on else None

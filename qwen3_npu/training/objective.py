@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from qwen3_npu.data.train.batches import Batch
+from qwen3_npu.data.train.batches import MicroBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,5 +37,5 @@ class Objective(Protocol):
 
     names: Sequence[str]
 
-    def __call__(self, batch: Batch, losses: torch.Tensor) -> Outcome:
+    def __call__(self, batch: MicroBatch, losses: torch.Tensor) -> Outcome:
         """Args: losses: [b, s] float32 of this context-parallel rank's tokens."""

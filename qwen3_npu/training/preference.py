@@ -6,8 +6,10 @@
     orpo         nll(prompt and chosen) - b log s(log odds ratio)   Hong et al., arXiv:2403.07691
     simpo        -log s(b (p_c / |c| - p_r / |r|) - g)              Meng et al., arXiv:2405.14734
     kto          w (1 - s(+-b (d - kl)))                            Ethayarajh et al., arXiv:2402.01306
+    rm           -log s(r_c - r_r) + k (r_c + r_r)^2                Bradley and Terry, 1952; arXiv:2312.09244
 
-p: log-probability of an answer; d: the same minus the reference's; |.|: its tokens; s: sigmoid; b, g, w: flags.
+p: log-probability of an answer; d: the same minus the reference's; |.|: its tokens; s: sigmoid; b, g, w, k: flags;
+r: what a reward model gives the last token of a text.
 A step's loss is the mean over all pairs (kto: samples) of its global batch.
 """
 
@@ -23,8 +25,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.nn.functional import logsigmoid
 
-from qwen3_npu.args.preference import STAGES, PreferenceArgs
-from qwen3_npu.data.train.batches import Batch
+from qwen3_npu.args.preference import PREFERENCE_STAGES, PreferenceArgs
+from qwen3_npu.data.train.batches import MicroBatch
 from qwen3_npu.training.objective import Outcome
 
 METRICS = (
@@ -45,6 +47,9 @@ KTO_METRICS = (
     *(f"{what}/{which}" for what in ("rewards", "logps", "length", "count") for which in ("chosen", "rejected")),
     "kl",
 )
+
+
+REWARD_METRICS = (*METRICS[:4], *METRICS[-2:])  # lengths are those of whole texts
 
 
 class _SumOverContext(torch.autograd.Function):
@@ -82,7 +87,7 @@ class LogProbs:
         return self.answers / self.tokens.clamp(min=1)
 
 
-def log_probs_of(batch: Batch, losses: torch.Tensor) -> LogProbs:
+def log_probs_of(batch: MicroBatch, losses: torch.Tensor) -> LogProbs:
     """Add up the tokens of each sequence, over context-parallel ranks too.
 
     Args:
@@ -169,10 +174,12 @@ class AnswerObjective(abc.ABC):
         self.references: collections.deque[torch.Tensor] = collections.deque()
 
     @abc.abstractmethod
-    def judge(self, batch: Batch, found: LogProbs, reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(
+        self, batch: MicroBatch, found: LogProbs, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses [n] of the pairs or answers of a micro-batch, and [len(names)] sums over them."""
 
-    def __call__(self, batch: Batch, losses: torch.Tensor) -> Outcome:
+    def __call__(self, batch: MicroBatch, losses: torch.Tensor) -> Outcome:
         """See `objective.Objective`."""
         reference = self.references.popleft() if self.references else None
         each, metrics = self.judge(batch, log_probs_of(batch, losses), reference)
@@ -194,7 +201,9 @@ class PreferenceObjective(AnswerObjective):
         super().__init__(args)
         self.loss, self.averages = LOSSES[name], name in ("orpo", "simpo")
 
-    def judge(self, batch: Batch, found: LogProbs, reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(
+        self, batch: MicroBatch, found: LogProbs, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AnswerObjective`."""
         each = self.loss(found, reference, self.args)
         if self.args.pref_ftx:
@@ -234,7 +243,9 @@ class KtoObjective(AnswerObjective):
 
     names = KTO_METRICS
 
-    def judge(self, batch: Batch, found: LogProbs, reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(
+        self, batch: MicroBatch, found: LogProbs, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AnswerObjective`."""
         assert reference is not None
         assert batch.answers is not None
@@ -257,10 +268,29 @@ class KtoObjective(AnswerObjective):
             return each, torch.cat((sums.flatten(), (kl * len(each))[None]))
 
 
+class RewardObjective(AnswerObjective):
+    """The loss of a reward model on pairs (Bradley-Terry): its output at the last token of each text is the reward."""
+
+    names = REWARD_METRICS
+
+    def judge(
+        self, batch: MicroBatch, found: LogProbs, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `AnswerObjective`; only the last token of a text is in its loss mask."""
+        chosen, rejected = _split(-found.answers)  # what the model gives stands where a loss of a token would
+        each = -logsigmoid(chosen - rejected)
+        if self.args.center_rewards_coefficient:
+            each = each + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
+        with torch.no_grad():
+            lengths = _split(found.text_tokens + 1)
+            columns = (chosen, rejected, (chosen > rejected).float(), chosen - rejected, *lengths)
+            return each, torch.stack([column.sum() for column in columns])
+
+
 def preference_objective(stage: str, args: PreferenceArgs) -> AnswerObjective | None:
     """The objective of a stage; None where the next token is all that is learned."""
-    if stage not in STAGES:
+    if stage not in PREFERENCE_STAGES:
         return None
-    if stage == "kto":
-        return KtoObjective(args)
+    if stage in ("kto", "rm"):
+        return KtoObjective(args) if stage == "kto" else RewardObjective(args)
     return PreferenceObjective(args.dpo_loss_type if stage == "dpo" else stage, args)

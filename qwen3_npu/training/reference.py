@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.training.live import load_weights
-from qwen3_npu.data.train.batches import Batch
+from qwen3_npu.data.train.batches import MicroBatch
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.errors import UsageError
@@ -28,7 +28,7 @@ class Reference(Protocol):
     """Something that knows the reference's log-probabilities."""
 
     def log_probs(
-        self, batches: Sequence[Iterator[Batch]], samples: Sequence[Samples], **sizes: int
+        self, batches: Sequence[Iterator[MicroBatch]], samples: Sequence[Samples], **sizes: int
     ) -> list[torch.Tensor]:
         """[answers] float32 of each micro-batch of a step; on the last pipeline stage only, except from a file.
 
@@ -48,7 +48,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
 
-    def __call__(self, batch: Batch, losses: torch.Tensor) -> Outcome:
+    def __call__(self, batch: MicroBatch, losses: torch.Tensor) -> Outcome:
         self.seen.append(log_probs_of(batch, losses).answers)
         nothing = losses.new_zeros(())
         return Outcome(nothing, nothing, 0.0, losses.new_zeros(0))
@@ -67,7 +67,7 @@ class FrozenCopy:
             chunk.requires_grad_(False).eval()
 
     def log_probs(
-        self, batches: Sequence[Iterator[Batch]], samples: Sequence[Samples], **sizes: int
+        self, batches: Sequence[Iterator[MicroBatch]], samples: Sequence[Samples], **sizes: int
     ) -> list[torch.Tensor]:
         """See `Reference`."""
         return _forward(self.chunks, batches, **sizes)
@@ -84,7 +84,7 @@ class Untrained:
         self.chunks = chunks
 
     def log_probs(
-        self, batches: Sequence[Iterator[Batch]], samples: Sequence[Samples], **sizes: int
+        self, batches: Sequence[Iterator[MicroBatch]], samples: Sequence[Samples], **sizes: int
     ) -> list[torch.Tensor]:
         """See `Reference`."""
         for chunk in self.chunks:
@@ -102,11 +102,11 @@ class WithoutAdapter:
         chunks: the model chunks that are trained.
     """
 
-    def __init__(self, chunks: Sequence[Any]) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
         self.chunks = chunks
 
     def log_probs(
-        self, batches: Sequence[Iterator[Batch]], samples: Sequence[Samples], **sizes: int
+        self, batches: Sequence[Iterator[MicroBatch]], samples: Sequence[Samples], **sizes: int
     ) -> list[torch.Tensor]:
         """See `Reference`."""
         with _switched_off(self.chunks):
@@ -129,7 +129,9 @@ def _switched_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
             chunk.train()
 
 
-def _forward(chunks: Sequence[Any], batches: Sequence[Iterator[Batch]], **sizes: int) -> list[torch.Tensor]:
+def _forward(
+    chunks: Sequence[torch.nn.Module], batches: Sequence[Iterator[MicroBatch]], **sizes: int
+) -> list[torch.Tensor]:
     recorder = _Recorder()
     with torch.no_grad():
         run_schedule(chunks, batches, forward_only=True, objective=recorder, **sizes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from qwen3_npu import log
-from qwen3_npu.data.train.batches import Batch
+from qwen3_npu.data.train.batches import MicroBatch
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import replacing
 from qwen3_npu.progress import Progress
@@ -43,7 +42,7 @@ class KnownReference:
         return [self.starts[prefix] + number for prefix, number in samples]
 
     def log_probs(
-        self, batches: Sequence[Iterator[Batch]], samples: Sequence[Samples], **sizes: int
+        self, batches: Sequence[Iterator[MicroBatch]], samples: Sequence[Samples], **sizes: int
     ) -> list[torch.Tensor]:
         """See `Reference`; `batches` are left alone."""
         found = [self.values[self.rows(one)].reshape(-1) for one in samples]
@@ -69,9 +68,9 @@ def cached(
     starts: dict[str, int],
     total: int,
     *,
-    steps: Iterator[tuple[Callable[[], list[Iterator[Batch]]], Sequence[Samples], Sequence[Samples]]],
+    steps: Iterator[tuple[Callable[[], list[Iterator[MicroBatch]]], Sequence[Samples], Sequence[Samples]]],
     device: torch.device,
-    **sizes: Any,
+    **sizes: int,
 ) -> KnownReference:
     """Read what is known, compute the rest, and keep it. Every rank must call this.
 

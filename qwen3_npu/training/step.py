@@ -7,20 +7,21 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-from qwen3_npu.data.train.batches import Batch
+from qwen3_npu.data.train.batches import MicroBatch
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.objective import Objective
 from qwen3_npu.training.optimizer import clip_gradients, gradient_norm
+from qwen3_npu.training.spikes.detector import SpikeLimits
 from qwen3_npu.watch import here
 
 
@@ -78,8 +79,9 @@ class StepResult:
         loss: of the global batch, see --loss-normalization.
         grad_norm: of the gradients before clipping.
         learning_rate: that was applied.
-        skipped: the update was not made, for a number that is not finite.
+        skipped: the update was not made, for a number that is not finite, or above the limits.
         wishes: what was to be told to all ranks, true if it is on any of them.
+        spike: why it is one; `Trainer.step` says so.
     """
 
     tally: Tally
@@ -87,13 +89,16 @@ class StepResult:
     learning_rate: float
     skipped: bool = False
     wishes: tuple[bool, ...] = ()
+    spike: str | None = None
 
     @property
     def loss(self) -> float:
         return self.tally.loss
 
 
-def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def loss_of(
+    batch: MicroBatch, per_token: bool, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What backward starts from, what megatron divides it by, and the numbers of `Tally`.
 
     Args:
@@ -123,7 +128,7 @@ def loss_of(batch: Batch, per_token: bool, losses: torch.Tensor) -> tuple[torch.
 
 
 def objective_loss(
-    batch: Batch, objective: Objective, per_token: bool, losses: torch.Tensor
+    batch: MicroBatch, objective: Objective, per_token: bool, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `loss_of`, for an objective whose units are not tokens."""
     assert batch.loss_mask is not None, "only the last stage has losses"
@@ -141,7 +146,7 @@ def objective_loss(
 
 
 def forward_step(
-    objective: Objective | None, batches: Iterator[Batch], model: torch.nn.Module
+    objective: Objective | None, batches: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable]:
     """megatron's callback: run one micro-batch through one model chunk."""
     here.at("data")
@@ -155,7 +160,7 @@ def forward_step(
     return output, functools.partial(loss_of, batch, per_token)
 
 
-def router_loss_weight(batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
+def router_loss_weight(batches: Sequence[MicroBatch], device: torch.device) -> torch.Tensor:
     """What `Router.loss_weight` must be so that the routers' losses count as the mean over the micro-batches of a step.
 
     megatron divides all gradients by the supervised tokens of the global batch. These must be known before the first
@@ -176,7 +181,7 @@ def router_loss_weight(batches: Sequence[Batch], device: torch.device) -> torch.
 
 def run_schedule(
     chunks: Sequence[torch.nn.Module],
-    batches: Sequence[Iterator[Batch]],
+    batches: Sequence[Iterator[MicroBatch]],
     *,
     num_microbatches: int,
     seq_length: int,
@@ -213,10 +218,10 @@ def run_schedule(
 
 
 def train_step(
-    chunks: Sequence[Any],
+    chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    batches: Sequence[Iterator[Batch]],
+    batches: Sequence[Iterator[MicroBatch]],
     *,
     guard: NanGuard,
     num_microbatches: int,
@@ -225,10 +230,14 @@ def train_step(
     global_batch: int,
     objective: Objective | None = None,
     wishes: Sequence[bool] = (),
+    limits: SpikeLimits | None = None,
 ) -> StepResult:
     """One step of training. The schedule of the learning rate does not move when the update is skipped.
 
     The host waits once: for one row with the losses, the norm, whether all is finite, and the `wishes` of the ranks.
+
+    Args:
+        limits: above them the update is skipped, on all ranks if any rank sees it.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -247,12 +256,16 @@ def train_step(
     optimizer.prepare_grads()
     norm = gradient_norm(optimizer, sums.device)
     # 0, or NaN where a number is not finite; a sum over the ranks keeps NaN (a maximum need not).
-    flags = [0 * (sums[0] + sums[1] + norm), *(torch.full_like(norm, float(wish)) for wish in wishes)]
+    bad = 0 * (sums[0] + sums[1] + norm)
+    if limits is not None:
+        is_above = (sums[0] > limits.loss * sums[1].clamp(min=1)) | (norm > limits.grad_norm)
+        bad = bad.masked_fill(is_above, math.nan)
+    flags = [bad, *(torch.full_like(norm, float(wish)) for wish in wishes)]
     everyones = torch.stack(flags)
     dist.all_reduce(everyones)
     *numbers, grad_norm = torch.cat((everyones, sums, norm.view(1))).tolist()
-    bad, *told = numbers[: len(flags)]
-    tally, skip = tally_of(numbers[len(flags) :]), math.isnan(bad)
+    not_well, *told = numbers[: len(flags)]
+    tally, skip = tally_of(numbers[len(flags) :]), math.isnan(not_well)
     guard.count(skip)
     if not skip:
         clip_gradients(optimizer, grad_norm)
@@ -262,7 +275,10 @@ def train_step(
 
 
 def evaluate_step(
-    chunks: Sequence[Any], batches: Sequence[Iterator[Batch]], objective: Objective | None = None, **sizes: int
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Iterator[MicroBatch]],
+    objective: Objective | None = None,
+    **sizes: int,
 ) -> Tally:
     """A global batch without touching the weights."""
     for chunk in chunks:

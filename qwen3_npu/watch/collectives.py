@@ -60,12 +60,12 @@ METHODS = {
     "send": _Kind("send", way=1),
     "recv": _Kind("recv", way=-1),
 }
-OPERATIONS = sorted({kind.name for kind in METHODS.values()})
+COLLECTIVES = sorted({kind.name for kind in METHODS.values()})
 _DTYPES: dict[torch.dtype, int] = {}
 for _name in ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool"):
     _DTYPES[getattr(torch, _name)] = len(_DTYPES) + 1
-DTYPES = ["", *(str(dtype).removeprefix("torch.") for dtype in _DTYPES), "another dtype"]
-_OTHER_DTYPE = len(DTYPES) - 1
+DTYPE_NAMES = ["", *(str(dtype).removeprefix("torch.") for dtype in _DTYPES), "another dtype"]
+_OTHER_DTYPE = len(DTYPE_NAMES) - 1
 
 # megatron's descriptions of its groups, by the names that people use.
 _LABELS = {
@@ -92,7 +92,7 @@ def label(group: ProcessGroup) -> str:
     return _LABELS.get(name, name.lower().removesuffix("_group")) + (" (host)" if host else "")
 
 
-def _first(value: Any) -> torch.Tensor | None:
+def _first(value: object) -> torch.Tensor | None:
     """The first tensor of an argument: a tensor, tensors, or lists of tensors."""
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
@@ -120,12 +120,12 @@ class Recorder:
             setattr(owner, name, original)
         self.replaced.clear()
 
-    def _replace(self, owner: type, name: str, wrapper: Any) -> None:
+    def _replace(self, owner: type, name: str, wrapper: object) -> None:
         self.replaced.append((owner, name, owner.__dict__[name]))
         setattr(owner, name, wrapper)
 
     def _method(self, original: Callable[..., Any], kind: _Kind) -> Callable[..., Any]:
-        operation, enter = OPERATIONS.index(kind.name), self.state.enter
+        operation, enter = COLLECTIVES.index(kind.name), self.state.enter
 
         def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             if group.size() == 1:
@@ -147,7 +147,7 @@ class Recorder:
         return method
 
     def _wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def wait(work: Work, *args: Any, **kwargs: Any) -> Any:
+        def wait(work: Work, *args: object, **kwargs: object) -> Any:
             start = time.monotonic()
             result = original(work, *args, **kwargs)
             self.state.waited += time.monotonic() - start
@@ -159,7 +159,7 @@ class Recorder:
         return wait
 
     def _channel(self, group: ProcessGroup, way: int, peer: int) -> int:
-        key: Any = (group.group_name, way, peer) if way else group.group_name
+        key: tuple | str = (group.group_name, way, peer) if way else group.group_name
         found = self.state.channels.get(key)
         if found is not None:
             return found

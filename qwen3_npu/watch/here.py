@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qwen3_npu.watch.state import PHASES, State
 
@@ -39,11 +39,11 @@ def during(phase: str) -> Iterator[None]:
         at("other")
 
 
-def inside(phase: str, function: Callable[..., T]) -> Callable[..., T]:
+def in_phase(phase: str, function: Callable[..., T]) -> Callable[..., T]:
     """The function, which puts the rank into this phase."""
 
     @functools.wraps(function)
-    def noted(*args: Any, **kwargs: Any) -> T:
+    def noted(*args: object, **kwargs: object) -> T:
         at(phase)
         return function(*args, **kwargs)
 

@@ -51,7 +51,7 @@ class Channel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rank:
+class RankReport:
     """One rank when it was looked at.
 
     Attributes:
@@ -101,7 +101,7 @@ class Rank:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class HangVerdict:
     """Why a job stands still.
 
     Attributes:
@@ -115,30 +115,30 @@ class Verdict:
     text: str
 
 
-def judge(ranks: Sequence[Rank], missing: Sequence[str] = ()) -> Verdict:
+def judge_hang(ranks: Sequence[RankReport], missing: Sequence[str] = ()) -> HangVerdict:
     """One verdict on ranks of a job without progress.
 
     Args:
         missing: nodes that have not told where their ranks are.
     """
     if missing:
-        return Verdict("missing", (), f"{', '.join(missing)} gave no report: the node, or its watcher, is gone")
+        return HangVerdict("missing", (), f"{', '.join(missing)} gave no report: the node, or its watcher, is gone")
     disagreement = _disagreement(ranks)
     if disagreement:
         return disagreement
     if dead := [rank for rank in ranks if not rank.alive and not rank.ended]:
         texts = [f"{rank} is dead: process {rank.pid} is gone; {_last(rank)}" for rank in dead[:4]]
-        return Verdict("dead", _numbers(dead), "; ".join(texts))
+        return HangVerdict("dead", _numbers(dead), "; ".join(texts))
     if stopped := [rank for rank in ranks if rank.alive and not rank.runs]:
-        return Verdict("stopped", _numbers(stopped), "; ".join(_stopped(rank, ranks) for rank in stopped[:4]))
+        return HangVerdict("stopped", _numbers(stopped), "; ".join(_stopped(rank, ranks) for rank in stopped[:4]))
     return _waiting(ranks)
 
 
-def _numbers(ranks: Sequence[Rank]) -> tuple[int, ...]:
+def _numbers(ranks: Sequence[RankReport]) -> tuple[int, ...]:
     return tuple(rank.rank for rank in ranks)
 
 
-def _last(rank: Rank) -> str:
+def _last(rank: RankReport) -> str:
     if not rank.channels:
         return f"step {rank.steps + 1}, {rank.phase}"
     channel = min(rank.channels.values(), key=lambda channel: channel.last.age)
@@ -146,7 +146,7 @@ def _last(rank: Rank) -> str:
     return f"step {rank.steps + 1}, {rank.phase}, {where} {channel.last} of group {channel.label}"
 
 
-def _stopped(rank: Rank, ranks: Sequence[Rank]) -> str:
+def _stopped(rank: RankReport, ranks: Sequence[RankReport]) -> str:
     stuck = "cannot be interrupted: it waits for a disk or a driver"
     how = stuck if rank.state == "D" else "does not run: it is stopped (SIGSTOP or a debugger)"
     kernel = f" in {rank.waits_in}" if rank.waits_in else ""
@@ -155,12 +155,12 @@ def _stopped(rank: Rank, ranks: Sequence[Rank]) -> str:
     return f"{rank} {how}{kernel}: process {rank.pid}, {_last(rank)}{wait}"
 
 
-def _disagreement(ranks: Sequence[Rank]) -> Verdict | None:
+def _disagreement(ranks: Sequence[RankReport]) -> HangVerdict | None:
     """Two ranks whose calls with one number of one channel cannot be the same call."""
     names = sorted({name for rank in ranks for name in rank.channels})
     for name in names:
         members = [(rank, rank.channels[name]) for rank in ranks if name in rank.channels]
-        calls: dict[int, list[tuple[Rank, Entry]]] = {}
+        calls: dict[int, list[tuple[RankReport, Entry]]] = {}
         for rank, channel in members:
             for entry in {entry.number: entry for entry in (*channel.calls, channel.last)}.values():
                 calls.setdefault(entry.number, []).append((rank, entry))
@@ -170,7 +170,7 @@ def _disagreement(ranks: Sequence[Rank]) -> Verdict | None:
     return None
 
 
-def _judge_call(calls: Sequence[tuple[Rank, Entry]], label: str) -> Verdict | None:
+def _judge_call(calls: Sequence[tuple[RankReport, Entry]], label: str) -> HangVerdict | None:
     """Compare the members' calls with one number; the culprits are those that differ from the most."""
     votes = Counter(entry.signature for _, entry in calls)
     if len(votes) < 2:
@@ -185,14 +185,14 @@ def _judge_call(calls: Sequence[tuple[Rank, Entry]], label: str) -> Verdict | No
         one = f"{rank} calls {entry.operation} ({entry.tensor})"
         two = f"{others} {usual.operation} ({usual.tensor})"
         text = f"order mismatch at call #{entry.number} of group {label}: {one}, and {two}; {rank}: {rank.place}"
-        return Verdict("order", culprits, text)
+        return HangVerdict("order", culprits, text)
     text = (
         f"mismatch in {entry} of group {label}: {rank} gives {entry.tensor}, and {others} {usual.tensor}; {rank.place}"
     )
-    return Verdict("shape", culprits, text)
+    return HangVerdict("shape", culprits, text)
 
 
-def _edges(ranks: Sequence[Rank]) -> list[tuple[tuple[Rank, str, Entry], Rank]]:
+def _edges(ranks: Sequence[RankReport]) -> list[tuple[tuple[RankReport, str, Entry], RankReport]]:
     """(who waits, in which channel and call) -> for whom: a member that has not entered that call."""
     known = {rank.rank: rank for rank in ranks}
     found = []
@@ -210,7 +210,7 @@ def _edges(ranks: Sequence[Rank]) -> list[tuple[tuple[Rank, str, Entry], Rank]]:
     return found
 
 
-def _waiting(ranks: Sequence[Rank]) -> Verdict:
+def _waiting(ranks: Sequence[RankReport]) -> HangVerdict:
     edges = _edges(ranks)
     if not edges:
         return _nobody_waits(ranks)
@@ -228,10 +228,10 @@ def _waiting(ranks: Sequence[Rank]) -> Verdict:
         texts.append(
             f"{root} never entered {entry} of group {channel.label} ({len(channel.ranks)} ranks; {wait}): {root.place}"
         )
-    return Verdict("elsewhere", _numbers(roots), "; ".join(texts))
+    return HangVerdict("elsewhere", _numbers(roots), "; ".join(texts))
 
 
-def _circle(edges: Sequence[tuple[tuple[Rank, str, Entry], Rank]]) -> Verdict:
+def _circle(edges: Sequence[tuple[tuple[RankReport, str, Entry], RankReport]]) -> HangVerdict:
     """Every rank that is waited for waits itself: groups are entered in another order.
 
     The culprit is the rank that is steps ahead: it passed a call that others are still in. Where none is, the one that
@@ -253,10 +253,10 @@ def _circle(edges: Sequence[tuple[tuple[Rank, str, Entry], Rank]]) -> Verdict:
         wait = f"is in {entry} of group {label} since {age:.0f} s"
         texts.append(f"{waiter} {wait}, which {on} never entered ({waiter.at})")
     most = [rank for rank in circle if ahead[rank] == ahead[circle[0]]]
-    return Verdict("order", tuple(sorted(most)), f"order mismatch between groups: {'; '.join(texts)}")
+    return HangVerdict("order", tuple(sorted(most)), f"order mismatch between groups: {'; '.join(texts)}")
 
 
-def _nobody_waits(ranks: Sequence[Rank]) -> Verdict:
+def _nobody_waits(ranks: Sequence[RankReport]) -> HangVerdict:
     inside = [(rank, c) for rank in ranks for c in rank.channels.values() if c.last.state == INSIDE]
     if inside:
         rank, channel = max(inside, key=lambda each: each[1].last.age)
@@ -264,8 +264,8 @@ def _nobody_waits(ranks: Sequence[Rank]) -> Verdict:
             f"all {len(channel.ranks)} ranks of group {channel.label} have entered {channel.last} and {rank} has not "
             f"left it for {channel.last.age:.0f} s: look at the network and the devices; {rank.place}"
         )
-        return Verdict("network", (rank.rank,), text)
+        return HangVerdict("network", (rank.rank,), text)
     oldest = max((rank for rank in ranks if not rank.ended), key=lambda rank: rank.age, default=None)
     if oldest is None:
-        return Verdict("alone", (), "all ranks have ended")
-    return Verdict("alone", (oldest.rank,), f"no rank waits for another; {oldest}: {oldest.place}")
+        return HangVerdict("alone", (), "all ranks have ended")
+    return HangVerdict("alone", (oldest.rank,), f"no rank waits for another; {oldest}: {oldest.place}")

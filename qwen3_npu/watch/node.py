@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_npu.watch import probe, state
-from qwen3_npu.watch.judge import Channel, Entry, Rank
+from qwen3_npu.watch.judge import Channel, Entry, RankReport
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """A rank at one moment, with the stacks of its threads."""
 
-    rank: Rank
+    rank: RankReport
     stack: str
 
 
@@ -31,7 +31,7 @@ class Node:
         self.folder = folder
         self.infos: dict[int, dict[str, Any]] = {}
 
-    def states(self) -> dict[int, state.Read]:
+    def states(self) -> dict[int, state.RankSnapshot]:
         """Of all ranks that have begun."""
         found = {}
         for path in sorted(self.folder.glob("rank_*.state")):
@@ -52,12 +52,12 @@ class Node:
     def reports(self) -> list[Report]:
         """Every rank in full. Takes some seconds if one does not answer."""
         states = self.states()
-        processes = probe.look(self.pids())
+        processes = probe.probe_processes(self.pids())
         answering = {r: self.infos[r]["pid"] for r, p in processes.items() if p.alive and p.state not in ("T", "t")}
         stacks = probe.ask_stacks(answering, self.folder)
         return [self._report(rank, read, processes[rank], stacks.get(rank, "")) for rank, read in states.items()]
 
-    def _report(self, number: int, read: state.Read, process: probe.Process, stack: str) -> Report:
+    def _report(self, number: int, read: state.RankSnapshot, process: probe.Process, stack: str) -> Report:
         info, channels = state.read_info(self.folder / f"rank_{number}.info")
         now = time.monotonic()
         inner, at = probe.place(stack, info["thread"])
@@ -68,7 +68,7 @@ class Node:
                 calls = tuple(_entry(call, info, now) for call in read.recent if call.channel == index)
                 last = _entry(read.last[index], info, now)
                 known[each["name"]] = Channel(each["label"], tuple(each["ranks"]), last, calls)
-        rank = Rank(
+        rank = RankReport(
             rank=number,
             node=info["node"],
             device=info["device"],
@@ -88,7 +88,7 @@ class Node:
         return Report(rank, stack)
 
 
-def _entry(call: state.Call, info: dict[str, Any], now: float) -> Entry:
+def _entry(call: state.CollectiveCall, info: dict[str, Any], now: float) -> Entry:
     operation, dtype = info["operations"][call.operation], info["dtypes"][call.dtype]
     return Entry(call.number, operation, dtype, call.shape, state=call.state, age=now - call.entered)
 
@@ -104,7 +104,7 @@ def from_text(text: str) -> list[Report]:
     for each in json.loads(text):
         fields = each["rank"]
         fields["channels"] = {name: _channel(channel) for name, channel in fields["channels"].items()}
-        reports.append(Report(Rank(**fields), str(each["stack"])))
+        reports.append(Report(RankReport(**fields), str(each["stack"])))
     return reports
 
 

@@ -33,7 +33,7 @@ class Process:
     computes: bool = False
 
 
-def look(pids: dict[int, tuple[int, str]]) -> dict[int, Process]:
+def probe_processes(pids: dict[int, tuple[int, str]]) -> dict[int, Process]:
     """rank -> (process id, `processes.started` of it)  =>  rank -> process."""
     before = {rank: _ticks(pid) for rank, (pid, _) in pids.items()}
     time.sleep(_BRIEF)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen3_npu.watch.judge import Verdict
+from qwen3_npu.watch.judge import HangVerdict
 from qwen3_npu.watch.node import Report
 from qwen3_npu.watch.state import INSIDE, LAUNCHED
 
@@ -13,7 +13,7 @@ _STATES = {INSIDE: "inside", LAUNCHED: "launched"}
 _SHOWN = 8  # calls of a channel
 
 
-def write(logs: Path, verdict: Verdict, reports: Sequence[Report]) -> Path:
+def write(logs: Path, verdict: HangVerdict, reports: Sequence[Report]) -> Path:
     """A folder with the verdict and a file per rank. Raises: OSError."""
     step = max((report.rank.steps for report in reports), default=0) + 1
     number, folder = 1, logs / f"hang_step_{step}"

@@ -22,7 +22,7 @@ from qwen3_npu.args.watch import WatchArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.processes import started
 from qwen3_npu.watch import here, probe
-from qwen3_npu.watch.collectives import DTYPES, OPERATIONS, Recorder
+from qwen3_npu.watch.collectives import COLLECTIVES, DTYPE_NAMES, Recorder
 from qwen3_npu.watch.settings import Settings
 from qwen3_npu.watch.state import State
 
@@ -51,8 +51,8 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
         "device": local_rank,
         "thread": threading.main_thread().ident,
         "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE", ""),
-        "operations": OPERATIONS,
-        "dtypes": DTYPES,
+        "operations": COLLECTIVES,
+        "dtypes": DTYPE_NAMES,
     }
     with open(folder / f"rank_{rank}.stack", "w", encoding="utf-8") as stacks:
         state = State(folder, rank, info, interval=args.straggler_interval, device=has_device)

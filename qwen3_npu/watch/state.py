@@ -38,7 +38,7 @@ INSIDE, LAUNCHED, LEFT = 1, 2, 3  # LAUNCHED: handed to a device, which tells no
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class CollectiveCall:
     """One call of a collective, or one send or receive.
 
     Attributes:
@@ -86,7 +86,7 @@ class State:
         self._head()
         rename(partial, path)
 
-    def channel(self, key: Any, name: str, label: str, ranks: Sequence[int]) -> int:
+    def channel(self, key: object, name: str, label: str, ranks: Sequence[int]) -> int:
         """A new channel; further ones than fit are counted together with the last.
 
         Args:
@@ -156,7 +156,7 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class RankSnapshot:
     """A rank's state as it is in the file.
 
     Attributes:
@@ -173,11 +173,11 @@ class Read:
     ended: bool
     durations: list[float]
     windows: dict[int, tuple[float, ...]]
-    last: dict[int, Call]
-    recent: list[Call]
+    last: dict[int, CollectiveCall]
+    recent: list[CollectiveCall]
 
 
-def read(path: Path) -> Read:
+def read(path: Path) -> RankSnapshot:
     """Raises: OSError, ValueError: there is no state, or none of this version."""
     data = path.read_bytes()
     if len(data) != _SIZE or data[:8] != _MAGIC:
@@ -194,7 +194,7 @@ def read(path: Path) -> Read:
             last[i] = call
     ring = (_call(data, _RING_AT + (i % CALLS) * _CALL.size) for i in range(max(calls - CALLS, 0), calls))
     recent = [call for call in ring if call]
-    return Read(
+    return RankSnapshot(
         beats,
         steps,
         PHASES[phase],
@@ -207,12 +207,12 @@ def read(path: Path) -> Read:
     )
 
 
-def _call(data: bytes, at: int) -> Call | None:
+def _call(data: bytes, at: int) -> CollectiveCall | None:
     number, channel, operation, dtype, state, dims, entered, left, *sizes = _CALL.unpack_from(data, at)
     if not number:
         return None
     shape = None if dims == 255 else tuple(sizes[: min(dims, 4)])
-    return Call(number, channel, operation, dtype, state=state, shape=shape, entered=entered, left=left)
+    return CollectiveCall(number, channel, operation, dtype, state=state, shape=shape, entered=entered, left=left)
 
 
 def read_info(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

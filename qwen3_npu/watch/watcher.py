@@ -20,10 +20,10 @@ from qwen3_npu import log
 from qwen3_npu.cli import tell_torchrun
 from qwen3_npu.files import write_text
 from qwen3_npu.watch import report
-from qwen3_npu.watch.judge import Verdict, judge
+from qwen3_npu.watch.judge import HangVerdict, judge_hang
 from qwen3_npu.watch.node import Node, Report, from_text, to_text
 from qwen3_npu.watch.settings import Settings
-from qwen3_npu.watch.state import Read
+from qwen3_npu.watch.state import RankSnapshot
 from qwen3_npu.watch.stragglers import Stragglers
 
 _LEAST, _STEPS, _MEDIANS = 60.0, 5, 10  # default timeout: seconds, steps that a median needs, times the median
@@ -34,7 +34,7 @@ _POLL = 0.2
 PATIENT = ("start", "save", "eval")  # phases that may take long
 
 
-def limit(timeout: float | None, states: dict[int, Read]) -> float:
+def limit(timeout: float | None, states: dict[int, RankSnapshot]) -> float:
     """Seconds without progress that are too many for ranks in these states."""
     durations = [duration for read in states.values() for duration in read.durations]
     usual = timeout
@@ -99,9 +99,9 @@ class Watcher:
         again, self.dead = dead & self.dead, dead
         if len(dead) == 1 and (again or is_over) and not dead <= self.named and self.settings.local > 1:
             self.named |= dead
-            log.warning(judge([each.rank for each in self.node.reports() if each.rank.rank in dead]).text)
+            log.warning(judge_hang([each.rank for each in self.node.reports() if each.rank.rank in dead]).text)
 
-    def _notice_slow(self, states: dict[int, Read], now: float, allowed: float) -> None:
+    def _notice_slow(self, states: dict[int, RankSnapshot], now: float, allowed: float) -> None:
         """A step that takes long while its ranks move is no hang, and worth a line."""
         steps = min(read.steps for read in states.values())
         if steps != self.slow[0] or any(read.phase in PATIENT for read in states.values()):
@@ -110,7 +110,7 @@ class Watcher:
             self.slow_told = True
             log.info(f"watch: step {steps + 1} has taken {now - self.slow[1]:.0f} s so far; it is slow: its ranks move")
 
-    def _compare(self, states: dict[int, Read]) -> None:
+    def _compare(self, states: dict[int, RankSnapshot]) -> None:
         """Own work of the ranks, here or by the first node."""
         windows = {rank: read.windows for rank, read in states.items()}
         newest = max(max(own, default=0) for own in windows.values())
@@ -156,13 +156,13 @@ class Watcher:
             if self.shared and self.settings.nodes > 1:
                 others, missing = self._others()
                 reports += others
-            text = self._tell(judge([each.rank for each in reports], missing), reports)
+            text = self._tell(judge_hang([each.rank for each in reports], missing), reports)
         if text and self.settings.abort:
             self._end(text)
             return False
         return True
 
-    def _tell(self, verdict: Verdict, reports: list[Report]) -> str:
+    def _tell(self, verdict: HangVerdict, reports: list[Report]) -> str:
         still = time.monotonic() - self.moved
         text = f"no progress for {still:.0f} s: {verdict.text}"
         try:

@@ -12,7 +12,7 @@ import pytest
 
 from qwen3_npu import cli
 from qwen3_npu.args import convert, preprocess
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.checkpoint.binary.dtypes import BF16
@@ -26,6 +26,7 @@ PROGRAMS = {
     "pretrain": "pretrain_gpt.py",
     "tune": "pretrain_gpt.py",
     "dpo": "pretrain_gpt.py",
+    "rm": "pretrain_gpt.py",
     "generate": "inference.py",
     "chat": "inference.py",
     "evaluate": "evaluation.py",
@@ -48,7 +49,7 @@ def hf_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def parse(asked: Asked) -> None:
     """With the real parser; raises where the program would."""
     if asked.program == "pretrain_gpt.py":
-        args = PretrainArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=asked.flags).groups)
+        args = PretrainArgs(*cli.parse("test", "", GROUPS, FOREIGN_TRAINING, argv=asked.flags).groups)
         plan_training(args, asked.world)
     elif asked.program == "convert_ckpt.py":
         groups = (convert.ConvertArgs, convert.TargetArgs, convert.LoraConvertArgs, convert.LegacyConvertArgs)
@@ -83,6 +84,27 @@ def test_the_check_sees_an_illegal_layout(hf_dirs: dict[str, Path], tmp_path: Pa
         parse(asked._replace(flags=[*asked.flags, "--no-such-flag"]))
 
 
+def test_an_empty_checkpoint_folder_means_random_weights(hf_dirs: dict[str, Path], tmp_path: Path) -> None:
+    folder = str(hf_dirs["qwen3-8b"])
+    asked = ask(ROOT / "examples/qwen3/pretrain_qwen3_8b_4K_ptd.sh", tmp_path, HF_DIR=folder, CKPT_LOAD_DIR="")
+    parse(asked)
+    assert "--from-scratch" in asked.flags
+    assert "--load" not in asked.flags
+    asked = ask(ROOT / "examples/qwen3/tune_qwen3_8b_4K_full_ptd.sh", tmp_path, HF_DIR=folder, CKPT_LOAD_DIR="")
+    with pytest.raises(ValueError, match="--from-scratch and --finetune contradict"):
+        parse(asked)
+
+
+def test_a_copied_script_says_what_is_missing(tmp_path: Path) -> None:
+    for script in SCRIPTS:
+        copy = tmp_path / script.name
+        copy.write_text(script.read_text())
+    ran = subprocess.run(["bash", str(copy)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" in ran.stderr
+    assert all("set EXAMPLES" in script.read_text() for script in SCRIPTS)
+
+
 def test_every_size_has_its_scripts() -> None:
     names = {p.stem for p in SCRIPTS}
     for size in ("0point6b", "1point7b", "4b", "8b", "14b", "32b", "30b_a3b", "235b_a22b"):
@@ -95,7 +117,7 @@ def test_a_script_says_nothing_of_its_own(tmp_path: Path) -> None:
     for script in SCRIPTS:
         if "recipes.sh" in script.read_text():
             lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
-            assert len(lines) <= 5, script
+            assert len(lines) <= 6, script
 
 
 def launch_nodes(tmp_path: Path, hosts: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

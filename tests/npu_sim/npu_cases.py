@@ -38,9 +38,10 @@ def _block_difference(npu: Any, cu_seqlens: list[int] | None) -> float:
     grad, options = _randn(20, 1, 4, 16, seed=3), {"scale": 0.25, "cu_seqlens": cu_seqlens}
     expected = reference.attention_block(q, k, v, **options)
     got = npu.attention_block(q.npu(), k.npu(), v.npu(), **options)
-    saved = q, k, v, expected[0], expected[1] + 0.3  # as if other blocks had been merged
-    expected += reference.attention_block_backward(grad, *saved, **options)
-    got += npu.attention_block_backward(grad.npu(), *(x.npu() for x in saved), **options)
+    merged = {"out": expected[0], "lse": expected[1] + 0.3}  # as if other blocks had been merged
+    on_device = {name: x.npu() for name, x in merged.items()}
+    expected += reference.attention_block_backward(grad, q, k, v, **merged, **options)
+    got += npu.attention_block_backward(grad.npu(), q.npu(), k.npu(), v.npu(), **on_device, **options)
     return max((a.cpu() - b).abs().max().item() for a, b in zip(got, expected, strict=True))
 
 
@@ -148,7 +149,7 @@ def mindspeed_differences(platform: Platform, world: World) -> dict[str, float]:
     import mindspeed_ops
 
     mindspeed_ops.install()
-    chosen = kernels.select("mindspeed", "npu")
+    chosen = kernels.select_kernels("mindspeed", "npu")
     assert chosen.rotary.__module__.endswith(".mindspeed")
     assert chosen.grouped_matmul.__module__.endswith(".mindspeed")
     return {

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 import quiz
 import tiny
+from pairs import write_pairs
 from qwen3_npu import cli
 from qwen3_npu.args.parallel import ParallelArgs
 from scripts import SCRIPTS, Asked, ask, size_of
@@ -92,9 +93,12 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = {kind: quiz.write_tokenizer(tiny.write_model(root / kind, arch)) for kind, arch in archs.items()}
     lora = Lora(16, 32.0, samples.ALL_TARGETS)
     found |= {f"{kind} lora": samples.write_adapter(root / f"{kind} lora", arch, lora) for kind, arch in archs.items()}
+    reward = archs["untied"].as_reward()
+    found["reward lora"] = samples.write_adapter(root / "reward lora", reward, lora)
     found["tokens"] = tiny.write_tokens(root / "text_document", vocab=800)
     found["instructions"] = tiny.write_instructions(root / "single", vocab=800)
     found["packs"] = tiny.write_instructions(root / "packs", vocab=800, pack=LONGEST)
+    found["pairs"] = write_pairs(root / "pairs", count=12, vocab=800)
     found["mmlu"] = quiz.write_mmlu(root / "mmlu", 2)
     found["questions"] = root / "questions.jsonl"
     asked = [{"instruction": f"Is it {n}?", "output": "yes", "choices": ["yes", "no"]} for n in range(3)]
@@ -131,9 +135,13 @@ def run(worlds: dict[int, World], tmp_path_factory: pytest.TempPathFactory) -> R
     return Runner(worlds, tmp_path_factory.mktemp("scripts"))
 
 
+# Scaled down they run the same as others, and their flags are parsed in tests/examples.
+LIKE_OTHERS = ("dpo_qwen3_8b_4K_full_ptd", "dpo_qwen3_8b_4K_lora_ptd", "rm_qwen3_8b_4K_full_ptd")
+
+
 def scripts(*starts: str) -> Any:
     """Runs a test with the scripts whose names start so."""
-    found = [script for script in SCRIPTS if script.stem.startswith(starts)]
+    found = [script for script in SCRIPTS if script.stem.startswith(starts) and script.stem not in LIKE_OTHERS]
     return pytest.mark.parametrize("script", found, ids=lambda p: p.stem)
 
 
@@ -150,21 +158,23 @@ def measured(folder: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-@scripts("pretrain", "tune")
+@scripts("pretrain", "tune", "dpo", "rm")
 def test_training(script: Path, run: Runner, given: dict[str, str], tmp_path: Path) -> None:
     model = given[kind_of(script)]
     environment = {"HF_DIR": model, "CKPT_LOAD_DIR": model, "SEQ_LENGTH": str(LONGEST), "TRAIN_ITERS": "3"}
     environment |= {"MBS": "1", "GBS": "4", "LR": "1e-3", "MIN_LR": "1e-4"}
     asked = ask(script, tmp_path, HF_DIR=model, CKPT_LOAD_DIR=model)
     packs = "--reset-attention-mask" in asked.flags
-    environment["DATA_PATH"] = given["tokens" if "pretrain" in script.stem else "packs" if packs else "instructions"]
+    data = "pairs" if script.stem.startswith(("dpo", "rm")) else "packs" if packs else "instructions"
+    environment["DATA_PATH"] = given["tokens" if "pretrain" in script.stem else data]
     if "--recompute-method" in asked.flags:
         environment["RECOMPUTE"] = asked.flags[asked.flags.index("--recompute-method") + 1] + " 1"
     # With Adam's usual 1e-8 an update depends on the sign of gradients that are all but 0, which rounding decides.
     flags = ["--adam-eps", "1e-4"]
     if "--lora-r" in asked.flags:  # start from given updates: where A is drawn, it depends on the layout
         environment |= {"LORA_R": "48", "LORA_ALPHA": "96"}  # of q, k and v apart, 16 each
-        flags += ["--lora-load", given[f"{kind_of(script)} lora"]]
+        adapter = "reward" if script.stem.startswith("rm") else kind_of(script)
+        flags += ["--lora-load", given[f"{adapter} lora"]]
     layout, alone = both(run, script, tmp_path, environment, *flags)
     assert (layout / "latest_checkpointed_iteration.txt").read_text() == "3"
     for name in ("loss", "grad_norm"):

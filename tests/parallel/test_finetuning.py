@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,11 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
         config |= {"bias": "none", "target_modules": modules, "base_model_name_or_path": models[kind]}
         (folder / "adapter_config.json").write_text(json.dumps(config))
         made[kind] = str(folder)
-    return made
+    rs = tmp_path_factory.mktemp("adapter-rs")
+    shutil.copytree(made["untied"], rs, dirs_exist_ok=True)
+    config = json.loads((rs / "adapter_config.json").read_text())
+    (rs / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    return {**made, "untied rs": str(rs)}
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +228,7 @@ def peft_loop(models: dict[str, str], data: dict[str, str], adapters: dict[str, 
 
     def compute(form: str, kind: str) -> dict[str, Any]:
         if (form, kind) not in known:
-            base = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32)
+            base = AutoModelForCausalLM.from_pretrained(models[kind.split()[0]], dtype=torch.float32)
             model = peft.PeftModel.from_pretrained(base, adapters[kind], is_trainable=True)
             shared = []
             for layer in model.base_model.model.model.layers:
@@ -246,6 +251,7 @@ LORA_LAYOUTS = {
     "Qwen2.5, TP2 SP PP2": (4, "single", TP2 + SP + PP2 + VARIABLE, "qwen2"),
     "Llama, TP2 PP2": (4, "single", TP2 + PP2 + VARIABLE, "llama"),
     "TP4 SP of 2 KV heads": (4, "single", ["--tensor-model-parallel-size", "4", *SP, *VARIABLE], "few"),
+    "rsLoRA": (1, "single", ["--use-rslora"], "untied rs"),
     "full recompute": (1, "single", FULL),
     "full recompute, TP2 SP PP2": (4, "single", FULL + TP2 + SP + PP2),
     "recomputed MLP": (1, "single", ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]),
@@ -266,7 +272,8 @@ def test_lora_equals_peft(
     size, form, extra, *others = LORA_LAYOUTS[name]
     kind = others[0] if others else "untied"
     expected = peft_loop(form, kind)
-    flags = [*FLAGS, *LORA, "--load", models[kind], "--lora-load", adapters[kind], "--data-path", data[form]]
+    base = models[kind.split()[0]]
+    flags = [*FLAGS, *LORA, "--load", base, "--lora-load", adapters[kind], "--data-path", data[form]]
     gradients = tmp_path / "gradients.npz"
     got = worlds[size].run("gradients", flags=flags + extra, steps=STEPS, file=str(gradients))
     assert got["frozen"]

@@ -74,10 +74,12 @@ def test_none_is_whole(worlds: dict[int, World], saved: dict[str, Path], tokens:
     flags = [*BASE, *TP2, "--data-path", tokens, "--load", str(folder)]
     flip(folder / "iter_0000002" / "mp_rank_01" / "optimizer.pt")
     one = worlds[2].run("resumed", flags=[*flags, "--ckpt-step", "2"])
-    assert "holds no whole checkpoint (damaged: iter_0000002;" in one["error"], "the step that was asked for, or none"
+    assert "holds no complete checkpoint (damaged: iter_0000002;" in one["error"], (
+        "the step that was asked for, or none"
+    )
     flip(folder / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt")
     none = worlds[2].run("resumed", flags=flags)
-    assert "holds no whole checkpoint (damaged: iter_0000002, iter_0000001;" in none["error"]
+    assert "holds no complete checkpoint (damaged: iter_0000002, iter_0000001;" in none["error"]
 
 
 def test_killed_before_the_first_tracker(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen3_npu.parity.measure import largest_difference
-from qwen3_npu.parity.rows import EP2, FULL, PP2, RING, SP, TP2, Row, rows
+from qwen3_npu.parity.rows import EP2, FULL, PP2, RING, SP, TP2, ParityRow, rows
 from worlds import World
 
 STEPS, FEWER = 10, 3
@@ -49,7 +49,7 @@ ROWS = sorted((row for row in rows() if not row.packed), key=lambda row: row.siz
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_equals_one_process(row: Row, worlds: dict[int, World], baselines: Baselines, tmp_path: Path) -> None:
+def test_equals_one_process(row: ParityRow, worlds: dict[int, World], baselines: Baselines, tmp_path: Path) -> None:
     expected = baselines.of(row.model)
     assert expected["loss"][-1] < expected["loss"][0] - 0.05, "the baseline does not learn; the comparison says little"
     file = tmp_path / "gradients.npz"

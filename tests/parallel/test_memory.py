@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import tiny
+from pairs import write_pairs
 from qwen3_npu.parity.rows import CHUNKS, FULL, RING, SP, TP2, ULYSSES
 from worlds import World
 
@@ -48,6 +50,20 @@ def test_context_parallelism_divides_memory(name: str, measure: Measure) -> None
     for rank in measure("untied", size, *extra):
         assert rank["kept"] <= 1.15 / parts * alone["kept"]
         assert rank["peak"] <= 1.15 / parts * alone["peak"]
+
+
+@pytest.mark.parametrize("recompute", [[], FULL], ids=["kept", "recomputed"])
+def test_preference_training_with_lora_takes_hardly_more_than_fine_tuning(
+    recompute: list[str], worlds: dict[int, World], models: dict[str, str], tmp_path: Path
+) -> None:
+    """On as many tokens; the reference is the model without its adapter, whose pass keeps nothing."""
+    flags = ["--seq-length", "256", "--train-iters", "2", "--lr", "1e-3", "--device", "cpu", "--eval-iters", "0"]
+    flags += ["--split", "1,0,0", "--load", models["untied"], "--lora-r", "4", *recompute]
+    sft = ["--stage", "sft", "--data-path", str(tiny.write_instructions(tmp_path / "sft")), "--micro-batch-size", "4"]
+    dpo = ["--stage", "dpo", "--data-path", write_pairs(tmp_path / "pairs"), "--micro-batch-size", "2"]
+    (fine_tuning,), (preference,) = (worlds[1].run("activation_bytes", flags=flags + kind) for kind in (sft, dpo))
+    assert preference["peak"] <= 1.15 * fine_tuning["peak"]
+    assert preference["kept"] <= 1.15 * fine_tuning["kept"]
 
 
 SELECTIVE, REFERENCE = ["--recompute-granularity", "selective"], ["--kernels", "reference"]

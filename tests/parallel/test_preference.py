@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from pairs import BATCH, LONGEST, first_step, trl_loss, write_pairs
+from pairs import BATCH, LONGEST, first_step, trl_loss, write_pairs, write_texts
 from plain import unstacked
 from qwen3_npu.parity.measure import largest_difference
 from qwen3_npu.parity.rows import CHUNKS, EP2, FULL, PER_DOCUMENT, PP2, RING, SP, TP2, ULYSSES, VPP, ZERO
@@ -20,7 +20,12 @@ from worlds import World
 FLAGS = ["--seq-length", str(LONGEST), "--global-batch-size", str(BATCH), "--lr", "1e-3", "--train-iters", "3"]
 FLAGS += ["--lr-decay-style", "constant", "--clip-grad", "0", "--device", "cpu", "--eval-iters", "0"]
 FLAGS += ["--split", "1,0,0"]
-MICRO = {"dpo": "2", "orpo": "8", "simpo": "2"}  # orpo's likelihood is a mean over the tokens of a micro-batch
+MICRO = {
+    "dpo": "2",
+    "orpo": "8",
+    "simpo": "2",
+    "rm": "2",
+}  # orpo's likelihood is a mean over the tokens of a micro-batch
 LOSSES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "sigmoid": ("dpo", ["--dpo-beta", "0.3"], {"beta": 0.3, "loss_type": "sigmoid"}),
     "hinge": ("dpo", ["--dpo-loss-type", "hinge"], {"beta": 0.1, "loss_type": "hinge"}),
@@ -31,29 +36,40 @@ LOSSES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
         ["--beta", "2.0", "--simpo-gamma", "0.6", "--dpo-label-smoothing", "0.1"],
         {"beta": 2.0, "simpo_gamma": 0.6, "label_smoothing": 0.1},
     ),
+    "rm": ("rm", ["--center-rewards-coefficient", "0.05"], {"center_rewards_coefficient": 0.05}),
 }
 LAYOUTS = {
     "one process": (1, "sigmoid", "untied", []),
-    "hinge": (1, "hinge", "untied", []),
-    "ipo, tied": (1, "ipo", "tied", []),
-    "orpo": (1, "orpo", "untied", []),
-    "simpo": (1, "simpo", "untied", []),
     "packed": (1, "sigmoid", "untied", [*PER_DOCUMENT, "--no-pad-to-seq-lengths"]),
     "chunked, recomputed": (1, "sigmoid", "untied", [*CHUNKS, *FULL]),
     "TP2 SP": (2, "orpo", "untied", TP2 + SP),
     "DP2 distributed optimizer": (2, "ipo", "untied", ZERO),
     "PP2": (2, "sigmoid", "tied", PP2),
     "PP2 VPP2, dynamic lengths": (2, "sigmoid", "untied", [*PP2, *VPP, "--no-pad-to-seq-lengths"]),
-    "CP2 ring": (2, "ipo", "untied", RING),
+    "CP2 ring": (2, "hinge", "untied", RING),
     "CP2 ulysses, packed": (2, "simpo", "untied", ULYSSES + PER_DOCUMENT),
     "EP2": (2, "sigmoid", "moe", [*EP2, "--moe-aux-loss-coeff", "0"]),
     "TP2 PP2 SP": (4, "sigmoid", "untied", TP2 + PP2 + SP),
+    "reward model, packed, recomputed": (1, "rm", "rm", [*PER_DOCUMENT, *FULL, "--no-pad-to-seq-lengths"]),
+    "reward model, TP2": (2, "rm", "rm", TP2),
+    "reward model, PP2 VPP2, dynamic lengths": (2, "rm", "rm", [*PP2, *VPP, "--no-pad-to-seq-lengths"]),
+    "reward model, CP2 ring, distributed optimizer": (2, "rm", "rm", RING + ZERO),
+    "reward model, EP2": (2, "rm", "rm moe", [*EP2, "--moe-aux-loss-coeff", "0"]),
+    "reward model, TP2 PP2 SP": (4, "rm", "rm", TP2 + PP2 + SP),
 }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def policies(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Kind -> the model to be trained; "rm": a reward model."""
+    root = tmp_path_factory.mktemp("rewards")
+    made = {"rm": "untied", "rm moe": "moe"}
+    return {**models, **{k: str(tiny.write_model(root / k, tiny.arch(a).as_reward(), seed=5)) for k, a in made.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +80,12 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def trl(models: dict[str, str], references: dict[str, str], data: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trl(
+    policies: dict[str, str], references: dict[str, str], data: str, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """(loss, kind) -> TRL's loss, metrics and gradients of the first step; each once."""
     pytest.importorskip("trl", reason="TRL is the oracle: pip install trl")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     known: dict[tuple[str, str], dict[str, Any]] = {}
     folder = tmp_path_factory.mktemp("trl")
@@ -75,10 +93,11 @@ def trl(models: dict[str, str], references: dict[str, str], data: str, tmp_path_
     def compute(loss: str, kind: str) -> dict[str, Any]:
         if (loss, kind) not in known:
             stage, _, options = LOSSES[loss]
-            policy, reference = (
-                AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-                for path in (models[kind], references[kind])
-            )
+            auto = AutoModelForSequenceClassification if stage == "rm" else AutoModelForCausalLM
+            policy = auto.from_pretrained(policies[kind], dtype=torch.float32)
+            reference = None
+            if stage == "dpo":
+                reference = AutoModelForCausalLM.from_pretrained(references[kind], dtype=torch.float32)
             value, metrics = trl_loss(stage, policy, reference, first_step(data), folder, **options)
             value.backward()
             gradients = unstacked({n: p.grad.numpy() for n, p in policy.named_parameters() if p.grad is not None})
@@ -98,7 +117,7 @@ def flags_of(loss: str, model: str, reference: str, data: str) -> list[str]:
 def test_loss_rewards_and_gradients_are_those_of_trl(
     name: str,
     worlds: dict[int, World],
-    models: dict[str, str],
+    policies: dict[str, str],
     references: dict[str, str],
     data: str,
     trl: Any,
@@ -106,13 +125,14 @@ def test_loss_rewards_and_gradients_are_those_of_trl(
 ) -> None:
     size, loss, kind, extra = LAYOUTS[name]
     file = tmp_path / "gradients.npz"
-    flags = [*flags_of(loss, models[kind], references[kind], data), *extra]
+    flags = [*flags_of(loss, policies[kind], references.get(kind, ""), data), *extra]
     got = worlds[size].run("preference", flags=flags, steps=1, file=str(file))
     expected = trl(loss, kind)
     assert got["loss"][0] == pytest.approx(expected["loss"], rel=1e-5)
     metrics = expected["metrics"]
-    names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-    for ours, theirs in [*((n, n) for n in names), ("rewards/accuracy", "rewards/accuracies")]:
+    names = ["rewards/chosen", "rewards/rejected", *(["logps/chosen", "logps/rejected"] if loss != "rm" else [])]
+    others = [("rewards/accuracy", "rewards/accuracies"), ("rewards/margin", "rewards/margins")]
+    for ours, theirs in [*((n, n) for n in names), *others]:
         assert got["metrics"][ours] == pytest.approx(metrics[theirs], rel=1e-5, abs=1e-6), ours
     difference, where = largest_difference(dict(np.load(file)), expected["gradients"])
     assert difference <= 1e-5, where
@@ -155,21 +175,34 @@ def test_a_reference_of_another_shape_is_one_line(
     assert "the model that is trained is" in found["error"]
 
 
-def test_held_back_pairs_are_told_apart_after_training(
-    worlds: dict[int, World], models: dict[str, str], tmp_path: Path
+REAL = {
+    "dpo": ["--stage", "dpo", "--dpo-beta", "0.05", "--lr", "3e-3", "--train-iters", "10"],
+    "reward model": ["--stage", "rm", "--lr", "6e-3", "--train-iters", "20"],
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_pairs_that_were_held_back_are_told_apart(
+    name: str, worlds: dict[int, World], real_data: Path, tmp_path: Path
 ) -> None:
-    """Chosen answers go on counting, rejected ones are noise: a rule that holds for pairs never seen."""
-    data = write_pairs(tmp_path / "pairs", count=160)
-    flags = [
-        *flags_of("sigmoid", models["untied"], models["untied"], data),
-        "--split",
-        "75,25,0",
-        "--train-iters",
-        "30",
-    ]
-    flags += ["--lr", "3e-3", "--micro-batch-size", "8", "--eval-iters", "5", "--eval-interval", "30"]
-    worlds[1].run("whole_training", flags=[*flags, "--tensorboard-dir", str(tmp_path), "--no-pad-to-seq-lengths"])
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    held_back = next(row for row in rows if "validation_rewards/accuracy" in row)
-    assert held_back["validation_rewards/accuracy"] >= 0.8
-    assert held_back["validation_rewards/margin"] > 0.1
+    """300 pairs that people judged, each half held back once from a training on the other, which is seen once or twice.
+
+    What can be learned from so few pairs (fewer exclamation marks, a full stop at the end, no "Sure") tells about 62 of
+    100: so does a logistic regression on the counts of bytes. Chance reaches 57 once in a hundred times.
+    """
+    records = json.loads((real_data / "sft" / "dpo_en_demo.json").read_text(encoding="utf-8"))
+    pairs = [(r["conversations"][-1]["value"], r["chosen"]["value"], r["rejected"]["value"]) for r in records]
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    model = tiny.write_model(tmp_path / "model", tiny.arch(**small, num_key_value_heads=2))
+    flags = ["--load", str(model), "--seq-length", "256", "--micro-batch-size", "15", "--global-batch-size", "15"]
+    flags += ["--no-pad-to-seq-lengths", "--reset-attention-mask", "--device", "cpu", "--split", "1,1,0", *REAL[name]]
+    flags += ["--eval-iters", "10", "--eval-interval", "100"]  # the whole other half, after the last step
+    found = []
+    for half in (0, 150):
+        data, folder = write_texts(tmp_path / f"pairs {half}", pairs[half:] + pairs[:half]), tmp_path / str(half)
+        worlds[1].run("whole_training", flags=[*flags, "--data-path", data, "--tensorboard-dir", str(folder)])
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        found += [row for row in rows if "validation_rewards/accuracy" in row]
+    assert len(found) == 2
+    assert np.mean([row["validation_rewards/accuracy"] for row in found]) >= 0.57
+    assert all(row["validation_rewards/margin"] > 0 for row in found)

@@ -28,7 +28,7 @@ class Fit:
     num_microbatches: int
 
 
-def fit(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
+def fit_flags(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
     """What follows from the flags for this model on so many processes.
 
     Raises:
@@ -41,6 +41,7 @@ def fit(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
     _check_kind(args.train, arch)
     data_parallel = world_size // (layout.tensor * layout.pipeline * context)
     micro = args.train.micro_batch_size
+    args.preference.check_stage(args.data.stage)
     if args.data.stage == "kto":
         args.preference.check_kto(micro)
     global_batch = args.train.global_batch_size or micro * data_parallel

@@ -15,7 +15,14 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
     (
         "--lora-target-modules (without it all weights are trained)",
         lambda args: args.lora.on,
-        ("lora_alpha", "lora_dropout", "foreign --lora-fusion", "foreign --lora-register-forward-hook"),
+        (
+            "lora_alpha",
+            "lora_dropout",
+            "use_rslora",
+            "lora_init",
+            "foreign --lora-fusion",
+            "foreign --lora-register-forward-hook",
+        ),
     ),
     (
         "--moe-expert-capacity-factor",
@@ -33,6 +40,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         lambda args: bool(args.checkpoint.save_hf_interval or args.checkpoint.enable_mg2hf_convert),
         ("hf_save_dir",),
     ),
+    ("--spike-guard rollback", lambda args: args.spikes.spike_guard == "rollback", ("max_rollbacks",)),
     ("--manual-gc", lambda args: args.train.manual_gc, ("manual_gc_interval",)),
     (
         "--variable-seq-lengths (or --no-pad-to-seq-lengths)",
@@ -50,6 +58,18 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         ("ckpt_step", "exit_on_missing_checkpoint", "allow_changed"),
     ),
 )
+
+
+def _check_rollback(args: PretrainArgs) -> None:
+    """Raises: UsageError: --spike-guard rollback without what it needs."""
+    if args.spikes.spike_guard != "rollback":
+        return
+    if args.checkpoint.save is None:
+        raise UsageError("--spike-guard rollback goes back to a checkpoint of this training; it needs --save")
+    if not args.checkpoint.save_optim:
+        raise UsageError("--spike-guard rollback needs the optimizer's state in checkpoints; drop --no-save-optim")
+    if args.preference.ref_logprobs == "cache" and args.data.is_preference:
+        raise UsageError("--spike-guard rollback changes which samples come; drop --ref-logprobs cache")
 
 
 def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
@@ -70,13 +90,11 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
         idle = [option(name.removeprefix("foreign --")) for name in flags if name in given]
         if idle and not is_on(args):
             raise UsageError(f"{', '.join(idle)}: no effect without {switch}; add it or drop the flag")
+    _check_rollback(args)
     said = []
     if args.lora.on and "lora_r" not in given:
         said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")
     steps, warm = args.train.train_iters, args.optimizer.lr_warmup_iters
     if steps is not None and warm > steps:
         said.append(f"warning: --lr-warmup-iters {warm} is above --train-iters {steps}: --lr is never reached")
-    if args.data.is_instruction:
-        mean = "token mean; MindSpeed-LLM's is micro-batch mean: --loss-normalization micro-batch"
-        said.append(f"loss: {mean if args.train.loss_normalization == 'token' else 'micro-batch mean'}")
     return said

@@ -13,7 +13,9 @@ from qwen3_npu.errors import UsageError
 class ParityArgs:
     """what is compared"""
 
-    rows: str = flag("", metavar="REGEX", help="only rows whose name it is found in; default: all that fit")
+    rows: str = flag(
+        "", metavar="REGEX", help="regular expression; only rows whose name matches; default: all that fit"
+    )
     processes: int | None = flag(
         None, minimum=1, help="started here, without torchrun; default: one per device, on the CPU 4"
     )

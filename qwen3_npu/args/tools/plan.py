@@ -28,7 +28,9 @@ class VerdictArgs:
         None, metavar="NAME", help="device to plan memory and time for, e.g. 910B-64G; default: 910B-64G in a dry run"
     )
     device_memory: str | None = flag(None, metavar="SIZE", help="its memory, if other than published, e.g. 61GiB")
-    fit: str = flag("warn", choices=["warn", "error"], help="what a layout that is too large is")
+    fit: str = flag(
+        "warn", choices=["warn", "error"], help="whether a layout that is too large is an error or a warning"
+    )
     device_table: str | None = flag(None, metavar="FILE", help="constants that `plan --learn` found on this cluster")
 
     def __post_init__(self) -> None:
@@ -49,6 +51,9 @@ class PlanArgs:
     device_table: str | None = flag(None, metavar="FILE", help="constants that --learn found on this cluster")
     seq_length: int = flag(4096, minimum=1, unit="tokens", help="tokens of a sample")
     global_batch_size: int = flag(64, minimum=1, unit="samples", help="samples per optimizer step")
+    inference: bool = flag(
+        False, help="plan inference.py and evaluation.py: how many requests of --seq-length tokens fit each layout"
+    )
     stage: str = flag("pt", choices=["pt", "sft"], help="pretraining or fine-tuning")
     lora_r: int = flag(0, minimum=0, help="rank of adapters; 0: all weights are trained")
     pack: bool = flag(False, help="instruction data is packed, so no token is padding")

@@ -1,6 +1,6 @@
 """Tensors as bytes: dtypes that numpy carries, and reading a region of a tensor that lies in a file. No torch.
 
-bfloat16 has no numpy dtype; its bits travel as uint16. Nothing is converted unless `convert` is called.
+bfloat16 has no numpy dtype; its bits travel as uint16. Nothing is converted unless `convert_dtype` is called.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from qwen3_npu.errors import UsageError
 
 Region = tuple[tuple[int, int], ...]  # (start, stop) per dimension
-_BLOCK = 8 << 20  # bytes handled at a time, where a tensor need not be handled whole
+_BLOCK = 8 << 20  # bytes processed at a time, where a tensor need not be in memory as a whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def from_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-def convert(array: np.ndarray, source: DType, target: DType) -> np.ndarray:
+def convert_dtype(array: np.ndarray, source: DType, target: DType) -> np.ndarray:
     """The tensor in another dtype; the same array if it is the same dtype."""
     return array if source is target else from_float32(to_float32(array, source), target)
 
@@ -119,7 +119,7 @@ def sizes(region: Region) -> tuple[int, ...]:
 
 
 def row_blocks(region: Region, itemsize: int) -> Iterator[Region]:
-    """A region cut into blocks of whole rows (along the first dimension) of a few MB each."""
+    """A region divided into blocks of complete rows (along the first dimension) of a few MB each."""
     (start, stop), *rest = region
     rows = max(1, _BLOCK // (itemsize * math.prod(b - a for a, b in rest)))
     for row in range(start, stop, rows):

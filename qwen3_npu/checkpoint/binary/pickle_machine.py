@@ -106,7 +106,7 @@ class Machine:
         return items
 
 
-def _plain(m: Machine, item: Any) -> Any:
+def _plain(m: Machine, item: object) -> Any:
     """A name that became a part of a value."""
     return m.value(item) if type(item) is Name else item
 
@@ -115,7 +115,7 @@ def _all_plain(m: Machine, items: list[Any]) -> list[Any]:
     return [m.value(item) if type(item) is Name else item for item in items]
 
 
-def _check_key(key: Any, depth: int = 0) -> None:
+def _check_key(key: object, depth: int = 0) -> None:
     if type(key) is tuple:
         if depth == _DEPTH or len(key) > 64:
             raise NotPlain("a key is nested too deeply")

@@ -50,7 +50,7 @@ class TensorRef:
         return True
 
 
-def _counts(value: Any) -> tuple[int, ...]:
+def _counts(value: object) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)):
         raise NotPlain("a tensor's size or stride is no list")
     if not all(type(n) is int and 0 <= n < 2**63 for n in value):
@@ -58,7 +58,7 @@ def _counts(value: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in value)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
+def _tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> TensorRef:
     shape, strides = _counts(size), _counts(stride)
     if type(storage) is not Storage or type(offset) is not int or offset < 0 or len(shape) != len(strides):
         raise NotPlain("a tensor without a storage, an offset or a stride per dimension")
@@ -70,18 +70,18 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
     return TensorRef(storage.key, storage.dtype, shape, strides, offset=offset)
 
 
-def _parameter(data: Any, *_: Any) -> Any:
+def _parameter(data: object, *_: object) -> Any:
     return data
 
 
-def _typed(build: Any, kind: Any, args: Any, state: Any) -> Any:
+def _typed(build: object, kind: object, args: object, state: object) -> Any:
     """A tensor with attributes of its own, which are dropped."""
     if build != _REBUILD or type(args) is not tuple:
         raise NotPlain("a tensor of an unknown kind")
     return _tensor(*args)
 
 
-def _dict(*args: Any) -> dict:
+def _dict(*args: object) -> dict:
     """An OrderedDict; old ones are given a list of pairs."""
     if not args:
         return {}
@@ -92,7 +92,7 @@ def _dict(*args: Any) -> dict:
     return {key: value for key, value in pairs}
 
 
-def _default_dict(factory: Any = None, *args: Any) -> dict:
+def _default_dict(factory: object = None, *args: object) -> dict:
     """Its factory is for keys that are not there; a file has only keys that are."""
     if factory is not None and type(factory) is not Unknown:
         raise NotPlain("a defaultdict whose factory is no name")
@@ -105,14 +105,14 @@ def _list(items: Any = (), maxlen: Any = None) -> list:
     return list(items)
 
 
-def _encoded(text: Any, encoding: Any) -> bytes:
+def _encoded(text: object, encoding: object) -> bytes:
     """How protocol 2 pickles bytes."""
     if type(text) is not str or encoding != "latin1":
         raise NotPlain("bytes in another encoding than latin1")
     return text.encode("latin1")
 
 
-def _size(sizes: Any = ()) -> tuple[int, ...]:
+def _size(sizes: object = ()) -> tuple[int, ...]:
     return _counts(sizes)
 
 
@@ -178,7 +178,7 @@ class _Reader:
         key = self.known(name)
         return _MEANINGS[key](*args) if key in _MEANINGS else Unknown(name, args)
 
-    def persistent(self, pid: Any) -> Storage:
+    def persistent(self, pid: object) -> Storage:
         if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
             raise NotPlain("a persistent id that is no storage")
         _, kind, key, _, numel = pid[:5]

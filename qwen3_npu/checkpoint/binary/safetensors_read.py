@@ -11,11 +11,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, DType, Region, read_region
+from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, U8, DType, Region, read_region
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.schema import Record, open_regular, parse_json, record, shown
 
@@ -29,7 +28,7 @@ _AGAIN = "download or copy it again"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class _HeaderEntry:
     """A tensor of the header; offsets count from the end of the header."""
 
     dtype: str
@@ -60,7 +59,7 @@ class SafetensorsFile:
         if length > _MOST_HEADER:
             raise UsageError(f"{self.path} says that its header has {length} bytes; it is no safetensors file")
         if size < 8 or 8 + length > size:
-            raise UsageError(f"{self.path} is not a whole safetensors file ({size} bytes); {_AGAIN}")
+            raise UsageError(f"{self.path} is not a complete safetensors file ({size} bytes); {_AGAIN}")
         header = parse_json(os.pread(self.fd, length, 8), f"{self.path}: the header", strict=True)
         entries = record(header, f"{self.path}: the header").fields
         _check_notes(entries.pop("__metadata__", None), self.path)
@@ -81,18 +80,23 @@ class SafetensorsFile:
         offset = self.start + self.header[name].start
         return read_region(self.fd, offset, self.shape(name), self.dtype(name), region=region, path=str(self.path))
 
+    def read_bytes(self, name: str, region: Region) -> np.ndarray:
+        """A part of a tensor whose elements are bytes of whatever meaning, as uint8."""
+        offset = self.start + self.header[name].start
+        return read_region(self.fd, offset, self.shape(name), U8, region=region, path=str(self.path))
+
     def close(self) -> None:
         os.close(self.fd)
 
 
-def _check_notes(notes: Any, path: Path) -> None:
+def _check_notes(notes: object, path: Path) -> None:
     if notes is not None:
         fields = record(notes, f"{path}: __metadata__")
         for name in fields.fields:
             fields.text(name)
 
 
-def _entry(value: Any, where: str) -> _Entry:
+def _entry(value: object, where: str) -> _HeaderEntry:
     fields: Record = record(value, where)
     fields.only(("dtype", "shape", "data_offsets"))
     dtype, shape = fields.text("dtype"), fields.counts("shape")
@@ -107,10 +111,10 @@ def _entry(value: Any, where: str) -> _Entry:
     start, stop = where_to
     if bits % 8 or stop - start != bits // 8:
         raise UsageError(f"{where}: {stop - start} bytes are not a tensor of shape {list(shape)} in {dtype}")
-    return _Entry(dtype, shape, start, stop)
+    return _HeaderEntry(dtype, shape, start, stop)
 
 
-def _check_places(header: Mapping[str, _Entry], size: int, path: Path) -> None:
+def _check_places(header: Mapping[str, _HeaderEntry], size: int, path: Path) -> None:
     """The tensors fill the file: none overlaps another or lies outside, and there is nothing between or after them."""
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: (item[1].start, item[1].stop)):

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,11 +24,14 @@ from qwen3_npu.checkpoint.binary.pickles import Storage, TensorRef, read_pickle
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.schema import open_regular
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 _BLOCK = 8 << 20  # bytes read at a time
 _MOST_PICKLE = 512 << 20  # bytes of data.pkl; the largest models' are a few MB
 
 
-class _Window(io.RawIOBase):
+class _FileSection(io.RawIOBase):
     """A part of an open file, as a file."""
 
     def __init__(self, fd: int, start: int, length: int) -> None:
@@ -47,16 +50,17 @@ class _Window(io.RawIOBase):
     def tell(self) -> int:
         return self.position
 
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self.length - self.position))
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        into = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(into), self.length - self.position))
         data = os.pread(self.fd, wanted, self.start + self.position)
-        buffer[: len(data)] = data
+        into[: len(data)] = data
         self.position += len(data)
         return len(data)
 
 
 @dataclasses.dataclass
-class _Entry:
+class _ZipEntry:
     """Where an entry's bytes lie in the open file.
 
     Attributes:
@@ -77,12 +81,12 @@ class PtArchive:
         """Raises: UsageError: truncated, not a torch zip archive, or something in it is not plain data."""
         self.fd, self.start, self.path = fd, start, path
         try:
-            with zipfile.ZipFile(io.BufferedReader(_Window(fd, start, length))) as archive:
+            with zipfile.ZipFile(io.BufferedReader(_FileSection(fd, start, length))) as archive:
                 entries = self._entries(archive)
         except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, OverflowError, struct.error):
-            # zipfile raises NotImplementedError for a compression that it lacks: a flipped bit may name one.
+            # zipfile raises NotImplementedError for a compression that it lacks: a flipped bit may set one.
             raise UsageError(
-                f"{path} is not a whole torch checkpoint: truncated, or not written by torch.save (zip format)"
+                f"{path} is not a complete torch checkpoint: truncated, or not written by torch.save (zip format)"
             ) from None
         root = self._root(entries)
         pickled = entries[root + "data.pkl"]
@@ -96,9 +100,9 @@ class PtArchive:
         for storage in storages.values():
             self._check_size(storage)
 
-    def _entries(self, archive: zipfile.ZipFile) -> dict[str, _Entry]:
+    def _entries(self, archive: zipfile.ZipFile) -> dict[str, _ZipEntry]:
         """Every entry by name; each lies by itself, uncompressed, between its own header and the next."""
-        found: dict[str, _Entry] = {}
+        found: dict[str, _ZipEntry] = {}
         end = 0
         for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
             stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
@@ -108,7 +112,7 @@ class PtArchive:
             end = begin - self.start + info.file_size
             if end > archive.start_dir:
                 raise zipfile.BadZipFile
-            found[info.filename] = _Entry(begin, info.file_size, info.CRC)
+            found[info.filename] = _ZipEntry(begin, info.file_size, info.CRC)
         return found
 
     def _data_offset(self, entry: zipfile.ZipInfo) -> int:
@@ -120,7 +124,7 @@ class PtArchive:
             raise zipfile.BadZipFile
         return start + 30 + name + extra
 
-    def _root(self, entries: Mapping[str, _Entry]) -> str:
+    def _root(self, entries: Mapping[str, _ZipEntry]) -> str:
         roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise UsageError(f"{self.path} has {len(roots)} data.pkl; it is no checkpoint written by torch.save")
@@ -128,21 +132,21 @@ class PtArchive:
             raise UsageError(f"{self.path} is a TorchScript program; a checkpoint written by torch.save is expected")
         return roots[0]
 
-    def _check_order(self, entry: _Entry | None) -> None:
+    def _check_order(self, entry: _ZipEntry | None) -> None:
         if entry is not None and (order := os.pread(self.fd, min(entry.size, 16), entry.start)) != b"little":
             raise UsageError(f"{self.path} has byte order {order!r}; only b'little' is read")
 
     def _check_size(self, storage: Storage) -> None:
         entry = self._data.get(storage.key)
         if entry is None:
-            raise UsageError(f"{self.path} lacks the data of a tensor; it is not a whole torch checkpoint")
+            raise UsageError(f"{self.path} lacks the data of a tensor; it is not a complete torch checkpoint")
         if storage.dtype is not None and entry.size != storage.numel * storage.dtype.itemsize:
             raise UsageError(
                 f"{self.path}: data/{printable(storage.key)[:40]} has {entry.size} bytes, not {storage.numel} elements "
                 f"of {storage.dtype.torch}; the file is damaged"
             )
 
-    def _bytes(self, entry: _Entry) -> bytes:
+    def _bytes(self, entry: _ZipEntry) -> bytes:
         data = bytearray()
         while len(data) < entry.size:
             part = os.pread(self.fd, min(entry.size - len(data), _BLOCK), entry.start + len(data))
@@ -151,7 +155,7 @@ class PtArchive:
             data += part
         return bytes(data)
 
-    def _check(self, entry: _Entry, name: str) -> None:
+    def _check(self, entry: _ZipEntry, name: str) -> None:
         """Compare an entry with its CRC-32 before the first of its bytes is used: later reads find it in memory."""
         if entry.checked or entry.crc == 0:
             return

@@ -58,7 +58,7 @@ class _StorageId:
     tensor: Tensor
 
 
-# The pure-python pickler is the one whose handling of single types can be extended; it is as old as pickle itself.
+# The pure-python pickler is the one whose handling of single types can be extended; it exists since pickle does.
 class TorchPickler(pickle._Pickler):
     """Writes `Tensor`s, `DType`s and `TorchName`s as torch pickles tensors, dtypes and names."""
 
@@ -73,7 +73,7 @@ class TorchPickler(pickle._Pickler):
         super().__init__(file, protocol=2)
         self.tensors: list[Tensor] = []
 
-    def persistent_id(self, obj: Any) -> Any:
+    def persistent_id(self, obj: object) -> Any:
         if isinstance(obj, _StorageId):
             storage = TorchName("torch", obj.tensor.dtype.storage)
             return ("storage", storage, obj.key, "cpu", obj.tensor.numel)
@@ -110,7 +110,7 @@ class _FromHere:
         self.file.flush()
 
     def close(self) -> None:
-        """The larger file stays open."""
+        """Does nothing: the larger file stays open."""
 
     def tell(self) -> int:
         return self.file.tell() - self.start
@@ -123,11 +123,11 @@ class PtWriter:
     every tensor's data, in the order in which the tensors appear in `content`.
     """
 
-    def __init__(self, path: Path, content: Any) -> None:
+    def __init__(self, path: Path, content: object) -> None:
         self.file = SealedFile(path)
         self._begin(_FromHere(self.file), content, path.stem)
 
-    def _begin(self, file: _FromHere, content: Any, root: str) -> None:
+    def _begin(self, file: _FromHere, content: object, root: str) -> None:
         buffer = io.BytesIO()
         pickler = TorchPickler(buffer)
         pickler.dump(content)
@@ -178,7 +178,7 @@ class PtWriter:
 class PtSection(PtWriter):
     """A whole archive inside a larger file, from its present position on; `close` leaves the file open."""
 
-    def __init__(self, file: SealedFile, content: Any) -> None:
+    def __init__(self, file: SealedFile, content: object) -> None:
         self._begin(_FromHere(file), content, "archive")
 
     def close(self) -> None:

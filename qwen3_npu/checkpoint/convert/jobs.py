@@ -21,17 +21,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qwen3_npu import log
-from qwen3_npu.checkpoint.formats.base import PLAN, RECORD, FileJob, Item, Record, job_bytes
+from qwen3_npu.checkpoint.formats.base import PLAN, RECORD, FileJob, FileRecord, Item, job_bytes
+from qwen3_npu.checkpoint.manifest import Count
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.errors import UsageError
-from qwen3_npu.files import check_writable, digest, rename, write_text
+from qwen3_npu.files import check_writable, file_digest, rename, write_text
 from qwen3_npu.progress import Progress, human
 
 _SPARE_BYTES = 64 << 20  # left free on the disk, for headers, configuration and tokenizer files
 
 T = TypeVar("T")
-Result = TypeVar("Result")
-Count = Callable[[int], None]
+JobResult = TypeVar("JobResult")
 
 
 def run_jobs(
@@ -43,7 +43,7 @@ def run_jobs(
     workers: int,
     resume: bool,
     what: str,
-) -> dict[str, Record]:
+) -> dict[str, FileRecord]:
     """Write every file under `stage`; file name -> record.
 
     Args:
@@ -82,7 +82,7 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _earlier(stage: Path, plan: str) -> dict[str, Record]:
+def _earlier(stage: Path, plan: str) -> dict[str, FileRecord]:
     """Files that an earlier run finished: their record is there and their size and digest agree with it."""
     if not (stage / PLAN).is_file():
         return {}
@@ -94,8 +94,8 @@ def _earlier(stage: Path, plan: str) -> dict[str, Record]:
     records = {}
     for path in sorted(stage.rglob("*" + RECORD)):
         file = path.with_name(path.name[: -len(RECORD)])
-        record = Record(**json.loads(path.read_text(encoding="utf-8")))
-        if file.is_file() and file.stat().st_size == record.bytes and digest(file) == record.digest:
+        record = FileRecord(**json.loads(path.read_text(encoding="utf-8")))
+        if file.is_file() and file.stat().st_size == record.bytes and file_digest(file) == record.digest:
             records[str(file.relative_to(stage))] = record
         else:
             log.warning(f"--resume: {file} is not what was written; it is made again")
@@ -108,7 +108,7 @@ class _Write:
 
     stage: Path
 
-    def __call__(self, job: FileJob, source: Source, count: Count) -> Record:
+    def __call__(self, job: FileJob, source: Source, count: Count) -> FileRecord:
         path = self.stage / job.name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
@@ -129,12 +129,12 @@ class _Write:
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}; --resume continues from here") from None
         rename(temporary, path)
-        record = Record(*seal, digests, notes)
+        record = FileRecord(*seal, digests, notes)
         write_text(path.with_name(path.name + RECORD), json.dumps(dataclasses.asdict(record)))
         return record
 
 
-def one_ahead(function: Callable[[T], Result], items: Sequence[T]) -> Iterator[Result]:
+def one_ahead(function: Callable[[T], JobResult], items: Sequence[T]) -> Iterator[JobResult]:
     """`map`, but a thread makes the next result while the caller uses the present one."""
     with ThreadPoolExecutor(1) as thread:
         made = None
@@ -151,11 +151,11 @@ def one_ahead(function: Callable[[T], Result], items: Sequence[T]) -> Iterator[R
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(open_source: Callable[[], Source], counter: Any) -> None:
+def _start_worker(open_source: Callable[[], Source], counter: object) -> None:
     _worker["source"], _worker["counter"] = open_source(), counter
 
 
-def _work(function: Callable[[FileJob, Source, Count], Result], job: FileJob) -> Result:
+def _work(function: Callable[[FileJob, Source, Count], JobResult], job: FileJob) -> JobResult:
     counter = _worker["counter"]
 
     def count(bytes_done: int) -> None:
@@ -166,13 +166,13 @@ def _work(function: Callable[[FileJob, Source, Count], Result], job: FileJob) ->
 
 
 def in_processes(
-    function: Callable[[FileJob, Source, Count], Result],
+    function: Callable[[FileJob, Source, Count], JobResult],
     jobs: Sequence[FileJob],
     open_source: Callable[[], Source],
     workers: int,
     *,
     progress: Count,
-) -> dict[str, Result]:
+) -> dict[str, JobResult]:
     """`function(job, source, count bytes)` for every job; job name -> result. With one worker in this process."""
     if workers <= 1 or len(jobs) <= 1:
         source = open_source()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, as_index, sizes
+from qwen3_npu.checkpoint.binary.fp8 import SCALE
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.formats.adapters import MergedSource, SharedA
@@ -29,7 +30,7 @@ from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Opened, Sources
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.shard_reader import Holder
+from qwen3_npu.checkpoint.mapping.shard_reader import SliceLocation
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.errors import UsageError, printable
 
@@ -59,7 +60,16 @@ class HfLibrary:
         return self.reader.dtype(name)
 
     def read(self, name: str, region: Region) -> np.ndarray:
-        return _bits(self.files[self.reader.where[name].path].get_slice(name)[as_index(region)])
+        tensor = self.files[self.reader.where[name].path].get_slice(name)[as_index(region)]
+        scaled = self.reader.scaled.get(name)
+        if scaled is not None:
+            import torch
+
+            scales = self.files[scaled.scales.path].get_tensor(name + SCALE).float()
+            for axis, ((start, stop), size) in enumerate(zip(region, scaled.block, strict=True)):
+                scales = scales.index_select(axis, torch.arange(start, stop) // size)
+            tensor = (tensor.float() * scales).to(getattr(torch, scaled.dtype.torch))
+        return _bits(tensor)
 
     def close(self) -> None:
         self.files.clear()
@@ -74,7 +84,7 @@ class MegatronLibrary:
         self.loaded = functools.cache(torch_tensors)
         reader.read_stored = self.read_stored  # type: ignore[method-assign]
 
-    def read_stored(self, holder: Holder, tensor: TensorRef, region: Region) -> np.ndarray:
+    def read_stored(self, holder: SliceLocation, tensor: TensorRef, region: Region) -> np.ndarray:
         path = self.reader.open(holder.where).path
         key = "model" if self.reader.layout.virtual == 1 else f"model{holder.shard.chunk}"
         found = self.loaded(path)[f"{key}.{holder.shard.name}"]
@@ -167,11 +177,11 @@ class _Metadata(pickle.Unpickler):
 class _Ignored:
     """Stands for whatever holds no tensors."""
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: object) -> None: ...
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __setstate__(self, state: object) -> None: ...
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def __setitem__(self, key: object, value: object) -> None: ...
 
 
 class _Tensors(pickle.Unpickler):

@@ -1,4 +1,4 @@
-"""The output that the flags describe, or that lies on disk."""
+"""The output that the flags describe, or that exists on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs,
 from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan
-from qwen3_npu.checkpoint.convert.publish import HfOutput, MegatronOutput, Output, PeftOutput
+from qwen3_npu.checkpoint.convert.publish import ConversionOutput, HfOutput, MegatronOutput, PeftOutput
 from qwen3_npu.checkpoint.formats.base import Target
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, format_of, is_hf_weights
@@ -45,7 +45,7 @@ def target_layout(arch: Qwen3Arch, target: TargetArgs) -> Layout:
 
 def planned_output(
     what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, *, config: dict | None
-) -> Output:
+) -> ConversionOutput:
     """What is to be written.
 
     Args:
@@ -56,7 +56,7 @@ def planned_output(
     """
     root = Path(args.save_dir)
     if not what.contents.base and what.contents.lora and args.save_model_type == HF:
-        output: Output = PeftOutput(
+        output: ConversionOutput = PeftOutput(
             root, what.contents.arch, what.contents.lora, what.lora_dtype, base=args.hf_cfg_dir, kept=what.kept
         )
     elif args.save_model_type == HF:
@@ -91,7 +91,7 @@ def _hf_root(root: Path, legacy: LegacyConvertArgs, replaces: bool) -> Path:
 
 def found_output(
     what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, *, given: Collection[str]
-) -> Output:
+) -> ConversionOutput:
     """What lies in --save-dir, as it should be. Layout, format and dtype that no flag says are those found there.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -33,6 +34,7 @@ class ConversionPlan:
         merged: the adapter that is merged, if one is.
         facts: of the sources, for the log, the manifest and --resume.
         prompts: how the prompts of its training were written, as the adapter or else the model says.
+        trained: the args of the checkpoint that was trained last; empty for Hugging Face and PEFT.
     """
 
     sources: Sources
@@ -44,10 +46,11 @@ class ConversionPlan:
     merged: Lora | None
     facts: dict[str, Any]
     prompts: dict[str, str]
+    trained: argparse.Namespace
 
 
 def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
-    """Open the sources, check them whole, and decide what is made of them.
+    """Open the sources, check that they are complete, and decide what is made of them.
 
     Raises:
         UsageError: a source cannot be read, is another one than the flags say, or gives nothing of the kind asked for.
@@ -75,6 +78,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     held = (adapter or base).contents.lora
     _check_flags(lora, held, lora.lora_load or args.load_dir)
     facts = {"source": _facts(base)} | ({"adapter": _facts(adapter)} if adapter else {})
+    trained = getattr(adapter or base, "args", argparse.Namespace())
     for opened in (base, adapter):
         if opened is not None:
             opened.close()
@@ -94,6 +98,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
         merged=held if isinstance(source, MergedSource) else None,
         facts=facts,
         prompts=_prompts(sources),
+        trained=trained,
     )
 
 
@@ -164,8 +169,8 @@ def _dtypes(source: Source, contents: Contents, args: ConvertArgs) -> tuple[DTyp
     """Of the weights, of LoRA tensors, and of those that have another."""
     if args.params_dtype:
         return BY_TORCH[args.params_dtype], BY_TORCH[args.params_dtype], {}
-    unmerged = source.base if isinstance(source, MergedSource) else source
-    return kept_dtypes(contents.shapes(), unmerged.dtype)
+    stored = source.unmerged_dtype if isinstance(source, MergedSource) else source.dtype
+    return kept_dtypes(contents.shapes(), stored)
 
 
 def _facts(opened: Checkpoint) -> dict[str, Any]:

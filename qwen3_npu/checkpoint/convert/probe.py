@@ -13,7 +13,7 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import Region, full, row_blocks, to_float32
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
 from qwen3_npu.checkpoint.mapping.source import Source
-from qwen3_npu.checkpoint.mapping.table import EMBEDDING, OUTPUT
+from qwen3_npu.checkpoint.mapping.table import EMBEDDING, OUTPUT, SCORE
 from qwen3_npu.model.arch import Qwen3Arch
 
 
@@ -26,7 +26,8 @@ class Weights:
 
     def read(self, name: str, region: Region) -> np.ndarray:
         name = self.source.arch.family.hf_name(name)
-        return to_float32(self.source.read(name, region), self.source.dtype(name))
+        source = self.adapter if self.adapter is not None and name == SCORE.hf[0] else self.source
+        return to_float32(source.read(name, region), source.dtype(name))
 
     def vector(self, name: str, size: int) -> np.ndarray:
         return self.read(name, ((0, size),))
@@ -47,7 +48,7 @@ class Weights:
 
 
 def logits(source: Source, tokens: Sequence[int]) -> np.ndarray:
-    """[tokens, vocabulary] float32 of one sequence."""
+    """[tokens, vocabulary] float32 of one sequence; of a reward model [tokens, 1]."""
     arch, weights = source.arch, Weights(source)
     embedding = EMBEDDING.hf[0]
     x = np.concatenate([weights.read(embedding, ((t, t + 1), (0, arch.hidden_size))) for t in tokens])
@@ -58,6 +59,8 @@ def logits(source: Source, tokens: Sequence[int]) -> np.ndarray:
         normed = _rms_norm(x, weights.vector(f"{name}post_attention_layernorm.weight", arch.hidden_size), arch)
         x = x + (_experts if arch.is_moe else _mlp)(weights, f"{name}mlp.", normed, arch)
     x = _rms_norm(x, weights.vector("model.norm.weight", arch.hidden_size), arch)
+    if arch.reward:
+        return weights.linear(SCORE.hf[0], x, 1)
     return weights.linear(embedding if arch.tie_word_embeddings else OUTPUT.hf[0], x, arch.vocab_size)
 
 

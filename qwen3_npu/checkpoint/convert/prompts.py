@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen3_npu.args.convert import MEGATRON
-from qwen3_npu.checkpoint.formats.folders import Found
+from qwen3_npu.checkpoint.formats.folders import StoredModel
 from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
 from qwen3_npu.files import write_text
 from qwen3_npu.schema import read_record
@@ -21,7 +21,7 @@ PROMPTS = "qwen3_npu_prompts.json"
 PROMPT_TYPE, THINKING, TOKENIZER = _FIELDS = ("prompt_type", "enable_thinking", "tokenizer_digest")
 
 
-def read_prompts(found: Found) -> dict[str, str]:
+def read_prompts(found: StoredModel) -> dict[str, str]:
     """What a checkpoint says of the prompts it was trained with; empty: nothing.
 
     Raises:

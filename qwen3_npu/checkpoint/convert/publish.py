@@ -13,7 +13,7 @@ from typing import Any
 
 from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.convert.prompts import write_prompts
-from qwen3_npu.checkpoint.formats.base import FileJob, Record, Target, remove_records
+from qwen3_npu.checkpoint.formats.base import FileJob, FileRecord, Target, remove_records
 from qwen3_npu.checkpoint.formats.folders import (
     ADAPTER_CONFIG,
     TRACKER,
@@ -23,7 +23,7 @@ from qwen3_npu.checkpoint.formats.folders import (
     read_tracker,
     restore_backup,
 )
-from qwen3_npu.checkpoint.formats.hf_write import WeightFile, tensor_bytes, write_config, write_index
+from qwen3_npu.checkpoint.formats.hf_write import WeightFile, tensor_bytes, write_config, write_weight_index
 from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, INDEX, carry_files, weight_map
 from qwen3_npu.checkpoint.formats.megatron_args import ITERATION
 from qwen3_npu.checkpoint.formats.open import WRITERS
@@ -33,7 +33,7 @@ from qwen3_npu.checkpoint.manifest import CONVERTER, INTEGRITY, write_integrity
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.errors import UsageError
-from qwen3_npu.files import Seal, digest, rename, sync_folder, sync_tree, write_text
+from qwen3_npu.files import Seal, file_digest, rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import Qwen3Arch
 
 Config = dict[str, Any] | None  # a config.json that the model came from
@@ -41,7 +41,7 @@ STAGE = ".conversion.partial"
 _BESIDE_CONFIG = [name for name in CARRIED_FILES if name != "config.json"]
 
 
-class Output(abc.ABC):
+class ConversionOutput(abc.ABC):
     """One output in one format.
 
     Attributes:
@@ -64,15 +64,15 @@ class Output(abc.ABC):
 
     @abc.abstractmethod
     def existing(self) -> str | None:
-        """What is in the way, in words."""
+        """What prevents the output, as a message."""
 
-    def finish(self, records: Mapping[str, Record]) -> None:
+    def finish(self, records: Mapping[str, FileRecord]) -> None:
         """Complete the stage: what follows from all files, and last their sizes and digests."""
         seals = {name: record.seal for name, record in records.items()} | self.joint_files(records)
         remove_records(self.stage)
         write_integrity(self.stage, CONVERTER, seals)
 
-    def joint_files(self, records: Mapping[str, Record]) -> dict[str, Seal]:
+    def joint_files(self, records: Mapping[str, FileRecord]) -> dict[str, Seal]:
         """Make the files of the stage that follow from all others."""
         return {}
 
@@ -100,7 +100,7 @@ class Output(abc.ABC):
             raise UsageError(f"{what}; give --overwrite to replace it, or another --save-dir")
 
 
-class MegatronOutput(Output):
+class MegatronOutput(ConversionOutput):
     """`<root>/iter_0000001`; the tracker file comes last."""
 
     def __init__(self, root: Path, target: Target, form: str) -> None:
@@ -131,7 +131,7 @@ class MegatronOutput(Output):
         restore_backup(self.root)
         super().prepare(overwrite)
 
-    def joint_files(self, records: Mapping[str, Record]) -> dict[str, Seal]:
+    def joint_files(self, records: Mapping[str, FileRecord]) -> dict[str, Seal]:
         return WRITERS[self.format].finish(self.target, self.stage, [records[job.name].notes for job in self.jobs])
 
     def carry(self, source: Path, config: Config) -> None:
@@ -154,7 +154,7 @@ class MegatronOutput(Output):
         return sorted({str(path.relative_to(self.folder)) for path in paths} - made)
 
 
-class HfOutput(Output):
+class HfOutput(ConversionOutput):
     """A Hugging Face model directory; config.json comes last."""
 
     def __init__(
@@ -194,10 +194,10 @@ class HfOutput(Output):
     def _old(self) -> list[Path]:
         return [*self.folder.glob("*.safetensors"), *self.folder.glob(INDEX)]
 
-    def joint_files(self, records: Mapping[str, Record]) -> dict[str, Seal]:
-        write_index(self.stage, self.files, self.total)
+    def joint_files(self, records: Mapping[str, FileRecord]) -> dict[str, Seal]:
+        write_weight_index(self.stage, self.files, self.total)
         index = self.stage / INDEX
-        return {INDEX: Seal(index.stat().st_size, digest(index))} if index.is_file() else {}
+        return {INDEX: Seal(index.stat().st_size, file_digest(index))} if index.is_file() else {}
 
     def carry(self, source: Path, config: Config) -> None:
         carry_files(source, self.stage, _BESIDE_CONFIG)
@@ -216,7 +216,7 @@ class HfOutput(Output):
         return sorted(found - made)
 
 
-class PeftOutput(Output):
+class PeftOutput(ConversionOutput):
     """An adapter directory that `peft` loads; adapter_config.json comes last."""
 
     def __init__(
@@ -235,7 +235,7 @@ class PeftOutput(Output):
         """
         self.root = self.folder = root
         self.stage = root / STAGE
-        self.config, self.dtype = peft_config(lora, base), dtype
+        self.config, self.dtype = peft_config(lora, base, reward=arch.reward), dtype
         self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 
     def facts(self) -> dict[str, Any]:

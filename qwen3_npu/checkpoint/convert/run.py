@@ -15,12 +15,13 @@ import numpy as np
 
 from qwen3_npu import log
 from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
+from qwen3_npu.checkpoint.convert.card import write_card
 from qwen3_npu.checkpoint.convert.jobs import run_jobs
 from qwen3_npu.checkpoint.convert.library import LibrarySources
 from qwen3_npu.checkpoint.convert.output import found_output, planned_output
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan, plan_conversion
 from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
-from qwen3_npu.checkpoint.convert.publish import MegatronOutput, Output
+from qwen3_npu.checkpoint.convert.publish import ConversionOutput, MegatronOutput
 from qwen3_npu.checkpoint.convert.verify import differences
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.manifest import write_conversion
@@ -30,7 +31,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.lease import Lease, folder_lease
 from qwen3_npu.model.arch import read_hf_config
 
-_SHOWN = 100  # differences listed; the number of the rest is given
+_SHOWN = 100  # differences listed; the rest is counted
 
 
 def convert(
@@ -91,7 +92,7 @@ def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
     return [f"{option(name)}: no effect on {kind} output" for name in names]
 
 
-def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> Output:
+def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> ConversionOutput:
     """Write and commit the output; the tracker or index, which readers look for, comes last."""
     carried = _carried_from(plan, args, legacy)
     config = read_hf_config(carried) if (carried / "config.json").is_file() else None
@@ -107,7 +108,13 @@ def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: 
 
 
 def _fill(
-    output: Output, plan: ConversionPlan, args: ConvertArgs, carried: Path, *, config: dict | None, lease: Lease
+    output: ConversionOutput,
+    plan: ConversionPlan,
+    args: ConvertArgs,
+    carried: Path,
+    *,
+    config: dict | None,
+    lease: Lease,
 ) -> None:
     output.prepare(args.overwrite)
     target_facts = output.facts()
@@ -138,6 +145,14 @@ def _fill(
     }
     files = {str(place / name): {"bytes": r.bytes, "sha256": r.sha256} for name, r in records.items()}
     write_conversion(output.root, facts, files)
+    if not isinstance(output, MegatronOutput):
+        write_card(
+            output.root,
+            f"{plan.contents.arch}: {plan.contents}",
+            plan.facts,
+            plan.trained,
+            scores=plan.home / "results.json",
+        )
     output.commit()
     log.info(f"written: {output.root}")
 
@@ -150,7 +165,7 @@ def _carried_from(plan: ConversionPlan, args: ConvertArgs, legacy: LegacyConvert
     return Path(args.hf_cfg_dir) if args.hf_cfg_dir else plan.home
 
 
-def _check_merge(plan: ConversionPlan, output: Output) -> None:
+def _check_merge(plan: ConversionPlan, output: ConversionOutput) -> None:
     """Print how far the merged weights on disk are from base and adapter side by side."""
     tokens = probe_tokens(plan.contents.arch)
     source, merged = plan.sources(), open_checkpoint(output.root)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qwen3_npu.checkpoint.binary.dtypes import same_bits
-from qwen3_npu.checkpoint.convert.jobs import Count, in_processes
+from qwen3_npu.checkpoint.convert.jobs import in_processes
 from qwen3_npu.checkpoint.convert.library import output_reader
 from qwen3_npu.checkpoint.formats.base import FileJob, job_bytes
+from qwen3_npu.checkpoint.manifest import Count
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 
 from qwen3_npu.args.lora import LORA_TARGETS
@@ -9,7 +12,7 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     F32,
     DType,
     Region,
-    convert,
+    convert_dtype,
     full,
     intersect,
     relative,
@@ -19,8 +22,9 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     widest,
 )
 from qwen3_npu.checkpoint.formats.peft import PeftReader
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_name, peft_shapes
-from qwen3_npu.checkpoint.mapping.source import Source, inside
+from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Contents, Lora, peft_name, peft_shapes
+from qwen3_npu.checkpoint.mapping.source import Source, view_of
+from qwen3_npu.checkpoint.mapping.table import SCORE
 
 
 class MergedSource:
@@ -32,17 +36,25 @@ class MergedSource:
     """
 
     def __init__(self, base: Source, adapter: Source, lora: Lora) -> None:
-        self.base, self.adapter, self.lora, self.arch = base, adapter, lora, base.arch
-        self.contents = Contents(base.arch)
-        self.adapted = set(peft_shapes(base.arch, lora))
+        self.base, self.adapter, self.lora = base, adapter, lora
+        # An adapter brings the head of a reward model, which its base need not have.
+        self.arch = base.arch.as_reward() if adapter.arch.reward else base.arch
+        self.contents = Contents(self.arch)
+        self.adapted = set(peft_shapes(self.arch, lora))
 
     def dtype(self, name: str) -> DType:
-        return F32 if self.is_adapted(name) else self.base.dtype(name)
+        return F32 if self.is_adapted(name) else self.unmerged_dtype(name)
+
+    def unmerged_dtype(self, name: str) -> DType:
+        """What a weight is stored in before it is merged."""
+        return self.adapter.dtype(PEFT_SCORE) if name == SCORE.hf[0] else self.base.dtype(name)
 
     def is_adapted(self, name: str) -> bool:
         return peft_name(name, "A") in self.adapted
 
     def read(self, name: str, region: Region) -> np.ndarray:
+        if name == SCORE.hf[0]:
+            return self.adapter.read(PEFT_SCORE, region)
         weight = self.base.read(name, region)
         if not self.is_adapted(name):
             return weight
@@ -81,7 +93,8 @@ class SharedA:
             for projection in LORA_TARGETS[target]
         }
         self.width = 1 if self._is_shared() else max(map(len, self.siblings.values()))
-        self.lora = Lora(lora.r * self.width, lora.alpha * self.width, lora.targets)
+        alpha = lora.alpha * (math.sqrt(self.width) if lora.is_stabilized else self.width)
+        self.lora = dataclasses.replace(lora, r=lora.r * self.width, alpha=alpha)
         self.contents = Contents(self.arch, base=False, lora=self.lora)
 
     def _sibling(self, name: str, projection: str) -> str:
@@ -90,6 +103,8 @@ class SharedA:
 
     def _is_shared(self) -> bool:
         for name, shape in self.adapter.shapes.items():
+            if name == PEFT_SCORE:
+                continue
             first = self._sibling(name, self.siblings[name.split(".")[-3]][0])
             if ".lora_A." in name and self.adapter.has(name) and first != name:
                 whole = full(shape)
@@ -98,10 +113,14 @@ class SharedA:
         return True
 
     def dtype(self, name: str) -> DType:
+        if name == PEFT_SCORE:
+            return self.adapter.dtype(name)
         siblings = self.siblings[name.split(".")[-3]]
         return widest(self.adapter.dtype(self._sibling(name, sibling)) for sibling in siblings)
 
     def read(self, name: str, region: Region) -> np.ndarray:
+        if name == PEFT_SCORE:
+            return self.adapter.read(name, region)
         axis = 0 if ".lora_A." in name else 1  # the side of the rank
         projection = name.split(".")[-3]
         siblings = self.siblings[projection]
@@ -117,7 +136,7 @@ class SharedA:
             if common is not None:
                 other = self._sibling(name, sibling)
                 data = self.adapter.read(other, relative(common, tuple(origin)))
-                inside(out, common, region)[...] = convert(data, self.adapter.dtype(other), self.dtype(name))
+                view_of(out, common, region)[...] = convert_dtype(data, self.adapter.dtype(other), self.dtype(name))
         return out
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, ITERA
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.shard_reader import OWN_DTYPES
 from qwen3_npu.checkpoint.mapping.table import Shard
-from qwen3_npu.distributed.layout import Layout, Rank, single
+from qwen3_npu.distributed.layout import Layout, Rank, single_layout
 from qwen3_npu.files import Seal
 
 STATES = ("param", "exp_avg", "exp_avg_sq")  # of each trained parameter: float32 weight and moments
@@ -72,7 +72,7 @@ class FileJob(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class FileRecord:
     """A finished file.
 
     Attributes:
@@ -143,7 +143,7 @@ class Target:
 
     def _whole(self) -> Iterator[Shard]:
         """The tensors of an unsharded model."""
-        layout = dataclasses.replace(single(self.contents.arch), stacked_experts=self.layout.stacked_experts)
+        layout = dataclasses.replace(single_layout(self.contents.arch), stacked_experts=self.layout.stacked_experts)
         return self.contents.shards(layout, Rank(0, 0, 0, 0))
 
     def _usual(self, shard: Shard) -> DType:

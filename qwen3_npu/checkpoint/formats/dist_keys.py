@@ -116,7 +116,7 @@ def possible_keys(key: str, lead: tuple[int, ...]) -> Iterator[tuple[str, tuple[
             yield name.replace("decoder.layers.", f"decoder.layers.{lead[0]}.", 1), lead[1:]
 
 
-def chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chunk]:
+def saved_chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chunk]:
     """What one rank saves. Of several copies the first rank in `layout.ranks()` saves it."""
     layout = unstacked(layout)
     places, counts = layer_places(layout), (layout.num_layers, contents.arch.num_experts)
@@ -156,7 +156,7 @@ def _rows(shard: Shard, half: int, halves: int) -> Shard:
 def extra_states(contents: Contents, layout: Layout, rank: Rank) -> list[str]:
     """Names of the empty objects that megatron-core saves beside the weights of one rank, and asks for on load."""
     names = []
-    for chunk in chunks(contents, layout, rank):
+    for chunk in saved_chunks(contents, layout, rank):
         stem, _, leaf = chunk.key.rpartition(".")
         stem = stem.removesuffix(".base_layer")
         first = not any(start for start, _ in chunk.region[chunk.lead :])

@@ -47,7 +47,7 @@ class StoredChunk:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A whole tensor; dtype None: one that is no weight's."""
+    """A stored tensor; dtype None: one that is no weight's."""
 
     dtype: DType | None
     size: tuple[int, ...]
@@ -135,7 +135,7 @@ def _check_apart(regions: list[Region], where: str, axis: int = 0) -> None:
             raise UsageError(f"{where}: chunks at {starts[0]} and {starts[1]} overlap")
 
 
-def _chunk(region: Region, info: Any, where: str) -> StoredChunk:
+def _chunk(region: Region, info: object, where: str) -> StoredChunk:
     fields = _fields(info, "relative_path", "offset", "length")
     file = schema.text(fields.get("relative_path"), f"{where}: file")
     if Path(file).name != file or file in ("", ".", ".."):
@@ -146,7 +146,7 @@ def _chunk(region: Region, info: Any, where: str) -> StoredChunk:
     )
 
 
-def _fields(value: Any, *names: str) -> dict[str, Any]:
+def _fields(value: object, *names: str) -> dict[str, Any]:
     """The fields of a dataclass in the pickle, given by its constructor's arguments or by its state."""
     if not isinstance(value, Unknown):
         return {}

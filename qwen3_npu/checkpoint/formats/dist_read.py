@@ -21,18 +21,23 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, Region, full, intersect, r
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
 from qwen3_npu.checkpoint.formats.dist_keys import global_layout, key_of, layer_places, possible_keys
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata
-from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, Found
+from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args, own_dtypes
 from qwen3_npu.checkpoint.formats.torch_read import architecture, saved_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
-from qwen3_npu.checkpoint.mapping.source import check_tensors, inside
+from qwen3_npu.checkpoint.mapping.shard_reader import ShardReader, SliceLocation
+from qwen3_npu.checkpoint.mapping.source import check_tensors, view_of
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.numbers import number_list
 
-_MODEL = ("embedding.", "decoder.", "output_layer.")  # keys of weights; the optimizer's begin with "optimizer."
+_MODEL = (
+    "embedding.",
+    "decoder.",
+    "output_layer.",
+    "score.",
+)  # keys of weights; the optimizer's begin with "optimizer."
 _ARCHIVES = 256  # opened archives remembered; a chunk of q, k and v is read a head at a time
 
 
@@ -55,14 +60,14 @@ class DistTensors(ShardReader[None]):
         shards = contents.shards(layout, Rank(0, 0, 0, 0))
         super().__init__(((None, shard) for shard in shards), str(folder))
 
-    def key(self, holder: Holder) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    def key(self, holder: SliceLocation) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """The stored tensor that should hold a holder, the holder's leading indices in it, and how many there are."""
         usual = key_of(holder.shard, self.layers)
         key, lead = next((found for found in possible_keys(*usual) if found[0] in self.stored), usual)
         counts = (self.layout.num_layers, self.arch.num_experts)[: len(usual[1])]
         return key, lead, counts[len(usual[1]) - len(lead) :]
 
-    def find(self, holder: Holder) -> tuple[str, tuple[int, ...]] | None:
+    def find(self, holder: SliceLocation) -> tuple[str, tuple[int, ...]] | None:
         key, lead, counts = self.key(holder)
         if key not in self.stored:
             return None
@@ -71,13 +76,13 @@ class DistTensors(ShardReader[None]):
             raise UsageError(f"{self.folder}: {key} has shape {shape}; {(*counts, *holder.shard.shape)} expected")
         return key, lead
 
-    def stored_dtype(self, holder: Holder, tensor: tuple[str, tuple[int, ...]]) -> DType:
+    def stored_dtype(self, holder: SliceLocation, tensor: tuple[str, tuple[int, ...]]) -> DType:
         dtype = self.stored[tensor[0]].dtype
         if dtype is None:
             raise UsageError(f"{self.folder}: {tensor[0]} is not float32, float16 or bfloat16")
         return dtype
 
-    def read_stored(self, holder: Holder, tensor: tuple[str, tuple[int, ...]], region: Region) -> np.ndarray:
+    def read_stored(self, holder: SliceLocation, tensor: tuple[str, tuple[int, ...]], region: Region) -> np.ndarray:
         key, lead = tensor
         wanted = (*((i, i + 1) for i in lead), *region)
         out = np.empty(sizes(wanted), self.stored_dtype(holder, tensor).carrier)
@@ -86,10 +91,10 @@ class DistTensors(ShardReader[None]):
             common = intersect(wanted, chunk.region)
             if common is not None:
                 part = self._read_chunk(key, chunk, relative(common, chunk.region))
-                inside(out, common, wanted)[...] = part
+                view_of(out, common, wanted)[...] = part
                 read += part.size
         if read != out.size:
-            raise UsageError(f"{self.folder}: {key} is not whole: a part of {wanted} lies in no file")
+            raise UsageError(f"{self.folder}: {key} is incomplete: a part of {wanted} lies in no file")
         return out.reshape(sizes(region))
 
     def chunks(self, key: str, lead: tuple[int, ...]) -> list[StoredChunk]:
@@ -140,20 +145,20 @@ class DistReader(DistTensors):
 
     def __init__(
         self,
-        found: Found,
+        found: StoredModel,
         hf_config: str | Path | None = None,
         lora_alpha: float | None = None,
         ignored: Collection[str] = (),
     ) -> None:
-        """Find out architecture and contents.
+        """Read architecture and contents.
 
         Raises:
-            UsageError: not a whole checkpoint, or it does not say what it is.
+            UsageError: an incomplete checkpoint, or it does not say what it is.
         """
         folder = found.folder
         for name in (METADATA, CONFIG, COMMON):
             if not (folder / name).is_file():
-                raise UsageError(f"{folder} has no {name}; the torch_dist checkpoint is not whole")
+                raise UsageError(f"{folder} has no {name}; the torch_dist checkpoint is incomplete")
         common = PtFile(folder / COMMON)
         common.close()
         self.common: dict[str, Any] = common.content
@@ -195,7 +200,7 @@ class DistReader(DistTensors):
             whole_shard = (*((i, i + 1) for i in lead), *full(holder.shard.shape))
             parts = [intersect(whole_shard, chunk.region) for chunk in self.chunks(key, lead)]
             if sum(math.prod(sizes(part)) for part in parts if part) != math.prod(holder.shard.shape):
-                raise UsageError(f"{self.folder}: {key} is not whole: a part of {holder.shard.name} lies in no file")
+                raise UsageError(f"{self.folder}: {key} is incomplete: a part of {holder.shard.name} lies in no file")
         ends: dict[str, int] = {}
         for chunk in (chunk for key in wanted for chunk in self.stored[key].chunks):
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)

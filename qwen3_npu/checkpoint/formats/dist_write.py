@@ -24,7 +24,7 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection, Tensor
 from qwen3_npu.checkpoint.formats.base import STATES, FileJob, Item, RankState, Stored, Target
-from qwen3_npu.checkpoint.formats.dist_keys import Chunk, chunks, extra_states, random_key, state_prefix
+from qwen3_npu.checkpoint.formats.dist_keys import Chunk, extra_states, random_key, saved_chunks, state_prefix
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata, write_metadata
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA
 from qwen3_npu.checkpoint.formats.torch_write import write_archive
@@ -60,7 +60,7 @@ class DistFile:
     def chunks(self) -> list[tuple[str, Chunk, DType]]:
         """(state, chunk, dtype) of every tensor."""
         contents, layout = self.target.contents, self.target.layout
-        every = list(chunks(contents, layout, self.rank))
+        every = list(saved_chunks(contents, layout, self.rank))
         if self.state is None:
             return [("", chunk, self.target.dtype_of(chunk.shard)) for chunk in every]
         found = []
@@ -109,7 +109,7 @@ class DistFile:
         return found
 
 
-def _section(file: SealedFile, content: Any, tensors: tuple[np.ndarray, ...]) -> list[int]:
+def _section(file: SealedFile, content: object, tensors: tuple[np.ndarray, ...]) -> list[int]:
     start = file.tell()
     section = PtSection(file, content)
     for data in tensors:

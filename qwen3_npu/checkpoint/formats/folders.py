@@ -24,11 +24,11 @@ PEFT, TORCH, TORCH_DIST = "peft", "torch", "torch_dist"
 COMMON, METADATA, CONFIG = "common.pt", ".metadata", "metadata.json"  # files of the torch_dist format
 ADAPTER_CONFIG = "adapter_config.json"
 _REMOVED = ".removed"  # a checkpoint that is being deleted; it must not look like one meanwhile
-_REPLACED = ".replaced"  # a whole one whose place another of the same step is about to take
+_REPLACED = ".replaced"  # a complete one that another of the same step is about to replace
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class StoredModel:
     """A model, adapter or checkpoint on disk.
 
     Attributes:
@@ -88,8 +88,8 @@ def is_peft(folder: str | Path) -> bool:
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def candidates(path: str | Path, iteration: int | None = None, kind: str | None = None) -> list[Found]:
-    """What may be meant by a path, in order of preference; empty: there is nothing.
+def candidates(path: str | Path, iteration: int | None = None, kind: str | None = None) -> list[StoredModel]:
+    """What a path may mean, in order of preference; empty: there is nothing.
 
     A root gives the iteration that its tracker names and then the sealed ones before it, if its files are damaged.
     Without a tracker (killed before the first was written), or with a damaged one beside checkpoints that are sealed,
@@ -97,7 +97,7 @@ def candidates(path: str | Path, iteration: int | None = None, kind: str | None 
 
     Args:
         path: a root, an iteration's folder, a Hugging Face directory or a PEFT directory.
-        iteration: of a root: the only one that will do.
+        iteration: of a root: the only one that is accepted.
         kind: `HF` or `MEGATRON`: what it must be, where a folder is both. By default a tracker decides.
 
     Raises:
@@ -112,20 +112,20 @@ def candidates(path: str | Path, iteration: int | None = None, kind: str | None 
     if kind == MEGATRON:
         return []
     if is_peft(path):
-        return [Found(PEFT, path, path)]
+        return [StoredModel(PEFT, path, path)]
     if is_hf_weights(path):
-        return [Found(HF, path, path)]
+        return [StoredModel(HF, path, path)]
     # What is missing of a Hugging Face model that was asked for, its reader says.
-    return [Found(HF, path, path)] if kind == HF and not candidates(path, iteration, MEGATRON) else []
+    return [StoredModel(HF, path, path)] if kind == HF and not candidates(path, iteration, MEGATRON) else []
 
 
-def _iteration(folder: Path, root: Path, form: str) -> Found:
+def _iteration(folder: Path, root: Path, form: str) -> StoredModel:
     number = folder.name.removeprefix("iter_")
     home = folder if (folder / "config.json").is_file() else root
-    return Found(form, folder, home, int(number) if number.isdigit() else None)
+    return StoredModel(form, folder, home, int(number) if number.isdigit() else None)
 
 
-def _iterations(root: Path, iteration: int | None) -> list[Found]:
+def _iterations(root: Path, iteration: int | None) -> list[StoredModel]:
     tracked = read_tracker(root)
     there = iterations(root)
     if iteration is not None:
@@ -150,17 +150,19 @@ def _listed(there: list[int]) -> str:
     return f"iterations there: {', '.join(map(iteration_name, reversed(there))) or 'none'}"
 
 
-def missing(root: Path, folder: Path) -> str:
+def incomplete(root: Path, folder: Path) -> str:
     """What is wrong with an iteration's folder at first sight; empty: nothing is."""
     if not folder.is_dir():
         return f"{folder} does not exist; {_listed(iterations(root))}"
     if format_of(folder) is None:
-        return f"{folder} holds neither mp_rank_* folders nor .metadata; the checkpoint is not whole"
+        return f"{folder} holds neither mp_rank_* folders nor .metadata; the checkpoint is incomplete"
     return ""
 
 
 def move_to_backup(folder: Path) -> None:
-    """Make room for a checkpoint of the same step. Killed before that one is there, `restore_backup` undoes it."""
+    """Move a checkpoint of the same step to a backup. If the process is killed before the new one is visible,
+    `restore_backup` undoes it.
+    """
     backup = folder.with_name(folder.name + _REPLACED)
     if folder.exists():
         remove(backup)
@@ -168,7 +170,7 @@ def move_to_backup(folder: Path) -> None:
 
 
 def restore_backup(root: Path) -> None:
-    """Put back what was moved backup for a checkpoint that never came."""
+    """Put back the backup of a checkpoint whose replacement was not finished."""
     for backup in root.glob(f"iter_*{_REPLACED}"):
         if not (folder := backup.with_name(backup.name.removesuffix(_REPLACED))).exists():
             rename(backup, folder)
@@ -184,7 +186,7 @@ def remove(folder: Path) -> None:
 
 
 def clear(root: Path) -> None:
-    """Delete what was replaced, and what trainings that were killed meanwhile left of checkpoints they deleted."""
+    """Delete backups, and the rest of checkpoints whose deletion was interrupted."""
     for backup in root.glob(f"iter_*{_REPLACED}"):
         remove(backup)
     for leftover in root.glob(f"iter_*{_REMOVED}"):

@@ -114,7 +114,7 @@ def plan_files(tensors: Mapping[str, int], max_bytes: int) -> dict[str, list[str
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
+def write_weight_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
     """`model.safetensors.index.json`, if there is more than one file."""
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, full, row_blocks, same_bits, to_float32
+from qwen3_npu.checkpoint.binary.fp8 import SCALE, BlockScaled, block_sizes
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
@@ -24,12 +25,11 @@ from qwen3_npu.schema import read_record, shown
 HEAD = "lm_head.weight"
 # How tensors of other kinds of models end, what they are then, and what to take instead.
 _OTHER_KINDS = (
-    (".weight_scale_inv", "FP8 weights", "take the bfloat16 model"),
     (".weight_scale", "quantized weights (FP8 or compressed-tensors)", "take the bfloat16 model"),
     (".g_idx", "GPTQ weights", "take the bfloat16 model"),
     (".qweight", "AWQ (or GPTQ) weights", "take the bfloat16 model"),
     (".absmax", "bitsandbytes weights", "take the bfloat16 model"),
-    ("score.weight", "a reward or classification model", "only causal language models are supported"),
+    ("score.weight", "a classification model", "a reward model is read whose config.json says so (1 label)"),
     ("v_head.summary.weight", "a reward model with a value head", "only causal language models are supported"),
 )
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -71,7 +71,9 @@ class HfReader:
                 where = self.where[min(twice)].path.name
                 raise UsageError(f"{file.path}: {printable(min(twice))} is in {where} too; remove the file too many")
             self.where |= dict.fromkeys(file.header, file)
-        _refuse_other_kinds(self.where, self.folder)
+        _refuse_quantized(self.folder / "config.json")
+        _refuse_other_kinds(sorted(self.where.keys() - shapes.keys()), self.folder)
+        self.scaled = self._take_scales(shapes)
         # Published tied models store lm_head.weight all the same; `check` compares it with the embedding.
         self.head = self.where.pop(HEAD, None) if arch.tie_word_embeddings else None
         found = {name: file.shape(name) for name, file in self.where.items()}
@@ -79,12 +81,30 @@ class HfReader:
         for name in shapes:
             self.dtype(name)  # an error now rather than after hours
 
+    def _take_scales(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, BlockScaled]:
+        """The weights in FP8, whose scales are no tensors of the model. Raises: UsageError: they cannot be read."""
+        scales = {name: self.where.pop(name) for name in sorted(self.where) if name.endswith(f".weight{SCALE}")}
+        if not scales:
+            return {}
+        block = block_sizes(read_record(self.folder / "config.json"))
+        embedding = EMBEDDING.hf[0]
+        if embedding not in self.where:
+            raise UsageError(f"{self.folder}: tensors missing for this config.json: {embedding}")
+        dtype = self.where[embedding].dtype(embedding)  # what is not quantized says what the model is computed in
+        found = {}
+        for scale, file in scales.items():
+            name = scale.removesuffix(SCALE)
+            if name not in self.where or name not in shapes:
+                raise UsageError(f"{file.path}: {printable(scale)} is the scale of no weight of this config.json")
+            found[name] = BlockScaled(name, self.where[name], file, block, dtype=dtype)
+        return found
+
     def dtype(self, name: str) -> DType:
-        return self.where[name].dtype(name)
+        return self.scaled[name].dtype if name in self.scaled else self.where[name].dtype(name)
 
     def read(self, name: str, region: Region) -> np.ndarray:
-        """A part of one tensor, in its own dtype (bfloat16 as uint16)."""
-        return self.where[name].read(name, region)
+        """A part of one tensor, in its own dtype (bfloat16 as uint16); FP8 in that of the other weights."""
+        return self.scaled[name].read(region) if name in self.scaled else self.where[name].read(name, region)
 
     def check(self) -> None:
         """Compare what opening did not read: the output layer of a tied model is the embedding.
@@ -103,13 +123,24 @@ class HfReader:
             file.close()
 
     def __str__(self) -> str:
-        return "Hugging Face"
+        return "Hugging Face" + (f", {len(self.scaled)} FP8 weights dequantized" if self.scaled else "")
 
 
 def open_hf(folder: str | Path) -> HfReader:
     """A Hugging Face directory with its own config.json as the architecture."""
     arch = from_hf_config(read_hf_config(folder), str(Path(folder) / "config.json"))
     return HfReader(folder, hf_shapes(arch), arch)
+
+
+def _refuse_quantized(config: Path) -> None:
+    """Raises: UsageError: a config.json says that the weights are AWQ, GPTQ or the like; FP8 in blocks is read."""
+    said = read_record(config).fields.get("quantization_config") if config.is_file() else None
+    method = said.get("quant_method") if isinstance(said, dict) else said
+    if method not in (None, "fp8"):
+        raise UsageError(
+            f"{config}: quantization_config has quant_method {shown(method)}: such weights are not read; take the "
+            f"bfloat16 model"
+        )
 
 
 def _refuse_other_kinds(names: Iterable[str], folder: Path) -> None:
@@ -179,7 +210,7 @@ def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES
     for name in copied:
         (target / name).parent.mkdir(exist_ok=True)
         if (source / name).resolve() != (target / name).resolve():
-            # Whole at any moment: the folder may be in use.
+            # Complete at any moment: the folder may be in use.
             with open(source / name, "rb") as old, replacing(target / name, binary=True) as new:
                 shutil.copyfileobj(old, new)
     return copied

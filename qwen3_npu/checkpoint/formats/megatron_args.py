@@ -120,7 +120,8 @@ def own_dtypes(args: argparse.Namespace, names: Collection[str], where: str) -> 
 
 def lora_args(lora: Lora) -> dict[str, Any]:
     """What the args of a checkpoint with LoRA tensors say about them."""
-    return {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_target_modules": list(lora.targets)}
+    said = {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_target_modules": list(lora.targets)}
+    return said | ({"use_rslora": True} if lora.is_stabilized else {})
 
 
 def lora_from_args(
@@ -141,4 +142,4 @@ def lora_from_args(
     if alpha is None:
         raise UsageError(f"{where} holds LoRA tensors but its args have no lora_alpha; give --lora-alpha")
     r, targets = found
-    return Lora(r, alpha, targets)
+    return Lora(r, alpha, targets, is_stabilized=getattr(args, "use_rslora", False) is True)

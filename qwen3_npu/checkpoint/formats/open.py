@@ -1,4 +1,6 @@
-"""Find out what a folder holds, see that it is whole, and open it as a `Source`. Every reader comes through here."""
+"""Determine what a folder holds, check that it is complete, and open it as a `Source`. Every reader comes through
+here.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from qwen3_npu.checkpoint.formats.folders import (
     TORCH,
     TORCH_DIST,
     TRACKER,
-    Found,
+    StoredModel,
     candidates,
-    missing,
+    incomplete,
     read_tracker,
 )
 from qwen3_npu.checkpoint.formats.huggingface import HfReader, open_hf
@@ -45,11 +47,11 @@ class Peers:
 
     rank, ranks = 0, 1
 
-    def agree(self, value: Any) -> Any:
+    def agree(self, value: object) -> Any:
         """Rank 0's value."""
         return value
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         """All ranks' values."""
         return [value]
 
@@ -57,10 +59,10 @@ class Peers:
 ALONE = Peers()
 
 
-def find(path: str | Path, iteration: int | None = None, kind: str | None = None) -> Found | None:
+def find(path: str | Path, iteration: int | None = None, kind: str | None = None) -> StoredModel | None:
     """What a path means, its files not looked at; None: there is nothing. Raises: UsageError: see `candidates`."""
     found = next(iter(candidates(path, iteration, kind)), None)
-    if found is not None and found.kind == MEGATRON and (wrong := missing(found.home, found.folder)):
+    if found is not None and found.kind == MEGATRON and (wrong := incomplete(found.home, found.folder)):
         raise UsageError(wrong)
     return found
 
@@ -72,14 +74,14 @@ def find_whole(
     peers: Peers = ALONE,
     *,
     flag: str = "--load",
-) -> Found | None:
-    """What a path means, with files that are what was written; None: there is nothing. Every rank must call this.
+) -> StoredModel | None:
+    """What a path means, its files compared with their digests; None: there is nothing. Every rank must call this.
 
-    Damaged files are named. Of a root with earlier checkpoints the newest whole one is taken, aloud. The ranks share
-    the files out, so each is read once. What says nothing of its files is not checked, aloud.
+    Damaged files are named. Of a root with earlier checkpoints the newest complete one is used, and the log says so.
+    Each rank checks some of the files, so each file is read once. A folder without integrity.json is not checked, and
+    the log says so.
 
-    Raises:
-        UsageError: nothing whole is there; on every rank.
+    Raises: UsageError: there is no complete checkpoint; on every rank.
     """
     options = _agreed_candidates(path, iteration, kind, peers)
     said: list[str] = []
@@ -87,7 +89,7 @@ def find_whole(
         wrong = _problems(found, peers)
         if not wrong:
             if found is not options[0]:
-                log.info(f"warning: {found.folder} is the newest whole checkpoint and is used")
+                log.info(f"warning: {found.folder} is the newest complete checkpoint and is used")
             return found
         if len(options) > 1:
             for line in wrong:
@@ -98,15 +100,15 @@ def find_whole(
     if options[0].kind == HF:
         raise UsageError(f"{flag} {path} is not what was written: {said[0]}; write it again, or {_REMEDY}")
     tried = ", ".join(found.folder.name for found in options)
-    raise UsageError(f"{flag} {path} holds no whole checkpoint (damaged: {tried}; {said[0]})")
+    raise UsageError(f"{flag} {path} holds no complete checkpoint (damaged: {tried}; {said[0]})")
 
 
 _REMEDY = f"delete its {manifest.INTEGRITY} if it was changed on purpose"
 
 
-def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None, peers: Peers) -> list[Found]:
-    """All ranks go by what rank 0 sees."""
-    seen: list[Found] | str | None = None
+def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None, peers: Peers) -> list[StoredModel]:
+    """Every rank uses what rank 0 has found."""
+    seen: list[StoredModel] | str | None = None
     if peers.rank == 0:
         try:
             seen = candidates(path, iteration, kind)
@@ -123,7 +125,7 @@ def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None
     return seen
 
 
-def _problems(found: Found, peers: Peers) -> list[str]:
+def _problems(found: StoredModel, peers: Peers) -> list[str]:
     """What is wrong, a line each. Every rank must call this."""
     first = peers.agree(_at_first_sight(found) if peers.rank == 0 else None)
     if first is not None:
@@ -141,19 +143,19 @@ def _problems(found: Found, peers: Peers) -> list[str]:
     return list(dict.fromkeys(line for lines in peers.gather(mine) for line in lines))
 
 
-def _at_first_sight(found: Found) -> str | None:
+def _at_first_sight(found: StoredModel) -> str | None:
     """What is wrong; "": nothing, as far as can be known; None: the files are to be checked."""
     if manifest.is_sealed(found.folder):
         return None
     if found.kind == MEGATRON:
-        if wrong := missing(found.home, found.folder):
+        if wrong := incomplete(found.home, found.folder):
             return wrong
         log.info(f"{found.folder} has no {manifest.INTEGRITY}; its files are not checked before they are read")
     return ""
 
 
 def reader(
-    found: Found,
+    found: StoredModel,
     *,
     hf_config: str | Path | None = None,
     lora_alpha: float | None = None,
@@ -189,7 +191,7 @@ def open_checkpoint(
     arch: Qwen3Arch | None = None,
     ignored: Sequence[str] = (),
 ) -> Checkpoint:
-    """`find` and `reader` in one. Raises: UsageError: there is nothing of the kind, or it is not whole."""
+    """`find` and `reader` in one. Raises: UsageError: there is nothing of the kind, or it is incomplete."""
     found = find(folder, iteration, kind)
     if found is None:
         raise UsageError(nothing_there(folder, kind))
@@ -277,7 +279,7 @@ class Sources:
                 f"--lora-load {self.lora_load} holds no LoRA tensors: it holds a model and no adapter; drop the flag "
                 "to take that of --load alone"
             )
-        if not adapter.arch.same_weights(base.arch):
+        if not (adapter.arch.same_weights(base.arch) or adapter.arch.same_weights(base.arch.as_reward())):
             raise UsageError(f"--lora-load {self.lora_load} is for {adapter.arch}, but {self.load} holds {base.arch}")
         return adapter
 
@@ -307,11 +309,11 @@ def find_architecture(
         return _from_folder(Path(model.hf_dir))
     if model.model:
         return SIZES[model.model], f"--model {model.model}", None
-    options: Sequence[Found] = candidates(load) if load else ()
+    options: Sequence[StoredModel] = candidates(load) if load else ()
     for home in [Path(load), *(found.home for found in options[:1])] if load else []:
         if (home / "config.json").is_file():
             return _from_folder(home)
-    if whole := next((found for found in options if not missing(found.home, found.folder)), None):
+    if whole := next((found for found in options if not incomplete(found.home, found.folder)), None):
         args, where = checkpoint_args(whole)
         return arch_from_args(args, where), where, None
     if tokenizer and (Path(tokenizer) / "config.json").is_file():

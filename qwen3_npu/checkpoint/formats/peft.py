@@ -7,6 +7,7 @@ where transformers does.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import F32, DType, Region, sizes, to_float32
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
-from qwen3_npu.checkpoint.mapping.peft_adapter import judge
+from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Contents, Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.peft_adapter import has_head, read_adapter
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.schema import read_record
@@ -25,11 +26,17 @@ from qwen3_npu.schema import read_record
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
-    """The adapter_config.json of an adapter for the model in folder `base`; what it does not say is peft's default."""
+def peft_config(lora: Lora, base: str | None, *, reward: bool = False) -> dict[str, Any]:
+    """The adapter_config.json of an adapter for the model in folder `base`; what it does not say is peft's default.
+
+    Args:
+        reward: it makes a reward model, and has its head.
+    """
+    head = {"modules_to_save": ["score"]} if reward else {}
     return {
+        **head,
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
@@ -39,7 +46,7 @@ def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": lora.is_stabilized,
     }
 
 
@@ -61,14 +68,15 @@ class PeftReader:
         Raises:
             UsageError: a file is missing or truncated, it is not plain LoRA, or it is another model's.
         """
-        self.folder, self.arch = Path(folder), arch
+        self.folder = Path(folder)
         config = read_record(self.folder / ADAPTER_CONFIG)
+        arch = self.arch = dataclasses.replace(arch, reward=has_head(config))
         if not (self.folder / ADAPTER_WEIGHTS).exists():
             other = "; it has adapter_model.bin: save it as safetensors" if any(self.folder.glob("*.bin")) else ""
             raise UsageError(f"{self.folder} holds no {ADAPTER_WEIGHTS}{other}")
         self.file = SafetensorsFile(self.folder / ADAPTER_WEIGHTS)
         shapes = {name: self.file.shape(name) for name in self.file.header}
-        self.adapter = judge(config, shapes, arch, str(self.file.path))
+        self.adapter = read_adapter(config, shapes, arch, str(self.file.path))
         self.projections = self.adapter.projections
         self.contents = Contents(arch, base=False, lora=self.adapter.lora)
         self.shapes = peft_shapes(arch, self.adapter.lora)
@@ -80,6 +88,8 @@ class PeftReader:
         return name in self.adapter.parts
 
     def dtype(self, name: str) -> DType:
+        if name == PEFT_SCORE:
+            return self.file.dtype(name)
         if not self.has(name):
             return self.file.dtype(next(iter(self.file.header)))
         part = self.adapter.parts[name]
@@ -87,6 +97,8 @@ class PeftReader:
 
     def read(self, name: str, region: Region) -> np.ndarray:
         """A part of one tensor, in its own dtype (bfloat16 as uint16)."""
+        if name == PEFT_SCORE:
+            return self.file.read(name, region)
         out = np.zeros(sizes(region), self.dtype(name).carrier)
         if not self.has(name):
             return out

@@ -17,10 +17,10 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
 from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
-from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, Found
+from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args, own_dtypes
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
+from qwen3_npu.checkpoint.mapping.shard_reader import ShardReader, SliceLocation
 from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, shards
 from qwen3_npu.distributed.layout import Layout, Rank
@@ -76,7 +76,7 @@ class ShardedTensors(ShardReader[Rank]):
             self.opened[rank] = open_file(path)
         return self.opened[rank]
 
-    def find(self, holder: Holder) -> TensorRef | None:
+    def find(self, holder: SliceLocation) -> TensorRef | None:
         file = self.open(holder.where)
         tensor = self.models(file.content, holder.shard.chunk, self.layout.virtual).get(holder.shard.name)
         if tensor is not None and not isinstance(tensor, TensorRef):
@@ -88,13 +88,13 @@ class ShardedTensors(ShardReader[Rank]):
             )
         return tensor
 
-    def stored_dtype(self, holder: Holder, tensor: TensorRef) -> DType:
+    def stored_dtype(self, holder: SliceLocation, tensor: TensorRef) -> DType:
         if tensor.dtype is None:
             path = self.open(holder.where).path
             raise UsageError(f"{path}: {holder.shard.name} is not float32, float16 or bfloat16")
         return tensor.dtype
 
-    def read_stored(self, holder: Holder, tensor: TensorRef, region: Region) -> np.ndarray:
+    def read_stored(self, holder: SliceLocation, tensor: TensorRef, region: Region) -> np.ndarray:
         return self.open(holder.where).read(tensor, holder.shard.view, region)
 
     def close(self) -> None:
@@ -113,14 +113,14 @@ class MegatronReader(ShardedTensors):
 
     def __init__(
         self,
-        found: Found,
+        found: StoredModel,
         hf_config: str | Path | None = None,
         prefer: Rank | None = None,
         lora_alpha: float | None = None,
         *,
         ignored: Collection[str] = (),
     ) -> None:
-        """Find out architecture, layout and contents.
+        """Read architecture, layout and contents.
 
         Args:
             hf_config: folder of the config.json that says the architecture; by default the one in the checkpoint, or
@@ -181,7 +181,7 @@ def saved_args(content: dict[str, Any], ignored: Collection[str] = ()) -> argpar
     return argparse.Namespace(**{name: value for name, value in said.items() if name not in ignored})
 
 
-def checkpoint_args(found: Found) -> tuple[argparse.Namespace, str]:
+def checkpoint_args(found: StoredModel) -> tuple[argparse.Namespace, str]:
     """The arguments saved in a checkpoint of either format, and the file they are in."""
     first = PtFile(found.folder / COMMON) if found.format == TORCH_DIST else _first_file(found.folder)
     first.close()

@@ -10,22 +10,23 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import F32
+from qwen3_npu.checkpoint.binary.dtypes import F32, DType
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.formats.base import STATES, FileJob, Item, RankState, Stored, Target
 from qwen3_npu.checkpoint.formats.torch_read import OPTIMIZER, WEIGHTS
+from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Rank
 from qwen3_npu.files import Seal
 
 
 def jobs(target: Target, rank: Rank, state: RankState | None = None) -> list[FileJob]:
     """The files of one rank; with `state`, of a training's."""
-    found: list[FileJob] = [RankFile(target, rank, state)]
+    found: list[FileJob] = [RankWeightFile(target, rank, state)]
     if state is not None and state.held.keys() & STATES:
         found.append(StateFile(target, rank, state))
     return found
@@ -37,31 +38,37 @@ def finish(target: Target, stage: Path, notes: list[Any]) -> dict[str, Seal]:
 
 
 @dataclasses.dataclass(frozen=True)
-class RankFile:
-    """One rank's `model_optim_rng.pt`; see `FileJob`."""
+class _RankFile:
+    """A file of one rank; see `FileJob`."""
 
     target: Target
     rank: Rank
-    state: RankState | None = None
+    state: RankState | None
+    file: ClassVar[str]
 
     @property
     def name(self) -> str:
-        return f"{self.target.layout.folder(self.rank)}/{WEIGHTS}"
+        return f"{self.target.layout.folder(self.rank)}/{self.file}"
+
+    def _held(self, key: str) -> list[tuple[Shard, DType]]:
+        """The rank's tensors of a kind ("": weights), chunk by chunk: the order in which the file announces them."""
+        shards = sorted(self.target.contents.shards(self.target.layout, self.rank), key=lambda shard: shard.chunk)
+        if self.state is None:
+            return [(s, self.target.dtype_of(s)) for s in shards]
+        held = self.state.held[key]
+        return [(s, held[s.chunk, s.name]) for s in shards if (s.chunk, s.name) in held]
+
+
+class RankWeightFile(_RankFile):
+    """One rank's `model_optim_rng.pt`."""
+
+    file = WEIGHTS
 
     def _key(self, chunk: int) -> str:
         return "model" if self.target.layout.virtual == 1 else f"model{chunk}"
 
     def items(self) -> list[Item]:
-        # Chunk by chunk, as the dicts of the file are: that is the order in which its tensors are announced.
-        shards = sorted(self.target.contents.shards(self.target.layout, self.rank), key=lambda shard: shard.chunk)
-        if self.state is None:
-            return [Item(f"{self._key(s.chunk)}.{s.name}", s, self.target.dtype_of(s)) for s in shards]
-        held = self.state.held[""]
-        return [
-            Item(f"{self._key(s.chunk)}.{s.name}", s, held[s.chunk, s.name])
-            for s in shards
-            if (s.chunk, s.name) in held
-        ]
+        return [Item(f"{self._key(s.chunk)}.{s.name}", s, dtype) for s, dtype in self._held("")]
 
     def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
         models: dict[str, dict[str, Tensor]] = {self._key(chunk): {} for chunk in range(self.target.layout.virtual)}
@@ -84,31 +91,19 @@ class RankFile:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class StateFile:
-    """One rank's `optimizer.pt`; see `FileJob`."""
+class StateFile(_RankFile):
+    """One rank's `optimizer.pt`, of a training."""
 
-    target: Target
-    rank: Rank
-    state: RankState
-
-    @property
-    def name(self) -> str:
-        return f"{self.target.layout.folder(self.rank)}/{OPTIMIZER}"
+    file = OPTIMIZER
 
     def items(self) -> list[Item]:
-        shards = sorted(self.target.contents.shards(self.target.layout, self.rank), key=lambda shard: shard.chunk)
-        return [
-            Item(f"{key}.{s.chunk}.{s.name}", s, F32, key)
-            for key in STATES
-            for s in shards
-            if (s.chunk, s.name) in self.state.held[key]
-        ]
+        return [Item(f"{key}.{s.chunk}.{s.name}", s, F32, key) for key in STATES for s, _ in self._held(key)]
 
     def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
         held: dict[str, dict[int, dict[str, Tensor]]] = {key: {} for key in STATES}
         for _, shard, dtype, key in self.items():
             held[key].setdefault(shard.chunk, {})[shard.name] = Tensor(dtype, shard.shape)
+        assert self.state is not None
         return write_archive(path, {"step": self.state.step, "state": held}, tensors), None
 
     def stored(self, path: Path) -> dict[str, Stored]:

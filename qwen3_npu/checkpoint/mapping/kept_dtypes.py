@@ -58,4 +58,4 @@ def same_in_all_layers(
 
 
 def _is_lora(name: str) -> bool:
-    return ".lora_" in name
+    return name.startswith("base_model.")

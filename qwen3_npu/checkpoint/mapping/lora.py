@@ -26,8 +26,10 @@ Their slices are slices of PEFT's tensors, one pair per Hugging Face projection:
 
     base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight [r, in]   .lora_B.weight [out, r]
 
-so a Megatron A holds q's, k's and v's A, which are therefore equal. The arguments of a checkpoint with LoRA tensors
-have `lora_r`, `lora_alpha` and `lora_target_modules`. No torch here.
+so a Megatron A holds q's, k's and v's A, which are therefore equal. The head of a reward model is trained beside its
+adapter and belongs to it: `score.lora_weight`, PEFT's `base_model.model.score.weight` (modules_to_save). The arguments
+of a checkpoint with LoRA tensors have `lora_r`, `lora_alpha`, `lora_target_modules` and, for rsLoRA,
+`use_rslora`. No torch here.
 """
 
 from __future__ import annotations
@@ -36,15 +38,16 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-from qwen3_npu.args.lora import LORA_TARGETS
+from qwen3_npu.args.lora import LORA_TARGETS, lora_scale
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
-from qwen3_npu.checkpoint.mapping.table import Shard, covered, shards
-from qwen3_npu.distributed.layout import Layout, Rank, single
+from qwen3_npu.checkpoint.mapping.table import SCORE, Shard, covered, shards
+from qwen3_npu.distributed.layout import Layout, Rank, single_layout
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
 _STACKED = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
 _PREFIX = "base_model.model."
+LORA_SCORE, PEFT_SCORE = "score.lora_weight", _PREFIX + SCORE.hf[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +56,22 @@ class Lora:
 
     Attributes:
         r: rank.
-        alpha: the adapter is scaled by alpha / r.
+        alpha: the adapter is scaled by alpha / r, or alpha / sqrt(r).
         targets: names of `LORA_TARGETS`, in that order.
+        is_stabilized: rsLoRA.
     """
 
     r: int
     alpha: float
     targets: tuple[str, ...]
+    is_stabilized: bool = False
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.r
+        return lora_scale(self.alpha, self.r, is_stabilized=self.is_stabilized)
 
     def __str__(self) -> str:
-        return f"LoRA r {self.r}, alpha {self.alpha:g}, {' '.join(self.targets)}"
+        return f"{'rs' * self.is_stabilized}LoRA r {self.r}, alpha {self.alpha:g}, {' '.join(self.targets)}"
 
 
 def is_lora(name: str) -> bool:
@@ -98,7 +103,10 @@ def base_shard(shard: Shard, lora: Lora) -> Shard:
 def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> Iterator[Shard]:
     """Every LoRA tensor of one rank, in the model's order; slices are of PEFT's tensors."""
     for shard in shards(arch, layout, rank):
-        if target_of(shard.name) in lora.targets and len(shard.view) > 1:  # a bias has no adapter
+        if shard.name == SCORE.megatron:
+            whole = [dataclasses.replace(piece, hf=PEFT_SCORE) for piece in shard.slices]
+            yield dataclasses.replace(shard, name=LORA_SCORE, slices=tuple(whole))
+        elif target_of(shard.name) in lora.targets and len(shard.view) > 1:  # a bias has no adapter
             yield from _stacked(shard, lora.r) if len(shard.view) == 3 else _linear(shard, lora.r)
 
 
@@ -154,18 +162,21 @@ class Contents:
         """Every tensor of one rank's Megatron checkpoint."""
         if self.base:
             for shard in shards(self.arch, layout, rank):
-                yield base_shard(shard, self.lora) if self.lora else shard
+                if self.lora is None:
+                    yield shard
+                elif shard.name != SCORE.megatron:  # it is the adapter's
+                    yield base_shard(shard, self.lora)
         if self.lora:
             yield from adapter_shards(self.arch, self.lora, layout, rank)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every Hugging Face and PEFT tensor."""
-        return covered(self.shards(single(self.arch), Rank(0, 0, 0, 0)))
+        return covered(self.shards(single_layout(self.arch), Rank(0, 0, 0, 0)))
 
     @property
     def parameters(self) -> int:
         """How many numbers an unsharded checkpoint holds, without the padding of the vocabulary."""
-        return sum(math.prod(shard.shape) for shard in self.shards(single(self.arch), Rank(0, 0, 0, 0)))
+        return sum(math.prod(shard.shape) for shard in self.shards(single_layout(self.arch), Rank(0, 0, 0, 0)))
 
     def __str__(self) -> str:
         return " with ".join(part for part in ("weights" * self.base, str(self.lora or "")) if part)

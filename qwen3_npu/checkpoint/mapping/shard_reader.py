@@ -8,9 +8,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, Region, convert, intersect, sizes, to_float32, widest
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, convert_dtype, intersect, sizes, to_float32, widest
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
-from qwen3_npu.checkpoint.mapping.source import inside
+from qwen3_npu.checkpoint.mapping.source import view_of
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.errors import UsageError, printable
 
@@ -18,7 +18,7 @@ Where = TypeVar("Where")
 OWN_DTYPES = "own_dtypes"  # argument of a converted checkpoint: dtype -> tensors that are stored in a wider one
 
 
-class Holder(NamedTuple):
+class SliceLocation(NamedTuple):
     """Where a slice of a Hugging Face tensor lies."""
 
     slice: TensorSlice
@@ -38,25 +38,25 @@ class ShardReader(abc.ABC, Generic[Where]):
         self.what = what
         self.dtypes: dict[str, DType] = {}
         self.own: Mapping[str, DType] = {}  # of tensors that were narrower before they were joined with others
-        self.places: dict[str, dict[Region, list[Holder]]] = {}
+        self.places: dict[str, dict[Region, list[SliceLocation]]] = {}
         for where, shard in holders:
             for part in shard.slices:
                 if not part.padding:
                     by_region = self.places.setdefault(part.hf, {})
-                    by_region.setdefault(part.source, []).append(Holder(part, shard, where))
+                    by_region.setdefault(part.source, []).append(SliceLocation(part, shard, where))
 
     @abc.abstractmethod
-    def find(self, holder: Holder) -> Any:
+    def find(self, holder: SliceLocation) -> Any:
         """The stored tensor of a holder, or None if it is not there. Raises: UsageError: it has another shape."""
 
     @abc.abstractmethod
-    def stored_dtype(self, holder: Holder, tensor: Any) -> DType: ...
+    def stored_dtype(self, holder: SliceLocation, tensor: Any) -> DType: ...
 
     @abc.abstractmethod
-    def read_stored(self, holder: Holder, tensor: Any, region: Region) -> np.ndarray:
+    def read_stored(self, holder: SliceLocation, tensor: Any, region: Region) -> np.ndarray:
         """A region (of the shard's view) of a stored tensor."""
 
-    def _holder(self, name: str, source: Region) -> tuple[Holder, Any]:
+    def _holder(self, name: str, source: Region) -> tuple[SliceLocation, Any]:
         """The first holder that has this slice: replicas are the same, and of some only one rank writes its copy."""
         for holder in self.places[name][source]:
             tensor = self.find(holder)
@@ -75,7 +75,7 @@ class ShardReader(abc.ABC, Generic[Where]):
     def _as_own(self, data: np.ndarray, stored: DType, name: str) -> np.ndarray:
         """In the tensor's dtype. Raises: UsageError: values that were joined with wider ones have changed since."""
         dtype = self.dtype(name)
-        found = convert(data, stored, dtype)
+        found = convert_dtype(data, stored, dtype)
         if name in self.own and not np.array_equal(to_float32(found, dtype), to_float32(data, stored), equal_nan=True):
             raise UsageError(
                 f"{self.what}: {printable(name)} was {dtype.torch} and has values now that this cannot hold; convert "
@@ -99,7 +99,7 @@ class ShardReader(abc.ABC, Generic[Where]):
                 return data
             if out is None:
                 out = np.empty(sizes(region), data.dtype)
-            inside(out, common, region)[...] = data
+            view_of(out, common, region)[...] = data
         if out is None:
             raise AssertionError(f"no slice of {name} lies in {region}")
         return out

@@ -135,6 +135,10 @@ def gate_up(at: ShardContext, hf: Sequence[str]) -> tuple:
     return _stack(hf, [span, span], (0, at.arch.hidden_size))
 
 
+def one_row(at: ShardContext, hf: Sequence[str]) -> tuple:
+    return _stack(hf, [(0, 1)], (0, at.arch.hidden_size))
+
+
 def router(at: ShardContext, hf: Sequence[str]) -> tuple:
     return _stack(hf, [(0, at.arch.num_experts)], (0, at.arch.hidden_size))
 

@@ -78,7 +78,7 @@ def read_shard(source: Source, shard: Shard, dtype: DType) -> np.ndarray:
     return out.reshape(shard.shape)
 
 
-def inside(out: np.ndarray, part: Region, whole: Region) -> np.ndarray:
+def view_of(out: np.ndarray, part: Region, whole: Region) -> np.ndarray:
     """The view of `out` (which holds region `whole` of a tensor) that holds region `part`."""
     return out[as_index(relative(part, whole))]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from qwen3_npu.checkpoint.mapping import slices
 from qwen3_npu.checkpoint.mapping.slices import ShardContext, SliceRule, TensorSlice
-from qwen3_npu.distributed.layout import NOOP, Layout, Rank, single
+from qwen3_npu.distributed.layout import NOOP, Layout, Rank, single_layout
 from qwen3_npu.model.arch import Qwen3Arch
 
 
@@ -42,7 +42,7 @@ FIRST, LAYER, LAST = "first stage", "each layer", "last stage"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class WeightRow:
     """One line of the table: Megatron name, Hugging Face names, slices, where it lives, which models have it.
 
     The Hugging Face names are the usual ones; a family may have others. In them, {l} is the layer's number, {e} an
@@ -97,68 +97,79 @@ _GATE_UP = (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight")
 _DOWN = (_EXPERT + "down_proj.weight",)
 _ONE_EXPERT = "mlp.experts.local_experts.{k}."
 
-EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), slices.vocabulary, FIRST)
-OUTPUT = Row("output_layer.weight", ("lm_head.weight",), slices.vocabulary, LAST)
+EMBEDDING = WeightRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), slices.vocabulary, FIRST)
+OUTPUT = WeightRow(
+    "output_layer.weight", ("lm_head.weight",), slices.vocabulary, LAST, when=lambda arch, layout: not arch.reward
+)
+# The head of a reward model, whole on every rank of the last stage.
+SCORE = WeightRow("score.weight", ("score.weight",), slices.one_row, LAST, when=lambda arch, layout: arch.reward)
 
-TABLE: tuple[Row, ...] = (
+TABLE: tuple[WeightRow, ...] = (
     EMBEDDING,
-    Row("input_layernorm.weight", ("model.layers.{l}.input_layernorm.weight",), slices.replicated(_hidden), LAYER),
-    Row("self_attention.linear_qkv.weight", tuple(f"{_ATTENTION}{x}_proj.weight" for x in "qkv"), slices.qkv, LAYER),
-    Row(
+    WeightRow(
+        "input_layernorm.weight", ("model.layers.{l}.input_layernorm.weight",), slices.replicated(_hidden), LAYER
+    ),
+    WeightRow(
+        "self_attention.linear_qkv.weight", tuple(f"{_ATTENTION}{x}_proj.weight" for x in "qkv"), slices.qkv, LAYER
+    ),
+    WeightRow(
         "self_attention.linear_qkv.bias",
         tuple(f"{_ATTENTION}{x}_proj.bias" for x in "qkv"),
         slices.qkv_bias,
         LAYER,
         when=_qkv_bias,
     ),
-    Row(
+    WeightRow(
         "self_attention.q_layernorm.weight",
         (_ATTENTION + "q_norm.weight",),
         slices.replicated(_head),
         LAYER,
         when=_qk_norm,
     ),
-    Row(
+    WeightRow(
         "self_attention.k_layernorm.weight",
         (_ATTENTION + "k_norm.weight",),
         slices.replicated(_head),
         LAYER,
         when=_qk_norm,
     ),
-    Row(
+    WeightRow(
         "self_attention.linear_proj.weight",
         (_ATTENTION + "o_proj.weight",),
         slices.columns(slices.attention_width),
         LAYER,
     ),
-    Row(
+    WeightRow(
         "self_attention.linear_proj.bias",
         (_ATTENTION + "o_proj.bias",),
         slices.replicated(_hidden),
         LAYER,
         when=_o_bias,
     ),
-    Row(
+    WeightRow(
         "pre_mlp_layernorm.weight",
         ("model.layers.{l}.post_attention_layernorm.weight",),
         slices.replicated(_hidden),
         LAYER,
     ),
-    Row(
+    WeightRow(
         "mlp.linear_fc1.weight",
         (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"),
         slices.gate_up,
         LAYER,
         when=_dense,
     ),
-    Row("mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), slices.columns(slices.ffn_width), LAYER, when=_dense),
-    Row("mlp.router.weight", (_MLP + "gate.weight",), slices.router, LAYER, when=_moe),
-    Row("mlp.experts.weight1", _GATE_UP, slices.experts_fc1, LAYER, when=_stacked),
-    Row("mlp.experts.weight2", _DOWN, slices.experts_fc2, LAYER, when=_stacked),
-    Row(_ONE_EXPERT + "linear_fc1.weight", _GATE_UP, slices.expert_gate_up, LAYER, when=_single_experts),
-    Row(_ONE_EXPERT + "linear_fc2.weight", _DOWN, slices.expert_down, LAYER, when=_single_experts),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), slices.replicated(_hidden), LAST),
+    WeightRow(
+        "mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), slices.columns(slices.ffn_width), LAYER, when=_dense
+    ),
+    WeightRow("mlp.router.weight", (_MLP + "gate.weight",), slices.router, LAYER, when=_moe),
+    WeightRow("mlp.experts.weight1", _GATE_UP, slices.experts_fc1, LAYER, when=_stacked),
+    WeightRow("mlp.experts.weight2", _DOWN, slices.experts_fc2, LAYER, when=_stacked),
+    WeightRow(_ONE_EXPERT + "linear_fc1.weight", _GATE_UP, slices.expert_gate_up, LAYER, when=_single_experts),
+    WeightRow(_ONE_EXPERT + "linear_fc2.weight", _DOWN, slices.expert_down, LAYER, when=_single_experts),
+    WeightRow("decoder.final_layernorm.weight", ("model.norm.weight",), slices.replicated(_hidden), LAST),
     OUTPUT,
+    SCORE,
 )
 
 
@@ -186,7 +197,9 @@ def shards(arch: Qwen3Arch, layout: Layout, rank: Rank) -> Iterator[Shard]:
                 yield _copy(_shard(at, OUTPUT, OUTPUT.megatron, EMBEDDING.hf, chunk=chunk, layer=None))
 
 
-def _layer_shards(at: ShardContext, rows: Sequence[Row], chunk: int, local: int, *, layer: int) -> Iterator[Shard]:
+def _layer_shards(
+    at: ShardContext, rows: Sequence[WeightRow], chunk: int, local: int, *, layer: int
+) -> Iterator[Shard]:
     for row in rows:
         # A row per expert has {k} in its name; every other row stands for itself (and may name all experts).
         experts = enumerate(slices.local_experts(at)[0]) if "{k}" in row.megatron else [(0, "{e}")]
@@ -195,7 +208,7 @@ def _layer_shards(at: ShardContext, rows: Sequence[Row], chunk: int, local: int,
             yield _shard(at, row, name, [h.format(l=layer, e=expert) for h in row.hf], chunk=chunk, layer=layer)
 
 
-def _shard(at: ShardContext, row: Row, name: str, hf: Sequence[str], *, chunk: int, layer: int | None) -> Shard:
+def _shard(at: ShardContext, row: WeightRow, name: str, hf: Sequence[str], *, chunk: int, layer: int | None) -> Shard:
     shape, view, slices = row.rule(at, [at.arch.family.hf_name(standard) for standard in hf])
     return Shard(name=name, shape=shape, view=view, slices=tuple(slices), chunk=chunk, layer=layer)
 
@@ -218,4 +231,4 @@ def covered(shards: Iterable[Shard]) -> dict[str, tuple[int, ...]]:
 
 def hf_shapes(arch: Qwen3Arch) -> dict[str, tuple[int, ...]]:
     """Name and shape of every Hugging Face tensor of this model, in the order of the layers."""
-    return covered(shards(arch, single(arch), Rank(0, 0, 0, 0)))
+    return covered(shards(arch, single_layout(arch), Rank(0, 0, 0, 0)))

@@ -1,4 +1,5 @@
-"""What a resumed training was begun with against what the flags say: refused, warned of, or of no matter. No torch.
+"""Settings of a checkpoint's training compared with the flags: a difference is refused, warned of, or ignored. No
+torch.
 
 The names are those of Megatron's args where it has one, so a checkpoint of Megatron is compared as far as it says. The
 layout, the micro-batch and everything else that is not in `RULES` may change.
@@ -20,7 +21,7 @@ _WARNED = (
     *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_expert_capacity_factor", "moe_token_drop_policy"),
     *("moe_router_load_balancing_type", "moe_router_dtype", "prompt_type", "enable_thinking", "tokenizer_digest"),
 )
-# Why a change is not taken up in silence.
+# Why a change is refused.
 _REASONS = {
     "position": "the position counts samples: text would be repeated or skipped",
     "steps": "steps and learning rate no longer mean the same",
@@ -30,28 +31,28 @@ _REASONS = {
 
 
 class Change(NamedTuple):
-    """One fact that is another than in the checkpoint. `refused`: why it is not taken up; None: it is only told."""
+    """One fact that differs from the checkpoint. `refused`: why it is refused; None: it is only logged."""
 
     name: str
-    before: Any
-    now: Any
+    before: object
+    now: object
     refused: str | None
 
     def __str__(self) -> str:
-        return f"{self.name} {shown(self.before)}, now {shown(self.now)}"
+        return f"{self.name} {shown_fact(self.before)}, now {shown_fact(self.now)}"
 
 
-def shown(value: Any) -> str:
+def shown_fact(value: object) -> str:
     """A fact for a message; digests by their first letters."""
     words = value if isinstance(value, list | tuple) else [value]
     return " ".join(str(word)[:12] if _is_digest(word) else str(word) for word in words)
 
 
-def _is_digest(word: Any) -> bool:
+def _is_digest(word: object) -> bool:
     return isinstance(word, str) and len(word) > 15 and all(c in "0123456789abcdef" for c in word)
 
 
-def _same(before: Any, now: Any) -> bool:
+def _same(before: object, now: object) -> bool:
     if isinstance(before, str) and isinstance(now, str):  # Megatron's --split is "969, 30, 1"
         return before.replace(" ", "") == now.replace(" ", "")
     if isinstance(before, list | tuple) and isinstance(now, list | tuple):
@@ -102,7 +103,7 @@ def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Seq
     if refused:
         reasons = "; ".join(dict.fromkeys(str(change.refused) for change in refused))
         raise UsageError(
-            f"{where} was saved with {'; '.join(map(str, refused))} ({reasons}): give the flags of then, --finetune to "
+            f"{where} was saved with {'; '.join(map(str, refused))} ({reasons}): give the same flags, or --finetune to "
             f"start at step 0 with its weights, or --allow-changed {' '.join(change.name for change in refused)}"
         )
     for change in found:

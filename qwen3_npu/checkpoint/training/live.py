@@ -14,7 +14,7 @@ from qwen3_npu.checkpoint.binary.dtypes import BF16, BY_TORCH, U8, DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.formats.open import Peers
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.shard_reader import Holder, ShardReader
+from qwen3_npu.checkpoint.mapping.shard_reader import ShardReader, SliceLocation
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
@@ -32,13 +32,13 @@ def to_torch(array: np.ndarray, dtype: DType) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor on the host, bfloat16 as uint16; the same memory if it is there already."""
+    """The tensor on the host, bfloat16 as uint16; the same memory if it is on the host already."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
-def on_host(content: Any) -> Any:
-    """Nested dicts and lists with copies on the host for the tensors in them, which training then leaves alone."""
+def on_host(content: object) -> Any:
+    """Nested dicts and lists with host copies of the tensors in them, which training does not change."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
@@ -61,16 +61,18 @@ class LiveTensors(ShardReader[None]):
         super().__init__(((None, shard) for shard in shards), "this rank")
 
     def shard(self, shard: Shard, dtype: DType) -> np.ndarray:
-        """A Megatron tensor of this rank: the one that is here, or put together, where formats store others."""
+        """A Megatron tensor of this rank: the rank's own, or joined from its slices where a format stores other
+        tensors.
+        """
         tensor = self.tensors.get((shard.chunk, shard.name))
         if tensor is not None and tuple(tensor.shape) == shard.shape and dtype_of(tensor) is dtype:
             return to_numpy(tensor)
         return read_shard(self, shard, dtype)
 
-    def find(self, holder: Holder) -> torch.Tensor:
+    def find(self, holder: SliceLocation) -> torch.Tensor:
         return self.tensors[holder.shard.chunk, holder.shard.name]
 
-    def stored_dtype(self, holder: Holder, tensor: torch.Tensor) -> DType:
+    def stored_dtype(self, holder: SliceLocation, tensor: torch.Tensor) -> DType:
         return dtype_of(tensor)
 
     def dtype(self, name: str) -> DType:
@@ -83,7 +85,7 @@ class LiveTensors(ShardReader[None]):
         # Padding repeats the vocabulary's last row, which another rank holds; what is in padded rows is never used.
         return np.zeros(sizes(region), self.dtype(name).carrier)
 
-    def read_stored(self, holder: Holder, tensor: torch.Tensor, region: Region) -> np.ndarray:
+    def read_stored(self, holder: SliceLocation, tensor: torch.Tensor, region: Region) -> np.ndarray:
         return to_numpy(tensor.detach().view(holder.shard.view)[as_index(region)])
 
     def close(self) -> None:
@@ -135,7 +137,7 @@ def load_weights(
             kind = f"NaN or infinity, in {dtype_name(chunks)}"
             raise UsageError(
                 f"{source} holds weights that are not finite ({kind}): {wrong[0]}{more}; "
-                "load an earlier checkpoint, or go on with --allow-nonfinite-weights"
+                "load an earlier checkpoint, or continue with --allow-nonfinite-weights"
             )
 
 
@@ -149,7 +151,7 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], to
     return {(i, name): p for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
 
 
-def write_content(path: Path, content: Any) -> None:
+def write_content(path: Path, content: object) -> None:
     """Write nested dicts and lists with torch tensors in them as a torch checkpoint, flushed to disk.
 
     One tensor at a time is in host memory.
@@ -158,11 +160,11 @@ def write_content(path: Path, content: Any) -> None:
     write_tensors(PtWriter(path, announced), tensors)
 
 
-def announce(content: Any) -> tuple[Any, list[torch.Tensor]]:
+def announce(content: object) -> tuple[Any, list[torch.Tensor]]:
     """The content with placeholders for its tensors, and the tensors in order."""
     tensors: list[torch.Tensor] = []
 
-    def described(value: Any) -> Any:
+    def described(value: object) -> Any:
         if isinstance(value, torch.Tensor):
             tensors.append(value)
             return Tensor(dtype_of(value), tuple(value.shape))
@@ -205,12 +207,12 @@ class Ranks(Peers):
     def __init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
 
-    def agree(self, value: Any) -> Any:
+    def agree(self, value: object) -> Any:
         held = [value]
         dist.broadcast_object_list(held, 0)
         return held[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value)
         return values

@@ -16,24 +16,24 @@ from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
 from qwen3_npu.checkpoint.formats.adapters import SharedA
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import Found, restore_backup
+from qwen3_npu.checkpoint.formats.folders import StoredModel, restore_backup
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.lora import is_lora
-from qwen3_npu.checkpoint.mapping.source import read_shard
+from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE, is_lora
+from qwen3_npu.checkpoint.mapping.source import read_shard, read_tensor
+from qwen3_npu.checkpoint.mapping.table import SCORE
 from qwen3_npu.checkpoint.training import optimizer_state
 from qwen3_npu.checkpoint.training.compare import check_resumed, check_same_model, model_facts
-from qwen3_npu.checkpoint.training.live import Ranks, load_weights, to_torch
+from qwen3_npu.checkpoint.training.live import Ranks, load_weights, parameters_of, to_torch
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.state import DistState, TorchState
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
 
-Base = Any  # HfReader, MegatronReader or DistReader
-AdapterSource = Any  # SharedA, MegatronReader or DistReader
+AdapterSource = SharedA | Checkpoint
 
 
 def load(
@@ -57,10 +57,12 @@ def load(
             model_rank(),
             trained.chunks,
             contents=trained.contents,
-            loads=lambda name: not is_lora(name),
+            loads=lambda name: not is_lora(name) and (base.arch.reward or name != SCORE.megatron),
             allow_nonfinite=args.allow_nonfinite_weights,
         )
     adapter = _open_adapter(trained, base, lora_load)
+    if trained.contents.arch.reward and adapter is None:
+        _take_head(trained, base)
     if adapter is not None:
         load_weights(
             adapter,
@@ -78,13 +80,13 @@ def load(
     return position
 
 
-def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
+def _open_base(trained: Trained, args: CheckpointArgs) -> Checkpoint | None:
     """What --load holds; None: weights stay random."""
     lora = trained.contents.lora
     if args.load is None:
         if lora:
             raise UsageError("--lora-r trains an adapter of a given model; give it with --load")
-        log.info("weights: random (no --load)")
+        log.info(f"weights: random ({'--from-scratch' if args.from_scratch else 'no --load'})")
         return None
     opened = _open(args.load, args.ckpt_step, "--load", trained)
     if opened is None:
@@ -93,7 +95,8 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
             raise UsageError(f"--load {args.load} holds no checkpoint and no Hugging Face model")
         log.info(f"weights: random ({args.load} holds no checkpoint yet)")
         return None
-    check_same_model(opened.arch, trained.contents.arch, f"--load {args.load}")
+    arch = opened.arch.as_reward() if trained.contents.arch.reward else opened.arch
+    check_same_model(arch, trained.contents.arch, f"--load {args.load}")
     if isinstance(opened, HfReader):
         opened.check()
     there = opened.contents
@@ -111,7 +114,18 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Base | None:
     return opened
 
 
-def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) -> AdapterSource | None:
+def _take_head(trained: Trained, base: Checkpoint | None) -> None:
+    """The head of a reward model, which trains with an adapter under another name than in its base."""
+    if base is None or not base.arch.reward:
+        log.info("reward head: new, drawn by --seed")
+    elif trained.contents.lora:
+        parameters = parameters_of(trained.chunks)
+        for place in [place for place in parameters if place[1] == LORA_SCORE]:
+            held = read_tensor(base, SCORE.hf[0], tuple(parameters[place].shape), F32)
+            parameters[place].data.copy_(to_torch(held, F32))
+
+
+def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | None) -> AdapterSource | None:
     """Where the LoRA adapter comes from; None: it is new."""
     lora = trained.contents.lora
     if lora is None:
@@ -121,6 +135,7 @@ def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) ->
         if base is None or base.contents.lora is None:
             log.info("LoRA adapter: new")
             return None
+        check_same_model(base.arch, trained.contents.arch, f"--load {base.folder}, which holds an adapter,")
         adapter = base
     else:
         opened = _open(lora_load, None, "--lora-load", trained)
@@ -135,14 +150,15 @@ def _open_adapter(trained: Trained, base: Base | None, lora_load: str | None) ->
         raise UsageError(
             f"the LoRA adapter to start from is {there}; the flags ask for {lora}: give --lora-r {there.r} "
             f"--lora-alpha {there.alpha:g} --lora-target-modules {' '.join(there.targets)}"
+            f"{' --use-rslora' * there.is_stabilized}{' --no-use-rslora' * (lora.is_stabilized > there.is_stabilized)}"
         )
     if lora_load is not None:
         log.info(f"LoRA adapter: {lora_load}")
     return adapter
 
 
-def newest_whole(load: str, step: int | None, flag: str = "--load") -> Found | None:
-    """What a folder holds, after a save that was killed too; None: nothing. Every rank must call this."""
+def newest_whole(load: str, step: int | None, flag: str = "--load") -> StoredModel | None:
+    """What a folder holds, also after a save that was interrupted; None: nothing. Every rank must call this."""
     if dist.get_rank() == 0:
         restore_backup(Path(load))
     return find_whole(load, step, peers=Ranks(), flag=flag)
@@ -157,7 +173,7 @@ def _open(load: str, step: int | None, flag: str, trained: Trained) -> Checkpoin
 
 
 def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[str, Any]) -> Position:
-    """Everything but the weights, if `source` is a training's checkpoint and is to be continued."""
+    """Load everything but the weights, if `source` is a training's checkpoint and the training resumes."""
     why, state = None, None
     if args.finetune:
         why = "--finetune"
@@ -174,7 +190,7 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
     if args.load_optim and not state.has_optimizer and _is_foreign(state):
         raise UsageError(
             f"{state.folder} holds the optimizer state of Megatron or MindSpeed-LLM (distrib_optim.pt): only weights "
-            f"can be taken over; give --finetune"
+            f"can be loaded; give --finetune"
         )
     saved, model = vars(state.common["args"]), trained.contents.arch
     now = {**facts, **model_facts(model)}
@@ -197,12 +213,12 @@ def _is_foreign(state: TorchState | DistState) -> bool:
 
 
 def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:
-    """The checkpoint gives the position, the flags give the form of the schedule. The log says what changed."""
+    """The position comes from the checkpoint, the schedule from the flags. The log says what changed."""
     trained.scheduler.load_state_dict(saved)
     now = trained.scheduler.state_dict()
     changed = [f"{key} {saved[key]} -> {value}" for key, value in now.items() if key in saved and saved[key] != value]
     if changed:
-        log.info(f"schedule: as the flags say, not as the checkpoint does (steps in samples): {', '.join(changed)}")
+        log.info(f"schedule: the flags decide, not the checkpoint (steps in samples): {', '.join(changed)}")
 
 
 def _load_optimizer(trained: Trained, state: TorchState | DistState) -> None:

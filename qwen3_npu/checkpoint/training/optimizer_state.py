@@ -3,8 +3,8 @@
 In this form the weight table says where every part of it belongs, so it is saved and resumed in any layout. megatron's
 distributed optimizer keeps flat shards instead; they are gathered to, and scattered from, its data-parallel rank 0.
 
-With --async-save no collective call may hold up the training: each rank copies its slices to the host and writes them
-to a file of the stage. The rank that writes the checkpoint's files puts those of its data-parallel group together.
+With --async-save no collective call may delay the training: each rank copies its slices to the host and writes them
+to a file of the stage. The rank that writes the checkpoint's files joins those of its data-parallel group.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qwen3_npu.checkpoint.training.live import on_host, write_content
 from qwen3_npu.files import rename
 
 KEYS = STATES
-Names = dict[torch.nn.Parameter, tuple[int, str]]  # parameter -> virtual chunk, name
+ParameterNames = dict[torch.nn.Parameter, tuple[int, str]]  # parameter -> virtual chunk, name
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -41,7 +41,7 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
     return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
 
 
-def parameter_names(chunks: Sequence[torch.nn.Module]) -> Names:
+def parameter_names(chunks: Sequence[torch.nn.Module]) -> ParameterNames:
     """Names of the trained parameters of the model chunks (not wrapped)."""
     return {p: (i, name) for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters() if p.requires_grad}
 
@@ -63,7 +63,7 @@ def named(optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
 Gathered = dict[tuple[int, str], dict[str, torch.Tensor]]
 
 
-def gather(optimizer: MegatronOptimizer, names: Names, *, copy: bool = False) -> Gathered:
+def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = False) -> Gathered:
     """(chunk, name) -> {param, exp_avg, exp_avg_sq}, float32, each of the parameter's local shape.
 
     Every rank must call this. With a distributed optimizer only data-parallel rank 0 gets the tensors; the others get
@@ -85,9 +85,19 @@ def gather(optimizer: MegatronOptimizer, names: Names, *, copy: bool = False) ->
     return found
 
 
+def states_by_parameter(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
+    """Model parameter -> its {param, exp_avg, exp_avg_sq}, the optimizer's own; nothing of a distributed one."""
+    return {
+        parameter: {"param": main, **{key: part.optimizer.state[main][key] for key in KEYS[1:]}}
+        for part in parts(optimizer)
+        if not isinstance(part, DistributedOptimizer)
+        for parameter, main in _main_parameters(part)
+    }
+
+
 @torch.no_grad()
 def restore(
-    optimizer: MegatronOptimizer, names: Names, step: int, read: Callable[[int, str, str], torch.Tensor]
+    optimizer: MegatronOptimizer, names: ParameterNames, step: int, read: Callable[[int, str, str], torch.Tensor]
 ) -> None:
     """The reverse of `gather`. Every rank must call this.
 
@@ -136,7 +146,7 @@ def _views(part: DistributedOptimizer, flat: dict) -> Iterator[tuple[torch.nn.Pa
 
 
 def _restore_distributed(
-    part: DistributedOptimizer, names: Names, read: Callable[[int, str, str], torch.Tensor]
+    part: DistributedOptimizer, names: ParameterNames, read: Callable[[int, str, str], torch.Tensor]
 ) -> None:
     flat: dict[Any, Any] | None = None
     if part.data_parallel_group_gloo.rank() == 0:
@@ -162,11 +172,11 @@ ParameterKey = tuple[int, str]  # virtual chunk, name
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What this rank has of one optimizer.
+    """The share of one optimizer's state that this rank holds.
 
     Attributes:
         file: what its slices are written to; the number is that of the rank.
-        ranks: of the data-parallel group; the first puts the state together.
+        ranks: of the data-parallel group; the first joins the state.
         shapes: of all parameters.
         slices: parameter -> {"start": place in the flat parameter, and float32 tensors under `KEYS`}.
     """
@@ -177,14 +187,14 @@ class _Part:
     slices: dict[ParameterKey, dict[str, Any]]
 
     def others(self) -> list[str]:
-        """Files of the ranks whose slices this rank puts together."""
+        """Files of the ranks whose slices this rank joins."""
         return [self.file.format(rank) for rank in self.ranks[1:]] if self.ranks[0] == dist.get_rank() else []
 
 
 class ShardedState:
-    """A copy of what this rank has of the state; made without a collective call."""
+    """A copy of this rank's share of the state, made without a collective call."""
 
-    def __init__(self, optimizer: MegatronOptimizer, names: Names) -> None:
+    def __init__(self, optimizer: MegatronOptimizer, names: ParameterNames) -> None:
         self.parts = []
         for number, part in enumerate(parts(optimizer)):
             assert isinstance(part, DistributedOptimizer)
@@ -193,7 +203,7 @@ class ShardedState:
             self.parts.append(_Part(f"slices.{number}.{{:05d}}", ranks, shapes, dict(_slices(part, names))))
 
     def put(self, stage: Path) -> None:
-        """Write what other ranks put together."""
+        """Write the slices for the rank that joins them."""
         for part in self.parts:
             if part.ranks[0] != dist.get_rank():
                 path = stage / part.file.format(dist.get_rank())
@@ -225,7 +235,7 @@ class ShardedState:
         return found
 
 
-def _slices(part: DistributedOptimizer, names: Names) -> Iterator[tuple[ParameterKey, dict[str, Any]]]:
+def _slices(part: DistributedOptimizer, names: ParameterNames) -> Iterator[tuple[ParameterKey, dict[str, Any]]]:
     for buckets in part.gbuf_ranges:
         for ranges in (bucket for dtype in buckets.values() for bucket in dtype):
             for parameter, place in ranges["param_map"].items():

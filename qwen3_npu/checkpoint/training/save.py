@@ -5,8 +5,8 @@
     <root>/config.json, tokenizer files            what the weights are of
     <root>/latest_checkpointed_iteration.txt       written last
 
-`snapshot` takes what is saved of this rank, `write_rank` makes the rank's files in `iter_*.partial`, and on rank 0
-`commit` completes them and makes them visible, once every rank has written. A folder named `iter_*` is whole.
+`snapshot` takes what is saved of this rank, `write_rank` writes the rank's files in `iter_*.partial`, and on rank 0
+`commit` completes them and makes them visible, once every rank has written. A folder named `iter_*` is complete.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Tensors = Mapping[tuple[int, str], torch.Tensor]  # (virtual chunk, name) -> ten
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a training is.
+    """The position of a training.
 
     Attributes:
         iteration: optimizer steps done.
@@ -145,7 +145,7 @@ def begin_save(
     if rank == 0:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
-    writers = _writers(trained.layout.folder(model_rank()))  # nobody writes before rank 0 has made the stage
+    writers = _writers(trained.layout.folder(model_rank()))  # no rank writes before rank 0 has made the stage
     held = snapshot(trained, position, args, extra, adapter_only=adapter_only, writes=rank in writers)
     put = held.sharded.put if held.sharded is not None else None
     return Writing(
@@ -179,7 +179,7 @@ def snapshot(
     adapter_only: bool,
     writes: bool,
 ) -> Snapshot:
-    """Everything that is saved of this rank; with --async-save copied to the host, and not gathered yet.
+    """Everything that this rank saves; with --async-save copied to the host and not gathered yet.
 
     Args:
         writes: this rank writes files of its own.
@@ -234,7 +234,7 @@ def by_state(gathered: optimizer_state.Gathered) -> dict[str, Tensors]:
 
 
 def write_rank(held: Snapshot, stage: Path, form: str, writing: Writing, *, writes: bool) -> None:
-    """Make this rank's files, and say so to rank 0 (`manifest.write_part`).
+    """Write this rank's files, and tell rank 0 (`manifest.write_part`).
 
     Args:
         form: `TORCH` or `TORCH_DIST`.

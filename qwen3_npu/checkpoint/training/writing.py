@@ -1,7 +1,8 @@
 """A checkpoint being written, in this thread or beside the training. The thread makes no collective call.
 
-Every writing rank makes its files in the stage and says so there (`manifest.write_part`). Rank 0 waits for all of
-them, adds what belongs to all, and makes the checkpoint visible. Nothing has to be agreed on while the training runs.
+Every writing rank writes its files in the stage and says there that they are finished (`manifest.write_part`). Rank 0
+waits for all of them, adds the common files, and makes the checkpoint visible. The ranks need no communication while
+the training runs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from qwen3_npu.checkpoint.manifest import part
 from qwen3_npu.errors import Stopped
 
 _POLL = 0.02  # seconds
-_PATIENCE = 20.0  # seconds for the other ranks' files once this process only waits for them in order to end
+_PATIENCE = 20.0  # seconds to wait for the other ranks' files when this process is about to end
 
 
 class Writing:
-    """One checkpoint on its way to the disk.
+    """One checkpoint that is being written.
 
     Args:
         what: names it.
@@ -80,7 +81,7 @@ class Writing:
         log.warning(f"{self.what} was not saved: {self.error}")
 
     def wait_for(self, names: Sequence[str]) -> bool:
-        """Wait for files of other ranks in the stage; False: the checkpoint was given up meanwhile."""
+        """Wait for files of other ranks in the stage; False: the checkpoint was abandoned meanwhile."""
         missing, alone_since = list(names), None
         while missing and not self.abandoned.is_set():
             missing = [name for name in missing if not (self.stage / name).is_file()]

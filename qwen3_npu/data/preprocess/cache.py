@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.run import identifying_flags, preprocess
 from qwen3_npu.data.read.find import InputFile, exists, find_files
+from qwen3_npu.data.read.open import open_inputs
 from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.data.train.data_path import KINDS
 from qwen3_npu.errors import UsageError
@@ -40,13 +42,25 @@ def prepare_data_path(data_path: Sequence[str], recipe: PreprocessArgs, cache: s
     Raises:
         UsageError: as preprocess_data.py.
     """
-    return [_prepared(word, recipe, Path(cache)) if is_raw(word) else word for word in data_path]
+    takes_names = recipe.records.handler_name is not None
+    return [
+        _prepared(word, recipe, Path(cache)) if is_raw(word, takes_names=takes_names) else word for word in data_path
+    ]
 
 
-def is_raw(word: str) -> bool:
-    """Whether a word of --data-path is raw data; else it is a weight or a prefix."""
+def is_raw(word: str, *, takes_names: bool = False) -> bool:
+    """Whether a word of --data-path is raw data; else it is a weight or a prefix.
+
+    Args:
+        takes_names: OWNER/NAME is a data set of the Hugging Face Hub, too; for whoever has said what its records are.
+    """
     is_prefix = any(Path(f"{word}{end}.idx").exists() for end in KINDS.values())
-    return not is_prefix and exists(word)
+    return not is_prefix and (exists(word) or (takes_names and is_hub_name(word)))
+
+
+def is_hub_name(word: str) -> bool:
+    """Whether a word can be OWNER/NAME of a data set on the Hub. In a folder that is here, it is a file that is not."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", word) is not None and not Path(word).parent.exists()
 
 
 def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
@@ -54,8 +68,7 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
     tokenizer = open_tokenizer(recipe.tokenizer.tokenizer_name_or_path or "")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        digests = _Digests(cache)
-        content = [(file.format, file.compression, digests.of(file)) for file in find_files([word])]
+        content = _content(word, recipe, _Digests(cache))
         key = hashlib.sha256(json.dumps([content, tokenizer.identity, identifying_flags(recipe)]).encode()).hexdigest()
         folder = cache / key[:24]
         if folder.is_dir():
@@ -72,6 +85,13 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
         raise UsageError(f"--data-cache-path {cache}: {word} cannot be prepared there: {error}") from None
     is_text = not any((folder / f"data{end}.idx").exists() for end in KINDS.values() if end)
     return str(folder / (f"data_{records.json_keys[0]}_document" if is_text else "data"))
+
+
+def _content(word: str, recipe: PreprocessArgs, digests: _Digests) -> list[Any]:
+    """What makes the same preprocessed data again; of the Hub's, its name and the arguments to load it by."""
+    if is_hub_name(word):
+        return [open_inputs([word], recipe.records.hf_datasets_params).identity()]
+    return [(file.format, file.compression, digests.of(file)) for file in find_files([word])]
 
 
 def _build(arguments: PreprocessArgs, building: Path, folder: Path) -> None:

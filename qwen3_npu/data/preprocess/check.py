@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -19,7 +19,7 @@ from qwen3_npu.data.preprocess.answer_lengths import AnswerLengths
 from qwen3_npu.data.preprocess.handler import Handler, Produced, produce
 from qwen3_npu.data.preprocess.pipeline import Totals, documents
 from qwen3_npu.data.preprocess.sft_handler import CUT, DROPPED, LABEL, UNSUPERVISED, ConversationHandler
-from qwen3_npu.data.read.blocks import Block, first
+from qwen3_npu.data.read.blocks import RecordBlock, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.conversation import (
     ASSISTANT,
@@ -29,7 +29,7 @@ from qwen3_npu.data.text.conversation import (
     Conversation,
     Judged,
     Message,
-    Pair,
+    PreferencePair,
 )
 from qwen3_npu.data.text.encoder import Encoder, Tokens
 from qwen3_npu.data.train.token_record import IGNORED
@@ -55,7 +55,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
         _show(blocks, handler, encoder.result(), args.check.show)
     if not args.check.check:
         return 0
-    totals, lengths, supervised, hashes = Totals(), _Numbers(), _Numbers(), _Numbers(np.uint64)
+    totals, lengths, supervised, hashes = Totals(), _GrowingArray(), _GrowingArray(), _GrowingArray(np.uint64)
     answers = AnswerLengths()
     warnings: Counter[str] = Counter()
     places: dict[str, str] = {}
@@ -63,7 +63,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
         handler.look = functools.partial(lint, thinking=handler.style.thinking)
         handler.columns = ()  # all of a table, to tell which are not used
     for block, produced in documents(args, inputs, handler, encoder, totals=totals):
-        for text, numbers in produced.warnings.items():
+        for text, numbers in produced.summary.warnings.items():
             warnings[text] += len(numbers)
             places.setdefault(text, f"{block.file}:{numbers[0]}")
         ids = produced.outputs[handler.outputs[0]]
@@ -79,7 +79,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
     return _warn(args, totals, warnings, places, hashes=hashes.all())
 
 
-class _Numbers:
+class _GrowingArray:
     """Numbers that come in pieces."""
 
     def __init__(self, dtype: type = np.int64) -> None:
@@ -108,13 +108,13 @@ def _labels(outputs: Sequence[str], produced: Produced) -> Tokens | None:
     return next((produced.outputs[name] for name in outputs if name.endswith("labels")), None)
 
 
-def _show(blocks: Iterator[Block], handler: Handler, encoder: Encoder, count: int) -> None:
+def _show(blocks: Iterator[RecordBlock], handler: Handler, encoder: Encoder, count: int) -> None:
     """Print samples: what is given dim, what is learned green; between brackets where there are no colours."""
     pairs = [(i, i.replace("input_ids", "labels")) for i in handler.outputs if i.endswith("input_ids")]
     shown = 0
     for block in blocks:
         produced = produce(handler, handler.prepare(block), encoder)
-        for bad in produced.bad:
+        for bad in produced.summary.bad:
             log.warning(str(bad))
         columns = pairs or [(name, name) for name in handler.outputs]
         rows = [list(zip(*(_split(produced.outputs[name]) for name in both), strict=True)) for both in columns]
@@ -124,20 +124,21 @@ def _show(blocks: Iterator[Block], handler: Handler, encoder: Encoder, count: in
                     judged = produced.outputs.get(LABEL)
                     label = "" if judged is None else f", {'desirable' if judged.ids[i] else 'undesirable'}"
                     title = f"sample {shown + 1}, {name.removeprefix('packed_')}{label}"
-                    _print(title, row[i][0], row[i][1], encoder)
+                    show_sample(title, row[i][0], row[i][1], encoder.decode)
             shown += 1
             if shown == count:
                 return
 
 
-def _print(title: str, ids: np.ndarray, labels: np.ndarray, encoder: Encoder) -> None:
+def show_sample(title: str, ids: np.ndarray, labels: np.ndarray, decode: Callable[[list[int]], str]) -> None:
+    """Print a sample: what is given dim, what is learned green; between brackets where there are no colours."""
     colours = sys.stdout.isatty()
     learned = labels != IGNORED
     log.info(f"--- {title}: {len(ids)} tokens, {int(learned.sum())} learned")
     boundaries = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     text = ""
     for start, stop in itertools.pairwise(boundaries):
-        part = printable(encoder.decode(ids[start:stop].tolist()), keep="\n\t")
+        part = printable(decode(ids[start:stop].tolist()), keep="\n\t")
         if colours:
             text += f"{_LEARNED if learned[start] else _GIVEN}{part}{_PLAIN}"
         else:
@@ -183,7 +184,7 @@ def _warn(
     return 1 if warnings and args.check.strict else 0
 
 
-def lint(conversation: Conversation | Pair | Judged, thinking: bool | None) -> Iterator[str]:
+def lint(conversation: Conversation | PreferencePair | Judged, thinking: bool | None) -> Iterator[str]:
     """Warnings about one conversation.
 
     Args:
@@ -191,7 +192,7 @@ def lint(conversation: Conversation | Pair | Judged, thinking: bool | None) -> I
     """
     if isinstance(conversation, Judged):
         conversation = conversation.conversation
-    elif isinstance(conversation, Pair):
+    elif isinstance(conversation, PreferencePair):
         if conversation.chosen == conversation.rejected:
             yield "chosen and rejected are the same"
         conversation = conversation.prompt._replace(

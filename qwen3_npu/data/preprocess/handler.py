@@ -1,4 +1,4 @@
-"""What becomes of a block of records: strings, then tokens, then documents."""
+"""How a block of records becomes documents: strings, then tokens, then documents."""
 
 from __future__ import annotations
 
@@ -7,8 +7,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from qwen3_npu.data.read.blocks import BadRecord, Block
+from qwen3_npu.data.read.blocks import BadRecord, RecordBlock
 from qwen3_npu.data.text.encoder import Encoder, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSummary:
+    """What is told of the records of a block.
+
+    Attributes:
+        records: how many records were read.
+        counts: what else happened, e.g. "empty text" -> 3.
+        bad: records that cannot be used, in order.
+        warnings: what --check finds -> the records.
+    """
+
+    records: int
+    counts: Counter[str]
+    bad: Sequence[BadRecord]
+    warnings: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +35,11 @@ class Prepared:
     Attributes:
         texts: what has to be encoded.
         layout: what its handler must know to make documents of the tokens.
-        records: how many records were read.
-        counts: what else happened, e.g. "empty text" -> 3.
-        bad: records that cannot be used, in order.
-        warnings: what --check finds -> the records.
     """
 
     texts: Sequence[str]
     layout: Any
-    records: int
-    counts: Counter[str]
-    bad: Sequence[BadRecord]
-    warnings: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    summary: BlockSummary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +48,10 @@ class Produced:
 
     Attributes:
         outputs: name of an output (`text`, `packed_labels`, ..) -> its documents.
-        records, counts, bad, warnings: as in Prepared.
     """
 
     outputs: Mapping[str, Tokens]
-    records: int
-    counts: Counter[str]
-    bad: Sequence[BadRecord]
-    warnings: Mapping[str, Sequence[int]]
+    summary: BlockSummary
 
     @property
     def tokens(self) -> int:
@@ -64,11 +70,11 @@ class Handler(Protocol):
     outputs: Sequence[str]
     columns: Sequence[str]
 
-    def prepare(self, block: Block) -> Prepared:
+    def prepare(self, block: RecordBlock) -> Prepared:
         """The strings of a block."""
 
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
-        """The documents of each output. May add to `prepared.counts`.
+        """The documents of each output. May add to `prepared.summary.counts`.
 
         Args:
             tokens: of `prepared.texts`.
@@ -77,5 +83,4 @@ class Handler(Protocol):
 
 def produce(handler: Handler, prepared: Prepared, encoder: Encoder) -> Produced:
     """Encode what a handler prepared, and have it make documents of the tokens."""
-    outputs = handler.documents(prepared, encoder.encode(prepared.texts))
-    return Produced(outputs, prepared.records, prepared.counts, prepared.bad, warnings=prepared.warnings)
+    return Produced(handler.documents(prepared, encoder.encode(prepared.texts)), prepared.summary)

@@ -23,8 +23,8 @@ from qwen3_npu.data.preprocess.record_formats import (
     SHAREGPT,
     SHAREGPT_KTO,
     SHAREGPT_PAIRS,
+    ColumnNames,
     Columns,
-    Names,
     alpaca,
     alpaca_pair,
     judged,
@@ -67,7 +67,7 @@ def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
 def conversations(
     kind: type[ConversationHandler],
     read: Callable[[Mapping[str, Any], Columns], Any],
-    names: Names,
+    names: ColumnNames,
     has_tags: bool = False,
 ) -> Make:
     """A handler of conversations (`InstructionHandler`), pairs (`PairwiseHandler`) or labelled answers (`KtoHandler`).

@@ -1,7 +1,8 @@
-"""The output of a preprocessing run: several indexed datasets that grow together, and where to go on after a kill.
+"""The output of a preprocessing run: several indexed datasets that grow together, and where to resume after an
+interruption.
 
 While it runs there are temporary files and, from the first finished part on, <prefix>.unfinished.json, which says how
-many blocks they hold. A part is finished when its bytes are on the disk; what lies behind it is cut off by --resume.
+many blocks they hold. A part is finished when its bytes are on the disk; --resume truncates what lies behind it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from qwen3_npu import log
 from qwen3_npu.data.preprocess.pipeline import Totals
 from qwen3_npu.data.text.encoder import Tokens
-from qwen3_npu.data.train.token_file import Indexed, IndexedWriter, open_indexed, publish, write_index
+from qwen3_npu.data.train.token_file import Indexed, IndexedWriter, open_indexed, publish, write_token_index
 from qwen3_npu.data.train.token_record import IdRange, TokenRecord, find_record, record_path
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import flush, rename, write_text
@@ -26,11 +27,11 @@ PART_BYTES = 256 << 20
 _PIECE = 4 << 20  # tokens copied at once
 
 
-class Output:
+class DatasetOutput:
     """The datasets <prefix>_<name>_document of one run."""
 
     def __init__(self, prefix: str, names: Sequence[str], identity: str, *, resume: bool) -> None:
-        """Start, or go on where an earlier run with the same `identity` finished a part.
+        """Start, or resume where an earlier run with the same `identity` finished a part.
 
         Raises:
             UsageError: the folder cannot be written, or there is nothing to resume.
@@ -47,7 +48,7 @@ class Output:
         except OSError as error:
             raise UsageError(f"--output-prefix {prefix}: {error.strerror or error}; choose another") from None
         if not resume and self.record.exists():
-            log.info(f"starting over; --resume would go on with the unfinished run that {self.record} describes")
+            log.info(f"starting anew; --resume would continue the unfinished run that {self.record} describes")
             self.record.unlink()
 
     def _earlier(self) -> Mapping[str, tuple[int, int]]:
@@ -67,7 +68,7 @@ class Output:
             self.unsaved += outputs[name].ids.nbytes
 
     def finish_part(self) -> None:
-        """Once enough is written: all of it to the disk, then the record."""
+        """When enough is written: flush it to the disk, then write the record."""
         if self.unsaved < PART_BYTES:
             return
         positions = {name: writer.position() for name, writer in self.writers.items()}
@@ -87,7 +88,7 @@ class Output:
         self.record.unlink(missing_ok=True)
 
     def resumable(self) -> bool:
-        """Whether --resume could go on."""
+        """Whether --resume is possible."""
         return self.record.exists()
 
     def remove(self) -> None:
@@ -97,7 +98,7 @@ class Output:
         self.record.unlink(missing_ok=True)
 
 
-def merge(folders: Sequence[str], keys: Sequence[str], prefix: str) -> None:
+def merge_datasets(folders: Sequence[str], keys: Sequence[str], prefix: str) -> None:
     """Join all pairs in a folder whose names hold a key, in the order of their names, to <prefix>_<key>.
 
     Raises:
@@ -131,7 +132,7 @@ def _merge(folder: Path, key: str, target: str) -> None:
                     ids += IdRange.of(tokens)
             flush(file)
         with open(target + ".idx.tmp", "wb") as file:
-            write_index(
+            write_token_index(
                 file, np.concatenate([p.lengths for p in parts]), boundaries.astype(np.int64), parts[0].index.dtype
             )
             flush(file)

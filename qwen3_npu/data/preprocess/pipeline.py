@@ -1,4 +1,4 @@
-"""Records to documents in threads, in the order of the input, with progress and an account of what was left out."""
+"""Records to documents in threads, in the order of the input, with progress and counts of what was left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TypeVar
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.handler import Handler, Prepared, Produced, produce
-from qwen3_npu.data.read.blocks import Block, first
+from qwen3_npu.data.read.blocks import RecordBlock, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.encoder import Encoder
 from qwen3_npu.data.text.tokenizer import available_cpus
@@ -47,8 +47,8 @@ class Totals:
     def add(self, produced: Produced) -> None:
         """Count a block (its broken records are counted apart)."""
         self.blocks += 1
-        self.records += produced.records
-        self.counts.update(produced.counts)
+        self.records += produced.summary.records
+        self.counts.update(produced.summary.counts)
         for name, tokens in produced.outputs.items():
             self.documents[name] += len(tokens.lengths)
             self.tokens[name] += len(tokens.ids)
@@ -62,8 +62,8 @@ class Totals:
 
 def documents(
     args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], *, totals: Totals
-) -> Iterator[tuple[Block, Produced]]:
-    """Each block and what becomes of it, behind those that `totals` counts already; keeps `totals` up to date.
+) -> Iterator[tuple[RecordBlock, Produced]]:
+    """Each block and its documents, after those that `totals` counts already; keeps `totals` up to date.
 
     One thread prepares blocks (Python runs one at a time anyway), even before the encoder is there; --workers encode.
 
@@ -84,14 +84,14 @@ def documents(
             progress.counts["bytes"] += next(blocks).size
         waiting = dict.fromkeys(counters, 0)
 
-        def encoded(item: tuple[Block, Prepared]) -> Produced:
+        def encoded(item: tuple[RecordBlock, Prepared]) -> Produced:
             return produce(handler, item[1], encoder.result())
 
         for (block, _), produced in in_order(encoding, encoded, prepared, 2 * workers):
             _count_bad(produced, totals, args.records.max_bad_records)
             totals.add(produced)
             yield block, produced
-            for name, count in zip(waiting, (block.size, produced.records, produced.tokens), strict=True):
+            for name, count in zip(waiting, (block.size, produced.summary.records, produced.tokens), strict=True):
                 waiting[name] += count
             if waiting["records"] >= args.output.log_interval:
                 progress.add(**waiting)
@@ -102,7 +102,7 @@ def documents(
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int
 ) -> Generator[tuple[T, R]]:
-    """(item, function(item)) in the order of the items, with at most `ahead` more under way."""
+    """(item, function(item)) in the order of the items, with at most `ahead` more in progress."""
     waiting: collections.deque = collections.deque()
     try:
         for item in items:
@@ -120,11 +120,11 @@ def in_order(
 
 def _count_bad(produced: Produced, totals: Totals, allowed: int) -> None:
     """Report broken records; stop when there are more than allowed."""
-    for record in produced.bad:
+    for record in produced.summary.bad:
         totals.bad += 1
         if totals.bad > allowed:
             raise UsageError(f"{record} (broken records: {totals.bad}; --max-bad-records N leaves out up to N)")
         if totals.bad <= _BAD_SHOWN:
             log.warning(f"left out: {record}")
         elif totals.bad == _BAD_SHOWN + 1:
-            log.warning("left out: more, which are counted but not shown")
+            log.warning("more records are left out; they are counted but not shown")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.data.preprocess.handler import Prepared
+from qwen3_npu.data.preprocess.handler import BlockSummary, Prepared
 from qwen3_npu.data.preprocess.record_formats import text_value, value
-from qwen3_npu.data.read.blocks import BadRecord, Block, parse
+from qwen3_npu.data.read.blocks import BadRecord, RecordBlock, parse_block
 from qwen3_npu.data.text.encoder import Tokens
 
 # (record, column) -> text; raises ValueError.
@@ -56,9 +56,9 @@ class PretrainHandler:
         """
         self.text_of, self.outputs, self.columns, self.eod = text_of, keys, columns, eod
 
-    def prepare(self, block: Block) -> Prepared:
+    def prepare(self, block: RecordBlock) -> Prepared:
         """The texts that are not empty, those of each output together; the layout is how many each has."""
-        records, bad = parse(block)
+        records, bad = parse_block(block)
         texts: dict[str, list[str]] = {key: [] for key in self.outputs}
         for number, record in records:
             try:
@@ -71,7 +71,8 @@ class PretrainHandler:
         filled = [[text for text in texts[key] if text] for key in self.outputs]
         layout, together = [len(part) for part in filled], list(itertools.chain.from_iterable(filled))
         counts = Counter({"empty texts left out": sum(map(len, texts.values())) - len(together)})
-        return Prepared(together, layout, len(block.numbers), counts, bad=sorted(bad, key=lambda b: b.number))
+        bad.sort(key=lambda b: b.number)
+        return Prepared(together, layout, BlockSummary(len(block.numbers), counts, bad))
 
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
         """Each text, with the end-of-document token if there is one."""

@@ -17,8 +17,8 @@ from qwen3_npu.data.text.conversation import (
     Conversation,
     Judged,
     Message,
-    Pair,
-    checked,
+    PreferencePair,
+    checked_conversation,
     to_json,
     tools_of,
     written_calls,
@@ -26,16 +26,16 @@ from qwen3_npu.data.text.conversation import (
 from qwen3_npu.data.text.messages import LEARN_KEYS, MASK_KEYS, REASONING, kind, learned, read_messages
 from qwen3_npu.errors import UsageError, did_you_mean
 
-Names = Mapping[str, str | None]
+ColumnNames = Mapping[str, str | None]
 
-ALPACA: Names = {"prompt": "instruction", "query": "input", "response": "output", "history": None, "system": None}
-ALPACA_PAIRS: Names = {**ALPACA, "chosen": "chosen", "rejected": "rejected"}
-ALPACA_KTO: Names = {**ALPACA, "label": "label"}
-SHAREGPT: Names = {"messages": "conversations", "system": None, "tools": None}
-SHAREGPT_PAIRS: Names = {**SHAREGPT, "chosen": "chosen", "rejected": "rejected"}
-SHAREGPT_KTO: Names = {**SHAREGPT, "label": "label"}
-OPENAI: Names = {"messages": "messages", "system": None, "tools": "tools"}
-OPENAI_KTO: Names = {**OPENAI, "label": "label"}
+ALPACA: ColumnNames = {"prompt": "instruction", "query": "input", "response": "output", "history": None, "system": None}
+ALPACA_PAIRS: ColumnNames = {**ALPACA, "chosen": "chosen", "rejected": "rejected"}
+ALPACA_KTO: ColumnNames = {**ALPACA, "label": "label"}
+SHAREGPT: ColumnNames = {"messages": "conversations", "system": None, "tools": None}
+SHAREGPT_PAIRS: ColumnNames = {**SHAREGPT, "chosen": "chosen", "rejected": "rejected"}
+SHAREGPT_KTO: ColumnNames = {**SHAREGPT, "label": "label"}
+OPENAI: ColumnNames = {"messages": "messages", "system": None, "tools": "tools"}
+OPENAI_KTO: ColumnNames = {**OPENAI, "label": "label"}
 # What a label may be, as text; whether the answer is desirable.
 _LABELS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
 # What columns are called elsewhere, for a hint.
@@ -49,7 +49,7 @@ _ALIASES = {
 }
 _OPTIONAL = {"query", "history", "system", "tools"}
 
-TAGS: Names = {
+TAGS: ColumnNames = {
     "role_tag": "from",
     "content_tag": "value",
     "user_tag": "human",
@@ -77,7 +77,7 @@ _METADATA = frozenset(
 _MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *REASONING, *LEARN_KEYS, *MASK_KEYS))
 
 
-def missing(record: Mapping[str, Any], column: str) -> str:
+def missing_column(record: Mapping[str, Any], column: str) -> str:
     """That a record has no such column, and which it has."""
     text = f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
     for key, found in record.items():
@@ -89,7 +89,7 @@ def missing(record: Mapping[str, Any], column: str) -> str:
 def value(record: Mapping[str, Any], column: str) -> Any:
     """A column of a record. Raises: ValueError: the record has none, or nothing in it."""
     if column not in record:
-        raise ValueError(missing(record, column))
+        raise ValueError(missing_column(record, column))
     if record[column] is None:
         raise ValueError(f"column {column!r} is null")
     return record[column]
@@ -111,7 +111,7 @@ class Columns:
         tags: likewise for the keys and roles of messages.
     """
 
-    def __init__(self, defaults: Names, map_keys: Mapping[str, Any] | None, *, has_tags: bool = False) -> None:
+    def __init__(self, defaults: ColumnNames, map_keys: Mapping[str, Any] | None, *, has_tags: bool = False) -> None:
         """Raises: UsageError: --map-keys maps what these records do not have."""
         given = dict(map_keys or {})
         tags = given.pop("tags", None) if has_tags else None
@@ -123,22 +123,24 @@ class Columns:
                 )
             if column is not None and not isinstance(column, str):
                 raise UsageError(f"--map-keys: {name!r} must be mapped to a column's name, not to {column!r}")
-        self.names: Names = {**defaults, **given}
+        self.names: ColumnNames = {**defaults, **given}
         self.mapped = frozenset(given)
         self.telling = {name: None for name in _TELLING if name not in self.names.values()}.keys()
-        self.tags: Names = TAGS if tags is None else self._tags(tags)
+        self.tags: ColumnNames = TAGS if tags is None else self._tags(tags)
         own = (self.tags["role_tag"], self.tags["content_tag"]) if has_tags else _MESSAGE_KEYS
         self.telling_keys = tuple(key for key in (*REASONING, "thought", "thoughts") if key not in own)
         self.message_keys = {*self.telling_keys, *filter(None, own), *LEARN_KEYS, *MASK_KEYS}
 
     @staticmethod
-    def _tags(given: Any) -> Names:
+    def _tags(given: object) -> ColumnNames:
         # As in MindSpeed-LLM: once tags are given, those not mentioned do not exist.
         if not isinstance(given, dict) or (unknown := [t for t in given if t not in TAGS]):
             what = f"tags have no {unknown[0]!r}" if isinstance(given, dict) else "tags must be an object"
             raise UsageError(f"--map-keys: {what}; known: {', '.join(TAGS)}")
-        if missing := [tag for tag in ("role_tag", "content_tag", "user_tag", "assistant_tag") if not given.get(tag)]:
-            raise UsageError(f"--map-keys: tags lack {', '.join(missing)}")
+        if missing_column := [
+            tag for tag in ("role_tag", "content_tag", "user_tag", "assistant_tag") if not given.get(tag)
+        ]:
+            raise UsageError(f"--map-keys: tags lack {', '.join(missing_column)}")
         return {tag: given.get(tag) for tag in TAGS}
 
     def all(self) -> list[str]:
@@ -178,7 +180,7 @@ class Columns:
             return None
         found = record.get(column)
         if found is None and column not in record and (name in self.mapped or name not in _OPTIONAL):
-            raise ValueError(f"{missing(record, column)}; {self._remedy(record, name)}")
+            raise ValueError(f"{missing_column(record, column)}; {self._remedy(record, name)}")
         return found
 
     def _remedy(self, record: Mapping[str, Any], name: str) -> str:
@@ -209,14 +211,14 @@ def alpaca(record: Mapping[str, Any], columns: Columns) -> Conversation:
     return alpaca_turns(record, columns, Message(ASSISTANT, answer))
 
 
-def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
+def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair:
     """As `alpaca`, with two answers."""
     chosen, rejected = columns.get(record, "chosen"), columns.get(record, "rejected")
     if isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected:
         chosen, rejected = chosen[0], rejected[-1]  # both columns may hold [good, bad]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError(f"chosen and rejected are not two answers but {kind(chosen)} and {kind(rejected)}")
-    return Pair(alpaca_turns(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
+    return PreferencePair(alpaca_turns(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
 
 
 def alpaca_turns(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Conversation:
@@ -235,10 +237,10 @@ def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:
     conversation = sharegpt_turns(record, columns)
     if len(conversation.messages) % 2:
         raise ValueError(f"{len(conversation.messages)} messages; questions and answers must alternate, an answer last")
-    return checked(conversation)
+    return checked_conversation(conversation)
 
 
-def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
+def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair:
     """As `sharegpt` up to a question, with two answers."""
     prompt = sharegpt_turns(record, columns)
     if len(prompt.messages) % 2 == 0:
@@ -249,11 +251,11 @@ def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> Pair:
         if not isinstance(answer, dict):
             raise ValueError(f"column {columns.names[name]!r} is not a message but {kind(answer)}")
         answers.append(_sharegpt_message(answer, 1, columns.tags))
-    return Pair(prompt, *answers)
+    return PreferencePair(prompt, *answers)
 
 
 def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
-    """Turns of two sides, whoever has the last word."""
+    """Turns of two sides; either side may be last."""
     messages, tags = columns.get(record, "messages"), columns.tags
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"column {columns.names['messages']!r} is not a list of messages but {kind(messages)}")
@@ -264,7 +266,7 @@ def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
     return Conversation(turns, system, tools_of(columns.get(record, "tools")))
 
 
-def _sharegpt_message(message: Mapping[str, Any], place: int, tags: Names) -> Message:
+def _sharegpt_message(message: Mapping[str, Any], place: int, tags: ColumnNames) -> Message:
     """The message at an even place is asked, at an odd place answered."""
     role = message.get(str(tags["role_tag"]))
     asked = {tags["user_tag"]: USER, tags["observation_tag"]: TOOL}
@@ -286,7 +288,7 @@ def openai(record: Mapping[str, Any], columns: Columns) -> Conversation:
     """Messages with role, content, reasoning_content and tool_calls, in any order that starts with a question."""
     messages = columns.get(record, "messages")
     system = columns.optional_text(record, "system")
-    return checked(read_messages(messages, columns.get(record, "tools"), system))
+    return checked_conversation(read_messages(messages, columns.get(record, "tools"), system))
 
 
 def judged(

@@ -16,7 +16,7 @@ from qwen3_npu.args.preprocess import TEXT_HANDLER, PreprocessArgs
 from qwen3_npu.data.preprocess.check import check
 from qwen3_npu.data.preprocess.handler import Handler
 from qwen3_npu.data.preprocess.handlers import maker, own_source
-from qwen3_npu.data.preprocess.output import Output, merge
+from qwen3_npu.data.preprocess.output import DatasetOutput, merge_datasets
 from qwen3_npu.data.preprocess.packing import PackRule, pack
 from qwen3_npu.data.preprocess.pipeline import Totals, documents
 from qwen3_npu.data.preprocess.sft_handler import THOUGHTS
@@ -45,7 +45,7 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
     """Do what the command line says; the exit status.
 
     Args:
-        loading: the tokenizer, if it is on its way already.
+        loading: the tokenizer, if it is being loaded already.
 
     Raises:
         UsageError: an input, the tokenizer or the output cannot be used, or records are broken.
@@ -57,13 +57,13 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
         raise UsageError("--output-prefix is needed: the start of the output's names")
     if args.output.merge_group_keys:
         with _lease(str(prefix)):
-            merge(args.input.input, args.output.merge_group_keys, str(prefix))
+            merge_datasets(args.input.input, args.output.merge_group_keys, str(prefix))
         return 0
     if args.records.handler_name is None:
         log.info(f"--handler-name {TEXT_HANDLER} (the default): records are text")
         args = args._replace(records=dataclasses.replace(args.records, handler_name=TEXT_HANDLER))
     make = maker(str(args.records.handler_name))
-    inputs = open_inputs(args.input.input, args.input.hf_datasets_params)
+    inputs = open_inputs(args.input.input, args.records.hf_datasets_params)
     chosen = args.tokenizer
     if chosen.tokenizer_name_or_path is None:
         raise UsageError("--tokenizer-name-or-path is needed: the folder of a downloaded Qwen3 model")
@@ -98,7 +98,7 @@ def _write(
     # Packing needs all samples first; attention_mask is made of them.
     names = [n for n in handler.outputs if not (packs and n.endswith("attention_mask"))]
     identity = _identity(args, inputs, tokenizer)
-    output = Output(prefix + "_unpacked" if packs else prefix, names, identity, resume=args.output.resume)
+    output = DatasetOutput(prefix + "_unpacked" if packs else prefix, names, identity, resume=args.output.resume)
     try:
         for _, produced in documents(args, inputs, handler, encoder, totals=output.totals):
             output.add(produced.outputs)
@@ -112,7 +112,7 @@ def _write(
             _report(output)
     except (OSError, UsageError, KeyboardInterrupt) as error:
         if output.resumable():
-            log.info("what is finished is kept: --resume goes on from there")
+            log.info("finished parts are kept: --resume continues from there")
         else:
             output.remove()
         if isinstance(error, OSError):
@@ -120,7 +120,7 @@ def _write(
         raise
 
 
-def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: Output, names: Sequence[str]) -> None:
+def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: DatasetOutput, names: Sequence[str]) -> None:
     chosen, prefix = args.instruction, args.output.output_prefix
     rule = PackRule(chosen.seq_length or 0, tokenizer.pad(), chosen.neat_pack, chosen.n_subs)
     prefixes = [f"{prefix}_{name}_document" for name in names]
@@ -141,7 +141,7 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: Output, name
 
 
 def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> dict[str, Any]:
-    """What a training must know of how its data were made, for their records (`TokenRecord.made`)."""
+    """How the data were made, for the record that a training reads (`TokenRecord.made`)."""
     made = {"tokenizer": tokenizer.identity}
     if args.instruction.prompt_type is not None:
         made["prompt_type"] = resolved(args.instruction.prompt_type, tokenizer)
@@ -152,7 +152,7 @@ def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> d
     return made
 
 
-def _report(output: Output) -> None:
+def _report(output: DatasetOutput) -> None:
     totals = output.totals
     log.info(f"{totals}")
     for name, prefix in output.prefixes.items():

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3_npu.data.preprocess.handler import Prepared
+from qwen3_npu.data.preprocess.handler import BlockSummary, Prepared
 from qwen3_npu.data.preprocess.record_formats import Columns
-from qwen3_npu.data.read.blocks import BadRecord, Block, parse
-from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Judged, Pair
+from qwen3_npu.data.read.blocks import BadRecord, RecordBlock, parse_block
+from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Judged, PreferencePair
 from qwen3_npu.data.text.encoder import Tokens
 from qwen3_npu.data.text.templates import Template, render_answer, render_pair
 from qwen3_npu.data.train.token_record import IGNORED
@@ -21,8 +21,8 @@ from qwen3_npu.data.train.turns import kept_tokens, limits
 
 THOUGHTS = "answers with thoughts"
 MASKED = "answers that are not learned, as the data say"
-CUT, DROPPED, UNSUPERVISED = "over-long samples cut", "over-long samples left out", "samples without anything to learn"
-
+CUT, DROPPED = "over-long samples truncated", "over-long samples left out"
+UNSUPERVISED = "samples without anything to learn"
 
 # The output of labelled answers that says whether each is desirable: 1 or 0.
 LABEL = "packed_answer_desirable"
@@ -46,7 +46,7 @@ class Style(NamedTuple):
 
 
 class ConversationHandler(abc.ABC):
-    """The part that instruction and pairwise handlers share: records to strings.
+    """Common part of the handlers of conversations: records to strings.
 
     Attributes:
         look: a conversation (or pair) -> warnings; set by --check.
@@ -60,20 +60,22 @@ class ConversationHandler(abc.ABC):
         self.columns: Sequence[str] = columns.all()
 
     @abc.abstractmethod
-    def pieces(self, conversation: Any) -> Iterable[list[str]]:
-        """A conversation (or pair) as pieces, each of strings to encode one by one. Raises: ValueError: it has none."""
+    def pieces(self, conversation: object) -> Iterable[list[str]]:
+        """A conversation (or pair) as parts, each a list of strings that are encoded one by one. Raises: ValueError:
+        it has none.
+        """
 
     @abc.abstractmethod
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
-        """The documents of each output; the layout is (strings of each piece, pieces and `tag` of each sample)."""
+        """The documents of each output; the layout is (strings of each part, parts and `tag` of each sample)."""
 
-    def tag(self, conversation: Any) -> int:
+    def tag(self, conversation: object) -> int:
         """What `documents` must know of a sample beside its tokens."""
         return 0
 
-    def prepare(self, block: Block) -> Prepared:
+    def prepare(self, block: RecordBlock) -> Prepared:
         """The strings of a block."""
-        records, bad = parse(block)
+        records, bad = parse_block(block)
         texts: list[str] = []
         strings: list[int] = []
         pieces: list[int] = []
@@ -100,9 +102,8 @@ class ConversationHandler(abc.ABC):
                 pieces.append(len(strings) - before)
                 tags.append(self.tag(conversation))
         layout = np.array(strings, np.int64), np.array(pieces, np.int64), np.array(tags, np.int32)
-        return Prepared(
-            texts, layout, len(block.numbers), counts, bad=sorted(bad, key=lambda b: b.number), warnings=warnings
-        )
+        bad.sort(key=lambda b: b.number)
+        return Prepared(texts, layout, BlockSummary(len(block.numbers), counts, bad, warnings))
 
 
 class InstructionHandler(ConversationHandler):
@@ -119,7 +120,7 @@ class InstructionHandler(ConversationHandler):
         sizes = _sums(tokens.lengths, strings).reshape(-1, 2)
         learned = np.repeat(np.tile([False, True], len(sizes)), sizes.reshape(-1))
         labels = np.where(learned, tokens.ids, np.int32(IGNORED))
-        kept, kept_labels = self._fitted(tokens.ids, labels, sizes, pieces // 2, counts=prepared.counts)
+        kept, kept_labels = self._fitted(tokens.ids, labels, sizes, pieces // 2, counts=prepared.summary.counts)
         ones = Tokens(np.ones(len(kept.ids), np.int32), kept.lengths)
         return dict(zip(self.outputs, (kept, ones, kept_labels), strict=True))
 
@@ -159,8 +160,8 @@ class InstructionHandler(ConversationHandler):
         return Tokens(joined[0], kept_lengths), Tokens(joined[1], kept_lengths)
 
 
-def _count(conversation: Conversation | Pair | Judged, counts: Counter[str]) -> None:
-    """Answers that think, those that the data say not to learn, and those that were found good or bad."""
+def _count(conversation: Conversation | PreferencePair | Judged, counts: Counter[str]) -> None:
+    """Count answers with thoughts, answers that the data say not to learn, and desirable and undesirable answers."""
     if isinstance(conversation, Judged):
         counts[f"{'desirable' if conversation.desirable else 'undesirable'} answers"] += 1
     for message in conversation.messages if isinstance(conversation, Conversation) else ():
@@ -199,7 +200,7 @@ class PairwiseHandler(ConversationHandler):
         parts = Tokens(tokens.ids, lengths).split()
         columns: dict[str, list[np.ndarray]] = {name: [] for name in self.outputs}
         for row in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-            if fitted := _fitted(self.style, row[0], row[1:], prepared.counts):
+            if fitted := _fitted(self.style, row[0], row[1:], prepared.summary.counts):
                 for name, array in zip(self.outputs, fitted, strict=True):
                     columns[name].append(array)
         return {name: _joined(arrays) for name, arrays in columns.items()}
@@ -231,7 +232,7 @@ class KtoHandler(ConversationHandler):
         parts = Tokens(tokens.ids, _sums(tokens.lengths, strings)).split()
         columns: tuple[list[np.ndarray], ...] = ([], [], [])
         for prompt, answer, tag in zip(parts[::2], parts[1::2], tags, strict=True):
-            if fitted := _fitted(self.style, prompt, [answer], prepared.counts):
+            if fitted := _fitted(self.style, prompt, [answer], prepared.summary.counts):
                 for column, array in zip(columns, (*fitted, np.array([tag], np.int32)), strict=True):
                     column.append(array)
         return dict(zip(self.outputs, map(_joined, columns), strict=True))

@@ -1,6 +1,6 @@
-"""Blocks: consecutive records of one file, about a megabyte. The cut into blocks depends on the files alone.
-
-One thread reads and cuts; `parse` makes records of a block in another. Memory does not grow with a file.
+"""Blocks: consecutive records of one file, about a megabyte. How a file is divided into blocks depends on the file
+alone. One thread reads and divides; `parse_block` makes records of a block in another. Memory does not grow with a
+file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLOCK_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class RecordBlock:
     """Consecutive records of one file.
 
     Attributes:
@@ -37,7 +37,7 @@ class Block:
     decode: Callable[[Any], dict[str, Any]]
     size: int
 
-    def head(self, count: int) -> Block:
+    def head(self, count: int) -> RecordBlock:
         """The first records."""
         return dataclasses.replace(self, numbers=self.numbers[:count], items=self.items[:count])
 
@@ -54,7 +54,7 @@ class BadRecord:
         return f"{self.file}:{self.number}: {self.reason}"
 
 
-def parse(block: Block) -> tuple[list[tuple[int, dict[str, Any]]], list[BadRecord]]:
+def parse_block(block: RecordBlock) -> tuple[list[tuple[int, dict[str, Any]]], list[BadRecord]]:
     """The records of a block with their numbers, and those that cannot be read."""
     records, bad = [], []
     for number, item in zip(block.numbers, block.items, strict=True):
@@ -65,7 +65,7 @@ def parse(block: Block) -> tuple[list[tuple[int, dict[str, Any]]], list[BadRecor
     return records, bad
 
 
-def first(blocks: Iterable[Block], count: int | None) -> Iterator[Block]:
+def first(blocks: Iterable[RecordBlock], count: int | None) -> Iterator[RecordBlock]:
     """The blocks of the first `count` records; of all with None."""
     left = count
     for block in blocks:
@@ -79,7 +79,7 @@ def first(blocks: Iterable[Block], count: int | None) -> Iterator[Block]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class InputStream:
     """An opened file.
 
     Attributes:
@@ -94,7 +94,7 @@ class Stream:
 class Splitter:
     """Collects records of a format that has to be read record by record, into blocks."""
 
-    def __init__(self, file: InputFile, stream: Stream, decode: Callable[[Any], dict[str, Any]]) -> None:
+    def __init__(self, file: InputFile, stream: InputStream, decode: Callable[[Any], dict[str, Any]]) -> None:
         self.file, self.stream, self.decode = str(file.path), stream, decode
         self.before = 0
         self._start()
@@ -104,7 +104,7 @@ class Splitter:
         self.items: list[Any] = []
         self.length = 0
 
-    def add(self, number: int, item: Any, length: int) -> Iterator[Block]:
+    def add(self, number: int, item: object, length: int) -> Iterator[RecordBlock]:
         """Take a record of about `length` bytes; gives the block that it filled, if any."""
         self.numbers.append(number)
         self.items.append(item)
@@ -112,40 +112,40 @@ class Splitter:
         if self.length >= BLOCK_BYTES:
             yield from self.rest()
 
-    def rest(self) -> Iterator[Block]:
+    def rest(self) -> Iterator[RecordBlock]:
         """What is left at the end of the file."""
         if self.items:
             now = self.stream.consumed()
-            yield Block(self.file, self.numbers, self.items, self.decode, size=now - self.before)
+            yield RecordBlock(self.file, self.numbers, self.items, self.decode, size=now - self.before)
             self.before = now
             self._start()
 
 
 @contextlib.contextmanager
-def open_stream(file: InputFile) -> Iterator[Stream]:
+def open_stream(file: InputFile) -> Iterator[InputStream]:
     """Open a file for reading from its start to its end. A truncated compressed file raises OSError when it ends."""
     with file.path.open("rb") as raw:
         if file.compression is None:
-            yield Stream(raw, raw.tell)
+            yield InputStream(raw, raw.tell)
         else:
-            import pyarrow as pa  # takes a while; most inputs are not compressed
+            import pyarrow as pa  # slow to import; most inputs are not compressed
 
             inflated = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), file.compression)
-            yield Stream(io.BufferedReader(inflated, BLOCK_BYTES), raw.tell)
+            yield InputStream(io.BufferedReader(inflated, BLOCK_BYTES), raw.tell)
 
 
-def checked_row(row: Any) -> dict[str, Any]:
+def checked_row(row: object) -> dict[str, Any]:
     """A parsed JSON value as a record. Raises: ValueError: it is none."""
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
     return checked_text(row)
 
 
-def checked_text(record: Any) -> Any:
+def checked_text(record: object) -> Any:
     """The record itself. Raises: ValueError: its text holds half of a surrogate pair, which has no UTF-8 form."""
     try:
         orjson.dumps(record)
-    except TypeError:  # or a number of more than 64 bits, which is none of our business
+    except TypeError:  # or a number of more than 64 bits, which is allowed here
         try:
             json.dumps(record, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Which files `--input` means: files, folders, patterns, dataset folders; never a guess between formats."""
+"""Which files `--input` means: files, folders, patterns, dataset folders; formats are never guessed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FORMATS = {
     ".tokens": WIKITEXT,
     ".raw": WIKITEXT,
 }
-# What may lie side by side in a folder without asking the user.
+# Formats that may be in one folder together.
 _FAMILIES = {LINES: "json", JSON: "json"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # Files of a dataset folder that describe it.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Splitter, checked_row, open_stream
+from qwen3_npu.data.read.blocks import BLOCK_BYTES, RecordBlock, Splitter, checked_row, open_stream
 from qwen3_npu.data.read.find import InputFile
 from qwen3_npu.data.read.lines import check_shape, json_record, line_blocks
 from qwen3_npu.errors import UsageError
@@ -16,7 +16,7 @@ _LONGEST_ELEMENT = 64 << 20
 _SPACE = b"\xef\xbb\xbf \t\r\n"
 
 
-def read_json(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+def read_json_records(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
     """The first character tells which of both it is."""
     with open_stream(file) as stream:
         if stream.reader.peek(4096).lstrip(_SPACE).startswith(b"["):
@@ -68,7 +68,7 @@ class _Array:
         left = self.buffer[self.position :]
         self.lines += self.buffer.count("\n", 0, self.position)
         try:
-            # As much again as is there: an element longer than a block is tried a few times only.
+            # The buffer doubles: an element longer than a block is parsed a few times only.
             chunk = self.text.read(max(BLOCK_BYTES, len(left)))
         except UnicodeDecodeError:
             raise self._broken("not UTF-8") from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block, Splitter, Stream, checked_row, open_stream
+from qwen3_npu.data.read.blocks import BLOCK_BYTES, InputStream, RecordBlock, Splitter, checked_row, open_stream
 from qwen3_npu.data.read.find import LINES, InputFile
 from qwen3_npu.errors import UsageError
 
@@ -37,20 +37,22 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _WIKITEXT_TITLE = re.compile(rb"^ = [^=].* = \r?\n$")
 
 
-def read_json_lines(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+def read_json_lines(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
     """One JSON object per line; blank lines are skipped."""
     with open_stream(file) as stream:
         check_shape(file, stream)
         yield from line_blocks(file, stream, json_record)
 
 
-def read_text_lines(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+def read_text_lines(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
     """One document per line, in column `text`; blank lines are skipped."""
     with open_stream(file) as stream:
         yield from line_blocks(file, stream, _text_record)
 
 
-def line_blocks(file: InputFile, stream: Stream, decode: Callable[[bytes], dict[str, Any]]) -> Iterator[Block]:
+def line_blocks(
+    file: InputFile, stream: InputStream, decode: Callable[[bytes], dict[str, Any]]
+) -> Iterator[RecordBlock]:
     """Blocks of whole lines."""
     rest, number, before = b"", 1, 0
     while chunk := stream.reader.read(BLOCK_BYTES):
@@ -66,12 +68,12 @@ def line_blocks(file: InputFile, stream: Stream, decode: Callable[[bytes], dict[
 
 def _block(
     file: InputFile, lines: list[bytes], number: int, decode: Callable[[bytes], dict[str, Any]], *, size: int
-) -> Block:
+) -> RecordBlock:
     numbers: Sequence[int] = range(number, number + len(lines))
     if not all(map(bytes.strip, lines)):
         kept = [(n, line) for n, line in zip(numbers, lines, strict=True) if line.strip()]
         numbers, lines = [n for n, _ in kept], [line for _, line in kept]
-    return Block(str(file.path), numbers, lines, decode, size=size)
+    return RecordBlock(str(file.path), numbers, lines, decode, size=size)
 
 
 def json_record(line: bytes) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def _lenient_json(line: bytes, error: Exception) -> dict[str, Any]:
     return checked_row(record)
 
 
-def check_shape(file: InputFile, stream: Stream) -> None:
+def check_shape(file: InputFile, stream: InputStream) -> None:
     """Raises: UsageError: the file starts like JSON of another shape than an object per line."""
     start = stream.reader.peek(1 << 16).removeprefix(BOM).lstrip()
     first_line, _, others = start.partition(b"\n")
@@ -126,7 +128,7 @@ def _text_record(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not UTF-8 (byte {error.start + 1})") from None
 
 
-def read_wikitext(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+def read_wikitext(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
     """Articles of WikiText (wiki.train.tokens): one starts at each line ` = Title = ` between blank lines."""
     with open_stream(file) as stream:
         splitter = Splitter(file, stream, _text_record)
@@ -142,20 +144,20 @@ def read_wikitext(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
         yield from splitter.rest()
 
 
-def _lines(stream: Stream) -> Iterator[bytes]:
+def _lines(stream: InputStream) -> Iterator[bytes]:
     """Lines of a text, then an empty one."""
     yield next(stream.reader, b"").removeprefix(BOM)
     yield from stream.reader
     yield b""
 
 
-def _article(splitter: Splitter, start: int, lines: list[bytes]) -> Iterator[Block]:
+def _article(splitter: Splitter, start: int, lines: list[bytes]) -> Iterator[RecordBlock]:
     if any(map(bytes.strip, lines)):
         text = b"".join(lines)
         yield from splitter.add(start, text, len(text))
 
 
-def read_csv(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+def read_csv(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
     """Comma-separated values; the first line names the columns, every value is text."""
     csv.field_size_limit(_LONGEST_FIELD)
     with open_stream(file) as stream:

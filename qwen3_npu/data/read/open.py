@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_npu.data.read import find
-from qwen3_npu.data.read.blocks import Block
+from qwen3_npu.data.read.blocks import RecordBlock
 from qwen3_npu.data.read.find import InputFile
-from qwen3_npu.data.read.json_array import read_json
+from qwen3_npu.data.read.json_array import read_json_records
 from qwen3_npu.data.read.lines import read_csv, read_json_lines, read_text_lines, read_wikitext
 from qwen3_npu.data.read.tables import read_arrow, read_dataset, read_parquet
 from qwen3_npu.errors import UsageError
 
-_READERS: dict[str, Callable[[InputFile, Sequence[str]], Iterator[Block]]] = {
+_READERS: dict[str, Callable[[InputFile, Sequence[str]], Iterator[RecordBlock]]] = {
     find.LINES: read_json_lines,
-    find.JSON: read_json,
+    find.JSON: read_json_records,
     find.PARQUET: read_parquet,
     find.ARROW: read_arrow,
     find.CSV: read_csv,
@@ -51,7 +51,7 @@ class Inputs:
         stats = [(str(f.path), f.size, f.path.stat().st_mtime_ns) for f in self.files]
         return [*stats, self.dataset, sorted(self.dataset_arguments.items())]
 
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+    def blocks(self, columns: Sequence[str]) -> Iterator[RecordBlock]:
         """All records, in order.
 
         Args:

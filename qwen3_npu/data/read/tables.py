@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen3_npu.data.read.blocks import BLOCK_BYTES, Block
+from qwen3_npu.data.read.blocks import BLOCK_BYTES, RecordBlock
 from qwen3_npu.data.read.find import InputFile
 from qwen3_npu.errors import UsageError
 
@@ -16,7 +16,7 @@ _MOST_ROWS = 1024
 Decode = Callable[[Any], Any] | None
 
 
-def read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+def read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
     """Rows of a Parquet file; only `columns` are read from disk."""
     import pyarrow.parquet as pq
 
@@ -34,7 +34,7 @@ def read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
             number += batch.num_rows
 
 
-def read_arrow(file: InputFile, columns: Sequence[str]) -> Iterator[Block]:
+def read_arrow(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
     """Rows of an Arrow IPC file, in the stream format (as `datasets` writes) or the file format."""
     import pyarrow as pa
 
@@ -67,11 +67,11 @@ def _rows_per_block(size: int, rows: int) -> int:
 
 def _batch_blocks(
     file: str, batch: Any, number: int, bytes_per_row: float, *, rows: int, decode: Callable[[Any], dict[str, Any]]
-) -> Iterator[Block]:
+) -> Iterator[RecordBlock]:
     for start in range(0, batch.num_rows, rows):
         part = batch.slice(start, rows)
         numbers = range(number + start, number + start + part.num_rows)
-        yield Block(file, numbers, _rows(part), decode, size=round(part.num_rows * bytes_per_row))
+        yield RecordBlock(file, numbers, _rows(part), decode, size=round(part.num_rows * bytes_per_row))
 
 
 def _rows(batch: Any) -> Sequence[Any]:
@@ -145,14 +145,14 @@ def _dataset_record(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     """A value without the nulls of structs (see `_decoder`)."""
     if isinstance(value, dict):
         return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def read_dataset(name: str, arguments: dict[str, Any]) -> Iterator[Block]:
+def read_dataset(name: str, arguments: dict[str, Any]) -> Iterator[RecordBlock]:
     """Rows of a Hugging Face dataset, streamed.
 
     Args:
@@ -173,7 +173,7 @@ def read_dataset(name: str, arguments: dict[str, Any]) -> Iterator[Block]:
             names = list(batch)
             items = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             number = start * _MOST_ROWS + 1
-            yield Block(name, range(number, number + len(items)), items, _dataset_record, size=0)
+            yield RecordBlock(name, range(number, number + len(items)), items, _dataset_record, size=0)
     except UsageError:
         raise
     except Exception as error:

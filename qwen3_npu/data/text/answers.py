@@ -1,7 +1,7 @@
 """Where the answers are in a text that a chat template wrote.
 
-A template with `{% generation %}` says it. Of any other it is found out: the conversation is rendered once more with a
-mark behind each answer. What stands before an answer is the generation prompt, or its first lines (a template may
+A template with `{% generation %}` says it. For any other, the conversation is rendered once more with a mark after
+each answer. The text before an answer is the generation prompt, or its first lines (a template may
 open a thought before the last answer only).
 """
 
@@ -15,7 +15,7 @@ from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Message
 
 
 class Rendering(Protocol):
-    """A chat template at work (see `chat_template.Renderer`)."""
+    """A chat template that is applied (see `chat_template.Renderer`)."""
 
     marks_answers: bool
 
@@ -49,7 +49,7 @@ class Rendered:
 
 
 def ends_turn(render: Rendering, special: Mapping[str, int]) -> str:
-    """The token that a template writes behind an answer; "" if it cannot be told."""
+    """The token that a template writes behind an answer; "" if it cannot be determined."""
     question, answer = Message("user", "x"), Message(ASSISTANT, "\ue000\ue000")
     try:
         text = render(Conversation((question, answer)), None)
@@ -68,7 +68,7 @@ def find_answers(rendered: Rendered, opening: str, end: str) -> list[tuple[int, 
         end: the token that ends one.
 
     Raises:
-        ValueError: that cannot be told.
+        ValueError: it cannot be determined.
     """
     messages = rendered.conversation.messages
     for i in rendered.answers:
@@ -111,7 +111,7 @@ def _ends(rendered: Rendered) -> list[int]:
             position += len(part)
             ends.append(position)
         return ends
-    # The marks change more than they should, together at least.
+    # The marks change more of the text than themselves.
     ends = []
     for i in rendered.answers:
         before, mark, _ = rendered.marked([i]).rpartition(rendered.mark)
@@ -124,7 +124,7 @@ def _ends(rendered: Rendered) -> list[int]:
 
 
 def _openings(opening: str) -> list[str]:
-    """An opening, then fewer and fewer of its lines."""
+    """The opening, then its lines without the last, and so on."""
     lines = opening.splitlines(keepends=True)
     return ["".join(lines[:n]) for n in range(len(lines), 0, -1)]
 
@@ -137,7 +137,7 @@ def _start(rendered: Rendered, number: int, between: tuple[int, int], openings: 
         if place >= 0 and place == text.rfind(opening, *between):
             return place + len(opening)
         if place >= 0:
-            break  # more than once: somebody wrote it
+            break  # more than once: it is part of a message
     conversation = rendered.conversation
     before = conversation._replace(messages=conversation.messages[:number])
     asked = rendered.render(before, rendered.thinking, ask=True)

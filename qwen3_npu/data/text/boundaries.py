@@ -1,31 +1,34 @@
-"""Where a text may be cut so that its parts have the tokens of the whole."""
+"""Where a text may be split so that its parts have the tokens of the full text."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 
 class Boundaries:
-    """Cuts of a text between tokens."""
+    """Positions between tokens at which a text may be split."""
 
     def __init__(self, tokenizer: TokenizerFolder) -> None:
         self.file, self.special = tokenizer.json_path, tuple(tokenizer.special)
 
     @functools.cached_property
-    def reference(self) -> Any:
+    def reference(self) -> Tokenizer:
         """Hugging Face's `tokenizers`, which says where in the text tokens are; loaded when first needed."""
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(self.file)
 
     def at(self, text: str, cut: int) -> int:
-        """The cut, moved to the start of the token that it would split (transformers counts it to what follows).
+        """The position, moved to the start of the token that it would split (transformers counts it to what follows).
 
         Raises:
-            ValueError: the parts would not have the tokens of the whole.
+            ValueError: the parts would not have the tokens of the full text.
         """
         if self._safe(text, cut):
             return cut
@@ -41,13 +44,13 @@ class Boundaries:
         return start + moved
 
     def checked(self, text: str, cut: int) -> int:
-        """The cut itself. Raises: ValueError: as `at`, or it splits a token."""
+        """The position itself. Raises: ValueError: as `at`, or it splits a token."""
         if self.at(text, cut) != cut:
             raise ValueError(f"an answer ends inside a token ({text[max(cut - 10, 0) : cut + 10]!r})")
         return cut
 
     def _safe(self, text: str, cut: int) -> bool:
-        """Whether the cut is beside a special token, or behind a line end (only spaces go on there)."""
+        """Whether the position is beside a special token, or after a line end that no spaces follow."""
         if not 0 < cut < len(text) or text.endswith(self.special, 0, cut) or text.startswith(self.special, cut):
             return True
         return text[cut - 1] == "\n" and not text[cut].isspace()

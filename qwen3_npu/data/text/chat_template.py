@@ -105,14 +105,14 @@ class Named(NamedTuple):
     """One of a tokenizer's templates.
 
     Attributes:
-        end: the token after an answer; "" if none can be told.
+        end: the token after an answer; "" if none can be determined.
     """
 
     renderer: Renderer
     end: str
 
     def opening(self, thinking: bool | None) -> str:
-        """What the template writes before an answer; "" if that is nothing or cannot be told."""
+        """What the template writes before an answer; "" if that is nothing or cannot be determined."""
         return self.renderer.opening(thinking)
 
 
@@ -213,7 +213,7 @@ class Renderer:
         filled = [{"content": "", **message} for message in messages]
         return self._render(messages=filled, tools=listed, add_generation_prompt=ask, **variables)
 
-    def _render(self, **variables: Any) -> str:
+    def _render(self, **variables: object) -> str:
         try:
             return self.template.render(documents=None, **variables)
         except Exception as error:  # a template is a program: what it stumbles over is of any kind
@@ -221,7 +221,7 @@ class Renderer:
             raise ValueError(f"the chat template refuses it: {what[0]}") from None
 
     def generations(self, conversation: Conversation, thinking: bool | None) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and where each {% generation %} is in it. Raises: ValueError: that cannot be told."""
+        """The text, and where each {% generation %} is in it. Raises: ValueError: it cannot be determined."""
         self.marking = True
         try:
             marked = self(conversation, thinking)
@@ -269,7 +269,7 @@ def _as_dict(message: Message) -> dict[str, Any]:
 
 
 def _tojson(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,

@@ -13,7 +13,7 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     """A function call of the assistant; arguments are an object, or the text to write as it is."""
 
     name: str
@@ -39,7 +39,7 @@ class Message(NamedTuple):
     role: str
     content: str
     reasoning: str | None = None
-    calls: tuple[Call, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
     learned: bool = True
     given: Mapping[str, Any] | None = None
 
@@ -61,7 +61,7 @@ class Conversation(NamedTuple):
     tools: tuple[dict[str, Any], ...] | None = None
 
 
-class Pair(NamedTuple):
+class PreferencePair(NamedTuple):
     """A conversation that waits for an answer, a good one and a worse one."""
 
     prompt: Conversation
@@ -76,15 +76,15 @@ class Judged(NamedTuple):
     desirable: bool
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """JSON as chat templates write it."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def without_thought(message: Message) -> Message:
-    """The message with its thoughts cut out.
+    """The message without its thoughts.
 
-    A template may open `<think>` itself (Qwen3-Thinking-2507): then the answer holds `</think>` only, and what stands
+    A template may open `<think>` itself (Qwen3-Thinking-2507): then the answer holds `</think>` only, and the text
     before it is the thought.
     """
     content = message.content
@@ -93,7 +93,7 @@ def without_thought(message: Message) -> Message:
     return message._replace(content=_THOUGHT.sub("", content).lstrip("\n"), reasoning=None, given=None)
 
 
-def checked(conversation: Conversation) -> Conversation:
+def checked_conversation(conversation: Conversation) -> Conversation:
     """The conversation itself. Raises: ValueError: it is no conversation to learn from."""
     messages = conversation.messages
     if not messages:
@@ -105,7 +105,7 @@ def checked(conversation: Conversation) -> Conversation:
     return conversation
 
 
-def tools_of(value: Any) -> tuple[dict[str, Any], ...] | None:
+def tools_of(value: object) -> tuple[dict[str, Any], ...] | None:
     """A `tools` column (JSON text or a list) -> tools, None for nothing. Raises: ValueError: it is neither."""
     if isinstance(value, str):
         if not value.strip():
@@ -126,7 +126,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...] | None:
     return tools
 
 
-def calls_of(value: Any) -> tuple[Call, ...]:
+def calls_of(value: object) -> tuple[ToolCall, ...]:
     """Function calls in OpenAI's form or as {"name", "arguments"}, one or a list. Raises: ValueError: not so."""
     calls = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     found = []
@@ -134,11 +134,11 @@ def calls_of(value: Any) -> tuple[Call, ...]:
         function = call.get("function") or call if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
             raise ValueError('a function call is {"name": .., "arguments": ..}, not ' + repr(call)[:80])
-        found.append(Call(function["name"], function["arguments"]))
+        found.append(ToolCall(function["name"], function["arguments"]))
     return tuple(found)
 
 
-def written_calls(text: str) -> tuple[str | None, tuple[Call, ...]]:
+def written_calls(text: str) -> tuple[str | None, tuple[ToolCall, ...]]:
     """A function_call message of ShareGPT: JSON, thoughts before it allowed -> (thoughts, calls).
 
     Raises:

@@ -11,13 +11,16 @@ import dataclasses
 import itertools
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from qwen3_npu import log
 from qwen3_npu.data.text.tokenizer import FAST, REFERENCE, Loading
 from qwen3_npu.errors import UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _LONGEST_SPOT_CHECK = 2000
 _BATCHES_PER_SPOT_CHECK = 8
@@ -78,7 +81,7 @@ class ReferenceEncoder:
 
     name = REFERENCE
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> Tokens:

@@ -27,7 +27,7 @@ LEARN_KEYS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train
 MASK_KEYS = ("mask", "masked", "ignore", "ignore_loss")
 
 
-def read_messages(messages: Any, tools: Any = None, system: str | None = None) -> Conversation:
+def read_messages(messages: object, tools: object = None, system: str | None = None) -> Conversation:
     """Messages with role, content (text or typed parts), reasoning_content, tool_calls -> a conversation.
 
     It may end with a question (a prompt) or an answer; `conversation.checked` demands an answer.
@@ -58,7 +58,7 @@ def _message(message: Mapping[str, Any], place: int) -> Message:
         content, thoughts, written = _parts(content, place)
         reasoning, calls = thoughts if reasoning is None else reasoning, calls or written
     if message.get("train_detail"):
-        raise ValueError(f"message {place} has train_detail; an answer is learned as a whole or not at all (train)")
+        raise ValueError(f"message {place} has train_detail; an answer is learned completely or not at all (train)")
     if legacy := message.get("function_call"):
         if calls:
             raise ValueError(f"message {place} has tool_calls and function_call; they say the same, keep one")
@@ -75,7 +75,7 @@ def _message(message: Mapping[str, Any], place: int) -> Message:
 
 
 def _for_templates(
-    message: Mapping[str, Any], role: str, content: str | None, reasoning: str | None, *, calls: Any
+    message: Mapping[str, Any], role: str, content: str | None, reasoning: str | None, *, calls: object
 ) -> dict[str, Any]:
     """The message as transformers hands it to a chat template: without null keys, thoughts under all their names."""
     known = {"role", "content", "function_call", *LEARN_KEYS, *MASK_KEYS}
@@ -128,6 +128,6 @@ def learned(message: Mapping[str, Any], place: int) -> bool:
     return all(said.values())
 
 
-def kind(found: Any) -> str:
+def kind(found: object) -> str:
     """A value for a message: its type and its beginning."""
     return "nothing" if found is None else f"{type(found).__name__} {repr(found)[:40]}"

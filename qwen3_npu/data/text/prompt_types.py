@@ -12,13 +12,13 @@ from qwen3_npu import log
 from qwen3_npu.data.text.chat_template import chat_templates, hf_template
 from qwen3_npu.data.text.conversation import THINK, Conversation
 from qwen3_npu.data.text.encoder import Encoder
-from qwen3_npu.data.text.templates import QWEN, QWEN3, Template
+from qwen3_npu.data.text.templates import QWEN, QWEN3_TEMPLATE, Template
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
 
 AUTO = "auto"
 TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
     "qwen": lambda tokenizer: QWEN,
-    "qwen3": lambda tokenizer: QWEN3,
+    "qwen3": lambda tokenizer: QWEN3_TEMPLATE,
     "hf": hf_template,
 }
 PROMPT_TYPES = (AUTO, *TEMPLATES)
@@ -71,7 +71,7 @@ def warn_of_misfit(prompt_type: str, tokenizer: TokenizerFolder) -> None:
 
 
 def prompt_tokens(template: Template, conversation: Conversation, thinking: bool | None, encoder: Encoder) -> list[int]:
-    """The tokens of a conversation up to where the next answer starts, as training saw them before an answer.
+    """The tokens of a conversation up to where the next answer starts, as in training.
 
     Args:
         conversation: its last message waits for an answer; `read_messages` makes it of OpenAI's messages.

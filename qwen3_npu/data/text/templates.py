@@ -15,7 +15,7 @@ from qwen3_npu.data.text.conversation import (
     TOOL,
     Conversation,
     Message,
-    Pair,
+    PreferencePair,
     to_json,
     without_thought,
 )
@@ -102,7 +102,9 @@ def render_answer(
     return [text for turn in turns[:-1] for text in (*turn.source, *turn.target)] + turns[-1].source, turns[-1].target
 
 
-def render_pair(pair: Pair, template: Template, thinking: bool | None) -> tuple[list[str], tuple[list[str], list[str]]]:
+def render_pair(
+    pair: PreferencePair, template: Template, thinking: bool | None
+) -> tuple[list[str], tuple[list[str], list[str]]]:
     """Two answers to one prompt -> strings of the prompt, and of both answers."""
     prompts, answers = [], []
     for answer in (pair.chosen, pair.rejected):
@@ -170,7 +172,7 @@ def _qwen_tools(tools: tuple[dict[str, Any], ...] | None) -> str:
     )
 
 
-def _qwen_argument(name: str, parameter: Any, required: bool) -> str:
+def _qwen_argument(name: str, parameter: object, required: bool) -> str:
     if not isinstance(parameter, dict):
         raise ValueError(f"a tool's argument {name!r} is no object but {repr(parameter)[:80]}")
     text = f"  - {name} ({parameter.get('type', '')}{', required' if required else ''}): "
@@ -234,6 +236,6 @@ def _prompt(
 
 
 QWEN = Template(render_qwen, _prompt(render_qwen), ("<|im_start|>", END), END, identity="qwen")
-QWEN3 = Template(
+QWEN3_TEMPLATE = Template(
     render_qwen3, _prompt(render_qwen3), ("<|im_start|>", END, "<think>", "</think>"), END, identity="qwen3"
 )

@@ -1,6 +1,6 @@
 """Tokenizer folders: what they say about their tokens, and their libraries, loaded while the program starts.
 
-Imports nothing heavy: a small run's time goes into loading, which must begin before numpy is imported.
+Imports nothing large: a small run spends its time on loading, which must begin before numpy is imported.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # A key: inside a string of JSON, quotes have a backslash.
 _ADDED_TOKENS = re.compile(r'"added_tokens"\s*:\s*\[')
@@ -126,14 +129,14 @@ def open_tokenizer(path: str) -> TokenizerFolder:
 
 
 class Loading(NamedTuple):
-    """Libraries on their way.
+    """Libraries that are being loaded.
 
     Attributes:
         reference: a tokenizers.Tokenizer.
         fast: a fastokens.Tokenizer, or an ImportError or what else keeps it from being used; None: not wanted.
     """
 
-    reference: Future[Any]
+    reference: Future[Tokenizer]
     fast: Future[Any] | None
 
 
@@ -168,7 +171,7 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS lacks it
 
 
-def _load_reference(file: str) -> Any:
+def _load_reference(file: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:

@@ -15,7 +15,7 @@ _ALIGNED = 512  # bytes: tensors begin where an allocator would let them begin
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class AnswerTokens:
     """Which answer each token of a micro-batch of preference training belongs to; see `rows.AnswerRows`.
 
     Attributes:
@@ -32,7 +32,7 @@ class Answers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """One micro-batch on the device: what this pipeline stage needs of it.
 
     Attributes:
@@ -55,11 +55,11 @@ class Batch:
     think_mask: torch.Tensor | None
     amounts: torch.Tensor | None
     supervised: float
-    answers: Answers | None = None
+    answers: AnswerTokens | None = None
 
 
-def drained(batches: collections.deque[Batch]) -> Iterator[Batch]:
-    """The micro-batches one after the other; none is kept."""
+def drained(batches: collections.deque[MicroBatch]) -> Iterator[MicroBatch]:
+    """The micro-batches one after the other; each is dropped once it is used."""
     while batches:
         yield batches.popleft()
 

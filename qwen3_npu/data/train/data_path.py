@@ -45,7 +45,7 @@ def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
 
 def cache_folder(data: DataArgs) -> Path:
-    """Where index caches and what else is made of --data-path are kept."""
+    """The folder of index caches and other files that are made of --data-path."""
     return Path(data.data_cache_path or Path(blend(data.data_path)[0][0]).parent / "cache")
 
 
@@ -67,11 +67,11 @@ class DataFacts:
 def check_data(
     data: DataArgs, vocab_size: int, *, seq_length: int, scans: bool = True, evaluates: bool = False
 ) -> DataFacts:
-    """Open every file of --data-path as training will, and look at its ids.
+    """Open every file of --data-path as training will, and check its ids.
 
     Args:
         vocab_size: of the model.
-        scans: read files through of which no record says what ids they hold; on one process of a job.
+        scans: read the files whose record does not say which ids they hold; on one process of a job.
         evaluates: on the share for validation, too.
 
     Raises:
@@ -142,7 +142,7 @@ def _check_there(prefix: str, data: DataArgs) -> None:
     pairs = [name.removesuffix(f"{end}.idx") for name in names if name.endswith(f"{end}.idx")]
     hint = did_you_mean(Path(prefix).name, [*pairs, *(name for name in names if not name.endswith((".idx", ".bin")))])
     if not hint and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", prefix):
-        hint = f"; a Hugging Face data set is preprocessed first: preprocess_data.py --input {prefix}"
+        hint = "; for a data set of the Hugging Face Hub give --handler-name, which says what its records are"
     raise UsageError(
         f"--data-path {prefix}: not found: there is no pair {prefix}{end}.idx and .bin, and no raw file or folder of "
         f"this name{hint}"

@@ -1,7 +1,9 @@
-"""Indices that take long to compute, kept as .npy files under a seal: sizes, digests, and what they are of. No torch.
+"""Indices that take long to compute, cached as .npy files with a seal: sizes, digests, and what they are made of. No
+torch.
 
-The seal is written last, when the files are on the disk. What does not fit its seal (zeroed by a crash, cut, of other
-data) is made anew, and said. Each process looks, so that none trains on what another one has found to be wrong.
+The seal is written last, when the files are on the disk. Files that do not match their seal (zeroed by a crash,
+truncated, of other data) are made anew, and the log says so. Each process checks them, so that none trains on files
+that another one has found to be wrong.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class IndexCache:
             with Lease(self.folder / f"{self.stem}.lease", what, remedy, wait=True):
                 why = self._fault()  # another process may have been faster
                 if why:
-                    log.warning(f"{why}; it is made anew")
+                    log.warning(f"{why}; it is made again")
                 if why is not None:
                     try:
                         self._write(make())
@@ -87,7 +89,7 @@ class IndexCache:
 
 
 class _Written:
-    """A file and the size and CRC-32 of what was written to it, not of what the disk made of it."""
+    """A file, and size and CRC-32 of the data written to it, computed from memory and not read back."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.digest = file, 0, 0
@@ -98,7 +100,7 @@ class _Written:
 
 
 def _digest(path: Path) -> int:
-    """CRC-32 of a file: against damage, not malice; it takes less time than to read the file."""
+    """CRC-32 of a file: it detects damage, not manipulation, and is faster than reading the file."""
     digest = 0
     with open(path, "rb") as file:
         while part := file.read(_READ):

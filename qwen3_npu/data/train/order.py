@@ -33,7 +33,7 @@ class Epochs:
 
     def __init__(self, count: int, seed: int, *, shuffle: bool = True) -> None:
         self.count, self.seed, self.shuffle = count, seed, shuffle
-        # Two: blends and evaluation look a little ahead and back over the boundary of an epoch.
+        # Two: blends and evaluation read on both sides of the boundary of an epoch.
         self._order = functools.lru_cache(maxsize=2)(functools.partial(shuffled, count, seed))
 
     def __getitem__(self, number: int) -> int:
@@ -53,7 +53,7 @@ class Blend:
     """Takes data sets in turn, in proportion to weights, each in its own order.
 
     The j-th sample of a set of weight w is due at time (j + 1/2) / w; samples come as they are due. So after any number
-    n of samples, a set has given n w of them, give or take one.
+    n of samples, a set has given n w of them, plus or minus one.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:

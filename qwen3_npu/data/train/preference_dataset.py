@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwen3_npu.data.train.rows import AnswerRows, Padding, Rows, instruction_rows
-from qwen3_npu.data.train.sft_dataset import Sample
+from qwen3_npu.data.train.sft_dataset import TokenSample
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.data.train.turns import IGNORED, kept_tokens, turns_of
 from qwen3_npu.errors import UsageError
@@ -22,11 +22,11 @@ _NAMES = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_l
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class SamplePair:
     """Two answers to one prompt, each with it."""
 
-    chosen: Sample
-    rejected: Sample
+    chosen: TokenSample
+    rejected: TokenSample
 
 
 class PairFiles:
@@ -50,17 +50,17 @@ class PairFiles:
         """What tells these data from others."""
         return " ".join(file.fingerprint() for file in self.files)
 
-    def sample(self, number: int, longest: int) -> Pair:
-        """A pair, each answer with its prompt cut to `longest` tokens as fine-tuning samples are."""
+    def sample(self, number: int, longest: int) -> SamplePair:
+        """A pair, each answer with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         chosen, chosen_labels, rejected, rejected_labels = (file[number] for file in self.files)
-        return Pair(_cut(chosen, chosen_labels, longest), _cut(rejected, rejected_labels, longest))
+        return SamplePair(_cut(chosen, chosen_labels, longest), _cut(rejected, rejected_labels, longest))
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
     """An answer with its prompt, and whether it is good."""
 
-    answer: Sample
+    answer: TokenSample
     desirable: bool
 
 
@@ -96,7 +96,7 @@ class LabelledFiles:
         return " ".join([*(file.fingerprint() for file in self.files), digest])
 
     def sample(self, number: int, longest: int) -> Labelled:
-        """An answer, with its prompt cut to `longest` tokens as fine-tuning samples are."""
+        """An answer, with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         ids, labels = (file[number] for file in self.files)
         return Labelled(_cut(ids, labels, longest), bool(self.desirable[number]))
 
@@ -108,30 +108,41 @@ def open_answers(stage: str, prefixes: Sequence[str]) -> list[PairFiles] | list[
     return [PairFiles(prefix) for prefix in prefixes]
 
 
-def _cut(ids: np.ndarray, labels: np.ndarray, longest: int) -> Sample:
+def _cut(ids: np.ndarray, labels: np.ndarray, longest: int) -> TokenSample:
     if len(ids) > longest:
         where = kept_tokens(turns_of(labels), longest)
         ids, labels = ids[where], labels[where]
-    return Sample(ids, labels, None)
+    return TokenSample(ids, labels, None)
 
 
-def pair_rows(pairs: Sequence[Pair], padding: Padding, *, packed: bool) -> Rows:
+def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool, scored: bool = False) -> Rows:
     """The rows of a micro-batch of pairs.
 
     Args:
         packed: all sequences lie in one row, one after the other, apart as documents; padding follows the last.
+        scored: the loss is of the last token of each sequence, where a reward model gives its reward.
     """
-    return _answer_rows([sample for pair in pairs for sample in (pair.chosen, pair.rejected)], padding, packed=packed)
+    samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
+    rows = _answer_rows(samples, padding, packed=packed)
+    if not scored:
+        return rows
+    lengths = np.array([len(sample.ids) for sample in samples])
+    ends = np.zeros_like(rows.loss_mask)
+    if packed:
+        ends[0, np.cumsum(lengths) - 1] = 1
+    else:
+        ends[np.arange(len(lengths)), lengths - 1] = 1
+    return dataclasses.replace(rows, loss_mask=ends)
 
 
 def labelled_rows(found: Sequence[Labelled], padding: Padding, *, longest: int, packed: bool) -> Rows:
     """The rows of a micro-batch of labelled answers: each, and after it its prompt with the answer to the one before.
 
-    The latter tell how far the policy is from the reference where it says something that does not fit (KTO's z_0); TRL
-    cycles the answers of a micro-batch alike.
+    The latter estimate the divergence of the policy from the reference on mismatched answers (KTO's z_0); TRL shifts
+    the answers of a micro-batch in the same way.
 
     Args:
-        longest: these strange pairs are cut to so many tokens.
+        longest: the mismatched pairs are truncated to so many tokens.
         packed: as for `pair_rows`.
     """
     samples = []
@@ -143,7 +154,7 @@ def labelled_rows(found: Sequence[Labelled], padding: Padding, *, longest: int, 
     return dataclasses.replace(rows, answers=dataclasses.replace(rows.answers, desirable=desirable))
 
 
-def _mismatched(sample: Sample, other: Sample, longest: int) -> Sample:
+def _mismatched(sample: TokenSample, other: TokenSample, longest: int) -> TokenSample:
     """The prompt of one sample with the answer of another."""
     prompt, start = _prompt_length(sample), _prompt_length(other)
     ids, labels = (
@@ -152,19 +163,19 @@ def _mismatched(sample: Sample, other: Sample, longest: int) -> Sample:
     return _cut(ids, labels, longest)
 
 
-def _prompt_length(sample: Sample) -> int:
+def _prompt_length(sample: TokenSample) -> int:
     learned = np.flatnonzero(sample.labels != IGNORED)
     return int(learned[0]) if len(learned) else len(sample.labels)
 
 
-def _answer_rows(samples: Sequence[Sample], padding: Padding, *, packed: bool) -> Rows:
+def _answer_rows(samples: Sequence[TokenSample], padding: Padding, *, packed: bool) -> Rows:
     lengths = np.array([len(sample.ids) for sample in samples])
     if packed:
         segments = np.repeat(np.arange(1, len(samples) + 1), lengths)
         ids, labels = (np.concatenate([getattr(s, name) for s in samples]) for name in ("ids", "labels"))
         starts = np.cumsum(lengths) - lengths
         labels[starts] = IGNORED
-        samples = [Sample(ids, labels, segments)]
+        samples = [TokenSample(ids, labels, segments)]
     rows = instruction_rows(samples, padding, per_document=packed)
     places = np.arange(rows.tokens.shape[1])
     if packed:

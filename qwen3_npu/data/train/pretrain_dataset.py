@@ -1,7 +1,7 @@
 """Pretraining samples of one or several token files, built with megatron's datasets.
 
 The order of a token file's samples, epoch after epoch, does not depend on how many are asked for. megatron's GPTDataset
-shuffles all epochs of a training together: with other --train-iters the order is another. Here epoch e is shuffled by
+shuffles all epochs of a training together: with other --train-iters the order differs. Here epoch e is shuffled by
 (seed, e) alone, documents and samples; the first epoch is what megatron gives for a single one.
 
 Documents lie one after the other, those of the next epoch behind those of the last, and are divided into samples of
@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from qwen3_npu.args.training import DataArgs
 from qwen3_npu.data.train.data_path import blend, cache_folder
 from qwen3_npu.data.train.index_cache import IndexCache
 from qwen3_npu.data.train.order import Blend
-from qwen3_npu.data.train.rows import Rows, pretraining_rows
+from qwen3_npu.data.train.rows import Rows
 from qwen3_npu.data.train.token_file import open_indexed
 from qwen3_npu.errors import UsageError
 
@@ -40,13 +40,21 @@ class _Tokenizer:
     eod: int = -2  # -1 is GPTDataset's padding
 
 
+class TextSamples(Protocol):
+    """Samples by number: tokens, labels and loss_mask, each [s]."""
+
+    def __getitem__(self, number: int, /) -> dict[str, torch.Tensor]: ...
+
+    def locate(self, number: int) -> tuple: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Splits:
     """Samples for training, validation and test; None where there are none."""
 
-    train: Any
-    valid: Any
-    test: Any
+    train: TextSamples
+    valid: TextSamples | None
+    test: TextSamples | None
 
 
 def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[int, int, int]) -> Splits:
@@ -72,7 +80,7 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
             sequence_length=seq_length,
             blend=([prefix], None),
             split=data.split,
-            path_to_cache=str(cache / open_indexed(prefix).fingerprint()),  # never taken for other data
+            path_to_cache=str(cache / open_indexed(prefix).fingerprint()),  # never used for other data
             tokenizer=_Tokenizer(),
             reset_position_ids=False,
             reset_attention_mask=False,
@@ -85,11 +93,13 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
         made.append(BlendedMegatronDatasetBuilder(TextDataset, counts, lambda: True, config).build())
     if len(made) == 1:
         return Splits(*made[0])
-    return Splits(*(_Blended(sets, shares) if None not in sets else None for sets in zip(*made, strict=True)))
+    train, valid, test = (_Blended(sets, shares) if None not in sets else None for sets in zip(*made, strict=True))
+    assert train is not None, "a share without documents is refused above"
+    return Splits(train, valid, test)
 
 
 class TextDataset(GPTDataset):
-    """megatron's samples in this order. A node that does not see rank 0's index makes its own, which is the same."""
+    """megatron's samples in this order. A node that does not see rank 0's index makes an equal one."""
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Documents [epochs x documents]; samples [n + 1, 2], place among them and offset; order of samples [n]."""
@@ -97,6 +107,11 @@ class TextDataset(GPTDataset):
         cache = IndexCache(Path(self.config.path_to_cache), stem, ("documents", "samples", "order"))
         documents, samples, order = cache.arrays(self._indices)
         return documents, samples, order
+
+    def locate(self, number: int) -> tuple[str, int, int]:
+        """The prefix, document and token of it that sample `number` begins at."""
+        place, offset = self.sample_index[self.shuffle_index[number]]
+        return self.dataset.path_prefix, int(self.document_index[place]), int(offset)
 
     def _indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         from megatron.core.datasets import helpers  # compiled
@@ -124,12 +139,17 @@ class TextDataset(GPTDataset):
 class _Blended:
     """The samples of several data sets in proportion to their weights."""
 
-    def __init__(self, datasets: Sequence[Any], weights: Sequence[float]) -> None:
+    def __init__(self, datasets: Sequence[TextSamples], weights: Sequence[float]) -> None:
         self.datasets, self.order = datasets, Blend(weights)
 
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         chosen = self.order[number]
         return self.datasets[chosen.source][chosen.number]
+
+    def locate(self, number: int) -> tuple[str, int, int]:
+        """As `TextDataset.locate`."""
+        chosen = self.order[number]
+        return self.datasets[chosen.source].locate(chosen.number)
 
 
 def _needed_splits(
@@ -137,7 +157,7 @@ def _needed_splits(
 ) -> list[tuple[float, float] | None]:
     """The shares that are drawn from; None for the others.
 
-    megatron-core loops for ever over a share without documents, so such a share must never reach it.
+    megatron-core loops forever over a share without documents, so such a share must never reach it.
 
     Raises:
         UsageError: a share that is drawn from is 0 or has no document.
@@ -152,40 +172,15 @@ def _needed_splits(
     return needed
 
 
-def _stacked(samples: Sequence[dict[str, torch.Tensor]]) -> list[np.ndarray]:
+def stacked(samples: Sequence[dict[str, torch.Tensor]]) -> list[np.ndarray]:
     """tokens, labels [b, s] int64 and loss_mask [b, s] float32."""
     return [torch.stack([s[key] for s in samples]).numpy() for key in ("tokens", "labels", "loss_mask")]
 
 
 def plain_rows(samples: Sequence[dict[str, torch.Tensor]]) -> Rows:
     """Samples as rows without regard to documents."""
-    tokens, labels, mask = _stacked(samples)
+    tokens, labels, mask = stacked(samples)
     positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
     return Rows(
         tokens, labels, mask, positions, cu_seqlens=None, real_tokens=tokens.size, squares=tokens.size * tokens.shape[1]
-    )
-
-
-def document_rows(
-    samples: Sequence[dict[str, torch.Tensor]],
-    *,
-    eod: int,
-    reset_position_ids: bool,
-    reset_attention_mask: bool,
-    eod_mask_loss: bool,
-) -> Rows:
-    """Samples as rows that know their documents, for --reset-position-ids, --reset-attention-mask, --eod-mask-loss.
-
-    Args:
-        eod: the token that ends documents (`documents.find_eod`).
-    """
-    tokens, labels, mask = _stacked(samples)
-    return pretraining_rows(
-        tokens,
-        labels,
-        mask,
-        eod=eod,
-        reset_position_ids=reset_position_ids,
-        reset_attention_mask=reset_attention_mask,
-        eod_mask_loss=eod_mask_loss,
     )

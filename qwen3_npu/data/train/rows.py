@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_npu.data.train.sft_dataset import Sample
+from qwen3_npu.data.train.sft_dataset import TokenSample
 from qwen3_npu.data.train.token_file import Indexed
 from qwen3_npu.data.train.token_record import IGNORED
 from qwen3_npu.errors import UsageError
@@ -48,8 +48,8 @@ class Rows:
         positions: int64 [b, s].
         cu_seqlens: boundaries of documents, (0, ..., s); the rows are then laid one after the other and b is 1. None if
             each row is one document.
-        real_tokens: that are no padding.
-        squares: sum over the stretches that attend within themselves of their lengths' squares: what attention costs.
+        real_tokens: tokens without padding. squares: sum of the squared lengths of the documents: the cost of
+        attention.
         padding: bool [b, s], where a token is padding; None: nowhere.
         answers: of preference training.
     """
@@ -67,7 +67,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """How long rows are made.
+    """The length of rows.
 
     Attributes:
         token: what they are filled with.
@@ -79,7 +79,7 @@ class Padding:
     length: int | None
     multiple: int = 1
 
-    def of(self, samples: Sequence[Sample]) -> int:
+    def of(self, samples: Sequence[TokenSample]) -> int:
         """The length of the rows of these samples."""
         length = self.length or max(len(sample.ids) for sample in samples)
         return -(-length // self.multiple) * self.multiple
@@ -92,7 +92,7 @@ def padding_multiple(pad_to_multiple_of: int, *, tensor: int, context: int) -> i
 
 
 def instruction_rows(
-    samples: Sequence[Sample], padding: Padding, *, per_document: bool, reset_positions: bool = True
+    samples: Sequence[TokenSample], padding: Padding, *, per_document: bool, reset_positions: bool = True
 ) -> Rows:
     """Fine-tuning samples as rows.
 

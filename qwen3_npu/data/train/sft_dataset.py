@@ -1,6 +1,7 @@
 """Fine-tuning samples: <prefix>_packed_{input_ids,attention_mask,labels}_document, alone or blended. No torch.
 
-The order of samples depends on the seed and the files alone and is computed, not stored: there is no cache to go stale.
+The order of samples depends on the seed and the files alone and is computed, not stored: there is no cache that could
+be outdated.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Kind(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class TokenSample:
     """One sample.
 
     Attributes:
@@ -63,6 +64,10 @@ class InstructionFiles:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def fingerprint(self) -> str:
+        """What tells these data from others."""
+        return self.ids.fingerprint()
+
     def _kind(self) -> Kind:
         looked_at = range(min(len(self), _LOOKED_AT))
         # A pack ends with padding: numbered 0 by --neat-pack, and as long as every other pack.
@@ -72,8 +77,8 @@ class InstructionFiles:
         padded = all(self.labels[i][-1:] == -100 for i in looked_at)
         return Kind.PACK if same_length and padded else Kind.SINGLE
 
-    def sample(self, number: int, longest: int) -> Sample:
-        """A sample, cut to `longest` tokens: packs at the end, conversations turn by turn."""
+    def sample(self, number: int, longest: int) -> TokenSample:
+        """A sample, truncated to `longest` tokens: packs at the end, conversations turn by turn."""
         ids, labels = self.ids[number], self.labels[number]
         segments = self.mask[number] if self.kind is Kind.NEAT_PACK else None
         if self.kind is Kind.PACK:  # its attention mask is 1 everywhere; padding is one token, never learned
@@ -82,7 +87,7 @@ class InstructionFiles:
         if len(ids) > longest and self.kind is Kind.SINGLE:
             where = kept_tokens(turns_of(labels), longest)
             ids, labels = ids[where], labels[where]
-        return Sample(ids[:longest], labels[:longest], None if segments is None else segments[:longest])
+        return TokenSample(ids[:longest], labels[:longest], None if segments is None else segments[:longest])
 
     def is_supervised(self, number: int, longest: int) -> bool:
         """Whether anything of a sample is learned: a label that its document's token before it predicts."""
@@ -93,23 +98,30 @@ class InstructionFiles:
         return bool(learned.any())
 
 
-class SampleFiles(Protocol):
+Sample = TypeVar("Sample")
+SampleOut = TypeVar("SampleOut", covariant=True)
+
+
+class SampleFiles(Protocol[SampleOut]):
     """A data set of samples: conversations here, pairs of answers in `preference_dataset.py`."""
 
     prefix: str
 
     def __len__(self) -> int: ...
 
-    def sample(self, number: int, longest: int) -> Any:
-        """A sample, cut to `longest` tokens."""
+    def fingerprint(self) -> str:
+        """What tells these data from others."""
+
+    def sample(self, number: int, longest: int) -> SampleOut:
+        """A sample, truncated to `longest` tokens."""
 
 
-class InstructionDataset:
+class InstructionDataset(Generic[Sample]):
     """An endless sequence of samples: epoch after epoch, each in another order; several data sets in proportion."""
 
     def __init__(
         self,
-        files: Sequence[SampleFiles],
+        files: Sequence[SampleFiles[Sample]],
         weights: Sequence[float],
         shares: Sequence[range],
         *,
@@ -120,7 +132,7 @@ class InstructionDataset:
         """
         Args:
             shares: the samples of each of `files` that belong to this split.
-            longest: samples are cut to so many tokens.
+            longest: samples are truncated to so many tokens.
         """
         used = [i for i, share in enumerate(shares) if len(share)]
         self.files, self.shares = [files[i] for i in used], [shares[i] for i in used]
@@ -139,25 +151,25 @@ class InstructionDataset:
         source, place = self.blend[number]
         return self.files[source].prefix, self.shares[source][self.epochs[source][place]]
 
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, number: int) -> Sample:
         source, place = self.blend[number]
         return self.files[source].sample(self.shares[source][self.epochs[source][place]], self.longest)
 
 
 @dataclasses.dataclass(frozen=True)
-class InstructionSplits:
+class InstructionSplits(Generic[Sample]):
     """Samples for training, validation and test; None where there are none."""
 
-    train: InstructionDataset | None
-    valid: InstructionDataset | None
-    test: InstructionDataset | None
+    train: InstructionDataset[Sample] | None
+    valid: InstructionDataset[Sample] | None
+    test: InstructionDataset[Sample] | None
 
 
 def open_instructions(prefixes: Sequence[str], *, per_document: bool) -> list[InstructionFiles]:
     """Open and check data sets.
 
     Args:
-        per_document: attention shall stay within the documents of packs (--reset-attention-mask).
+        per_document: attention must stay within the documents of packs (--reset-attention-mask).
 
     Raises:
         UsageError: see `InstructionFiles`; packs without boundaries.
@@ -173,14 +185,14 @@ def open_instructions(prefixes: Sequence[str], *, per_document: bool) -> list[In
 
 
 def instruction_splits(
-    files: Sequence[SampleFiles],
+    files: Sequence[SampleFiles[Sample]],
     weights: Sequence[float] | None,
     split: str,
     *,
     longest: int,
     seed: int,
     shuffle: bool = True,
-) -> InstructionSplits:
+) -> InstructionSplits[Sample]:
     """Data sets for training, validation and test.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3_npu import schema
-from qwen3_npu.data.train.token_index import DTYPES, MAGIC, TokenIndex, chunks, read_index
+from qwen3_npu.data.train.token_index import MAGIC, TOKEN_DTYPES, TokenIndex, index_slices, read_index
 from qwen3_npu.data.train.token_record import IdRange, TokenRecord, record_path
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import flush, rename
@@ -63,7 +63,7 @@ class Indexed:
 
 
 def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:
-    """Open a pair and check that the files are whole and agree with each other.
+    """Open a pair and check that the files are complete and agree with each other.
 
     Raises:
         UsageError: a file is missing, truncated, or not what its name says.
@@ -98,7 +98,7 @@ class IndexedWriter:
     def __init__(
         self, prefix: str | Path, resume: tuple[int, int] | None = None, made: Mapping[str, Any] | None = None
     ) -> None:
-        """Start a pair, or go on with one at a `position` that an earlier run reached.
+        """Start a pair, or resume one at a `position` that an earlier run reached.
 
         Args:
             made: how, for the record (`TokenRecord.made`).
@@ -111,7 +111,7 @@ class IndexedWriter:
         self.made, self.ids = made or {}, IdRange()
         if resume and resume[0]:
             earlier = np.memmap(self._temporary()[0], np.int32, "r")
-            for part in chunks(len(earlier)):
+            for part in index_slices(len(earlier)):
                 self.ids += IdRange.of(earlier[part])
 
     def _temporary(self) -> tuple[str, str]:
@@ -154,7 +154,7 @@ class IndexedWriter:
         name = self._temporary()[1]
         lengths = np.memmap(name, np.int32, "r") if os.path.getsize(name) else np.zeros(0, np.int32)
         with open(self.prefix + ".idx.tmp", "wb") as file:
-            write_index(file, lengths)
+            write_token_index(file, lengths)
             flush(file)
 
     def _close(self) -> None:
@@ -171,7 +171,7 @@ class IndexedWriter:
 def publish(writers: Sequence[IndexedWriter]) -> None:
     """Make finished pairs visible under their names, replacing older ones.
 
-    The old .idx files go first and the new ones come last: at no moment does an .idx lie beside a .bin of another run.
+    The old .idx files go first and the new ones come last: an .idx never lies beside a .bin of another run.
     """
     for writer in writers:
         writer._finish()
@@ -186,7 +186,7 @@ def publish(writers: Sequence[IndexedWriter]) -> None:
         os.unlink(writer._temporary()[1])
 
 
-def write_index(
+def write_token_index(
     file: BinaryIO, lengths: np.ndarray, boundaries: np.ndarray | None = None, dtype: npt.DTypeLike = np.int32
 ) -> None:
     """The .idx file of sequences with these lengths; written in chunks.
@@ -195,17 +195,17 @@ def write_index(
         boundaries: of documents; None: one document per sequence.
     """
     count, size = len(lengths), np.dtype(dtype).itemsize
-    code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
+    code = next(code for code, known in TOKEN_DTYPES.items() if np.dtype(known) == dtype)
     ends = count + 1 if boundaries is None else len(boundaries)
     file.write(MAGIC + (1).to_bytes(8, "little") + bytes([code]))
     file.write(count.to_bytes(8, "little") + ends.to_bytes(8, "little"))
-    for chunk in chunks(count):
+    for chunk in index_slices(count):
         file.write(lengths[chunk].astype(np.int32).tobytes())
     offset = 0
-    for chunk in chunks(count):
+    for chunk in index_slices(count):
         after = offset + np.cumsum(lengths[chunk], dtype=np.int64) * size
         file.write(np.concatenate(([offset], after[:-1])).astype(np.int64).tobytes())
         offset = int(after[-1])
-    for chunk in chunks(ends):
+    for chunk in index_slices(ends):
         numbers = np.arange(chunk.start, chunk.stop, dtype=np.int64)
         file.write(numbers.tobytes() if boundaries is None else boundaries[chunk].astype(np.int64).tobytes())

@@ -4,7 +4,7 @@
     int32 lengths[S], int64 byte offsets[S], int64 boundaries[D] (0 and, for each document, the sequence after it)
 
 Sequences may lie in the .bin file in any order, as Megatron allows; together they must be the file: no byte is in two
-of them or in none. So what is damaged or belongs to another .bin is found, and every number read is the right one.
+of them or in none. So a damaged index, or one of another .bin, is detected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from qwen3_npu.errors import UsageError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+TOKEN_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
 CHUNK = 1 << 20  # sequences handled at once
 _AGAIN = "preprocess the data again"
 
@@ -46,7 +55,7 @@ class TokenIndex:
     in_order: bool
 
 
-def chunks(count: int) -> Iterator[slice]:
+def index_slices(count: int) -> Iterator[slice]:
     """Slices of `CHUNK` sequences up to `count`."""
     for start in range(0, count, CHUNK):
         yield slice(start, min(start + CHUNK, count))
@@ -66,11 +75,11 @@ def read_index(path: Path, bin_bytes: int) -> TokenIndex:
         code = header[17]
         if version != 1:
             raise UsageError(f"{path} is an index of version {version}; only version 1 is known; {_AGAIN}")
-        if code not in DTYPES:
+        if code not in TOKEN_DTYPES:
             raise UsageError(f"{path} is damaged: {code} is no code of a type of numbers; {_AGAIN}")
-        dtype = np.dtype(DTYPES[code])
+        dtype = np.dtype(TOKEN_DTYPES[code])
         if dtype.kind == "f":
-            raise UsageError(f"{path} says that its tokens are {dtype}; token ids are whole numbers; {_AGAIN}")
+            raise UsageError(f"{path} says that its tokens are {dtype}; token ids are integers; {_AGAIN}")
         expected = HEADER_BYTES + 12 * sequences + 8 * boundaries
         if size == expected + sequences and sequences:
             raise UsageError(f"{path} is a multimodal index (it has modes of sequences), which cannot be trained on")
@@ -97,7 +106,7 @@ def _damaged(path: Path, why: str) -> NoReturn:
 def _check_lengths(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, *, bin_bytes: int) -> bool:
     """Together the sequences are as long as the .bin file. Returns whether they lie in order."""
     position, in_order = 0, True
-    for chunk in chunks(len(lengths)):
+    for chunk in index_slices(len(lengths)):
         sizes = lengths[chunk].astype(np.int64) * itemsize
         if sizes.min() < 0:
             _damaged(path, f"sequence {chunk.start + int(sizes.argmin())} has {sizes.min() // itemsize} tokens")
@@ -139,7 +148,7 @@ def _check_tiling(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize
 def _check_boundaries(path: Path, ends: np.ndarray, sequences: int) -> None:
     if ends[0] != 0 or ends[-1] != sequences:
         _damaged(path, f"its documents go from sequence {ends[0]} to {ends[-1]}, not from 0 to {sequences}")
-    for chunk in chunks(len(ends)):
+    for chunk in index_slices(len(ends)):
         part = ends[chunk.start : chunk.stop + 1]
         if (part[1:] < part[:-1]).any():
             _damaged(path, f"its documents are not in ascending order (from document {chunk.start} on)")

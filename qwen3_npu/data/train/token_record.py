@@ -6,8 +6,8 @@
      "ids": {"tokens": N, "ignored": N, "smallest": id or null, "largest": id or null},
      "made": {"tokenizer": digest, ..}}
 
-Where it is missing (Megatron's and MindSpeed-LLM's files have none), or the files have changed since, the tokens are
-read through once, and the record is kept in the data cache.
+Where it is missing (Megatron's and MindSpeed-LLM's files have none), or the files have changed since, all tokens are
+read once, and the record is stored in the data cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qwen3_npu.progress import Progress
 
 IGNORED = -100  # the label of a token that is not supervised
 _VERSION = 1
-_SCANNED = 4 << 20  # tokens looked at at once
+_SCANNED = 4 << 20  # tokens read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def find_record(prefix: str, path: Path | None = None) -> TokenRecord | None:
 
 
 def scanned_record(prefix: str, tokens: np.ndarray, cache: Path) -> TokenRecord:
-    """The record of a pair: from beside it, from the cache, or from its tokens, which are read through then.
+    """The record of a pair: from beside it, from the cache, or from its tokens, which are then all read.
 
     Args:
         tokens: all of the pair, in any order.
@@ -135,7 +135,7 @@ def scanned_record(prefix: str, tokens: np.ndarray, cache: Path) -> TokenRecord:
         found.write(kept, prefix)
     except OSError as error:
         log.info(
-            f"{cache} cannot be written ({error.strerror}), so the next start reads {prefix}.bin through again; "
+            f"{cache} cannot be written ({error.strerror}), so the next start reads all of {prefix}.bin again; "
             f"give --data-cache-path"
         )
     return found

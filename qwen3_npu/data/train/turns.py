@@ -1,4 +1,4 @@
-"""Turns in tokens: what is given (label -100), then what is learned; and how an over-long sample is cut."""
+"""Turns in tokens: what is given (label -100), then what is learned; and how an over-long sample is truncated."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qwen3_npu.data.train.token_record import IGNORED
 
 
 class Limits(NamedTuple):
-    """Tokens that are kept of a turn."""
+    """Tokens of a turn that are kept."""
 
     source: int
     target: int
 
 
 def limits(source: int, target: int, room: int) -> Limits:
-    """How much of a turn fits into `room` tokens: the longer part gives way, both in proportion if both are long.
+    """How much of a turn fits into `room` tokens: the longer part is truncated, both in proportion if both are long.
 
     LLaMA-Factory's rule (0.9.4), which MindSpeed-LLM uses in preprocessing and in training.
     """
@@ -33,7 +33,7 @@ def limits(source: int, target: int, room: int) -> Limits:
 
 
 def kept_tokens(turns: Sequence[tuple[int, int]], room: int) -> np.ndarray:
-    """Which tokens of a sample stay, int64; turns that find no room are left out.
+    """Which tokens of a sample are kept, int64; turns without room are left out.
 
     Args:
         turns: tokens of the source and of the target of each.

@@ -1,4 +1,4 @@
-"""A conversation on the console: answers appear while they are made. What goes wrong in a turn ends the turn only."""
+"""A conversation on the console: answers appear while they are generated. An error in a turn ends that turn only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qwen3_npu.inference.chat.screen import Screen
 from qwen3_npu.inference.engine import Engine, Request
 from qwen3_npu.inference.runner import Runner
 from qwen3_npu.inference.sampling import sampling_of
-from qwen3_npu.inference.text import Stream, Writer
+from qwen3_npu.inference.text import TextStream, Writer
 
 EXIT, CLEAR = ("/exit", "q", "quit", "exit"), ("/clear", "clear", "new")
 _HELP = "Type a message; /clear forgets the conversation, /exit ends it, Ctrl-C ends an answer."
 
 
 def chat(runner: Runner, writer: Writer, args: InferenceArgs, keyboard: Keyboard) -> None:
-    """Ask and answer until /exit or the end of the input. Rank 0 has the console, every process calls this."""
+    """Ask and answer until /exit or the end of the input. Rank 0 has the console; every process calls this."""
     conversation = _Conversation(runner, writer, args, keyboard)
     conversation.say(_HELP)
     for turn in range(sys.maxsize):
@@ -74,7 +74,7 @@ class _Conversation:
                 return line if line is None else line.strip()
 
     def answer(self, turn: int, said: str) -> None:
-        """Answer a message, or say why not."""
+        """Answer a message, or tell the user why it is not sent."""
         question = Message(USER, said)
         try:
             text, tokens = self._prompt(question)
@@ -105,7 +105,7 @@ class _Conversation:
                 self.forgets = True
 
     def _prompt(self, question: Message) -> tuple[str, list[int]]:
-        """Text and tokens of the conversation; its oldest turns go until there is room for an answer."""
+        """Text and tokens of the conversation; its oldest turns are dropped until there is room for an answer."""
         positions = self.runner.plan.positions
         room = positions - min(self.flags.max_new_tokens, positions // 4)
         dropped = 0
@@ -121,7 +121,7 @@ class _Conversation:
         return text, tokens
 
     def _generate(self, request: Request, opened: bool) -> str:
-        stream = Stream(self.writer.encoder, self.runner.plan.eos, self.flags.stop or ())
+        stream = TextStream(self.writer.encoder, self.runner.plan.eos, self.flags.stop or ())
         screen = None
         if self.is_main:
             out = sys.stdout or open(os.devnull, "w", encoding="utf-8")

@@ -1,7 +1,7 @@
 """What a user types in a chat: lines of any length, in UTF-8, and Ctrl-C while an answer is made.
 
-A terminal's own line editing cuts a line after 4,095 bytes (termios(3), canonical mode) and drops what is typed or
-pasted beyond it. So the terminal hands over single keys here, and the few editing keys are done by hand.
+A terminal's own line editing truncates a line after 4,095 bytes (termios(3), canonical mode) and drops what is typed or
+pasted beyond it. So the terminal passes single keys here, and this module handles the editing keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import unicodedata
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 from qwen3_npu import console
 
@@ -50,7 +49,7 @@ class Keyboard:
 
     def _read(self) -> bytes | None:
         stream = getattr(sys.stdin, "buffer", None)
-        if stream is None:  # started without, or replaced by one of text
+        if stream is None:  # no stdin, or one of text
             return None if sys.stdin is None else sys.stdin.readline().encode("utf-8", "surrogateescape") or None
         line: bytes = stream.readline()
         return line.rstrip(b"\r\n") if line else None
@@ -64,7 +63,7 @@ class Keyboard:
         """While an answer is made, Ctrl-C ends it and not the program.
 
         Args:
-            alone: there are no other processes; a signal to one of several means that all shall end.
+            alone: there are no other processes; a signal to one of several processes ends all of them.
         """
         self.stopped = False
         if not alone or threading.current_thread() is not threading.main_thread():
@@ -151,9 +150,8 @@ class TerminalKeyboard(Keyboard):
 
 @contextlib.contextmanager
 def keyboard() -> Iterator[Keyboard]:
-    """The user's lines. A terminal hands over single keys meanwhile, so that no line is too long for it.
-
-    Enter it before anything slow: what is typed ahead is then kept whole, too.
+    """The user's lines. The terminal passes single keys meanwhile, so lines of any length work. Enter it before
+    anything slow, so that text typed ahead is complete, too.
     """
     try:
         import termios
@@ -168,7 +166,7 @@ def keyboard() -> Iterator[Keyboard]:
         yield Keyboard()
         return
 
-    def single_keys(*signal_and_frame: Any) -> None:
+    def single_keys(*signal_and_frame: object) -> None:
         changed = termios.tcgetattr(descriptor)
         changed[3] &= ~(termios.ICANON | termios.ECHO)
         changed[6][termios.VINTR] = b"\0"  # Ctrl-C comes as a key: under torchrun the signal would end all processes

@@ -1,4 +1,6 @@
-"""How a chat's answer looks while it is made: thoughts dimmed, marked or hidden; nothing that steers the terminal."""
+"""How a chat's answer looks while it is made: thoughts dimmed, marked or hidden; terminal control characters are
+escaped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of results: each appears whole, and before anything is shown on the console."""
+"""Files of results: each appears only when it is complete, and before anything is shown on the console."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qwen3_npu.errors import UsageError
 RESULT = "text_generation_result"
 
 
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole, or not at all.
+def write_result(path: Path, text: str) -> None:
+    """The file appears complete, or not at all.
 
     Raises:
         UsageError: it cannot be written.
@@ -22,17 +22,19 @@ def write_text(path: Path, text: str) -> None:
     try:
         files.write_text(path, text)
     except OSError as error:
-        raise UsageError(f"--output-dir: {path} cannot be written: {error.strerror}; make room and run again") from None
+        raise UsageError(
+            f"--output-dir: {path} cannot be written: {error.strerror}; free some space and run again"
+        ) from None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Likewise, a value as indented JSON."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    write_result(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Likewise, a record a line."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_result(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def write_generated(folder: Path, results: Iterable[Mapping[str, Any]]) -> list[Path]:
@@ -40,5 +42,5 @@ def write_generated(folder: Path, results: Iterable[Mapping[str, Any]]) -> list[
     results = list(results)
     paths = [folder / f"{RESULT}.jsonl", folder / f"{RESULT}.txt"]
     write_lines(paths[0], results)
-    write_text(paths[1], "".join(f"[{r['task']}]\n{r['prompt']}\n---\n{r['answer']}\n\n" for r in results))
+    write_result(paths[1], "".join(f"[{r['task']}]\n{r['prompt']}\n---\n{r['answer']}\n\n" for r in results))
     return paths

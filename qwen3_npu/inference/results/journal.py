@@ -1,7 +1,8 @@
-"""Results of an unfinished run, written as they come: a run that is started again goes on where a killed one stopped.
+"""Results of an unfinished run, written as they are made: a restarted run continues where the interrupted one stopped.
 
 <name>.unfinished.<copy>.jsonl in the output folder, one file for each copy of the model: a line that says what the run
-was asked, then a line for each result. The files go when the run has ended and its results stand in files of their own.
+was asked, then a line for each result. The files are deleted when the run has ended and its results are in their own
+files.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Journal:
         """Read what is there, and begin to write. Every process calls it.
 
         Args:
-            asked: all that results depend on. An earlier run that was asked something else is started over.
-            resume: go on with an earlier run; otherwise its results are dropped.
+            asked: all that results depend on. An earlier run with other settings is not continued. resume: continue an
+            earlier run; otherwise its results are dropped.
         """
         self.path = folder / f"{name}.unfinished.{runner.data_rank}.jsonl"
         identity = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
@@ -53,7 +54,7 @@ class Journal:
                 _rewrite(self.path, identity, [])
             self.file = self.path.open("a", encoding="utf-8")
 
-    def add(self, **entry: Any) -> None:
+    def add(self, **entry: object) -> None:
         """Write a result; of the processes of a copy only the first one does."""
         if self.file is not None:
             self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -66,14 +67,14 @@ class Journal:
             self.file = None
 
     def remove(self) -> None:
-        """The results stand elsewhere."""
+        """Delete the journal: the results are in their own files."""
         if self.file is not None:
             self.close()
             self.path.unlink(missing_ok=True)
 
 
 def _entries(file: Path, identity: str, *, resume: bool) -> list[Entry]:
-    """The results in a file, up to where a kill cut its last line."""
+    """The results in a file, without a last line that is incomplete."""
     found: list[Entry] = []
     for line in file.read_bytes().split(b"\n")[:-1]:
         try:
@@ -84,7 +85,7 @@ def _entries(file: Path, identity: str, *, resume: bool) -> list[Entry]:
         log.info(f"--no-resume: {max(len(found) - 1, 0)} results of the unfinished run in {file} are dropped")
         return []
     if not found or found[0].get("identity") != identity:
-        log.warning(f"{file}: the unfinished run was asked something else, or of another model; it is not gone on with")
+        log.warning(f"{file}: the unfinished run had other settings or another model; it is not continued")
         return []
     if found[1:]:
         log.info(f"resume: {file} has results of an unfinished run ({len(found) - 1} lines); --no-resume starts over")

@@ -23,8 +23,9 @@ class Qwen3Arch:
 
     Attributes:
         model_type: the family; "qwen3" and "qwen3_moe" stand for each other where the number of experts says so.
-        rope_scaling: how rotary embedding is stretched; None: not at all.
+        rope_scaling: scaling of the rotary embedding; None: no scaling.
         more_eos_token_ids: further tokens that end a text.
+        reward: a reward model: a head of one number per token (transformers' `score`) in place of the output layer.
     """
 
     vocab_size: int
@@ -48,8 +49,11 @@ class Qwen3Arch:
     eos_token_id: int | None = 151645
     more_eos_token_ids: tuple[int, ...] = ()
     model_type: str = "qwen3"
+    reward: bool = False
 
     def __post_init__(self) -> None:
+        if self.reward:
+            object.__setattr__(self, "tie_word_embeddings", False)  # there is no output layer to tie
         if self.model_type in ("qwen3", "qwen3_moe"):
             object.__setattr__(self, "model_type", "qwen3_moe" if self.is_moe else "qwen3")
         counts = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
@@ -80,6 +84,10 @@ class Qwen3Arch:
         """What holds for every model of its kind."""
         return FAMILIES[self.model_type]
 
+    def as_reward(self) -> Qwen3Arch:
+        """The reward model with this one's layers."""
+        return dataclasses.replace(self, reward=True)
+
     @property
     def rope(self) -> Rope:
         """How positions rotate the heads."""
@@ -102,13 +110,14 @@ class Qwen3Arch:
     def same_weights(self, other: Qwen3Arch) -> bool:
         """Whether both have tensors of the same names and shapes."""
         names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        names += "head_dim tie_word_embeddings num_experts moe_intermediate_size model_type"
+        names += "head_dim tie_word_embeddings num_experts moe_intermediate_size model_type reward"
         return all(getattr(self, name) == getattr(other, name) for name in names.split())
 
     def unlike(self, trained: Qwen3Arch) -> str | None:
-        """What this computes otherwise than weights of the same shapes were trained with; None: nothing.
+        """The first fact in which this architecture computes something else than weights of the same shapes were
+        trained for; None: none.
 
-        A model may be stretched that was trained without; one that was trained stretched needs the same again.
+        A model trained without rope scaling may get one; a model trained with rope scaling needs the same.
         """
         names = ["rope_theta", "rms_norm_eps", *(["num_experts_per_tok", "norm_topk_prob"] if self.is_moe else [])]
         pairs = [(name, getattr(trained, name), getattr(self, name)) for name in names]
@@ -119,7 +128,7 @@ class Qwen3Arch:
 
     def __str__(self) -> str:
         kind = f"MoE {self.num_experts} experts top-{self.num_experts_per_tok}" if self.is_moe else "dense"
-        tied = "tied" if self.tie_word_embeddings else "untied"
+        tied = "reward head" if self.reward else "tied" if self.tie_word_embeddings else "untied"
         return (
             f"{self.family.title} {kind}, {self.num_hidden_layers} layers, hidden {self.hidden_size}, "
             f"{self.num_attention_heads}/{self.num_key_value_heads} heads x {self.head_dim}, "
@@ -129,7 +138,7 @@ class Qwen3Arch:
 
 def parameter_count(arch: Qwen3Arch) -> int:
     """Number of weights, each counted once (a tied output layer is the embedding)."""
-    head = 0 if arch.tie_word_embeddings else arch.vocab_size * arch.hidden_size
+    head = 0 if arch.tie_word_embeddings else (1 if arch.reward else arch.vocab_size) * arch.hidden_size
     norms = 2 * arch.hidden_size + (2 * arch.head_dim if arch.family.qk_norm else 0) + _biases(arch)
     router = arch.num_experts * arch.hidden_size
     per_layer = _attention_weights(arch) + norms + router + _mlp_weights(arch, max(arch.num_experts, 1))
@@ -145,7 +154,7 @@ def flops_per_token(arch: Qwen3Arch, seq_length: float) -> float:
     """
     active = _attention_weights(arch) + _mlp_weights(arch, arch.num_experts_per_tok if arch.is_moe else 1)
     active += arch.num_experts * arch.hidden_size  # the router
-    matmul = arch.num_hidden_layers * active + arch.vocab_size * arch.hidden_size
+    matmul = arch.num_hidden_layers * active + (1 if arch.reward else arch.vocab_size) * arch.hidden_size
     attention = arch.num_hidden_layers * seq_length * arch.num_attention_heads * arch.head_dim
     return 6.0 * matmul + 6.0 * attention
 

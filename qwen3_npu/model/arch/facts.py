@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from qwen3_npu.schema import flag, integer, number
+from qwen3_npu.schema import boolean, integer, number
 
 REQUIRED: Any = object()
 
@@ -40,7 +40,7 @@ class Fact:
     default: Any = REQUIRED
     args_default: Any = None
 
-    def turned(self, value: Any) -> Any:
+    def turned(self, value: object) -> Any:
         """The argument's value for the fact's, and back."""
         return not value if self.negated else value
 
@@ -58,7 +58,7 @@ FACTS: tuple[Fact, ...] = (
     Fact("head_dim", _COUNT, ("kv_channels", "head_dim")),
     Fact(
         "tie_word_embeddings",
-        flag,
+        boolean,
         ("untie_embeddings_and_output_weights",),
         negated=True,
         default=False,
@@ -76,7 +76,7 @@ FACTS: tuple[Fact, ...] = (
     Fact("num_experts_per_tok", _COUNT, ("moe_router_topk", "num_experts_per_tok"), moe=True),
     Fact("moe_intermediate_size", _COUNT, ("moe_ffn_hidden_size", "moe_intermediate_size"), moe=True),
     # Megatron's own trainings have no such argument; see `megatron.py`.
-    Fact("norm_topk_prob", flag, ("norm_topk_prob",), moe=True, args_default=True),
+    Fact("norm_topk_prob", boolean, ("norm_topk_prob",), moe=True, args_default=True),
     Fact("router_aux_loss_coef", number, ("moe_aux_loss_coeff",), moe=True, args_default=0.001),
     Fact("bos_token_id", _TOKEN, ("bos_token_id",), default=None),
 )

@@ -16,15 +16,18 @@ from qwen3_npu.model.arch.families import find_family
 from qwen3_npu.model.arch.families.family import Family
 from qwen3_npu.schema import integer, number, read_record, sequence, shown
 
+_OF_REWARD_MODELS = ("id2label", "label2id", "num_labels")
 # Keys that say what this code says in another key, or that transformers derives; none is written.
 _NOT_WRITTEN = ("rope_parameters", "num_local_experts", "dtype", "layer_types", "original_max_position_embeddings")
+_QUANTIZED = "quantization_config"  # of weights that are dequantized when they are read
 
 
 def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwen3Arch:
     """The architecture that a Hugging Face `config.json` describes.
 
     Both spellings are read: the published one (`rope_theta`, `num_experts`) and what transformers 5 saves
-    (`rope_parameters`, `num_local_experts`). Where both are there and differ, transformers' choice counts, and is told.
+    (`rope_parameters`, `num_local_experts`). Where both are given and differ, transformers' choice is used, and the
+    log says so.
 
     Args:
         where: the file's name, for messages.
@@ -44,7 +47,20 @@ def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwe
     _tell_contradictions(config, found["rope_theta"], said, where)
     ending = _eos(config.get("eos_token_id"), where)
     found["eos_token_id"] = ending[0] if ending else None
-    return Qwen3Arch(**found, more_eos_token_ids=tuple(ending[1:]))
+    return Qwen3Arch(**found, more_eos_token_ids=tuple(ending[1:]), reward=_is_reward(config, family, where))
+
+
+def _is_reward(config: Mapping[str, Any], family: Family, where: str) -> bool:
+    """Whether it is a reward model. Raises: UsageError: a classifier of several labels."""
+    if family.reward_architecture not in sequence(config.get("architectures") or [], f"{where}: architectures"):
+        return False
+    named = config.get("id2label")
+    count = config.get("num_labels", len(named) if isinstance(named, dict) else 2)  # transformers' default
+    if count != 1:
+        raise UsageError(
+            f"{where}: a {family.reward_architecture} of {shown(count)} labels; a reward model with 1 is read"
+        )
+    return True
 
 
 def _value(fact: Fact, config: Mapping[str, Any], family: Family, found: Mapping[str, Any], *, where: str) -> Any:
@@ -78,7 +94,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
 
 
 def _tell_contradictions(config: Mapping[str, Any], theta: float, said: Mapping[str, Any], where: str) -> None:
-    """Tell of facts that are said twice, and differently; transformers' choice is made already."""
+    """Log facts that are given twice with different values; transformers' choice has been made already."""
     outer = config.get("rope_theta")
     if outer is not None and "rope_theta" in said and number(outer, f"{where}: rope_theta") != theta:
         _tell(f"{where}: rope_theta {outer:g} and the inner one {theta:g} differ; {theta:g} counts, as in transformers")
@@ -125,7 +141,7 @@ def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype:
         carry: a config the model came from; what this code does not use of it is kept.
         dtype: of the weights beside it, e.g. "bfloat16".
     """
-    config = {key: value for key, value in (carry or {}).items() if key not in _NOT_WRITTEN}
+    config = {key: value for key, value in (carry or {}).items() if key not in (*_NOT_WRITTEN, _QUANTIZED)}
     family = arch.family
     facts = {fact.name: getattr(arch, fact.name) for fact in FACTS if arch.has(fact)}
     facts["rope_scaling"] = arch.rope_scaling.to_hf() if arch.rope_scaling else None
@@ -137,5 +153,14 @@ def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype:
     if family.moe:
         fixed["output_router_logits"] = False
     defaults = {"attention_dropout": 0.0, "initializer_range": 0.02, "sliding_window": None, "use_cache": True}
-    named = {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype}
+    named: dict[str, Any] = {"model_type": family.model_type, "torch_dtype": dtype}
+    named["architectures"] = [family.reward_architecture if arch.reward else family.architecture]
+    if arch.reward:
+        # transformers counts labels by their names. It takes the reward of the last token that is no padding, so it
+        # must know the padding token: in Qwen3 that is also the bos token.
+        pad = config.get("pad_token_id")
+        named |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        named["pad_token_id"] = arch.bos_token_id if pad is None else pad
+    else:
+        config = {key: value for key, value in config.items() if key not in _OF_REWARD_MODELS}
     return dict(sorted({**defaults, **config, **facts, **fixed, **named}.items()))

@@ -19,7 +19,7 @@ from qwen3_npu.model.arch.families.family import Family
 from qwen3_npu.model.arch.rope import LINEAR, LLAMA3, YARN, RopeScaling
 from qwen3_npu.model.arch.saved_arguments import refuse_others, unlike
 from qwen3_npu.numbers import number_list
-from qwen3_npu.schema import integer, number, shown
+from qwen3_npu.schema import boolean, integer, number, shown
 
 # A family's fact -> the argument that says it.
 FEATURES = {"qk_norm": "qk_layernorm", "qkv_bias": "add_qkv_bias", "o_bias": "add_dense_bias"}
@@ -51,6 +51,8 @@ def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
     found["num_key_value_heads"] = arch.num_key_value_heads
     found |= ALWAYS | {argument: getattr(arch.family, feature) for feature, argument in FEATURES.items()}
     found |= {"hf_model_type": arch.model_type, "eos_token_id": arch.eos_token_id}
+    if arch.reward:
+        found["reward_model"] = True
     return found | (_scaling_arguments(arch.rope_scaling) if arch.rope_scaling else {})
 
 
@@ -86,7 +88,7 @@ def from_megatron(args: Mapping[str, Any], where: str) -> Qwen3Arch:
         facts.pop("norm_topk_prob", None)
     ids = {name: args[name] for name in ("bos_token_id", "eos_token_id") if name in args}
     facts["rope_scaling"] = scaling_from_megatron(said, facts["rope_theta"], where)
-    return Qwen3Arch(**{**facts, **ids})
+    return Qwen3Arch(**{**facts, **ids}, reward=boolean(said.get("reward_model", False), f"{where}: reward_model"))
 
 
 def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str) -> None:
@@ -177,7 +179,7 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
     Raises:
         UsageError: one that is not computed here, several, or without what it needs.
     """
-    read = _Numbers(said, where)
+    read = _NumericArgs(said, where)
     found: list[RopeScaling] = []
     kind = said.get("rope_scaling_type")
     if kind not in (None, YARN, LLAMA3):
@@ -197,10 +199,10 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
         found.append(RopeScaling(kind=LINEAR, factor=factor))
     if len(found) > 1:
         raise UsageError(f"{where}: its args name {' and '.join(map(str, found))}; one of them can be computed")
-    return rope.checked(found[0], theta, where) if found else None
+    return rope.checked_scaling(found[0], theta, where) if found else None
 
 
-class _Numbers:
+class _NumericArgs:
     """Numbers among arguments."""
 
     def __init__(self, said: Mapping[str, Any], where: str) -> None:
@@ -218,10 +220,10 @@ class _Numbers:
         return self(name) if name in self.said else None
 
 
-def _yarn(read: _Numbers, prefix: str) -> RopeScaling:
+def _yarn(read: _NumericArgs, prefix: str) -> RopeScaling:
     mindspeed = prefix == "rope_scaling_"
     if not mindspeed and "yarn_rotary_scaling_factor" not in read.said and "rotary_scaling_factor" in read.said:
-        read = _Numbers(_unprefixed_yarn(read.said), read.where)
+        read = _NumericArgs(_unprefixed_yarn(read.said), read.where)
     factor = read("rope_scaling_factor" if mindspeed else "yarn_rotary_scaling_factor")
     # MindSpeed-LLM's defaults are 1 and 0, Megatron's None; all of them mean `mscale(factor)`.
     weights = read.given(f"{prefix}mscale"), read.given(f"{prefix}mscale_all_dim")

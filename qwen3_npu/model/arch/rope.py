@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwen3_npu.errors import UsageError
-from qwen3_npu.schema import flag, integer, number, record, shown
+from qwen3_npu.schema import boolean, integer, number, record, shown
 
 LINEAR, YARN, LLAMA3 = "linear", "yarn", "llama3"
 _CHANGING = {
@@ -130,7 +130,7 @@ def yarn_attention_factor(factor: float, weight: float | None, weight_all: float
     return mscale(factor, weight) / mscale(factor, weight_all)
 
 
-def checked(scaling: RopeScaling, theta: float, where: str) -> RopeScaling | None:
+def checked_scaling(scaling: RopeScaling, theta: float, where: str) -> RopeScaling | None:
     """The scaling, or None where it changes nothing.
 
     Raises:
@@ -162,7 +162,7 @@ _KEYS: dict[str, dict[str, Callable[[object, str], Any]]] = {
         "beta_slow": _POSITIVE,
         "mscale": number,
         "mscale_all_dim": number,
-        "truncate": flag,
+        "truncate": boolean,
     },
     LLAMA3: {
         "factor": _FACTOR,
@@ -207,7 +207,7 @@ def from_hf(config: Mapping[str, Any], positions: int, default_theta: float, whe
     values = {k: v for k, v in said.items() if k not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
     if kind == "default" or (kind == "dynamic" and values.get("factor") == 1):
         return theta, None, said
-    return theta, checked(_scaling(kind, values, config, positions, place=place), theta, place), said
+    return theta, checked_scaling(_scaling(kind, values, config, positions, place=place), theta, place), said
 
 
 def _scaling(

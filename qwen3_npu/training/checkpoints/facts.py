@@ -23,7 +23,7 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
     """Entries of the saved args, plain values. Every rank must call this: rank 0 looks at the data."""
     data, arch = args.data, plan.arch
     prefixes, weights = blend(data.data_path)
-    digests = [[digest(prefix) for prefix in prefixes] if dist.get_rank() == 0 else []]
+    digests = [[data_digest(prefix) for prefix in prefixes] if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(digests, 0)
     coefficient = args.train.moe_aux_loss_coeff
     found = {**dataclasses.asdict(args.train), **dataclasses.asdict(args.optimizer), "seed": args.runtime.seed}
@@ -41,7 +41,7 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
     }
 
 
-def digest(prefix: str) -> str:
+def data_digest(prefix: str) -> str:
     """Of the token files of one prefix; of large ones by their sizes and 16 MiB spread over them."""
     paths = [Path(prefix + suffix) for suffix in (".bin", ".idx")]
     if not paths[0].is_file():  # instructions: a pair for each of ids, labels, ...

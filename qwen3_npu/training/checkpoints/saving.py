@@ -27,7 +27,7 @@ from qwen3_npu.lease import Lease, folder_lease
 _BEFORE = "before_this_run.json"  # which job, and what the tracker was when it began: later ones are its own
 
 
-def prepare(args: CheckpointArgs, lora: LoraArgs) -> None:
+def check_folders(args: CheckpointArgs, lora: LoraArgs) -> None:
     """Look at the folders before anything costly.
 
     Raises:
@@ -112,7 +112,7 @@ class Saver:
     """Loads and saves what is trained. Every rank must call every method.
 
     Args:
-        args: as `prepare` gave them.
+        args: as `check_folders` gave them.
         extra: further entries of the saved args, and what a checkpoint that is resumed must agree with.
         config: folder whose config.json and tokenizer files are carried along.
     """
@@ -122,11 +122,23 @@ class Saver:
     ) -> None:
         self.trained, self.args, self.lora, self.extra, self.config = trained, args, lora, extra, config
         self.pending: Writing | None = None
+        self.own: set[int] = set()  # steps of this training's checkpoints in --save, some of them deleted since
         self.lease: Lease | None = None  # of --save, on rank 0; a training under test has none
 
     def load(self) -> Position:
         """Weights and, when resuming, everything else. Raises: UsageError: see `load.load`."""
-        return load.load(self.trained, self.args, self.lora.lora_load, self.extra)
+        position = load.load(self.trained, self.args, self.lora.lora_load, self.extra)
+        if self.args.save is not None and position.iteration and _resumes(self.args, self.lora):
+            self.own = {step for step in iterations(Path(self.args.save)) if step <= position.iteration}
+        return position
+
+    def load_own(self, step: int) -> Position:
+        """Everything as it was saved after this step, by this training."""
+        root = str(self.args.save)
+        args = dataclasses.replace(self.args, finetune=False, load_optim=True, load_rng=self.args.save_rng)
+        if self.lora.lora_ckpt_filter:  # the base is not saved
+            return load.load(self.trained, args, str(Path(root) / iteration_name(step)), self.extra)
+        return load.load(self.trained, dataclasses.replace(args, load=root, ckpt_step=step), None, self.extra)
 
     def save(self, position: Position) -> None:
         """A checkpoint of this step in --save; with --async-save it is being written when this returns.
@@ -144,6 +156,7 @@ class Saver:
             self.pending = writing
         else:
             writing.wait()
+        self.own.add(position.iteration)
         done = "being saved" if self.args.async_save else "saved"
         log.info(f"{done}: {writing.what}; training was held up for {time.perf_counter() - began:.2f} s")
 

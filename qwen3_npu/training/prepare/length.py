@@ -57,7 +57,7 @@ def _check_schedule(args: PretrainArgs) -> None:
             raise UsageError(f"{name} does not go with {length}; give {other}")
 
 
-def describe(asked: PretrainArgs, steps: int, global_batch: int, facts: DataFacts) -> list[str]:
+def describe_length(asked: PretrainArgs, steps: int, global_batch: int, facts: DataFacts) -> list[str]:
     """What the training makes of its samples, a line each; warnings begin with "warning: ".
 
     Args:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from qwen3_npu.args.model import positions_note, shaped
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.args.rules.fit import Fit, fit
+from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.formats.open import find_architecture
+from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
 from qwen3_npu.plan.launch import lines, planned
-from qwen3_npu.plan.verdict import Verdict
+from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.progress import human
 
 
@@ -30,7 +31,7 @@ class TrainingPlan(Fit):
     arch: Qwen3Arch
     found_in: str
     config: Path | None
-    verdict: Verdict | None
+    verdict: PlanVerdict | None
     notes: tuple[str, ...]
 
     def describe(self, args: PretrainArgs) -> list[str]:
@@ -67,9 +68,13 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
         args.model, args.shape, load=args.checkpoint.load, tokenizer=tokenizer, noop_layers=noop
     )
     found, arch = arch, shaped(args.shape, arch, noop)
+    if args.data.stage == "rm":
+        arch = arch.as_reward()
+    elif arch.reward:
+        raise UsageError(f"{found_in} is a reward model's; train it with --stage rm, a language model with others")
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
-    sizes = fit(args, arch, world_size)
+    sizes = fit_flags(args, arch, world_size)
     verdict = planned(args, arch, sizes)
     notes = tuple(positions_note(arch, found))
     return TrainingPlan(**vars(sizes), arch=arch, found_in=found_in, config=config, verdict=verdict, notes=notes)

@@ -8,15 +8,16 @@ from pathlib import Path
 from qwen3_npu.args.preprocess import CheckArgs, InputArgs, OutputArgs, PreprocessArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.training import DATA_KINDS
-from qwen3_npu.data.preprocess.cache import is_raw, prepare_data_path
+from qwen3_npu.data.preprocess.cache import is_hub_name, is_raw, prepare_data_path
 from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.errors import UsageError
 from qwen3_npu.lease import Lease
 
 
 def raw_words(args: PretrainArgs) -> list[str]:
-    """The words of --data-path that are files, folders or patterns of raw data."""
-    return [word for word in blend(args.data.data_path)[0] if is_raw(word)]
+    """The words of --data-path that are files, folders or patterns of raw data, or data sets of the Hub."""
+    takes_names = args.record.handler_name is not None
+    return [word for word in blend(args.data.data_path)[0] if is_raw(word, takes_names=takes_names)]
 
 
 def prepared(args: PretrainArgs) -> PretrainArgs:
@@ -39,7 +40,8 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
     recipe = PreprocessArgs(
         InputArgs(input=raw), args.record, args.tokenizer, args.instruction, output=OutputArgs(), check=CheckArgs()
     )
-    cache = Path(args.data.data_cache_path or Path(raw[0]).parent / "cache")
+    beside = Path() if is_hub_name(raw[0]) else Path(raw[0]).parent
+    cache = Path(args.data.data_cache_path or beside / "cache")
     remedy = f"give {'another ' if args.data.data_cache_path else ''}--data-cache-path"
     with Lease(cache / ".lease", f"the data cache {cache}", remedy, wait=True):
         words = prepare_data_path(args.data.data_path, recipe, cache)

@@ -30,6 +30,7 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
     for flag, folder in folders.items():
         if folder is not None:
             check_writable_later(Path(folder), flag)
+    args.trackers.check_installed()
     _check_load(args, arch)
     if args.lora.lora_load is not None:
         _check_opens(args.lora.lora_load, None, "--lora-load", args, arch=arch)
@@ -38,6 +39,8 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
 def _check_load(args: PretrainArgs, arch: Qwen3Arch) -> None:
     load, save = args.checkpoint.load, args.checkpoint.save
     if load is None:
+        if args.lora.on:
+            raise UsageError("--lora-r trains an adapter of a given model; give it with --load")
         return
     starts = save is not None and same_folder(load, save) and not args.lora.on
     if starts and not args.checkpoint.exit_on_missing_checkpoint and not candidates(load, args.checkpoint.ckpt_step):

@@ -8,8 +8,9 @@ from qwen3_npu import log
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.text.prompt_types import resolved
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
-from qwen3_npu.data.train.data_path import blend
+from qwen3_npu.data.train.data_path import DataFacts, blend
 from qwen3_npu.data.train.token_record import find_record
+from qwen3_npu.progress import human
 
 
 def taught(args: PretrainArgs) -> dict[str, Any]:
@@ -40,6 +41,35 @@ def taught(args: PretrainArgs) -> dict[str, Any]:
         log.warning_once(f"--prompt-type {given}: the data were written with {found}, which is what is learned")
     thinking = made[0].get("enable_thinking", "none")
     return {"prompt_type": found, "enable_thinking": thinking, **_digest(made[0], tokenizer)}
+
+
+def start_line(args: PretrainArgs, facts: DataFacts | None) -> list[str]:
+    """What a fine-tuning on conversations learns, as one line of the start; empty for text.
+
+    Args:
+        facts: of the samples; None: they are not known yet (raw data in a dry run).
+    """
+    data = args.data
+    if not (data.is_instruction or data.is_preference):
+        return []
+    parts = [f"template {_template(args, is_prepared=facts is not None)}"]
+    if data.is_instruction:
+        mean = "token mean; MindSpeed-LLM's is micro-batch mean: --loss-normalization micro-batch"
+        parts.append(f"loss normalization {mean if args.train.loss_normalization == 'token' else 'micro-batch mean'}")
+    if facts is not None and data.is_instruction:
+        parts.append(
+            f"{human(facts.cut)} of {human(facts.samples)} samples cut to --seq-length {args.train.seq_length}"
+        )
+    first = ", ".join(parts[:2]) if len(parts) > 1 else parts[0]
+    return [f"{data.stage if data.is_preference else 'sft'}: {'; '.join([first, *parts[2:]])}"]
+
+
+def _template(args: PretrainArgs, *, is_prepared: bool) -> str:
+    found = taught(args) if is_prepared and args.data.is_instruction else {}
+    if "prompt_type" in found:
+        thinking = found.get("enable_thinking", "none")
+        return found["prompt_type"] + (f" (--enable-thinking {thinking})" if thinking != "none" else "")
+    return args.instruction.prompt_type or "unknown (the data do not say it)"
 
 
 def _digest(made: dict[str, Any], tokenizer: TokenizerFolder | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from qwen3_npu.plan.device import GIB
 from qwen3_npu.plan.report import layout_words
-from qwen3_npu.plan.verdict import Verdict
+from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.platform.base import Platform
 
 _TOLD_AT = 3  # steps of this run; the first is no part of a mean: it warms up
@@ -27,7 +27,7 @@ class PlannedMeasured:
     def __init__(
         self,
         platform: Platform,
-        verdict: Verdict,
+        verdict: PlanVerdict,
         *,
         write: Callable[[int, dict[str, str | float]], None],
         tell: Callable[[str], None],

@@ -12,12 +12,13 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
-from qwen3_npu.plan.verdict import Verdict
+from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import duration, human
 from qwen3_npu.training.reports.expert_load import ExpertLoad
 from qwen3_npu.training.reports.planned import PlannedMeasured
 from qwen3_npu.training.reports.records import Records
+from qwen3_npu.training.reports.trackers import Tracked, finite
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
 
 
@@ -39,7 +40,7 @@ def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
 
 
 @dataclasses.dataclass
-class _Window:
+class _LogInterval:
     """Steps since the last line.
 
     Attributes:
@@ -94,6 +95,7 @@ class Reporter:
         names: of the metrics that steps have beside the loss.
         folder: of metrics.jsonl and tensorboard events; None for the console only.
         verdict: what was planned; None: nothing was.
+        trackers: services that get the numbers, too; of rank 0.
     """
 
     def __init__(
@@ -108,13 +110,15 @@ class Reporter:
         folder: Path | None,
         is_main: bool,
         names: Sequence[str] = (),
-        verdict: Verdict | None = None,
+        verdict: PlanVerdict | None = None,
+        trackers: Sequence[Tracked] = (),
     ) -> None:
         self.names = names
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
-        self.window = _Window()
+        self.window = _LogInterval()
         self.records = Records(folder, first) if folder is not None and is_main else None
+        self.trackers = trackers
         self.planned: PlannedMeasured | None = None
         if verdict is not None and is_main:
             self.planned = PlannedMeasured(platform, verdict, write=self._record, tell=log.info)
@@ -132,6 +136,8 @@ class Reporter:
         self.window.add(result)
         if result.skipped:
             self._write(iteration, {"skipped": 1.0})
+        if result.spike:
+            self._write(iteration, {"spike": 1.0})
         self._write(iteration, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate})
         if self.is_due(iteration):
             self._line(iteration, result, load)
@@ -139,6 +145,11 @@ class Reporter:
             self.planned.step(iteration, result.tally.places)
             if self.is_due(iteration):
                 self.planned.synchronized(iteration)
+
+    def went_back(self, step: int, to: int) -> None:
+        """After a spike or silent corruption at `step` the training is again where it was after step `to`."""
+        self._write(step, {"rolled_back_to": float(to)})
+        self.window = _LogInterval()
 
     def _line(self, iteration: int, result: StepResult, load: ExpertLoad | None) -> None:
         self.platform.synchronize()
@@ -178,7 +189,7 @@ class Reporter:
         parts += [f"{memory:.2f} GiB", f"{seconds:.3g} s/step", f"{duration((self.last - iteration) * seconds)} left"]
         log.info(" | ".join(parts))
         self._write(iteration, rates | {"seconds_per_step": seconds} | more)
-        self.window = _Window()
+        self.window = _LogInterval()
 
     def evaluation(self, iteration: int, split: str, tally: Tally) -> None:
         """The loss on another split after `iteration` steps, and what else the objective tells."""
@@ -201,6 +212,8 @@ class Reporter:
             self.planned.pause(seconds)
 
     def _write(self, iteration: int, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(iteration, finite(values))
         if self.records is None:
             return
         # JSON has no NaN.
@@ -218,7 +231,7 @@ class Reporter:
         if self.records is not None:
             self.records.line(iteration, values)
 
-    def _bars(self, iteration: int, name: str, values: Any) -> None:
+    def _bars(self, iteration: int, name: str, values: object) -> None:
         if self.records is not None:
             self.records.events(lambda writer: writer.add_histogram(name, values, iteration))
 
@@ -227,3 +240,5 @@ class Reporter:
             self.planned.close()
         if self.records is not None:
             self.records.close()
+        for tracker in self.trackers:
+            tracker.close()

@@ -7,9 +7,9 @@ from qwen3_npu import cli
 
 
 def main() -> None:
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    select("cpu").activate()
+    select_platform("cpu").activate()
     from qwen3_npu.training.loop import Trainer
 
     plain = Trainer.step

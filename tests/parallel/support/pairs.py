@@ -35,6 +35,20 @@ def write_pairs(prefix: Path, *, count: int = 24, vocab: int = 256, seed: int = 
     return str(prefix)
 
 
+def write_texts(prefix: Path, pairs: list[tuple[str, str, str]], longest: int = 128) -> str:
+    """Pairs of texts as bytes: the end of each prompt, the beginning of each answer, and 0 after an answer."""
+    writers = [IndexedWriter(f"{prefix}_packed_{name}_document") for name in NAMES]
+    for prompt_text, *answers in pairs:
+        prompt = list(prompt_text.encode()[-longest // 4 :])
+        for text, (ids, labels) in zip(answers, (writers[:2], writers[2:]), strict=True):
+            answer = [*text.encode()[: longest - 1], 0]
+            length = np.array([len(prompt) + len(answer)], np.int32)
+            ids.add(np.array(prompt + answer, np.int32), length)
+            labels.add(np.array([-100] * len(prompt) + answer, np.int32), length)
+    publish(writers)
+    return str(prefix)
+
+
 def first_step(prefix: str, seed: int = 1234) -> list[Pair]:
     """The pairs of the first step, in the order of the training."""
     train = instruction_splits([PairFiles(prefix)], None, "1,0,0", longest=LONGEST, seed=seed).train
@@ -160,6 +174,8 @@ def trl_loss(stage: str, policy: Any, reference: Any, pairs: list[Pair], folder:
         batch = trainer.data_collator([dict(zip(columns, pair, strict=True)) for pair in pairs])
         loss = trainer._compute_loss(policy, batch, False)
         return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    if stage == "rm":
+        return _reward_loss(policy, pairs, dummy, common)
     if stage == "orpo":
         from trl.experimental.orpo import ORPOConfig as Config
         from trl.experimental.orpo import ORPOTrainer as Trainer
@@ -170,6 +186,18 @@ def trl_loss(stage: str, policy: Any, reference: Any, pairs: list[Pair], folder:
         common |= {"loss_type": "simpo", "cpo_alpha": 0.0}
     trainer = Trainer(model=policy, args=Config(**common), train_dataset=dummy, processing_class=_tokenizer())
     return trainer.get_batch_loss_metrics(policy, _concatenated(pairs))
+
+
+def _reward_loss(policy: Any, pairs: list[Pair], dummy: Any, common: dict[str, Any]) -> Any:
+    from trl import RewardConfig, RewardTrainer
+
+    trainer = RewardTrainer(policy, RewardConfig(**common), train_dataset=dummy, processing_class=_tokenizer())
+    examples = [{"chosen_ids": p + good, "rejected_ids": p + bad} for p, good, bad in pairs]
+    loss, outputs = trainer.compute_loss(policy, trainer.data_collator(examples), return_outputs=True)
+    chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+    told = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    told |= {"rewards/accuracies": told["accuracy"], "rewards/margins": told["margin"]}
+    return loss, told | {"rewards/chosen": chosen.mean().item(), "rewards/rejected": rejected.mean().item()}
 
 
 def _concatenated(pairs: list[Pair]) -> dict[str, torch.Tensor]:

@@ -29,9 +29,9 @@ def main(device: str = "cpu", modules: tuple[str, ...] = ("cases",)) -> None:
 
     torch.set_num_threads(1)
     from qwen3_npu.args.parallel import RuntimeArgs
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    platform = select(device)
+    platform = select_platform(device)
     platform.activate()
     from qwen3_npu.distributed.launch import process_group
 

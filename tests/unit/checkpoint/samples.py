@@ -134,7 +134,7 @@ def write_adapter(
     values: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
         stem, projection, matrix, _ = name.rsplit(".", 3)
-        first = f"{stem}.{first_of[projection]}.{matrix}.weight"
+        first = f"{stem}.{first_of.get(projection)}.{matrix}.weight"  # a reward model's head has none
         scale = shape[-1] ** -0.5 * (1 if matrix == "lora_A" else 0.1)
         values[name] = (rng.standard_normal(shape) * scale).astype(np.float32)
         if shared_a and matrix == "lora_A" and first in values:
@@ -143,7 +143,7 @@ def write_adapter(
     for name, value in values.items():
         writer.write(name, value)
     writer.close()
-    config = peft_config(lora, None)
+    config = peft_config(lora, None, reward=arch.reward)
     config["target_modules"] = [name for name in config["target_modules"] if name not in drop]
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
     return folder

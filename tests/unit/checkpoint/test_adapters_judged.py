@@ -86,6 +86,12 @@ def test_what_peft_computes_is_merged(name: str, real_models: dict[str, Path], t
     flags = ("--hf-cfg-dir", real_models[kind], "--target-tensor-parallel-size", 2)
     samples.to_mg(tmp_path / "adapter", tmp_path / "mg", *flags)
     assert np.abs(merge(real_models[kind], tmp_path / "mg", tmp_path / "hf2") - expected).max() < 1e-5
+    if name == "rslora":
+        flags = ("--load-model-type", "mg", "--save-model-type", "hf", "--save-lora-to-hf")
+        samples.ok(*flags, "--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "peft")
+        assert peft.PeftConfig.from_pretrained(str(tmp_path / "peft")).use_rslora  # type: ignore[attr-defined]
+        back = peft.PeftModel.from_pretrained(load(real_models[kind]), str(tmp_path / "peft"))
+        assert np.abs(logits(back) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])

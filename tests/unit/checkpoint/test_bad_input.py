@@ -79,7 +79,7 @@ HF = {
     "more layers": (lambda f: edit(f / "config.json", num_hidden_layers=5), "tensors missing"),
     "fewer layers": (lambda f: edit(f / "config.json", num_hidden_layers=3), "tensors not expected"),
     "truncated": (lambda f: cut(f / "model.safetensors"), "is truncated"),
-    "empty file": (lambda f: cut(f / "model.safetensors", 0), "is not a whole safetensors file"),
+    "empty file": (lambda f: cut(f / "model.safetensors", 0), "is not a complete safetensors file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "--load-dir|not a Megatron|safetensors"),
     "a shard is missing": (lambda f: (split(f), samples.unsealed(f)), "1 of . weight files missing"),
     "index is no index": (lambda f: put(f / INDEX, "[]"), "index.json is .*; a JSON object is expected"),
@@ -98,7 +98,25 @@ HF = {
     "config.json is a list": (lambda f: put(f / "config.json", "[1]"), "a JSON object is expected"),
     "config.json is nested": (lambda f: put(f / "config.json", "[" * 100_000), "nested too deeply"),
     "config.json is not UTF-8": (lambda f: put(f / "config.json", b'{"\xff": 1}'), "cannot be read as JSON"),
-    "FP8": (lambda f: rename(f, "q_proj.weight", "q_proj.weight_scale_inv"), "holds FP8 weights"),
+    "FP8 without a configuration": (
+        lambda f: rename(f, "q_proj.weight", "q_proj.weight_scale_inv"),
+        r"config.json: quantization_config: quant_method null, but the weights are FP8",
+    ),
+    "scales without weights": (
+        lambda f: (
+            rename(f, "q_proj.weight", "q_proj.weight_scale_inv"),
+            edit(f / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        ),
+        "q_proj.weight_scale_inv is the scale of no weight",
+    ),
+    "AWQ by its configuration": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "awq"}),
+        "quant_method 'awq': such weights are not read",
+    ),
+    "GPTQ by its configuration": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}),
+        "quant_method 'gptq': such weights are not read",
+    ),
     "GPTQ": (lambda f: rename(f, "q_proj.weight", "q_proj.g_idx"), "holds GPTQ weights"),
     "AWQ": (lambda f: rename(f, "q_proj.weight", "q_proj.qweight"), "holds AWQ"),
     "a reward model": (lambda f: rename(f, "lm_head.weight", "score.weight"), "holds a reward or classification model"),
@@ -124,9 +142,9 @@ MG: dict[str, tuple[Callable, str]] = {
         "iter_0000007 does not exist; iterations there: iter_",
     ),
     "tracker of nonsense": (lambda f: (f / TRACKER).write_text("x"), "says 'x'"),
-    "empty iteration": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "the checkpoint is not whole"),
-    "truncated": (lambda f: cut(f / RANK), "is not a whole torch checkpoint"),
-    "no zip": (lambda f: (f / RANK).write_bytes(b"x" * 999), "is not a whole torch checkpoint"),
+    "empty iteration": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "the checkpoint is incomplete"),
+    "truncated": (lambda f: cut(f / RANK), "is not a complete torch checkpoint"),
+    "no zip": (lambda f: (f / RANK).write_bytes(b"x" * 999), "is not a complete torch checkpoint"),
     "config of another model": (lambda f: edit(f / "config.json", num_hidden_layers=6), "tensors missing for layout"),
     "a rank is missing": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "not whole"),
 }
@@ -158,7 +176,7 @@ DIST: dict[str, tuple[Callable, str]] = {
     "truncated metadata": (lambda f: cut(f / ".metadata"), "cannot be read"),
     "metadata is something else": (lambda f: (f / ".metadata").write_bytes(b"\x80\x02N."), "is not the metadata"),
     "a key is missing": (lambda f: rename_key(f, b"final_layernorm", b"xinal_layernorm"), "tensors missing for"),
-    "a chunk is missing": (lambda f: drop_chunk(f), "is not whole: a part of decoder.layers.2.mlp.linear_fc2"),
+    "a chunk is missing": (lambda f: drop_chunk(f), "is incomplete: a part of decoder.layers.2.mlp.linear_fc2"),
 }
 
 

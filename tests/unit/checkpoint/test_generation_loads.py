@@ -11,7 +11,7 @@ import torch
 
 import generation
 from qwen3_npu.checkpoint.mapping.lora import Lora
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 LORA = Lora(4, 8.0, samples.ALL_TARGETS)
 LAYOUT = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
@@ -21,7 +21,7 @@ def answers(process: Any, folder: Path, config: Path, *flags: object) -> list[li
     from qwen3_npu.inference.sampling import Sampling
 
     words = ["--hf-dir", str(config), *map(str, flags)]
-    with generation.runner(select("cpu"), process, folder, *words) as made:
+    with generation.runner(select_platform("cpu"), process, folder, *words) as made:
         return generation.generated(made, prompts(), 12, Sampling())
 
 

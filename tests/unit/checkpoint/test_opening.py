@@ -90,7 +90,7 @@ def test_the_newest_whole_checkpoint_of_a_root_is_used_aloud(
     flip(root / "iter_0000002" / "mp_rank_01" / "model_optim_rng.pt")
     said = samples.to_hf(root, tmp_path / "hf")
     assert f"{root / 'iter_0000002' / 'mp_rank_01' / 'model_optim_rng.pt'} is damaged" in said
-    assert "iter_0000001 is the newest whole checkpoint and is used" in said
+    assert "iter_0000001 is the newest complete checkpoint and is used" in said
     samples.assert_same_weights(models["tied"], tmp_path / "hf")
 
 

@@ -88,7 +88,7 @@ def test_long_samples_are_cut_or_left_out(
     data = read(documents, tmp_path / "o")
     assert [len(ids) for ids in data["input_ids"]][1:] == ([63, 63] if rule == "cut" else [])
     assert all(any(label != -100 for label in labels) for labels in data["labels"])
-    words = "over-long samples cut" if rule == "cut" else "over-long samples left out"
+    words = "over-long samples truncated" if rule == "cut" else "over-long samples left out"
     assert f"2 {words}" in caplog.text
 
 

@@ -39,7 +39,7 @@ def talk(answer: str, **more: object) -> dict:
         ([talk("a<|im_end|>b")], (), "control tokens"),
         ([talk("a", loss_weight=0), talk("b")], (), "samples without anything to learn"),
         ([talk("a"), talk("a")], (), "documents that are there already"),
-        ([talk("one two three " * 9)], ("--seq-length", "32"), "over-long samples cut"),
+        ([talk("one two three " * 9)], ("--seq-length", "32"), "over-long samples truncated"),
         (
             [talk("one two three " * 9), talk("a")],
             ("--seq-length", "32", "--overlong", "drop"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from lines import write_lines
 
-from qwen3_npu.data.text.conversation import Call
+from qwen3_npu.data.text.conversation import ToolCall
 from qwen3_npu.data.text.messages import read_messages
 from qwen3_npu.errors import UsageError
 
@@ -123,7 +123,7 @@ def test_older_function_calls_are_tool_calls() -> None:
             {"role": "assistant", "content": "a"},
         ]
     )
-    assert old.messages[1].calls == (Call("f", "{}"),)
+    assert old.messages[1].calls == (ToolCall("f", "{}"),)
     assert [m.role for m in old.messages] == ["user", "assistant", "tool", "assistant"]
     assert old.messages[1].given["tool_calls"][0]["function"]["name"] == "f"
     assert "function_call" not in old.messages[1].given

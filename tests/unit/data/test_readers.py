@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from lines import write_lines
 
-from qwen3_npu.data.read.blocks import parse
+from qwen3_npu.data.read.blocks import parse_block
 from qwen3_npu.data.read.open import open_inputs
 from qwen3_npu.errors import UsageError
 
@@ -25,7 +25,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The records of a file; none may be broken."""
     found = []
     for block in open_inputs([str(path)]).blocks(()):
-        records, bad = parse(block)
+        records, bad = parse_block(block)
         assert not bad, bad
         found += [record for _, record in records]
     return found

@@ -57,7 +57,7 @@ def test_resume_gives_the_same_bytes(
     run(*arguments, "--output-prefix", tmp_path / "whole")
     added = 0
 
-    def dies(self: output.Output, outputs: object, real: Callable = output.Output.add) -> None:
+    def dies(self: output.DatasetOutput, outputs: object, real: Callable = output.DatasetOutput.add) -> None:
         nonlocal added
         added += 1
         if added == 6:
@@ -65,7 +65,7 @@ def test_resume_gives_the_same_bytes(
         real(self, outputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output.Output, "add", dies)
+        patch.setattr(output.DatasetOutput, "add", dies)
         with pytest.raises(KeyboardInterrupt):
             run(*arguments, "--output-prefix", tmp_path / "part")
     assert not list(tmp_path.glob("part*.idx")), "nothing looks whole"
@@ -83,7 +83,7 @@ def test_resume_refuses_other_data(
     with pytest.raises(UsageError, match="no part was finished"):
         run(*arguments, "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr(output.Output, "publish", lambda self, made: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(output.DatasetOutput, "publish", lambda self, made: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(*arguments)
     with pytest.raises(UsageError, match="--resume: inputs, tokenizer or flags changed"):

@@ -11,9 +11,9 @@ import pytest
 
 from qwen3_npu.data.preprocess.record_formats import OPENAI, SHAREGPT, Columns, openai, sharegpt
 from qwen3_npu.data.text.chat_template import hf_template
-from qwen3_npu.data.text.conversation import NO_THOUGHT, Call, Conversation, Message, Pair
+from qwen3_npu.data.text.conversation import NO_THOUGHT, Conversation, Message, PreferencePair, ToolCall
 from qwen3_npu.data.text.encoder import Encoder
-from qwen3_npu.data.text.templates import QWEN, QWEN3, Turn, render_pair
+from qwen3_npu.data.text.templates import QWEN, QWEN3_TEMPLATE, Turn, render_pair
 from qwen3_npu.data.text.tokenizer import open_tokenizer
 
 U1, A1, U2, A2 = (
@@ -49,7 +49,7 @@ def test_qwen_has_a_system_message_and_ends_without_a_line_end() -> None:
     ],
 )
 def test_qwen3_thoughts(thinking: bool | None, first: str, second: str) -> None:
-    assert drawn(QWEN3.render(TWO, thinking, False)) == f"{ASK1}{first}{ASK2}{second}"
+    assert drawn(QWEN3_TEMPLATE.render(TWO, thinking, False)) == f"{ASK1}{first}{ASK2}{second}"
 
 
 def test_qwen_tools_are_described_in_its_old_way() -> None:
@@ -58,7 +58,7 @@ def test_qwen_tools_are_described_in_its_old_way() -> None:
         "description": "does",
         "parameters": {"properties": {"x": {"type": "string", "description": "an x", "enum": ["a", "b"]}}},
     }
-    call = Message("assistant", "", calls=(Call("f", {"x": "é"}),))
+    call = Message("assistant", "", calls=(ToolCall("f", {"x": "é"}),))
     conversation = Conversation((U1, call, Message("tool", "R"), A1), "", ({"type": "function", "function": tool},))
     text = drawn(QWEN.render(conversation, None, False))
     assert text.startswith(
@@ -71,17 +71,17 @@ def test_qwen_tools_are_described_in_its_old_way() -> None:
 
 def test_an_answer_that_is_not_learned_is_given() -> None:
     conversation = Conversation((U1, A1._replace(learned=False), U2, A2))
-    assert drawn(QWEN3.render(conversation, None, False)) == (
+    assert drawn(QWEN3_TEMPLATE.render(conversation, None, False)) == (
         f"{ASK1}{NO_THOUGHT}A1<|im_end|>\n{ASK2}[<think>\nhm\n</think>\n\nA2<|im_end|>\n]"
     )
 
 
 def test_pairs_share_their_prompt() -> None:
-    pair = Pair(Conversation((U1, A2, U2)), A1, Message("assistant", "B"))
-    prompt, (chosen, rejected) = render_pair(pair, QWEN3, None)
+    pair = PreferencePair(Conversation((U1, A2, U2)), A1, Message("assistant", "B"))
+    prompt, (chosen, rejected) = render_pair(pair, QWEN3_TEMPLATE, None)
     assert "".join(prompt) == f"{ASK1}A2<|im_end|>\n{ASK2}{NO_THOUGHT}", "earlier thoughts are gone"
     assert ("".join(chosen), "".join(rejected)) == ("A1<|im_end|>\n", "B<|im_end|>\n")
-    prompt, (chosen, rejected) = render_pair(pair._replace(chosen=A2), QWEN3, None)
+    prompt, (chosen, rejected) = render_pair(pair._replace(chosen=A2), QWEN3_TEMPLATE, None)
     assert "".join(prompt).endswith(ASK2)
     assert "".join(rejected) == f"{NO_THOUGHT}B<|im_end|>\n"
 
@@ -100,7 +100,7 @@ def test_answers_are_found_in_any_template(tiny_tokenizer: str, tmp_path: Path) 
         (tmp_path / name).write_bytes((Path(tiny_tokenizer) / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     template = hf_template(open_tokenizer(str(tmp_path)))
-    call = Message("assistant", "", calls=(Call("f", {}),))
+    call = Message("assistant", "", calls=(ToolCall("f", {}),))
     conversation = Conversation((U1, A1, U2, call, Message("tool", "R"), A1), "S")
     assert drawn(template.render(conversation, None, False)) == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU1<|im_end|>\n<|im_start|>assistant\n[A1<|im_end|>]\n"
@@ -175,7 +175,7 @@ def test_hf_is_apply_chat_template_and_qwen3_its_last_answer(
             before = as_messages(upto._replace(messages=upto.messages[:-1]))
             asked = apply(before, tools=tools, add_generation_prompt=True, tokenize=False)
             whole = apply(as_messages(upto), tools=tools, tokenize=False)
-            last = QWEN3.render(upto, None, False)[-1]
+            last = QWEN3_TEMPLATE.render(upto, None, False)[-1]
             thought = "" if message.has_thought() else NO_THOUGHT
             assert last.source[-1].endswith("<|im_start|>assistant\n" + thought)
             pieces.append([thought, *last.target])
@@ -188,7 +188,7 @@ def test_hf_is_apply_chat_template_and_qwen3_its_last_answer(
 def test_qwen3_is_apply_chat_template_for_one_answer(real_transformers: Any, real_encoder: Encoder) -> None:
     """One question, one answer: system, tools, thoughts; thinking on and off."""
     tools = ({"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "int"}}}}},)
-    call = Message("assistant", "Let me see.", "why", (Call("f", {"x": "ü"}), Call("g", '{"y": 1}')))
+    call = Message("assistant", "Let me see.", "why", (ToolCall("f", {"x": "ü"}), ToolCall("g", '{"y": 1}')))
     pieces, wholes = [], []
     for system in ("", "Be brief."):
         for listed in ((), tools):
@@ -197,6 +197,6 @@ def test_qwen3_is_apply_chat_template_for_one_answer(real_transformers: Any, rea
                 messages = as_messages(conversation)
                 expected = real_transformers.apply_chat_template(messages, tools=list(listed) or None, tokenize=False)
                 for thinking in (None, True):
-                    pieces.append(strings(QWEN3.render(conversation, thinking, False)))
+                    pieces.append(strings(QWEN3_TEMPLATE.render(conversation, thinking, False)))
                     wholes.append(expected)
     same_ids(pieces, wholes, real_encoder)

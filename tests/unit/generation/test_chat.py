@@ -21,7 +21,7 @@ from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs
 from qwen3_npu.inference.chat.screen import Screen
 from qwen3_npu.inference.engine import Engine
 from qwen3_npu.inference.plan import plan_inference
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def talk(process: Any, model: Path, *flags: object) -> None:
     words = ["--load", str(model), "--device", "cpu", "--task", "chat", "--prompt-type", "qwen3", "--temperature", "0"]
     args = InferenceArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=[*words, *map(str, flags)]).groups)
     plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
-    generate(select("cpu"), process, args, plan)
+    generate(select_platform("cpu"), process, args, plan)
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, decode: Callable[[list[int]], str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 import generation
 import tiny
 from qwen3_npu.errors import UsageError
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 LIMIT = 64
 
@@ -29,7 +29,7 @@ class Both:
 @pytest.fixture(scope="module", params=["untied", "tied", "moe", "yarn"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, process: Any) -> Iterator[Both]:
     folder = tiny.write_model(tmp_path_factory.mktemp(request.param), tiny.arch(request.param))
-    with generation.runner(select("cpu"), process, folder) as made:
+    with generation.runner(select_platform("cpu"), process, folder) as made:
         yield Both(made, folder)
 
 
@@ -138,7 +138,7 @@ def test_what_does_not_fit_the_positions(both: Both) -> None:
 
 
 def test_sampled_tokens_have_the_softmax_as_distribution() -> None:
-    from qwen3_npu.inference.sampling import Sampling, choose
+    from qwen3_npu.inference.sampling import Sampling, choose_tokens
 
     draws = 20_000
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 1.5
@@ -149,7 +149,7 @@ def test_sampled_tokens_have_the_softmax_as_distribution() -> None:
         Sampling(True, temperature=1.5, top_p=0.7, seed=4),
     ):
         exact = expected_distribution(logits[0], sampling)
-        chosen = choose(logits.expand(draws, -1), sampling, [[7]] * draws, range(draws))
+        chosen = choose_tokens(logits.expand(draws, -1), sampling, [[7]] * draws, range(draws))
         counts = collections.Counter(chosen.tolist())
         assert set(counts) <= {i for i, p in enumerate(exact) if p > 0}
         statistic = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in enumerate(exact) if p > 0)

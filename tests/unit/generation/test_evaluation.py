@@ -15,7 +15,7 @@ import pytest
 import quiz
 import tiny
 from qwen3_npu.errors import UsageError
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -43,7 +43,7 @@ def evaluate(process: Any, model: Path, out: Path, *flags: object) -> dict[str, 
     args = EvaluationArgs(*cli.parse("test", "", GROUPS, FOREIGN, argv=words).groups)
     out.mkdir(exist_ok=True)
     plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
-    run(select("cpu"), process, args, plan)
+    run(select_platform("cpu"), process, args, plan)
     results = json.loads((out / "results.json").read_text())
     files = out.glob("samples_*.jsonl")
     results["samples"] = {f.stem[8:]: [json.loads(x) for x in f.read_text().splitlines()] for f in files}

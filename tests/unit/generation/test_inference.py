@@ -19,8 +19,8 @@ from qwen3_npu.data.text.tokenizer import open_tokenizer
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import plan_inference
 from qwen3_npu.inference.prompts import read_prompts
-from qwen3_npu.inference.text import Stream, Writer
-from qwen3_npu.platform import select
+from qwen3_npu.inference.text import TextStream, Writer
+from qwen3_npu.platform import select_platform
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def run(process: Any, model: Path, out: Path, *flags: object) -> list[dict[str, 
 
     args = parse(model, "--output-dir", out, *flags)
     plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
-    generate(select("cpu"), process, args, plan)
+    generate(select_platform("cpu"), process, args, plan)
     return [json.loads(line) for line in (out / "text_generation_result.jsonl").read_text().splitlines()]
 
 
@@ -77,11 +77,11 @@ def test_a_stream_shows_everything_once(model: Path) -> None:
     text = "The caf\u00e9 \u5317\u4eac \U0001f600 end"
     tokens = encoder.encode([text]).ids.tolist()
     assert len(tokens) > len(text.split())
-    stream = Stream(encoder, (0,))
+    stream = TextStream(encoder, (0,))
     shown = [stream.add(token) for token in tokens]
     assert "\ufffd" not in "".join(shown), "bytes of a character are not shown before it is whole"
     assert "".join(shown) + stream.rest() == text
-    stream = Stream(encoder, (0,), ("\u4eac \U0001f600", "zzz"))
+    stream = TextStream(encoder, (0,), ("\u4eac \U0001f600", "zzz"))
     shown = [stream.add(token) for token in tokens if not stream.stopped]
     assert stream.stopped
     assert "".join(shown) == "The caf\u00e9 \u5317", "no part of a stop text is ever shown"
@@ -149,7 +149,7 @@ def test_earlier_answers_of_a_conversation(model: Path) -> None:
         (["--prompt", "x", "--task", "search"], "invalid choice: 'search'"),
         (["--prompt", "x", "--hf-chat-template", "--prompt-type", "qwen3"], "name two templates"),
         (["--prompt", "x", "--task", "do_sample", "--temperature", "0"], "needs --temperature above 0"),
-        (["--prompt", "x", "--top-p", "0"], "--top-p 0.0"),
+        (["--prompt", "x", "--top-p", "0"], "--top-p: 0 is too small"),
         (["--prompt", "x", "--system", "be brief"], "needs a template"),
         (["--predict-data", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--predict-data", "{bad}"], "line 2: not JSON"),

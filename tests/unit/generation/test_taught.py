@@ -14,7 +14,7 @@ from qwen3_npu import cli, log
 from qwen3_npu.args import evaluation, inference, preprocess
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import plan_inference
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 # What training showed the model before its answer: MindSpeed-LLM's strings.
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -45,7 +45,7 @@ def trained(process: Any, model: Path, tmp_path_factory: pytest.TempPathFactory)
         flags += ["--variable-seq-lengths", "--tokenizer-name-or-path", model, "--split", "100,0,0", "--device", "cpu"]
         flags += ["--eval-iters", "0"]
         flags += ["--seq-length", "64", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
-        with trainer(select("cpu"), process, list(map(str, flags))) as training:
+        with trainer(select_platform("cpu"), process, list(map(str, flags))) as training:
             training.step()
             training.saver.save(training.position)
             training.saver.finish()
@@ -64,7 +64,7 @@ def asked(process: Any, checkpoint: Path, model: Path, out: Path, *flags: str) -
     from qwen3_npu.inference.run import generate
 
     args, plan = planned(checkpoint, model, "--output-dir", str(out), "--max-new-tokens", "1", *flags)
-    generate(select("cpu"), process, args, plan)
+    generate(select_platform("cpu"), process, args, plan)
     return str(json.loads((out / "text_generation_result.jsonl").read_text())["prompt"])
 
 
@@ -111,7 +111,7 @@ def test_custom_evaluation_uses_the_recorded_template(
     parsed = cli.parse("", "", evaluation.GROUPS, evaluation.FOREIGN, argv=[*map(str, words), "--device", "cpu"])
     args = evaluation.EvaluationArgs(*parsed.groups)
     plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
-    evaluate(select("cpu"), process, args, plan)
+    evaluate(select_platform("cpu"), process, args, plan)
     assert json.loads((tmp_path / "samples_custom.jsonl").read_text())["prompt"] == QWEN
     assert json.loads((tmp_path / "results.json").read_text())["results"]["custom"]["template"] == "qwen"
 
@@ -136,3 +136,39 @@ def test_another_tokenizer_is_noticed_before_loading(
     (other / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match="has tokens up to 800, but the model has only 800; give the model's own"):
         planned(trained["qwen3"], model, "--tokenizer-name-or-path", str(other))
+
+
+def test_the_start_and_the_model_card_say_what_was_taught(
+    trained: dict[str, Path], model: Path, tmp_path: Path
+) -> None:
+    from qwen3_npu.args import convert as flags
+    from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+    from qwen3_npu.checkpoint.convert.run import convert
+    from qwen3_npu.data.train.data_path import DataFacts
+    from qwen3_npu.training.prepare.taught import start_line
+
+    data = trained["qwen3"].parent / "qwen3"
+    words = ["--stage", "sft", "--lr", "1", "--train-iters", "1", "--data-path", str(data), "--seq-length", "64"]
+    (line,) = start_line(PretrainArgs(*cli.parse("", "", GROUPS, argv=words).groups), DataFacts(9, cut=2))
+    assert line == (
+        "sft: template qwen3, loss normalization token mean; MindSpeed-LLM's is micro-batch mean: "
+        "--loss-normalization micro-batch; 2 of 9 samples cut to --seq-length 64"
+    )
+    groups = (flags.ConvertArgs, flags.TargetArgs, flags.LoraConvertArgs, flags.LegacyConvertArgs)
+    words = ["--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", str(trained["qwen3"])]
+    score = {"count": 4, "mean": 0.5, "stderr": None}
+    (trained["qwen3"] / "results.json").write_text(
+        json.dumps({"results": {"mmlu": {"metrics": {"acc": {"total": score}}}}})
+    )
+    parsed = cli.parse("", "", groups, argv=[*words, "--save-dir", str(tmp_path), "--jobs", "1"])
+    convert(*parsed.groups)
+    card = (tmp_path / "README.md").read_text()
+    assert "| stage | 'sft' |\n| steps | 1 |" in card
+    assert "| prompts are written as | 'qwen3' |" in card
+    assert "| data | qwen3 (SHA-256 '" in card
+    assert "| mmlu | acc | 4 | 50.00 % |" in card
+    assert str(tmp_path.parent) not in card, "paths are nobody's business"
+    assert card.splitlines()[:2] == ["---", "library_name: transformers"]
+    (tmp_path / "README.md").write_text("mine")
+    convert(*cli.parse("", "", groups, argv=[*words, "--save-dir", str(tmp_path), "--jobs", "1", "--overwrite"]).groups)
+    assert (tmp_path / "README.md").read_text() == "mine"

@@ -17,7 +17,7 @@ from qwen3_npu import cli
 from qwen3_npu.args import evaluation, inference
 from qwen3_npu.inference.plan import plan_inference
 from qwen3_npu.inference.results.journal import Journal
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -35,7 +35,7 @@ def generate(process: Any, model: Path, out: Path, *flags: object) -> list[dict[
     words = ["--load", str(model), "--device", "cpu", "--output-dir", str(out), *map(str, flags)]
     args = inference.InferenceArgs(*cli.parse("test", "", inference.GROUPS, inference.FOREIGN, argv=words).groups)
     plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
-    generate(select("cpu"), process, args, plan)
+    generate(select_platform("cpu"), process, args, plan)
     return [json.loads(line) for line in (out / "text_generation_result.jsonl").read_text().splitlines()]
 
 
@@ -46,7 +46,7 @@ def evaluate(process: Any, model: Path, out: Path, *flags: object) -> dict[str, 
     words = ["--load", str(model), "--device", "cpu", "--output-dir", str(out), "--log-samples", *map(str, flags)]
     args = evaluation.EvaluationArgs(*cli.parse("test", "", evaluation.GROUPS, evaluation.FOREIGN, argv=words).groups)
     plan = plan_inference(args.model, args.shape, args.parallel, args.weights, prompts=args.prompts, world_size=1)
-    evaluate(select("cpu"), process, args, plan)
+    evaluate(select_platform("cpu"), process, args, plan)
     return json.loads((out / "results.json").read_text())["results"]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from qwen3_npu.args.tools.doctor import DoctorArgs
 from qwen3_npu.doctor.checks import diagnose
-from qwen3_npu.doctor.findings import BLOCKER, WARNING, show
+from qwen3_npu.doctor.findings import BLOCKER, WARNING, print_findings
 from qwen3_npu.doctor.hosts import look_at_hosts, read_hostfile
 from qwen3_npu.doctor.machine import Facts, _cann, _copies
 from qwen3_npu.errors import UsageError
@@ -123,10 +123,10 @@ def test_finding(changes: dict, level: str, about: str, words: str) -> None:
 
 
 def test_exit_status_and_report(capsys: pytest.CaptureFixture[str]) -> None:
-    assert show(diagnose(NPU)) == 0
-    assert show(diagnose(dataclasses.replace(NPU, wrong_apex=True))) == 0
+    assert print_findings(diagnose(NPU)) == 0
+    assert print_findings(diagnose(dataclasses.replace(NPU, wrong_apex=True))) == 0
     capsys.readouterr()
-    assert show(diagnose(dataclasses.replace(NPU, wanted=16))) == 1
+    assert print_findings(diagnose(dataclasses.replace(NPU, wanted=16))) == 1
     report = capsys.readouterr().out
     assert "-> set NPUS_PER_NODE=8" in report
     assert "1 blockers, 0 warnings" in report

@@ -112,11 +112,11 @@ class TestTraps:
         from qwen3_npu.args.parallel import ParallelArgs, make_layout
         from qwen3_npu.args.training import TrainArgs
         from qwen3_npu.model.config import transformer_config
-        from qwen3_npu.platform import select
+        from qwen3_npu.platform import select_platform
 
         parallel = ParallelArgs(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
         arch = tiny.arch()
-        safe = select("cpu").overlaps_p2p_safely
+        safe = select_platform("cpu").overlaps_p2p_safely
         config = transformer_config(
             arch, make_layout(arch, parallel), parallel, TrainArgs(train_iters=1), overlaps_p2p_safely=safe
         )

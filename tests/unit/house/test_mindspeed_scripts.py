@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from qwen3_npu import cli
 from qwen3_npu.args import convert, evaluation, inference, preprocess, pretrain
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
+from qwen3_npu.args.model import ModelArgs, shaped
+from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.rules.switches import check_switches
+from qwen3_npu.checkpoint.convert.output import target_layout
+from qwen3_npu.distributed.layout import check_world_size
 from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import Qwen3Arch, to_hf_config
+from qwen3_npu.model.sizes import SIZES
+from qwen3_npu.numbers import number_list
+from qwen3_npu.training.prepare.plan import plan_training
 
 ROOT = Path(__file__).resolve().parents[3]
-TRAINING = (pretrain.GROUPS, FOREIGN)
+TRAINING = (pretrain.GROUPS, FOREIGN_TRAINING)
 CONVERT = (convert.ConvertArgs, convert.TargetArgs, convert.LoraConvertArgs, convert.LegacyConvertArgs)
 PROGRAMS = {
     "pretrain_gpt.py": TRAINING,
@@ -24,11 +37,30 @@ PROGRAMS = {
     "inference.py": (inference.GROUPS, inference.FOREIGN),
     "evaluation.py": (evaluation.GROUPS, evaluation.FOREIGN),
 }
+# The model of the 480b scripts, which is Qwen's but none of `SIZES`; from the config.json of Qwen3-Coder-480B-A35B.
+CODER = dataclasses.replace(
+    SIZES["qwen3-235b-a22b"],
+    num_hidden_layers=62,
+    hidden_size=6144,
+    intermediate_size=8192,
+    num_attention_heads=96,
+    num_key_value_heads=8,
+    num_experts=160,
+    moe_intermediate_size=2560,
+)
 BASE = ["--train-iters", "2", "--lr", "1e-5", "--data-path", "x"]
 
 
-def scripts() -> dict[str, tuple[str, list[str]]]:
-    """Script -> program and its flags."""
+class Script(NamedTuple):
+    """What a script runs."""
+
+    program: str
+    processes: int
+    flags: list[str]
+
+
+def scripts() -> dict[str, Script]:
+    """By name."""
     flags: dict[str, list[str]] = {}
     found = {}
     for line in (ROOT / "tests" / "mindspeed_flags.txt").read_text().splitlines()[1:]:
@@ -36,7 +68,9 @@ def scripts() -> dict[str, tuple[str, list[str]]]:
             flags[match[1]] = match[2].split(" ")
         else:
             name, program, numbers = line.split(": ")
-            found[name] = program, [word for number in numbers.split() for word in flags[number]]
+            program, _, processes = program.partition(" on ")
+            words = [word for number in numbers.split() for word in flags[number]]
+            found[name] = Script(program, int(processes or 1), words)
     return found
 
 
@@ -45,29 +79,59 @@ SCRIPTS = scripts()
 
 def test_all_scripts_are_here() -> None:
     assert len(SCRIPTS) == 69
-    assert all((ROOT / program).is_file() for program, _ in SCRIPTS.values())
+    assert all((ROOT / script.program).is_file() for script in SCRIPTS.values())
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if not name.startswith("dpo")])
-def test_flags_are_taken(name: str) -> None:
-    program, argv = SCRIPTS[name]
+def arch_of(name: str) -> Qwen3Arch | None:
+    """The published model that a script is for; None: its flags alone say it (Qwen3-Coder-480B)."""
+    size = re.search(r"qwen3_(?:moe_)?([0-9a-z]+b)(?:_|$)", name)
+    words = size[1].replace("point", ".") if size else "14b"  # conversions name no size: any that 8 stages divide
+    return None if words == "480b" else next(SIZES[key] for key in SIZES if key.startswith(f"qwen3-{words}"))
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Qwen3Arch], str]:
+    """Folders with a model's config.json."""
+    root = tmp_path_factory.mktemp("configs")
+
+    @functools.cache
+    def folder(arch: Qwen3Arch) -> str:
+        made = root / f"{arch.num_hidden_layers}-{arch.hidden_size}"
+        made.mkdir()
+        (made / "config.json").write_text(json.dumps(to_hf_config(arch)))
+        return str(made)
+
+    return folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_are_taken_and_fit_the_scripts_model(name: str, configs: Callable[[Qwen3Arch], str]) -> None:
+    """Parsed, and checked against the published sizes on as many processes as the script starts."""
+    program, processes, argv = SCRIPTS[name]
     groups, foreign = PROGRAMS[program]
+    arch = arch_of(name)
     parsed = cli.parse(program, "", groups, foreign, argv=argv)
     if groups is pretrain.GROUPS:
         args = pretrain.PretrainArgs(*parsed.groups)
         check_switches(args, parsed.given)
         assert args.lora.lora_r == (16 if "_lora_" in name else 0)
-
-
-def test_the_preference_script_parses() -> None:
-    _, argv = next(script for name, script in SCRIPTS.items() if name.startswith("dpo"))
-    args = pretrain.PretrainArgs(*cli.parse("posttrain_gpt.py", "", *TRAINING, argv).groups)
-    assert args.data.is_preference
-    assert args.preference.dpo_loss_type == "sigmoid"
+        assert args.data.is_preference == name.startswith("dpo")
+        plan = plan_training(args._replace(model=ModelArgs(hf_dir=configs(arch) if arch else None)), processes)
+        assert plan.arch.same_weights(arch or CODER)
+        assert plan.data_parallel * plan.num_microbatches * args.train.micro_batch_size == plan.global_batch
+    elif program in ("inference.py", "evaluation.py"):
+        args = dict(zip(("model", "shape", "parallel"), parsed.groups, strict=False))
+        noop = number_list(args["parallel"].noop_layers)
+        shaped(args["shape"], arch, len(noop))
+        check_world_size(
+            make_layout(arch, args["parallel"], padded_vocab_size=args["shape"].padded_vocab_size), processes
+        )
+    elif program == "convert_ckpt_v2.py":
+        target_layout(arch or CODER, parsed.groups[1])
 
 
 def said(*flags: str) -> tuple[pretrain.PretrainArgs, list[str]]:
-    parsed = cli.parse("pretrain_gpt.py", "", *TRAINING, [*BASE, *flags])
+    parsed = cli.parse("pretrain_gpt.py", "", *TRAINING, argv=[*BASE, *flags])
     args = pretrain.PretrainArgs(*parsed.groups)
     return args, check_switches(args, parsed.given)
 
@@ -101,14 +165,6 @@ def test_targets_switch_lora_on() -> None:
 def test_a_flag_without_effect_is_refused(flags: list[str]) -> None:
     with pytest.raises(UsageError, match=re.escape(flags[0])):
         said(*flags)
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_float_flags_are_finite(value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for flag in ("--lora-alpha", "--rotary-base", "--clip-grad"):
-        with pytest.raises(SystemExit):
-            said(f"{flag}={value}")
-        assert f"argument {flag}: {value} is not a finite number" in capsys.readouterr().err
 
 
 def test_a_start_says_what_differs() -> None:

@@ -23,7 +23,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "too large": (lambda: FIELDS.integer("big", most=9), "file.json: big is 10000"),
     "infinite": (lambda: FIELDS.number("inf"), "file.json: inf is inf; a finite number is expected"),
     "bool as number": (lambda: FIELDS.number("yes"), "a number is expected"),
-    "text as flag": (lambda: FIELDS.flag("s"), r"file.json: s is 'a\x1b[2Jb'; true or false is expected"),
+    "text as flag": (lambda: FIELDS.boolean("s"), r"file.json: s is 'a\x1b[2Jb'; true or false is expected"),
     "int as text": (lambda: FIELDS.text("n"), "file.json: n is 3; a string is expected"),
     "negative count": (lambda: FIELDS.counts("l"), "file.json: l[1] is -1; at least 0 is expected"),
     "list as object": (lambda: FIELDS.record("l"), "file.json: l is [1, -1]; a JSON object is expected"),

@@ -12,7 +12,7 @@ import pytest
 
 from qwen3_npu import cli
 from qwen3_npu.args import pretrain
-from qwen3_npu.args.foreign import FOREIGN
+from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parsed(made: Path, *flags: str) -> pretrain.PretrainArgs:
     base = ["--train-iters", "2", "--lr", "1e-5", "--data-path", str(made / "tokens"), "--dry-run"]
-    found = cli.parse("pretrain_gpt.py", "", pretrain.GROUPS, FOREIGN, argv=[*base, *flags])
+    found = cli.parse("pretrain_gpt.py", "", pretrain.GROUPS, FOREIGN_TRAINING, argv=[*base, *flags])
     return pretrain.PretrainArgs(*found.groups)
 
 
@@ -54,6 +54,7 @@ def parsed(made: Path, *flags: str) -> pretrain.PretrainArgs:
         ),
         (["--load", "model", "--lora-r", "4", "--lora-load", "model"], "--lora-load {made}/model is a whole model"),
         (["--save", "a file/x"], "--save {made}/a file/x cannot be written: Not a directory"),
+        (["--lora-r", "4"], "--lora-r trains an adapter of a given model; give it with --load"),
         (["--tensorboard-dir", "a file"], "--tensorboard-dir {made}/a file cannot be written: File exists"),
         (["--data-cache-path", "a file/x"], "--data-cache-path {made}/a file/x cannot be written"),
     ],
@@ -97,9 +98,10 @@ def test_a_port_in_use_and_a_host_that_does_not_resolve_are_named(monkeypatch: p
             environment.check_meeting(first=True)
         variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         body = (
-            "from qwen3_npu import cli\nfrom qwen3_npu.platform import select\n"
+            "from qwen3_npu import cli\nfrom qwen3_npu.platform import select_platform\n"
             "from qwen3_npu.args.parallel import RuntimeArgs\nfrom qwen3_npu.distributed.launch import process_group\n"
-            "def main():\n    with process_group(select('cpu'), RuntimeArgs(distributed_timeout_minutes=0.1)): pass\n"
+            "def main():\n"
+            "    with process_group(select_platform('cpu'), RuntimeArgs(distributed_timeout_minutes=0.1)): pass\n"
             "cli.run('p', main)"
         )
         done = subprocess.run(
@@ -110,3 +112,17 @@ def test_a_port_in_use_and_a_host_that_does_not_resolve_are_named(monkeypatch: p
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     with pytest.raises(UsageError, match=r"^MASTER_ADDR no-such-host\.invalid does not resolve"):
         environment.check_meeting(first=False)
+
+
+def test_from_scratch_goes_with_nothing_that_has_weights(made: Path, capsys: pytest.CaptureFixture) -> None:
+    save = str(made / "scratch")
+    assert parsed(made, "--from-scratch", "--save", save).checkpoint.load is None
+    check_start(parsed(made, "--from-scratch", "--save", save, "--load", save), tiny.arch())  # resumes, or begins
+    with pytest.raises(UsageError, match=r"--from-scratch and --load .* contradict each other"):
+        parsed(made, "--from-scratch", "--load", str(made / "model"))
+    with pytest.raises(UsageError, match="--from-scratch and --finetune contradict each other"):
+        parsed(made, "--from-scratch", "--finetune")
+    for flag in ("--load", "--save", "--hf-dir"):  # would be the current folder
+        with pytest.raises(SystemExit):
+            parsed(made, flag, "")
+        assert f"{flag}: an empty path was given" in capsys.readouterr().err

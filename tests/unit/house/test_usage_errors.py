@@ -133,7 +133,7 @@ class TestConvert:
         assert_refused(result, "model.safetensors is truncated")
         weights.write_bytes(data[:5])
         result = run("convert_ckpt.py", "--load-dir", str(folder), "--save-dir", str(out))
-        assert_refused(result, "is not a whole safetensors file")
+        assert_refused(result, "is not a complete safetensors file")
         weights.unlink()
         result = run("convert_ckpt.py", "--load-dir", str(folder), "--save-dir", str(out))
         assert_refused(result, "holds no .safetensors file")

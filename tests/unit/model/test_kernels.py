@@ -16,7 +16,7 @@ OTHERS = ["torch"]  # those of an NPU: tests/npu_sim
 
 @pytest.fixture(params=OTHERS)
 def implementation(request: pytest.FixtureRequest) -> kernels.Kernels:
-    return kernels.select(request.param)
+    return kernels.select_kernels(request.param)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -115,24 +115,24 @@ def test_permute_and_unpermute(implementation: kernels.Kernels) -> None:
 
 
 def test_selection_is_printed_and_a_typo_refused() -> None:
-    chosen = str(kernels.select("auto"))
+    chosen = str(kernels.select_kernels("auto"))
     assert all(f.name + "=" in chosen for f in dataclasses.fields(kernels.Kernels))
     with pytest.raises(UsageError, match="--kernels fast: known are"):
-        kernels.select("fast")
+        kernels.select_kernels("fast")
 
 
 def test_single_operations_are_overridden() -> None:
-    chosen = kernels.select("torch", "cpu", ["attention=reference"])
+    chosen = kernels.select_kernels("torch", "cpu", ["attention=reference"])
     assert chosen.attention is reference.attention
     assert chosen.rms_norm is not reference.rms_norm
     for wrong in ("attention", "atention=reference", "attention=fast"):
         with pytest.raises(UsageError, match=f"--kernel-overrides {wrong}: give operation=implementation"):
-            kernels.select("torch", "cpu", [wrong])
+            kernels.select_kernels("torch", "cpu", [wrong])
 
 
 @pytest.mark.parametrize("name", ["npu", "mindspeed"])
 def test_a_forced_kernel_of_another_device_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"--kernels {name}: runs on an NPU only, and the device is cuda"):
-        kernels.select(name, "cuda")
+        kernels.select_kernels(name, "cuda")
     with pytest.raises(UsageError, match=f"--kernel-overrides swiglu={name}: runs on an NPU only"):
-        kernels.select("auto", "cpu", [f"swiglu={name}"])
+        kernels.select_kernels("auto", "cpu", [f"swiglu={name}"])

@@ -32,7 +32,7 @@ def built(folder: Path, kernel: str = "auto", **train: object) -> Iterator[torch
     arguments = TrainArgs(train_iters=1, **{"moe_router_load_balancing_type": "none", **train})
     with model_parallel(layout, parallel, RuntimeArgs()):
         config = transformer_config(source.arch, layout, parallel, arguments, overlaps_p2p_safely=False)
-        chunks = build_model(source.arch, config, layout, Parts(kernels.select(kernel)))
+        chunks = build_model(source.arch, config, layout, Parts(kernels.select_kernels(kernel)))
         load_weights(source, layout, model_rank(), chunks)
         yield chunks[0]
 
@@ -174,8 +174,30 @@ class TestLoss:
 @pytest.mark.usefixtures("process")
 def test_parameters_are_those_of_the_weight_table(folder: Path) -> None:
     from qwen3_npu.checkpoint.mapping.table import shards
-    from qwen3_npu.distributed.layout import Rank, single
+    from qwen3_npu.distributed.layout import Rank, single_layout
 
     with built(folder) as model:
-        expected = {s.name: s.shape for s in shards(model.arch, single(model.arch), Rank(0, 0, 0, 0))}
+        expected = {s.name: s.shape for s in shards(model.arch, single_layout(model.arch), Rank(0, 0, 0, 0))}
         assert {n: tuple(p.shape) for n, p in model.named_parameters()} == expected
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("kaiming", True), ("gaussian", "gaussian")])
+def test_adapters_begin_as_those_of_peft(name: str, theirs: bool | str) -> None:
+    import peft
+
+    from qwen3_npu.args.lora import LoraArgs
+    from qwen3_npu.model.lora import _draw
+
+    torch.manual_seed(7)
+    config = peft.LoraConfig(r=4, init_lora_weights=theirs, target_modules=["0"])  # type: ignore[arg-type]
+    linear = torch.nn.Sequential(torch.nn.Linear(48, 32))
+    torch.manual_seed(7)
+    made = peft.get_peft_model(linear, config).base_model.model[0].lora_A["default"].weight
+    ours = torch.empty(4, 48)
+    torch.manual_seed(7)
+    _draw(ours, LoraArgs(lora_r=4, lora_init=name), 48)
+    torch.manual_seed(7)
+    again = torch.empty(4, 48)
+    (torch.nn.init.kaiming_uniform_(again, a=5**0.5) if name == "kaiming" else again.normal_(std=1 / 4))
+    torch.testing.assert_close(ours, again, rtol=0, atol=0)
+    assert abs(float(made.detach().std() / ours.std()) - 1) < 0.15, "the same distribution; peft draws twice"

@@ -49,7 +49,7 @@ def test_weights_gradients_and_optimizer_state_are_those_planned_to_the_byte(kin
         config = transformer_config(
             arch, layout, parallel, TrainArgs(train_iters=1, bf16=True), overlaps_p2p_safely=False
         )
-        chunks = build_model(arch, config, layout, Parts(kernels.select("torch"), lora=lora))
+        chunks = build_model(arch, config, layout, Parts(kernels.select_kernels("torch"), lora=lora))
         wrapped = wrap_model(config, chunks, OptimizerArgs(lr=1.0))
         optimizer = build_optimizer(wrapped, OptimizerArgs(lr=1.0), bf16=True)
         weights = sum(p.nbytes for chunk in chunks for p in chunk.parameters())

@@ -109,7 +109,7 @@ def test_what_a_checkpoint_of_another_program_does_not_say_is_said_once() -> Non
 
 
 def test_data_of_the_same_shape_with_other_tokens_have_another_digest(tmp_path: Path) -> None:
-    from qwen3_npu.training.checkpoints.facts import digest
+    from qwen3_npu.training.checkpoints.facts import data_digest
 
     def write(name: str, count: int, place: int, suffix: str = "") -> str:
         tokens = np.zeros(count, np.int32)
@@ -118,8 +118,8 @@ def test_data_of_the_same_shape_with_other_tokens_have_another_digest(tmp_path: 
         (tmp_path / f"{name}{suffix}.idx").write_bytes(b"the same")
         return str(tmp_path / name)
 
-    assert digest(write("a", 100, 3)) == digest(write("b", 100, 3)) != digest(write("c", 100, 4))
+    assert data_digest(write("a", 100, 3)) == data_digest(write("b", 100, 3)) != data_digest(write("c", 100, 4))
     sft = "_packed_labels_document"
-    assert digest(write("d", 9, 1, sft)) != digest(write("e", 9, 2, sft))
+    assert data_digest(write("d", 9, 1, sft)) != data_digest(write("e", 9, 2, sft))
     large = 2**23
-    assert len({digest(write("f", large + n, place)) for n, place in ((0, 0), (0, large - 1), (1, 0))}) == 3
+    assert len({data_digest(write("f", large + n, place)) for n, place in ((0, 0), (0, large - 1), (1, 0))}) == 3

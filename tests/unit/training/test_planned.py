@@ -10,19 +10,18 @@ from typing import Any
 import pytest
 
 import tiny
-from qwen3_npu.plan.device import DEVICES, GIB
-from qwen3_npu.plan.learn import learn
+from qwen3_npu.plan.device import DEVICE_SPECS, GIB, learn
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import shape_of
-from qwen3_npu.plan.verdict import Verdict
+from qwen3_npu.plan.verdict import PlanVerdict
 
 STEP = 5.0  # seconds
 
 
 @pytest.fixture
-def verdict() -> Verdict:
+def verdict() -> PlanVerdict:
     setup = Setup(layers=((4,),), seq_length=64, num_microbatches=2)
-    return Verdict(shape_of(tiny.arch()), setup, DEVICES["910B-64G"])
+    return PlanVerdict(shape_of(tiny.arch()), setup, DEVICE_SPECS["910B-64G"])
 
 
 class Machine:
@@ -36,7 +35,7 @@ class Machine:
 
 def run(
     folder: Path,
-    verdict: Verdict,
+    verdict: PlanVerdict,
     monkeypatch: pytest.MonkeyPatch,
     *,
     steps: int,
@@ -44,14 +43,14 @@ def run(
     share: float = 1,
 ) -> Machine:
     """The reporter over steps that take `STEP` seconds, the first ten times that; an evaluation in between."""
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
     from qwen3_npu.training.reports import report
     from qwen3_npu.training.step import NOTHING, StepResult
 
     machine = Machine()
     monkeypatch.setattr("time.perf_counter", lambda: machine.now)
     platform = dataclasses.replace(
-        select("cpu"), synchronize=machine.synchronize, memory_peak=lambda: 3 * GIB, peak_flops=lambda: None
+        select_platform("cpu"), synchronize=machine.synchronize, memory_peak=lambda: 3 * GIB, peak_flops=lambda: None
     )
     sizes: dict[str, Any] = {"devices": 1, "interval": interval, "first": 0, "last": 1000, "is_main": True}
     reporter = report.Reporter(platform, tiny.arch(), **sizes, folder=folder, verdict=verdict)
@@ -74,7 +73,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_after_three_steps_plan_and_measure_are_side_by_side(
-    tmp_path: Path, verdict: Verdict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, verdict: PlanVerdict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "qwen3_npu")
     machine = run(tmp_path, verdict, monkeypatch, steps=3)
@@ -98,14 +97,14 @@ def test_after_three_steps_plan_and_measure_are_side_by_side(
 
 
 def test_the_end_tells_the_mean_of_the_whole_run(
-    tmp_path: Path, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, verdict: PlanVerdict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path, verdict, monkeypatch, steps=6, interval=3)
     assert [row["step"] for row in rows(tmp_path)] == [3, 6]
 
 
 def test_fewer_tokens_than_planned_are_named_as_the_cause(
-    tmp_path: Path, verdict: Verdict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, verdict: PlanVerdict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "qwen3_npu")
     run(tmp_path, verdict, monkeypatch, steps=3, share=0.25)
@@ -113,7 +112,7 @@ def test_fewer_tokens_than_planned_are_named_as_the_cause(
     assert line.endswith("; a step had 25 % of the tokens planned")
 
 
-def test_a_run_teaches_the_next_plan(tmp_path: Path, verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_teaches_the_next_plan(tmp_path: Path, verdict: PlanVerdict, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, verdict, monkeypatch, steps=3)
     assert "measured 5.00 s" in learn(tmp_path, tmp_path / "table.json")[0]
     assert json.loads((tmp_path / "table.json").read_text())["learnt_from"] == "TP1 PP1 DP1"

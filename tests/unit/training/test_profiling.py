@@ -10,7 +10,7 @@ import torch
 
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.errors import UsageError
-from qwen3_npu.platform import select
+from qwen3_npu.platform import select_platform
 from qwen3_npu.training.reports.profiling import Profiling
 
 
@@ -29,7 +29,7 @@ class Recorder:
 
 def record(args: ProfileArgs, rank: int, steps: int) -> list[object]:
     recorder = Recorder()
-    platform = dataclasses.replace(select("cpu"), profiler=lambda args: recorder)
+    platform = dataclasses.replace(select_platform("cpu"), profiler=lambda args: recorder)
     profiling = Profiling(platform, args, rank, first=1, last=steps)
     for iteration in range(1, steps + 1):
         profiling.before(iteration)
@@ -62,7 +62,7 @@ def test_an_empty_range_is_refused() -> None:
 
 def test_a_recording_is_written(tmp_path: Path) -> None:
     args = ProfileArgs(profile=True, profile_step_start=0, profile_step_end=1, profile_save_path=str(tmp_path))
-    profiling = Profiling(select("cpu"), args, 0, first=1, last=3)
+    profiling = Profiling(select_platform("cpu"), args, 0, first=1, last=3)
     profiling.before(1)
     torch.ones(8) @ torch.ones(8)
     profiling.after(1, last=False)

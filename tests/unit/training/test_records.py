@@ -8,6 +8,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,10 @@ import pytest
 from tensorboard.summary.writer import record_writer
 
 from qwen3_npu import log
+from qwen3_npu.args.trackers import TrackerArgs
+from qwen3_npu.errors import UsageError
 from qwen3_npu.training.reports.records import Records
+from qwen3_npu.training.reports.trackers import Tracked, finite, open_trackers
 
 
 @pytest.fixture
@@ -98,3 +103,84 @@ def test_a_closed_console_does_not_end_a_program(closed: str) -> None:
             "warning: standard output cannot be written",
             "p: error: told",
         ]
+
+
+class Service:
+    """Stands for what a service's package offers: keeps what it is given, and fails if it is told to."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.logged, self.closed = fails, list[tuple[int, dict[str, float]]](), False
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self.fails == "log":
+            raise SystemExit("the network is gone\nand more")
+        self.logged.append((step, values))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_tracker_gets_every_number_in_order(said: list[str]) -> None:
+    service = Service()
+    tracked = Tracked("service", lambda: service)
+    for step in range(50):
+        tracked.log(step, finite({"loss": 1.0 / (step + 1), "nan": float("nan")}))
+    tracked.close()
+    assert [step for step, _ in service.logged] == list(range(50))
+    assert service.logged[3] == (3, {"loss": 0.25})
+    assert service.closed
+    assert said == []
+
+
+def test_a_tracker_that_fails_or_hangs_is_told_and_nothing_waits(said: list[str]) -> None:
+    failing = Tracked("service", lambda: Service("log"))
+    failing.log(0, {})
+    failing.thread.join()
+    failing.log(1, {})
+    failing.close()
+    assert said == [
+        "service has failed (the network is gone); training goes on without",
+        "service: 2 records were not sent",
+    ]
+    said.clear()
+    stuck, release = Service(), threading.Event()
+
+    def late() -> Service:
+        release.wait()
+        return stuck
+
+    hanging = Tracked("service", late)
+    hanging.log(0, {})
+    hanging.close(seconds=0.05)
+    assert "service is not done 0.05 s after the last step; it is not waited for" in said[0]
+    release.set()
+
+
+def test_trackers_are_opened_with_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    class Run:
+        def log(self, values: object, step: int) -> None:
+            asked.append((step, values))
+
+        def finish(self) -> None:
+            asked.append("finish")
+
+    def init(**options: object) -> Run:
+        asked.append(options)
+        return Run()
+
+    settings = {"lr": 1.0}
+    for name, args, options in (
+        ("wandb", TrackerArgs(wandb_project="p", wandb_exp_name="n"), {"project": "p", "name": "n", "dir": None}),
+        ("swanlab", TrackerArgs(swanlab_project="q"), {"project": "q"}),
+    ):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=init))
+        asked.clear()
+        (tracked,) = open_trackers(args, settings)
+        tracked.log(7, {"loss": 2.0})
+        tracked.close()
+        assert asked == [{**options, "config": settings}, (7, {"loss": 2.0}), "finish"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--mlflow-uri needs the package mlflow: pip install mlflow-skinny"):
+        TrackerArgs(mlflow_uri="x").check_installed()

@@ -13,13 +13,13 @@ import tiny
 
 def test_skipped_updates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are no part of a mean loss, and metrics.jsonl is JSON to every reader."""
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
     from qwen3_npu.training.reports.report import Reporter
     from qwen3_npu.training.step import NOTHING, StepResult
 
     caplog.set_level("INFO", "qwen3_npu")
     sizes = {"devices": 1, "interval": 2, "first": 0, "last": 4}
-    reporter = Reporter(select("cpu"), tiny.arch(), **sizes, folder=tmp_path, is_main=True)
+    reporter = Reporter(select_platform("cpu"), tiny.arch(), **sizes, folder=tmp_path, is_main=True)
     tally = dataclasses.replace(NOTHING, loss_sum=30.0, loss_weight=10.0, tokens=10.0, real_tokens=10.0, places=10.0)
     good, bad = StepResult(tally, 1.0, 0.1), StepResult(tally, float("nan"), 0.1, skipped=True)
     for iteration, result in enumerate((good, bad, bad, bad), start=1):

@@ -22,7 +22,7 @@ from qwen3_npu.checkpoint import manifest
 from qwen3_npu.checkpoint.formats.folders import candidates, iterations
 from qwen3_npu.checkpoint.training import retention
 from qwen3_npu.distributed import environment
-from qwen3_npu.distributed.layout import single
+from qwen3_npu.distributed.layout import single_layout
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.files import Seal
 
@@ -55,7 +55,7 @@ def prepared(
     job: str = "this job",
 ) -> tuple[CheckpointArgs, LoraArgs, str]:
     """What the so-many-th start of a job loads by, and what it says."""
-    from qwen3_npu.training.checkpoints.saving import continued, prepare
+    from qwen3_npu.training.checkpoints.saving import check_folders, continued
 
     lora = lora or LoraArgs()
 
@@ -67,7 +67,7 @@ def prepared(
     log.setup()
     log.LOGGER.addHandler(handler)
     try:
-        prepare(args, lora)
+        check_folders(args, lora)
         return *continued(args, lora), "\n".join(said)
     finally:
         log.LOGGER.removeHandler(handler)
@@ -278,7 +278,7 @@ def test_optimizer_state_of_mindspeed_is_not_taken_over(tmp_path: Path, process:
     from qwen3_npu.checkpoint.training import load
 
     source: Any = object.__new__(MegatronReader)
-    source.folder, source.layout = tmp_path, single(tiny.arch())
+    source.folder, source.layout = tmp_path, single_layout(tiny.arch())
     content = {"opt_param_scheduler": {"num_steps": 8}, "iteration": 1}
     source.opened = {next(source.layout.ranks()): SimpleNamespace(content=content)}
     (tmp_path / "mp_rank_00").mkdir()

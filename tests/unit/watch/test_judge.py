@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from qwen3_npu.watch import probe
-from qwen3_npu.watch.judge import Channel, Entry, Rank, judge
-from qwen3_npu.watch.state import INSIDE, LAUNCHED, LEFT, PHASES, Call, Read, State, read
+from qwen3_npu.watch.judge import Channel, Entry, RankReport, judge_hang
+from qwen3_npu.watch.state import INSIDE, LAUNCHED, LEFT, PHASES, CollectiveCall, RankSnapshot, State, read
 from qwen3_npu.watch.stragglers import Stragglers
 from qwen3_npu.watch.watcher import limit
 
-RANK = Rank(
+RANK = RankReport(
     rank=0,
     node="a",
     device=0,
@@ -37,7 +37,7 @@ def call(number: int, state: int = INSIDE, name: str = "all_reduce", shape: tupl
     return Entry(number, name, "float32", shape, state=state, age=9.0)
 
 
-def ranks(*channels: dict[str, Entry], members: tuple[int, ...] = EVERYONE) -> list[Rank]:
+def ranks(*channels: dict[str, Entry], members: tuple[int, ...] = EVERYONE) -> list[RankReport]:
     """A rank for each: channel -> its last call."""
     made = []
     for number, own in enumerate(channels):
@@ -48,7 +48,7 @@ def ranks(*channels: dict[str, Entry], members: tuple[int, ...] = EVERYONE) -> l
 
 @pytest.mark.parametrize("state", [INSIDE, LAUNCHED])
 def test_the_rank_that_has_not_called_is_named_on_hosts_and_devices(state: int) -> None:
-    verdict = judge(ranks(*[{"dp": call(7, state)}] * 3, {"dp": call(6, LEFT)}))
+    verdict = judge_hang(ranks(*[{"dp": call(7, state)}] * 3, {"dp": call(6, LEFT)}))
     assert (verdict.kind, verdict.ranks) == ("elsewhere", (3,))
     assert "rank 3 (a, device 3) never entered all_reduce #7 of group dp (4 ranks; 3 wait since 9 s)" in verdict.text
 
@@ -61,42 +61,42 @@ def test_a_chain_of_waits_ends_at_its_first_cause() -> None:
         {"tp": call(4, LEFT)},
         {"tp": call(5), "pp": call(2)},
     ]
-    verdict = judge(ranks(*chain))
+    verdict = judge_hang(ranks(*chain))
     assert verdict.ranks == (2,)
     assert verdict.text.startswith("rank 2 (a, device 2) never entered all_reduce #5 of group tp")
 
 
 def test_who_has_left_a_call_waits_for_nobody() -> None:
-    verdict = judge(ranks({"dp": call(7, LEFT)}, {"dp": call(6, LEFT)}))
+    verdict = judge_hang(ranks({"dp": call(7, LEFT)}, {"dp": call(6, LEFT)}))
     assert verdict.kind == "alone"
 
 
 def test_another_view_of_the_same_numbers_is_no_mismatch_and_another_count_is() -> None:
     same = ranks({"dp": call(7, shape=(2, 2))}, {"dp": call(7)}, {"dp": call(7)}, {"dp": call(7)})
-    assert judge(same).kind == "network"
+    assert judge_hang(same).kind == "network"
     other = ranks({"dp": call(7, shape=(2, 3))}, {"dp": call(7)}, {"dp": call(7)}, {"dp": call(7)})
-    assert (judge(other).kind, judge(other).ranks) == ("shape", (0,))
+    assert (judge_hang(other).kind, judge_hang(other).ranks) == ("shape", (0,))
 
 
 def test_a_mismatch_is_the_cause_of_a_death() -> None:
     states = ranks({"dp": call(7, shape=(5,))}, {"dp": call(7)}, {"dp": call(7)})
     states[1] = dataclasses.replace(states[1], alive=False)
-    assert judge(states).kind == "shape"
+    assert judge_hang(states).kind == "shape"
     states[0] = dataclasses.replace(states[1], rank=0)
-    assert (judge(states).kind, judge(states).ranks) == ("dead", (0, 1))
+    assert (judge_hang(states).kind, judge_hang(states).ranks) == ("dead", (0, 1))
 
 
 def test_a_send_and_its_receive_agree() -> None:
     states = ranks({"dp 0>1": call(3, name="send")}, {"dp 0>1": call(3, name="recv")}, members=(0, 1))
-    assert judge(states).kind == "network"
+    assert judge_hang(states).kind == "network"
 
 
 def test_a_node_without_a_report_is_named_first() -> None:
-    assert judge(ranks({"dp": call(7)}), ["node 1 of 2"]).kind == "missing"
+    assert judge_hang(ranks({"dp": call(7)}), ["node 1 of 2"]).kind == "missing"
 
 
 def test_the_patience_follows_the_steps_and_their_phase() -> None:
-    step = Read(1, 9, "forward", 0.0, ended=False, durations=[20.0] * 5, windows={}, last={}, recent=[])
+    step = RankSnapshot(1, 9, "forward", 0.0, ended=False, durations=[20.0] * 5, windows={}, last={}, recent=[])
     assert limit(None, {0: step}) == 200
     assert limit(None, {0: dataclasses.replace(step, durations=[0.1] * 9)}) == 60
     assert limit(7, {0: step}) == 7
@@ -119,7 +119,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [c.state for c in found.recent] == [LEFT, LEFT, LEFT, INSIDE]
     assert found.recent[2].shape == (2, 3)
     assert found.recent[2].left >= found.recent[2].entered
-    last: Call = found.last[tp]
+    last: CollectiveCall = found.last[tp]
     assert (last.number, last.operation, last.dtype, last.shape, last.left) == (4, 4, 2, None, 0)
     (tmp_path / "rank_5.state").write_bytes(b"other")
     with pytest.raises(ValueError, match="no state of a rank"):

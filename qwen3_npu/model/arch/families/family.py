@@ -34,6 +34,11 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def reward_architecture(self) -> str:
+        """transformers' class of its reward models."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
     def hf_name(self, standard: str) -> str:
         """The family's name of a weight that most families call `standard`."""
         for usual, own in self.renamed.items():

@@ -17,9 +17,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 
 def main(rank: int, world: int, rendezvous: str, job: str) -> None:
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    select("cpu").activate()
+    select_platform("cpu").activate()
     import torch
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel

@@ -19,9 +19,9 @@ FLAGS = ["--seq-length", "16", "--micro-batch-size", "2", "--train-iters", "2", 
 
 
 def main(models: Path, tokens: Path, out: Path) -> None:
-    from qwen3_npu.platform import select
+    from qwen3_npu.platform import select_platform
 
-    platform = select("cpu")
+    platform = select_platform("cpu")
     platform.activate()
     import numpy as np
     import torch

@@ -207,10 +207,10 @@ ARCHIVES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "big-endian": (lambda d: rewritten(d, lambda p: p.update({"a/byteorder": b"big"})), "byte order b'big'"),
     "two checkpoints": (lambda d: rewritten(d, lambda p: p.update({"b/data.pkl": b"N."})), "has 2 data.pkl"),
     "TorchScript": (lambda d: rewritten(d, lambda p: p.update({"a/constants.pkl": b""})), "TorchScript"),
-    "compressed": (lambda d: rewritten(d, len, compression=zipfile.ZIP_DEFLATED), "is not a whole torch checkpoint"),
-    "a bomb": (lambda d: central(d, b"a/data.pkl", 24, b"\xff\xff\xff\x7f"), "is not a whole torch checkpoint"),
-    "shifted": (lambda d: central(d, b"a/data/0", 42, b"\x01"), "is not a whole torch checkpoint"),
-    "overlapping": (lambda d: central(d, b"a/data/1", 42, b"\x00\x00\x00\x00"), "is not a whole torch checkpoint"),
+    "compressed": (lambda d: rewritten(d, len, compression=zipfile.ZIP_DEFLATED), "is not a complete torch checkpoint"),
+    "a bomb": (lambda d: central(d, b"a/data.pkl", 24, b"\xff\xff\xff\x7f"), "is not a complete torch checkpoint"),
+    "shifted": (lambda d: central(d, b"a/data/0", 42, b"\x01"), "is not a complete torch checkpoint"),
+    "overlapping": (lambda d: central(d, b"a/data/1", 42, b"\x00\x00\x00\x00"), "is not a complete torch checkpoint"),
     "one bit": (lambda d: d.replace(b"\x80\x3f\x00\x40", b"\x81\x3f\x00\x40", 1), "the CRC-32 of data/0 is another"),
 }
 

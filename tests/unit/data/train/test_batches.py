@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen3_npu.data.train.pretrain_dataset import document_rows, plain_rows
+from qwen3_npu.data.train.pretrain_dataset import plain_rows, stacked
+from qwen3_npu.data.train.rows import Rows, pretraining_rows
 from qwen3_npu.training import feed
 
 
@@ -55,7 +55,10 @@ def text_samples(count: int) -> list[dict[str, torch.Tensor]]:
 
 def test_batches_know_their_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     how = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
-    rows = functools.partial(document_rows, eod=9, **how)
+
+    def rows(samples: list[dict[str, torch.Tensor]]) -> Rows:
+        return pretraining_rows(*stacked(samples), eod=9, **how)
+
     fed = feed_of(text_samples(8), rows, stage=0, stages=1, monkeypatch=monkeypatch)
     made = list(fed.batches(fed.train, 0, torch.device("cpu"), torch.float32))
     assert [batch.tokens.tolist() for batch in made] == [[[0, 9, 2, 1, 9, 2]], [[2, 9, 2, 3, 9, 2]]]

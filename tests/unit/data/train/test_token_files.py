@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from qwen3_npu.args.training import DataArgs
-from qwen3_npu.data.preprocess.output import merge
+from qwen3_npu.data.preprocess.output import merge_datasets
 from qwen3_npu.data.train import token_record
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.data.train.sft_dataset import InstructionFiles
@@ -83,7 +83,7 @@ def test_permuted_pairs_are_merged(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write_pair(tmp_path / "in" / "a_text", DOCUMENTS, order=ORDER)
     write_pair(tmp_path / "in" / "b_text", DOCUMENTS[::-1])
-    merge([str(tmp_path / "in")], ["text"], str(tmp_path / "out"))
+    merge_datasets([str(tmp_path / "in")], ["text"], str(tmp_path / "out"))
     assert megatrons(tmp_path / "out_text") == [*DOCUMENTS, *DOCUMENTS[::-1]]
     record = token_record.find_record(str(tmp_path / "out_text"))
     assert record is not None

@@ -26,7 +26,7 @@ from qwen3_npu.data.train.rows import (
 from qwen3_npu.data.train.sft_dataset import (
     InstructionFiles,
     Kind,
-    Sample,
+    TokenSample,
     instruction_splits,
     open_instructions,
     split_ranges,
@@ -160,8 +160,8 @@ def test_long_conversations_are_cut_turn_by_turn(tmp_path: Path) -> None:
 
 def test_labels_are_shifted_and_rows_padded() -> None:
     samples = [
-        Sample(np.array([5, 6, 7, 8, 9]), np.array([-100, -100, 7, 8, 9]), None),
-        Sample(np.array([3, 4]), np.array([-100, 4]), None),
+        TokenSample(np.array([5, 6, 7, 8, 9]), np.array([-100, -100, 7, 8, 9]), None),
+        TokenSample(np.array([3, 4]), np.array([-100, 4]), None),
     ]
     rows = instruction_rows(samples, Padding(0, None, 4), per_document=False)
     assert rows.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [3, 4, 0, 0, 0, 0, 0, 0]]
@@ -183,7 +183,7 @@ def test_padding_fits_the_parallel_layout() -> None:
 
 
 def test_packs_keep_their_borders() -> None:
-    pack = Sample(*(np.array(part) for part in NEAT))
+    pack = TokenSample(*(np.array(part) for part in NEAT))
     rows = instruction_rows([pack, pack], Padding(0, 8), per_document=True)
     assert rows.cu_seqlens == (0, 2, 5, 8, 10, 13, 16), "padding is one document"
     assert rows.tokens.shape == (1, 16)
@@ -197,7 +197,7 @@ def test_packs_keep_their_borders() -> None:
 
 
 def test_a_learned_first_token_is_not_predicted_by_the_document_before_it() -> None:
-    pack = Sample(np.array([5, 6, 7, 0]), np.array([5, 6, 7, -100]), np.array([1, 1, 2, 0]))
+    pack = TokenSample(np.array([5, 6, 7, 0]), np.array([5, 6, 7, -100]), np.array([1, 1, 2, 0]))
     rows = instruction_rows([pack], Padding(0, 4), per_document=True)
     assert rows.loss_mask.tolist() == [[1, 0, 0, 0]]
 
@@ -314,6 +314,32 @@ def test_raw_conversations_and_failures(tmp_path: Path, recipe: Callable) -> Non
         prepare_data_path([str(broken)], chat, tmp_path / "cache")
     assert sorted((tmp_path / "cache").iterdir()) == before
     assert prepare_data_path(["no/such/prefix"], chat, tmp_path / "cache") == ["no/such/prefix"]
+
+
+def test_a_data_set_of_the_hub_is_prepared_like_a_file(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    from qwen3_npu.data.preprocess.cache import is_raw, prepare_data_path
+
+    asked = []
+
+    def load(name: str, **arguments: object) -> datasets.IterableDataset:
+        asked.append((name, arguments))
+        return datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parameters.json").write_text('{"split": "test"}')
+    flags = ("--handler-name", "GeneralPretrainHandler", "--hf-datasets-params", "parameters.json")
+    (made,) = prepare_data_path(["owner/texts"], recipe(*flags), tmp_path / "cache")
+    assert len(open_indexed(made)) == 2
+    assert prepare_data_path(["owner/texts"], recipe(*flags), tmp_path / "cache") == [made]
+    assert asked == [("owner/texts", {"split": "test", "streaming": True})], "once"
+    assert not is_raw("owner/texts"), "nobody has said what its records are"
+    (tmp_path / "owner").mkdir()
+    assert not is_raw("owner/texts", takes_names=True), "a mistyped file"
 
 
 def test_whoever_is_faster(tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

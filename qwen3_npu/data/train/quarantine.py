@@ -1,0 +1,196 @@
+"""Samples that a training leaves out after a spike: `quarantine.jsonl` beside its checkpoints. No torch.
+
+The order of all other samples does not change: those after a sample that is left out move up by one. What is left out
+depends on the file and the data only, so it is the same in any layout and after every resume.
+
+A line of the file is one sample:
+
+    {"key": "9f0c...", "action": "left out", "step": 1200, "reason": "loss 9.1 is above 4.2", "number": 9593,
+     "first": 9592, "file": "data/part_0_text_document", "sample": 311, "offset": 0, "ids": [...], "learned": [...],
+     "excerpt": "..."}
+
+`number` counts the samples of the training with none left out, and the sample is left out from `first` on; `sample` and
+`offset` are its place in the file (a document and a token of it, for text). `ids` and `learned` are the first 256.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwen3_npu import log, schema
+from qwen3_npu.data.train.token_record import IGNORED
+from qwen3_npu.files import write_text
+
+FILE = "quarantine.jsonl"
+LEFT_OUT, NOTED = "left out", "noted"
+_SHOWN = 256  # tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quarantined:
+    """One sample; see the module."""
+
+    key: str
+    action: str
+    step: int
+    reason: str
+    number: int
+    first: int
+    file: str
+    sample: int
+    offset: int
+    ids: tuple[int, ...]
+    learned: tuple[int, ...]
+    excerpt: str
+
+
+class Place(NamedTuple):
+    """Where a sample is: an index, or for text a document and a token of it."""
+
+    file: str
+    sample: int
+    offset: int = 0
+
+
+def content(sample: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The token ids of a sample and whether each is learned: one pair, or one for each answer of a preference."""
+    if isinstance(sample, dict):  # text: the label of a place is the next token
+        return [(np.asarray(sample["tokens"]), np.asarray(sample["loss_mask"]) > 0)]
+    if hasattr(sample, "ids"):
+        return [(sample.ids, sample.labels != IGNORED)]
+    answers = [getattr(sample, name) for name in ("chosen", "rejected", "answer") if hasattr(sample, name)]
+    return [pair for answer in answers for pair in content(answer)]
+
+
+def key_of(sample: Any) -> str:
+    """A digest of what a sample teaches."""
+    found = hashlib.sha256()
+    for ids, learned in content(sample):
+        found.update(np.ascontiguousarray(ids, np.int64).tobytes() + np.packbits(learned).tobytes() + b"|")
+    return found.hexdigest()[:32]
+
+
+class Ordered:
+    """The samples of a training in their order, without those that are left out.
+
+    Args:
+        dataset: number -> sample; `locate` of a number gives its place.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.repeats = hasattr(dataset, "shares")  # each sample again in every epoch; text is divided anew
+        self.rules: dict[Any, int] = {}  # place (of text: number) -> the number that it is left out from
+        self.skipped: list[int] = []  # numbers that are left out, of those before `scanned`
+        self.scanned = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dataset, name)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.dataset[self.raw(number)]
+
+    def locate(self, number: int) -> Any:
+        """Where sample `number` of this order comes from."""
+        return self.dataset.locate(self.raw(number))
+
+    def raw(self, number: int) -> int:
+        """The place of sample `number` in the order with none left out."""
+        if not self.rules:
+            return number
+        while self.scanned - len(self.skipped) <= number:
+            if self.scanned >= self.rules.get(self._rule(self.scanned), self.scanned + 1):
+                self.skipped.append(self.scanned)
+            self.scanned += 1
+        before = bisect.bisect_right([place - i for i, place in enumerate(self.skipped)], number)
+        return number + before
+
+    def _rule(self, number: int) -> Any:
+        return self.dataset.locate(number) if self.repeats else number
+
+    def leave_out(self, numbers: Sequence[int], first: int) -> None:
+        """From sample `first` on without these; both as with none left out."""
+        for number in numbers:
+            rule = self._rule(number)
+            self.rules[rule] = min(first, self.rules.get(rule, first))
+        start = min(self.rules.values())
+        self.skipped = [place for place in self.skipped if place < start]
+        self.scanned = start
+
+    def entry(self, number: int, decode: Callable[[Sequence[int]], str] | None = None, **why: Any) -> Quarantined:
+        """What is written of a sample.
+
+        Args:
+            number: with none left out.
+            why: the other fields.
+        """
+        sample, place = self.dataset[number], Place(*self.dataset.locate(number))
+        ids, learned = (np.concatenate(parts)[:_SHOWN].tolist() for parts in zip(*content(sample), strict=True))
+        return Quarantined(
+            key=key_of(sample),
+            number=number,
+            ids=tuple(ids),
+            learned=tuple(map(int, learned)),
+            excerpt=decode(ids) if decode else "",
+            **place._asdict(),
+            **why,
+        )
+
+    def resolve(self, entries: Sequence[Quarantined]) -> list[str]:
+        """Leave out what a file says. Returns a warning for each sample that these data do not have there."""
+        missing = []
+        for entry in (one for one in entries if one.action == LEFT_OUT):
+            try:
+                is_there = key_of(self.dataset[entry.number]) == entry.key
+            except IndexError:  # a shorter training
+                is_there = False
+            if is_there:
+                self.leave_out([entry.number], entry.first)
+            else:
+                missing.append(
+                    f"{FILE}: sample {entry.key} (step {entry.step}) is not where it was in these data; it "
+                    f"is not left out"
+                )
+        return missing
+
+
+def read(folder: Path) -> list[Quarantined]:
+    """The entries of a folder's file; none without one. Raises: UsageError: it is damaged."""
+    path = folder / FILE if folder.is_dir() else folder
+    if not path.is_file():
+        return []
+    found = []
+    for number, line in enumerate(schema.read_small(path).splitlines(), start=1):
+        record = schema.record(schema.parse_json(line, f"{path}, line {number}"), f"{path}, line {number}")
+        record.only([field.name for field in dataclasses.fields(Quarantined)])
+        whole = {name: record.integer(name, least=0) for name in ("step", "number", "first", "sample", "offset")}
+        texts = {name: record.text(name) for name in ("key", "action", "reason", "file", "excerpt")}
+        tokens = {name: record.counts(name) for name in ("ids", "learned")}
+        found.append(Quarantined(**whole, **texts, **tokens))
+    return found
+
+
+def write(folder: Path, entries: Sequence[Quarantined]) -> None:
+    """All entries, whole or not at all."""
+    write_text(
+        folder / FILE, "".join(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in entries)
+    )
+
+
+def warn(lines: Sequence[str]) -> None:
+    """A few of them."""
+    for line in lines[:3]:
+        log.warning(line)
+    if len(lines) > 3:
+        log.warning(f"{FILE}: and {len(lines) - 3} more")

@@ -1,0 +1,1 @@
+"""`inference.py --task score`: what a reward model gives answers."""

@@ -1,0 +1,110 @@
+"""Whether a step's loss or gradient norm leaps above what the last steps let expect."""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+WINDOW = 128  # steps
+_KEPT = 1024  # steps: a rollback forgets the last of them
+_BEFORE = 16  # steps whose median is what is expected next: a loss that falls quickly is no spike above an old one
+_FEWEST, _FIRST = 16, 4  # residuals for a judgement; steps for a residual
+_MAD = 1.4826  # a normal distribution's deviation over its median absolute deviation
+_OF_LARGEST = 2  # times the largest residual
+_LOSS, _NORM = 0.005, 0.1  # least deviation: of the loss, relative; of the norm's logarithm
+
+
+class Seen(NamedTuple):
+    """A step that was learned from."""
+
+    step: int
+    loss: float
+    grad_norm: float
+
+
+class SpikeLimits(NamedTuple):
+    """What is above is a spike."""
+
+    loss: float
+    grad_norm: float
+
+
+class _Series:
+    """Values, and of each what it was above the median of those before."""
+
+    def __init__(self) -> None:
+        self.last: list[float] = []
+        self.residuals: list[tuple[int, float]] = []  # of a step
+
+    def add(self, step: int, value: float) -> None:
+        if len(self.last) >= _FIRST:
+            self.residuals = [*self.residuals[-WINDOW + 1 :], (step, value - statistics.median(self.last))]
+        self.last = [*self.last[-_BEFORE + 1 :], value]
+
+    def highest(self, sigma: float, least: float) -> float:
+        """What the next value may be."""
+        if len(self.residuals) < _FEWEST:
+            return math.inf
+        found = sorted(one for _, one in self.residuals)
+        middle = statistics.median(found)
+        deviation = max(_MAD * statistics.median(abs(one - middle) for one in found), least)
+        return statistics.median(self.last) + middle + max(sigma * deviation, _OF_LARGEST * (found[-1] - middle))
+
+
+class Detector:
+    """The last steps and what may follow them.
+
+    A step's residual is its loss (or the logarithm of its gradient norm) less the median of the 16 before. A spike's is
+    more than `sigma` deviations above the median of the last 128 residuals, and more than twice as far above it as any
+    of them: in a training whose losses have heavy tails one large value is no surprise. The deviation is 1.4826 times
+    their median absolute deviation, and at least 0.5 % of the loss, or 0.1 of the logarithm. Norms are products of many
+    factors, hence the logarithm.
+
+    Args:
+        ceiling: a loss that no model can have; infinite where losses are not those of tokens.
+    """
+
+    def __init__(self, sigma: float, ceiling: float = math.inf) -> None:
+        self.sigma, self.ceiling = sigma, ceiling
+        self.seen: collections.deque[Seen] = collections.deque(maxlen=_KEPT)
+        self.losses, self.norms = _Series(), _Series()
+
+    def add(self, step: int, loss: float, grad_norm: float) -> None:
+        """A step that was learned from."""
+        self.seen.append(Seen(step, loss, grad_norm))
+        self.losses.add(step, loss)
+        self.norms.add(step, math.log(max(grad_norm, 1e-30)))
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after this one."""
+        self.restore(self.seen, step)
+
+    def restore(self, seen: Iterable[Sequence[float]], step: int) -> None:
+        """Go on from what was seen up to a step, perhaps by an earlier process."""
+        seen = list(seen)
+        self.seen.clear()
+        self.losses, self.norms = _Series(), _Series()
+        for number, loss, grad_norm in seen:
+            if number <= step:
+                self.add(int(number), loss, grad_norm)
+
+    def limits(self) -> SpikeLimits:
+        """For the next step."""
+        usual = abs(self.losses.last[-1]) if self.losses.last else 0.0
+        norm = self.norms.highest(self.sigma, _NORM)
+        loss = self.losses.highest(self.sigma, _LOSS * usual)
+        return SpikeLimits(min(loss, self.ceiling), math.exp(norm) if norm < 80 else math.inf)
+
+
+def reason(loss: float, grad_norm: float, limits: SpikeLimits) -> str | None:
+    """Why a step is a spike, or None."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return f"loss {loss:g}, grad norm {grad_norm:g}"
+    if loss > limits.loss:
+        return f"loss {loss:g} is above {limits.loss:.4g}"
+    if grad_norm > limits.grad_norm:
+        return f"grad norm {grad_norm:g} is above {limits.grad_norm:.4g}"
+    return None

@@ -1,0 +1,99 @@
+"""Ranks that hold the same weights compare digests of them: silent corruption names the rank that differs.
+
+A digest is the sum of a tensor's bits, read as integers: one flipped bit always changes it. All tensors of a rank are
+digested on the device and compared by one small gather in each group of ranks that hold the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from qwen3_npu.checkpoint.training.optimizer_state import states_by_parameter
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digest(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of its bits as integers, an int64 scalar on its device."""
+    return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+class ReplicaCheck:
+    """The tensors of this rank by the group of ranks that hold the same."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], wrapped: Sequence[Any], optimizer: MegatronOptimizer) -> None:
+        """
+        Args:
+            chunks: the model chunks of this rank, and as megatron has `wrapped` them.
+        """
+        self.wrapped, self.optimizer = wrapped, optimizer
+        self.groups: list[tuple[dist.ProcessGroup, list[str], list[torch.nn.Parameter]]] = []
+        dense: dict[str, torch.nn.Parameter] = {}
+        experts: dict[str, torch.nn.Parameter] = {}
+        for number, chunk in enumerate(chunks):
+            for name, parameter in chunk.named_parameters():
+                place = experts if not getattr(parameter, "allreduce", True) else dense
+                place[f"{name} (chunk {number})" if len(chunks) > 1 else name] = parameter
+        whole = {n: p for n, p in dense.items() if not getattr(p, "tensor_model_parallel", False)}
+        for group, parameters in (
+            (parallel_state.get_data_parallel_group(with_context_parallel=True), dense),
+            (parallel_state.get_expert_data_parallel_group(), experts),
+            (parallel_state.get_tensor_model_parallel_group(), whole),
+        ):
+            if group.size() > 1 and parameters:
+                self.groups.append((group, list(parameters), list(parameters.values())))
+
+    def compare(self) -> str | None:
+        """Which rank differs, the same text on every rank; None: none does. Every rank must call this; it waits."""
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:  # else the weights are not there before the next forward pass
+                chunk.start_param_sync(force_sync=True)
+        found = [text for group in self.groups if (text := self._differs(*group))]
+        every: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(every, found)
+        texts = sorted({text for one in every for text in one})
+        return "; ".join(texts[:4]) or None
+
+    def _differs(
+        self, group: dist.ProcessGroup, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]
+    ) -> str | None:
+        states = states_by_parameter(self.optimizer)  # replicas, too, where it is not sharded
+        labels, digests = list(names), [digest(parameter) for parameter in parameters]
+        for name, parameter in zip(names, parameters, strict=True):
+            for key, tensor in states.get(parameter, {}).items():
+                if tensor.data_ptr() != parameter.data_ptr():  # float32 weights are updated themselves
+                    labels.append(f"{key} of {name}")
+                    digests.append(digest(tensor))
+        own = torch.stack(digests)
+        gathered = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(gathered, own, group=group)
+        rows = torch.stack(gathered).cpu()
+        if bool((rows == rows[0]).all()):
+            return None
+        ranks = dist.get_process_group_ranks(group)
+        return verdict(ranks, labels, [tuple(row) for row in rows.tolist()])
+
+
+def verdict(ranks: Sequence[int], names: Sequence[str], rows: Sequence[tuple[int, ...]]) -> str:
+    """One line on replicas that are not equal.
+
+    Args:
+        rows: of each rank, the digests of the tensors that `names` names.
+    """
+    first = next(i for i in range(len(names)) if len({row[i] for row in rows}) > 1)
+    count = sum(len({row[i] for row in rows}) > 1 for i in range(len(names)))
+    what = names[first] + (f" and {count - 1} other tensors" if count > 1 else "")
+    votes = Counter(rows)
+    common, most = votes.most_common(1)[0]
+    odd = [rank for rank, row in zip(ranks, rows, strict=True) if row != common]
+    others = f"the same on ranks {', '.join(map(str, ranks[:16]))}"
+    if 2 * most <= len(ranks):
+        return f"{what} differ between {others}: no majority says which is right"
+    return f"rank {', '.join(map(str, odd))} differs in {what} from {others}"

@@ -1,0 +1,32 @@
+"""Back to a checkpoint of this training, in the running processes."""
+
+from __future__ import annotations
+
+from qwen3_npu.checkpoint.training.save import Position
+from qwen3_npu.data.text.encoder import open_encoder
+from qwen3_npu.data.text.tokenizer import start_loading
+from qwen3_npu.training.checkpoints.saving import Saver
+from qwen3_npu.training.feed import Feed
+from qwen3_npu.training.guard import NanGuard
+from qwen3_npu.training.spikes.guard import Decode, SpikeGuard
+from qwen3_npu.watch import here
+
+
+def decoder(folder: str | None) -> Decode | None:
+    """Ids to text, by the tokenizer of a folder."""
+    return open_encoder(start_loading(folder, threads=1)).decode if folder else None
+
+
+def go_back(spikes: SpikeGuard, guard: NanGuard, saver: Saver, feed: Feed, *, position: Position, why: str) -> Position:
+    """Load a checkpoint from before `position`, the last good one. Returns its position. Every rank must call this.
+
+    Raises:
+        Stopped: see `SpikeGuard.way_back`.
+    """
+    with here.during("save"):
+        saver.finish()
+        position = saver.load_own(spikes.way_back(position, saver.own, why))
+    feed.forget()
+    spikes.detector.rewind(position.iteration)
+    guard.in_a_row = 0
+    return position

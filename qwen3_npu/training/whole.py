@@ -1,0 +1,85 @@
+"""The steps of a training, one after the other, with what happens between them: reports, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+from qwen3_npu import log
+from qwen3_npu.errors import Stopped
+from qwen3_npu.training.reports.profiling import Profiling
+from qwen3_npu.watch import here
+
+if TYPE_CHECKING:
+    from qwen3_npu.training.loop import Trainer
+
+
+def train(trainer: Trainer) -> None:
+    """All steps up to --train-iters."""
+    args, last = trainer.args, trainer.args.train.steps
+    if trainer.position.iteration >= last:
+        log.info(f"nothing to do: step {trainer.position.iteration} of --train-iters {last} is reached")
+        return
+    reporter = trainer.reporter()
+    if args.train.manual_gc:
+        gc.disable()
+    first = trainer.position.iteration + 1
+    profiling = Profiling(trainer.platform, args.profile, trainer.world.rank, first=first, last=last)
+    stop: str | None = None
+    if trainer.spikes.rolls_back and trainer.position.iteration not in trainer.saver.own:
+        with here.during("save"):
+            trainer.saver.save(trainer.position)  # a way back from the first steps
+    while trainer.position.iteration < last and stop is None:
+        profiling.before(trainer.position.iteration + 1)
+        before, result = trainer.position, trainer.step()
+        if trainer.position.iteration <= before.iteration:
+            reporter.went_back(before.iteration + 1, trainer.position.iteration)
+            continue
+        iteration = trainer.position.iteration
+        reporter.step(iteration, result, trainer.expert_load() if reporter.is_due(iteration) else None)
+        if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
+            gc.collect()
+        if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
+            with reporter.paused(), here.during("eval"):
+                trainer.evaluate(reporter)
+        stop = trainer.exits.reason(iteration, result.wishes)
+        profiling.after(iteration, last=iteration == last or stop is not None)
+        due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
+        export = trainer.export.due(iteration, is_last=iteration == last)
+        saves = bool(args.checkpoint.save and (due or export or stop or iteration == last))
+        interval = args.spikes.replica_check_interval
+        if interval and (saves or iteration % interval == 0) and not _check_replicas(trainer):
+            reporter.went_back(iteration, trainer.position.iteration)
+            continue
+        if saves:
+            with reporter.paused(), here.during("save"):
+                _save(trainer, export=export)
+    reporter.close()
+    with here.during("save"):
+        trainer.saver.finish()
+        trainer.export.finish()
+    if stop is not None:
+        log.info(f"stopped after step {trainer.position.iteration} of {last}: {stop}")
+
+
+def _check_replicas(trainer: Trainer) -> bool:
+    """Whether ranks that hold the same weights do; if not it has gone back. Raises: Stopped: or it ends."""
+    problem = trainer.replicas.compare() if trainer.replicas is not None else None
+    if problem is None:
+        return True
+    if not trainer.spikes.rolls_back:
+        raise Stopped(
+            f"step {trainer.position.iteration}: silent corruption: {problem}; nothing is saved; take that device "
+            f"away and go on from the last checkpoint"
+        )
+    trainer.go_back(f"silent corruption: {problem}")
+    return False
+
+
+def _save(trainer: Trainer, *, export: bool) -> None:
+    trainer.export.finish()  # it may be reading a checkpoint that saving removes
+    trainer.saver.save(trainer.position)
+    trainer.spikes.keep_history()
+    if export:
+        trainer.saver.finish()
+        trainer.export.start(iteration)

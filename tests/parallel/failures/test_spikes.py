@@ -1,0 +1,69 @@
+"""A poisoned batch is left out, in any layout; a rank with another bit than its replicas is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_resume import BASE
+
+from qwen3_npu.parity.rows import TP2, ZERO
+from worlds import World
+
+STEPS, BAD = 30, 24  # the step whose samples are rubbish
+GUARDED = [
+    *BASE,
+    "--train-iters",
+    str(STEPS),
+    "--lr",
+    "3e-3",
+    "--lr-decay-style",
+    "constant",
+    "--micro-batch-size",
+    "4",
+]
+SAMPLES = list(range((BAD - 1) * 8, BAD * 8))
+
+
+def test_after_a_rollback_losses_are_those_of_a_training_that_never_saw_the_samples(
+    worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    flags = [*GUARDED, "--load", models["tied"], "--data-path", tokens]
+    never = worlds[1].run("spike_cases.spiked", flags=flags, rubbish=[], gone=SAMPLES)
+    save = ["--save", str(tmp_path / "a"), "--save-interval", "10"]
+    guarded = [*flags, *ZERO, *save, "--spike-guard", "rollback"]
+    found = worlds[2].run("spike_cases.spiked", flags=guarded, rubbish=SAMPLES, gone=[])
+    assert found["spikes"] == [BAD]
+    assert found["losses"] == pytest.approx(never["losses"], rel=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(one["number"], one["step"], one["action"]) for one in lines] == [(n, BAD, "left out") for n in SAMPLES]
+
+    # Resumed before the spike, in another layout and without the guard, it still does not see them.
+    shutil.rmtree(tmp_path / "a" / "iter_0000030")
+    resumed = [*flags, *TP2, "--load", str(tmp_path / "a")]
+    rest = worlds[2].run("spike_cases.spiked", flags=resumed, rubbish=SAMPLES, gone=[])
+    assert rest["losses"] == pytest.approx(never["losses"][20:], rel=1e-5)
+
+
+def test_spikes_are_left_out_on_all_ranks_and_too_many_rollbacks_end_the_training(
+    worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    flags = [*GUARDED, "--load", models["tied"], "--data-path", tokens, "--save", str(tmp_path)]
+    skipped = worlds[2].run("spike_cases.spiked", flags=[*flags, "--spike-guard", "skip"], rubbish=SAMPLES, gone=[])
+    assert (skipped["spikes"], len(skipped["losses"]), skipped["stopped"]) == ([BAD], STEPS - 1, None)
+    ended = [*flags, "--spike-guard", "rollback", "--max-rollbacks", "0", "--finetune"]
+    assert (
+        "as many as --max-rollbacks allows"
+        in worlds[2].run("spike_cases.spiked", flags=ended, rubbish=SAMPLES, gone=[])["stopped"]
+    )
+
+
+@pytest.mark.parametrize("what", ["weight", "exp_avg_sq"])
+def test_a_flipped_bit_names_its_rank(what: str, worlds: dict[int, World], models: dict[str, str], tokens: str) -> None:
+    flags = [*BASE, "--load", models["tied"], "--data-path", tokens, "--replica-check-interval", "1"]
+    said = worlds[4].run("spike_cases.flipped", flags=flags, rank=2, what=what)
+    assert len(set(said)) == 1
+    assert said[0].startswith("step 1: silent corruption: rank 2 differs in ")
+    assert "decoder.layers.1.mlp.linear_fc2.weight from the same on ranks 0, 1, 2, 3" in said[0]
