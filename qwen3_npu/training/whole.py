@@ -82,4 +82,4 @@ def _save(trainer: Trainer, *, export: bool) -> None:
     trainer.spikes.keep_history()
     if export:
         trainer.saver.finish()
-        trainer.export.start(iteration)
+        trainer.export.start(trainer.position.iteration)
