@@ -31,6 +31,7 @@ from qwen3_npu.checkpoint.mapping.table import EMBEDDING
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.numbers import number_list
+from qwen3_npu.schema import read_record, shown
 
 _MODEL = (
     "embedding.",
@@ -159,6 +160,9 @@ class DistReader(DistTensors):
         for name in (METADATA, CONFIG, COMMON):
             if not (folder / name).is_file():
                 raise UsageError(f"{folder} has no {name}; the torch_dist checkpoint is incomplete")
+        backend = read_record(folder / CONFIG).text("sharded_backend")
+        if backend != TORCH_DIST:
+            raise UsageError(f"{folder / CONFIG}: sharded_backend {shown(backend)} is not read here; {TORCH_DIST} is")
         common = PtFile(folder / COMMON)
         common.close()
         self.common: dict[str, Any] = common.content
