@@ -284,7 +284,7 @@ def test_optimizer_state_of_mindspeed_is_not_taken_over(tmp_path: Path, process:
     (tmp_path / "mp_rank_00").mkdir()
     (tmp_path / "mp_rank_00" / "distrib_optim.pt").touch()
     trained: Any = SimpleNamespace()
-    with pytest.raises(UsageError, match=r"\(distrib_optim.pt\): only weights can be taken over; give --finetune"):
+    with pytest.raises(UsageError, match=r"\(distrib_optim.pt\): only weights can be loaded; give --finetune"):
         load._resume(trained, CheckpointArgs(load=str(tmp_path)), source, {})
 
 
