@@ -23,9 +23,17 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # what torchrun would set, witho
 
 with_log() { # command...
     local log="logs/$(basename "$0" .sh)_node${NODE_RANK}.log"
-    mkdir -p logs
+    if ! mkdir -p logs || ! : >"$log"; then
+        echo "warning: $PWD/$log cannot be written; there is no log" >&2
+        "$@"
+        return
+    fi
     echo "log: $PWD/$log"
+    set +e  # a log that cannot be written any more does not change the program's status
     "$@" 2>&1 | tee "$log"
+    local status="${PIPESTATUS[0]}"
+    set -e
+    return "$status"
 }
 
 run() {

@@ -1,4 +1,4 @@
-"""Files that are whole at every moment: written under a temporary name, flushed to disk, renamed. No torch.
+"""Files that are complete at every moment: written under a temporary name, flushed to disk, renamed. No torch.
 
 Every file and folder of this package becomes visible through `rename`, directly or through the functions below.
 """
@@ -80,7 +80,9 @@ def same_folder(one: str, other: str) -> bool:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Make a folder and try it, before anything costly. Raises: UsageError: `flag` names one that cannot be written."""
+    """Make a folder and test whether it can be written, before anything slow. Raises: UsageError: `flag` names one
+    that cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
@@ -97,7 +99,7 @@ def check_writable_later(folder: Path, flag: str) -> None:
         check_writable(folder, flag)
     finally:
         for path in made:
-            with contextlib.suppress(OSError):  # not made, or somebody else's already
+            with contextlib.suppress(OSError):  # not made, or used by another process already
                 path.rmdir()
 
 

@@ -13,6 +13,7 @@ from qwen3_npu.errors import printable
 _LAYOUT = "\n\t"  # control characters that this package's own messages use
 LOGGER = logging.getLogger("qwen3_npu")
 _silent: list[int] = []  # this rank, if it is not rank 0
+_told: set[str] = set()  # by `warning_once`
 
 
 class _Format(logging.Formatter):
@@ -45,6 +46,7 @@ def setup(rank: int = 0, world_size: int = 1) -> None:
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     _silent.clear()
+    _told.clear()
     if rank:
         _silent.append(rank)
 
@@ -60,8 +62,9 @@ def warning(message: str) -> None:
 
 
 def warning_once(message: str) -> None:
-    """A warning that concerns every rank; rank 0 prints it."""
-    if not _silent:
+    """A warning that concerns every rank, perhaps several times; rank 0 prints it, once."""
+    if not _silent and message not in _told:
+        _told.add(message)
         LOGGER.warning(message)
 
 

@@ -1,4 +1,4 @@
-"""Lists of numbers as people type them."""
+"""Lists of numbers as users write them."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class RuntimeArgs:
     device: str = flag("auto", choices=["auto", "npu", "cuda", "cpu"], help="kind of device")
     kernels: str = flag(
         "auto",
-        choices=["auto", "reference", "torch", "npu", "mindspeed"],
-        help="implementation of the hot operations; auto: torch_npu's on an NPU, torch's own elsewhere",
+        choices=["auto", "reference", "torch", "cuda", "npu", "mindspeed"],
+        help="implementation of the hot operations; auto: torch_npu's on an NPU, Triton's on a GPU, else torch's own",
     )
     kernel_overrides: list[str] = flag(
         [], metavar="OPERATION=IMPLEMENTATION", help="other implementations for single operations: attention=reference"

@@ -11,9 +11,19 @@ from qwen3_npu.processes import started
 
 
 def ranks() -> tuple[int, int, int]:
-    """Rank, world size and local rank; (0, 1, 0) without torchrun."""
-    read = os.environ.get
-    return int(read("RANK", "0")), int(read("WORLD_SIZE", "1")), int(read("LOCAL_RANK", "0"))
+    """Rank, world size and local rank; (0, 1, 0) without torchrun. Raises: UsageError: they are no such numbers."""
+    found = [_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)]
+    if not found[0] < found[1]:
+        raise UsageError(f"RANK {found[0]} WORLD_SIZE {found[1]}: ranks count from 0 to below WORLD_SIZE")
+    return found[0], found[1], found[2]
+
+
+def _number(name: str, default: int) -> int:
+    """A whole number of the environment. Raises: UsageError: it is none."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"{name}={text}: torchrun sets a whole number; start with torchrun, or unset it")
+    return int(text)
 
 
 def has_rendezvous() -> bool:

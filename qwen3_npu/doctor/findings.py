@@ -15,7 +15,8 @@ class Finding:
     Attributes:
         level: OK, WARNING (trainings start) or BLOCKER (they will not, or will be wrong).
         about: a word or two.
-        text: what was found. remedy: what to do; empty if nothing.
+        text: what was found.
+        remedy: what to do; empty if nothing.
     """
 
     level: str

@@ -41,7 +41,7 @@ def load_questions(
         path: --task-data-path: the folder of the files, or one above it.
         shots: examples; None: as many as the task has by default.
         most: questions of each subject; None: all.
-        subjects: only these; None: all whose files are there.
+        subjects: only these; None: all that have files.
 
     Raises:
         UsageError: files are missing or not as they should be.
@@ -72,7 +72,7 @@ def load_questions(
     if not found or (subjects and missing):
         name = task.test[0].format(subject=(missing or ["*"])[0])
         raise UsageError(
-            f"--task-data-path {path}: {name} for --task {task.name} is neither there nor in a folder below"
+            f"--task-data-path {path}: {name} for --task {task.name} is neither in that folder nor in a folder below"
         )
     return found
 

@@ -88,7 +88,7 @@ def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> TaskQue
     missing = missing_subjects(task, questions)
     if missing and not evaluate.subjects:
         log.warning_once(
-            f"{name}: {len(missing)} of {len(task.subjects)} subjects have no file and do not count: {missing[0]} .."
+            f"{name}: {len(missing)} of {len(task.subjects)} subjects have no file and are not counted: {missing[0]} .."
         )
     asker = Asker(task, writer, language=evaluate.eval_language, scoring=evaluate.scoring)
     return TaskQuestions(name, [asker.context(question) for question in questions], task, questions, asker=asker)

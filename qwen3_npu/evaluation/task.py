@@ -1,4 +1,4 @@
-"""What a benchmark is: where its files lie, how its questions are written, what counts as right. Data, no code."""
+"""What a benchmark is: where its files are, how its questions are written, which answer is right. Data, no code."""
 
 from __future__ import annotations
 

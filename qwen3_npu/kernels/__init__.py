@@ -7,7 +7,9 @@ gradient. The model's ModuleSpec hands a kernel to the module that calls it (`mo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -15,14 +17,19 @@ from qwen3_npu import log
 from qwen3_npu.errors import UsageError, did_you_mean
 
 # --kernels name -> module. A module holds the operations that it has; the next one in its chain serves the others.
-MODULES = {"reference": "reference", "torch": "torch_native", "npu": "npu", "mindspeed": "mindspeed"}
+MODULES = {"reference": "reference", "torch": "torch_native", "cuda": "cuda", "npu": "npu", "mindspeed": "mindspeed"}
 _CHAINS = {
     "reference": ("reference",),
     "torch": ("torch", "reference"),
+    "cuda": ("cuda", "torch", "reference"),
     "npu": ("npu", "reference"),
     "mindspeed": ("mindspeed", "npu", "reference"),
 }
 IMPLEMENTATIONS = ("auto", *MODULES)
+# The device of the implementations that run on one only, how an error calls it, and whose kernels they are.
+_DEVICE_OF = {"cuda": "cuda", "npu": "npu", "mindspeed": "npu"}
+_DEVICES = {"cuda": "a CUDA GPU", "npu": "an NPU"}
+_OWNERS = {"cuda": "the GPU's", "npu": "torch_npu's"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +43,12 @@ class Kernels:
     rms_norm: Callable
     rotary: Callable
     swiglu: Callable
+    weighted_swiglu: Callable
     grouped_matmul: Callable
     prepared_linear: Callable
     permute: Callable
     unpermute: Callable
+    cross_entropy: Callable
 
     def __str__(self) -> str:
         chosen = {f.name: getattr(self, f.name).__module__.rsplit(".", 1)[-1] for f in dataclasses.fields(self)}
@@ -53,7 +62,8 @@ def select_kernels(name: str, device: str = "cpu", overrides: Sequence[str] = ()
     """The kernels for `--kernels` and `--kernel-overrides`.
 
     Args:
-        name: of an implementation; `auto` is torch_npu's on an NPU, where this torch_npu has them, else torch's own.
+        name: of an implementation; `auto` is torch_npu's on an NPU and Triton's on a GPU, where installed, else
+            torch's own.
         device: "npu", "cuda" or "cpu".
         overrides: `operation=implementation`.
 
@@ -78,13 +88,17 @@ def select_kernels(name: str, device: str = "cpu", overrides: Sequence[str] = ()
 def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
     """One operation from an implementation, or from those behind it; `auto` may fall back, and says so."""
     if name == "auto":
-        if device == "npu" and (reason := _module("npu", flag).why_no_kernel(operation)) is not None:
-            log.info(f"warning: {operation} without torch_npu's kernel: {reason}; --kernels npu makes this an error")
+        name = device if device in _OWNERS else "torch"
+        if name == "cuda" and importlib.util.find_spec("triton") is None:
+            tell_once("torch's kernels instead of the GPU's: triton is not installed; --kernels cuda needs it")
             name = "torch"
-        else:
-            name = "npu" if device == "npu" else "torch"
-    if name in ("npu", "mindspeed") and device != "npu":
-        raise UsageError(f"{flag}: runs on an NPU only, and the device is {device}; use --kernels auto")
+        elif name != "torch" and (reason := _module(name, flag).why_no_kernel(operation)) is not None:
+            log.info(
+                f"warning: {operation} without {_OWNERS[name]} kernel: {reason}; --kernels {name} makes this an error"
+            )
+            name = "torch"
+    if (needed := _DEVICE_OF.get(name, device)) != device:
+        raise UsageError(f"{flag}: runs on {_DEVICES[needed]} only, and the device is {device}; use --kernels auto")
     for link in _CHAINS[name]:
         module = _module(link, flag)
         if hasattr(module, operation):
@@ -92,6 +106,12 @@ def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
                 raise UsageError(f"{flag}: {operation}: {reason}; use --kernels auto")
             return getattr(module, operation)
     raise AssertionError(f"{operation} is nowhere")
+
+
+@functools.cache
+def tell_once(message: str) -> None:
+    """A warning that every layer has reason for."""
+    log.info(f"warning: {message}")
 
 
 def _module(name: str, flag: str) -> ModuleType:

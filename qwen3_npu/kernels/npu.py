@@ -214,6 +214,11 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return torch_npu.npu_swiglu(x, dim=-1)
 
 
+def weighted_swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """npu_swiglu, and a multiplication."""
+    return (swiglu(x) * weights.unsqueeze(-1)).to(x.dtype)
+
+
 class _GroupedMatmul(torch.autograd.Function):
     """torch_npu has no gradient for it. Groups are rows (m) here and in dx, the index summed over (k) in dw."""
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qwen3_npu.kernels.cross_entropy import cross_entropy  # noqa: F401  an operation as the others
+
 
 def attention(
     q: torch.Tensor,
@@ -157,6 +159,11 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, where gate is the first half of the last dimension and up the second: [..., 2f] -> [..., f]."""
     gate, up = x.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def weighted_swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`swiglu` of each row times the row's weight: x [rows, 2f], weights [rows] -> [rows, f] of x's dtype."""
+    return (swiglu(x) * weights.unsqueeze(-1)).to(x.dtype)
 
 
 def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -173,6 +173,11 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return _Swiglu.apply(x)
 
 
+def weighted_swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`swiglu`, and a multiplication."""
+    return (swiglu(x) * weights.unsqueeze(-1)).to(x.dtype)
+
+
 def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """On a CPU a copy of the weight in oneDNN's blocked layout, which few rows are multiplied with at memory speed."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():

@@ -31,7 +31,7 @@ class SelfAttention(MegatronModule):
     """Grouped-query attention over one micro-batch.
 
     Replaces megatron's SelfAttention through the spec, with the same parameter names: megatron's core attention refuses
-    packed documents and context parallelism without Transformer Engine, and rotary embedding has no seam of its own.
+    packed documents and context parallelism without Transformer Engine, and rotary embedding cannot be replaced alone.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class SelfAttention(MegatronModule):
     def _shared_head(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `query_key_value` with more ranks than key/value heads: the head's rows lie on several ranks.
 
-        All rows are gathered, as megatron-core 0.16 does; what its users have is then the same on every rank.
+        All rows are gathered, as megatron-core 0.16 does; every rank then has the same result.
         """
         whole = tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.tp_group)
         s, b, _ = whole.shape

@@ -1,4 +1,4 @@
-"""Build the model chunks of this pipeline rank. Training, inference and evaluation all build here."""
+"""Build the model chunks of this pipeline rank. Training, inference and evaluation use this function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.lora import freeze_base
-from qwen3_npu.model.loss import cross_entropy
 from qwen3_npu.model.modules import Embedding, RewardHead
 from qwen3_npu.model.spec import Parts, block_spec
 
@@ -46,7 +45,7 @@ class Qwen3Model(GPTModel):
             position_embedding_type="none",
             vp_stage=chunk if layout.virtual > 1 else None,
         )
-        self.arch, self.loss_chunk = arch, parts.loss_chunk
+        self.arch, self.loss_chunk, self.cross_entropy = arch, parts.loss_chunk, parts.kernels.cross_entropy
         if arch.reward and post_process:
             del self.output_layer  # GPTModel makes one in any case
             self.score = RewardHead(config, self.pg_collection.tp, seed=parts.seed, lora=parts.lora.on)
@@ -77,14 +76,14 @@ class Qwen3Model(GPTModel):
                 logits, _ = output(hidden, weight=tied)
             finally:
                 output.sequence_parallel, output.disable_grad_reduce = sequence_parallel, False
-            return cross_entropy(logits, labels_sb, self.pg_collection.tp, self.arch.vocab_size)
+            return self.cross_entropy(logits, labels_sb, self.pg_collection.tp, self.arch.vocab_size)
 
         parts = zip(hidden_states.split(self.loss_chunk), labels.t().split(self.loss_chunk), strict=True)
         return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in parts]).t()
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Loss of each token, [b, s] float32, from logits [s, b, local vocabulary]."""
-        return cross_entropy(logits, labels.t(), self.pg_collection.tp, self.arch.vocab_size).t()
+        return self.cross_entropy(logits, labels.t(), self.pg_collection.tp, self.arch.vocab_size).t()
 
 
 def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, parts: Parts) -> list[Qwen3Model]:

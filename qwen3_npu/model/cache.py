@@ -1,4 +1,4 @@
-"""Keys and values that are kept between forward passes, and how a forward pass attends to them.
+"""The cache of keys and values between forward passes, and how a forward pass attends to them.
 
 A pass takes the new tokens of several sequences packed in one row [s, 1, ...], so that unequal lengths cost no padding.
 The objects here are `TokenSequence`s: they travel to every layer as `packed_seq_params` and replace its core attention.

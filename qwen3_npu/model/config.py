@@ -63,7 +63,8 @@ def transformer_config(
     if layout.pipeline > 1:
         config["pipeline_model_parallel_layout"] = _stages(layout)
     if layout.virtual > 1:
-        # Batched sends and receives between two stages get mixed up (wrong losses, exit 0), so never batched here.
+        # Batched sends and receives between two stages are confused (wrong losses, exit 0), so they are never batched
+        # here.
         config |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if arch.is_moe:
         config |= _moe(arch, train)

@@ -16,7 +16,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
     Both need the same number of experts for every token: with a capacity (tokens are dropped) megatron's own serve.
     The counts of the experts stay on the device, where the grouped products read them. The host needs to know only how
-    many rows it sends and receives: nothing if this rank has all experts, else one copy, under way during the permute.
+    many rows it sends and receives: nothing if this rank has all experts, else one copy, made during the permute.
     """
 
     def __init__(self, *sizes: object, kernels: Kernels, **options: object) -> None:
@@ -48,7 +48,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
     def _maybe_dtoh_and_synchronize(
         self, point: str, tokens_per_expert: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """megatron's seam for waits; before the exchange the host must know its sizes."""
+        """megatron's hook for waits; before the exchange the host must know its sizes."""
         if not self.is_even:
             return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         if point == "before_ep_alltoall" and not self.is_alone:

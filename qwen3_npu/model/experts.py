@@ -95,7 +95,7 @@ class GroupedExperts(MegatronModule):
 
     def activate(self, wide: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         """SwiGLU of each row [rows, 2 ffn], weighted by the router: [rows, ffn]."""
-        return (self.kernels.swiglu(wide) * probs.unsqueeze(-1)).to(wide.dtype)
+        return self.kernels.weighted_swiglu(wide, probs)
 
     def multiply(self, which: int, x: torch.Tensor, product: Callable) -> torch.Tensor:
         """Each expert's rows of x times its matrix in weight1 or weight2, by `kernels.grouped_matmul`'s product."""

@@ -1,4 +1,4 @@
-"""A model that will not be trained: linears that only multiply, layers without what training needs around them."""
+"""A model that is not trained: linears that only multiply, layers without the parts that only training needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FrozenLinear(torch.nn.Module):
 
 
 def freeze_linears(model: torch.nn.Module, kernels: Kernels, rows: int) -> None:
-    """Replace every linear that has a weight of its own, which is given up; one at a time, so memory hardly grows."""
+    """Replace every linear that has its own weight and free that weight; one at a time, so memory hardly grows."""
     linears = (ColumnParallelLinear, RowParallelLinear)
     # Names, not the linears themselves: a list of those would keep their weights.
     places = [

@@ -1,4 +1,4 @@
-"""Small modules of the layer: norm, activation, MLP, and a layer that is not there. Each calls one kernel."""
+"""Small modules of the layer: norm, activation, MLP and no-op layer. Each calls one kernel."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ class Embedding(VocabParallelEmbedding):
 class Layer(TransformerLayer):
     """megatron's layer, whose routers learn from the sequence what is padding.
 
-    megatron-core 0.16.1 hands a mask of its own down, but shards it for sequence parallelism on the first stage only,
+    megatron-core 0.16.1 passes a mask of its own to the layers, but shards it for sequence parallelism on the first
+    stage only,
     and forgets it in the layers that `--recompute-method block` does not recompute.
     """
 

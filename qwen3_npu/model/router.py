@@ -1,5 +1,5 @@
 """Qwen3-MoE's router: megatron's top-k router without Transformer Engine, with losses that do not depend on the layout
-or on padding, and with counts of what it did.
+or on padding, and with counts of the choices.
 
 The balancing loss of a layer and a micro-batch is `experts * sum over experts of f * P` (arXiv:2101.03961), where f is
 the share of the choices and P the mean probability of an expert, both over the tokens that are no padding. It is 1 if
@@ -72,7 +72,7 @@ class Router(TopKRouter):
         """Router weights and choices, [tokens, experts] each, from logits [s, b, experts].
 
         Args:
-            padding_mask: [s, b] bool, what is padding. It takes no place of a capacity and counts nowhere.
+            padding_mask: [s, b] bool, what is padding. It uses no capacity and is not counted.
         """
         logits = logits.view(-1, self.config.num_moe_experts)
         padding = None if padding_mask is None else padding_mask.reshape(-1)
@@ -155,7 +155,7 @@ class Router(TopKRouter):
         return probs if loss is None else MoEAuxLossAutoScaler.apply(probs, loss * self.loss_weight)
 
     def take_counts(self) -> torch.Tensor:
-        """[experts + 3] float32: `tokens`, `dropped`, `balance_loss`, `micro_batches`; they begin again at 0."""
+        """[experts + 3] float32: `tokens`, `dropped`, `balance_loss`, `micro_batches`; they are reset to 0."""
         micro_batches = torch.full_like(self.balance_loss, self.micro_batches)
         counts = [self.tokens.float(), torch.stack([self.dropped.float(), self.balance_loss, micro_batches])]
         for count in (self.tokens, self.dropped, self.balance_loss):

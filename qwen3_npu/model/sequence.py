@@ -1,7 +1,7 @@
-"""What each token of a micro-batch is: its position and its document. The one channel by which layers learn it.
+"""Position and document of each token of a micro-batch, and the one way in which layers get them.
 
 The object travels as megatron-core's `packed_seq_params` argument, which reaches every layer on every pipeline stage
-and virtual chunk. Each stage makes it from the batch itself, so no stage can miss document boundaries.
+and virtual chunk. Each stage makes it from the batch itself, so every stage has the document boundaries.
 """
 
 from __future__ import annotations

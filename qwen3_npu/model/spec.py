@@ -1,4 +1,4 @@
-"""The model as a tree of choices: one ModuleSpec for every device; the device shows only in the kernels."""
+"""One ModuleSpec for every device; only the kernels differ between devices."""
 
 from __future__ import annotations
 

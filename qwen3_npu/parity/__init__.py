@@ -1,1 +1,1 @@
-"""Does this machine compute the same, whatever the layout of a training? `python -m qwen3_npu.parity` tells."""
+"""Check that every layout of a training computes the same on this machine: `python -m qwen3_npu.parity`."""

@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def _launch(args: ParityArgs, runtime: RuntimeArgs) -> int:
-    """Start the processes of this machine; they come back to `main`."""
+    """Start the processes of this machine; they run `main` again."""
     import torch
 
     from qwen3_npu.platform import select_platform
@@ -94,7 +94,7 @@ def _reference(folder: Path, device: str, batch: int, wanted: list[str]) -> None
     command = [sys.executable, "-m", "qwen3_npu.parity.reference", str(folder), device, str(batch), *wanted]
     done = subprocess.run(command, env=alone, capture_output=True, text=True)
     if done.returncode:
-        raise Stopped(f"one process alone fails:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+        raise Stopped(f"the run with one process fails:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
 
 
 def _row(row: ParityRow, platform: Platform, world: World, tolerance: float, *, batch: int, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What an optimizer holds, every trained parameter unsharded, whatever the layout. For comparisons."""
+"""The optimizer's tensors of every trained parameter, unsharded from any layout. For comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How much memory activations take: bytes of the tensors that some code makes, counted as they come and go."""
+"""How much memory activations take: bytes of the tensors that some code allocates, counted when they are made and
+freed.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from torch.utils._pytree import tree_iter
 
 
 class Activations(TorchDispatchMode):
-    """Counts storages made by torch's operations, so neither what was there before nor what is inside an operation.
+    """Counts storages made by torch's operations, so neither earlier tensors nor those inside an operation.
 
     Attributes:
-        kept: the most bytes that autograd kept for backward at a time.
-        peak: the most bytes that were there at a time.
+        kept: the maximum of bytes that autograd kept for backward.
+        peak: the maximum of allocated bytes.
     """
 
     def __init__(self) -> None:

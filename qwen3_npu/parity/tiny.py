@@ -64,7 +64,7 @@ def write_model(folder: Path, model: Qwen3Arch, *, seed: int = 0, dtype: DType =
 
 
 def write_tokens(prefix: Path, *, vocab: int = 256, documents: int = 120, seed: int = 0) -> Path:
-    """A `.bin`/`.idx` pair of documents with something to learn: each token is the last one plus 1, 2 or 3."""
+    """A `.bin`/`.idx` pair of documents that can be learned: each token is the last one plus 1, 2 or 3."""
     rng = np.random.default_rng(seed)
     writer = IndexedWriter(prefix)
     lengths = rng.integers(20, 120, documents)
@@ -77,7 +77,7 @@ def write_tokens(prefix: Path, *, vocab: int = 256, documents: int = 120, seed: 
 def write_instructions(
     prefix: Path, *, pack: int = 0, count: int = 24, vocab: int = 256, longest: int = 30, seed: int = 0
 ) -> Path:
-    """Instruction data: conversations of one or two turns, whose answers go on as their questions do.
+    """Instruction data: conversations of one or two turns, whose answers continue their questions.
 
     Args:
         pack: tokens of a pack, as --pack --neat-pack; 0: a conversation per sample.

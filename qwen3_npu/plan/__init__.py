@@ -1,1 +1,1 @@
-"""Know before you launch: memory and time of a training layout, and a search for the best one. No torch."""
+"""Memory and time of a training layout before the launch, and a search for the best layout. No torch."""

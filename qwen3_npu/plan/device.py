@@ -1,4 +1,4 @@
-"""What is known of each device: one table, each published constant with its source. The one model of the machine.
+"""The constants of each device: one table, each published constant with its source.
 
 Efficiencies and overheads of Hopper GPUs are fitted to published runs (`benchmarks/fit_devices.py`: 13 runs, each left
 out of its fit, median error 11 %). Those of other devices are general guesses. `learn` replaces them by what your
@@ -133,7 +133,7 @@ _LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node"
 
 
 def find_device(name: str, learnt: str | None = None) -> Device:
-    """A device of the table, with what was learnt on this cluster.
+    """A device of the table, with the constants learned on this cluster.
 
     Args:
         learnt: file that `plan --learn` wrote.
@@ -161,10 +161,10 @@ def read_learnt(path: Path) -> dict[str, float]:
 
 
 def learn(folder: Path, output: Path) -> list[str]:
-    """Make this cluster's table of a training's own figures (`--learn RUN_DIR`); what was learnt, a line each.
+    """Make this cluster's table of a training's own figures (`--learn RUN_DIR`); log lines about the result.
 
-    A run's metrics.jsonl has a line `plan` (what was predicted for which device) and the measured steps. Products and
-    attention take the blame for computing in proportion; memory beyond the plan becomes the reserve.
+    A run's metrics.jsonl has a line `plan` (what was predicted for which device) and the measured steps. A difference
+    in compute time scales the shares of products and attention; memory beyond the plan becomes the reserve.
 
     Raises:
         UsageError: no such run, or it was not planned.

@@ -28,7 +28,7 @@ class StageMemory:
         logits: logits and loss of one micro-batch (last stage).
         ends: embedding output and final norm.
         communication: buffers of collectives.
-        update: what the optimizer's update needs beyond the room of activations and buffers, which are gone then.
+        update: what the optimizer's update needs beyond the room of activations and buffers, which are freed by then.
         reserve: what the runtime and the allocator hold beside.
     """
 
@@ -86,7 +86,7 @@ def stage_memory(shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0
 
 
 def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
-    """Bytes that the optimizer's update takes for a moment: a float32 copy of the largest weight.
+    """Bytes that the optimizer's update takes for a short time: a float32 copy of the largest weight.
 
     MindSpeed-LLM's CI shows it on NPUs: where activations are small, the peak is static bytes, this, and up to 16 MiB.
     """
@@ -137,7 +137,7 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
 
 
 def transient_bytes(shape: Shape, setup: Setup) -> float:
-    """Bytes of the largest gradients and gathered inputs that exist only for a moment."""
+    """Bytes of the largest gradients and gathered inputs that exist only for a short time."""
     width = setup.weight_bytes
     gathered = 2 * shape.hidden_size * setup.tokens if setup.sequence_parallel and setup.tensor > 1 else 0
     if shape.is_moe:

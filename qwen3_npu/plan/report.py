@@ -1,4 +1,4 @@
-"""A verdict and a search in words and a picture: aligned tables with units, and the command line of a layout."""
+"""A verdict and a search as text and as a picture: aligned tables with units, and the command line of a layout."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def layout_words(verdict: PlanVerdict) -> str:
 
 
 def table(found: Sequence[LayoutCandidate], top: int) -> list[str]:
-    """The best layouts, one a line, and why the second is behind."""
+    """The best layouts, one a line, and why the second is slower."""
     head = f"{'layout':<34}{'MBS':>4}{'recompute':>11}{'memory':>12}{'step':>10}{'tokens/s/dev':>14}{'MFU':>7}"
     lines = [f"   {head}"]
     for number, one in enumerate(found[:top], 1):
@@ -84,7 +84,7 @@ def why_behind(best: PlanVerdict, other: PlanVerdict) -> str:
     first = dict(best.time.rows())
     kind, lost = max(((kind, value - first[kind]) for kind, value in other.time.rows()), key=lambda pair: pair[1])
     behind = other.time.total - best.time.total
-    return f"the second is {behind:.3g} s a step behind; most of it is {kind} ({lost:+.3g} s)"
+    return f"the second is {behind:.3g} s a step slower; most of it is {kind} ({lost:+.3g} s)"
 
 
 def command(args: PretrainArgs, devices: int, node: int) -> str:

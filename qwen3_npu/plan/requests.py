@@ -23,7 +23,7 @@ _LOGIT_BYTES = 8
 
 @dataclasses.dataclass(frozen=True)
 class RequestMemory:
-    """Bytes on one device of the stage that has least room for requests.
+    """Bytes on one device of the stage that has the least memory for requests.
 
     Attributes:
         weights: of the model, in 16 bits (32 without --bf16).

@@ -1,6 +1,7 @@
 """All legal layouts of a number of devices, those that fit ranked by predicted tokens per second. No torch.
 
-Legality is asked of the parser's own checks (`args/rules/fit.py`, `distributed/layout.py`), never judged here.
+Whether a layout is legal is decided by the parser's own checks (`args/rules/fit.py`, `distributed/layout.py`), not
+here.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _legal(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[tuple[Pr
 
 
 def _layouts(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[ParallelArgs]:
-    """Candidates; what cannot be divided is left out early only to save time."""
+    """Candidates; sizes that do not divide are left out early, only to save time."""
     layers, world = arch.num_hidden_layers, args.devices
     for tensor in _divisors(world, device.node):
         for pipeline in _divisors(world // tensor, layers):
@@ -128,7 +129,7 @@ def _virtual_sizes(layers: int, pipeline: int) -> list[int | None]:
     if pipeline == 1:
         return [None]
     per_stage = _padded(layers, pipeline) // pipeline
-    # More chunks than four gain little that their messages do not cost, and each is a layout more to judge.
+    # More than four chunks save less time than their messages cost, and each is one more layout to evaluate.
     return [None, *(d for d in _divisors(per_stage, per_stage) if per_stage // 4 <= d < per_stage)]
 
 

@@ -63,13 +63,13 @@ class _Layer:
     kernels: float
 
 
-def _product(device: Device, flops: float, count: int = 1) -> float:
+def product_seconds(device: Device, flops: float, count: int = 1) -> float:
     """Seconds of `count` equal products that have `flops` FLOP together."""
     each = flops / max(count, 1)
     return flops / (device.flops * device.product) * (1 + device.product_half / max(each, 1.0))
 
 
-def _ring(device: Device, size: int, stride: int, moved: float, *, steps: float = 1.0) -> float:
+def collective_seconds(device: Device, size: int, stride: int, moved: float, *, steps: float = 1.0) -> float:
     """Seconds of an all-gather, reduce-scatter or all-to-all that leaves `moved` bytes on each of `size` ranks.
 
     Args:
@@ -87,22 +87,26 @@ def _ring(device: Device, size: int, stride: int, moved: float, *, steps: float 
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
     h, query, wide = shape.hidden_size, shape.query_width, shape.query_width + 2 * shape.key_width
-    products = _product(device, 2 * tokens * h * wide / tp) + _product(device, 2 * tokens * query * h / tp)
+    products = product_seconds(device, 2 * tokens * h * wide / tp) + product_seconds(
+        device, 2 * tokens * query * h / tp
+    )
     squares = setup.micro_batch * setup.seq_length**2 / setup.context / 2  # causal
     attention = 4 * squares * query / tp / (device.flops * device.attention)
     moved = setup.sharded_tokens * h * 10 + tokens * (4 * query + 4 * shape.key_width) / tp
     if has_experts:
         rows, ffn = routed_rows(shape, setup), shape.moe_ffn_hidden_size / setup.expert_tensor
         local = shape.num_experts // setup.expert
-        products += _product(device, 2 * rows * h * shape.gate_factor * ffn, local)
-        products += _product(device, 2 * rows * ffn * h, local)
-        products += _product(device, 2 * setup.sharded_tokens * h * shape.num_experts)
+        products += product_seconds(device, 2 * rows * h * shape.gate_factor * ffn, local)
+        products += product_seconds(device, 2 * rows * ffn * h, local)
+        products += product_seconds(device, 2 * setup.sharded_tokens * h * shape.num_experts)
         shared = 2 * tokens * h * shape.moe_shared_ffn * (shape.gate_factor + 1) / tp
-        products += _product(device, shared, 2) if shared else 0.0
+        products += product_seconds(device, shared, 2) if shared else 0.0
         moved += rows * (8 * h + (2 * shape.gate_factor + 4) * ffn) + setup.sharded_tokens * shape.num_experts * 8
     else:
         ffn = shape.ffn_hidden_size / tp
-        products += _product(device, 2 * tokens * h * shape.gate_factor * ffn) + _product(device, 2 * tokens * ffn * h)
+        products += product_seconds(device, 2 * tokens * h * shape.gate_factor * ffn) + product_seconds(
+            device, 2 * tokens * ffn * h
+        )
         moved += tokens * (shape.gate_factor + 1) * ffn
     return _Layer(products, attention, moved * width / (device.memory_bandwidth * device.streaming))
 
@@ -140,7 +144,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
     products *= 1 + backward
     attention *= 3.5  # backward recomputes the scores: 2.5 x forward
     kernels *= 3
-    head = _product(device, 6 * setup.tokens * shape.hidden_size * shape.vocab_size / setup.tensor)
+    head = product_seconds(device, 6 * setup.tokens * shape.hidden_size * shape.vocab_size / setup.tensor)
     logits = setup.tokens * shape.vocab_size / setup.tensor * 20 / (device.memory_bandwidth * device.streaming)
     if stage == setup.pipeline - 1:
         products, kernels = products + head, kernels + logits
@@ -167,7 +171,7 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
     """Seconds of one layer's tensor-parallel collectives: 2 gathers and 2 scatters each way, 1 more gather back."""
     moved = setup.tokens * shape.hidden_size * setup.weight_bytes
     collectives = 6 if shape.is_moe else 10  # pairs of gather and scatter; a MoE layer's MLP has none
-    time = collectives * _ring(device, setup.tensor, 1, moved)
+    time = collectives * collective_seconds(device, setup.tensor, 1, moved)
     return time * (0.35 if setup.overlap_tensor else 1.0)
 
 
@@ -175,7 +179,7 @@ def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> flo
     """Seconds of one layer's expert exchange: out and back, forward and backward."""
     moved = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * imbalance
     stride = setup.expert_tensor
-    time = 4 * _ring(device, setup.expert, stride, moved, steps=2)
+    time = 4 * collective_seconds(device, setup.expert, stride, moved, steps=2)
     return time * (0.4 if setup.overlap_experts else 1.0)
 
 
@@ -186,9 +190,9 @@ def _context(shape: Shape, setup: Setup, device: Device) -> float:
     heads = shape.query_width + 2 * shape.key_width
     if setup.ring:  # most of it is hidden by the attention of the block before
         moved = 3 * 2 * setup.tokens * setup.context * shape.key_width / setup.tensor * setup.weight_bytes
-        return 0.3 * _ring(device, setup.context, setup.tensor, moved, steps=setup.context)
+        return 0.3 * collective_seconds(device, setup.context, setup.tensor, moved, steps=setup.context)
     moved = setup.tokens * (heads + shape.query_width) / setup.tensor * setup.weight_bytes
-    return 2 * _ring(device, setup.context, setup.tensor, moved, steps=4)
+    return 2 * collective_seconds(device, setup.context, setup.tensor, moved, steps=4)
 
 
 def _pipeline(shape: Shape, setup: Setup, device: Device) -> float:
@@ -209,8 +213,8 @@ def _data(shape: Shape, setup: Setup, device: Device, stage: int, *, busy: float
     stride = setup.tensor
     exposed = 0.0
     for count, size in ((trained.dense, setup.data * setup.context), (trained.expert, setup.expert_data)):
-        reduce = _ring(device, size, stride, 4.0 * count)
-        gather = _ring(device, size, stride, float(setup.weight_bytes) * count)
+        reduce = collective_seconds(device, size, stride, 4.0 * count)
+        gather = collective_seconds(device, size, stride, float(setup.weight_bytes) * count)
         if not setup.distributed_optimizer:
             gather = reduce  # an all-reduce is a scatter and a gather of float32
         exposed += max(0.1 * reduce, reduce - 0.5 * busy) if setup.overlap_grads else reduce

@@ -1,4 +1,4 @@
-"""One layout judged: memory of each stage against the device, time of a step, and what would make it fit."""
+"""The verdict on one layout: memory of each stage against the device, time of a step, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 from qwen3_npu.plan.timing import StepTime, model_flops, step_time
 
-# Share of the device's memory that may be planned for: fragmentation and what no formula sees take the rest.
+# Share of the device's memory that may be planned for: the rest is for fragmentation and for memory that no formula
+# describes.
 USABLE = 0.94
 
 
@@ -20,7 +21,7 @@ USABLE = 0.94
 class PlanVerdict:
     """What to expect of one layout on one kind of device.
 
-    What is not asked for is not computed: a search asks most layouts for their peak only.
+    Values are computed when they are used: a search asks most layouts for their peak only.
     """
 
     shape: Shape

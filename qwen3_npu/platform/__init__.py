@@ -1,4 +1,4 @@
-"""Which machine this is: the one package that may name a vendor. Chosen once, by `select_platform`."""
+"""The device: the one package that may name a vendor. Chosen once, by `select_platform`."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def select_platform(name: str, npu_asd: str | None = None) -> Platform:
         return found.platform()
     module = {"npu": npu, "cuda": cuda, "cpu": cpu}[name]
     if reason := module.why_not():
-        raise UsageError(f"--device {name}: {reason}; use --device auto to take what is there")
+        raise UsageError(f"--device {name}: {reason}; use --device auto for the device that is available")
     return module.platform()

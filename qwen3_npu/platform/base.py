@@ -1,4 +1,4 @@
-"""What the rest of the code may ask about the device."""
+"""What the rest of the code may use of the device."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class Platform:
         has_float64: whether the device computes in float64.
         profiler: --profile's flags -> an object with start and stop, which writes the recording.
         be_deterministic: settings for --deterministic, before the process groups are made.
-        overlaps_p2p_safely: whether pipeline output may be freed while a send of it is under way.
-        return_freed_memory: from now on give large freed blocks back at once, where memory counts more than time.
+        overlaps_p2p_safely: whether pipeline output may be freed while it is being sent.
+        return_freed_memory: return large freed blocks to the system at once from now on, where memory matters more
+        than time.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Reasons to stop before --train-iters: a signal, or the time is up. All ranks decide together."""
+"""Reasons to stop before --train-iters: a signal, or the time limit. All ranks decide together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Exits:
         self.signal = signal.Signals(number).name
 
     def wishes(self) -> tuple[bool, ...]:
-        """What this rank has to say: a signal came, the time is over. Nothing where neither is watched."""
+        """What this rank tells the others: a signal was received, the time limit is reached. Empty if neither is
+        watched.
+        """
         if not self.watches:
             return ()
         expired = self.limit is not None and time.monotonic() - self.start >= self.limit

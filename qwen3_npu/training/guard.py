@@ -32,7 +32,7 @@ class NanGuard:
         self.total += skipped
 
     def report(self, iteration: int, loss: float, grad_norm: float, samples: range) -> None:
-        """Say what was skipped. Raises: Stopped: it was one too many."""
+        """Log what was skipped. Raises: Stopped: too many steps were skipped."""
         log.info(
             f"warning: step {iteration}: update skipped: loss {loss:g}, grad norm {grad_norm:g}; samples "
             f"{samples.start} to {samples.stop - 1}; {self.in_a_row} in a row, {self.total} in all"

@@ -315,9 +315,9 @@ class Trainer:
         train(self)
 
     def close(self) -> None:
-        """Let go of the model, for a process that trains more than once."""
+        """Free the model, for a process that trains more than once."""
         # Autograd nodes hold megatron's hooks, these hold model and optimizer, and both hold nodes (by views of
-        # parameters, and by what the dispatcher of experts keeps of the last tokens): circles that Python's collector
+        # parameters, and by what the dispatcher of experts keeps of the last tokens): cycles that Python's collector
         # cannot see.
         for chunk in self.chunks:
             for part in [*chunk.parameters(), *chunk.modules()]:

@@ -110,7 +110,7 @@ PairLoss = Callable[[LogProbs, torch.Tensor | None, PreferenceArgs], torch.Tenso
 
 
 def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen and rejected ones: they take turns."""
+    """Chosen and rejected ones: they alternate."""
     return x[0::2], x[1::2]
 
 
@@ -122,7 +122,7 @@ def _difference(found: LogProbs, reference: torch.Tensor | None, *, per_token: b
 
 
 def _smoothed(logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """-log sigmoid, where a share `smoothing` of the preferences is the other way round."""
+    """-log sigmoid, where a share `smoothing` of the preferences is wrong."""
     return -logsigmoid(logits) * (1 - smoothing) - logsigmoid(-logits) * smoothing
 
 
@@ -288,7 +288,7 @@ class RewardObjective(AnswerObjective):
 
 
 def preference_objective(stage: str, args: PreferenceArgs) -> AnswerObjective | None:
-    """The objective of a stage; None where the next token is all that is learned."""
+    """The objective of a stage; None where only the next token is learned."""
     if stage not in PREFERENCE_STAGES:
         return None
     if stage in ("kto", "rm"):

@@ -25,7 +25,7 @@ Samples = Sequence[tuple[str, int]]  # prefix and number in it of each pair of a
 
 
 class Reference(Protocol):
-    """Something that knows the reference's log-probabilities."""
+    """Gives the reference's log-probabilities."""
 
     def log_probs(
         self, batches: Sequence[Iterator[MicroBatch]], samples: Sequence[Samples], **sizes: int
@@ -41,7 +41,7 @@ class Reference(Protocol):
 
 
 class _Recorder:
-    """An objective that only keeps what it sees."""
+    """An objective that only records log-probabilities."""
 
     names: Sequence[str] = ()
 
@@ -74,7 +74,7 @@ class FrozenCopy:
 
 
 class Untrained:
-    """The model that will be trained, before its first step: it is its own reference.
+    """The model that will be trained, before its first step: it is also the reference.
 
     Args:
         chunks: its model chunks on this rank.

@@ -44,7 +44,7 @@ class KnownReference:
     def log_probs(
         self, batches: Sequence[Iterator[MicroBatch]], samples: Sequence[Samples], **sizes: int
     ) -> list[torch.Tensor]:
-        """See `Reference`; `batches` are left alone."""
+        """See `Reference`; `batches` are not used."""
         found = [self.values[self.rows(one)].reshape(-1) for one in samples]
         if any(np.isnan(one).any() for one in found):
             raise AssertionError("a pair was not computed before the training")
@@ -85,7 +85,7 @@ def cached(
     log.info(f"reference: {path}: {total - missing} of {total} pairs are known")
     opened: Reference | None = None
     found: dict[int, tuple[float, float]] = {}
-    asked: set[int] = set()  # alike on all ranks, which must agree on the steps that are run
+    asked: set[int] = set()  # equal on all ranks, which must run the same steps
     with Progress("reference log-probabilities", missing, {"pairs": ""}) as progress:
         for number, (batches, mine, everyone) in enumerate(steps):
             rows = [row for samples in everyone for row in known.rows(samples)]
@@ -124,7 +124,7 @@ def _read(path: Path, total: int) -> np.ndarray:
 
 
 def _share(found: dict[int, tuple[float, float]], values: np.ndarray, path: Path) -> dict[int, tuple[float, float]]:
-    """Put what the last stages computed into `values` of all ranks, and on disk; what is left to share: nothing."""
+    """Put what the last stages computed into `values` of all ranks, and write them to disk. Returns an empty dict."""
     everyone: list[dict[int, tuple[float, float]]] = [{} for _ in range(dist.get_world_size())]
     speaks_for_copy = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
     dist.all_gather_object(everyone, found if speaks_for_copy else {})

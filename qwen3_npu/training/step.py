@@ -33,7 +33,7 @@ class Tally:
         loss_sum, loss_weight: the step's loss is their ratio.
         token_loss, tokens: losses of the supervised tokens, and their number.
         real_tokens, places: tokens that are no padding, and all that were computed.
-        squares: sum of the squared lengths of what attends within itself.
+        squares: sum of the squared lengths of the documents.
         think_loss, think_tokens: the supervised tokens that belong to thoughts.
         metrics: sums of an `Objective`'s metrics, over the units that `loss_weight` counts.
     """
@@ -67,7 +67,7 @@ NOTHING = Tally(*[0.0] * _FIXED)
 
 
 def tally_of(numbers: Sequence[float]) -> Tally:
-    """The opposite of `Tally.numbers`."""
+    """The reverse of `Tally.numbers`."""
     return Tally(*numbers[:_FIXED], metrics=tuple(numbers[_FIXED:]))
 
 
@@ -80,7 +80,7 @@ class StepResult:
         grad_norm: of the gradients before clipping.
         learning_rate: that was applied.
         skipped: the update was not made, for a number that is not finite, or above the limits.
-        wishes: what was to be told to all ranks, true if it is on any of them.
+        wishes: what ranks tell each other, true if it is true on any rank.
         spike: why it is one; `Trainer.step` says so.
     """
 

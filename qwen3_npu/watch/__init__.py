@@ -1,1 +1,1 @@
-"""Where every rank of a training is, readable from outside; what a hang and a straggler are called."""
+"""The position of every rank of a training, readable from other processes; verdicts on hangs and stragglers."""

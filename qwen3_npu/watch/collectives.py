@@ -1,4 +1,4 @@
-"""Every collective of torch.distributed is noted where all its functions meet: at the methods of ProcessGroup.
+"""Every collective of torch.distributed is noted in the methods of ProcessGroup, which all its functions call.
 
 That also covers the functions that megatron took from torch at import, collectives of objects, and batched sends.
 A call is entered when it is made and left when `wait` of its work returns. What is computed does not change.
@@ -83,9 +83,9 @@ _LABELS = {
 
 
 def label(group: ProcessGroup) -> str:
-    """A group's name for people."""
+    """A group's name for messages."""
     described = group.group_desc
-    if described in ("", "undefined"):  # nobody described it
+    if described in ("", "undefined"):  # it has no description
         return "of ranks " + ", ".join(map(str, get_process_group_ranks(group)[:8]))
     host = described.endswith("_GLOO")
     name = described.removesuffix("_GLOO")
@@ -115,7 +115,7 @@ class Recorder:
         self._replace(Work, "wait", self._wait(Work.__dict__["wait"]))
 
     def remove(self) -> None:
-        """As it was."""
+        """Remove the wrappers."""
         for owner, name, original in reversed(self.replaced):
             setattr(owner, name, original)
         self.replaced.clear()

@@ -1,4 +1,6 @@
-"""Where this rank is: what a training calls. Where nobody watches it does nothing; elsewhere it costs microseconds."""
+"""The position of this rank, as the training reports it. Without a watcher this does nothing; with one it takes
+microseconds.
+"""
 
 from __future__ import annotations
 

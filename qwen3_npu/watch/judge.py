@@ -1,4 +1,4 @@
-"""From the states of all ranks to one verdict: who keeps the others waiting, and where it is."""
+"""From the states of all ranks to one verdict: which rank the others wait for, and where it is."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Channel:
 
 @dataclasses.dataclass(frozen=True)
 class RankReport:
-    """One rank when it was looked at.
+    """One rank at one moment.
 
     Attributes:
         node, device: for people.
@@ -89,7 +89,7 @@ class RankReport:
 
     @property
     def place(self) -> str:
-        """Where it is, for people."""
+        """Where it is, for messages."""
         if self.ended:
             return f"it has ended after step {self.steps}"
         text = f"it is in {self.phase} since {self.age:.0f} s, {'computing' if self.computes else 'waiting'}"
@@ -102,7 +102,7 @@ class RankReport:
 
 @dataclasses.dataclass(frozen=True)
 class HangVerdict:
-    """Why a job stands still.
+    """Why a job makes no progress.
 
     Attributes:
         kind: "missing", "shape", "order", "dead", "stopped", "elsewhere", "network" or "alone".
@@ -119,15 +119,15 @@ def judge_hang(ranks: Sequence[RankReport], missing: Sequence[str] = ()) -> Hang
     """One verdict on ranks of a job without progress.
 
     Args:
-        missing: nodes that have not told where their ranks are.
+        missing: nodes that have not reported their ranks.
     """
     if missing:
-        return HangVerdict("missing", (), f"{', '.join(missing)} gave no report: the node, or its watcher, is gone")
+        return HangVerdict("missing", (), f"{', '.join(missing)} gave no report: the node or its watcher has ended")
     disagreement = _disagreement(ranks)
     if disagreement:
         return disagreement
     if dead := [rank for rank in ranks if not rank.alive and not rank.ended]:
-        texts = [f"{rank} is dead: process {rank.pid} is gone; {_last(rank)}" for rank in dead[:4]]
+        texts = [f"{rank} is dead: process {rank.pid} has ended; {_last(rank)}" for rank in dead[:4]]
         return HangVerdict("dead", _numbers(dead), "; ".join(texts))
     if stopped := [rank for rank in ranks if rank.alive and not rank.runs]:
         return HangVerdict("stopped", _numbers(stopped), "; ".join(_stopped(rank, ranks) for rank in stopped[:4]))
@@ -235,7 +235,7 @@ def _circle(edges: Sequence[tuple[tuple[RankReport, str, Entry], RankReport]]) -
     """Every rank that is waited for waits itself: groups are entered in another order.
 
     The culprit is the rank that is steps ahead: it passed a call that others are still in. Where none is, the one that
-    most others wait for; else all in the circle.
+    most others wait for; else all in the cycle.
     """
     waits_for = {waiter.rank: (waiter, name, entry, on) for (waiter, name, entry), on in edges}
     waiters = {on.rank: {waiter.rank for (waiter, *_), other in edges if other is on} for _, on in edges}

@@ -1,4 +1,4 @@
-"""What a machine knows of a process that may not answer: its state, what it waits for, its Python stacks."""
+"""What the machine shows of a process that may not answer: its state, what it waits for, its Python stacks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qwen3_npu.processes import started
 
 STACKS = signal.SIGUSR2  # a rank answers with its stacks, in C, even while its main thread is inside a collective
 _PATIENCE = 2.0  # seconds for the stacks
-_WRAPPERS = ("torch/", "typing_extensions.py", "contextlib.py")  # frames that say little
-_BRIEF = 0.3  # seconds over which the time on a CPU is measured
+_WRAPPERS = ("torch/", "typing_extensions.py", "contextlib.py")  # frames that are left out
+_BRIEF = 0.3  # seconds over which the CPU time is measured
 
 
 @dataclasses.dataclass(frozen=True)

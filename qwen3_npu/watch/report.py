@@ -1,4 +1,4 @@
-"""What is left of a hang: the verdict for people, all stacks and calls in a folder, the error that torchrun shows."""
+"""The report of a hang: the verdict, all stacks and calls in a folder, the error that torchrun shows."""
 
 from __future__ import annotations
 

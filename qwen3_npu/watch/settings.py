@@ -1,4 +1,4 @@
-"""What a watcher is told by the rank that starts it."""
+"""The settings that a rank gives to the watcher it starts."""
 
 from __future__ import annotations
 

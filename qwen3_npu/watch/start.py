@@ -7,6 +7,7 @@ import dataclasses
 import faulthandler
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import qwen3_npu
+from qwen3_npu import log
 from qwen3_npu.args.watch import WatchArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.processes import started
@@ -39,10 +41,9 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
         yield
         return
     token = [uuid.uuid4().hex]
-    dist.broadcast_object_list(token, 0)  # once, so that the processes of a node meet in one folder
+    dist.broadcast_object_list(token, 0)  # once, so that the processes of a node use one folder
     node, local = environment.node(), environment.local_size(dist.get_world_size())
     folder = Path(_memory()) / f"qwen3_npu_watch_{token[0]}_{node}"
-    folder.mkdir(mode=0o700, exist_ok=True)
     rank, _, local_rank = environment.ranks()
     info = {
         "pid": os.getpid(),
@@ -54,27 +55,27 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
         "operations": COLLECTIVES,
         "dtypes": DTYPE_NAMES,
     }
-    with open(folder / f"rank_{rank}.stack", "w", encoding="utf-8") as stacks:
+    opened = contextlib.ExitStack()
+    problem = None
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        stacks = opened.enter_context(open(folder / f"rank_{rank}.stack", "w", encoding="utf-8"))
         state = State(folder, rank, info, interval=args.straggler_interval, device=has_device)
+    except OSError as error:
+        problem = f"{folder.parent} takes no files: {error.strerror}"
+    if _impossible(problem):
+        opened.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        yield
+        return
+    with opened:
         faulthandler.register(probe.STACKS, stacks, all_threads=True)
         recorder = Recorder(state)
         recorder.install()
         here.watch(state)
         if local_rank == 0:
             nodes = max(dist.get_world_size() // local, 1)
-            settings = Settings(
-                folder=str(folder),
-                shared=str(_shared(save, token[0])) if save and nodes > 1 else "",
-                logs=str(Path(save or ".") / "logs"),
-                node=node,
-                nodes=nodes,
-                local=local,
-                world=dist.get_world_size(),
-                timeout=args.hang_timeout,
-                abort=args.on_hang == "abort",
-                interval=args.straggler_interval,
-            )
-            _start(settings)
+            _start(_settings(args, save, folder, token[0], nodes=nodes))
         try:
             yield
         finally:
@@ -82,6 +83,32 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
             recorder.remove()
             faulthandler.unregister(probe.STACKS)
             state.end()
+
+
+def _impossible(problem: str | None) -> bool:
+    """Whether some rank has a problem, which is told. Every rank must call this."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = next(filter(None, problems), None)
+    if found is not None:
+        log.warning_once(f"no watch over hangs and stragglers: {found}")
+    return found is not None
+
+
+def _settings(args: WatchArgs, save: str | None, folder: Path, token: str, *, nodes: int) -> Settings:
+    """What the watcher of this node is told."""
+    return Settings(
+        folder=str(folder),
+        shared=str(_shared(save, token)) if save and nodes > 1 else "",
+        logs=str(Path(save or ".") / "logs"),
+        node=environment.node(),
+        nodes=nodes,
+        local=environment.local_size(dist.get_world_size()),
+        world=dist.get_world_size(),
+        timeout=args.hang_timeout,
+        abort=args.on_hang == "abort",
+        interval=args.straggler_interval,
+    )
 
 
 def _start(settings: Settings) -> None:
@@ -97,7 +124,7 @@ def _start(settings: Settings) -> None:
 
 
 def _memory() -> str:
-    """A folder of files that are never written to a disk, where the system has one."""
+    """A folder in memory (such as /dev/shm), where the system has one."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
 

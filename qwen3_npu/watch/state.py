@@ -9,9 +9,11 @@ A channel is a process group, or one direction between two ranks of it: calls th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import mmap
+import os
 import struct
 import time
 from collections.abc import Sequence
@@ -34,7 +36,7 @@ _LAST_AT = _WINDOWS_AT + WINDOWS * _WINDOW.size
 _RING_AT = _LAST_AT + CHANNELS * _CALL.size
 _SIZE = _RING_AT + CALLS * _CALL.size
 
-INSIDE, LAUNCHED, LEFT = 1, 2, 3  # LAUNCHED: handed to a device, which tells nobody when it is done
+INSIDE, LAUNCHED, LEFT = 1, 2, 3  # LAUNCHED: passed to a device, which does not report when it is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class CollectiveCall:
     """One call of a collective, or one send or receive.
 
     Attributes:
-        number: the how-many-eth call of its channel, from 1.
+        number: index of the call in its channel, from 1.
         shape: of this rank's tensor that must be equal on all ranks; None: sizes may differ.
         entered, left: seconds of CLOCK_MONOTONIC; `left` 0: it is inside.
     """
@@ -73,7 +75,7 @@ class State:
         path = folder / f"rank_{rank}.state"
         partial = path.with_suffix(".partial")
         with open(partial, "wb+") as file:
-            file.truncate(_SIZE)
+            os.posix_fallocate(file.fileno(), 0, _SIZE)  # a page that is not there later would be a SIGBUS
             self.map = mmap.mmap(file.fileno(), _SIZE)
         self.beats = self.steps = self.calls = 0
         self.phase, self.ended, self.held = 0, 0, False
@@ -97,7 +99,8 @@ class State:
         index = min(len(self.numbers), CHANNELS - 1)
         if index == len(self.numbers):
             self.numbers.append(0)
-            self.info.write(json.dumps({"index": index, "name": name, "label": label, "ranks": list(ranks)}) + "\n")
+            with contextlib.suppress(OSError):  # a full disk costs a name in a report, not the training
+                self.info.write(json.dumps({"index": index, "name": name, "label": label, "ranks": list(ranks)}) + "\n")
         self.channels[key] = index
         return index
 
@@ -145,7 +148,7 @@ class State:
         self._head()
 
     def end(self) -> None:
-        """The rank has ended in order, or says itself why not."""
+        """The rank has ended normally, or reports an error itself."""
         self.ended = 1
         self._head()
         self.info.close()

@@ -9,7 +9,7 @@ from qwen3_npu.watch.state import PHASES
 
 SLOW = 1.3  # times the median of all ranks
 WINDOWS = 3  # in a row
-_LEAST = 0.001  # seconds a step: what is less is noise
+_LEAST = 0.001  # seconds a step: less is noise
 _WORK = [PHASES.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer", "other")]
 
 

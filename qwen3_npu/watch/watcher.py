@@ -1,6 +1,6 @@
-"""The watcher of one node: a process of its own, so that nothing that stops the ranks stops it. No torch.
+"""The watcher of one node: a process of its own, so that it runs on when the ranks stop. No torch.
 
-It looks at the states of its ranks a few times a second. Without progress it collects what all ranks do, gives one
+It reads the states of its ranks a few times a second. Without progress it collects the states of all ranks, gives one
 verdict and ends the ranks. It ends when they have ended.
 """
 
@@ -95,14 +95,14 @@ class Watcher:
         return True
 
     def _notice_dead(self, dead: set[int], is_over: bool) -> None:
-        """One rank that died alone is named at once. Where all die, somebody ends the job."""
+        """A single dead rank is named at once. If all ranks die, the job is being ended."""
         again, self.dead = dead & self.dead, dead
         if len(dead) == 1 and (again or is_over) and not dead <= self.named and self.settings.local > 1:
             self.named |= dead
             log.warning(judge_hang([each.rank for each in self.node.reports() if each.rank.rank in dead]).text)
 
     def _notice_slow(self, states: dict[int, RankSnapshot], now: float, allowed: float) -> None:
-        """A step that takes long while its ranks move is no hang, and worth a line."""
+        """A slow step whose ranks still make progress is no hang; it is logged."""
         steps = min(read.steps for read in states.values())
         if steps != self.slow[0] or any(read.phase in PATIENT for read in states.values()):
             self.slow, self.slow_told = (steps, now), False
@@ -147,7 +147,7 @@ class Watcher:
         return self.settings.node > 0 and self.shared is not None and (self.shared / "verdict.txt").is_file()
 
     def _stands_still(self) -> bool:
-        """Collect and judge. Returns whether to go on watching."""
+        """Collect the states and give a verdict. Returns whether to continue watching."""
         reports = self.node.reports()
         missing: list[str] = []
         if self.settings.node:
@@ -191,7 +191,7 @@ class Watcher:
         return [each for number in sorted(found) for each in found[number]], missing
 
     def _verdict_of_first(self, reports: list[Report]) -> str:
-        """Tell the first node, and wait for what it says; "" if it says nothing."""
+        """Send this node's states to the first node and wait for its verdict; "" without one."""
         if self.shared is None:
             return ""
         write_text(self.shared / f"node_{self.settings.node}.json", to_text(reports))
@@ -211,9 +211,9 @@ class Watcher:
         """End all ranks of this node, stopped ones too; torchrun shows the text and starts the job again."""
         for rank in self.node.infos:
             file = self.node.infos[rank]["error_file"]
-            if file and not Path(file).exists():  # an earlier error of this rank is the better one
+            if file and not Path(file).exists():  # an earlier error of this rank is kept
                 tell_torchrun(text, file)
-        # Stopped first: a rank whose peer is gone would write an error of its own over the verdict.
+        # Stopped first: a rank whose peer is gone would replace the verdict with an error of its own.
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for rank in self.node.living():
                 with contextlib.suppress(ProcessLookupError):

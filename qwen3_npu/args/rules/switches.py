@@ -29,6 +29,11 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         lambda args: args.train.moe_expert_capacity_factor is not None,
         ("moe_token_drop_policy",),
     ),
+    (
+        "--moe-router-load-balancing-type aux_loss",
+        lambda args: args.train.moe_router_load_balancing_type == "aux_loss",
+        ("moe_aux_loss_coeff",),
+    ),
     ("--loss-compute-mode chunk", lambda args: args.train.loss_compute_mode == "chunk", ("loss_chunk_size",)),
     (
         "--lr-decay-style WSD",

@@ -1,8 +1,8 @@
 """Settings of a checkpoint's training compared with the flags: a difference is refused, warned of, or ignored. No
 torch.
 
-The names are those of Megatron's args where it has one, so a checkpoint of Megatron is compared as far as it says. The
-layout, the micro-batch and everything else that is not in `RULES` may change.
+`args.rules.resume` says what a change of each argument means. Its names are those of Megatron's args where it has one,
+so a checkpoint of Megatron is compared as far as it says.
 """
 
 from __future__ import annotations
@@ -11,32 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwen3_npu import log
-from qwen3_npu.args.rules.resume import REFUSED
+from qwen3_npu.args.rules.resume import REASONS, REFUSED, WARNED
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
-# Learning rate and weight decay are told by the schedule itself (`load.py`).
-_WARNED = (
-    *("loss_normalization", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "attention_dropout", "hidden_dropout"),
-    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_expert_capacity_factor", "moe_token_drop_policy"),
-    *("moe_router_load_balancing_type", "moe_router_dtype", "prompt_type", "enable_thinking", "tokenizer_digest"),
-)
-# Why a change is refused.
-_REASONS = {
-    "position": "the position counts samples: text would be repeated or skipped",
-    "steps": "steps and learning rate no longer mean the same",
-    "model": "the weights were trained as another model",
-    "numbers": "weights and optimizer state were made in another precision",
-}
-
 
 class Change(NamedTuple):
-    """One fact that differs from the checkpoint. `refused`: why it is refused; None: it is only logged."""
+    """One fact that differs from the checkpoint; `why` it matters."""
 
     name: str
     before: object
     now: object
-    refused: str | None
+    why: str
 
     def __str__(self) -> str:
         return f"{self.name} {shown_fact(self.before)}, now {shown_fact(self.now)}"
@@ -68,14 +54,13 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Chan
         now: the same facts as the flags say them.
     """
     found, unsaid = [], []
-    for name in [*REFUSED, *_WARNED]:
+    for name, group in (REFUSED | WARNED).items():
         if name not in now:
             continue
         if name not in saved or (name in REFUSED and saved[name] is None):
             unsaid.append(name)
         elif not _same(saved[name], now[name]):
-            why = _REASONS[REFUSED[name]] if name in REFUSED else None
-            found.append(Change(name, saved[name], now[name], why))
+            found.append(Change(name, saved[name], now[name], REASONS[group]))
     return found, unsaid
 
 
@@ -99,16 +84,16 @@ def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Seq
         UsageError: what must not change has, and is not allowed to.
     """
     found, unsaid = changes(saved, now)
-    refused = [change for change in found if change.refused and change.name not in allowed]
+    refused = [change for change in found if change.name in REFUSED and change.name not in allowed]
     if refused:
-        reasons = "; ".join(dict.fromkeys(str(change.refused) for change in refused))
+        reasons = "; ".join(dict.fromkeys(change.why for change in refused))
         raise UsageError(
             f"{where} was saved with {'; '.join(map(str, refused))} ({reasons}): give the same flags, or --finetune to "
             f"start at step 0 with its weights, or --allow-changed {' '.join(change.name for change in refused)}"
         )
     for change in found:
-        why = f" ({change.refused}; allowed by --allow-changed)" if change.refused else ""
-        log.warning_once(f"resumed with another setting: {change}{why}")
+        allowed_by = "; allowed by --allow-changed" if change.name in REFUSED else ""
+        log.warning_once(f"resumed with another setting: {change} ({change.why}{allowed_by})")
     if unsaid:
         log.info(f"not compared with {where}, which does not say them: {', '.join(unsaid)}")
 

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen3_npu.checkpoint.formats.folders import iteration_name, iterations, remove
+from qwen3_npu import log
+from qwen3_npu.checkpoint.formats.folders import clear, iteration_name, iterations, remove
 from qwen3_npu.checkpoint.manifest import is_trained
+
+
+def tidy(root: Path, iteration: int, limit: int | None) -> None:
+    """Delete what the checkpoint that was just saved replaces. What cannot be deleted does not end a training.
+
+    Args:
+        limit: --save-total-limit.
+    """
+    try:
+        clear(root)
+        if limit is not None:
+            keep_newest(root, iteration, limit)
+    except OSError as error:  # a file in use on NFS, another owner's
+        log.warning(f"{error.filename} cannot be deleted ({error.strerror}); it is tried again after the next save")
 
 
 def keep_newest(root: Path, iteration: int, limit: int) -> list[int]:

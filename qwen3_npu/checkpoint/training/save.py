@@ -25,11 +25,12 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from qwen3_npu import log
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import manifest
 from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.formats.base import STATES, RankState, Target
-from qwen3_npu.checkpoint.formats.folders import TRACKER, clear, iteration_name, move_to_backup
+from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, move_to_backup
 from qwen3_npu.checkpoint.formats.hf_write import write_config
 from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
 from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, lora_args, to_args
@@ -49,6 +50,7 @@ from qwen3_npu.checkpoint.training.optimizer_state import ShardedState
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout, Rank
+from qwen3_npu.errors import UsageError
 from qwen3_npu.files import rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import read_hf_config
 
@@ -279,17 +281,25 @@ def commit(
     manifest.write_integrity(stage, manifest.TRAINING, seals)
     manifest.drop_parts(stage, writers)
     sync_tree(stage)
-    # Tokenizer files as they are; a config.json that says what was trained, which the flags may have changed.
-    there = None
-    if config is not None:
-        carry_files(config, root, [name for name in CARRIED_FILES if name != "config.json"])
-        there = read_hf_config(config) if (config / "config.json").is_file() else None
-    write_config(target.contents.arch, there, root, target.dtype)
+    write_config(target.contents.arch, _carried(config, root), root, target.dtype)
     move_to_backup(folder)
     rename(stage, folder)
     sync_folder(root)
     iteration = int(target.common["iteration"])
     write_text(root / TRACKER, str(iteration))
-    clear(root)
-    if args.save_total_limit is not None:
-        retention.keep_newest(root, iteration, args.save_total_limit)
+    retention.tidy(root, iteration, args.save_total_limit)
+
+
+def _carried(config: Path | None, root: Path) -> dict[str, Any] | None:
+    """Copy tokenizer files as they are; what config.json said before the flags changed the model.
+
+    A source that is gone, or cannot be read any more, does not cost the checkpoint.
+    """
+    if config is None:
+        return None
+    try:
+        carry_files(config, root, [name for name in CARRIED_FILES if name != "config.json"])
+        return read_hf_config(config) if (config / "config.json").is_file() else None
+    except (OSError, UsageError) as error:
+        log.warning(f"{config}: its tokenizer files do not go with the checkpoint in {root}: {error}")
+        return None

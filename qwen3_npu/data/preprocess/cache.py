@@ -1,4 +1,4 @@
-"""Raw files in `--data-path`: preprocessed once, into a folder named by their content, and found there later."""
+"""Raw files in `--data-path`: preprocessed once, into a folder named by their content, and reused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def prepare_data_path(data_path: Sequence[str], recipe: PreprocessArgs, cache: s
     """`--data-path` with every raw file, folder or pattern replaced by the prefix of what it was preprocessed into.
 
     Weights and prefixes of .bin/.idx pairs stay as they are. Several processes may call this at once: each result
-    appears whole, whoever makes it first. To do the work once, let one process call it, the others behind a barrier.
+    appears complete, whichever process makes it first. To do the work once, let one process call it, the others behind
+    a barrier.
 
     Args:
         recipe: flags of preprocessing; its input and output_prefix are replaced.
@@ -100,7 +101,7 @@ def _build(arguments: PreprocessArgs, building: Path, folder: Path) -> None:
         try:
             rename(building, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same result
+            if not folder.is_dir():  # otherwise another process was faster, with the same result
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`--check` and `--show`: look at what would be written, and write nothing."""
+"""`--check` and `--show`: show what would be written, and write nothing."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
 
 
 class _GrowingArray:
-    """Numbers that come in pieces."""
+    """An array that grows by parts."""
 
     def __init__(self, dtype: type = np.int64) -> None:
         self.parts: list[np.ndarray] = [np.zeros(0, dtype)]
@@ -223,4 +223,4 @@ def _answer(message: Message, thinking: bool | None) -> Iterator[str]:
     if not text and not message.calls:
         yield "an answer is empty"
     elif len(text) >= _LONG and not message.calls and _OPEN_END.search(text):
-        yield "an answer seems to be cut off (it is long and ends in the middle of a sentence)"
+        yield "an answer seems to be truncated (it is long and ends in the middle of a sentence)"

@@ -1,4 +1,4 @@
-"""The table of `--handler-name`: what reads a record, and what becomes of it."""
+"""The table of `--handler-name`: which function reads a record, and which tokens it gives."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
                 raise UsageError(f"{flag} is for conversations; {args.records.handler_name} takes plain text")
         if args.instruction.pack:
             raise UsageError(
-                f"--pack is for conversations; training cuts the documents of {args.records.handler_name} into samples"
+                "--pack is for conversations; training divides the documents of "
+                f"{args.records.handler_name} into samples"
             )
         if args.instruction.seq_length is not None:
-            log.info("--seq-length: no effect on documents of plain text; training cuts them into samples")
+            log.info("--seq-length: no effect on documents of plain text; training divides them into samples")
         eod = tokenizer.eos() if args.tokenizer.append_eod else None
         return PretrainHandler(text_of, args.records.json_keys, columns or args.records.json_keys, eod)
 

@@ -67,7 +67,7 @@ def misfit(prompt_type: str, tokenizer: TokenizerFolder) -> str | None:
 def warn_of_misfit(prompt_type: str, tokenizer: TokenizerFolder) -> None:
     """Say once that a prompt type does not fit a tokenizer, if so."""
     if problem := misfit(prompt_type, tokenizer):
-        log.warning(problem)
+        log.warning_once(problem)
 
 
 def prompt_tokens(template: Template, conversation: Conversation, thinking: bool | None, encoder: Encoder) -> list[int]:

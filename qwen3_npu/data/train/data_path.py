@@ -56,7 +56,7 @@ class DataFacts:
     Attributes:
         samples: for training, of all data sets together: those of one epoch.
         cut: of these, the samples that are longer than --seq-length.
-        cut_tokens: that are cut off them.
+        cut_tokens: tokens of these samples beyond that length.
     """
 
     samples: int
@@ -171,7 +171,7 @@ def _check_ids(pair: Indexed, data: DataArgs, limit: int, *, labels: bool = Fals
 
 def _compare_vocabularies(tokenizer: TokenizerFolder, vocab_size: int) -> None:
     if tokenizer.largest_id >= vocab_size:
-        log.warning(
+        log.warning_once(
             f"--tokenizer-name-or-path {tokenizer.path} has tokens up to {tokenizer.largest_id}, but the model's "
             f"vocabulary has {vocab_size} rows: is it the model's tokenizer?"
         )
@@ -180,7 +180,7 @@ def _compare_vocabularies(tokenizer: TokenizerFolder, vocab_size: int) -> None:
 def _compare_tokenizers(prefix: str, record: TokenRecord, tokenizer: TokenizerFolder | None) -> None:
     made_with = record.made.get("tokenizer")
     if tokenizer is not None and made_with not in (None, tokenizer.identity):
-        log.warning(
+        log.warning_once(
             f"--data-path {prefix} was made with another tokenizer than --tokenizer-name-or-path {tokenizer.path}; "
             f"preprocess it again, unless the two give the same tokens"
         )

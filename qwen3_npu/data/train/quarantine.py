@@ -182,7 +182,7 @@ def read(folder: Path) -> list[Quarantined]:
 
 
 def write(folder: Path, entries: Sequence[Quarantined]) -> None:
-    """All entries, whole or not at all."""
+    """All entries, complete or not at all."""
     write_text(
         folder / FILE, "".join(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in entries)
     )

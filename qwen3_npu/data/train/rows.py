@@ -48,8 +48,8 @@ class Rows:
         positions: int64 [b, s].
         cu_seqlens: boundaries of documents, (0, ..., s); the rows are then laid one after the other and b is 1. None if
             each row is one document.
-        real_tokens: tokens without padding. squares: sum of the squared lengths of the documents: the cost of
-        attention.
+        real_tokens: tokens without padding.
+        squares: sum of the squared lengths of the documents, which attention costs.
         padding: bool [b, s], where a token is padding; None: nowhere.
         answers: of preference training.
     """

@@ -114,7 +114,7 @@ def find_record(prefix: str, path: Path | None = None) -> TokenRecord | None:
         numbers |= {name: ids.integer(name, None) for name in ("smallest", "largest")}
         return TokenRecord(IdRange(**numbers), content.record("made", {}).fields)
     except UsageError as error:
-        log.warning(f"{error}; it is not used")
+        log.warning_once(f"{error}; it is not used")
         return None
 
 

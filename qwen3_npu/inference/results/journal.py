@@ -85,7 +85,7 @@ def _entries(file: Path, identity: str, *, resume: bool) -> list[Entry]:
         log.info(f"--no-resume: {max(len(found) - 1, 0)} results of the unfinished run in {file} are dropped")
         return []
     if not found or found[0].get("identity") != identity:
-        log.warning(f"{file}: the unfinished run had other settings or another model; it is not continued")
+        log.warning_once(f"{file}: the unfinished run had other settings or another model; it is not continued")
         return []
     if found[1:]:
         log.info(f"resume: {file} has results of an unfinished run ({len(found) - 1} lines); --no-resume starts over")

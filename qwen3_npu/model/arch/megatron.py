@@ -47,7 +47,7 @@ def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
     found = {
         fact.megatron[0]: fact.turned(getattr(arch, fact.name)) for fact in FACTS if fact.megatron and arch.has(fact)
     }
-    # MindSpeed-LLM's converter back to Hugging Face takes the heads from the second name, which trainings never set.
+    # MindSpeed-LLM's converter back to Hugging Face takes the heads from the second name, which trainings do not set.
     found["num_key_value_heads"] = arch.num_key_value_heads
     found |= ALWAYS | {argument: getattr(arch.family, feature) for feature, argument in FEATURES.items()}
     found |= {"hf_model_type": arch.model_type, "eos_token_id": arch.eos_token_id}

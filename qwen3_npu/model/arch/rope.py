@@ -1,4 +1,4 @@
-"""Rotary position embedding: its base and how it is stretched over longer sequences. No torch.
+"""Rotary position embedding: its base and its scaling to longer sequences. No torch.
 
 Formulas and names are those of transformers' `modeling_rope_utils` (5.x): linear, yarn (arXiv:2309.00071) and llama3.
 """
@@ -65,7 +65,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """All that says how positions rotate the heads.
+    """Everything that determines how positions rotate the heads.
 
     Attributes:
         theta: base of the wavelengths.

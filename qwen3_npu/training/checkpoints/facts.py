@@ -15,12 +15,12 @@ from qwen3_npu.data.train.data_path import blend
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.prepare.taught import taught
 
-_WHOLE = 2**24  # bytes of a file that is digested whole; of a larger one parts that are spread over it
+_WHOLE = 2**24  # bytes of a file that is digested whole; of a larger one, parts from all of it
 _PARTS, _PART = 256, 2**16
 
 
 def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
-    """Entries of the saved args, plain values. Every rank must call this: rank 0 looks at the data."""
+    """Entries of the saved args, plain values. Every rank must call this: rank 0 reads the data."""
     data, arch = args.data, plan.arch
     prefixes, weights = blend(data.data_path)
     digests = [[data_digest(prefix) for prefix in prefixes] if dist.get_rank() == 0 else []]
@@ -29,6 +29,10 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
     found = {**dataclasses.asdict(args.train), **dataclasses.asdict(args.optimizer), "seed": args.runtime.seed}
     names = ("split", "shuffle", "reset_attention_mask", "reset_position_ids", "eod_mask_loss")
     found |= {name: getattr(data, name) for name in names}
+    if args.lora.on:
+        found["lora_dropout"] = args.lora.lora_dropout
+    if data.is_preference:
+        found |= dataclasses.asdict(args.preference)
     return {
         **found,
         "global_batch_size": plan.global_batch,
@@ -42,7 +46,7 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
 
 
 def data_digest(prefix: str) -> str:
-    """Of the token files of one prefix; of large ones by their sizes and 16 MiB spread over them."""
+    """Of the token files of one prefix; of large ones their sizes and 16 MiB from all of it."""
     paths = [Path(prefix + suffix) for suffix in (".bin", ".idx")]
     if not paths[0].is_file():  # instructions: a pair for each of ids, labels, ...
         every = glob.glob(glob.escape(prefix) + "_packed_*_document.*")

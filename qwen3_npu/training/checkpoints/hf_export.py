@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,15 +18,20 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.formats.folders import iteration_name
 from qwen3_npu.checkpoint.formats.open import find
+from qwen3_npu.errors import UsageError
 
 
-def _convert(args: ConvertArgs, lora: LoraConvertArgs) -> None:
-    """The body of the process."""
-    log.setup(rank=1)  # warnings only; the training is_main for it
+def _convert(args: ConvertArgs, lora: LoraConvertArgs, reason: Connection) -> None:
+    """The body of the process; the reason of a failure goes to the training, which logs it."""
+    log.setup(rank=1)  # warnings only; the training logs the rest
     os.nice(10)
     from qwen3_npu.checkpoint.convert.run import convert
 
-    convert(args, TargetArgs(), lora, LegacyConvertArgs())
+    try:
+        convert(args, TargetArgs(), lora, LegacyConvertArgs())
+    except (UsageError, OSError) as error:
+        reason.send(str(error))
+        raise SystemExit(1) from None
 
 
 class HfExport:
@@ -34,6 +40,7 @@ class HfExport:
     def __init__(self, args: CheckpointArgs, lora: LoraArgs, rank: int) -> None:
         self.args, self.lora, self.works = args, lora, rank == 0
         self.process: BaseProcess | None = None
+        self.reason: Connection | None = None  # of the process: why it failed
         self.folder = Path()
         self.failures = 0  # directories that could not be written
 
@@ -43,7 +50,9 @@ class HfExport:
         return bool(interval and iteration % interval == 0) or (self.args.enable_mg2hf_convert and is_last)
 
     def start(self, iteration: int) -> None:
-        """Begin to convert the checkpoint of this step, which must be whole; the directory before must be finished."""
+        """Begin to convert the checkpoint of this step, which must be complete; the previous directory must be
+        finished.
+        """
         if not self.works:
             return
         self.folder = Path(self.args.hf_save_dir or str(self.args.save)) / f"mg2hf_iteration{iteration}"
@@ -66,9 +75,11 @@ class HfExport:
             jobs=1,
             overwrite=True,
         )
-        self.process = multiprocessing.get_context("spawn").Process(target=_convert, args=(args, lora))
         try:
+            self.reason, said = multiprocessing.Pipe(duplex=False)
+            self.process = multiprocessing.get_context("spawn").Process(target=_convert, args=(args, lora, said))
             self.process.start()
+            said.close()
         except OSError as error:
             self.process = None
             self._failed(f"no process for it could be started: {error.strerror}")
@@ -76,19 +87,22 @@ class HfExport:
         log.info(f"writing: {self.folder} (Hugging Face) in the background")
 
     def finish(self) -> None:
-        """Wait for the directory that is being written. One that could not be is a warning: training goes on."""
-        if self.process is None:
+        """Wait for the directory that is being written. A failure is a warning, and the training continues."""
+        if self.process is None or self.reason is None:
             return
         self.process.join()
         code, self.process = self.process.exitcode, None
         if code:
-            self._failed("the reason stands above")
+            try:
+                self._failed(self.reason.recv())
+            except EOFError:
+                self._failed(f"its process ended with {code}")
         else:
             log.info(f"saved: {self.folder} (Hugging Face)")
 
     def _failed(self, reason: str) -> None:
         self.failures += 1
         log.warning(
-            f"{self.folder} could not be written ({reason}); the checkpoints are whole, training goes on, and "
+            f"{self.folder} could not be written ({reason}); the checkpoints are complete, the training continues, and "
             f"convert_ckpt.py can write it later ({self.failures} such directories so far)"
         )

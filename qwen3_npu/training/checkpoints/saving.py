@@ -28,7 +28,7 @@ _BEFORE = "before_this_run.json"  # which job, and what the tracker was when it 
 
 
 def check_folders(args: CheckpointArgs, lora: LoraArgs) -> None:
-    """Look at the folders before anything costly.
+    """Check the folders before anything slow.
 
     Raises:
         UsageError: --save cannot be written.
@@ -60,7 +60,7 @@ def leased(args: CheckpointArgs) -> Iterator[Lease | None]:
 def continued(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, LoraArgs]:
     """The flags by which to load. Every rank must call this.
 
-    A job that torchrun has restarted goes on from the newest checkpoint that it has saved itself.
+    A job that torchrun has restarted resumes from the newest checkpoint that it has saved itself.
     """
     if args.save is None or _resumes(args, lora):
         return args, lora
@@ -69,7 +69,7 @@ def continued(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, Lor
     if not said[0]:
         return args, lora
     instead = f"--lora-load {lora.lora_load}" if lora.lora_ckpt_filter else f"--load {args.load}"
-    log.info(f"restarted by torchrun: going on from {args.save} instead of {instead}")
+    log.info(f"restarted by torchrun: resuming from {args.save} instead of {instead}")
     args = dataclasses.replace(args, finetune=False, load_optim=args.save_optim, load_rng=args.save_rng)
     if lora.lora_ckpt_filter:  # the base is not saved
         return args, dataclasses.replace(lora, lora_load=args.save)
@@ -158,7 +158,7 @@ class Saver:
             writing.wait()
         self.own.add(position.iteration)
         done = "being saved" if self.args.async_save else "saved"
-        log.info(f"{done}: {writing.what}; training was held up for {time.perf_counter() - began:.2f} s")
+        log.info(f"{done}: {writing.what}; the training waited for {time.perf_counter() - began:.2f} s")
 
     def _check_lease(self) -> None:
         said: list[str | None] = [None]

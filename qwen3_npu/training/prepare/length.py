@@ -1,4 +1,4 @@
-"""How long a training is: steps, samples, epochs. Settled before torch is imported."""
+"""The length of a training: steps, samples, epochs. Settled before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen3_npu.data.train.data_path import DataFacts
 from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import human
 
-_MANY_EPOCHS = 10.0  # that nobody asked for by --epochs
+_MANY_EPOCHS = 10.0  # without --epochs
 
 
 def settled(args: PretrainArgs, global_batch: int, epoch: int | None) -> PretrainArgs:
@@ -41,7 +41,7 @@ def settled(args: PretrainArgs, global_batch: int, epoch: int | None) -> Pretrai
 
 
 def _check_schedule(args: PretrainArgs) -> None:
-    """Megatron counts a schedule in what the training is counted in, and so do we."""
+    """As in Megatron, a schedule is counted in the same unit as the training."""
     by_samples = args.train.train_samples is not None
     optimizer = args.optimizer
     given = {
@@ -74,7 +74,7 @@ def describe_length(asked: PretrainArgs, steps: int, global_batch: int, facts: D
     if facts.cut:
         lines.append(
             f"data: {human(facts.cut)} of {human(facts.samples)} samples are longer than --seq-length "
-            f"{asked.train.seq_length}: {human(facts.cut_tokens, 'tokens')} are cut off them"
+            f"{asked.train.seq_length}: {human(facts.cut_tokens, 'tokens')} are truncated"
         )
     if epochs >= _MANY_EPOCHS and asked.train.epochs is None:
         lines.append(

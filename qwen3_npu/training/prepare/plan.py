@@ -25,7 +25,7 @@ class TrainingPlan(Fit):
     Attributes:
         config: folder whose config.json and tokenizer files go with the checkpoints; None if there is none.
         verdict: memory and time to expect; None where nothing says the device.
-        notes: what the flags make of the model.
+        notes: how the flags change the model.
     """
 
     arch: Qwen3Arch

@@ -16,7 +16,7 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 
 def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
-    """Rank 0's look at everything that the flags name. Nothing is left behind.
+    """Rank 0 checks everything that the flags name, and writes nothing.
 
     Raises:
         UsageError: the training could not begin, or could not save.
@@ -57,7 +57,7 @@ def _check_opens(folder: str, step: int | None, flag: str, args: PretrainArgs, *
     if found.format == PEFT and flag == "--load":
         raise UsageError(f"--load {folder} is a PEFT adapter; give its model with --load and this with --lora-load")
     if found.format == HF and flag == "--lora-load":
-        raise UsageError(f"--lora-load {folder} is a whole model; give an adapter's folder, or drop the flag")
+        raise UsageError(f"--lora-load {folder} is a full model; give an adapter's folder, or drop the flag")
     if not args.runtime.dry_run:
         return  # opened in a moment
     opened = reader(found, lora_alpha=args.lora.lora_alpha if args.lora.on else None, arch=arch)

@@ -1,1 +1,1 @@
-"""What a training tells: lines and metrics, the load of experts, plan against measurement, profiles."""
+"""The reports of a training: lines and metrics, the load of experts, plan against measurement, profiles."""

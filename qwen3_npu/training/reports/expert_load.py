@@ -1,4 +1,4 @@
-"""What the routers did, over all ranks and since the last time it was asked."""
+"""The choices of the routers, over all ranks, since the last report."""
 
 from __future__ import annotations
 

@@ -51,16 +51,16 @@ class PlannedMeasured:
             self._report()
 
     def synchronized(self, iteration: int) -> None:
-        """Somebody has just waited for the device."""
+        """Called when the host has just waited for the device."""
         if self.steps > 1:
             self.latest = iteration, self.steps, time.perf_counter() - self.start, self.places
 
     def pause(self, seconds: float) -> None:
-        """So long something else than training was done."""
+        """Leave out so many seconds that were not training."""
         self.start += seconds
 
     def close(self) -> None:
-        """The mean over all steps, if it is not told yet."""
+        """Log the mean over all steps, unless it was logged."""
         if self.latest is not None and self.latest[1] > self.told:
             self._report()
 
@@ -82,7 +82,7 @@ class PlannedMeasured:
         if abs(share - 1) > _LARGE:
             line += f"; a step had {100 * share:.0f} % of the tokens planned"
         elif max(abs(more_memory), abs(more_time)) > _LARGE:
-            line += "; python -m qwen3_npu.plan --learn makes a table of this run, for plans to come"
+            line += "; python -m qwen3_npu.plan --learn makes a table of this run, for later plans"
         self.tell(line)
         self.write(
             iteration,

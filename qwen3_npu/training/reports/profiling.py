@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from qwen3_npu import log
@@ -30,12 +31,20 @@ class Profiling:
     def before(self, iteration: int) -> None:
         """To be called before step `iteration` (from 1)."""
         if self.profiler is not None and not self.running and iteration == self.args.profile_step_start + 1:
-            self.profiler.start()
-            self.running = True
+            self.running = self._done(self.profiler.start)
 
     def after(self, iteration: int, *, last: bool) -> None:
         """To be called after it; a training's last step ends a recording."""
         if self.running and (iteration >= self.args.profile_step_end or last):
-            self.profiler.stop()
             self.running = False
-            log.info(f"profile: {self.args.profile_save_path}")
+            if self._done(self.profiler.stop):
+                log.info(f"profile: {self.args.profile_save_path}")
+
+    def _done(self, act: Callable[[], None]) -> bool:
+        """Do it; a folder that takes no recording does not end a training."""
+        try:
+            act()
+        except (OSError, RuntimeError) as error:
+            log.warning(f"--profile-save-path {self.args.profile_save_path}: nothing was recorded: {error}")
+            self.profiler = None
+        return self.profiler is not None

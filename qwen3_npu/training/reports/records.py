@@ -1,4 +1,4 @@
-"""metrics.jsonl and tensorboard events. A disk that takes no more of them does not end a training."""
+"""metrics.jsonl and tensorboard events. A full disk does not end a training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen3_npu import log
 
 
 class Records:
-    """Writers of one folder. What fails is warned of once, counted, and told again at the end.
+    """Writers of one folder. A failure is logged once, counted, and logged again at the end.
 
     Args:
         first: steps before this run; tensorboard drops later events of earlier runs.
@@ -46,7 +46,7 @@ class Records:
     def _failed(self, name: str, error: BaseException | None) -> None:
         if name not in self.lost:
             reason = getattr(error, "strerror", None) or str(error) or "it has failed"
-            log.warning(f"{self.path.parent}: {name} cannot be written ({reason}); training goes on without")
+            log.warning(f"{self.path.parent}: {name} cannot be written ({reason}); the training continues without")
         self.lost[name] = self.lost.get(name, 0) + 1
 
     def _in_thread(self, args: threading.ExceptHookArgs) -> None:
@@ -56,7 +56,7 @@ class Records:
             self._hook(args)
 
     def line(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, whole or not at all."""
+        """One line of metrics.jsonl, complete or not at all."""
         if self.file is None:
             return
         with self._borne("metrics.jsonl"):
@@ -84,7 +84,7 @@ class Records:
             write(self.tensorboard)
 
     def close(self) -> None:
-        """Say what was lost."""
+        """Log what was not written."""
         if self.tensorboard is not None and "tensorboard" not in self.lost:
             with self._borne("tensorboard"):
                 self.tensorboard.close()

@@ -1,4 +1,4 @@
-"""What a training tells: a line on the console, metrics.jsonl, tensorboard. Rank 0 only."""
+"""The reports of a training: lines on the console, metrics.jsonl, tensorboard. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
     """An objective's metrics by name.
 
     Where it counts chosen and rejected answers (`count/chosen`), the means of the ones and the others are over these,
-    and what no answer tells is left out; all else are means over the units of its loss.
+    and metrics without answers are left out; all others are means over the units of its loss.
     """
     sums = dict(zip(names, tally.metrics, strict=True))
     counts = {name.partition("/")[2]: value for name, value in sums.items() if name.startswith("count/")}
@@ -70,7 +70,7 @@ class _LogInterval:
         return values, [", ".join(shown)] if shown else []
 
     def fine_tuning(self) -> tuple[dict[str, float], list[str]]:
-        """What is worth telling where not every token is learned: values, and as text. Empty for pretraining."""
+        """Further figures where not every token is learned, as values and as text. Empty for pretraining."""
         computed, learned = self.computed, self.learned
         if computed.tokens == computed.places:
             return {}, []
@@ -158,7 +158,7 @@ class Reporter:
         seconds, per_device_second = elapsed / window.steps, self.devices * elapsed
         real = window.computed.real_tokens
         tokens, supervised = real / per_device_second, window.computed.tokens / per_device_second
-        # A token attends to the stretch that it is in: on average so many tokens long.
+        # A token attends to the document that it is in, whose mean length is this.
         flops = tokens * flops_per_token(self.arch, window.computed.squares / max(real, 1))
         more, texts = window.preference(self.names) if self.names else window.fine_tuning()
         if load is not None:

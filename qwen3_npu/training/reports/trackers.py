@@ -87,7 +87,7 @@ _KINDS: dict[str, tuple[str, Callable[[TrackerArgs, Config], Tracker]]] = {
 
 
 class Tracked:
-    """One tracker in its thread. What fails is warned of once, counted, and told again at the end."""
+    """One tracker in its thread. A failure is logged once, counted, and logged again at the end."""
 
     def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
         self.name, self.start = name, start
@@ -129,7 +129,7 @@ class Tracked:
             self.failed = True
             self.lost += 1 + sum(item is not None for item in list(self.queue.queue))
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            log.warning(f"{self.name} has failed ({reason}); training goes on without")
+            log.warning(f"{self.name} has failed ({reason}); the training continues without")
 
 
 def open_trackers(args: TrackerArgs, config: Config) -> list[Tracked]:

@@ -152,7 +152,7 @@ def test_the_start_and_the_model_card_say_what_was_taught(
     (line,) = start_line(PretrainArgs(*cli.parse("", "", GROUPS, argv=words).groups), DataFacts(9, cut=2))
     assert line == (
         "sft: template qwen3, loss normalization token mean; MindSpeed-LLM's is micro-batch mean: "
-        "--loss-normalization micro-batch; 2 of 9 samples cut to --seq-length 64"
+        "--loss-normalization micro-batch; 2 of 9 samples truncated to --seq-length 64"
     )
     groups = (flags.ConvertArgs, flags.TargetArgs, flags.LoraConvertArgs, flags.LegacyConvertArgs)
     words = ["--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", str(trained["qwen3"])]

@@ -126,3 +126,18 @@ def test_from_scratch_goes_with_nothing_that_has_weights(made: Path, capsys: pyt
         with pytest.raises(SystemExit):
             parsed(made, flag, "")
         assert f"{flag}: an empty path was given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "one"}, "RANK=one: torchrun sets a whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: torchrun sets a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 WORLD_SIZE 2: ranks count from 0"),
+    ],
+)
+def test_ranks_that_are_none_are_named(variables: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"^{told}"):
+        environment.ranks()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -11,12 +12,20 @@ from qwen3_npu import kernels
 from qwen3_npu.errors import UsageError
 from qwen3_npu.kernels import reference
 
-OTHERS = ["torch"]  # those of an NPU: tests/npu_sim
+OTHERS = ["torch", "cuda"]  # those of an NPU: tests/npu_sim
 
 
 @pytest.fixture(params=OTHERS)
 def implementation(request: pytest.FixtureRequest) -> kernels.Kernels:
-    return kernels.select_kernels(request.param)
+    return selected(request.param)
+
+
+def selected(name: str) -> kernels.Kernels:
+    """The GPU's kernels run here, too: Triton interprets them (conftest.py)."""
+    if name != "cuda":
+        return kernels.select_kernels(name)
+    pytest.importorskip("triton", reason="triton is not installed: it comes with torch for CUDA")
+    return kernels.select_kernels("cuda", "cuda")
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -69,7 +78,7 @@ def test_reference_attention_is_causal_and_keeps_documents_apart() -> None:
     torch.testing.assert_close(out[5, 0, 0], expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 16), (17, 2, 96)])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (17, 2, 96), (3, 2, 300)])
 def test_rms_norm(implementation: kernels.Kernels, shape: tuple[int, ...]) -> None:
     assert_same(implementation.rms_norm, reference.rms_norm, randn(*shape), 1 + randn(shape[-1]), eps=1e-6)
 
@@ -88,6 +97,12 @@ def test_rotary(implementation: kernels.Kernels) -> None:
 @pytest.mark.parametrize("length", [1, 17])
 def test_swiglu(implementation: kernels.Kernels, length: int) -> None:
     assert_same(implementation.swiglu, reference.swiglu, randn(length, 2, 96))
+
+
+@pytest.mark.parametrize("width", [96, 2600])
+def test_weighted_swiglu(implementation: kernels.Kernels, width: int) -> None:
+    assert_same(implementation.weighted_swiglu, reference.weighted_swiglu, randn(5, width), randn(5))
+    assert implementation.weighted_swiglu(randn(0, width), randn(0)).shape == (0, width // 2)
 
 
 def test_reference_swiglu_gates_with_the_first_half() -> None:
@@ -114,6 +129,74 @@ def test_permute_and_unpermute(implementation: kernels.Kernels) -> None:
     torch.testing.assert_close(back, tokens * probs.gather(1, chosen).sum(1, keepdim=True))
 
 
+def test_gradients_of_permuted_tokens_and_of_their_probabilities(implementation: kernels.Kernels) -> None:
+    probs = randn(9, 5).softmax(-1)
+    routing_map = torch.zeros(9, 5, dtype=torch.bool).scatter(1, probs.topk(2).indices, True)
+
+    def there_and_back(chosen, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        rows, weight, places = chosen.permute(tokens, routing_map, weights, 18)
+        return chosen.unpermute(rows.tanh() * weight[:, None], places, 9)
+
+    assert_same(
+        lambda *x: there_and_back(implementation, *x), lambda *x: there_and_back(reference, *x), randn(9, 8), probs
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cross_entropy_of_a_sharded_vocabulary_is_that_of_torch(
+    implementation: kernels.Kernels, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, width = 150, 160  # ten rows of padding
+    logits, labels = randn(6, 2, width), torch.arange(12).view(6, 2) * 13
+    whole = logits[..., :words].clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="none").view(6, 2)
+    (expected * randn(6, 2)).sum().backward()
+    ranks_of = Ranks(ranks)
+    monkeypatch.setattr(torch.distributed, "all_reduce", ranks_of.all_reduce)
+
+    def rank(number: int) -> None:
+        shard = logits.chunk(ranks, -1)[number].clone().requires_grad_()
+        with ranks_of.lock:
+            loss = implementation.cross_entropy(shard, labels, ranks_of.group(number), words)
+            (loss * randn(6, 2)).sum().backward()
+        found[number] = loss.detach(), shard.grad
+
+    found: dict[int, tuple] = {}
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gradient = torch.cat([found[number][1] for number in range(ranks)], -1)
+    torch.testing.assert_close(gradient[..., :words], whole.grad, rtol=1e-5, atol=1e-6)
+    assert not gradient[..., words:].any()
+    for number in range(ranks):
+        torch.testing.assert_close(found[number][0], expected.detach())
+
+
+class Ranks:
+    """Threads as ranks of one group: what they reduce is added up, or the largest of it taken."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier, self.given = size, threading.Barrier(size, timeout=10), {}
+        self.lock = threading.Lock()  # Triton interprets in one thread at a time
+
+    def group(self, number: int):
+        return type("Group", (), {"rank": lambda _: number, "size": lambda _: self.size})()
+
+    def all_reduce(self, tensor: torch.Tensor, op=torch.distributed.ReduceOp.SUM, group=None) -> None:
+        self.given[group.rank()] = tensor.clone()
+        self._meet()
+        everyone = torch.stack([self.given[number] for number in range(self.size)])
+        tensor.copy_(everyone.amax(0) if op == torch.distributed.ReduceOp.MAX else everyone.sum(0))
+        self._meet()
+
+    def _meet(self) -> None:
+        self.lock.release()
+        self.barrier.wait()
+        self.lock.acquire()
+
+
 def test_selection_is_printed_and_a_typo_refused() -> None:
     chosen = str(kernels.select_kernels("auto"))
     assert all(f.name + "=" in chosen for f in dataclasses.fields(kernels.Kernels))
@@ -128,6 +211,19 @@ def test_single_operations_are_overridden() -> None:
     for wrong in ("attention", "atention=reference", "attention=fast"):
         with pytest.raises(UsageError, match=f"--kernel-overrides {wrong}: give operation=implementation"):
             kernels.select_kernels("torch", "cpu", [wrong])
+
+
+def test_the_kernels_of_a_gpu_are_refused_elsewhere_and_what_misses_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(UsageError, match="--kernels cuda: runs on a CUDA GPU only, and the device is cpu"):
+        kernels.select_kernels("cuda", "cpu")
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    said: list[str] = []
+    monkeypatch.setattr(kernels.log, "info", said.append)
+    kernels.tell_once.cache_clear()
+    assert kernels.select_kernels("auto", "cuda").swiglu.__module__.endswith("torch_native")
+    assert said == ["warning: torch's kernels instead of the GPU's: triton is not installed; --kernels cuda needs it"]
 
 
 @pytest.mark.parametrize("name", ["npu", "mindspeed"])

@@ -142,7 +142,7 @@ class TestLoss:
     def test_equals_torch_and_ignores_padding(self) -> None:
         import torch.distributed as dist
 
-        from qwen3_npu.model.loss import cross_entropy
+        from qwen3_npu.kernels.cross_entropy import cross_entropy
 
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(5, 2, 12, generator=generator, requires_grad=True)
@@ -161,7 +161,7 @@ class TestLoss:
     def test_ignored_label_is_finite_and_large_logits_do_not_overflow(self) -> None:
         import torch.distributed as dist
 
-        from qwen3_npu.model.loss import cross_entropy
+        from qwen3_npu.kernels.cross_entropy import cross_entropy
 
         logits = torch.tensor([[[1e4, 0.0, -1e4]]])
         losses = cross_entropy(logits, torch.tensor([[-100]]), dist.group.WORLD, 3)

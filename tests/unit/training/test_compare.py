@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from qwen3_npu import log
-from qwen3_npu.args.rules.resume import REFUSED
+from qwen3_npu.args.preference import PreferenceArgs
+from qwen3_npu.args.rules.resume import FINE, REASONS, REFUSED, WARNED
+from qwen3_npu.args.training import OptimizerArgs, TrainArgs
 from qwen3_npu.checkpoint.training.compare import check_resumed
 from qwen3_npu.errors import UsageError
 
@@ -54,7 +57,17 @@ OTHERS: dict[str, Any] = {
     "norm_topk_prob": False,
     "bf16": False,
 }
-TOLD = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-6, "loss_normalization": "micro-batch", "clip_grad": 0.5}
+# Told, as `(the reason)` says.
+TOLD = {
+    "adam_beta1": (0.8, "updates follow the flags"),
+    "adam_eps": (1e-6, "updates follow the flags"),
+    "loss_normalization": ("micro-batch", "another loss"),
+    "dpo_beta": (0.5, "another loss"),
+    "lr": (1e-3, "learning rate and weight decay follow the flags"),
+    "lr_decay_style": ("cosine", "learning rate and weight decay follow the flags"),
+    "lora_dropout": (0.1, "other random numbers"),
+    "prompt_type": ("qwen", "written in another way"),
+}
 
 
 def said_by(saved: dict[str, Any], now: dict[str, Any], *allowed: str) -> list[str]:
@@ -93,8 +106,21 @@ def test_a_change_that_repeats_or_skips_or_is_another_model_is_refused(name: str
 
 @pytest.mark.parametrize("name", TOLD)
 def test_another_setting_of_the_optimizer_is_told(name: str) -> None:
-    (line,) = said_by(SAVED | {name: 0.123}, NOW | {name: TOLD[name]})
-    assert f"{name} 0.123, now {TOLD[name]}" in line
+    value, why = TOLD[name]
+    (line,) = said_by(SAVED | {name: 0.123}, NOW | {name: value})
+    assert f"{name} 0.123, now {value} (" in line
+    assert why in line
+
+
+def test_every_argument_that_is_saved_has_its_rule() -> None:
+    """A new flag of the training cannot be forgotten: it is refused, told of or said to be fine."""
+    every = {field.name for group in (TrainArgs, OptimizerArgs, PreferenceArgs) for field in dataclasses.fields(group)}
+    ruled = [*REFUSED, *WARNED, *FINE]
+    assert every - set(ruled) == set()
+    assert len(ruled) == len(set(ruled))
+    assert {*REFUSED.values(), *WARNED.values(), *FINE.values()} == REASONS.keys()
+    changed = {name: "another" for name in FINE}
+    assert said_by(SAVED | dict.fromkeys(FINE, "one"), NOW | changed) == []
 
 
 def test_all_refusals_are_in_one_line() -> None:

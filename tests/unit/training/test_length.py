@@ -74,7 +74,7 @@ def test_the_start_says_epochs_and_what_is_cut() -> None:
     facts = DataFacts(200, cut=3, cut_tokens=1234)
     lines = length.describe_length(args("--train-iters", "1000", "--seq-length", "64"), 1000, 8, facts)
     assert lines[0] == "data: 200 samples for training, 25 steps per epoch; 1000 steps make 40 epochs"
-    assert lines[1] == "data: 3 of 200 samples are longer than --seq-length 64: 1.23 ktokens are cut off them"
+    assert lines[1] == "data: 3 of 200 samples are longer than --seq-length 64: 1.23 ktokens are truncated"
     assert lines[2].startswith("warning: 200 samples x 1000 steps of 8 = 40 epochs; --epochs N")
     assert len(length.describe_length(args("--epochs", "40"), 1000, 8, facts)) == 2, "it was asked for"
     assert len(length.describe_length(args("--train-iters", "30"), 30, 8, DataFacts(200))) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -17,10 +18,15 @@ import pytest
 from tensorboard.summary.writer import record_writer
 
 from qwen3_npu import log
+from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.trackers import TrackerArgs
 from qwen3_npu.errors import UsageError
+from qwen3_npu.platform import select_platform
+from qwen3_npu.training.reports.profiling import Profiling
 from qwen3_npu.training.reports.records import Records
 from qwen3_npu.training.reports.trackers import Tracked, finite, open_trackers
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -105,6 +111,39 @@ def test_a_closed_console_does_not_end_a_program(closed: str) -> None:
         ]
 
 
+@pytest.mark.parametrize("status", [0, 3])
+@pytest.mark.parametrize("place", ["full", "no folder"])
+def test_a_log_that_cannot_be_written_leaves_the_status_of_a_script(place: str, status: int, tmp_path: Path) -> None:
+    """As with tee's own status, or under `set -e`, it would not."""
+    if place == "full":
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / "tune_node0.log").symlink_to("/dev/full")
+    else:
+        (tmp_path / "logs").write_text("")
+    body = f"source {ROOT}/examples/common.sh; with_log sh -c 'echo trained; exit {status}'"
+    command = ["bash", "-c", body, "tune.sh"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, "trained" in done.stdout.splitlines()) == (status, True), done.stderr
+
+
+def test_a_recording_that_cannot_be_written_is_told(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+
+    class Full:
+        start = staticmethod(lambda: None)
+
+        @staticmethod
+        def stop() -> None:
+            raise RuntimeError("Can't create directory: /full")
+
+    args = ProfileArgs(profile=True, profile_step_start=1, profile_step_end=2)
+    platform = dataclasses.replace(select_platform("cpu"), profiler=lambda args: Full())
+    profiling = Profiling(platform, args, 0, first=1, last=5)
+    for iteration in range(1, 6):
+        profiling.before(iteration)
+        profiling.after(iteration, last=iteration == 5)
+    assert said == ["--profile-save-path ./profile_dir: nothing was recorded: Can't create directory: /full"]
+
+
 class Service:
     """Stands for what a service's package offers: keeps what it is given, and fails if it is told to."""
 
@@ -139,7 +178,7 @@ def test_a_tracker_that_fails_or_hangs_is_told_and_nothing_waits(said: list[str]
     failing.log(1, {})
     failing.close()
     assert said == [
-        "service has failed (the network is gone); training goes on without",
+        "service has failed (the network is gone); the training continues without",
         "service: 2 records were not sent",
     ]
     said.clear()

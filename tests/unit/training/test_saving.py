@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -288,13 +290,57 @@ def test_optimizer_state_of_mindspeed_is_not_taken_over(tmp_path: Path, process:
         load._resume(trained, CheckpointArgs(load=str(tmp_path)), source, {})
 
 
-def test_an_export_that_fails_is_a_warning_and_counted(tmp_path: Path, process: object) -> None:
+def test_an_export_that_fails_is_a_warning_and_counted(
+    tmp_path: Path, process: object, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Its process ends with an error: there is no checkpoint to convert."""
     from qwen3_npu.training.checkpoints.hf_export import HfExport
 
     args = CheckpointArgs(save=str(tmp_path), save_hf_interval=1)
     export = HfExport(args, LoraArgs(), rank=0)
+    log.setup()
     for failures in (1, 2):
         export.start(failures)
         export.finish()
         assert export.failures == failures
+    told, counted = capfd.readouterr()
+    assert counted == "", "no traceback"
+    assert [line.split(" ")[:5] for line in told.splitlines() if "warning" in line] == [
+        ["warning:", str(tmp_path / f"mg2hf_iteration{n}"), "could", "not", "be"] for n in (1, 2)
+    ]
+    assert f"{tmp_path / 'iter_0000002'} is not a directory" in told
+
+
+def test_what_cannot_be_deleted_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in use on a network disk: the checkpoint that was just saved stands."""
+    for iteration in (1, 2, 3):
+        checkpoint(tmp_path, iteration)
+    log.setup()
+    with monkeypatch.context() as patch:
+
+        def busy(folder: Path, **_: object) -> None:
+            if folder.exists():
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
+
+        patch.setattr(shutil, "rmtree", busy)
+        retention.tidy(tmp_path, 3, 1)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "cannot be deleted (Device or resource busy)" in line
+    assert iterations(tmp_path)[0] == 3
+    retention.tidy(tmp_path, 3, 1)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["iter_0000003"]
+
+
+def test_a_model_folder_that_is_gone_does_not_cost_a_checkpoint(
+    tmp_path: Path, process: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qwen3_npu.checkpoint.training.save import _carried
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{")
+    log.setup()
+    assert _carried(tmp_path / "model", tmp_path / "save") is None
+    assert "its tokenizer files do not go with the checkpoint" in capsys.readouterr().out
+    assert _carried(tmp_path / "gone", tmp_path / "save") is None

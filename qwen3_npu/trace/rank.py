@@ -1,0 +1,227 @@
+"""A training step of one rank, traced."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.checkpoint.training.optimizer_state import parts
+from qwen3_npu.data.train.batches import MicroBatch
+from qwen3_npu.distributed.launch import World, model_parallel
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.sequence import TokenSequence
+from qwen3_npu.platform.base import Platform
+from qwen3_npu.trace.record import Operation, TraceRecorder, modules_named
+from qwen3_npu.trace.world import pretended
+from qwen3_npu.training.loop import Trainer
+from qwen3_npu.training.prepare.plan import TrainingPlan
+from qwen3_npu.training.step import train_step
+from qwen3_npu.watch import here
+
+
+@dataclasses.dataclass(frozen=True)
+class RankTrace:
+    """What one rank does and holds.
+
+    Attributes:
+        weights, gradients, optimizer: static bytes.
+        peak: the most bytes held in the second step, when the optimizer has its state.
+        holders: what holds them, largest first.
+        operations: of the second step.
+        start: collectives before the first step.
+        micro_batches: that were traced; a step may have more, which are alike.
+        timeline: bytes held after each change, of both steps.
+        communicators: groups of more than one rank that this rank joins at the start.
+        groups: names of the groups that this rank is in, by their ranks.
+    """
+
+    rank: int
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int
+    holders: dict[str, int]
+    operations: tuple[Operation, ...]
+    start: tuple[Operation, ...]
+    micro_batches: int
+    timeline: tuple[int, ...]
+    communicators: int
+    groups: dict[tuple[int, ...], str]
+
+
+def trace_rank(platform: Platform, args: PretrainArgs, plan: TrainingPlan, rank: int) -> RankTrace:
+    """Run two steps of one rank of the job without data.
+
+    Raises:
+        UsageError: this kind of training cannot be traced.
+    """
+    if args.data.is_preference:
+        raise UsageError(f"--stage {args.data.stage} cannot be traced; trace --stage sft, whose steps are alike")
+    size = plan.layout.tensor * plan.layout.pipeline * args.parallel.context_parallel_size * plan.data_parallel
+    with pretended(rank, size, _routed_rows(args, plan)) as world:
+        return traced(recorder_for(args, plan), platform, world, args, plan=plan)
+
+
+def recorder_for(args: PretrainArgs, plan: TrainingPlan) -> TraceRecorder:
+    """One that answers what a step asks of numbers that tensors without data do not have."""
+    group, experts = plan.layout.expert * plan.layout.expert_tensor, max(plan.arch.num_experts, 1)
+    rows = _routed_rows(args, plan) * group // experts
+    return TraceRecorder(experts=experts, topk=plan.arch.num_experts_per_tok, rows_of_expert=rows)
+
+
+def traced(
+    recorder: TraceRecorder, platform: Platform, world: World, args: PretrainArgs, *, plan: TrainingPlan
+) -> RankTrace:
+    """The steps of this process, whether or not its tensors have data."""
+    with model_parallel(plan.layout, args.parallel, args.runtime), recorder, _noted(recorder):
+        trainer = Trainer(platform, world, args, plan)
+        try:
+            return _steps(recorder, trainer, world)
+        finally:
+            trainer.close()
+
+
+def _routed_rows(args: PretrainArgs, plan: TrainingPlan) -> int:
+    tokens = args.train.seq_length // args.parallel.context_parallel_size * args.train.micro_batch_size
+    sharded = tokens // (plan.layout.tensor if args.parallel.sequence_parallel else 1)
+    return sharded * plan.arch.num_experts_per_tok
+
+
+@contextlib.contextmanager
+def _noted(recorder: TraceRecorder) -> Iterator[None]:
+    """The recorder follows the phases of a step, and storages that recomputation empties and fills."""
+    resize = torch.UntypedStorage.resize_
+
+    def at(phase: str) -> None:
+        recorder.phase = phase
+
+    def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        out: torch.UntypedStorage = resize(storage, size)
+        recorder.resized(storage, size)
+        return out
+
+    with mock.patch.object(here, "at", at), mock.patch.object(torch.UntypedStorage, "resize_", resized):
+        yield
+
+
+def _steps(recorder: TraceRecorder, trainer: Trainer, world: World) -> RankTrace:
+    start = tuple(operation for operation in recorder.operations if operation.ranks)
+    buffers = [buffer for chunk in trainer.chunks for buffer in _buffers(chunk)]
+    held = [list(module.parameters()) for module in trainer.modules]
+    weights = recorder.relabel([held, [buffer.param_data for buffer in buffers]], "weights")
+    gradients = recorder.relabel([buffer.grad_data for buffer in buffers], "gradients")
+    count = _micro_batches(trainer)
+    with modules_named(recorder, trainer.modules):
+        _step(trainer, world, count)
+        optimizer = recorder.relabel(_state(trainer), "optimizer")
+        recorder.operations.clear()
+        first = len(recorder.held)
+        _step(trainer, world, count)
+    peak, holders = recorder.peak(first)
+    total, timeline = 0, []
+    for changed, _ in recorder.held:
+        total += changed
+        timeline.append(total)
+    return RankTrace(
+        rank=world.rank,
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        peak=peak,
+        holders=holders,
+        operations=tuple(recorder.operations),
+        start=start,
+        micro_batches=count,
+        timeline=tuple(timeline),
+        communicators=_communicators(),
+        groups=_groups(),
+    )
+
+
+def _groups() -> dict[tuple[int, ...], str]:
+    """The largest come first, so that a group that two names share has the name of the narrower one."""
+    named = {
+        "all": dist.group.WORLD,
+        "expert dp": parallel_state.get_expert_data_parallel_group(),
+        "dp with cp": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "dp": parallel_state.get_data_parallel_group(),
+        "ep": parallel_state.get_expert_model_parallel_group(),
+        "etp": parallel_state.get_expert_tensor_parallel_group(),
+        "cp": parallel_state.get_context_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+    }
+    return {tuple(dist.get_process_group_ranks(group)): name for name, group in named.items()}
+
+
+def _communicators() -> int:
+    joined = dist.distributed_c10d._world.pg_group_ranks.values()
+    return sum(len(ranks) > 1 for ranks in joined)
+
+
+def _buffers(chunk: Any) -> list[Any]:
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def _state(trainer: Trainer) -> list[torch.Tensor]:
+    """Master weights and moments."""
+    model = {id(parameter) for module in trainer.modules for parameter in module.parameters()}
+    state: list[torch.Tensor] = []
+    for part in parts(trainer.optimizer):
+        for master, moments in part.optimizer.state.items():
+            state += [] if id(master) in model else [master]
+            state += [moment for moment in moments.values() if torch.is_tensor(moment) and moment.dim()]
+    return state
+
+
+def _micro_batches(trainer: Trainer) -> int:
+    """As many as fill the pipeline: what is held then is what is held later."""
+    stages, chunks = trainer.plan.layout.pipeline, trainer.plan.layout.virtual
+    enough = stages * 2 if chunks > 1 else stages + 1
+    return min(trainer.plan.num_microbatches, enough)
+
+
+def _step(trainer: Trainer, world: World, count: int) -> None:
+    train = trainer.args.train
+    train_step(
+        trainer.chunks,
+        trainer.optimizer,
+        trainer.scheduler,
+        [iter([_batch(trainer, world) for _ in range(count)]) for _ in trainer.chunks],
+        guard=trainer.guard,
+        num_microbatches=count,
+        seq_length=train.seq_length,
+        micro_batch=train.micro_batch_size,
+        global_batch=trainer.plan.global_batch,
+    )
+
+
+def _batch(trainer: Trainer, world: World) -> MicroBatch:
+    """A micro-batch of full samples."""
+    train, arch = trainer.args.train, trainer.plan.arch
+    shape = train.micro_batch_size, train.seq_length // trainer.args.parallel.context_parallel_size
+    tokens = torch.zeros(shape, dtype=torch.long, device=world.device)
+    boundaries = (0, train.seq_length) if trainer.args.data.reset_attention_mask else None
+    sequence = TokenSequence(
+        torch.zeros(shape, dtype=torch.long, device=world.device), boundaries, arch.rope, trainer.dtype
+    )
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    return MicroBatch(
+        tokens if first else None,
+        tokens if last else None,
+        torch.ones(shape, device=world.device) if last else None,
+        sequence,
+        think_mask=None,
+        amounts=torch.zeros(3, device=world.device) if last else None,
+        supervised=float(train.micro_batch_size * train.seq_length),
+    )

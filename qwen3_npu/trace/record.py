@@ -1,0 +1,210 @@
+"""What runs while a block is traced: operations, collectives, and the bytes that are held, with who made them."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+_VIEWS = set(
+    [
+        "detach",
+        "view",
+        "_unsafe_view",
+        "alias",
+        "t",
+        "transpose",
+        "expand",
+        "slice",
+        "select",
+        "split",
+        "unbind",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "as_strided",
+        "_reshape_alias",
+        "split_with_sizes",
+        "narrow",
+        "chunk",
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation that a device would run.
+
+    Attributes:
+        name: e.g. `aten.mm`.
+        flops: of products and attention; 0 for others.
+        moved: bytes of all inputs and outputs.
+        ranks: of a collective's group; empty for others.
+        waits: a collective that the stream waits for at once.
+    """
+
+    name: str
+    phase: str
+    flops: float
+    moved: float
+    ranks: tuple[int, ...] = ()
+    waits: bool = True
+
+
+class TraceRecorder(TorchDispatchMode):
+    """Notes what runs.
+
+    Attributes:
+        phase: what is being done, for the notes.
+        operations: in the order in which they ran; views and empty tensors left out.
+        held: changes of the bytes that are held, (bytes, what), in order.
+    """
+
+    def __init__(self, *, experts: int, topk: int, rows_of_expert: int) -> None:
+        """Args: rows_of_expert: that an expert of this rank computes in a micro-batch, if all get the same."""
+        super().__init__()
+        self.experts, self.topk, self.rows_of_expert = experts, topk, rows_of_expert
+        self.phase = "start"
+        self.module = ""
+        self.operations: list[Operation] = []
+        self.held: list[tuple[int, str]] = []
+        self._sizes: dict[int, tuple[int, str]] = {}
+        self._alive: dict[int, weakref.ref] = {}
+        with _disable_current_modes():
+            self._real = torch.zeros(1)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            self._collective(func, args)
+        out = self._without_data(func, args) if dist.get_backend() == "fake" else NotImplemented
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+        if func.namespace == "c10d" or func is torch.ops.aten._local_scalar_dense.default:
+            return out
+        self._operation(func, args, kwargs, out)
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            if storage._cdata not in given:
+                self.made(storage, self._label())
+        return out
+
+    def _label(self) -> str:
+        return f"{self.phase}: {self.module}" if self.module else self.phase
+
+    def made(self, storage: torch.UntypedStorage, label: str) -> None:
+        """From now on these bytes are held, under this name."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            size, label = self._sizes.pop(key)
+            del self._alive[key]
+            self.held.append((-size, label))
+
+        self._sizes[key] = size, label
+        self._alive[key] = weakref.ref(storage, gone)
+        self.held.append((size, label))
+
+    def relabel(self, tensors: Any, label: str) -> int:
+        """Bytes that these tensors hold, which are called so from now on."""
+        total = 0
+        for key in {storage._cdata for storage in _storages(tensors)} & self._sizes.keys():
+            size, before = self._sizes[key]
+            self._sizes[key] = size, label
+            self.held += [(-size, before), (size, label)]
+            total += size
+        return total
+
+    def resized(self, storage: torch.UntypedStorage, size: int) -> None:
+        """A storage is emptied, or filled again: recomputation does both."""
+        if (known := self._sizes.get(storage._cdata)) is not None:
+            self._sizes[storage._cdata] = size, known[1]
+            self.held.append((size - known[0], known[1]))
+
+    def _operation(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        name = func._schema.name.replace("::", ".")
+        if not name.startswith("aten.") or name.split(".")[-1].rstrip("_") in _VIEWS or "empty" in name:
+            return
+        count = flop_registry.get(func._overloadpacket)
+        flops = count(*args, **kwargs, out_val=out) if count else 0.0
+        moved = sum(tensor.nbytes for tensor in tree_iter((args, kwargs, out)) if isinstance(tensor, torch.Tensor))
+        self.operations.append(Operation(name, self.phase, float(flops), float(moved)))
+
+    def _collective(self, func: Any, args: tuple) -> None:
+        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(_group(args))))
+        moved = sum(tensor.nbytes for tensor in tree_iter(args[:2]) if isinstance(tensor, torch.Tensor))
+        asynchronous = any(arg is True for arg in args)
+        name = func._schema.name.replace("::", ".").rstrip("_")
+        self.operations.append(Operation(name, self.phase, 0.0, float(moved), ranks=ranks, waits=not asynchronous))
+
+    def _without_data(self, func: Any, args: tuple) -> Any:
+        """The result of an operation that needs data; NotImplemented for all others."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 2.0 if args[0].is_floating_point() else self.rows_of_expert
+        if func is torch.ops.aten.masked_select.default:  # of the router's map: the chosen experts of each token
+            return args[0].new_empty(args[1].numel() // self.experts * self.topk)
+        if func.namespace != "c10d":
+            return NotImplemented
+        with _disable_current_modes():  # a work that is done
+            work = torch.ops.c10d.barrier(self._real, _group(args), [], True, -1)
+        results = [work if "Work" in str(result.type) else args[0] for result in func._schema.returns]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def peak(self, first: int = 0) -> tuple[int, dict[str, int]]:
+        """The most bytes held at a time, and what held them, largest first.
+
+        Args:
+            first: changes before this one are not looked at.
+        """
+        total, most, now = 0, 0, collections.Counter[str]()
+        best: dict[str, int] = {}
+        for number, (size, label) in enumerate(self.held):
+            if size < 0 and total > most and number > first:
+                most, best = total, dict(now)
+            total += size
+            now[label] += size
+        if total > most:
+            most, best = total, dict(now)
+        return most, dict(sorted(((k, v) for k, v in best.items() if v), key=lambda pair: -pair[1]))
+
+
+def _group(args: tuple) -> Any:
+    return next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    return (value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor))
+
+
+@contextlib.contextmanager
+def modules_named(recorder: TraceRecorder, chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Bytes that are made in a module's forward pass bear its name, with layers told apart by number."""
+    handles = []
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            before: list[str] = []
+
+            def enter(_: Any, __: Any, name: str = name, before: list[str] = before) -> None:
+                before.append(recorder.module)
+                recorder.module = name
+
+            def leave(_: Any, __: Any, ___: Any, before: list[str] = before) -> None:
+                recorder.module = before.pop() if before else ""
+
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,89 @@
+"""One rank of a job whose other ranks do not exist: collectives are noted, tensors have sizes and no data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe import token_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qwen3_npu.distributed.launch import World
+from qwen3_npu.model import dispatcher
+
+
+def _same_everywhere(objects: list[Any], own: Any, group: Any = None) -> None:
+    """All ranks of a traced job say the same."""
+    objects[:] = [own] * len(objects)
+
+
+def _balanced_counts(everyone: torch.Tensor, rows: int) -> torch.Tensor:
+    """Rows of each expert, [ep, etp, experts] int64 with data, if every expert gets as many."""
+    return torch.full(everyone.shape, rows // everyone.shape[-1], dtype=everyone.dtype)
+
+
+class _HostNumbers(list[int]):
+    """Numbers that the host knows, where a tensor is expected."""
+
+    def tolist(self) -> list[int]:
+        return list(self)
+
+
+@contextlib.contextmanager
+def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
+    """A process group of `size` ranks of which this process is one; inside, new tensors have no data.
+
+    Args:
+        routed_rows: copies of tokens that a rank sends to all experts in one layer and micro-batch.
+    """
+    new_group = dist.new_group
+
+    def pretended_group(*args: Any, **options: Any) -> Any:
+        return new_group(*args, **(options | {"backend": "fake"}))
+
+    def unchanged(module: torch.nn.Module) -> torch.nn.Module:
+        return module
+
+    def on_host(everyone: torch.Tensor, **_: Any) -> torch.Tensor:
+        with _disable_current_modes():
+            return _balanced_counts(everyone, routed_rows)
+
+    sizes_on_host = dispatcher.Dispatcher._maybe_dtoh_and_synchronize
+
+    def with_data(*args: Any, **options: Any) -> Any:
+        with _disable_current_modes():
+            return sizes_on_host(*args, **options)
+
+    sort_chunks = token_dispatcher.sort_chunks_by_idxs
+
+    def even_chunks(rows: torch.Tensor, sizes: torch.Tensor, _: torch.Tensor, **options: Any) -> Any:
+        count = sizes.numel()
+        even, any_order = _HostNumbers([len(rows) // count] * count), _HostNumbers(range(count))
+        return sort_chunks(rows, even, any_order, **options)
+
+    changed: list[tuple[Any, str, Callable[..., Any]]] = [
+        (dist, "new_group", pretended_group),
+        (dist.distributed_c10d, "new_group", pretended_group),
+        (dist, "all_gather_object", _same_everywhere),
+        (dist, "broadcast_object_list", lambda *_, **__: None),
+        # Weights are made in 16 bits; torch cannot exchange a module's parameters that have no data.
+        (torch.nn.Module, "bfloat16", unchanged),
+        (token_dispatcher, "sort_chunks_by_idxs", even_chunks),
+        (dispatcher, "maybe_move_tensor_to_cpu", on_host),
+        (dispatcher.Dispatcher, "_maybe_dtoh_and_synchronize", with_data),
+    ]
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        with contextlib.ExitStack() as stack:
+            for place, name, function in changed:
+                stack.enter_context(mock.patch.object(place, name, function))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            yield World(rank, size, 0, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()

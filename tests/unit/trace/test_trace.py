@@ -1,0 +1,44 @@
+"""A trace against reality: real tensors on the CPU hold what tensors without data say; and against the closed forms."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trace_cases import PRETENDED, REAL
+
+STATIC = ("weights", "gradients", "optimizer")
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, dict[str, Any]]:
+    """Of all cases; one process, which needs a process group of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("trace_cases.py"))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_a_trace_holds_what_a_real_step_holds(case: str, traces: dict[str, dict[str, Any]]) -> None:
+    """Static bytes, and the peak but for numbers of the host, which a trace reads one by one."""
+    traced, real = traces[case]["traced"], traces[case]["real"]
+    assert traced["peak"] == pytest.approx(real["peak"], abs=128)
+    assert traced["operations"] == pytest.approx(real["operations"], abs=4)
+    assert {name: traced[name] for name in STATIC} == {name: real[name] for name in STATIC}
+
+
+@pytest.mark.parametrize("case", [*REAL, *PRETENDED])
+def test_closed_forms_are_what_a_trace_holds(case: str, traces: dict[str, dict[str, Any]]) -> None:
+    """Static bytes are equal. The peak of a plan leaves out nothing large."""
+    traced, planned = traces[case]["traced"], traces[case]["planned"]
+    assert {name: traced[name] for name in STATIC} == {name: planned[name] for name in STATIC}
+    assert 0.96 * traced["peak"] <= planned["peak"] <= 1.15 * traced["peak"]
