@@ -95,7 +95,7 @@ def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
 def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> ConversionOutput:
     """Write and commit the output; the tracker or index, which readers look for, comes last."""
     carried = _carried_from(plan, args, legacy)
-    config = read_hf_config(carried) if (carried / "config.json").is_file() else None
+    config = read_hf_config(carried) if (carried / "config.json").exists() else None
     output = planned_output(plan, args, target, legacy, config=config)
     if isinstance(output, MegatronOutput) and (names := output.target.joined()):
         log.info(

@@ -31,7 +31,7 @@ from qwen3_npu.checkpoint.mapping.table import EMBEDDING
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.numbers import number_list
-from qwen3_npu.schema import read_record, shown
+from qwen3_npu.schema import open_regular, read_record, shown
 
 _MODEL = (
     "embedding.",
@@ -122,10 +122,7 @@ class DistTensors(ShardReader[None]):
 
     def open(self, file: str) -> int:
         if file not in self.files:
-            try:
-                self.files[file] = os.open(self.folder / file, os.O_RDONLY)
-            except OSError as error:
-                raise UsageError(f"{self.folder / file} cannot be opened: {error.strerror}") from None
+            self.files[file] = open_regular(self.folder / file)
         return self.files[file]
 
     def close(self) -> None:

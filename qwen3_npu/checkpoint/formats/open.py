@@ -311,7 +311,7 @@ def find_architecture(
         return SIZES[model.model], f"--model {model.model}", None
     options: Sequence[StoredModel] = candidates(load) if load else ()
     for home in [Path(load), *(found.home for found in options[:1])] if load else []:
-        if (home / "config.json").is_file():
+        if (home / "config.json").exists():
             return _from_folder(home)
     if whole := next((found for found in options if not incomplete(found.home, found.folder)), None):
         args, where = checkpoint_args(whole)

@@ -168,7 +168,7 @@ class MegatronReader(ShardedTensors):
 def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namespace) -> Qwen3Arch:
     """The model's architecture: as config.json says, else as the checkpoint's arguments do."""
     config = Path(hf_config or root)
-    if hf_config or (config / "config.json").is_file():
+    if hf_config or (config / "config.json").exists():
         arch = from_hf_config(read_hf_config(config), str(config / "config.json"))
         check_trained(vars(args), arch, str(root))
         return arch
