@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import tiny
 from pairs import BATCH, LONGEST, kto_loss, labelled_step, write_labelled
 from plain import unstacked
 from qwen3_npu.parity.measure import largest_difference
-from qwen3_npu.parity.rows import PER_DOCUMENT, PP2, RING, TP2
+from qwen3_npu.parity.rows import EP2, PER_DOCUMENT, PP2, RING, TP2, VPP
 from worlds import World
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "checkpoint"))
+import samples
+
+from qwen3_npu.checkpoint.mapping.lora import Lora
 
 FLAGS = ["--seq-length", str(LONGEST), "--global-batch-size", str(BATCH), "--lr", "1e-3", "--train-iters", "3"]
 FLAGS += ["--lr-decay-style", "constant", "--clip-grad", "0", "--device", "cpu", "--eval-iters", "0"]
 FLAGS += ["--split", "1,0,0", "--stage", "kto", "--beta", "0.3"]
 FLAGS += ["--desirable-weight", "1.5", "--undesirable-weight", "0.7"]
-# Name -> processes, micro-batch, samples that all data-parallel ranks work on at once, flags.
-LAYOUTS: dict[str, tuple[int, int, int, list[str]]] = {
-    "one process, packed": (1, 8, 8, [*PER_DOCUMENT, "--no-pad-to-seq-lengths"]),
-    "DP2": (2, 4, 8, []),
-    "TP2": (2, 8, 8, TP2),
-    "PP2": (2, 4, 4, PP2),
-    "CP2": (2, 8, 8, RING),
+LORA = Lora(4, 8.0, samples.ALL_TARGETS)
+# Name -> processes, micro-batch, samples that all data-parallel ranks work on at once, model, flags.
+LAYOUTS: dict[str, tuple[int, int, int, str, list[str]]] = {
+    "one process, packed": (1, 8, 8, "untied", [*PER_DOCUMENT, "--no-pad-to-seq-lengths"]),
+    "DP2": (2, 4, 8, "untied", []),
+    "TP2": (2, 8, 8, "untied", TP2),
+    "PP2 VPP2": (2, 4, 4, "untied", PP2 + VPP),
+    "CP2": (2, 8, 8, "untied", RING),
+    "EP2": (2, 4, 8, "moe", [*EP2, "--moe-aux-loss-coeff", "0"]),
+    "LoRA": (1, 8, 8, "adapted", ["--lora-r", str(LORA.r), "--lora-alpha", str(LORA.alpha)]),
 }
 
 
@@ -36,50 +47,89 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny.write_model(tmp_path_factory.mktemp("reference") / "m", tiny.arch("untied"), seed=7))
+def references(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Model -> its reference, another one; an adapter's is its base."""
+    root = tmp_path_factory.mktemp("references")
+    made = {kind: str(tiny.write_model(root / kind, tiny.arch(kind), seed=7)) for kind in ("untied", "moe")}
+    return {**made, "adapted": models["untied"]}
 
 
 @pytest.fixture(scope="module")
-def trl(models: dict[str, str], reference: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(micro-batch, samples at once) -> TRL's loss, metrics and gradients of the first step; each once."""
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("adapter") / "peft"
+    return str(samples.write_adapter(folder, tiny.arch("untied"), LORA, shared_a=True))
+
+
+@pytest.fixture(scope="module")
+def trl(
+    models: dict[str, str],
+    references: dict[str, str],
+    adapter: str,
+    data: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
+    """(micro-batch, samples at once, model) -> TRL's loss, metrics and gradients of the first step; each once."""
     pytest.importorskip("trl", reason="TRL is the oracle: pip install trl")
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    known: dict[tuple[int, int], dict[str, Any]] = {}
     folder = tmp_path_factory.mktemp("trl")
 
-    def compute(micro: int, at_once: int) -> dict[str, Any]:
-        if (micro, at_once) not in known:
-            policy, frozen = (
-                AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-                for path in (models["untied"], reference)
-            )
-            value, metrics = kto_loss(policy, frozen, labelled_step(data), folder, micro=micro, at_once=at_once)
-            value.backward()
-            gradients = unstacked({n: p.grad.numpy() for n, p in policy.named_parameters() if p.grad is not None})
-            known[micro, at_once] = {"loss": value.item(), "metrics": metrics, "gradients": gradients}
-        return known[micro, at_once]
+    def opened(path: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+    @functools.cache
+    def compute(micro: int, at_once: int, kind: str) -> dict[str, Any]:
+        if kind == "adapted":  # peft merges the adapter: the same function, with gradients of other weights
+            policy = PeftModel.from_pretrained(opened(models["untied"]), adapter).merge_and_unload()
+        else:
+            policy = opened(models[kind])
+        policy.requires_grad_(True)
+        frozen = opened(references[kind])
+        value, metrics = kto_loss(policy, frozen, labelled_step(data), folder, micro=micro, at_once=at_once)
+        value.backward()
+        gradients = unstacked({n: p.grad.numpy() for n, p in policy.named_parameters() if p.grad is not None})
+        return {"loss": value.item(), "metrics": metrics, "gradients": gradients}
 
     return compute
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_loss_rewards_and_gradients_are_those_of_trl(
-    name: str, worlds: dict[int, World], models: dict[str, str], reference: str, data: str, trl: Any, tmp_path: Path
+    name: str,
+    worlds: dict[int, World],
+    models: dict[str, str],
+    references: dict[str, str],
+    adapter: str,
+    data: str,
+    trl: Any,
+    tmp_path: Path,
 ) -> None:
-    size, micro, at_once, extra = LAYOUTS[name]
+    size, micro, at_once, kind, extra = LAYOUTS[name]
     file = tmp_path / "gradients.npz"
-    flags = [*FLAGS, "--load", models["untied"], "--ref-model", reference, "--data-path", data]
-    flags += ["--micro-batch-size", str(micro), *extra]
+    flags = [*FLAGS, "--data-path", data, "--micro-batch-size", str(micro), *extra]
+    if kind == "adapted":
+        flags += ["--load", models["untied"], "--lora-load", adapter, "--finetune"]
+    else:
+        flags += ["--load", models[kind], "--ref-model", references[kind]]
     got = worlds[size].run("preference", flags=flags, steps=1, file=str(file))
-    expected = trl(micro, at_once)
-    assert expected["metrics"]["kl"] > 0.1, "the term is not always clamped"
+    expected = trl(micro, at_once, kind)
     assert got["loss"][0] == pytest.approx(expected["loss"], rel=1e-5)
     for metric, value in expected["metrics"].items():
-        # Rewards are 0.3 times a difference of log-probabilities near -100, whose last float32 digit is 8e-6.
-        assert got["metrics"][metric] == pytest.approx(value, rel=1e-5, abs=2.5e-6), metric
-    difference, where = largest_difference(dict(np.load(file)), expected["gradients"])
+        # Differences of log-probabilities near -100, whose last float32 digit is 8e-6; rewards are 0.3 times these.
+        last = 8e-6 if metric == "kl" else 2.5e-6
+        assert got["metrics"][metric] == pytest.approx(value, rel=1e-5, abs=last), metric
+    if kind == "untied":
+        assert expected["metrics"]["kl"] > 0.1, "the term is not always clamped"
+    found, wanted = dict(np.load(file)), expected["gradients"]
+    if kind == "adapted":
+        # W + s B A: the gradient of B is s times that of W, times A transposed.
+        a, b = (f"base_model.model.model.layers.1.self_attn.o_proj.lora_{matrix}.weight" for matrix in "AB")
+        weights = load_file(Path(adapter) / "adapter_model.safetensors")
+        whole = wanted["model.layers.1.self_attn.o_proj.weight"]
+        found = {name: found[name] for name in (a, b)}
+        wanted = {a: LORA.scale * weights[b].T @ whole, b: LORA.scale * whole @ weights[a].T}
+    difference, where = largest_difference(found, wanted)
     assert difference <= 1e-5, where
 
 

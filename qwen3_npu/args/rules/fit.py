@@ -84,6 +84,14 @@ def _check_kind(train: TrainArgs, arch: Qwen3Arch) -> None:
     absent, kind = ("mlp", "MoE") if arch.is_moe else ("moe", "dense")
     if train.recompute_granularity == "selective" and absent in train.recompute_modules:
         raise UsageError(f"--recompute-modules {absent}: this model is {kind} and has no such part")
+    factor = train.moe_expert_capacity_factor
+    if arch.is_moe and factor and train.moe_pad_expert_input_to_capacity:
+        most = arch.num_experts / arch.num_experts_per_tok
+        if factor > most:
+            raise UsageError(
+                f"--moe-expert-capacity-factor {factor:g} with --moe-pad-expert-input-to-capacity is above {most:g}, "
+                f"where an expert has room for every token; give {most:g} or less"
+            )
     if not arch.is_moe:
         moe = [field for field in dataclasses.fields(train) if field.name.startswith("moe_")]
         given = [f"--{f.name.replace('_', '-')}" for f in moe if getattr(train, f.name) != f.default]

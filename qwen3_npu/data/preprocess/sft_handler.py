@@ -246,6 +246,9 @@ def _fitted(style: Style, prompt: np.ndarray, answers: Sequence[np.ndarray], cou
         if not style.cut:
             return []
         keep = limits(len(prompt), answer, longest)
+        if keep.target == 0:
+            counts[UNSUPERVISED] += 1
+            return []
         prompt, answers = prompt[: keep.source], [answer[: keep.target] for answer in answers]
     masked = np.full(len(prompt), IGNORED, np.int32)
     return [np.concatenate(both) for answer in answers for both in ((prompt, answer), (masked, answer))]

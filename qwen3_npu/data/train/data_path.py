@@ -87,7 +87,7 @@ def check_data(
     if tokenizer is not None:
         _compare_vocabularies(tokenizer, vocab_size)
     if data.is_preference:
-        return _answer_facts(data, prefixes, vocab_size, tokenizer, scans=scans)
+        return _answer_facts(data, prefixes, vocab_size, tokenizer, seq_length=seq_length, scans=scans)
     if data.is_instruction:
         files = open_instructions(prefixes, per_document=data.per_document)
         if scans:
@@ -97,7 +97,7 @@ def check_data(
                     record = _check_ids(part, data, limit, labels=part is one.labels)
                 _compare_tokenizers(one.prefix, record, tokenizer)
             _check_supervised(files, data.split, seq_length)
-        return _sft_facts(files, data.split, seq_length)
+        return _facts([((one.ids,), len(one)) for one in files], data.split, seq_length)
     texts = [open_indexed(prefix) for prefix in prefixes]
     if scans:
         for text in texts:
@@ -106,15 +106,23 @@ def check_data(
 
 
 def _answer_facts(
-    data: DataArgs, prefixes: Sequence[str], vocab_size: int, tokenizer: TokenizerFolder | None, *, scans: bool
+    data: DataArgs,
+    prefixes: Sequence[str],
+    vocab_size: int,
+    tokenizer: TokenizerFolder | None,
+    *,
+    seq_length: int,
+    scans: bool,
 ) -> DataFacts:
     opened = open_answers(data.stage, prefixes)
     if scans:
         for one in opened:
             for number, part in enumerate(one.files):
                 record = _check_ids(part, data, vocab_size, labels=number % 2 == 1)
+                if record.ids.smallest is None:
+                    raise UsageError(f"--data-path {part.prefix} holds no token to learn; preprocess it again")
             _compare_tokenizers(one.prefix, record, tokenizer)
-    return DataFacts(sum(len(split_ranges(data.split, len(one))[0]) for one in opened))
+    return _facts([(one.files[::2], len(one)) for one in opened], data.split, seq_length)
 
 
 # How the first file of a prefix is called, by what it holds.
@@ -198,16 +206,16 @@ def _check_supervised(files: Sequence[InstructionFiles], split: str, seq_length:
     )
 
 
-def _sft_facts(files: Sequence[InstructionFiles], split: str, seq_length: int) -> DataFacts:
+def _facts(data_sets: Sequence[tuple[Sequence[Indexed], int]], split: str, seq_length: int) -> DataFacts:
+    """Of data sets, each with the files of ids that a sample is in, and its samples."""
     samples = cut = cut_tokens = 0
-    for one in files:
-        share = split_ranges(split, len(one))[0]
-        over = one.ids.lengths[share.start : share.stop].astype(np.int64) - seq_length
-        samples, cut, cut_tokens = (
-            samples + len(share),
-            cut + int((over > 0).sum()),
-            cut_tokens + int(over.clip(0).sum()),
-        )
+    for ids, count in data_sets:
+        share = split_ranges(split, count)[0]
+        lengths = np.stack([one.lengths[share.start : share.stop] for one in ids])
+        over = (lengths.astype(np.int64) - seq_length).clip(0).sum(axis=0)
+        samples += len(share)
+        cut += int((over > 0).sum())
+        cut_tokens += int(over.sum())
     return DataFacts(samples, cut, cut_tokens)
 
 

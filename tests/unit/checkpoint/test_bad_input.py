@@ -119,7 +119,7 @@ HF = {
     ),
     "GPTQ": (lambda f: rename(f, "q_proj.weight", "q_proj.g_idx"), "holds GPTQ weights"),
     "AWQ": (lambda f: rename(f, "q_proj.weight", "q_proj.qweight"), "holds AWQ"),
-    "a reward model": (lambda f: rename(f, "lm_head.weight", "score.weight"), "holds a reward or classification model"),
+    "a reward model": (lambda f: rename(f, "lm_head.weight", "score.weight"), "holds a classification model"),
     "an embedding model": (lambda f: rename(f, "model.", ""), "holds an embedding model"),
     "control characters": (lambda f: rename(f, "lm_head", "\x1b[2J\n"), r"not expected .*\\x1b\[2J\\n|tensors missing"),
 }

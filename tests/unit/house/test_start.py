@@ -13,6 +13,7 @@ import pytest
 from qwen3_npu import cli
 from qwen3_npu.args import pretrain
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
+from qwen3_npu.args.rules.fit import fit_flags
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
@@ -74,6 +75,15 @@ def test_what_is_right_passes_and_leaves_nothing(made: Path) -> None:
     check_start(args, tiny.arch())
     check_start(parsed(made, "--load", new, "--save", new), tiny.arch())  # a first start of a script that resumes
     assert sorted(made.rglob("*")) == before
+
+
+def test_an_expert_is_not_padded_to_more_than_all_tokens(made: Path) -> None:
+    """Megatron takes the capacity's number of tokens out of fewer, which is a RuntimeError in the first step."""
+    flags = ["--seq-length", "16", "--moe-pad-expert-input-to-capacity", "--moe-expert-capacity-factor"]
+    with pytest.raises(UsageError, match=r"^--moe-expert-capacity-factor 2\.5 .* is above 2, "):
+        fit_flags(parsed(made, *flags, "2.5"), tiny.arch("moe"), 1)
+    fit_flags(parsed(made, *flags, "2"), tiny.arch("moe"), 1)
+    fit_flags(parsed(made, *flags[:2], flags[-1], "2.5"), tiny.arch("moe"), 1)
 
 
 def test_a_split_that_leaves_nothing_is_refused(made: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from qwen3_npu.args.preference import PREFERENCE_STAGES, PreferenceArgs
 from qwen3_npu.args.training import DataArgs
+from qwen3_npu.data.preprocess.sft_handler import Style, _fitted
+from qwen3_npu.data.text.templates import QWEN
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.data.train.preference_dataset import Labelled, LabelledFiles, PairFiles, labelled_rows
 from qwen3_npu.data.train.rows import Padding
@@ -135,3 +138,28 @@ def test_a_prompt_with_the_answer_before_it_follows_each_answer() -> None:
     assert rows.answers is not None
     assert rows.answers.desirable is not None
     assert rows.answers.desirable.tolist() == [1, 0, 1]
+
+
+def test_a_start_says_which_pairs_are_cut_and_refuses_those_without_an_answer(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "p", counts=(10, 10, 10, 10))  # of 4 tokens
+    data = DataArgs(data_path=[prefix], stage="dpo", split="8,2,0")
+    facts = check_data(data, 256, seq_length=3)
+    assert (facts.samples, facts.cut, facts.cut_tokens) == (8, 8, 16)
+    assert check_data(data, 256, seq_length=4).cut == 0
+    writers = [IndexedWriter(f"{tmp_path / 'q'}_packed_{name}_document") for name in NAMES]
+    for writer, name in zip(writers, NAMES, strict=True):
+        writer.add(np.full(8, -100 if name == "rejected_labels" else 5, np.int32), np.full(2, 4, np.int32))
+    publish(writers)
+    with pytest.raises(UsageError, match="q_packed_rejected_labels_document holds no token to learn"):
+        check_data(DataArgs(data_path=[str(tmp_path / "q")], stage="dpo", split="1,0,0"), 256, seq_length=8)
+
+
+def test_a_pair_whose_answers_find_no_room_is_left_out_and_counted() -> None:
+    """LLaMA-Factory's rule gives 30 tokens after 10,000 no place among 50: int(50 * 30 / 10030) is 0."""
+    counts: Counter[str] = Counter()
+    style = Style(template=QWEN, thinking=None, eod=None, longest=50, cut=True)
+    prompt, answer = np.arange(10000, dtype=np.int32), np.arange(30, dtype=np.int32)
+    assert _fitted(style, prompt, [answer, answer[:3]], counts) == []
+    assert counts["samples without anything to learn"] == 1
+    ids, labels, *_ = _fitted(style, prompt, [answer[:20], answer[:3]], counts)
+    assert (len(ids), (labels != -100).sum()) == (50, 20)
