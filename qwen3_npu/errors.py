@@ -22,6 +22,10 @@ class Stopped(RuntimeError):
     """A run stopped itself for a reason; entry points print the reason and exit with status 1."""
 
 
+class SaveFailed(Stopped):
+    """A checkpoint could not be written; the ones before are whole."""
+
+
 _UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats, surrogates, line separators
 
 

@@ -234,6 +234,11 @@ class CheckpointArgs:
     )
     save: str | None = flag(None, metavar="DIR", help="checkpoint folder to write")
     save_interval: int | None = flag(None, minimum=1, unit="steps", help="between checkpoints; always one at the end")
+    max_failed_saves: int = flag(
+        3,
+        minimum=0,
+        help="checkpoints in a row that may fail, as on a full disk, before the training ends; it warns and goes on",
+    )
     save_total_limit: int | None = flag(
         None, minimum=1, help="checkpoints of this training to keep; older ones are deleted; default: all"
     )
@@ -295,4 +300,10 @@ class ReportArgs:
     log_interval: int = flag(100, minimum=1, unit="steps", help="between log lines")
     eval_interval: int = flag(1000, minimum=1, unit="steps", help="between evaluations on the validation share")
     eval_iters: int = flag(100, minimum=0, unit="batches", help="global batches of one evaluation; 0: none")
+    ledger_interval: int = flag(
+        100,
+        minimum=0,
+        unit="steps",
+        help="between records of where the time went (python -m qwen3_npu.ledger); 0: none",
+    )
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")

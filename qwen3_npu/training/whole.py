@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qwen3_npu import log
 from qwen3_npu.errors import Stopped
+from qwen3_npu.training.reports.ledger import Ledger, facts_of
 from qwen3_npu.training.reports.profiling import Profiling
 from qwen3_npu.watch import here
 
@@ -25,6 +26,11 @@ def train(trainer: Trainer) -> None:
         gc.disable()
     first = trainer.position.iteration + 1
     profiling = Profiling(trainer.platform, args.profile, trainer.world.rank, first=first, last=last)
+    ledger = Ledger(
+        args.report.ledger_interval if args.report.tensorboard_dir else 0,
+        facts_of(args, trainer.plan),
+        trainer.world.device,
+    )
     stop: str | None = None
     if trainer.spikes.rolls_back and trainer.position.iteration not in trainer.saver.own:
         with here.during("save"):
@@ -36,7 +42,8 @@ def train(trainer: Trainer) -> None:
             reporter.went_back(before.iteration + 1, trainer.position.iteration)
             continue
         iteration = trainer.position.iteration
-        reporter.step(iteration, result, trainer.expert_load() if reporter.is_due(iteration) else None)
+        load = trainer.expert_load() if reporter.is_due(iteration) else None
+        reporter.step(iteration, result, load)
         if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
             gc.collect()
         if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
@@ -54,9 +61,12 @@ def train(trainer: Trainer) -> None:
         if saves:
             with reporter.paused(), here.during("save"):
                 _save(trainer, export=export)
+        record = ledger.step(iteration, result.tally, load, last=iteration == last or stop is not None)
+        if record is not None:
+            reporter.ledger(iteration, record)
     reporter.close()
     with here.during("save"):
-        trainer.saver.finish()
+        trainer.saver.close()
         trainer.export.finish()
     if stop is not None:
         log.info(f"stopped after step {trainer.position.iteration} of {last}: {stop}")
@@ -82,4 +92,5 @@ def _save(trainer: Trainer, *, export: bool) -> None:
     trainer.spikes.keep_history()
     if export:
         trainer.saver.finish()
-        trainer.export.start(trainer.position.iteration)
+        if not trainer.saver.failed:
+            trainer.export.start(trainer.position.iteration)

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import Work
 from torch.distributed import ProcessGroup, get_global_rank, get_process_group_ranks
 
 from qwen3_npu.watch.state import State
+from qwen3_npu.watch.times import Times
 
 
 class _Kind(NamedTuple):
@@ -102,9 +103,10 @@ def _first(value: object) -> torch.Tensor | None:
 class Recorder:
     """Notes calls in a state, from `install` to `remove`."""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self.open: dict[int, tuple[int, int, int]] = {}  # id of a work -> what `leave` needs
+    def __init__(self, state: State, times: Times) -> None:
+        self.state, self.times = state, times
+        self.labels: dict[int, str] = {}  # channel -> what its group is called
+        self.open: dict[int, tuple[tuple[int, int, int], str]] = {}  # id of a work -> what `leave` needs, its group
         self.replaced: list[tuple[type, str, Any]] = []
 
     def install(self) -> None:
@@ -134,14 +136,15 @@ class Recorder:
             tensor = None if kind.tensor is None else _first(given[kind.tensor])
             dtype = 0 if tensor is None else _DTYPES.get(tensor.dtype, _OTHER_DTYPE)
             shape = tuple(tensor.shape) if tensor is not None and kind.sized else None
-            token = enter(self._channel(group, kind.way, given[1] if kind.way else 0), operation, dtype, shape)
+            channel = self._channel(group, kind.way, given[1] if kind.way else 0)
+            token = enter(channel, operation, dtype, shape)
             start = time.monotonic()
             work = original(group, *args, **kwargs)
-            self.state.waited += time.monotonic() - start
+            self._waited(self.labels[channel], time.monotonic() - start)
             if work is None:
                 self.state.leave(token)
             else:
-                self.open[id(work)] = token
+                self.open[id(work)] = token, self.labels[channel]
             return work
 
         return method
@@ -150,23 +153,32 @@ class Recorder:
         def wait(work: Work, *args: object, **kwargs: object) -> Any:
             start = time.monotonic()
             result = original(work, *args, **kwargs)
-            self.state.waited += time.monotonic() - start
-            token = self.open.pop(id(work), None)
+            token, label = self.open.pop(id(work), (None, ""))
+            self._waited(label, time.monotonic() - start)
             if token is not None:
                 self.state.leave(token)
             return result
 
         return wait
 
+    def _waited(self, label: str, seconds: float) -> None:
+        self.state.waited += seconds
+        self.times.wait(label, seconds)
+
     def _channel(self, group: ProcessGroup, way: int, peer: int) -> int:
         key: tuple | str = (group.group_name, way, peer) if way else group.group_name
         found = self.state.channels.get(key)
         if found is not None:
             return found
+        name = label(group)
         if not way:
-            return self.state.channel(key, group.group_name, label(group), get_process_group_ranks(group))
+            index = self.state.channel(key, group.group_name, name, get_process_group_ranks(group))
+            self.labels[index] = name
+            return index
         own = group.rank()
         pair = (own, peer) if way > 0 else (peer, own)
         ranks = [get_global_rank(group, member) for member in pair]
-        name = f"{group.group_name} {pair[0]}>{pair[1]}"
-        return self.state.channel(key, name, f"{label(group)}, rank {ranks[0]} to {ranks[1]}", ranks)
+        direction = f"{group.group_name} {pair[0]}>{pair[1]}"
+        index = self.state.channel(key, direction, f"{name}, rank {ranks[0]} to {ranks[1]}", ranks)
+        self.labels[index] = name
+        return index

@@ -10,21 +10,23 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from qwen3_npu.watch.state import PHASES, State
+from qwen3_npu.watch.times import Times
 
 T = TypeVar("T")
-_states: list[State] = []  # of this process: none, or one
+_states: list[State | Times] = []  # of this process: what notes where it is
 _NUMBERS = {name: number for number, name in enumerate(PHASES)}
 
 
-def watch(state: State | None) -> None:
-    """From now on write to this state; None: to none."""
-    _states[:] = [] if state is None else [state]
+def watch(*states: State | Times) -> None:
+    """From now on these note where the rank is."""
+    _states[:] = states
 
 
 def at(phase: str) -> None:
     """This rank is now in this phase of a step, unless it is in a `during`."""
-    if _states and not _states[0].held:
-        _states[0].enter_phase(_NUMBERS[phase])
+    for state in _states:
+        if not state.held:
+            state.enter_phase(_NUMBERS[phase])
 
 
 @contextlib.contextmanager
@@ -52,7 +54,12 @@ def in_phase(phase: str, function: Callable[..., T]) -> Callable[..., T]:
     return noted
 
 
+def times() -> Times | None:
+    """What notes where the time goes, if anything does."""
+    return next((state for state in _states if isinstance(state, Times)), None)
+
+
 def step_done(step: int) -> None:
     """The step with this number (from 1) is done."""
-    if _states:
-        _states[0].finish_step(step)
+    for state in _states:
+        state.finish_step(step)

@@ -27,6 +27,7 @@ from qwen3_npu.watch import here, probe
 from qwen3_npu.watch.collectives import COLLECTIVES, DTYPE_NAMES, Recorder
 from qwen3_npu.watch.settings import Settings
 from qwen3_npu.watch.state import State
+from qwen3_npu.watch.times import Times
 
 
 @contextlib.contextmanager
@@ -37,8 +38,10 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
         save: folder that all nodes share; None: each node is judged on its own.
         has_device: collectives are done by a device, and not when `wait` returns.
     """
+    times = Times()
     if not (args.hang_timeout != 0 or args.straggler_interval) or not environment.has_rendezvous():
-        yield
+        with timed(times):
+            yield
         return
     token = [uuid.uuid4().hex]
     dist.broadcast_object_list(token, 0)  # once, so that the processes of a node use one folder
@@ -66,23 +69,35 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
     if _impossible(problem):
         opened.close()
         shutil.rmtree(folder, ignore_errors=True)
-        yield
+        with timed(times):
+            yield
         return
     with opened:
         faulthandler.register(probe.STACKS, stacks, all_threads=True)
-        recorder = Recorder(state)
+        recorder = Recorder(state, times)
         recorder.install()
-        here.watch(state)
         if local_rank == 0:
             nodes = max(dist.get_world_size() // local, 1)
             _start(_settings(args, save, folder, token[0], nodes=nodes))
         try:
-            yield
+            with timed(times, state):
+                yield
         finally:
-            here.watch(None)
             recorder.remove()
             faulthandler.unregister(probe.STACKS)
             state.end()
+
+
+@contextlib.contextmanager
+def timed(times: Times, *states: State) -> Iterator[None]:
+    """Where the time of this rank goes is noted for as long as the context lasts."""
+    here.watch(*states, times)
+    times.install()
+    try:
+        yield
+    finally:
+        here.watch()
+        times.remove()
 
 
 def _impossible(problem: str | None) -> bool:

@@ -112,11 +112,21 @@ def test_a_rank_that_cannot_write_stops_all(
     rank: int, extra: list[str], worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
     flags = [*BASE, "--data-path", tokens, "--load", models["tied"], "--save", str(tmp_path), *extra]
-    for said in worlds[2].run("failing_save", flags=flags, rank=rank):
+    for said in worlds[2].run("failing_save", flags=[*flags, "--max-failed-saves", "0"], rank=rank):
         assert f"iter_0000002 was not saved: rank {rank}: " in said
         assert "No space left on device" in said
     assert (tmp_path / TRACKER).read_text() == "1", "the checkpoint before is still the newest"
     assert not (tmp_path / "iter_0000002").exists()
+
+
+@pytest.mark.parametrize("extra", [[], ["--async-save"]], ids=["at once", "async"])
+def test_training_goes_on_after_a_checkpoint_that_failed(
+    extra: list[str], worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    flags = [*BASE, "--data-path", tokens, "--load", models["tied"], "--save", str(tmp_path), *TP2, *extra]
+    assert worlds[2].run("failing_save", flags=flags, rank=1) == ["nothing", "nothing"]
+    assert (tmp_path / TRACKER).read_text() == "1"
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"], "what was begun is removed"
 
 
 @pytest.mark.parametrize("extra", [[], ["--async-save", "--ckpt-format", "torch_dist"]], ids=["torch", "torch_dist"])

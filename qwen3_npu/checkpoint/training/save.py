@@ -50,7 +50,7 @@ from qwen3_npu.checkpoint.training.optimizer_state import ShardedState
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout, Rank
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import SaveFailed, UsageError
 from qwen3_npu.files import rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import read_hf_config
 
@@ -135,6 +135,7 @@ def begin_save(
         adapter_only: of a LoRA training, not the frozen weights (--lora-ckpt-filter).
 
     Raises:
+        SaveFailed: the folder cannot be made; on every rank.
         Stopped: a weight or the optimizer's state is NaN or infinite: such a checkpoint must not take the place of
             good ones; on every rank.
     """
@@ -144,10 +145,15 @@ def begin_save(
     root, rank = Path(str(args.save)), dist.get_rank()
     folder = root / iteration_name(position.iteration)
     stage = folder.with_name(folder.name + ".partial")
+    problem = None
     if rank == 0:
         shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-    writers = _writers(trained.layout.folder(model_rank()))  # no rank writes before rank 0 has made the stage
+        try:
+            stage.mkdir(parents=True)
+        except OSError as error:
+            problem = f"{folder} was not saved: {error}"
+    # Nobody writes before rank 0 has made the stage.
+    writers = _writers(trained.layout.folder(model_rank()), problem)
     held = snapshot(trained, position, args, extra, adapter_only=adapter_only, writes=rank in writers)
     put = held.sharded.put if held.sharded is not None else None
     return Writing(
@@ -165,10 +171,13 @@ def begin_save(
     )
 
 
-def _writers(folder: str) -> list[int]:
-    """The ranks that write: the first of those that hold the same shard."""
-    folders: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(folders, folder)
+def _writers(folder: str, problem: str | None) -> list[int]:
+    """The ranks that write: the first of those that hold the same shard. Raises: SaveFailed: rank 0 has a problem."""
+    said: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
+    dist.all_gather_object(said, (folder, problem))
+    if said[0][1] is not None:
+        raise SaveFailed(said[0][1])
+    folders = [name for name, _ in said]
     return [rank for rank, name in enumerate(folders) if folders.index(name) == rank]
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.manifest import part
-from qwen3_npu.errors import Stopped
+from qwen3_npu.errors import SaveFailed
 
 _POLL = 0.02  # seconds
 _PATIENCE = 20.0  # seconds to wait for the other ranks' files when this process is about to end
@@ -97,7 +97,7 @@ class Writing:
         """Until the checkpoint is visible. Every rank must call this.
 
         Raises:
-            Stopped: some rank could not write; on every rank.
+            SaveFailed: some rank could not write; on every rank.
         """
         errors: list[str | None] = [None] * dist.get_world_size()
         for done in self.done:
@@ -114,4 +114,4 @@ class Writing:
         errors[0] = published[0]
         for rank, error in enumerate(errors):
             if error:
-                raise Stopped(f"{self.what} was not saved: rank {rank}: {error}")
+                raise SaveFailed(f"{self.what} was not saved: rank {rank}: {error}")

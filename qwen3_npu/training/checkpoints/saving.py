@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,10 @@ from qwen3_npu.checkpoint.training import load, save
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed import environment
-from qwen3_npu.errors import Stopped
+from qwen3_npu.errors import SaveFailed, Stopped
 from qwen3_npu.files import check_writable, same_folder, write_text
 from qwen3_npu.lease import Lease, folder_lease
+from qwen3_npu.progress import human
 
 _BEFORE = "before_this_run.json"  # which job, and what the tracker was when it began: later ones are its own
 
@@ -122,6 +124,7 @@ class Saver:
     ) -> None:
         self.trained, self.args, self.lora, self.extra, self.config = trained, args, lora, extra, config
         self.pending: Writing | None = None
+        self.failed = 0  # checkpoints in a row
         self.own: set[int] = set()  # steps of this training's checkpoints in --save, some of them deleted since
         self.lease: Lease | None = None  # of --save, on rank 0; a training under test has none
 
@@ -143,19 +146,32 @@ class Saver:
     def save(self, position: Position) -> None:
         """A checkpoint of this step in --save; with --async-save it is being written when this returns.
 
+        One that cannot be written is a warning, up to --max-failed-saves in a row.
+
         Raises:
-            Stopped: it, or the one before, could not be written, or --save has become another process's.
+            Stopped: it was one too many, or --save has become another process's.
         """
         began = time.perf_counter()
         self.finish()
         self._check_lease()
-        writing = save.begin_save(
-            self.trained, position, self.args, self.extra, config=self.config, adapter_only=self.lora.lora_ckpt_filter
-        )
-        if self.args.async_save:
-            self.pending = writing
-        else:
-            writing.wait()
+        try:
+            writing = save.begin_save(
+                self.trained,
+                position,
+                self.args,
+                self.extra,
+                config=self.config,
+                adapter_only=self.lora.lora_ckpt_filter,
+            )
+            if self.args.async_save:
+                self.pending = writing
+            else:
+                writing.wait()
+        except SaveFailed as error:
+            self._failed(error)
+            return
+        if not self.args.async_save:
+            self.failed = 0
         self.own.add(position.iteration)
         done = "being saved" if self.args.async_save else "saved"
         log.info(f"{done}: {writing.what}; the training waited for {time.perf_counter() - began:.2f} s")
@@ -172,8 +188,41 @@ class Saver:
             raise Stopped(said[0])
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written. Raises: Stopped: it could not be."""
+        """Wait for the checkpoint that is being written. Raises: Stopped: it could not be, one time too often."""
         pending, self.pending = self.pending, None
-        if pending is not None:
+        if pending is None:
+            return
+        try:
             pending.wait()
-            log.info(f"saved: {pending.what}")
+        except SaveFailed as error:
+            self._failed(error)
+            return
+        self.failed = 0
+        log.info(f"saved: {pending.what}")
+
+    def _failed(self, error: SaveFailed) -> None:
+        """On every rank: warn, or end. What was begun is removed: it may be what fills the disk."""
+        self.failed += 1
+        root = Path(str(self.args.save))
+        if dist.get_rank() == 0:
+            for stage in root.glob("iter_*.partial"):
+                shutil.rmtree(stage, ignore_errors=True)
+        if self.failed > self.args.max_failed_saves:
+            raise Stopped(f"{error}; it is the {self.failed}th in a row, above --max-failed-saves") from error
+        log.info(f"warning: {error}; {self._room(root)}the older checkpoints are whole, and training goes on")
+
+    def _room(self, root: Path) -> str:
+        """What is free beside what a checkpoint needs, where one shows that."""
+        whole = [root / iteration_name(step) for step in iterations(root)[:1]]
+        sizes = [sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in whole]
+        free = shutil.disk_usage(root).free
+        if not sizes:
+            return f"{human(free, 'B')} are free; "
+        missing = f", {human(sizes[0] - free, 'B')} are missing" if sizes[0] > free else ""
+        return f"a checkpoint needs {human(sizes[0], 'B')} and {human(free, 'B')} are free{missing}; "
+
+    def close(self) -> None:
+        """Wait for the last checkpoint. Raises: Stopped: the end of the training is not saved."""
+        self.finish()
+        if self.failed:
+            raise Stopped(f"the last {self.failed} checkpoints could not be saved; see the warnings above")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+from qwen3_npu import log
 from qwen3_npu.args.convert import HF
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.formats.folders import PEFT, candidates
@@ -12,7 +14,8 @@ from qwen3_npu.checkpoint.formats.open import nothing_there, reader
 from qwen3_npu.checkpoint.training.compare import check_same_model
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import check_writable_later, same_folder
-from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.model.arch import Qwen3Arch, parameter_count
+from qwen3_npu.progress import human
 
 
 def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
@@ -30,10 +33,35 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
     for flag, folder in folders.items():
         if folder is not None:
             check_writable_later(Path(folder), flag)
+    if args.checkpoint.save is not None:
+        _check_room(Path(args.checkpoint.save), args, arch)
     args.trackers.check_installed()
     _check_load(args, arch)
     if args.lora.lora_load is not None:
         _check_opens(args.lora.lora_load, None, "--lora-load", args, arch=arch)
+
+
+def checkpoint_bytes(args: PretrainArgs, arch: Qwen3Arch) -> int:
+    """Of one checkpoint: weights, and of what is trained a float32 copy and two moments."""
+    weights = parameter_count(arch)
+    trained = 0 if args.lora.on else weights  # an adapter is small beside its model
+    saved = 0 if args.lora.lora_ckpt_filter else weights * (2 if args.train.bf16 else 4)
+    return saved + trained * 12 * args.checkpoint.save_optim
+
+
+def _check_room(save: Path, args: PretrainArgs, arch: Qwen3Arch) -> None:
+    """Raises: UsageError: not even one checkpoint fits. A dry run, which may run elsewhere, warns."""
+    there = next(folder for folder in (save.absolute(), *save.absolute().parents) if folder.exists())
+    needed, free = checkpoint_bytes(args, arch), shutil.disk_usage(there).free
+    if needed <= free:
+        return
+    text = (
+        f"--save {save}: a checkpoint needs {human(needed, 'B')} and {human(free, 'B')} are free, "
+        f"{human(needed - free, 'B')} are missing; make room, give another folder, or --no-save-optim"
+    )
+    if not args.runtime.dry_run:
+        raise UsageError(text)
+    log.warning(text)
 
 
 def _check_load(args: PretrainArgs, arch: Qwen3Arch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_npu import log
+from qwen3_npu.ledger.picture import heat, png
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
 from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.platform.base import Platform
@@ -145,6 +146,33 @@ class Reporter:
             self.planned.step(iteration, result.tally.places)
             if self.is_due(iteration):
                 self.planned.synchronized(iteration)
+
+    def ledger(self, iteration: int, record: Mapping[str, Any]) -> None:
+        """Where the time went: a line of metrics.jsonl, and for tensorboard shares and a line of ranks."""
+        if self.records is None:
+            return
+        self._record(iteration, {"ledger": record})
+
+        def events(writer: Any) -> None:
+            for kind, seconds in record["mean"].items():
+                writer.add_scalar(f"time/{kind}", seconds / max(record["seconds"], 1e-12), iteration)
+            if record["ranks"] == 1:
+                return
+            # As heavy as tensorboard itself.
+            from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+            line = heat(record["work"])
+            image = {
+                "height": line.shape[0],
+                "width": line.shape[1],
+                "colorspace": 3,
+                "encoded_image_string": png(line),
+            }
+            writer.file_writer.add_summary(
+                Summary(value=[Summary.Value(tag="time/own work by rank", image=Summary.Image(**image))]), iteration
+            )
+
+        self.records.events(events)
 
     def went_back(self, step: int, to: int) -> None:
         """After a spike or silent corruption at `step` the training is again where it was after step `to`."""

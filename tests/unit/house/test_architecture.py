@@ -32,7 +32,7 @@ LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4, "watch": 3}
 LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "lease", "processes")
 LIGHT += ("model.arch", "model.sizes")
 LIGHT += ("console", "files", "distributed.layout", "distributed.environment", "plan")
-LIGHT += ("watch.state", "watch.judge", "watch.watcher", "watch.stragglers", "watch.here")
+LIGHT += ("ledger", "watch.times", "watch.state", "watch.judge", "watch.watcher", "watch.stragglers", "watch.here")
 SIDEWAYS_ALLOWED = {("evaluation", "inference"), ("model", "distributed"), ("distributed", "model")}
 
 

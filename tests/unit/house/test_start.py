@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from qwen3_npu import cli
+from qwen3_npu import cli, log
 from qwen3_npu.args import pretrain
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.rules.fit import fit_flags
+from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
@@ -75,6 +81,22 @@ def test_what_is_right_passes_and_leaves_nothing(made: Path) -> None:
     check_start(args, tiny.arch())
     check_start(parsed(made, "--load", new, "--save", new), tiny.arch())  # a first start of a script that resumes
     assert sorted(made.rglob("*")) == before
+
+
+def test_a_checkpoint_that_does_not_fit_is_found_before_the_first_step(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = parsed(made, "--load", str(made / "model"), "--save", str(made / "new"), "--bf16")
+    shapes = hf_shapes(tiny.arch())  # of a Hugging Face directory: 2 bytes, and 12 of the optimizer
+    needed = 14 * sum(math.prod(shape) for shape in shapes.values())
+    log.setup()
+    for free, said in ((needed, False), (needed - 1000, True)):
+        with mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=free)):
+            check_start(args, tiny.arch())  # a dry run warns
+            assert ("1 kB are missing" in capsys.readouterr().out) == said
+            real = args._replace(runtime=dataclasses.replace(args.runtime, dry_run=False))
+            with pytest.raises(UsageError, match="1 kB are missing") if said else contextlib.nullcontext():
+                check_start(real, tiny.arch())
 
 
 def test_an_expert_is_not_padded_to_more_than_all_tokens(made: Path) -> None:

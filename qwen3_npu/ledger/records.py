@@ -1,0 +1,60 @@
+"""The records of a training's metrics.jsonl that say where its time went. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from qwen3_npu import schema
+from qwen3_npu.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerEntry:
+    """The steps since the record before, per step.
+
+    Attributes:
+        step: the last of them.
+        seconds: of the wall clock.
+        mean, most: of each kind: seconds of the mean rank; seconds of the rank with the most, and that rank.
+        facts: integers, names and shares that explain times: `training.reports.ledger.facts_of`, padding, imbalance.
+    """
+
+    step: int
+    steps: int
+    seconds: float
+    mean: dict[str, float]
+    most: dict[str, tuple[float, int]]
+    facts: dict[str, object]
+
+
+def read(folder: Path) -> list[LedgerEntry]:
+    """The records of a folder. Raises: UsageError: it has none, or they are damaged."""
+    path = folder / "metrics.jsonl" if folder.is_dir() else folder
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; give the --tensorboard-dir of a training")
+    found: dict[int, LedgerEntry] = {}
+    for number, line in enumerate(schema.read_small(path, 1 << 30).splitlines(), start=1):
+        if b'"ledger"' in line:
+            where = f"{path}, line {number}"
+            outer = schema.record(schema.parse_json(line, where), where)
+            entry = _entry(outer.integer("step", least=0), outer.record("ledger"), f"{where}: ledger")
+            found[entry.step] = entry  # after a resume a step comes again
+    if not found:
+        raise UsageError(f"{path} holds no record of a ledger; train with --tensorboard-dir and --ledger-interval")
+    return [found[step] for step in sorted(found)]
+
+
+def _entry(step: int, record: schema.Record, where: str) -> LedgerEntry:
+    mean, most = record.record("mean").fields, record.record("most").fields
+    pairs = {kind: schema.sequence(pair, f"{where}: {kind}") for kind, pair in most.items()}
+    return LedgerEntry(
+        step=step,
+        steps=record.integer("steps", least=1),
+        seconds=record.number("seconds", least=0.0),
+        mean={kind: schema.number(seconds, f"{where}: {kind}", least=0) for kind, seconds in mean.items()},
+        most={k: (schema.number(p[0], where, least=0), schema.integer(p[1], where, least=0)) for k, p in pairs.items()},
+        facts={
+            name: v for name, v in record.fields.items() if name not in ("steps", "seconds", "mean", "most", "work")
+        },
+    )

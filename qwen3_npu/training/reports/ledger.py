@@ -1,0 +1,84 @@
+"""Where the time of the last steps went, of all ranks: records that `python -m qwen3_npu.ledger` reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.training.prepare.plan import TrainingPlan
+from qwen3_npu.training.reports.expert_load import ExpertLoad
+from qwen3_npu.training.step import NOTHING, Tally
+from qwen3_npu.watch import here
+from qwen3_npu.watch.times import KINDS
+
+_SHOWN = 1024  # ranks
+_WORK = [KINDS.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer", "other")]
+
+
+def facts_of(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
+    """What of the flags explains times."""
+    layout, train = plan.layout, args.train
+    return {
+        "pipeline": layout.pipeline,
+        "virtual": layout.virtual,
+        "micro_batches": plan.num_microbatches,
+        "micro_tokens": train.micro_batch_size * train.seq_length // args.parallel.context_parallel_size,
+        "layers": -(-layout.num_layers // layout.pipeline),
+        "recompute": train.recompute_granularity or "none",
+        "overlap_grad_reduce": args.optimizer.overlap_grad_reduce,
+        "async_save": args.checkpoint.async_save,
+        "manual_gc": train.manual_gc,
+    }
+
+
+class Ledger:
+    """Collects times every `interval` steps.
+
+    Args:
+        facts: see `facts_of`.
+    """
+
+    def __init__(self, interval: int, facts: dict[str, Any], device: torch.device) -> None:
+        self.interval, self.facts, self.device = interval, facts, device
+        self.tally, self.steps = NOTHING, 0
+        self.imbalance: float | None = None  # the fullest expert's tokens over the mean
+        if (times := here.times()) is not None:
+            times.take()  # what was before the first step
+
+    def step(self, iteration: int, tally: Tally, load: ExpertLoad | None, *, last: bool) -> dict[str, Any] | None:
+        """Count a step; the record, where one is due. Every rank must call this: it gathers one row of each, then.
+
+        Args:
+            load: of the experts, where it was just counted.
+        """
+        if not self.interval:
+            return None
+        if load is not None:
+            self.imbalance = round(float(load.imbalance.mean()), 3)
+        self.tally += tally
+        self.steps += 1
+        times = here.times()
+        if times is None or not (iteration % self.interval == 0 or last):
+            return None
+        own = torch.tensor(times.take(), dtype=torch.float32, device=self.device)
+        rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, own)
+        table = torch.stack(rows).cpu()
+        steps, sums = self.steps, self.tally
+        self.tally, self.steps = NOTHING, 0
+        slowest = table.argmax(0).tolist()
+        mean, most = table.mean(0).tolist(), table.amax(0).tolist()
+        return {
+            "steps": steps,
+            "seconds": round(mean[-1] / steps, 6),
+            "ranks": len(rows),
+            "work": [round(v / steps, 6) for v in table[:_SHOWN, _WORK].sum(1).tolist()],
+            "mean": {kind: round(value / steps, 6) for kind, value in zip(KINDS, mean, strict=False) if value},
+            "most": {k: [round(v / steps, 6), rank] for k, v, rank in zip(KINDS, most, slowest, strict=False) if v},
+            "padding": round(1 - sums.real_tokens / max(sums.places, 1.0), 4),
+            "imbalance": self.imbalance,
+            **self.facts,
+        }
