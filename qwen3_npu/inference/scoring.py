@@ -73,6 +73,7 @@ class Scorer:
         *,
         known: Mapping[Key, float] | None = None,
         on_scores: Callable[[list[tuple[Key, float]]], None] | None = None,
+        greedy: dict[Key, bool] | None = None,
     ) -> dict[Key, float]:
         """Log-likelihood of every continuation, on every process.
 
@@ -81,17 +82,20 @@ class Scorer:
             known: scores of an earlier run. Passes are made up as if there were none, and left out if all their scores
                 are known, so a score does not depend on where the earlier run ended.
             on_scores: called every few passes with the scores that they made.
+            greedy: is told of every continuation whether the likeliest tokens make it; without `known`.
 
         Raises:
             Stopped: a score is not a number.
         """
         known = known or {}
         found: list[tuple[Key, float]] = []
+        likely: list[tuple[Key, bool]] = []
         pending: list[tuple[list[_Row], torch.Tensor | None]] = []
 
         def report() -> None:
-            scores = self._shared(pending)
+            scores, likeliest = self._shared(pending, judges=greedy is not None)
             found.extend(scores)
+            likely.extend(likeliest)
             if on_scores is not None and scores:
                 on_scores(scores)
             pending.clear()
@@ -99,7 +103,7 @@ class Scorer:
         groups = self._share(_rows(choices, self.runner.plan.positions))
         total = sum(map(len, groups))
         for batch, prefix in self._batches(groups, known):
-            pending.append((batch, self._pass(batch, prefix)))
+            pending.append((batch, self._pass(batch, prefix, judges=greedy is not None)))
             if on_done is not None:
                 on_done(len(batch) / total)
             if len(pending) == _PASSES_PER_REPORT:
@@ -107,22 +111,27 @@ class Scorer:
         report()
         while self.runner.anyone(False):
             self.runner.idle()
+        if greedy is not None:
+            greedy.update(self.runner.gather(likely))
         return {**known, **dict(self.runner.gather(found))}
 
-    def _shared(self, passes: Sequence[tuple[list[_Row], torch.Tensor | None]]) -> list[tuple[Key, float]]:
+    def _shared(
+        self, passes: Sequence[tuple[list[_Row], torch.Tensor | None]], *, judges: bool
+    ) -> tuple[list[tuple[Key, float]], list[tuple[Key, bool]]]:
         """What the last stage found in some passes, on every process of this copy of the model."""
         keys = [choice.key for batch, _ in passes for row in batch for choice in row.choices]
         if not keys:
-            return []
+            return [], []
         parts = [scores for _, scores in passes if scores is not None]
-        values = torch.cat(parts) if parts else torch.zeros(len(keys), device=self.runner.device)
-        scores = self.runner.share(values).tolist()
+        empty = torch.zeros(1 + judges, len(keys), device=self.runner.device)
+        scores, *judged = self.runner.share(torch.cat(parts, 1) if parts else empty).tolist()
         start = 0
         for batch, _ in passes:
             end = start + sum(len(row.choices) for row in batch)
             check_finite_scores(self.runner, scores[start:end], [row.tokens for row in batch])
             start = end
-        return list(zip(keys, scores, strict=True))
+        likely = [(key, flag == 1) for flags in judged for key, flag in zip(keys, flags, strict=True)]
+        return list(zip(keys, scores, strict=True)), likely
 
     def _share(self, groups: dict[str, list[_Row]]) -> list[list[_Row]]:
         """The groups that this copy of the model takes: the longest first, each to the copy with the least."""
@@ -166,8 +175,8 @@ class Scorer:
         self.computed += length
         self.reused += length * (len(rows) - 1)
 
-    def _pass(self, batch: list[_Row], prefix: int) -> torch.Tensor | None:
-        """Scores of the batch's choices, float32, on the last stage."""
+    def _pass(self, batch: list[_Row], prefix: int, *, judges: bool) -> torch.Tensor | None:
+        """Scores of the batch's choices, float32 [1, choices], on the last stage; a second row: 1 for the likeliest."""
         tokens = [token for row in batch for token in row.tokens[prefix:]]
         lengths = [len(row.tokens) - prefix for row in batch]
         self.computed += len(tokens)
@@ -188,8 +197,12 @@ class Scorer:
                 words += choice.tokens[len(choice.tokens) - choice.length :]
                 sizes.append(choice.length)
         at = torch.tensor(places, device=logits.device)
-        found = logits[at, torch.tensor(words, device=logits.device)].float() - total[at]
-        return torch.stack([part.sum() for part in found.split(sizes)])
+        said = torch.tensor(words, device=logits.device)
+        found = [logits[at, said].float() - total[at]]
+        if judges:
+            found.append((logits.argmax(-1)[at] != said).float())
+        sums = [torch.stack([part.sum() for part in one.split(sizes)]) for one in found]
+        return torch.stack([sums[0], *((wrong == 0).float() for wrong in sums[1:])])
 
 
 def _shared_length(rows: list[_Row]) -> int:

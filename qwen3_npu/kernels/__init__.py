@@ -41,6 +41,8 @@ class Kernels:
     attention_block: Callable
     attention_block_backward: Callable
     rms_norm: Callable
+    add_rms_norm: Callable
+    add_weight_gradient: Callable
     rotary: Callable
     swiglu: Callable
     weighted_swiglu: Callable

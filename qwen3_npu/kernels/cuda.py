@@ -167,6 +167,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return norm.FusedRMSNorm.apply(x, weight, eps)
 
 
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sum, and Triton's norm of it."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Triton's."""
     return pointwise.Rotary.apply(x, cos, sin)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch_npu
 
-from qwen3_npu.kernels import reference
+from qwen3_npu.kernels import npu_gradients, reference
 
 # What each kernel calls, so that a torch_npu that is too old is refused at the start and not in the first step.
 _NEEDS = {
@@ -24,10 +23,12 @@ _NEEDS = {
     "decode_attention": ("npu_fused_infer_attention_score",),
     "attention_block": ("npu_fusion_attention",),
     "attention_block_backward": ("npu_fusion_attention_grad",),
-    "rms_norm": ("npu_rms_norm",),
+    "rms_norm": ("npu_rms_norm", "npu_rms_norm_backward"),
+    "add_rms_norm": ("npu_add_rms_norm", "npu_rms_norm_backward"),
+    "add_weight_gradient": ("npu_grouped_matmul_add_",),
     "rotary": ("npu_rotary_mul",),
     "swiglu": ("npu_swiglu",),
-    "grouped_matmul": ("npu_grouped_matmul",),
+    "grouped_matmul": ("npu_grouped_matmul", "npu_grouped_matmul_add_"),
     "permute": ("npu_moe_token_permute_with_routing_map",),
     "unpermute": ("npu_moe_token_unpermute_with_routing_map",),
 }
@@ -65,7 +66,7 @@ def _fusion_attention(
 
     The latter are in that order only with softmax_layout "TND".
     """
-    layout, ends = _layout(cu_seqlens)
+    layout, ends = _layout(cu_seqlens, q.shape[1])
     outputs = torch_npu.npu_fusion_attention(
         _to(layout, q),
         _to(layout, k),
@@ -85,18 +86,24 @@ def _fusion_attention(
     return outputs[0].view(q.shape), outputs[1], outputs[2]
 
 
-def _layout(cu_seqlens: Sequence[int] | None) -> tuple[str, list[int] | None]:
-    """The operation's layout, and the ends of the documents as it wants them: cumulative, without the leading 0."""
+def _layout(cu_seqlens: Sequence[int] | None, batch: int) -> tuple[str, list[int] | None]:
+    """The operation's layout, and the ends of the documents as it wants them: cumulative, without the leading 0.
+
+    Values are a part of what qkv's product wrote. Heads are a dimension of BSND and TND, so such a part is handed over
+    as it lies; for SBH it is laid out anew. More than one row in BSND would be laid out anew themselves.
+    """
     if cu_seqlens is None or len(cu_seqlens) == 2:
-        return "SBH", None
+        return "BSND" if batch == 1 else "SBH", None
     return "TND", list(cu_seqlens[1:])
 
 
-def _softmax_layout(cu_seqlens: Sequence[int] | None) -> str:
-    return "TND" if _layout(cu_seqlens)[0] == "TND" else ""
+def _softmax_layout(cu_seqlens: Sequence[int] | None, batch: int) -> str:
+    return "TND" if _layout(cu_seqlens, batch)[0] == "TND" else ""
 
 
 def _to(layout: str, x: torch.Tensor) -> torch.Tensor:
+    if layout == "BSND":
+        return x.transpose(0, 1)
     return x.flatten(2) if layout == "SBH" else x.flatten(0, 1)
 
 
@@ -132,16 +139,22 @@ def _last_positions(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
 
 
 def decode_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    *,
+    lengths: Sequence[int],
+    scale: float,
 ) -> torch.Tensor:
-    """npu_fused_infer_attention_score, 16 bit only. It wants contiguous keys: a part of a cache is copied."""
+    """npu_fused_infer_attention_score, 16 bit only, over whole slots: it reads as many keys as `lengths` say."""
     if q.dtype not in _INFERENCE:
-        return reference.decode_attention(q, k, v, visible, scale=scale)
+        return reference.decode_attention(q, k, v, visible, lengths=lengths, scale=scale)
     out, _ = torch_npu.npu_fused_infer_attention_score(
-        q.unsqueeze(2).contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        atten_mask=None if visible is None else ~visible[:, None, None],
+        q.unsqueeze(2),
+        k,
+        v,
+        actual_seq_lengths_kv=list(lengths),
         num_heads=q.shape[1],
         num_key_value_heads=k.shape[1],
         scale=scale,
@@ -154,7 +167,7 @@ def attention_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, cu_seqlens: Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A block by npu_fusion_attention, whose softmax maximum and sum give the log-sum-exp."""
-    causal, order = cu_seqlens is not None, _softmax_layout(cu_seqlens)
+    causal, order = cu_seqlens is not None, _softmax_layout(cu_seqlens, q.shape[1])
     out, largest, total = _fusion_attention(
         q, k, v, scale=scale, causal=causal, cu_seqlens=cu_seqlens, softmax_layout=order
     )
@@ -175,7 +188,7 @@ def attention_block_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Its gradients. The operation needs exp(score - maximum) / sum only: maximum = lse and sum = 1 are as good."""
     causal = cu_seqlens is not None
-    layout, ends = _layout(cu_seqlens)
+    layout, ends = _layout(cu_seqlens, q.shape[1])
     largest = lse.squeeze(1) if layout == "TND" else lse.permute(1, 2, 0)
     largest = largest.unsqueeze(-1).expand(*largest.shape, 8).contiguous()
     dq, dk, dv, *_ = torch_npu.npu_fusion_attention_grad(
@@ -194,19 +207,13 @@ def attention_block_backward(
         sparse_mode=_CAUSAL if causal else _ALL,
         actual_seq_qlen=ends,
         actual_seq_kvlen=ends,
-        softmax_layout=_softmax_layout(cu_seqlens),
+        softmax_layout=_softmax_layout(cu_seqlens, q.shape[1]),
     )
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """npu_rms_norm."""
-    return torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
-
-
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """npu_rotary_mul, in its layout SBND with cos and sin [s, 1 or b, 1, d]."""
-    return torch_npu.npu_rotary_mul(x, cos, sin, rotary_mode="half")
+add_weight_gradient = npu_gradients.add_weight_gradient
+rms_norm, add_rms_norm, rotary = npu_gradients.rms_norm, npu_gradients.add_rms_norm, npu_gradients.rotary
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -219,38 +226,13 @@ def weighted_swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (swiglu(x) * weights.unsqueeze(-1)).to(x.dtype)
 
 
-class _GroupedMatmul(torch.autograd.Function):
-    """torch_npu has no gradient for it. Groups are rows (m) here and in dx, the index summed over (k) in dw."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, ends)
-        return _grouped(x, weight, ends, group_type=0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        x, weight, ends = ctx.saved_tensors
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = _grouped(grad, weight.transpose(1, 2), ends, group_type=0)
-        if ctx.needs_input_grad[1]:
-            dw = _grouped(x.t(), grad, ends, group_type=2)
-        return dx, dw, None
-
-
-def _grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *, group_type: int) -> torch.Tensor:
-    return torch_npu.npu_grouped_matmul(
-        [x], [weight], group_list=ends, split_item=3, group_type=group_type, group_list_type=0
-    )[0]
-
-
 def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """npu_grouped_matmul with one output; groups are told by the cumulative rows, which stay on the device."""
     ends = group_ends(counts)
 
     def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # No rows, but gradients of the right shape.
-        return _GroupedMatmul.apply(x, weight, ends) if x.shape[0] else x @ weight[0]
+        return npu_gradients.GroupedMatmul.apply(x, weight, ends) if x.shape[0] else x @ weight[0]
 
     return product
 
@@ -265,7 +247,9 @@ def group_ends(counts: torch.Tensor) -> torch.Tensor:
 def permute(
     tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """npu_moe_token_permute_with_routing_map."""
+    """npu_moe_token_permute_with_routing_map. torch_npu 2.7 wants the router's weights in the tokens' dtype."""
+    if torch_npu.__version__.startswith("2.7."):
+        probs = probs.to(tokens.dtype)
     return torch_npu.npu_moe_token_permute_with_routing_map(tokens, routing_map, probs=probs, num_out_tokens=rows)
 
 

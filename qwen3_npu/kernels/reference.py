@@ -46,20 +46,27 @@ def attention(
 
 
 def decode_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    *,
+    lengths: Sequence[int],
+    scale: float,
 ) -> torch.Tensor:
     """Attention of one new token of each sequence over the keys and values kept of it. Without autograd.
 
     Args:
         q: [b, n, d].
-        k, v: [b, g, t, d], n a multiple of g.
-        visible: [b, t] bool, which keys a sequence has; None: all.
+        k, v: [b, g, capacity, d], n a multiple of g: whole slots of a cache.
+        visible: [b, t] bool, t the largest of `lengths`, which keys a sequence has; None: all of t.
+        lengths: the same as numbers on the host, keys of each sequence.
         scale: factor on q k^T.
 
     Returns:
         [b, n, d].
     """
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    k, v = (x[:, :, : max(lengths)].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("bnd,bntd->bnt", q, k).float() * scale
     if visible is not None:
         scores = scores.masked_fill(~visible.unsqueeze(1), float("-inf"))
@@ -142,6 +149,25 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of `residual + x`, and that sum."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
+def add_weight_gradient(x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor) -> None:
+    """Add a linear's weight gradient to the sum of the micro-batches, in place.
+
+    Args:
+        x: [rows, in], what the linear multiplied.
+        grad: [rows, out], gradient of its output.
+        total: [out, in], usually float32: what is added is then not rounded to 16 bits before.
+    """
+    total.addmm_(grad.t().to(total.dtype), x.to(total.dtype))
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

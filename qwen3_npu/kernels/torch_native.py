@@ -45,10 +45,17 @@ def attention(
 
 
 def decode_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    *,
+    lengths: Sequence[int],
+    scale: float,
 ) -> torch.Tensor:
     """Scaled dot product attention, the query heads of one key head as its queries: keys are read once."""
     mask = None if visible is None else visible[:, None, None]
+    k, v = (x[:, :, : max(lengths)] for x in (k, v))
     out = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)), k, v, attn_mask=mask, scale=scale)
     return out.flatten(1, 2)
 
@@ -116,6 +123,14 @@ def _documents(
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """torch's rms_norm."""
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sum and torch's rms_norm of it."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total
 
 
 class _Rotary(torch.autograd.Function):

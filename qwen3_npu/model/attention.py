@@ -102,7 +102,8 @@ class SelfAttention(MegatronModule):
         """
         q, k, v = self.query_key_value(hidden_states)
         cos, sin = packed_seq_params.cos_sin
-        q = self.kernels.rotary(self.q_layernorm(q), cos, sin)
+        # Queries lie apart, group by group, until their norm writes them side by side.
+        q = self.kernels.rotary(self.q_layernorm(q).flatten(2, 3), cos, sin)
         k = self.kernels.rotary(self.k_layernorm(k), cos, sin)
 
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -112,14 +113,14 @@ class SelfAttention(MegatronModule):
         return self.linear_proj(out.flatten(2))
 
     def query_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [s, b, n, d] and k, v [s, b, g, d] of this TP rank's heads."""
+        """q [s, b, g, n / g, d] and k, v [s, b, g, d] of this TP rank's heads."""
         mixed, _ = self.linear_qkv(hidden_states)
         if self.sharing > 1:
             return self._shared_head(mixed)
         s, b, _ = mixed.shape
         mixed = mixed.view(s, b, self.local_groups, self.heads_per_group + 2, self.head_dim)
         q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=3)
-        return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+        return q, k.squeeze(3), v.squeeze(3)
 
     def _shared_head(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `query_key_value` with more ranks than key/value heads: the head's rows lie on several ranks.
@@ -131,7 +132,7 @@ class SelfAttention(MegatronModule):
         rank = self.tp_group.rank()
         whole = whole.view(s, b, -1, self.heads_per_group + 2, self.head_dim)[:, :, rank // self.sharing]
         q, k, v = whole.split([self.heads_per_group, 1, 1], dim=2)
-        return q.chunk(self.sharing, dim=2)[rank % self.sharing], k, v
+        return q.chunk(self.sharing, dim=2)[rank % self.sharing].unsqueeze(2), k, v
 
     def core_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: TokenSequence

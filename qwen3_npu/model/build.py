@@ -10,9 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
 from qwen3_npu.distributed.layout import Layout
+from qwen3_npu.kernels import reference
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.lora import freeze_base
-from qwen3_npu.model.modules import Embedding, RewardHead
+from qwen3_npu.model.modules import Embedding, RewardHead, fuse_weight_gradients
 from qwen3_npu.model.spec import Parts, block_spec
 
 
@@ -51,6 +52,11 @@ class Qwen3Model(GPTModel):
             self.score = RewardHead(config, self.pg_collection.tp, seed=parts.seed, lora=parts.lora.on)
         if pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
+        if parts.kernels.add_weight_gradient is not reference.add_weight_gradient:
+            fuse_weight_gradients(self, parts.kernels.add_weight_gradient)
+            # torch recomputes chunks of the loss with copies of the weights, which have no marks.
+            if post_process and self.loss_chunk and not arch.reward:
+                self.output_layer.gradient_accumulation_fusion = False
 
     def _postprocess(
         self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: object

@@ -96,15 +96,16 @@ class CachedSequence(TokenSequence):
         return torch.tensor([k.start for k in self.kept], device=self.positions.device)
 
     @functools.cached_property
-    def longest(self) -> int:
-        return max(k.start + k.length for k in self.kept)
+    def ends(self) -> list[int]:
+        """Tokens of each sequence, with the new ones."""
+        return [k.start + k.length for k in self.kept]
 
     @functools.cached_property
     def visible(self) -> torch.Tensor | None:
         """[sequences, longest] bool: which keys each sequence has; None if they are equally long."""
         if len({k.start for k in self.kept}) == 1:
             return None
-        return torch.arange(self.longest, device=self.positions.device) <= self.lengths.unsqueeze(1)
+        return torch.arange(max(self.ends), device=self.positions.device) <= self.lengths.unsqueeze(1)
 
     @functools.cached_property
     def slots(self) -> torch.Tensor:
@@ -122,8 +123,10 @@ class CachedSequence(TokenSequence):
             else:
                 keys[self.slots, :, self.lengths] = k[:, 0]
                 values[self.slots, :, self.lengths] = v[:, 0]
-            own = slice(0, len(self.kept)), slice(None), slice(0, self.longest)
-            return kernels.decode_attention(q[:, 0], keys[own], values[own], self.visible, scale=scale).unsqueeze(1)
+            rows = len(self.kept)
+            return kernels.decode_attention(
+                q[:, 0], keys[:rows], values[:rows], self.visible, lengths=self.ends, scale=scale
+            ).unsqueeze(1)
         out, first = [], 0
         for slot, start, length in self.kept:
             new, stored, end = slice(first, first + length), slice(start, start + length), start + length

@@ -22,6 +22,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
     def __init__(self, *sizes: object, kernels: Kernels, **options: object) -> None:
         super().__init__(*sizes, **options)
         self.kernels = kernels
+        self.known_counts: torch.Tensor | None = None
         self.is_even = self.config.moe_expert_capacity_factor is None
         self.is_alone = self.is_even and self.ep_size * self.tp_size == 1
 
@@ -29,7 +30,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         """Tokens of each of this rank's experts, [experts] int64 on the device, from [t, all experts] bool."""
         if not self.is_even:
             return super().preprocess(routing_map)
-        counts = routing_map.sum(0)
+        counts = routing_map.sum(0) if self.known_counts is None else self.known_counts
         self.num_out_tokens = len(routing_map) * self.config.moe_router_topk
         if self.is_alone:
             return counts
@@ -99,7 +100,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class MoE(MoELayer):
-    """megatron's MoE layer with the dispatcher above."""
+    """megatron's MoE layer with the dispatcher above, which gets from the router what that has computed already."""
 
     def __init__(self, *sizes: object, kernels: Kernels, **options: object) -> None:
         options.setdefault("pg_collection", get_default_pg_collection())
@@ -112,3 +113,12 @@ class MoE(MoELayer):
                 pg_collection=options["pg_collection"],
                 kernels=kernels,
             )
+
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows for the experts, and their router weights, from the hidden state that the router has passed on."""
+        if isinstance(self.token_dispatcher, Dispatcher):
+            self.token_dispatcher.known_counts = self.router.counts
+        passed, self.router.hidden = self.router.hidden, None
+        return super().preprocess(hidden_states if passed is None else passed, probs, routing_map)

@@ -58,8 +58,5 @@ def run_layers(block: TransformerBlock, hidden: torch.Tensor, sequence: TokenSeq
     for layer in block.layers:
         if isinstance(layer, NoopLayer):
             continue
-        attended, _ = layer.self_attention(layer.input_layernorm(hidden), packed_seq_params=sequence)
-        hidden = hidden + attended
-        moved, _ = layer.mlp(layer.pre_mlp_layernorm(hidden))
-        hidden = hidden + moved
+        hidden = layer.computed(hidden, sequence)
     return hidden if block.final_layernorm is None else block.final_layernorm(hidden)

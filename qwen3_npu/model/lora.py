@@ -29,7 +29,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.experts import GroupedExperts, is_like_dense
-from qwen3_npu.model.modules import mark
+from qwen3_npu.model.modules import mark, weight_gradient
 
 
 class _Weight(torch.nn.Module):
@@ -54,6 +54,43 @@ def _draw(weight: torch.Tensor, args: LoraArgs, columns: int) -> None:
         weight.data.uniform_(-bound, bound)
 
 
+class _Adapted(torch.autograd.Function):
+    """x W^T + scale x A^T B^T (+ residual), W frozen: three products forward, five backward, and nothing else.
+
+    The narrow product is kept with its factor, which the gradient of B needs and addmm applies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        residual: torch.Tensor | None,
+        linear: LoraLinear,
+    ) -> torch.Tensor:
+        rows, base = x.flatten(0, -2), linear.base_layer.weight
+        narrow = torch.addmm(a[:, 0], rows, a.t(), beta=0, alpha=linear.scale)
+        out = rows @ base.t() if residual is None else torch.addmm(residual.flatten(0, -2), rows, base.t())
+        out.addmm_(narrow, b.t())
+        ctx.save_for_backward(rows, narrow)
+        ctx.weights, ctx.linear, ctx.shape = (base, a, b), linear, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        rows, narrow = ctx.saved_tensors
+        base, a, b = ctx.weights
+        add = ctx.linear.add_weight_gradient
+        d_out, dx = grad.flatten(0, -2), None
+        d_narrow = torch.addmm(b[0], d_out, b, beta=0, alpha=ctx.linear.scale)
+        if ctx.needs_input_grad[0]:
+            dx = (d_out @ base).addmm_(d_narrow, a).view(ctx.shape)
+        da, db = (weight_gradient(*pair, add) for pair in ((a, rows, d_narrow), (b, narrow, d_out)))
+        d_residual = grad if ctx.needs_input_grad[3] else None
+        return dx, da, db, d_residual, None
+
+
 class LoraLinear(MegatronModule):
     """A frozen column- or row-parallel linear with its adapter.
 
@@ -61,9 +98,12 @@ class LoraLinear(MegatronModule):
     product A x: no tensor of the output's size is made beside the output itself.
     """
 
-    def __init__(self, *sizes: int, linear: type, args: LoraArgs, **options: object) -> None:
+    def __init__(
+        self, *sizes: int, linear: type, args: LoraArgs, add_weight_gradient: Callable, **options: object
+    ) -> None:
         """Args: linear: the base layer's class; `sizes` and `options` are its own arguments."""
         super().__init__(config=options["config"])
+        self.add_weight_gradient = add_weight_gradient
         self.base_layer = base = linear(*sizes, **options)
         self.by_output = isinstance(base, ColumnParallelLinear)
         self.scale, self.dropout = args.scale, args.lora_dropout
@@ -91,8 +131,22 @@ class LoraLinear(MegatronModule):
             mark(weight, sequence_parallel=self.sequence_parallel)
         return _Weight(weight)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the base layer: [s, b, in] -> [s, b, out], and the bias that is still to be added, if it has one."""
+    @property
+    def is_one_function(self) -> bool:
+        """Whether adapter and base are computed as one: nothing is exchanged between the products, nothing dropped."""
+        drops = self.training and self.dropout > 0.0
+        return self.enabled and not drops and self.group.size() == 1 and self.base_layer.bias is None
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the base layer: [s, b, in] -> [s, b, out], and the bias that is still to be added, if it has one.
+
+        Args:
+            residual: [s, b, out], added to the output; only with `is_one_function`.
+        """
+        if self.is_one_function:
+            return _Adapted.apply(x, self.lora_A["default"](), self.lora_B["default"](), residual, self), None
         out, bias = self.base_layer(x)
         if not self.enabled:
             return out, bias

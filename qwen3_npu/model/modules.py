@@ -1,12 +1,22 @@
-"""Small modules of the layer: norm, activation, MLP and no-op layer. Each calls one kernel."""
+"""Small modules of the layer: norm, activation, MLP and no-op layer. Each calls one kernel.
+
+And the gradients of weights that go straight into megatron's sums over the micro-batches (`main_grad`).
+"""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import VocabParallelEmbedding, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    layers,
+)
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -22,8 +32,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.utils import get_pg_rank
 
+from qwen3_npu.kernels import reference
+from qwen3_npu.model.sequence import TokenSequence
 
-def mark(parameter: torch.nn.Parameter, **marks: bool) -> None:
+
+def mark(parameter: torch.Tensor, **marks: bool) -> None:
     """Set the attributes by which megatron-core tells parameters apart.
 
     Args:
@@ -64,13 +77,32 @@ class SwiGLU(torch.nn.Module):
         return self.kernel(x)
 
 
-class RecomputedMLP(MLP):
-    """An MLP that keeps the input of its activation but not the output (--recompute-activation-function)."""
+class DenseMLP(MLP):
+    """megatron's MLP: linear, activation, linear.
 
-    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+    Attributes:
+        recompute: keep the input of the activation but not the output (--recompute-activation-function).
+    """
+
+    def __init__(self, *sizes: Any, recompute: bool = False, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.recompute = recompute
+
+    @property
+    def adds_residual(self) -> bool:
+        """Whether the last product can add the residual itself."""
+        return getattr(self.linear_fc2, "is_one_function", False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Args: residual: added to the output, where `adds_residual`."""
         wide, _ = self.linear_fc1(hidden_states)
+        options = {} if residual is None else {"residual": residual}
+        if not self.recompute:
+            return self.linear_fc2(self.activation_func(wide), **options)
         kept = CheckpointWithoutOutput()
-        out, bias = self.linear_fc2(kept.checkpoint(self.activation_func, wide))
+        out, bias = self.linear_fc2(kept.checkpoint(self.activation_func, wide), **options)
         kept.discard_output_and_register_recompute(out)
         return out, bias
 
@@ -98,9 +130,18 @@ class Layer(TransformerLayer):
     megatron-core 0.16.1 passes a mask of its own to the layers, but shards it for sequence parallelism on the first
     stage only,
     and forgets it in the layers that `--recompute-method block` does not recompute.
+
+    The sum of the residual and of the attention, and the norm of it, are one kernel.
     """
 
-    def forward(self, *args: object, **others: object) -> tuple:
+    def __init__(self, *sizes: Any, add_rms_norm: Callable, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.add_rms_norm = add_rms_norm
+        # What recomputes a norm, or drops before the sum, needs the two apart.
+        recomputes = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm or self.recompute_mlp
+        self.is_plain = not recomputes and self.hidden_dropout == 0.0
+
+    def forward(self, *args: Any, **others: Any) -> tuple:
         """As megatron's."""
         padding = getattr(others.get("packed_seq_params"), "padding", None)
         if padding is not None:
@@ -108,7 +149,55 @@ class Layer(TransformerLayer):
                 group = self.pg_collection.tp
                 padding = padding.chunk(group.size(), dim=1)[group.rank()]
             others["padding_mask"] = padding
-        return super().forward(*args, **others)
+        if not self.is_plain:
+            return super().forward(*args, **others)
+        hidden = args[0] if args else others["hidden_states"]
+        return self.computed(hidden, others["packed_seq_params"], padding_mask=padding), others.get("context")
+
+    def computed(self, hidden: torch.Tensor, sequence: TokenSequence, **masks: torch.Tensor | None) -> torch.Tensor:
+        """The layer's output [s, b, hidden] (s / TP under sequence parallelism), without dropout.
+
+        Args:
+            masks: `padding_mask` for a mixture of experts.
+        """
+        attended, bias = self.self_attention(self.input_layernorm(hidden), packed_seq_params=sequence)
+        if bias is not None:
+            attended = attended + bias
+        norm = self.pre_mlp_layernorm
+        normed, hidden = self.add_rms_norm(attended, hidden, norm.weight, norm.eps)
+        if getattr(self.mlp, "adds_residual", False):
+            return self.mlp(normed, residual=hidden)[0]
+        moved, _ = self.mlp(normed, **masks)
+        return hidden + moved
+
+
+def weight_gradient(
+    weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor, add_weight_gradient: Callable
+) -> torch.Tensor:
+    """What autograd gets for a linear's weight: grad^T x, or an empty tensor if that is in megatron's sum already.
+
+    Args:
+        weight: [out, in], a parameter; x: [rows, in]; grad: [rows, out].
+        add_weight_gradient: the kernel; the reference leaves the sum to megatron.
+    """
+    total = getattr(weight, "main_grad", None)
+    if total is None or add_weight_gradient is reference.add_weight_gradient:
+        return (grad.t() @ x).to(weight.dtype)
+    add_weight_gradient(x, grad, total)
+    vars(weight)["grad_added_to_main_grad"] = True
+    return torch.empty_like(weight)
+
+
+def fuse_weight_gradients(model: torch.nn.Module, kernel: Callable) -> None:
+    """Let the linears add their weights' gradients with `kernels.add_weight_gradient`.
+
+    megatron-core has the seam, `gradient_accumulation_fusion`, and looks for apex's extension under a name of its own.
+    """
+    names = ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16")  # the dtype of the sum; the kernel takes both
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(**dict.fromkeys(names, kernel))
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module.gradient_accumulation_fusion = True
 
 
 class NoopLayer(MegatronModule, BaseTransformerLayer):

@@ -10,9 +10,11 @@ tokens of all layers), and those of the micro-batches of a step are averaged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import (
@@ -25,6 +27,68 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from qwen3_npu.kernels import reference
+from qwen3_npu.model.modules import weight_gradient
+
+
+class _Gate(torch.autograd.Function):
+    """Logits of the experts, and the hidden state itself: what else happens to it has its gradient added in addmm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, add_weight_gradient: Callable
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        ctx.weight, ctx.dtype, ctx.add_weight_gradient = weight, dtype, add_weight_gradient
+        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype)), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, grad_x: torch.Tensor) -> tuple:
+        (x,), weight, dtype = ctx.saved_tensors, ctx.weight, ctx.dtype
+        grad = grad.flatten(0, -2)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            if dtype == grad_x.dtype:
+                dx = torch.addmm(grad_x.flatten(0, -2), grad, weight).view(grad_x.shape)
+            else:
+                dx = grad_x + (grad @ weight.to(dtype)).to(grad_x.dtype).view(grad_x.shape)
+        if ctx.needs_input_grad[1]:
+            dw = weight_gradient(weight, x.flatten(0, -2).to(dtype), grad, ctx.add_weight_gradient)
+        return dx, dw, None, None
+
+
+class _Choice(torch.autograd.Function):
+    """The choice of the experts of each token, and the balancing loss's gradient.
+
+    The softmax over a token's chosen logits is one over all of them, where the others are -inf: weights and map
+    [tokens, experts] come without scattering the weights, and their gradient without gathering it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, router: Router, is_counted: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values, chosen = logits.topk(router.topk)
+        alone = torch.full_like(logits, float("-inf")).scatter_(1, chosen, values)
+        probs, routing_map = torch.softmax(alone, -1), alone != float("-inf")
+        counts = routing_map.sum(0)
+        ctx.mark_non_differentiable(routing_map, counts)
+        ctx.set_materialize_grads(False)  # of those two, there is none
+        ctx.router = router if is_counted and router.get_aux_loss_coeff("aux_loss") > 0 else None
+        if ctx.router is None:
+            ctx.save_for_backward(probs)
+        else:
+            ctx.save_for_backward(probs, logits, router.counts_of_all(counts).float())
+        return probs, routing_map, counts
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: None) -> tuple:
+        probs, *balanced = ctx.saved_tensors
+        d_logits = torch._softmax_backward_data(grad, probs, -1, probs.dtype)
+        if ctx.router is not None:
+            d_logits.addcmul_(*ctx.router.balance_gradient(*balanced))
+        return d_logits, None, None
 
 
 class Router(TopKRouter):
@@ -43,18 +107,30 @@ class Router(TopKRouter):
         tokens: [experts] int64, tokens sent to each expert since the last `take_counts`, as are the others.
         dropped: int64, choices that a capacity dropped.
         balance_loss: this rank's share of the balancing loss, before its coefficient, added up over micro-batches.
+        balance_rows: the same before the tokens are added up, [tokens of a micro-batch].
         micro_batches: this rank's share of those.
+        hidden, counts: of the last micro-batch: what it was given, for the dispatcher (see `_Gate`), and how many
+            tokens each expert got, [experts] int64, None if not all tokens count.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        add_weight_gradient: Callable = reference.add_weight_gradient,
+    ) -> None:
         super().__init__(config, pg_collection)
+        self.add_weight_gradient = add_weight_gradient
         if not config.use_cpu_initialization:
             self.cuda(torch.cuda.current_device())  # megatron makes the weight on the host and leaves it there
         self.loss_weight: float | torch.Tensor = 1.0
         self.tokens = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=self.weight.device)
         self.dropped = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         self.balance_loss = torch.zeros((), device=self.weight.device)
+        self.balance_rows = torch.zeros(0, device=self.weight.device)
         self.micro_batches = 0.0
+        self.hidden: torch.Tensor | None = None
+        self.counts: torch.Tensor | None = None
 
     @property
     def has_losses(self) -> bool:
@@ -64,7 +140,8 @@ class Router(TopKRouter):
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [s, b, experts], in the dtype that --moe-router-dtype asks for."""
         dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
-        return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype))
+        logits, self.hidden = _Gate.apply(input, self.weight, dtype, self.add_weight_gradient)
+        return logits
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -76,6 +153,14 @@ class Router(TopKRouter):
         """
         logits = logits.view(-1, self.config.num_moe_experts)
         padding = None if padding_mask is None else padding_mask.reshape(-1)
+        # A recomputed layer runs twice, the first time without gradients.
+        is_counted = self.training and torch.is_grad_enabled()
+        if padding is None and self.is_plain:
+            probs, routing_map, self.counts = _Choice.apply(logits, self, is_counted)
+            if is_counted:
+                self.tokens += self.counts
+            return probs, routing_map
+        self.counts = None
         probs, routing_map = topk_routing_with_score_function(
             logits, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax, score_function=self.score_function
         )
@@ -83,8 +168,7 @@ class Router(TopKRouter):
         has_capacity = self.config.moe_expert_capacity_factor is not None
         if has_capacity:
             probs, routing_map = self._drop(probs, chosen, padding)
-        # A recomputed layer runs twice, the first time without gradients.
-        if not (self.training and torch.is_grad_enabled()):
+        if not is_counted:
             return probs, routing_map
         if has_capacity:
             kept = routing_map & chosen  # with --moe-pad-expert-input-to-capacity the map has more
@@ -92,6 +176,42 @@ class Router(TopKRouter):
             chosen = kept
         self.tokens += chosen.sum(0)
         return self._with_losses(probs, logits, padding), routing_map
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the choice is `_Choice`'s: no capacity, no z loss, weights by a softmax over the chosen."""
+        config = self.config
+        is_softmax = self.score_function == "softmax" and not config.moe_router_pre_softmax
+        return is_softmax and config.moe_expert_capacity_factor is None and not config.moe_z_loss_coeff
+
+    def counts_of_all(self, counts: torch.Tensor) -> torch.Tensor:
+        """Tokens of each expert in the whole micro-batch, of which a rank may hold a part."""
+        if self.tp_cp_group.size() == 1:
+            return counts
+        counts = counts.clone()
+        dist.all_reduce(counts, group=self.tp_cp_group)
+        return counts
+
+    def balance_gradient(self, logits: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two factors of the gradient of the balancing loss, and its value into `balance_rows`.
+
+        Args:
+            logits: [tokens, experts] of this rank; counts: `counts_of_all`, float32.
+
+        Returns:
+            [tokens, experts] float32, and what weights it, a scalar.
+        """
+        config, ranks = self.config, self.tp_cp_group.size()
+        total = len(logits) * ranks
+        factor = config.num_moe_experts / (self.topk * total * total)
+        scores = torch.softmax(logits, -1, dtype=torch.float32)
+        if len(self.balance_rows) != len(logits):
+            self.balance_loss += self.balance_rows.sum()
+            self.balance_rows = scores.new_zeros(len(logits))
+        self.balance_rows.addmv_(scores, counts, alpha=factor)
+        self.micro_batches += 1 / ranks
+        gradient = torch._softmax_backward_data(counts.expand_as(scores), scores, -1, torch.float32)
+        return gradient, _weight(factor * self.get_aux_loss_coeff("aux_loss"), self.loss_weight, gradient.device)
 
     def _drop(
         self, probs: torch.Tensor, chosen: torch.Tensor, padding: torch.Tensor | None
@@ -157,11 +277,30 @@ class Router(TopKRouter):
     def take_counts(self) -> torch.Tensor:
         """[experts + 3] float32: `tokens`, `dropped`, `balance_loss`, `micro_batches`; they are reset to 0."""
         micro_batches = torch.full_like(self.balance_loss, self.micro_batches)
-        counts = [self.tokens.float(), torch.stack([self.dropped.float(), self.balance_loss, micro_batches])]
-        for count in (self.tokens, self.dropped, self.balance_loss):
+        balance_loss = self.balance_loss + self.balance_rows.sum()
+        counts = [self.tokens.float(), torch.stack([self.dropped.float(), balance_loss, micro_batches])]
+        for count in (self.tokens, self.dropped, self.balance_loss, self.balance_rows):
             count.zero_()
         self.micro_batches = 0.0
         return torch.cat(counts)
+
+
+# What the last gradient of a balancing loss was weighted by: the layers of a micro-batch share it.
+_weights: dict[tuple, tuple[torch.Tensor, Any]] = {}
+
+
+def _weight(factor: float, loss_weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """factor x loss_weight x the scale that megatron's schedule tells the auxiliary losses, a scalar on the device."""
+    scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+    version = None if scale is None else scale._version  # megatron writes new scales into the same tensor
+    key = factor, id(loss_weight), id(scale), version, device
+    if key not in _weights:
+        _weights.clear()
+        weight = loss_weight * factor
+        if not isinstance(weight, torch.Tensor):
+            weight = torch.full((), weight, device=device)
+        _weights[key] = weight if scale is None else weight * scale, (loss_weight, scale)
+    return _weights[key][0]
 
 
 def routers(chunks: Iterable[torch.nn.Module]) -> list[Router]:

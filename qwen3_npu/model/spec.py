@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerLayerSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -23,7 +24,7 @@ from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
 from qwen3_npu.model.dispatcher import MoE
 from qwen3_npu.model.experts import GroupedExperts
 from qwen3_npu.model.lora import LoraExperts, LoraLinear
-from qwen3_npu.model.modules import Layer, NoopLayer, RecomputedMLP, RMSNorm, SwiGLU
+from qwen3_npu.model.modules import DenseMLP, Layer, NoopLayer, RMSNorm, SwiGLU
 from qwen3_npu.model.router import Router
 
 
@@ -58,14 +59,15 @@ def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
             "output_bias": arch.family.o_bias,
         },
         submodules=AttentionSubmodules(
-            linear_qkv=_linear("linear_qkv", ColumnParallelLinear, parts.lora),
-            linear_proj=_linear("linear_proj", RowParallelLinear, parts.lora),
+            linear_qkv=_linear("linear_qkv", ColumnParallelLinear, parts),
+            linear_proj=_linear("linear_proj", RowParallelLinear, parts),
             q_layernorm=norm if arch.family.qk_norm else IdentityOp,
             k_layernorm=norm if arch.family.qk_norm else IdentityOp,
         ),
     )
     return ModuleSpec(
         Layer,
+        params={"add_rms_norm": kernels.add_rms_norm},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
@@ -86,19 +88,21 @@ def block_spec(arch: Qwen3Arch, parts: Parts, layers: Sequence[int]) -> Transfor
     )
 
 
-def _linear(name: str, linear: type, lora: LoraArgs) -> ModuleSpec | type:
+def _linear(name: str, linear: type, parts: Parts) -> ModuleSpec | type:
+    lora = parts.lora
     if lora.on and name in lora.lora_target_modules:
-        return ModuleSpec(LoraLinear, params={"linear": linear, "args": lora})
+        add = parts.kernels.add_weight_gradient
+        return ModuleSpec(LoraLinear, params={"linear": linear, "args": lora, "add_weight_gradient": add})
     return linear
 
 
 def _mlp(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
     return ModuleSpec(
-        RecomputedMLP if parts.recompute_activation else MLP,
-        params={"ffn_hidden_size": arch.intermediate_size},
+        DenseMLP,
+        params={"ffn_hidden_size": arch.intermediate_size, "recompute": parts.recompute_activation},
         submodules=MLPSubmodules(
-            linear_fc1=_linear("linear_fc1", ColumnParallelLinear, parts.lora),
-            linear_fc2=_linear("linear_fc2", RowParallelLinear, parts.lora),
+            linear_fc1=_linear("linear_fc1", ColumnParallelLinear, parts),
+            linear_fc2=_linear("linear_fc2", RowParallelLinear, parts),
             activation_func=ModuleSpec(SwiGLU, params={"kernel": parts.kernels.swiglu}),
         ),
     )
@@ -109,5 +113,6 @@ def _experts(parts: Parts) -> ModuleSpec:
     experts = ModuleSpec(GroupedExperts, params=params)
     if parts.lora.on and {"linear_fc1", "linear_fc2"} & set(parts.lora.lora_target_modules):
         experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora})
-    submodules = MoESubmodules(experts=experts, router=Router)
+    router = functools.partial(Router, add_weight_gradient=parts.kernels.add_weight_gradient)
+    submodules = MoESubmodules(experts=experts, router=router)
     return ModuleSpec(MoE, params={"kernels": parts.kernels}, submodules=submodules)

@@ -50,8 +50,8 @@ def _norms(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float
         before, outputs = float(h * width), 0  # the input only
     else:
         before = _norm_inputs(setup, kernels, h)
-        # The permutation of torch_npu keeps its input; elsewhere the router does, whose weight LoRA freezes.
-        second = (kernels == NPU or not setup.lora_rank) if has_experts else _keeps_input(setup, "linear_fc1")
+        # The router keeps its input, unless LoRA freezes its weight.
+        second = not setup.lora_rank if has_experts else _keeps_input(setup, "linear_fc1")
         outputs = int(_keeps_input(setup, "linear_qkv")) + int(second)
     return setup.sharded_tokens * (2 * before + outputs * h * width)
 
@@ -59,16 +59,19 @@ def _norms(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float
 def _attention(shape: Shape, setup: Setup, kernels: str) -> float:
     heads, groups = shape.num_attention_heads / setup.tensor, shape.num_query_groups / setup.tensor
     query, key, size = shape.query_width / setup.tensor, shape.key_width / setup.tensor, shape.head_dim
-    kept = (query + 2 * key) + (query + key) + query  # qkv's output, rotated queries and keys, attention's output
+    product = query + 2 * key  # qkv's output
+    kept = (query + key) + query  # rotated queries and keys, attention's output
     per_head = 0.0
     if kernels == NPU:
-        kept += query  # laid out anew
-        kept += 0 if setup.packed or setup.recompute_attention else key  # values, laid out anew
+        # Of several rows, values are laid out anew; else attention keeps them where they are, in the product.
+        anew = not (setup.packed or setup.micro_batch == 1 or setup.recompute_attention)
+        kept += key if anew else 0
+        kept += product if shape.qk_norm or not anew else 0
         if shape.qk_norm:
-            kept += query + key  # the rotation keeps its input, which else is part of what stands above
             per_head = (heads + groups) * _FLOAT
         stats = 64  # largest score and sum, eight float32 copies each
     else:
+        kept += product
         kept += query if setup.packed else 0  # the documents' outputs, joined
         if shape.qk_norm:
             per_head = (heads + groups) * _norm_inputs(setup, kernels, size)
@@ -97,8 +100,10 @@ def _experts(shape: Shape, setup: Setup, kernels: str) -> float:
     if not setup.recompute_activation:  # the activation, and it times probabilities
         sides += 1 + int(always or _keeps_input(setup, "linear_fc2"))
     indices = 3 * 4 if kernels == NPU else 8
-    routing = rows * (indices + width + 8 + _FLOAT)  # places, probabilities; chosen experts and their softmax
-    routing += setup.sharded_tokens * shape.num_experts * (1 if kernels == NPU else 1 + width)  # the map
+    routing = rows * (indices + width)  # places, probabilities
+    # The router's weights and the map; the permutation keeps the weights turned, or the products their groups.
+    routing += setup.sharded_tokens * shape.num_experts * (1 + width * (1 if kernels == NPU else 2))
+    routing += 8 * shape.num_experts / setup.expert if kernels == NPU else 0
     shared = setup.tokens * (shape.gate_factor + 1) * shape.moe_shared_ffn / setup.tensor * width
     return rows * (inputs + sides * ffn) * width + routing + shared
 

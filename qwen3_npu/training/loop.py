@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu import kernels, log
@@ -40,7 +39,7 @@ from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continue
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
 from qwen3_npu.training.guard import NanGuard
-from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, finalize_gradients, wrap_model
 from qwen3_npu.training.preference import preference_objective
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
@@ -117,7 +116,7 @@ class Trainer:
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
-        config.finalize_model_grads_func = here.in_phase("reduce", finalize_model_grads)
+        config.finalize_model_grads_func = here.in_phase("reduce", finalize_gradients)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
@@ -50,6 +55,8 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
     )
     optimizer = get_megatron_optimizer(config, list(chunks))
     for part in parts(optimizer):
+        if bf16:
+            part._copy_main_params_to_model_params = functools.partial(_copy_to_model, part)
         for group in part.optimizer.param_groups:
             group["fused"] = True  # one pass over each tensor instead of a dozen
             for parameter in group["params"]:
@@ -59,6 +66,39 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
     return optimizer
+
+
+def _copy_to_model(part: MegatronOptimizer) -> None:
+    """float32 masters into the model's weights: megatron's method of this name, as one operation for all tensors."""
+    if part.is_stub_optimizer:
+        return
+    if not isinstance(part, DistributedOptimizer):
+        torch._foreach_copy_(*part._get_model_and_main_params_data_float16())
+        return
+    masters = itertools.chain(*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups)
+    weights = itertools.chain(*part.model_float16_groups, *part.model_fp32_groups)
+    slices, sources = [], list(masters)
+    for weight in weights:
+        place = part._get_model_param_range_map(weight)["gbuf_world_in_bucket"]
+        buffer, _, bucket = part.model_param_gbuf_map[weight]
+        slices.append(part.buffers[buffer].buckets[bucket].param_data.view(-1)[place.start : place.end])
+    if sources:
+        torch._foreach_copy_(slices, sources)
+
+
+def finalize_gradients(
+    chunks: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **options: Any
+) -> None:
+    """megatron's finalize_model_grads. Its division reads the number of tokens on the host; this one does not."""
+    finalize_model_grads(chunks, None, **options)
+    if num_tokens is None:
+        return
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(num_tokens, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    dist.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    factor = 1.0 / num_tokens.clamp(min=1)
+    for chunk in chunks:
+        chunk.scale_gradients(factor)
 
 
 def gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> torch.Tensor:

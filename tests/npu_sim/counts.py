@@ -81,6 +81,18 @@ def row(world: World, name: str, models: dict[str, list[str]], tokens: str) -> t
     return f"{name:<9} | {layer} | {outside}", found
 
 
+def launched_by_a_layer(two: dict, four: dict) -> list[str]:
+    """Names of what one layer launches, by place: where a number of the table comes from."""
+    lines = []
+    for what in ("operations", "collectives"):
+        for place in counting.PLACES:
+            few, many = two[what][place], four[what][place]
+            names = {name: (many[name] - few.get(name, 0)) / 2 for name in many}
+            line = ", ".join(f"{name} {count:g}" for name, count in sorted(names.items()) if count)
+            lines += [f"{what} {place}: {line}"] if line else []
+    return lines
+
+
 def head() -> str:
     names = " ".join(f"{name:>8}" for name in COLUMNS)
     return f"{'':<9} | {names} | {names}\n"
@@ -114,11 +126,8 @@ def main(wanted: list[str]) -> None:
                     line, found = row(worlds[size], name, made, tokens)
                     lines.append(line)
                     print(device, line, flush=True)
-                    if wanted and device == "npu":
-                        print(
-                            *(f"{k}: {two} {four}" for k in found[0] for two, four in [(found[0][k], found[1][k])]),
-                            sep="\n",
-                        )
+                    if wanted:
+                        print(*(f"  {line}" for line in launched_by_a_layer(*found)), sep="\n", flush=True)
             for world in worlds.values():
                 world.stop()
             if not wanted:

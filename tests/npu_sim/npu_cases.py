@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,34 @@ def _block_difference(npu: Any, cu_seqlens: list[int] | None) -> float:
     return max((a.cpu() - b).abs().max().item() for a, b in zip(got, expected, strict=True))
 
 
+def _bf16_block_difference(npu: Any) -> float:
+    """A block of 16 bits whose merged output and gradient are float32, as ring attention has them."""
+    q, k, v = (_randn(20, 1, n, 16, seed=n).bfloat16() for n in (4, 2, 2))
+    options: dict[str, Any] = {"scale": 0.25, "cu_seqlens": None}
+    out, lse = reference.attention_block(q, k, v, **options)
+    saved = _randn(20, 1, 4, 16, seed=3), q, k, v
+    got = npu.attention_block_backward(*(x.npu() for x in saved), out=out.float().npu(), lse=lse.npu(), **options)
+    expected = reference.attention_block_backward(*saved, out=out.float(), lse=lse, **options)
+    assert all(x.dtype == torch.bfloat16 for x in got)
+    return max((a.cpu().float() - b.float()).abs().max().item() for a, b in zip(got, expected, strict=True))
+
+
+def _dropout_difference(npu: Any) -> float:
+    """Attention is linear in the values, with dropout, too: grad of v times v is grad of the output times the output.
+
+    And half of the weights, dropped, change the output.
+    """
+    q, k = (_randn(40, 1, 4, 16, seed=n).npu() for n in (0, 1))
+    v = _randn(40, 1, 4, 16, seed=2).npu().requires_grad_()
+    torch.npu.manual_seed(5)
+    out, whole = (npu.attention(q, k, v, scale=0.25, dropout=p) for p in (0.5, 0.0))
+    grad = _randn(40, 1, 4, 16, seed=7).npu()
+    (d_v,) = torch.autograd.grad(out, v, grad)
+    share = ((out - whole).abs().mean() / whole.abs().mean()).item()
+    assert 0.1 < share < 3, f"dropout changes the output by {share:.3f} of it"
+    return abs((d_v * v).sum().item() - (grad * out).sum().item()) / (grad * out).abs().sum().item()
+
+
 def _decode_difference(npu: Any, queries: int) -> float:
     q, k, v = (x.bfloat16() for x in (_randn(queries, 2, 4, 16), _randn(9, 2, 2, 16), _randn(9, 2, 2, 16, seed=1)))
     with torch.no_grad():
@@ -57,11 +86,10 @@ def _decode_difference(npu: Any, queries: int) -> float:
 def _cache_difference(npu: Any, lengths: list[int] | None) -> float:
     """One new token of each of two sequences against a part of their cache."""
     q, k, v = (x.bfloat16() for x in (_randn(2, 4, 16), _randn(2, 2, 9, 16), _randn(2, 2, 9, 16, seed=1)))
+    ends = lengths or [7, 7]
     visible = None if lengths is None else torch.arange(7) < torch.tensor(lengths)[:, None]
-    part = slice(None), slice(None), slice(0, 7)
-    on_npu = None if visible is None else visible.npu()
-    got = npu.decode_attention(q.npu(), k.npu()[part], v.npu()[part], on_npu, scale=0.25).cpu()
-    exact = reference.decode_attention(q.float(), k.float()[part], v.float()[part], visible, scale=0.25)
+    got = npu.decode_attention(q.npu(), k.npu(), v.npu(), None, lengths=ends, scale=0.25).cpu()
+    exact = reference.decode_attention(q.float(), k.float(), v.float(), visible, lengths=ends, scale=0.25)
     return (got.float() - exact).abs().max().item()
 
 
@@ -90,6 +118,54 @@ def _there_and_back(module: Any) -> Callable:
     return function
 
 
+def _old_permute_difference(npu: Any) -> float:
+    """Router weights in float32 beside tokens of 16 bits, which torch_npu 2.7's operation refuses."""
+    import torch_npu
+
+    tokens, routing_map = _randn(4, 8).bfloat16(), torch.eye(4, dtype=torch.bool)
+    probs = torch.full((4, 4), 0.3)
+    with unittest.mock.patch.object(torch_npu, "__version__", "2.7.1.post2"):
+        rows, weights, _ = npu.permute(tokens.npu(), routing_map.npu(), probs.npu(), 4)
+    assert weights.dtype == torch.bfloat16
+    return max((rows.cpu() - tokens).abs().max().item(), (weights.cpu() - probs[0].bfloat16()).abs().max().item())
+
+
+def _both(add_rms_norm: Callable) -> Callable:
+    """Both results as one tensor."""
+    return lambda *inputs, eps: torch.cat(add_rms_norm(*inputs, eps))
+
+
+def _gradient_difference(npu: Any, dtype: torch.dtype) -> float:
+    """Of a sum that is not 0 before; products of 16-bit numbers are not rounded before they are added to it."""
+    x, grad, total = _randn(20, 6).to(dtype), _randn(20, 8).to(dtype), _randn(8, 6)
+    got = total.npu()
+    npu.add_weight_gradient(x.npu(), grad.npu(), got)
+    return (got.cpu() - (total + grad.float().t() @ x.float())).abs().max().item()
+
+
+def _norm_sum_difference(npu: Any) -> float:
+    """What a norm leaves to megatron where the weight has a sum of its gradients: nothing, it is in the sum."""
+    x, total = _randn(5, 16).bfloat16(), _randn(16)
+    weight = torch.nn.Parameter(torch.ones(16, dtype=torch.bfloat16, device="npu"))
+    weight.main_grad, weight.grad_added_to_main_grad = total.npu(), False
+    npu.rms_norm(x.npu(), weight, 1e-6).sum().backward()
+    expected = total + torch.nn.functional.rms_norm(x.float(), (16,)).sum(0)
+    assert weight.grad_added_to_main_grad
+    return (weight.main_grad.cpu() - expected).abs().max().item()
+
+
+def _grouped_sum_difference(npu: Any) -> float:
+    """The same of experts' weights, which are handed over as a view."""
+    counts, x, total = torch.tensor([3, 0, 4, 2]), _randn(9, 8).bfloat16(), _randn(8, 24)
+    weight = torch.nn.Parameter(_randn(8, 24, seed=5).bfloat16().npu())
+    weight.main_grad, weight.grad_added_to_main_grad = total.npu(), False
+    npu.grouped_matmul(counts.npu())(x.npu(), weight.view(4, 8, 6)).sum().backward()
+    rows = torch.stack([part.float().sum(0) for part in x.split(counts.tolist())])
+    assert weight.grad_added_to_main_grad
+    expected = total + rows.unsqueeze(-1).expand(4, 8, 6).reshape(8, 24)
+    return (weight.main_grad.cpu() - expected).abs().max().item()
+
+
 def _measurements(npu: Any) -> dict[str, Callable[[], float]]:
     q, k, v = _randn(17, 2, 4, 16), _randn(17, 2, 2, 16, seed=1), _randn(17, 2, 2, 16, seed=2)
     packed = _randn(20, 1, 4, 16), _randn(20, 1, 2, 16, seed=1), _randn(20, 1, 2, 16, seed=2)
@@ -102,19 +178,48 @@ def _measurements(npu: Any) -> dict[str, Callable[[], float]]:
         "attention block, full": lambda: _block_difference(npu, None),
         "attention block, causal": lambda: _block_difference(npu, [0, 20]),
         "attention block, packed": lambda: _block_difference(npu, [0, 7, 13, 20]),
+        "attention, dropout": lambda: _dropout_difference(npu),
+        "attention block, 16 bits": lambda: _bf16_block_difference(npu),
         "decode, one query": lambda: _decode_difference(npu, 1),
         "decode, three queries": lambda: _decode_difference(npu, 3),
         "decode from a cache": lambda: _cache_difference(npu, None),
         "decode from a cache, lengths": lambda: _cache_difference(npu, [7, 3]),
         "rms_norm": lambda: _difference(npu.rms_norm, reference.rms_norm, q, 1 + _randn(16), eps=1e-6),
+        "rms_norm, another epsilon": lambda: _difference(npu.rms_norm, reference.rms_norm, q, 1 + _randn(16), eps=1e-2),
+        "rms_norm, into the sum": lambda: _norm_sum_difference(npu),
+        "add_rms_norm": lambda: _difference(
+            _both(npu.add_rms_norm),
+            _both(reference.add_rms_norm),
+            q,
+            _randn(17, 2, 4, 16, seed=4),
+            1 + _randn(16),
+            eps=1e-2,
+        ),
+        "add_weight_gradient": lambda: _gradient_difference(npu, torch.float32),
+        "add_weight_gradient, bf16": lambda: _gradient_difference(npu, torch.bfloat16),
         "rotary": lambda: _difference(_rotary(npu), _rotary(reference), q),
         "swiglu": lambda: _difference(npu.swiglu, reference.swiglu, q),
         "grouped_matmul": lambda: _grouped_difference(npu, [3, 0, 4, 2]),
         "grouped_matmul, no rows": lambda: _grouped_difference(npu, [0, 0, 0, 0]),
+        "permute, torch_npu 2.7": lambda: _old_permute_difference(npu),
+        "grouped_matmul, into the sum": lambda: _grouped_sum_difference(npu),
+        "attention, one row": lambda: _difference(*attention, *(x[:, :1] for x in (q, k, v)), scale=0.25),
         "permute and unpermute": lambda: _difference(
             _there_and_back(npu), _there_and_back(reference), _randn(9, 8), _randn(9, 4).softmax(-1)
         ),
     }
+
+
+def _changed(modules: tuple[types.ModuleType, types.ModuleType], old: str, new: str) -> types.ModuleType:
+    """kernels/npu.py as it were if a piece of it, or of npu_gradients.py, read otherwise."""
+    sources = [Path(str(module.__file__)).read_text() for module in modules]
+    found = [source.count(old) for source in sources]
+    assert sorted(found) == [0, 1], f"{old!r} is {found} times in {modules}"
+    changed = types.ModuleType("changed")
+    for source in sources:  # both become one module, of which the first takes the second to be
+        exec(compile(source.replace(old, new), "changed", "exec"), changed.__dict__)
+    vars(changed)["npu_gradients"] = changed
+    return changed
 
 
 def kernel_differences(
@@ -123,15 +228,12 @@ def kernel_differences(
     """Each kernel against the reference: the largest difference, or what was raised.
 
     Args:
-        change: a piece of kernels/npu.py's text and what to put in its place, first.
+        change: a piece of the kernels' text and what to put in its place, first.
     """
-    from qwen3_npu.kernels import npu
+    from qwen3_npu.kernels import npu, npu_gradients
 
     if change is not None:
-        text = Path(npu.__file__).read_text()
-        assert text.count(change[0]) == 1, f"{change[0]!r} is {text.count(change[0])} times in kernels/npu.py"
-        npu = types.ModuleType("changed")
-        exec(compile(text.replace(*change), "changed", "exec"), npu.__dict__)
+        npu = _changed((npu, npu_gradients), *change)
     npu._compressed_mask.cache_clear()
     with torch.inference_mode():  # what is made here once serves training, too
         npu._compressed_mask(world.device)
@@ -139,8 +241,8 @@ def kernel_differences(
     for name, measure in _measurements(npu).items():
         try:
             results[name] = measure()
-        except (RuntimeError, NotImplementedError) as error:
-            results[name] = str(error).splitlines()[0]
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            results[name] = (str(error) or repr(error)).splitlines()[0]
     return results
 
 

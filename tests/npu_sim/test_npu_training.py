@@ -133,8 +133,9 @@ def test_torch_npus_operations_serve(npu_worlds: dict[int, World], trainings: Tr
     expected = {
         "npu_fusion_attention": passes,
         "npu_fusion_attention_grad": passes,
-        "npu_rms_norm": 4 * passes + micro_batches,  # before attention and MLP, of queries and keys, and the last
-        "npu_rotary_mul": 2 * passes,
+        "npu_rms_norm": 3 * passes + micro_batches,  # before attention, of queries and keys, and the last
+        "npu_add_rms_norm": passes,  # before the MLP
+        "npu_rotary_mul": 2 * 2 * passes,  # forward and back
         "npu_swiglu": passes,
         "npu_grouped_matmul": 2 * 3 * passes,  # forward, gradients of input and weight
         "npu_moe_token_permute_with_routing_map": passes,

@@ -35,11 +35,13 @@ class TokenizerFolder:
     Attributes:
         special: token -> number of every added token (`<|im_end|>`, `<think>`, ...).
         config: tokenizer_config.json.
+        unspoken: numbers of those that decoders leave out (`<|im_end|>`, not `<think>`): "special" in tokenizer.json.
     """
 
     path: Path
     special: Mapping[str, int]
     config: Mapping[str, Any]
+    unspoken: frozenset[int] = frozenset()
 
     @property
     def json_path(self) -> str:
@@ -119,13 +121,14 @@ def open_tokenizer(path: str) -> TokenizerFolder:
     file = folder / "tokenizer.json"
     config_file = folder / "tokenizer_config.json"
     try:
-        tokens = _added_tokens(schema.read_small(file).decode("utf-8"))
-        special = {token["content"]: schema.integer(token["id"], "id", least=0, most=2**31) for token in tokens}
+        added = _added_tokens(schema.read_small(file).decode("utf-8"))
+        numbers = {token["content"]: schema.integer(token["id"], "id", least=0, most=2**31) for token in added}
+        unspoken = frozenset(numbers[token["content"]] for token in added if token.get("special") is True)
         config = schema.read_record(config_file).fields if config_file.exists() else {}
     except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
         reason = printable(str(error)) or type(error).__name__
         raise UsageError(f"--tokenizer-name-or-path {path}: not a tokenizer ({reason})") from None
-    return TokenizerFolder(folder, special, config)
+    return TokenizerFolder(folder, numbers, config, unspoken)
 
 
 class Loading(NamedTuple):

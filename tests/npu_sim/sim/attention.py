@@ -13,7 +13,7 @@ import torch
 
 _INFINITE = 2**31 - 1
 _TRIANGLE = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
-_UNUSED = {"pse": None, "padding_mask": None, "keep_prob": 1.0, "inner_precise": 0, "prefix": None, "sink": None}
+_UNUSED = {"pse": None, "padding_mask": None, "inner_precise": 0, "prefix": None, "sink": None}
 _UNUSED |= {"dropout_mask": None, "pre_tockens": _INFINITE}
 
 
@@ -49,6 +49,9 @@ def _segments(
         d = tensors[0].shape[-1] // heads
         yield [x.unflatten(2, (-1, d)).permute(1, 2, 0, 3).float() for x in tensors]
         return
+    if layout == "BSND":
+        yield [x.transpose(1, 2).float() for x in tensors]
+        return
     starts = [0, *q_ends[:-1]], [0, *k_ends[:-1]]
     for q_range, k_range in zip(zip(starts[0], q_ends, strict=True), zip(starts[1], k_ends, strict=True), strict=True):
         ranges = [k_range if i in (1, 2) else q_range for i in range(len(tensors))]
@@ -59,6 +62,8 @@ def _back(parts: list[torch.Tensor], layout: str, like: torch.Tensor) -> torch.T
     """The reverse of `_segments` for results."""
     if layout == "SBH":
         return parts[0].permute(2, 0, 1, 3).flatten(2).to(like.dtype)
+    if layout == "BSND":
+        return parts[0].transpose(1, 2).to(like.dtype)
     return torch.cat([part[0].transpose(0, 1) for part in parts]).to(like.dtype)
 
 
@@ -67,7 +72,7 @@ def _stored(parts: list[torch.Tensor], layout: str, softmax_layout: str) -> torc
 
     TND without softmax_layout has the order NTD, within the shape of TND.
     """
-    if layout == "SBH":
+    if layout != "TND":
         return parts[0].expand(*parts[0].shape[:-1], 8).contiguous()
     tnd = torch.cat([part[0].transpose(0, 1) for part in parts]).expand(-1, -1, 8).contiguous()
     return tnd if softmax_layout == "TND" else tnd.transpose(0, 1).contiguous().view(tnd.shape)
@@ -84,11 +89,12 @@ def _loaded(stored: torch.Tensor, layout: str, softmax_layout: str) -> torch.Ten
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, layout: str, given: dict[str, Any]) -> None:
     only_defaults(given, _UNUSED)
-    require(layout in ("SBH", "TND"), f"layout {layout} is not emulated")
+    require(layout in ("SBH", "BSND", "TND"), f"layout {layout} is not emulated")
     require(q.dtype == k.dtype == v.dtype, f"query, key and value differ: {q.dtype}, {k.dtype}, {v.dtype}")
     q_ends, k_ends = given.get("actual_seq_qlen"), given.get("actual_seq_kvlen")
-    if layout == "SBH":
-        require(q.shape[-1] % heads == 0 and q_ends is None and k_ends is None, "SBH: heads or lengths do not fit")
+    if layout != "TND":
+        fits = q.shape[-1] % heads == 0 if layout == "SBH" else q.shape[2] == heads and heads % k.shape[2] == 0
+        require(fits and q_ends is None and k_ends is None, f"{layout}: heads or lengths do not fit")
         return
     for ends, x in ((q_ends, q), (k_ends, k)):
         require(bool(ends) and ends[0] > 0, f"lengths are cumulative without a leading 0, not {ends}")
@@ -106,6 +112,15 @@ def _scores(
     return scores if masked is None else scores.masked_fill(masked, float("-inf")), k, v
 
 
+def _dropped(weights: torch.Tensor, given: dict[str, Any], segment: int) -> torch.Tensor:
+    """Dropout of weights, or of their gradients: the same positions for the same seed."""
+    keep = given.get("keep_prob", 1.0)
+    if keep == 1.0:
+        return weights
+    drawn = torch.rand(weights.shape, generator=torch.Generator().manual_seed(given["seed"] + segment))
+    return weights * (drawn < keep) / keep
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_num: int, input_layout: str, **given: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, int]:
@@ -118,12 +133,12 @@ def forward(
         largest = scores.amax(-1, keepdim=True)
         exponentials = (scores - largest).exp()
         total = exponentials.sum(-1, keepdim=True)
-        outs.append(exponentials / total @ vs)
+        outs.append(_dropped(exponentials / total, given, len(outs)) @ vs)
         maxima.append(largest)
         sums.append(total)
     order = given.get("softmax_layout", "")
     stored = _stored(maxima, input_layout, order), _stored(sums, input_layout, order)
-    return _back(outs, input_layout, q), *stored, torch.empty(0, dtype=q.dtype), 0, 0, 0
+    return _back(outs, input_layout, q), *stored, torch.empty(0, dtype=q.dtype), given.get("seed", 0), 0, 0
 
 
 def backward(
@@ -131,7 +146,8 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """npu_fusion_attention_grad; from the statistics and the output that it is given, as the real one."""
     _check(q, k, v, head_num, input_layout, given)
-    require(dy.dtype == q.dtype and dy.shape == q.shape, "dy must be as query")
+    for name, value in (("dy", dy), ("attention_in", given["attention_in"])):
+        require(value.dtype == q.dtype and value.shape == q.shape, f"{name} must be as query, {q.dtype}")
     ends = given.get("actual_seq_qlen"), given.get("actual_seq_kvlen")
     order, scale = given.get("softmax_layout", ""), given.get("scale_value", 1.0)
     largest, total = (_loaded(given[name], input_layout, order) for name in ("softmax_max", "softmax_sum"))
@@ -146,8 +162,10 @@ def backward(
         else:
             statistics = [largest, total]
         weights = (scores - statistics[0]).exp() / statistics[1]
-        d_scores = weights * (ds @ v_all.transpose(-1, -2) - (ds * outs).sum(-1, keepdim=True)) * scale
-        dk, dv = d_scores.transpose(-1, -2) @ qs, weights.transpose(-1, -2) @ ds
+        segment = len(parts[0])
+        d_weights = _dropped(ds @ v_all.transpose(-1, -2), given, segment)
+        d_scores = weights * (d_weights - (ds * outs).sum(-1, keepdim=True)) * scale
+        dk, dv = d_scores.transpose(-1, -2) @ qs, _dropped(weights, given, segment).transpose(-1, -2) @ ds
         dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
         for part, value in zip(parts, (d_scores @ k_all, dk, dv), strict=True):
             part.append(value)
@@ -157,7 +175,15 @@ def backward(
 
 def infer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """npu_fused_infer_attention_score."""
-    known = {"atten_mask", "num_heads", "num_key_value_heads", "scale", "input_layout", "sparse_mode"}
+    known = {
+        "atten_mask",
+        "actual_seq_lengths_kv",
+        "num_heads",
+        "num_key_value_heads",
+        "scale",
+        "input_layout",
+        "sparse_mode",
+    }
     if unknown := {name for name in given if given[name] is not None} - known:
         raise NotImplementedError(f"{unknown} are not emulated")
     layout, mask = given.get("input_layout"), given.get("atten_mask")
@@ -175,6 +201,11 @@ def infer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> tu
         require(query.shape[2] == 1, "a whole mask with several queries is not emulated")
         require(tuple(mask.shape) == (len(query), 1, 1, key.shape[2]), f"a mask of shape {tuple(mask.shape)}")
         hidden = given.pop("atten_mask")
+    lengths = given.get("actual_seq_lengths_kv")
+    if lengths is not None:
+        require(mask is None and query.shape[2] == 1, "lengths with a mask or several queries are not emulated")
+        require(len(lengths) == len(query) and all(0 < n <= key.shape[2] for n in lengths), f"lengths {lengths}")
+        hidden = (torch.arange(key.shape[2]) >= torch.tensor(lengths)[:, None])[:, None, None]
     scores, _, value = _scores(query, key, value, given.get("scale", 1.0), given)
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))

@@ -80,7 +80,7 @@ def device_of(name: str, values: Iterable[Any]) -> torch.device | None:
     return next((t.device for t in tensors if t.device.type == "npu"), None)
 
 
-def _generator(device: torch.device, given: torch.Generator | None) -> torch.Generator:
+def generator(device: torch.device, given: torch.Generator | None) -> torch.Generator:
     """A host generator for one random operation, from the state of the device's, which moves on."""
     torch.npu.current_device()  # the generators exist from the first use of the device on
     source = given if given is not None else torch.npu.default_generators[device.index]
@@ -126,7 +126,7 @@ def _emulated(operation: Any, name: str) -> Callable:
         if name == "copy_":
             _note_copy(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
         if is_random:
-            kwargs["generator"] = _generator(device, kwargs.get("generator"))
+            kwargs["generator"] = generator(device, kwargs.get("generator"))
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         outputs = [args[i] if i < len(args) else kwargs.get(names[i]) for i in written]
@@ -156,5 +156,5 @@ def install() -> None:
             if namespace != "aten" or name in _TORCH_NPU.split() or not hasattr(torch.ops.aten, packet):
                 continue
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default", None)
-            if operation is not None:
+            if operation is not None and not operation.is_view:  # torch_npu's own views share memory
                 _library.impl(name, _emulated(operation, name), "PrivateUse1", allow_override=True)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch_npu
 from torch.utils._pytree import tree_map
 
 from sim import attention
 from sim.attention import only_defaults, require
-from sim.device import device_of, host, to_device
+from sim.device import device_of, generator, host, to_device
 
 # The status with which stub_cann/runtime.c answers where the kernel would start.
 _KERNEL_NOT_HERE = "error code is 361001"
@@ -42,9 +43,14 @@ def _emulate(name: str, compute: Callable) -> None:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         CALLS[name] = CALLS.get(name, 0) + 1
+        given = dict(zip(names, args, strict=False)) | kwargs
+        drops = 0.0 < given.get("keep_prob", 1.0) < 1.0
         device = device_of(name, [*args, *kwargs.values()])
         try:
-            result = real.call_boxed(_KEYS, *args, **kwargs)
+            # What draws dropout's mask is a kernel of its own, which is not here: its probability is not checked.
+            checked = given | ({"keep_prob": 1.0} if drops else {})
+            positions = [checked[n] for n in names[: len(args)]]
+            result = real.call_boxed(_KEYS, *positions, **{n: checked[n] for n in kwargs})
         except RuntimeError as error:
             if _KERNEL_NOT_HERE not in str(error):
                 raise
@@ -52,10 +58,13 @@ def _emulate(name: str, compute: Callable) -> None:
             if compute is _cast:  # to the type that it has
                 return result
             raise RuntimeError(f"{name}: torch_npu did not ask for a kernel")
-        given = dict(zip(names, args, strict=False)) | kwargs
         values = tree_map(lambda value: host(value) if isinstance(value, torch.Tensor) else value, given)
+        if drops and not name.endswith("_grad"):
+            values["seed"] = generator(device, None).initial_seed() % 2**31
         with torch.no_grad():
             result = compute(*[values.pop(n) for n in positional], **values)
+        if name.endswith("_"):  # in place
+            return args[0]
         return tree_map(lambda v: to_device(v.contiguous() if isinstance(v, torch.Tensor) else v, device), result)
 
     _library.impl(name, kernel, "PrivateUse1", allow_override=True)
@@ -73,6 +82,14 @@ def _rms_norm_backward(
     normed, dn = x.float() * rstd, dy.float() * gamma.float()
     dx = rstd * (dn - normed * (dn * normed).mean(-1, keepdim=True))
     return dx.to(x.dtype), (dy.float() * normed).flatten(0, -2).sum(0)  # the gradient of gamma is float32
+
+
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    require(x.dtype == residual.dtype and x.shape == residual.shape, f"x1 {x.dtype}, x2 {residual.dtype}")
+    total = x + residual
+    return *_rms_norm(total, gamma, epsilon), total
 
 
 def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_mode: str = "half", **given: Any) -> Any:
@@ -131,6 +148,21 @@ def _grouped_matmul(x: list[torch.Tensor], weight: list[torch.Tensor], **given: 
     return [torch.stack([x[:, a:b] @ weight[a:b] for a, b in ranges])]
 
 
+def _grouped_matmul_add(
+    total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, group_list: torch.Tensor, **given: Any
+) -> torch.Tensor:
+    only_defaults(given, {"transpose_x": True, "transpose_weight": False, "group_type": 2, "group_list_type": 0})
+    require(total.dtype == torch.float32, f"self is float32, not {total.dtype}")
+    require(x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16), f"{x.dtype}, {weight.dtype}")
+    require(group_list.dtype == torch.int64, "group_list is an int64 tensor")
+    bounds = group_list.tolist()
+    require(bounds == sorted(bounds) and bounds[0] >= 0 and bounds[-1] == len(x) == len(weight), f"rows {bounds}")
+    require(total.shape == (len(bounds), x.shape[1], weight.shape[1]), f"self is {tuple(total.shape)}")
+    for group, (a, b) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True)):
+        total[group].addmm_(x[a:b].float().t(), weight[a:b].float())
+    return total
+
+
 def _positions(routing_map: torch.Tensor) -> torch.Tensor:
     """Where token t's j-th expert's copy lies among all copies sorted by expert, then token: [tokens, topk]."""
     order = routing_map.t().reshape(-1).long().cumsum(0).sub(1).view(routing_map.shape[1], -1).t()
@@ -151,6 +183,7 @@ def _permute(tokens: torch.Tensor, routing_map: torch.Tensor, **given: Any) -> t
     weights = torch.empty(0)
     if probs is not None:
         mixed = probs.dtype == torch.float32 and tokens.dtype == torch.bfloat16
+        mixed = mixed and not torch_npu.__version__.startswith("2.7.")  # its documentation does not allow it
         require(probs.dtype == tokens.dtype or mixed, f"probs {probs.dtype} with tokens {tokens.dtype}")
         weights = probs.t().masked_select(routing_map.bool().t())
     return permuted, weights, positions.flatten().int()
@@ -209,12 +242,14 @@ _OPERATIONS: dict[str, Callable] = {
     "npu_fusion_attention_grad": attention.backward,
     "npu_fused_infer_attention_score": attention.infer,
     "npu_rms_norm": _rms_norm,
+    "npu_add_rms_norm": _add_rms_norm,
     "npu_rms_norm_backward": _rms_norm_backward,
     "npu_rotary_mul": _rotary,
     "npu_rotary_mul_backward": _rotary_backward,
     "npu_swiglu": _swiglu,
     "npu_swiglu_backward": _swiglu_backward,
     "npu_grouped_matmul": _grouped_matmul,
+    "npu_grouped_matmul_add_": _grouped_matmul_add,
     "npu_moe_token_permute_with_routing_map": _permute,
     "npu_moe_token_permute_with_routing_map_grad": _permute_grad,
     "_npu_moe_token_unpermute_with_routing_map": _unpermute,

@@ -183,12 +183,13 @@ def test_decode_attention_equals_the_reference() -> None:
 
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=draw) for shape in ((3, 8, 16), (3, 2, 10, 16), (3, 2, 10, 16)))
-    for lengths in (None, [10, 4, 1]):
-        visible = None if lengths is None else torch.arange(10) < torch.tensor(lengths)[:, None]
-        expected = reference.decode_attention(q, k, v, visible, scale=0.25)
-        torch.testing.assert_close(torch_native.decode_attention(q, k, v, visible, scale=0.25), expected)
+    for lengths in (None, [9, 4, 1]):  # of slots that have room for more
+        options: dict[str, Any] = {"lengths": lengths or [9, 9, 9], "scale": 0.25}
+        visible = None if lengths is None else torch.arange(9) < torch.tensor(lengths)[:, None]
+        expected = reference.decode_attention(q, k, v, visible, **options)
+        torch.testing.assert_close(torch_native.decode_attention(q, k, v, visible, **options), expected)
         # The definition itself, by the attention that training uses.
-        for row, length in enumerate(lengths or [10] * 3):
+        for row, length in enumerate(options["lengths"]):
             keys, values = (x[row, :, :length].transpose(0, 1).unsqueeze(1) for x in (k, v))
             alone = reference.attention(q[row][None, None], keys, values, scale=0.25)
             torch.testing.assert_close(expected[row], alone[0, 0])

@@ -83,7 +83,8 @@ def imported() -> set[str]:
 def test_dependencies_are_what_the_package_imports() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     optional = modules([*extras["npu-cann90"][:1], *extras["fast"], *extras["hub"], *extras["quickstart"][:1]]) | {
-        "mindspeed"
+        "mindspeed",
+        "lm_eval",
     }
     assert imported() - optional == modules(PROJECT["project"]["dependencies"])
     assert optional <= imported(), "an extra that nothing imports"

@@ -83,6 +83,25 @@ def test_rms_norm(implementation: kernels.Kernels, shape: tuple[int, ...]) -> No
     assert_same(implementation.rms_norm, reference.rms_norm, randn(*shape), 1 + randn(shape[-1]), eps=1e-6)
 
 
+def test_add_rms_norm(implementation: kernels.Kernels) -> None:
+    def joined(kernel):
+        return lambda *inputs, eps: torch.cat(kernel(*inputs, eps))
+
+    inputs = randn(17, 2, 96), randn(17, 2, 96, seed=3), 1 + randn(96)
+    assert_same(joined(implementation.add_rms_norm), joined(reference.add_rms_norm), *inputs, eps=1e-2)
+    normed, total = reference.add_rms_norm(*inputs, 1e-2)
+    torch.testing.assert_close(total, inputs[0] + inputs[1])
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(total, (96,), inputs[2], 1e-2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_gradient_is_added_in_float32(implementation: kernels.Kernels, dtype: torch.dtype) -> None:
+    x, grad, total = randn(50, 6).to(dtype), randn(50, 4).to(dtype), randn(4, 6)
+    expected = total.double() + grad.double().t() @ x.double()
+    implementation.add_weight_gradient(x, grad, total)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_rotary(implementation: kernels.Kernels) -> None:
     angles = randn(17, 1, 1, 8)
     cos, sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))

@@ -1,0 +1,72 @@
+"""The choice of experts and the balancing loss's gradient, against megatron-core's own functions under autograd."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from megatron.core.transformer.moe import moe_utils
+
+from qwen3_npu.model.router import Router, _Choice, _Gate
+
+TOPK, EXPERTS, TOKENS = 2, 5, 7
+
+
+def router(coefficient: float, loss_weight: float) -> types.SimpleNamespace:
+    """What `_Choice` needs of a router, without process groups."""
+    made = types.SimpleNamespace(
+        topk=TOPK,
+        config=types.SimpleNamespace(num_moe_experts=EXPERTS),
+        tp_cp_group=types.SimpleNamespace(size=lambda: 1),
+        get_aux_loss_coeff=lambda name: coefficient,
+        loss_weight=loss_weight,
+        balance_loss=torch.zeros(()),
+        balance_rows=torch.zeros(0),
+        micro_batches=0.0,
+        counts_of_all=lambda counts: counts,
+    )
+    made.balance_gradient = types.MethodType(Router.balance_gradient, made)
+    return made
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+def test_choice_and_gradients_are_megatrons(coefficient: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_utils.MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(0.5))
+    draw = torch.Generator().manual_seed(0)
+    logits, factor = (torch.randn(TOKENS, EXPERTS, generator=draw) for _ in range(2))
+    made, mine, theirs = router(coefficient, 4.0), logits.clone().requires_grad_(), logits.clone().requires_grad_()
+
+    probs, routing_map, counts = _Choice.apply(mine, made, True)
+    (probs * factor).sum().backward()
+
+    expected, expected_map = moe_utils.topk_routing_with_score_function(theirs, TOPK)
+    _, scores = moe_utils.compute_routing_scores_for_aux_loss(theirs, TOPK, "softmax")
+    loss = moe_utils.switch_load_balancing_loss_func(
+        scores, expected_map.sum(0), TOKENS, TOPK, EXPERTS, moe_aux_loss_coeff=1.0
+    )
+    ((expected * factor).sum() + 0.5 * 4.0 * coefficient * loss).backward()
+
+    torch.testing.assert_close(probs, expected)
+    assert torch.equal(routing_map, expected_map)
+    assert torch.equal(counts, expected_map.sum(0))
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    if coefficient:
+        torch.testing.assert_close(made.balance_rows.sum(), loss.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gate_adds_what_else_happens_to_the_hidden_state(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(3, 2, 8, generator=draw), torch.randn(4, 8, generator=draw)
+    grads = []
+    for gate in (
+        lambda x, w: _Gate.apply(x, w, dtype, None),
+        lambda x, w: (torch.nn.functional.linear(x.to(dtype), w.to(dtype)), x),
+    ):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        logits, passed = gate(*inputs)
+        (logits.square().sum() + passed.pow(3).sum()).backward()
+        grads.append([logits.detach(), *(t.grad for t in inputs)])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
