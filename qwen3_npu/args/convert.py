@@ -30,6 +30,12 @@ class ConvertArgs:
     hf_cfg_dir: str | None = flag(
         None, metavar="DIR", help="config.json and tokenizer files for an HF output; default: those in the checkpoint"
     )
+    ignore_args: list[str] | None = flag(
+        None,
+        metavar="NAME",
+        help="arguments in a Megatron checkpoint that are not looked at; for those of later versions that are refused "
+        "and change nothing that the network computes",
+    )
     params_dtype: str | None = flag(
         None, choices=["bf16", "fp16", "fp32"], help="dtype to write; default: that of the source"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ class Integrity:
 
 def is_sealed(folder: Path) -> bool:
     """Whether the folder's files were finished and say what they are."""
-    return (folder / INTEGRITY).is_file()
+    return os.path.lexists(folder / INTEGRITY)  # of whatever kind: reading says what is wrong with it
 
 
 def is_trained(folder: Path) -> bool:

@@ -31,6 +31,19 @@ _IGNORED: Mapping[str, Any] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "sequence_bias": {},
+    "do_sample": True,  # --task chooses
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0,
+    "length_penalty": 1,
+    "early_stopping": False,
+    "exponential_decay_length_penalty": None,
+    "stop_strings": [],
+    "token_healing": False,
+    "guidance_scale": 1,
+    "max_new_tokens": None,
+    "max_length": 20,
+    "max_time": None,
 }
 
 
@@ -57,7 +70,7 @@ def read_generation_config(folders: Sequence[Path]) -> GenerationConfig:
     Raises:
         UsageError: a value has another type or is out of range.
     """
-    path = next((f for folder in folders if (f := folder / "generation_config.json").is_file()), None)
+    path = next((f for folder in folders if (f := folder / "generation_config.json").exists()), None)
     if path is None:
         return GenerationConfig()
     found = schema.read_record(path)
@@ -70,7 +83,7 @@ def read_generation_config(folders: Sequence[Path]) -> GenerationConfig:
         "repetition_penalty": found.number("repetition_penalty", None, least=0),
     }
     ignored = tuple(
-        f"{name} {found.fields[name]}"
+        f"{name} {schema.shown(found.fields[name])}"
         for name, neutral in _IGNORED.items()
         if found.fields.get(name) is not None and found.fields[name] != neutral
     )

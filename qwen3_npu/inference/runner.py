@@ -304,11 +304,6 @@ def open_source(weights: WeightArgs) -> Opened:
     if weights.lora_load is None and base.contents.lora is None:
         return base
     if weights.lora_load is not None:
-        adapter = sources.open_adapter(base.arch)
-        if adapter.contents.lora is None:
-            raise UsageError(
-                f"--lora-load {weights.lora_load} holds a model and no adapter; drop the flag to run --load"
-            )
-        adapter.close()
+        sources.open_adapter(base).close()
     base.close()
     return dataclasses.replace(sources, merge=True)()

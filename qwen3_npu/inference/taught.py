@@ -8,10 +8,12 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import MEGATRON
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.preprocess import THINKING
+from qwen3_npu.checkpoint.convert.prompts import PROMPTS, read_prompts
 from qwen3_npu.checkpoint.formats.open import find
-from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
 from qwen3_npu.data.text.prompt_types import AUTO, TEMPLATES, misfit, resolved
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
+from qwen3_npu.errors import UsageError
+from qwen3_npu.schema import shown
 
 PLAIN = "none"
 
@@ -32,18 +34,24 @@ class Taught:
 
 
 def read_taught(weights: WeightArgs) -> Taught | None:
-    """Of the adapter, else of the model; None if neither says it (Hugging Face models, text, other programs)."""
+    """Of the adapter, else of the model; None if neither says it (published models, text, other programs).
+
+    Raises:
+        UsageError: the file beside Hugging Face weights says something that is not understood.
+    """
     for folder, step in ((weights.lora_load, None), (weights.load, weights.ckpt_step)):
         found = find(folder, step) if folder is not None else None
-        if found is None or found.kind != MEGATRON:
-            continue
-        args, _ = checkpoint_args(found)
-        prompt_type, digest = getattr(args, "prompt_type", None), getattr(args, "tokenizer_digest", None)
-        thinking = str(getattr(args, "enable_thinking", "none")).lower()
-        # MindSpeed-LLM saves its own prompt types, of which we know two.
-        if prompt_type in TEMPLATES:
-            known = thinking if thinking in THINKING else "none"
-            return Taught(prompt_type, known, digest if isinstance(digest, str) else None)
+        said = {} if found is None else read_prompts(found)
+        prompt_type, thinking = said.get("prompt_type"), said.get("enable_thinking", "none")
+        if prompt_type in TEMPLATES and thinking in THINKING:
+            return Taught(prompt_type, thinking, said.get("tokenizer_digest"))
+        if said and found is not None and found.kind != MEGATRON:
+            raise UsageError(
+                f"{found.folder / PROMPTS}: prompt_type {shown(prompt_type)} with enable_thinking {shown(thinking)} is "
+                f"not known; delete the file and say how prompts are written with --prompt-type"
+            )
+        if prompt_type in TEMPLATES:  # MindSpeed-LLM's own args may say anything
+            return Taught(prompt_type, "none", said.get("tokenizer_digest"))
     return None
 
 

@@ -60,7 +60,7 @@ def train(trainer: Trainer) -> None:
             continue
         if saves:
             with reporter.paused(), here.during("save"):
-                _save(trainer, iteration, export=export)
+                _save(trainer, export=export)
         record = ledger.step(iteration, result.tally, load, last=iteration == last or stop is not None)
         if record is not None:
             reporter.ledger(iteration, record)
@@ -86,11 +86,11 @@ def _check_replicas(trainer: Trainer) -> bool:
     return False
 
 
-def _save(trainer: Trainer, iteration: int, *, export: bool) -> None:
+def _save(trainer: Trainer, *, export: bool) -> None:
     trainer.export.finish()  # it may be reading a checkpoint that saving removes
     trainer.saver.save(trainer.position)
     trainer.spikes.keep_history()
     if export:
         trainer.saver.finish()
         if not trainer.saver.failed:
-            trainer.export.start(iteration)
+            trainer.export.start(trainer.position.iteration)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import io
 import pickle
 import types
 from collections.abc import Callable
@@ -16,13 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, Region, as_index
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, as_index, sizes
 from qwen3_npu.checkpoint.binary.fp8 import SCALE
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
-from qwen3_npu.checkpoint.formats.adapters import MergedSource
+from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.formats.adapters import MergedSource, SharedA
 from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
+from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk
+from qwen3_npu.checkpoint.formats.dist_read import DistReader
+from qwen3_npu.checkpoint.formats.folders import METADATA
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Opened, Sources
+from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.mapping.shard_reader import SliceLocation
 from qwen3_npu.checkpoint.mapping.source import Source
@@ -94,6 +100,80 @@ class MegatronLibrary:
         self.reader.close()
 
 
+class SafetensorsLibrary:
+    """What a reader asks of a .safetensors file, answered by the safetensors library."""
+
+    def __init__(self, file: SafetensorsFile) -> None:
+        from safetensors import safe_open
+
+        self.path, self.header, self.dtype, self.shape = file.path, file.header, file.dtype, file.shape
+        self.close = file.close
+        self.opened: Any = safe_open(file.path, framework="pt")
+
+    def read(self, name: str, region: Region) -> np.ndarray:
+        return _bits(self.opened.get_slice(name)[as_index(region)])
+
+
+def _peft_library(reader: PeftReader) -> PeftReader:
+    reader.file = SafetensorsLibrary(reader.file)  # type: ignore[assignment]
+    return reader
+
+
+class DistLibrary:
+    """The chunks of a torch_dist folder where torch's own metadata says they are, loaded by torch one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with open(folder / METADATA, "rb") as file:
+            try:
+                said = _Metadata(file).load()
+                self.places = {(i.fqn, tuple(i.offset or ())): info for i, info in said.storage_data.items()}
+            except Exception as error:
+                raise _failed(folder / METADATA, error) from None
+        self.chunk = functools.lru_cache(maxsize=2)(self._chunk)  # a chunk of q, k and v is read a head at a time
+
+    def _chunk(self, key: str, start: tuple[int, ...]) -> Any:
+        import torch
+
+        place = self.places[key, start]
+        path = self.folder / place.relative_path
+        with open(path, "rb") as file:
+            file.seek(place.offset)
+            try:
+                return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise _failed(path, error) from None
+
+
+def _dist_library(reader: DistReader) -> DistReader:
+    library = DistLibrary(reader.folder)
+
+    def read_chunk(key: str, chunk: StoredChunk, region: Region) -> np.ndarray:
+        tensor = library.chunk(key, tuple(start for start, _ in chunk.region))
+        return _bits(tensor.reshape(sizes(chunk.region))[as_index(region)])
+
+    reader._read_chunk = read_chunk  # type: ignore[method-assign]
+    return reader
+
+
+class _Metadata(pickle.Unpickler):
+    """Builds what torch.distributed.checkpoint describes tensors with; no other name is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        ours = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        if (ours and "." not in name) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        if (module, name) in (
+            ("torch", "Size"),
+            ("collections", "OrderedDict"),
+            ("torch.serialization", "_get_layout"),
+        ):
+            return super().find_class(module, name)
+        return _Ignored
+
+
 class _Ignored:
     """Stands for whatever holds no tensors."""
 
@@ -139,7 +219,7 @@ def torch_tensors(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class LibrarySources:
-    """Opens what a conversion reads, with libraries for its bytes where a library reads them by regions."""
+    """Opens what a conversion reads, with libraries for its bytes."""
 
     sources: Sources
 
@@ -152,14 +232,21 @@ def _with_library(source: Opened) -> Source:
         return HfLibrary(source)
     if isinstance(source, MegatronReader):
         return MegatronLibrary(source)
-    if isinstance(source, MergedSource):
-        base: Any = source.base
-        return MergedSource(_with_library(base), source.adapter, source.lora)
-    return source
+    if isinstance(source, PeftReader):
+        return _peft_library(source)
+    if isinstance(source, DistReader):
+        return _dist_library(source)
+    if isinstance(source, SharedA):
+        _peft_library(source.adapter)
+        return source
+    base: Any = source.base
+    adapter: Any = source.adapter
+    opened = _with_library(base)
+    return MergedSource(opened, opened if adapter is base else _with_library(adapter), source.lora)
 
 
-def output_reader(path: Path) -> Callable[[str], np.ndarray] | None:
-    """Reads a tensor of a finished file by the name that its job gives it; None: no library reads such a file."""
+def output_reader(path: Path) -> Callable[[str], np.ndarray]:
+    """Reads a tensor of a finished file by the name that its job gives it."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -171,4 +258,10 @@ def output_reader(path: Path) -> Callable[[str], np.ndarray] | None:
     if path.suffix == ".pt":
         tensors = torch_tensors(path)
         return lambda name: _bits(tensors[name])
-    return None
+    library = DistLibrary(path.parent)
+
+    def chunk(label: str) -> np.ndarray:
+        key, _, start = label.rpartition("/")
+        return _bits(library.chunk(key, tuple(map(int, start.split(".")))))
+
+    return chunk

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
+from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan
 from qwen3_npu.checkpoint.convert.publish import ConversionOutput, HfOutput, MegatronOutput, PeftOutput
 from qwen3_npu.checkpoint.formats.base import Target
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import format_of, is_hf_weights
+from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, format_of, is_hf_weights
 from qwen3_npu.checkpoint.formats.hf_write import plan_hf_files
 from qwen3_npu.checkpoint.formats.huggingface import weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes
+from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes, same_in_all_layers
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
@@ -64,14 +65,23 @@ def planned_output(
         output = HfOutput(root, what.contents.arch, config, what.dtype, files=files, kept=what.kept)
     else:
         layout = target_layout(what.contents.arch, target)
-        output = MegatronOutput(
-            root, Target(what.contents, layout, what.dtype, what.lora_dtype, kept=what.kept), args.ckpt_format
-        )
+        dtypes = what.dtype, what.lora_dtype, what.kept
+        output = MegatronOutput(root, _target(what, layout, dtypes, args.ckpt_format), args.ckpt_format)
+    output.prompts = what.prompts
     loads = [Path(folder).resolve() for folder in (args.load_dir, what.sources.load, what.sources.lora_load) if folder]
     loads += [folder.parent for folder in loads if format_of(folder)]
     if output.root.resolve() in loads:
         raise UsageError(f"--save-dir {args.save_dir} is also read from; write to another folder")
     return output
+
+
+def _target(
+    what: ConversionPlan, layout: Layout, dtypes: tuple[DType, DType, Mapping[str, DType]], form: str
+) -> Target:
+    """What is written in a Megatron format, of tensors with these dtypes: of weights, of LoRA, and others' own."""
+    dtype, lora_dtype, own = dtypes
+    kept = same_in_all_layers(dtype, lora_dtype, own, what.contents.shapes())[2] if form == TORCH_DIST else own
+    return Target(what.contents, layout, dtype, lora_dtype, kept=kept, own=own, prompts=what.prompts)
 
 
 def _hf_root(root: Path, legacy: LegacyConvertArgs, replaces: bool) -> Path:
@@ -100,7 +110,7 @@ def found_output(
     if not isinstance(opened, (MegatronReader, DistReader)):
         raise UsageError(f"{output.root} holds no Megatron checkpoint but {opened}")
     written = output.target
-    layout, dtype, lora_dtype, kept = written.layout, written.dtype, written.lora_dtype, written.kept
+    layout, dtype, lora_dtype, kept = written.layout, written.dtype, written.lora_dtype, written.own
     if not {field.name for field in dataclasses.fields(TargetArgs)} & set(given):
         layout = opened.saved_layout()
     if args.params_dtype is None:
@@ -108,7 +118,8 @@ def found_output(
         if names := {name: shape for name, shape in written.contents.shapes().items() if name in there}:
             dtype, lora_dtype, kept = kept_dtypes(names, opened.dtype)
     opened.close()
-    found = MegatronOutput(output.root, Target(written.contents, layout, dtype, lora_dtype, kept=kept), opened.format)
+    made = _target(what, layout, (dtype, lora_dtype, kept), opened.format)
+    found = MegatronOutput(output.root, made, opened.format)
     found.folder = opened.folder
     return found
 

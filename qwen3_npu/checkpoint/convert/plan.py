@@ -10,11 +10,11 @@ from typing import Any
 
 from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
+from qwen3_npu.checkpoint.convert.prompts import read_prompts
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
-from qwen3_npu.checkpoint.formats.folders import TORCH_DIST
-from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources
+from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
 from qwen3_npu.checkpoint.manifest import CONVERSION
-from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes, same_in_all_layers
+from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.cli import option
@@ -33,6 +33,7 @@ class ConversionPlan:
         kept: Hugging Face and PEFT names of the tensors that have another dtype, which they keep.
         merged: the adapter that is merged, if one is.
         facts: of the sources, for the log, the manifest and --resume.
+        prompts: how the prompts of its training were written, as the adapter or else the model says.
         trained: the args of the checkpoint that was trained last; empty for Hugging Face and PEFT.
     """
 
@@ -44,6 +45,7 @@ class ConversionPlan:
     kept: dict[str, DType]
     merged: Lora | None
     facts: dict[str, Any]
+    prompts: dict[str, str]
     trained: argparse.Namespace
 
 
@@ -63,6 +65,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
         args.hf_cfg_dir,
         lora_load=lora.lora_load,
         lora_alpha=lora.lora_alpha,
+        ignored=tuple(args.ignore_args or ()),
     )
     sources, home = sources.checked("--load-dir")
     base = sources.open_base()
@@ -94,8 +97,14 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
         kept=kept,
         merged=held if isinstance(source, MergedSource) else None,
         facts=facts,
+        prompts=_prompts(sources),
         trained=trained,
     )
+
+
+def _prompts(sources: Sources) -> dict[str, str]:
+    folders = [find(folder) for folder in (sources.lora_load, sources.load) if folder is not None]
+    return next((said for found in folders if found is not None and (said := read_prompts(found))), {})
 
 
 def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Checkpoint | None:
@@ -104,11 +113,7 @@ def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Check
         return None
     if not base.contents.base or base.contents.lora:
         raise UsageError(f"--lora-load needs a base without LoRA in --load-dir; {sources.load} holds {base.contents}")
-    adapter = sources.open_adapter(base.arch)
-    if adapter.contents.lora is None:
-        raise UsageError(f"--lora-load {lora.lora_load} holds no LoRA tensors")
-    if not (adapter.arch.same_weights(base.arch) or adapter.arch.same_weights(base.arch.as_reward())):
-        raise UsageError(f"--lora-load {lora.lora_load} is for {adapter.arch}, but --load-dir holds {base.arch}")
+    adapter = sources.open_adapter(base)
     adapter.check()
     return adapter
 
@@ -165,10 +170,7 @@ def _dtypes(source: Source, contents: Contents, args: ConvertArgs) -> tuple[DTyp
     if args.params_dtype:
         return BY_TORCH[args.params_dtype], BY_TORCH[args.params_dtype], {}
     stored = source.unmerged_dtype if isinstance(source, MergedSource) else source.dtype
-    found = kept_dtypes(contents.shapes(), stored)
-    if args.save_model_type == HF or args.ckpt_format != TORCH_DIST:
-        return found
-    return same_in_all_layers(*found, contents.shapes())
+    return kept_dtypes(contents.shapes(), stored)
 
 
 def _facts(opened: Checkpoint) -> dict[str, Any]:

@@ -8,9 +8,11 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.convert.prompts import write_prompts
 from qwen3_npu.checkpoint.formats.base import FileJob, FileRecord, Target, remove_records
 from qwen3_npu.checkpoint.formats.folders import (
     ADAPTER_CONFIG,
@@ -47,12 +49,14 @@ class ConversionOutput(abc.ABC):
         folder: where the files end up.
         stage: where they are made.
         jobs: one per file.
+        prompts: see `prompts.py`; a Megatron output has them in its args.
     """
 
     root: Path
     folder: Path
     stage: Path
     jobs: Sequence[FileJob]
+    prompts: Mapping[str, str] = MappingProxyType({})
 
     @abc.abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -203,6 +207,7 @@ class HfOutput(ConversionOutput):
         move_files(self.stage, self.folder, self._old())
 
     def commit(self) -> None:
+        write_prompts(self.folder, self.prompts)
         write_config(self.arch, self.config, self.folder, self.dtype)
 
     def unexpected_files(self) -> list[str]:
@@ -248,6 +253,7 @@ class PeftOutput(ConversionOutput):
         move_files(self.stage, self.folder, [p for p in [self.folder / ADAPTER_WEIGHTS] if p.exists()])
 
     def commit(self) -> None:
+        write_prompts(self.folder, self.prompts)
         write_text(self.folder / ADAPTER_CONFIG, json.dumps(self.config, indent=2) + "\n")
 
     def unexpected_files(self) -> list[str]:

@@ -95,12 +95,12 @@ def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
 def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> ConversionOutput:
     """Write and commit the output; the tracker or index, which readers look for, comes last."""
     carried = _carried_from(plan, args, legacy)
-    config = read_hf_config(carried) if (carried / "config.json").is_file() else None
+    config = read_hf_config(carried) if (carried / "config.json").exists() else None
     output = planned_output(plan, args, target, legacy, config=config)
     if isinstance(output, MegatronOutput) and (names := output.target.joined()):
         log.info(
-            f"dtypes: {len(names)} Megatron tensors join several dtypes and have the one that holds all exactly, which "
-            f"the way back keeps: {listed(names, 2)}"
+            f"dtypes: {len(names)} Megatron tensors join several dtypes and have the one that holds all exactly (the "
+            f"way back gives each its own): {listed(names, 2)}"
         )
     with folder_lease(output.root, "--save-dir") as lease:
         _fill(output, plan, args, carried, config=config, lease=lease)

@@ -2,7 +2,7 @@
 
 Every tensor of every output file is made again from the source through the weight table and held against the file's,
 so copies on several ranks and padded rows are compared too. The bytes of both are read by the safetensors library and
-by torch, not by the code that converted them (torch_dist's chunks and adapters: by this project's readers).
+by torch, not by the code that converted them.
 """
 
 from __future__ import annotations
@@ -49,15 +49,14 @@ class _Compare:
         for name, shard, wanted, _ in items:
             if name not in stored:
                 continue
-            dtype, shape, read = stored[name]
+            dtype, shape = stored[name]
             if shape != shard.shape or dtype is not wanted:
                 said = f"{list(shape)} {dtype.torch if dtype else 'of another dtype'}"
                 yield f"differs: {job.name}: {name} is {said}, not {list(shard.shape)} {wanted.torch}"
                 continue
             expected = read_shard(source, shard, wanted)
             try:
-                found = library(name) if library else read()
-                same = same_bits(expected, found.reshape(shape))
+                same = same_bits(expected, library(name).reshape(shape))
             except UsageError as error:
                 yield f"unreadable: {job.name}: {name}: {error}"
                 continue

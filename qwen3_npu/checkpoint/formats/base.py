@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import DType, widest
 from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, ITERATION, lora_args, to_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
+from qwen3_npu.checkpoint.mapping.shard_reader import OWN_DTYPES
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank, single_layout
 from qwen3_npu.files import Seal
@@ -47,7 +48,6 @@ class Stored(NamedTuple):
 
     dtype: DType | None
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
 
 
 class FileJob(Protocol):
@@ -111,6 +111,8 @@ class Target:
         trained: what every file of a training says beside its tensors: args, iteration, schedule.
         kept: Hugging Face (and PEFT) names of the tensors that have another dtype. A tensor joined from several has
             the smallest dtype that holds the values of all.
+        prompts: entries of the args that say how the prompts of a training were written.
+        own: the same before torch_dist made those of all layers equal; each tensor gets its own back.
     """
 
     contents: Contents
@@ -119,6 +121,8 @@ class Target:
     lora_dtype: DType
     trained: Mapping[str, Any] | None = None
     kept: Mapping[str, DType] = dataclasses.field(default_factory=dict)
+    own: Mapping[str, DType] = dataclasses.field(default_factory=dict)
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def common(self) -> Mapping[str, Any]:
@@ -126,22 +130,40 @@ class Target:
         if self.trained is not None:
             return self.trained
         dtype = self.dtype if self.contents.base else self.lora_dtype
-        args = to_args(self.contents.arch, self.layout, dtype) | {"iteration": ITERATION}
+        args = to_args(self.contents.arch, self.layout, dtype) | {"iteration": ITERATION, **self.prompts}
         if self.contents.lora:
             args |= lora_args(self.contents.lora)
+        if own := self._narrowed():
+            args[OWN_DTYPES] = own
         return {"args": argparse.Namespace(**args), "checkpoint_version": CHECKPOINT_VERSION, "iteration": ITERATION}
 
     def dtype_of(self, shard: Shard) -> DType:
-        usual = self.lora_dtype if is_lora(shard.name) else self.dtype
+        usual = self._usual(shard)
         return widest(self.kept.get(piece.hf, usual) for piece in shard.slices) if self.kept else usual
+
+    def _whole(self) -> Iterator[Shard]:
+        """The tensors of an unsharded model."""
+        layout = dataclasses.replace(single_layout(self.contents.arch), stacked_experts=self.layout.stacked_experts)
+        return self.contents.shards(layout, Rank(0, 0, 0, 0))
+
+    def _usual(self, shard: Shard) -> DType:
+        return self.lora_dtype if is_lora(shard.name) else self.dtype
+
+    def _narrowed(self) -> dict[str, list[str]]:
+        """Dtype -> names of the tensors that have it and are stored in a wider one."""
+        found: dict[str, dict[str, None]] = {}
+        for shard in self._whole() if self.own else ():
+            stored = self.dtype_of(shard)
+            for piece in shard.slices:
+                own = self.own.get(piece.hf, self._usual(shard))
+                if own is not stored and not piece.padding:
+                    found.setdefault(own.torch, {})[piece.hf] = None
+        return {dtype: list(names) for dtype, names in found.items()}
 
     def joined(self) -> list[str]:
         """Tensors made of several dtypes, in an unsharded model."""
-        if not self.kept:
-            return []
-        shards = self.contents.shards(single_layout(self.contents.arch), Rank(0, 0, 0, 0))
-        usual = {True: self.lora_dtype, False: self.dtype}
-        return [s.name for s in shards if len({self.kept.get(p.hf, usual[is_lora(s.name)]) for p in s.slices}) > 1]
+        shards = self._whole() if self.kept else ()
+        return [s.name for s in shards if len({self.kept.get(p.hf, self._usual(s)) for p in s.slices}) > 1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
 from qwen3_npu.checkpoint.formats.dist_keys import global_layout, key_of, layer_places, possible_keys
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, StoredModel
-from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args
-from qwen3_npu.checkpoint.formats.torch_read import architecture
+from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args, own_dtypes
+from qwen3_npu.checkpoint.formats.torch_read import architecture, saved_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.shard_reader import ShardReader, SliceLocation
 from qwen3_npu.checkpoint.mapping.source import check_tensors, view_of
@@ -32,6 +31,7 @@ from qwen3_npu.checkpoint.mapping.table import EMBEDDING
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.numbers import number_list
+from qwen3_npu.schema import open_regular, read_record, shown
 
 _MODEL = (
     "embedding.",
@@ -122,10 +122,7 @@ class DistTensors(ShardReader[None]):
 
     def open(self, file: str) -> int:
         if file not in self.files:
-            try:
-                self.files[file] = os.open(self.folder / file, os.O_RDONLY)
-            except OSError as error:
-                raise UsageError(f"{self.folder / file} cannot be opened: {error.strerror}") from None
+            self.files[file] = open_regular(self.folder / file)
         return self.files[file]
 
     def close(self) -> None:
@@ -149,6 +146,7 @@ class DistReader(DistTensors):
         found: StoredModel,
         hf_config: str | Path | None = None,
         lora_alpha: float | None = None,
+        ignored: Collection[str] = (),
     ) -> None:
         """Read architecture and contents.
 
@@ -159,10 +157,13 @@ class DistReader(DistTensors):
         for name in (METADATA, CONFIG, COMMON):
             if not (folder / name).is_file():
                 raise UsageError(f"{folder} has no {name}; the torch_dist checkpoint is incomplete")
+        backend = read_record(folder / CONFIG).text("sharded_backend")
+        if backend != TORCH_DIST:
+            raise UsageError(f"{folder / CONFIG}: sharded_backend {shown(backend)} is not read here; {TORCH_DIST} is")
         common = PtFile(folder / COMMON)
         common.close()
         self.common: dict[str, Any] = common.content
-        self.args: argparse.Namespace = self.common.get("args", argparse.Namespace())
+        self.args = saved_args(self.common, ignored)
         arch = architecture(found.home, hf_config, self.args)
         self.everything, self.objects = read_metadata(folder / METADATA)
         stored = {key: tensor for key, tensor in self.everything.items() if key.startswith(_MODEL)}
@@ -173,6 +174,7 @@ class DistReader(DistTensors):
         padded = shapes.get(EMBEDDING.megatron, (said,))[0]
         layout = global_layout(arch, padded, number_list(getattr(self.args, "noop_layers", None)))
         super().__init__(folder, stored, contents, layout)
+        self.own = own_dtypes(self.args, contents.shapes(), str(folder))
 
     def under(self, prefix: str) -> DistTensors:
         """What is stored of the parameters under keys that begin with a prefix."""

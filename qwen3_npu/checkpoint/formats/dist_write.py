@@ -15,15 +15,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, full, sizes
-from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive
+from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection, Tensor
 from qwen3_npu.checkpoint.formats.base import STATES, FileJob, Item, RankState, Stored, Target
 from qwen3_npu.checkpoint.formats.dist_keys import Chunk, extra_states, random_key, saved_chunks, state_prefix
@@ -101,22 +99,13 @@ class DistFile:
         return file.close(), {"file": self.name, "tensors": placed, "objects": objects}
 
     def stored(self, path: Path) -> dict[str, Stored]:
-        fd = os.open(path, os.O_RDONLY)
-
-        def tensor(dtype: DType | None, lead: int, chunk: StoredChunk) -> Stored:
-            def read() -> np.ndarray:
-                archive = PtArchive(fd, chunk.start, chunk.length, path)
-                return archive.read(archive.content, archive.content.shape, full(archive.content.shape))
-
-            return Stored(dtype, sizes(chunk.region)[lead:], read)
-
         leads = {chunk.label: chunk.lead for _, chunk, _ in self.chunks()}
         found = {}
         for key, stored in read_metadata(path.parent / METADATA)[0].items():
             for chunk in stored.chunks:
                 if chunk.file == path.name:
                     label = f"{key}/{'.'.join(str(start) for start, _ in chunk.region)}"
-                    found[label] = tensor(stored.dtype, leads.get(label, 0), chunk)
+                    found[label] = Stored(stored.dtype, sizes(chunk.region)[leads.get(label, 0) :])
         return found
 
 

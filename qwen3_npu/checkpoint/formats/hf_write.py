@@ -51,12 +51,8 @@ class WeightFile:
 
     def stored(self, path: Path) -> dict[str, Stored]:
         file = SafetensorsFile(path)
-
-        def tensor(name: str) -> Stored:
-            shape = file.shape(name)
-            return Stored(file.dtype(name), shape, lambda: file.read(name, full(shape)))
-
-        return {name: tensor(name) for name in file.header}
+        file.close()
+        return {name: Stored(file.dtype(name), file.shape(name)) for name in file.header}
 
 
 def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: DType, kept: Mapping[str, DType]) -> dict[str, int]:

@@ -7,16 +7,21 @@ MindSpeed-LLM's converters read the rest. What says the architecture is in `mode
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu import log
+from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DTYPES, DType
 from qwen3_npu.checkpoint.mapping.lora import Lora, found_lora
+from qwen3_npu.checkpoint.mapping.shard_reader import OWN_DTYPES
+from qwen3_npu.checkpoint.mapping.source import listed
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.model.arch.facts import FACTS
 from qwen3_npu.model.arch.megatron import from_megatron, to_megatron
 from qwen3_npu.numbers import number_list
+from qwen3_npu.schema import record, text
 
 ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
 CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
@@ -55,7 +60,15 @@ def to_args(arch: Qwen3Arch, layout: Layout, dtype: DType) -> dict[str, Any]:
 
 def arch_from_args(args: argparse.Namespace, where: str) -> Qwen3Arch:
     """The architecture that a checkpoint's arguments describe; see `from_megatron`. `where` names the file."""
-    return from_megatron(vars(args), where)
+    arch = from_megatron(vars(args), where)
+    for fact in FACTS:
+        # MindSpeed-LLM's converter copies config.json's keys: one of transformers 5 has rope_theta in a dict.
+        if fact.name in ("rope_theta", "rms_norm_eps") and all(getattr(args, n, None) is None for n in fact.megatron):
+            log.warning_once(
+                f"{where}: its args have no {fact.megatron[0]}; {getattr(arch, fact.name):g} is taken, as in Qwen3 "
+                "(--hf-cfg-dir: the model's own config.json)"
+            )
+    return arch
 
 
 def layout_from_args(
@@ -89,6 +102,20 @@ def layout_from_args(
         padded_vocab_size=padded_vocab_size,
         stacked_experts=stacked_experts,
     )
+
+
+def own_dtypes(args: argparse.Namespace, names: Collection[str], where: str) -> dict[str, DType]:
+    """Hugging Face (PEFT) names of tensors -> the dtype they had before they were joined with wider ones.
+
+    Raises:
+        UsageError: the argument says something else.
+    """
+    said = record(getattr(args, OWN_DTYPES, None) or {}, f"{where}: {OWN_DTYPES}")
+    said.only([dtype.torch for dtype in DTYPES])
+    found = {text(name, said.where): BY_TORCH[dtype] for dtype in said.fields for name in said.sequence(dtype)}
+    if unknown := found.keys() - set(names):
+        raise UsageError(f"{said.where} names {listed(unknown)}, which the model has not")
+    return found
 
 
 def lora_args(lora: Lora) -> dict[str, Any]:

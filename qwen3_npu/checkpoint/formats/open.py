@@ -161,6 +161,7 @@ def reader(
     lora_alpha: float | None = None,
     arch: Qwen3Arch | None = None,
     prefer: Rank | None = None,
+    ignored: Sequence[str] = (),
 ) -> Checkpoint:
     """Open what was found.
 
@@ -169,14 +170,15 @@ def reader(
         lora_alpha: of an adapter whose checkpoint does not say it.
         arch: the architecture of a PEFT adapter's base, if it is known.
         prefer: the rank whose file is read for what several ranks hold.
+        ignored: arguments of a Megatron checkpoint that are not looked at.
     """
     if found.format == PEFT:
         return PeftReader(found.folder, arch or _peft_architecture(found.folder, hf_config))
     if found.format == HF:
         return open_hf(found.folder)
     if found.format == TORCH_DIST:
-        return DistReader(found, hf_config, lora_alpha)
-    return MegatronReader(found, hf_config, prefer=prefer, lora_alpha=lora_alpha)
+        return DistReader(found, hf_config, lora_alpha, ignored)
+    return MegatronReader(found, hf_config, prefer=prefer, lora_alpha=lora_alpha, ignored=ignored)
 
 
 def open_checkpoint(
@@ -187,12 +189,13 @@ def open_checkpoint(
     hf_config: str | Path | None = None,
     lora_alpha: float | None = None,
     arch: Qwen3Arch | None = None,
+    ignored: Sequence[str] = (),
 ) -> Checkpoint:
     """`find` and `reader` in one. Raises: UsageError: there is nothing of the kind, or it is incomplete."""
     found = find(folder, iteration, kind)
     if found is None:
         raise UsageError(nothing_there(folder, kind))
-    return reader(found, hf_config=hf_config, lora_alpha=lora_alpha, arch=arch)
+    return reader(found, hf_config=hf_config, lora_alpha=lora_alpha, arch=arch, ignored=ignored)
 
 
 def nothing_there(folder: str | Path, kind: str | None) -> str:
@@ -227,6 +230,7 @@ class Sources:
         lora_load: adapter to merge into it.
         merge: merge the adapter that is in `load` itself.
         shared_a: give a PEFT adapter the form of a Megatron one.
+        ignored: arguments of a Megatron checkpoint that are not looked at.
     """
 
     load: str
@@ -237,6 +241,7 @@ class Sources:
     lora_alpha: float | None = None
     merge: bool = False
     shared_a: bool = False
+    ignored: tuple[str, ...] = ()
 
     def checked(self, flag: str = "--load", peers: Peers = ALONE) -> tuple[Sources, Path]:
         """The same with the folders of whole checkpoints, and where config.json and tokenizer files of the first are.
@@ -262,16 +267,26 @@ class Sources:
             iteration=self.iteration,
             hf_config=self.hf_config,
             lora_alpha=self.lora_alpha,
+            ignored=self.ignored,
         )
 
-    def open_adapter(self, arch: Qwen3Arch) -> Checkpoint:
+    def open_adapter(self, base: Checkpoint) -> Checkpoint:
+        """Raises: UsageError: there is none, or it is another model's."""
         assert self.lora_load is not None
-        return open_checkpoint(self.lora_load, lora_alpha=self.lora_alpha, arch=arch)
+        adapter = open_checkpoint(self.lora_load, lora_alpha=self.lora_alpha, arch=base.arch, ignored=self.ignored)
+        if adapter.contents.lora is None:
+            raise UsageError(
+                f"--lora-load {self.lora_load} holds no LoRA tensors: it holds a model and no adapter; drop the flag "
+                "to take that of --load alone"
+            )
+        if not (adapter.arch.same_weights(base.arch) or adapter.arch.same_weights(base.arch.as_reward())):
+            raise UsageError(f"--lora-load {self.lora_load} is for {adapter.arch}, but {self.load} holds {base.arch}")
+        return adapter
 
     def __call__(self) -> Opened:
         base = self.open_base()
         if self.lora_load is not None or self.merge:
-            adapter = self.open_adapter(base.arch) if self.lora_load is not None else base
+            adapter = self.open_adapter(base) if self.lora_load is not None else base
             assert adapter.contents.lora is not None
             return MergedSource(base, adapter, adapter.contents.lora)
         return SharedA(base) if self.shared_a and isinstance(base, PeftReader) else base
@@ -296,7 +311,7 @@ def find_architecture(
         return SIZES[model.model], f"--model {model.model}", None
     options: Sequence[StoredModel] = candidates(load) if load else ()
     for home in [Path(load), *(found.home for found in options[:1])] if load else []:
-        if (home / "config.json").is_file():
+        if (home / "config.json").exists():
             return _from_folder(home)
     if whole := next((found for found in options if not incomplete(found.home, found.folder)), None):
         args, where = checkpoint_args(whole)

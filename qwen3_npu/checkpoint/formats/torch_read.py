@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
 from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
 from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, StoredModel
-from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args
+from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args, own_dtypes
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.shard_reader import ShardReader, SliceLocation
 from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
@@ -117,6 +117,8 @@ class MegatronReader(ShardedTensors):
         hf_config: str | Path | None = None,
         prefer: Rank | None = None,
         lora_alpha: float | None = None,
+        *,
+        ignored: Collection[str] = (),
     ) -> None:
         """Read architecture, layout and contents.
 
@@ -124,13 +126,14 @@ class MegatronReader(ShardedTensors):
             hf_config: folder of the config.json that says the architecture; by default the one in the checkpoint, or
                 the arguments saved with the weights.
             lora_alpha: of an adapter whose checkpoint does not say it.
+            ignored: arguments saved with the weights that are not looked at.
 
         Raises:
             UsageError: not a checkpoint, or it does not say what it is.
         """
         folder = found.folder
         first = _first_file(folder)
-        self.args: argparse.Namespace = first.content.get("args") or argparse.Namespace()
+        self.args = saved_args(first.content, ignored)
         arch = architecture(found.home, hf_config, self.args)
         virtual = max(1, sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit()))
         tensors = _tensors(first, range(virtual), virtual) | _first_layers(folder, virtual)
@@ -139,6 +142,7 @@ class MegatronReader(ShardedTensors):
         layout = _layout(tensors, self.args, self.contents, virtual, path=first.path)
         first.close()
         super().__init__(folder, WEIGHTS, arch, layout, prefer=prefer, table=self.contents.shards)
+        self.own = own_dtypes(self.args, self.contents.shapes(), str(folder))
 
     def check(self) -> None:
         """Open every file and check names and shapes of all tensors.
@@ -164,18 +168,24 @@ class MegatronReader(ShardedTensors):
 def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namespace) -> Qwen3Arch:
     """The model's architecture: as config.json says, else as the checkpoint's arguments do."""
     config = Path(hf_config or root)
-    if hf_config or (config / "config.json").is_file():
+    if hf_config or (config / "config.json").exists():
         arch = from_hf_config(read_hf_config(config), str(config / "config.json"))
         check_trained(vars(args), arch, str(root))
         return arch
     return arch_from_args(args, str(root))
 
 
+def saved_args(content: dict[str, Any], ignored: Collection[str] = ()) -> argparse.Namespace:
+    """The arguments in a file, without those of the names in `ignored`."""
+    said = vars(content.get("args") or argparse.Namespace())
+    return argparse.Namespace(**{name: value for name, value in said.items() if name not in ignored})
+
+
 def checkpoint_args(found: StoredModel) -> tuple[argparse.Namespace, str]:
     """The arguments saved in a checkpoint of either format, and the file they are in."""
     first = PtFile(found.folder / COMMON) if found.format == TORCH_DIST else _first_file(found.folder)
     first.close()
-    return first.content.get("args") or argparse.Namespace(), str(first.path)
+    return saved_args(first.content), str(first.path)
 
 
 def open_file(path: Path) -> PtFile:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import F32, DType, full
-from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
+from qwen3_npu.checkpoint.binary.dtypes import F32, DType
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.formats.base import STATES, FileJob, Item, RankState, Stored, Target
 from qwen3_npu.checkpoint.formats.torch_read import OPTIMIZER, WEIGHTS
@@ -82,12 +82,13 @@ class RankWeightFile(_RankFile):
 
     def stored(self, path: Path) -> dict[str, Stored]:
         file = PtFile(path)
-
-        def tensor(ref: TensorRef) -> Stored:
-            return Stored(ref.dtype, ref.shape, lambda: file.read(ref, ref.shape, full(ref.shape)))
-
+        file.close()
         models = {key: value for key, value in file.content.items() if key.startswith("model")}
-        return {f"{key}.{name}": tensor(ref) for key, model in models.items() for name, ref in model.items()}
+        return {
+            f"{key}.{name}": Stored(ref.dtype, ref.shape)
+            for key, model in models.items()
+            for name, ref in model.items()
+        }
 
 
 class StateFile(_RankFile):

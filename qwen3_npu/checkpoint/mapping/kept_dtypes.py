@@ -42,10 +42,13 @@ def kept_dtypes(shapes: Shapes, dtype_of: Callable[[str], DType]) -> tuple[DType
 def same_in_all_layers(
     dtype: DType, lora_dtype: DType, kept: Mapping[str, DType], shapes: Shapes
 ) -> tuple[DType, DType, dict[str, DType]]:
-    """The same for torch_dist, which stores a tensor of all layers (and experts) as one: these have one dtype."""
+    """The same for torch_dist, which stores a tensor of all layers (and experts) as one: these have one dtype.
+
+    Of gate and up, which are one tensor too, it stores the chunks apart.
+    """
     groups: dict[str, list[str]] = {}
     for name in shapes if kept else ():
-        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name).replace(".up_proj.", ".gate_proj."), []).append(name)
     wide: dict[str, DType] = {}
     for names in groups.values():
         usual = lora_dtype if _is_lora(names[0]) else dtype

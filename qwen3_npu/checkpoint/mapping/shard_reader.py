@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import DType, Region, convert_dtype, intersect, sizes, widest
+from qwen3_npu.checkpoint.binary.dtypes import DType, Region, convert_dtype, intersect, sizes, to_float32, widest
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.source import view_of
 from qwen3_npu.checkpoint.mapping.table import Shard
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import UsageError, printable
 
 Where = TypeVar("Where")
+OWN_DTYPES = "own_dtypes"  # argument of a converted checkpoint: dtype -> tensors that are stored in a wider one
 
 
 class SliceLocation(NamedTuple):
@@ -36,6 +37,7 @@ class ShardReader(abc.ABC, Generic[Where]):
     def __init__(self, holders: Iterable[tuple[Where, Shard]], what: str) -> None:
         self.what = what
         self.dtypes: dict[str, DType] = {}
+        self.own: Mapping[str, DType] = {}  # of tensors that were narrower before they were joined with others
         self.places: dict[str, dict[Region, list[SliceLocation]]] = {}
         for where, shard in holders:
             for part in shard.slices:
@@ -64,9 +66,22 @@ class ShardReader(abc.ABC, Generic[Where]):
 
     def dtype(self, name: str) -> DType:
         """Of the tensors that hold its parts; if these differ, the smallest that holds the values of all."""
+        if name in self.own:
+            return self.own[name]
         if name not in self.dtypes:
             self.dtypes[name] = widest(self.stored_dtype(*self._holder(name, part)) for part in self.places[name])
         return self.dtypes[name]
+
+    def _as_own(self, data: np.ndarray, stored: DType, name: str) -> np.ndarray:
+        """In the tensor's dtype. Raises: UsageError: values that were joined with wider ones have changed since."""
+        dtype = self.dtype(name)
+        found = convert_dtype(data, stored, dtype)
+        if name in self.own and not np.array_equal(to_float32(found, dtype), to_float32(data, stored), equal_nan=True):
+            raise UsageError(
+                f"{self.what}: {printable(name)} was {dtype.torch} and has values now that this cannot hold; convert "
+                f"it as it is stored with --ignore-args {OWN_DTYPES}"
+            )
+        return found
 
     def read(self, name: str, region: Region) -> np.ndarray:
         """A part of one Hugging Face tensor, put together from the tensors that hold it."""
@@ -79,7 +94,7 @@ class ShardReader(abc.ABC, Generic[Where]):
             stored = self.stored_dtype(holder, tensor)
             data = self.read_stored(holder, tensor, holder.slice.part(common))
             data = data.reshape(data.shape[data.ndim - len(common) :])
-            data = convert_dtype(data.T if holder.slice.transposed else data, stored, self.dtype(name))
+            data = self._as_own(data.T if holder.slice.transposed else data, stored, name)
             if common == region:
                 return data
             if out is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,16 +183,16 @@ def write_tensors(writer: PtWriter, tensors: list[torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def check_finite_weights(chunks: Sequence[torch.nn.Module], what: str) -> None:
-    """The weights of all ranks are finite: one reduction a tensor, one transfer. Every rank must call this.
+def check_finite(named: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
+    """The tensors of all ranks are finite: one reduction a tensor, one transfer. Every rank must call this.
 
     Raises:
         Stopped: one is not, on every rank; `what` says what is not done then.
     """
-    parameters = parameters_of(chunks)
-    largest = torch.stack([p.detach().abs().amax().float() for p in parameters.values() if p.numel()])
-    finite = torch.isfinite(largest).tolist()
-    names = [name for (_, name), p in parameters.items() if p.numel()]
+    tensors = [(name, tensor.detach()) for name, tensor in named if tensor.numel()]
+    largest = [torch.linalg.vector_norm(tensor, torch.inf).float() for _, tensor in tensors]
+    finite = torch.isfinite(torch.stack(largest)).tolist() if largest else []
+    names = [name for name, _ in tensors]
     mine = next((name for name, good in zip(names, finite, strict=True) if not good), None)
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)

@@ -52,6 +52,14 @@ def step_count(optimizer: MegatronOptimizer) -> int:
     return max(steps, default=0)
 
 
+def named(optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """What each tensor of this rank's share is, and the tensor: float32 weights and moments."""
+    for part in parts(optimizer):
+        for main, state in part.optimizer.state.items():
+            yield "a float32 weight of the optimizer", main
+            yield from ((f"a tensor {key} of the optimizer", state[key]) for key in KEYS[1:] if key in state)
+
+
 Gathered = dict[tuple[int, str], dict[str, torch.Tensor]]
 
 

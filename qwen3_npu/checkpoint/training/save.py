@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from qwen3_npu.checkpoint.training import optimizer_state, retention
 from qwen3_npu.checkpoint.training.live import (
     LiveTensors,
     announce,
-    check_finite_weights,
+    check_finite,
     dtype_of,
     on_host,
     parameters_of,
@@ -135,9 +136,12 @@ def begin_save(
 
     Raises:
         SaveFailed: the folder cannot be made; on every rank.
-        Stopped: a weight is NaN or infinite: such a checkpoint must not replace good ones; on every rank.
+        Stopped: a weight or the optimizer's state is NaN or infinite: such a checkpoint must not take the place of
+            good ones; on every rank.
     """
-    check_finite_weights(trained.chunks, f"iteration {position.iteration} is not saved")
+    weights = ((name, parameter) for (_, name), parameter in parameters_of(trained.chunks).items())
+    state = optimizer_state.named(trained.optimizer) if args.save_optim else ()
+    check_finite(itertools.chain(weights, state), f"iteration {position.iteration} is not saved")
     root, rank = Path(str(args.save)), dist.get_rank()
     folder = root / iteration_name(position.iteration)
     stage = folder.with_name(folder.name + ".partial")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen3_npu import schema
-from qwen3_npu.errors import UsageError
+from qwen3_npu.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,9 +61,10 @@ class TokenizerFolder:
         return self.special[token]
 
     def named(self, name: str) -> str | None:
-        """`eos_token` or another role -> its text, if the folder gives it one."""
+        """`eos_token` or another role -> its text, if the folder gives it one. Raises: UsageError: it gives no text."""
         token = self.config.get(name)
-        return token.get("content") if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        return None if token is None else schema.text(token, f"{self.path / 'tokenizer_config.json'}: {name}")
 
     def eos(self) -> int:
         """The number of the end-of-document token, as Megatron and MindSpeed-LLM append it: `eos_token`.
@@ -120,13 +121,14 @@ def open_tokenizer(path: str) -> TokenizerFolder:
     file = folder / "tokenizer.json"
     config_file = folder / "tokenizer_config.json"
     try:
-        added = _added_tokens(file.read_text(encoding="utf-8"))
-        special = {token["content"]: int(token["id"]) for token in added}
-        unspoken = frozenset(int(token["id"]) for token in added if token.get("special") is True)
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--tokenizer-name-or-path {path}: not a tokenizer ({error})") from None
-    return TokenizerFolder(folder, special, config, unspoken)
+        added = _added_tokens(schema.read_small(file).decode("utf-8"))
+        numbers = {token["content"]: schema.integer(token["id"], "id", least=0, most=2**31) for token in added}
+        unspoken = frozenset(numbers[token["content"]] for token in added if token.get("special") is True)
+        config = schema.read_record(config_file).fields if config_file.exists() else {}
+    except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
+        reason = printable(str(error)) or type(error).__name__
+        raise UsageError(f"--tokenizer-name-or-path {path}: not a tokenizer ({reason})") from None
+    return TokenizerFolder(folder, numbers, config, unspoken)
 
 
 class Loading(NamedTuple):

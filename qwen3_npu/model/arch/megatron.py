@@ -7,7 +7,6 @@ here is refused by name: weights alone do not tell one rotary embedding, norm or
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from qwen3_npu.model.arch.facts import FACTS
 from qwen3_npu.model.arch.families import FAMILIES
 from qwen3_npu.model.arch.families.family import Family
 from qwen3_npu.model.arch.rope import LINEAR, LLAMA3, YARN, RopeScaling
+from qwen3_npu.model.arch.saved_arguments import refuse_others, unlike
 from qwen3_npu.numbers import number_list
 from qwen3_npu.schema import boolean, integer, number, shown
 
@@ -40,34 +40,6 @@ ALWAYS: dict[str, Any] = {
     "swiglu": True,
     "add_bias_linear": False,
 }
-# Argument -> the only values that are computed here; one that is absent or None says nothing.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("rope", "yarn"),
-    "rotary_percent": (1.0,),
-    "normalization": ("RMSNorm",),
-    "swiglu": (True,),
-    "moe_router_score_function": ("softmax",),
-    "softmax_type": ("vanilla",),
-    "moe_router_topk_scaling_factor": (1.0,),
-    "routed_scaling_factor": (1.0,),
-    "decoder_sparse_step": (1,),
-    "first_k_dense_replace": (0, -1),
-    "hidden_act": ("silu",),
-    "scale_emb": (1.0,),
-}
-# Arguments that name another architecture unless they are off (False, 0 or empty).
-_OFF = """
-    rotary_interleaved add_bias_linear add_rmsnorm_offset apply_layernorm_1p layernorm_zero_centered_gamma
-    apply_residual_connection_post_layernorm parallel_attention parallel_output_layernorm squared_relu openai_gelu
-    quick_geglu geglu gelu_tanh sandwich_norm post_norm embed_layernorm embedding_scale input_embeds_norm
-    multi_latent_attention multi_head_latent_attention attention_output_gate qk_l2_norm qk_clip use_sliding_window
-    interleave_sliding_window softcap attn_logit_softcapping attn_logit_softcap output_logit_softcapping
-    final_logit_softcapping query_pre_attn_scalar use_glm_rope no_rope_freq no_rope_layers use_partial_rope
-    moe_shared_expert_intermediate_size n_shared_experts moe_router_enable_expert_bias
-    moe_router_load_balancing_bias mlp_only_layers mtp_num_layers num_nextn_predict_layers
-    shared_expert_gate scale_depth dim_model_base alibi attention_bias mlp_bias hybrid_attention_ratio
-    hybrid_mlp_ratio is_hybrid_model experimental_attention_variant heterogeneous_layers_config_path
-""".split()  # noqa: SIM905
 
 
 def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
@@ -156,30 +128,12 @@ def _needed(said: Mapping[str, Any], name: str, where: str) -> int:
     return integer(said[name], f"{where}: {name}", least=1)
 
 
-def refuse_others(said: Mapping[str, Any], where: str) -> None:
-    """Raises: UsageError: an argument names an architecture that is not computed here."""
-    for name, allowed in _ONLY.items():
-        if name in said and said[name] not in allowed:
-            raise UsageError(_unlike(where, name, said[name], shown(allowed[0])))
-    for name in _OFF:
-        if said.get(name):
-            raise UsageError(_unlike(where, name, said[name], "off"))
-    if said.get("window_size") not in (None, (-1, -1), [-1, -1], (-1, 0), [-1, 0]):
-        raise UsageError(_unlike(where, "window_size", said["window_size"], "the whole sequence"))
-    frequency = said.get("moe_layer_freq", 1)
-    every = isinstance(frequency, str) and re.fullmatch(r"\(?\[1\](\*\d+)?\)?", frequency)
-    if not every and frequency not in (1, -1) and not (isinstance(frequency, list) and set(frequency) == {1}):
-        raise UsageError(_unlike(where, "moe_layer_freq", frequency, "1"))
-
-
-def _unlike(where: str, name: str, value: object, allowed: str) -> str:
-    return f"{where}: {name} {shown(value)} is another architecture; only {allowed} is computed here"
-
-
 def _family(said: Mapping[str, Any], where: str) -> Family:
     """The first family that agrees with every argument."""
     experts = "num_experts" in said or "num_moe_experts" in said
-    named = said.get("hf_model_type")
+    named = said.get("hf_model_type") or (said["model_type"] if isinstance(said.get("model_type"), str) else None)
+    if named not in FAMILIES and said.get("hf_model_type") is None:
+        named = None  # Megatron's ModelType or MindSpeed-LLM's "GPT"
     features = {feature: bool(said[argument]) for feature, argument in FEATURES.items() if argument in said}
     for family in FAMILIES.values():
         agrees = all(getattr(family, feature) == value for feature, value in features.items())
@@ -229,7 +183,7 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
     found: list[RopeScaling] = []
     kind = said.get("rope_scaling_type")
     if kind not in (None, YARN, LLAMA3):
-        raise UsageError(_unlike(where, "rope_scaling_type", kind, f"{YARN} and {LLAMA3}"))
+        raise unlike(where, "rope_scaling_type", kind, f"{YARN} and {LLAMA3}")
     if said.get("position_embedding_type") == "yarn" or kind == YARN:
         found.append(_yarn(read, "yarn_" if kind is None else "rope_scaling_"))
     if kind == LLAMA3:
@@ -243,8 +197,6 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
         found.append(RopeScaling(kind=LLAMA3, factor=read("rope_scaling_factor", 8.0), original=8192))
     if (factor := read("rotary_seq_len_interpolation_factor", 1.0)) != 1:
         found.append(RopeScaling(kind=LINEAR, factor=factor))
-    if said.get("dynamic_factor") not in (None, 1):
-        raise UsageError(_unlike(where, "dynamic_factor", said["dynamic_factor"], "1"))
     if len(found) > 1:
         raise UsageError(f"{where}: its args name {' and '.join(map(str, found))}; one of them can be computed")
     return rope.checked_scaling(found[0], theta, where) if found else None
@@ -270,6 +222,8 @@ class _NumericArgs:
 
 def _yarn(read: _NumericArgs, prefix: str) -> RopeScaling:
     mindspeed = prefix == "rope_scaling_"
+    if not mindspeed and "yarn_rotary_scaling_factor" not in read.said and "rotary_scaling_factor" in read.said:
+        read = _NumericArgs(_unprefixed_yarn(read.said), read.where)
     factor = read("rope_scaling_factor" if mindspeed else "yarn_rotary_scaling_factor")
     # MindSpeed-LLM's defaults are 1 and 0, Megatron's None; all of them mean `mscale(factor)`.
     weights = read.given(f"{prefix}mscale"), read.given(f"{prefix}mscale_all_dim")
@@ -286,3 +240,10 @@ def _yarn(read: _NumericArgs, prefix: str) -> RopeScaling:
         beta_slow=read("beta_slow", 1.0, f"{prefix}beta_slow") if mindspeed else read("yarn_beta_slow", 1.0),
         truncate=bool(read.said.get("yarn_correction_range_round_to_int", True)),
     )
+
+
+def _unprefixed_yarn(said: Mapping[str, Any]) -> dict[str, Any]:
+    """megatron-core 0.19's flags, which have the prefix in the configuration only; its defaults."""
+    own = {f"yarn_{name}": said.get(name, usual) for name, usual in (("mscale", 1.0), ("mscale_all_dim", 0.0))}
+    own["yarn_rotary_scaling_factor"] = said["rotary_scaling_factor"]
+    return {"yarn_original_max_position_embeddings": 4096} | own | dict(said)

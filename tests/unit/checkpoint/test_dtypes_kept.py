@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import samples
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 
 TP2 = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
@@ -60,9 +61,9 @@ def test_torch_dist_has_one_dtype_for_all_layers(models: dict, tmp_path: Path) -
     expected = mixed(models["untied"], tmp_path / "hf", {"norm": torch.float32, "layers.1.mlp.down": torch.float32})
     samples.to_mg(tmp_path / "hf", tmp_path / "mg", *TP2, "--ckpt-format", "torch_dist", "--verify")
     samples.to_hf(tmp_path / "mg", tmp_path / "back", "--verify")
-    for name in expected:
-        if "down_proj" in name:
-            expected[name] = expected[name].float()
+    metadata = torch.distributed.checkpoint.FileSystemReader(tmp_path / "mg" / "iter_0000001").read_metadata()
+    stored = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
+    assert stored.properties.dtype is torch.float32
     assert_equal(tmp_path / "back", expected)
 
 
@@ -77,9 +78,27 @@ def test_a_tensor_joined_from_several_dtypes_holds_all_exactly(models: dict, tmp
     assert dtypes["self_attention.linear_qkv.weight"] is torch.float32
     assert dtypes["mlp.linear_fc1.weight"] is torch.float32  # of float16 and bfloat16
     assert dtypes["mlp.linear_fc2.weight"] is torch.bfloat16
-    samples.to_hf(tmp_path / "mg", tmp_path / "back")
-    found = load_file(tmp_path / "back" / SINGLE)
-    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in expected.items())
+    samples.to_mg(tmp_path / "mg", tmp_path / "other", "--ckpt-format", "torch_dist", "--verify")
+    samples.to_hf(tmp_path / "other", tmp_path / "back", "--verify")
+    assert_equal(tmp_path / "back", expected)
+    ran = samples.run("--verify-only", "--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "other")
+    assert ran.code == 0, ran.out
+
+
+def test_values_that_a_tensor_had_no_room_for_are_not_rounded(models: dict, tmp_path: Path) -> None:
+    """Its float32 tensor was trained on, or edited, after it was joined from bfloat16 and float32 ones."""
+    mixed(models["untied"], tmp_path / "hf", {"k_proj": torch.float32})
+    samples.to_mg(tmp_path / "hf", tmp_path / "mg")
+    path = tmp_path / "mg/iter_0000001/mp_rank_00/model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    content["model"]["decoder.layers.1.self_attention.linear_qkv.weight"][0, 0] = 1 + 2**-20
+    torch.save(content, path)
+    (path.parents[1] / "integrity.json").unlink()
+    back = ("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", tmp_path / "mg")
+    line = samples.refused(*back, "--save-dir", tmp_path / "no")
+    assert "model.layers.1.self_attn.q_proj.weight was bfloat16 and has values now" in line
+    samples.ok(*back, "--save-dir", tmp_path / "back", "--ignore-args", "own_dtypes")
+    assert load_file(tmp_path / "back" / SINGLE)["model.layers.1.self_attn.q_proj.weight"][0, 0] == 1 + 2**-20
 
 
 def test_ranks_of_other_dtypes_are_read_as_values(models: dict, tmp_path: Path) -> None:
@@ -117,8 +136,8 @@ def test_verify_finds_what_a_conversion_did_wrong(models: dict, tmp_path: Path, 
     """The readers of conversions are broken here; --verify, which uses torch and safetensors, finds it."""
     from qwen3_npu.checkpoint.binary import safetensors_read, torch_zip_read
 
-    def off_by_one(fd: int, offset: int, *rest: object) -> np.ndarray:
-        return whole(fd, offset - 2 if offset > 90_000 else offset, *rest)
+    def off_by_one(fd: int, offset: int, *rest: object, **named: object) -> np.ndarray:
+        return whole(fd, offset - 2 if offset > 90_000 else offset, *rest, **named)
 
     whole = safetensors_read.read_region
     monkeypatch.setattr(safetensors_read, "read_region", off_by_one)
@@ -131,4 +150,35 @@ def test_verify_finds_what_a_conversion_did_wrong(models: dict, tmp_path: Path, 
     mg = ("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", tmp_path / "good")
     ran = samples.run(*mg, "--save-dir", tmp_path / "hf", "--verify")
     assert ran.code == 1
+    assert "differs: " in ran.out
+
+
+@pytest.mark.parametrize("direction", ["into torch_dist", "out of torch_dist", "of an adapter"])
+def test_verify_reads_neither_chunks_nor_adapters_as_conversions_do(
+    direction: str, models: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its readers are torch and safetensors: what ours or our writer gets wrong is found."""
+    from qwen3_npu.checkpoint.binary import torch_zip_read, torch_zip_write
+    from qwen3_npu.checkpoint.formats import peft
+    from qwen3_npu.checkpoint.mapping.lora import Lora
+
+    mg = ("--load-model-type", "mg", "--save-model-type", "hf")
+    if direction == "into torch_dist":
+        section = torch_zip_write.PtSection.write
+        monkeypatch.setattr(torch_zip_write.PtSection, "write", lambda self, data: section(self, data[::-1]))
+        argv = ("--load-dir", models["untied"], "--save-dir", tmp_path / "out", "--ckpt-format", "torch_dist")
+    elif direction == "out of torch_dist":
+        samples.to_mg(models["untied"], tmp_path / "mg", "--ckpt-format", "torch_dist", *TP2)
+        read = torch_zip_read.PtArchive.read
+        monkeypatch.setattr(torch_zip_read.PtArchive, "read", lambda *args: read(*args)[::-1])
+        argv = (*mg, "--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "out")
+    else:
+        lora = Lora(4, 8.0, samples.ALL_TARGETS)
+        adapter = samples.write_adapter(tmp_path / "peft", samples.ARCHS["untied"], lora, shared_a=True)
+        read = peft.SafetensorsFile.read
+        monkeypatch.setattr(peft.SafetensorsFile, "read", lambda *args: read(*args)[::-1])
+        argv = ("--load-dir", adapter, "--hf-cfg-dir", models["untied"], "--save-dir", tmp_path / "out")
+        argv += ("--load-model-type", "hf", "--save-model-type", "mg")
+    ran = samples.run(*argv, "--verify")
+    assert ran.code == 1, ran.out + ran.err
     assert "differs: " in ran.out

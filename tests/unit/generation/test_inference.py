@@ -214,6 +214,10 @@ def test_sampling_follows_generation_config_unless_flags_say_otherwise(
         (folder / "generation_config.json").write_text(json.dumps(broken))
         with pytest.raises(UsageError, match=message):
             read_generation_config([folder])
+    other = {"num_beams": 4, "do_sample": False, "max_new_tokens": 5, "early_stopping": False, "stop_strings": ["\x1b"]}
+    (folder / "generation_config.json").write_text(json.dumps(other))
+    told = read_generation_config([folder]).ignored
+    assert told == ("do_sample false", "num_beams 4", "stop_strings ['\\x1b']", "max_new_tokens 5")
 
 
 def test_without_a_prompt_the_greedy_prompt_of_mindspeed_is_answered(process: Any, model: Path, tmp_path: Path) -> None:

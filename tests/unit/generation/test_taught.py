@@ -84,6 +84,21 @@ def test_a_checkpoint_is_asked_as_it_was_taught(
     assert asked(process, model, model, tmp_path) == "hi", "a model that says nothing is asked in plain text"
 
 
+def test_a_hugging_face_export_is_asked_as_its_training_was(
+    process: Any, model: Path, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import convert_ckpt
+
+    export = tmp_path / "hf"
+    flags = ["--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", trained["qwen"], "--save-dir", export]
+    monkeypatch.setattr("sys.argv", ["convert_ckpt.py", *map(str, flags), "--jobs", "1"])
+    assert not convert_ckpt.main()
+    assert asked(process, export, export, tmp_path) == QWEN
+    (export / "qwen3_npu_prompts.json").write_text('{"prompt_type": "chatglm"}')
+    with pytest.raises(UsageError, match=r"qwen3_npu_prompts.json: prompt_type 'chatglm' .* is not known"):
+        planned(export, export)
+
+
 def test_custom_evaluation_uses_the_recorded_template(
     process: Any, model: Path, trained: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -172,36 +172,6 @@ def test_other_megatron_arguments_of_rope() -> None:
     assert linear == RopeScaling(kind=LINEAR, factor=2.0)
 
 
-OTHERS = {
-    "rotary_percent": 0.5,
-    "rotary_interleaved": True,
-    "position_embedding_type": "learned_absolute",
-    "normalization": "LayerNorm",
-    "swiglu": False,
-    "squared_relu": True,
-    "add_bias_linear": True,
-    "add_qkv_bias": True,
-    "qk_layernorm": False,
-    "multi_latent_attention": True,
-    "window_size": (128, 0),
-    "apply_layernorm_1p": True,
-    "rope_scaling_type": "longrope",
-    "dynamic_factor": 2.0,
-    "use_glm_rope": True,
-    "moe_layer_freq": 2,
-    "mtp_num_layers": 1,
-    "attention_output_gate": True,
-    "hf_model_type": "gemma3",
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_arguments_of_another_architecture_are_refused_by_name(name: str) -> None:
-    with pytest.raises(UsageError, match=name) as refused:
-        from_megatron({**PLAIN_ARGS, name: OTHERS[name]}, "/ckpt/model_optim_rng.pt")
-    assert "\n" not in str(refused.value)
-
-
 class TestFlags:
     """What the command line adds to an architecture."""
 

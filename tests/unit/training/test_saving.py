@@ -10,10 +10,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import xxhash
 
+import tiny
 from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
@@ -21,6 +24,7 @@ from qwen3_npu.checkpoint import manifest
 from qwen3_npu.checkpoint.formats.folders import candidates, iterations
 from qwen3_npu.checkpoint.training import retention
 from qwen3_npu.distributed import environment
+from qwen3_npu.distributed.layout import single_layout
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.files import Seal
 
@@ -239,15 +243,51 @@ def test_rank_0_waits_for_all_parts_in_the_background(tmp_path: Path) -> None:
 def test_nan_weights_are_not_saved(process: object) -> None:
     import torch
 
-    from qwen3_npu.checkpoint.training.live import check_finite_weights
+    from qwen3_npu.checkpoint.training.live import check_finite
 
-    model = torch.nn.Linear(3, 3)
-    check_finite_weights([model], "iteration 7 is not saved")
-    for value in (float("nan"), float("inf")):
+    model = torch.nn.Linear(3, 3).bfloat16()
+    model.register_parameter("nothing", torch.nn.Parameter(torch.empty(0)))
+    check_finite(model.named_parameters(), "iteration 7 is not saved")
+    for value in (float("nan"), float("inf"), -float("inf")):
         with torch.no_grad():
             model.bias[1] = value
         with pytest.raises(Stopped, match="iteration 7 is not saved: bias holds NaN or infinite values"):
-            check_finite_weights([model], "iteration 7 is not saved")
+            check_finite(model.named_parameters(), "iteration 7 is not saved")
+
+
+def test_a_poisoned_moment_is_not_saved(tmp_path: Path, process: object) -> None:
+    """The weights are still finite; the next step's are not."""
+    import torch
+
+    from qwen3_npu.checkpoint.training.save import Position, begin_save
+
+    model = torch.nn.Linear(3, 3)
+    adam = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    adam.step()
+    adam.state[model.bias]["exp_avg_sq"][0] = float("inf")
+    trained: Any = SimpleNamespace(chunks=[model], optimizer=SimpleNamespace(optimizer=adam))
+    with pytest.raises(
+        Stopped, match="iteration 3 is not saved: a tensor exp_avg_sq of the optimizer holds NaN or inf"
+    ):
+        begin_save(trained, Position(3, 3), CheckpointArgs(save=str(tmp_path)), {}, config=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_optimizer_state_of_mindspeed_is_not_taken_over(tmp_path: Path, process: object) -> None:
+    """Its distributed optimizer saves distrib_optim.pt beside the weights."""
+    from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
+    from qwen3_npu.checkpoint.training import load
+
+    source: Any = object.__new__(MegatronReader)
+    source.folder, source.layout = tmp_path, single_layout(tiny.arch())
+    content = {"opt_param_scheduler": {"num_steps": 8}, "iteration": 1}
+    source.opened = {next(source.layout.ranks()): SimpleNamespace(content=content)}
+    (tmp_path / "mp_rank_00").mkdir()
+    (tmp_path / "mp_rank_00" / "distrib_optim.pt").touch()
+    trained: Any = SimpleNamespace()
+    with pytest.raises(UsageError, match=r"\(distrib_optim.pt\): only weights can be loaded; give --finetune"):
+        load._resume(trained, CheckpointArgs(load=str(tmp_path)), source, {})
 
 
 def test_an_export_that_fails_is_a_warning_and_counted(

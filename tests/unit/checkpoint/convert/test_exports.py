@@ -17,6 +17,7 @@ from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter
 from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
 from qwen3_npu.checkpoint.formats.hf_write import SafetensorsWriter
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
+from qwen3_npu.checkpoint.mapping.lora import Lora
 
 TP2_PP2 = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
 V1 = ("--use-mcore-models", "--model-type", "GPT", "--spec", "mindspeed_llm.tasks.models.spec.qwen3_spec", "layer_spec")
@@ -181,3 +182,36 @@ def test_dtypes(real_models: dict[str, Path], tmp_path: Path) -> None:
     samples.to_hf(tmp_path / "mg", tmp_path / "hf32", "--params-dtype", "fp32")
     widened = torch.from_numpy(samples.weights(tmp_path / "hf32")[name].view(np.float32))
     assert torch.equal(rounded.float(), widened)
+
+
+def test_how_prompts_were_written_goes_along(models: dict[str, Path], tmp_path: Path) -> None:
+    """From a training's args to a merged model, an adapter and back; an older file of the output goes."""
+    import torch
+
+    said = {"prompt_type": "qwen3", "enable_thinking": "true", "tokenizer_digest": "1f" * 16}
+    lora = Lora(4, 8.0, samples.ALL_TARGETS)
+    samples.write_adapter(tmp_path / "peft", samples.ARCHS["untied"], lora, shared_a=True)
+    base = ("--load-dir", models["untied"])
+    mg = ("--save-model-type", "mg", "--hf-cfg-dir", models["untied"])
+    samples.ok("--load-dir", tmp_path / "peft", "--load-model-type", "hf", *mg, "--save-dir", tmp_path / "lora")
+    (file,) = (tmp_path / "lora").rglob("model_optim_rng.pt")
+    content = torch.load(file, weights_only=False)
+    vars(content["args"]).update(said, enable_thinking=True)
+    torch.save(content, file)
+    (file.parents[1] / "integrity.json").unlink()
+    adapter = ("--load-model-type", "mg", "--load-dir", tmp_path / "lora", "--hf-cfg-dir", models["untied"])
+    samples.ok(*adapter, "--save-model-type", "hf", "--save-lora-to-hf", "--save-dir", tmp_path / "exported")
+    merged = (*base, "--lora-load", tmp_path / "exported", "--no-lora-check", "--params-dtype", "bf16")
+    samples.ok(*merged, "--save-model-type", "hf", "--save-dir", tmp_path / "hf")
+    for folder in ("exported", "hf"):
+        assert json.loads((tmp_path / folder / "qwen3_npu_prompts.json").read_text()) == said
+    samples.to_mg(tmp_path / "hf", tmp_path / "dist", "--ckpt-format", "torch_dist")
+    samples.to_mg(tmp_path / "dist", tmp_path / "torch")
+    (file,) = (tmp_path / "torch").rglob("model_optim_rng.pt")
+    assert said.items() <= vars(torch.load(file, weights_only=False)["args"]).items()
+    samples.to_mg(models["untied"], tmp_path / "silent")
+    samples.to_hf(tmp_path / "silent", tmp_path / "hf", "--overwrite")
+    assert not (tmp_path / "hf" / "qwen3_npu_prompts.json").exists()
+    (tmp_path / "exported" / "qwen3_npu_prompts.json").write_text(json.dumps({**said, "system": "x"}))
+    line = samples.refused(*merged, "--save-dir", tmp_path / "no")
+    assert "qwen3_npu_prompts.json: 'system' is not understood" in line

@@ -142,7 +142,7 @@ def test_torch_dist_outputs(models: dict[str, Path], tmp_path: Path) -> None:
     flip(path, path.stat().st_size // 2)
     ran = verify_only(models["moe"], tmp_path / "mg")
     assert ran.code == 1
-    assert f"unreadable: {path.name}: " in ran.out
+    assert f"differs: {path.name}: " in ran.out
     path.unlink()
     ran = verify_only(models["moe"], tmp_path / "mg")
     assert ran.code == 1

@@ -84,3 +84,17 @@ def test_a_config_json_does_not_hide_them(
     flags = ("--load-model-type", "mg", "--save-model-type", "hf", "--hf-cfg-dir", config)
     assert message in samples.refused(*flags, "--load-dir", folder, "--save-dir", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_what_arguments_do_not_say_is_taken_aloud(trained: Any, tmp_path: Path) -> None:
+    """A config.json of transformers 5 has rope_theta inside a dict, which MindSpeed-LLM's converter leaves out."""
+    out = samples.to_hf(trained(rotary_base=None), tmp_path / "hf")
+    assert "its args have no rotary_base; 1e+06 is taken" in out
+
+
+def test_an_argument_of_a_later_version_can_be_ignored(trained: Any, tmp_path: Path) -> None:
+    folder = trained(attention_quick_path=True)
+    flags = ("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", folder, "--save-dir", tmp_path / "x")
+    assert "convert with --ignore-args attention_quick_path" in samples.refused(*flags)
+    assert samples.run(*flags, "--ignore-args", "attention_quick_path").code == 0
+    assert (tmp_path / "x" / "config.json").is_file()
