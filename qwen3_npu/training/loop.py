@@ -51,7 +51,7 @@ from qwen3_npu.training.spikes.guard import SpikeGuard
 from qwen3_npu.training.spikes.replicas import ReplicaCheck
 from qwen3_npu.training.spikes.rollback import decoder, go_back
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
-from qwen3_npu.training.whole import train
+from qwen3_npu.training.train import train
 from qwen3_npu.watch import here
 from qwen3_npu.watch.start import watched
 

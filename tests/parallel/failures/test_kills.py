@@ -1,6 +1,6 @@
 """Ranks are killed at random moments; torchrun starts the job again, which goes on with the losses of a whole run.
 
-KILLS=20 in the environment: so many kills of each job instead of the few of a normal run.
+KILLS=20 in the environment: so many kills of each job instead of the one of a normal run.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_killed_jobs_go_on(
     job: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
     first_moment, extra = JOBS[job]
-    kills = int(os.environ.get("KILLS", "2"))
+    kills = int(os.environ.get("KILLS", "1"))
     steps, save, tensorboard = 6 + 4 * kills, tmp_path / "save", tmp_path / "tensorboard"
     flags = [*BASE, *TP2, "--train-iters", str(steps), "--data-path", tokens, "--load", models["tied"]]
     whole = worlds[2].run("train", flags=flags, steps=steps)["loss"]
