@@ -158,6 +158,7 @@ def test_a_second_training_is_refused_on_rank_0(
     with pytest.raises(UsageError, match=rf"--save .*out is being written by process {other.pid} .*another --save"):
         leased(args).__enter__()
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with leased(args) as lease:
         assert lease is None, "rank 0 has it"
 
