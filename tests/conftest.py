@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Tests train many tiny models in several processes; one thread each is fastest and repeats bit for bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when triton is imported, whoever does that first: kernels of a GPU run on the host.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # Folder of a test -> its markers.
 MARKERS = {"parallel": ("parallel", "slow"), "npu_sim": ("npu_sim", "slow"), "examples": ("slow",)}

@@ -54,16 +54,28 @@ class RMSNorm(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, *, kernel: Callable, eps: float = 1e-6, **_: object
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        *,
+        kernel: Callable,
+        add_kernel: Callable,
+        eps: float = 1e-6,
+        **_: object,
     ) -> None:
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         mark(self.weight, sequence_parallel=config.sequence_parallel)
-        self.kernel, self.eps = kernel, eps
+        self.kernel, self.add_kernel, self.eps = kernel, add_kernel, eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernel(x, self.weight, self.eps)
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x; with a residual, the norm of their sum, and the sum."""
+        if residual is None:
+            return self.kernel(x, self.weight, self.eps)
+        return self.add_kernel(x, residual, self.weight, self.eps)
 
 
 class SwiGLU(torch.nn.Module):
@@ -131,12 +143,12 @@ class Layer(TransformerLayer):
     stage only,
     and forgets it in the layers that `--recompute-method block` does not recompute.
 
-    The sum of the residual and of the attention, and the norm of it, are one kernel.
+    The sum of the residual and of the attention, and the norm of it, are one kernel. The norm's module calls it:
+    `--overlap-param-gather` waits for a weight in the call of the module that owns it.
     """
 
-    def __init__(self, *sizes: Any, add_rms_norm: Callable, **options: Any) -> None:
+    def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        self.add_rms_norm = add_rms_norm
         # What recomputes a norm, or drops before the sum, needs the two apart.
         recomputes = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm or self.recompute_mlp
         self.is_plain = not recomputes and self.hidden_dropout == 0.0
@@ -163,8 +175,7 @@ class Layer(TransformerLayer):
         attended, bias = self.self_attention(self.input_layernorm(hidden), packed_seq_params=sequence)
         if bias is not None:
             attended = attended + bias
-        norm = self.pre_mlp_layernorm
-        normed, hidden = self.add_rms_norm(attended, hidden, norm.weight, norm.eps)
+        normed, hidden = self.pre_mlp_layernorm(attended, hidden)
         if getattr(self.mlp, "adds_residual", False):
             return self.mlp(normed, residual=hidden)[0]
         moved, _ = self.mlp(normed, **masks)

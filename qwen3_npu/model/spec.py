@@ -50,7 +50,7 @@ class Parts:
 def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
     """One layer."""
     kernels = parts.kernels
-    norm = ModuleSpec(RMSNorm, params={"kernel": kernels.rms_norm})
+    norm = _norm(kernels)
     attention = ModuleSpec(
         SelfAttention,
         params={
@@ -67,7 +67,6 @@ def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
     )
     return ModuleSpec(
         Layer,
-        params={"add_rms_norm": kernels.add_rms_norm},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
@@ -84,8 +83,12 @@ def block_spec(arch: Qwen3Arch, parts: Parts, layers: Sequence[int]) -> Transfor
     layer, noop = layer_spec(arch, parts), ModuleSpec(NoopLayer)
     return TransformerBlockSubmodules(
         layer_specs=[noop if number == NOOP else layer for number in layers],
-        layer_norm=ModuleSpec(RMSNorm, params={"kernel": parts.kernels.rms_norm}),
+        layer_norm=_norm(parts.kernels),
     )
+
+
+def _norm(kernels: Kernels) -> ModuleSpec:
+    return ModuleSpec(RMSNorm, params={"kernel": kernels.rms_norm, "add_kernel": kernels.add_rms_norm})
 
 
 def _linear(name: str, linear: type, parts: Parts) -> ModuleSpec | type:

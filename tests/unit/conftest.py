@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, whoever does: kernels of a GPU run on the host
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
