@@ -17,7 +17,7 @@ from qwen3_npu.args.convert import HF, MEGATRON
 from qwen3_npu.checkpoint.manifest import is_sealed
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import rename
-from qwen3_npu.schema import shown
+from qwen3_npu.schema import read_small, shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 PEFT, TORCH, TORCH_DIST = "peft", "torch", "torch_dist"
@@ -60,12 +60,8 @@ def iterations(root: Path) -> list[int]:
 
 def read_tracker(root: Path) -> str | None:
     """What the tracker file says: an iteration, "release", or None if there is no such file."""
-    try:
-        return (root / TRACKER).read_bytes().decode("utf-8", "replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UsageError(f"{root / TRACKER} cannot be read: {error.strerror}") from None
+    path = root / TRACKER
+    return read_small(path).decode("utf-8", "replace").strip() if path.exists() else None
 
 
 def format_of(folder: Path) -> str | None:
