@@ -1,6 +1,6 @@
 """Ranks are killed at random moments; torchrun starts the job again, which goes on with the losses of a whole run.
 
-KILLS=20 in the environment: so many kills of each job instead of the one of a normal run.
+KILLS=20 in the environment: so many kills of each job. A normal run kills one job once, while a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from worlds import World, free_port
 ROOT = Path(__file__).resolve().parents[3]
 # The moments, one after the other: while files are being made, between two checkpoints, at any time.
 MOMENTS = ("saving", "between", "any")
-JOBS = {
-    "torch": ("saving", []),
-    "torch_dist, async": ("any", ["--ckpt-format", "torch_dist", "--async-save", "--save-total-limit", "3"]),
-}
+JOBS = {"torch_dist, async": ("saving", ["--ckpt-format", "torch_dist", "--async-save", "--save-total-limit", "3"])}
+if "KILLS" in os.environ:
+    JOBS["torch"] = ("saving", [])
 
 
 def launch(processes: int, restarts: int, flags: list[str], output: Path) -> subprocess.Popen:
