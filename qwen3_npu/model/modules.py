@@ -140,8 +140,7 @@ class Layer(TransformerLayer):
     """megatron's layer, whose routers learn from the sequence what is padding.
 
     megatron-core 0.16.1 passes a mask of its own to the layers, but shards it for sequence parallelism on the first
-    stage only,
-    and forgets it in the layers that `--recompute-method block` does not recompute.
+    stage only, and forgets it in the layers that `--recompute-method block` does not recompute.
 
     The sum of the residual and of the attention, and the norm of it, are one kernel. The norm's module calls it:
     `--overlap-param-gather` waits for a weight in the call of the module that owns it.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from qwen3_npu.args.inference import PREFILL_TOKENS
+from qwen3_npu.args.parallel import ParallelArgs, make_layout
 from qwen3_npu.distributed.layout import NOOP, Layout
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
@@ -92,8 +93,6 @@ def find_layouts(shape: Shape, arch: Qwen3Arch, device: Device, *, devices: int,
     Raises:
         UsageError: nothing fits; the message says what would.
     """
-    from qwen3_npu.args.parallel import ParallelArgs, make_layout
-
     found = []
     for tensor in (size for size in range(1, min(devices, device.node) + 1) if devices % size == 0):
         for pipeline in (size for size in range(1, devices // tensor + 1) if devices // tensor % size == 0):

@@ -38,7 +38,6 @@ class RankTrace:
         operations: of the second step.
         start: collectives before the first step.
         micro_batches: that were traced; a step may have more, which are alike.
-        timeline: bytes held after each change, of both steps.
         communicators: groups of more than one rank that this rank joins at the start.
         groups: names of the groups that this rank is in, by their ranks.
     """
@@ -53,7 +52,6 @@ class RankTrace:
     operations: tuple[Operation, ...]
     start: tuple[Operation, ...]
     micro_batches: int
-    timeline: tuple[int, ...]
     communicators: int
     groups: dict[tuple[int, ...], str]
 
@@ -127,10 +125,6 @@ def _steps(recorder: TraceRecorder, trainer: Trainer, world: World) -> RankTrace
         first = len(recorder.held)
         _step(trainer, world, count)
     peak, holders = recorder.peak(first)
-    total, timeline = 0, []
-    for changed, _ in recorder.held:
-        total += changed
-        timeline.append(total)
     return RankTrace(
         rank=world.rank,
         stage=parallel_state.get_pipeline_model_parallel_rank(),
@@ -142,7 +136,6 @@ def _steps(recorder: TraceRecorder, trainer: Trainer, world: World) -> RankTrace
         operations=tuple(recorder.operations),
         start=start,
         micro_batches=count,
-        timeline=tuple(timeline),
         communicators=_communicators(),
         groups=_groups(),
     )
