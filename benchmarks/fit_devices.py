@@ -1,9 +1,9 @@
 """Fit the constants of `qwen3_npu.plan.device` to step times that others published, and show how far the plan is off.
 
-Hopper GPUs only: what is published of Ascend devices lacks the layout, or is of models with a few layers. The last
-column is the error of a fit that has not seen the row.
+Hopper GPUs from published_runs.txt; Ascend devices from MindSpeed-LLM's CI, if its file is given. The last column is
+the error of a fit that has not seen the row.
 
-    python benchmarks/fit_devices.py
+    python benchmarks/fit_devices.py [--npu-csv mindspeed_ci.csv]
 """
 
 from __future__ import annotations
@@ -13,14 +13,22 @@ import dataclasses
 import json
 import math
 import random
+import re
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.npu_cases import read_cases
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape, shape_of
 from qwen3_npu.plan.timing import step_time
+
+TABLE = Path(__file__).with_name("published_runs.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Published:
     Attributes:
         rate: tokens/s of one device.
         imbalance: tokens of the busiest expert rank over the mean.
+        is_fitted: it decides constants; others are only shown.
     """
 
     name: str
@@ -38,6 +47,7 @@ class Published:
     setup: Setup
     rate: float
     imbalance: float = 1.0
+    is_fitted: bool = True
 
 
 def _stages(layers: int, pipeline: int, virtual: int = 1) -> tuple[tuple[int, ...], ...]:
@@ -54,195 +64,78 @@ def _stages(layers: int, pipeline: int, virtual: int = 1) -> tuple[tuple[int, ..
     return tuple(tuple(row) for row in table)
 
 
-def _row(
-    name: str,
-    model: str,
-    rate: float,
-    *,
-    devices: int,
-    batch: int,
-    seq_length: int = 4096,
-    tensor: int = 1,
-    pipeline: int = 1,
-    virtual: int = 1,
-    context: int = 1,
-    micro_batch: int = 1,
-    full: bool = False,
-    imbalance: float = 1.0,
-    device: str = "H100-80G",
-    **options: bool | int,
-) -> Published:
+def _read_row(cells: Sequence[str]) -> Published:
+    name, model, device, devices, batch, length, layout, micro, options, rate = cells
+    size = {match[1]: int(match[2]) for match in re.finditer(r"(TP|PP|VPP|CP|EP)(\d+)", layout)}
+    tensor, pipeline, context = (size.get(kind, 1) for kind in ("TP", "PP", "CP"))
     shape = shape_of(SIZES[model])
-    data = devices // (tensor * context * pipeline)
+    words = dict(word.partition("=")[::2] for word in options.split())
+    data = int(devices) // (tensor * context * pipeline)
     setup = Setup(
         tensor=tensor,
         pipeline=pipeline,
         context=context,
-        layers=_stages(shape.num_layers, pipeline, virtual),
+        expert=size.get("EP", 1),
+        layers=_stages(shape.num_layers, pipeline, size.get("VPP", 1)),
         data=data,
-        seq_length=seq_length,
-        micro_batch=micro_batch,
-        num_microbatches=batch // (data * micro_batch),
+        seq_length=int(length),
+        micro_batch=int(micro),
+        num_microbatches=int(batch) // (data * int(micro)),
         sequence_parallel=tensor > 1,
         distributed_optimizer=True,
-        recompute=shape.num_layers if full else 0,
-        **options,  # type: ignore[arg-type]
+        recompute=shape.num_layers if "full" in words else 0,
+        recompute_norm="selective" in words,
+        recompute_activation="selective" in words,
+        overlap_grads="overlap" in words,
+        overlap_params="overlap" in words,
+        overlap_tensor="overlap_tensor" in words,
+        overlap_experts="overlap_experts" in words,
+        packed="packed" in words,
+        lora_rank=int(words.get("lora_rank", 0)),
     )
-    return Published(name, device, shape, setup, rate=rate, imbalance=imbalance)
-
-
-def _xtuner(name: str, rate: float, *, batch: int = 2048, **layout: bool | int) -> Published:
-    """235B on 256 H800, 4,096 tokens, forced balance, selective recomputation of norms and activation."""
-    selective = not layout.get("full", False)
-    return _row(
-        f"xtuner {name}",
-        "qwen3-235b-a22b",
-        rate,
-        devices=256,
-        batch=batch,
-        device="H800-80G",
-        recompute_norm=selective,
-        recompute_activation=selective,
-        **layout,  # type: ignore[arg-type]
+    return Published(
+        name.lstrip("!"),
+        device,
+        shape,
+        setup,
+        rate=float(rate),
+        imbalance=float(words.get("imbalance", 1)),
+        is_fitted=not name.startswith("!"),
     )
 
 
-# xtuner: docs/zh_cn/benchmark/megatron_moe_benchmark.md (DeepEP and partly recomputed experts are not expressible).
-# Bridge: the model cards of Megatron-Bridge (FP8 is not expressible). Pai: Pai-Megatron-Patch#643.
-PUBLISHED = (
-    _xtuner("TP2 EP8 PP8", 1189, tensor=2, expert=8, pipeline=8),
-    _xtuner("TP2 EP8 PP8 zero overlap", 1105, tensor=2, expert=8, pipeline=8, overlap_grads=True, overlap_params=True),
-    _xtuner(
-        "TP2 EP8 PP8 zero and TP overlap",
-        1119,
-        tensor=2,
-        expert=8,
-        pipeline=8,
-        overlap_grads=True,
-        overlap_params=True,
-        overlap_tensor=True,
-    ),
-    _xtuner("TP2 EP32 PP8 VPP4", 926, tensor=2, expert=32, pipeline=8, virtual=4),
-    _xtuner("TP4 EP8 PP8 VPP4", 924, tensor=4, expert=8, pipeline=8, virtual=4),
-    _xtuner("TP2 EP8 PP32 VPP3", 1462, tensor=2, expert=8, pipeline=32, virtual=3),
-    _xtuner(
-        "TP1 EP8 PP32 VPP3 MBS4 full", 1541, expert=8, pipeline=32, virtual=3, micro_batch=4, batch=4096, full=True
-    ),
-    _xtuner(
-        "TP1 EP8 PP32 VPP3 MBS8 full", 1521, expert=8, pipeline=32, virtual=3, micro_batch=8, batch=8192, full=True
-    ),
-    _xtuner(
-        "TP2 EP8 PP32 VPP3 MBS4 full",
-        1507,
-        tensor=2,
-        expert=8,
-        pipeline=32,
-        virtual=3,
-        micro_batch=4,
-        batch=4096,
-        full=True,
-    ),
-    _xtuner("TP2 EP8 PP32 MBS4 full", 1415, tensor=2, expert=8, pipeline=32, micro_batch=4, batch=8192, full=True),
-    _row("Bridge 8B", "qwen3-8b", 10456, devices=16, batch=1024, overlap_grads=True, overlap_params=True),
-    _row("Bridge 8B SFT 2048 TP4", "qwen3-8b", 2207, devices=4, batch=128, seq_length=2048, tensor=4, packed=True),
-    _row(
-        "Bridge 8B SFT 32K TP4 CP2",
-        "qwen3-8b",
-        457,
-        devices=8,
-        batch=8,
-        seq_length=32768,
-        tensor=4,
-        context=2,
-        packed=True,
-    ),
-    _row("Bridge 8B LoRA", "qwen3-8b", 8429, devices=1, batch=128, seq_length=2048, lora_rank=8, packed=True),
-    _row(
-        "Bridge 30B EP16 forced",
-        "qwen3-30b-a3b",
-        13011,
-        devices=16,
-        batch=1024,
-        expert=16,
-        overlap_experts=True,
-        overlap_grads=True,
-        overlap_params=True,
-    ),
-    _row(
-        "Bridge 30B EP16 natural",
-        "qwen3-30b-a3b",
-        8655,
-        devices=16,
-        batch=1024,
-        expert=16,
-        overlap_experts=True,
-        overlap_grads=True,
-        overlap_params=True,
-        imbalance=1.6,
-    ),
-    _row(
-        "Bridge 30B SFT 32K TP8 CP2 EP8",
-        "qwen3-30b-a3b",
-        459,
-        devices=16,
-        batch=16,
-        seq_length=32768,
-        tensor=8,
-        context=2,
-        expert=8,
-        packed=True,
-        imbalance=1.3,
-    ),
-    _row(
-        "Bridge 30B LoRA TP4 EP4",
-        "qwen3-30b-a3b",
-        733,
-        devices=4,
-        batch=128,
-        seq_length=2048,
-        tensor=4,
-        expert=4,
-        lora_rank=8,
-        packed=True,
-        imbalance=1.3,
-    ),
-    _row(
-        "Pai 30B PP2 EP8 8K",
-        "qwen3-30b-a3b",
-        6325,
-        devices=16,
-        batch=128,
-        seq_length=8192,
-        pipeline=2,
-        expert=8,
-        device="H800-80G",
-    ),
-    _row(
-        "Pai 30B PP4 EP4 8K",
-        "qwen3-30b-a3b",
-        6244,
-        devices=16,
-        batch=256,
-        seq_length=8192,
-        pipeline=4,
-        expert=4,
-        device="H800-80G",
-    ),
-)
+def read_published() -> tuple[Published, ...]:
+    """The rows of published_runs.txt."""
+    lines = [line for line in TABLE.read_text().splitlines() if line and not line.startswith("#")]
+    return tuple(_read_row([cell.strip() for cell in line.split("|")]) for line in lines[1:])
 
-
-# Not in the fit: what `Setup` cannot say decides these (HybridEP; host-bound loops of a few small batches).
-NOT_FITTED = ("SFT", "LoRA", "EP16")
 
 BOUNDS = {
     "product": (0.4, 0.95),
-    "product_half": (1e8, 2e10),
-    "attention": (0.2, 0.8),
-    "streaming": (0.2, 0.9),
-    "transfer": (0.3, 0.95),
-    "stall": (1e-5, 8e-3),
+    "product_half": (1e8, 2e11),
+    "attention": (0.1, 0.8),
+    "streaming": (0.1, 0.9),
+    "transfer": (0.1, 0.95),
+    "stall": (1e-5, 2e-2),
+    "launch": (4e-6, 2e-4),
 }
+# Constants at the start of a fit, and which are fitted.
+HOPPER = {"product": 0.75, "product_half": 4e9, "attention": 0.5, "streaming": 0.75, "transfer": 0.75, "stall": 1e-3}
+ASCEND = {**HOPPER, "launch": 3e-5}
 _PRIOR = 0.01  # cost of a factor e away from the start: constants that no row decides stay where they are
+
+
+def npu_runs(path: Path, scripts: Path | None) -> tuple[Published, ...]:
+    """The cases of MindSpeed-LLM's CI that the plan can express, as rates of one device."""
+    runs = []
+    for case in read_cases(path, scripts):
+        if case.shape is None or case.setup is None or case.missing or not case.seconds:
+            continue
+        rate = case.setup.global_batch * case.setup.seq_length / case.setup.devices / case.seconds
+        name = "910C-64G" if "A3" in case.name else "910B-64G"
+        # Tuning: the lengths of the samples are not known.
+        runs.append(Published(case.name, name, case.shape, case.setup, rate=rate, is_fitted="stage" not in case.flags))
+    return tuple(runs)
 
 
 def planned_rate(row: Published, constants: Mapping[str, float]) -> float:
@@ -253,7 +146,8 @@ def planned_rate(row: Published, constants: Mapping[str, float]) -> float:
 
 
 def error(row: Published, constants: Mapping[str, float]) -> float:
-    return planned_rate(row, constants) / row.rate - 1
+    """Planned over measured seconds of a step, less 1."""
+    return row.rate / planned_rate(row, constants) - 1
 
 
 def fit(rows: Sequence[Published], start: Mapping[str, float], tries: int) -> dict[str, float]:
@@ -267,7 +161,7 @@ def fit(rows: Sequence[Published], start: Mapping[str, float], tries: int) -> di
     least = cost(best)
     for _ in range(tries):
         tried = dict(best)
-        for name in random_numbers.sample(list(BOUNDS), 2):
+        for name in random_numbers.sample(list(start), 2):
             low, high = BOUNDS[name]
             tried[name] = min(high, max(low, tried[name] * math.exp(random_numbers.gauss(0, step))))
         if (found := cost(tried)) < least:
@@ -277,24 +171,36 @@ def fit(rows: Sequence[Published], start: Mapping[str, float], tries: int) -> di
     return best
 
 
+def show(rows: Sequence[Published], start: Mapping[str, float], tries: int) -> None:
+    """Fit, print each row's error with and without it, and the constants."""
+    fitted = [row for row in rows if row.is_fitted]
+    constants = fit(fitted, start, tries)
+    print(f"{'run':<48} {'tokens/s':>9} {'planned':>9} {'step':>6} {'left out':>9}")
+    unseen, others = [], []
+    for row in rows:
+        off = error(row, constants)
+        line = f"{row.name[:47]:<48} {row.rate:>9,.0f} {planned_rate(row, constants):>9,.0f} {off:>+6.0%}"
+        if row.is_fitted:
+            alone = error(row, fit([other for other in fitted if other is not row], start, tries))
+            unseen.append(abs(alone))
+            line += f" {alone:>+9.0%}"
+        else:
+            others.append(abs(off))
+        print(line)
+    print(f"median error of {len(unseen)} rows, each left out of its fit: {statistics.median(unseen):.1%}")
+    print(f"the same with {len(others)} rows that decide nothing: {statistics.median(unseen + others):.1%}")
+    print(json.dumps({name: float(f"{value:.3g}") for name, value in constants.items()}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=600, help="tried sets of constants, of each fit")
-    tries = parser.parse_args().tries
-    start = {"product": 0.75, "product_half": 4e9, "attention": 0.5, "streaming": 0.75, "transfer": 0.75, "stall": 1e-3}
-    fitted = [row for row in PUBLISHED if not any(part in row.name for part in NOT_FITTED)]
-    constants = fit(fitted, start, tries)
-    print(f"{'run':<40} {'tokens/s':>9} {'planned':>9} {'error':>6} {'left out':>9}")
-    off = []
-    for row in PUBLISHED:
-        line = f"{row.name:<40} {row.rate:>9,.0f} {planned_rate(row, constants):>9,.0f} {error(row, constants):>+6.0%}"
-        if row in fitted:
-            alone = error(row, fit([other for other in fitted if other is not row], start, tries))
-            off.append(abs(alone))
-            line += f" {alone:>+9.0%}"
-        print(line)
-    print(f"median error of {len(off)} rows, each left out of its fit: {statistics.median(off):.1%}")
-    print(json.dumps({name: float(f"{value:.3g}") for name, value in constants.items()}))
+    parser.add_argument("--npu-csv", type=Path, help="measurements of MindSpeed-LLM's CI, for Ascend devices")
+    parser.add_argument("--scripts", type=Path, help="folder of MindSpeed-LLM, as npu_cases.py takes it")
+    wanted = parser.parse_args()
+    show(read_published(), HOPPER, wanted.tries)
+    if wanted.npu_csv is not None:
+        show(npu_runs(wanted.npu_csv, wanted.scripts), ASCEND, wanted.tries)
 
 
 if __name__ == "__main__":
