@@ -1,4 +1,4 @@
-"""Flags of LoRA."""
+"""Flags of what is trained: everything, a part of the weights, or LoRA adapters."""
 
 from __future__ import annotations
 
@@ -20,6 +20,28 @@ LORA_TARGETS = {
 def lora_scale(alpha: float, r: int, *, is_stabilized: bool) -> float:
     """alpha / r of LoRA (arXiv:2106.09685), alpha / sqrt(r) of rsLoRA (arXiv:2312.03732)."""
     return alpha / (math.sqrt(r) if is_stabilized else r)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreezeArgs:
+    """training a part of the weights"""
+
+    freeze_include: list[str] = flag(
+        [],
+        metavar="PATTERN",
+        help="weights that are not trained, by their Hugging Face names, with * and ? as in a shell: "
+        "'model.embed_tokens.*' 'model.layers.[0-9].*'",
+    )
+    freeze_exclude: list[str] = flag(
+        [],
+        metavar="PATTERN",
+        help="weights that are trained although --freeze-include names them; without --freeze-include: everything else "
+        "is frozen",
+    )
+
+    @property
+    def on(self) -> bool:
+        return bool(self.freeze_include or self.freeze_exclude)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -12,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.arch import Qwen3Arch
-from qwen3_npu.model.lora import freeze_base
 from qwen3_npu.model.modules import Embedding, RewardHead, fuse_weight_gradients
 from qwen3_npu.model.spec import Parts, block_spec
 
@@ -108,8 +109,23 @@ def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, part
         for chunk in range(layout.virtual)
     ]
     if parts.lora.on:
-        freeze_base(chunks)
-        if config.recompute_granularity is not None and chunks[0].pre_process:
-            # A recomputed layer has gradients only if its input asks for one, and with a frozen embedding it would not.
-            chunks[0].embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        freeze(chunks, config, lambda chunk, name: "lora_" not in name)
     return chunks
+
+
+def freeze(chunks: Sequence[Qwen3Model], config: TransformerConfig, is_frozen: Callable[[int, str], bool]) -> None:
+    """Train the other parameters only.
+
+    Before gradient buffers and optimizer are made: frozen weights then get neither, and megatron's linears keep no
+    activation for them.
+
+    Args:
+        is_frozen: of a virtual chunk's parameter, by its name.
+    """
+    for number, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(not is_frozen(number, name))
+    first = chunks[0].embedding if config.recompute_granularity is not None and chunks[0].pre_process else None
+    if first is not None and not first.word_embeddings.weight.requires_grad:
+        # A recomputed layer has gradients only if its input asks for one, and with a frozen embedding it would not.
+        first.register_forward_hook(lambda module, args, output: output.requires_grad_())

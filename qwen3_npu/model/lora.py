@@ -12,7 +12,7 @@ One A serves q, k and v, and one serves gate and up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -232,14 +232,3 @@ class LoraExperts(GroupedExperts):
                 x = torch.nn.functional.dropout(x, self.dropout)
         narrow = product(x, a.view(e, -1, self.rank)) * self.scale
         return out + product(narrow, b.view(e, self.rank, -1))
-
-
-def freeze_base(chunks: Iterable[torch.nn.Module]) -> None:
-    """Leave only the adapters trainable.
-
-    Before gradient buffers and optimizer are made: frozen weights then get neither, and megatron's linears keep no
-    activation for them.
-    """
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_("lora_" in name)

@@ -26,6 +26,10 @@ class Counts:
     def __mul__(self, number: int) -> Counts:
         return Counts(self.dense * number, self.expert * number)
 
+    def part(self, share: float) -> Counts:
+        """As many as that share of them."""
+        return Counts(round(self.dense * share), round(self.expert * share))
+
     @property
     def total(self) -> int:
         return self.dense + self.expert
@@ -90,6 +94,13 @@ def largest_count(shape: Shape, setup: Setup, stage: int) -> float:
     experts = shape.num_experts // setup.expert
     rows = experts * h * shape.gate_factor * shape.moe_ffn_hidden_size / setup.expert_tensor
     return max(most / dense_copies, rows / expert_copies)
+
+
+def trained_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
+    """Weights of one rank of a stage that have gradients."""
+    if setup.lora_rank:
+        return lora_counts(shape, setup, stage)
+    return stage_counts(shape, setup, stage).part(1 - setup.frozen)
 
 
 def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:

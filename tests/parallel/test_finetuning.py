@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 from collections.abc import Sequence
@@ -129,6 +130,43 @@ def test_full_fine_tuning_equals_a_plain_loop(
     expected = plain(kind, form)
     assert expected["loss"][-1] < expected["loss"][0] - 0.1, "the reference does not learn; the comparison says little"
     check(got, expected, gradients)
+
+
+FROZEN = {
+    # Full recomputation of layers whose input has no gradient, and a layer that is frozen as a whole.
+    "full recompute": ("untied", 1, FULL, ["model.embed_tokens.*", "model.layers.0.*", "*layernorm*"], []),
+    # Nothing is trained on the first stage; the embedding is tied, so the output layer is frozen, too.
+    "TP2 SP PP2 distributed optimizer": ("tied", 4, [*TP2, *SP, *PP2, *ZERO], [], ["*.[23].self_attn.*", "*.3.mlp*"]),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_part_of_the_weights_is_trained_as_by_a_plain_loop(
+    name: str, worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    kind, size, extra, include, exclude = FROZEN[name]
+    model = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        is_in, is_out = (
+            any(fnmatch.fnmatch(parameter_name, pattern) for pattern in patterns) for patterns in (include, exclude)
+        )
+        parameter.requires_grad_(is_out or not (is_in or exclude))
+    expected = plain_loop(model, data["single"])
+    flags = [*FLAGS, "--load", models[kind], "--data-path", data["single"]]
+    for flag, patterns in (("--freeze-include", include), ("--freeze-exclude", exclude)):
+        flags += [flag, *patterns] if patterns else []
+    gradients = tmp_path / "gradients.npz"
+    got = worlds[size].run("gradients", flags=[*flags, *extra], steps=STEPS, file=str(gradients))
+    assert got["frozen"]
+    assert not got["changed"]
+    check(got, expected, gradients)
+    # It resumes from a checkpoint that holds every weight and the state of the trained ones.
+    save = ["--save", str(tmp_path / "save"), "--ckpt-format", "torch_dist" if size > 1 else "torch"]
+    worlds[size].run("train", flags=[*flags, *extra, *save], steps=3)
+    again = worlds[1].run("train", flags=[*flags, "--load", str(tmp_path / "save")], steps=1)
+    assert again["loss"] == pytest.approx(got["loss"][3:], rel=1e-5)
 
 
 def test_micro_batch_normalization(

@@ -152,16 +152,20 @@ class Contents:
     Attributes:
         base: the model's own weights are there.
         lora: the adapter, if LoRA tensors are there.
+        without: Hugging Face names of weights that are not there.
     """
 
     arch: Qwen3Arch
     base: bool = True
     lora: Lora | None = None
+    without: frozenset[str] = frozenset()
 
     def shards(self, layout: Layout, rank: Rank) -> Iterator[Shard]:
         """Every tensor of one rank's Megatron checkpoint."""
         if self.base:
             for shard in shards(self.arch, layout, rank):
+                if self.without and self.without.issuperset(piece.hf for piece in shard.slices):
+                    continue
                 if self.lora is None:
                     yield shard
                 elif shard.name != SCORE.megatron:  # it is the adapter's
