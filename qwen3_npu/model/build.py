@@ -11,9 +11,11 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
+from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.model.lora import LoraEmbedding, LoraOutput
 from qwen3_npu.model.modules import Embedding, RewardHead, fuse_weight_gradients
 from qwen3_npu.model.spec import Parts, block_spec
 
@@ -53,11 +55,20 @@ class Qwen3Model(GPTModel):
             self.score = RewardHead(config, self.pg_collection.tp, seed=parts.seed, lora=parts.lora.on)
         if pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
+        self._adapt_ends(parts.lora, config)
         if parts.kernels.add_weight_gradient is not reference.add_weight_gradient:
             fuse_weight_gradients(self, parts.kernels.add_weight_gradient)
             # torch recomputes chunks of the loss with copies of the weights, which have no marks.
             if post_process and self.loss_chunk and not arch.reward:
                 self.output_layer.gradient_accumulation_fusion = False
+
+    def _adapt_ends(self, lora: LoraArgs, config: TransformerConfig) -> None:
+        """Adapters on embedding and output layer, which GPTModel makes itself."""
+        targets, _ = lora.places(self.arch)
+        if self.pre_process and "embedding" in targets:
+            self.embedding.word_embeddings = LoraEmbedding(self.embedding.word_embeddings, lora, config)
+        if self.post_process and "output" in targets:
+            self.add_module("output_layer", LoraOutput(self.output_layer, lora))
 
     def _postprocess(
         self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: object

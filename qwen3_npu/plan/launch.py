@@ -44,7 +44,9 @@ def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit, *, frozen: float = 
         return None
     shape = shape_of(arch, sizes.layout.padded_vocab_size)
     device = device_for(name, wanted.device_memory, wanted.device_table)
-    verdict = PlanVerdict(shape, dataclasses.replace(setup_of(args, sizes), frozen=frozen), device)
+    targets, _ = args.lora.places(arch)
+    setup = dataclasses.replace(setup_of(args, sizes), frozen=frozen, lora_targets=targets)
+    verdict = PlanVerdict(shape, setup, device)
     if not verdict.fits and wanted.fit == "error":
         best = remedies(verdict, most=1)
         way_out = f"; {best[0]}" if best else ""

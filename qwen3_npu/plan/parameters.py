@@ -110,7 +110,10 @@ def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
         total += _layer_lora(shape, setup, has_experts) * number
     if shape.reward and stage == setup.pipeline - 1:
         total += Counts(shape.hidden_size)  # the head is trained with the adapter
-    return total
+    ends = ("embedding" in setup.lora_targets and stage == 0) + (
+        "output" in setup.lora_targets and stage == setup.pipeline - 1
+    )
+    return total + Counts(setup.lora_rank * (shape.hidden_size + shape.vocab_size // setup.tensor)) * ends
 
 
 def _layer_lora(shape: Shape, setup: Setup, has_experts: bool) -> Counts:

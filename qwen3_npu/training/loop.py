@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu import kernels, log
-from qwen3_npu.args.lora import LORA_TARGETS, LoraArgs
+from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
@@ -27,6 +27,7 @@ from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank, process_group
 from qwen3_npu.distributed.nodes import check_shared
 from qwen3_npu.errors import Stopped, UsageError
+from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.build import build_model, freeze
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.router import routers
@@ -113,7 +114,7 @@ class Trainer:
             seed=args.runtime.seed,
         )
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
-        contents = Contents(plan.arch, lora=_lora(args.lora))
+        contents = Contents(plan.arch, lora=_lora(args.lora, plan.arch))
         if plan.frozen:
             rest = dataclasses.replace(contents, without=plan.frozen).shards(plan.layout, model_rank())
             kept = {(shard.chunk, shard.name) for shard in rest}
@@ -363,7 +364,9 @@ def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
     return items if len(items) > 1 else items[0]
 
 
-def _lora(args: LoraArgs) -> Lora | None:
+def _lora(args: LoraArgs, arch: Qwen3Arch) -> Lora | None:
     """What the checkpoints say of LoRA adapters."""
-    targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
-    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora) if args.on else None
+    if not args.on:
+        return None
+    targets, layers = args.places(arch)
+    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora, layers=layers)

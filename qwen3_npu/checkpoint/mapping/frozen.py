@@ -7,6 +7,7 @@ and up; the experts of a layer), which is trained or frozen as a whole.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 
@@ -36,7 +37,8 @@ def frozen_weights(arch: Qwen3Arch, args: FreezeArgs) -> frozenset[str]:
                 f"--freeze-exclude {pattern}: --freeze-include freezes nothing that it matches; drop the pattern"
             )
         frozen -= spared
-    for shard in shards(arch, single_layout(arch), Rank(0, 0, 0, 0)):
+    layout = dataclasses.replace(single_layout(arch), stacked_experts=True)  # as a training holds them
+    for shard in shards(arch, layout, Rank(0, 0, 0, 0)):
         joined = {piece.hf for piece in shard.slices}
         if joined & frozen and not joined <= frozen:
             raise UsageError(

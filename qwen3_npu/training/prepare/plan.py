@@ -79,6 +79,7 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
         config = Path(tokenizer)
     sizes = fit_flags(args, arch, world_size)
     frozen = frozen_weights(arch, args.freeze)
+    args.lora.places(arch)  # an error now rather than after torch is imported
     verdict = planned(args, arch, sizes, frozen=frozen_share(arch, frozen))
     notes = tuple(positions_note(arch, found))
     return TrainingPlan(
