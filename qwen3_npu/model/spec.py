@@ -25,6 +25,7 @@ from qwen3_npu.model.dispatcher import MoE
 from qwen3_npu.model.experts import GroupedExperts
 from qwen3_npu.model.lora import LoraExperts, LoraLinear
 from qwen3_npu.model.modules import DenseMLP, Layer, NoopLayer, RMSNorm, SwiGLU
+from qwen3_npu.model.quantized import NF4_LINEARS
 from qwen3_npu.model.router import Router
 
 
@@ -99,6 +100,7 @@ def _norm(kernels: Kernels) -> ModuleSpec:
 
 
 def _linear(name: str, linear: type, parts: Parts, adapted: Collection[str]) -> ModuleSpec | type:
+    linear = NF4_LINEARS[linear] if parts.lora.qlora else linear
     if name in adapted:
         add = parts.kernels.add_weight_gradient
         return ModuleSpec(LoraLinear, params={"linear": linear, "args": parts.lora, "add_weight_gradient": add})
@@ -119,6 +121,7 @@ def _mlp(arch: Qwen3Arch, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
 
 def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
     params: dict[str, Any] = {"kernels": parts.kernels, "recompute_activation": parts.recompute_activation}
+    params["quantize"] = parts.lora.qlora
     experts = ModuleSpec(GroupedExperts, params=params)
     if {"linear_fc1", "linear_fc2"} & set(adapted):
         experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora, "adapted": adapted})
