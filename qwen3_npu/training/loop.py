@@ -38,8 +38,9 @@ from qwen3_npu.training.checkpoints.hf_export import HfExport
 from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continued, leased
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
+from qwen3_npu.training.gradients import Gradients
 from qwen3_npu.training.guard import NanGuard
-from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, finalize_gradients, wrap_model
+from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.preference import preference_objective
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
@@ -109,6 +110,7 @@ class Trainer:
             lora=args.lora,
             context_parallel=context_parallel,
             recompute_activation=args.train.recompute_activation_function,
+            recompute_products=args.train.moe_zero_memory == "level0",
             loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
             seed=args.runtime.seed,
         )
@@ -116,7 +118,8 @@ class Trainer:
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
-        config.finalize_model_grads_func = here.in_phase("reduce", finalize_gradients)
+        self.gradients = Gradients(self.optimizer)
+        config.finalize_model_grads_func = here.in_phase("reduce", self.gradients.finalize)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
@@ -281,7 +284,7 @@ class Trainer:
         here.at("data")
         result = train_step(
             self.chunks,
-            self.optimizer,
+            self.gradients,
             self.scheduler,
             self.training_batches(),
             guard=self.guard,
