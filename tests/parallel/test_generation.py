@@ -75,6 +75,21 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {kind: str(quiz.write_tokenizer(folder)) for kind, folder in found.items()}
 
 
+@pytest.mark.parametrize(("kind", "flags"), [("tied", TP2 + PP2), ("moe", TP2 + EP2)])
+def test_serves_what_transformers_says(
+    kind: str, flags: list[str], worlds: dict[int, World], readers: dict[str, str]
+) -> None:
+    """Rank 0 speaks HTTP, the others follow; a second copy of the model serves its experts."""
+    from transformers import AutoTokenizer
+
+    texts = ["Once", "The lighthouse keeper", "Once upon a time", "a", "The sea"]
+    model, tokenizer = generation.transformers_model(readers[kind]), AutoTokenizer.from_pretrained(readers[kind])
+    tokens = [tokenizer(text).input_ids for text in texts]
+    expected = generation.transformers_answers(model, tokens, 6, eos_token_id=[0, 1, 2])
+    got = worlds[4].run("generation_cases.served", folder=readers[kind], flags=flags, texts=texts)
+    assert got == [tokenizer.decode(answer) for answer in expected]
+
+
 @pytest.mark.parametrize(("kind", "flags"), [("tied", TP2 + PP2), ("moe", EP2 + PP2)])
 def test_scores_what_one_process_scores(
     kind: str, flags: list[str], worlds: dict[int, World], readers: dict[str, str], tmp_path: Path
