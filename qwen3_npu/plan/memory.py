@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from qwen3_npu.plan.activations import NPU, layer_bytes, routed_rows
-from qwen3_npu.plan.parameters import Counts, largest_count, lora_counts, stage_counts
+from qwen3_npu.plan.parameters import Counts, largest_count, stage_counts, trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
@@ -100,7 +100,7 @@ def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
 def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, float]:
     """Bytes of weights, of gradients, and of master and moments."""
     all_weights = stage_counts(shape, setup, stage)
-    trained = lora_counts(shape, setup, stage) if setup.lora_rank else all_weights
+    trained = trained_counts(shape, setup, stage)
     held = all_weights.total * (2 if setup.reference else 1) + (trained.total if setup.lora_rank else 0)
     weight = setup.weight_bytes
     if setup.swap_optimizer:  # moments and masters are on the host

@@ -12,6 +12,7 @@ REASONS = {
     # refused
     "position": "the position counts samples: text would be repeated or skipped",
     "steps": "steps and learning rate no longer mean the same",
+    "trained": "the optimizer has no state of weights that were frozen",
     "model": "the weights were trained as another model",
     "numbers": "weights and optimizer state were made in another precision",
     # told
@@ -37,6 +38,8 @@ REFUSED = {
     "split": "position",
     "shuffle": "position",
     "global_batch_size": "steps",
+    "freeze_include": "trained",
+    "freeze_exclude": "trained",
     "reset_attention_mask": "model",
     "reset_position_ids": "model",
     "eod_mask_loss": "model",
