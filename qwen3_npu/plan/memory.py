@@ -92,7 +92,7 @@ def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     MindSpeed-LLM's CI shows it on NPUs: where activations are small, the peak is static bytes, this, and up to 16 MiB.
     """
     if setup.swap_optimizer:
-        trained = (lora_counts if setup.lora_rank else stage_counts)(shape, setup, stage)
+        trained = trained_counts(shape, setup, stage)
         return 2 * _sharded(setup, trained, MOMENTS + (MASTER if setup.bf16 else 0)) / setup.swap_slices
     return 4.0 * largest_count(shape, setup, stage)
 
