@@ -103,18 +103,7 @@ class Trainer:
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = self._config()
         self.dtype = config.params_dtype
-        context_parallel = None
-        if args.parallel.context_parallel_size > 1:
-            context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
-        self.parts = Parts(
-            chosen,
-            lora=args.lora,
-            context_parallel=context_parallel,
-            recompute_activation=args.train.recompute_activation_function,
-            recompute_products=args.train.moe_zero_memory == "level0",
-            loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
-            seed=args.runtime.seed,
-        )
+        self.parts = _parts(args, chosen)
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
         contents = Contents(plan.arch, lora=_lora(args.lora, plan.arch))
         if plan.frozen:
@@ -365,6 +354,22 @@ class Trainer:
 def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
     """megatron takes one function, or a list of one per model chunk."""
     return items if len(items) > 1 else items[0]
+
+
+def _parts(args: PretrainArgs, chosen: kernels.Kernels) -> Parts:
+    """What the flags make the layers of."""
+    context_parallel = None
+    if args.parallel.context_parallel_size > 1:
+        context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
+    return Parts(
+        chosen,
+        lora=args.lora,
+        context_parallel=context_parallel,
+        recompute_activation=args.train.recompute_activation_function,
+        recompute_products=args.train.moe_zero_memory == "level0",
+        loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+        seed=args.runtime.seed,
+    )
 
 
 def _lora(args: LoraArgs, arch: Qwen3Arch) -> Lora | None:
