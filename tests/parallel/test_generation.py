@@ -37,7 +37,7 @@ def expected(models: dict[str, str]) -> dict[str, dict[str, Any]]:
     found = {}
     for kind in KINDS:
         model, prompts = generation.transformers_model(models[kind]), generation.prompts()
-        greedy = generation.transformers_answers(model, prompts, 64)
+        greedy = generation.transformers_answers(model, prompts, 24)
         found[kind] = {
             "greedy": greedy,
             "no prefix cache": [answer[:12] for answer in greedy],

@@ -26,7 +26,7 @@ def answers(platform: Any, world: Any, folder: str, flags: list[str]) -> dict[st
     prompts = generation.prompts()
     with generation.runner(platform, world, folder, *flags) as made:
         found = {
-            "greedy": generation.generated(made, prompts, 64, Sampling()),
+            "greedy": generation.generated(made, prompts, 24, Sampling()),
             "no prefix cache": generation.generated(made, prompts, 12, Sampling(), prefix_cache=False, slots=2),
             "no cache": generation.generated(made, prompts, 8, Sampling(), kv_cache=False),
             "sampled": generation.generated(made, prompts, 12, Sampling(True, 0.8, 20, 0.9, seed=11)),
