@@ -44,7 +44,7 @@ FLAGS += ["--train-iters", "20", "--lr-decay-style", "cosine", "--lr-warmup-iter
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
-def test_losses_are_those_that_were_committed(
+def test_losses_are_as_committed(
     kind: str, worlds: dict[int, World], models: dict[str, str], tokens: str
 ) -> None:
     flags = [*FLAGS, "--load", models[kind], "--data-path", tokens]
