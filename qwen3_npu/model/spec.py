@@ -35,6 +35,7 @@ class Parts:
     Attributes:
         context_parallel: how attention sees the whole sequence where a rank holds a part of it.
         recompute_activation: compute the MLP's activation again in backward instead of keeping it.
+        recompute_products: experts compute their first product again, too (--moe-zero-memory level0).
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         seed: of a reward model's new head.
     """
@@ -43,6 +44,7 @@ class Parts:
     lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
     context_parallel: ContextParallel | None = None
     recompute_activation: bool = False
+    recompute_products: bool = False
     loss_chunk: int = 0
     seed: int = 0
 
@@ -118,7 +120,11 @@ def _mlp(arch: Qwen3Arch, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
 
 
 def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
-    params: dict[str, Any] = {"kernels": parts.kernels, "recompute_activation": parts.recompute_activation}
+    params: dict[str, Any] = {
+        "kernels": parts.kernels,
+        "recompute_activation": parts.recompute_activation,
+        "recompute_products": parts.recompute_products,
+    }
     experts = ModuleSpec(GroupedExperts, params=params)
     if {"linear_fc1", "linear_fc2"} & set(adapted):
         experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora, "adapted": adapted})

@@ -39,8 +39,9 @@ from qwen3_npu.training.checkpoints.hf_export import HfExport
 from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continued, leased
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
+from qwen3_npu.training.gradients import Gradients
 from qwen3_npu.training.guard import NanGuard
-from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, finalize_gradients, wrap_model
+from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.preference import preference_objective
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
@@ -102,17 +103,7 @@ class Trainer:
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = self._config()
         self.dtype = config.params_dtype
-        context_parallel = None
-        if args.parallel.context_parallel_size > 1:
-            context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
-        self.parts = Parts(
-            chosen,
-            lora=args.lora,
-            context_parallel=context_parallel,
-            recompute_activation=args.train.recompute_activation_function,
-            loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
-            seed=args.runtime.seed,
-        )
+        self.parts = _parts(args, chosen)
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
         contents = Contents(plan.arch, lora=_lora(args.lora, plan.arch))
         if plan.frozen:
@@ -122,7 +113,8 @@ class Trainer:
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
-        config.finalize_model_grads_func = here.in_phase("reduce", finalize_gradients)
+        self.gradients = Gradients(self.optimizer)
+        config.finalize_model_grads_func = here.in_phase("reduce", self.gradients.finalize)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
@@ -287,7 +279,7 @@ class Trainer:
         here.at("data")
         result = train_step(
             self.chunks,
-            self.optimizer,
+            self.gradients,
             self.scheduler,
             self.training_batches(),
             guard=self.guard,
@@ -362,6 +354,22 @@ class Trainer:
 def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
     """megatron takes one function, or a list of one per model chunk."""
     return items if len(items) > 1 else items[0]
+
+
+def _parts(args: PretrainArgs, chosen: kernels.Kernels) -> Parts:
+    """What the flags make the layers of."""
+    context_parallel = None
+    if args.parallel.context_parallel_size > 1:
+        context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
+    return Parts(
+        chosen,
+        lora=args.lora,
+        context_parallel=context_parallel,
+        recompute_activation=args.train.recompute_activation_function,
+        recompute_products=args.train.moe_zero_memory == "level0",
+        loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+        seed=args.runtime.seed,
+    )
 
 
 def _lora(args: LoraArgs, arch: Qwen3Arch) -> Lora | None:

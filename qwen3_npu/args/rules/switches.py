@@ -46,6 +46,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         ("hf_save_dir",),
     ),
     ("--spike-guard rollback", lambda args: args.spikes.spike_guard == "rollback", ("max_rollbacks",)),
+    ("--swap-optimizer", lambda args: args.optimizer.swap_optimizer, ("swap_optimizer_times",)),
     ("--manual-gc", lambda args: args.train.manual_gc, ("manual_gc_interval",)),
     (
         "--variable-seq-lengths (or --no-pad-to-seq-lengths)",

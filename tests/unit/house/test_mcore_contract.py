@@ -132,6 +132,13 @@ assert not hasattr(fused_bias_swiglu.swiglu, '_torchdynamo_orig_callable')
             arch, make_layout(arch, parallel), parallel, TrainArgs(train_iters=1), overlaps_p2p_safely=safe
         )
         assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (True, False)
+        for how, batched in (("auto", True), ("batched", True), ("pairs", False)):
+            parallel = ParallelArgs(pipeline_model_parallel_size=2, p2p_communication=how)
+            plain = transformer_config(
+                arch, make_layout(arch, parallel), parallel, TrainArgs(train_iters=1), overlaps_p2p_safely=safe
+            )
+            # With the last one megatron waits for the whole device after each exchange.
+            assert (plain.overlap_p2p_comm, plain.batch_p2p_comm, plain.batch_p2p_sync) == (False, batched, False)
         assert config.deallocate_pipeline_outputs is False
 
     def test_torch_device_blocks_still_work_under_the_redirect(self) -> None:
