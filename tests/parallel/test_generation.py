@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import generation
+import harness_tasks
 import quiz
 import tiny
 from worlds import World
@@ -88,6 +89,20 @@ def test_serves_what_transformers_says(
     expected = generation.transformers_answers(model, tokens, 6, eos_token_id=[0, 1, 2])
     got = worlds[4].run("generation_cases.served", folder=readers[kind], flags=flags, texts=texts)
     assert got == [tokenizer.decode(answer) for answer in expected]
+
+
+def test_lm_evaluation_harness_says_what_it_says_of_transformers(
+    worlds: dict[int, World], readers: dict[str, str], tmp_path: Path
+) -> None:
+    """On two copies of the model, each sharded over two processes, which take different requests."""
+    pytest.importorskip("lm_eval", reason="the comparison needs lm-evaluation-harness (pip install lm-eval)")
+    (tmp_path / "theirs").mkdir()
+    expected = harness_tasks.of_transformers(Path(readers["tied"]), tmp_path / "theirs")
+    flags = "tensor-model-parallel-size=2,max-position-embeddings=512"
+    given = {"folder": readers["tied"], "flags": flags, "out": str(tmp_path)}
+    got = worlds[4].run("generation_cases.harnessed", **given)
+    assert got["copies"] == 2
+    harness_tasks.assert_same(got, expected)
 
 
 @pytest.mark.parametrize(("kind", "flags"), [("tied", TP2 + PP2), ("moe", EP2 + PP2)])

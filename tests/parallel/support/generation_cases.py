@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import generation
 import llama  # noqa: F401 - registers a family
@@ -66,6 +68,22 @@ def served(platform: Any, world: Any, folder: str, flags: list[str], texts: list
     if world.rank == 0:
         client.join()
     return found
+
+
+def harnessed(platform: Any, world: Any, folder: str, flags: str, out: str) -> dict[str, Any]:
+    """What lm-evaluation-harness says of the model `qwen3-npu` on all ranks; only a node's first one is told."""
+    import harness_tasks
+    from qwen3_npu.distributed import launch
+    from qwen3_npu.evaluation.harness import Qwen3Harness
+
+    place = Path(out) / str(world.rank)
+    place.mkdir()
+    with mock.patch.object(launch, "process_group", return_value=contextlib.nullcontext(world)):
+        made = Qwen3Harness.create_from_arg_string(f"load={folder},{flags}", {"device": "cpu"})
+    found = harness_tasks.evaluated(made, place)
+    copies = made.runner.data_parallel
+    made.close()
+    return {"copies": copies, **({name: found[name] for name in ("results", "samples")} if found else {})}
 
 
 def evaluated(platform: Any, world: Any, flags: list[str]) -> None:
