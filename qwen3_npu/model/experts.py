@@ -48,20 +48,14 @@ class GroupedExperts(MegatronModule):
         kernels: Kernels,
         pg_collection: ProcessGroupCollection,
         recompute_activation: bool = False,
-<<<<<<< HEAD
-        quantize: bool = False,
-=======
         recompute_products: bool = False,
->>>>>>> main
+        quantize: bool = False,
     ) -> None:
         """
         Args:
             recompute_activation: compute the activation again in backward instead of keeping it.
-<<<<<<< HEAD
-            quantize: the weights are frozen and in 4 bits.
-=======
             recompute_products: the first product, too.
->>>>>>> main
+            quantize: the weights are frozen and in 4 bits.
         """
         super().__init__(config=config)
         self.kernels, self.num_local_experts = kernels, num_local_experts

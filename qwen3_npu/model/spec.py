@@ -122,16 +122,12 @@ def _mlp(arch: Qwen3Arch, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
 
 
 def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
-<<<<<<< HEAD
-    params: dict[str, Any] = {"kernels": parts.kernels, "recompute_activation": parts.recompute_activation}
-    params["quantize"] = parts.lora.qlora
-=======
     params: dict[str, Any] = {
         "kernels": parts.kernels,
         "recompute_activation": parts.recompute_activation,
+        "quantize": parts.lora.qlora,
         "recompute_products": parts.recompute_products,
     }
->>>>>>> main
     experts = ModuleSpec(GroupedExperts, params=params)
     if {"linear_fc1", "linear_fc2"} & set(adapted):
         experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora, "adapted": adapted})

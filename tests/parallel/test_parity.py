@@ -44,9 +44,7 @@ FLAGS += ["--train-iters", "20", "--lr-decay-style", "cosine", "--lr-warmup-iter
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
-def test_losses_are_as_committed(
-    kind: str, worlds: dict[int, World], models: dict[str, str], tokens: str
-) -> None:
+def test_losses_are_as_committed(kind: str, worlds: dict[int, World], models: dict[str, str], tokens: str) -> None:
     flags = [*FLAGS, "--load", models[kind], "--data-path", tokens]
     losses = worlds[1].run("train", flags=flags, steps=20)["loss"]
     path = GOLDEN / f"losses_{kind}.txt"
