@@ -100,7 +100,7 @@ class Nf4ColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        self.weight = quantized(self.weight, tuple(self.weight.shape))
+        _hold_codes(self)
 
     def forward(self, input_: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, in] ([s / TP, b, in] under sequence parallelism) -> [s, b, out / TP], and a bias to be added."""
@@ -116,7 +116,7 @@ class Nf4RowParallelLinear(RowParallelLinear):
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        self.weight = quantized(self.weight, tuple(self.weight.shape))
+        _hold_codes(self)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to be added."""
@@ -126,6 +126,11 @@ class Nf4RowParallelLinear(RowParallelLinear):
             else reduce_from_tensor_model_parallel_region
         )
         return _with_bias(self, region(_Product.apply(input_, self.weight), group=self.tp_group))
+
+
+def _hold_codes(linear: ColumnParallelLinear | RowParallelLinear) -> None:
+    """At once, so that one weight at a time is whole while a model is built."""
+    linear.weight = quantized(linear.weight, tuple(linear.weight.shape))
 
 
 def _with_bias(linear: Any, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
