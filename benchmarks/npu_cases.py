@@ -22,7 +22,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.activations import MINDSPEED
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.memory import MOMENTS, gathered_bytes, sharded_bytes, stage_memory
-from qwen3_npu.plan.parameters import embedding_count, layer_counts, lora_counts, stage_counts
+from qwen3_npu.plan.parameters import embedding_count, layer_counts, trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 from qwen3_npu.plan.timing import step_time
@@ -177,7 +177,8 @@ def _setup(flags: Mapping[str, str], shape: Shape) -> Setup:
         ring=flags.get("context-parallel-algo") == "megatron_cp_algo",
         distributed_optimizer="use-distributed-optimizer" in flags,
         recompute=recompute,
-        recompute_activation="recompute-activation-function" in flags or "moe-zero-memory" in flags,
+        recompute_activation="recompute-activation-function" in flags,
+        recompute_experts={"": 0, "level0": 1}.get(flags.get("moe-zero-memory", ""), 2),
         recompute_norm="recompute-norm" in flags,
         swap_attention="swap-attention" in flags,
         lora_rank=_number(flags, "lora-r"),
@@ -207,7 +208,7 @@ def first_iteration(case: NpuCase, stage: int) -> tuple[float, float]:
     assert case.setup is not None
     shape, setup = case.shape, case.setup
     memory = stage_memory(shape, setup, stage, kernels=MINDSPEED)
-    trained = (lora_counts if setup.lora_rank else stage_counts)(shape, setup, stage)
+    trained = trained_counts(shape, setup, stage)
     moments = 0.0 if setup.swap_optimizer else sharded_bytes(setup, trained, MOMENTS)
     before = memory.static - moments + memory.activations + memory.communication
     copied = 0.0 if setup.lora_rank else 4.0 * max(_pieces(case, stage), default=0)
