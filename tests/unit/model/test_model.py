@@ -186,7 +186,7 @@ def test_adapters_begin_as_those_of_peft(name: str, theirs: bool | str) -> None:
     import peft
 
     from qwen3_npu.args.lora import LoraArgs
-    from qwen3_npu.model.lora import _draw
+    from qwen3_npu.model.lora.start import draw
 
     torch.manual_seed(7)
     config = peft.LoraConfig(r=4, init_lora_weights=theirs, target_modules=["0"])  # type: ignore[arg-type]
@@ -195,7 +195,7 @@ def test_adapters_begin_as_those_of_peft(name: str, theirs: bool | str) -> None:
     made = peft.get_peft_model(linear, config).base_model.model[0].lora_A["default"].weight
     ours = torch.empty(4, 48)
     torch.manual_seed(7)
-    _draw(ours, LoraArgs(lora_r=4, lora_init=name), 48)
+    draw(ours, LoraArgs(lora_r=4, lora_init=name), 48)
     torch.manual_seed(7)
     again = torch.empty(4, 48)
     (torch.nn.init.kaiming_uniform_(again, a=5**0.5) if name == "kaiming" else again.normal_(std=1 / 4))
