@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.experts import GroupedExperts, is_like_dense
-from qwen3_npu.model.lora.start import draw
+from qwen3_npu.model.lora.start import draw, principal
 from qwen3_npu.model.modules import mark
 
 
@@ -26,7 +26,7 @@ class LoraExperts(GroupedExperts):
     def __init__(self, *sizes: Any, args: LoraArgs, adapted: Collection[str], **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.scale, self.dropout, self.rank = args.scale, args.lora_dropout, args.lora_r
-        self.enabled = True
+        self.enabled, self.from_base = True, args.lora_init == "pissa"
         e, r = self.num_local_experts, args.lora_r
         sharded = self.pg_collection.expt_tp.size() > 1
         if "linear_fc1" in adapted:
@@ -60,6 +60,21 @@ class LoraExperts(GroupedExperts):
                 torch.distributed.get_global_rank(self.pg_collection.expt_tp, 0),
                 group=self.pg_collection.expt_tp,
             )
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """What new adapters take from the base's weights, which are there now."""
+        e, group = self.num_local_experts, self.pg_collection.expt_tp
+        for which, rows, dim in ((1, self.hidden, 0), (2, self.ffn, 1)) if self.from_base else ():
+            a = getattr(self, f"weight{which}_lora_a", None)
+            if a is None:
+                continue
+            weight, b = getattr(self, f"weight{which}"), getattr(self, f"weight{which}_lora_b")
+            turned = weight.view(e, rows, -1).transpose(1, 2)
+            rest, new_a, new_b = principal(turned, self.rank, self.scale, group=group, dim=dim)
+            turned.copy_(rest)
+            a.view(e, -1, self.rank).copy_(new_a.transpose(1, 2))
+            b.view(e, self.rank, -1).copy_(new_b.transpose(1, 2))
 
     def multiply(self, which: int, x: torch.Tensor, product: Callable) -> torch.Tensor:
         """The base product plus the adapter's."""

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.kernels import reference
-from qwen3_npu.model.lora.start import AdapterWeight, draw, new_weight
+from qwen3_npu.model.lora.start import AdapterWeight, draw, new_weight, principal
 from qwen3_npu.model.modules import weight_gradient
 from qwen3_npu.model.quantized import held, restored
 
@@ -76,7 +76,8 @@ class LoraLinear(MegatronModule):
         self.add_weight_gradient = add_weight_gradient
         self.base_layer = base = linear(*sizes, **options)
         self.by_output = isinstance(base, ColumnParallelLinear)
-        self.scale, self.dropout = args.scale, args.lora_dropout
+        self.scale, self.dropout, self.rank = args.scale, args.lora_dropout, args.lora_r
+        self.from_base = args.lora_init == "pissa"
         self.enabled = True  # off: the base layer alone, which is the reference of preference training
         self.group = base.tp_group
         self.sequence_parallel = base.config.sequence_parallel
@@ -87,11 +88,49 @@ class LoraLinear(MegatronModule):
         second = self._weight(out_features, args.lora_r, self.by_output, 0)
         self.lora_A = torch.nn.ModuleDict({"default": first})
         self.lora_B = torch.nn.ModuleDict({"default": second})
+        self.is_dora = args.use_dora
+        if self.is_dora:
+            self._add_magnitudes(out_features)
         if self.by_output:
             draw(first.weight, args, in_features)  # replicated: drawn outside the tracker, alike on every rank
         else:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 draw(first.weight, args, in_features * self.group.size())
+
+    def _add_magnitudes(self, rows: int) -> None:
+        """DoRA: the length of each row of W + scale B A, which is trained apart from its direction."""
+        device, dim = self.base_layer.weight.device, 0 if self.by_output else None
+        vector = new_weight(device, rows, dim=dim, config=self.config)
+        self.lora_magnitude_vector = torch.nn.ModuleDict({"default": vector})
+        self.squares: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def lengths(self) -> torch.Tensor:
+        """Of the rows of W + scale B A, [out (/ TP)] float32, without B A: |w|^2 + 2 s b A w + s^2 b A A^T b^T.
+
+        Of W, which is frozen, the squares are computed once.
+        """
+        weight, a, b = restored(self.base_layer.weight), self.lora_A["default"](), self.lora_B["default"]()
+        if self.squares is None:
+            self.squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        mixed = ((weight @ a.t()).float() * b).sum(1)
+        own = (b.float() @ (a.float() @ a.float().t()) * b).sum(1)
+        total = self.squares + 2 * self.scale * mixed + self.scale**2 * own
+        if not self.by_output and self.group.size() > 1:
+            torch.distributed.all_reduce(total, group=self.group)  # a rank has a part of each row
+        return total.clamp(min=0).sqrt()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """What a new adapter takes from the base's weights, which are there now."""
+        if self.from_base:
+            weight = self.base_layer.weight
+            rest, a, b = principal(weight, self.rank, self.scale, group=self.group, dim=0 if self.by_output else 1)
+            weight.copy_(rest)
+            self.lora_A["default"]().copy_(a)
+            self.lora_B["default"]().copy_(b)
+        if self.is_dora:
+            self.lora_magnitude_vector["default"]().copy_(self.lengths())
 
     def _weight(self, rows: int, columns: int, is_sharded: bool, dim: int) -> AdapterWeight:
         device = self.base_layer.weight.device
@@ -101,7 +140,8 @@ class LoraLinear(MegatronModule):
     def is_one_function(self) -> bool:
         """Whether adapter and base are computed as one: nothing is exchanged between the products, nothing dropped."""
         drops = self.training and self.dropout > 0.0
-        return self.enabled and not drops and self.group.size() == 1 and self.base_layer.bias is None
+        alone = self.group.size() == 1 and self.base_layer.bias is None and not self.is_dora
+        return self.enabled and not drops and alone
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
@@ -132,7 +172,11 @@ class LoraLinear(MegatronModule):
                 else reduce_from_tensor_model_parallel_region(narrow, group=self.group)
             )
         weight = self.lora_B["default"]()
-        return torch.addmm(out.flatten(0, 1), narrow.flatten(0, 1), weight.t()).view_as(out), bias
+        out = torch.addmm(out.flatten(0, 1), narrow.flatten(0, 1), weight.t()).view_as(out)
+        if self.is_dora:
+            # Gradients go through the magnitude and the direction, not through its length, as in the paper (4.3).
+            out = out * (self.lora_magnitude_vector["default"]() / self.lengths()).to(out.dtype)
+        return out, bias
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.dropout == 0.0:
