@@ -11,7 +11,7 @@ of an expert's FFN width, H the hidden size):
     decoder.layers.L.self_attention.linear_proj    .base_layer.weight [out, in/TP]
                                                    .lora_A.default.weight [r, in/TP]
                                                    .lora_B.default.weight [out, r]   on every TP rank
-    each of them, with DoRA                        .lora_magnitude_vector.default.weight [out/TP], or [out] on every TP rank
+    each of them, with DoRA                        .lora_magnitude_vector.default.weight, [out/TP] or [out] as rows of B
     decoder.layers.L.mlp.linear_fc1                as linear_qkv; rows of B are [gate | up] of the rank
     decoder.layers.L.mlp.linear_fc2                as linear_proj
     decoder.layers.L.mlp.experts.local_experts.K.linear_fc1 / .linear_fc2    as the dense ones, sharded over ETP

@@ -7,6 +7,6 @@ Names and shapes are MindSpeed-LLM's, so checkpoints are exchanged:
     output_layer, word_embeddings    base_layer.weight, lora_A.default.weight, lora_B.default.weight
     experts                   weight1_lora_a/_lora_b, weight2_lora_a/_lora_b, one adapter per expert
 
-With DoRA (arXiv:2402.09353) a linear has lora_magnitude_vector.default.weight [out(/tp)], too. One A serves q, k and v, and
-one serves gate and up.
+With DoRA (arXiv:2402.09353) a linear has lora_magnitude_vector.default.weight [out(/tp)], too. One A serves q, k and v,
+and one serves gate and up.
 """
