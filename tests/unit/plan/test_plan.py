@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fit_devices import error, read_published
-from benchmarks.npu_cases import first_iteration, flags_of, read_cases, stage_of
+from benchmarks.planning.fit_devices import error, read_published
+from benchmarks.planning.npu_cases import first_iteration, flags_of, read_cases, stage_of
 from qwen3_npu.args.tools.plan import PlanArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sizes import SIZES

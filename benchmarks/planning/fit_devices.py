@@ -3,7 +3,7 @@
 Hopper GPUs from published_runs.txt; Ascend devices from MindSpeed-LLM's CI, if its file is given. The last column is
 the error of a fit that has not seen the row.
 
-    python benchmarks/fit_devices.py [--npu-csv mindspeed_ci.csv]
+    python benchmarks/planning/fit_devices.py [--npu-csv mindspeed_ci.csv]
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.npu_cases import read_cases
+from benchmarks.planning.npu_cases import read_cases
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.setup import Setup

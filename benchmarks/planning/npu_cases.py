@@ -1,6 +1,6 @@
 """Memory and step times that MindSpeed-LLM's CI measured on NPUs, beside what the plan says of the same shapes.
 
-    python benchmarks/npu_cases.py --csv mindspeed_ci.csv [--scripts FOLDER OF MindSpeed-LLM]
+    python benchmarks/planning/npu_cases.py --csv mindspeed_ci.csv [--scripts FOLDER OF MindSpeed-LLM]
 
 The file has a row for each rank; what its columns do not say is in mindspeed_cases.txt, or is read from the script that
 a row names, if --scripts is given. Its memory is of the first iteration: when activations peak, Adam's moments do not
@@ -15,8 +15,11 @@ import csv
 import dataclasses
 import re
 import statistics
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.activations import MINDSPEED
