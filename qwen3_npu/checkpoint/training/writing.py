@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.manifest import part
+from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.errors import SaveFailed
 
 _POLL = 0.02  # seconds
@@ -99,11 +100,11 @@ class Writing:
         Raises:
             SaveFailed: some rank could not write; on every rank.
         """
-        errors: list[str | None] = [None] * dist.get_world_size()
+        failed: tuple[int, str] | None = None
         for done in self.done:
             done.wait()
-            dist.all_gather_object(errors, self.error)
-            if any(errors):
+            failed = first_problem(self.error)
+            if failed is not None:
                 self.abandoned.set()
         if self.thread is not None:
             self.thread.join()
@@ -111,7 +112,6 @@ class Writing:
             self._publish()
         published = [self.error]
         dist.broadcast_object_list(published, 0)
-        errors[0] = published[0]
-        for rank, error in enumerate(errors):
-            if error:
-                raise SaveFailed(f"{self.what} was not saved: rank {rank}: {error}")
+        failed = failed or ((0, published[0]) if published[0] else None)
+        if failed is not None:
+            raise SaveFailed(f"{self.what} was not saved: rank {failed[0]}: {failed[1]}")
