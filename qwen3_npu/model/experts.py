@@ -46,11 +46,16 @@ class GroupedExperts(MegatronModule):
         kernels: Kernels,
         pg_collection: ProcessGroupCollection,
         recompute_activation: bool = False,
+        recompute_products: bool = False,
     ) -> None:
-        """Args: recompute_activation: compute the activation again in backward instead of keeping it."""
+        """
+        Args:
+            recompute_activation: compute the activation again in backward instead of keeping it.
+            recompute_products: the first product, too.
+        """
         super().__init__(config=config)
         self.kernels, self.num_local_experts = kernels, num_local_experts
-        self.recompute_activation = recompute_activation
+        self.recompute_activation, self.recompute_products = recompute_activation, recompute_products
         self.hidden = config.hidden_size
         self.ffn = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         self.pg_collection = pg_collection
@@ -85,11 +90,18 @@ class GroupedExperts(MegatronModule):
             [rows, hidden], and no bias.
         """
         product = self.kernels.grouped_matmul(tokens_per_expert)
-        wide = self.multiply(1, tokens, product)
-        if not (self.recompute_activation and self.training):
-            return self.multiply(2, self.activate(wide, probs), product), None
+
+        def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+            return self.activate(self.multiply(1, tokens, product), probs)
+
+        if not (self.training and (self.recompute_activation or self.recompute_products)):
+            return self.multiply(2, between(tokens, probs), product), None
         kept = CheckpointWithoutOutput()
-        out = self.multiply(2, kept.checkpoint(self.activate, wide, probs), product)
+        if self.recompute_products:
+            narrow = kept.checkpoint(between, tokens, probs)
+        else:
+            narrow = kept.checkpoint(self.activate, self.multiply(1, tokens, product), probs)
+        out = self.multiply(2, narrow, product)
         kept.discard_output_and_register_recompute(out)
         return out, None
 

@@ -4,6 +4,7 @@ Names and shapes are MindSpeed-LLM's, so checkpoints are exchanged:
 
     linear_qkv, linear_fc1    base_layer.weight, lora_A.default.weight [r, in], lora_B.default.weight [out/tp, r]
     linear_proj, linear_fc2   base_layer.weight, lora_A.default.weight [r, in/tp], lora_B.default.weight [out, r]
+    output_layer, word_embeddings    base_layer.weight, lora_A.default.weight, lora_B.default.weight
     experts                   weight1_lora_a/_lora_b, weight2_lora_a/_lora_b, one adapter per expert
 
 One A serves q, k and v, and one serves gate and up.
@@ -12,7 +13,7 @@ One A serves q, k and v, and one serves gate and up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.kernels import reference
 from qwen3_npu.model.experts import GroupedExperts, is_like_dense
-from qwen3_npu.model.modules import mark, weight_gradient
+from qwen3_npu.model.modules import Embedding, mark, weight_gradient
 
 
 class _Weight(torch.nn.Module):
@@ -41,6 +44,17 @@ class _Weight(torch.nn.Module):
 
     def forward(self) -> torch.nn.Parameter:
         return self.weight
+
+
+def _new_weight(like: torch.Tensor, rows: int, columns: int, *, dim: int | None, config: TransformerConfig) -> _Weight:
+    """Zeros; `dim` is sharded over tensor parallelism, if any is."""
+    weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=like.dtype, device=like.device))
+    if dim is not None:
+        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+    else:
+        # Under sequence parallelism each rank sees a part of the tokens: megatron sums the gradient over TP.
+        mark(weight, sequence_parallel=config.sequence_parallel)
+    return _Weight(weight)
 
 
 def _draw(weight: torch.Tensor, args: LoraArgs, columns: int) -> None:
@@ -99,7 +113,7 @@ class LoraLinear(MegatronModule):
     """
 
     def __init__(
-        self, *sizes: int, linear: type, args: LoraArgs, add_weight_gradient: Callable, **options: object
+        self, *sizes: int, linear: Callable, args: LoraArgs, add_weight_gradient: Callable, **options: object
     ) -> None:
         """Args: linear: the base layer's class; `sizes` and `options` are its own arguments."""
         super().__init__(config=options["config"])
@@ -110,6 +124,7 @@ class LoraLinear(MegatronModule):
         self.enabled = True  # off: the base layer alone, which is the reference of preference training
         self.group = base.tp_group
         self.sequence_parallel = base.config.sequence_parallel
+        self.disable_grad_reduce = False
         out_features, in_features = base.weight.shape
         first = self._weight(args.lora_r, in_features, not self.by_output, 1)
         second = self._weight(out_features, args.lora_r, self.by_output, 0)
@@ -122,14 +137,7 @@ class LoraLinear(MegatronModule):
                 _draw(first.weight, args, in_features * self.group.size())
 
     def _weight(self, rows: int, columns: int, is_sharded: bool, dim: int) -> _Weight:
-        like = self.base_layer.weight
-        weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=like.dtype, device=like.device))
-        if is_sharded:
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
-        else:
-            # Under sequence parallelism each rank sees a part of the tokens: megatron sums the gradient over TP.
-            mark(weight, sequence_parallel=self.sequence_parallel)
-        return _Weight(weight)
+        return _new_weight(self.base_layer.weight, rows, columns, dim=dim if is_sharded else None, config=self.config)
 
     @property
     def is_one_function(self) -> bool:
@@ -155,6 +163,8 @@ class LoraLinear(MegatronModule):
             narrow = (
                 gather_from_sequence_parallel_region(narrow, group=self.group)
                 if self.sequence_parallel
+                else narrow
+                if self.disable_grad_reduce
                 else copy_to_tensor_model_parallel_region(narrow, group=self.group)
             )
         else:
@@ -175,6 +185,58 @@ class LoraLinear(MegatronModule):
             return torch.nn.functional.dropout(x, self.dropout)
 
 
+class LoraOutput(LoraLinear):
+    """The output layer with its adapter, called as GPTModel calls it.
+
+    Attributes:
+        sequence_parallel, disable_grad_reduce: as megatron's linear has them; the chunked loss sets them.
+    """
+
+    def __init__(self, base: ColumnParallelLinear, args: LoraArgs) -> None:
+        # The chunked loss computes this with views of the weights, which know no `main_grad`.
+        add = reference.add_weight_gradient
+        super().__init__(linear=lambda **_: base, args=args, add_weight_gradient=add, config=base.config)
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, weight: None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, hidden] -> logits [s, b, vocabulary / TP]."""
+        for name in ("sequence_parallel", "disable_grad_reduce"):
+            setattr(self.base_layer, name, getattr(self, name))
+        return super().forward(x)
+
+
+class LoraEmbedding(torch.nn.Module):
+    """The frozen embedding E with its adapter: E[t] + scale B A[:, t]. A [r, vocabulary / TP], B [hidden, r].
+
+    A is 0 at first and B is drawn, as peft does for embeddings.
+    """
+
+    def __init__(self, base: Embedding, args: LoraArgs, config: TransformerConfig) -> None:
+        super().__init__()
+        self.base_layer, self.scale, self.enabled = base, args.scale, True
+        rows, hidden = base.weight.shape
+        self.lora_A = torch.nn.ModuleDict(
+            {"default": _new_weight(base.weight, args.lora_r, rows, dim=1, config=config)}
+        )
+        b = _new_weight(base.weight, hidden, args.lora_r, dim=None, config=config)
+        self.lora_B = torch.nn.ModuleDict({"default": b})
+        b.weight.data.normal_()  # outside the tracker: alike on every rank
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        """The base's; GPTModel asks for it."""
+        return self.base_layer.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As the base layer."""
+        out = self.base_layer(tokens)
+        if not self.enabled:
+            return out
+        narrow = self.base_layer.rows(tokens, self.lora_A["default"]().t()) * self.scale
+        return out + torch.nn.functional.linear(narrow, self.lora_B["default"]())
+
+
 class LoraExperts(GroupedExperts):
     """Stacked experts, frozen, with an adapter per expert.
 
@@ -183,17 +245,17 @@ class LoraExperts(GroupedExperts):
         weight2_lora_a [e f, r], memory (e, f, r)              weight2_lora_b [e r, hidden], memory (e, r, hidden)
     """
 
-    def __init__(self, *sizes: Any, args: LoraArgs, **options: Any) -> None:
+    def __init__(self, *sizes: Any, args: LoraArgs, adapted: Collection[str], **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.scale, self.dropout, self.rank = args.scale, args.lora_dropout, args.lora_r
         self.enabled = True
         e, r = self.num_local_experts, args.lora_r
         sharded = self.pg_collection.expt_tp.size() > 1
-        if "linear_fc1" in args.lora_target_modules:
+        if "linear_fc1" in adapted:
             self.weight1_lora_a = self._update(self.hidden, e * r, is_sharded=False)
             self.weight1_lora_b = self._update(r, e * 2 * self.ffn, is_sharded=sharded)
             self._init_each(self.weight1_lora_a, args, self.hidden, alike=True)
-        if "linear_fc2" in args.lora_target_modules:
+        if "linear_fc2" in adapted:
             self.weight2_lora_a = self._update(e * self.ffn, r, is_sharded=sharded)
             self.weight2_lora_b = self._update(e * r, self.hidden, is_sharded=False)
             self._init_each(self.weight2_lora_a, args, self.ffn, alike=False)
@@ -234,12 +296,4 @@ class LoraExperts(GroupedExperts):
         return out + product(narrow, b.view(e, self.rank, -1))
 
 
-def freeze_base(chunks: Iterable[torch.nn.Module]) -> None:
-    """Leave only the adapters trainable.
-
-    Before gradient buffers and optimizer are made: frozen weights then get neither, and megatron's linears keep no
-    activation for them.
-    """
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+ADAPTERS = (LoraLinear, LoraEmbedding, LoraExperts)

@@ -26,6 +26,10 @@ class Counts:
     def __mul__(self, number: int) -> Counts:
         return Counts(self.dense * number, self.expert * number)
 
+    def part(self, share: float) -> Counts:
+        """As many as that share of them."""
+        return Counts(round(self.dense * share), round(self.expert * share))
+
     @property
     def total(self) -> int:
         return self.dense + self.expert
@@ -92,6 +96,13 @@ def largest_count(shape: Shape, setup: Setup, stage: int) -> float:
     return max(most / dense_copies, rows / expert_copies)
 
 
+def trained_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
+    """Weights of one rank of a stage that have gradients."""
+    if setup.lora_rank:
+        return lora_counts(shape, setup, stage)
+    return stage_counts(shape, setup, stage).part(1 - setup.frozen)
+
+
 def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
     """Weights of the adapters of one rank of a stage."""
     total = Counts()
@@ -99,7 +110,10 @@ def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
         total += _layer_lora(shape, setup, has_experts) * number
     if shape.reward and stage == setup.pipeline - 1:
         total += Counts(shape.hidden_size)  # the head is trained with the adapter
-    return total
+    ends = ("embedding" in setup.lora_targets and stage == 0) + (
+        "output" in setup.lora_targets and stage == setup.pipeline - 1
+    )
+    return total + Counts(setup.lora_rank * (shape.hidden_size + shape.vocab_size // setup.tensor)) * ends
 
 
 def _layer_lora(shape: Shape, setup: Setup, has_experts: bool) -> Counts:

@@ -66,6 +66,7 @@ class TraceRecorder(TorchDispatchMode):
     Attributes:
         phase: what is being done, for the notes.
         operations: in the order in which they ran; views and empty tensors left out.
+        waits: of the program for collectives, (operations before it, the collective).
         held: changes of the bytes that are held, (bytes, what), in order.
     """
 
@@ -76,6 +77,8 @@ class TraceRecorder(TorchDispatchMode):
         self.phase = "start"
         self.module = ""
         self.operations: list[Operation] = []
+        self.waits: list[tuple[int, int]] = []
+        self._unwaited: collections.deque[int] = collections.deque()
         self.held: list[tuple[int, str]] = []
         self._sizes: dict[int, tuple[int, str]] = {}
         self._alive: dict[int, weakref.ref] = {}
@@ -144,9 +147,22 @@ class TraceRecorder(TorchDispatchMode):
     def _collective(self, func: Any, args: tuple) -> None:
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(_group(args))))
         moved = sum(tensor.nbytes for tensor in tree_iter(args[:2]) if isinstance(tensor, torch.Tensor))
-        asynchronous = any(arg is True for arg in args)
         name = func._schema.name.replace("::", ".").rstrip("_")
+        asynchronous = any(arg is True for arg in args) or name in ("c10d.send", "c10d.recv")
+        if len(ranks) > 1:
+            self._unwaited.append(len(self.operations) if asynchronous else -1)
         self.operations.append(Operation(name, self.phase, 0.0, float(moved), ranks=ranks, waits=not asynchronous))
+
+    def waited(self) -> None:
+        """The program waits for the collective that it launched first of those that it has not waited for."""
+        if self._unwaited and (number := self._unwaited.popleft()) >= 0:
+            self.waits.append((len(self.operations), number))
+
+    def clear(self) -> None:
+        """Forget the operations so far."""
+        self.operations.clear()
+        self.waits.clear()
+        self._unwaited.clear()
 
     def _without_data(self, func: Any, args: tuple) -> Any:
         """The result of an operation that needs data; NotImplemented for all others."""

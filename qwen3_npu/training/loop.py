@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu import kernels, log
-from qwen3_npu.args.lora import LORA_TARGETS, LoraArgs
+from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
@@ -24,10 +24,11 @@ from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.data.train.data_path import cache_folder
 from qwen3_npu.distributed.context_parallel import ContextParallel
-from qwen3_npu.distributed.launch import World, model_parallel, process_group
+from qwen3_npu.distributed.launch import World, model_parallel, model_rank, process_group
 from qwen3_npu.distributed.nodes import check_shared
 from qwen3_npu.errors import Stopped, UsageError
-from qwen3_npu.model.build import build_model
+from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.model.build import build_model, freeze
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.router import routers
 from qwen3_npu.model.spec import Parts
@@ -38,8 +39,9 @@ from qwen3_npu.training.checkpoints.hf_export import HfExport
 from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continued, leased
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
+from qwen3_npu.training.gradients import Gradients
 from qwen3_npu.training.guard import NanGuard
-from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, finalize_gradients, wrap_model
+from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.preference import preference_objective
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
@@ -101,34 +103,30 @@ class Trainer:
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         config = self._config()
         self.dtype = config.params_dtype
-        context_parallel = None
-        if args.parallel.context_parallel_size > 1:
-            context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
-        self.parts = Parts(
-            chosen,
-            lora=args.lora,
-            context_parallel=context_parallel,
-            recompute_activation=args.train.recompute_activation_function,
-            loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
-            seed=args.runtime.seed,
-        )
+        self.parts = _parts(args, chosen)
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
+        contents = Contents(plan.arch, lora=_lora(args.lora, plan.arch))
+        if plan.frozen:
+            rest = dataclasses.replace(contents, without=plan.frozen).shards(plan.layout, model_rank())
+            kept = {(shard.chunk, shard.name) for shard in rest}
+            freeze(self.modules, config, lambda chunk, name: (chunk, name) not in kept)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
-        config.finalize_model_grads_func = here.in_phase("reduce", finalize_gradients)
+        self.gradients = Gradients(self.optimizer)
+        config.finalize_model_grads_func = here.in_phase("reduce", self.gradients.finalize)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
             if args.optimizer.overlap_param_gather:
                 config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in self.chunks])
-        contents = Contents(plan.arch, lora=_lora(args.lora))
-        trained = Trained(contents, plan.layout, self.modules, self.optimizer, scheduler=self.scheduler)
-        if contents.lora:
+        trained = Trained(
+            contents, plan.layout, self.modules, self.optimizer, scheduler=self.scheduler, frozen=plan.frozen
+        )
+        if contents.lora or plan.frozen:
             some, every = trained.optimized.parameters, contents.parameters
-            log.info(
-                f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
-            )
+            what = contents.lora or "frozen by --freeze-include"
+            log.info(f"{what}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)")
         self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), config=plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
@@ -281,7 +279,7 @@ class Trainer:
         here.at("data")
         result = train_step(
             self.chunks,
-            self.optimizer,
+            self.gradients,
             self.scheduler,
             self.training_batches(),
             guard=self.guard,
@@ -358,7 +356,25 @@ def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
     return items if len(items) > 1 else items[0]
 
 
-def _lora(args: LoraArgs) -> Lora | None:
+def _parts(args: PretrainArgs, chosen: kernels.Kernels) -> Parts:
+    """What the flags make the layers of."""
+    context_parallel = None
+    if args.parallel.context_parallel_size > 1:
+        context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
+    return Parts(
+        chosen,
+        lora=args.lora,
+        context_parallel=context_parallel,
+        recompute_activation=args.train.recompute_activation_function,
+        recompute_products=args.train.moe_zero_memory == "level0",
+        loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+        seed=args.runtime.seed,
+    )
+
+
+def _lora(args: LoraArgs, arch: Qwen3Arch) -> Lora | None:
     """What the checkpoints say of LoRA adapters."""
-    targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
-    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora) if args.on else None
+    if not args.on:
+        return None
+    targets, layers = args.places(arch)
+    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora, layers=layers)

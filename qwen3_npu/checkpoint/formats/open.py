@@ -281,6 +281,8 @@ class Sources:
             )
         if not (adapter.arch.same_weights(base.arch) or adapter.arch.same_weights(base.arch.as_reward())):
             raise UsageError(f"--lora-load {self.lora_load} is for {adapter.arch}, but {self.load} holds {base.arch}")
+        if isinstance(adapter, PeftReader):
+            adapter.check_carried(base)
         return adapter
 
     def __call__(self) -> Opened:

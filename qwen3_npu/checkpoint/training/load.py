@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from qwen3_npu import log
+from qwen3_npu.args.lora import spelled
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
@@ -142,6 +143,8 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
         if opened is None:
             raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
         check_same_model(opened.arch, trained.contents.arch, f"--lora-load {lora_load}")
+        if isinstance(opened, PeftReader) and base is not None:
+            opened.check_carried(base)
         adapter = SharedA(opened) if isinstance(opened, PeftReader) else opened
     there = adapter.contents.lora
     if there is None:
@@ -149,7 +152,7 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
     if there != lora:
         raise UsageError(
             f"the LoRA adapter to start from is {there}; the flags ask for {lora}: give --lora-r {there.r} "
-            f"--lora-alpha {there.alpha:g} --lora-target-modules {' '.join(there.targets)}"
+            f"--lora-alpha {there.alpha:g} --lora-target-modules {spelled(there.targets, there.layers)}"
             f"{' --use-rslora' * there.is_stabilized}{' --no-use-rslora' * (lora.is_stabilized > there.is_stabilized)}"
         )
     if lora_load is not None:

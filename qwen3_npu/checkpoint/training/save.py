@@ -77,6 +77,7 @@ class Trained:
     Attributes:
         contents: the model's tensors, with those of its LoRA adapter.
         chunks: the model chunks of this rank, not wrapped.
+        frozen: Hugging Face names of the weights that are not trained, beside those that LoRA freezes.
     """
 
     contents: Contents
@@ -84,11 +85,12 @@ class Trained:
     chunks: Sequence[torch.nn.Module]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    frozen: frozenset[str] = frozenset()
 
     @property
     def optimized(self) -> Contents:
         """The tensors that are trained."""
-        return dataclasses.replace(self.contents, base=self.contents.lora is None)
+        return dataclasses.replace(self.contents, base=self.contents.lora is None, without=self.frozen)
 
     @property
     def dtype(self) -> DType:

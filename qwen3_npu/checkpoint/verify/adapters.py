@@ -21,7 +21,7 @@ from safetensors import safe_open
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.verify.libraries import saved_arguments
-from qwen3_npu.checkpoint.verify.published import Span, peft_tensor, published_shapes
+from qwen3_npu.checkpoint.verify.published import Span, is_turned, peft_tensor, published_shapes
 from qwen3_npu.checkpoint.verify.tensors import VerifySource
 from qwen3_npu.model.arch import Qwen3Arch
 
@@ -54,8 +54,9 @@ class MegatronPairs:
         names = [peft_tensor(weight.removesuffix(".weight"), matrix) for matrix in "AB"]
         if names[0] not in self.shapes:
             return None
-        a, b = (self.tensors.read(n, (0, self.shapes[n][0]), (0, self.shapes[n][1])).double() for n in names)
-        return a, b, self.scale
+        shapes = (self.shapes[n][::-1] if is_turned(n) else self.shapes[n] for n in names)
+        a, b = (self.tensors.read(n, *((0, size) for size in s)).double() for n, s in zip(names, shapes, strict=True))
+        return (b.T, a, self.scale) if is_turned(names[0]) else (a, b, self.scale)
 
 
 class PeftPairs:
@@ -72,7 +73,7 @@ class PeftPairs:
         return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), self.config[usual])
 
     def _pair(self, stem: str, module: str, choose: Callable[[torch.Tensor, torch.Tensor], Any]) -> AdapterPair:
-        a, b = (self.file.get_tensor(f"{stem}lora_{matrix}.weight").double() for matrix in "AB")
+        a, b = (self.file.get_tensor(peft_tensor(stem, matrix)).double() for matrix in "AB")
         r, alpha = int(self._setting("rank_pattern", "r", module)), self._setting("alpha_pattern", "lora_alpha", module)
         a, b = choose(a, b)
         return a, b, _scale(alpha, r, stabilized=bool(self.config.get("use_rslora")))
@@ -81,7 +82,9 @@ class PeftPairs:
         """A and B beside a Hugging Face weight; None: it has none."""
         module = weight.removesuffix(".weight")
         if peft_tensor(module, "A") in self.names:
-            return self._pair(f"base_model.model.{module}.", module, lambda a, b: (a, b))
+            # An embedding of a token is a column of A times B: what is added to its matrix is (B A)^T.
+            turned = is_turned(peft_tensor(module, "A"))
+            return self._pair(module, module, lambda a, b: (b.T, a.T) if turned else (a, b))
         expert = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj", module)
         if expert is None:
             return None
@@ -96,13 +99,12 @@ class PeftPairs:
             return a[number * r : (number + 1) * r], b[half]
 
         whole = "down_proj" if projection == "down" else "gate_up_proj"
-        for stem in (f"base_model.model.{experts}.", f"base_model.model.{experts}.base_layer."):
-            if (
-                f"{stem}lora_B.weight" in self.names
-                and self.file.get_slice(f"{stem}lora_B.weight").get_shape()[0] == rows
-            ):
-                inner = self.file.get_slice(f"{stem}lora_A.weight").get_shape()[1]
-                if inner == (width if projection == "down" else self.arch.hidden_size):
+        inner = width if projection == "down" else self.arch.hidden_size
+        for stem in (experts, f"{experts}.base_layer"):
+            a, b = (peft_tensor(stem, matrix) for matrix in "AB")
+            if b in self.names:
+                high, wide = self.file.get_slice(b).get_shape()[0], self.file.get_slice(a).get_shape()[1]
+                if (high, wide) == (rows, inner):
                     return self._pair(stem, f"{experts}.{whole}", of_expert)
         return None
 

@@ -27,6 +27,7 @@ from qwen3_npu.checkpoint.verify.published import (
     PADDING,
     ShardSizes,
     StripPiece,
+    is_turned,
     published_shapes,
     rank_tensors,
 )
@@ -89,9 +90,11 @@ class VerifiedOutput:
         for name in list(file.keys()):
             stored = file.get_slice(name)
             shape = tuple(stored.get_shape())
-            rows, columns = (0, shape[0]), (0, shape[1] if len(shape) > 1 else 1)
-            piece = StripPiece(name, rows, columns, rows)
-            yield WrittenTensor(name, stored[:0].dtype, shape, shapes.get(name), [piece], _slice_rows(stored))
+            turned = is_turned(name)
+            high, wide = shape[::-1] if turned else (shape[0], math.prod(shape[1:]))
+            piece = StripPiece(name, (0, high), (0, wide), (0, high))
+            rows = functools.partial(_slice_rows, stored, turned)
+            yield WrittenTensor(name, stored[:0].dtype, shape, shapes.get(name), [piece], rows)
 
     def _chunks(self, path: Path) -> Iterator[WrittenTensor]:
         stored = self.chunks()
@@ -141,8 +144,8 @@ def _matrix_rows(block: Callable[[StripPiece], torch.Tensor]) -> Callable[[Strip
     return lambda piece, start, stop: block(piece)[start:stop]
 
 
-def _slice_rows(stored: Any) -> Callable[[StripPiece, int, int], torch.Tensor]:
-    return lambda piece, start, stop: stored[start:stop].reshape(stop - start, -1)
+def _slice_rows(stored: Any, turned: bool, piece: StripPiece, start: int, stop: int) -> torch.Tensor:
+    return stored[:, start:stop].T if turned else stored[start:stop].reshape(stop - start, -1)
 
 
 @dataclasses.dataclass(frozen=True)

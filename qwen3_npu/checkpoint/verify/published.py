@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
 
@@ -49,6 +49,7 @@ class WholeMatrix(NamedTuple):
     strips: tuple[Strip, ...]
     cut: str = WHOLE
     is_vector: bool = False
+    is_turned: bool = False  # its transpose is stored
 
 
 class StripPiece(NamedTuple):
@@ -129,7 +130,21 @@ class ShardSizes:
 
 
 def peft_tensor(module: str, matrix: str) -> str:
-    return f"base_model.model.{module}.lora_{matrix}.weight"
+    """PEFT's name of the "A" or "B" beside a module; an embedding's are parameters and no modules."""
+    stem = f"base_model.model.{module}."
+    return f"{stem}lora_embedding_{matrix}" if module.endswith("embed_tokens") else f"{stem}lora_{matrix}.weight"
+
+
+def is_turned(name: str) -> bool:
+    """Whether a PEFT tensor is read as its transpose: the A of an embedding, which has a column for each token."""
+    return name.endswith("lora_embedding_A")
+
+
+def _has(lora: Lora | None, target: str, layer: int | None) -> bool:
+    """Whether an adapter is on a target (in a layer)."""
+    if lora is None or target not in lora.targets:
+        return False
+    return layer is None or all(layer in layers for of, layers in lora.layers if of == target)
 
 
 def _linears(arch: Qwen3Arch, layer: int, experts: Iterable[int]) -> Iterator[tuple[str, list[Strip], int, str]]:
@@ -174,7 +189,7 @@ def _layer(contents: Contents, layer: int, experts: Iterable[int], *, stacked: b
     biased = {"self_attention.linear_qkv": arch.family.qkv_bias, "self_attention.linear_proj": arch.family.o_bias}
     for name, strips, columns, cut in _linears(arch, layer, experts):
         rows = strips[-1].at + strips[-1].rows
-        adapted = lora is not None and name.rpartition(".")[2] in lora.targets
+        adapted = _has(lora, name.rpartition(".")[2], layer)
         stem = f"{name}.base_layer" if adapted and not (stacked and "local_experts" in name) else name
         if contents.base:
             named = tuple(s._replace(hf=f"{s.hf}.weight") for s in strips)
@@ -210,11 +225,31 @@ def _others(arch: Qwen3Arch, layer: int) -> Iterator[WholeMatrix]:
         yield WholeMatrix("mlp.router.weight", arch.num_experts, hidden, (router,))
 
 
-def _vocabulary(arch: Qwen3Arch, name: str, hf: str, padded: int, *, copy: str = "") -> WholeMatrix:
-    """Rows past the vocabulary repeat its last one, as MindSpeed-LLM 2.1.0 writes them."""
-    real = arch.vocab_size
-    strips = (Strip(hf, 0, real, 0, copy), Strip(hf, real, padded - real, real - 1, PADDING))
-    return WholeMatrix(name, padded, arch.hidden_size, strips, ROWS)
+def _vocabulary(
+    contents: Contents, name: str, module: str, padded: int, *, target: str, copy: str = ""
+) -> Iterator[WholeMatrix]:
+    """Embedding or output layer, and what an adapter adds to it. Rows past the vocabulary repeat its last one, as
+    MindSpeed-LLM 2.1.0 writes them.
+    """
+    arch, lora = contents.arch, contents.lora
+    adapted = lora if _has(lora, target, None) else None
+    real, hidden = arch.vocab_size, arch.hidden_size
+
+    def tall(hf: str) -> tuple[Strip, Strip]:
+        return Strip(hf, 0, real, 0, copy), Strip(hf, real, padded - real, real - 1, PADDING)
+
+    if contents.base:
+        stem = f"{name}.base_layer" if adapted else name
+        yield WholeMatrix(f"{stem}.weight", padded, hidden, tall(f"{module}.weight"), ROWS)
+    if adapted:
+        a, b = (peft_tensor(module, matrix) for matrix in "AB")
+        at, r = f"{name}.lora_{{}}.default.weight", adapted.r
+        if target == "embedding":
+            yield WholeMatrix(at.format("A"), padded, r, tall(a), ROWS, is_turned=True)
+            yield WholeMatrix(at.format("B"), hidden, r, (Strip(b, 0, hidden),))
+        else:
+            yield WholeMatrix(at.format("A"), r, hidden, (Strip(a, 0, r),))
+            yield WholeMatrix(at.format("B"), padded, r, tall(b), ROWS)
 
 
 def outer_matrices(contents: Contents, padded: int, *, first: bool, last: bool, copies: bool) -> Iterator[WholeMatrix]:
@@ -228,9 +263,9 @@ def outer_matrices(contents: Contents, padded: int, *, first: bool, last: bool, 
 
 def _outer(contents: Contents, padded: int, *, first: bool, last: bool, copies: bool) -> Iterator[WholeMatrix]:
     arch = contents.arch
-    embedding, hidden = "model.embed_tokens.weight", arch.hidden_size
-    if first and contents.base:
-        yield _vocabulary(arch, "embedding.word_embeddings.weight", embedding, padded)
+    embedding, hidden = "model.embed_tokens", arch.hidden_size
+    if first:
+        yield from _vocabulary(contents, "embedding.word_embeddings", embedding, padded, target="embedding")
     if not last:
         return
     if contents.base:
@@ -240,10 +275,10 @@ def _outer(contents: Contents, padded: int, *, first: bool, last: bool, copies: 
         yield WholeMatrix("score.lora_weight", 1, hidden, (Strip("base_model.model.score.weight", 0, 1),))
     elif arch.reward:
         yield WholeMatrix("score.weight", 1, hidden, (Strip("score.weight", 0, 1),))
-    elif contents.base and not arch.tie_word_embeddings:
-        yield _vocabulary(arch, "output_layer.weight", "lm_head.weight", padded)
+    elif not arch.tie_word_embeddings:
+        yield from _vocabulary(contents, "output_layer", "lm_head", padded, target="output")
     elif contents.base and copies:
-        yield _vocabulary(arch, "output_layer.weight", embedding, padded, copy=TIED)
+        yield from _vocabulary(contents, "output_layer", embedding, padded, target="output", copy=TIED)
 
 
 def pieces(matrix: WholeMatrix, spans: Iterable[Span], columns: Span, expert: int | None = None) -> list[StripPiece]:
@@ -323,8 +358,10 @@ def _held(matrices: list[WholeMatrix], ways: int, index: int, *, stacked: str = 
     parts = [
         piece
         for number, (matrix, share) in enumerate(zip(matrices, shares, strict=True))
-        for piece in pieces(matrix, *share, number if stacked else None)
+        for piece in pieces(matrix, *share, number if stacked or matrix.is_turned else None)
     ]
+    if matrices[0].is_turned:
+        return HeldTensor((columns, rows), parts, (1, columns, rows))
     if not stacked:
         return HeldTensor((rows,) if matrices[0].is_vector else (rows, columns), parts)
     shape = (columns, count * rows) if stacked == "linear_fc1" else (count * columns, rows)
@@ -341,6 +378,7 @@ def published_shapes(contents: Contents) -> dict[str, tuple[int, ...]]:
     for matrix in matrices:
         for strip in matrix.strips:
             if not strip.copy:
-                rows = max(found.get(strip.hf, (0,))[0], strip.first + strip.rows)
-                found[strip.hf] = (rows,) if matrix.is_vector else (rows, matrix.columns)
+                rows = max(found.get(strip.hf, (0, 0))[-1 if matrix.is_turned else 0], strip.first + strip.rows)
+                shape = (matrix.columns, rows) if matrix.is_turned else (rows, matrix.columns)
+                found[strip.hf] = (rows,) if matrix.is_vector else shape
     return found

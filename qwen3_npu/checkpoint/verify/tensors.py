@@ -243,10 +243,13 @@ class StoredChunks:
             wanted, pieces = None, list[StripPiece]()
             if matrix:
                 whole, (row, *column), (rows, *columns) = matrix[0], start[lead:], shape[lead:]
+                if whole.is_turned:
+                    (column, row), (columns, rows) = ([row], column[0]), ([rows], columns[0])
                 wanted = (whole.rows,) if whole.is_vector else (whole.rows, whole.columns)
                 across = (column[0], column[0] + columns[0]) if column else (0, 1)
-                pieces = published.pieces(whole, [(row, row + rows)], across)
+                pieces = published.pieces(whole, [(row, row + rows)], across, 0 if whole.is_turned else None)
             size = tuple(tensor.size)[lead:]
+            size = size[::-1] if matrix and matrix[0].is_turned else size
             place = info.relative_path
             yield StoredChunkPart(key, start, at, index, place, dtype=dtype, size=size, wanted=wanted, pieces=pieces)
 
@@ -257,7 +260,9 @@ class StoredChunks:
                 yield _Place(piece, part.dtype, functools.partial(self.block, part, piece))
 
     def block(self, part: StoredChunkPart, piece: StripPiece) -> torch.Tensor:
-        return stored_matrix(self.load(part.key, part.start)[part.index], None, None)[slice(*piece.place)]
+        tensor = self.load(part.key, part.start)[part.index]
+        stack = None if piece.expert is None else (1, *tensor.shape)
+        return stored_matrix(tensor, stack, piece.expert)[slice(*piece.place)]
 
 
 def megatron_tensors(reader: MegatronReader | DistReader) -> PieceTensors:

@@ -61,3 +61,23 @@ def unstacked(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not stem.endswith(".experts"):
             found[name] = gradient
     return found
+
+
+def write_some_adapters(base: str, folder: str, **config: int) -> None:
+    """Let peft save an adapter on the embedding, the output layer, and q, k and v of two layers."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    linears = [f"model.layers.{layer}.self_attn.{x}_proj" for layer in (1, 3) for x in "qkv"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    targets = ["embed_tokens", "lm_head", *linears]
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **config))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for layer in (1, 3):
+        attention = model.base_model.model.model.layers[layer].self_attn
+        for linear in (attention.k_proj, attention.v_proj):
+            linear.lora_A["default"].weight.data.copy_(attention.q_proj.lora_A["default"].weight)
+    model.save_pretrained(folder)
