@@ -201,7 +201,7 @@ def activation_worker(flags: list[str]) -> None:
     platform = select_platform("cpu")
     platform.activate()
     from qwen3_npu.parity.measure import trainer
-    from qwen3_npu.parity.memory import activations
+    from qwen3_npu.trace.activations import activations
 
     with process_group(platform, RuntimeArgs()) as world, trainer(platform, world, flags) as made:
         with activations() as counted:

@@ -80,6 +80,11 @@ class LoraArgs:
         help="how A of new adapters is drawn, as peft's init_lora_weights: uniform up to 1 / sqrt(in), or normal with "
         "deviation 1 / r; B is 0",
     )
+    qlora: bool = flag(
+        False,
+        help="keep the layers' frozen linears in 4 bits (NF4, blocks of 64) and restore them for each product "
+        "(arXiv:2305.14314); the adapter alone is saved, as with --lora-ckpt-filter",
+    )
     lora_load: str | None = flag(None, metavar="DIR", help="checkpoint with adapters to start from; the base is --load")
     lora_ckpt_filter: bool = flag(False, help="save the adapters only, not the base weights")
 
@@ -89,6 +94,10 @@ class LoraArgs:
             object.__setattr__(self, "lora_r", 16)
         if self.lora_r and not self.lora_target_modules:
             object.__setattr__(self, "lora_target_modules", list(LORA_TARGETS))
+        if self.qlora and not self.lora_r:
+            raise UsageError("--qlora quantizes the base of an adapter; give --lora-r or --lora-target-modules")
+        if self.qlora:
+            object.__setattr__(self, "lora_ckpt_filter", True)
         if not self.lora_r and (self.lora_load or self.lora_ckpt_filter):
             raise UsageError("--lora-load and --lora-ckpt-filter need --lora-target-modules or --lora-r")
         for entry in self.lora_target_modules:

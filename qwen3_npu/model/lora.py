@@ -33,6 +33,7 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.experts import GroupedExperts, is_like_dense
 from qwen3_npu.model.modules import Embedding, mark, weight_gradient
+from qwen3_npu.model.quantized import held, restored
 
 
 class _Weight(torch.nn.Module):
@@ -46,9 +47,11 @@ class _Weight(torch.nn.Module):
         return self.weight
 
 
-def _new_weight(like: torch.Tensor, rows: int, columns: int, *, dim: int | None, config: TransformerConfig) -> _Weight:
+def _new_weight(
+    device: torch.device, rows: int, columns: int, *, dim: int | None, config: TransformerConfig
+) -> _Weight:
     """Zeros; `dim` is sharded over tensor parallelism, if any is."""
-    weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=like.dtype, device=like.device))
+    weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=config.params_dtype, device=device))
     if dim is not None:
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
     else:
@@ -83,12 +86,13 @@ class _Adapted(torch.autograd.Function):
         residual: torch.Tensor | None,
         linear: LoraLinear,
     ) -> torch.Tensor:
-        rows, base = x.flatten(0, -2), linear.base_layer.weight
+        rows, weight = x.flatten(0, -2), linear.base_layer.weight
+        base = restored(weight)
         narrow = torch.addmm(a[:, 0], rows, a.t(), beta=0, alpha=linear.scale)
         out = rows @ base.t() if residual is None else torch.addmm(residual.flatten(0, -2), rows, base.t())
         out.addmm_(narrow, b.t())
         ctx.save_for_backward(rows, narrow)
-        ctx.weights, ctx.linear, ctx.shape = (base, a, b), linear, x.shape
+        ctx.weights, ctx.linear, ctx.shape = (weight, a, b), linear, x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -99,7 +103,7 @@ class _Adapted(torch.autograd.Function):
         d_out, dx = grad.flatten(0, -2), None
         d_narrow = torch.addmm(b[0], d_out, b, beta=0, alpha=ctx.linear.scale)
         if ctx.needs_input_grad[0]:
-            dx = (d_out @ base).addmm_(d_narrow, a).view(ctx.shape)
+            dx = (d_out @ restored(base)).addmm_(d_narrow, a).view(ctx.shape)
         da, db = (weight_gradient(*pair, add) for pair in ((a, rows, d_narrow), (b, narrow, d_out)))
         d_residual = grad if ctx.needs_input_grad[3] else None
         return dx, da, db, d_residual, None
@@ -125,7 +129,8 @@ class LoraLinear(MegatronModule):
         self.group = base.tp_group
         self.sequence_parallel = base.config.sequence_parallel
         self.disable_grad_reduce = False
-        out_features, in_features = base.weight.shape
+        kind = held(base.weight)
+        out_features, in_features = base.weight.shape if kind is None else kind.shape
         first = self._weight(args.lora_r, in_features, not self.by_output, 1)
         second = self._weight(out_features, args.lora_r, self.by_output, 0)
         self.lora_A = torch.nn.ModuleDict({"default": first})
@@ -137,7 +142,8 @@ class LoraLinear(MegatronModule):
                 _draw(first.weight, args, in_features * self.group.size())
 
     def _weight(self, rows: int, columns: int, is_sharded: bool, dim: int) -> _Weight:
-        return _new_weight(self.base_layer.weight, rows, columns, dim=dim if is_sharded else None, config=self.config)
+        device = self.base_layer.weight.device
+        return _new_weight(device, rows, columns, dim=dim if is_sharded else None, config=self.config)
 
     @property
     def is_one_function(self) -> bool:
@@ -217,9 +223,9 @@ class LoraEmbedding(torch.nn.Module):
         self.base_layer, self.scale, self.enabled = base, args.scale, True
         rows, hidden = base.weight.shape
         self.lora_A = torch.nn.ModuleDict(
-            {"default": _new_weight(base.weight, args.lora_r, rows, dim=1, config=config)}
+            {"default": _new_weight(base.weight.device, args.lora_r, rows, dim=1, config=config)}
         )
-        b = _new_weight(base.weight, hidden, args.lora_r, dim=None, config=config)
+        b = _new_weight(base.weight.device, hidden, args.lora_r, dim=None, config=config)
         self.lora_B = torch.nn.ModuleDict({"default": b})
         b.weight.data.normal_()  # outside the tracker: alike on every rank
 
@@ -261,7 +267,8 @@ class LoraExperts(GroupedExperts):
             self._init_each(self.weight2_lora_a, args, self.ffn, alike=False)
 
     def _update(self, rows: int, columns: int, *, is_sharded: bool) -> torch.nn.Parameter:
-        weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=self.weight1.dtype, device=self.weight1.device))
+        kind, device = self.config.params_dtype, self.weight1.device
+        weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=kind, device=device))
         mark(weight, allreduce=is_like_dense(self.config))
         if is_sharded or self.pg_collection.expt_tp.size() == 1:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
