@@ -90,18 +90,17 @@ class VerifiedOutput:
         for name in list(file.keys()):
             stored = file.get_slice(name)
             shape = tuple(stored.get_shape())
-            turned = is_turned(name)
-            high, wide = shape[::-1] if turned else (shape[0], math.prod(shape[1:]))
+            high, wide = shape[::-1] if is_turned(name) else (shape[0], math.prod(shape[1:]))
             piece = StripPiece(name, (0, high), (0, wide), (0, high))
-            rows = functools.partial(_slice_rows, stored, turned)
-            yield WrittenTensor(name, stored[:0].dtype, shape, shapes.get(name), [piece], rows)
+            rows = functools.partial(_slice_rows, stored)
+            yield WrittenTensor(name, stored[:0].dtype, shape, shapes.get(name), pieces=[piece], rows=rows)
 
     def _chunks(self, path: Path) -> Iterator[WrittenTensor]:
         stored = self.chunks()
         for part in stored.chunks():
             if part.file == path.name:
                 rows = _matrix_rows(functools.partial(stored.block, part))
-                yield WrittenTensor(part.label, part.dtype, part.size, part.wanted, part.pieces, rows)
+                yield WrittenTensor(part.label, part.dtype, part.size, part.wanted, pieces=part.pieces, rows=rows)
 
     def chunks(self) -> StoredChunks:
         """The chunks of a torch_dist folder."""
@@ -137,15 +136,17 @@ def _torch(there: Mapping[str, torch.Tensor], should: Mapping[str, Any]) -> Iter
         held = should.get(name)
         rows = _matrix_rows(functools.partial(rows_of, tensor, held.stack if held else None))
         wanted, pieces = (held.shape, held.pieces) if held else (None, ())
-        yield WrittenTensor(name, tensor.dtype, tuple(tensor.shape), wanted, pieces, rows)
+        yield WrittenTensor(name, tensor.dtype, tuple(tensor.shape), wanted, pieces=pieces, rows=rows)
 
 
 def _matrix_rows(block: Callable[[StripPiece], torch.Tensor]) -> Callable[[StripPiece, int, int], torch.Tensor]:
     return lambda piece, start, stop: block(piece)[start:stop]
 
 
-def _slice_rows(stored: Any, turned: bool, piece: StripPiece, start: int, stop: int) -> torch.Tensor:
-    return stored[:, start:stop].T if turned else stored[start:stop].reshape(stop - start, -1)
+def _slice_rows(stored: Any, piece: StripPiece, start: int, stop: int) -> torch.Tensor:
+    if is_turned(piece.hf):
+        return stored[:, start:stop].T
+    return stored[start:stop].reshape(stop - start, -1)
 
 
 @dataclasses.dataclass(frozen=True)

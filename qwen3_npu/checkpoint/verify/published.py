@@ -96,7 +96,7 @@ class ShardSizes:
             layout.tensor,
             layout.pipeline,
             layout.expert,
-            layout.expert_tensor,
+            expert_tensor=layout.expert_tensor,
             virtual=len(layout.chunks[0]),
             stages=tuple(len(stage[0]) for stage in layout.chunks),
             noop=tuple(layout.noop_layers),
@@ -193,17 +193,17 @@ def _layer(contents: Contents, layer: int, experts: Iterable[int], *, stacked: b
         stem = f"{name}.base_layer" if adapted and not (stacked and "local_experts" in name) else name
         if contents.base:
             named = tuple(s._replace(hf=f"{s.hf}.weight") for s in strips)
-            yield WholeMatrix(f"{stem}.weight", rows, columns, named, cut)
+            yield WholeMatrix(f"{stem}.weight", rows, columns, named, cut=cut)
         if contents.base and biased.get(name):
             named = tuple(s._replace(hf=f"{s.hf}.bias") for s in strips)
-            yield WholeMatrix(f"{stem}.bias", rows, 1, named, WHOLE if cut == COLUMNS else cut, is_vector=True)
+            yield WholeMatrix(f"{stem}.bias", rows, 1, named, cut=WHOLE if cut == COLUMNS else cut, is_vector=True)
         if adapted and lora is not None:
             # All that are joined share one A; B has the rows of the weight.
             a = tuple(Strip(peft_tensor(hf, "A"), 0, lora.r) for hf in dict.fromkeys(s.hf for s in strips))
             b = tuple(s._replace(hf=peft_tensor(s.hf, "B")) for s in strips)
             ours = (cut, WHOLE) if cut == COLUMNS else (WHOLE, cut)
-            yield WholeMatrix(f"{name}.lora_A.default.weight", lora.r, columns, a, ours[0])
-            yield WholeMatrix(f"{name}.lora_B.default.weight", rows, lora.r, b, ours[1])
+            yield WholeMatrix(f"{name}.lora_A.default.weight", lora.r, columns, a, cut=ours[0])
+            yield WholeMatrix(f"{name}.lora_B.default.weight", rows, lora.r, b, cut=ours[1])
     if contents.base:
         yield from _others(arch, layer)
 
@@ -236,20 +236,20 @@ def _vocabulary(
     real, hidden = arch.vocab_size, arch.hidden_size
 
     def tall(hf: str) -> tuple[Strip, Strip]:
-        return Strip(hf, 0, real, 0, copy), Strip(hf, real, padded - real, real - 1, PADDING)
+        return Strip(hf, 0, real, copy=copy), Strip(hf, real, padded - real, real - 1, copy=PADDING)
 
     if contents.base:
         stem = f"{name}.base_layer" if adapted else name
-        yield WholeMatrix(f"{stem}.weight", padded, hidden, tall(f"{module}.weight"), ROWS)
+        yield WholeMatrix(f"{stem}.weight", padded, hidden, tall(f"{module}.weight"), cut=ROWS)
     if adapted:
         a, b = (peft_tensor(module, matrix) for matrix in "AB")
         at, r = f"{name}.lora_{{}}.default.weight", adapted.r
         if target == "embedding":
-            yield WholeMatrix(at.format("A"), padded, r, tall(a), ROWS, is_turned=True)
+            yield WholeMatrix(at.format("A"), padded, r, tall(a), cut=ROWS, is_turned=True)
             yield WholeMatrix(at.format("B"), hidden, r, (Strip(b, 0, hidden),))
         else:
             yield WholeMatrix(at.format("A"), r, hidden, (Strip(a, 0, r),))
-            yield WholeMatrix(at.format("B"), padded, r, tall(b), ROWS)
+            yield WholeMatrix(at.format("B"), padded, r, tall(b), cut=ROWS)
 
 
 def outer_matrices(contents: Contents, padded: int, *, first: bool, last: bool, copies: bool) -> Iterator[WholeMatrix]:
@@ -292,7 +292,7 @@ def pieces(matrix: WholeMatrix, spans: Iterable[Span], columns: Span, expert: in
                 if strip.copy == PADDING:
                     rows = (strip.first, strip.first + 1)
                 place = (at + low - start, at + high - start)
-                found.append(StripPiece(strip.hf, rows, columns, place, expert, strip.copy))
+                found.append(StripPiece(strip.hf, rows, columns, place, expert=expert, copy=strip.copy))
         at += stop - start
     return found
 

@@ -251,7 +251,9 @@ class StoredChunks:
             size = tuple(tensor.size)[lead:]
             size = size[::-1] if matrix and matrix[0].is_turned else size
             place = info.relative_path
-            yield StoredChunkPart(key, start, at, index, place, dtype=dtype, size=size, wanted=wanted, pieces=pieces)
+            yield StoredChunkPart(
+                key, start, at, index, file=place, dtype=dtype, size=size, wanted=wanted, pieces=pieces
+            )
 
     def places(self) -> Iterator[_Place]:
         """Every part of every chunk."""
