@@ -23,7 +23,8 @@ from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
 from qwen3_npu.model.dispatcher import MoE
 from qwen3_npu.model.experts import GroupedExperts
-from qwen3_npu.model.lora import LoraExperts, LoraLinear
+from qwen3_npu.model.lora.experts import LoraExperts
+from qwen3_npu.model.lora.linear import LoraLinear
 from qwen3_npu.model.modules import DenseMLP, Layer, NoopLayer, RMSNorm, SwiGLU
 from qwen3_npu.model.quantized import NF4_LINEARS
 from qwen3_npu.model.router import Router
