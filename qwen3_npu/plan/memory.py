@@ -132,7 +132,7 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
         return 0.0, 0.0
     sizes = {kind: layer_bytes(shape, setup, kind, kernels) for kind in kinds}
     per_chunk = number / setup.virtual
-    inputs = setup.weight_bytes * shape.hidden_size * setup.sharded_tokens
+    inputs = setup.residual_bytes * shape.hidden_size * setup.sharded_tokens
     recomputed = min(setup.recompute, number) / setup.virtual  # layers of a chunk that keep their input only
     mean, largest = sum(sizes[kind] * count for kind, count in kinds.items()) / number, max(sizes.values())
     kept = (per_chunk - recomputed) * mean + recomputed / setup.recompute_group * inputs
@@ -161,9 +161,9 @@ def logit_bytes(shape: Shape, setup: Setup) -> float:
 
 def _end_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     tensors = (in_flight(setup, 0) / setup.virtual if stage == 0 else 0) + (2 if stage == setup.pipeline - 1 else 0)
-    return tensors * setup.weight_bytes * shape.hidden_size * setup.sharded_tokens
+    return tensors * setup.residual_bytes * shape.hidden_size * setup.sharded_tokens
 
 
 def _communication(shape: Shape, setup: Setup) -> float:
     # Two activations on their way in, and two out, between pipeline stages.
-    return 4 * setup.weight_bytes * shape.hidden_size * setup.sharded_tokens if setup.pipeline > 1 else 0.0
+    return 4 * setup.residual_bytes * shape.hidden_size * setup.sharded_tokens if setup.pipeline > 1 else 0.0
