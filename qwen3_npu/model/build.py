@@ -15,7 +15,8 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.arch import Qwen3Arch
-from qwen3_npu.model.lora import LoraEmbedding, LoraOutput
+from qwen3_npu.model.lora.embedding import LoraEmbedding
+from qwen3_npu.model.lora.linear import LoraOutput
 from qwen3_npu.model.modules import Embedding, RewardHead, fuse_weight_gradients
 from qwen3_npu.model.spec import Parts, block_spec
 

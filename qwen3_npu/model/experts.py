@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.modules import mark
+from qwen3_npu.model.quantized import grouped_product, held, quantized
 
 
 def is_like_dense(config: TransformerConfig) -> bool:
@@ -35,6 +36,7 @@ class GroupedExperts(MegatronModule):
     Parameters (MindSpeed-LLM's names and memory layout):
         weight1: [hidden, experts * 2 ffn], memory (expert, hidden, [gate | up]).
         weight2: [experts * ffn, hidden], memory (expert, ffn, hidden).
+        Quantized ones are restored as Hugging Face's: (expert, [gate | up], hidden), (expert, hidden, ffn).
     ffn is sharded over the expert tensor parallel group.
     """
 
@@ -47,11 +49,13 @@ class GroupedExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         recompute_activation: bool = False,
         recompute_products: bool = False,
+        quantize: bool = False,
     ) -> None:
         """
         Args:
             recompute_activation: compute the activation again in backward instead of keeping it.
             recompute_products: the first product, too.
+            quantize: the weights are frozen and in 4 bits.
         """
         super().__init__(config=config)
         self.kernels, self.num_local_experts = kernels, num_local_experts
@@ -74,7 +78,11 @@ class GroupedExperts(MegatronModule):
 
         experts = num_local_experts
         self.weight1 = parameter(self.hidden, experts * 2 * self.ffn, 1, config.init_method)
+        if quantize:  # one after the other: whole, there is one at a time
+            self.weight1 = quantized(self.weight1, (experts, 2 * self.ffn, self.hidden))
         self.weight2 = parameter(experts * self.ffn, self.hidden, 0, config.output_layer_init_method)
+        if quantize:
+            self.weight2 = quantized(self.weight2, (experts, self.hidden, self.ffn))
 
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
@@ -112,4 +120,6 @@ class GroupedExperts(MegatronModule):
     def multiply(self, which: int, x: torch.Tensor, product: Callable) -> torch.Tensor:
         """Each expert's rows of x times its matrix in weight1 or weight2, by `kernels.grouped_matmul`'s product."""
         weight = self.weight1 if which == 1 else self.weight2
+        if held(weight) is not None:
+            return grouped_product(x, weight, product)
         return product(x, weight.view(self.num_local_experts, x.shape[-1], -1))

@@ -22,8 +22,10 @@ from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
 from qwen3_npu.model.dispatcher import MoE
 from qwen3_npu.model.experts import GroupedExperts
-from qwen3_npu.model.lora import LoraExperts, LoraLinear
+from qwen3_npu.model.lora.experts import LoraExperts
+from qwen3_npu.model.lora.linear import LoraLinear
 from qwen3_npu.model.modules import DenseMLP, Layer, NoopLayer, RMSNorm, SwiGLU, add_to_residual
+from qwen3_npu.model.quantized import NF4_LINEARS
 from qwen3_npu.model.router import Router
 
 
@@ -100,6 +102,7 @@ def _norm(kernels: Kernels) -> ModuleSpec:
 
 
 def _linear(name: str, linear: type, parts: Parts, adapted: Collection[str]) -> ModuleSpec | type:
+    linear = NF4_LINEARS[linear] if parts.lora.qlora else linear
     if name in adapted:
         add = parts.kernels.add_weight_gradient
         return ModuleSpec(LoraLinear, params={"linear": linear, "args": parts.lora, "add_weight_gradient": add})
@@ -122,6 +125,7 @@ def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
     params: dict[str, Any] = {
         "kernels": parts.kernels,
         "recompute_activation": parts.recompute_activation,
+        "quantize": parts.lora.qlora,
         "recompute_products": parts.recompute_products,
     }
     experts = ModuleSpec(GroupedExperts, params=params)

@@ -53,6 +53,19 @@ def layer_counts(shape: Shape, setup: Setup, has_experts: bool) -> Counts:
     return Counts(dense, shape.num_experts // setup.expert * one)
 
 
+def linear_counts(shape: Shape, setup: Setup, stage: int) -> tuple[int, int]:
+    """Weights of the layers' linears and experts of one rank of a stage, which --qlora quantizes; and the largest."""
+    total, largest, h, tp = 0, 0, shape.hidden_size, setup.tensor
+    for has_experts, number in setup.layer_kinds(shape, stage).items():
+        sizes = [h * (shape.query_width + 2 * shape.key_width) // tp, shape.query_width * h // tp]
+        width, experts = shape.ffn_hidden_size // tp, 1
+        if has_experts:
+            width, experts = shape.moe_ffn_hidden_size // setup.expert_tensor, shape.num_experts // setup.expert
+        sizes += [experts * h * shape.gate_factor * width, experts * h * width]
+        total, largest = total + number * sum(sizes), max(largest, *sizes)
+    return total, largest
+
+
 def embedding_count(shape: Shape, setup: Setup) -> int:
     return shape.vocab_size * shape.hidden_size // setup.tensor
 

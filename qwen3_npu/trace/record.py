@@ -5,15 +5,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from qwen3_npu.trace.storages import StorageWatch, storages_of
 
 _VIEWS = set(
     [
@@ -60,7 +61,7 @@ class Operation:
     waits: bool = True
 
 
-class TraceRecorder(TorchDispatchMode):
+class TraceRecorder(StorageWatch):
     """Notes what runs.
 
     Attributes:
@@ -81,7 +82,6 @@ class TraceRecorder(TorchDispatchMode):
         self._unwaited: collections.deque[int] = collections.deque()
         self.held: list[tuple[int, str]] = []
         self._sizes: dict[int, tuple[int, str]] = {}
-        self._alive: dict[int, weakref.ref] = {}
         with _disable_current_modes():
             self._real = torch.zeros(1)
 
@@ -95,34 +95,24 @@ class TraceRecorder(TorchDispatchMode):
         if func.namespace == "c10d" or func is torch.ops.aten._local_scalar_dense.default:
             return out
         self._operation(func, args, kwargs, out)
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(out):
-            if storage._cdata not in given:
-                self.made(storage, self._label())
+        for storage in self.results((args, kwargs), out):
+            self._hold(storage)
         return out
 
-    def _label(self) -> str:
-        return f"{self.phase}: {self.module}" if self.module else self.phase
-
-    def made(self, storage: torch.UntypedStorage, label: str) -> None:
-        """From now on these bytes are held, under this name."""
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def gone(_: weakref.ref) -> None:
-            size, label = self._sizes.pop(key)
-            del self._alive[key]
-            self.held.append((-size, label))
-
-        self._sizes[key] = size, label
-        self._alive[key] = weakref.ref(storage, gone)
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        size, label = storage.nbytes(), f"{self.phase}: {self.module}" if self.module else self.phase
+        self._sizes[storage._cdata] = size, label
         self.held.append((size, label))
+
+    def freed(self, key: int) -> None:
+        """See `StorageWatch`."""
+        size, label = self._sizes.pop(key)
+        self.held.append((-size, label))
 
     def relabel(self, tensors: Any, label: str) -> int:
         """Bytes that these tensors hold, which are called so from now on."""
         total = 0
-        for key in {storage._cdata for storage in _storages(tensors)} & self._sizes.keys():
+        for key in {storage._cdata for storage in storages_of(tensors)} & self._sizes.keys():
             size, before = self._sizes[key]
             self._sizes[key] = size, label
             self.held += [(-size, before), (size, label)]
@@ -197,10 +187,6 @@ class TraceRecorder(TorchDispatchMode):
 
 def _group(args: tuple) -> Any:
     return next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
-
-
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    return (value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor))
 
 
 @contextlib.contextmanager

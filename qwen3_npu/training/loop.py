@@ -377,4 +377,5 @@ def _lora(args: LoraArgs, arch: Qwen3Arch) -> Lora | None:
     if not args.on:
         return None
     targets, layers = args.places(arch)
-    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora, layers=layers)
+    start = {"is_dora": args.use_dora, "is_residual": args.lora_init == "pissa"}
+    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora, layers=layers, **start)

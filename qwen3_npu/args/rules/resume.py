@@ -50,6 +50,7 @@ REFUSED = {
     "moe_router_topk": "model",
     "norm_topk_prob": "model",
     "bf16": "numbers",
+    "qlora": "numbers",
 }
 
 WARNED = {

@@ -35,7 +35,7 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
     names = ("split", "shuffle", "reset_attention_mask", "reset_position_ids", "eod_mask_loss")
     found |= {name: getattr(data, name) for name in names}
     if args.lora.on:
-        found["lora_dropout"] = args.lora.lora_dropout
+        found |= {"lora_dropout": args.lora.lora_dropout, "qlora": args.lora.qlora}
     if data.is_preference:
         found |= dataclasses.asdict(args.preference)
     return {

@@ -38,6 +38,7 @@ SAVED: dict[str, Any] = {
     "moe_router_topk": 8,
     "norm_topk_prob": True,
     "bf16": True,
+    "qlora": False,
 }
 NOW = SAVED | {"split": "969,30,1"}
 OTHERS: dict[str, Any] = {
@@ -60,6 +61,7 @@ OTHERS: dict[str, Any] = {
     "moe_router_topk": 4,
     "norm_topk_prob": False,
     "bf16": False,
+    "qlora": True,
 }
 # Told, as `(the reason)` says.
 TOLD = {
