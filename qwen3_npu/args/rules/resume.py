@@ -50,6 +50,7 @@ REFUSED = {
     "norm_topk_prob": "model",
     "bf16": "numbers",
     "qlora": "numbers",
+    "qlora_embedding": "numbers",
 }
 
 WARNED = {
