@@ -15,18 +15,21 @@ from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.parity.gather import gather_whole
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.training.fingerprints.recorder import Recorder
 from qwen3_npu.training.loop import Trainer, ready
 from qwen3_npu.training.prepare.plan import plan_training
 from qwen3_npu.training.step import StepResult
 
 
 @contextlib.contextmanager
-def trainer(platform: Platform, world: World, flags: Sequence[str]) -> Iterator[Trainer]:
+def trainer(
+    platform: Platform, world: World, flags: Sequence[str], *, recorder: Recorder | None = None
+) -> Iterator[Trainer]:
     """A loaded trainer with data."""
     args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN_TRAINING, argv=list(flags)).groups)
     plan = plan_training(args, world.size)
     check_data(args.data, plan.arch.vocab_size, seq_length=args.train.seq_length)
-    with ready(platform, world, args, plan) as made:
+    with ready(platform, world, args, plan, recorder=recorder) as made:
         yield made
 
 

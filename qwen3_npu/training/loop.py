@@ -38,6 +38,8 @@ from qwen3_npu.training.checkpoints.hf_export import HfExport
 from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continued, leased
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
+from qwen3_npu.training.fingerprints.gather import fingerprinting, follow_tokens
+from qwen3_npu.training.fingerprints.recorder import Recorder
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, finalize_gradients, wrap_model
 from qwen3_npu.training.preference import preference_objective
@@ -68,7 +70,8 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
             preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
         watch = watched(args.watch, checkpoint.save, has_device=platform.name != "cpu")
-        with watch, ready(platform, world, args, plan) as trainer:
+        recorder = fingerprinting(args, platform.device_name())
+        with watch, ready(platform, world, args, plan, recorder=recorder) as trainer:
             trainer.saver.lease = lease
             try:
                 trainer.train()
@@ -78,10 +81,12 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
 
 
 @contextlib.contextmanager
-def ready(platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan) -> Iterator[Trainer]:
+def ready(
+    platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan, *, recorder: Recorder | None = None
+) -> Iterator[Trainer]:
     """A trainer with weights and data, among processes that have joined."""
     with model_parallel(plan.layout, args.parallel, args.runtime):
-        trainer = Trainer(platform, world, args, plan)
+        trainer = Trainer(platform, world, args, plan, recorder=recorder)
         try:
             trainer.load()
             trainer.open_data()
@@ -93,12 +98,23 @@ def ready(platform: Platform, world: World, args: PretrainArgs, plan: TrainingPl
 class Trainer:
     """One process's part of a training."""
 
-    def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        world: World,
+        args: PretrainArgs,
+        plan: TrainingPlan,
+        *,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
         if args.train.moe_router_dtype == "fp64" and not platform.has_float64:
             raise UsageError(f"--moe-router-dtype fp64: {platform.name} has no float64; use fp32")
         chosen = kernels.select_kernels(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
+        self.recorder = recorder
+        if recorder is not None:
+            chosen = recorder.wrapped(chosen)
         config = self._config()
         self.dtype = config.params_dtype
         context_parallel = None
@@ -117,6 +133,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
         config.finalize_model_grads_func = here.in_phase("reduce", finalize_gradients)
+        if recorder is not None:
+            recorder.attach(self.modules)
+            follow_tokens(recorder, args)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
@@ -279,11 +298,14 @@ class Trainer:
     def step(self) -> StepResult:
         """One optimizer step."""
         here.at("data")
+        batches = self.training_batches()
+        if self.recorder is not None:
+            self.recorder.begin(self.position.iteration + 1)
         result = train_step(
             self.chunks,
             self.optimizer,
             self.scheduler,
-            self.training_batches(),
+            batches,
             guard=self.guard,
             objective=self.objective,
             wishes=self.exits.wishes(),
@@ -291,6 +313,8 @@ class Trainer:
             limits=self.spikes.limits,
             **self.sizes,
         )
+        if self.recorder is not None:
+            self.recorder.end()
         before, step = self.position, self.position.iteration + 1
         why = self.spikes.judge(step, result.loss, result.grad_norm, skipped=result.skipped)
         if result.skipped and why and self.spikes.is_on:
