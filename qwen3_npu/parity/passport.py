@@ -39,7 +39,7 @@ STEPS, LENGTH = 2, 64
 _MODELS = {"dense": "untied", "packed": "untied", "moe": "moe"}
 DTYPES = ("fp32", "bf16")
 CASES = [f"{name} {dtype}" for name in (*_MODELS, "operators") for dtype in DTYPES]
-_LAYOUTS: dict[int, dict[str, list[str]]] = {
+LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {name: [] for name in _MODELS},
     2: {"dense": TP2, "packed": RING, "moe": TP2 + SP},
 }
@@ -119,7 +119,7 @@ def _joined(parts: list[Noted]) -> Noted:
 
 def record(platform: Platform, world: World, runtime: RuntimeArgs, cases: Iterable[str] = CASES) -> Recording | None:
     """All cases that fit the processes, on rank 0. Every rank must call this."""
-    layouts = _LAYOUTS.get(world.size)
+    layouts = LAYOUTS.get(world.size)
     if layouts is None:
         raise UsageError(f"a passport is made by 1 or 2 processes, not by {world.size}; give --processes")
     found: dict[str, Noted | None] = {}

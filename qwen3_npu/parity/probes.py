@@ -72,5 +72,5 @@ def _with_dropout(noted: Noted, kernels: Kernels, q: torch.Tensor, k: torch.Tens
         expected = _DROPOUT / (1 - _DROPOUT) * torch.einsum("bnst,tbnd->sbnd", weights.square(), v.square()).sum()
     error = abs((moved / expected).sqrt().item() - 1)
     row = np.append(sketch(expected.float().view(1)).numpy(), (error, _SPREAD))
-    names = [*noted.names, "1|1|dropout|attention#9|forward|what dropout changes"]
+    names = [*noted.names, "1|1||attention#9|dropout|what it changes"]
     return Noted(names, np.concatenate((noted.rows, row.reshape(1, NUMBERS + 2).astype(np.float32))), noted.raised)

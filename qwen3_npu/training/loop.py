@@ -70,8 +70,7 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
             preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
         watch = watched(args.watch, checkpoint.save, has_device=platform.name != "cpu")
-        recorder = fingerprinting(args, platform.device_name())
-        with watch, ready(platform, world, args, plan, recorder=recorder) as trainer:
+        with watch, ready(platform, world, args, plan) as trainer:
             trainer.saver.lease = lease
             try:
                 trainer.train()
@@ -86,6 +85,7 @@ def ready(
 ) -> Iterator[Trainer]:
     """A trainer with weights and data, among processes that have joined."""
     with model_parallel(plan.layout, args.parallel, args.runtime):
+        recorder = recorder or fingerprinting(args, platform.device_name())
         trainer = Trainer(platform, world, args, plan, recorder=recorder)
         try:
             trainer.load()
