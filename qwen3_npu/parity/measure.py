@@ -15,7 +15,7 @@ from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.parity.gather import gather_whole
 from qwen3_npu.platform.base import Platform
-from qwen3_npu.training.fingerprints.recorder import Recorder
+from qwen3_npu.training.fingerprints.recorder import StepRecorder
 from qwen3_npu.training.loop import Trainer, ready
 from qwen3_npu.training.prepare.plan import plan_training
 from qwen3_npu.training.step import StepResult
@@ -23,7 +23,7 @@ from qwen3_npu.training.step import StepResult
 
 @contextlib.contextmanager
 def trainer(
-    platform: Platform, world: World, flags: Sequence[str], *, recorder: Recorder | None = None
+    platform: Platform, world: World, flags: Sequence[str], *, recorder: StepRecorder | None = None
 ) -> Iterator[Trainer]:
     """A loaded trainer with data."""
     args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN_TRAINING, argv=list(flags)).groups)

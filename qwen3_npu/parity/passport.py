@@ -31,7 +31,7 @@ from qwen3_npu.parity.walk import Walked, walk, walk_runs
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.fingerprints.files import Recording, read, write
 from qwen3_npu.training.fingerprints.gather import TRAINING, gathered
-from qwen3_npu.training.fingerprints.recorder import LAYER, Noted, Recorder
+from qwen3_npu.training.fingerprints.recorder import LAYER, Noted, StepRecorder
 from qwen3_npu.training.fingerprints.sketch import NUMBERS, sketch
 
 SHIPPED = "reference"
@@ -85,7 +85,7 @@ def run_case(
     def keep(_: int, noted: Noted) -> None:
         steps.append(gathered(noted, everyones=True))
 
-    recorder = Recorder(lambda step: True, keep, exact=True)
+    recorder = StepRecorder(lambda step: True, keep, exact=True)
     with (
         log.quiet(),
         trainer(platform, world, [*_flags(folder, case, runtime, platform.name), *layout], recorder=recorder) as made,
@@ -98,7 +98,9 @@ def run_case(
                     names = {f"1|0|{hf}|{LAYER}#1|backward|gradient": array for hf, array in whole.items()}
                     extra |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in names.items()}
                 steps.append(_more(extra))
-        except (RuntimeError, NotImplementedError, TypeError):
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            if recorder.raised is None and recorder.in_backward is not None:
+                recorder.raised = f"{recorder.in_backward}: {(str(error) or repr(error)).splitlines()[0]}"
             if world.size > 1 or recorder.raised is None:
                 raise
             recorder.groups.clear()
@@ -133,7 +135,7 @@ def record(platform: Platform, world: World, runtime: RuntimeArgs, cases: Iterab
         return None
     chosen = str(select_kernels(runtime.kernels, platform.name, runtime.kernel_overrides))
     size = f"{world.size} process{'es' * (world.size > 1)}"
-    return Recording(torch.__version__, platform.device_name(), chosen, size, kept)
+    return Recording(torch.__version__, platform.device_name(), chosen, layout=size, cases=kept)
 
 
 def main(platform: Platform, args: ParityArgs, runtime: RuntimeArgs) -> int:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from qwen3_npu.kernels import Kernels
-from qwen3_npu.training.fingerprints.recorder import Noted, Recorder
+from qwen3_npu.training.fingerprints.recorder import Noted, StepRecorder
 from qwen3_npu.training.fingerprints.sketch import NUMBERS, sketch
 
 _SCALE, _DROPOUT = 0.25, 0.5
 _SPREAD = 0.05  # of what dropout does to an output, by its random choice
 
 
-def _random(seed: int, *shape: int) -> torch.Tensor:
+def _random(seed: int, shape: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
 def probe(kernels: Kernels, device: torch.device, dtype: str) -> Noted:
     """Their records."""
-    recorder = Recorder(lambda step: True, lambda step, noted: None, exact=True)
+    recorder = StepRecorder(lambda step: True, lambda step, noted: None, exact=True)
     wrapped = recorder.wrapped(kernels)
     recorder.begin(1)
     recorder.is_live, recorder.micro_batch = True, 1
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    q, k, v = (_random(n, 24, 1, heads, 16).to(device, kind) for n, heads in enumerate((4, 2, 2)))
+    q, k, v = (_random(n, (24, 1, heads, 16)).to(device, kind) for n, heads in enumerate((4, 2, 2)))
     calls: list[Callable[[], Any]] = [
         lambda: wrapped.attention(q[-5:], k, v, scale=_SCALE),
         lambda: wrapped.attention(q[-1:], k, v, scale=_SCALE),
@@ -43,19 +43,21 @@ def probe(kernels: Kernels, device: torch.device, dtype: str) -> Noted:
             raise
         return recorder.take()
     noted = recorder.take()
-    q, k, v = (_random(n, 64, 1, heads, 16).to(device, kind) for n, heads in enumerate((4, 2, 2)))
+    q, k, v = (_random(n, (64, 1, heads, 16)).to(device, kind) for n, heads in enumerate((4, 2, 2)))
     return _with_dropout(noted, kernels, q, k, v=v)
 
 
 def _cache(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    q, k, v = (_random(*shape).to(device, dtype) for shape in ((5, 2, 4, 16), (6, 2, 2, 9, 16), (7, 2, 2, 9, 16)))
+    q, k, v = (
+        _random(n, shape).to(device, dtype) for n, shape in enumerate(((2, 4, 16), (2, 2, 9, 16), (2, 2, 9, 16)), 5)
+    )
     return q, k, v, (torch.arange(7) < torch.tensor([7, 3])[:, None]).to(device)
 
 
 def _block(kernels: Kernels, qkv: tuple[torch.Tensor, ...], ends: tuple[int, ...] | None) -> None:
     """A block and its gradients, of a merged output in float32 as the ring has it."""
     out, lse = kernels.attention_block(*qkv, scale=_SCALE, cu_seqlens=ends)
-    grad = _random(9, *out.shape).to(out.device)
+    grad = _random(9, out.shape).to(out.device)
     kernels.attention_block_backward(grad.to(out.dtype), *qkv, out=out, lse=lse + 0.25, scale=_SCALE, cu_seqlens=ends)
 
 

@@ -18,7 +18,7 @@ _UNIT = {"fp32": 2.0**-22, "bf16": 2.0**-8}  # below that nothing is said: a few
 _NARROWER = _UNIT["fp32"] / _UNIT["bf16"]
 
 
-class Place(NamedTuple):
+class RecordPlace(NamedTuple):
     """Of a record, from its name."""
 
     step: str
@@ -35,11 +35,11 @@ class Place(NamedTuple):
         return f"step {self.step}{micro}: {name}{where}, {self.tensor}"
 
 
-class Finding(NamedTuple):
+class Breach(NamedTuple):
     """A record outside what rounding explains."""
 
     case: str
-    place: Place
+    place: RecordPlace
     what: str
     is_certain: bool  # wrong by its own inputs, so the fault is in this operation
 
@@ -49,22 +49,22 @@ class Walked(NamedTuple):
 
     records: int
     used: float
-    findings: list[Finding]
+    findings: list[Breach]
 
     @property
-    def first(self) -> Finding | None:
+    def first(self) -> Breach | None:
         """The first that is wrong by its own inputs; else the first that differs."""
         certain = [finding for finding in self.findings if finding.is_certain]
         return next(iter(certain or self.findings), None)
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str) -> RecordPlace:
     """Raises: UsageError: it is no name of a record."""
     parts = name.removeprefix(OTHER).split("|")[-6:]
     if len(parts) != 6:
         raise UsageError(f"{name!r} is no name of a record")
-    step, micro, module, operation, way, tensor = parts
-    return Place(step, micro, module, operation.split("#")[0], way, tensor)
+    parts[3] = parts[3].split("#")[0]
+    return RecordPlace(*parts)
 
 
 def walk(case: str, found: Recording, expected: Recording) -> Walked:
@@ -94,16 +94,16 @@ def walk(case: str, found: Recording, expected: Recording) -> Walked:
         used = max(used, value / allowed)
         if not value <= allowed:
             said = f"differs by {value:.1e} from {what}; rounding explains {allowed:.1e}"
-            findings.append(Finding(case, place, said, is_certain))
+            findings.append(Breach(case, place, said, is_certain))
     if here.raised is not None:
         name, _, said = here.raised.partition(": ")
-        findings.insert(0, Finding(case, _raised_at(name), f"failed: {said}", True))
+        findings.insert(0, Breach(case, _raised_at(name), f"failed: {said}", True))
     return Walked(count, used, findings)
 
 
-def _raised_at(label: str) -> Place:
-    step, micro, module, operation = label.split("|")[:4]
-    return Place(step, micro, module, operation.split("#")[0], "call", "no result")
+def _raised_at(label: str) -> RecordPlace:
+    parts = [*label.split("|"), "call"][:5]
+    return place_of("|".join([*parts, "no result"]))
 
 
 def _explained(case: str, passport: Recording) -> dict[str, float]:
@@ -150,7 +150,7 @@ def walk_runs(found: Recording, expected: Recording, passport: Recording) -> Wal
         used = max(used, gap / allowed)
         if not gap <= allowed:
             what = f"differs by {gap:.1e}, all before it by {before:.1e} at most"
-            findings.append(Finding(TRAINING, place, what, False))
+            findings.append(Breach(TRAINING, place, what, False))
             break  # what follows has other inputs
         before = max(before, gap)
     return Walked(len(here.names), used, findings)

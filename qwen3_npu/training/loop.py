@@ -39,7 +39,7 @@ from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continue
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
 from qwen3_npu.training.fingerprints.gather import fingerprinting, follow_tokens
-from qwen3_npu.training.fingerprints.recorder import Recorder
+from qwen3_npu.training.fingerprints.recorder import StepRecorder
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, finalize_gradients, wrap_model
 from qwen3_npu.training.preference import preference_objective
@@ -81,7 +81,7 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
 
 @contextlib.contextmanager
 def ready(
-    platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan, *, recorder: Recorder | None = None
+    platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan, *, recorder: StepRecorder | None = None
 ) -> Iterator[Trainer]:
     """A trainer with weights and data, among processes that have joined."""
     with model_parallel(plan.layout, args.parallel, args.runtime):
@@ -105,7 +105,7 @@ class Trainer:
         args: PretrainArgs,
         plan: TrainingPlan,
         *,
-        recorder: Recorder | None = None,
+        recorder: StepRecorder | None = None,
     ) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
         if args.train.moe_router_dtype == "fp64" and not platform.has_float64:

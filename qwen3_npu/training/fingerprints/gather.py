@@ -14,13 +14,13 @@ from qwen3_npu import log
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.distributed.context_parallel import SHARD_INDICES
 from qwen3_npu.training.fingerprints.files import Recording, write
-from qwen3_npu.training.fingerprints.recorder import Noted, Recorder
+from qwen3_npu.training.fingerprints.recorder import Noted, StepRecorder
 
 OTHER = "@"  # begins the names of what further ranks computed again: @rank|...
 TRAINING = "training"  # the case of a real training
 
 
-def follow_tokens(recorder: Recorder, args: PretrainArgs) -> None:
+def follow_tokens(recorder: StepRecorder, args: PretrainArgs) -> None:
     """Tell which tokens of a sequence this rank has, once the groups are there: the ranks' parts are added up."""
     if args.data.variable_seq_lengths:
         return
@@ -73,7 +73,7 @@ def gathered(mine: Noted, *, everyones: bool = False) -> Noted | None:
     return Noted(names, np.concatenate(rows), raised)
 
 
-def fingerprinting(args: PretrainArgs, device: str) -> Recorder | None:
+def fingerprinting(args: PretrainArgs, device: str) -> StepRecorder | None:
     """What --fingerprint-interval asks for: files `fingerprints/step_N.npz` in --tensorboard-dir."""
     interval, folder = args.report.fingerprint_interval, args.report.tensorboard_dir
     if not interval or folder is None:
@@ -93,4 +93,4 @@ def fingerprinting(args: PretrainArgs, device: str) -> Recorder | None:
         except OSError as error:
             log.info(f"warning: {path} is not written: {error}")
 
-    return Recorder(lambda step: step % interval == 0 or step == 1, keep)
+    return StepRecorder(lambda step: step % interval == 0 or step == 1, keep)

@@ -43,7 +43,7 @@ class Noted(NamedTuple):
     raised: str | None = None
 
 
-class Recorder:
+class StepRecorder:
     """One rank's part.
 
     Args:
@@ -60,6 +60,7 @@ class Recorder:
         self.rows: tuple[torch.Tensor, int] | None = None  # of layers' outputs, where ranks hold parts of the tokens
         self.groups: list[dist.ProcessGroup] = []  # over which these parts add up
         self.raised: str | None = None
+        self.in_backward: str | None = None  # the call whose gradients are being computed
         self._where: list[str] = [""]
         self._chunks: Sequence[GPTModel] = ()
         self._started: collections.Counter = collections.Counter()  # micro-batches of a chunk
@@ -187,7 +188,7 @@ class Recorder:
         """The function's result; it, and later its gradients, are noted."""
         where = f"{self.micro_batch}|{self._where[-1]}|{operation}"
         self._calls[where] += 1
-        call = _Call(self, f"{self.step}|{where}#{self._calls[where]}", inputs)
+        call = _NotedCall(self, f"{self.step}|{where}#{self._calls[where]}", inputs)
         if self.exact and not options.get("dropout"):
             call.recomputed = self._recomputed(operation, inputs, options, defined=defined, call=call)
         try:
@@ -217,7 +218,7 @@ class Recorder:
         options: dict[str, Any],
         *,
         defined: Callable | None,
-        call: _Call,
+        call: _NotedCall,
     ) -> Recomputed | None:
         if operation == "cross_entropy" and inputs[2].size() > 1:
             return None
@@ -278,10 +279,10 @@ class _Sum:
         self.rounded = torch.zeros(shape)
 
 
-class _Call:
+class _NotedCall:
     """One call of one operation, until its gradients are known."""
 
-    def __init__(self, recorder: Recorder, name: str, inputs: Sequence[Any]) -> None:
+    def __init__(self, recorder: StepRecorder, name: str, inputs: Sequence[Any]) -> None:
         self.recorder, self.name = recorder, name
         self.recomputed: Recomputed | None = None
         self.indices = torch.zeros(0)
@@ -315,10 +316,12 @@ class _Call:
         self.recorder._note(f"{self.name}|{way}|{what}", tensor, check)
 
     def _arrives(self, number: int, grad: torch.Tensor) -> None:
+        self.recorder.in_backward = f"{self.name}|backward"
         self.grads[number] = on_host(grad) if self.recomputed is not None else None
         self._note("backward", f"gradient of out {number}", grad, None)
 
     def _gradient(self, number: int, grad: torch.Tensor) -> None:
+        self.recorder.in_backward = None
         if self.recomputed is not None and self._exact is None:
             self._exact = self.recomputed.gradients(self.grads)
             self._add_weights(self._exact)

@@ -1,7 +1,8 @@
-"""The numerics passport with kernels of the CPU, some with a fault."""
+"""The numerics passport with kernels of the CPU and of simulated NPUs, some with a fault."""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import unittest.mock
 from pathlib import Path
@@ -57,7 +58,7 @@ def agreement(
                 case, platform, world, RuntimeArgs(kernels="torch"), folder=Path(folder), layout=layout
             )
             if noted is not None and not world.rank:
-                walked = walk(case, Recording("", "", "", "", {case: noted}), expected)
+                walked = walk(case, Recording("", "", "", layout="", cases={case: noted}), expected)
                 said[case] = [walked.used, walked.first and list(walked.first.place)]
     return said if world.rank == 0 else None
 
@@ -66,3 +67,28 @@ def faulty_training(platform: Platform, world: World, flags: list[str], fault: s
     """A whole training with such a kernel."""
     with unittest.mock.patch.object(torch_native, fault, FAULTS[fault]), trainer(platform, world, flags) as made:
         made.train()
+
+
+def first_operators(
+    platform: Platform, world: World, cases: list[str], changes: list[tuple[str, str] | None]
+) -> list[dict[str, list[Any]]]:
+    """On simulated NPUs, for each change: case -> how much of a tolerance was used, and what is named first."""
+    from npu_cases import _changed
+    from qwen3_npu.kernels import npu, npu_gradients
+
+    expected, everything = read(passport.shipped()), []
+    with tempfile.TemporaryDirectory() as name:
+        passport.write_inputs(Path(name))
+        for change in changes:
+            kernels = npu if change is None else _changed((npu, npu_gradients), *change)
+            kernels._compressed_mask.cache_clear()
+            said = {}
+            with unittest.mock.patch.dict(sys.modules, {"qwen3_npu.kernels.npu": kernels}):
+                for case in cases:
+                    noted = passport.run_case(case, platform, world, RuntimeArgs(kernels="npu"), folder=Path(name))
+                    assert noted is not None
+                    walked = walk(case, Recording("", "", "", layout="", cases={case: noted}), expected)
+                    first = walked.first
+                    said[case] = [round(walked.used, 3), *((first and [*first.place, first.what]) or [])]
+            everything.append(said)
+    return everything

@@ -23,7 +23,7 @@ def rows(*tensors: torch.Tensor, rounding: float = float("nan")) -> np.ndarray:
 
 
 def recording(names: list[str], table: np.ndarray, layout: str = "TP 1, bf16", case: str = "training") -> Recording:
-    return Recording("2", "CPU", "reference", layout, {case: Noted(names, table)})
+    return Recording("2", "CPU", "reference", layout=layout, cases={case: Noted(names, table)})
 
 
 def test_the_difference_of_two_tensors_is_estimated() -> None:
@@ -137,4 +137,4 @@ def test_a_passport_of_other_models_is_refused() -> None:
     case = "dense fp32"
     other = Noted(held.cases[case].names[5:], held.cases[case].rows[5:])
     with pytest.raises(UsageError, match="of other models"):
-        walk(case, Recording("", "", "", "", {case: other}), held)
+        walk(case, Recording("", "", "", layout="", cases={case: other}), held)
