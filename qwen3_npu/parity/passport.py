@@ -99,12 +99,9 @@ def run_case(
                     extra |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in names.items()}
                 steps.append(_more(extra))
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            if recorder.raised is None and recorder.in_backward is not None:
-                recorder.raised = f"{recorder.in_backward}: {(str(error) or repr(error)).splitlines()[0]}"
-            if world.size > 1 or recorder.raised is None:
+            if world.size > 1 or recorder.last is None:
                 raise
-            recorder.groups.clear()
-            steps.append(recorder.take())
+            steps.append(recorder.take(error))
     return None if world.rank else _joined([noted for noted in steps if noted is not None])
 
 

@@ -38,10 +38,8 @@ def probe(kernels: Kernels, device: torch.device, dtype: str) -> Noted:
         for call in calls:
             with torch.no_grad():
                 call()
-    except (RuntimeError, NotImplementedError, TypeError):
-        if recorder.raised is None:
-            raise
-        return recorder.take()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return recorder.take(error)
     noted = recorder.take()
     q, k, v = (_random(n, (64, 1, heads, 16)).to(device, kind) for n, heads in enumerate((4, 2, 2)))
     return _with_dropout(noted, kernels, q, k, v=v)

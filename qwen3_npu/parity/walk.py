@@ -97,7 +97,7 @@ def walk(case: str, found: Recording, expected: Recording) -> Walked:
             findings.append(Breach(case, place, said, is_certain))
     if here.raised is not None:
         name, _, said = here.raised.partition(": ")
-        findings.insert(0, Breach(case, _raised_at(name), f"failed: {said}", True))
+        findings.append(Breach(case, _raised_at(name), f"failed: {said}", True))
     return Walked(count, used, findings)
 
 

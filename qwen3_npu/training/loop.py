@@ -87,6 +87,9 @@ def ready(
     with model_parallel(plan.layout, args.parallel, args.runtime):
         recorder = recorder or fingerprinting(args, platform.device_name())
         trainer = Trainer(platform, world, args, plan, recorder=recorder)
+        if recorder is not None:
+            recorder.attach(trainer.modules)
+            follow_tokens(recorder, args)
         try:
             trainer.load()
             trainer.open_data()
@@ -112,30 +115,14 @@ class Trainer:
             raise UsageError(f"--moe-router-dtype fp64: {platform.name} has no float64; use fp32")
         chosen = kernels.select_kernels(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
-        self.recorder = recorder
-        if recorder is not None:
-            chosen = recorder.wrapped(chosen)
-        config = self._config()
+        self.recorder, config = recorder, self._config()
         self.dtype = config.params_dtype
-        context_parallel = None
-        if args.parallel.context_parallel_size > 1:
-            context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
-        self.parts = Parts(
-            chosen,
-            lora=args.lora,
-            context_parallel=context_parallel,
-            recompute_activation=args.train.recompute_activation_function,
-            loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
-            seed=args.runtime.seed,
-        )
+        self.parts = self._parts(chosen if recorder is None else recorder.wrapped(chosen))
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
         config.finalize_model_grads_func = here.in_phase("reduce", finalize_gradients)
-        if recorder is not None:
-            recorder.attach(self.modules)
-            follow_tokens(recorder, args)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
@@ -166,6 +153,19 @@ class Trainer:
         self.routers = [router for router in weighted if router.has_losses]
         self.objective = preference_objective(args.data.stage, args.preference)
         self.reference: Reference | None = None
+
+    def _parts(self, chosen: kernels.Kernels) -> Parts:
+        args, context_parallel = self.args, None
+        if args.parallel.context_parallel_size > 1:
+            context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
+        return Parts(
+            chosen,
+            lora=args.lora,
+            context_parallel=context_parallel,
+            recompute_activation=args.train.recompute_activation_function,
+            loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
+            seed=args.runtime.seed,
+        )
 
     def _config(self) -> TransformerConfig:
         """A configuration of its own for each model: it also says what megatron's schedules call."""

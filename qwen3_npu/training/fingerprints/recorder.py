@@ -59,8 +59,7 @@ class StepRecorder:
         self.is_open = self.is_live = False  # a step, and the micro-batch that is computed, are recorded
         self.rows: tuple[torch.Tensor, int] | None = None  # of layers' outputs, where ranks hold parts of the tokens
         self.groups: list[dist.ProcessGroup] = []  # over which these parts add up
-        self.raised: str | None = None
-        self.in_backward: str | None = None  # the call whose gradients are being computed
+        self.last: str | None = None  # the call that is computed, or whose gradients are
         self._where: list[str] = [""]
         self._chunks: Sequence[GPTModel] = ()
         self._started: collections.Counter = collections.Counter()  # micro-batches of a chunk
@@ -124,8 +123,8 @@ class StepRecorder:
             self.is_open = self.is_live = False
             self.sink(self.step, self.take())
 
-    def take(self) -> Noted:
-        """What was noted since the last `begin`."""
+    def take(self, error: Exception | None = None) -> Noted:
+        """What was noted since the last `begin`, up to an error."""
         numbers = torch.stack(self._numbers) if self._numbers else torch.zeros(0, NUMBERS)
         shared = torch.tensor([f"|{LAYER}#" in name for name in self._names], device=numbers.device)
         for group in self.groups if len(numbers) else ():
@@ -133,7 +132,8 @@ class StepRecorder:
             dist.all_reduce(part, group=group)
             numbers[shared] = part
         checks = np.array(self._checks, np.float32).reshape(-1, 2)
-        noted = Noted(self._names, np.concatenate((numbers.float().cpu().numpy(), checks), 1), self.raised)
+        raised = None if error is None else f"{self.last}: {(str(error) or repr(error)).splitlines()[0]}"
+        noted = Noted(self._names, np.concatenate((numbers.float().cpu().numpy(), checks), 1), raised)
         self._reset()
         return noted
 
@@ -189,14 +189,10 @@ class StepRecorder:
         where = f"{self.micro_batch}|{self._where[-1]}|{operation}"
         self._calls[where] += 1
         call = _NotedCall(self, f"{self.step}|{where}#{self._calls[where]}", inputs)
+        self.last = call.name
         if self.exact and not options.get("dropout"):
             call.recomputed = self._recomputed(operation, inputs, options, defined=defined, call=call)
-        try:
-            result = function(*call.given, **options)
-        except Exception as error:
-            first = (str(error) or repr(error)).splitlines()[0]
-            self.raised = self.raised or f"{call.name}: {first}"
-            raise
+        result = function(*call.given, **options)
         if operation == "permute":
             self._indices[id(result[2])] = result[2], call.indices
         if operation == "add_weight_gradient":
@@ -316,12 +312,11 @@ class _NotedCall:
         self.recorder._note(f"{self.name}|{way}|{what}", tensor, check)
 
     def _arrives(self, number: int, grad: torch.Tensor) -> None:
-        self.recorder.in_backward = f"{self.name}|backward"
+        self.recorder.last = f"{self.name}|backward"
         self.grads[number] = on_host(grad) if self.recomputed is not None else None
         self._note("backward", f"gradient of out {number}", grad, None)
 
     def _gradient(self, number: int, grad: torch.Tensor) -> None:
-        self.recorder.in_backward = None
         if self.recomputed is not None and self._exact is None:
             self._exact = self.recomputed.gradients(self.grads)
             self._add_weights(self._exact)
