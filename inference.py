@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate text with a Qwen3 model: from prompts, a file of prompts, or in a chat."""
+"""Generate text with a Qwen3 model: from prompts, a file of prompts, in a chat, or for clients of OpenAI's API."""
 
 from qwen3_npu import cli
 from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs

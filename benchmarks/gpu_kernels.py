@@ -213,6 +213,39 @@ def block_cases(s: Sizes, device: str) -> list[Case]:
     return found
 
 
+def gradient_cases(s: Sizes, device: str) -> list[Case]:
+    """Gradients of weights, added to megatron's sums over the micro-batches."""
+    hidden, rows, width = min(s.hidden, 2048), s.tokens * s.top, 2 * s.expert_ffn
+    counts = torch.randint(s.experts, (rows,), device=device).bincount(minlength=s.experts)
+
+    def rn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device)
+
+    def linear(k: Kernels, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        total = torch.ones(grad.shape[1], x.shape[1], device=x.device)
+        k.add_weight_gradient(x, grad, total)
+        return total
+
+    def experts(k: Kernels, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        parameter = torch.nn.Parameter(weight.flatten(0, 1).clone())
+        total = torch.ones(parameter.shape, device=x.device)
+        marks = vars(parameter)
+        marks["main_grad"], marks["grad_added_to_main_grad"] = total, False
+        k.grouped_matmul(counts)(x, parameter.view(weight.shape)).backward(grad)
+        assert parameter.grad is not None
+        return total if marks["grad_added_to_main_grad"] else total + parameter.grad
+
+    return [
+        Case("weight gradient", linear, lambda: [rn(s.tokens, s.hidden), rn(s.tokens, s.ffn)], forward_only=True),
+        Case(
+            "weight gradient of experts",
+            experts,
+            lambda: [rn(rows, hidden), rn(s.experts, hidden, width) * hidden**-0.5, rn(rows, width)],
+            forward_only=True,
+        ),
+    ]
+
+
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected|; not a number never passes."""
     expected = expected.double()
@@ -250,7 +283,7 @@ def check(device: str, sizes: Sizes, record: Callable[[str, Any], None]) -> None
     """Every operation in both dtypes."""
     ours, reference = kernels.select_kernels("auto", device), kernels.select_kernels("reference")
     record("kernels", str(ours))
-    for case in (*cases(sizes, device), *block_cases(sizes, device)):
+    for case in (*cases(sizes, device), *block_cases(sizes, device), *gradient_cases(sizes, device)):
         for dtype, bound in BOUNDS.items():
             name = f"{case.name} {str(dtype).removeprefix('torch.')}"
             try:

@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dense: recomputed": ("untied", {"recompute": 1}, _FULL),
     "MoE": ("moe", {}, {}),
     "MoE: activation recomputed": ("moe", {"recompute_activation": True}, {"recompute_activation_function": True}),
+    "MoE: first product recomputed": ("moe", {"recompute_experts": 1}, {"moe_zero_memory": "level0"}),
+    "MoE: recomputed": ("moe", {"recompute_experts": 2}, {"moe_zero_memory": "level1"}),
     "MoE: packed": ("moe", {"packed": True}, {}),
     "MoE: LoRA": ("moe", {"lora_rank": RANK}, {}),
     "MoE: LoRA of fc1": ("moe", {"lora_rank": RANK, "lora_targets": ("linear_fc1",)}, {}),
@@ -87,6 +89,7 @@ def _saved(case: str, layers: int, device: str, kernel: str) -> int:
             kernels.select_kernels(kernel, device),
             lora=lora,
             recompute_activation=train.recompute_activation_function,
+            recompute_products=train.moe_zero_memory == "level0",
         )
         net = Float16Module(config, build_model(arch, config, layout, parts)[0])
         fixed = {t.untyped_storage().data_ptr() for t in [*net.parameters(), *net.buffers()]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.args.lora import LORA_TARGETS
+from qwen3_npu.args.lora import ALL_TARGETS
 from qwen3_npu.cli import Foreign, flag
 
 HF, MEGATRON = "hf", "mg"
@@ -72,7 +72,7 @@ class LoraConvertArgs:
     )
     lora_target_modules: list[str] | None = flag(
         None,
-        choices=tuple(LORA_TARGETS),
+        choices=tuple(ALL_TARGETS),
         help="modules with an adapter, checked against it",
     )
     save_lora_to_hf: bool = flag(False, help="write the adapter alone, as a PEFT directory")

@@ -64,7 +64,6 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--moe-alltoall-overlap-comm": Foreign(_EXCHANGE),
     "--moe-allgather-overlap-comm": Foreign(_EXCHANGE),
     "--moe-fb-overlap": Foreign(_PASSES),
-    "--moe-zero-memory": Foreign(_SWAP, nargs=1),
     "--use-ascend-coc": Foreign(_PRODUCTS),
     "--coc-fused-kernel": Foreign(_PRODUCTS),
     "--coc-parallel-num": Foreign(_PRODUCTS, nargs=1),
@@ -74,8 +73,6 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--use-cp-send-recv-overlap": Foreign("sends and receives of a ring are always overlapped"),
     # memory
     "--reuse-fp32-param": Foreign(_SWAP),
-    "--swap-optimizer": Foreign(_SWAP),
-    "--swap-optimizer-times": Foreign(_SWAP, nargs=1),
     "--swap-attention": Foreign(_SWAP),
     "--swap-modules": Foreign(_SWAP, nargs=1),
     # running

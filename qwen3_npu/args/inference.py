@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
+import os
 import typing
 
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preprocess import THINKING
-from qwen3_npu.cli import Foreign, flag
+from qwen3_npu.cli import Foreign, flag, option
 from qwen3_npu.errors import UsageError
 
 DEFAULT_PROMPT = "how are you?"  # MindSpeed-LLM v2.1.0's
@@ -17,6 +19,8 @@ _OPEN = "default: generation_config.json's, else"
 GENERATION_TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat", "score")
 
 
+API_KEY = "QWEN3_NPU_API_KEY"
+SERVE_CONTEXT = 4096  # tokens of a slot
 PREFILL_TOKENS = 4096  # new prompts' tokens of one pass, unless a single prompt has more
 
 
@@ -135,6 +139,59 @@ class GenerateArgs:
             raise UsageError(f"--task {sampled[0]} needs --temperature above 0; --task greedy has none")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeArgs:
+    """serving"""
+
+    serve: bool = flag(False, help="answer requests of OpenAI's API over HTTP until Ctrl-C, instead of --task")
+    serve_host: str = flag(
+        "127.0.0.1", metavar="HOST", help="address to listen on; one beyond this machine needs --serve-api-key"
+    )
+    serve_port: int = flag(8000, minimum=0, maximum=65535, help="port to listen on; 0: any free one, which is said")
+    serve_api_key: str | None = flag(
+        None,
+        metavar="TEXT",
+        help=f"token that requests must carry (Authorization: Bearer ..); default: the variable {API_KEY}, which "
+        "other users of the machine cannot read from the command line",
+    )
+    serve_model_name: str | None = flag(None, metavar="TEXT", help="name in requests; default: --load's folder")
+    serve_context: int | None = flag(
+        None,
+        minimum=2,
+        unit="tokens",
+        help=f"longest prompt with its answer; the cache is allocated at the start: --predict-batch-size slots of so "
+        f"many; default: {SERVE_CONTEXT}, or the model's positions if it has fewer",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("serve_host", "serve_port", "serve_api_key", "serve_model_name", "serve_context"):
+            default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+            if not self.serve and getattr(self, name) != default:
+                raise UsageError(f"{option(name)} says how to serve; give --serve, too, or drop the flag")
+        key = self.api_key
+        if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
+            raise UsageError(f"--serve-api-key (or {API_KEY}) must be printable ASCII without spaces, and not empty")
+        if not self.is_local and key is None:
+            raise UsageError(
+                f"--serve-host {self.serve_host} lets other machines in; give a token with --serve-api-key or "
+                f"{API_KEY}, or listen on 127.0.0.1"
+            )
+
+    @property
+    def api_key(self) -> str | None:
+        """The token; None: none is asked for."""
+        given = self.serve_api_key if self.serve_api_key is not None else os.environ.get(API_KEY)
+        return given if self.serve else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches --serve-host."""
+        try:
+            return ipaddress.ip_address(self.serve_host).is_loopback
+        except ValueError:
+            return self.serve_host == "localhost"
+
+
 class InferenceArgs(typing.NamedTuple):
     """The groups of flags."""
 
@@ -145,6 +202,7 @@ class InferenceArgs(typing.NamedTuple):
     weights: WeightArgs
     prompts: PromptArgs
     generate: GenerateArgs
+    serve: ServeArgs = ServeArgs()
 
     @property
     def scores(self) -> bool:
@@ -152,12 +210,24 @@ class InferenceArgs(typing.NamedTuple):
         return self.generate.task == ["score"]
 
     @property
-    def output_dir(self) -> str:
-        """Where results go."""
-        return self.generate.output_dir
+    def output_dir(self) -> str | None:
+        """Where results go; None: nowhere."""
+        return None if self.serve.serve else self.generate.output_dir
+
+    def check(self) -> None:
+        """Raises: UsageError: a flag says how to do a --task, where none is done."""
+        if self.serve.serve:
+            for field in dataclasses.fields(self.generate):
+                default = field.default if field.default is not dataclasses.MISSING else ["greedy"]
+                if field.name not in _SERVED and getattr(self.generate, field.name) != default:
+                    raise UsageError(
+                        f"{option(field.name)}: --serve does no --task, and requests say the rest; drop one of the two"
+                    )
 
 
 GROUPS = tuple(typing.get_type_hints(InferenceArgs).values())
+# Flags of generation that --serve has, too: what a request leaves open, and the number of slots.
+_SERVED = ("predict_batch_size", "temperature", "top_k", "top_p", "repetition_penalty")
 
 _TRAINED = "nothing is trained"
 _LORA = "the adapter's tensors say it"

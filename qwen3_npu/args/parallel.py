@@ -34,9 +34,32 @@ class ParallelArgs:
     )
     sequence_parallel: bool = flag(False, help="shard activations outside attention and MLP over TP, by tokens")
 
+    p2p_communication: str = flag(
+        "auto",
+        choices=["auto", "batched", "pairs"],
+        help="how pipeline stages exchange: batched calls in the stages' common communicator, or single calls, each "
+        "pair of neighbours with a communicator of its own; auto: batched, pairs with virtual stages",
+    )
+
     def __post_init__(self) -> None:
+        if self.p2p_communication == "batched" and self.num_layers_per_virtual_pipeline_stage:
+            raise UsageError(
+                "--p2p-communication batched: neighbours of an interleaved pipeline confuse batched exchanges; use auto"
+            )
         if self.num_layers_per_virtual_pipeline_stage and self.pipeline_model_parallel_size == 1:
             raise UsageError("--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1")
+
+    @property
+    def batches_p2p(self) -> bool:
+        """Whether neighbours exchange in batched calls.
+
+        The default on every device. Single calls (MindSpeed's choice on NPUs) make a communicator for each pair, at
+        first use and in the order in which the stages come to it: they have hung (Megatron-LM PR 5240 on NCCL), and
+        batching has mended a hang of two stages on NPUs (SGLang PR 38249). An interleaved pipeline needs them, for
+        batched exchanges of two stages are confused there (wrong losses, exit 0); `distributed.pipeline` makes their
+        communicators before the first step.
+        """
+        return self.p2p_communication != "pairs" and self.num_layers_per_virtual_pipeline_stage is None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 
-from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.args.lora import FreezeArgs, LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preference import PreferenceArgs
@@ -25,6 +25,7 @@ class PretrainArgs(typing.NamedTuple):
     runtime: RuntimeArgs
     train: TrainArgs
     optimizer: OptimizerArgs
+    freeze: FreezeArgs
     lora: LoraArgs
     data: DataArgs
     record: RecordArgs

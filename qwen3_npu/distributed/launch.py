@@ -15,6 +15,7 @@ import torch.distributed as dist
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.layout import Layout, Rank, check_world_size
+from qwen3_npu.distributed.pipeline import introduce_stages
 from qwen3_npu.errors import UsageError
 from qwen3_npu.platform.base import Platform
 
@@ -84,6 +85,8 @@ def model_parallel(layout: Layout, parallel: ParallelArgs, runtime: RuntimeArgs)
     )
     try:
         set_seeds(runtime)
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        introduce_stages(stages, torch.cuda.current_device(), batched=parallel.batches_p2p)
         yield
     finally:
         # megatron forgets its groups and ends only some; each keeps threads, and a process may train more than once.

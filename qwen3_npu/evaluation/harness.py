@@ -57,7 +57,7 @@ class Qwen3Harness(TemplateLM):
         if batch_size is not None and not str(batch_size).isdecimal():
             raise UsageError(f"--batch_size {batch_size}: a number is expected; passes are made up by tokens anyhow")
         argv = _words({**flags, **({"device": device} if device else {})})
-        self.args = args = InferenceArgs(*cli.parse("--model_args", "", GROUPS, FOREIGN, argv=argv).groups)
+        self.args = args = InferenceArgs(*cli.parse("--model_args", "", GROUPS[:-1], FOREIGN, argv=argv).groups)
         from qwen3_npu.inference.plan import plan_inference
 
         world_size = environment.ranks()[1]

@@ -23,24 +23,30 @@ from qwen3_npu.model.cache import Kept, KVCache
 _WORTH_SHARING = 16
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Request:
     """A prompt and its answer.
 
     Attributes:
-        number: its place among all prompts.
+        number: its place among all prompts; part of what its random numbers depend on.
         tokens: the prompt, then what was generated.
         prompt: tokens of the prompt.
         limit: tokens to generate at most.
+        sampling: how its tokens are chosen.
+        top: likeliest tokens to keep beside each one that is chosen.
         logprobs: of the chosen tokens, before penalty and temperature.
-        finish: why it ended: "eos", "stop" or "length"; empty while it runs.
+        likeliest: of each chosen token, the `top` likeliest ones in its place with their log-probabilities.
+        finish: why it ended: "eos", "stop", "length" or what `Engine.drop` was told; empty while it runs.
     """
 
     number: int
     tokens: list[int]
     limit: int
     prompt: int = 0
+    sampling: Sampling = Sampling()
+    top: int = 0
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     finish: str = ""
 
     def __post_init__(self) -> None:
@@ -59,6 +65,7 @@ class Engine:
     """Generates with one model.
 
     Attributes:
+        waiting, running: requests without a slot, and those in the first slots of the cache, in this order.
         computed, reused: prompt tokens that went through the model, and that were found in the cache.
     """
 
@@ -69,6 +76,8 @@ class Engine:
         self.cache: KVCache | None = None
         # Tokens whose keys and values each slot holds, of ended requests too.
         self.held: list[list[int]] = [[] for _ in range(slots)]
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
         self.computed = self.reused = 0
 
     def generate(
@@ -88,30 +97,58 @@ class Engine:
         """
         for request in requests:
             limit_request(request, self.runner.plan.positions)
-        if self.kv_cache and requests:
-            self._make_room(max(r.prompt + r.limit for r in requests))
-        waiting, running = list(requests), list[Request]()
-        while self.runner.anyone(bool(waiting or running)):
-            if not waiting and not running:
+            request.sampling = sampling
+        if requests:
+            self.reserve(max(r.prompt + r.limit for r in requests))
+        self.waiting, self.running = list(requests), []
+        while self.runner.anyone(self.busy):
+            if not self.busy:
                 self.runner.idle()
                 continue
-            entered = self._enter(waiting, len(running))
-            running += entered
-            batch = entered or running
-            self._step(batch, len(running) - len(batch), sampling)
-            for request in batch:
-                self._judge(request, on_token)
-                if request.finish and on_done is not None:
+            for request in self.step(on_token):
+                if on_done is not None:
                     on_done(request)
-            self._leave(running)
 
-    def _make_room(self, capacity: int) -> None:
-        if self.cache is None or self.cache.capacity < capacity:
+    def reserve(self, capacity: int) -> None:
+        """Make the cache's slots at least so many tokens long."""
+        if self.kv_cache and (self.cache is None or self.cache.capacity < capacity):
             old, self.cache = self.cache, None
             capacity = min(max(capacity, 2 * old.capacity if old else 0), self.runner.plan.positions)
             self.cache = self.runner.new_cache(self.slots, capacity)
             if old is not None:
                 self.cache.data[:, :, :, :, : old.capacity] = old.data
+
+    # One pass after the other: requests may come and go in between
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for a slot; `limit_request` and `reserve` have made room for it."""
+        self.waiting.append(request)
+
+    def drop(self, request: Request, reason: str) -> None:
+        """End a request that waits or runs."""
+        request.finish = reason
+        self.waiting = [other for other in self.waiting if not other.finish]
+        self._leave()
+
+    def step(self, on_token: OnToken | None = None) -> list[Request]:
+        """One pass: over the prompts that find a slot, else a token for all that run.
+
+        Returns:
+            The requests that ended with it.
+        """
+        entered = self._enter(self.waiting, len(self.running))
+        self.running += entered
+        batch = entered or list(self.running)
+        self._step(batch, len(self.running) - len(batch))
+        for request in batch:
+            self._judge(request, on_token)
+        self._leave()
+        return [request for request in batch if request.finish]
 
     def _enter(self, waiting: list[Request], busy: int) -> list[Request]:
         """Requests for the slots behind those that are busy; each slot gets what is already known of its prompt."""
@@ -147,7 +184,7 @@ class Engine:
         assert self.cache is not None
         self.cache.copy(source, slot, known)
 
-    def _step(self, batch: list[Request], first_slot: int, sampling: Sampling) -> None:
+    def _step(self, batch: list[Request], first_slot: int) -> None:
         """One pass, and a token for each of the batch, which lies in consecutive slots."""
         runner = self.runner
         if self.cache is None:
@@ -166,16 +203,24 @@ class Engine:
                 self.held[k.slot] += request.tokens[k.start :]
         ends = torch.tensor(counts).cumsum(0) - 1
         logits = runner.forward(tokens, sequence, ends.tolist())
-        scored = None
+        scored = likeliest = None
+        top = min(max(r.top for r in batch), runner.vocab_size)
         if logits is not None:
             logits = logits.float()
-            chosen = choose_tokens(logits, sampling, [r.tokens for r in batch], [r.number for r in batch])
-            scored = chosen, logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+            chosen, total = _chosen(logits, batch), logits.logsumexp(-1)
+            scored = chosen, logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - total
+            if top:
+                values, places = logits.topk(top)
+                likeliest = places.flatten(), (values - total.unsqueeze(1)).flatten()
         ids, logprobs = runner.share_scored(scored, len(batch))
         check_finite_scores(runner, logprobs, [request.tokens for request in batch])
         for request, token, logprob in zip(batch, ids, logprobs, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
+        if top:
+            pairs = list(zip(*runner.share_scored(likeliest, len(batch) * top), strict=True))
+            for row, request in enumerate(batch):
+                request.likeliest.append(pairs[row * top : row * top + request.top])
 
     def _judge(self, request: Request, on_token: OnToken | None) -> None:
         if request.tokens[-1] in self.runner.plan.eos:
@@ -185,8 +230,9 @@ class Engine:
         elif len(request.tokens) - request.prompt == request.limit:
             request.finish = "length"
 
-    def _leave(self, running: list[Request]) -> None:
+    def _leave(self) -> None:
         """Ended requests free their slots; the last running one moves into the gap, so that slots stay dense."""
+        running = self.running
         for slot in reversed(range(len(running))):
             if running[slot].finish:
                 last = len(running) - 1
@@ -197,6 +243,19 @@ class Engine:
                         self.held[slot] = self.held[last]
                         self.held[last] = []
                 running.pop()
+
+
+def _chosen(logits: torch.Tensor, batch: Sequence[Request]) -> torch.Tensor:
+    """The next token of each request [b], by its own sampling; logits [b, vocabulary]."""
+    alike: dict[Sampling, list[int]] = {}
+    for row, request in enumerate(batch):
+        alike.setdefault(request.sampling, []).append(row)
+    chosen = logits.new_empty(len(batch), dtype=torch.int64)
+    for sampling, rows in alike.items():
+        mine = [batch[row] for row in rows]
+        places = slice(None) if len(alike) == 1 else torch.tensor(rows, device=logits.device)
+        chosen[places] = choose_tokens(logits[places], sampling, [r.tokens for r in mine], [r.number for r in mine])
+    return chosen
 
 
 def limit_request(request: Request, positions: int) -> None:

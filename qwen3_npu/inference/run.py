@@ -11,7 +11,6 @@ from typing import Any
 from qwen3_npu import log
 from qwen3_npu.args.inference import DEFAULT_PROMPT, GenerateArgs, InferenceArgs
 from qwen3_npu.data.text.conversation import Conversation
-from qwen3_npu.data.text.prompt_types import AUTO
 from qwen3_npu.distributed.launch import World, process_group
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.batch import GenerationTask, requests_of
@@ -25,8 +24,9 @@ from qwen3_npu.inference.results.files import RESULT, write_generated
 from qwen3_npu.inference.results.journal import Journal, weights_identity
 from qwen3_npu.inference.rewards.run import score_answers
 from qwen3_npu.inference.runner import loaded
+from qwen3_npu.inference.serve.run import serve
 from qwen3_npu.inference.taught import PLAIN
-from qwen3_npu.inference.text import Writer
+from qwen3_npu.inference.text import Writer, for_conversations, open_writer
 from qwen3_npu.platform.base import Platform
 
 _CHAT = "chat"
@@ -37,7 +37,8 @@ _SHOWN = ("predict_batch_size", "stream", "history_turns", "hide_thinking", "out
 def run(platform: Platform, args: InferenceArgs, plan: InferencePlan) -> None:
     """Everything, from joining the other processes to the last file."""
     with process_group(platform, args.runtime) as world:
-        (score_answers if args.scores else generate)(platform, world, args, plan)
+        work = score_answers if args.scores else serve if args.serve.serve else generate
+        work(platform, world, args, plan)
 
 
 def generate(platform: Platform, world: World, args: InferenceArgs, plan: InferencePlan) -> None:
@@ -55,11 +56,8 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
     if _CHAT in flags.task:
         if plan.prompts.template_given == PLAIN:
             raise UsageError("--task chat needs a template: --prompt-type auto, qwen3 or --hf-chat-template")
-        if plan.prompts.template is None:
-            plan = dataclasses.replace(plan, prompts=dataclasses.replace(plan.prompts, prompt_type=AUTO))
-    writer = Writer(plan.tokenizer, plan.prompts)
-    if writer.args.template is not None:
-        plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
+        plan = for_conversations(plan)
+    writer, plan = open_writer(plan)
     beams = [task for task in flags.task if task.startswith("beam")]
     if beams and not args.weights.use_kv_cache:
         raise UsageError(f"--no-use-kv-cache: --task {beams[0]} needs the cache; drop the flag")

@@ -272,9 +272,14 @@ class Runner:
         dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
         return [item for part in parts for item in part]
 
-    def told(self, value: bool) -> bool:
-        """What the first process of this copy of the model says, on all of the copy's processes."""
-        group = parallel_state.get_model_parallel_group()
+    def told(self, value: bool, *, everyone: bool = False) -> bool:
+        """What the first process of this copy of the model says, on all of the copy's processes.
+
+        Args:
+            everyone: what rank 0 says, on every process.
+        """
+        group = dist.group.WORLD if everyone else parallel_state.get_model_parallel_group()
+        assert group is not None
         if group.size() == 1:
             return value
         flag = torch.tensor([int(value)], device=self.device)

@@ -34,6 +34,8 @@ def start(
     log.setup(rank, world_size)
     parsed = cli.parse(prog, description, groups, foreign)
     args = make(*parsed.groups)
+    if isinstance(args, InferenceArgs):
+        args.check()
     from qwen3_npu.inference.plan import plan_inference
 
     plan = plan_inference(
@@ -55,7 +57,8 @@ def start(
 
     platform = select_platform(args.runtime.device)
     platform.activate()
-    check_writable(Path(args.output_dir), "--output-dir")
+    if args.output_dir is not None:
+        check_writable(Path(args.output_dir), "--output-dir")
     from qwen3_npu.distributed.failure import recorded
 
     with recorded():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 
 from qwen3_npu.args.inference import PromptArgs
 from qwen3_npu.data.text.conversation import SYSTEM, Conversation, Message
 from qwen3_npu.data.text.encoder import Encoder, open_encoder
-from qwen3_npu.data.text.prompt_types import open_template, prompt_text
+from qwen3_npu.data.text.prompt_types import AUTO, open_template, prompt_text
 from qwen3_npu.data.text.templates import Template
 from qwen3_npu.data.text.tokenizer import END_OF_TEXT, IM_END, TokenizerFolder, start_loading
 from qwen3_npu.errors import UsageError
+from qwen3_npu.inference.plan import InferencePlan
+from qwen3_npu.inference.taught import PLAIN
 
 _CUT_SHORT = "\ufffd"  # what a decoder writes for the first bytes of a character
 
@@ -34,8 +37,11 @@ class Writer:
             return self.prompt(Conversation(tuple(messages[1:]), messages[0].content))
         return self.prompt(Conversation(tuple(messages)))
 
-    def prompt(self, conversation: Conversation) -> str:
+    def prompt(self, conversation: Conversation, *, thinking: bool | None = None) -> str:
         """A conversation up to where the answer starts; without a template only a single message, as it is.
+
+        Args:
+            thinking: whether the model may think first; None: as --enable-thinking says.
 
         Raises:
             UsageError: more than that and no template, or a template that refuses the conversation.
@@ -50,7 +56,7 @@ class Writer:
                 )
             return conversation.messages[0].content
         try:
-            return prompt_text(self.template, conversation, self.args.thinking)
+            return prompt_text(self.template, conversation, self.args.thinking if thinking is None else thinking)
         except ValueError as error:
             raise UsageError(f"--prompt-type {self.args.template}: {error}") from None
 
@@ -70,6 +76,21 @@ class Writer:
     def answer(self, tokens: Iterable[int], eos: Sequence[int]) -> str:
         """What was generated, without the tokens that end it."""
         return self.encoder.decode([token for token in tokens if token not in eos])
+
+
+def for_conversations(plan: InferencePlan) -> InferencePlan:
+    """The plan with a template: --prompt-type auto where nothing is said. One without any stays as it is."""
+    if plan.prompts.template is not None or plan.prompts.template_given == PLAIN:
+        return plan
+    return dataclasses.replace(plan, prompts=dataclasses.replace(plan.prompts, prompt_type=AUTO))
+
+
+def open_writer(plan: InferencePlan) -> tuple[Writer, InferencePlan]:
+    """What writes the plan's prompts; and the plan, where the ends of a conversation's messages end answers, too."""
+    writer = Writer(plan.tokenizer, plan.prompts)
+    if writer.args.template is not None:
+        plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
+    return writer, plan
 
 
 class TextStream:

@@ -53,8 +53,12 @@ class Kernels:
     cross_entropy: Callable
 
     def __str__(self) -> str:
-        chosen = {f.name: getattr(self, f.name).__module__.rsplit(".", 1)[-1] for f in dataclasses.fields(self)}
-        return " ".join(f"{name}={where}" for name, where in chosen.items())
+        """The implementation of most operations, then each other one with its operations."""
+        chosen: dict[str, list[str]] = {}
+        for field in dataclasses.fields(self):
+            chosen.setdefault(getattr(self, field.name).__module__.rsplit(".", 1)[-1], []).append(field.name)
+        first, *others = sorted(chosen.items(), key=lambda item: -len(item[1]))
+        return "; ".join([first[0], *(f"{where}: {' '.join(operations)}" for where, operations in others)])
 
 
 OPERATIONS = tuple(field.name for field in dataclasses.fields(Kernels))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from qwen3_npu.kernels import reference, tell_once, torch_native
-from qwen3_npu.kernels.fused import norm, pointwise, routing
+from qwen3_npu.kernels.fused import grouped, norm, pointwise, routing
 from qwen3_npu.kernels.fused.loss import CrossEntropy
 
 _HALF = (torch.bfloat16, torch.float16)  # what flash attention takes
@@ -205,9 +205,62 @@ def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor
                 f"torch's grouped product takes bfloat16, sizes in steps of {_ALIGNED}: not {x.dtype} {weight.shape}"
             )
             return reference.grouped_matmul(counts)(x, weight)
-        return torch._grouped_mm(x, weight, offs=ends)
+        return _GroupedMatmul.apply(x, weight, ends)
 
     return product
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """torch's grouped product; a parameter's gradient goes straight into megatron's float32 sum of the micro-batches.
+
+    `weight` may be a view of the parameter. torch's own gradient writes 16 bits, which are read again to be added.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, ends)
+        ctx.parameter = weight if weight._base is None else weight._base
+        return torch._grouped_mm(x, weight, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        x, weight, ends = ctx.saved_tensors
+        grad, dx, dw = grad.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            dx = torch._grouped_mm(grad, weight.transpose(1, 2), offs=ends)
+        if ctx.needs_input_grad[1]:
+            total = getattr(ctx.parameter, "main_grad", None)
+            if total is not None and total.dtype == torch.float32:
+                grouped.add_products(x, grad, total.view(weight.shape), ends)
+                vars(ctx.parameter)["grad_added_to_main_grad"] = True  # megatron's mark
+                dw = torch.empty_like(weight)
+            else:
+                dw = torch._grouped_mm(x.t(), grad, offs=ends)
+        return dx, dw, None
+
+
+def add_weight_gradient(x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor) -> None:
+    """One product that adds to the sum, whose 16-bit factors are not converted first (torch 2.8 and newer)."""
+    if x.dtype == total.dtype or x.device.type != "cuda":
+        reference.add_weight_gradient(x, grad, total)
+    elif _adds_in_float32(x.device, x.dtype):
+        torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(grad.t(), x))
+
+
+@functools.cache
+def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of 16-bit factors to a float32 matrix here: tried once."""
+    x = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, x.t(), x, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        tell_once(f"weight gradients are rounded to 16 bits before they are added: torch.addmm: {reason}")
+        return False
+    return bool((total == 17).all())
 
 
 def permute(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -9,10 +11,12 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
+from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.arch import Qwen3Arch
-from qwen3_npu.model.lora import freeze_base
+from qwen3_npu.model.lora.embedding import LoraEmbedding
+from qwen3_npu.model.lora.linear import LoraOutput
 from qwen3_npu.model.modules import Embedding, RewardHead, fuse_weight_gradients
 from qwen3_npu.model.spec import Parts, block_spec
 
@@ -52,11 +56,20 @@ class Qwen3Model(GPTModel):
             self.score = RewardHead(config, self.pg_collection.tp, seed=parts.seed, lora=parts.lora.on)
         if pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
+        self._adapt_ends(parts.lora, config)
         if parts.kernels.add_weight_gradient is not reference.add_weight_gradient:
             fuse_weight_gradients(self, parts.kernels.add_weight_gradient)
             # torch recomputes chunks of the loss with copies of the weights, which have no marks.
             if post_process and self.loss_chunk and not arch.reward:
                 self.output_layer.gradient_accumulation_fusion = False
+
+    def _adapt_ends(self, lora: LoraArgs, config: TransformerConfig) -> None:
+        """Adapters on embedding and output layer, which GPTModel makes itself."""
+        targets, _ = lora.places(self.arch)
+        if self.pre_process and "embedding" in targets:
+            self.embedding.word_embeddings = LoraEmbedding(self.embedding.word_embeddings, lora, config)
+        if self.post_process and "output" in targets:
+            self.add_module("output_layer", LoraOutput(self.output_layer, lora))
 
     def _postprocess(
         self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: object
@@ -108,8 +121,23 @@ def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, part
         for chunk in range(layout.virtual)
     ]
     if parts.lora.on:
-        freeze_base(chunks)
-        if config.recompute_granularity is not None and chunks[0].pre_process:
-            # A recomputed layer has gradients only if its input asks for one, and with a frozen embedding it would not.
-            chunks[0].embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        freeze(chunks, config, lambda chunk, name: "lora_" not in name)
     return chunks
+
+
+def freeze(chunks: Sequence[Qwen3Model], config: TransformerConfig, is_frozen: Callable[[int, str], bool]) -> None:
+    """Train the other parameters only.
+
+    Before gradient buffers and optimizer are made: frozen weights then get neither, and megatron's linears keep no
+    activation for them.
+
+    Args:
+        is_frozen: of a virtual chunk's parameter, by its name.
+    """
+    for number, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(not is_frozen(number, name))
+    first = chunks[0].embedding if config.recompute_granularity is not None and chunks[0].pre_process else None
+    if first is not None and not first.word_embeddings.weight.requires_grad:
+        # A recomputed layer has gradients only if its input asks for one, and with a frozen embedding it would not.
+        first.register_forward_hook(lambda module, args, output: output.requires_grad_())

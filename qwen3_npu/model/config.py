@@ -62,10 +62,11 @@ def transformer_config(
     }
     if layout.pipeline > 1:
         config["pipeline_model_parallel_layout"] = _stages(layout)
+    # After each batched exchange megatron makes the host wait for the whole device, against a bug of torch before 1.13.
+    config |= {"batch_p2p_comm": parallel.batches_p2p, "batch_p2p_sync": False}
     if layout.virtual > 1:
-        # Batched sends and receives between two stages are confused (wrong losses, exit 0), so they are never batched
-        # here.
-        config |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        assert not parallel.batches_p2p
+        config |= {"overlap_p2p_comm": True}
     if arch.is_moe:
         config |= _moe(arch, train)
     return TransformerConfig(**config)
@@ -95,6 +96,9 @@ def _recompute(train: TrainArgs) -> dict[str, Any]:
     granularity, modules = train.recompute_granularity, list(train.recompute_modules)
     if granularity != "full" and train.recompute_norm:  # full recomputes the norms anyway
         modules = [*(modules if granularity else ()), "layernorm"]
+        granularity = "selective"
+    if granularity != "full" and train.moe_zero_memory == "level1":
+        modules = sorted({*(modules if granularity else ()), "moe"})
         granularity = "selective"
     return {
         "recompute_granularity": granularity,

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.modules import mark
+from qwen3_npu.model.quantized import grouped_product, held, quantized
 
 
 def is_like_dense(config: TransformerConfig) -> bool:
@@ -35,6 +36,7 @@ class GroupedExperts(MegatronModule):
     Parameters (MindSpeed-LLM's names and memory layout):
         weight1: [hidden, experts * 2 ffn], memory (expert, hidden, [gate | up]).
         weight2: [experts * ffn, hidden], memory (expert, ffn, hidden).
+        Quantized ones are restored as Hugging Face's: (expert, [gate | up], hidden), (expert, hidden, ffn).
     ffn is sharded over the expert tensor parallel group.
     """
 
@@ -46,11 +48,18 @@ class GroupedExperts(MegatronModule):
         kernels: Kernels,
         pg_collection: ProcessGroupCollection,
         recompute_activation: bool = False,
+        recompute_products: bool = False,
+        quantize: bool = False,
     ) -> None:
-        """Args: recompute_activation: compute the activation again in backward instead of keeping it."""
+        """
+        Args:
+            recompute_activation: compute the activation again in backward instead of keeping it.
+            recompute_products: the first product, too.
+            quantize: the weights are frozen and in 4 bits.
+        """
         super().__init__(config=config)
         self.kernels, self.num_local_experts = kernels, num_local_experts
-        self.recompute_activation = recompute_activation
+        self.recompute_activation, self.recompute_products = recompute_activation, recompute_products
         self.hidden = config.hidden_size
         self.ffn = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         self.pg_collection = pg_collection
@@ -69,7 +78,11 @@ class GroupedExperts(MegatronModule):
 
         experts = num_local_experts
         self.weight1 = parameter(self.hidden, experts * 2 * self.ffn, 1, config.init_method)
+        if quantize:  # one after the other: whole, there is one at a time
+            self.weight1 = quantized(self.weight1, (experts, 2 * self.ffn, self.hidden))
         self.weight2 = parameter(experts * self.ffn, self.hidden, 0, config.output_layer_init_method)
+        if quantize:
+            self.weight2 = quantized(self.weight2, (experts, self.hidden, self.ffn))
 
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
@@ -85,11 +98,18 @@ class GroupedExperts(MegatronModule):
             [rows, hidden], and no bias.
         """
         product = self.kernels.grouped_matmul(tokens_per_expert)
-        wide = self.multiply(1, tokens, product)
-        if not (self.recompute_activation and self.training):
-            return self.multiply(2, self.activate(wide, probs), product), None
+
+        def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+            return self.activate(self.multiply(1, tokens, product), probs)
+
+        if not (self.training and (self.recompute_activation or self.recompute_products)):
+            return self.multiply(2, between(tokens, probs), product), None
         kept = CheckpointWithoutOutput()
-        out = self.multiply(2, kept.checkpoint(self.activate, wide, probs), product)
+        if self.recompute_products:
+            narrow = kept.checkpoint(between, tokens, probs)
+        else:
+            narrow = kept.checkpoint(self.activate, self.multiply(1, tokens, product), probs)
+        out = self.multiply(2, narrow, product)
         kept.discard_output_and_register_recompute(out)
         return out, None
 
@@ -100,4 +120,6 @@ class GroupedExperts(MegatronModule):
     def multiply(self, which: int, x: torch.Tensor, product: Callable) -> torch.Tensor:
         """Each expert's rows of x times its matrix in weight1 or weight2, by `kernels.grouped_matmul`'s product."""
         weight = self.weight1 if which == 1 else self.weight2
+        if held(weight) is not None:
+            return grouped_product(x, weight, product)
         return product(x, weight.view(self.num_local_experts, x.shape[-1], -1))

@@ -124,12 +124,16 @@ class Embedding(VocabParallelEmbedding):
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         """[b, s] tokens -> [b, s, hidden], or [s / TP, b, hidden] under sequence parallelism."""
-        if self.tp_group.size() == 1:
-            return super().forward(input_)
+        return self.rows(input_, self.weight)
+
+    def rows(self, input_: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The same of another table, [vocabulary / TP, any width]."""
+        if self.tp_group.size() == 1 and not self.reduce_scatter_embeddings:
+            return weight[input_] if self.deterministic_mode else torch.nn.functional.embedding(input_, weight)
         local = input_ - self.vocab_start_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
         local = local.masked_fill_(elsewhere, 0)
-        rows = self.weight[local] if self.deterministic_mode else torch.nn.functional.embedding(local, self.weight)
+        rows = weight[local] if self.deterministic_mode else torch.nn.functional.embedding(local, weight)
         rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(), group=self.tp_group)

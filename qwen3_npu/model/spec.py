@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -15,7 +15,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.args.lora import LoraArgs, has_target
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.kernels import Kernels
@@ -23,8 +23,10 @@ from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
 from qwen3_npu.model.dispatcher import MoE
 from qwen3_npu.model.experts import GroupedExperts
-from qwen3_npu.model.lora import LoraExperts, LoraLinear
+from qwen3_npu.model.lora.experts import LoraExperts
+from qwen3_npu.model.lora.linear import LoraLinear
 from qwen3_npu.model.modules import DenseMLP, Layer, NoopLayer, RMSNorm, SwiGLU
+from qwen3_npu.model.quantized import NF4_LINEARS
 from qwen3_npu.model.router import Router
 
 
@@ -35,6 +37,7 @@ class Parts:
     Attributes:
         context_parallel: how attention sees the whole sequence where a rank holds a part of it.
         recompute_activation: compute the MLP's activation again in backward instead of keeping it.
+        recompute_products: experts compute their first product again, too (--moe-zero-memory level0).
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         seed: of a reward model's new head.
     """
@@ -43,12 +46,13 @@ class Parts:
     lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
     context_parallel: ContextParallel | None = None
     recompute_activation: bool = False
+    recompute_products: bool = False
     loss_chunk: int = 0
     seed: int = 0
 
 
-def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
-    """One layer."""
+def layer_spec(arch: Qwen3Arch, parts: Parts, adapted: Collection[str] = ()) -> ModuleSpec:
+    """One layer; `adapted`: its linears that have an adapter."""
     kernels = parts.kernels
     norm = _norm(kernels)
     attention = ModuleSpec(
@@ -59,8 +63,8 @@ def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
             "output_bias": arch.family.o_bias,
         },
         submodules=AttentionSubmodules(
-            linear_qkv=_linear("linear_qkv", ColumnParallelLinear, parts),
-            linear_proj=_linear("linear_proj", RowParallelLinear, parts),
+            linear_qkv=_linear("linear_qkv", ColumnParallelLinear, parts, adapted),
+            linear_proj=_linear("linear_proj", RowParallelLinear, parts, adapted),
             q_layernorm=norm if arch.family.qk_norm else IdentityOp,
             k_layernorm=norm if arch.family.qk_norm else IdentityOp,
         ),
@@ -72,7 +76,7 @@ def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=_experts(parts) if arch.is_moe else _mlp(arch, parts),
+            mlp=_experts(parts, adapted) if arch.is_moe else _mlp(arch, parts, adapted),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -80,9 +84,16 @@ def layer_spec(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
 
 def block_spec(arch: Qwen3Arch, parts: Parts, layers: Sequence[int]) -> TransformerBlockSubmodules:
     """The layers of one model chunk, `NOOP` for a no-op layer, and the final norm."""
-    layer, noop = layer_spec(arch, parts), ModuleSpec(NoopLayer)
+    targets, some = parts.lora.places(arch)
+    specs: dict[tuple[str, ...], ModuleSpec] = {}
+    noop, found = ModuleSpec(NoopLayer), []
+    for number in layers:
+        adapted = tuple(target for target in targets if has_target(targets, some, target, number))
+        if number != NOOP and adapted not in specs:
+            specs[adapted] = layer_spec(arch, parts, adapted)
+        found.append(noop if number == NOOP else specs[adapted])
     return TransformerBlockSubmodules(
-        layer_specs=[noop if number == NOOP else layer for number in layers],
+        layer_specs=found,
         layer_norm=_norm(parts.kernels),
     )
 
@@ -91,31 +102,36 @@ def _norm(kernels: Kernels) -> ModuleSpec:
     return ModuleSpec(RMSNorm, params={"kernel": kernels.rms_norm, "add_kernel": kernels.add_rms_norm})
 
 
-def _linear(name: str, linear: type, parts: Parts) -> ModuleSpec | type:
-    lora = parts.lora
-    if lora.on and name in lora.lora_target_modules:
+def _linear(name: str, linear: type, parts: Parts, adapted: Collection[str]) -> ModuleSpec | type:
+    linear = NF4_LINEARS[linear] if parts.lora.qlora else linear
+    if name in adapted:
         add = parts.kernels.add_weight_gradient
-        return ModuleSpec(LoraLinear, params={"linear": linear, "args": lora, "add_weight_gradient": add})
+        return ModuleSpec(LoraLinear, params={"linear": linear, "args": parts.lora, "add_weight_gradient": add})
     return linear
 
 
-def _mlp(arch: Qwen3Arch, parts: Parts) -> ModuleSpec:
+def _mlp(arch: Qwen3Arch, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
     return ModuleSpec(
         DenseMLP,
         params={"ffn_hidden_size": arch.intermediate_size, "recompute": parts.recompute_activation},
         submodules=MLPSubmodules(
-            linear_fc1=_linear("linear_fc1", ColumnParallelLinear, parts),
-            linear_fc2=_linear("linear_fc2", RowParallelLinear, parts),
+            linear_fc1=_linear("linear_fc1", ColumnParallelLinear, parts, adapted),
+            linear_fc2=_linear("linear_fc2", RowParallelLinear, parts, adapted),
             activation_func=ModuleSpec(SwiGLU, params={"kernel": parts.kernels.swiglu}),
         ),
     )
 
 
-def _experts(parts: Parts) -> ModuleSpec:
-    params: dict[str, Any] = {"kernels": parts.kernels, "recompute_activation": parts.recompute_activation}
+def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
+    params: dict[str, Any] = {
+        "kernels": parts.kernels,
+        "recompute_activation": parts.recompute_activation,
+        "quantize": parts.lora.qlora,
+        "recompute_products": parts.recompute_products,
+    }
     experts = ModuleSpec(GroupedExperts, params=params)
-    if parts.lora.on and {"linear_fc1", "linear_fc2"} & set(parts.lora.lora_target_modules):
-        experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora})
+    if {"linear_fc1", "linear_fc2"} & set(adapted):
+        experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora, "adapted": adapted})
     router = functools.partial(Router, add_weight_gradient=parts.kernels.add_weight_gradient)
     submodules = MoESubmodules(experts=experts, router=router)
     return ModuleSpec(MoE, params={"kernels": parts.kernels}, submodules=submodules)

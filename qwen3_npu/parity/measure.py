@@ -21,12 +21,17 @@ from qwen3_npu.training.prepare.plan import plan_training
 from qwen3_npu.training.step import StepResult
 
 
+def training_args(flags: Sequence[str]) -> PretrainArgs:
+    """The arguments of `pretrain_gpt.py`."""
+    return PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN_TRAINING, argv=list(flags)).groups)
+
+
 @contextlib.contextmanager
 def trainer(
     platform: Platform, world: World, flags: Sequence[str], *, recorder: StepRecorder | None = None
 ) -> Iterator[Trainer]:
     """A loaded trainer with data."""
-    args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN_TRAINING, argv=list(flags)).groups)
+    args = training_args(flags)
     plan = plan_training(args, world.size)
     check_data(args.data, plan.arch.vocab_size, seq_length=args.train.seq_length)
     with ready(platform, world, args, plan, recorder=recorder) as made:

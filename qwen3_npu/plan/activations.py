@@ -92,12 +92,14 @@ def routed_rows(shape: Shape, setup: Setup) -> float:
 
 
 def _experts(shape: Shape, setup: Setup, kernels: str) -> float:
+    if setup.recompute_experts == 2:  # they keep their input only, which the norm's output is
+        return 0.0
     rows, width = routed_rows(shape, setup), setup.weight_bytes
     ffn = shape.moe_ffn_hidden_size / setup.expert_tensor
     always = kernels == NPU  # the grouped product of torch_npu keeps its input, whatever is trained
     inputs = shape.hidden_size * (1 + int(always or _keeps_input(setup, "linear_fc1")))  # and fc2's output
-    sides = shape.gate_factor
-    if not setup.recompute_activation:  # the activation, and it times probabilities
+    sides = 0 if setup.recompute_experts else shape.gate_factor
+    if not (setup.recompute_activation or setup.recompute_experts):  # the activation, and it times probabilities
         sides += 1 + int(always or _keeps_input(setup, "linear_fc2"))
     indices = 3 * 4 if kernels == NPU else 8
     routing = rows * (indices + width)  # places, probabilities

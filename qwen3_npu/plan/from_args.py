@@ -5,6 +5,7 @@ from __future__ import annotations
 from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.rules.fit import Fit
+from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.plan.setup import Setup
 
@@ -34,14 +35,23 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         recompute_group=group,
         recompute_activation=train.recompute_activation_function,
         recompute_norm=train.recompute_norm,
-        recompute_attention=train.recompute_granularity == "selective",
+        recompute_attention=train.recompute_granularity == "selective" and "core_attn" in train.recompute_modules,
         packed=args.data.reset_attention_mask,
         lora_rank=args.lora.lora_r if args.lora.on else 0,
+        quantized=args.lora.qlora,
         lora_targets=tuple(args.lora.lora_target_modules),
         loss_chunk=train.loss_chunk_size if train.loss_compute_mode == "chunk" else 0,
+        swap_optimizer=optimizer.swap_optimizer,
+        swap_slices=optimizer.swap_optimizer_times,
+        recompute_experts=_recomputed_experts(train),
         overlap_grads=optimizer.overlap_grad_reduce,
         overlap_params=optimizer.overlap_param_gather,
     )
+
+
+def _recomputed_experts(train: TrainArgs) -> int:
+    is_module = train.recompute_granularity == "selective" and "moe" in train.recompute_modules
+    return 2 if is_module else {"disable": 0, "level0": 1, "level1": 2}[train.moe_zero_memory]
 
 
 def _holds_reference(args: PretrainArgs) -> bool:

@@ -29,8 +29,11 @@ def device_for(name: str, memory: str | None, table: str | None) -> Device:
     return dataclasses.replace(device, memory=size)
 
 
-def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit) -> PlanVerdict | None:
+def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit, *, frozen: float = 0.0) -> PlanVerdict | None:
     """What to expect; None where nothing says the device: name it with --plan-device.
+
+    Args:
+        frozen: the share of the weights that is not trained, without LoRA.
 
     Raises:
         UsageError: it does not fit, and --fit error asks for that.
@@ -41,7 +44,9 @@ def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit) -> PlanVerdict | No
         return None
     shape = shape_of(arch, sizes.layout.padded_vocab_size)
     device = device_for(name, wanted.device_memory, wanted.device_table)
-    verdict = PlanVerdict(shape, setup_of(args, sizes), device)
+    targets, _ = args.lora.places(arch)
+    setup = dataclasses.replace(setup_of(args, sizes), frozen=frozen, lora_targets=targets)
+    verdict = PlanVerdict(shape, setup, device)
     if not verdict.fits and wanted.fit == "error":
         best = remedies(verdict, most=1)
         way_out = f"; {best[0]}" if best else ""

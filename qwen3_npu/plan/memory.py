@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 
 from qwen3_npu.plan.activations import NPU, layer_bytes, routed_rows
-from qwen3_npu.plan.parameters import Counts, largest_count, lora_counts, stage_counts
+from qwen3_npu.plan.parameters import Counts, largest_count, linear_counts, stage_counts, trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
+NF4 = 0.5 + 4 / 64  # bytes of a weight: 4 bits, and a float32 scale of 64
 MASTER, MOMENTS = 4, 8  # bytes a weight: the float32 copy, and Adam's two moments
 
 
@@ -86,20 +87,26 @@ def stage_memory(shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0
 
 
 def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
-    """Bytes that the optimizer's update takes for a short time: a float32 copy of the largest weight.
+    """Bytes that the optimizer's update takes for a short time: a float32 copy of the largest weight; two slices of
+    masters and moments that are on the host.
 
     MindSpeed-LLM's CI shows it on NPUs: where activations are small, the peak is static bytes, this, and up to 16 MiB.
     """
-    return 0.0 if setup.swap_optimizer else 4.0 * largest_count(shape, setup, stage)
+    if setup.swap_optimizer:
+        trained = trained_counts(shape, setup, stage)
+        return 2 * _sharded(setup, trained, MOMENTS + (MASTER if setup.bf16 else 0)) / setup.swap_slices
+    return 4.0 * largest_count(shape, setup, stage)
 
 
 def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, float]:
     """Bytes of weights, of gradients, and of master and moments."""
     all_weights = stage_counts(shape, setup, stage)
-    trained = lora_counts(shape, setup, stage) if setup.lora_rank else all_weights
-    held = all_weights.total * (2 if setup.reference else 1) + (trained.total if setup.lora_rank else 0)
+    trained = trained_counts(shape, setup, stage)
+    held: float = all_weights.total * (2 if setup.reference else 1) + (trained.total if setup.lora_rank else 0)
     weight = setup.weight_bytes
-    if setup.swap_optimizer:
+    if setup.quantized:  # the reference of preference training is the same base
+        held -= linear_counts(shape, setup, stage)[0] * (1 - NF4 / weight)
+    if setup.swap_optimizer:  # moments and masters are on the host
         return held * weight, trained.total * 4.0, 0.0
     state = MOMENTS + (MASTER if setup.bf16 else 0)
     state -= weight if setup.bf16 and setup.reuse_master else 0
@@ -133,6 +140,8 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
     mean, largest = sum(sizes[kind] * count for kind, count in kinds.items()) / number, max(sizes.values())
     kept = (per_chunk - recomputed) * mean + recomputed / setup.recompute_group * inputs
     working = setup.recompute_group * largest if recomputed else 0.0
+    if setup.quantized:  # a linear is restored for its product, with float32 values and indices of 2^23 weights
+        working += linear_counts(shape, setup, stage)[1] * setup.weight_bytes + 6 * 2**23
     return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
 
 

@@ -26,6 +26,10 @@ class Counts:
     def __mul__(self, number: int) -> Counts:
         return Counts(self.dense * number, self.expert * number)
 
+    def part(self, share: float) -> Counts:
+        """As many as that share of them."""
+        return Counts(round(self.dense * share), round(self.expert * share))
+
     @property
     def total(self) -> int:
         return self.dense + self.expert
@@ -47,6 +51,19 @@ def layer_counts(shape: Shape, setup: Setup, has_experts: bool) -> Counts:
     dense += h * shape.num_experts + h * shape.moe_shared_ffn * (shape.gate_factor + 1) // tp
     one = h * shape.moe_ffn_hidden_size * (shape.gate_factor + 1) // setup.expert_tensor
     return Counts(dense, shape.num_experts // setup.expert * one)
+
+
+def linear_counts(shape: Shape, setup: Setup, stage: int) -> tuple[int, int]:
+    """Weights of the layers' linears and experts of one rank of a stage, which --qlora quantizes; and the largest."""
+    total, largest, h, tp = 0, 0, shape.hidden_size, setup.tensor
+    for has_experts, number in setup.layer_kinds(shape, stage).items():
+        sizes = [h * (shape.query_width + 2 * shape.key_width) // tp, shape.query_width * h // tp]
+        width, experts = shape.ffn_hidden_size // tp, 1
+        if has_experts:
+            width, experts = shape.moe_ffn_hidden_size // setup.expert_tensor, shape.num_experts // setup.expert
+        sizes += [experts * h * shape.gate_factor * width, experts * h * width]
+        total, largest = total + number * sum(sizes), max(largest, *sizes)
+    return total, largest
 
 
 def embedding_count(shape: Shape, setup: Setup) -> int:
@@ -92,6 +109,13 @@ def largest_count(shape: Shape, setup: Setup, stage: int) -> float:
     return max(most / dense_copies, rows / expert_copies)
 
 
+def trained_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
+    """Weights of one rank of a stage that have gradients."""
+    if setup.lora_rank:
+        return lora_counts(shape, setup, stage)
+    return stage_counts(shape, setup, stage).part(1 - setup.frozen)
+
+
 def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
     """Weights of the adapters of one rank of a stage."""
     total = Counts()
@@ -99,7 +123,10 @@ def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
         total += _layer_lora(shape, setup, has_experts) * number
     if shape.reward and stage == setup.pipeline - 1:
         total += Counts(shape.hidden_size)  # the head is trained with the adapter
-    return total
+    ends = ("embedding" in setup.lora_targets and stage == 0) + (
+        "output" in setup.lora_targets and stage == setup.pipeline - 1
+    )
+    return total + Counts(setup.lora_rank * (shape.hidden_size + shape.vocab_size // setup.tensor)) * ends
 
 
 def _layer_lora(shape: Shape, setup: Setup, has_experts: bool) -> Counts:

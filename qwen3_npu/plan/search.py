@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.args.lora import FreezeArgs, LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
 from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preference import PreferenceArgs
@@ -170,7 +170,8 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         optimizer=OptimizerArgs(
             lr=1e-5, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=not args.lora_r
         ),
-        lora=LoraArgs(lora_r=args.lora_r),
+        freeze=FreezeArgs(),
+        lora=LoraArgs(lora_r=args.lora_r, qlora=args.qlora),
         data=DataArgs(data_path=["DATA"], stage=args.stage, reset_attention_mask=sft and args.pack),
         record=RecordArgs(),
         tokenizer=TokenizerArgs(),

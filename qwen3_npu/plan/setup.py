@@ -22,9 +22,12 @@ class Setup:
         recompute_group: layers of one recomputed group (method uniform).
         recompute_activation, recompute_norm, recompute_attention: these alone are computed again.
         packed: several documents share a sequence.
-        lora_rank, lora_targets: 0: all weights are trained.
+        frozen: share of the weights that is not trained, alike on all stages.
+        lora_rank, lora_targets: 0: no adapters.
+        quantized: the layers' linears are in 4 bits.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
-        swap_optimizer: optimizer state is on the host.
+        swap_optimizer: optimizer state is on the host, and comes in `swap_slices` to be updated.
+        recompute_experts: MoE layers compute their first product and activation (1), or all of their MLP (2), again.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
         overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
@@ -52,10 +55,14 @@ class Setup:
     recompute_norm: bool = False
     recompute_attention: bool = False
     packed: bool = False
+    frozen: float = 0.0
+    quantized: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     reuse_master: bool = False
     swap_optimizer: bool = False
+    swap_slices: int = 16
+    recompute_experts: int = 0
     loss_chunk: int = 0
     overlap_grads: bool = False
     overlap_params: bool = False

@@ -11,7 +11,7 @@ import dataclasses
 
 from qwen3_npu.plan.activations import routed_rows
 from qwen3_npu.plan.device import Device
-from qwen3_npu.plan.parameters import lora_counts, stage_counts
+from qwen3_npu.plan.parameters import trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
@@ -140,7 +140,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         kernels += counts[is_moe] * layer.kernels
     share = min(setup.recompute, number) / max(number, 1)
     recompute = share * (products + attention + kernels)
-    backward = 1.0 if setup.lora_rank else 2.0  # a frozen weight has no gradient of its own
+    backward = 1.0 if setup.lora_rank else 2.0 - setup.frozen  # a frozen weight has no gradient of its own
     products *= 1 + backward
     attention *= 3.5  # backward recomputes the scores: 2.5 x forward
     kernels *= 3
@@ -209,7 +209,7 @@ def _pipeline(shape: Shape, setup: Setup, device: Device) -> float:
 
 def _data(shape: Shape, setup: Setup, device: Device, stage: int, *, busy: float) -> float:
     """Seconds of the gradients' reduction and the weights' gathering that nothing hides."""
-    trained = (lora_counts if setup.lora_rank else stage_counts)(shape, setup, stage)
+    trained = trained_counts(shape, setup, stage)
     stride = setup.tensor
     exposed = 0.0
     for count, size in ((trained.dense, setup.data * setup.context), (trained.expert, setup.expert_data)):
@@ -224,7 +224,7 @@ def _data(shape: Shape, setup: Setup, device: Device, stage: int, *, busy: float
 
 def _optimizer(shape: Shape, setup: Setup, device: Device, stage: int) -> float:
     """Seconds of clipping and update: about 36 bytes a weight pass through memory."""
-    trained = (lora_counts if setup.lora_rank else stage_counts)(shape, setup, stage)
+    trained = trained_counts(shape, setup, stage)
     if setup.distributed_optimizer:
         own = trained.dense / (setup.data * setup.context) + trained.expert / setup.expert_data
     else:

@@ -118,5 +118,7 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "--micro-batch-size 1", dataclasses.replace(setup, micro_batch=1, num_microbatches=passes)
     if not setup.loss_chunk and setup.tokens > 1024:
         yield "--loss-compute-mode chunk", dataclasses.replace(setup, loss_chunk=1024)
+    if setup.lora_rank and not setup.quantized:
+        yield "--qlora", dataclasses.replace(setup, quantized=True)
     if not setup.lora_rank:
         yield "--lora-r 16 (LoRA)", dataclasses.replace(setup, lora_rank=16)

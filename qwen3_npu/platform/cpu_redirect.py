@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 from qwen3_npu.platform.base import replace
+from qwen3_npu.platform.mcore_import import import_megatron
 
 
 class _Stream:
@@ -181,9 +182,7 @@ def apply() -> None:
     for name, (value, _) in _replacements().items():
         replace(name, value)
 
-    from megatron.core import jit
-
-    jit.disable_jit_fuser()  # torch.compile would call a C++ compiler for every helper
+    import_megatron()
     for name, (value, _) in _MEGATRON.items():
         replace(name, value)
     # CPU and "GPU" share one generator here, so the tracker's check that only the GPU's moved always fires.

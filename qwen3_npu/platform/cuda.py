@@ -7,6 +7,7 @@ import os
 import torch
 
 from qwen3_npu.platform.base import Platform, published_peak
+from qwen3_npu.platform.mcore_import import import_megatron
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H20": 148e12}
@@ -18,13 +19,6 @@ def why_not() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device (torch.cuda.is_available() is False)"
     return None
-
-
-def _activate() -> None:
-    from megatron.core import jit
-
-    # torch.compile of megatron's small helpers costs more at start than it gives: ours replace the hot ones.
-    jit.disable_jit_fuser()
 
 
 def _bind(local_rank: int) -> torch.device:
@@ -40,7 +34,7 @@ def platform() -> Platform:
     return Platform(
         name="cuda",
         backend="nccl",
-        prepare=_activate,
+        prepare=import_megatron,
         bind=_bind,
         synchronize=torch.cuda.synchronize,
         memory_peak=torch.cuda.max_memory_allocated,

@@ -15,6 +15,7 @@ import torch
 
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.platform.base import Platform, published_peak, replace
+from qwen3_npu.platform.mcore_import import import_megatron
 
 # Dense bf16 FLOP/s of one device (for A3: of one die, which is one device). 354e12 is the figure published for the
 # 64 GB 910B of Atlas 800T A2; for the others nothing was found that could be cited, so no MFU is printed there.
@@ -74,10 +75,7 @@ def _activate() -> None:
         from torch_npu.contrib import transfer_to_npu  # noqa: F401
 
     _call_types_cuda()
-    # transfer_to_npu does not touch torch.compile, which megatron's jit_fuser is.
-    from megatron.core import jit
-
-    jit.disable_jit_fuser()
+    import_megatron()
 
 
 def _call_types_cuda() -> None:

@@ -35,7 +35,7 @@ class RankTrace:
         weights, gradients, optimizer: static bytes.
         peak: the most bytes held in the second step, when the optimizer has its state.
         holders: what holds them, largest first.
-        operations: of the second step.
+        operations, waits: of the second step, as in `TraceRecorder`.
         start: collectives before the first step.
         micro_batches: that were traced; a step may have more, which are alike.
         communicators: groups of more than one rank that this rank joins at the start.
@@ -50,6 +50,7 @@ class RankTrace:
     peak: int
     holders: dict[str, int]
     operations: tuple[Operation, ...]
+    waits: tuple[tuple[int, int], ...]
     start: tuple[Operation, ...]
     micro_batches: int
     communicators: int
@@ -107,7 +108,17 @@ def _noted(recorder: TraceRecorder) -> Iterator[None]:
         recorder.resized(storage, size)
         return out
 
-    with mock.patch.object(here, "at", at), mock.patch.object(torch.UntypedStorage, "resize_", resized):
+    wait = dist.Work.wait
+
+    def waited(work: dist.Work, *args: Any) -> Any:
+        recorder.waited()
+        return wait(work, *args)
+
+    with (
+        mock.patch.object(here, "at", at),
+        mock.patch.object(torch.UntypedStorage, "resize_", resized),
+        mock.patch.object(dist.Work, "wait", waited),
+    ):
         yield
 
 
@@ -121,7 +132,7 @@ def _steps(recorder: TraceRecorder, trainer: Trainer, world: World) -> RankTrace
     with modules_named(recorder, trainer.modules):
         _step(trainer, world, count)
         optimizer = recorder.relabel(_state(trainer), "optimizer")
-        recorder.operations.clear()
+        recorder.clear()
         first = len(recorder.held)
         _step(trainer, world, count)
     peak, holders = recorder.peak(first)
@@ -134,6 +145,7 @@ def _steps(recorder: TraceRecorder, trainer: Trainer, world: World) -> RankTrace
         peak=peak,
         holders=holders,
         operations=tuple(recorder.operations),
+        waits=tuple(recorder.waits),
         start=start,
         micro_batches=count,
         communicators=_communicators(),
@@ -188,7 +200,7 @@ def _step(trainer: Trainer, world: World, count: int) -> None:
     train = trainer.args.train
     train_step(
         trainer.chunks,
-        trainer.optimizer,
+        trainer.gradients,
         trainer.scheduler,
         [iter([_batch(trainer, world) for _ in range(count)]) for _ in trainer.chunks],
         guard=trainer.guard,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from qwen3_npu.trace.storages import StorageWatch, storages_of
 
 _VIEWS = set(
     [
@@ -60,12 +61,13 @@ class Operation:
     waits: bool = True
 
 
-class TraceRecorder(TorchDispatchMode):
+class TraceRecorder(StorageWatch):
     """Notes what runs.
 
     Attributes:
         phase: what is being done, for the notes.
         operations: in the order in which they ran; views and empty tensors left out.
+        waits: of the program for collectives, (operations before it, the collective).
         held: changes of the bytes that are held, (bytes, what), in order.
     """
 
@@ -76,9 +78,10 @@ class TraceRecorder(TorchDispatchMode):
         self.phase = "start"
         self.module = ""
         self.operations: list[Operation] = []
+        self.waits: list[tuple[int, int]] = []
+        self._unwaited: collections.deque[int] = collections.deque()
         self.held: list[tuple[int, str]] = []
         self._sizes: dict[int, tuple[int, str]] = {}
-        self._alive: dict[int, weakref.ref] = {}
         with _disable_current_modes():
             self._real = torch.zeros(1)
 
@@ -92,34 +95,24 @@ class TraceRecorder(TorchDispatchMode):
         if func.namespace == "c10d" or func is torch.ops.aten._local_scalar_dense.default:
             return out
         self._operation(func, args, kwargs, out)
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(out):
-            if storage._cdata not in given:
-                self.made(storage, self._label())
+        for storage in self.results((args, kwargs), out):
+            self._hold(storage)
         return out
 
-    def _label(self) -> str:
-        return f"{self.phase}: {self.module}" if self.module else self.phase
-
-    def made(self, storage: torch.UntypedStorage, label: str) -> None:
-        """From now on these bytes are held, under this name."""
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def gone(_: weakref.ref) -> None:
-            size, label = self._sizes.pop(key)
-            del self._alive[key]
-            self.held.append((-size, label))
-
-        self._sizes[key] = size, label
-        self._alive[key] = weakref.ref(storage, gone)
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        size, label = storage.nbytes(), f"{self.phase}: {self.module}" if self.module else self.phase
+        self._sizes[storage._cdata] = size, label
         self.held.append((size, label))
+
+    def freed(self, key: int) -> None:
+        """See `StorageWatch`."""
+        size, label = self._sizes.pop(key)
+        self.held.append((-size, label))
 
     def relabel(self, tensors: Any, label: str) -> int:
         """Bytes that these tensors hold, which are called so from now on."""
         total = 0
-        for key in {storage._cdata for storage in _storages(tensors)} & self._sizes.keys():
+        for key in {storage._cdata for storage in storages_of(tensors)} & self._sizes.keys():
             size, before = self._sizes[key]
             self._sizes[key] = size, label
             self.held += [(-size, before), (size, label)]
@@ -144,9 +137,22 @@ class TraceRecorder(TorchDispatchMode):
     def _collective(self, func: Any, args: tuple) -> None:
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(_group(args))))
         moved = sum(tensor.nbytes for tensor in tree_iter(args[:2]) if isinstance(tensor, torch.Tensor))
-        asynchronous = any(arg is True for arg in args)
         name = func._schema.name.replace("::", ".").rstrip("_")
+        asynchronous = any(arg is True for arg in args) or name in ("c10d.send", "c10d.recv")
+        if len(ranks) > 1:
+            self._unwaited.append(len(self.operations) if asynchronous else -1)
         self.operations.append(Operation(name, self.phase, 0.0, float(moved), ranks=ranks, waits=not asynchronous))
+
+    def waited(self) -> None:
+        """The program waits for the collective that it launched first of those that it has not waited for."""
+        if self._unwaited and (number := self._unwaited.popleft()) >= 0:
+            self.waits.append((len(self.operations), number))
+
+    def clear(self) -> None:
+        """Forget the operations so far."""
+        self.operations.clear()
+        self.waits.clear()
+        self._unwaited.clear()
 
     def _without_data(self, func: Any, args: tuple) -> Any:
         """The result of an operation that needs data; NotImplemented for all others."""
@@ -181,10 +187,6 @@ class TraceRecorder(TorchDispatchMode):
 
 def _group(args: tuple) -> Any:
     return next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
-
-
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    return (value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor))
 
 
 @contextlib.contextmanager

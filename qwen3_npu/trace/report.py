@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3_npu.plan.device import GIB, Device
 from qwen3_npu.plan.memory import StageMemory
-from qwen3_npu.plan.timing import collective_seconds, product_seconds
+from qwen3_npu.trace.overlap import Played, exchange_seconds, played, seconds_of
 from qwen3_npu.trace.rank import RankTrace
 from qwen3_npu.trace.record import Operation
 
@@ -38,7 +38,8 @@ def describe(trace: RankTrace, planned: StageMemory, device: Device, *, passes: 
     lines += [f"trace:   {size / _MIB:>11,.1f} MiB  {label}" for label, size in held[:most]]
     if rest := sum(size for _, size in held[most:]):
         lines.append(f"trace:   {rest / _MIB:>11,.1f} MiB  {len(held) - most} more")
-    return [*lines, *_operations(trace, device, passes), *_collectives(trace, device, passes)]
+    lines += [*_operations(trace, device, passes), *_collectives(trace, device, passes)]
+    return [*lines, *_exposed(trace, device, passes)]
 
 
 def _off(value: float, expected: float) -> str:
@@ -75,15 +76,6 @@ def _operations(trace: RankTrace, device: Device, passes: int) -> list[str]:
     return lines
 
 
-def seconds_of(operation: Operation, device: Device) -> float:
-    """By the plan's table of the device: products and attention by FLOP, everything else by bytes."""
-    if operation.flops:
-        if "attention" in operation.name:
-            return operation.flops / (device.flops * device.attention)
-        return product_seconds(device, operation.flops)
-    return operation.moved / (device.memory_bandwidth * device.streaming)
-
-
 def exchanged(trace: RankTrace, device: Device, passes: int) -> dict[tuple[str, str, int], tuple[float, float, float]]:
     """(group, operation, size) -> number, bytes, seconds during which nothing else runs."""
     table: dict[tuple[str, str, int], tuple[float, float, float]] = {}
@@ -93,8 +85,7 @@ def exchanged(trace: RankTrace, device: Device, passes: int) -> dict[tuple[str, 
             continue
         group = trace.groups.get(operation.ranks, "pair")
         key = group, operation.name.removeprefix("c10d.").lstrip("_"), size
-        stride = operation.ranks[1] - operation.ranks[0]
-        seconds = collective_seconds(device, size, stride, operation.moved) if operation.waits else 0.0
+        seconds = exchange_seconds(operation, device) if operation.waits else 0.0
         before = table.get(key, (0.0, 0.0, 0.0))
         table[key] = before[0] + times, before[1] + operation.moved * times, before[2] + seconds * times
     return table
@@ -106,6 +97,23 @@ def _collectives(trace: RankTrace, device: Device, passes: int) -> list[str]:
         wait = f"{seconds:.3f} s" if seconds else "-"
         lines.append(f"trace:   {group:<11}{name:<32}{size:>6}{count:>9,.0f}{moved / GIB:>10.3f}{wait:>11}")
     lines.append(f"trace: before the first step: {len(trace.start)} collectives, {trace.communicators} groups are made")
+    return lines
+
+
+def play(trace: RankTrace, device: Device, passes: int, chunks: int = 1) -> Played:
+    """The traced step on a device's streams, see `overlap.played`."""
+    repeats = passes / trace.micro_batches
+    return played(trace.operations, trace.waits, trace.groups, device, repeats=repeats, chunks=chunks)
+
+
+def _exposed(trace: RankTrace, device: Device, passes: int) -> list[str]:
+    """What of the communication nothing hides, and what would be left if products beside it hid it in 4 pieces."""
+    now, hidden = play(trace, device, passes), play(trace, device, passes, chunks=4)
+    lines = [f"trace: {'played on streams (without bubble and host)':<46}{'now':>10}{'in 4 pieces':>14}"]
+    lines.append(f"trace:   {'step':<44}{now.total:>8.3f} s{hidden.total:>12.3f} s")
+    for name, seconds in sorted(now.exposed.items()):
+        share, left = seconds / now.total, hidden.exposed.get(name, 0.0) / hidden.total
+        lines.append(f"trace:   {f'nothing hides {name}':<44}{100 * share:>8.1f} %{100 * left:>12.1f} %")
     return lines
 
 
@@ -124,4 +132,6 @@ def as_json(trace: RankTrace, planned: StageMemory, device: Device, passes: int)
             for (group, name, size), (count, moved, seconds) in sorted(exchanged(trace, device, passes).items())
         ],
         "communicators": trace.communicators,
+        "step_seconds": play(trace, device, passes).total,
+        "exposed_seconds": dict(play(trace, device, passes).exposed),
     }

@@ -16,21 +16,19 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu import kernels, log
-from qwen3_npu.args.lora import LORA_TARGETS, LoraArgs
+from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
+from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.data.train.data_path import cache_folder
-from qwen3_npu.distributed.context_parallel import ContextParallel
-from qwen3_npu.distributed.launch import World, model_parallel, process_group
+from qwen3_npu.distributed.launch import World, model_parallel, model_rank, process_group
 from qwen3_npu.distributed.nodes import check_shared
 from qwen3_npu.errors import Stopped, UsageError
-from qwen3_npu.model.build import build_model
+from qwen3_npu.model.build import build_model, freeze
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.router import routers
-from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
 from qwen3_npu.training.checkpoints.facts import facts
@@ -40,8 +38,10 @@ from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
 from qwen3_npu.training.fingerprints.gather import fingerprinting, follow_tokens
 from qwen3_npu.training.fingerprints.recorder import StepRecorder
+from qwen3_npu.training.gradients import Gradients
 from qwen3_npu.training.guard import NanGuard
-from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, finalize_gradients, wrap_model
+from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from qwen3_npu.training.parts import lora_of, parts_of
 from qwen3_npu.training.preference import preference_objective
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
@@ -117,24 +117,30 @@ class Trainer:
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
         self.recorder, config = recorder, self._config()
         self.dtype = config.params_dtype
-        self.parts = self._parts(chosen if recorder is None else recorder.wrapped(chosen))
+        self.parts = parts_of(args, chosen if recorder is None else recorder.wrapped(chosen))
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
+        contents = Contents(plan.arch, lora=lora_of(args.lora, plan.arch))
+        if plan.frozen:
+            rest = dataclasses.replace(contents, without=plan.frozen).shards(plan.layout, model_rank())
+            kept = {(shard.chunk, shard.name) for shard in rest}
+            freeze(self.modules, config, lambda chunk, name: (chunk, name) not in kept)
         self.chunks = wrap_model(config, self.modules, args.optimizer)
         self.optimizer = build_optimizer(self.chunks, args.optimizer, bf16=args.train.bf16)
         self.scheduler = build_scheduler(self.optimizer, args.optimizer, args.train, plan.global_batch)
-        config.finalize_model_grads_func = here.in_phase("reduce", finalize_gradients)
+        self.gradients = Gradients(self.optimizer)
+        config.finalize_model_grads_func = here.in_phase("reduce", self.gradients.finalize)
         config.grad_scale_func = self.optimizer.scale_loss
         if args.optimizer.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.chunks])
             if args.optimizer.overlap_param_gather:
                 config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in self.chunks])
-        contents = Contents(plan.arch, lora=_lora(args.lora))
-        trained = Trained(contents, plan.layout, self.modules, self.optimizer, scheduler=self.scheduler)
-        if contents.lora:
+        trained = Trained(
+            contents, plan.layout, self.modules, self.optimizer, scheduler=self.scheduler, frozen=plan.frozen
+        )
+        if contents.lora or plan.frozen:
             some, every = trained.optimized.parameters, contents.parameters
-            log.info(
-                f"{contents.lora}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)"
-            )
+            what = contents.lora or "frozen by --freeze-include"
+            log.info(f"{what}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)")
         self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), config=plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
         self.position = Position()
@@ -153,19 +159,6 @@ class Trainer:
         self.routers = [router for router in weighted if router.has_losses]
         self.objective = preference_objective(args.data.stage, args.preference)
         self.reference: Reference | None = None
-
-    def _parts(self, chosen: kernels.Kernels) -> Parts:
-        args, context_parallel = self.args, None
-        if args.parallel.context_parallel_size > 1:
-            context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
-        return Parts(
-            chosen,
-            lora=args.lora,
-            context_parallel=context_parallel,
-            recompute_activation=args.train.recompute_activation_function,
-            loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
-            seed=args.runtime.seed,
-        )
 
     def _config(self) -> TransformerConfig:
         """A configuration of its own for each model: it also says what megatron's schedules call."""
@@ -303,7 +296,7 @@ class Trainer:
             self.recorder.begin(self.position.iteration + 1)
         result = train_step(
             self.chunks,
-            self.optimizer,
+            self.gradients,
             self.scheduler,
             batches,
             guard=self.guard,
@@ -380,9 +373,3 @@ class Trainer:
 def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
     """megatron takes one function, or a list of one per model chunk."""
     return items if len(items) > 1 else items[0]
-
-
-def _lora(args: LoraArgs) -> Lora | None:
-    """What the checkpoints say of LoRA adapters."""
-    targets = tuple(target for target in LORA_TARGETS if target in args.lora_target_modules)
-    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora) if args.on else None

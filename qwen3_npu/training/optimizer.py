@@ -5,12 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -20,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.training import OptimizerArgs, TrainArgs
 from qwen3_npu.checkpoint.training.optimizer_state import parts
+from qwen3_npu.training.swap import MOMENTS, SwappedState
 
 
 def wrap_model(
@@ -63,8 +61,11 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
                 state = part.optimizer.state[parameter]
                 # Made here, not in the first step: too little memory shows at once.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+                for key in MOMENTS if not args.swap_optimizer else ():
+                    state[key] = torch.zeros_like(parameter, dtype=torch.float32)
+        if args.swap_optimizer:
+            assert isinstance(part, DistributedOptimizer)
+            SwappedState(part, args.swap_optimizer_times)
     return optimizer
 
 
@@ -84,46 +85,6 @@ def _copy_to_model(part: MegatronOptimizer) -> None:
         slices.append(part.buffers[buffer].buckets[bucket].param_data.view(-1)[place.start : place.end])
     if sources:
         torch._foreach_copy_(slices, sources)
-
-
-def finalize_gradients(
-    chunks: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **options: Any
-) -> None:
-    """megatron's finalize_model_grads. Its division reads the number of tokens on the host; this one does not."""
-    finalize_model_grads(chunks, None, **options)
-    if num_tokens is None:
-        return
-    last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(num_tokens, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    dist.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    factor = 1.0 / num_tokens.clamp(min=1)
-    for chunk in chunks:
-        chunk.scale_gradients(factor)
-
-
-def gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> torch.Tensor:
-    """The norm of all gradients, a float32 scalar on the device.
-
-    What megatron's `get_grad_norm` computes, which reads the norm of each parameter on the host.
-    """
-    found: dict[dist.ProcessGroup, list[torch.Tensor]] = {}
-    for part in parts(optimizer):
-        found.setdefault(part.get_grad_stats_parallel_group(), []).extend(part.get_main_grads_for_grad_norm())
-    total = torch.zeros((), device=device)
-    for group, gradients in found.items():
-        squares = torch.stack(torch._foreach_norm(gradients)).square().sum() if gradients else torch.zeros_like(total)
-        dist.all_reduce(squares, group=group)
-        total += squares
-    return total.sqrt()
-
-
-def clip_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
-    """Scale the gradients so that their norm, which is `norm` now, is at most --clip-grad (0: any)."""
-    for part in parts(optimizer):
-        factor = part.config.clip_grad / (norm + 1e-6)  # as megatron's
-        gradients = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
-        if 0 < factor < 1 and gradients:
-            torch._foreach_mul_(gradients, factor)
 
 
 def build_scheduler(

@@ -12,15 +12,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from qwen3_npu.data.train.batches import MicroBatch
+from qwen3_npu.training.gradients import Gradients
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.objective import Objective
-from qwen3_npu.training.optimizer import clip_gradients, gradient_norm
 from qwen3_npu.training.spikes.detector import SpikeLimits
 from qwen3_npu.watch import here
 
@@ -219,7 +218,7 @@ def run_schedule(
 
 def train_step(
     chunks: Sequence[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
+    gradients: Gradients,
     scheduler: OptimizerParamScheduler,
     batches: Sequence[Iterator[MicroBatch]],
     *,
@@ -241,6 +240,7 @@ def train_step(
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
+    optimizer = gradients.optimizer
     optimizer.zero_grad()
     sums = run_schedule(
         chunks,
@@ -254,7 +254,7 @@ def train_step(
     here.at("optimizer")
     rate = max((group["lr"] for group in optimizer.param_groups), default=0.0)
     optimizer.prepare_grads()
-    norm = gradient_norm(optimizer, sums.device)
+    norm, divisor = gradients.measure(sums.device)
     # 0, or NaN where a number is not finite; a sum over the ranks keeps NaN (a maximum need not).
     bad = 0 * (sums[0] + sums[1] + norm)
     if limits is not None:
@@ -263,13 +263,12 @@ def train_step(
     flags = [bad, *(torch.full_like(norm, float(wish)) for wish in wishes)]
     everyones = torch.stack(flags)
     dist.all_reduce(everyones)
-    *numbers, grad_norm = torch.cat((everyones, sums, norm.view(1))).tolist()
+    *numbers, grad_norm, tokens = torch.cat((everyones, sums, norm.view(1), divisor.view(1))).tolist()
     not_well, *told = numbers[: len(flags)]
     tally, skip = tally_of(numbers[len(flags) :]), math.isnan(not_well)
     guard.count(skip)
     if not skip:
-        clip_gradients(optimizer, grad_norm)
-        optimizer.step_with_ready_grads()
+        gradients.update(grad_norm, tokens)
         scheduler.step(increment=global_batch)
     return StepResult(tally, grad_norm, rate, skip, wishes=tuple(count > 0 for count in told))
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import llama
 import tiny
+from plain import LONGEST
 from worlds import World
 
 KINDS = ("untied", "tied", "moe", "few", "qwen2", "yarn")
@@ -42,3 +43,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prefix of a token file."""
     return str(tiny.write_tokens(tmp_path_factory.mktemp("tokens") / "text_document"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Form -> prefix."""
+    root = tmp_path_factory.mktemp("instructions")
+    return {
+        "single": str(tiny.write_instructions(root / "single")),
+        "packed": str(tiny.write_instructions(root / "packed", pack=LONGEST)),
+    }

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import generation
+import harness_tasks
 import quiz
 import tiny
 from worlds import World
@@ -36,7 +37,7 @@ def expected(models: dict[str, str]) -> dict[str, dict[str, Any]]:
     found = {}
     for kind in KINDS:
         model, prompts = generation.transformers_model(models[kind]), generation.prompts()
-        greedy = generation.transformers_answers(model, prompts, 64)
+        greedy = generation.transformers_answers(model, prompts, 24)
         found[kind] = {
             "greedy": greedy,
             "no prefix cache": [answer[:12] for answer in greedy],
@@ -73,6 +74,35 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("readers")
     found = {kind: tiny.write_model(root / kind, tiny.arch(kind, vocab_size=800)) for kind in ("tied", "moe")}
     return {kind: str(quiz.write_tokenizer(folder)) for kind, folder in found.items()}
+
+
+@pytest.mark.parametrize(("kind", "flags"), [("tied", TP2 + PP2), ("moe", TP2 + EP2)])
+def test_serves_what_transformers_says(
+    kind: str, flags: list[str], worlds: dict[int, World], readers: dict[str, str]
+) -> None:
+    """Rank 0 speaks HTTP, the others follow; a second copy of the model serves its experts."""
+    from transformers import AutoTokenizer
+
+    texts = ["Once", "The lighthouse keeper", "Once upon a time", "a", "The sea"]
+    model, tokenizer = generation.transformers_model(readers[kind]), AutoTokenizer.from_pretrained(readers[kind])
+    tokens = [tokenizer(text).input_ids for text in texts]
+    expected = generation.transformers_answers(model, tokens, 6, eos_token_id=[0, 1, 2])
+    got = worlds[4].run("generation_cases.served", folder=readers[kind], flags=flags, texts=texts)
+    assert got == [tokenizer.decode(answer) for answer in expected]
+
+
+def test_lm_evaluation_harness_says_what_it_says_of_transformers(
+    worlds: dict[int, World], readers: dict[str, str], tmp_path: Path
+) -> None:
+    """On two copies of the model, each sharded over two processes, which take different requests."""
+    pytest.importorskip("lm_eval", reason="the comparison needs lm-evaluation-harness (pip install lm-eval)")
+    (tmp_path / "theirs").mkdir()
+    expected = harness_tasks.of_transformers(Path(readers["tied"]), tmp_path / "theirs")
+    flags = "tensor-model-parallel-size=2,max-position-embeddings=512"
+    given = {"folder": readers["tied"], "flags": flags, "out": str(tmp_path)}
+    got = worlds[4].run("generation_cases.harnessed", **given)
+    assert got["copies"] == 2
+    harness_tasks.assert_same(got, expected)
 
 
 @pytest.mark.parametrize(("kind", "flags"), [("tied", TP2 + PP2), ("moe", EP2 + PP2)])

@@ -78,8 +78,20 @@ LESS = {
     "loss in chunks": ("untied", CHUNKS, [], 0.97),
     "whole layers, MoE": ("moe", FULL, [], 0.30),
     "experts": ("moe", [*SELECTIVE, "--recompute-modules", "moe"], [], 0.78),
+    "experts' first product": ("moe", ["--moe-zero-memory", "level0"], [], 0.9),
+    "experts and their exchange": ("moe", ["--moe-zero-memory", "level1"], [], 0.78),
     "experts' activation function": ("moe", ["--recompute-activation-function"], [], 0.95),
 }
+
+
+@pytest.mark.parametrize("level", ["level0", "level1"])
+def test_experts_that_are_computed_again_change_no_bit(
+    level: str, worlds: dict[int, World], models: dict[str, str], tokens: str
+) -> None:
+    flags = ["--seq-length", "32", "--train-iters", "2", "--lr", "1e-3", "--device", "cpu", "--bf16"]
+    flags += ["--load", models["moe"], "--data-path", tokens]
+    plain, again = (worlds[1].run("train", flags=flags + more, steps=2) for more in ([], ["--moe-zero-memory", level]))
+    assert again == plain
 
 
 @pytest.mark.parametrize("name", LESS)

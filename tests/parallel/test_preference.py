@@ -2,146 +2,160 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from safetensors.numpy import load_file, save_file
 
 import tiny
-from pairs import BATCH, LONGEST, first_step, trl_loss, write_pairs, write_texts
-from plain import unstacked
+from pairs import BATCH, LONGEST, first_step, labelled_step, write_labelled, write_pairs, write_texts
+from qwen3_npu.checkpoint.mapping.lora import Lora
 from qwen3_npu.parity.measure import largest_difference
 from qwen3_npu.parity.rows import CHUNKS, EP2, FULL, PER_DOCUMENT, PP2, RING, SP, TP2, ULYSSES, VPP, ZERO
+from trl_oracle import BALANCE, LOSSES, MICRO, WEIGHTS, Oracle, Z, policy_of
 from worlds import World
 
-FLAGS = ["--seq-length", str(LONGEST), "--global-batch-size", str(BATCH), "--lr", "1e-3", "--train-iters", "3"]
-FLAGS += ["--lr-decay-style", "constant", "--clip-grad", "0", "--device", "cpu", "--eval-iters", "0"]
-FLAGS += ["--split", "1,0,0"]
-MICRO = {
-    "dpo": "2",
-    "orpo": "8",
-    "simpo": "2",
-    "rm": "2",
-}  # orpo's likelihood is a mean over the tokens of a micro-batch
-LOSSES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
-    "sigmoid": ("dpo", ["--dpo-beta", "0.3"], {"beta": 0.3, "loss_type": "sigmoid"}),
-    "hinge": ("dpo", ["--dpo-loss-type", "hinge"], {"beta": 0.1, "loss_type": "hinge"}),
-    "ipo": ("dpo", ["--dpo-loss-type", "ipo"], {"beta": 0.1, "loss_type": "ipo"}),
-    "orpo": ("orpo", ["--dpo-beta", "0.2"], {"beta": 0.2}),
-    "simpo": (
-        "simpo",
-        ["--beta", "2.0", "--simpo-gamma", "0.6", "--dpo-label-smoothing", "0.1"],
-        {"beta": 2.0, "simpo_gamma": 0.6, "label_smoothing": 0.1},
-    ),
-    "rm": ("rm", ["--center-rewards-coefficient", "0.05"], {"center_rewards_coefficient": 0.05}),
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "checkpoint"))
+import samples
+
+FLAGS = ["--seq-length", str(LONGEST), "--global-batch-size", str(BATCH), "--micro-batch-size", str(MICRO)]
+FLAGS += ["--train-iters", "3", "--device", "cpu", "--eval-iters", "0", "--split", "1,0,0"]
+LEARNING = ["--lr", "1e-3", "--lr-decay-style", "constant", "--clip-grad", "0"]
+# So strong that rewards are not small beside the last float32 digit of the log-probabilities (near -100) between them.
+LORA = Lora(4, 32.0, samples.ALL_TARGETS)
+ADAPTER = ["--lora-r", str(LORA.r), "--lora-alpha", str(LORA.alpha), "--finetune"]
+VARIABLE = ["--no-pad-to-seq-lengths"]
+ROUTERS = ["--moe-aux-loss-coeff", str(BALANCE), "--moe-z-loss-coeff", str(Z)]
+# Name -> processes, data-parallel ranks, model, flags.
+LAYOUTS: dict[str, tuple[int, int, str, list[str]]] = {
+    "one process": (1, 1, "untied", []),
+    "packed, recomputed, loss in chunks": (1, 1, "untied", [*PER_DOCUMENT, *VARIABLE, *FULL, *CHUNKS]),
+    "LoRA": (1, 1, "adapted", ADAPTER),
+    "DP2 distributed optimizer": (2, 2, "untied", ZERO),
+    "TP2": (2, 1, "untied", TP2),
+    "PP2": (2, 1, "tied", PP2),
+    "PP2 VPP2, dynamic lengths": (2, 1, "untied", [*PP2, *VPP, *VARIABLE]),
+    "CP2 ring": (2, 1, "untied", RING),
+    "CP2 ulysses, packed": (2, 1, "untied", ULYSSES + PER_DOCUMENT),
+    "EP2": (2, 2, "moe", EP2 + ROUTERS),
+    "TP2 PP2 SP": (4, 1, "untied", TP2 + PP2 + SP),
 }
-LAYOUTS = {
-    "one process": (1, "sigmoid", "untied", []),
-    "packed": (1, "sigmoid", "untied", [*PER_DOCUMENT, "--no-pad-to-seq-lengths"]),
-    "chunked, recomputed": (1, "sigmoid", "untied", [*CHUNKS, *FULL]),
-    "TP2 SP": (2, "orpo", "untied", TP2 + SP),
-    "DP2 distributed optimizer": (2, "ipo", "untied", ZERO),
-    "PP2": (2, "sigmoid", "tied", PP2),
-    "PP2 VPP2, dynamic lengths": (2, "sigmoid", "untied", [*PP2, *VPP, "--no-pad-to-seq-lengths"]),
-    "CP2 ring": (2, "hinge", "untied", RING),
-    "CP2 ulysses, packed": (2, "simpo", "untied", ULYSSES + PER_DOCUMENT),
-    "EP2": (2, "sigmoid", "moe", [*EP2, "--moe-aux-loss-coeff", "0"]),
-    "TP2 PP2 SP": (4, "sigmoid", "untied", TP2 + PP2 + SP),
-    "reward model, packed, recomputed": (1, "rm", "rm", [*PER_DOCUMENT, *FULL, "--no-pad-to-seq-lengths"]),
-    "reward model, TP2": (2, "rm", "rm", TP2),
-    "reward model, PP2 VPP2, dynamic lengths": (2, "rm", "rm", [*PP2, *VPP, "--no-pad-to-seq-lengths"]),
-    "reward model, CP2 ring, distributed optimizer": (2, "rm", "rm", RING + ZERO),
-    "reward model, EP2": (2, "rm", "rm moe", [*EP2, "--moe-aux-loss-coeff", "0"]),
-    "reward model, TP2 PP2 SP": (4, "rm", "rm", TP2 + PP2 + SP),
-}
+REWARD = "reward model"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Kind -> prefix. With this seed the chosen answers of the first step are longer, so margins have a sign."""
+    root = tmp_path_factory.mktemp("answers")
+    return {"pairs": write_pairs(root / "pairs", seed=8), "labelled": write_labelled(root / "labelled")}
 
 
 @pytest.fixture(scope="module")
 def policies(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Kind -> the model to be trained; "rm": a reward model."""
-    root = tmp_path_factory.mktemp("rewards")
-    made = {"rm": "untied", "rm moe": "moe"}
-    return {**models, **{k: str(tiny.write_model(root / k, tiny.arch(a).as_reward(), seed=5)) for k, a in made.items()}}
+    """Kind -> the model to be trained; with "reward": a reward model; with "adapter": of "adapted"."""
+    root = tmp_path_factory.mktemp("policies")
+    found = {**models, "adapted": models["untied"], "adapted reward": models["untied"]}
+    for kind in ("untied", "moe"):
+        found[f"{kind} reward"] = str(tiny.write_model(root / kind, tiny.arch(kind).as_reward(), seed=5))
+    found["tied reward"] = found["untied reward"]  # they differ in the output layer
+    arch = tiny.arch("untied")
+    for name, adapted, seed in (("adapter", arch, 1), ("reward adapter", arch.as_reward(), 2)):
+        found[name] = str(samples.write_adapter(root / name, adapted, LORA, shared_a=True, seed=seed))
+    return found
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Kind -> a reference other than the model that is trained."""
-    root = tmp_path_factory.mktemp("references")
-    return {kind: str(tiny.write_model(root / kind, tiny.arch(kind), seed=7)) for kind in ("untied", "tied", "moe")}
+def references(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Kind -> a reference other than the model that is trained; an adapter's is its base.
+
+    They are surer than the models that are trained, and mostly wrong, so that rewards are positive: means of rewards of
+    both signs would have fewer digits than the rewards.
+    """
+    root, made = tmp_path_factory.mktemp("references"), {"adapted": models["untied"]}
+    for kind, output in {"untied": "lm_head", "tied": "model.embed_tokens", "moe": "lm_head"}.items():
+        made[kind] = str(tiny.write_model(root / kind, tiny.arch(kind), seed=7))
+        file = root / kind / "model.safetensors"
+        weights = load_file(file)
+        save_file({**weights, f"{output}.weight": 2 * weights[f"{output}.weight"]}, file, {"format": "pt"})
+    return made
 
 
 @pytest.fixture(scope="module")
 def trl(
-    policies: dict[str, str], references: dict[str, str], data: str, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
-    """(loss, kind) -> TRL's loss, metrics and gradients of the first step; each once."""
+    policies: dict[str, str], references: dict[str, str], data: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Oracle]:
+    """Kind -> what TRL says of it."""
     pytest.importorskip("trl", reason="TRL is the oracle: pip install trl")
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    known: dict[tuple[str, str], dict[str, Any]] = {}
     folder = tmp_path_factory.mktemp("trl")
+    pairs, answers = first_step(data["pairs"]), labelled_step(data["labelled"])
 
-    def compute(loss: str, kind: str) -> dict[str, Any]:
-        if (loss, kind) not in known:
-            stage, _, options = LOSSES[loss]
-            auto = AutoModelForSequenceClassification if stage == "rm" else AutoModelForCausalLM
-            policy = auto.from_pretrained(policies[kind], dtype=torch.float32)
-            reference = None
-            if stage == "dpo":
-                reference = AutoModelForCausalLM.from_pretrained(references[kind], dtype=torch.float32)
-            value, metrics = trl_loss(stage, policy, reference, first_step(data), folder, **options)
-            value.backward()
-            gradients = unstacked({n: p.grad.numpy() for n, p in policy.named_parameters() if p.grad is not None})
-            known[loss, kind] = {"loss": value.item(), "metrics": metrics, "gradients": gradients}
-        return known[loss, kind]
+    @functools.cache
+    def oracle(kind: str) -> Oracle:
+        reward = kind.endswith(" reward")
+        adapter = f"{'reward ' * reward}adapter" if kind.startswith("adapted") else None
+        policy = policy_of(policies[kind], policies[adapter] if adapter else None, reward=reward)
+        reference = None if reward else policy_of(references[kind])
+        return Oracle(policy, reference, pairs, answers, folder)
 
-    return compute
+    return oracle
 
 
-def flags_of(loss: str, model: str, reference: str, data: str) -> list[str]:
-    stage, more, _ = LOSSES[loss]
-    flags = [*FLAGS, "--stage", stage, *more, "--micro-batch-size", MICRO[stage], "--load", model, "--data-path", data]
-    return [*flags, "--ref-model", reference] if stage == "dpo" else flags
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_loss_rewards_and_gradients_are_those_of_trl(
-    name: str,
+@pytest.fixture(scope="module")
+def ours(
     worlds: dict[int, World],
     policies: dict[str, str],
     references: dict[str, str],
-    data: str,
-    trl: Any,
-    tmp_path: Path,
+    data: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, bool], dict[str, Any]]:
+    """Layout, whether it is a reward model -> loss -> what the first step is; all losses of a model in one run."""
+
+    @functools.cache
+    def run(layout: str, reward: bool) -> dict[str, Any]:
+        size, _, kind, extra = LAYOUTS[layout]
+        folder = tmp_path_factory.mktemp("gradients")
+        common = [*FLAGS, "--load", policies[f"{kind}{' reward' * reward}"], *extra]
+        if kind == "adapted":
+            common += ["--lora-load", policies[f"{'reward ' * reward}adapter"]]
+        runs = {}
+        for loss, flags in LOSSES.items():
+            if (loss == REWARD) is reward:
+                runs[loss] = [*flags, "--data-path", data["labelled" if loss == "kto" else "pairs"]]
+                if {"dpo", "kto"} & set(flags) and kind != "adapted":
+                    runs[loss] += ["--ref-model", references[kind]]
+        found = worlds[size].run("preference_cases.first_steps", common=common, runs=runs, folder=str(folder))
+        return {loss: {**one, "gradients": dict(np.load(folder / f"{loss}.npz"))} for loss, one in found.items()}
+
+    return run
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_rewards_and_gradients_are_those_of_trl(
+    layout: str, loss: str, ours: Callable[[str, bool], dict[str, Any]], trl: Callable[[str], Oracle]
 ) -> None:
-    size, loss, kind, extra = LAYOUTS[name]
-    file = tmp_path / "gradients.npz"
-    flags = [*flags_of(loss, policies[kind], references.get(kind, ""), data), *extra]
-    got = worlds[size].run("preference", flags=flags, steps=1, file=str(file))
-    expected = trl(loss, kind)
-    assert got["loss"][0] == pytest.approx(expected["loss"], rel=1e-5)
-    metrics = expected["metrics"]
-    names = ["rewards/chosen", "rewards/rejected", *(["logps/chosen", "logps/rejected"] if loss != "rm" else [])]
-    others = [("rewards/accuracy", "rewards/accuracies"), ("rewards/margin", "rewards/margins")]
-    for ours, theirs in [*((n, n) for n in names), *others]:
-        assert got["metrics"][ours] == pytest.approx(metrics[theirs], rel=1e-5, abs=1e-6), ours
-    difference, where = largest_difference(dict(np.load(file)), expected["gradients"])
+    _, ranks, kind, _ = LAYOUTS[layout]
+    reward = loss == REWARD
+    expected = trl(f"{kind}{' reward' * reward}").step(loss, ranks)
+    found = ours(layout, reward)[loss]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name, value in expected["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=1e-5), name
+    difference, where = largest_difference(found["gradients"], expected["gradients"])
     assert difference <= 1e-5, where
 
 
 def test_a_cached_reference_is_the_live_one_bit_for_bit_and_is_computed_once(
-    worlds: dict[int, World], models: dict[str, str], references: dict[str, str], data: str, tmp_path: Path
+    worlds: dict[int, World], models: dict[str, str], references: dict[str, str], data: dict[str, str], tmp_path: Path
 ) -> None:
-    flags = [*flags_of("sigmoid", models["untied"], references["untied"], data), "--data-cache-path", str(tmp_path)]
+    flags = [*FLAGS, *LEARNING, *LOSSES["sigmoid"], "--load", models["untied"], "--data-path", data["pairs"]]
+    flags += ["--ref-model", references["untied"], "--data-cache-path", str(tmp_path)]
     live = worlds[1].run("train", flags=flags, steps=3)
     cached = worlds[1].run("train", flags=[*flags, "--ref-logprobs", "cache"], steps=3)
     assert cached == live
@@ -155,22 +169,28 @@ def test_a_cached_reference_is_the_live_one_bit_for_bit_and_is_computed_once(
     assert abs(other["loss"][0] - live["loss"][0]) > 1e-2
 
 
-def test_with_lora_the_reference_is_the_base(worlds: dict[int, World], models: dict[str, str], tmp_path: Path) -> None:
-    """At the first step policy and reference agree: the loss is log 2 and no reward has a sign. Then it learns."""
-    same = write_pairs(tmp_path / "pairs", count=BATCH)  # every step sees the same pairs
-    flags = [*flags_of("sigmoid", models["untied"], "", same)[:-2], "--lora-r", "4", "--lr", "5e-3"]
-    got = worlds[1].run("preference", flags=flags, steps=3, file=str(tmp_path / "g.npz"))
-    assert got["loss"][0] == pytest.approx(np.log(2), abs=1e-6)
-    assert got["loss"][2] < got["loss"][0] - 1e-3
-    parallel = worlds[2].run("preference", flags=[*flags, *PP2], steps=1, file=str(tmp_path / "h.npz"))
-    assert parallel["loss"][0] == pytest.approx(np.log(2), abs=1e-6)
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_with_lora_the_reference_is_the_base_and_it_learns(
+    loss: str, worlds: dict[int, World], models: dict[str, str], tmp_path: Path
+) -> None:
+    """At the first step policy and reference agree: pairs cost log 2, answers their weights times a half."""
+    write = write_labelled if loss == "kto" else write_pairs
+    same = write(tmp_path / "answers", count=BATCH)  # every step sees the same
+    flags = [*FLAGS, *LEARNING, *LOSSES[loss], "--load", models["untied"], "--data-path", same]
+    got = worlds[1].run("train", flags=[*flags, "--lora-r", "4", "--lr", "5e-3"], steps=3)["loss"]
+    expected = np.log(2)
+    if loss == "kto":
+        good = sum(label for *_, label in labelled_step(same))
+        expected = (WEIGHTS[0] * good + WEIGHTS[1] * (BATCH - good)) / BATCH / 2
+    assert got[0] == pytest.approx(expected, abs=1e-6)
+    assert got[2] < got[0] - 1e-3
 
 
 def test_a_reference_of_another_shape_is_one_line(
-    worlds: dict[int, World], models: dict[str, str], references: dict[str, str], data: str
+    worlds: dict[int, World], models: dict[str, str], references: dict[str, str], data: dict[str, str]
 ) -> None:
-    flags = flags_of("sigmoid", models["untied"], references["tied"], data)
-    found = worlds[1].run("resumed", flags=flags)
+    flags = [*FLAGS, *LEARNING, *LOSSES["sigmoid"], "--load", models["untied"], "--data-path", data["pairs"]]
+    found = worlds[1].run("resumed", flags=[*flags, "--ref-model", references["tied"]])
     assert "the reference" in found["error"]
     assert "the model that is trained is" in found["error"]
 

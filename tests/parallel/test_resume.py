@@ -46,6 +46,31 @@ def test_same_layout_continues_bit_for_bit(
     assert rest["grad_norm"] == whole["grad_norm"][3:]
 
 
+SWAP = [*ZERO, "--swap-optimizer", "--swap-optimizer-times", "5"]
+
+
+@pytest.mark.parametrize(("kind", "size", "dtype"), [("moe", 2, ["--bf16"]), ("untied", 1, [])])
+def test_an_optimizer_on_the_host_changes_no_bit_and_is_resumed_from_and_into_one_on_the_device(
+    kind: str,
+    size: int,
+    dtype: list[str],
+    worlds: dict[int, World],
+    models: dict[str, str],
+    tokens: str,
+    tmp_path: Path,
+) -> None:
+    flags = [*BASE, *dtype, "--data-path", tokens]
+    there, here = (["--save", str(tmp_path / name)] for name in ("there", "here"))
+    start = ["--load", models[kind]]
+    plain = worlds[size].run("train", flags=[*flags, *ZERO, *start, *here], steps=5, save_after=3)
+    swapped = worlds[size].run("train", flags=[*flags, *SWAP, *start, *there], steps=5, save_after=3)
+    assert swapped == plain
+    for saved, how in ((here, SWAP), (there, ZERO)):
+        rest = worlds[size].run("train", flags=[*flags, *how, "--load", saved[1]], steps=2)
+        assert rest["loss"] == plain["loss"][3:]
+        assert rest["grad_norm"] == plain["grad_norm"][3:]
+
+
 OTHER = {
     "tied: DP2 distributed optimizer -> one process": ("tied", 2, ZERO, 1, []),
     "tied: one process -> TP2 PP2": ("tied", 1, [], 4, TP2 + PP2),

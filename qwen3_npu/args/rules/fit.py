@@ -39,6 +39,8 @@ def fit_flags(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
     check_world_size(layout, world_size, context)
     _check_sequence(args, arch)
     _check_kind(args.train, arch)
+    if args.lora.qlora:
+        _check_blocks(arch, layout)
     data_parallel = world_size // (layout.tensor * layout.pipeline * context)
     micro = args.train.micro_batch_size
     args.preference.check_stage(args.data.stage)
@@ -97,6 +99,22 @@ def _check_kind(train: TrainArgs, arch: Qwen3Arch) -> None:
         given = [f"--{f.name.replace('_', '-')}" for f in moe if getattr(train, f.name) != f.default]
         if given:
             raise UsageError(f"{', '.join(given)}: this model is dense; drop what is for experts")
+
+
+def _check_blocks(arch: Qwen3Arch, layout: Layout) -> None:
+    """A block of 64 weights lies within a row of a rank, so that the codes are the same in every layout."""
+    widths = {"the hidden size": (arch.hidden_size, 1)}
+    widths["the width of attention"] = (arch.num_attention_heads * arch.head_dim, layout.tensor)
+    if arch.is_moe:
+        widths["the width of an expert"] = (arch.moe_intermediate_size, layout.expert_tensor)
+    else:
+        widths["the width of the MLP"] = (arch.intermediate_size, layout.tensor)
+    for what, (width, ranks) in widths.items():
+        if width % (64 * ranks):
+            raise UsageError(
+                f"--qlora: {what}, {width}, over {ranks} tensor-parallel ranks is no multiple of NF4's blocks of 64; "
+                f"use fewer"
+            )
 
 
 def sequence_multiple(args: PretrainArgs) -> tuple[int, str]:

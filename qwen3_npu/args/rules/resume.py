@@ -12,6 +12,7 @@ REASONS = {
     # refused
     "position": "the position counts samples: text would be repeated or skipped",
     "steps": "steps and learning rate no longer mean the same",
+    "trained": "the optimizer has no state of weights that were frozen",
     "model": "the weights were trained as another model",
     "numbers": "weights and optimizer state were made in another precision",
     # told
@@ -37,6 +38,8 @@ REFUSED = {
     "split": "position",
     "shuffle": "position",
     "global_batch_size": "steps",
+    "freeze_include": "trained",
+    "freeze_exclude": "trained",
     "reset_attention_mask": "model",
     "reset_position_ids": "model",
     "eod_mask_loss": "model",
@@ -46,6 +49,7 @@ REFUSED = {
     "moe_router_topk": "model",
     "norm_topk_prob": "model",
     "bf16": "numbers",
+    "qlora": "numbers",
 }
 
 WARNED = {
@@ -105,6 +109,9 @@ FINE = {
     "moe_token_dispatcher_type": "speed",
     "moe_pad_expert_input_to_capacity": "speed",
     "use_distributed_optimizer": "speed",
+    "swap_optimizer": "speed",
+    "swap_optimizer_times": "speed",
+    "moe_zero_memory": "speed",
     "overlap_grad_reduce": "speed",
     "overlap_param_gather": "speed",
     "ref_logprobs": "speed",

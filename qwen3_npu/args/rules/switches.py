@@ -19,6 +19,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
             "lora_alpha",
             "lora_dropout",
             "use_rslora",
+            "use_dora",
             "lora_init",
             "foreign --lora-fusion",
             "foreign --lora-register-forward-hook",
@@ -46,6 +47,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         ("hf_save_dir",),
     ),
     ("--spike-guard rollback", lambda args: args.spikes.spike_guard == "rollback", ("max_rollbacks",)),
+    ("--swap-optimizer", lambda args: args.optimizer.swap_optimizer, ("swap_optimizer_times",)),
     ("--manual-gc", lambda args: args.train.manual_gc, ("manual_gc_interval",)),
     (
         "--variable-seq-lengths (or --no-pad-to-seq-lengths)",
@@ -77,6 +79,16 @@ def _check_rollback(args: PretrainArgs) -> None:
         raise UsageError("--spike-guard rollback changes which samples come; drop --ref-logprobs cache")
 
 
+def _check_trained(args: PretrainArgs) -> None:
+    """Raises: UsageError: flags that say different things of what is trained."""
+    if args.freeze.on and args.lora.on:
+        raise UsageError("--freeze-include, --freeze-exclude: LoRA trains its adapters only; drop the flags")
+    if args.lora.lora_init == "pissa" and args.data.is_preference and args.preference.ref_model is None:
+        raise UsageError(
+            "--lora-init pissa changes the base, so it is no reference without its adapter; give --ref-model"
+        )
+
+
 def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
     """What the command line left to a default that the user should know of, a line each.
 
@@ -96,6 +108,7 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
         if idle and not is_on(args):
             raise UsageError(f"{', '.join(idle)}: no effect without {switch}; add it or drop the flag")
     _check_rollback(args)
+    _check_trained(args)
     said = []
     if args.lora.on and "lora_r" not in given:
         said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")

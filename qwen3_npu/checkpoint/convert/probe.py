@@ -32,6 +32,19 @@ class Weights:
     def vector(self, name: str, size: int) -> np.ndarray:
         return self.read(name, ((0, size),))
 
+    def row(self, name: str, number: int, columns: int) -> np.ndarray:
+        """One row of an embedding, [1, columns]."""
+        out = self.read(name, ((number, number + 1), (0, columns)))
+        name = self.source.arch.family.hf_name(name)
+        if self.adapter is not None and self.adapter.is_adapted(name):
+            rank = (0, self.adapter.lora.r)
+            b = self.adapter.matrix(name, "B", ((0, columns), rank))
+            out += (
+                np.float32(self.adapter.lora.scale)
+                * (b @ self.adapter.matrix(name, "A", (rank, (number, number + 1)))).T
+            )
+        return out
+
     def linear(self, name: str, x: np.ndarray, rows: int) -> np.ndarray:
         """x W^T (+ scale x A^T B^T): [tokens, columns] -> [tokens, rows]."""
         columns = x.shape[1]
@@ -44,6 +57,10 @@ class Weights:
             inner = x @ self.adapter.matrix(name, "A", (rank, (0, columns))).T
             outer = inner @ self.adapter.matrix(name, "B", ((0, rows), rank)).T
             out += np.float32(self.adapter.lora.scale) * outer
+            if self.adapter.lora.is_dora:
+                for some, _ in row_blocks(full((rows, columns)), 4):
+                    directions = self.adapter.directions(name, some)
+                    out[:, slice(*some)] *= self.adapter.factors(name, some, directions)
         return out
 
 
@@ -51,7 +68,7 @@ def logits(source: Source, tokens: Sequence[int]) -> np.ndarray:
     """[tokens, vocabulary] float32 of one sequence; of a reward model [tokens, 1]."""
     arch, weights = source.arch, Weights(source)
     embedding = EMBEDDING.hf[0]
-    x = np.concatenate([weights.read(embedding, ((t, t + 1), (0, arch.hidden_size))) for t in tokens])
+    x = np.concatenate([weights.row(embedding, token, arch.hidden_size) for token in tokens])
     for layer in range(arch.num_hidden_layers):
         name = f"model.layers.{layer}."
         normed = _rms_norm(x, weights.vector(f"{name}input_layernorm.weight", arch.hidden_size), arch)

@@ -235,7 +235,7 @@ class PeftOutput(ConversionOutput):
         """
         self.root = self.folder = root
         self.stage = root / STAGE
-        self.config, self.dtype = peft_config(lora, base, reward=arch.reward), dtype
+        self.config, self.dtype = peft_config(lora, base, arch), dtype
         self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 
     def facts(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def convert(
     plan = plan_conversion(args, lora)
     log.info(f"model:  {plan.contents.arch}")
     for name, facts in plan.facts.items():
-        log.info(f"{name + ':':<8}{facts['folder']} ({facts['layout']})")
+        log.info(f"{name + ':':<7} {facts['folder']} ({facts['layout']})")
     if plan.merged:
         log.info(f"merge:  {plan.merged}")
     for dtype, count in collections.Counter(dtype.torch for dtype in plan.kept.values()).items():

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from qwen3_npu import log
+from qwen3_npu.args.lora import ALL_TARGETS, LORA_ENDS, LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DTYPES, DType
 from qwen3_npu.checkpoint.mapping.lora import Lora, found_lora
 from qwen3_npu.checkpoint.mapping.shard_reader import OWN_DTYPES
@@ -121,6 +122,12 @@ def own_dtypes(args: argparse.Namespace, names: Collection[str], where: str) -> 
 def lora_args(lora: Lora) -> dict[str, Any]:
     """What the args of a checkpoint with LoRA tensors say about them."""
     said = {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_target_modules": list(lora.targets)}
+    if lora.layers:
+        said["lora_layers"] = {target: list(layers) for target, layers in lora.layers}
+    if lora.is_dora:
+        said["use_dora"] = True
+    if lora.is_residual:
+        said["lora_init"] = "pissa"
     return said | ({"use_rslora": True} if lora.is_stabilized else {})
 
 
@@ -135,11 +142,26 @@ def lora_from_args(
     Raises:
         UsageError: alpha is said nowhere.
     """
-    if (found := found_lora(shapes, where)) is None:
+    layers = record(getattr(args, "lora_layers", None) or {}, f"{where}: lora_layers")
+    layers.only(LORA_TARGETS)
+    found = found_lora(shapes, where)
+    said = getattr(args, "lora_target_modules", None)
+    if layers.fields or (isinstance(said, list) and set(said) & LORA_ENDS.keys()):
+        # A rank does not show every target: only this project saves such adapters, whose args say it all.
+        told = record(vars(args), f"{where}: args")
+        names = [text(name, f"{where}: lora_target_modules") for name in told.sequence("lora_target_modules")]
+        found = told.integer("lora_r", least=1), tuple(target for target in ALL_TARGETS if target in names)
+    if found is None:
         return None
     saved = getattr(args, "lora_alpha", None)
     alpha = alpha if saved is None else float(saved)
     if alpha is None:
         raise UsageError(f"{where} holds LoRA tensors but its args have no lora_alpha; give --lora-alpha")
     r, targets = found
-    return Lora(r, alpha, targets, is_stabilized=getattr(args, "use_rslora", False) is True)
+    some = tuple((target, tuple(sorted(set(layers.counts(target))))) for target in targets if target in layers.fields)
+    kinds = {
+        "is_stabilized": getattr(args, "use_rslora", False) is True,
+        "is_dora": getattr(args, "use_dora", False) is True,
+        "is_residual": getattr(args, "lora_init", None) == "pissa",
+    }
+    return Lora(r, alpha, targets, layers=some, **kinds)

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_npu.args.lora import LORA_TARGETS
-from qwen3_npu.checkpoint.binary.dtypes import F32, DType, Region, sizes, to_float32
+from qwen3_npu.args.lora import ALL_TARGETS
+from qwen3_npu.checkpoint.binary.dtypes import F32, DType, Region, convert_dtype, full, row_blocks, sizes, to_float32
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
-from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Contents, Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import MAGNITUDE, PEFT_SCORE, Contents, Lora, is_a, peft_module, peft_shapes
 from qwen3_npu.checkpoint.mapping.peft_adapter import has_head, read_adapter
+from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.schema import read_record
@@ -26,28 +27,35 @@ from qwen3_npu.schema import read_record
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def peft_config(lora: Lora, base: str | None, *, reward: bool = False) -> dict[str, Any]:
-    """The adapter_config.json of an adapter for the model in folder `base`; what it does not say is peft's default.
-
-    Args:
-        reward: it makes a reward model, and has its head.
-    """
-    head = {"modules_to_save": ["score"]} if reward else {}
+def peft_config(lora: Lora, base: str | None, arch: Qwen3Arch) -> dict[str, Any]:
+    """The adapter_config.json of an adapter for the model in folder `base`; what it does not say is peft's default."""
+    head = {"modules_to_save": ["score"]} if arch.reward else {}
     return {
         **head,
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if arch.reward else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "target_modules": [projection for target in lora.targets for projection in LORA_TARGETS[target]],
+        **_targets(lora, arch),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_dora": False,
+        "use_dora": lora.is_dora,
         "use_rslora": lora.is_stabilized,
     }
+
+
+def _targets(lora: Lora, arch: Qwen3Arch) -> dict[str, Any]:
+    """What names the modules: projections, those of some layers, or each module in full."""
+    projections = [projection for target in lora.targets for projection in ALL_TARGETS[target]]
+    if not lora.layers:
+        return {"target_modules": projections}
+    of_layers = {layers for _, layers in lora.layers}
+    if len(of_layers) == 1 and len(lora.layers) == len(lora.targets):
+        return {"target_modules": projections, "layers_to_transform": list(of_layers.pop())}
+    return {"target_modules": sorted({peft_module(name) for name in peft_shapes(arch, lora) if name != PEFT_SCORE})}
 
 
 class PeftReader:
@@ -88,7 +96,7 @@ class PeftReader:
         return name in self.adapter.parts
 
     def dtype(self, name: str) -> DType:
-        if name == PEFT_SCORE:
+        if name == PEFT_SCORE or name.endswith(MAGNITUDE):
             return self.file.dtype(name)
         if not self.has(name):
             return self.file.dtype(next(iter(self.file.header)))
@@ -99,11 +107,13 @@ class PeftReader:
         """A part of one tensor, in its own dtype (bfloat16 as uint16)."""
         if name == PEFT_SCORE:
             return self.file.read(name, region)
+        if name.endswith(MAGNITUDE):
+            return self.file.read(name, region)
         out = np.zeros(sizes(region), self.dtype(name).carrier)
         if not self.has(name):
             return out
         part = self.adapter.parts[name]
-        axis = 0 if ".lora_A." in name else 1  # the side of the rank
+        axis = 0 if is_a(name) else 1  # the side of the rank
         first, last = region[axis][0], min(region[axis][1], part.rank)
         if first >= last:
             return out
@@ -123,6 +133,26 @@ class PeftReader:
 
     def check(self) -> None:
         """Nothing is left to check: opening did."""
+
+    def check_carried(self, base: Source) -> None:
+        """peft saves an embedding with the adapter on it, and takes that one when it loads them.
+
+        Raises:
+            UsageError: it is not the base's.
+        """
+        for stored, name in self.adapter.carried.items():
+            dtype, region = self.file.dtype(stored), full(self.file.shape(stored))
+            if len(region) != 2 or region[1][1] != self.arch.hidden_size or region[0][1] < self.arch.vocab_size:
+                raise UsageError(
+                    f"{self.file.path}: {stored} has shape {self.file.shape(stored)}, which is not {name}'s"
+                )
+            for block in row_blocks(((0, self.arch.vocab_size), region[1]), 4):
+                ours, theirs = self.file.read(stored, block), base.read(name, block)
+                if not np.array_equal(ours, convert_dtype(theirs, base.dtype(name), dtype)):
+                    raise UsageError(
+                        f"{self.file.path} holds a {name} of its own, which is not that of the base; save the adapter "
+                        f"with peft's save_embedding_layers=False, or merge it with peft"
+                    )
 
     def close(self) -> None:
         self.file.close()

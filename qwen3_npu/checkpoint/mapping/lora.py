@@ -11,6 +11,7 @@ of an expert's FFN width, H the hidden size):
     decoder.layers.L.self_attention.linear_proj    .base_layer.weight [out, in/TP]
                                                    .lora_A.default.weight [r, in/TP]
                                                    .lora_B.default.weight [out, r]   on every TP rank
+    each of them, with DoRA                        .lora_magnitude_vector.default.weight, [out/TP] or [out] as rows of B
     decoder.layers.L.mlp.linear_fc1                as linear_qkv; rows of B are [gate | up] of the rank
     decoder.layers.L.mlp.linear_fc2                as linear_proj
     decoder.layers.L.mlp.experts.local_experts.K.linear_fc1 / .linear_fc2    as the dense ones, sharded over ETP
@@ -25,11 +26,13 @@ of an expert's FFN width, H the hidden size):
 Their slices are slices of PEFT's tensors, one pair per Hugging Face projection:
 
     base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight [r, in]   .lora_B.weight [out, r]
+    base_model.model.model.embed_tokens.lora_embedding_A [r, vocabulary]     .lora_embedding_B [hidden, r]
 
 so a Megatron A holds q's, k's and v's A, which are therefore equal. The head of a reward model is trained beside its
 adapter and belongs to it: `score.lora_weight`, PEFT's `base_model.model.score.weight` (modules_to_save). The arguments
 of a checkpoint with LoRA tensors have `lora_r`, `lora_alpha`, `lora_target_modules` and, for rsLoRA,
-`use_rslora`. No torch here.
+`use_rslora`, `lora_layers` where not every layer has a target, `use_dora`
+for DoRA, and `lora_init` for PiSSA. No torch here.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-from qwen3_npu.args.lora import LORA_TARGETS, lora_scale
+from qwen3_npu.args.lora import ALL_TARGETS, TargetLayers, has_target, lora_scale, spelled
 from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.table import SCORE, Shard, covered, shards
 from qwen3_npu.distributed.layout import Layout, Rank, single_layout
@@ -46,7 +49,9 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
 _STACKED = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
+_ENDS = {"word_embeddings": "embedding", "output_layer": "output"}
 _PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
 LORA_SCORE, PEFT_SCORE = "score.lora_weight", _PREFIX + SCORE.hf[0]
 
 
@@ -57,21 +62,41 @@ class Lora:
     Attributes:
         r: rank.
         alpha: the adapter is scaled by alpha / r, or alpha / sqrt(r).
-        targets: names of `LORA_TARGETS`, in that order.
+        targets: names of `ALL_TARGETS`, in that order.
         is_stabilized: rsLoRA.
+        layers: of the targets that not every layer has.
+        is_dora: each row of W + scale B A is brought to the length that the magnitude vector says.
+        is_residual: the base beside it is what PiSSA has left of the weights; they belong together.
     """
 
     r: int
     alpha: float
     targets: tuple[str, ...]
     is_stabilized: bool = False
+    layers: TargetLayers = ()
+    is_dora: bool = False
+    is_residual: bool = False
+
+    def has(self, target: str | None, layer: int | None) -> bool:
+        """Whether a target has an adapter, in a layer (None outside the layers)."""
+        return has_target(self.targets, self.layers, target, layer)
 
     @property
     def scale(self) -> float:
         return lora_scale(self.alpha, self.r, is_stabilized=self.is_stabilized)
 
     def __str__(self) -> str:
-        return f"{'rs' * self.is_stabilized}LoRA r {self.r}, alpha {self.alpha:g}, {' '.join(self.targets)}"
+        kind = "PiSSA, " * self.is_residual + "rs" * self.is_stabilized + ("DoRA" if self.is_dora else "LoRA")
+        return f"{kind} r {self.r}, alpha {self.alpha:g}, {spelled(self.targets, self.layers)}"
+
+
+def check_apart(lora: Lora | None, folder: str) -> None:
+    """Raises: UsageError: an adapter is taken from its base, which PiSSA has changed."""
+    if lora is not None and lora.is_residual:
+        raise UsageError(
+            f"{folder} holds a {lora}, which belongs to the base beside it: load both with --load (convert_ckpt.py: "
+            f"--load-dir), which merges them"
+        )
 
 
 def is_lora(name: str) -> bool:
@@ -80,21 +105,35 @@ def is_lora(name: str) -> bool:
 
 
 def peft_name(hf: str, matrix: str) -> str:
-    """PEFT's name of the "A" or "B" beside a Hugging Face weight."""
-    return f"{_PREFIX}{hf.removesuffix('.weight')}.lora_{matrix}.weight"
+    """PEFT's name of the "A", "B" or `MAGNITUDE` beside a Hugging Face weight."""
+    stem = _PREFIX + hf.removesuffix(".weight")
+    if matrix == MAGNITUDE:
+        return f"{stem}.{MAGNITUDE}"
+    return f"{stem}.lora_embedding_{matrix}" if stem.endswith("embed_tokens") else f"{stem}.lora_{matrix}.weight"
+
+
+def peft_module(name: str) -> str:
+    """The module that a PEFT tensor belongs to, as peft names it in the base model."""
+    return name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0]
+
+
+def is_a(name: str) -> bool:
+    """Whether a PEFT tensor is an A, whose rows are the rank; a B's columns are."""
+    return ".lora_A." in name or name.endswith(".lora_embedding_A")
 
 
 def target_of(name: str) -> str | None:
-    """Which of `LORA_TARGETS` a base weight's Megatron name belongs to, if any."""
+    """Which of `ALL_TARGETS` a base weight's Megatron name belongs to, if any."""
     parts = name.split(".")
     if parts[-1] in _STACKED:
         return _STACKED[parts[-1]]
-    return parts[-2] if parts[-2] in LORA_TARGETS else None
+    module = _ENDS.get(parts[-2], parts[-2])
+    return module if module in ALL_TARGETS else None
 
 
 def base_shard(shard: Shard, lora: Lora) -> Shard:
     """A base weight under the name that it has beside its adapter."""
-    if target_of(shard.name) not in lora.targets or len(shard.view) == 3:
+    if not lora.has(target_of(shard.name), shard.layer) or len(shard.view) == 3:
         return shard
     stem, _, leaf = shard.name.rpartition(".")
     return dataclasses.replace(shard, name=f"{stem}.base_layer.{leaf}")
@@ -106,16 +145,43 @@ def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> I
         if shard.name == SCORE.megatron:
             whole = [dataclasses.replace(piece, hf=PEFT_SCORE) for piece in shard.slices]
             yield dataclasses.replace(shard, name=LORA_SCORE, slices=tuple(whole))
-        elif target_of(shard.name) in lora.targets and len(shard.view) > 1:  # a bias has no adapter
+        elif lora.has(target := target_of(shard.name), shard.layer) and len(shard.view) > 1:  # a bias has no adapter
+            if target == "embedding":
+                shard = _turned(shard)
             yield from _stacked(shard, lora.r) if len(shard.view) == 3 else _linear(shard, lora.r)
+            if lora.is_dora:
+                yield _magnitudes(shard)
+
+
+def _magnitudes(shard: Shard) -> Shard:
+    """The vector [out] beside a weight [out, in]."""
+    pieces = [
+        TensorSlice(peft_name(p.hf, MAGNITUDE), p.source[:1], p.target[:1], padding=p.padding) for p in shard.slices
+    ]
+    name = f"{shard.name.removesuffix('weight')}{MAGNITUDE}.default.weight"
+    return _beside(shard, name, shard.shape[:1], shard.view[:1], slices=pieces)
+
+
+def _turned(shard: Shard) -> Shard:
+    """The embedding [vocabulary, hidden] as a linear [out, in] of one-hot vectors, which it is for an adapter."""
+    pieces = [dataclasses.replace(p, source=p.source[::-1], target=p.target[::-1]) for p in shard.slices]
+    return dataclasses.replace(shard, shape=shard.shape[::-1], view=shard.view[::-1], slices=tuple(pieces))
 
 
 def _linear(shard: Shard, r: int) -> Iterator[Shard]:
     """A [r, in] and B [out, r] beside a weight [out, in]: each is sharded as the weight on the shared side."""
     rows, columns = shard.view
     stem = shard.name.removesuffix("weight")
-    a = [TensorSlice(peft_name(p.hf, "A"), ((0, r), p.source[1]), ((0, r), p.target[1])) for p in shard.slices]
-    b = [TensorSlice(peft_name(p.hf, "B"), (p.source[0], (0, r)), (p.target[0], (0, r))) for p in shard.slices]
+    # Padding of a vocabulary is padding of the side that has it.
+    tall = "word_embeddings" not in shard.name
+    a = [
+        TensorSlice(peft_name(p.hf, "A"), ((0, r), p.source[1]), ((0, r), p.target[1]), padding=p.padding and not tall)
+        for p in shard.slices
+    ]
+    b = [
+        TensorSlice(peft_name(p.hf, "B"), (p.source[0], (0, r)), (p.target[0], (0, r)), padding=p.padding and tall)
+        for p in shard.slices
+    ]
     yield _beside(shard, f"{stem}lora_A.default.weight", (r, columns), (r, columns), slices=a)
     yield _beside(shard, f"{stem}lora_B.default.weight", (rows, r), (rows, r), slices=b)
 
@@ -152,16 +218,20 @@ class Contents:
     Attributes:
         base: the model's own weights are there.
         lora: the adapter, if LoRA tensors are there.
+        without: Hugging Face names of weights that are not there.
     """
 
     arch: Qwen3Arch
     base: bool = True
     lora: Lora | None = None
+    without: frozenset[str] = frozenset()
 
     def shards(self, layout: Layout, rank: Rank) -> Iterator[Shard]:
         """Every tensor of one rank's Megatron checkpoint."""
         if self.base:
             for shard in shards(self.arch, layout, rank):
+                if self.without and self.without.issuperset(piece.hf for piece in shard.slices):
+                    continue
                 if self.lora is None:
                     yield shard
                 elif shard.name != SCORE.megatron:  # it is the adapter's
@@ -191,23 +261,23 @@ def found_lora(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[int, 
     """Rank and targets of the LoRA tensors among Megatron tensors (of one rank), or None if there are none.
 
     Raises:
-        UsageError: they have several ranks, or belong to modules that are not in `LORA_TARGETS`; `where` holds them.
+        UsageError: they have several ranks, or belong to modules that are not in `ALL_TARGETS`; `where` holds them.
     """
     ranks: set[int] = set()
     targets: set[str] = set()
     for name, shape in shapes.items():
         parts = name.split(".")
         if name.endswith(".lora_A.default.weight"):
-            targets.add(parts[-4])
+            targets.add(_ENDS.get(parts[-4], parts[-4]))
             ranks.add(shape[-2])
         elif parts[-1] in ("weight1_lora_b", "weight2_lora_a"):
             targets.add(_STACKED[parts[-1][:7]])
             ranks.add(shape[0] if parts[-1].endswith("b") else shape[1])
     if not ranks:
         return None
-    if len(ranks) > 1 or not targets <= LORA_TARGETS.keys():
+    if len(ranks) > 1 or not targets <= ALL_TARGETS.keys():
         raise UsageError(
             f"{where} holds LoRA tensors of ranks {sorted(ranks)} on {sorted(targets)}; one rank, and targets among "
-            f"{', '.join(LORA_TARGETS)}, are supported"
+            f"{', '.join(ALL_TARGETS)}, are supported"
         )
-    return ranks.pop(), tuple(target for target in LORA_TARGETS if target in targets)
+    return ranks.pop(), tuple(target for target in ALL_TARGETS if target in targets)

@@ -19,15 +19,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qwen3_npu.args.lora import LORA_TARGETS, lora_scale
-from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Lora, peft_shapes
-from qwen3_npu.checkpoint.mapping.source import listed
+from qwen3_npu.args.lora import ALL_TARGETS, LORA_TARGETS, TargetLayers, lora_scale
+from qwen3_npu.checkpoint.mapping.lora import MAGNITUDE, PEFT_SCORE, Lora, peft_module, peft_name, peft_shapes
+from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.schema import Record, shown
 
 _PREFIX = "base_model.model."
-_PROJECTIONS = {projection: target for target, names in LORA_TARGETS.items() for projection in names}
+_PROJECTIONS = {projection: target for target, names in ALL_TARGETS.items() for projection in names}
 _CONVERT = "convert it with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 # Fields that change nothing that is computed from saved tensors, whatever they say.
 _WITHOUT_EFFECT = "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
@@ -35,7 +35,6 @@ _WITHOUT_EFFECT += "lora_dropout runtime_config megatron_config megatron_core qa
 _WITHOUT_EFFECT += "eva_config ensure_weight_tying layers_pattern"
 # Fields that change what the adapter computes, and the values under which it is plain LoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "fan_in_fan_out": (False, None),
@@ -51,10 +50,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "corda_config": (None,),
     "lora_ga_config": (None,),
 }
-_JUDGED = "r lora_alpha use_rslora init_lora_weights rank_pattern alpha_pattern target_modules exclude_modules "
+_JUDGED = (
+    "r lora_alpha use_dora use_rslora init_lora_weights rank_pattern alpha_pattern target_modules exclude_modules "
+)
 _JUDGED += "layers_to_transform target_parameters modules_to_save"
 # Initial values that leave the base as it was.
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+# What peft saves of the base beside an adapter on embedding or output layer.
+_CARRIED = {f"{_PREFIX}{module}.base_layer.weight": f"{module}.weight" for module in ("model.embed_tokens", "lm_head")}
 _FUSED = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.experts\.(?:base_layer\.)?lora_(A|B)\.weight")
 
 
@@ -85,21 +88,23 @@ class Adapter:
     Attributes:
         parts: PEFT's name of a projection's A or B -> where it lies; those that are not there are zeros.
         projections: those that it has in any layer.
+        carried: tensors of the file that are weights of the base -> their names in it.
     """
 
     lora: Lora
     parts: dict[str, Part]
     projections: list[str]
+    carried: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """A and B of a module of the file: `module` as peft names it, and what it holds: names -> (row, expert)."""
+    """A and B of a module of the file: `module` as peft names it in the base, `stem` in the file; what it holds."""
 
     module: str
     stem: str
     rank: int
-    projections: dict[str, tuple[int, int, int]]  # PEFT stem -> first row of A, first row of B, expert
+    projections: dict[str, tuple[int, int, int]]  # module -> first row of A, first row of B, expert
     experts: int = 1
 
 
@@ -119,9 +124,14 @@ def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qw
     if shapes.get(PEFT_SCORE, head := (1, arch.hidden_size)) != head:
         raise UsageError(f"{where}: {PEFT_SCORE} has shape {shapes[PEFT_SCORE]}; {head} expected of a reward model")
     shapes = {name: shape for name, shape in shapes.items() if name != PEFT_SCORE}
-    known = peft_shapes(arch, Lora(1, 1.0, tuple(LORA_TARGETS)))
+    known = peft_shapes(arch, Lora(1, 1.0, tuple(LORA_TARGETS if arch.tie_word_embeddings else ALL_TARGETS)))
+    carried = {name: hf for name, hf in _CARRIED.items() if name in shapes}
+    shapes = {name: shape for name, shape in shapes.items() if name not in carried}
+    is_dora = config.boolean("use_dora", False)
+    vectors = {name: shapes[name] for name in shapes if is_dora and name.endswith(MAGNITUDE)}
+    shapes = {name: shape for name, shape in shapes.items() if name not in vectors}
     found = _modules(shapes, known, arch, where)
-    _check_targets(config, {f.module for f in found}, {_module(name) for name in known}, arch, where=where)
+    _check_targets(config, {f.module for f in found}, {peft_module(name) for name in known}, arch, where=where)
     r, alpha = config.integer("r", least=1), config.number("lora_alpha")
     rank_of, alpha_of = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
     is_stabilized, scales = config.boolean("use_rslora", False), list[float]()
@@ -136,15 +146,38 @@ def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qw
     parts: dict[str, Part] = {}
     for item, own in zip(found, scales, strict=True):
         for stem, (row_a, row_b, expert) in item.projections.items():
-            parts[f"{stem}lora_A.weight"] = Part(f"{item.stem}lora_A.weight", item.rank, 1.0, row_a)
-            b = Part(f"{item.stem}lora_B.weight", item.rank, own / scale, row_b, expert=expert, experts=item.experts)
-            parts[f"{stem}lora_B.weight"] = b
-    names = {name.split(".")[-3] for name in parts}
-    targets = tuple(target for target in LORA_TARGETS if any(_PROJECTIONS[name] == target for name in names))
-    lora = Lora(top, float(alpha), targets, is_stabilized=is_stabilized)
+            parts[peft_name(stem, "A")] = Part(peft_name(item.stem, "A"), item.rank, 1.0, row_a)
+            b = Part(peft_name(item.stem, "B"), item.rank, own / scale, row_b, expert=expert, experts=item.experts)
+            parts[peft_name(stem, "B")] = b
+    modules = {peft_module(name) for name in parts}
+    names = {module.split(".")[-1] for module in modules}
+    targets = tuple(target for target in ALL_TARGETS if any(_PROJECTIONS[name] == target for name in names))
+    layers = _layers(modules, targets, arch)
+    lora = Lora(top, float(alpha), targets, is_stabilized=is_stabilized, layers=layers, is_dora=is_dora)
     if lora.scale != scale:  # of several ranks or alphas
-        lora = Lora(top, scale * top, targets)
-    return Adapter(lora, parts, [name for name in _PROJECTIONS if name in names])
+        lora = dataclasses.replace(lora, alpha=scale * top, is_stabilized=False)
+    if is_dora:
+        _check_magnitudes(vectors, lora, arch, where)
+    return Adapter(lora, parts, [name for name in _PROJECTIONS if name in names], carried)
+
+
+def _check_magnitudes(vectors: Mapping[str, tuple[int, ...]], lora: Lora, arch: Qwen3Arch, where: str) -> None:
+    """A linear that joins projections has magnitudes of each, also of those without A and B."""
+    if "embedding" in lora.targets or (arch.is_moe and {"linear_fc1", "linear_fc2"} & set(lora.targets)):
+        raise UsageError(f"{where}: use_dora of an embedding or of experts is not supported; merge it with peft")
+    wanted = {name: shape for name, shape in peft_shapes(arch, lora).items() if name.endswith(MAGNITUDE)}
+    check_tensors(vectors, wanted, where, "DoRA (q, k and v, or gate and up, have it together)")
+
+
+def _layers(modules: set[str], targets: tuple[str, ...], arch: Qwen3Arch) -> TargetLayers:
+    """The layers of those targets that not every layer has."""
+    found: dict[str, set[int]] = {}
+    for module in modules:
+        *stem, projection = module.split(".")
+        if projection in _PROJECTIONS and stem[:2] == ["model", "layers"]:
+            found.setdefault(_PROJECTIONS[projection], set()).add(int(stem[2]))
+    some = (t for t in targets if t in found and len(found[t]) < arch.num_hidden_layers)
+    return tuple((target, tuple(sorted(found[target]))) for target in some)
 
 
 def _check_config(config: Record) -> None:
@@ -173,11 +206,6 @@ def has_head(config: Record) -> bool:
     return bool(saved)
 
 
-def _module(name: str) -> str:
-    """The module of a PEFT tensor, as peft names it in the base model."""
-    return name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0]
-
-
 def _modules(
     shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]], arch: Qwen3Arch, where: str
 ) -> list[_Found]:
@@ -188,19 +216,19 @@ def _modules(
     if not shapes:
         raise UsageError(f"{where} holds no tensors")
     found = []
-    for stem in sorted({name.rsplit("lora_", 1)[0] for name in shapes}):
-        a, b = (shapes.get(f"{stem}lora_{matrix}.weight") for matrix in "AB")
+    for stem in sorted({name.rsplit(".lora_", 1)[0].removeprefix(_PREFIX) for name in shapes}):
+        a, b = (shapes.get(peft_name(stem, matrix)) for matrix in "AB")
         if a is None or b is None:
-            raise UsageError(f"{where}: tensors missing: {stem}lora_{'A' if a is None else 'B'}.weight")
+            raise UsageError(f"{where}: tensors missing: {peft_name(stem, 'A' if a is None else 'B')}")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
-            raise UsageError(f"{where}: {stem}lora_A and lora_B have shapes {a} and {b}; [r, in] and [out, r] expected")
-        if f"{stem}lora_A.weight" in fused:
+            raise UsageError(f"{where}: A and B of {stem} have shapes {a} and {b}; [r, in] and [out, r] expected")
+        if peft_name(stem, "A") in fused:
             found.append(_experts(stem, a, b, arch, where=where))
             continue
-        inner, outer = known[f"{stem}lora_A.weight"][1], known[f"{stem}lora_B.weight"][0]
+        inner, outer = known[peft_name(stem, "A")][1], known[peft_name(stem, "B")][0]
         if (a[1], b[0]) != (inner, outer):
-            raise UsageError(f"{where}: {stem}lora_A and lora_B have shapes {a} and {b}; {arch} has [{outer}, {inner}]")
-        found.append(_Found(_module(stem + "lora_"), stem, a[0], {stem: (0, 0, 0)}))
+            raise UsageError(f"{where}: A and B of {stem} have shapes {a} and {b}; {arch} has [{outer}, {inner}]")
+        found.append(_Found(stem, stem, a[0], {stem: (0, 0, 0)}))
     return found
 
 
@@ -210,13 +238,13 @@ def _experts(stem: str, a: tuple[int, ...], b: tuple[int, ...], arch: Qwen3Arch,
     names = {(hidden, 2 * width): ("gate_up_proj", "gate_proj", "up_proj"), (width, hidden): ("down_proj", "down_proj")}
     if (a[1], b[0]) not in names or a[0] % experts:
         raise UsageError(
-            f"{where}: {stem}lora_A and lora_B have shapes {a} and {b}; {experts} experts of gate_up_proj "
+            f"{where}: A and B of {stem} have shapes {a} and {b}; {experts} experts of gate_up_proj "
             f"[{2 * width}, {hidden}] or down_proj [{hidden}, {width}] expected"
         )
     whole, *halves = names[a[1], b[0]]
-    module, rank = _module(stem + "lora_").removesuffix(".base_layer"), a[0] // experts
+    module, rank = stem.removesuffix(".base_layer"), a[0] // experts
     places = {
-        f"{_PREFIX}{module}.{expert}.{name}.": (expert * rank, half * width, expert)
+        f"{module}.{expert}.{name}": (expert * rank, half * width, expert)
         for expert in range(experts)
         for half, name in enumerate(halves)
     }
@@ -239,7 +267,7 @@ def _check_targets(config: Record, found: set[str], known: set[str], arch: Qwen3
     layers = config.fields.get("layers_to_transform")
     if layers is not None:
         chosen = {layers} if type(layers) is int else set(config.counts("layers_to_transform"))
-        expected = {module for module in expected if int(module.split(".")[2]) in chosen}
+        expected = {m for m in expected if m.startswith("model.layers.") and int(m.split(".")[2]) in chosen}
     if isinstance(named, str) or config.fields.get("exclude_modules"):
         return  # an expression, which the tensors have answered
     # Experts of one name each may be stored as a parameter of all, and the other way round.

@@ -19,6 +19,7 @@ from qwen3_npu.checkpoint.mapping.source import Source, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import Stopped, UsageError
+from qwen3_npu.model.quantized import fill, held
 
 
 def dtype_of(tensor: torch.Tensor) -> DType:
@@ -124,12 +125,11 @@ def load_weights(
         for name, shard in wanted.items():
             if not loads(name):
                 continue
-            dtype = dtype_of(parameters[name])
-            parameters[name].copy_(to_torch(read_shard(source, shard, dtype), dtype))
-            if parameters[name].is_floating_point() and not allow_nonfinite:
+            filled = _fill(parameters[name], source, shard)
+            if not allow_nonfinite:
                 # Both are NaN if anything is; they stay on the device, which is waited for once.
                 label = " + ".join(dict.fromkeys(piece.hf for piece in shard.slices)) or name
-                extremes[label] = torch.stack([parameters[name].min(), parameters[name].max()]).float()
+                extremes[label] = torch.stack([filled.min(), filled.max()]).float()
     if extremes:
         finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist()
         if wrong := [label for label, is_finite in zip(extremes, finite, strict=True) if not is_finite]:
@@ -141,9 +141,23 @@ def load_weights(
             )
 
 
+def _fill(parameter: torch.nn.Parameter, source: Source, shard: Shard) -> torch.Tensor:
+    """Read a parameter; a quantized one is quantized on the host. What is NaN or infinite if a weight is."""
+    kind = held(parameter)
+    if kind is None:
+        dtype = dtype_of(parameter)
+        parameter.copy_(to_torch(read_shard(source, shard, dtype), dtype))
+        return parameter
+    dtype = BY_TORCH[str(kind.dtype).removeprefix("torch.")]
+    weight = to_torch(read_shard(source, shard, dtype), dtype).view(shard.view)
+    fill(parameter, weight.transpose(1, 2) if weight.dim() == 3 else weight)  # experts: as Hugging Face has them
+    return kind.scales
+
+
 def dtype_name(chunks: Sequence[torch.nn.Module]) -> str:
     """The dtype of a model's parameters, for messages."""
-    return str(next(parameter.dtype for chunk in chunks for parameter in chunk.parameters())).removeprefix("torch.")
+    floats = (p.dtype for chunk in chunks for p in chunk.parameters() if p.is_floating_point())
+    return str(next(floats)).removeprefix("torch.")
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from qwen3_npu import log
+from qwen3_npu.args.lora import spelled
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
@@ -21,7 +22,7 @@ from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE, is_lora
+from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE, check_apart, is_lora
 from qwen3_npu.checkpoint.mapping.source import read_shard, read_tensor
 from qwen3_npu.checkpoint.mapping.table import SCORE
 from qwen3_npu.checkpoint.training import optimizer_state
@@ -32,6 +33,8 @@ from qwen3_npu.checkpoint.training.state import DistState, TorchState
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
+from qwen3_npu.model.lora.experts import LoraExperts
+from qwen3_npu.model.lora.linear import LoraLinear
 
 AdapterSource = SharedA | Checkpoint
 
@@ -61,6 +64,10 @@ def load(
             allow_nonfinite=args.allow_nonfinite_weights,
         )
     adapter = _open_adapter(trained, base, lora_load)
+    if trained.contents.lora and adapter is None:
+        for module in (module for chunk in trained.chunks for module in chunk.modules()):
+            if isinstance(module, LoraLinear | LoraExperts):
+                module.begin()
     if trained.contents.arch.reward and adapter is None:
         _take_head(trained, base)
     if adapter is not None:
@@ -142,6 +149,9 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
         if opened is None:
             raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
         check_same_model(opened.arch, trained.contents.arch, f"--lora-load {lora_load}")
+        check_apart(opened.contents.lora, lora_load)
+        if isinstance(opened, PeftReader) and base is not None:
+            opened.check_carried(base)
         adapter = SharedA(opened) if isinstance(opened, PeftReader) else opened
     there = adapter.contents.lora
     if there is None:
@@ -149,8 +159,9 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
     if there != lora:
         raise UsageError(
             f"the LoRA adapter to start from is {there}; the flags ask for {lora}: give --lora-r {there.r} "
-            f"--lora-alpha {there.alpha:g} --lora-target-modules {' '.join(there.targets)}"
+            f"--lora-alpha {there.alpha:g} --lora-target-modules {spelled(there.targets, there.layers)}"
             f"{' --use-rslora' * there.is_stabilized}{' --no-use-rslora' * (lora.is_stabilized > there.is_stabilized)}"
+            f"{' --use-dora' * there.is_dora}{' --lora-init pissa' * there.is_residual}"
         )
     if lora_load is not None:
         log.info(f"LoRA adapter: {lora_load}")

@@ -36,6 +36,15 @@ def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [part for part in found if part.optimizer is not None]
 
 
+def _settled(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """`parts`, once what is on its way to the host (--swap-optimizer) is there."""
+    found = parts(optimizer)
+    for part in found:
+        if (swapped := vars(part).get("swapped")) is not None:
+            swapped.wait()
+    return found
+
+
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Whether its state is sharded over data-parallel ranks."""
     return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
@@ -54,7 +63,7 @@ def step_count(optimizer: MegatronOptimizer) -> int:
 
 def named(optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """What each tensor of this rank's share is, and the tensor: float32 weights and moments."""
-    for part in parts(optimizer):
+    for part in _settled(optimizer):
         for main, state in part.optimizer.state.items():
             yield "a float32 weight of the optimizer", main
             yield from ((f"a tensor {key} of the optimizer", state[key]) for key in KEYS[1:] if key in state)
@@ -71,7 +80,7 @@ def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = 
     they are the optimizer's own, unless a copy is asked for.
     """
     found: Gathered = {}
-    for part in parts(optimizer):
+    for part in _settled(optimizer):
         if isinstance(part, DistributedOptimizer):
             flat = part.get_parameter_state_dp_zero()
             if flat is not None:
@@ -89,7 +98,7 @@ def states_by_parameter(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter
     """Model parameter -> its {param, exp_avg, exp_avg_sq}, the optimizer's own; nothing of a distributed one."""
     return {
         parameter: {"param": main, **{key: part.optimizer.state[main][key] for key in KEYS[1:]}}
-        for part in parts(optimizer)
+        for part in _settled(optimizer)
         if not isinstance(part, DistributedOptimizer)
         for parameter, main in _main_parameters(part)
     }
@@ -105,7 +114,7 @@ def restore(
         step: optimizer steps made before.
         read: (chunk, name, key) -> tensor of the parameter's local shape; called where the tensor is needed.
     """
-    for part in parts(optimizer):
+    for part in _settled(optimizer):
         if isinstance(part, DistributedOptimizer):
             _restore_distributed(part, names, read)
         else:
@@ -196,7 +205,7 @@ class ShardedState:
 
     def __init__(self, optimizer: MegatronOptimizer, names: ParameterNames) -> None:
         self.parts = []
-        for number, part in enumerate(parts(optimizer)):
+        for number, part in enumerate(_settled(optimizer)):
             assert isinstance(part, DistributedOptimizer)
             shapes = {names[p]: p.shape for buffer in part.buffers for p in buffer.param_index_map}
             ranks = dist.get_process_group_ranks(part.data_parallel_group_gloo)

@@ -77,6 +77,7 @@ class Trained:
     Attributes:
         contents: the model's tensors, with those of its LoRA adapter.
         chunks: the model chunks of this rank, not wrapped.
+        frozen: Hugging Face names of the weights that are not trained, beside those that LoRA freezes.
     """
 
     contents: Contents
@@ -84,16 +85,17 @@ class Trained:
     chunks: Sequence[torch.nn.Module]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    frozen: frozenset[str] = frozenset()
 
     @property
     def optimized(self) -> Contents:
         """The tensors that are trained."""
-        return dataclasses.replace(self.contents, base=self.contents.lora is None)
+        return dataclasses.replace(self.contents, base=self.contents.lora is None, without=self.frozen)
 
     @property
     def dtype(self) -> DType:
         """Of the model's weights."""
-        return dtype_of(next(self.chunks[0].parameters()))
+        return dtype_of(next(p for p in self.chunks[0].parameters() if p.is_floating_point()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,9 @@ def begin_save(
         Stopped: a weight or the optimizer's state is NaN or infinite: such a checkpoint must not take the place of
             good ones; on every rank.
     """
-    weights = ((name, parameter) for (_, name), parameter in parameters_of(trained.chunks).items())
+    # Codes of quantized weights are no numbers.
+    named = parameters_of(trained.chunks).items()
+    weights = ((name, parameter) for (_, name), parameter in named if parameter.is_floating_point())
     state = optimizer_state.named(trained.optimizer) if args.save_optim else ()
     check_finite(itertools.chain(weights, state), f"iteration {position.iteration} is not saved")
     root, rank = Path(str(args.save)), dist.get_rank()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class FusedRMSNorm(torch.autograd.Function):
             rows=count, inner=rows.shape[1], outer_stride=rows.stride(0), inner_stride=rows.stride(1), eps=eps, **shape,
         )  # fmt: skip
         ctx.save_for_backward(rows, weight, scales)
+        ctx.weight = weight
         return out
 
     @staticmethod
@@ -91,4 +93,21 @@ class FusedRMSNorm(torch.autograd.Function):
             above, x, weight, scales, dx=dx, dweight=dweight, rows=count, inner=x.shape[1],
             grad_outer=above.stride(0), grad_inner=above.stride(1), x_outer=x.stride(0), x_inner=x.stride(1), **shape,
         )  # fmt: skip
-        return dx, dweight.sum(0).to(weight.dtype), None
+        return dx, _weight_gradient(ctx.weight, dweight) if ctx.needs_input_grad[1] else None, None
+
+
+def _weight_gradient(weight: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """What autograd gets for a norm's weight: the sum of [programs, n] float32 parts, or if megatron's sum over the
+    micro-batches takes them, in one operation, an empty tensor."""
+    total = getattr(weight, "main_grad", None)
+    if total is None or total.dtype != torch.float32:
+        return parts.sum(0).to(weight.dtype)
+    total.addmv_(parts.t(), _ones(len(parts), parts.device))
+    vars(weight)["grad_added_to_main_grad"] = True  # megatron's mark
+    return torch.empty_like(weight)
+
+
+@functools.cache
+def _ones(count: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(count, device=device)

@@ -26,11 +26,16 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
     digests = [[data_digest(prefix) for prefix in prefixes] if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(digests, 0)
     coefficient = args.train.moe_aux_loss_coeff
-    found = {**dataclasses.asdict(args.train), **dataclasses.asdict(args.optimizer), "seed": args.runtime.seed}
+    found = {
+        **dataclasses.asdict(args.train),
+        **dataclasses.asdict(args.optimizer),
+        **dataclasses.asdict(args.freeze),
+        "seed": args.runtime.seed,
+    }
     names = ("split", "shuffle", "reset_attention_mask", "reset_position_ids", "eod_mask_loss")
     found |= {name: getattr(data, name) for name in names}
     if args.lora.on:
-        found["lora_dropout"] = args.lora.lora_dropout
+        found |= {"lora_dropout": args.lora.lora_dropout, "qlora": args.lora.qlora}
     if data.is_preference:
         found |= dataclasses.asdict(args.preference)
     return {

@@ -10,6 +10,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.formats.open import find_architecture
+from qwen3_npu.checkpoint.mapping.frozen import frozen_share, frozen_weights
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.numbers import number_list
@@ -24,6 +25,7 @@ class TrainingPlan(Fit):
 
     Attributes:
         config: folder whose config.json and tokenizer files go with the checkpoints; None if there is none.
+        frozen: Hugging Face names of the weights that --freeze-include and --freeze-exclude keep as they are.
         verdict: memory and time to expect; None where nothing says the device.
         notes: how the flags change the model.
     """
@@ -31,6 +33,7 @@ class TrainingPlan(Fit):
     arch: Qwen3Arch
     found_in: str
     config: Path | None
+    frozen: frozenset[str]
     verdict: PlanVerdict | None
     notes: tuple[str, ...]
 
@@ -75,6 +78,10 @@ def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
     if config is None and tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = Path(tokenizer)
     sizes = fit_flags(args, arch, world_size)
-    verdict = planned(args, arch, sizes)
+    frozen = frozen_weights(arch, args.freeze)
+    args.lora.places(arch)  # an error now rather than after torch is imported
+    verdict = planned(args, arch, sizes, frozen=frozen_share(arch, frozen))
     notes = tuple(positions_note(arch, found))
-    return TrainingPlan(**vars(sizes), arch=arch, found_in=found_in, config=config, verdict=verdict, notes=notes)
+    return TrainingPlan(
+        **vars(sizes), arch=arch, found_in=found_in, config=config, frozen=frozen, verdict=verdict, notes=notes
+    )

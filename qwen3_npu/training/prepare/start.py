@@ -11,6 +11,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.formats.folders import PEFT, candidates
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import nothing_there, reader
+from qwen3_npu.checkpoint.mapping.frozen import frozen_share, frozen_weights
 from qwen3_npu.checkpoint.training.compare import check_same_model
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import check_writable_later, same_folder
@@ -44,9 +45,10 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
 def checkpoint_bytes(args: PretrainArgs, arch: Qwen3Arch) -> int:
     """Of one checkpoint: weights, and of what is trained a float32 copy and two moments."""
     weights = parameter_count(arch)
-    trained = 0 if args.lora.on else weights  # an adapter is small beside its model
+    # An adapter is small beside its model.
+    trained = 0 if args.lora.on else weights * (1 - frozen_share(arch, frozen_weights(arch, args.freeze)))
     saved = 0 if args.lora.lora_ckpt_filter else weights * (2 if args.train.bf16 else 4)
-    return saved + trained * 12 * args.checkpoint.save_optim
+    return saved + int(trained) * 12 * args.checkpoint.save_optim
 
 
 def _check_room(save: Path, args: PretrainArgs, arch: Qwen3Arch) -> None:

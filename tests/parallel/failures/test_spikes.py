@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from test_resume import BASE
 
+import tiny
+from pairs import write_pairs
 from qwen3_npu.parity.rows import TP2, ZERO
 from worlds import World
 
@@ -58,6 +60,21 @@ def test_spikes_are_left_out_on_all_ranks_and_too_many_rollbacks_end_the_trainin
         "as many as --max-rollbacks allows"
         in worlds[2].run("spike_cases.spiked", flags=ended, rubbish=SAMPLES, gone=[])["stopped"]
     )
+
+
+def test_pairs_whose_wrong_answer_is_preferred_are_left_out(worlds: dict[int, World], tmp_path: Path) -> None:
+    """Of a preference training, whose losses have no natural ceiling."""
+    model = tiny.write_model(tmp_path / "model", tiny.arch("untied", num_hidden_layers=1))
+    flags = ["--stage", "dpo", "--load", str(model), "--data-path", write_pairs(tmp_path / "pairs", count=120)]
+    flags += ["--seq-length", "64", "--global-batch-size", "4", "--micro-batch-size", "4", "--train-iters", "24"]
+    flags += ["--lr", "3e-3", "--lr-decay-style", "constant", "--device", "cpu", "--eval-iters", "0"]
+    flags += ["--split", "1,0,0"]
+    swapped = list(range(21 * 4, 22 * 4))
+    never = worlds[1].run("spike_cases.spiked", flags=flags, rubbish=[], gone=swapped)
+    guarded = [*flags, "--save", str(tmp_path / "save"), "--save-interval", "20", "--spike-guard", "rollback"]
+    found = worlds[1].run("spike_cases.spiked", flags=guarded, rubbish=swapped, gone=[])
+    assert found["spikes"] == [22]
+    assert found["losses"] == pytest.approx(never["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("what", ["weight", "exp_avg_sq"])

@@ -28,10 +28,9 @@ from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.files import SealedFile
 from qwen3_npu.parity.measure import measure, trainer
-from qwen3_npu.parity.memory import activations
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.trace.activations import activations
 from qwen3_npu.training.reports.expert_load import take_expert_load
-from qwen3_npu.training.reports.report import means
 from qwen3_npu.training.step import evaluate_step
 
 llama.register()
@@ -327,14 +326,3 @@ def refused_by_nodes(platform: Platform, world: World, folders: list[str], diges
     dist.all_gather_object(everyone, said)
     assert all(bool(one) == bool(other) for one, other in zip(everyone[0], everyone[-1], strict=True))
     return everyone[0]
-
-
-def preference(platform: Platform, world: World, flags: list[str], steps: int, file: str) -> dict[str, Any]:
-    """Losses of some steps, metrics and gradients of the first."""
-    with trainer(platform, world, flags) as t:
-        assert t.objective is not None
-        measured = measure(t, steps)
-        if world.rank == 0:
-            np.savez(file, **measured.gradients)
-        first = means(measured.steps[0].tally, t.objective.names)
-        return {"loss": [step.loss for step in measured.steps], "metrics": first}

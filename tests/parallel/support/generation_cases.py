@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import generation
 import llama  # noqa: F401 - registers a family
+import serving
 from qwen3_npu import cli
 from qwen3_npu.inference.plan import plan_inference
 
@@ -21,7 +26,7 @@ def answers(platform: Any, world: Any, folder: str, flags: list[str]) -> dict[st
     prompts = generation.prompts()
     with generation.runner(platform, world, folder, *flags) as made:
         found = {
-            "greedy": generation.generated(made, prompts, 64, Sampling()),
+            "greedy": generation.generated(made, prompts, 24, Sampling()),
             "no prefix cache": generation.generated(made, prompts, 12, Sampling(), prefix_cache=False, slots=2),
             "no cache": generation.generated(made, prompts, 8, Sampling(), kv_cache=False),
             "sampled": generation.generated(made, prompts, 12, Sampling(True, 0.8, 20, 0.9, seed=11)),
@@ -39,6 +44,46 @@ def likelihoods(platform: Any, world: Any, folder: str, flags: list[str], data: 
     evaluated(platform, world, [*words, "--output-dir", out, *flags])
     samples = (json.loads(line) for line in (Path(out) / "samples_mmlu.jsonl").open()) if world.rank == 0 else ()
     return [sample["loglikelihoods"] for sample in samples]
+
+
+def served(platform: Any, world: Any, folder: str, flags: list[str], texts: list[str]) -> list[str]:
+    """What a server on all ranks answers to texts that are asked at the same time."""
+    serve, listening = serving.start(platform, world, folder, [*flags, "--predict-batch-size", "3"])
+    found: list[str] = []
+
+    def ask() -> None:
+        server = listening.get(timeout=120)
+        try:
+            with ThreadPoolExecutor(len(texts)) as pool:
+                bodies = [{"prompt": text, "max_tokens": 6, "temperature": 0, "logprobs": 1} for text in texts]
+                answers = pool.map(lambda body: serving.post(f"{server.url}/v1/completions", body), bodies)
+                found.extend(answer["choices"][0]["text"] for answer in answers)
+        finally:
+            server.desk.stop()
+
+    client = threading.Thread(target=ask)
+    if world.rank == 0:
+        client.start()
+    serve()
+    if world.rank == 0:
+        client.join()
+    return found
+
+
+def harnessed(platform: Any, world: Any, folder: str, flags: str, out: str) -> dict[str, Any]:
+    """What lm-evaluation-harness says of the model `qwen3-npu` on all ranks; only a node's first one is told."""
+    import harness_tasks
+    from qwen3_npu.distributed import launch
+    from qwen3_npu.evaluation.harness import Qwen3Harness
+
+    place = Path(out) / str(world.rank)
+    place.mkdir()
+    with mock.patch.object(launch, "process_group", return_value=contextlib.nullcontext(world)):
+        made = Qwen3Harness.create_from_arg_string(f"load={folder},{flags}", {"device": "cpu"})
+    found = harness_tasks.evaluated(made, place)
+    copies = made.runner.data_parallel
+    made.close()
+    return {"copies": copies, **({name: found[name] for name in ("results", "samples")} if found else {})}
 
 
 def evaluated(platform: Any, world: Any, flags: list[str]) -> None:

@@ -88,6 +88,20 @@ def saves(
     raise AssertionError("a save does not end")
 
 
+def killed(platform: Platform, world: World, flags: list[str], steps: int, changes: int) -> list[float]:
+    """The losses of some steps with a checkpoint after each, of which the last ends after so many changes on disk."""
+    killer, losses = Killer(), []
+    with trainer(platform, world, flags) as t, mock.patch("os.fsync"):
+        for number in range(1, steps + 1):
+            losses.append(t.step().loss)
+            if number < steps:
+                t.saver.save(t.position)
+        with contextlib.suppress(Killed), killer.after(changes):
+            t.saver.save(t.position)
+            raise AssertionError("the save was over")
+    return losses
+
+
 def _newest(folder: Path) -> int | None:
     found = newest_whole(str(folder), None)
     return found.iteration if found else None

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
+from qwen3_npu.parity.measure import largest_difference
 
 # With Adam's usual 1e-8 an update depends on the sign of gradients that are all but 0, which rounding decides.
 STEPS, LONGEST, BATCH, LR, EPS = 4, 64, 8, 3e-3, 1e-4
@@ -61,3 +67,74 @@ def unstacked(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not stem.endswith(".experts"):
             found[name] = gradient
     return found
+
+
+def write_some_adapters(base: str, folder: str, **config: int) -> None:
+    """Let peft save an adapter on the embedding, the output layer, and q, k and v of two layers."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    linears = [f"model.layers.{layer}.self_attn.{x}_proj" for layer in (1, 3) for x in "qkv"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    targets = ["embed_tokens", "lm_head", *linears]
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **config))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for layer in (1, 3):
+        attention = model.base_model.model.model.layers[layer].self_attn
+        for linear in (attention.k_proj, attention.v_proj):
+            linear.lora_A["default"].weight.data.copy_(attention.q_proj.lora_A["default"].weight)
+    model.save_pretrained(folder)
+
+
+def write_restored(base: Path, folder: Path) -> None:
+    """The same model with the linears of its layers as bitsandbytes restores them from NF4."""
+    from bitsandbytes import functional
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            tensors[name] = functional.dequantize_4bit(*functional.quantize_4bit(tensor, quant_type="nf4"))
+    save_file(tensors, folder / "model.safetensors")
+
+
+def plain_loop(model: Any, prefix: str, shared: Sequence[Sequence[torch.nn.Parameter]] = ()) -> dict[str, Any]:
+    """Train a transformers model. `shared`: groups of parameters that are one, so that their gradients are summed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim == 1]}]
+    groups[1]["weight_decay"] = 0.0
+    optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS, weight_decay=0.01)
+    losses, norms, gradients = [], [], {}
+    for step in documents(prefix):
+        optimizer.zero_grad()
+        flat = [document for sample in step for document in sample]
+        tokens = sum(label != -100 for _, labels in flat for label in labels[1:])
+        total = 0.0
+        for document in flat:
+            loss = document_loss(model, document) / tokens
+            loss.backward()
+            total += loss.item()
+        for group in shared:
+            together = sum(p.grad for p in group)
+            for p in group:
+                p.grad = together.clone()
+        same = {id(p) for group in shared for p in group[1:]}
+        norms.append(sum(p.grad.square().sum() for p in trained if id(p) not in same).sqrt().item())
+        losses.append(total)
+        if not gradients:
+            gradients = {name: p.grad.clone().numpy() for name, p in model.named_parameters() if p.requires_grad}
+        optimizer.step()
+    return {"loss": losses, "grad_norm": norms, "gradients": gradients}
+
+
+def check(got: dict[str, Any], expected: dict[str, Any], gradients: Path, rename: Any = lambda name: name) -> None:
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    wanted = unstacked({rename(name): gradient for name, gradient in expected["gradients"].items()})
+    assert all(np.abs(gradient).max() > 0 for gradient in wanted.values())
+    difference, where = largest_difference(dict(np.load(gradients)), wanted)
+    assert difference <= 1e-5, where

@@ -33,6 +33,8 @@ class Changed:
         sample = self.plain[number]
         if number not in self.rubbish:
             return sample
+        if not isinstance(sample, dict):  # of a preference training: the wrong answer is preferred
+            return dataclasses.replace(sample, chosen=sample.rejected, rejected=sample.chosen)
         same = torch.full_like(sample["tokens"], 7)
         return {**sample, "tokens": same, "labels": same}
 

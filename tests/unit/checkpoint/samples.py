@@ -143,7 +143,7 @@ def write_adapter(
     for name, value in values.items():
         writer.write(name, value)
     writer.close()
-    config = peft_config(lora, None, reward=arch.reward)
+    config = peft_config(lora, None, arch)
     config["target_modules"] = [name for name in config["target_modules"] if name not in drop]
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
     return folder

@@ -32,9 +32,9 @@ def adapter(base: Path, folder: Path, **config: Any) -> np.ndarray:
     torch.manual_seed(0)
     model = peft.get_peft_model(load(base), peft.LoraConfig(task_type="CAUSAL_LM", **config))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder)
     loaded = peft.PeftModel.from_pretrained(load(base), str(folder))
     return logits(loaded)
 
@@ -72,7 +72,23 @@ TAKEN: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {r".*\.gate_up_proj": 16},
         },
     ),
+    "embedding and output layer": ("untied", {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "r": 4}),
+    "each in layers of its own": (
+        "untied",
+        {"target_modules": r".*(layers\.2.*(k_proj|o_proj)|[13].*gate_proj)", "r": 4},
+    ),
+    "DoRA": ("untied", {"target_modules": ALL, "use_dora": True, "r": 4, "layers_to_transform": [0, 2, 3]}),
+    "DoRA beside experts": ("moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "use_dora": True}),
     "one parameter of the experts": ("moe", {"target_modules": [], "target_parameters": ["down_proj"], "r": 2}),
+}
+
+
+EXPORTED: dict[str, Any] = {
+    "rslora": lambda config: config.use_rslora,
+    "DoRA": lambda config: config.use_dora,
+    "some layers": lambda config: config.layers_to_transform == [1, 3],
+    "embedding and output layer": lambda config: {"embed_tokens", "lm_head"} < set(config.target_modules),
+    "each in layers of its own": lambda config: "model.layers.3.mlp.gate_proj" in config.target_modules,
 }
 
 
@@ -86,10 +102,11 @@ def test_what_peft_computes_is_merged(name: str, real_models: dict[str, Path], t
     flags = ("--hf-cfg-dir", real_models[kind], "--target-tensor-parallel-size", 2)
     samples.to_mg(tmp_path / "adapter", tmp_path / "mg", *flags)
     assert np.abs(merge(real_models[kind], tmp_path / "mg", tmp_path / "hf2") - expected).max() < 1e-5
-    if name == "rslora":
+    if name in EXPORTED:
         flags = ("--load-model-type", "mg", "--save-model-type", "hf", "--save-lora-to-hf")
         samples.ok(*flags, "--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "peft")
-        assert peft.PeftConfig.from_pretrained(str(tmp_path / "peft")).use_rslora  # type: ignore[attr-defined]
+        config = peft.PeftConfig.from_pretrained(str(tmp_path / "peft"))
+        assert EXPORTED[name](config)
         back = peft.PeftModel.from_pretrained(load(real_models[kind]), str(tmp_path / "peft"))
         assert np.abs(logits(back) - expected).max() < 1e-5
 
@@ -130,8 +147,8 @@ NAN = float("nan")
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "a field from the future": ({"use_magic": True}, "'use_magic' is not understood"),
     "a misspelt field": ({"use_dorra": None}, "did you mean use_dora?"),
-    "DoRA": ({"use_dora": True}, "use_dora true is not supported"),
-    "DoRA as a number": ({"use_dora": 1}, "use_dora 1 is not supported"),
+    "DoRA": ({"use_dora": True}, "tensors missing for DoRA"),
+    "DoRA as a number": ({"use_dora": 1}, "use_dora is 1; true or false is expected"),
     "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out true"),
     "biases": ({"bias": "all"}, "bias 'all'"),
     "modules to save": ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),
@@ -164,6 +181,15 @@ def test_a_field_that_is_not_understood_is_refused_by_name(name: str, real_model
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert message in refused(real_models["tied"], folder, tmp_path)
+
+
+def test_an_embedding_beside_an_adapter_must_be_that_of_the_base(real_models: dict, tmp_path: Path) -> None:
+    """peft saves it, and takes it in place of the base's."""
+    adapter(real_models["untied"], tmp_path / "adapter", target_modules=["embed_tokens"], r=2)
+    other = samples.write_floats(tmp_path / "other", samples.ARCHS["untied"], samples.F32, seed=9)
+    assert "holds a model.embed_tokens.weight of its own" in refused(other, tmp_path / "adapter", tmp_path)
+    adapter(real_models["tied"], tmp_path / "tied", target_modules=["embed_tokens"], r=2)
+    assert "tensors not expected for Qwen3 dense" in refused(real_models["tied"], tmp_path / "tied", tmp_path)
 
 
 def test_an_adapter_that_lacks_tensors_is_refused(real_models: dict, tmp_path: Path) -> None:

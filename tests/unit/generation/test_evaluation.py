@@ -134,7 +134,8 @@ def compare(
         for sample in theirs["samples"][f"local_{subject}"]
     }
     most = ("--max-eval-samples", limit) if limit else ()
-    for flags in ((), ("--no-prefix-cache", "--pass-tokens", 300)):
+    # How a pass is cut is proved with short questions.
+    for flags in ((),) if limit else ((), ("--no-prefix-cache", "--pass-tokens", 300)):
         flags = ("--task", "mmlu", "--task-data-path", mmlu, "--subjects", *quiz.SUBJECTS, *most, *flags)
         ours = evaluate(process, model, tmp_path / "out", *flags)
         samples = ours["samples"]["mmlu"]
@@ -283,17 +284,12 @@ def test_failures_are_refusals(
     assert message in str(refused.value) + capsys.readouterr().err
 
 
-def test_the_command(model: Path, mmlu: Path, tmp_path: Path) -> None:
-    """The script itself: a score, files, exit status 0; a broken file: status 2, no traceback, no results."""
+def test_a_broken_file_ends_the_command(model: Path, tmp_path: Path) -> None:
+    """Status 2, no traceback, no results; what a good file gives, test_generation_examples.py shows."""
     script = [sys.executable, str(ROOT / "evaluation.py"), "--load", str(model), "--device", "cpu", "--task", "mmlu"]
-    script += ["--output-dir", str(tmp_path), "--max-eval-samples", "2", "--task-data-path"]
-    good = subprocess.run([*script, str(mmlu)], capture_output=True, text=True)
-    assert good.returncode == 0, good.stderr
-    assert "mmlu acc" in good.stdout
-    assert json.loads((tmp_path / "results.json").read_text())["results"]["mmlu"]["questions"] == 6
     (tmp_path / "anatomy_test.csv").write_text("only,three,cells\n")
-    (tmp_path / "results.json").unlink()
-    bad = subprocess.run([*script, str(tmp_path), "--num-fewshot", "0"], capture_output=True, text=True)
+    script += ["--output-dir", str(tmp_path), "--task-data-path", str(tmp_path), "--num-fewshot", "0"]
+    bad = subprocess.run(script, capture_output=True, text=True)
     assert bad.returncode == 2
     assert "anatomy_test.csv cannot be read as a file of mmlu" in bad.stderr
     assert "Traceback" not in bad.stderr

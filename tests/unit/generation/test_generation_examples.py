@@ -76,4 +76,5 @@ def test_chat(ran: dict[str, Ran]) -> None:
 def test_evaluate(ran: dict[str, Ran]) -> None:
     run = ran["evaluate_qwen3_14b_ptd"]
     assert run.code == 0, run.out[-3000:]
+    assert "mmlu acc" in run.out
     assert json.loads((run.folder / "results.json").read_text())["results"]["mmlu"]["questions"] == 9

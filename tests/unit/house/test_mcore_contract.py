@@ -81,14 +81,25 @@ class TestTraps:
         with pytest.raises(NameError, match="te_general_gemm"):
             moe_utils.router_gating_linear(torch.ones(2, 1, 4), torch.ones(3, 4), None, torch.float32)
 
-    def test_names_of_transformer_engine_are_the_listed_ones(self) -> None:
+    def test_a_fresh_import_loads_no_compiler_and_lacks_the_listed_names(self) -> None:
         """`CheckpointWithoutOutput` asks for FP8 by default and then names what only Transformer Engine defines."""
         from qwen3_npu.platform import mcore_fixes
 
         names = [name.rsplit(".", 1)[1] for name in mcore_fixes.FIXED]
         assert names == ["FP8GlobalStateManager", "activation_recompute_forward", "fp8_autocast"]
-        code = "from megatron.core.tensor_parallel import random\n"
-        code += f"assert not any(hasattr(random, n) for n in {names!r}), 'the fix may go'"
+        code = f"""
+import sys, torch
+compiler = torch.compile
+from qwen3_npu.platform.mcore_import import import_megatron
+import_megatron()
+from megatron.core.tensor_parallel import random
+assert not any(hasattr(random, n) for n in {names!r}), 'the fix may go'
+assert torch.compile is compiler
+assert not {{'torch._dynamo', 'torch._inductor', 'wandb'}} & sys.modules.keys()
+import wandb
+from megatron.core.fusions import fused_bias_swiglu
+assert not hasattr(fused_bias_swiglu.swiglu, '_torchdynamo_orig_callable')
+"""
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
     def test_stock_norm_refuses_sequence_parallelism(self) -> None:
@@ -121,6 +132,13 @@ class TestTraps:
             arch, make_layout(arch, parallel), parallel, TrainArgs(train_iters=1), overlaps_p2p_safely=safe
         )
         assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (True, False)
+        for how, batched in (("auto", True), ("batched", True), ("pairs", False)):
+            parallel = ParallelArgs(pipeline_model_parallel_size=2, p2p_communication=how)
+            plain = transformer_config(
+                arch, make_layout(arch, parallel), parallel, TrainArgs(train_iters=1), overlaps_p2p_safely=safe
+            )
+            # With the last one megatron waits for the whole device after each exchange.
+            assert (plain.overlap_p2p_comm, plain.batch_p2p_comm, plain.batch_p2p_sync) == (False, batched, False)
         assert config.deallocate_pipeline_outputs is False
 
     def test_torch_device_blocks_still_work_under_the_redirect(self) -> None:

@@ -26,6 +26,8 @@ SAVED: dict[str, Any] = {
     "data_weights": "by size",
     "split": "969, 30, 1",
     "shuffle": True,
+    "freeze_include": [],
+    "freeze_exclude": [],
     "global_batch_size": 64,
     "reset_attention_mask": False,
     "reset_position_ids": False,
@@ -36,6 +38,7 @@ SAVED: dict[str, Any] = {
     "moe_router_topk": 8,
     "norm_topk_prob": True,
     "bf16": True,
+    "qlora": False,
 }
 NOW = SAVED | {"split": "969,30,1"}
 OTHERS: dict[str, Any] = {
@@ -46,6 +49,8 @@ OTHERS: dict[str, Any] = {
     "data_weights": [0.3, 0.7],
     "split": "99,1,0",
     "shuffle": False,
+    "freeze_include": ["*.embed_tokens.*"],
+    "freeze_exclude": ["*norm*"],
     "global_batch_size": 128,
     "reset_attention_mask": True,
     "reset_position_ids": True,
@@ -56,6 +61,7 @@ OTHERS: dict[str, Any] = {
     "moe_router_topk": 4,
     "norm_topk_prob": False,
     "bf16": False,
+    "qlora": True,
 }
 # Told, as `(the reason)` says.
 TOLD = {

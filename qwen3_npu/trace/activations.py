@@ -1,50 +1,38 @@
-"""How much memory activations take: bytes of the tensors that some code allocates, counted when they are made and
-freed.
-"""
+"""How much memory activations take: bytes of the tensors that some code makes, counted until they are freed."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from qwen3_npu.trace.storages import StorageWatch
 
 
-class Activations(TorchDispatchMode):
-    """Counts storages made by torch's operations, so neither earlier tensors nor those inside an operation.
+class Activations(StorageWatch):
+    """Counts bytes.
 
     Attributes:
         kept: the maximum of bytes that autograd kept for backward.
-        peak: the maximum of allocated bytes.
+        peak: the maximum of bytes that were held.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kept = self.peak = 0
-        self._alive: dict[int, weakref.ref] = {}
         self._kept: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for storage in _storages(out):
-            if storage._cdata not in given:
-                self._made(storage)
+        self.results((args, kwargs), out)
         self.peak = max(self.peak, self._bytes(self._alive))
         return out
 
-    def _made(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-
-        def gone(_: weakref.ref) -> None:
-            del self._alive[key]
-            self._kept.discard(key)
-
-        self._alive.setdefault(key, weakref.ref(storage, gone))
+    def freed(self, key: int) -> None:
+        """See `StorageWatch`."""
+        self._kept.discard(key)
 
     def _bytes(self, keys: Iterable[int]) -> int:
         """As they are now: recomputing empties storages and fills them again."""
@@ -57,10 +45,6 @@ class Activations(TorchDispatchMode):
             self._kept.add(key)
             self.kept = max(self.kept, self._bytes(self._kept))
         return tensor
-
-
-def _storages(values: object) -> Iterator[torch.UntypedStorage]:
-    return (value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor))
 
 
 @contextlib.contextmanager

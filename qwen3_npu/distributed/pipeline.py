@@ -1,0 +1,36 @@
+"""The communicators between pipeline stages, made before the first step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+def introduce_stages(group: dist.ProcessGroup, device: torch.device | int, *, batched: bool) -> None:
+    """A first exchange, in one order on all ranks, of everything that the stages of a pipeline will exchange through.
+
+    NCCL and HCCL make communicators at first use. Made in the middle of a schedule they wait for stages that wait for
+    something else.
+
+    Args:
+        group: the stages.
+        batched: they exchange in the group's own communicator; else each pair of neighbours has one of its own.
+    """
+    size, stage = group.size(), group.rank()
+    if size == 1:
+        return
+    token = torch.zeros(1, device=device)
+    dist.all_reduce(token, group=group)
+    if batched:
+        return
+    ranks = dist.get_process_group_ranks(group)
+    # Between two stages megatron sends one way in their group, and the other way in that of all ranks.
+    carriers = [group, dist.group.WORLD] if size == 2 else [group]
+    pairs = [(first, (first + 1) % size) for first in range(size if size > 2 else 1)]
+    for carrier in carriers:
+        for pair in pairs:
+            for source, target in (pair, pair[::-1]):
+                if stage == source:
+                    dist.send(token, ranks[target], group=carrier)
+                elif stage == target:
+                    dist.recv(token, ranks[source], group=carrier)

@@ -1,0 +1,142 @@
+"""Frozen weights in 4 bits (--qlora), restored for each product, forward and backward, and never kept.
+
+A quantized parameter holds the codes (uint8) and, as `nf4`, what restores it. The codes are those of the Hugging Face
+weights' rows, so they are the same in every layout: blocks of 64 lie within a row of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+from qwen3_npu.kernels import nf4
+
+
+class Nf4Weight:
+    """What restores a quantized parameter.
+
+    Attributes:
+        shape, dtype: of the restored weight.
+        scales: of its blocks, float32. No buffer of a module: those are cast with the module.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, scales: torch.Tensor) -> None:
+        self.shape, self.dtype, self.scales = shape, dtype, scales
+
+
+def quantized(weight: torch.nn.Parameter, shape: tuple[int, ...]) -> torch.nn.Parameter:
+    """A parameter of codes, still undefined, in place of a weight; marks are kept. `shape`: of the restored weight."""
+    codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
+    found = torch.nn.Parameter(codes, requires_grad=False)
+    vars(found).update(vars(weight))
+    scales = torch.empty(weight.numel() // nf4.BLOCK, device=weight.device)
+    vars(found)["nf4"] = Nf4Weight(shape, weight.dtype, scales)
+    return found
+
+
+def held(parameter: torch.Tensor) -> Nf4Weight | None:
+    """How a quantized parameter is restored; None: it is a plain one."""
+    return getattr(parameter, "nf4", None)
+
+
+def fill(parameter: torch.Tensor, weight: torch.Tensor) -> None:
+    """Quantize a weight of the restored shape, where it is (on the host while a checkpoint is read)."""
+    kind = held(parameter)
+    assert kind is not None
+    assert tuple(weight.shape) == kind.shape
+    codes, scales = nf4.quantize(weight)
+    parameter.data.copy_(codes)
+    kind.scales.copy_(scales)
+
+
+def restored(parameter: torch.Tensor) -> torch.Tensor:
+    """The weight: a quantized one is made anew, a plain one is itself."""
+    kind = held(parameter)
+    return parameter if kind is None else nf4.dequantize(parameter, kind.scales, kind.dtype).view(kind.shape)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T of a quantized W: neither forward nor backward leaves W behind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+        ctx.weight = weight
+        return torch.nn.functional.linear(x, restored(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad @ restored(ctx.weight), None
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Rows of x times the matrix of their group, of a quantized weight [groups, out, in]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.nn.Parameter, product: Callable) -> torch.Tensor:
+        ctx.weight, ctx.product = weight, product
+        return product(x, restored(weight).transpose(1, 2).contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.product(grad.contiguous(), restored(ctx.weight)), None, None
+
+
+def grouped_product(x: torch.Tensor, weight: torch.nn.Parameter, product: Callable) -> torch.Tensor:
+    """`kernels.grouped_matmul`'s product with a quantized weight [groups, out, in]: [rows, in] -> [rows, out]."""
+    return _GroupedProduct.apply(x, weight, product)
+
+
+class Nf4ColumnParallelLinear(ColumnParallelLinear):
+    """megatron's, frozen and quantized; its weight is [out / TP, in]."""
+
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        _hold_codes(self)
+
+    def forward(self, input_: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, in] ([s / TP, b, in] under sequence parallelism) -> [s, b, out / TP], and a bias to be added."""
+        region = (
+            gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+        )
+        out = _Product.apply(region(input_, group=self.tp_group), self.weight)
+        return _with_bias(self, out)
+
+
+class Nf4RowParallelLinear(RowParallelLinear):
+    """megatron's, frozen and quantized; its weight is [out, in / TP]."""
+
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        _hold_codes(self)
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to be added."""
+        region = (
+            reduce_scatter_to_sequence_parallel_region
+            if self.sequence_parallel
+            else reduce_from_tensor_model_parallel_region
+        )
+        return _with_bias(self, region(_Product.apply(input_, self.weight), group=self.tp_group))
+
+
+def _hold_codes(linear: ColumnParallelLinear | RowParallelLinear) -> None:
+    """At once, so that one weight at a time is whole while a model is built."""
+    linear.weight = quantized(linear.weight, tuple(linear.weight.shape))
+
+
+def _with_bias(linear: Any, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if linear.skip_bias_add:
+        return out, linear.bias
+    return (out if linear.bias is None else out + linear.bias), None
+
+
+NF4_LINEARS = {ColumnParallelLinear: Nf4ColumnParallelLinear, RowParallelLinear: Nf4RowParallelLinear}

@@ -1,0 +1,124 @@
+"""What communication nothing hides: a step's recorded program, played on a device's streams.
+
+The compute stream runs operations one after the other. Each group of ranks has a stream of its own. A collective starts
+when its stream is free and what was launched before it has run; the compute stream goes on beside it until the program
+waits for it. Costs are those of the plan's table (`plan.device`). Not played: the bubble of a pipeline, the host, and
+streams that slow each other.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from qwen3_npu.plan.device import Device
+from qwen3_npu.plan.timing import collective_seconds, product_seconds
+from qwen3_npu.trace.record import Operation
+
+PAIRWISE = ("c10d.send", "c10d.recv")
+_IN_A_STEP = ("forward", "backward")
+_NEAR = 8  # operations between a collective and the product that could hide it
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """Seconds of a step.
+
+    Attributes:
+        busy: of the compute stream.
+        exposed: group -> seconds in which the compute stream waits for its collectives.
+    """
+
+    busy: float
+    exposed: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return self.busy + sum(self.exposed.values())
+
+
+def seconds_of(operation: Operation, device: Device) -> float:
+    """By the plan's table of the device: products and attention by FLOP, everything else by bytes."""
+    if operation.flops:
+        if "attention" in operation.name:
+            return operation.flops / (device.flops * device.attention)
+        return product_seconds(device, operation.flops)
+    return operation.moved / (device.memory_bandwidth * device.streaming)
+
+
+def exchange_seconds(operation: Operation, device: Device) -> float:
+    """Of a collective, or of a send or receive. `moved` counts input and output."""
+    size, stride, moved = len(operation.ranks), operation.ranks[1] - operation.ranks[0], operation.moved
+    if operation.name in PAIRWISE:
+        inside = size * stride <= device.node
+        bandwidth, latency = (device.link, device.latency) if inside else (device.network, device.network_latency)
+        return latency + moved / (bandwidth * device.transfer)
+    if "alltoall" in operation.name:
+        moved /= 2
+    elif "allreduce" in operation.name:
+        moved *= 2  # a scatter and a gather
+    elif "allgather" in operation.name or "reduce_scatter" in operation.name:
+        moved *= size / (size + 1)
+    return collective_seconds(device, size, stride, moved)
+
+
+def played(
+    operations: Sequence[Operation],
+    waits: Sequence[tuple[int, int]],
+    groups: Mapping[tuple[int, ...], str],
+    device: Device,
+    *,
+    repeats: float,
+    chunks: int = 1,
+) -> Played:
+    """Play a program.
+
+    Args:
+        waits: (operations launched before the wait, the collective that is waited for).
+        groups: names of groups.
+        repeats: how often a step runs the forward and backward passes that were recorded.
+        chunks: what a collective that is waited for at once would leave if it and the product beside it ran in so many
+            pieces, one behind the other.
+    """
+    now, busy, exposed = 0.0, 0.0, collections.Counter[str]()
+    free: dict[tuple[int, ...], float] = {}
+    ends: dict[int, float] = {}
+    pending = collections.deque(waits)
+    for number, operation in enumerate(operations):
+        times = repeats if operation.phase in _IN_A_STEP else 1.0
+        while pending and pending[0][0] <= number:
+            awaited = pending.popleft()[1]
+            idle = max(0.0, ends.get(awaited, 0.0) - now)
+            exposed[_name(operations[awaited], groups)] += idle * times  # type: ignore[assignment]
+            now += idle
+        if len(operation.ranks) < 2:
+            seconds = 0.0 if operation.ranks else seconds_of(operation, device)
+            now, busy = now + seconds, busy + seconds * times
+            continue
+        seconds = exchange_seconds(operation, device)
+        ends[number] = free[operation.ranks] = max(now, free.get(operation.ranks, 0.0)) + seconds
+        if operation.waits:
+            idle = ends[number] - now
+            if chunks > 1:
+                beside = _product_beside(operations, number, device)
+                idle = min(idle, seconds / chunks + max(0.0, seconds - beside) * (chunks - 1) / chunks)
+            exposed[_name(operation, groups)] += idle * times  # type: ignore[assignment]
+            now += idle
+    return Played(busy, dict(exposed))
+
+
+def _name(operation: Operation, groups: Mapping[tuple[int, ...], str]) -> str:
+    return "pp" if operation.name in PAIRWISE else groups.get(operation.ranks, "pair")
+
+
+def _product_beside(operations: Sequence[Operation], number: int, device: Device) -> float:
+    """Seconds of the longest product near a collective, up to the next collective on either side."""
+    longest = 0.0
+    for step in (1, -1):
+        for place in range(number + step, number + step * (_NEAR + 1), step):
+            if not 0 <= place < len(operations) or operations[place].ranks:
+                break
+            if operations[place].flops and "attention" not in operations[place].name:
+                longest = max(longest, seconds_of(operations[place], device))
+    return longest

@@ -1,0 +1,253 @@
+"""LoRA computes what peft computes, in every layout; QLoRA what LoRA computes on restored weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import llama
+import tiny
+from plain import (
+    FLAGS,
+    STEPS,
+    VARIABLE,
+    check,
+    plain_loop,
+    write_restored,
+    write_some_adapters,
+)
+from qwen3_npu.parity.rows import CHUNKS, EP2, ETP1, FULL, PER_DOCUMENT, PP2, RING, SP, TP2, VPP, ZERO
+from worlds import World
+
+RANK, ALPHA = 4, 8
+LORA = ["--lora-r", str(RANK), "--lora-alpha", str(ALPHA)]
+
+
+@pytest.fixture(scope="module")
+def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Kind of model -> a PEFT adapter: A's of one linear are equal, B's are not zero."""
+    from safetensors.numpy import load_file, save_file
+
+    from qwen3_npu.args.lora import LORA_TARGETS
+    from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
+
+    with llama.registered() as outside:
+        archs = {kind: tiny.arch(kind) for kind in ("untied", "moe", "few", "qwen2")} | {"llama": outside}
+        shapes = {kind: peft_shapes(arch, Lora(RANK, ALPHA, tuple(LORA_TARGETS))) for kind, arch in archs.items()}
+    made = {}
+    for kind in archs:
+        folder = tmp_path_factory.mktemp(f"adapter-{kind}")
+        rng = np.random.default_rng(3)
+        tensors: dict[str, np.ndarray] = {}
+        siblings = {projection: names[0] for names in LORA_TARGETS.values() for projection in names}
+        for name, shape in shapes[kind].items():
+            projection = name.split(".")[-3]
+            first = name.replace(f".{projection}.", f".{siblings[projection]}.")
+            if ".lora_A." in name and first in tensors:
+                tensors[name] = tensors[first]
+            else:
+                size = 0.1 if ".lora_B." in name else 1.0
+                tensors[name] = (size * rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        modules = [projection for names in LORA_TARGETS.values() for projection in names]
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
+        config |= {"bias": "none", "target_modules": modules, "base_model_name_or_path": models[kind]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        made[kind] = str(folder)
+    rs = tmp_path_factory.mktemp("adapter-rs")
+    shutil.copytree(made["untied"], rs, dirs_exist_ok=True)
+    config = json.loads((rs / "adapter_config.json").read_text())
+    (rs / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    dora = Path(shutil.copytree(made["untied"], tmp_path_factory.mktemp("adapter-dora"), dirs_exist_ok=True))
+    tensors = load_file(dora / "adapter_model.safetensors")
+    rng = np.random.default_rng(4)
+    for name in [name for name in tensors if "lora_B" in name]:
+        lengths = 1 + rng.random(len(tensors[name]), np.float32)
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = lengths
+    save_file(tensors, dora / "adapter_model.safetensors")
+    (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    some = str(tmp_path_factory.mktemp("adapter-some"))
+    write_some_adapters(models["untied"], some, r=RANK, lora_alpha=ALPHA)
+    return {**made, "untied rs": str(rs), "untied some": some, "untied dora": str(dora)}
+
+
+@pytest.fixture(scope="module")
+def peft_loop(models: dict[str, str], data: dict[str, str], adapters: dict[str, str]) -> Any:
+    """Form of data, kind of model -> what peft on transformers computes with the same A and B."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
+    from transformers import AutoModelForCausalLM
+
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def compute(form: str, kind: str) -> dict[str, Any]:
+        if (form, kind) not in known:
+            base = AutoModelForCausalLM.from_pretrained(models[kind.split()[0]], dtype=torch.float32)
+            model = peft.PeftModel.from_pretrained(base, adapters[kind], is_trainable=True)
+            shared = []
+            for layer in model.base_model.model.model.layers:
+                a, m = layer.self_attn, layer.mlp
+                for linears in ((a.q_proj, a.k_proj, a.v_proj), (m.gate_proj, m.up_proj)):
+                    shared.append([one.lora_A["default"].weight for one in linears if hasattr(one, "lora_A")])
+            known[form, kind] = plain_loop(model, data[form], shared)
+        return known[form, kind]
+
+    return compute
+
+
+SOME = ["--lora-target-modules", "embedding", "output", r"decoder\.layers\.[13]\..*linear_qkv"]
+LORA_LAYOUTS = {
+    "one process": (1, "single", []),
+    "one process, packed": (1, "packed", PER_DOCUMENT),
+    "TP2 SP PP2, dynamic lengths": (4, "single", TP2 + SP + PP2 + VARIABLE),
+    "TP2 PP2 VPP2, packed": (4, "packed", TP2 + PP2 + VPP + PER_DOCUMENT),
+    "DP2 distributed optimizer": (2, "single", ZERO),
+    "CP2 ring": (2, "single", RING),
+    "Qwen2.5, TP2 SP PP2": (4, "single", TP2 + SP + PP2 + VARIABLE, "qwen2"),
+    "Llama, TP2 PP2": (4, "single", TP2 + PP2 + VARIABLE, "llama"),
+    "TP4 SP of 2 KV heads": (4, "single", ["--tensor-model-parallel-size", "4", *SP, *VARIABLE], "few"),
+    "rsLoRA": (1, "single", ["--use-rslora"], "untied rs"),
+    "embedding, output layer and some layers": (1, "single", [*SOME, *CHUNKS], "untied some"),
+    "embedding, output layer and some layers, TP2 SP PP2": (4, "single", SOME + TP2 + SP + PP2, "untied some"),
+    "embedding, output layer and some layers, TP2, chunked": (2, "single", SOME + TP2 + CHUNKS, "untied some"),
+    "embedding, output layer and some layers, TP2 SP, chunked": (2, "single", SOME + TP2 + SP + CHUNKS, "untied some"),
+    "DoRA": (1, "single", ["--use-dora"], "untied dora"),
+    "DoRA, TP2 SP PP2": (4, "single", ["--use-dora", *TP2, *SP, *PP2], "untied dora"),
+    "DoRA, TP2, full recompute": (2, "single", ["--use-dora", *TP2, *FULL], "untied dora"),
+    "full recompute": (1, "single", FULL),
+    "full recompute, TP2 SP PP2": (4, "single", FULL + TP2 + SP + PP2),
+    "recomputed MLP": (1, "single", ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]),
+    "recomputed activation and norms": (1, "single", ["--recompute-activation-function", "--recompute-norm"]),
+}
+
+
+@pytest.mark.parametrize("name", LORA_LAYOUTS)
+def test_lora_equals_peft(
+    name: str,
+    worlds: dict[int, World],
+    models: dict[str, str],
+    data: dict[str, str],
+    adapters: dict[str, str],
+    peft_loop: Any,
+    tmp_path: Path,
+) -> None:
+    size, form, extra, *others = LORA_LAYOUTS[name]
+    kind = others[0] if others else "untied"
+    expected = peft_loop(form, kind)
+    base = models[kind.split()[0]]
+    flags = [*FLAGS, *LORA, "--load", base, "--lora-load", adapters[kind], "--data-path", data[form]]
+    gradients = tmp_path / "gradients.npz"
+    got = worlds[size].run("gradients", flags=flags + extra, steps=STEPS, file=str(gradients))
+    assert got["frozen"]
+    assert not got["changed"]
+    check(got, expected, gradients, lambda name: name.replace(".default", "").replace("vector.weight", "vector"))
+
+
+MOE_LORA = {
+    "TP2 SP PP2": (4, TP2 + SP + PP2),
+    "EP2": (2, EP2),
+    "TP2 SP EP2 ETP1 distributed optimizer": (4, TP2 + SP + EP2 + ETP1 + ZERO),
+}
+
+
+@pytest.fixture(scope="module")
+def moe_lora(
+    worlds: dict[int, World],
+    models: dict[str, str],
+    data: dict[str, str],
+    adapters: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """One process's LoRA of a MoE model."""
+    gradients = tmp_path_factory.mktemp("moe-lora") / "gradients.npz"
+    flags = [*FLAGS, *LORA, "--load", models["moe"], "--lora-load", adapters["moe"], "--data-path", data["single"]]
+    got = worlds[1].run("gradients", flags=flags, steps=STEPS, file=str(gradients))
+    return {**got, "flags": flags, "gradients": dict(np.load(gradients))}
+
+
+@pytest.mark.parametrize("name", MOE_LORA)
+def test_lora_of_experts_equals_one_process(
+    name: str, worlds: dict[int, World], moe_lora: dict[str, Any], tmp_path: Path
+) -> None:
+    size, extra = MOE_LORA[name]
+    gradients = tmp_path / "gradients.npz"
+    got = worlds[size].run("gradients", flags=moe_lora["flags"] + extra, steps=STEPS, file=str(gradients))
+    assert not got["changed"]
+    check(got, moe_lora, gradients)
+
+
+def test_pissa_begins_as_the_base_and_is_the_same_in_every_layout(
+    worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path
+) -> None:
+    """Checkpoints hold what is left of the base with the adapter: they resume, and merge to what was trained."""
+    for kind, extra in (("untied", [*TP2, *SP, *PP2]), ("moe", [*TP2, *SP, *EP2, *ETP1])):
+        flags = [*FLAGS, *LORA, "--load", models[kind], "--data-path", data["single"]]
+        plain = worlds[1].run("train", flags=flags, steps=1)["loss"]
+        alone = worlds[1].run("train", flags=[*flags, "--lora-init", "pissa"], steps=3)["loss"]
+        save = ["--lora-init", "pissa", "--save", str(tmp_path / kind)]
+        many = worlds[4].run("train", flags=[*flags, *extra, *save], steps=2)["loss"]
+        assert plain == pytest.approx(alone[:1], rel=1e-5), "B is 0 in the first, and B A is in the base in the second"
+        assert many == pytest.approx(alone[:2], rel=1e-5)
+        again = [*flags, "--lora-init", "pissa", "--load", str(tmp_path / kind)]
+        assert worlds[1].run("train", flags=again, steps=1)["loss"] == pytest.approx(alone[2:], rel=1e-5)
+
+
+QLORA = {
+    "one process": ("untied", 1, []),
+    "TP2 SP PP2, full recompute": ("untied", 4, TP2 + SP + PP2 + FULL),
+    "experts, TP2 SP EP2 ETP1": ("moe", 4, TP2 + SP + EP2 + ETP1),
+}
+
+
+@pytest.mark.parametrize("name", QLORA)
+def test_qlora_equals_lora_on_what_bitsandbytes_restores(
+    name: str, worlds: dict[int, World], data: dict[str, str], tmp_path: Path
+) -> None:
+    """Losses and gradients; an adapter that is saved goes on in another layout."""
+    kind, size, extra = QLORA[name]
+    width = "moe_intermediate_size" if kind == "moe" else "intermediate_size"
+    base = tiny.write_model(tmp_path / "base", tiny.arch(kind, **{width: 128}))
+    write_restored(base, tmp_path / "restored")
+    flags = [*FLAGS, *LORA, "--lora-init", "gaussian", "--data-path", data["single"]]
+    files = [tmp_path / "expected.npz", tmp_path / "got.npz"]
+    plain = [*flags, "--load", str(tmp_path / "restored")]
+    # The adapter is random, so both start from one that was saved.
+    worlds[1].run("train", flags=[*plain, "--lr", "0.02", "--save", str(tmp_path / "a"), "--lora-ckpt-filter"], steps=1)
+    adapter = ["--lora-load", str(tmp_path / "a"), "--finetune"]
+    expected = worlds[1].run("gradients", flags=[*plain, *adapter], steps=STEPS, file=str(files[0]))
+    ours = [*flags, "--load", str(base), "--qlora", *extra]
+    got = worlds[size].run("gradients", flags=[*ours, *adapter], steps=STEPS, file=str(files[1]))
+    assert got["frozen"]
+    assert not got["changed"]
+    check(got, {**expected, "gradients": dict(np.load(files[0]))}, files[1])
+    if size > 1:
+        worlds[size].run("train", flags=[*ours, *adapter, "--save", str(tmp_path / "b")], steps=3)
+        again = [*flags, "--load", str(base), "--qlora", "--lora-load", str(tmp_path / "b")]
+        assert worlds[1].run("train", flags=again, steps=1)["loss"] == pytest.approx(got["loss"][3:], rel=1e-5)
+
+
+def test_lora_resumes(worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path) -> None:
+    """Updates alone are small; they and the optimizer go on in another layout; frozen weights never change."""
+    flags = [*FLAGS, *LORA, "--load", models["tied"], "--data-path", data["single"], "--train-iters", "20"]
+    save, whole_save = tmp_path / "updates", tmp_path / "whole"
+    whole = worlds[1].run("gradients", flags=flags, steps=20, file=str(tmp_path / "g.npz"))
+    assert not whole["changed"]
+    worlds[1].run("train", flags=[*flags, "--save", str(save), "--lora-ckpt-filter"], steps=3)
+    worlds[1].run("train", flags=[*flags, "--save", str(whole_save)], steps=3)
+    dist = ["--save", str(tmp_path / "dist"), "--lora-ckpt-filter", "--ckpt-format", "torch_dist", "--async-save"]
+    worlds[1].run("train", flags=[*flags, *dist], steps=3)
+    sizes = [next(folder.glob("iter_*/mp_rank_*/model_optim_rng.pt")).stat().st_size for folder in (save, whole_save)]
+    assert sizes[0] < 0.4 * sizes[1]
+    for updates in (save, tmp_path / "dist"):
+        again = worlds[1].run("train", flags=[*flags, "--lora-load", str(updates)], steps=2)
+        assert again["loss"] == whole["loss"][3:5]
+    again = worlds[1].run("train", flags=[*flags, "--load", str(whole_save)], steps=2)
+    assert again["loss"] == whole["loss"][3:5]
+    for updates in (save, tmp_path / "dist"):
+        again = worlds[4].run("train", flags=[*flags, *TP2, *PP2, "--lora-load", str(updates)], steps=2)
+        assert again["loss"] == pytest.approx(whole["loss"][3:5], rel=1e-5)
