@@ -273,7 +273,9 @@ class CheckpointArgs:
     load_rng: bool = flag(True, help="load the random generators' state")
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
-    allow_nonfinite_weights: bool = flag(False, help="start from weights with NaN or infinite values, too")
+    allow_nonfinite_weights: bool = flag(
+        False, help="start from weights and optimizer state with NaN or infinite values, too"
+    )
     allow_changed: list[str] = flag(
         [],
         choices=list(REFUSED),
