@@ -27,12 +27,14 @@ class Setup:
         quantized, quantized_ends: the layers' linears, and embedding and output layer, are in 4 bits.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
         swap_optimizer: optimizer state is on the host, and comes in `swap_slices` to be updated.
+        swap_attention: what attention keeps for backward is on the host until then.
         recompute_experts: MoE layers compute their first product and activation (1), or all of their MLP (2), again.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
         overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
         pad: share of a batch's tokens that are padding.
         reference: a frozen copy of the model is in memory (preference training).
+        fp16: gradients have 16 bits, and the optimizer keeps a float32 copy of its share (not in this project).
     """
 
     tensor: int = 1
@@ -62,6 +64,7 @@ class Setup:
     lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     reuse_master: bool = False
     swap_optimizer: bool = False
+    swap_attention: bool = False
     swap_slices: int = 16
     recompute_experts: int = 0
     loss_chunk: int = 0
@@ -71,6 +74,7 @@ class Setup:
     overlap_experts: bool = False
     pad: float = 0.0
     reference: bool = False
+    fp16: bool = False
 
     def __post_init__(self) -> None:
         if len(self.layers) != self.pipeline:
@@ -114,14 +118,18 @@ class Setup:
         return before + sum(self.layers[s][chunk] for s in range(stage))
 
     def layer_kinds(self, shape: Shape, stage: int) -> dict[bool, int]:
-        """How many layers of a stage have experts (True), and have none (False)."""
-        number = sum(self.layers[stage])
-        if not shape.moe_dense_layers or not shape.is_moe:
-            return {shape.is_moe: number}
-        held = [
-            self.first_layer(stage, chunk) + i
-            for chunk in range(self.virtual)
-            for i in range(self.layers[stage][chunk])
-        ]
-        experts = sum(shape.has_experts(layer) for layer in held)
-        return {kind: count for kind, count in ((True, experts), (False, number - experts)) if count}
+        """How many layers of a stage have experts (True), and have none (False); the last has those of `mtp_layers`."""
+        number, experts = sum(self.layers[stage]), 0
+        if shape.is_moe and not shape.moe_dense_layers:
+            experts = number
+        elif shape.is_moe:
+            held = [
+                self.first_layer(stage, chunk) + i
+                for chunk in range(self.virtual)
+                for i in range(self.layers[stage][chunk])
+            ]
+            experts = sum(map(shape.has_experts, held))
+        kinds = {True: experts, False: number - experts}
+        if stage == self.pipeline - 1:
+            kinds[shape.is_moe] += shape.mtp_layers
+        return {kind: count for kind, count in kinds.items() if count}
