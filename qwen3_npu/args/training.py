@@ -329,4 +329,17 @@ class ReportArgs:
         unit="steps",
         help="between records of where the time went (python -m qwen3_npu.ledger); 0: none",
     )
+    fingerprint_interval: int = flag(
+        0,
+        minimum=0,
+        unit="steps",
+        help="between files of what kernels and layers computed (the first in step 1), in --tensorboard-dir; two runs "
+        "are compared by python -m qwen3_npu.parity; 0: none",
+    )
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
+
+    def __post_init__(self) -> None:
+        if self.fingerprint_interval and self.tensorboard_dir is None:
+            raise UsageError(
+                f"--fingerprint-interval {self.fingerprint_interval} writes into --tensorboard-dir; give that, too"
+            )

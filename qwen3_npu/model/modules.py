@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import get_pg_rank
 
 from qwen3_npu.kernels import reference
+from qwen3_npu.model.quantized import held, looked_up
 from qwen3_npu.model.sequence import TokenSequence
 
 
@@ -132,15 +133,19 @@ class Embedding(VocabParallelEmbedding):
     def rows(self, input_: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same of another table, [vocabulary / TP, any width]."""
         if self.tp_group.size() == 1 and not self.reduce_scatter_embeddings:
-            return weight[input_] if self.deterministic_mode else torch.nn.functional.embedding(input_, weight)
+            return self._look_up(input_, weight)
         local = input_ - self.vocab_start_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
         local = local.masked_fill_(elsewhere, 0)
-        rows = weight[local] if self.deterministic_mode else torch.nn.functional.embedding(local, weight)
-        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        rows = self._look_up(local, weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(), group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+
+    def _look_up(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if held(weight) is not None:
+            return looked_up(tokens, weight)
+        return weight[tokens] if self.deterministic_mode else torch.nn.functional.embedding(tokens, weight)
 
 
 class Layer(TransformerLayer):

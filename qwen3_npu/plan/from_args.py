@@ -40,6 +40,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         packed=args.data.reset_attention_mask,
         lora_rank=args.lora.lora_r if args.lora.on else 0,
         quantized=args.lora.qlora,
+        quantized_ends=args.lora.qlora_embedding,
         lora_targets=tuple(args.lora.lora_target_modules),
         loss_chunk=train.loss_chunk_size if train.loss_compute_mode == "chunk" else 0,
         swap_optimizer=optimizer.swap_optimizer,

@@ -25,7 +25,7 @@ class Setup:
         packed: several documents share a sequence.
         frozen: share of the weights that is not trained, alike on all stages.
         lora_rank, lora_targets: 0: no adapters.
-        quantized: the layers' linears are in 4 bits.
+        quantized, quantized_ends: the layers' linears, and embedding and output layer, are in 4 bits.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
         swap_optimizer: optimizer state is on the host, and comes in `swap_slices` to be updated.
         swap_attention: what attention keeps for backward is on the host until then.
@@ -61,6 +61,7 @@ class Setup:
     packed: bool = False
     frozen: float = 0.0
     quantized: bool = False
+    quantized_ends: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     reuse_master: bool = False

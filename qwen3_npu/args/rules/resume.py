@@ -51,6 +51,7 @@ REFUSED = {
     "norm_topk_prob": "model",
     "bf16": "numbers",
     "qlora": "numbers",
+    "qlora_embedding": "numbers",
 }
 
 WARNED = {
