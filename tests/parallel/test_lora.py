@@ -201,6 +201,8 @@ QLORA = {
     "one process": ("untied", 1, []),
     "TP2 SP PP2, full recompute": ("untied", 4, TP2 + SP + PP2 + FULL),
     "experts, TP2 SP EP2 ETP1": ("moe", 4, TP2 + SP + EP2 + ETP1),
+    "and the embedding, TP2 SP PP2, chunked": ("untied", 4, [*TP2, *SP, *PP2, *CHUNKS, "--qlora-embedding"]),
+    "and the tied embedding, PP2": ("tied", 2, [*PP2, "--qlora-embedding"]),
 }
 
 
@@ -212,7 +214,7 @@ def test_qlora_equals_lora_on_what_bitsandbytes_restores(
     kind, size, extra = QLORA[name]
     width = "moe_intermediate_size" if kind == "moe" else "intermediate_size"
     base = tiny.write_model(tmp_path / "base", tiny.arch(kind, **{width: 128}))
-    write_restored(base, tmp_path / "restored")
+    write_restored(base, tmp_path / "restored", ends="--qlora-embedding" in extra)
     flags = [*FLAGS, *LORA, "--lora-init", "gaussian", "--data-path", data["single"]]
     files = [tmp_path / "expected.npz", tmp_path / "got.npz"]
     plain = [*flags, "--load", str(tmp_path / "restored")]
@@ -227,7 +229,8 @@ def test_qlora_equals_lora_on_what_bitsandbytes_restores(
     check(got, {**expected, "gradients": dict(np.load(files[0]))}, files[1])
     if size > 1:
         worlds[size].run("train", flags=[*ours, *adapter, "--save", str(tmp_path / "b")], steps=3)
-        again = [*flags, "--load", str(base), "--qlora", "--lora-load", str(tmp_path / "b")]
+        again = [*flags, "--load", str(base), "--lora-load", str(tmp_path / "b")]
+        again += [flag for flag in ours if flag.startswith("--qlora")]
         assert worlds[1].run("train", flags=again, steps=1)["loss"] == pytest.approx(got["loss"][3:], rel=1e-5)
 
 
