@@ -147,18 +147,22 @@ def fork(job: str, size: int, folder: Path, *, bad: int, at: int) -> list[int]:
     return pids
 
 
-def wait(pids: list[int], limit: float, console: Path) -> tuple[float | None, float]:
-    """When the first warning was there, and when all had ended; those that have not are killed."""
+def wait(pids: list[int], limit: float, console: Path, *, rest: int = 0) -> tuple[float | None, float]:
+    """When the first warning was there, and when all but the last `rest` had ended; what has not is killed."""
     warned, alive, began = None, set(pids), time.time()
-    while alive and time.time() - began < limit:
+    while alive - set(pids[len(pids) - rest :]) and time.time() - began < limit:
         alive -= {pid for pid in alive if os.waitpid(pid, os.WNOHANG)[0]}
         if warned is None and console.exists() and "warning:" in console.read_text():
             warned = time.time()
         time.sleep(0.05)
+    ended = time.time()
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    return warned, time.time()
+    while warned is None and time.time() - ended < 10:  # a job may be over before its watcher has looked once
+        warned = time.time() if console.exists() and "warning:" in console.read_text() else None
+        time.sleep(0.05)
+    return warned, max(ended, warned or 0.0)
 
 
 def faults(injections: int, size: int, seed: int) -> dict[str, Any]:
@@ -169,13 +173,18 @@ def faults(injections: int, size: int, seed: int) -> dict[str, Any]:
         bad, at = draw.randrange(size), draw.randrange(3, 20)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            warned, ended = wait(fork(job, size, folder, bad=bad, at=at), LIMIT, folder / "console")
+            rest = size // 2 if job == "silent_node" else 0  # which its own torchrun would end
+            pids = fork(job, size, folder, bad=bad, at=at)
+            warned, ended = wait(pids, LIMIT, folder / "console", rest=rest)
             said = (folder / "console").read_text() if (folder / "console").exists() else ""
             begun = float((folder / "began").read_text()) if (folder / "began").exists() else None
         is_right = re.search(FAULTS[job].replace("R", str(bad)), said, re.S) is not None
         entry: dict[str, Any] = {"fault": job, "rank": bad, "step": at, "right": is_right}
         if warned is not None:
-            entry |= {"verdict_s": round(warned - begun, 2) if begun else None, "exit_s": round(ended - warned, 2)}
+            entry |= {
+                "verdict_s": round(warned - begun, 2) if begun else None,
+                "exit_s": round(max(ended - warned, 0.0), 2),
+            }
         if not is_right:
             entry["said"] = said[-400:]
         found.append(entry)
@@ -193,7 +202,7 @@ def faults(injections: int, size: int, seed: int) -> dict[str, Any]:
 def alarms(steps: int, size: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder, began = Path(name), time.time()
-        _, ended = wait(fork("healthy", size, folder, bad=0, at=steps), 3600, folder / "console")
+        _, ended = wait(fork("healthy", size, folder, bad=0, at=steps), 3600, folder / "console")  # and 10 s more
         said = (folder / "console").read_text()
         return {
             "steps": steps,

@@ -68,7 +68,7 @@ class NodeDisks:
             dist.broadcast(chunk, first, group=self.group)
             if not is_mine and file is not None and problem is None:
                 try:
-                    file.write(chunk.numpy())
+                    file.write(chunk.numpy().tobytes())
                 except OSError as error:
                     problem = error
         if file is not None:
