@@ -73,10 +73,13 @@ class RMSNorm(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x; with a residual, the norm of their sum, and the sum."""
+        """The norm of x, in the weight's dtype; with a residual, the norm of their sum, and the sum in its dtype."""
+        given = x if residual is None else residual
+        weight = self.weight if given.dtype == self.weight.dtype else self.weight.to(given.dtype)
         if residual is None:
-            return self.kernel(x, self.weight, self.eps)
-        return self.add_kernel(x, residual, self.weight, self.eps)
+            return self.kernel(x, weight, self.eps).to(self.weight.dtype)
+        normed, total = self.add_kernel(x.to(given.dtype), residual, weight, self.eps)
+        return normed.to(self.weight.dtype), total
 
 
 class SwiGLU(torch.nn.Module):
@@ -151,6 +154,9 @@ class Layer(TransformerLayer):
     megatron-core 0.16.1 passes a mask of its own to the layers, but shards it for sequence parallelism on the first
     stage only, and forgets it in the layers that `--recompute-method block` does not recompute.
 
+    With --fp32-residual-connection the residual is float32: norms read it and give the weights' dtype, and sums with a
+    branch of that dtype are float32.
+
     The sum of the residual and of the attention, and the norm of it, are one kernel. The norm's module calls it:
     `--overlap-param-gather` waits for a weight in the call of the module that owns it.
     """
@@ -184,10 +190,23 @@ class Layer(TransformerLayer):
         if bias is not None:
             attended = attended + bias
         normed, hidden = self.pre_mlp_layernorm(attended, hidden)
-        if getattr(self.mlp, "adds_residual", False):
+        if getattr(self.mlp, "adds_residual", False) and hidden.dtype == normed.dtype:
             return self.mlp(normed, residual=hidden)[0]
         moved, _ = self.mlp(normed, **masks)
         return hidden + moved
+
+
+def add_to_residual(training: bool, fused: bool) -> Callable:
+    """megatron's seam for bias, dropout and sum. Its own function rounds the residual to the branch's dtype, which
+    undoes --fp32-residual-connection.
+    """
+
+    def add(branch: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
+        out, bias = branch
+        out = out if bias is None else out + bias
+        return residual + torch.nn.functional.dropout(out, p=dropout, training=training)
+
+    return add
 
 
 def weight_gradient(

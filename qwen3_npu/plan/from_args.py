@@ -31,6 +31,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         ring=args.parallel.context_parallel_algo == "megatron_cp_algo",
         distributed_optimizer=optimizer.use_distributed_optimizer,
         bf16=train.bf16,
+        fp32_residual=train.fp32_residual_connection,
         recompute=recompute,
         recompute_group=group,
         recompute_activation=train.recompute_activation_function,
