@@ -36,6 +36,9 @@ class TrainArgs:
     )
     seq_length: int = flag(4096, minimum=1, unit="tokens", help="tokens of a sample")
     bf16: bool = flag(False, help="weights and activations in bfloat16, optimizer state in float32; default: float32")
+    fp32_residual_connection: bool = flag(
+        False, help="with --bf16: the sum that the layers add to stays in float32, also between pipeline stages"
+    )
     attention_dropout: float = flag(0.0, minimum=0, below=1, help="dropout of attention weights")
     hidden_dropout: float = flag(0.0, minimum=0, below=1, help="dropout of the residual branches")
     init_method_std: float = flag(0.02, minimum=0, help="standard deviation of random initial weights")
@@ -106,6 +109,8 @@ class TrainArgs:
             raise UsageError("--recompute-num-layers needs --recompute-granularity full")
         if self.recompute_granularity != "selective" and self.recompute_modules != ["core_attn"]:
             raise UsageError("--recompute-modules needs --recompute-granularity selective")
+        if self.fp32_residual_connection and not self.bf16:
+            raise UsageError("--fp32-residual-connection needs --bf16; without it everything is in float32")
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise UsageError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor")
 

@@ -141,7 +141,7 @@ class Trainer:
         )
         if contents.lora or plan.frozen:
             some, every = trained.optimized.parameters, contents.parameters
-            what = contents.lora or "frozen by --freeze-include"
+            what = contents.lora or "weights that are not frozen"
             log.info(f"{what}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)")
         self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), config=plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
