@@ -90,6 +90,10 @@ class LoraArgs:
         help="keep the layers' frozen linears in 4 bits (NF4, blocks of 64) and restore them for each product "
         "(arXiv:2305.14314); the adapter alone is saved, as with --lora-ckpt-filter",
     )
+    qlora_embedding: bool = flag(
+        False,
+        help="with --qlora: embedding and output layer are in 4 bits, too, which bitsandbytes leaves as they are",
+    )
     lora_load: str | None = flag(None, metavar="DIR", help="checkpoint with adapters to start from; the base is --load")
     lora_ckpt_filter: bool = flag(False, help="save the adapters only, not the base weights")
 
@@ -99,6 +103,8 @@ class LoraArgs:
             object.__setattr__(self, "lora_r", 16)
         if self.lora_r and not self.lora_target_modules:
             object.__setattr__(self, "lora_target_modules", list(LORA_TARGETS))
+        if self.qlora_embedding and not self.qlora:
+            raise UsageError("--qlora-embedding: no effect without --qlora; add it or drop the flag")
         if self.qlora and not self.lora_r:
             raise UsageError("--qlora quantizes the base of an adapter; give --lora-r or --lora-target-modules")
         if self.qlora:

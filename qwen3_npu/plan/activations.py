@@ -32,10 +32,10 @@ def _keeps_input(setup: Setup, linear: str) -> bool:
     return not setup.lora_rank or linear in setup.lora_targets
 
 
-def norm_inputs(setup: Setup, kernels: str, width: float) -> float:
-    """What a norm over vectors of `width` keeps of each vector, without its output."""
+def norm_inputs(setup: Setup, kernels: str, width: float, size: int) -> float:
+    """What a norm over vectors of `width` numbers of `size` bytes keeps of each vector, without its output."""
     if kernels != TORCH:
-        return width * setup.weight_bytes + _FLOAT
+        return width * size + _FLOAT
     # In float32 the vector, and unless the norm's weight is frozen the vector over its length; one over the length.
     return width * _FLOAT * (1 if setup.lora_rank else 2) + _FLOAT
 
@@ -44,13 +44,16 @@ def _norms(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float
     """Both norms of the hidden state: inputs, and outputs as far as what follows needs them."""
     h, width = shape.hidden_size, setup.weight_bytes
     if setup.recompute_norm:
-        before, outputs = float(h * width), 0  # the input only
+        before, outputs = float(h * setup.residual_bytes), 0  # the input only
     else:
-        before = norm_inputs(setup, kernels, h)
+        before = norm_inputs(setup, kernels, h, setup.residual_bytes)
         # The router keeps its input, unless LoRA freezes its weight.
         second = not setup.lora_rank if has_experts else _keeps_input(setup, "linear_fc1")
         outputs = int(_keeps_input(setup, "linear_qkv")) + int(second)
-    return setup.sharded_tokens * (2 * before + outputs * h * width)
+    # In the residual's dtype; torch_npu's kernels hold them, too, but beside what autograd counts.
+    widened = setup.fp32_residual and not setup.recompute_norm and kernels == TORCH
+    weights = 2 * h * _FLOAT if widened else 0
+    return setup.sharded_tokens * (2 * before + outputs * h * width) + weights
 
 
 def _attention(shape: Shape, setup: Setup, kernels: str) -> float:
@@ -74,7 +77,7 @@ def _attention(shape: Shape, setup: Setup, kernels: str) -> float:
         kept += query if setup.packed else 0  # the documents' outputs, joined
         if shape.qk_norm:
             own = 0 if setup.bf16 else size * _FLOAT  # in float32 a head's vector stays where it is, in the product
-            per_head = (heads + groups) * (norm_inputs(setup, kernels, size) - own)
+            per_head = (heads + groups) * (norm_inputs(setup, kernels, size, setup.weight_bytes) - own)
         stats = _FLOAT
     per_head += 0 if setup.recompute_attention else heads * stats
     return setup.tokens * (kept * setup.weight_bytes + per_head)

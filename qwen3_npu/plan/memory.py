@@ -141,14 +141,14 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
         return 0.0, 0.0
     sizes = {kind: layer_bytes(shape, setup, kind, kernels) for kind in kinds}
     per_chunk = number / setup.virtual
-    inputs = setup.weight_bytes * shape.hidden_size * setup.sharded_tokens
+    inputs = setup.residual_bytes * shape.hidden_size * setup.sharded_tokens
     recomputed = min(setup.recompute, number) / setup.virtual  # layers of a chunk that keep their input only
     mean, largest = sum(sizes[kind] * count for kind, count in kinds.items()) / number, max(sizes.values())
     whole = (per_chunk - recomputed) * mean  # of the layers behind those that are recomputed, which are done by then
     kept = whole + recomputed / setup.recompute_group * inputs
     working = max(0.0, setup.recompute_group * largest - whole) if recomputed else 0.0
-    if setup.quantized:  # a linear is restored for its product, with float32 values and indices of 2^23 weights
-        working += linear_counts(shape, setup, stage)[1] * setup.weight_bytes + 6 * 2**23
+    if setup.quantized:  # a linear is restored for its product, with float32 values and indices of 2^22 weights
+        working += linear_counts(shape, setup, stage)[1] * setup.weight_bytes + 6 * 2**22
     return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
 
 
@@ -176,15 +176,16 @@ def logit_bytes(shape: Shape, setup: Setup) -> float:
 
 def _end_bytes(shape: Shape, setup: Setup, stage: int, kernels: str) -> float:
     """Bytes of what enters the chunks of a stage, and of the final norm."""
-    one = setup.weight_bytes * shape.hidden_size * setup.sharded_tokens
+    one = setup.residual_bytes * shape.hidden_size * setup.sharded_tokens
     received = in_flight(setup, stage) if setup.pipeline > 1 else 0.0
     received -= received / setup.virtual if stage == 0 else 0
     entered = in_flight(setup, 0) / setup.virtual if stage == 0 else 0.0
-    # torch_npu's norm keeps what was received; torch's a float32 copy beside it.
-    kept = (entered + (received if kernels == TORCH else 0.0)) * one
+    # torch_npu's norm keeps what was received; torch's a float32 copy beside it, unless it is float32 already.
+    copied = kernels == TORCH and not setup.fp32_residual
+    kept = (entered + (received if copied else 0.0)) * one
     if stage < setup.pipeline - 1:
         return kept
-    return kept + one + norm_inputs(setup, kernels, shape.hidden_size) * setup.sharded_tokens
+    return kept + one + norm_inputs(setup, kernels, shape.hidden_size, setup.residual_bytes) * setup.sharded_tokens
 
 
 def gathered_bytes(shape: Shape, setup: Setup) -> float:
@@ -195,5 +196,5 @@ def gathered_bytes(shape: Shape, setup: Setup) -> float:
 
 def _communication(shape: Shape, setup: Setup) -> float:
     # Two activations on their way in, and two out, between pipeline stages.
-    between = 4 * setup.weight_bytes * shape.hidden_size * setup.sharded_tokens if setup.pipeline > 1 else 0.0
+    between = 4 * setup.residual_bytes * shape.hidden_size * setup.sharded_tokens if setup.pipeline > 1 else 0.0
     return between + gathered_bytes(shape, setup)

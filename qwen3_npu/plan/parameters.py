@@ -83,6 +83,9 @@ def linear_counts(shape: Shape, setup: Setup, stage: int) -> tuple[int, int]:
             width, experts = shape.moe_ffn_hidden_size // setup.expert_tensor, shape.num_experts // setup.expert
         sizes += [experts * h * shape.gate_factor * width, experts * h * width]
         total, largest = total + number * sum(sizes), max(largest, *sizes)
+    if setup.quantized_ends:
+        last = stage == setup.pipeline - 1 and not shape.reward and (not shape.tied or setup.pipeline > 1)
+        total += ((stage == 0) + last) * embedding_count(shape, setup)
     return total, largest
 
 

@@ -21,10 +21,11 @@ class Setup:
         recompute: layers of each stage whose inside is computed again in backward.
         recompute_group: layers of one recomputed group (method uniform).
         recompute_activation, recompute_norm, recompute_attention: these alone are computed again.
+        fp32_residual: the sum that layers add to is float32, whatever their dtype.
         packed: several documents share a sequence.
         frozen: share of the weights that is not trained, alike on all stages.
         lora_rank, lora_targets: 0: no adapters.
-        quantized: the layers' linears are in 4 bits.
+        quantized, quantized_ends: the layers' linears, and embedding and output layer, are in 4 bits.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
         swap_optimizer: optimizer state is on the host, and comes in `swap_slices` to be updated.
         swap_attention: what attention keeps for backward is on the host until then.
@@ -51,6 +52,7 @@ class Setup:
     ring: bool = False
     distributed_optimizer: bool = False
     bf16: bool = True
+    fp32_residual: bool = False
     recompute: int = 0
     recompute_group: int = 1
     recompute_activation: bool = False
@@ -59,6 +61,7 @@ class Setup:
     packed: bool = False
     frozen: float = 0.0
     quantized: bool = False
+    quantized_ends: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     reuse_master: bool = False
@@ -110,6 +113,11 @@ class Setup:
     def weight_bytes(self) -> int:
         """Bytes of a weight or an activation."""
         return 2 if self.bf16 else 4
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of a number in the sum that layers add to, which travels between pipeline stages."""
+        return 4 if self.fp32_residual else self.weight_bytes
 
     def first_layer(self, stage: int, chunk: int) -> int:
         """The number of a chunk's first layer; chunks of all stages come before the next chunk of any."""

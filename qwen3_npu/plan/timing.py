@@ -234,7 +234,7 @@ def _pipeline(shape: Shape, setup: Setup, device: Device) -> float:
     """Seconds of a step's sends and receives between stages that are not hidden."""
     if setup.pipeline == 1:
         return 0.0
-    moved = setup.sharded_tokens * shape.hidden_size * setup.weight_bytes
+    moved = setup.sharded_tokens * shape.hidden_size * setup.residual_bytes
     inside = setup.devices <= device.node
     bandwidth = (device.link if inside else device.network) * device.transfer
     latency = device.latency if inside else device.network_latency

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from qwen3_npu import log
 from qwen3_npu.checkpoint.manifest import part
 from qwen3_npu.distributed.agreement import first_problem
@@ -30,9 +28,9 @@ class Writing:
         what: names it.
         steps: makes this rank's files, one after the other. A step may need what other ranks made in the step before
             (`wait_for`).
-        publish: on rank 0, makes the checkpoint visible once every rank has written.
+        publish: on rank 0 (or one of each node), makes the checkpoint visible once every rank has written.
         stage, writers: where it is made, and the ranks that write.
-        background: in a thread; else the constructor returns when this rank has written, and `wait` publishes.
+        background: in a thread; else `wait` makes the files, too, and all ranks begin a step together.
     """
 
     def __init__(
@@ -54,21 +52,19 @@ class Writing:
             # Not a daemon: a process that ends finishes its files first.
             self.thread = threading.Thread(target=self._run, name="checkpoint")
             self.thread.start()
-        else:
-            self._write()
 
     def _run(self) -> None:
-        self._write()
+        for number in range(len(self.steps)):
+            self._make(number)
         self._publish()
 
-    def _write(self) -> None:
-        for step, done in zip(self.steps, self.done, strict=True):
-            try:
-                if not self.error:
-                    step(self)
-            except Exception as error:
-                self._fail(error)
-            done.set()
+    def _make(self, number: int) -> None:
+        try:
+            if not self.error:
+                self.steps[number](self)
+        except Exception as error:
+            self._fail(error)
+        self.done[number].set()
 
     def _publish(self) -> None:
         try:
@@ -100,18 +96,17 @@ class Writing:
         Raises:
             SaveFailed: some rank could not write; on every rank.
         """
-        failed: tuple[int, str] | None = None
-        for done in self.done:
-            done.wait()
-            failed = first_problem(self.error)
-            if failed is not None:
+        for number, done in enumerate(self.done):
+            if self.thread is None and not self.abandoned.is_set():
+                self._make(number)
+            elif self.thread is not None:
+                done.wait()
+            if first_problem(self.error) is not None:
                 self.abandoned.set()
         if self.thread is not None:
             self.thread.join()
         else:
             self._publish()
-        published = [self.error]
-        dist.broadcast_object_list(published, 0)
-        failed = failed or ((0, published[0]) if published[0] else None)
+        failed = first_problem(self.error)
         if failed is not None:
             raise SaveFailed(f"{self.what} was not saved: rank {failed[0]}: {failed[1]}")

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.lora.start import new_weight
 from qwen3_npu.model.modules import Embedding
+from qwen3_npu.model.quantized import shape_of
 
 
 class LoraEmbedding(torch.nn.Module):
@@ -19,7 +20,7 @@ class LoraEmbedding(torch.nn.Module):
     def __init__(self, base: Embedding, args: LoraArgs, config: TransformerConfig) -> None:
         super().__init__()
         self.base_layer, self.scale, self.enabled = base, args.scale, True
-        rows, hidden = base.weight.shape
+        rows, hidden = shape_of(base.weight)
         self.lora_A = torch.nn.ModuleDict(
             {"default": new_weight(base.weight.device, args.lora_r, rows, dim=1, config=config)}
         )

@@ -44,8 +44,9 @@ def test_an_answer_that_was_not_finished_is_computed_again(tmp_path: Path, monke
     assert once_a_node("n", path, lambda file: "1234") == "1234"
 
 
-# Where each rank must hear of each other: answers of inference and evaluation, scores of a reference model.
+# Where ranks must hear of each other: answers, scores of a reference model, comparisons; nodes with --save-per-node.
 MAY_GATHER = {"inference/diagnose.py", "inference/runner.py", "training/reference_cache.py", "trace/world.py"}
+MAY_GATHER |= {"training/fingerprints/gather.py", "parity/gather.py", "checkpoint/training/replicate.py"}
 
 
 def test_start_steps_and_saves_send_no_object_of_every_rank_to_every_rank() -> None:
