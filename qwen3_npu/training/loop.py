@@ -208,6 +208,7 @@ class Trainer:
             path,
             starts,
             total,
+            at_most=(args.train.steps + args.report.eval_iters) * self.plan.global_batch,
             steps=self._reference_steps(),
             device=self.world.device,
             **self.sizes,
