@@ -30,8 +30,7 @@ from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Opened, Sources
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.shard_reader import SliceLocation
-from qwen3_npu.checkpoint.mapping.source import Source
+from qwen3_npu.checkpoint.mapping.source import SliceLocation, Source
 from qwen3_npu.errors import UsageError, printable
 
 
