@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Speed and memory of training, beside a plain transformers loop on the same model, batch and data. Prints JSON.
 
-    python benchmarks/train.py [--steps 8] [--threads 2] [--bf16] [--only speed|memory|cp]
+    python benchmarks/train.py [--steps 8] [--threads 2] [--bf16] [--only speed|memory|qlora|cp]
 
 speed   One process each, taking turns: forward, backward and AdamW on a model of 13 M parameters (hidden 256, 8 layers,
         vocabulary 8192), 4 sequences of 512 tokens. Tokens per second (median step), MFU against the rate of a large
         matrix multiplication measured in the same run, peak resident memory. Target: 1.2 x transformers' tokens/s.
 memory  Peak resident memory of LoRA (r 16, all linears) beside full fine-tuning, Qwen3-0.6B's shapes, one sequence of
         64 tokens, float32. Target: below 0.35.
+qlora   Memory of a LoRA training of Qwen3-0.6B's shapes, bfloat16, r 8, one sequence of 64 tokens: as it is, with
+        --qlora, and with --qlora-embedding, too. Bytes of the weights, and the most that all tensors take in a step:
+        weights, gradients, optimizer, and what the step makes. Target: at most 0.4 x the weights of LoRA.
 cp      Memory of the activations of one step on each rank at --context-parallel-size 1, 2 and 4, both algorithms, a
         model of 2 layers (hidden 256, 8 heads of 64, 4 key/value heads), one sequence of 8192 tokens, float32: what is
         kept for backward, the most tensors there are at a time, and by how much the resident memory of the process
@@ -36,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from qwen3_npu.args.parallel import RuntimeArgs  # noqa: E402
+from qwen3_npu.checkpoint.binary.dtypes import BF16  # noqa: E402
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token, parameter_count  # noqa: E402
 from qwen3_npu.model.sizes import SIZES  # noqa: E402
 from qwen3_npu.parity.tiny import write_instructions, write_model, write_tokens  # noqa: E402
@@ -193,6 +197,47 @@ def resident() -> tuple[int, int]:
     return int(status["VmRSS"]) * 1024, int(status["VmHWM"]) * 1024
 
 
+def qlora(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    """LoRA on a base in bfloat16 and in 4 bits, each in a process of its own."""
+    arch = dataclasses.replace(SIZES["qwen3-0.6b"], max_position_embeddings=512)
+    model = write_model(folder / "bf16", arch, dtype=BF16)
+    data = write_instructions(folder / "some", vocab=arch.vocab_size, longest=60)
+    flags = ["--stage", "sft", "--load", str(model), "--data-path", str(data), "--seq-length", "64", "--bf16"]
+    flags += ["--train-iters", "3", "--lr", "1e-4", "--device", "cpu", "--lora-r", "8", "--eval-iters", "0"]
+    flags += ["--loss-compute-mode", "chunk", "--loss-chunk-size", "32"]
+    found = {}
+    runs = {"lora": [], "qlora": ["--qlora"], "qlora_embedding": ["--qlora", "--qlora-embedding"]}
+    for name, more in runs.items():
+        command = [sys.executable, __file__, "--resident", *flags, *more]
+        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        found[name]["ratio_to_weights"] = round(found[name]["most_mb"] / found["lora"]["weights_mb"], 3)
+    found["ratio"] = found["qlora_embedding"]["ratio_to_weights"]
+    return found | {"target": 0.4}
+
+
+def resident_worker(flags: list[str]) -> None:
+    """What the weights take, and the most that a step takes, in MB."""
+    from qwen3_npu.distributed.launch import process_group
+    from qwen3_npu.platform import select_platform
+
+    platform = select_platform("cpu")
+    platform.activate()
+    from qwen3_npu.parity.measure import trainer
+    from qwen3_npu.trace.activations import activations
+
+    with process_group(platform, RuntimeArgs()) as world, trainer(platform, world, flags) as made:
+        made.step()
+        with activations() as counted:
+            made.step()
+        parameters = list(made.modules[0].parameters())
+        weights = sum(p.nbytes + (p.nf4.scales.nbytes if hasattr(p, "nf4") else 0) for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)  # gradient, master and two moments in float32
+        found = {"weights_mb": weights, "most_mb": weights + 16 * trained + counted.peak}
+        print(json.dumps({name: round(value / 1e6) for name, value in found.items()}))
+
+
 def activation_worker(flags: list[str]) -> None:
     """One rank: two steps, one to count tensors in, one to watch the process in; rank 0 prints the most of any rank."""
     from qwen3_npu.distributed.launch import process_group
@@ -241,11 +286,14 @@ def main() -> None:
     if sys.argv[1:2] == ["--activations"]:
         activation_worker(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["--resident"]:
+        resident_worker(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--only", choices=["speed", "memory", "cp"])
+    parser.add_argument("--only", choices=["speed", "memory", "qlora", "cp"])
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.reference:
@@ -253,7 +301,7 @@ def main() -> None:
         return
     found: dict[str, object] = {"command": " ".join(sys.argv), "torch": torch.__version__, "machine": machine.machine()}
     with tempfile.TemporaryDirectory() as folder:
-        for name, measure in (("speed", speed), ("memory", memory), ("cp", context_parallel)):
+        for name, measure in (("speed", speed), ("memory", memory), ("qlora", qlora), ("cp", context_parallel)):
             if args.only in (None, name):
                 found[name] = measure(Path(folder), args)
     print(json.dumps(found, indent=2))

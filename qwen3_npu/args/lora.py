@@ -74,16 +74,25 @@ class LoraArgs:
         "model's layer numbers, as in 'decoder.layers.[0-3].self_attention.*'; default with --lora-r: all four linears",
     )
     use_rslora: bool = flag(False, help="rank-stabilized: alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)")
+    use_dora: bool = flag(
+        False,
+        help="weights are a magnitude, which is trained, too, times a direction (arXiv:2402.09353); not of experts",
+    )
     lora_init: str = flag(
         "kaiming",
-        choices=["kaiming", "gaussian"],
+        choices=["kaiming", "gaussian", "pissa"],
         help="how A of new adapters is drawn, as peft's init_lora_weights: uniform up to 1 / sqrt(in), or normal with "
-        "deviation 1 / r; B is 0",
+        "deviation 1 / r; B is 0. pissa: A and B are the weight's largest singular vectors, the base keeps the rest "
+        "(arXiv:2404.02948)",
     )
     qlora: bool = flag(
         False,
         help="keep the layers' frozen linears in 4 bits (NF4, blocks of 64) and restore them for each product "
         "(arXiv:2305.14314); the adapter alone is saved, as with --lora-ckpt-filter",
+    )
+    qlora_embedding: bool = flag(
+        False,
+        help="with --qlora: embedding and output layer are in 4 bits, too, which bitsandbytes leaves as they are",
     )
     lora_load: str | None = flag(None, metavar="DIR", help="checkpoint with adapters to start from; the base is --load")
     lora_ckpt_filter: bool = flag(False, help="save the adapters only, not the base weights")
@@ -94,10 +103,17 @@ class LoraArgs:
             object.__setattr__(self, "lora_r", 16)
         if self.lora_r and not self.lora_target_modules:
             object.__setattr__(self, "lora_target_modules", list(LORA_TARGETS))
+        if self.qlora_embedding and not self.qlora:
+            raise UsageError("--qlora-embedding: no effect without --qlora; add it or drop the flag")
         if self.qlora and not self.lora_r:
             raise UsageError("--qlora quantizes the base of an adapter; give --lora-r or --lora-target-modules")
         if self.qlora:
             object.__setattr__(self, "lora_ckpt_filter", True)
+        if self.lora_init == "pissa" and self.lora_ckpt_filter:
+            raise UsageError(
+                f"--lora-init pissa changes the base, which must be saved with the adapter; drop "
+                f"--{'qlora' if self.qlora else 'lora-ckpt-filter'}"
+            )
         if not self.lora_r and (self.lora_load or self.lora_ckpt_filter):
             raise UsageError("--lora-load and --lora-ckpt-filter need --lora-target-modules or --lora-r")
         for entry in self.lora_target_modules:
@@ -139,6 +155,11 @@ class LoraArgs:
             for target, layer in matching:
                 found.setdefault(target, set()).add(layer)
         targets = tuple(target for target in ALL_TARGETS if target in found)
+        without = ("embedding", *(("linear_fc1", "linear_fc2") if arch.is_moe else ()))
+        if self.use_dora and (wrong := [target for target in targets if target in without]):
+            raise UsageError(
+                f"--use-dora: {' '.join(wrong)} of {arch} cannot have magnitudes; name other --lora-target-modules"
+            )
         some = (t for t in targets if t in LORA_TARGETS and len(found[t]) < arch.num_hidden_layers)
         return targets, tuple((target, tuple(sorted(found[target]))) for target in some)
 

@@ -36,6 +36,9 @@ class TrainArgs:
     )
     seq_length: int = flag(4096, minimum=1, unit="tokens", help="tokens of a sample")
     bf16: bool = flag(False, help="weights and activations in bfloat16, optimizer state in float32; default: float32")
+    fp32_residual_connection: bool = flag(
+        False, help="with --bf16: the sum that the layers add to stays in float32, also between pipeline stages"
+    )
     attention_dropout: float = flag(0.0, minimum=0, below=1, help="dropout of attention weights")
     hidden_dropout: float = flag(0.0, minimum=0, below=1, help="dropout of the residual branches")
     init_method_std: float = flag(0.02, minimum=0, help="standard deviation of random initial weights")
@@ -106,6 +109,8 @@ class TrainArgs:
             raise UsageError("--recompute-num-layers needs --recompute-granularity full")
         if self.recompute_granularity != "selective" and self.recompute_modules != ["core_attn"]:
             raise UsageError("--recompute-modules needs --recompute-granularity selective")
+        if self.fp32_residual_connection and not self.bf16:
+            raise UsageError("--fp32-residual-connection needs --bf16; without it everything is in float32")
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise UsageError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor")
 
@@ -273,7 +278,9 @@ class CheckpointArgs:
     load_rng: bool = flag(True, help="load the random generators' state")
     save_optim: bool = flag(True, help="save the optimizer's state")
     save_rng: bool = flag(True, help="save the random generators' state")
-    allow_nonfinite_weights: bool = flag(False, help="start from weights with NaN or infinite values, too")
+    allow_nonfinite_weights: bool = flag(
+        False, help="start from weights and optimizer state with NaN or infinite values, too"
+    )
     allow_changed: list[str] = flag(
         [],
         choices=list(REFUSED),
@@ -322,4 +329,17 @@ class ReportArgs:
         unit="steps",
         help="between records of where the time went (python -m qwen3_npu.ledger); 0: none",
     )
+    fingerprint_interval: int = flag(
+        0,
+        minimum=0,
+        unit="steps",
+        help="between files of what kernels and layers computed (the first in step 1), in --tensorboard-dir; two runs "
+        "are compared by python -m qwen3_npu.parity; 0: none",
+    )
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
+
+    def __post_init__(self) -> None:
+        if self.fingerprint_interval and self.tensorboard_dir is None:
+            raise UsageError(
+                f"--fingerprint-interval {self.fingerprint_interval} writes into --tensorboard-dir; give that, too"
+            )

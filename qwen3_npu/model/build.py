@@ -15,8 +15,10 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.arch import Qwen3Arch
-from qwen3_npu.model.lora import LoraEmbedding, LoraOutput
+from qwen3_npu.model.lora.embedding import LoraEmbedding
+from qwen3_npu.model.lora.linear import LoraOutput
 from qwen3_npu.model.modules import Embedding, RewardHead, fuse_weight_gradients
+from qwen3_npu.model.quantized import Nf4ColumnParallelLinear, hold_codes
 from qwen3_npu.model.spec import Parts, block_spec
 
 
@@ -63,7 +65,13 @@ class Qwen3Model(GPTModel):
                 self.output_layer.gradient_accumulation_fusion = False
 
     def _adapt_ends(self, lora: LoraArgs, config: TransformerConfig) -> None:
-        """Adapters on embedding and output layer, which GPTModel makes itself."""
+        """Embedding and output layer, which GPTModel makes itself: quantized, and with adapters."""
+        if lora.qlora_embedding and self.pre_process:
+            hold_codes(self.embedding.word_embeddings)
+        if lora.qlora_embedding and self.post_process and not self.arch.reward:
+            self.output_layer.__class__ = Nf4ColumnParallelLinear
+            if self.output_layer.weight is not None:
+                hold_codes(self.output_layer)
         targets, _ = lora.places(self.arch)
         if self.pre_process and "embedding" in targets:
             self.embedding.word_embeddings = LoraEmbedding(self.embedding.word_embeddings, lora, config)

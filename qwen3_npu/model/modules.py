@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import get_pg_rank
 
 from qwen3_npu.kernels import reference
+from qwen3_npu.model.quantized import held, looked_up
 from qwen3_npu.model.sequence import TokenSequence
 
 
@@ -72,10 +73,13 @@ class RMSNorm(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x; with a residual, the norm of their sum, and the sum."""
+        """The norm of x, in the weight's dtype; with a residual, the norm of their sum, and the sum in its dtype."""
+        given = x if residual is None else residual
+        weight = self.weight if given.dtype == self.weight.dtype else self.weight.to(given.dtype)
         if residual is None:
-            return self.kernel(x, self.weight, self.eps)
-        return self.add_kernel(x, residual, self.weight, self.eps)
+            return self.kernel(x, weight, self.eps).to(self.weight.dtype)
+        normed, total = self.add_kernel(x.to(given.dtype), residual, weight, self.eps)
+        return normed.to(self.weight.dtype), total
 
 
 class SwiGLU(torch.nn.Module):
@@ -129,15 +133,19 @@ class Embedding(VocabParallelEmbedding):
     def rows(self, input_: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same of another table, [vocabulary / TP, any width]."""
         if self.tp_group.size() == 1 and not self.reduce_scatter_embeddings:
-            return weight[input_] if self.deterministic_mode else torch.nn.functional.embedding(input_, weight)
+            return self._look_up(input_, weight)
         local = input_ - self.vocab_start_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
         local = local.masked_fill_(elsewhere, 0)
-        rows = weight[local] if self.deterministic_mode else torch.nn.functional.embedding(local, weight)
-        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        rows = self._look_up(local, weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(), group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+
+    def _look_up(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if held(weight) is not None:
+            return looked_up(tokens, weight)
+        return weight[tokens] if self.deterministic_mode else torch.nn.functional.embedding(tokens, weight)
 
 
 class Layer(TransformerLayer):
@@ -145,6 +153,9 @@ class Layer(TransformerLayer):
 
     megatron-core 0.16.1 passes a mask of its own to the layers, but shards it for sequence parallelism on the first
     stage only, and forgets it in the layers that `--recompute-method block` does not recompute.
+
+    With --fp32-residual-connection the residual is float32: norms read it and give the weights' dtype, and sums with a
+    branch of that dtype are float32.
 
     The sum of the residual and of the attention, and the norm of it, are one kernel. The norm's module calls it:
     `--overlap-param-gather` waits for a weight in the call of the module that owns it.
@@ -179,10 +190,23 @@ class Layer(TransformerLayer):
         if bias is not None:
             attended = attended + bias
         normed, hidden = self.pre_mlp_layernorm(attended, hidden)
-        if getattr(self.mlp, "adds_residual", False):
+        if getattr(self.mlp, "adds_residual", False) and hidden.dtype == normed.dtype:
             return self.mlp(normed, residual=hidden)[0]
         moved, _ = self.mlp(normed, **masks)
         return hidden + moved
+
+
+def add_to_residual(training: bool, fused: bool) -> Callable:
+    """megatron's seam for bias, dropout and sum. Its own function rounds the residual to the branch's dtype, which
+    undoes --fp32-residual-connection.
+    """
+
+    def add(branch: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
+        out, bias = branch
+        out = out if bias is None else out + bias
+        return residual + torch.nn.functional.dropout(out, p=dropout, training=training)
+
+    return add
 
 
 def weight_gradient(

@@ -6,7 +6,7 @@ weights' rows, so they are the same in every layout: blocks of 64 lie within a r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from qwen3_npu.kernels import nf4
+
+_AT_ONCE = 1 << 26  # weights of a matrix that are restored at the same time
 
 
 class Nf4Weight:
@@ -64,17 +66,52 @@ def restored(parameter: torch.Tensor) -> torch.Tensor:
     return parameter if kind is None else nf4.dequantize(parameter, kind.scales, kind.dtype).view(kind.shape)
 
 
+def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the weight."""
+    kind = held(parameter)
+    return tuple(parameter.shape) if kind is None else kind.shape
+
+
+def _blocks(parameter: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of a quantized matrix, a part of them restored at a time."""
+    kind = held(parameter)
+    assert kind is not None
+    rows, columns = kind.shape
+    size = max(1, _AT_ONCE // columns)
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+        codes = parameter[start * columns // 2 : stop * columns // 2]
+        scales = kind.scales[start * columns // nf4.BLOCK : stop * columns // nf4.BLOCK]
+        yield slice(start, stop), nf4.dequantize(codes, scales, kind.dtype).view(stop - start, columns)
+
+
+def looked_up(tokens: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Rows of a quantized embedding, [..., hidden]; no other row is restored."""
+    kind = held(parameter)
+    assert kind is not None
+    rows, columns = kind.shape
+    codes, scales = parameter.view(rows, -1)[tokens].flatten(), kind.scales.view(rows, -1)[tokens].flatten()
+    return nf4.dequantize(codes, scales, kind.dtype).view(*tokens.shape, columns)
+
+
 class _Product(torch.autograd.Function):
-    """x W^T of a quantized W: neither forward nor backward leaves W behind."""
+    """x W^T of a quantized W: neither forward nor backward leaves W behind, nor has a large one whole."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
         ctx.weight = weight
-        return torch.nn.functional.linear(x, restored(weight))
+        out = x.new_empty(*x.shape[:-1], shape_of(weight)[0])
+        for rows, part in _blocks(weight):
+            out[..., rows] = torch.nn.functional.linear(x, part)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad @ restored(ctx.weight), None
+        parts = ((grad[..., rows], part) for rows, part in _blocks(ctx.weight))
+        total = torch.matmul(*next(parts))
+        for some, part in parts:  # summed in float32, as one product would
+            total = total.float() + some @ part
+        return total.to(grad.dtype), None
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -100,15 +137,21 @@ class Nf4ColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        _hold_codes(self)
+        hold_codes(self)
 
-    def forward(self, input_: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[s, b, in] ([s / TP, b, in] under sequence parallelism) -> [s, b, out / TP], and a bias to be added."""
-        region = (
-            gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
-        )
-        out = _Product.apply(region(input_, group=self.tp_group), self.weight)
-        return _with_bias(self, out)
+    def forward(
+        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, in] ([s / TP, b, in] under sequence parallelism) -> [s, b, out / TP], and a bias to be added.
+
+        Args:
+            weight: quantized, in place of its own (a tied embedding).
+        """
+        if self.sequence_parallel:
+            input_ = gather_from_sequence_parallel_region(input_, group=self.tp_group)
+        elif not self.disable_grad_reduce:  # the chunked loss gathers, and sums gradients, itself
+            input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        return _with_bias(self, _Product.apply(input_, self.weight if weight is None else weight))
 
 
 class Nf4RowParallelLinear(RowParallelLinear):
@@ -116,7 +159,7 @@ class Nf4RowParallelLinear(RowParallelLinear):
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        _hold_codes(self)
+        hold_codes(self)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to be added."""
@@ -128,9 +171,11 @@ class Nf4RowParallelLinear(RowParallelLinear):
         return _with_bias(self, region(_Product.apply(input_, self.weight), group=self.tp_group))
 
 
-def _hold_codes(linear: ColumnParallelLinear | RowParallelLinear) -> None:
+def hold_codes(linear: torch.nn.Module) -> None:
     """At once, so that one weight at a time is whole while a model is built."""
-    linear.weight = quantized(linear.weight, tuple(linear.weight.shape))
+    weight = linear.weight
+    assert isinstance(weight, torch.nn.Parameter)
+    linear.weight = quantized(weight, tuple(weight.shape))
 
 
 def _with_bias(linear: Any, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

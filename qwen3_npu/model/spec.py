@@ -7,7 +7,6 @@ import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerLayerSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
@@ -23,8 +22,9 @@ from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
 from qwen3_npu.model.dispatcher import MoE
 from qwen3_npu.model.experts import GroupedExperts
-from qwen3_npu.model.lora import LoraExperts, LoraLinear
-from qwen3_npu.model.modules import DenseMLP, Layer, NoopLayer, RMSNorm, SwiGLU
+from qwen3_npu.model.lora.experts import LoraExperts
+from qwen3_npu.model.lora.linear import LoraLinear
+from qwen3_npu.model.modules import DenseMLP, Layer, NoopLayer, RMSNorm, SwiGLU, add_to_residual
 from qwen3_npu.model.quantized import NF4_LINEARS
 from qwen3_npu.model.router import Router
 
@@ -73,10 +73,10 @@ def layer_spec(arch: Qwen3Arch, parts: Parts, adapted: Collection[str] = ()) -> 
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add_to_residual,
             pre_mlp_layernorm=norm,
             mlp=_experts(parts, adapted) if arch.is_moe else _mlp(arch, parts, adapted),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add_to_residual,
         ),
     )
 

@@ -3,6 +3,8 @@ and losses and gradients are compared with those of one process. Exit status 1 i
 
     python -m qwen3_npu.parity                                          all devices of this machine
     torchrun --nnodes 2 --nproc-per-node 8 ... -m qwen3_npu.parity      a cluster
+    python -m qwen3_npu.parity --record passport.npz                    what this machine computes, for another one
+    python -m qwen3_npu.parity --compare passport.npz                   the first operator that computes something else
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.args.tools.parity import ParityArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import Stopped, UsageError
+from qwen3_npu.files import check_writable
 from qwen3_npu.parity.rows import ParityRow, rows
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ def main() -> int:
     log.setup(rank, world_size)
     parsed = cli.parse(PROG, str(__doc__).split("\n\n")[0], (ParityArgs, RuntimeArgs), {})
     args, runtime = parsed.groups
+    if args.record is not None or args.compare is not None:
+        return _passport(args, runtime)
     chosen = [row for row in rows() if re.search(args.rows, row.name)]
     if not chosen:
         raise UsageError(f"--rows {args.rows} names no row; --list-rows shows them")
@@ -48,6 +53,21 @@ def main() -> int:
     fitting = [row for row in chosen if world_size % row.size == 0]
     with tempfile.TemporaryDirectory(prefix="qwen3-parity-") as folder:
         return _check(fitting, len(chosen) - len(fitting), args, runtime, folder=Path(folder))
+
+
+def _passport(args: ParityArgs, runtime: RuntimeArgs) -> int:
+    """--record and --compare: alone in this process, unless more are asked for."""
+    from qwen3_npu.platform import select_platform
+
+    if args.record is not None:
+        check_writable(Path(args.record).absolute().parent, "--record")
+    if (args.processes or 1) > 1 and args.against is None and not environment.has_rendezvous():
+        return _launch(args, runtime)
+    platform = select_platform(runtime.device)
+    platform.activate()
+    from qwen3_npu.parity import passport
+
+    return passport.compare_files(args) if args.against is not None else passport.main(platform, args, runtime)
 
 
 def _launch(args: ParityArgs, runtime: RuntimeArgs) -> int:

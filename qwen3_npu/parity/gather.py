@@ -32,11 +32,13 @@ def gather_whole(trained: Trained, key: str) -> dict[str, np.ndarray]:
                     continue
                 part = view[as_index(piece.target)]
                 mine.append((piece.hf, piece.source, part.T if piece.transposed else part))
-    everyone: list[list[GatheredSlice] | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everyone)
+    everyone: list[list[GatheredSlice]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
     whole: dict[str, np.ndarray] = {}
-    shapes = trained.optimized.shapes() if everyone else {}
-    for name, region, part in (piece for pieces in everyone or () for piece in pieces or ()):
+    if dist.get_rank():
+        return whole
+    shapes = trained.optimized.shapes()
+    for name, region, part in (piece for pieces in everyone for piece in pieces):
         tensor = whole.setdefault(name, np.full(shapes[name], np.nan, np.float32))
         tensor[as_index(region)] = part.reshape(tensor[as_index(region)].shape)
     return whole

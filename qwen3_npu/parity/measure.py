@@ -15,6 +15,7 @@ from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.parity.gather import gather_whole
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.training.fingerprints.recorder import StepRecorder
 from qwen3_npu.training.loop import Trainer, ready
 from qwen3_npu.training.prepare.plan import plan_training
 from qwen3_npu.training.step import StepResult
@@ -26,12 +27,14 @@ def training_args(flags: Sequence[str]) -> PretrainArgs:
 
 
 @contextlib.contextmanager
-def trainer(platform: Platform, world: World, flags: Sequence[str]) -> Iterator[Trainer]:
+def trainer(
+    platform: Platform, world: World, flags: Sequence[str], *, recorder: StepRecorder | None = None
+) -> Iterator[Trainer]:
     """A loaded trainer with data."""
     args = training_args(flags)
     plan = plan_training(args, world.size)
     check_data(args.data, plan.arch.vocab_size, seq_length=args.train.seq_length)
-    with ready(platform, world, args, plan) as made:
+    with ready(platform, world, args, plan, recorder=recorder) as made:
         yield made
 
 

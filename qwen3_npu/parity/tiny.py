@@ -48,8 +48,12 @@ def arch(kind: str = "untied", **changes: object) -> Qwen3Arch:
     return dataclasses.replace(DENSE, **{**_KINDS[kind], **changes})
 
 
-def write_model(folder: Path, model: Qwen3Arch, *, seed: int = 0, dtype: DType = F32) -> Path:
-    """A Hugging Face directory with random weights, norms away from one so that a lost norm shows."""
+def write_model(folder: Path, model: Qwen3Arch, *, seed: int = 0, dtype: DType = F32, gate: float = 1.0) -> Path:
+    """A Hugging Face directory with random weights, norms away from one so that a lost norm shows.
+
+    Args:
+        gate: factor on the routers' weights; rounding changes fewer choices of experts with a larger one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     shapes = hf_shapes(model)
@@ -57,6 +61,7 @@ def write_model(folder: Path, model: Qwen3Arch, *, seed: int = 0, dtype: DType =
     for name, shape in shapes.items():
         values = rng.standard_normal(shape, dtype=np.float32)
         values = 1 + 0.2 * values if len(shape) == 1 else values * shape[-1] ** -0.5
+        values *= gate if name.endswith(".gate.weight") else 1.0
         writer.write(name, from_float32(values.astype(np.float32), dtype))
     writer.close()
     write_config(model, None, folder, dtype)

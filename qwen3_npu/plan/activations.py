@@ -1,7 +1,8 @@
 """What one layer keeps for backward, in closed form, for this project's two sets of kernels. Bytes; 16-bit training.
 
 `npu`: torch_npu's kernels, as torch_npu's own dispatcher keeps tensors (its autograd formulas; kernels emulated).
-`torch`: torch's, on CUDA and CPU. Both are compared with the saved tensors of real layers, byte by byte, in
+`torch`: torch's, on CUDA and CPU. `mindspeed`: as MindSpeed-LLM's models call torch_npu's kernels, to compare with its
+measurements. The first two are compared with the saved tensors of real layers, byte by byte, in
 tests/unit/plan/test_activations.py and tests/npu_sim/test_npu_memory.py.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
-NPU, TORCH = "npu", "torch"
+NPU, TORCH, MINDSPEED = "npu", "torch", "mindspeed"
 _FLOAT = 4
 
 
@@ -19,15 +20,11 @@ def layer_bytes(shape: Shape, setup: Setup, has_experts: bool, kernels: str = NP
 
     Args:
         has_experts: its MLP is a mixture of experts, whose rows are evenly spread.
-        kernels: `NPU` or `TORCH`.
+        kernels: `NPU`, `TORCH` or `MINDSPEED`.
     """
     mlp = _experts(shape, setup, kernels) if has_experts else _mlp(shape, setup)
-    return (
-        _norms(shape, setup, has_experts, kernels)
-        + _attention(shape, setup, kernels)
-        + mlp
-        + _lora(shape, setup, has_experts)
-    )
+    attention = 0.0 if setup.swap_attention else _attention(shape, setup, kernels)
+    return _norms(shape, setup, has_experts, kernels) + attention + mlp + _lora(shape, setup, has_experts)
 
 
 def _keeps_input(setup: Setup, linear: str) -> bool:
@@ -35,10 +32,10 @@ def _keeps_input(setup: Setup, linear: str) -> bool:
     return not setup.lora_rank or linear in setup.lora_targets
 
 
-def _norm_inputs(setup: Setup, kernels: str, width: float) -> float:
-    """What a norm over vectors of `width` keeps of each vector, without its output."""
-    if kernels == NPU:
-        return width * setup.weight_bytes + _FLOAT
+def norm_inputs(setup: Setup, kernels: str, width: float, size: int) -> float:
+    """What a norm over vectors of `width` numbers of `size` bytes keeps of each vector, without its output."""
+    if kernels != TORCH:
+        return width * size + _FLOAT
     # In float32 the vector, and unless the norm's weight is frozen the vector over its length; one over the length.
     return width * _FLOAT * (1 if setup.lora_rank else 2) + _FLOAT
 
@@ -47,24 +44,29 @@ def _norms(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float
     """Both norms of the hidden state: inputs, and outputs as far as what follows needs them."""
     h, width = shape.hidden_size, setup.weight_bytes
     if setup.recompute_norm:
-        before, outputs = float(h * width), 0  # the input only
+        before, outputs = float(h * setup.residual_bytes), 0  # the input only
     else:
-        before = _norm_inputs(setup, kernels, h)
+        before = norm_inputs(setup, kernels, h, setup.residual_bytes)
         # The router keeps its input, unless LoRA freezes its weight.
         second = not setup.lora_rank if has_experts else _keeps_input(setup, "linear_fc1")
         outputs = int(_keeps_input(setup, "linear_qkv")) + int(second)
-    return setup.sharded_tokens * (2 * before + outputs * h * width)
+    # In the residual's dtype; torch_npu's kernels hold them, too, but beside what autograd counts.
+    widened = setup.fp32_residual and not setup.recompute_norm and kernels == TORCH
+    weights = 2 * h * _FLOAT if widened else 0
+    return setup.sharded_tokens * (2 * before + outputs * h * width) + weights
 
 
 def _attention(shape: Shape, setup: Setup, kernels: str) -> float:
+    if shape.is_mla:
+        return _latent_attention(shape, setup, kernels)
     heads, groups = shape.num_attention_heads / setup.tensor, shape.num_query_groups / setup.tensor
     query, key, size = shape.query_width / setup.tensor, shape.key_width / setup.tensor, shape.head_dim
     product = query + 2 * key  # qkv's output
     kept = (query + key) + query  # rotated queries and keys, attention's output
     per_head = 0.0
-    if kernels == NPU:
+    if kernels != TORCH:
         # Of several rows, values are laid out anew; else attention keeps them where they are, in the product.
-        anew = not (setup.packed or setup.micro_batch == 1 or setup.recompute_attention)
+        anew = kernels == MINDSPEED or not (setup.packed or setup.micro_batch == 1 or setup.recompute_attention)
         kept += key if anew else 0
         kept += product if shape.qk_norm or not anew else 0
         if shape.qk_norm:
@@ -74,10 +76,21 @@ def _attention(shape: Shape, setup: Setup, kernels: str) -> float:
         kept += product
         kept += query if setup.packed else 0  # the documents' outputs, joined
         if shape.qk_norm:
-            per_head = (heads + groups) * _norm_inputs(setup, kernels, size)
+            own = 0 if setup.bf16 else size * _FLOAT  # in float32 a head's vector stays where it is, in the product
+            per_head = (heads + groups) * (norm_inputs(setup, kernels, size, setup.weight_bytes) - own)
         stats = _FLOAT
     per_head += 0 if setup.recompute_attention else heads * stats
     return setup.tokens * (kept * setup.weight_bytes + per_head)
+
+
+def _latent_attention(shape: Shape, setup: Setup, kernels: str) -> float:
+    """Multi-latent attention, which this project does not train: an estimate from the definition of the block."""
+    heads = shape.num_attention_heads / setup.tensor
+    compressed = 2 * (shape.kv_lora_rank + shape.q_lora_rank) + shape.qk_pos_emb_head_dim  # before and after the norms
+    expanded = shape.qk_head_dim + shape.v_head_dim  # of keys and values; values are used where they are
+    each = 2 * (shape.qk_head_dim + shape.qk_pos_emb_head_dim) + expanded + shape.v_head_dim
+    per_head = 0 if setup.recompute_attention else heads * (_FLOAT if kernels == TORCH else 64)
+    return setup.tokens * ((compressed + heads * each) * setup.weight_bytes + per_head)
 
 
 def _mlp(shape: Shape, setup: Setup) -> float:
@@ -96,16 +109,16 @@ def _experts(shape: Shape, setup: Setup, kernels: str) -> float:
         return 0.0
     rows, width = routed_rows(shape, setup), setup.weight_bytes
     ffn = shape.moe_ffn_hidden_size / setup.expert_tensor
-    always = kernels == NPU  # the grouped product of torch_npu keeps its input, whatever is trained
+    always = kernels != TORCH  # the grouped product of torch_npu keeps its input, whatever is trained
     inputs = shape.hidden_size * (1 + int(always or _keeps_input(setup, "linear_fc1")))  # and fc2's output
     sides = 0 if setup.recompute_experts else shape.gate_factor
     if not (setup.recompute_activation or setup.recompute_experts):  # the activation, and it times probabilities
         sides += 1 + int(always or _keeps_input(setup, "linear_fc2"))
-    indices = 3 * 4 if kernels == NPU else 8
+    indices = 8 if kernels == TORCH else 3 * 4
     routing = rows * (indices + width)  # places, probabilities
     # The router's weights and the map; the permutation keeps the weights turned, or the products their groups.
-    routing += setup.sharded_tokens * shape.num_experts * (1 + width * (1 if kernels == NPU else 2))
-    routing += 8 * shape.num_experts / setup.expert if kernels == NPU else 0
+    routing += setup.sharded_tokens * shape.num_experts * (1 + width * (2 if kernels == TORCH else 1))
+    routing += 0 if kernels == TORCH else 8 * shape.num_experts / setup.expert
     shared = setup.tokens * (shape.gate_factor + 1) * shape.moe_shared_ffn / setup.tensor * width
     return rows * (inputs + sides * ffn) * width + routing + shared
 

@@ -1,8 +1,9 @@
 """The constants of each device: one table, each published constant with its source.
 
-Efficiencies and overheads of Hopper GPUs are fitted to published runs (`benchmarks/fit_devices.py`: 13 runs, each left
-out of its fit, median error 11 %). Those of other devices are general guesses. `learn` replaces them by what your
-own runs show.
+Efficiencies and overheads are fitted by `benchmarks/planning/fit_devices.py`; each run is left out of a fit and then
+planned with it. Hopper GPUs: 13 published runs, median error 12 %. Ascend devices: 18 cases of MindSpeed-LLM's CI (one
+node, few layers, so its host decides much), median error 19 %. A100 has general guesses. `learn` replaces all by what
+your own runs show.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Device:
 
 
 def _ascend(name: str, memory: float, flops: float, bandwidth: float, *, node: int, sources: str) -> Device:
+    """Published figures, and constants that benchmarks/planning/fit_devices.py printed."""
     return Device(
         name=name,
         memory=memory * GIB,
@@ -74,7 +76,13 @@ def _ascend(name: str, memory: float, flops: float, bandwidth: float, *, node: i
         node=node,
         link=196e9,
         network=25e9,
-        launch=12e-6,
+        product=0.582,
+        product_half=3.85e9,
+        attention=0.493,
+        streaming=0.203,
+        transfer=0.577,
+        launch=30e-6,
+        stall=9.0e-3,
         reserve=2.5 * GIB,
         kernels="npu",
         sources=sources,
@@ -88,7 +96,7 @@ _A3 = "one of two dies: 376 TFLOP/s, 64 GB at 1.6 TB/s, 196 GB/s, 200 Gb/s RDMA 
 
 
 def _hopper(name: str, memory: float, bandwidth: float, *, link: float, sources: str) -> Device:
-    """Published figures, and constants that benchmarks/fit_devices.py printed."""
+    """Published figures, and constants that benchmarks/planning/fit_devices.py printed."""
     return Device(
         name=name,
         memory=memory,

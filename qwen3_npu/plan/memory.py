@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.plan.activations import NPU, layer_bytes, routed_rows
+from qwen3_npu.plan.activations import NPU, TORCH, layer_bytes, norm_inputs, routed_rows
 from qwen3_npu.plan.parameters import Counts, largest_count, linear_counts, stage_counts, trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
@@ -25,8 +25,9 @@ class StageMemory:
     Attributes:
         weights, gradients, optimizer: static; `optimizer` is master and moments.
         layers: what layers keep for backward, of all micro-batches in flight.
-        working: what one layer holds while it is computed, beyond what it keeps.
         logits: logits and loss of one micro-batch (last stage).
+        working: what one layer holds while it is computed, beyond what it keeps and beyond the room of the logits,
+            which do not exist then.
         ends: embedding output and final norm.
         communication: buffers of collectives.
         update: what the optimizer's update needs beyond the room of activations and buffers, which are freed by then.
@@ -37,8 +38,8 @@ class StageMemory:
     gradients: float
     optimizer: float
     layers: float
-    working: float
     logits: float
+    working: float
     ends: float
     communication: float
     update: float
@@ -70,18 +71,21 @@ def stage_memory(shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0
     """
     weights, gradients, optimizer = static_bytes(shape, setup, stage)
     kept, working = layer_activations(shape, setup, stage, kernels)
+    logits = logit_bytes(shape, setup) if stage == setup.pipeline - 1 else 0.0
     memory = StageMemory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         layers=kept,
-        working=working,
-        logits=logit_bytes(shape, setup) if stage == setup.pipeline - 1 else 0.0,
-        ends=_end_bytes(shape, setup, stage),
+        logits=logits,
+        working=max(0.0, working - logits),
+        ends=_end_bytes(shape, setup, stage, kernels),
         communication=_communication(shape, setup),
         update=0.0,
         reserve=reserve,
     )
+    if kernels == TORCH and not setup.swap_optimizer:
+        return memory
     beyond = update_bytes(shape, setup, stage) - memory.activations - memory.communication
     return dataclasses.replace(memory, update=max(0.0, beyond))
 
@@ -90,11 +94,12 @@ def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     """Bytes that the optimizer's update takes for a short time: a float32 copy of the largest weight; two slices of
     masters and moments that are on the host.
 
-    MindSpeed-LLM's CI shows it on NPUs: where activations are small, the peak is static bytes, this, and up to 16 MiB.
+    Two thirds of the cases of MindSpeed-LLM's CI show it on NPUs where activations are small; the others show 16 MiB.
+    Its cause is not known, so a plan for NPUs counts it. torch's kernels need nothing.
     """
     if setup.swap_optimizer:
         trained = trained_counts(shape, setup, stage)
-        return 2 * _sharded(setup, trained, MOMENTS + (MASTER if setup.bf16 else 0)) / setup.swap_slices
+        return 2 * sharded_bytes(setup, trained, MOMENTS + (MASTER if setup.bf16 else 0)) / setup.swap_slices
     return 4.0 * largest_count(shape, setup, stage)
 
 
@@ -110,10 +115,11 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
         return held * weight, trained.total * 4.0, 0.0
     state = MOMENTS + (MASTER if setup.bf16 else 0)
     state -= weight if setup.bf16 and setup.reuse_master else 0
-    return held * weight, trained.total * 4.0, _sharded(setup, trained, state)
+    state += 4 if setup.fp16 else 0
+    return held * weight, trained.total * (2.0 if setup.fp16 else 4.0), sharded_bytes(setup, trained, state)
 
 
-def _sharded(setup: Setup, trained: Counts, state: float) -> float:
+def sharded_bytes(setup: Setup, trained: Counts, state: float) -> float:
     if not setup.distributed_optimizer:
         return trained.total * state
     return trained.dense * state / (setup.data * setup.context) + trained.expert * state / setup.expert_data
@@ -135,11 +141,12 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
         return 0.0, 0.0
     sizes = {kind: layer_bytes(shape, setup, kind, kernels) for kind in kinds}
     per_chunk = number / setup.virtual
-    inputs = setup.weight_bytes * shape.hidden_size * setup.sharded_tokens
+    inputs = setup.residual_bytes * shape.hidden_size * setup.sharded_tokens
     recomputed = min(setup.recompute, number) / setup.virtual  # layers of a chunk that keep their input only
     mean, largest = sum(sizes[kind] * count for kind, count in kinds.items()) / number, max(sizes.values())
-    kept = (per_chunk - recomputed) * mean + recomputed / setup.recompute_group * inputs
-    working = setup.recompute_group * largest if recomputed else 0.0
+    whole = (per_chunk - recomputed) * mean  # of the layers behind those that are recomputed, which are done by then
+    kept = whole + recomputed / setup.recompute_group * inputs
+    working = max(0.0, setup.recompute_group * largest - whole) if recomputed else 0.0
     if setup.quantized:  # a linear is restored for its product, with float32 values and indices of 2^23 weights
         working += linear_counts(shape, setup, stage)[1] * setup.weight_bytes + 6 * 2**23
     return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
@@ -148,7 +155,7 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
 def transient_bytes(shape: Shape, setup: Setup) -> float:
     """Bytes of the largest gradients and gathered inputs that exist only for a short time."""
     width = setup.weight_bytes
-    gathered = 2 * shape.hidden_size * setup.tokens if setup.sequence_parallel and setup.tensor > 1 else 0
+    gathered = shape.hidden_size * setup.tokens if setup.sequence_parallel and setup.tensor > 1 else 0
     if shape.is_moe:
         wide = routed_rows(shape, setup) * (shape.hidden_size + shape.moe_ffn_hidden_size / setup.expert_tensor)
     else:
@@ -160,15 +167,34 @@ def logit_bytes(shape: Shape, setup: Setup) -> float:
     """Bytes of logits and of their float32 softmax, which becomes the gradient; of rewards, their float32 input."""
     if shape.reward:
         return setup.sharded_tokens * shape.hidden_size * 4
+    rows, width = shape.vocab_size / setup.tensor, setup.weight_bytes
     tokens = min(setup.tokens, setup.loss_chunk) if setup.loss_chunk else setup.tokens
-    return tokens * shape.vocab_size / setup.tensor * (setup.weight_bytes + 4)
+    # Of chunks, the weight's gradient is held while that of the next is computed.
+    gradients = 2 * shape.hidden_size * rows * width if setup.loss_chunk and not setup.lora_rank else 0.0
+    return (1 + shape.mtp_layers) * tokens * rows * (width + 4) + gradients
 
 
-def _end_bytes(shape: Shape, setup: Setup, stage: int) -> float:
-    tensors = (in_flight(setup, 0) / setup.virtual if stage == 0 else 0) + (2 if stage == setup.pipeline - 1 else 0)
-    return tensors * setup.weight_bytes * shape.hidden_size * setup.sharded_tokens
+def _end_bytes(shape: Shape, setup: Setup, stage: int, kernels: str) -> float:
+    """Bytes of what enters the chunks of a stage, and of the final norm."""
+    one = setup.residual_bytes * shape.hidden_size * setup.sharded_tokens
+    received = in_flight(setup, stage) if setup.pipeline > 1 else 0.0
+    received -= received / setup.virtual if stage == 0 else 0
+    entered = in_flight(setup, 0) / setup.virtual if stage == 0 else 0.0
+    # torch_npu's norm keeps what was received; torch's a float32 copy beside it, unless it is float32 already.
+    copied = kernels == TORCH and not setup.fp32_residual
+    kept = (entered + (received if copied else 0.0)) * one
+    if stage < setup.pipeline - 1:
+        return kept
+    return kept + one + norm_inputs(setup, kernels, shape.hidden_size, setup.residual_bytes) * setup.sharded_tokens
+
+
+def gathered_bytes(shape: Shape, setup: Setup) -> float:
+    """Bytes of megatron-core's buffer for what sequence parallelism gathers; it lives as long as the process."""
+    is_used = setup.sequence_parallel and setup.tensor > 1
+    return setup.weight_bytes * shape.hidden_size * setup.tokens if is_used else 0.0
 
 
 def _communication(shape: Shape, setup: Setup) -> float:
     # Two activations on their way in, and two out, between pipeline stages.
-    return 4 * setup.weight_bytes * shape.hidden_size * setup.sharded_tokens if setup.pipeline > 1 else 0.0
+    between = 4 * setup.residual_bytes * shape.hidden_size * setup.sharded_tokens if setup.pipeline > 1 else 0.0
+    return between + gathered_bytes(shape, setup)

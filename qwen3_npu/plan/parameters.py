@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
@@ -38,11 +39,7 @@ class Counts:
 def layer_counts(shape: Shape, setup: Setup, has_experts: bool) -> Counts:
     """Weights of one layer on one rank."""
     h, tp = shape.hidden_size, setup.tensor
-    norms = 2 * h * shape.norm_vectors + (2 * shape.head_dim if shape.qk_norm else 0)
-    wide = shape.query_width + 2 * shape.key_width
-    dense = norms + (h * wide + shape.query_width * h) // tp
-    dense += wide // tp if shape.qkv_bias or shape.biases else 0
-    dense += h if shape.biases else 0
+    dense = 2 * h * shape.norm_vectors + _attention_count(shape, tp)
     if not has_experts:
         first = shape.gate_factor * shape.ffn_hidden_size
         dense += h * (first + shape.ffn_hidden_size) // tp
@@ -53,16 +50,42 @@ def layer_counts(shape: Shape, setup: Setup, has_experts: bool) -> Counts:
     return Counts(dense, shape.num_experts // setup.expert * one)
 
 
+def _attention_count(shape: Shape, tp: int) -> int:
+    h, out = shape.hidden_size, shape.output_width
+    dense = h if shape.biases else 0
+    if not shape.is_mla:
+        wide = shape.query_width + shape.key_width + shape.value_width
+        dense += 2 * shape.head_dim if shape.qk_norm else 0
+        dense += wide // tp if shape.qkv_bias or shape.biases else 0
+        return dense + h * (wide + out) // tp
+    # What compresses is the same on all tensor-parallel ranks; what expands is sharded by heads.
+    kv, q, rotated = shape.kv_lora_rank, shape.q_lora_rank, shape.qk_pos_emb_head_dim
+    dense += h * (kv + rotated) + kv + (h * q + q if q else 0)
+    heads = kv * shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
+    return dense + (heads + (q or h) * shape.query_width + out * h) // tp
+
+
+def _mtp_counts(shape: Shape, setup: Setup) -> Counts:
+    """What layers that predict later tokens have beside a layer: three norms and a product of two hidden states."""
+    h = shape.hidden_size
+    counts = Counts(2 * h * h + 3 * h * shape.norm_vectors) * shape.mtp_layers
+    # They read tokens, so the last of several stages has a copy of the embedding.
+    return counts + Counts(embedding_count(shape, setup) if setup.pipeline > 1 else 0)
+
+
 def linear_counts(shape: Shape, setup: Setup, stage: int) -> tuple[int, int]:
     """Weights of the layers' linears and experts of one rank of a stage, which --qlora quantizes; and the largest."""
     total, largest, h, tp = 0, 0, shape.hidden_size, setup.tensor
     for has_experts, number in setup.layer_kinds(shape, stage).items():
-        sizes = [h * (shape.query_width + 2 * shape.key_width) // tp, shape.query_width * h // tp]
+        sizes = [h * (shape.query_width + shape.key_width + shape.value_width) // tp, shape.output_width * h // tp]
         width, experts = shape.ffn_hidden_size // tp, 1
         if has_experts:
             width, experts = shape.moe_ffn_hidden_size // setup.expert_tensor, shape.num_experts // setup.expert
         sizes += [experts * h * shape.gate_factor * width, experts * h * width]
         total, largest = total + number * sum(sizes), max(largest, *sizes)
+    if setup.quantized_ends:
+        last = stage == setup.pipeline - 1 and not shape.reward and (not shape.tied or setup.pipeline > 1)
+        total += ((stage == 0) + last) * embedding_count(shape, setup)
     return total, largest
 
 
@@ -84,6 +107,8 @@ def stage_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
             counts += Counts(shape.hidden_size)
         elif not shape.tied or setup.pipeline > 1:  # a tied output layer of another stage is a copy
             counts += Counts(embedding_count(shape, setup))
+        if shape.mtp_layers:
+            counts += _mtp_counts(shape, setup)
     return counts
 
 
@@ -94,10 +119,12 @@ def largest_count(shape: Shape, setup: Setup, stage: int) -> float:
     if setup.distributed_optimizer:
         dense_copies, expert_copies = setup.data * setup.context, setup.expert_data
     if setup.lora_rank:
-        widest = max(shape.query_width + 2 * shape.key_width, shape.gate_factor * shape.ffn_hidden_size, h)
+        widest = max(
+            shape.query_width + shape.key_width + shape.value_width, shape.gate_factor * shape.ffn_hidden_size, h
+        )
         return setup.lora_rank * widest / dense_copies
     mlp = 0 if shape.is_moe else shape.gate_factor * shape.ffn_hidden_size
-    most: float = h * max(shape.query_width + 2 * shape.key_width, mlp) / tp
+    most: float = h * max(shape.query_width + shape.key_width + shape.value_width, mlp) / tp
     has_output = not shape.reward and (not shape.tied or setup.pipeline > 1)
     if stage == 0 or (stage == setup.pipeline - 1 and has_output):
         most = max(most, float(embedding_count(shape, setup)))
@@ -131,6 +158,8 @@ def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
 
 def _layer_lora(shape: Shape, setup: Setup, has_experts: bool) -> Counts:
     h, tp, r, targets = shape.hidden_size, setup.tensor, setup.lora_rank, setup.lora_targets
+    if shape.is_mla:
+        raise UsageError("adapters of multi-latent attention (kv_lora_rank) cannot be planned")
     dense = expert = 0
     if "linear_qkv" in targets:
         dense += r * h + r * (shape.query_width + 2 * shape.key_width) // tp

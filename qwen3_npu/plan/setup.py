@@ -21,18 +21,21 @@ class Setup:
         recompute: layers of each stage whose inside is computed again in backward.
         recompute_group: layers of one recomputed group (method uniform).
         recompute_activation, recompute_norm, recompute_attention: these alone are computed again.
+        fp32_residual: the sum that layers add to is float32, whatever their dtype.
         packed: several documents share a sequence.
         frozen: share of the weights that is not trained, alike on all stages.
         lora_rank, lora_targets: 0: no adapters.
-        quantized: the layers' linears are in 4 bits.
+        quantized, quantized_ends: the layers' linears, and embedding and output layer, are in 4 bits.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
         swap_optimizer: optimizer state is on the host, and comes in `swap_slices` to be updated.
+        swap_attention: what attention keeps for backward is on the host until then.
         recompute_experts: MoE layers compute their first product and activation (1), or all of their MLP (2), again.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
         overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
         pad: share of a batch's tokens that are padding.
         reference: a frozen copy of the model is in memory (preference training).
+        fp16: gradients have 16 bits, and the optimizer keeps a float32 copy of its share (not in this project).
     """
 
     tensor: int = 1
@@ -49,6 +52,7 @@ class Setup:
     ring: bool = False
     distributed_optimizer: bool = False
     bf16: bool = True
+    fp32_residual: bool = False
     recompute: int = 0
     recompute_group: int = 1
     recompute_activation: bool = False
@@ -57,10 +61,12 @@ class Setup:
     packed: bool = False
     frozen: float = 0.0
     quantized: bool = False
+    quantized_ends: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     reuse_master: bool = False
     swap_optimizer: bool = False
+    swap_attention: bool = False
     swap_slices: int = 16
     recompute_experts: int = 0
     loss_chunk: int = 0
@@ -70,6 +76,7 @@ class Setup:
     overlap_experts: bool = False
     pad: float = 0.0
     reference: bool = False
+    fp16: bool = False
 
     def __post_init__(self) -> None:
         if len(self.layers) != self.pipeline:
@@ -107,20 +114,29 @@ class Setup:
         """Bytes of a weight or an activation."""
         return 2 if self.bf16 else 4
 
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of a number in the sum that layers add to, which travels between pipeline stages."""
+        return 4 if self.fp32_residual else self.weight_bytes
+
     def first_layer(self, stage: int, chunk: int) -> int:
         """The number of a chunk's first layer; chunks of all stages come before the next chunk of any."""
         before = sum(self.layers[s][c] for c in range(chunk) for s in range(self.pipeline))
         return before + sum(self.layers[s][chunk] for s in range(stage))
 
     def layer_kinds(self, shape: Shape, stage: int) -> dict[bool, int]:
-        """How many layers of a stage have experts (True), and have none (False)."""
-        number = sum(self.layers[stage])
-        if not shape.moe_dense_layers or not shape.is_moe:
-            return {shape.is_moe: number}
-        held = [
-            self.first_layer(stage, chunk) + i
-            for chunk in range(self.virtual)
-            for i in range(self.layers[stage][chunk])
-        ]
-        experts = sum(shape.has_experts(layer) for layer in held)
-        return {kind: count for kind, count in ((True, experts), (False, number - experts)) if count}
+        """How many layers of a stage have experts (True), and have none (False); the last has those of `mtp_layers`."""
+        number, experts = sum(self.layers[stage]), 0
+        if shape.is_moe and not shape.moe_dense_layers:
+            experts = number
+        elif shape.is_moe:
+            held = [
+                self.first_layer(stage, chunk) + i
+                for chunk in range(self.virtual)
+                for i in range(self.layers[stage][chunk])
+            ]
+            experts = sum(map(shape.has_experts, held))
+        kinds = {True: experts, False: number - experts}
+        if stage == self.pipeline - 1:
+            kinds[shape.is_moe] += shape.mtp_layers
+        return {kind: count for kind, count in kinds.items() if count}

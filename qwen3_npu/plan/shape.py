@@ -27,6 +27,11 @@ class Shape:
         qk_norm, qkv_bias, biases: extra vectors: norms of query and key heads, biases of q, k and v, of all linears.
         positions: rows of a learned position embedding; 0: there is none.
         norm_vectors: vectors of one norm: 1 for RMSNorm, 2 for LayerNorm.
+        kv_lora_rank, q_lora_rank: widths of multi-latent attention (DeepSeek-V2, arXiv:2405.04434); 0: keys and values,
+            or queries, are not compressed. `head_dim` and `num_query_groups` mean nothing then.
+        qk_head_dim, qk_pos_emb_head_dim, v_head_dim: of multi-latent attention: a head's width without and with
+            position, and of its values.
+        mtp_layers: layers behind the last that predict later tokens (DeepSeek-V3, arXiv:2412.19437).
     """
 
     num_layers: int
@@ -49,6 +54,12 @@ class Shape:
     biases: bool = False
     positions: int = 0
     norm_vectors: int = 1
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_head_dim: int = 0
+    qk_pos_emb_head_dim: int = 0
+    v_head_dim: int = 0
+    mtp_layers: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim")
@@ -60,18 +71,37 @@ class Shape:
                 f"a shape with num_experts {self.num_experts} needs moe_topk between 1 and that (it is "
                 f"{self.moe_topk}) and moe_ffn_hidden_size above 0 (it is {self.moe_ffn_hidden_size})"
             )
+        if self.is_mla and not (self.qk_head_dim and self.v_head_dim):
+            raise UsageError(f"a shape with kv_lora_rank {self.kv_lora_rank} needs qk_head_dim and v_head_dim")
 
     @property
     def is_moe(self) -> bool:
         return self.num_experts > 0
 
     @property
+    def is_mla(self) -> bool:
+        """Multi-latent attention."""
+        return self.kv_lora_rank > 0
+
+    @property
     def query_width(self) -> int:
-        return self.num_attention_heads * self.head_dim
+        """Width of the queries of all heads."""
+        return self.num_attention_heads * (
+            self.qk_head_dim + self.qk_pos_emb_head_dim if self.is_mla else self.head_dim
+        )
 
     @property
     def key_width(self) -> int:
-        return self.num_query_groups * self.head_dim
+        return self.query_width if self.is_mla else self.num_query_groups * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.num_attention_heads * self.v_head_dim if self.is_mla else self.key_width
+
+    @property
+    def output_width(self) -> int:
+        """Width of what attention returns."""
+        return self.num_attention_heads * (self.v_head_dim if self.is_mla else self.head_dim)
 
     @property
     def gate_factor(self) -> int:

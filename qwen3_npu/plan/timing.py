@@ -15,8 +15,11 @@ from qwen3_npu.plan.parameters import trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
-# Operations that the host launches for one layer, forward and backward (tests/golden of the simulated NPU).
-_LAUNCHES = {False: 47, True: 113}
+# Operations that the host launches, forward and backward: of one layer without and with experts, more for each way to
+# train it, and of a micro-batch outside of the layers. tests/golden/launches_npu.txt has the counts.
+LAYER_LAUNCHES = {False: (13, 23), True: (26, 36)}
+MORE_LAUNCHES = {"lora": (7, 8), "expert": (4, 3), "ring": (19, 17), "sequence_parallel": (8, 0)}
+END_LAUNCHES = 43, 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +89,11 @@ def collective_seconds(device: Device, size: int, stride: int, moved: float, *, 
 
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
-    h, query, wide = shape.hidden_size, shape.query_width, shape.query_width + 2 * shape.key_width
-    products = product_seconds(device, 2 * tokens * h * wide / tp) + product_seconds(
-        device, 2 * tokens * query * h / tp
-    )
+    h, query = shape.hidden_size, shape.query_width
+    products = sum(product_seconds(device, 2 * tokens * size) for size in _attention_products(shape, tp))
     squares = setup.micro_batch * setup.seq_length**2 / setup.context / 2  # causal
-    attention = 4 * squares * query / tp / (device.flops * device.attention)
-    moved = setup.sharded_tokens * h * 10 + tokens * (4 * query + 4 * shape.key_width) / tp
+    attention = 2 * squares * (query + shape.output_width) / tp / (device.flops * device.attention)
+    moved = setup.sharded_tokens * h * 10 + tokens * (4 * query + 2 * shape.key_width + 2 * shape.value_width) / tp
     if has_experts:
         rows, ffn = routed_rows(shape, setup), shape.moe_ffn_hidden_size / setup.expert_tensor
         local = shape.num_experts // setup.expert
@@ -109,6 +110,39 @@ def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _La
         )
         moved += tokens * (shape.gate_factor + 1) * ffn
     return _Layer(products, attention, moved * width / (device.memory_bandwidth * device.streaming))
+
+
+def _attention_products(shape: Shape, tp: int) -> list[float]:
+    """Weights of one rank in each of attention's products."""
+    h, heads = shape.hidden_size, shape.num_attention_heads
+    last = shape.output_width * h / tp
+    if not shape.is_mla:
+        return [h * (shape.query_width + shape.key_width + shape.value_width) / tp, last]
+    kv, q = shape.kv_lora_rank, shape.q_lora_rank
+    compress = h * (kv + shape.qk_pos_emb_head_dim + q)
+    return [
+        compress,
+        (q or h) * shape.query_width / tp,
+        kv * heads * (shape.qk_head_dim + shape.v_head_dim) / tp,
+        last,
+    ]
+
+
+def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0) -> float:
+    """Operations that the host launches for one layer and micro-batch.
+
+    Args:
+        recomputed: share of the layers whose forward pass runs twice.
+    """
+    used = {
+        "lora": setup.lora_rank > 0,
+        "expert": is_moe and setup.expert > 1,
+        "ring": setup.ring and setup.context > 1,
+        "sequence_parallel": setup.sequence_parallel and setup.tensor > 1,
+    }
+    more = [MORE_LAUNCHES[name] for name, is_used in used.items() if is_used]
+    forward, backward = (sum(counts) for counts in zip(LAYER_LAUNCHES[is_moe], *more, strict=True))
+    return forward * (1 + recomputed) + backward
 
 
 def step_time(shape: Shape, setup: Setup, device: Device, *, imbalance: float = 1.1) -> StepTime:
@@ -147,8 +181,9 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
     head = product_seconds(device, 6 * setup.tokens * shape.hidden_size * shape.vocab_size / setup.tensor)
     logits = setup.tokens * shape.vocab_size / setup.tensor * 20 / (device.memory_bandwidth * device.streaming)
     if stage == setup.pipeline - 1:
-        products, kernels = products + head, kernels + logits
-    launches = sum(counts[kind] * _LAUNCHES[kind] for kind in counts) * (1 + share * 0.4)
+        products += head * (1 + shape.mtp_layers)
+        kernels += logits * (1 + shape.mtp_layers)
+    launched = sum(counts[kind] * launches(setup, kind, share) for kind in counts) + sum(END_LAUNCHES)
     busy = products + attention + kernels + recompute
     waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 else 0.0
     return StepTime(
@@ -163,7 +198,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         data=_data(shape, setup, device, stage, busy=passes * busy),
         bubble=0.0,
         optimizer=_optimizer(shape, setup, device, stage),
-        host=passes * (max(0.0, launches * device.launch - busy) + waits * device.stall),
+        host=passes * (max(0.0, launched * device.launch - busy) + waits * device.stall),
     )
 
 
@@ -187,11 +222,11 @@ def _context(shape: Shape, setup: Setup, device: Device) -> float:
     """Seconds of one layer's context-parallel communication."""
     if setup.context == 1:
         return 0.0
-    heads = shape.query_width + 2 * shape.key_width
+    heads = shape.query_width + shape.key_width + shape.value_width
     if setup.ring:  # most of it is hidden by the attention of the block before
         moved = 3 * 2 * setup.tokens * setup.context * shape.key_width / setup.tensor * setup.weight_bytes
         return 0.3 * collective_seconds(device, setup.context, setup.tensor, moved, steps=setup.context)
-    moved = setup.tokens * (heads + shape.query_width) / setup.tensor * setup.weight_bytes
+    moved = setup.tokens * (heads + shape.output_width) / setup.tensor * setup.weight_bytes
     return 2 * collective_seconds(device, setup.context, setup.tensor, moved, steps=4)
 
 
@@ -199,7 +234,7 @@ def _pipeline(shape: Shape, setup: Setup, device: Device) -> float:
     """Seconds of a step's sends and receives between stages that are not hidden."""
     if setup.pipeline == 1:
         return 0.0
-    moved = setup.sharded_tokens * shape.hidden_size * setup.weight_bytes
+    moved = setup.sharded_tokens * shape.hidden_size * setup.residual_bytes
     inside = setup.devices <= device.node
     bandwidth = (device.link if inside else device.network) * device.transfer
     latency = device.latency if inside else device.network_latency
@@ -239,11 +274,11 @@ def model_flops(shape: Shape, setup: Setup) -> float:
     tokens = setup.global_batch * setup.seq_length
     active = 0.0
     for layer in range(shape.num_layers):
-        active += shape.hidden_size * (2 * shape.query_width + 2 * shape.key_width)
+        active += sum(_attention_products(shape, 1))
         if shape.has_experts(layer):
             ffn = shape.moe_topk * shape.moe_ffn_hidden_size + shape.moe_shared_ffn
             active += shape.hidden_size * ((shape.gate_factor + 1) * ffn + shape.num_experts)
         else:
             active += shape.hidden_size * (shape.gate_factor + 1) * shape.ffn_hidden_size
-    attention = shape.num_layers * setup.seq_length * shape.query_width
+    attention = shape.num_layers * setup.seq_length * (shape.query_width + shape.output_width) / 2
     return 6.0 * tokens * (active + shape.vocab_size * shape.hidden_size + attention)

@@ -74,6 +74,8 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         (dist, "broadcast_object_list", lambda *_, **__: None),
         # Weights are made in 16 bits; torch cannot exchange a module's parameters that have no data.
         (torch.nn.Module, "bfloat16", unchanged),
+        # Of storages without data torch keeps both for ever.
+        (torch.UntypedStorage, "copy_", lambda storage, *_: storage),
         (token_dispatcher, "sort_chunks_by_idxs", even_chunks),
         (dispatcher, "maybe_move_tensor_to_cpu", on_host),
         (dispatcher.Dispatcher, "_maybe_dtoh_and_synchronize", with_data),

@@ -19,19 +19,16 @@ from qwen3_npu import kernels, log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
+from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.data.train.data_path import cache_folder
-from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank, process_group
 from qwen3_npu.distributed.nodes import check_shared
 from qwen3_npu.errors import Stopped, UsageError
-from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.build import build_model, freeze
 from qwen3_npu.model.config import transformer_config
 from qwen3_npu.model.router import routers
-from qwen3_npu.model.spec import Parts
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.progress import human
 from qwen3_npu.training.checkpoints.facts import facts
@@ -39,9 +36,12 @@ from qwen3_npu.training.checkpoints.hf_export import HfExport
 from qwen3_npu.training.checkpoints.saving import Saver, check_folders, continued, leased
 from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
+from qwen3_npu.training.fingerprints.gather import fingerprinting, follow_tokens
+from qwen3_npu.training.fingerprints.recorder import StepRecorder
 from qwen3_npu.training.gradients import Gradients
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from qwen3_npu.training.parts import lora_of, parts_of
 from qwen3_npu.training.preference import preference_objective
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reference import FrozenCopy, Reference, Samples, Untrained, WithoutAdapter, fill_reference
@@ -80,10 +80,16 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
 
 
 @contextlib.contextmanager
-def ready(platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan) -> Iterator[Trainer]:
+def ready(
+    platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan, *, recorder: StepRecorder | None = None
+) -> Iterator[Trainer]:
     """A trainer with weights and data, among processes that have joined."""
     with model_parallel(plan.layout, args.parallel, args.runtime):
-        trainer = Trainer(platform, world, args, plan)
+        recorder = recorder or fingerprinting(args, platform.device_name())
+        trainer = Trainer(platform, world, args, plan, recorder=recorder)
+        if recorder is not None:
+            recorder.attach(trainer.modules)
+            follow_tokens(recorder, args)
         try:
             trainer.load()
             trainer.open_data()
@@ -95,17 +101,25 @@ def ready(platform: Platform, world: World, args: PretrainArgs, plan: TrainingPl
 class Trainer:
     """One process's part of a training."""
 
-    def __init__(self, platform: Platform, world: World, args: PretrainArgs, plan: TrainingPlan) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        world: World,
+        args: PretrainArgs,
+        plan: TrainingPlan,
+        *,
+        recorder: StepRecorder | None = None,
+    ) -> None:
         self.platform, self.world, self.args, self.plan = platform, world, args, plan
         if args.train.moe_router_dtype == "fp64" and not platform.has_float64:
             raise UsageError(f"--moe-router-dtype fp64: {platform.name} has no float64; use fp32")
         chosen = kernels.select_kernels(args.runtime.kernels, platform.name, args.runtime.kernel_overrides)
         log.info(f"device: {world.size} x {platform.device_name()}; kernels: {chosen}")
-        config = self._config()
+        self.recorder, config = recorder, self._config()
         self.dtype = config.params_dtype
-        self.parts = _parts(args, chosen)
+        self.parts = parts_of(args, chosen if recorder is None else recorder.wrapped(chosen))
         self.modules = build_model(plan.arch, config, plan.layout, self.parts)
-        contents = Contents(plan.arch, lora=_lora(args.lora, plan.arch))
+        contents = Contents(plan.arch, lora=lora_of(args.lora, plan.arch))
         if plan.frozen:
             rest = dataclasses.replace(contents, without=plan.frozen).shards(plan.layout, model_rank())
             kept = {(shard.chunk, shard.name) for shard in rest}
@@ -278,11 +292,14 @@ class Trainer:
     def step(self) -> StepResult:
         """One optimizer step."""
         here.at("data")
+        batches = self.training_batches()
+        if self.recorder is not None:
+            self.recorder.begin(self.position.iteration + 1)
         result = train_step(
             self.chunks,
             self.gradients,
             self.scheduler,
-            self.training_batches(),
+            batches,
             guard=self.guard,
             objective=self.objective,
             wishes=self.exits.wishes(),
@@ -290,6 +307,8 @@ class Trainer:
             limits=self.spikes.limits,
             **self.sizes,
         )
+        if self.recorder is not None:
+            self.recorder.end()
         before, step = self.position, self.position.iteration + 1
         why = self.spikes.judge(step, result.loss, result.grad_norm, skipped=result.skipped)
         if result.skipped and why and self.spikes.is_on:
@@ -355,27 +374,3 @@ class Trainer:
 def _one_or_list(items: list[Callable]) -> Callable | list[Callable]:
     """megatron takes one function, or a list of one per model chunk."""
     return items if len(items) > 1 else items[0]
-
-
-def _parts(args: PretrainArgs, chosen: kernels.Kernels) -> Parts:
-    """What the flags make the layers of."""
-    context_parallel = None
-    if args.parallel.context_parallel_size > 1:
-        context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
-    return Parts(
-        chosen,
-        lora=args.lora,
-        context_parallel=context_parallel,
-        recompute_activation=args.train.recompute_activation_function,
-        recompute_products=args.train.moe_zero_memory == "level0",
-        loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
-        seed=args.runtime.seed,
-    )
-
-
-def _lora(args: LoraArgs, arch: Qwen3Arch) -> Lora | None:
-    """What the checkpoints say of LoRA adapters."""
-    if not args.on:
-        return None
-    targets, layers = args.places(arch)
-    return Lora(args.lora_r, args.lora_alpha, targets, is_stabilized=args.use_rslora, layers=layers)

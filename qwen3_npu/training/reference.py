@@ -16,7 +16,9 @@ from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
-from qwen3_npu.model.lora import ADAPTERS
+from qwen3_npu.model.lora.embedding import LoraEmbedding
+from qwen3_npu.model.lora.experts import LoraExperts
+from qwen3_npu.model.lora.linear import LoraLinear
 from qwen3_npu.training.objective import Outcome
 from qwen3_npu.training.preference import log_probs_of
 from qwen3_npu.training.step import run_schedule
@@ -115,7 +117,9 @@ class WithoutAdapter:
 
 @contextlib.contextmanager
 def _switched_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    adapters = [m for chunk in chunks for m in chunk.modules() if isinstance(m, ADAPTERS)]
+    adapters = [
+        m for chunk in chunks for m in chunk.modules() if isinstance(m, LoraLinear | LoraEmbedding | LoraExperts)
+    ]
     for chunk in chunks:
         chunk.eval()
     for adapter in adapters:

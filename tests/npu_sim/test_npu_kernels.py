@@ -97,6 +97,28 @@ def test_a_wrong_call_is_noticed(name: str, npu_worlds: dict[int, World]) -> Non
     assert noticed_by in wrong(npu_worlds[1].run("kernel_differences", change=(old, new)))
 
 
+# Faults that show in backward only; all of MUTATIONS were tried by hand (docs/passport.md).
+FOUND_BY_PASSPORT = {
+    "gradient of the sum lost": ("layers.1.pre_mlp_layernorm", "add_rms_norm", "backward", "gradient of input 1"),
+    "weight gradient not added": (
+        "decoder.layers.0.input_layernorm.weight",
+        "rms_norm",
+        "backward",
+        "gradient of the weight",
+    ),
+}
+
+
+def test_a_faulty_kernel_is_named_and_right_ones_are_not(npu_worlds: dict[int, World]) -> None:
+    changes = [None, *(MUTATIONS[name][:2] for name in FOUND_BY_PASSPORT)]
+    case = "packed bf16"
+    said = npu_worlds[1].run("passport_cases.first_operators", cases=[case], changes=changes)
+    used, *nothing = said[0][case]
+    assert not nothing
+    assert used < 0.7
+    assert [tuple(one[case][3:7]) for one in said[1:]] == list(FOUND_BY_PASSPORT.values())
+
+
 def test_the_simulated_device_refuses_what_a_real_one_does(npu_worlds: dict[int, World]) -> None:
     said = npu_worlds[1].run("refusals")
     expected = {

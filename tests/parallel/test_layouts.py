@@ -103,3 +103,12 @@ def test_choices_that_a_capacity_drops_are_counted(worlds: dict[int, World], bas
     assert found["dropped"] == pytest.approx(1 - kept / (4 * 2 * 8 * 32 * 2), rel=1e-6)
     assert found["dropped"] >= 0.25
     assert found["balance_loss"] is None
+
+
+def test_a_residual_in_float32_travels_between_stages(worlds: dict[int, World], baselines: Baselines) -> None:
+    """In bfloat16, so as near as the branches' own rounding lets it be."""
+    flags = [*baselines.flags("untied"), "--bf16", "--fp32-residual-connection"]
+    alone = worlds[1].run("train", flags=flags, steps=2)
+    together = worlds[4].run("train", flags=[*flags, *TP2, *SP, *PP2, *FULL], steps=2)
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-2)

@@ -32,7 +32,7 @@ LORA = ["--lora-r", str(RANK), "--lora-alpha", str(ALPHA)]
 @pytest.fixture(scope="module")
 def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Kind of model -> a PEFT adapter: A's of one linear are equal, B's are not zero."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import load_file, save_file
 
     from qwen3_npu.args.lora import LORA_TARGETS
     from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
@@ -64,9 +64,17 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(made["untied"], rs, dirs_exist_ok=True)
     config = json.loads((rs / "adapter_config.json").read_text())
     (rs / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    dora = Path(shutil.copytree(made["untied"], tmp_path_factory.mktemp("adapter-dora"), dirs_exist_ok=True))
+    tensors = load_file(dora / "adapter_model.safetensors")
+    rng = np.random.default_rng(4)
+    for name in [name for name in tensors if "lora_B" in name]:
+        lengths = 1 + rng.random(len(tensors[name]), np.float32)
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = lengths
+    save_file(tensors, dora / "adapter_model.safetensors")
+    (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     some = str(tmp_path_factory.mktemp("adapter-some"))
     write_some_adapters(models["untied"], some, r=RANK, lora_alpha=ALPHA)
-    return {**made, "untied rs": str(rs), "untied some": some}
+    return {**made, "untied rs": str(rs), "untied some": some, "untied dora": str(dora)}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,9 @@ LORA_LAYOUTS = {
     "embedding, output layer and some layers, TP2 SP PP2": (4, "single", SOME + TP2 + SP + PP2, "untied some"),
     "embedding, output layer and some layers, TP2, chunked": (2, "single", SOME + TP2 + CHUNKS, "untied some"),
     "embedding, output layer and some layers, TP2 SP, chunked": (2, "single", SOME + TP2 + SP + CHUNKS, "untied some"),
+    "DoRA": (1, "single", ["--use-dora"], "untied dora"),
+    "DoRA, TP2 SP PP2": (4, "single", ["--use-dora", *TP2, *SP, *PP2], "untied dora"),
+    "DoRA, TP2, full recompute": (2, "single", ["--use-dora", *TP2, *FULL], "untied dora"),
     "full recompute": (1, "single", FULL),
     "full recompute, TP2 SP PP2": (4, "single", FULL + TP2 + SP + PP2),
     "recomputed MLP": (1, "single", ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]),
@@ -134,7 +145,7 @@ def test_lora_equals_peft(
     got = worlds[size].run("gradients", flags=flags + extra, steps=STEPS, file=str(gradients))
     assert got["frozen"]
     assert not got["changed"]
-    check(got, expected, gradients, lambda name: name.replace(".default", ""))
+    check(got, expected, gradients, lambda name: name.replace(".default", "").replace("vector.weight", "vector"))
 
 
 MOE_LORA = {
@@ -170,10 +181,28 @@ def test_lora_of_experts_equals_one_process(
     check(got, moe_lora, gradients)
 
 
+def test_pissa_begins_as_the_base_and_is_the_same_in_every_layout(
+    worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path
+) -> None:
+    """Checkpoints hold what is left of the base with the adapter: they resume, and merge to what was trained."""
+    for kind, extra in (("untied", [*TP2, *SP, *PP2]), ("moe", [*TP2, *SP, *EP2, *ETP1])):
+        flags = [*FLAGS, *LORA, "--load", models[kind], "--data-path", data["single"]]
+        plain = worlds[1].run("train", flags=flags, steps=1)["loss"]
+        alone = worlds[1].run("train", flags=[*flags, "--lora-init", "pissa"], steps=3)["loss"]
+        save = ["--lora-init", "pissa", "--save", str(tmp_path / kind)]
+        many = worlds[4].run("train", flags=[*flags, *extra, *save], steps=2)["loss"]
+        assert plain == pytest.approx(alone[:1], rel=1e-5), "B is 0 in the first, and B A is in the base in the second"
+        assert many == pytest.approx(alone[:2], rel=1e-5)
+        again = [*flags, "--lora-init", "pissa", "--load", str(tmp_path / kind)]
+        assert worlds[1].run("train", flags=again, steps=1)["loss"] == pytest.approx(alone[2:], rel=1e-5)
+
+
 QLORA = {
     "one process": ("untied", 1, []),
     "TP2 SP PP2, full recompute": ("untied", 4, TP2 + SP + PP2 + FULL),
     "experts, TP2 SP EP2 ETP1": ("moe", 4, TP2 + SP + EP2 + ETP1),
+    "and the embedding, TP2 SP PP2, chunked": ("untied", 4, [*TP2, *SP, *PP2, *CHUNKS, "--qlora-embedding"]),
+    "and the tied embedding, PP2": ("tied", 2, [*PP2, "--qlora-embedding"]),
 }
 
 
@@ -185,7 +214,7 @@ def test_qlora_equals_lora_on_what_bitsandbytes_restores(
     kind, size, extra = QLORA[name]
     width = "moe_intermediate_size" if kind == "moe" else "intermediate_size"
     base = tiny.write_model(tmp_path / "base", tiny.arch(kind, **{width: 128}))
-    write_restored(base, tmp_path / "restored")
+    write_restored(base, tmp_path / "restored", ends="--qlora-embedding" in extra)
     flags = [*FLAGS, *LORA, "--lora-init", "gaussian", "--data-path", data["single"]]
     files = [tmp_path / "expected.npz", tmp_path / "got.npz"]
     plain = [*flags, "--load", str(tmp_path / "restored")]
@@ -200,7 +229,8 @@ def test_qlora_equals_lora_on_what_bitsandbytes_restores(
     check(got, {**expected, "gradients": dict(np.load(files[0]))}, files[1])
     if size > 1:
         worlds[size].run("train", flags=[*ours, *adapter, "--save", str(tmp_path / "b")], steps=3)
-        again = [*flags, "--load", str(base), "--qlora", "--lora-load", str(tmp_path / "b")]
+        again = [*flags, "--load", str(base), "--lora-load", str(tmp_path / "b")]
+        again += [flag for flag in ours if flag.startswith("--qlora")]
         assert worlds[1].run("train", flags=again, steps=1)["loss"] == pytest.approx(got["loss"][3:], rel=1e-5)
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen3_npu.parity.passport import shipped
+from qwen3_npu.parity.walk import walk_runs
+from qwen3_npu.training.fingerprints.files import Recording, read
 from worlds import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +39,53 @@ def test_rows_that_do_not_exist() -> None:
     )
     assert done.returncode == 2
     assert "--list-rows" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "cases"), [(1, ["moe bf16"]), (2, ["dense bf16", "packed bf16"])], ids=["one", "TP2, CP2"]
+)
+def test_other_kernels_and_layouts_agree_with_the_shipped_passport(
+    size: int, cases: list[str], worlds: dict[int, World]
+) -> None:
+    said = worlds[size].run("passport_cases.agreement", cases=cases)
+    assert {case: first for case, (_, first) in said.items()} == dict.fromkeys(cases)
+    assert max(used for used, _ in said.values()) < 0.7
+
+
+FAULTS = [("swiglu", "backward", "layers.1.mlp.activation_func"), ("rms_norm", "forward", "layers.0.input_layernorm")]
+
+
+@pytest.mark.parametrize(("fault", "way", "where"), FAULTS)
+def test_a_faulty_operator_is_named_where_it_is(fault: str, way: str, where: str, worlds: dict[int, World]) -> None:
+    ((_, place),) = worlds[1].run("passport_cases.agreement", cases=["dense bf16"], fault=fault).values()
+    assert place[2:5] == [where, fault, way]
+
+
+def test_files_of_two_trainings_are_compared(
+    worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    """With other kernels nothing is named; a faulty one is."""
+    flags = ["--load", models["untied"], "--data-path", tokens, "--seq-length", "32", "--global-batch-size", "4"]
+    flags += ["--micro-batch-size", "1", "--train-iters", "3", "--eval-iters", "0", "--fingerprint-interval", "3"]
+    flags += ["--lr", "1e-3", "--bf16", "--use-distributed-optimizer", "--recompute-granularity", "selective"]
+
+    def files(name: str, case: str, *changed: str, **options: str) -> list[Recording]:
+        worlds[2].run(case, flags=[*flags, "--tensorboard-dir", str(tmp_path / name), *changed], **options)
+        found = sorted((tmp_path / name / "fingerprints").iterdir())
+        assert [file.name for file in found] == ["step_0000001.npz", "step_0000003.npz"]
+        return [read(file) for file in found]
+
+    usual = files("torch", "whole_training")
+    others = files("reference", "whole_training", "--kernels", "reference")
+    wrong = files("wrong", "passport_cases.faulty_training", fault="swiglu")
+    assert min(len(one.cases["training"].names) for one in usual) > 100
+    passport = read(shipped())
+    assert [walk_runs(found, expected, passport).first for found, expected in zip(others, usual, strict=True)] == [
+        None
+    ] * 2
+    first = walk_runs(wrong[0], usual[0], passport).first
+    assert first is not None
+    assert first.place[2:5] == ("layers.3.mlp.activation_func", "swiglu", "backward")
 
 
 GOLDEN = ROOT / "tests" / "golden"

@@ -19,6 +19,7 @@ REASONS = {
     "loss": "another loss is learned from here on",
     "noise": "other random numbers are drawn from here on",
     "update": "moments and position are kept, updates follow the flags",
+    "rounding": "the same weights are trained, numbers are rounded in another way",
     "schedule": "the position is kept, learning rate and weight decay follow the flags",
     "prompts": "what was learned so far was written in another way",
     # fine
@@ -50,9 +51,11 @@ REFUSED = {
     "norm_topk_prob": "model",
     "bf16": "numbers",
     "qlora": "numbers",
+    "qlora_embedding": "numbers",
 }
 
 WARNED = {
+    "fp32_residual_connection": "rounding",
     "loss_normalization": "loss",
     "moe_aux_loss_coeff": "loss",
     "moe_z_loss_coeff": "loss",

@@ -19,6 +19,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
             "lora_alpha",
             "lora_dropout",
             "use_rslora",
+            "use_dora",
             "lora_init",
             "foreign --lora-fusion",
             "foreign --lora-register-forward-hook",
@@ -82,6 +83,10 @@ def _check_trained(args: PretrainArgs) -> None:
     """Raises: UsageError: flags that say different things of what is trained."""
     if args.freeze.on and args.lora.on:
         raise UsageError("--freeze-include, --freeze-exclude: LoRA trains its adapters only; drop the flags")
+    if args.lora.lora_init == "pissa" and args.data.is_preference and args.preference.ref_model is None:
+        raise UsageError(
+            "--lora-init pissa changes the base, so it is no reference without its adapter; give --ref-model"
+        )
 
 
 def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,15 @@ _SPARE_BYTES = 64 << 20  # left free on the disk, for headers, configuration and
 
 T = TypeVar("T")
 JobResult = TypeVar("JobResult")
+
+
+class Closable(Protocol):
+    """What a worker opens for itself."""
+
+    def close(self) -> None: ...
+
+
+WorkerSource = TypeVar("WorkerSource", bound=Closable)
 
 
 def run_jobs(
@@ -151,11 +160,11 @@ def one_ahead(function: Callable[[T], JobResult], items: Sequence[T]) -> Iterato
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(open_source: Callable[[], Source], counter: object) -> None:
+def _start_worker(open_source: Callable[[], Closable], counter: object) -> None:
     _worker["source"], _worker["counter"] = open_source(), counter
 
 
-def _work(function: Callable[[FileJob, Source, Count], JobResult], job: FileJob) -> JobResult:
+def _work(function: Callable[[FileJob, WorkerSource, Count], JobResult], job: FileJob) -> JobResult:
     counter = _worker["counter"]
 
     def count(bytes_done: int) -> None:
@@ -166,9 +175,9 @@ def _work(function: Callable[[FileJob, Source, Count], JobResult], job: FileJob)
 
 
 def in_processes(
-    function: Callable[[FileJob, Source, Count], JobResult],
+    function: Callable[[FileJob, WorkerSource, Count], JobResult],
     jobs: Sequence[FileJob],
-    open_source: Callable[[], Source],
+    open_source: Callable[[], WorkerSource],
     workers: int,
     *,
     progress: Count,

@@ -57,6 +57,10 @@ class Weights:
             inner = x @ self.adapter.matrix(name, "A", (rank, (0, columns))).T
             outer = inner @ self.adapter.matrix(name, "B", ((0, rows), rank)).T
             out += np.float32(self.adapter.lora.scale) * outer
+            if self.adapter.lora.is_dora:
+                for some, _ in row_blocks(full((rows, columns)), 4):
+                    directions = self.adapter.directions(name, some)
+                    out[:, slice(*some)] *= self.adapter.factors(name, some, directions)
         return out
 
 

@@ -30,8 +30,9 @@ from qwen3_npu.checkpoint.formats.open import WRITERS
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_WEIGHTS, peft_config
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS
 from qwen3_npu.checkpoint.manifest import CONVERTER, INTEGRITY, write_integrity
-from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
+from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import Seal, file_digest, rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import Qwen3Arch
@@ -61,6 +62,10 @@ class ConversionOutput(abc.ABC):
     @abc.abstractmethod
     def facts(self) -> dict[str, Any]:
         """Format, dtype and layout, for the manifest; another output has other facts."""
+
+    @abc.abstractmethod
+    def holds(self) -> tuple[Contents, Layout | None]:
+        """What it holds, and in which layout; None: under Hugging Face and PEFT names."""
 
     @abc.abstractmethod
     def existing(self) -> str | None:
@@ -121,6 +126,9 @@ class MegatronOutput(ConversionOutput):
             dtypes["kept"] = {name: dtype.torch for name, dtype in self.target.kept.items()}
         layout = dataclasses.asdict(self.target.layout)
         return {"format": self.format, **dtypes, "contents": str(self.target.contents), "layout": layout}
+
+    def holds(self) -> tuple[Contents, Layout | None]:
+        return self.target.contents, self.target.layout
 
     def existing(self) -> str | None:
         if (tracked := read_tracker(self.root)) is not None:
@@ -188,6 +196,9 @@ class HfOutput(ConversionOutput):
         kept = {"kept": {name: dtype.torch for name, dtype in self.kept.items()}} if self.kept else {}
         return {"format": "hf", "dtype": self.dtype.torch, **kept, "files": list(self.files)}
 
+    def holds(self) -> tuple[Contents, Layout | None]:
+        return Contents(self.arch), None
+
     def existing(self) -> str | None:
         return f"{self.folder} already holds weights" if self._old() else None
 
@@ -236,10 +247,14 @@ class PeftOutput(ConversionOutput):
         self.root = self.folder = root
         self.stage = root / STAGE
         self.config, self.dtype = peft_config(lora, base, arch), dtype
+        self.contents = Contents(arch, base=False, lora=lora)
         self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 
     def facts(self) -> dict[str, Any]:
         return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}
+
+    def holds(self) -> tuple[Contents, Layout | None]:
+        return self.contents, None
 
     def existing(self) -> str | None:
         names = [name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (self.folder / name).exists()]

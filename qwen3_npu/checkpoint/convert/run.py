@@ -17,12 +17,10 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.convert.card import write_card
 from qwen3_npu.checkpoint.convert.jobs import run_jobs
-from qwen3_npu.checkpoint.convert.library import LibrarySources
 from qwen3_npu.checkpoint.convert.output import found_output, planned_output
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan, plan_conversion
 from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
 from qwen3_npu.checkpoint.convert.publish import ConversionOutput, MegatronOutput
-from qwen3_npu.checkpoint.convert.verify import differences
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.manifest import write_conversion
 from qwen3_npu.checkpoint.mapping.source import listed
@@ -67,16 +65,13 @@ def convert(
         try:
             output = found_output(plan, args, target, legacy, given=given)
         except UsageError as error:
-            return _report([str(error)], 0, 0, Path(args.save_dir))
+            return _report([str(error)], Path(args.save_dir))
     else:
         output = _write(plan, args, target, legacy)
         if plan.merged and lora.lora_check:
             _check_merge(plan, output)
     if args.verify or args.verify_only:
-        sources = LibrarySources(plan.sources)
-        lines, compared, converted = differences(output.jobs, sources, output.folder, _workers(args))
-        lines += [f"extra file: {name}" for name in output.unexpected_files()]
-        return _report(lines, compared, converted, output.folder)
+        return _verify(plan, output, _workers(args))
     return 0
 
 
@@ -178,14 +173,28 @@ def _check_merge(plan: ConversionPlan, output: ConversionOutput) -> None:
     )
 
 
-def _report(lines: list[str], compared: int, converted: int, folder: Path) -> int:
+def _verify(plan: ConversionPlan, output: ConversionOutput, workers: int) -> int:
+    # Only here torch is imported: a conversion without --verify starts without it.
+    from qwen3_npu.checkpoint.convert.verify import differences
+    from qwen3_npu.checkpoint.verify.compare import VerifiedOutput
+    from qwen3_npu.checkpoint.verify.published import ShardSizes
+
+    contents, layout = output.holds()
+    written = VerifiedOutput(output.folder, contents, ShardSizes.of(layout) if layout else None)
+    found = differences(output.jobs, plan.sources, written, workers)
+    lines = found.lines + [f"extra file: {name}" for name in output.unexpected_files()]
+    if lines:
+        return _report(lines, output.folder)
+    how = f", {found.converted} of them converted to another dtype" if found.converted else ""
+    how += f", {found.merged} of them merged: base + adapter to the rounding of float32" if found.merged else ""
+    log.info(f"verified: {output.folder} is bit for bit what the source gives ({found.compared} tensors compared{how})")
+    return 0
+
+
+def _report(lines: list[str], folder: Path) -> int:
     for line in lines[:_SHOWN]:
         log.warning(line)
     if len(lines) > _SHOWN:
         log.warning(f"... and {len(lines) - _SHOWN} more")
-    if lines:
-        log.warning(f"{folder} is not what the source gives: {len(lines)} differences")
-        return 1
-    how = f", {converted} of them converted to another dtype" if converted else ""
-    log.info(f"verified: {folder} is bit for bit what the source gives ({compared} tensors compared{how})")
-    return 0
+    log.warning(f"{folder} is not what the source gives: {len(lines)} differences")
+    return 1

@@ -1,81 +1,108 @@
-"""Compare an output with its source, both on disk, tensor by tensor and bit for bit.
-
-Every tensor of every output file is made again from the source through the weight table and held against the file's,
-so copies on several ranks and padded rows are compared too. The bytes of both are read by the safetensors library and
-by torch, not by the code that converted them.
-"""
+"""Compare an output with its source, both on disk: starts `verify/compare.py`, which says what is compared and how."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import contextlib
+import dataclasses
+from collections.abc import Sequence
 
-from qwen3_npu.checkpoint.binary.dtypes import same_bits
 from qwen3_npu.checkpoint.convert.jobs import in_processes
-from qwen3_npu.checkpoint.convert.library import output_reader
+from qwen3_npu.checkpoint.formats.adapters import MergedSource, SharedA
 from qwen3_npu.checkpoint.formats.base import FileJob, job_bytes
-from qwen3_npu.checkpoint.manifest import Count
-from qwen3_npu.checkpoint.mapping.source import Source, read_shard
-from qwen3_npu.errors import UsageError
+from qwen3_npu.checkpoint.formats.dist_read import DistReader
+from qwen3_npu.checkpoint.formats.huggingface import HfReader
+from qwen3_npu.checkpoint.formats.open import Opened, Sources
+from qwen3_npu.checkpoint.formats.peft import PeftReader
+from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
+from qwen3_npu.checkpoint.mapping.source import Source
+from qwen3_npu.checkpoint.verify.adapters import (
+    MegatronPairs,
+    MergedTensors,
+    PeftPairs,
+    unlike_products,
+    written_scale,
+)
+from qwen3_npu.checkpoint.verify.compare import CompareFile, VerifiedOutput, uncovered
+from qwen3_npu.checkpoint.verify.published import published_shapes
+from qwen3_npu.checkpoint.verify.tensors import HfTensors, VerifySource, megatron_tensors
 from qwen3_npu.progress import Progress
 
 
-class _Compare:
-    """Compares one file; its differences, a line each."""
+@dataclasses.dataclass(frozen=True)
+class VerifySources:
+    """Opens what a conversion reads, for --verify.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, job: FileJob, source: Source, count: Count) -> tuple[list[str], int]:
-        """The differences, and how many tensors are of another dtype than their source."""
-        lines = list(self._differences(job, source, count))
-        items = ((item.dtype, {piece.hf for piece in item.shard.slices}) for item in job.items())
-        return lines, sum(any(source.dtype(name) is not dtype for name in names) for dtype, names in items)
-
-    def _differences(self, job: FileJob, source: Source, count: Count) -> Iterator[str]:
-        path = self.folder / job.name
-        if not path.is_file():
-            yield f"missing file: {job.name}"
-            return
-        try:
-            stored, library = job.stored(path), output_reader(path)
-        except UsageError as error:
-            yield f"unreadable file: {error}"
-            return
-        items = job.items()
-        names = {item.name for item in items}
-        yield from (f"missing: {job.name}: {name}" for name in sorted(names - stored.keys()))
-        yield from (f"extra: {job.name}: {name}" for name in sorted(stored.keys() - names))
-        for name, shard, wanted, _ in items:
-            if name not in stored:
-                continue
-            dtype, shape = stored[name]
-            if shape != shard.shape or dtype is not wanted:
-                said = f"{list(shape)} {dtype.torch if dtype else 'of another dtype'}"
-                yield f"differs: {job.name}: {name} is {said}, not {list(shard.shape)} {wanted.torch}"
-                continue
-            expected = read_shard(source, shard, wanted)
-            try:
-                same = same_bits(expected, library(name).reshape(shape))
-            except UsageError as error:
-                yield f"unreadable: {job.name}: {name}: {error}"
-                continue
-            if not same:
-                yield f"differs: {job.name}: {name}"
-            count(expected.nbytes)
-
-
-def differences(
-    jobs: Sequence[FileJob], open_source: Callable[[], Source], folder: Path, workers: int
-) -> tuple[list[str], int, int]:
-    """What is missing, extra or different in the files of `jobs`, a line each.
-
-    Returns:
-        The lines, how many tensors were compared, and how many of them were converted to another dtype.
+    `output`: of an adapter whose A and B are made anew, with which its own copies are compared.
     """
+
+    sources: Sources
+    output: VerifiedOutput | None = None
+
+    def __call__(self) -> VerifySource:
+        if self.output is not None:
+            return self.output.itself()
+        with contextlib.closing(self.sources()) as source:  # says what there is; its files are opened anew
+            return _verified(source, self.sources.lora_alpha)
+
+
+def _verified(source: Opened | Source, alpha: float | None) -> VerifySource:
+    if isinstance(source, HfReader):
+        return HfTensors(source)
+    if isinstance(source, MegatronReader | DistReader):
+        return megatron_tensors(source)
+    assert isinstance(source, MergedSource)  # of a PEFT adapter alone see `differences`
+    base, adapter = source.base, source.adapter
+    opened = _verified(base, alpha)
+    if isinstance(adapter, PeftReader):
+        return MergedTensors(opened, PeftPairs(adapter))
+    assert isinstance(adapter, MegatronReader | DistReader)
+    scale = written_scale(adapter.folder, source.lora, alpha)
+    tensors = opened if adapter is base else _verified(adapter, alpha)
+    return MergedTensors(opened, MegatronPairs(tensors, scale, published_shapes(adapter.contents)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What --verify found: differences, a line each; how many tensors were compared, converted and merged."""
+
+    lines: list[str]
+    compared: int
+    converted: int
+    merged: int
+
+
+def differences(jobs: Sequence[FileJob], sources: Sources, output: VerifiedOutput, workers: int) -> Verified:
+    """What is missing, extra or different in the files of `jobs`."""
+    opened = sources()
+    own = output if isinstance(opened, SharedA) else None
     with Progress("comparing", sum(map(job_bytes, jobs)), {"bytes": "B"}) as progress:
         found = in_processes(
-            _Compare(folder), jobs, open_source, workers, progress=lambda count: progress.add(bytes=count)
+            CompareFile(output),
+            jobs,
+            VerifySources(sources, own),
+            workers,
+            progress=lambda count: progress.add(bytes=count),
         )
     lines = [line for job in jobs for line in found[job.name][0]]
-    return lines, sum(len(job.items()) for job in jobs), sum(converted for _, converted in found.values())
+    if not lines:
+        lines = _of_all_files(opened, sources.lora_alpha, output)
+    opened.close()
+    compared, converted, merged = (
+        sum(counts) for counts in zip(*(result[1:] for result in found.values()), strict=True)
+    )
+    return Verified(lines, compared, converted, merged)
+
+
+def _of_all_files(source: Opened, alpha: float | None, output: VerifiedOutput) -> list[str]:
+    """Differences that no file shows alone: what is in none, and what an adapter's files say of its scale."""
+    lines = uncovered(output)
+    lora = output.contents.lora
+    if lora is None:
+        return lines
+    written = written_scale(output.folder, lora)
+    if isinstance(source, SharedA):
+        pairs = MegatronPairs(output.itself(), written, published_shapes(output.contents))
+        return lines + unlike_products(PeftPairs(source.adapter), pairs, output.contents.arch)
+    assert isinstance(source, MegatronReader | DistReader)
+    scale = written_scale(source.folder, lora, alpha)
+    return lines if scale == written else [*lines, f"differs: the adapter is scaled by {written:g}, not {scale:g}"]

@@ -22,7 +22,16 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     widest,
 )
 from qwen3_npu.checkpoint.formats.peft import PeftReader
-from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Contents, Lora, is_a, peft_module, peft_name, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import (
+    MAGNITUDE,
+    PEFT_SCORE,
+    Contents,
+    Lora,
+    is_a,
+    peft_module,
+    peft_name,
+    peft_shapes,
+)
 from qwen3_npu.checkpoint.mapping.source import Source, view_of
 from qwen3_npu.checkpoint.mapping.table import SCORE
 
@@ -40,7 +49,7 @@ class MergedSource:
         # An adapter brings the head of a reward model, which its base need not have.
         self.arch = base.arch.as_reward() if adapter.arch.reward else base.arch
         self.contents = Contents(self.arch)
-        self.adapted = set(peft_shapes(self.arch, lora))
+        self.adapted = peft_shapes(self.arch, lora)
 
     def dtype(self, name: str) -> DType:
         return F32 if self.is_adapted(name) else self.unmerged_dtype(name)
@@ -60,14 +69,28 @@ class MergedSource:
             return weight
         rows, columns = region
         rank = (0, self.lora.r)
+        if self.lora.is_dora:
+            whole = self.directions(name, rows)
+            return (self.factors(name, rows, whole)[:, None] * whole)[:, slice(*columns)]
         if is_turned(name):
             rows, columns = columns, rows
         b = self.matrix(name, "B", (rows, rank)) * np.float32(self.lora.scale)
         product = b @ self.matrix(name, "A", (rank, columns))
         return to_float32(weight, self.base.dtype(name)) + (product.T if is_turned(name) else product)
 
+    def directions(self, name: str, rows: tuple[int, int]) -> np.ndarray:
+        """Whole rows of W + scale B A, float32."""
+        rank, columns = (0, self.lora.r), (0, self.adapted[peft_name(name, "A")][1])
+        weight = to_float32(self.base.read(name, (rows, columns)), self.base.dtype(name))
+        b = self.matrix(name, "B", (rows, rank)) * np.float32(self.lora.scale)
+        return weight + b @ self.matrix(name, "A", (rank, columns))
+
+    def factors(self, name: str, rows: tuple[int, int], directions: np.ndarray) -> np.ndarray:
+        """DoRA: what brings each of these rows to its magnitude, [rows] float32."""
+        return self.matrix(name, MAGNITUDE, (rows,)) / np.linalg.norm(directions, axis=1)
+
     def matrix(self, name: str, matrix: str, region: Region) -> np.ndarray:
-        """A part of the A or B beside a Hugging Face weight, float32."""
+        """A part of the A, B or magnitudes beside a Hugging Face weight, float32."""
         adapter = peft_name(name, matrix)
         return to_float32(self.adapter.read(adapter, region), self.adapter.dtype(adapter))
 
@@ -113,23 +136,23 @@ class SharedA:
 
     def _is_shared(self) -> bool:
         for name, shape in self.adapter.shapes.items():
-            if name == PEFT_SCORE:
+            if not is_a(name):
                 continue
             first = self._sibling(name, self._siblings(name)[0])
-            if is_a(name) and self.adapter.has(name) and first != name:
+            if self.adapter.has(name) and first != name:
                 whole = full(shape)
                 if not same_bits(self.adapter.read(name, whole), self.adapter.read(first, whole)):
                     return False
         return True
 
     def dtype(self, name: str) -> DType:
-        if name == PEFT_SCORE:
+        if name == PEFT_SCORE or name.endswith(MAGNITUDE):
             return self.adapter.dtype(name)
         siblings = self._siblings(name)
         return widest(self.adapter.dtype(self._sibling(name, sibling)) for sibling in siblings)
 
     def read(self, name: str, region: Region) -> np.ndarray:
-        if name == PEFT_SCORE:
+        if name == PEFT_SCORE or name.endswith(MAGNITUDE):
             return self.adapter.read(name, region)
         axis = 0 if is_a(name) else 1  # the side of the rank
         projection = peft_module(name).split(".")[-1]

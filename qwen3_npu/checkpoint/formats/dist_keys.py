@@ -25,7 +25,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from qwen3_npu.checkpoint.binary.dtypes import Region
-from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.lora import MAGNITUDE, Contents
 from qwen3_npu.checkpoint.mapping.slices import ShardContext, local_experts
 from qwen3_npu.checkpoint.mapping.table import OUTPUT, Shard
 from qwen3_npu.distributed.layout import NOOP, Layout, Rank, plan
@@ -173,6 +173,8 @@ def _cut(name: str) -> tuple[int | None, int]:
         return None, 1
     axis, halves = _CUT[module]
     # A has the input side of the weight, B the output side; the other side is the rank. An embedding's input is tokens.
+    if MAGNITUDE in name and axis == 1:
+        return None, 1
     if module == "word_embeddings" and "lora_" in name:
         return (1, 1) if "lora_A" in name else (None, 1)
     if ("lora_A" in name and axis == 0) or ("lora_B" in name and axis == 1):

@@ -123,6 +123,10 @@ def lora_args(lora: Lora) -> dict[str, Any]:
     said = {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_target_modules": list(lora.targets)}
     if lora.layers:
         said["lora_layers"] = {target: list(layers) for target, layers in lora.layers}
+    if lora.is_dora:
+        said["use_dora"] = True
+    if lora.is_residual:
+        said["lora_init"] = "pissa"
     return said | ({"use_rslora": True} if lora.is_stabilized else {})
 
 
@@ -154,4 +158,9 @@ def lora_from_args(
         raise UsageError(f"{where} holds LoRA tensors but its args have no lora_alpha; give --lora-alpha")
     r, targets = found
     some = tuple((target, tuple(sorted(set(layers.counts(target))))) for target in targets if target in layers.fields)
-    return Lora(r, alpha, targets, is_stabilized=getattr(args, "use_rslora", False) is True, layers=some)
+    kinds = {
+        "is_stabilized": getattr(args, "use_rslora", False) is True,
+        "is_dora": getattr(args, "use_dora", False) is True,
+        "is_residual": getattr(args, "lora_init", None) == "pissa",
+    }
+    return Lora(r, alpha, targets, layers=some, **kinds)

@@ -31,6 +31,7 @@ from qwen3_npu.checkpoint.formats.huggingface import HfReader, open_hf
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader, checkpoint_args
+from qwen3_npu.checkpoint.mapping.lora import check_apart
 from qwen3_npu.distributed.layout import Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
@@ -281,6 +282,7 @@ class Sources:
             )
         if not (adapter.arch.same_weights(base.arch) or adapter.arch.same_weights(base.arch.as_reward())):
             raise UsageError(f"--lora-load {self.lora_load} is for {adapter.arch}, but {self.load} holds {base.arch}")
+        check_apart(adapter.contents.lora, self.lora_load)
         if isinstance(adapter, PeftReader):
             adapter.check_carried(base)
         return adapter

@@ -17,7 +17,7 @@ from qwen3_npu.args.lora import ALL_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import F32, DType, Region, convert_dtype, full, row_blocks, sizes, to_float32
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
-from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Contents, Lora, is_a, peft_module, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import MAGNITUDE, PEFT_SCORE, Contents, Lora, is_a, peft_module, peft_shapes
 from qwen3_npu.checkpoint.mapping.peft_adapter import has_head, read_adapter
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.errors import UsageError
@@ -42,7 +42,7 @@ def peft_config(lora: Lora, base: str | None, arch: Qwen3Arch) -> dict[str, Any]
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_dora": False,
+        "use_dora": lora.is_dora,
         "use_rslora": lora.is_stabilized,
     }
 
@@ -96,7 +96,7 @@ class PeftReader:
         return name in self.adapter.parts
 
     def dtype(self, name: str) -> DType:
-        if name == PEFT_SCORE:
+        if name == PEFT_SCORE or name.endswith(MAGNITUDE):
             return self.file.dtype(name)
         if not self.has(name):
             return self.file.dtype(next(iter(self.file.header)))
@@ -106,6 +106,8 @@ class PeftReader:
     def read(self, name: str, region: Region) -> np.ndarray:
         """A part of one tensor, in its own dtype (bfloat16 as uint16)."""
         if name == PEFT_SCORE:
+            return self.file.read(name, region)
+        if name.endswith(MAGNITUDE):
             return self.file.read(name, region)
         out = np.zeros(sizes(region), self.dtype(name).carrier)
         if not self.has(name):

@@ -11,6 +11,7 @@ of an expert's FFN width, H the hidden size):
     decoder.layers.L.self_attention.linear_proj    .base_layer.weight [out, in/TP]
                                                    .lora_A.default.weight [r, in/TP]
                                                    .lora_B.default.weight [out, r]   on every TP rank
+    each of them, with DoRA                        .lora_magnitude_vector.default.weight, [out/TP] or [out] as rows of B
     decoder.layers.L.mlp.linear_fc1                as linear_qkv; rows of B are [gate | up] of the rank
     decoder.layers.L.mlp.linear_fc2                as linear_proj
     decoder.layers.L.mlp.experts.local_experts.K.linear_fc1 / .linear_fc2    as the dense ones, sharded over ETP
@@ -30,7 +31,8 @@ Their slices are slices of PEFT's tensors, one pair per Hugging Face projection:
 so a Megatron A holds q's, k's and v's A, which are therefore equal. The head of a reward model is trained beside its
 adapter and belongs to it: `score.lora_weight`, PEFT's `base_model.model.score.weight` (modules_to_save). The arguments
 of a checkpoint with LoRA tensors have `lora_r`, `lora_alpha`, `lora_target_modules` and, for rsLoRA,
-`use_rslora`, and `lora_layers` where not every layer has a target. No torch here.
+`use_rslora`, `lora_layers` where not every layer has a target, `use_dora`
+for DoRA, and `lora_init` for PiSSA. No torch here.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from qwen3_npu.model.arch import Qwen3Arch
 _STACKED = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
 _ENDS = {"word_embeddings": "embedding", "output_layer": "output"}
 _PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
 LORA_SCORE, PEFT_SCORE = "score.lora_weight", _PREFIX + SCORE.hf[0]
 
 
@@ -62,6 +65,8 @@ class Lora:
         targets: names of `ALL_TARGETS`, in that order.
         is_stabilized: rsLoRA.
         layers: of the targets that not every layer has.
+        is_dora: each row of W + scale B A is brought to the length that the magnitude vector says.
+        is_residual: the base beside it is what PiSSA has left of the weights; they belong together.
     """
 
     r: int
@@ -69,6 +74,8 @@ class Lora:
     targets: tuple[str, ...]
     is_stabilized: bool = False
     layers: TargetLayers = ()
+    is_dora: bool = False
+    is_residual: bool = False
 
     def has(self, target: str | None, layer: int | None) -> bool:
         """Whether a target has an adapter, in a layer (None outside the layers)."""
@@ -79,7 +86,17 @@ class Lora:
         return lora_scale(self.alpha, self.r, is_stabilized=self.is_stabilized)
 
     def __str__(self) -> str:
-        return f"{'rs' * self.is_stabilized}LoRA r {self.r}, alpha {self.alpha:g}, {spelled(self.targets, self.layers)}"
+        kind = "PiSSA, " * self.is_residual + "rs" * self.is_stabilized + ("DoRA" if self.is_dora else "LoRA")
+        return f"{kind} r {self.r}, alpha {self.alpha:g}, {spelled(self.targets, self.layers)}"
+
+
+def check_apart(lora: Lora | None, folder: str) -> None:
+    """Raises: UsageError: an adapter is taken from its base, which PiSSA has changed."""
+    if lora is not None and lora.is_residual:
+        raise UsageError(
+            f"{folder} holds a {lora}, which belongs to the base beside it: load both with --load (convert_ckpt.py: "
+            f"--load-dir), which merges them"
+        )
 
 
 def is_lora(name: str) -> bool:
@@ -88,8 +105,10 @@ def is_lora(name: str) -> bool:
 
 
 def peft_name(hf: str, matrix: str) -> str:
-    """PEFT's name of the "A" or "B" beside a Hugging Face weight."""
+    """PEFT's name of the "A", "B" or `MAGNITUDE` beside a Hugging Face weight."""
     stem = _PREFIX + hf.removesuffix(".weight")
+    if matrix == MAGNITUDE:
+        return f"{stem}.{MAGNITUDE}"
     return f"{stem}.lora_embedding_{matrix}" if stem.endswith("embed_tokens") else f"{stem}.lora_{matrix}.weight"
 
 
@@ -130,6 +149,17 @@ def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> I
             if target == "embedding":
                 shard = _turned(shard)
             yield from _stacked(shard, lora.r) if len(shard.view) == 3 else _linear(shard, lora.r)
+            if lora.is_dora:
+                yield _magnitudes(shard)
+
+
+def _magnitudes(shard: Shard) -> Shard:
+    """The vector [out] beside a weight [out, in]."""
+    pieces = [
+        TensorSlice(peft_name(p.hf, MAGNITUDE), p.source[:1], p.target[:1], padding=p.padding) for p in shard.slices
+    ]
+    name = f"{shard.name.removesuffix('weight')}{MAGNITUDE}.default.weight"
+    return _beside(shard, name, shard.shape[:1], shard.view[:1], slices=pieces)
 
 
 def _turned(shard: Shard) -> Shard:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwen3_npu.args.lora import ALL_TARGETS, LORA_TARGETS, TargetLayers, lora_scale
-from qwen3_npu.checkpoint.mapping.lora import PEFT_SCORE, Lora, peft_module, peft_name, peft_shapes
-from qwen3_npu.checkpoint.mapping.source import listed
+from qwen3_npu.checkpoint.mapping.lora import MAGNITUDE, PEFT_SCORE, Lora, peft_module, peft_name, peft_shapes
+from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.schema import Record, shown
@@ -35,7 +35,6 @@ _WITHOUT_EFFECT += "lora_dropout runtime_config megatron_config megatron_core qa
 _WITHOUT_EFFECT += "eva_config ensure_weight_tying layers_pattern"
 # Fields that change what the adapter computes, and the values under which it is plain LoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "fan_in_fan_out": (False, None),
@@ -51,7 +50,9 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "corda_config": (None,),
     "lora_ga_config": (None,),
 }
-_JUDGED = "r lora_alpha use_rslora init_lora_weights rank_pattern alpha_pattern target_modules exclude_modules "
+_JUDGED = (
+    "r lora_alpha use_dora use_rslora init_lora_weights rank_pattern alpha_pattern target_modules exclude_modules "
+)
 _JUDGED += "layers_to_transform target_parameters modules_to_save"
 # Initial values that leave the base as it was.
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -126,6 +127,9 @@ def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qw
     known = peft_shapes(arch, Lora(1, 1.0, tuple(LORA_TARGETS if arch.tie_word_embeddings else ALL_TARGETS)))
     carried = {name: hf for name, hf in _CARRIED.items() if name in shapes}
     shapes = {name: shape for name, shape in shapes.items() if name not in carried}
+    is_dora = config.boolean("use_dora", False)
+    vectors = {name: shapes[name] for name in shapes if is_dora and name.endswith(MAGNITUDE)}
+    shapes = {name: shape for name, shape in shapes.items() if name not in vectors}
     found = _modules(shapes, known, arch, where)
     _check_targets(config, {f.module for f in found}, {peft_module(name) for name in known}, arch, where=where)
     r, alpha = config.integer("r", least=1), config.number("lora_alpha")
@@ -149,10 +153,20 @@ def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qw
     names = {module.split(".")[-1] for module in modules}
     targets = tuple(target for target in ALL_TARGETS if any(_PROJECTIONS[name] == target for name in names))
     layers = _layers(modules, targets, arch)
-    lora = Lora(top, float(alpha), targets, is_stabilized=is_stabilized, layers=layers)
+    lora = Lora(top, float(alpha), targets, is_stabilized=is_stabilized, layers=layers, is_dora=is_dora)
     if lora.scale != scale:  # of several ranks or alphas
-        lora = Lora(top, scale * top, targets, layers=layers)
+        lora = dataclasses.replace(lora, alpha=scale * top, is_stabilized=False)
+    if is_dora:
+        _check_magnitudes(vectors, lora, arch, where)
     return Adapter(lora, parts, [name for name in _PROJECTIONS if name in names], carried)
+
+
+def _check_magnitudes(vectors: Mapping[str, tuple[int, ...]], lora: Lora, arch: Qwen3Arch, where: str) -> None:
+    """A linear that joins projections has magnitudes of each, also of those without A and B."""
+    if "embedding" in lora.targets or (arch.is_moe and {"linear_fc1", "linear_fc2"} & set(lora.targets)):
+        raise UsageError(f"{where}: use_dora of an embedding or of experts is not supported; merge it with peft")
+    wanted = {name: shape for name, shape in peft_shapes(arch, lora).items() if name.endswith(MAGNITUDE)}
+    check_tensors(vectors, wanted, where, "DoRA (q, k and v, or gate and up, have it together)")
 
 
 def _layers(modules: set[str], targets: tuple[str, ...], arch: Qwen3Arch) -> TargetLayers:

@@ -22,7 +22,7 @@ from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE, is_lora
+from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE, check_apart, is_lora
 from qwen3_npu.checkpoint.mapping.source import read_shard, read_tensor
 from qwen3_npu.checkpoint.mapping.table import SCORE
 from qwen3_npu.checkpoint.training import optimizer_state
@@ -33,6 +33,8 @@ from qwen3_npu.checkpoint.training.state import DistState, TorchState
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
+from qwen3_npu.model.lora.experts import LoraExperts
+from qwen3_npu.model.lora.linear import LoraLinear
 
 AdapterSource = SharedA | Checkpoint
 
@@ -62,6 +64,10 @@ def load(
             allow_nonfinite=args.allow_nonfinite_weights,
         )
     adapter = _open_adapter(trained, base, lora_load)
+    if trained.contents.lora and adapter is None:
+        for module in (module for chunk in trained.chunks for module in chunk.modules()):
+            if isinstance(module, LoraLinear | LoraExperts):
+                module.begin()
     if trained.contents.arch.reward and adapter is None:
         _take_head(trained, base)
     if adapter is not None:
@@ -143,6 +149,7 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
         if opened is None:
             raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
         check_same_model(opened.arch, trained.contents.arch, f"--lora-load {lora_load}")
+        check_apart(opened.contents.lora, lora_load)
         if isinstance(opened, PeftReader) and base is not None:
             opened.check_carried(base)
         adapter = SharedA(opened) if isinstance(opened, PeftReader) else opened
@@ -154,6 +161,7 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
             f"the LoRA adapter to start from is {there}; the flags ask for {lora}: give --lora-r {there.r} "
             f"--lora-alpha {there.alpha:g} --lora-target-modules {spelled(there.targets, there.layers)}"
             f"{' --use-rslora' * there.is_stabilized}{' --no-use-rslora' * (lora.is_stabilized > there.is_stabilized)}"
+            f"{' --use-dora' * there.is_dora}{' --lora-init pissa' * there.is_residual}"
         )
     if lora_load is not None:
         log.info(f"LoRA adapter: {lora_load}")
@@ -199,7 +207,7 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
     now = {**facts, **model_facts(model)}
     check_resumed({**saved, **model_facts(source.arch)}, now, args.allow_changed, str(state.folder))
     if args.load_optim:
-        _load_optimizer(trained, state)
+        _load_optimizer(trained, state, allow_nonfinite=args.allow_nonfinite_weights)
     else:
         trained.optimizer.reload_model_params()
     _load_schedule(trained, state.common["opt_param_scheduler"])
@@ -224,20 +232,34 @@ def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:
         log.info(f"schedule: the flags decide, not the checkpoint (steps in samples): {', '.join(changed)}")
 
 
-def _load_optimizer(trained: Trained, state: TorchState | DistState) -> None:
+_STATE_WORDS = {"param": "float32 weight", "exp_avg": "first moment", "exp_avg_sq": "second moment"}
+
+
+def _load_optimizer(trained: Trained, state: TorchState | DistState, *, allow_nonfinite: bool) -> None:
     if not state.has_optimizer:
         raise UsageError(f"{state.folder} was saved without optimizer state; give --no-load-optim or --finetune")
     rank = model_rank()
     sources = {key: state.optimizer(key, trained.optimized, rank) for key in optimizer_state.KEYS}
     wanted = {(shard.chunk, shard.name): shard for shard in trained.optimized.shards(trained.layout, rank)}
 
+    wrong: list[str] = []
+
     def read(chunk: int, name: str, key: str) -> torch.Tensor:
-        return to_torch(read_shard(sources[key], wanted[chunk, name], F32), F32)
+        tensor = to_torch(read_shard(sources[key], wanted[chunk, name], F32), F32)
+        if not allow_nonfinite and not tensor.isfinite().all():
+            wrong.append(f"the {_STATE_WORDS[key]} of {name}")
+        return tensor
 
     names = optimizer_state.parameter_names(trained.chunks)
     optimizer_state.restore(trained.optimizer, names, state.step, read)
     for source in sources.values():
         source.close()
+    # All ranks have read before one of them stops: some of the state travels between them.
+    if found := next((said[0] for said in Ranks().gather(wrong) if said), None):
+        raise UsageError(
+            f"{state.folder} holds optimizer state that is not finite (NaN or infinity): {found}; load an earlier "
+            f"checkpoint, or continue with --allow-nonfinite-weights, or with its weights alone: --no-load-optim"
+        )
 
 
 def _load_random(trained: Trained, state: TorchState | DistState) -> None:

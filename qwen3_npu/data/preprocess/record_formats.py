@@ -23,7 +23,7 @@ from qwen3_npu.data.text.conversation import (
     tools_of,
     written_calls,
 )
-from qwen3_npu.data.text.messages import LEARN_KEYS, MASK_KEYS, REASONING, kind, learned, read_messages
+from qwen3_npu.data.text.messages import LEARN_KEYS, MASK_KEYS, REASONING, is_left_out, kind, learned, read_messages
 from qwen3_npu.errors import UsageError, did_you_mean
 
 ColumnNames = Mapping[str, str | None]
@@ -77,6 +77,11 @@ _METADATA = frozenset(
 _MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *REASONING, *LEARN_KEYS, *MASK_KEYS))
 
 
+def _says(value: object) -> bool:
+    """Whether a value is there: 0 and false are."""
+    return value is not None and value not in ("", [], {})
+
+
 def missing_column(record: Mapping[str, Any], column: str) -> str:
     """That a record has no such column, and which it has."""
     text = f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
@@ -126,6 +131,7 @@ class Columns:
         self.names: ColumnNames = {**defaults, **given}
         self.mapped = frozenset(given)
         self.telling = {name: None for name in _TELLING if name not in self.names.values()}.keys()
+        self.says_learned = {*LEARN_KEYS, *MASK_KEYS} - set(self.names.values())
         self.tags: ColumnNames = TAGS if tags is None else self._tags(tags)
         own = (self.tags["role_tag"], self.tags["content_tag"]) if has_tags else _MESSAGE_KEYS
         self.telling_keys = tuple(key for key in (*REASONING, "thought", "thoughts") if key not in own)
@@ -145,7 +151,13 @@ class Columns:
 
     def all(self) -> list[str]:
         """Every column to read, with those that are only looked at."""
-        return [*filter(None, self.names.values()), *_TELLING]
+        return [*filter(None, self.names.values()), *_TELLING, *LEARN_KEYS, *MASK_KEYS]
+
+    def leaves_out(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record says beside its messages that it is not to be learned; see `is_left_out`."""
+        if self.says_learned.isdisjoint(record):  # seldom, and this is asked of every record
+            return False
+        return is_left_out({key: record[key] for key in self.says_learned & record.keys()})
 
     def unused(self, record: Mapping[str, Any]) -> list[str]:
         """Columns that would change the conversation made of a record, but are not read; for telling the user."""
@@ -161,12 +173,14 @@ class Columns:
     def unknown(self, record: Mapping[str, Any]) -> list[str]:
         """Keys of a record and its messages that are neither read nor known as metadata; for --check."""
         read = {*filter(None, self.names.values()), *self.telling, *_METADATA}
-        found = [f"key {key!r} of a record is not used" for key, value in record.items() if key not in read and value]
+        found = [
+            f"key {key!r} of a record is not used" for key, value in record.items() if key not in read and _says(value)
+        ]
         messages = record.get(self.names.get("messages") or "")
         read = {*self.message_keys, *_METADATA}
         for message in messages if isinstance(messages, list) else ():
             keys = message if isinstance(message, dict) else {}
-            found += [f"key {key!r} of a message is not used" for key in keys if key not in read and keys[key]]
+            found += [f"key {key!r} of a message is not used" for key in keys if key not in read and _says(keys[key])]
         return found
 
     def get(self, record: Mapping[str, Any], name: str) -> Any:

@@ -21,6 +21,7 @@ from qwen3_npu.data.train.turns import kept_tokens, limits
 
 THOUGHTS = "answers with thoughts"
 MASKED = "answers that are not learned, as the data say"
+LEFT_OUT = "records left out, as they say"
 CUT, DROPPED = "over-long samples truncated", "over-long samples left out"
 UNSUPERVISED = "samples without anything to learn"
 
@@ -87,6 +88,9 @@ class ConversationHandler(abc.ABC):
                 counts[f"records with a {what} that is not used"] += 1
             for what in set(self.names.unknown(record)) if self.look else ():
                 warnings.setdefault(what, []).append(number)
+            if self.names.leaves_out(record):
+                counts[LEFT_OUT] += 1
+                continue
             before = len(strings)
             try:
                 conversation = self.read(record, self.names)

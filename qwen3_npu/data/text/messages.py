@@ -128,6 +128,18 @@ def learned(message: Mapping[str, Any], place: int) -> bool:
     return all(said.values())
 
 
+def is_left_out(record: Mapping[str, Any]) -> bool:
+    """Whether a whole record says that it is not to be learned: false, a weight of 0, or a mask that is true.
+
+    Other values beside messages, such as a loss of 2.3 or a weight of 0.7, are somebody's notes.
+    """
+    return any(
+        value is False or (key != "loss" and type(value) in (int, float) and value == 0)
+        for key in LEARN_KEYS
+        if (value := record.get(key)) is not None
+    ) or any(record.get(key) is True for key in MASK_KEYS)
+
+
 def kind(found: object) -> str:
     """A value for a message: its type and its beginning."""
     return "nothing" if found is None else f"{type(found).__name__} {repr(found)[:40]}"

@@ -203,7 +203,7 @@ def from_hf(config: Mapping[str, Any], positions: int, default_theta: float, whe
     for key, value in (("partial_rotary_factor", config.get("partial_rotary_factor")), *said.items()):
         if key == "partial_rotary_factor" and value not in (None, 1):
             raise UsageError(f"{where}: {key} {shown(value)} is not supported; whole heads are rotated")
-    kind = said.get("rope_type", said.get("type", "default")) or "default"
+    kind = said.get("rope_type", said.get("type", "default"))
     values = {k: v for k, v in said.items() if k not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
     if kind == "default" or (kind == "dynamic" and values.get("factor") == 1):
         return theta, None, said

@@ -6,8 +6,9 @@ A checkpoint of Megatron-LM or MindSpeed-LLM holds hundreds of arguments. One th
 2. has its only value in `_ONLY`, or
 3. is known to change nothing that a trained network computes: a name in `WITHOUT_EFFECT`, or one with a word of
    `_EXECUTION` in it (how it is computed: fusion, recomputing, communication, precision; how it is trained), or
-4. has no word of a network (`_NETWORK`) in its name: paths, data, logging, schedules, or
-5. is refused by name: it may say that the network is another one.
+4. has no word of a network (`_NETWORK`) in its name but one of `_OTHERS`: paths, data, logging, schedules, or
+5. is named: with a word of a network it is refused, since it may say that the network is another one; with none, the
+   log says once that it is not known and is taken to change nothing.
 
 So an argument that a later version adds is refused if it sounds like a part of the network and is switched on. Source
 of the names: the parsers of megatron-core 0.8 to 0.19 and of MindSpeed-LLM 2.1.0 and c77308a, and config.json's keys,
@@ -21,7 +22,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qwen3_npu.errors import UsageError
+from qwen3_npu import log
+from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.model.arch.facts import FACTS
 from qwen3_npu.schema import shown
 
@@ -73,7 +75,7 @@ _MEGATRON_TRANSLATED = """
     use_rope_scaling rope_scaling_type rope_scaling_factor rotary_seq_len_interpolation_factor rotary_scaling_factor
     beta_fast beta_slow low_freq_factor high_freq_factor mscale mscale_all_dim original_max_position_embeddings
     eos_token_id moe_router_pre_softmax moe_grouped_gemm tie_word_embeddings num_hidden_layers
-    max_window_layers sliding_window layer_types window_size moe_layer_freq softmax_scale
+    use_rslora own_dtypes max_window_layers sliding_window layer_types window_size moe_layer_freq softmax_scale
     moe_router_load_balancing_type
 """.split()  # noqa: SIM905
 _TRANSLATED = {name for fact in FACTS for name in fact.megatron} | set(_MEGATRON_TRANSLATED)
@@ -109,20 +111,23 @@ WITHOUT_EFFECT = frozenset(
     use_layer_wise_param_layout expert_gtp_weight_remat_size pre_tockens next_tockens sparse_mode skip_bias_add
     longrope_freqs_type rope_factor moba_chunk_size moba_calc_method cliprange_value reset_position_ids
     no_shared_storage wgrad_deferral_limit embedding_path interleave_probs scale_fmt moe_token_dropping
+    dir input mode model_name model_type output_path spec gdp_num_householder gtp_weight_remat_size shape_order
+    min_offloaded_tensor_size long_factor short_factor fc_type
     num_microbatches_with_partial_activation_checkpoints use_grouped_gemm_for_dense_mlp use_triton_swiglu_limit
     use_grouped_gemm_for_shared_expert output_bert_embeddings mtp_mem_efficient_logits use_kitchen_attention
 """.split()  # noqa: SIM905
 )
 _NETWORK = frozenset(
     """
-    act activation alibi altup attention attn bias capping clamp cla conv csa decoder deepnorm dense dsa embed embedding
-    embeddings embeds encoder expert experts ffn freq gate gated geglu gelu glu head heads heterogeneous
+    act activation alibi altup attention attn bias capping clamp cla conv csa decoder deepnorm dense dsa emb embed
+    embedding embeddings embeds encoder expert experts ffn flextron freq gate gated gdn geglu gelu glu head heads
+    heterogeneous
     hidden hybrid hyper indexer
     interleave interleaved interpolation key kv latent layer layernorm layers limit linear logit logits longrope mamba
     mhc mla mlp moba moe mrope mscale mtp mup multiplier ngram norm normalization ntk offset pos position positions post
-    pre qk qkv query recurrent relu residual rmsnorm rnn rope rotary router routed rwkv sandwich scale scaled scaling
-    selu shared share sigmoid silu sink sinkhorn sinks sliding softcap softcapping softmax sparse ssm swiglu swish theta
-    tie tied topk v value window xielu yarn zero
+    pre qk qkv query recurrent ratios relu residual rmsnorm rnn rope rotary router routed rwkv sandwich scale scaled
+    scaling selu shared share sigmoid silu sink sinkhorn sinks sliding softcap softcapping softmax sparse ssm swiglu
+    swish theta tie tied topk v value window xielu yarn zero
 """.split()  # noqa: SIM905
 )
 _EXECUTION = frozenset(
@@ -140,6 +145,23 @@ _EXECUTION = frozenset(
 """.split()  # noqa: SIM905
 )
 
+_OTHERS = frozenset(
+    """
+    a2avc advantage aiqos align allreduce ampipe append autoresume availability backbone barrier best broadcast channels
+    check checking chunked classes coc coef coeff command compress config configs convert critic cvt datadump datasets
+    ddp deter dim1 dist distrib distributed document dualpipev dump elements ema embedder engine entropy exit
+    experimental file files fill filter finetune folder framework gamma gather gbs gemm gigatoken global greedy ground
+    handler hbmfault hf history hysteresis image img infer injection inprocess integrity jit jitter keys lam len length
+    level loader logger master matmul mbs megatron metadata method mg micro models msc nanopipe newlines nnodes nproc
+    offloaded optim optimization or otel pack package pad padded partial patch path penalty postprocess pref prefix
+    pretrain prob probs project prompt prompts queue reasoning reboot recent recorder reducescatter ref registration
+    rejected release remote replication rerun reshardable reverse reward rng rts rules run runtime sample samples
+    sampling saver scheduler sendrecv sent seq1f1b settings sft shapes sharp shuffle split splits strategy streaming
+    subs surplus task temperature template tflops thinking thought timeout token tokens torch training trust ttp
+    validate validation verifier verify workers world yaml zero3
+""".split()  # noqa: SIM905
+)
+
 
 def refuse_others(said: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> None:
     """Look at every argument that is not None; see the top of this file.
@@ -148,11 +170,20 @@ def refuse_others(said: Mapping[str, Any], where: str, ignored: Collection[str] 
         ignored: names that the user says have no effect.
 
     Raises:
-        UsageError: one names an architecture that is not computed here, or may do so.
+        UsageError: one names an architecture that is not computed here, or may do so; of others that are not known the
+            log says so.
     """
+    unknown = []
     for name, value in said.items():
         if name not in ignored and (expected := _other(name, value, said)):
             raise UsageError(f"{where}: {name} {shown(value)} {expected}")
+        if name not in ignored and _is_unknown(name, value):
+            unknown.append(f"{printable(name)} {shown(value)}")
+    if unknown:
+        log.warning_once(
+            f"{where}: its args have {', '.join(unknown[:8])}{' ...' * (len(unknown) > 8)}, which are not known here; "
+            "they are taken to change nothing that the network computes"
+        )
 
 
 def unlike(where: str, name: str, value: object, allowed: str) -> UsageError:
@@ -173,10 +204,20 @@ def _other(name: str, value: Any, said: Mapping[str, Any]) -> str | None:
         return None if _is_off(value) or _WHOLE[name](value, said) else _only(_WHOLE_WORDS[name])
     if _is_off(value) or name in _TRANSLATED or name in WITHOUT_EFFECT:
         return None
-    words = set(name.lower().split("_"))
+    words = _words(name)
     if not words & _NETWORK or words & _EXECUTION or _DEPENDENT.match(name):
         return None
     return f"{_only('off')} (if it changes nothing that the network computes: convert with --ignore-args {name})"
+
+
+def _words(name: str) -> set[str]:
+    return set(name.lower().split("_"))
+
+
+def _is_unknown(name: str, value: Any) -> bool:
+    """Whether an argument that is not refused is one that no word of its name tells to be harmless."""
+    known = name in _ONLY or name in _WHOLE or name in _TRANSLATED or name in WITHOUT_EFFECT
+    return not (known or _is_off(value) or _DEPENDENT.match(name) or _words(name) & (_EXECUTION | _OTHERS))
 
 
 def _is_off(value: Any) -> bool:

@@ -36,6 +36,7 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
     found |= {name: getattr(data, name) for name in names}
     if args.lora.on:
         found |= {"lora_dropout": args.lora.lora_dropout, "qlora": args.lora.qlora}
+        found["qlora_embedding"] = args.lora.qlora_embedding
     if data.is_preference:
         found |= dataclasses.asdict(args.preference)
     return {

@@ -89,15 +89,15 @@ def write_some_adapters(base: str, folder: str, **config: int) -> None:
     model.save_pretrained(folder)
 
 
-def write_restored(base: Path, folder: Path) -> None:
-    """The same model with the linears of its layers as bitsandbytes restores them from NF4."""
+def write_restored(base: Path, folder: Path, *, ends: bool) -> None:
+    """The same model with its linears as bitsandbytes restores them from NF4; `ends`: embedding and head, too."""
     from bitsandbytes import functional
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(base, folder)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
-        if name.endswith("_proj.weight"):
+        if name.endswith("_proj.weight") or (ends and name.endswith(("embed_tokens.weight", "lm_head.weight"))):
             tensors[name] = functional.dequantize_4bit(*functional.quantize_4bit(tensor, quant_type="nf4"))
     save_file(tensors, folder / "model.safetensors")
 

@@ -77,12 +77,15 @@ TAKEN: dict[str, tuple[str, dict[str, Any]]] = {
         "untied",
         {"target_modules": r".*(layers\.2.*(k_proj|o_proj)|[13].*gate_proj)", "r": 4},
     ),
+    "DoRA": ("untied", {"target_modules": ALL, "use_dora": True, "r": 4, "layers_to_transform": [0, 2, 3]}),
+    "DoRA beside experts": ("moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "use_dora": True}),
     "one parameter of the experts": ("moe", {"target_modules": [], "target_parameters": ["down_proj"], "r": 2}),
 }
 
 
 EXPORTED: dict[str, Any] = {
     "rslora": lambda config: config.use_rslora,
+    "DoRA": lambda config: config.use_dora,
     "some layers": lambda config: config.layers_to_transform == [1, 3],
     "embedding and output layer": lambda config: {"embed_tokens", "lm_head"} < set(config.target_modules),
     "each in layers of its own": lambda config: "model.layers.3.mlp.gate_proj" in config.target_modules,
@@ -144,8 +147,8 @@ NAN = float("nan")
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "a field from the future": ({"use_magic": True}, "'use_magic' is not understood"),
     "a misspelt field": ({"use_dorra": None}, "did you mean use_dora?"),
-    "DoRA": ({"use_dora": True}, "use_dora true is not supported"),
-    "DoRA as a number": ({"use_dora": 1}, "use_dora 1 is not supported"),
+    "DoRA": ({"use_dora": True}, "tensors missing for DoRA"),
+    "DoRA as a number": ({"use_dora": 1}, "use_dora is 1; true or false is expected"),
     "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out true"),
     "biases": ({"bias": "all"}, "bias 'all'"),
     "modules to save": ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),

@@ -113,6 +113,35 @@ def test_masked_answers_are_given_and_counted(
     assert "1 answers that are not learned, as the data say" in caplog.text
 
 
+ALPACA = {"instruction": "a", "output": "good"}
+
+
+@pytest.mark.parametrize(
+    ("handler", "more", "is_left_out"),
+    [
+        ("alpaca", {"weight": 0}, True),
+        ("alpaca", {"train": False}, True),
+        ("alpaca", {"weight": 0.7}, False),
+        ("openai", {"loss": False}, True),
+        ("openai", {"loss": 0.0}, False),  # a score
+        ("openai", {"ignore": True}, True),
+        ("openai", {"mask": [1, 0]}, False),
+    ],
+)
+def test_a_record_that_says_so_is_left_out_and_counted(
+    handler: str, more: dict[str, Any], is_left_out: bool, run: Callable, tmp_path: Path, caplog: Any
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    record = ALPACA if handler == "alpaca" else {"messages": two()}
+    lines = write_lines(tmp_path / "data.jsonl", [{**record, **more}, record])
+    flags = OPENAI if handler == "openai" else ("--handler-name", "AlpacaStyleInstructionHandler", *OPENAI[2:])
+    caplog.set_level("INFO", "qwen3_npu")
+    run("--input", lines, "--output-prefix", tmp_path / "out", *flags)
+    assert len(IndexedDataset(str(tmp_path / "out_packed_labels_document"))) == (1 if is_left_out else 2)
+    assert ("1 records left out, as they say" in caplog.text) == is_left_out
+
+
 def test_older_function_calls_are_tool_calls() -> None:
     """OpenAI's deprecated function_call and role function, as in its API reference of 2023."""
     old = read_messages(

@@ -186,7 +186,7 @@ def test_adapters_begin_as_those_of_peft(name: str, theirs: bool | str) -> None:
     import peft
 
     from qwen3_npu.args.lora import LoraArgs
-    from qwen3_npu.model.lora import _draw
+    from qwen3_npu.model.lora.start import draw
 
     torch.manual_seed(7)
     config = peft.LoraConfig(r=4, init_lora_weights=theirs, target_modules=["0"])  # type: ignore[arg-type]
@@ -195,9 +195,29 @@ def test_adapters_begin_as_those_of_peft(name: str, theirs: bool | str) -> None:
     made = peft.get_peft_model(linear, config).base_model.model[0].lora_A["default"].weight
     ours = torch.empty(4, 48)
     torch.manual_seed(7)
-    _draw(ours, LoraArgs(lora_r=4, lora_init=name), 48)
+    draw(ours, LoraArgs(lora_r=4, lora_init=name), 48)
     torch.manual_seed(7)
     again = torch.empty(4, 48)
     (torch.nn.init.kaiming_uniform_(again, a=5**0.5) if name == "kaiming" else again.normal_(std=1 / 4))
     torch.testing.assert_close(ours, again, rtol=0, atol=0)
     assert abs(float(made.detach().std() / ours.std()) - 1) < 0.15, "the same distribution; peft draws twice"
+
+
+@pytest.mark.usefixtures("process")
+def test_pissa_splits_a_weight_as_peft_does() -> None:
+    import peft
+    import torch.distributed as dist
+
+    from qwen3_npu.model.lora.start import principal
+
+    torch.manual_seed(7)
+    linear = torch.nn.Sequential(torch.nn.Linear(48, 32, bias=False))
+    weight = linear[0].weight.detach().clone()
+    config = peft.LoraConfig(r=4, lora_alpha=12, init_lora_weights="pissa", target_modules=["0"])
+    theirs = peft.get_peft_model(linear, config).base_model.model[0]
+    rest, a, b = principal(weight, 4, 3.0, group=dist.group.WORLD, dim=0)
+    torch.testing.assert_close(rest, theirs.base_layer.weight, rtol=1e-5, atol=1e-6)
+    signs = (a * theirs.lora_A["default"].weight).sum(1).sign()
+    torch.testing.assert_close(a * signs[:, None], theirs.lora_A["default"].weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(b * signs, theirs.lora_B["default"].weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(rest + 3.0 * b @ a, weight)

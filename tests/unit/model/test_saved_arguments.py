@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
+from qwen3_npu import log
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch.megatron import from_megatron, to_megatron
 from qwen3_npu.model.arch.saved_arguments import refuse_others
@@ -19,6 +22,7 @@ PLAIN = {**to_megatron(tiny.arch()), "num_layers": 4, "hf_model_type": None}
 # What is on after the parsers of megatron-core 0.8, 0.12.1, 0.16.1 and 0.19 and of MindSpeed-LLM 2.1.0 and c77308a have
 # run with the flags of a small Qwen3: argument -> its values.
 REAL: dict[str, list[Any]] = json.loads((Path(__file__).parents[2] / "saved_arguments.json").read_text())
+FLAGS = Path(__file__).parents[2] / "mindspeed_flags.txt"
 # What MindSpeed-LLM's converter adds: config.json's keys, and its own settings.
 CONVERTER: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -46,12 +50,29 @@ CONVERTER: dict[str, Any] = {
 }
 
 
-def test_what_real_trainings_save_is_taken() -> None:
+def test_what_real_trainings_save_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup()
     first = {name: values[0] for name, values in REAL.items()}
     assert from_megatron({**first, **PLAIN}, "x") == tiny.arch()
     for name, values in REAL.items():
         for value in values:
             refuse_others({name: value}, "x")
+    # What users of MindSpeed-LLM's scripts set besides.
+    flags = [line.split()[1] for line in FLAGS.read_text().splitlines() if re.match(r"\d+ --", line)]
+    for flag in flags:
+        with contextlib.suppress(UsageError):  # of the network, and 2 is not its value
+            refuse_others({flag[2:].replace("-", "_"): 2}, "x")
+    assert not capsys.readouterr().out, "nothing is unknown"
+
+
+def test_an_argument_that_nobody_knows_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """No word of its name says network, and none says that it is harmless."""
+    log.setup()
+    for _ in range(2):
+        from_megatron({**PLAIN, **CONVERTER, "flux_capacitor": 3, "use_quadratic_mixing": True, "zap": None}, "/c")
+    printed = capsys.readouterr().out
+    assert printed.count("flux_capacitor 3, use_quadratic_mixing true, which are not known here") == 1
+    assert len(printed.splitlines()) == 1
 
 
 def test_what_their_converter_saves_is_taken() -> None:

@@ -21,7 +21,7 @@ def traces() -> dict[str, dict[str, Any]]:
     """Of all cases; one process, which needs a process group of its own."""
     command = [sys.executable, str(Path(__file__).with_name("trace_cases.py"))]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return found
@@ -38,7 +38,7 @@ def test_a_trace_holds_what_a_real_step_holds(case: str, traces: dict[str, dict[
 
 @pytest.mark.parametrize("case", [*REAL, *PRETENDED])
 def test_closed_forms_are_what_a_trace_holds(case: str, traces: dict[str, dict[str, Any]]) -> None:
-    """Static bytes are equal. The peak of a plan leaves out nothing large."""
+    """Static bytes are equal, the peak within 2 %. EVERY=1 compares all rows of the parity matrix."""
     traced, planned = traces[case]["traced"], traces[case]["planned"]
     assert {name: traced[name] for name in STATIC} == {name: planned[name] for name in STATIC}
-    assert 0.96 * traced["peak"] <= planned["peak"] <= 1.15 * traced["peak"]
+    assert planned["peak"] == pytest.approx(traced["peak"], rel=0.02)

@@ -12,6 +12,7 @@ from qwen3_npu import cli
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.distributed.launch import World
+from qwen3_npu.parity.rows import ParityRow, rows
 from qwen3_npu.plan.activations import TORCH
 from qwen3_npu.plan.from_args import setup_of
 from qwen3_npu.plan.memory import stage_memory
@@ -38,13 +39,26 @@ REAL = {
     "packed": BF16 + "--stage sft --reset-attention-mask",
     "a layer recomputed": BF16 + FULL,
 }
-TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel "
-# Jobs of 8, with the rank to trace.
-PRETENDED = {
-    "TP2 PP2": (5, BF16 + TP2_SP + "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
-    "CP2 ring": (3, BF16 + "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo"),
-    "TP2 EP2 ETP1": (7, BF16 + EXPERTS + TP2_SP + "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
-}
+# Rows of the parity matrix, with sizes at which what no formula describes (counters, biases of a router) is small.
+BIG = "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1536 --num-attention-heads 8 --num-query-groups 4 "
+BIG += "--kv-channels 64 --group-query-attention --vocab-size 8192 --seq-length 512 --micro-batch-size 1 "
+BIG += "--train-iters 1 --lr 1e-4 --data-path x --global-batch-size 64 "
+BIG_EXPERTS = "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 384 "
+SAMPLE = ("untied: TP2 PP2 VPP2 SP", "moe: TP2 SP EP2 ETP1 distributed optimizer", "untied packed: CP2 ring PP2")
+EVERY = bool(os.environ.get("EVERY"))
+PRETENDED = {row.name: row for row in rows() if EVERY or row.name in SAMPLE}
+
+
+def flags_of(row: ParityRow) -> str:
+    """Flags of a training of this row."""
+    words = (
+        BIG
+        + BF16
+        + BIG_EXPERTS * (row.model == "moe")
+        + "--untie-embeddings-and-output-weights " * (row.model != "tied")
+    )
+    words += "--stage sft --reset-attention-mask " * row.packed + " ".join(row.flags)
+    return words.replace("--num-layers 4", "--num-layers 6") if "--noop-layers" in row.flags else words
 
 
 def said(trace: RankTrace) -> dict[str, object]:
@@ -53,7 +67,7 @@ def said(trace: RankTrace) -> dict[str, object]:
 
 
 def parsed(flags: str, size: int) -> tuple[PretrainArgs, TrainingPlan]:
-    words = f"{SIZES}{TRAIN}--global-batch-size {2 if size == 1 else 64} {flags}".split()
+    words = (f"{SIZES}{TRAIN}--global-batch-size 2 {flags}" if "--num-layers" not in flags else flags).split()
     args = PretrainArgs(*cli.parse("pretrain_gpt.py", "", GROUPS, FOREIGN_TRAINING, argv=words).groups)
     return args, plan_training(args, size)
 
@@ -73,8 +87,10 @@ def main() -> None:
     # First: what a trace leaves behind (random states without data) is nothing to train with.
     real = {name: said(with_real_tensors(platform, flags)) for name, flags in REAL.items()}
     found = {}
-    for name, (rank, flags) in ({name: (0, flags) for name, flags in REAL.items()} | PRETENDED).items():
-        args, plan = parsed(flags, 1 if name in REAL else 8)
+    cases = {name: (0, 1, flags) for name, flags in REAL.items()}
+    cases |= {name: (row.size - 1, row.size, flags_of(row)) for name, row in PRETENDED.items()}
+    for name, (rank, size, flags) in cases.items():
+        args, plan = parsed(flags, size)
         trace = trace_rank(platform, args, plan, rank)
         shape = shape_of(plan.arch, plan.layout.padded_vocab_size)
         memory = stage_memory(shape, setup_of(args, plan), trace.stage, kernels=TORCH)

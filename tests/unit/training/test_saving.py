@@ -274,6 +274,42 @@ def test_a_poisoned_moment_is_not_saved(tmp_path: Path, process: object) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("key", "words"), [("param", "float32 weight"), ("exp_avg_sq", "second moment")])
+def test_a_poisoned_moment_is_not_loaded(key: str, words: str, process: object, monkeypatch: Any) -> None:
+    """The weights are finite, and the digests are right: another program has written it so."""
+    import numpy as np
+    import torch
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
+    from qwen3_npu.checkpoint.mapping.lora import Contents
+    from qwen3_npu.checkpoint.training import load
+
+    arch = tiny.arch()
+    name, contents, layout = "decoder.final_layernorm.weight", Contents(arch), single_layout(arch)
+    model = torch.nn.Module()
+    model.decoder = torch.nn.Module()
+    model.decoder.final_layernorm = torch.nn.RMSNorm(arch.hidden_size)
+    adam = torch.optim.AdamW(model.parameters())
+    model.decoder.final_layernorm(torch.ones(arch.hidden_size)).sum().backward()
+    adam.step()
+    optimizer = FP32Optimizer(adam, OptimizerConfig(), lambda: None)
+
+    def values(asked: str) -> np.ndarray:
+        found = np.ones(arch.hidden_size, np.float32)
+        found[3] = np.nan if asked == key else 1
+        return found
+
+    monkeypatch.setattr(load, "model_rank", lambda: next(layout.ranks()))
+    monkeypatch.setattr(load, "read_shard", lambda source, shard, dtype: values(source.key))
+    trained: Any = SimpleNamespace(chunks=[model], optimizer=optimizer, optimized=contents, layout=layout)
+    opened = lambda asked, *_: SimpleNamespace(key=asked, close=lambda: None)  # noqa: E731
+    state: Any = SimpleNamespace(folder="/x/iter_7", has_optimizer=True, step=3, optimizer=opened)
+    with pytest.raises(UsageError, match=f"/x/iter_7 holds .* not finite .*: the {words} of {name}; .*no-load-optim"):
+        load._load_optimizer(trained, state, allow_nonfinite=False)
+    load._load_optimizer(trained, state, allow_nonfinite=True)
+
+
 def test_optimizer_state_of_mindspeed_is_not_taken_over(tmp_path: Path, process: object) -> None:
     """Its distributed optimizer saves distrib_optim.pt beside the weights."""
     from qwen3_npu.checkpoint.formats.torch_read import MegatronReader

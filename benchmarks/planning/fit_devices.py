@@ -1,0 +1,207 @@
+"""Fit the constants of `qwen3_npu.plan.device` to step times that others published, and show how far the plan is off.
+
+Hopper GPUs from published_runs.txt; Ascend devices from MindSpeed-LLM's CI, if its file is given. The last column is
+the error of a fit that has not seen the row.
+
+    python benchmarks/planning/fit_devices.py [--npu-csv mindspeed_ci.csv]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.planning.npu_cases import read_cases
+from qwen3_npu.model.sizes import SIZES
+from qwen3_npu.plan.device import DEVICE_SPECS
+from qwen3_npu.plan.setup import Setup
+from qwen3_npu.plan.shape import Shape, shape_of
+from qwen3_npu.plan.timing import step_time
+
+TABLE = Path(__file__).with_name("published_runs.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One published run.
+
+    Attributes:
+        rate: tokens/s of one device.
+        imbalance: tokens of the busiest expert rank over the mean.
+        is_fitted: it decides constants; others are only shown.
+    """
+
+    name: str
+    device: str
+    shape: Shape
+    setup: Setup
+    rate: float
+    imbalance: float = 1.0
+    is_fitted: bool = True
+
+
+def _stages(layers: int, pipeline: int, virtual: int = 1) -> tuple[tuple[int, ...], ...]:
+    """Layers of each chunk; the embedding and the loss count as one layer where the number is two short."""
+    chunks = pipeline * virtual
+    each = -(-layers // chunks)
+    short = each * chunks - layers
+    table = [[each] * virtual for _ in range(pipeline)]
+    if short == 2:
+        table[0][0] -= 1
+        table[-1][-1] -= 1
+    elif short:
+        raise ValueError((layers, pipeline, virtual))
+    return tuple(tuple(row) for row in table)
+
+
+def _read_row(cells: Sequence[str]) -> Published:
+    name, model, device, devices, batch, length, layout, micro, options, rate = cells
+    size = {match[1]: int(match[2]) for match in re.finditer(r"(TP|PP|VPP|CP|EP)(\d+)", layout)}
+    tensor, pipeline, context = (size.get(kind, 1) for kind in ("TP", "PP", "CP"))
+    shape = shape_of(SIZES[model])
+    words = dict(word.partition("=")[::2] for word in options.split())
+    data = int(devices) // (tensor * context * pipeline)
+    setup = Setup(
+        tensor=tensor,
+        pipeline=pipeline,
+        context=context,
+        expert=size.get("EP", 1),
+        layers=_stages(shape.num_layers, pipeline, size.get("VPP", 1)),
+        data=data,
+        seq_length=int(length),
+        micro_batch=int(micro),
+        num_microbatches=int(batch) // (data * int(micro)),
+        sequence_parallel=tensor > 1,
+        distributed_optimizer=True,
+        recompute=shape.num_layers if "full" in words else 0,
+        recompute_norm="selective" in words,
+        recompute_activation="selective" in words,
+        overlap_grads="overlap" in words,
+        overlap_params="overlap" in words,
+        overlap_tensor="overlap_tensor" in words,
+        overlap_experts="overlap_experts" in words,
+        packed="packed" in words,
+        lora_rank=int(words.get("lora_rank", 0)),
+    )
+    return Published(
+        name.lstrip("!"),
+        device,
+        shape,
+        setup,
+        rate=float(rate),
+        imbalance=float(words.get("imbalance", 1)),
+        is_fitted=not name.startswith("!"),
+    )
+
+
+def read_published() -> tuple[Published, ...]:
+    """The rows of published_runs.txt."""
+    lines = [line for line in TABLE.read_text().splitlines() if line and not line.startswith("#")]
+    return tuple(_read_row([cell.strip() for cell in line.split("|")]) for line in lines[1:])
+
+
+BOUNDS = {
+    "product": (0.4, 0.95),
+    "product_half": (1e8, 2e11),
+    "attention": (0.1, 0.8),
+    "streaming": (0.1, 0.9),
+    "transfer": (0.1, 0.95),
+    "stall": (1e-5, 2e-2),
+    "launch": (4e-6, 2e-4),
+}
+# Constants at the start of a fit, and which are fitted.
+HOPPER = {"product": 0.75, "product_half": 4e9, "attention": 0.5, "streaming": 0.75, "transfer": 0.75, "stall": 1e-3}
+ASCEND = {**HOPPER, "launch": 3e-5}
+_PRIOR = 0.01  # cost of a factor e away from the start: constants that no row decides stay where they are
+
+
+def npu_runs(path: Path, scripts: Path | None) -> tuple[Published, ...]:
+    """The cases of MindSpeed-LLM's CI that the plan can express, as rates of one device."""
+    runs = []
+    for case in read_cases(path, scripts):
+        if case.shape is None or case.setup is None or case.missing or not case.seconds:
+            continue
+        rate = case.setup.global_batch * case.setup.seq_length / case.setup.devices / case.seconds
+        name = "910C-64G" if "A3" in case.name else "910B-64G"
+        # Tuning: the lengths of the samples are not known.
+        runs.append(Published(case.name, name, case.shape, case.setup, rate=rate, is_fitted="stage" not in case.flags))
+    return tuple(runs)
+
+
+def planned_rate(row: Published, constants: Mapping[str, float]) -> float:
+    """Tokens/s of one device."""
+    device = dataclasses.replace(DEVICE_SPECS[row.device], **constants)  # type: ignore[arg-type]
+    seconds = step_time(row.shape, row.setup, device, imbalance=row.imbalance).total
+    return row.setup.global_batch * row.setup.seq_length / row.setup.devices / seconds
+
+
+def error(row: Published, constants: Mapping[str, float]) -> float:
+    """Planned over measured seconds of a step, less 1."""
+    return row.rate / planned_rate(row, constants) - 1
+
+
+def fit(rows: Sequence[Published], start: Mapping[str, float], tries: int) -> dict[str, float]:
+    """The constants with the least mean |log(planned / published)|: a seeded random search around the best."""
+
+    def cost(constants: Mapping[str, float]) -> float:
+        off = statistics.mean(min(abs(math.log1p(error(row, constants))), 1.0) for row in rows)
+        return off + _PRIOR * sum(abs(math.log(constants[name] / start[name])) for name in start)
+
+    random_numbers, best, step = random.Random(0), dict(start), 0.3
+    least = cost(best)
+    for _ in range(tries):
+        tried = dict(best)
+        for name in random_numbers.sample(list(start), 2):
+            low, high = BOUNDS[name]
+            tried[name] = min(high, max(low, tried[name] * math.exp(random_numbers.gauss(0, step))))
+        if (found := cost(tried)) < least:
+            best, least = tried, found
+        else:
+            step = max(0.03, step * 0.995)
+    return best
+
+
+def show(rows: Sequence[Published], start: Mapping[str, float], tries: int) -> None:
+    """Fit, print each row's error with and without it, and the constants."""
+    fitted = [row for row in rows if row.is_fitted]
+    constants = fit(fitted, start, tries)
+    print(f"{'run':<48} {'tokens/s':>9} {'planned':>9} {'step':>6} {'left out':>9}")
+    unseen, others = [], []
+    for row in rows:
+        off = error(row, constants)
+        line = f"{row.name[:47]:<48} {row.rate:>9,.0f} {planned_rate(row, constants):>9,.0f} {off:>+6.0%}"
+        if row.is_fitted:
+            alone = error(row, fit([other for other in fitted if other is not row], start, tries))
+            unseen.append(abs(alone))
+            line += f" {alone:>+9.0%}"
+        else:
+            others.append(abs(off))
+        print(line)
+    print(f"median error of {len(unseen)} rows, each left out of its fit: {statistics.median(unseen):.1%}")
+    print(f"the same with {len(others)} rows that decide nothing: {statistics.median(unseen + others):.1%}")
+    print(json.dumps({name: float(f"{value:.3g}") for name, value in constants.items()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=600, help="tried sets of constants, of each fit")
+    parser.add_argument("--npu-csv", type=Path, help="measurements of MindSpeed-LLM's CI, for Ascend devices")
+    parser.add_argument("--scripts", type=Path, help="folder of MindSpeed-LLM, as npu_cases.py takes it")
+    wanted = parser.parse_args()
+    show(read_published(), HOPPER, wanted.tries)
+    if wanted.npu_csv is not None:
+        show(npu_runs(wanted.npu_csv, wanted.scripts), ASCEND, wanted.tries)
+
+
+if __name__ == "__main__":
+    main()

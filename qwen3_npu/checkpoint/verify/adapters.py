@@ -1,0 +1,197 @@
+"""What an adapter adds to a weight: scale * B @ A, in float64, from its own files and its own settings.
+
+Meaning of adapter_config.json: peft's LoraConfig and `LoraModel._create_and_replace` (rank_pattern and alpha_pattern:
+the first key that matches the module's end), `ParamWrapper` for experts that are one parameter (rows e r .. of A,
+columns e, e + E, .. of B).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from qwen3_npu.checkpoint.formats.peft import PeftReader
+from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
+from qwen3_npu.checkpoint.verify.libraries import saved_arguments
+from qwen3_npu.checkpoint.verify.published import Span, is_turned, peft_tensor, published_shapes
+from qwen3_npu.checkpoint.verify.tensors import VerifySource
+from qwen3_npu.model.arch import Qwen3Arch
+
+AdapterPair = tuple[torch.Tensor, torch.Tensor, float]  # A [r, in], B [out, r], scale
+_BLOCK = 1 << 22  # numbers of a product at a time
+HEAD = "score.weight"
+PEFT_HEAD = f"base_model.model.{HEAD}"
+
+
+def _scale(alpha: float, r: int, *, stabilized: bool) -> float:
+    """alpha / r (arXiv:2106.09685), alpha / sqrt(r) of rsLoRA (arXiv:2312.03732)."""
+    return alpha / math.sqrt(r) if stabilized else alpha / r
+
+
+class MegatronPairs:
+    """An adapter in Megatron's form, under PEFT's names in `tensors`."""
+
+    def __init__(self, tensors: VerifySource, scale: float, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.tensors, self.scale, self.shapes = tensors, scale, shapes
+
+    def read(self, name: str, rows: Span, columns: Span) -> torch.Tensor:
+        """A part of a tensor of the adapter."""
+        return self.tensors.read(name, rows, columns)
+
+    def dtypes(self, name: str) -> set[torch.dtype]:
+        return self.tensors.dtypes(name)
+
+    def __call__(self, weight: str) -> AdapterPair | None:
+        """A and B beside a Hugging Face weight; None: it has none."""
+        names = [peft_tensor(weight.removesuffix(".weight"), matrix) for matrix in "AB"]
+        if names[0] not in self.shapes:
+            return None
+        shapes = (self.shapes[n][::-1] if is_turned(n) else self.shapes[n] for n in names)
+        a, b = (self.tensors.read(n, *((0, size) for size in s)).double() for n, s in zip(names, shapes, strict=True))
+        return (b.T, a, self.scale) if is_turned(names[0]) else (a, b, self.scale)
+
+
+class PeftPairs:
+    """A PEFT directory."""
+
+    def __init__(self, reader: PeftReader) -> None:
+        self.config: dict[str, Any] = json.loads((reader.folder / "adapter_config.json").read_text(encoding="utf-8"))
+        self.file: Any = safe_open(reader.file.path, framework="pt")
+        self.names = set(self.file.keys())
+        self.arch = reader.arch
+
+    def _setting(self, kind: str, usual: str, module: str) -> float:
+        patterns = self.config.get(kind) or {}
+        return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), self.config[usual])
+
+    def _pair(self, stem: str, module: str, choose: Callable[[torch.Tensor, torch.Tensor], Any]) -> AdapterPair:
+        a, b = (self.file.get_tensor(peft_tensor(stem, matrix)).double() for matrix in "AB")
+        r, alpha = int(self._setting("rank_pattern", "r", module)), self._setting("alpha_pattern", "lora_alpha", module)
+        a, b = choose(a, b)
+        return a, b, _scale(alpha, r, stabilized=bool(self.config.get("use_rslora")))
+
+    def __call__(self, weight: str) -> AdapterPair | None:
+        """A and B beside a Hugging Face weight; None: it has none."""
+        module = weight.removesuffix(".weight")
+        if peft_tensor(module, "A") in self.names:
+            # An embedding of a token is a column of A times B: what is added to its matrix is (B A)^T.
+            turned = is_turned(peft_tensor(module, "A"))
+            return self._pair(module, module, lambda a, b: (b.T, a.T) if turned else (a, b))
+        expert = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj", module)
+        if expert is None:
+            return None
+        experts, number, projection = expert[1], int(expert[2]), expert[3]
+        width, count = self.arch.moe_intermediate_size, self.arch.num_experts
+        rows = self.arch.hidden_size if projection == "down" else 2 * width
+
+        def of_expert(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            r = a.shape[0] // count
+            b = b.reshape(rows, r, count)[:, :, number]
+            half = {"gate": slice(0, width), "up": slice(width, 2 * width)}.get(projection, slice(None))
+            return a[number * r : (number + 1) * r], b[half]
+
+        whole = "down_proj" if projection == "down" else "gate_up_proj"
+        inner = width if projection == "down" else self.arch.hidden_size
+        for stem in (experts, f"{experts}.base_layer"):
+            a, b = (peft_tensor(stem, matrix) for matrix in "AB")
+            if b in self.names:
+                high, wide = self.file.get_slice(b).get_shape()[0], self.file.get_slice(a).get_shape()[1]
+                if (high, wide) == (rows, inner):
+                    return self._pair(stem, f"{experts}.{whole}", of_expert)
+        return None
+
+    def read(self, name: str, rows: Span, columns: Span) -> torch.Tensor:
+        """A part of a whole tensor beside A and B: the head of a reward model."""
+        return self.file.get_slice(name)[slice(*rows), slice(*columns)]
+
+    def dtypes(self, name: str) -> set[torch.dtype]:
+        return {self.file.get_slice(name)[:0].dtype}
+
+
+class MergedTensors(VerifySource):
+    """A base with an adapter beside it."""
+
+    def __init__(self, base: VerifySource, pairs: MegatronPairs | PeftPairs) -> None:
+        self.base, self.pairs = base, pairs
+        self.pair = functools.lru_cache(maxsize=4)(pairs)
+
+    def _of(self, name: str) -> tuple[VerifySource | MegatronPairs | PeftPairs, str]:
+        return (self.pairs, PEFT_HEAD) if name == HEAD else (self.base, name)
+
+    def dtypes(self, name: str) -> set[torch.dtype]:
+        source, own = self._of(name)
+        return source.dtypes(own)
+
+    def read(self, name: str, rows: Span, columns: Span) -> torch.Tensor:
+        source, own = self._of(name)
+        return source.read(own, rows, columns)
+
+    def added(self, name: str, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the adapter adds to a part of a weight, and how far float32 arithmetic may be from it; None: nothing.
+
+        The bound on a sum of r products is (r + 2) units in the last place of the sum of their sizes.
+        """
+        pair = self.pair(name)
+        return None if pair is None else product(pair, rows, columns)
+
+    def close(self) -> None:
+        self.base.close()
+
+
+def product(pair: AdapterPair, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    """A part of scale * B @ A in float64, and the error that float32 arithmetic may make in it."""
+    a, b, scale = pair
+    a, b = a[:, slice(*columns)], b[slice(*rows)]
+    return scale * (b @ a), (len(a) + 2) * 2.0**-23 * scale * (b.abs() @ a.abs())
+
+
+def written_scale(folder: Path, lora: Lora, alpha: float | None = None) -> float:
+    """What the files of an adapter say that B @ A is multiplied by.
+
+    Args:
+        lora: its rank is that of the tensors.
+        alpha: of a checkpoint that does not say it.
+    """
+    config = folder / "adapter_config.json"
+    if config.is_file():
+        said = json.loads(config.read_text(encoding="utf-8"))
+    else:
+        said = saved_arguments(next(iter(sorted(folder.glob("mp_rank_*/*.pt"))), folder / "common.pt"))
+    found = said.get("lora_alpha")
+    if found is None:
+        found = alpha
+    assert found is not None  # the reader has refused it
+    return _scale(found, lora.r, stabilized=said.get("use_rslora") is True)
+
+
+def unlike_products(source: PeftPairs, output: MegatronPairs, arch: Qwen3Arch) -> list[str]:
+    """Weights to which two adapters add something else, a line each."""
+    lines = []
+    for name, shape in published_shapes(Contents(arch)).items():
+        before, after = source(name), output(name)
+        if before is None and after is None:
+            continue
+        narrow = output.dtypes(peft_tensor(name.removesuffix(".weight"), "A")) or {torch.float32}
+        slack = max(1.0, *(2.0**24 * torch.finfo(dtype).eps for dtype in narrow))
+        step = max(1, _BLOCK // shape[1])
+        for start in range(0, shape[0], step):
+            place = (start, min(start + step, shape[0])), (0, shape[1])
+            zero = torch.zeros(1, dtype=torch.float64)
+            first, error = product(before, *place) if before else (zero, zero)
+            second, _ = product(after, *place) if after else (zero, zero)
+            if bool(((first - second).abs() > slack * error).any()):
+                lines.append(f"differs: scale * B @ A of {name}")
+                break
+    if arch.reward:
+        whole = (0, 1), (0, arch.hidden_size)
+        if not torch.equal(source.read(PEFT_HEAD, *whole).float(), output.read(PEFT_HEAD, *whole).float()):
+            lines.append(f"differs: {PEFT_HEAD}")
+    return lines

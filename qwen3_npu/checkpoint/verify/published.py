@@ -1,0 +1,384 @@
+"""Which parts of the Hugging Face tensors each Megatron tensor holds: --verify's own account of published layouts.
+
+Nothing of the weight table (`checkpoint/mapping`) is used here, so a mistake there shows as a difference. A Megatron
+tensor is described before it is sharded, as a matrix made of strips: rows of Hugging Face matrices (a vector is a
+matrix of one column). A rank holds some of its rows and columns.
+
+Sources: transformers' modeling_qwen3.py and modeling_qwen3_moe.py for names and shapes; megatron-core's
+`SelfAttention.get_query_key_value_tensors` (per group its query heads, a key head, a value head), `GPTModel`,
+`GroupedMLP` (experts multiply from the right) and `parallel_state` (order of ranks and of virtual stages);
+MindSpeed-LLM's names of LoRA tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
+from qwen3_npu.distributed.layout import Layout
+from qwen3_npu.model.arch import Qwen3Arch
+
+Span = tuple[int, int]
+ROWS, HALVES, COLUMNS, WHOLE = "rows", "each half of the rows", "columns", "not sharded"
+
+
+class Strip(NamedTuple):
+    """Rows of a Hugging Face matrix, from `first` on, that are `rows` rows of a Megatron matrix, from `at` on.
+
+    `copy`: it is not the place to read them from. Padding of the vocabulary repeats row `first`.
+    """
+
+    hf: str
+    at: int
+    rows: int
+    first: int = 0
+    copy: str = ""
+
+
+PADDING, TIED = "padding", "tied"
+
+
+class WholeMatrix(NamedTuple):
+    """A Megatron tensor before it is sharded; `name` inside its layer, or in the model."""
+
+    name: str
+    rows: int
+    columns: int
+    strips: tuple[Strip, ...]
+    cut: str = WHOLE
+    is_vector: bool = False
+    is_turned: bool = False  # its transpose is stored
+
+
+class StripPiece(NamedTuple):
+    """A part of a Hugging Face matrix and the rows of a stored matrix that hold it.
+
+    Attributes:
+        expert: which of the stacked matrices; None: there is one.
+        copy: as of the strip.
+    """
+
+    hf: str
+    rows: Span
+    columns: Span
+    place: Span
+    expert: int | None = None
+    copy: str = ""
+
+
+class HeldTensor(NamedTuple):
+    """A tensor of a rank's file. `stack`: (experts, columns, rows) of transposed matrices, else None."""
+
+    shape: tuple[int, ...]
+    pieces: list[StripPiece]
+    stack: tuple[int, int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardSizes:
+    """Numbers that say how a model is sharded; see `Layout`. `stages`: layers in a chunk of each pipeline stage."""
+
+    tensor: int
+    pipeline: int
+    expert: int
+    expert_tensor: int
+    virtual: int
+    stages: tuple[int, ...]
+    noop: tuple[int, ...]
+    padded_vocab: int
+    stacked: bool
+
+    @classmethod
+    def of(cls, layout: Layout) -> ShardSizes:
+        return cls(
+            layout.tensor,
+            layout.pipeline,
+            layout.expert,
+            expert_tensor=layout.expert_tensor,
+            virtual=len(layout.chunks[0]),
+            stages=tuple(len(stage[0]) for stage in layout.chunks),
+            noop=tuple(layout.noop_layers),
+            padded_vocab=layout.padded_vocab_size,
+            stacked=layout.stacked_experts,
+        )
+
+    def model_layer(self, place: int) -> int | None:
+        """The model's number of the layer at a place among all layers; None: a no-op layer."""
+        return None if place in self.noop else place - sum(noop < place for noop in self.noop)
+
+    def layers(self, stage: int, chunk: int) -> Iterator[tuple[int, int]]:
+        """(number in the chunk, number in the model) of the layers of a chunk: stages take turns, chunk after chunk."""
+        before = sum(self.stages[:stage]) + chunk * sum(self.stages)
+        for local in range(self.stages[stage]):
+            layer = self.model_layer(before + local)
+            if layer is not None:
+                yield local, layer
+
+    def ranks(self) -> dict[str, tuple[int, int, int]]:
+        """Megatron's folder -> (tensor, pipeline, expert) rank of its file."""
+        found = {}
+        for stage in range(self.pipeline):
+            for number in range(self.tensor * self.expert_tensor * self.expert):
+                tensor, expert = number % self.tensor, number // self.expert_tensor % self.expert
+                folder = f"mp_rank_{tensor:02d}"
+                folder += f"_{stage:03d}" if self.pipeline > 1 else ""
+                folder += f"_{expert:03d}" if self.expert > 1 else ""
+                found[folder] = (tensor, stage, expert)
+        return found
+
+
+def peft_tensor(module: str, matrix: str) -> str:
+    """PEFT's name of the "A" or "B" beside a module; an embedding's are parameters and no modules."""
+    stem = f"base_model.model.{module}."
+    return f"{stem}lora_embedding_{matrix}" if module.endswith("embed_tokens") else f"{stem}lora_{matrix}.weight"
+
+
+def is_turned(name: str) -> bool:
+    """Whether a PEFT tensor is read as its transpose: the A of an embedding, which has a column for each token."""
+    return name.endswith("lora_embedding_A")
+
+
+def _has(lora: Lora | None, target: str, layer: int | None) -> bool:
+    """Whether an adapter is on a target (in a layer)."""
+    if lora is None or target not in lora.targets:
+        return False
+    return layer is None or all(layer in layers for of, layers in lora.layers if of == target)
+
+
+def _linears(arch: Qwen3Arch, layer: int, experts: Iterable[int]) -> Iterator[tuple[str, list[Strip], int, str]]:
+    """(Megatron's module, strips of the modules it joins, columns, how it is sharded) of each linear of a layer."""
+    at, hidden, size = f"model.layers.{layer}.", arch.hidden_size, arch.head_dim
+    queries, groups = arch.num_attention_heads, arch.num_key_value_heads
+    shared = queries // groups
+    heads = []
+    for slot in range(queries + 2 * groups):
+        group, place = divmod(slot, shared + 2)
+        letter, head = ("q", group * shared + place) if place < shared else ("kv"[place - shared], group)
+        heads.append(Strip(f"{at}self_attn.{letter}_proj", slot * size, size, head * size))
+    yield "self_attention.linear_qkv", heads, hidden, ROWS
+    yield "self_attention.linear_proj", [Strip(f"{at}self_attn.o_proj", 0, hidden)], queries * size, COLUMNS
+    mlps = [("mlp.", f"{at}mlp.", arch.intermediate_size)]
+    if arch.is_moe:
+        width = arch.moe_intermediate_size
+        mlps = [(f"mlp.experts.local_experts.{e}.", f"{at}mlp.experts.{e}.", width) for e in experts]
+    for name, hf, width in mlps:
+        yield (
+            f"{name}linear_fc1",
+            [Strip(f"{hf}gate_proj", 0, width), Strip(f"{hf}up_proj", width, width)],
+            hidden,
+            HALVES,
+        )
+        yield f"{name}linear_fc2", [Strip(f"{hf}down_proj", 0, hidden)], width, COLUMNS
+
+
+def _own_names(arch: Qwen3Arch, matrices: Iterable[WholeMatrix]) -> Iterator[WholeMatrix]:
+    """With the family's names of Hugging Face tensors."""
+    for m in matrices:
+        yield m._replace(strips=tuple(s._replace(hf=arch.family.hf_name(s.hf)) for s in m.strips))
+
+
+def layer_matrices(contents: Contents, layer: int, experts: Iterable[int], *, stacked: bool) -> Iterator[WholeMatrix]:
+    """Every tensor of a layer, experts under their numbers in the model."""
+    return _own_names(contents.arch, _layer(contents, layer, experts, stacked=stacked))
+
+
+def _layer(contents: Contents, layer: int, experts: Iterable[int], *, stacked: bool) -> Iterator[WholeMatrix]:
+    arch, lora = contents.arch, contents.lora
+    biased = {"self_attention.linear_qkv": arch.family.qkv_bias, "self_attention.linear_proj": arch.family.o_bias}
+    for name, strips, columns, cut in _linears(arch, layer, experts):
+        rows = strips[-1].at + strips[-1].rows
+        adapted = _has(lora, name.rpartition(".")[2], layer)
+        stem = f"{name}.base_layer" if adapted and not (stacked and "local_experts" in name) else name
+        if contents.base:
+            named = tuple(s._replace(hf=f"{s.hf}.weight") for s in strips)
+            yield WholeMatrix(f"{stem}.weight", rows, columns, named, cut=cut)
+        if contents.base and biased.get(name):
+            named = tuple(s._replace(hf=f"{s.hf}.bias") for s in strips)
+            yield WholeMatrix(f"{stem}.bias", rows, 1, named, cut=WHOLE if cut == COLUMNS else cut, is_vector=True)
+        if adapted and lora is not None:
+            # All that are joined share one A; B has the rows of the weight.
+            a = tuple(Strip(peft_tensor(hf, "A"), 0, lora.r) for hf in dict.fromkeys(s.hf for s in strips))
+            b = tuple(s._replace(hf=peft_tensor(s.hf, "B")) for s in strips)
+            ours = (cut, WHOLE) if cut == COLUMNS else (WHOLE, cut)
+            yield WholeMatrix(f"{name}.lora_A.default.weight", lora.r, columns, a, cut=ours[0])
+            yield WholeMatrix(f"{name}.lora_B.default.weight", rows, lora.r, b, cut=ours[1])
+    if contents.base:
+        yield from _others(arch, layer)
+
+
+def _others(arch: Qwen3Arch, layer: int) -> Iterator[WholeMatrix]:
+    at, hidden = f"model.layers.{layer}.", arch.hidden_size
+    vectors = {
+        "input_layernorm.weight": (f"{at}input_layernorm.weight", hidden),
+        "pre_mlp_layernorm.weight": (f"{at}post_attention_layernorm.weight", hidden),
+    }
+    if arch.family.qk_norm:
+        for letter in "qk":
+            name = f"self_attention.{letter}_layernorm.weight"
+            vectors[name] = (f"{at}self_attn.{letter}_norm.weight", arch.head_dim)
+    for name, (hf, size) in vectors.items():
+        yield WholeMatrix(name, size, 1, (Strip(hf, 0, size),), is_vector=True)
+    if arch.is_moe:
+        router = Strip(f"{at}mlp.gate.weight", 0, arch.num_experts)
+        yield WholeMatrix("mlp.router.weight", arch.num_experts, hidden, (router,))
+
+
+def _vocabulary(
+    contents: Contents, name: str, module: str, padded: int, *, target: str, copy: str = ""
+) -> Iterator[WholeMatrix]:
+    """Embedding or output layer, and what an adapter adds to it. Rows past the vocabulary repeat its last one, as
+    MindSpeed-LLM 2.1.0 writes them.
+    """
+    arch, lora = contents.arch, contents.lora
+    adapted = lora if _has(lora, target, None) else None
+    real, hidden = arch.vocab_size, arch.hidden_size
+
+    def tall(hf: str) -> tuple[Strip, Strip]:
+        return Strip(hf, 0, real, copy=copy), Strip(hf, real, padded - real, real - 1, copy=PADDING)
+
+    if contents.base:
+        stem = f"{name}.base_layer" if adapted else name
+        yield WholeMatrix(f"{stem}.weight", padded, hidden, tall(f"{module}.weight"), cut=ROWS)
+    if adapted:
+        a, b = (peft_tensor(module, matrix) for matrix in "AB")
+        at, r = f"{name}.lora_{{}}.default.weight", adapted.r
+        if target == "embedding":
+            yield WholeMatrix(at.format("A"), padded, r, tall(a), cut=ROWS, is_turned=True)
+            yield WholeMatrix(at.format("B"), hidden, r, (Strip(b, 0, hidden),))
+        else:
+            yield WholeMatrix(at.format("A"), r, hidden, (Strip(a, 0, r),))
+            yield WholeMatrix(at.format("B"), padded, r, tall(b), cut=ROWS)
+
+
+def outer_matrices(contents: Contents, padded: int, *, first: bool, last: bool, copies: bool) -> Iterator[WholeMatrix]:
+    """The tensors outside the layers, of the first stage, of the last one, or both.
+
+    Args:
+        copies: a tied output layer has a copy of the embedding.
+    """
+    return _own_names(contents.arch, _outer(contents, padded, first=first, last=last, copies=copies))
+
+
+def _outer(contents: Contents, padded: int, *, first: bool, last: bool, copies: bool) -> Iterator[WholeMatrix]:
+    arch = contents.arch
+    embedding, hidden = "model.embed_tokens", arch.hidden_size
+    if first:
+        yield from _vocabulary(contents, "embedding.word_embeddings", embedding, padded, target="embedding")
+    if not last:
+        return
+    if contents.base:
+        norm = (Strip("model.norm.weight", 0, hidden),)
+        yield WholeMatrix("decoder.final_layernorm.weight", hidden, 1, norm, is_vector=True)
+    if arch.reward and contents.lora:
+        yield WholeMatrix("score.lora_weight", 1, hidden, (Strip("base_model.model.score.weight", 0, 1),))
+    elif arch.reward:
+        yield WholeMatrix("score.weight", 1, hidden, (Strip("score.weight", 0, 1),))
+    elif not arch.tie_word_embeddings:
+        yield from _vocabulary(contents, "output_layer", "lm_head", padded, target="output")
+    elif contents.base and copies:
+        yield from _vocabulary(contents, "output_layer", embedding, padded, target="output", copy=TIED)
+
+
+def pieces(matrix: WholeMatrix, spans: Iterable[Span], columns: Span, expert: int | None = None) -> list[StripPiece]:
+    """What a stored matrix holds that consists of some rows of a whole one, below each other, and some columns."""
+    found, at = [], 0
+    for start, stop in spans:
+        for strip in matrix.strips:
+            low, high = max(start, strip.at), min(stop, strip.at + strip.rows)
+            if low < high:
+                rows = (strip.first + low - strip.at, strip.first + high - strip.at)
+                if strip.copy == PADDING:
+                    rows = (strip.first, strip.first + 1)
+                place = (at + low - start, at + high - start)
+                found.append(StripPiece(strip.hf, rows, columns, place, expert=expert, copy=strip.copy))
+        at += stop - start
+    return found
+
+
+def _share(matrix: WholeMatrix, ways: int, index: int) -> tuple[list[Span], Span]:
+    """Rows and columns of one of several ranks."""
+
+    def part(size: int, start: int = 0) -> Span:
+        return start + size // ways * index, start + size // ways * (index + 1)
+
+    half, columns = matrix.rows // 2, (0, matrix.columns)
+    if matrix.cut == ROWS:
+        return [part(matrix.rows)], columns
+    if matrix.cut == HALVES:
+        return [part(half), part(half, half)], columns
+    return [(0, matrix.rows)], part(matrix.columns) if matrix.cut == COLUMNS else columns
+
+
+def rank_tensors(contents: Contents, sizes: ShardSizes, rank: tuple[int, int, int]) -> dict[str, HeldTensor]:
+    """`model.NAME` (`model0.NAME`, ..) -> each tensor in the file of a (tensor, pipeline, expert) rank."""
+    tensor, stage, expert = rank
+    found: dict[str, HeldTensor] = {}
+    count = contents.arch.num_experts // sizes.expert
+    mine = range(expert * count, (expert + 1) * count)
+    for chunk in range(sizes.virtual):
+        key = "model." if sizes.virtual == 1 else f"model{chunk}."
+        first, last = stage == chunk == 0, stage == sizes.pipeline - 1 and chunk == sizes.virtual - 1
+        outer = outer_matrices(contents, sizes.padded_vocab, first=first, last=last, copies=sizes.pipeline > 1)
+        for matrix in outer:
+            found[key + matrix.name] = _held([matrix], sizes.tensor, tensor)
+        for local, layer in sizes.layers(stage, chunk):
+            at = f"{key}decoder.layers.{local}."
+            stacks: dict[str, list[WholeMatrix]] = {}
+            for matrix in layer_matrices(contents, layer, mine, stacked=sizes.stacked):
+                if "local_experts" not in matrix.name:
+                    found[at + matrix.name] = _held([matrix], sizes.tensor, tensor)
+                elif sizes.stacked:
+                    stacks.setdefault(matrix.name.split(".", 4)[4], []).append(matrix)
+                else:
+                    _, _, _, number, rest = matrix.name.split(".", 4)
+                    name = f"{at}mlp.experts.local_experts.{int(number) - mine.start}.{rest}"
+                    found[name] = _held([matrix], sizes.expert_tensor, tensor % sizes.expert_tensor)
+            for rest, matrices in stacks.items():
+                shard = sizes.expert_tensor, tensor % sizes.expert_tensor
+                found[f"{at}mlp.experts.{_STACKED[rest]}"] = _held(matrices, *shard, stacked=rest[:10])
+    return found
+
+
+_STACKED = {
+    "linear_fc1.weight": "weight1",
+    "linear_fc1.lora_A.default.weight": "weight1_lora_a",
+    "linear_fc1.lora_B.default.weight": "weight1_lora_b",
+    "linear_fc2.weight": "weight2",
+    "linear_fc2.lora_A.default.weight": "weight2_lora_a",
+    "linear_fc2.lora_B.default.weight": "weight2_lora_b",
+}
+
+
+def _held(matrices: list[WholeMatrix], ways: int, index: int, *, stacked: str = "") -> HeldTensor:
+    shares = [_share(matrix, ways, index) for matrix in matrices]
+    (spans, (left, right)), count = shares[0], len(matrices)
+    rows, columns = sum(stop - start for start, stop in spans), right - left
+    parts = [
+        piece
+        for number, (matrix, share) in enumerate(zip(matrices, shares, strict=True))
+        for piece in pieces(matrix, *share, number if stacked or matrix.is_turned else None)
+    ]
+    if matrices[0].is_turned:
+        return HeldTensor((columns, rows), parts, (1, columns, rows))
+    if not stacked:
+        return HeldTensor((rows,) if matrices[0].is_vector else (rows, columns), parts)
+    shape = (columns, count * rows) if stacked == "linear_fc1" else (count * columns, rows)
+    return HeldTensor(shape, parts, (count, columns, rows))
+
+
+def published_shapes(contents: Contents) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face and PEFT tensor."""
+    arch = contents.arch
+    matrices = list(outer_matrices(contents, arch.vocab_size, first=True, last=True, copies=False))
+    for layer in range(arch.num_hidden_layers):
+        matrices += layer_matrices(contents, layer, range(arch.num_experts), stacked=False)
+    found: dict[str, tuple[int, ...]] = {}
+    for matrix in matrices:
+        for strip in matrix.strips:
+            if not strip.copy:
+                rows = max(found.get(strip.hf, (0, 0))[-1 if matrix.is_turned else 0], strip.first + strip.rows)
+                shape = (matrix.columns, rows) if matrix.is_turned else (rows, matrix.columns)
+                found[strip.hf] = (rows,) if matrix.is_vector else shape
+    return found

@@ -1,0 +1,42 @@
+"""The adapter of the embedding."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.model.lora.start import new_weight
+from qwen3_npu.model.modules import Embedding
+from qwen3_npu.model.quantized import shape_of
+
+
+class LoraEmbedding(torch.nn.Module):
+    """The frozen embedding E with its adapter: E[t] + scale B A[:, t]. A [r, vocabulary / TP], B [hidden, r].
+
+    A is 0 at first and B is drawn, as peft does for embeddings.
+    """
+
+    def __init__(self, base: Embedding, args: LoraArgs, config: TransformerConfig) -> None:
+        super().__init__()
+        self.base_layer, self.scale, self.enabled = base, args.scale, True
+        rows, hidden = shape_of(base.weight)
+        self.lora_A = torch.nn.ModuleDict(
+            {"default": new_weight(base.weight.device, args.lora_r, rows, dim=1, config=config)}
+        )
+        b = new_weight(base.weight.device, hidden, args.lora_r, dim=None, config=config)
+        self.lora_B = torch.nn.ModuleDict({"default": b})
+        b.weight.data.normal_()  # outside the tracker: alike on every rank
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        """The base's; GPTModel asks for it."""
+        return self.base_layer.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As the base layer."""
+        out = self.base_layer(tokens)
+        if not self.enabled:
+            return out
+        narrow = self.base_layer.rows(tokens, self.lora_A["default"]().t()) * self.scale
+        return out + torch.nn.functional.linear(narrow, self.lora_B["default"]())

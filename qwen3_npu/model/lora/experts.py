@@ -1,0 +1,90 @@
+"""Adapters of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.model.experts import GroupedExperts, is_like_dense
+from qwen3_npu.model.lora.start import draw, principal
+from qwen3_npu.model.modules import mark
+
+
+class LoraExperts(GroupedExperts):
+    """Stacked experts, frozen, with an adapter per expert.
+
+    Shapes (e experts of this rank, f = ffn / expert tensor parallel size), two-dimensional like the base weights:
+        weight1_lora_a [hidden, e r], memory (e, hidden, r)    weight1_lora_b [r, e 2f], memory (e, r, [gate | up])
+        weight2_lora_a [e f, r], memory (e, f, r)              weight2_lora_b [e r, hidden], memory (e, r, hidden)
+    """
+
+    def __init__(self, *sizes: Any, args: LoraArgs, adapted: Collection[str], **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.scale, self.dropout, self.rank = args.scale, args.lora_dropout, args.lora_r
+        self.enabled, self.from_base = True, args.lora_init == "pissa"
+        e, r = self.num_local_experts, args.lora_r
+        sharded = self.pg_collection.expt_tp.size() > 1
+        if "linear_fc1" in adapted:
+            self.weight1_lora_a = self._update(self.hidden, e * r, is_sharded=False)
+            self.weight1_lora_b = self._update(r, e * 2 * self.ffn, is_sharded=sharded)
+            self._init_each(self.weight1_lora_a, args, self.hidden, alike=True)
+        if "linear_fc2" in adapted:
+            self.weight2_lora_a = self._update(e * self.ffn, r, is_sharded=sharded)
+            self.weight2_lora_b = self._update(e * r, self.hidden, is_sharded=False)
+            self._init_each(self.weight2_lora_a, args, self.ffn, alike=False)
+
+    def _update(self, rows: int, columns: int, *, is_sharded: bool) -> torch.nn.Parameter:
+        kind, device = self.config.params_dtype, self.weight1.device
+        weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=kind, device=device))
+        mark(weight, allreduce=is_like_dense(self.config))
+        if is_sharded or self.pg_collection.expt_tp.size() == 1:
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+        else:
+            # Replicated over the experts' tensor parallel group, each rank of which sees a part of the product.
+            mark(weight, sequence_parallel=True)
+        return weight
+
+    def _init_each(self, weight: torch.nn.Parameter, args: LoraArgs, rows: int, *, alike: bool) -> None:
+        """By the size of one expert's input; `alike`: the same on every rank that shares the experts."""
+        name = tensor_parallel.random.get_expert_parallel_rng_tracker_name()
+        with tensor_parallel.get_cuda_rng_tracker().fork(name):
+            draw(weight, args, rows if alike else rows * self.pg_collection.expt_tp.size())
+        if alike:
+            torch.distributed.broadcast(
+                weight.data,
+                torch.distributed.get_global_rank(self.pg_collection.expt_tp, 0),
+                group=self.pg_collection.expt_tp,
+            )
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """What new adapters take from the base's weights, which are there now."""
+        e, group = self.num_local_experts, self.pg_collection.expt_tp
+        for which, rows, dim in ((1, self.hidden, 0), (2, self.ffn, 1)) if self.from_base else ():
+            a = getattr(self, f"weight{which}_lora_a", None)
+            if a is None:
+                continue
+            weight, b = getattr(self, f"weight{which}"), getattr(self, f"weight{which}_lora_b")
+            turned = weight.view(e, rows, -1).transpose(1, 2)
+            rest, new_a, new_b = principal(turned, self.rank, self.scale, group=group, dim=dim)
+            turned.copy_(rest)
+            a.view(e, -1, self.rank).copy_(new_a.transpose(1, 2))
+            b.view(e, self.rank, -1).copy_(new_b.transpose(1, 2))
+
+    def multiply(self, which: int, x: torch.Tensor, product: Callable) -> torch.Tensor:
+        """The base product plus the adapter's."""
+        out = super().multiply(which, x, product)
+        a = getattr(self, f"weight{which}_lora_a", None)
+        if a is None or not self.enabled:
+            return out
+        b, e = getattr(self, f"weight{which}_lora_b"), self.num_local_experts
+        if self.training and self.dropout:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                x = torch.nn.functional.dropout(x, self.dropout)
+        narrow = product(x, a.view(e, -1, self.rank)) * self.scale
+        return out + product(narrow, b.view(e, self.rank, -1))
