@@ -264,6 +264,10 @@ class CheckpointArgs:
         None, minimum=1, help="checkpoints of this training to keep; older ones are deleted; default: all"
     )
     ckpt_format: str = flag("torch", choices=["torch", "torch_dist"], help="files to write; either is read")
+    save_per_node: bool = flag(
+        False,
+        help="--save is on a disk of each node, which the others do not see: every node gets the whole checkpoint",
+    )
     async_save: bool = flag(False, help="copy what is saved to the host and write it while the training goes on")
     save_hf_interval: int | None = flag(
         None, minimum=1, unit="steps", help="between Hugging Face directories, each beside a checkpoint in --save"
@@ -290,6 +294,9 @@ class CheckpointArgs:
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:
+        if self.save_per_node and (self.save is None or self.async_save):
+            why = "sends files between the nodes while the training waits; drop --async-save"
+            raise UsageError(f"--save-per-node {'needs --save' if self.save is None else why}")
         if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
             raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
         if self.from_scratch and self.finetune:

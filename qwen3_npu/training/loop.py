@@ -24,7 +24,7 @@ from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.data.train.data_path import cache_folder
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank, process_group
-from qwen3_npu.distributed.nodes import check_shared
+from qwen3_npu.distributed.nodes import check_own, check_shared
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model, freeze
 from qwen3_npu.model.config import transformer_config
@@ -63,13 +63,15 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
     check_folders(args.checkpoint, args.lora)
     with leased(args.checkpoint) as lease, process_group(platform, args.runtime) as world:
         if args.checkpoint.save is not None:
-            check_shared(Path(args.checkpoint.save), "--save")
+            check = check_own if args.checkpoint.save_per_node else check_shared
+            check(Path(args.checkpoint.save), "--save")
         checkpoint, lora = continued(args.checkpoint, args.lora)
         preference = args.preference
         if checkpoint.load != args.checkpoint.load and preference.ref_model is None and not lora.on:
             preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
-        watch = watched(args.watch, checkpoint.save, has_device=platform.name != "cpu")
+        shared = None if checkpoint.save_per_node else checkpoint.save
+        watch = watched(args.watch, shared, has_device=platform.name != "cpu")
         with watch, ready(platform, world, args, plan) as trainer:
             trainer.saver.lease = lease
             try:
@@ -222,6 +224,7 @@ class Trainer:
             path,
             starts,
             total,
+            at_most=(args.train.steps + args.report.eval_iters) * self.plan.global_batch,
             steps=self._reference_steps(),
             device=self.world.device,
             **self.sizes,
