@@ -47,6 +47,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         ("hf_save_dir",),
     ),
     ("--spike-guard rollback", lambda args: args.spikes.spike_guard == "rollback", ("max_rollbacks",)),
+    ("--bf16", lambda args: args.train.bf16, ("reuse_fp32_param",)),
     ("--swap-optimizer", lambda args: args.optimizer.swap_optimizer, ("swap_optimizer_times",)),
     ("--manual-gc", lambda args: args.train.manual_gc, ("manual_gc_interval",)),
     (

@@ -40,8 +40,8 @@ def _settled(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """`parts`, once what is on its way to the host (--swap-optimizer) is there."""
     found = parts(optimizer)
     for part in found:
-        if (swapped := vars(part).get("swapped")) is not None:
-            swapped.wait()
+        if (sliced := vars(part).get("sliced")) is not None:
+            sliced.wait()
     return found
 
 
