@@ -16,7 +16,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.training import OptimizerArgs, TrainArgs
-from qwen3_npu.checkpoint.training.optimizer_state import parts
+from qwen3_npu.checkpoint.training.optimizer_state import main_parameters, parts
+from qwen3_npu.training.muon.matrices import layer_matrix
+from qwen3_npu.training.muon.optimizer import MuonAdamW
 from qwen3_npu.training.swap import MOMENTS, SwappedState
 
 
@@ -36,7 +38,7 @@ def wrap_model(
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerArgs, *, bf16: bool) -> MegatronOptimizer:
-    """AdamW with float32 state; weight decay on matrices only. Its state exists from the start."""
+    """AdamW (and Muon) with float32 state; weight decay on matrices only. Its state exists from the start."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=args.lr,
@@ -53,6 +55,8 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
     )
     optimizer = get_megatron_optimizer(config, list(chunks))
     for part in parts(optimizer):
+        if args.optimizer == "muon":
+            _use_muon(part, chunks, args, config.params_dtype)
         if bf16:
             part._copy_main_params_to_model_params = functools.partial(_copy_to_model, part)
         for group in part.optimizer.param_groups:
@@ -61,12 +65,26 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
                 state = part.optimizer.state[parameter]
                 # Made here, not in the first step: too little memory shows at once.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                for key in MOMENTS if not args.swap_optimizer else ():
+                moments = MOMENTS[:1] if parameter in vars(part.optimizer).get("matrices", ()) else MOMENTS
+                for key in moments if not args.swap_optimizer else ():
                     state[key] = torch.zeros_like(parameter, dtype=torch.float32)
         if args.swap_optimizer:
             assert isinstance(part, DistributedOptimizer)
             SwappedState(part, args.swap_optimizer_times)
     return optimizer
+
+
+def _use_muon(
+    part: MegatronOptimizer, chunks: Sequence[DistributedDataParallel], args: OptimizerArgs, dtype: torch.dtype
+) -> None:
+    """Muon for the matrices among the parameters that this part updates."""
+    matrices = {}
+    wanted = {p: name for chunk in chunks for name, p in chunk.named_parameters()}
+    for parameter, main in main_parameters(part):
+        found = layer_matrix(wanted[parameter], parameter, chunks[0].config, split_qkv=args.muon_split_qkv)
+        if found is not None:
+            matrices[main] = found
+    MuonAdamW.adopt(part.optimizer, matrices, args, dtype)
 
 
 def _copy_to_model(part: MegatronOptimizer) -> None:
