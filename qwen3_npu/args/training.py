@@ -164,6 +164,11 @@ class OptimizerArgs:
     adam_eps: float = flag(1e-8, above=0, help="added to the root of the second moment")
     clip_grad: float = flag(1.0, minimum=0, help="largest gradient norm; 0: no clipping")
     use_distributed_optimizer: bool = flag(False, help="shard optimizer state over data-parallel ranks (ZeRO-1)")
+    reuse_fp32_param: bool = flag(
+        False,
+        help="keep only the lower halves of float32 weights beside the 16-bit ones: 2 bytes less of each weight's "
+        "share; needs --bf16 and --use-distributed-optimizer",
+    )
     swap_optimizer: bool = flag(
         False,
         help="keep float32 weights and moments on the host: 12 bytes less of each weight's share on the device (8 "
@@ -184,8 +189,11 @@ class OptimizerArgs:
                 "--use-distributed-optimizer cuts all weights into flat slices, and --optimizer muon needs whole "
                 "matrices; drop one of the two"
             )
-        if self.swap_optimizer and not self.use_distributed_optimizer:
-            raise UsageError("--swap-optimizer needs --use-distributed-optimizer")
+        for name, is_on in (("swap-optimizer", self.swap_optimizer), ("reuse-fp32-param", self.reuse_fp32_param)):
+            if is_on and not self.use_distributed_optimizer:
+                raise UsageError(f"--{name} needs --use-distributed-optimizer")
+        if self.swap_optimizer and self.reuse_fp32_param:
+            raise UsageError("--reuse-fp32-param and --swap-optimizer exclude each other; --swap-optimizer saves more")
         if self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
@@ -287,6 +295,10 @@ class CheckpointArgs:
         None, minimum=1, help="checkpoints of this training to keep; older ones are deleted; default: all"
     )
     ckpt_format: str = flag("torch", choices=["torch", "torch_dist"], help="files to write; either is read")
+    save_per_node: bool = flag(
+        False,
+        help="--save is on a disk of each node, which the others do not see: every node gets the whole checkpoint",
+    )
     async_save: bool = flag(False, help="copy what is saved to the host and write it while the training goes on")
     save_hf_interval: int | None = flag(
         None, minimum=1, unit="steps", help="between Hugging Face directories, each beside a checkpoint in --save"
@@ -313,6 +325,9 @@ class CheckpointArgs:
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:
+        if self.save_per_node and (self.save is None or self.async_save):
+            why = "sends files between the nodes while the training waits; drop --async-save"
+            raise UsageError(f"--save-per-node {'needs --save' if self.save is None else why}")
         if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
             raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
         if self.from_scratch and self.finetune:

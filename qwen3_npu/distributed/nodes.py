@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
 
 _PATIENCE = 10.0  # seconds; a network file system shows a new file late
@@ -35,8 +36,25 @@ def check_shared(folder: Path, flag: str) -> None:
     if nodes := sorted({node for node in blind if node}):
         raise UsageError(
             f"{flag} {folder}: not seen from all nodes: what rank 0 writes does not appear on {', '.join(nodes)}; "
-            f"give a folder that all nodes share"
+            f"give a folder that all nodes share, or --save-per-node"
         )
+
+
+def check_own(folder: Path, flag: str) -> None:
+    """No node may see what another writes into its folder. Every rank must call this.
+
+    Raises:
+        UsageError: on every rank, if one does.
+    """
+    node, name = environment.node(), [f".own-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name, 0)
+    (folder / f"{name[0]}-{node}").touch()
+    dist.barrier()
+    seen: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(seen, len(list(folder.glob(f"{name[0]}-*"))) > 1)
+    (folder / f"{name[0]}-{node}").unlink(missing_ok=True)
+    if any(seen):
+        raise UsageError(f"{flag} {folder} is shared by the nodes; drop --save-per-node")
 
 
 def check_same(digest: str | None, what: str) -> None:

@@ -31,7 +31,7 @@ VALUES = (
     0.7229568362236023,
     1.0,
 )
-_AT_ONCE = 1 << 23  # weights whose float32 values exist at the same time while a tensor is restored
+_AT_ONCE = 1 << 22  # weights whose float32 values exist at the same time while a tensor is restored
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

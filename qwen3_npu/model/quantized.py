@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
 
 from qwen3_npu.kernels import nf4
 
-_AT_ONCE = 1 << 26  # weights of a matrix that are restored at the same time
+_AT_ONCE = 1 << 23  # weights of a matrix that are restored at the same time
 
 
 class Nf4Weight:
@@ -82,7 +82,7 @@ def _blocks(parameter: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         stop = min(start + size, rows)
         codes = parameter[start * columns // 2 : stop * columns // 2]
         scales = kind.scales[start * columns // nf4.BLOCK : stop * columns // nf4.BLOCK]
-        yield slice(start, stop), nf4.dequantize(codes, scales, kind.dtype).view(stop - start, columns)
+        yield slice(start, stop), nf4.dequantize(codes, scales, kind.dtype).view(stop - start, columns)  # not kept here
 
 
 def looked_up(tokens: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -103,14 +103,18 @@ class _Product(torch.autograd.Function):
         out = x.new_empty(*x.shape[:-1], shape_of(weight)[0])
         for rows, part in _blocks(weight):
             out[..., rows] = torch.nn.functional.linear(x, part)
+            del part  # before the next is restored
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        parts = ((grad[..., rows], part) for rows, part in _blocks(ctx.weight))
-        total = torch.matmul(*next(parts))
-        for some, part in parts:  # summed in float32, as one product would
-            total = total.float() + some @ part
+        total: torch.Tensor | None = None
+        for rows, part in _blocks(ctx.weight):
+            product = grad[..., rows] @ part
+            del part  # before the next is restored
+            # Several are summed in float32, as one product would.
+            total = product if total is None else total.float() + product
+        assert total is not None
         return total.to(grad.dtype), None
 
 

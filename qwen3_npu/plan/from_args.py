@@ -44,6 +44,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         quantized_ends=args.lora.qlora_embedding,
         lora_targets=tuple(args.lora.lora_target_modules),
         loss_chunk=train.loss_chunk_size if train.loss_compute_mode == "chunk" else 0,
+        reuse_master=optimizer.reuse_fp32_param,
         swap_optimizer=optimizer.swap_optimizer,
         swap_slices=optimizer.swap_optimizer_times,
         recompute_experts=_recomputed_experts(train),

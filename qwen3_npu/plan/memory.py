@@ -154,8 +154,8 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
     whole = (per_chunk - recomputed) * mean  # of the layers behind those that are recomputed, which are done by then
     kept = whole + recomputed / setup.recompute_group * inputs
     working = max(0.0, setup.recompute_group * largest - whole) if recomputed else 0.0
-    if setup.quantized:  # a linear is restored for its product, with float32 values and indices of 2^23 weights
-        working += linear_counts(shape, setup, stage)[1] * setup.weight_bytes + 6 * 2**23
+    if setup.quantized:  # a linear is restored for its product, with float32 values and indices of 2^22 weights
+        working += linear_counts(shape, setup, stage)[1] * setup.weight_bytes + 6 * 2**22
     return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
 
 

@@ -24,7 +24,7 @@ from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.data.train.data_path import cache_folder
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank, process_group
-from qwen3_npu.distributed.nodes import check_shared
+from qwen3_npu.distributed.nodes import check_own, check_shared
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.build import build_model, freeze
 from qwen3_npu.model.config import transformer_config
@@ -38,7 +38,6 @@ from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
 from qwen3_npu.training.fingerprints.gather import fingerprinting, follow_tokens
 from qwen3_npu.training.fingerprints.recorder import StepRecorder
-from qwen3_npu.training.gradients import Gradients
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.parts import lora_of, parts_of
@@ -54,6 +53,7 @@ from qwen3_npu.training.spikes.replicas import ReplicaCheck
 from qwen3_npu.training.spikes.rollback import decoder, go_back
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
 from qwen3_npu.training.train import train
+from qwen3_npu.training.update.gradients import Gradients
 from qwen3_npu.watch import here
 from qwen3_npu.watch.start import watched
 
@@ -63,13 +63,15 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
     check_folders(args.checkpoint, args.lora)
     with leased(args.checkpoint) as lease, process_group(platform, args.runtime) as world:
         if args.checkpoint.save is not None:
-            check_shared(Path(args.checkpoint.save), "--save")
+            check = check_own if args.checkpoint.save_per_node else check_shared
+            check(Path(args.checkpoint.save), "--save")
         checkpoint, lora = continued(args.checkpoint, args.lora)
         preference = args.preference
         if checkpoint.load != args.checkpoint.load and preference.ref_model is None and not lora.on:
             preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
-        watch = watched(args.watch, checkpoint.save, has_device=platform.name != "cpu")
+        shared = None if checkpoint.save_per_node else checkpoint.save
+        watch = watched(args.watch, shared, has_device=platform.name != "cpu")
         with watch, ready(platform, world, args, plan) as trainer:
             trainer.saver.lease = lease
             try:
@@ -139,7 +141,7 @@ class Trainer:
         )
         if contents.lora or plan.frozen:
             some, every = trained.optimized.parameters, contents.parameters
-            what = contents.lora or "frozen by --freeze-include"
+            what = contents.lora or "weights that are not frozen"
             log.info(f"{what}: {human(some)} of {human(every)} parameters are trained ({100 * some / every:.2f} %)")
         self.saver = Saver(trained, args.checkpoint, args.lora, facts(args, plan), config=plan.config)
         self.export = HfExport(args.checkpoint, args.lora, world.rank)
@@ -222,6 +224,7 @@ class Trainer:
             path,
             starts,
             total,
+            at_most=(args.train.steps + args.report.eval_iters) * self.plan.global_batch,
             steps=self._reference_steps(),
             device=self.world.device,
             **self.sizes,

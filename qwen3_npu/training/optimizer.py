@@ -19,7 +19,11 @@ from qwen3_npu.args.training import OptimizerArgs, TrainArgs
 from qwen3_npu.checkpoint.training.optimizer_state import main_parameters, parts
 from qwen3_npu.training.muon.matrices import layer_matrix
 from qwen3_npu.training.muon.optimizer import MuonAdamW
-from qwen3_npu.training.swap import MOMENTS, SwappedState
+from qwen3_npu.training.update.halves import HalvedState
+from qwen3_npu.training.update.slices import MOMENTS
+from qwen3_npu.training.update.swap import SwappedState
+
+_SLICES = 16  # of a step with --reuse-fp32-param; one of them has float32 masters
 
 
 def wrap_model(
@@ -54,6 +58,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
         overlap_param_gather=args.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, list(chunks))
+    is_sliced = args.swap_optimizer or args.reuse_fp32_param
     for part in parts(optimizer):
         if args.optimizer == "muon":
             _use_muon(part, chunks, args, config.params_dtype)
@@ -66,11 +71,14 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
                 # Made here, not in the first step: too little memory shows at once.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 moments = MOMENTS[:1] if parameter in vars(part.optimizer).get("matrices", ()) else MOMENTS
-                for key in moments if not args.swap_optimizer else ():
+                for key in moments if not is_sliced else ():
                     state[key] = torch.zeros_like(parameter, dtype=torch.float32)
-        if args.swap_optimizer:
+        if is_sliced:
             assert isinstance(part, DistributedOptimizer)
-            SwappedState(part, args.swap_optimizer_times)
+            if args.swap_optimizer:
+                SwappedState(part, args.swap_optimizer_times)
+            else:
+                HalvedState(part, _SLICES)
     return optimizer
 
 

@@ -49,25 +49,26 @@ def test_same_layout_continues_bit_for_bit(
 
 
 SWAP = [*ZERO, "--swap-optimizer", "--swap-optimizer-times", "5"]
+HALVES = [*ZERO, "--reuse-fp32-param"]
+SLICED = {
+    "on the host, bf16": ("moe", 2, ["--bf16"], SWAP),
+    "on the host, fp32": ("untied", 1, [], SWAP),
+    "in halves": ("moe", 2, ["--bf16"], HALVES),
+}
 
 
-@pytest.mark.parametrize(("kind", "size", "dtype"), [("moe", 2, ["--bf16"]), ("untied", 1, [])])
-def test_an_optimizer_on_the_host_changes_no_bit_and_is_resumed_from_and_into_one_on_the_device(
-    kind: str,
-    size: int,
-    dtype: list[str],
-    worlds: dict[int, World],
-    models: dict[str, str],
-    tokens: str,
-    tmp_path: Path,
+@pytest.mark.parametrize("name", SLICED)
+def test_masters_elsewhere_change_no_bit_and_are_resumed_from_and_into_plain_ones(
+    name: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
+    kind, size, dtype, sliced = SLICED[name]
     flags = [*BASE, *dtype, "--data-path", tokens]
-    there, here = (["--save", str(tmp_path / name)] for name in ("there", "here"))
+    there, here = (["--save", str(tmp_path / folder)] for folder in ("there", "here"))
     start = ["--load", models[kind]]
     plain = worlds[size].run("train", flags=[*flags, *ZERO, *start, *here], steps=5, save_after=3)
-    swapped = worlds[size].run("train", flags=[*flags, *SWAP, *start, *there], steps=5, save_after=3)
-    assert swapped == plain
-    for saved, how in ((here, SWAP), (there, ZERO)):
+    elsewhere = worlds[size].run("train", flags=[*flags, *sliced, *start, *there], steps=5, save_after=3)
+    assert elsewhere == plain
+    for saved, how in ((here, sliced), (there, ZERO)):
         rest = worlds[size].run("train", flags=[*flags, *how, "--load", saved[1]], steps=2)
         assert rest["loss"] == plain["loss"][3:]
         assert rest["grad_norm"] == plain["grad_norm"][3:]
@@ -185,3 +186,42 @@ def test_another_training_is_not_resumed_in_silence(
     assert worlds[1].run("resumed", flags=[*load, "--seed", "7", "--finetune"])["iteration"] == 0
     same = worlds[2].run("resumed", flags=load)
     assert (same["iteration"], [line for line in same["said"] if "not compared" in line]) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("extra", "form"), [(TP2, "torch"), (ZERO, "torch_dist")], ids=["TP2", "distributed optimizer"]
+)
+def test_each_node_gets_the_whole_checkpoint(
+    extra: list[str], form: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    """Two nodes, each with a disk of its own: the same files as on a shared one, from which anybody goes on."""
+    flags = [*BASE, "--data-path", tokens, *extra, "--ckpt-format", form]
+    start = ["--load", models["tied"]]
+    shared = ["--save", str(tmp_path / "shared")]
+    whole = worlds[2].run("train", flags=[*flags, *start, *shared], steps=3, save_after=2)["loss"]
+    own = ["--save", str(tmp_path / "nodeRANK"), "--save-per-node"]
+    worlds[2].run("train_per_node", flags=[*flags, *start, *own], steps=2)
+    folders = [tmp_path / name for name in ("shared", "node0", "node1")]
+    for folder in folders:
+        assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
+    sums = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.glob("iter_*/**/*") if path.is_file()}
+        for folder in folders
+    ]
+    assert len(sums[0]) >= 3
+    assert sums[1] == sums[0]
+    assert sums[2] == sums[0]
+    rest = worlds[2].run("train_per_node", flags=[*flags, "--load", own[1], *own], steps=1)["loss"]
+    assert rest == [pytest.approx(whole[2], rel=1e-6)]
+    load = ["--load", str(tmp_path / "node1"), "--ckpt-step", "2"]
+    alone = worlds[1].run("train", flags=[*flags[: len(BASE) + 2], *load], steps=1)["loss"]
+    assert alone == [pytest.approx(whole[2], rel=1e-5)]
+
+
+def test_a_folder_that_nodes_share_is_none_of_their_own(worlds: dict[int, World], tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    assert worlds[2].run("own_folders", folders=[str(folder) for folder in folders]) == ""
+    assert "is shared by the nodes; drop --save-per-node" in worlds[2].run("own_folders", folders=[str(tmp_path)] * 2)
+    assert sorted(tmp_path.iterdir()) == folders

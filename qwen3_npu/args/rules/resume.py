@@ -120,6 +120,7 @@ FINE = {
     "moe_token_dispatcher_type": "speed",
     "moe_pad_expert_input_to_capacity": "speed",
     "use_distributed_optimizer": "speed",
+    "reuse_fp32_param": "speed",
     "swap_optimizer": "speed",
     "swap_optimizer_times": "speed",
     "moe_zero_memory": "speed",

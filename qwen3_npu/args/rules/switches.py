@@ -53,6 +53,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         lambda args: args.optimizer.optimizer == "muon",
         tuple(field.name for field in dataclasses.fields(OptimizerArgs) if field.name.startswith("muon_")),
     ),
+    ("--bf16", lambda args: args.train.bf16, ("reuse_fp32_param",)),
     ("--swap-optimizer", lambda args: args.optimizer.swap_optimizer, ("swap_optimizer_times",)),
     ("--manual-gc", lambda args: args.train.manual_gc, ("manual_gc_interval",)),
     (

@@ -86,7 +86,7 @@ class Lora:
         return lora_scale(self.alpha, self.r, is_stabilized=self.is_stabilized)
 
     def __str__(self) -> str:
-        kind = "PiSSA, " * self.is_residual + "rs" * self.is_stabilized + ("DoRA" if self.is_dora else "LoRA")
+        kind = "PiSSA " * self.is_residual + "rs" * self.is_stabilized + ("DoRA" if self.is_dora else "LoRA")
         return f"{kind} r {self.r}, alpha {self.alpha:g}, {spelled(self.targets, self.layers)}"
 
 

@@ -14,8 +14,7 @@ from qwen3_npu.checkpoint.binary.dtypes import BF16, BY_TORCH, U8, DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.formats.open import Peers
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.shard_reader import ShardReader, SliceLocation
-from qwen3_npu.checkpoint.mapping.source import Source, read_shard
+from qwen3_npu.checkpoint.mapping.source import ShardReader, SliceLocation, Source, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import Stopped, UsageError

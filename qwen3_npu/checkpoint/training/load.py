@@ -161,7 +161,8 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
             f"the LoRA adapter to start from is {there}; the flags ask for {lora}: give --lora-r {there.r} "
             f"--lora-alpha {there.alpha:g} --lora-target-modules {spelled(there.targets, there.layers)}"
             f"{' --use-rslora' * there.is_stabilized}{' --no-use-rslora' * (lora.is_stabilized > there.is_stabilized)}"
-            f"{' --use-dora' * there.is_dora}{' --lora-init pissa' * there.is_residual}"
+            f"{' --use-dora' * there.is_dora}{' --no-use-dora' * (lora.is_dora > there.is_dora)}"
+            f"{' --lora-init pissa' * there.is_residual}"
         )
     if lora_load is not None:
         log.info(f"LoRA adapter: {lora_load}")

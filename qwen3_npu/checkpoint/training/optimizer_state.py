@@ -1,10 +1,10 @@
 """Optimizer state as tensors of the parameters' own shapes: float32 weight, first and second moment of each.
 
 In this form the weight table says where every part of it belongs, so it is saved and resumed in any layout. megatron's
-distributed optimizer keeps flat shards instead; they are gathered to, and scattered from, its data-parallel rank 0.
-
-With --async-save no collective call may delay the training: each rank copies its slices to the host and writes them
-to a file of the stage. The rank that writes the checkpoint's files joins those of its data-parallel group.
+distributed optimizer keeps flat shards instead: to save them each rank copies its slices to the host and writes them
+to a file of the stage; the rank that writes the checkpoint's files joins those of its data-parallel group. There is
+no collective call: with --async-save it could delay the training, and otherwise all would go through one rank. Loading
+scatters them from data-parallel rank 0.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _settled(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """`parts`, once what is on its way to the host (--swap-optimizer) is there."""
     found = parts(optimizer)
     for part in found:
-        if (swapped := vars(part).get("swapped")) is not None:
-            swapped.wait()
+        if (sliced := vars(part).get("sliced")) is not None:
+            sliced.wait()
     return found
 
 

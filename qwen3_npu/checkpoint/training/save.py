@@ -47,6 +47,7 @@ from qwen3_npu.checkpoint.training.live import (
     to_numpy,
 )
 from qwen3_npu.checkpoint.training.optimizer_state import ShardedState
+from qwen3_npu.checkpoint.training.replicate import NodeDisks
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout, Rank
@@ -128,13 +129,15 @@ def begin_save(
     *,
     config: Path | None,
     adapter_only: bool = False,
+    disks: NodeDisks | None = None,
 ) -> Writing:
-    """Write a checkpoint, with --async-save in a thread; `wait` of the result ends it. Every rank must call both.
+    """Begin a checkpoint: with --async-save a thread writes it, else `wait` of the result. Every rank must call both.
 
     Args:
         extra: further entries of the saved args.
         config: folder whose config.json and tokenizer files are carried along.
         adapter_only: of a LoRA training, not the frozen weights (--lora-ckpt-filter).
+        disks: of the nodes, where they do not share --save.
 
     Raises:
         SaveFailed: the folder cannot be made; on every rank.
@@ -149,8 +152,8 @@ def begin_save(
     root, rank = Path(str(args.save)), dist.get_rank()
     folder = root / iteration_name(position.iteration)
     stage = folder.with_name(folder.name + ".partial")
-    problem = None
-    if rank == 0:
+    problem, keeps = None, disks.is_first if disks is not None else rank == 0
+    if keeps:
         shutil.rmtree(stage, ignore_errors=True)
         try:
             stage.mkdir(parents=True)
@@ -165,9 +168,10 @@ def begin_save(
         (
             lambda writing: put(stage) if put is not None else None,
             lambda writing: write_rank(held, stage, args.ckpt_format, writing, writes=rank in writers),
+            lambda writing: disks.replicate(stage) if disks is not None else None,
         ),
         (lambda: commit(held.target, stage, folder, writers, args=args, config=config, trained=trained))
-        if rank == 0
+        if keeps
         else None,
         stage,
         writers=writers,
@@ -176,11 +180,11 @@ def begin_save(
 
 
 def _writers(folder: str, problem: str | None) -> list[int]:
-    """The ranks that write: the first of those that hold the same shard. Raises: SaveFailed: rank 0 has a problem."""
+    """The ranks that write: the first of those that hold the same shard. Raises: SaveFailed: a rank has a problem."""
     said: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
     dist.all_gather_object(said, (folder, problem))
-    if said[0][1] is not None:
-        raise SaveFailed(said[0][1])
+    if problems := [found for _, found in said if found is not None]:
+        raise SaveFailed(problems[0])
     folders = [name for name, _ in said]
     return [rank for rank, name in enumerate(folders) if folders.index(name) == rank]
 
@@ -221,7 +225,8 @@ def snapshot(
     gathered: optimizer_state.Gathered = {}
     sharded = None
     names = optimizer_state.parameter_names(trained.chunks)
-    if args.save_optim and args.async_save and optimizer_state.is_distributed(trained.optimizer):
+    # Files of other nodes cannot be joined here.
+    if args.save_optim and optimizer_state.is_distributed(trained.optimizer) and not args.save_per_node:
         sharded = ShardedState(trained.optimizer, names)
     elif args.save_optim:
         gathered = optimizer_state.gather(trained.optimizer, names, copy=args.async_save)

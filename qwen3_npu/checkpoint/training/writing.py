@@ -29,9 +29,9 @@ class Writing:
         what: names it.
         steps: makes this rank's files, one after the other. A step may need what other ranks made in the step before
             (`wait_for`).
-        publish: on rank 0, makes the checkpoint visible once every rank has written.
+        publish: on rank 0 (or one of each node), makes the checkpoint visible once every rank has written.
         stage, writers: where it is made, and the ranks that write.
-        background: in a thread; else the constructor returns when this rank has written, and `wait` publishes.
+        background: in a thread; else `wait` makes the files, too, and all ranks begin a step together.
     """
 
     def __init__(
@@ -53,21 +53,19 @@ class Writing:
             # Not a daemon: a process that ends finishes its files first.
             self.thread = threading.Thread(target=self._run, name="checkpoint")
             self.thread.start()
-        else:
-            self._write()
 
     def _run(self) -> None:
-        self._write()
+        for number in range(len(self.steps)):
+            self._make(number)
         self._publish()
 
-    def _write(self) -> None:
-        for step, done in zip(self.steps, self.done, strict=True):
-            try:
-                if not self.error:
-                    step(self)
-            except Exception as error:
-                self._fail(error)
-            done.set()
+    def _make(self, number: int) -> None:
+        try:
+            if not self.error:
+                self.steps[number](self)
+        except Exception as error:
+            self._fail(error)
+        self.done[number].set()
 
     def _publish(self) -> None:
         try:
@@ -100,8 +98,11 @@ class Writing:
             SaveFailed: some rank could not write; on every rank.
         """
         errors: list[str | None] = [None] * dist.get_world_size()
-        for done in self.done:
-            done.wait()
+        for number, done in enumerate(self.done):
+            if self.thread is None and not self.abandoned.is_set():
+                self._make(number)
+            elif self.thread is not None:
+                done.wait()
             dist.all_gather_object(errors, self.error)
             if any(errors):
                 self.abandoned.set()
@@ -109,9 +110,7 @@ class Writing:
             self.thread.join()
         else:
             self._publish()
-        published = [self.error]
-        dist.broadcast_object_list(published, 0)
-        errors[0] = published[0]
+        dist.all_gather_object(errors, self.error)
         for rank, error in enumerate(errors):
             if error:
                 raise SaveFailed(f"{self.what} was not saved: rank {rank}: {error}")

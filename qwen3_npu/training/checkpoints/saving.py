@@ -16,8 +16,9 @@ import torch.distributed as dist
 from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, iterations
+from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, iterations, restore_backup
 from qwen3_npu.checkpoint.training import load, save
+from qwen3_npu.checkpoint.training.replicate import NodeDisks
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.writing import Writing
 from qwen3_npu.distributed import environment
@@ -52,7 +53,7 @@ def check_folders(args: CheckpointArgs, lora: LoraArgs) -> None:
 @contextlib.contextmanager
 def leased(args: CheckpointArgs) -> Iterator[Lease | None]:
     """The lease of --save, on rank 0, for as long as the context lasts. Raises: UsageError: another process has it."""
-    if args.save is None or environment.ranks()[0] > 0:
+    if args.save is None or environment.ranks()[2 if args.save_per_node else 0] > 0:
         yield None
     else:
         with folder_lease(Path(args.save), "--save") as lease:
@@ -126,10 +127,15 @@ class Saver:
         self.pending: Writing | None = None
         self.failed = 0  # checkpoints in a row
         self.own: set[int] = set()  # steps of this training's checkpoints in --save, some of them deleted since
+        self.disks = NodeDisks() if args.save_per_node else None
         self.lease: Lease | None = None  # of --save, on rank 0; a training under test has none
 
     def load(self) -> Position:
         """Weights and, when resuming, everything else. Raises: UsageError: see `load.load`."""
+        if self.disks is not None and self.args.load is not None:
+            if self.disks.is_first:
+                restore_backup(Path(self.args.load))
+            dist.barrier()  # nobody looks before
         position = load.load(self.trained, self.args, self.lora.lora_load, self.extra)
         if self.args.save is not None and position.iteration and _resumes(self.args, self.lora):
             self.own = {step for step in iterations(Path(self.args.save)) if step <= position.iteration}
@@ -162,6 +168,7 @@ class Saver:
                 self.extra,
                 config=self.config,
                 adapter_only=self.lora.lora_ckpt_filter,
+                disks=self.disks,
             )
             if self.args.async_save:
                 self.pending = writing
@@ -204,7 +211,7 @@ class Saver:
         """On every rank: warn, or end. What was begun is removed: it may be what fills the disk."""
         self.failed += 1
         root = Path(str(self.args.save))
-        if dist.get_rank() == 0:
+        if self.disks.is_first if self.disks is not None else dist.get_rank() == 0:
             for stage in root.glob("iter_*.partial"):
                 shutil.rmtree(stage, ignore_errors=True)
         if self.failed > self.args.max_failed_saves:

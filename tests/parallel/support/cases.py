@@ -10,10 +10,12 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 import llama
 import tiny
@@ -53,6 +55,22 @@ def train(
 def train_on_copies(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:
     """As `train`, with RANK in the flags replaced by each rank's own."""
     return train(platform, world, [flag.replace("RANK", str(world.rank)) for flag in flags], steps)
+
+
+def train_per_node(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:
+    """As `train_on_copies`, each rank as if on a node of its own."""
+    with mock.patch.dict(os.environ, {"GROUP_RANK": str(world.rank)}):
+        return train_on_copies(platform, world, flags, steps)
+
+
+def own_folders(platform: Platform, world: World, folders: list[str]) -> str:
+    """What is said where these are to be folders of each rank's own node."""
+    with mock.patch.dict(os.environ, {"GROUP_RANK": str(world.rank)}):
+        try:
+            nodes.check_own(Path(folders[world.rank]), "--save")
+        except UsageError as error:
+            return str(error)
+    return ""
 
 
 def whole_training(platform: Platform, world: World, flags: list[str]) -> None:
@@ -104,8 +122,9 @@ def resumed(platform: Platform, world: World, flags: list[str]) -> dict[str, Any
 
 
 def failing_save(platform: Platform, world: World, flags: list[str], rank: int) -> list[str]:
-    """What each rank raises at the end when one of them cannot write its file."""
-    with trainer(platform, world, flags) as t:
+    """What each rank raises at the end when one of them cannot write its file. No state is gathered by collectives."""
+    gathers = mock.patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", side_effect=AssertionError)
+    with gathers, trainer(platform, world, flags) as t:
         t.step()
         t.saver.save(t.position)
         t.saver.finish()

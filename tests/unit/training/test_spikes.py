@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -14,6 +15,7 @@ from qwen3_npu.data.__main__ import main as show
 from qwen3_npu.data.train import quarantine
 from qwen3_npu.data.train.quarantine import Ordered, Place
 from qwen3_npu.errors import UsageError
+from qwen3_npu.platform import select_platform
 from qwen3_npu.training.spikes.detector import Detector, reason
 from qwen3_npu.training.spikes.replicas import verdict
 
@@ -132,3 +134,16 @@ def test_the_rank_that_differs_from_the_most_is_named() -> None:
     assert verdict([4, 5, 6, 7], ["embedding", "norm"], rows).startswith("rank 6 differs in norm from ")
     assert "no majority" in verdict([0, 1], ["w"], [(1,), (2,)])
     assert "w and 1 other tensors" in verdict([0, 1, 2], ["w", "v"], [(1, 1), (2, 2), (1, 1)])
+
+
+# https://www.hiascend.com: NPU_ASD_CONFIG=enable:<true|false>,with_checksum:<true|false>,...
+@pytest.mark.parametrize(
+    ("how", "setting"), [("detect", "enable:true"), ("checksum", "enable:true,with_checksum:true")]
+)
+def test_torch_npus_detection_is_switched_on_by_its_variable(
+    how: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NPU_ASD_CONFIG", "enable:false")
+    with pytest.raises(UsageError, match=f"--npu-asd {how}: torch_npu does this, and the device is no NPU"):
+        select_platform("cpu", how)
+    assert os.environ["NPU_ASD_CONFIG"] == setting

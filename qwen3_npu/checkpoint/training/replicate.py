@@ -1,0 +1,77 @@
+"""--save on a disk of each node: every node gets the whole checkpoint, so it is read as any other, in any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from qwen3_npu.distributed import environment
+
+_CHUNK = 16 << 20  # bytes sent at once
+_PARTS = "integrity."  # a rank's files are announced by the one that begins so
+
+
+class NodeDisks:
+    """The first rank of each node, which keeps that node's copy. Every rank must make one, and call every method.
+
+    Attributes:
+        is_first: of its node.
+    """
+
+    def __init__(self) -> None:
+        nodes: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(nodes, environment.node())
+        self.firsts = [nodes.index(node) for node in dict.fromkeys(nodes)]
+        self.is_first = dist.get_rank() in self.firsts
+        self.group = dist.new_group(self.firsts, backend="gloo")
+
+    def replicate(self, stage: Path) -> None:
+        """Send the files of this node's stage to the other nodes, and take theirs.
+
+        Raises:
+            OSError: a file could not be read or written; the exchange is finished before.
+        """
+        if not self.is_first:
+            return
+        mine = sorted(path for path in stage.rglob("*") if path.is_file())
+        mine.sort(key=lambda path: path.name.startswith(_PARTS))
+        everyones: list[list[tuple[str, int]]] = [[] for _ in self.firsts]
+        named = [(str(path.relative_to(stage)), path.stat().st_size) for path in mine]
+        dist.all_gather_object(everyones, named, group=self.group)
+        problem: OSError | None = None
+        for first, files in zip(self.firsts, everyones, strict=True):
+            for name, size in files:
+                try:
+                    self._send(stage / name, size, first)
+                except OSError as error:
+                    problem = problem or error
+        if problem is not None:
+            raise problem
+
+    def _send(self, path: Path, size: int, first: int) -> None:
+        """One file, in chunks; after an error the chunks go on, so that no node waits for ever."""
+        is_mine, problem = first == dist.get_rank(), None
+        file = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "rb" if is_mine else "wb")
+        except OSError as error:
+            problem = error
+        for start in range(0, size, _CHUNK):
+            chunk = torch.zeros(min(_CHUNK, size - start), dtype=torch.uint8)
+            if is_mine and file is not None and problem is None:
+                held = np.frombuffer(file.read(len(chunk)), np.uint8)
+                chunk[: len(held)] = torch.from_numpy(held.copy())
+            dist.broadcast(chunk, first, group=self.group)
+            if not is_mine and file is not None and problem is None:
+                try:
+                    file.write(chunk.numpy().tobytes())
+                except OSError as error:
+                    problem = error
+        if file is not None:
+            file.close()
+        if problem is not None:
+            raise problem
