@@ -24,7 +24,7 @@ defaults() { # NAME=VALUE..., set where the environment does not say otherwise; 
 
 words_of() { # TEXT: sets words, one path (which may hold spaces), or several and their weights
     local end
-    for end in "" .idx _packed_input_ids_document.idx _packed_chosen_input_ids_document.idx; do
+    for end in "" .idx _packed{,_chosen,_answer}_input_ids_document.idx; do
         if [ -e "$1$end" ]; then words=("$1"); return; fi
     done
     read -r -a words <<<"$1"
@@ -40,6 +40,11 @@ train() { # flags of this kind of training...
         memory+=(--recompute-granularity full --recompute-method "${RECOMPUTE% *}")
         memory+=(--recompute-num-layers "${RECOMPUTE#* }")
     fi
+    if [ -n "${SWAP_OPTIMIZER:-}" ]; then # slices of a step
+        memory+=(--swap-optimizer --swap-optimizer-times "$SWAP_OPTIMIZER")
+    fi
+    if [ -n "${REUSE_FP32_PARAM:-}" ]; then memory+=(--reuse-fp32-param); fi
+    if [ -n "${MOE_ZERO_MEMORY:-}" ]; then memory+=(--moe-zero-memory "$MOE_ZERO_MEMORY"); fi
     local collect=()
     if [ -n "${MANUAL_GC:-}" ]; then collect=(--manual-gc --manual-gc-interval "$MANUAL_GC"); fi  # steps
     if [ "$SEQ_LENGTH" -gt 40960 ]; then memory+=(--max-position-embeddings "$SEQ_LENGTH"); fi
@@ -93,15 +98,16 @@ tune_lora() {
         --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 "$@"
 }
 
-prefer() { # as tune, on pairs of answers; STAGE=orpo or simpo for other losses
+prefer() { # as tune, on pairs of answers; STAGE=orpo, simpo or kto (labelled answers, MBS=2 or more) for other losses
     DATA_PATH="${DATA_PATH:-./pref_dataset/pairs}"         # prefix of prepared pairs, or a raw file with --handler-name
-    local rows=--variable-seq-lengths stage="${STAGE:-dpo}" strength=(--dpo-beta "${BETA:-0.1}")
+    local rows=--variable-seq-lengths stage="${STAGE:-dpo}" strength=(--is-pairwise-dataset --dpo-beta "${BETA:-0.1}")
     if [ -n "${PACKED:-}" ]; then rows=--reset-attention-mask; fi
     case "$stage" in
-        rm) strength=() ;;
+        rm) strength=(--is-pairwise-dataset) ;;
+        kto) strength=(--dpo-beta "${BETA:-0.1}") ;;
         dpo) if [ -n "${REF_LOGPROBS:-}" ]; then strength+=(--ref-logprobs "$REF_LOGPROBS"); fi ;;
     esac
-    train --stage "$stage" --finetune --is-pairwise-dataset --prompt-type "${PROMPT_TYPE:-auto}" "$rows" \
+    train --stage "$stage" --finetune --prompt-type "${PROMPT_TYPE:-auto}" "$rows" \
         --tokenizer-name-or-path "$HF_DIR" "${strength[@]}" "$@"
 }
 

@@ -33,7 +33,6 @@ _DEFAULT_ANSWER = 256  # tokens, as the harness' `hf`
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
-@register_model("qwen3-npu")
 class Qwen3Harness(TemplateLM):
     """A model that is loaded as inference.py loads it.
 
@@ -253,7 +252,9 @@ def _without_output(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    # Not as __main__: the registry must hold one class of this name.
+    # The registry must hold one class of this name, which is that of the module imported here, not of __main__.
     from qwen3_npu.evaluation import harness
 
     cli.run("qwen3_npu.evaluation.harness", harness.main)
+else:
+    register_model("qwen3-npu")(Qwen3Harness)

@@ -68,6 +68,7 @@ def cached(
     starts: dict[str, int],
     total: int,
     *,
+    at_most: int,
     steps: Iterator[tuple[Callable[[], list[Iterator[MicroBatch]]], Sequence[Samples], Sequence[Samples]]],
     device: torch.device,
     **sizes: int,
@@ -77,6 +78,7 @@ def cached(
     Args:
         reference: opened only if something is missing.
         starts, total: of the rows.
+        at_most: pairs that the training asks for, some of them perhaps twice.
         steps: of the training, while pairs are missing: how to make this rank's micro-batches, their samples, and those
             of all ranks.
     """
@@ -86,7 +88,7 @@ def cached(
     opened: Reference | None = None
     found: dict[int, tuple[float, float]] = {}
     asked: set[int] = set()  # equal on all ranks, which must run the same steps
-    with Progress("reference log-probabilities", missing, {"pairs": ""}) as progress:
+    with Progress("reference log-probabilities", min(missing, at_most), {"pairs": ""}) as progress:
         for number, (batches, mine, everyone) in enumerate(steps):
             rows = [row for samples in everyone for row in known.rows(samples)]
             new = {row for row in rows if np.isnan(known.values[row, 0])} - asked

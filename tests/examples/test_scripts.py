@@ -95,6 +95,16 @@ def test_an_empty_checkpoint_folder_means_random_weights(hf_dirs: dict[str, Path
         parse(asked)
 
 
+@pytest.mark.parametrize("stage", ["orpo", "simpo", "kto", "rm"])
+def test_the_dpo_scripts_train_other_losses(stage: str, hf_dirs: dict[str, Path], tmp_path: Path) -> None:
+    folder = str(hf_dirs["qwen3-8b"])
+    for kind in ("full", "lora"):
+        script = ROOT / f"examples/qwen3/dpo_qwen3_8b_4K_{kind}_ptd.sh"
+        asked = ask(script, tmp_path, HF_DIR=folder, CKPT_LOAD_DIR=folder, STAGE=stage, MBS="2")
+        parse(asked)
+        assert asked.flags[asked.flags.index("--stage") + 1] == stage
+
+
 def test_a_copied_script_says_what_is_missing(tmp_path: Path) -> None:
     for script in SCRIPTS:
         copy = tmp_path / script.name

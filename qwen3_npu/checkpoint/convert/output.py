@@ -11,14 +11,13 @@ from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan
 from qwen3_npu.checkpoint.convert.publish import ConversionOutput, HfOutput, MegatronOutput, PeftOutput
-from qwen3_npu.checkpoint.formats.base import Target
+from qwen3_npu.checkpoint.formats.base import Target, kept_dtypes, same_in_all_layers
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, format_of, is_hf_weights
 from qwen3_npu.checkpoint.formats.hf_write import plan_hf_files
 from qwen3_npu.checkpoint.formats.huggingface import weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes, same_in_all_layers
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError

@@ -12,9 +12,9 @@ from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
 from qwen3_npu.checkpoint.convert.prompts import read_prompts
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
+from qwen3_npu.checkpoint.formats.base import kept_dtypes
 from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
 from qwen3_npu.checkpoint.manifest import CONVERSION
-from qwen3_npu.checkpoint.mapping.kept_dtypes import kept_dtypes
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, check_apart
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.cli import option

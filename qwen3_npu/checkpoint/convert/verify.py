@@ -23,7 +23,6 @@ from qwen3_npu.checkpoint.verify.adapters import (
     written_scale,
 )
 from qwen3_npu.checkpoint.verify.compare import CompareFile, VerifiedOutput, uncovered
-from qwen3_npu.checkpoint.verify.published import published_shapes
 from qwen3_npu.checkpoint.verify.tensors import HfTensors, VerifySource, megatron_tensors
 from qwen3_npu.progress import Progress
 
@@ -58,7 +57,7 @@ def _verified(source: Opened | Source, alpha: float | None) -> VerifySource:
     assert isinstance(adapter, MegatronReader | DistReader)
     scale = written_scale(adapter.folder, source.lora, alpha)
     tensors = opened if adapter is base else _verified(adapter, alpha)
-    return MergedTensors(opened, MegatronPairs(tensors, scale, published_shapes(adapter.contents)))
+    return MergedTensors(opened, MegatronPairs(tensors, scale, adapter.contents))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _of_all_files(source: Opened, alpha: float | None, output: VerifiedOutput) -
         return lines
     written = written_scale(output.folder, lora)
     if isinstance(source, SharedA):
-        pairs = MegatronPairs(output.itself(), written, published_shapes(output.contents))
+        pairs = MegatronPairs(output.itself(), written, output.contents)
         return lines + unlike_products(PeftPairs(source.adapter), pairs, output.contents.arch)
     assert isinstance(source, MegatronReader | DistReader)
     scale = written_scale(source.folder, lora, alpha)

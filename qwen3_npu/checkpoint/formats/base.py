@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,14 +16,16 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import DType, widest
 from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, ITERATION, lora_args, to_args
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.shard_reader import OWN_DTYPES
+from qwen3_npu.checkpoint.mapping.source import OWN_DTYPES
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank, single_layout
+from qwen3_npu.errors import UsageError
 from qwen3_npu.files import Seal
 
 STATES = ("param", "exp_avg", "exp_avg_sq")  # of each trained parameter: float32 weight and moments
 RECORD = ".record.json"  # beside a finished file of a conversion that goes on
 PLAN = "plan.json"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Item(NamedTuple):
@@ -191,3 +195,51 @@ class MegatronWriter(Protocol):
 
     def finish(self, target: Target, stage: Path, notes: list[Any]) -> dict[str, Seal]:
         """Make the files that belong to all ranks, from the notes of all files."""
+
+
+def kept_dtypes(shapes: Shapes, dtype_of: Callable[[str], DType]) -> tuple[DType, DType, dict[str, DType]]:
+    """The dtype of most weights, that of most LoRA tensors, and those of the tensors that have another.
+
+    Args:
+        shapes: of every Hugging Face and PEFT tensor.
+        dtype_of: what each is stored in; a tensor for which it raises a `UsageError` is not looked at, since whoever
+            reads it will say what is wrong.
+    """
+    found: dict[str, DType] = {}
+    missing: UsageError | None = None
+    for name in shapes:
+        try:
+            found[name] = dtype_of(name)
+        except UsageError as error:
+            missing = error
+    numbers: dict[bool, collections.Counter[DType]] = {False: collections.Counter(), True: collections.Counter()}
+    for name, dtype in found.items():
+        numbers[_of_adapter(name)][dtype] += math.prod(shapes[name])
+    if missing is not None and not found:
+        raise missing
+    weights, lora = (numbers[kind] or numbers[not kind] for kind in (False, True))
+    most = {False: weights.most_common(1)[0][0], True: lora.most_common(1)[0][0]}
+    kept = {name: dtype for name, dtype in found.items() if dtype is not most[_of_adapter(name)]}
+    return most[False], most[True], kept
+
+
+def same_in_all_layers(
+    dtype: DType, lora_dtype: DType, kept: Mapping[str, DType], shapes: Shapes
+) -> tuple[DType, DType, dict[str, DType]]:
+    """The same for torch_dist, which stores a tensor of all layers (and experts) as one: these have one dtype.
+
+    Of gate and up, which are one tensor too, it stores the chunks apart.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in shapes if kept else ():
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name).replace(".up_proj.", ".gate_proj."), []).append(name)
+    wide: dict[str, DType] = {}
+    for names in groups.values():
+        usual = lora_dtype if _of_adapter(names[0]) else dtype
+        if (found := widest(kept.get(name, usual) for name in names)) is not usual:
+            wide |= dict.fromkeys(names, found)
+    return dtype, lora_dtype, wide
+
+
+def _of_adapter(name: str) -> bool:
+    return name.startswith("base_model.")

@@ -93,7 +93,7 @@ def candidates(path: str | Path, iteration: int | None = None, kind: str | None 
 
     Args:
         path: a root, an iteration's folder, a Hugging Face directory or a PEFT directory.
-        iteration: of a root: the only one that is accepted.
+        iteration: the only one that is accepted.
         kind: `HF` or `MEGATRON`: what it must be, where a folder is both. By default a tracker decides.
 
     Raises:
@@ -102,17 +102,24 @@ def candidates(path: str | Path, iteration: int | None = None, kind: str | None 
     path = Path(path)
     if kind != HF:
         if (form := format_of(path)) is not None:
-            return [_iteration(path, path.absolute().parent, form)]
+            return _asked(_iteration(path, path.absolute().parent, form), iteration)
         if found := _iterations(path, iteration):
             return found
     if kind == MEGATRON:
         return []
     if is_peft(path):
-        return [StoredModel(PEFT, path, path)]
+        return _asked(StoredModel(PEFT, path, path), iteration)
     if is_hf_weights(path):
-        return [StoredModel(HF, path, path)]
+        return _asked(StoredModel(HF, path, path), iteration)
     # What is missing of a Hugging Face model that was asked for, its reader says.
     return [StoredModel(HF, path, path)] if kind == HF and not candidates(path, iteration, MEGATRON) else []
+
+
+def _asked(found: StoredModel, iteration: int | None) -> list[StoredModel]:
+    if iteration is not None and found.iteration != iteration:
+        what = "one model and no steps" if found.iteration is None else f"step {found.iteration}"
+        raise UsageError(f"{found.folder} holds {what}, and step {iteration} is asked for; drop that, or give its root")
+    return [found]
 
 
 def _iteration(folder: Path, root: Path, form: str) -> StoredModel:

@@ -14,8 +14,7 @@ from qwen3_npu import log
 from qwen3_npu.args.lora import ALL_TARGETS, LORA_ENDS, LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DTYPES, DType
 from qwen3_npu.checkpoint.mapping.lora import Lora, found_lora
-from qwen3_npu.checkpoint.mapping.shard_reader import OWN_DTYPES
-from qwen3_npu.checkpoint.mapping.source import listed
+from qwen3_npu.checkpoint.mapping.source import OWN_DTYPES, listed
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch

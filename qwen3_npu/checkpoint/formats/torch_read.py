@@ -20,8 +20,7 @@ from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
 from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args, own_dtypes
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.shard_reader import ShardReader, SliceLocation
-from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
+from qwen3_npu.checkpoint.mapping.source import ShardReader, SliceLocation, check_tensors, listed
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, shards
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.verify.libraries import saved_arguments
-from qwen3_npu.checkpoint.verify.published import Span, is_turned, peft_tensor, published_shapes
+from qwen3_npu.checkpoint.verify.published import DORA, Span, is_turned, peft_tensor, published_shapes
 from qwen3_npu.checkpoint.verify.tensors import VerifySource
 from qwen3_npu.model.arch import Qwen3Arch
 
@@ -39,8 +39,9 @@ def _scale(alpha: float, r: int, *, stabilized: bool) -> float:
 class MegatronPairs:
     """An adapter in Megatron's form, under PEFT's names in `tensors`."""
 
-    def __init__(self, tensors: VerifySource, scale: float, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.tensors, self.scale, self.shapes = tensors, scale, shapes
+    def __init__(self, tensors: VerifySource, scale: float, contents: Contents) -> None:
+        self.tensors, self.scale, self.shapes = tensors, scale, published_shapes(contents)
+        self.is_dora = contents.lora is not None and contents.lora.is_dora
 
     def read(self, name: str, rows: Span, columns: Span) -> torch.Tensor:
         """A part of a tensor of the adapter."""
@@ -66,7 +67,7 @@ class PeftPairs:
         self.config: dict[str, Any] = json.loads((reader.folder / "adapter_config.json").read_text(encoding="utf-8"))
         self.file: Any = safe_open(reader.file.path, framework="pt")
         self.names = set(self.file.keys())
-        self.arch = reader.arch
+        self.arch, self.is_dora = reader.arch, self.config.get("use_dora") is True
 
     def _setting(self, kind: str, usual: str, module: str) -> float:
         patterns = self.config.get(kind) or {}
@@ -109,8 +110,11 @@ class PeftPairs:
         return None
 
     def read(self, name: str, rows: Span, columns: Span) -> torch.Tensor:
-        """A part of a whole tensor beside A and B: the head of a reward model."""
-        return self.file.get_slice(name)[slice(*rows), slice(*columns)]
+        """A part of a whole tensor beside A and B: the head of a reward model, or a vector of magnitudes."""
+        stored = self.file.get_slice(name)
+        if len(stored.get_shape()) == 1:
+            return stored[slice(*rows)].unsqueeze(1)
+        return stored[slice(*rows), slice(*columns)]
 
     def dtypes(self, name: str) -> set[torch.dtype]:
         return {self.file.get_slice(name)[:0].dtype}
@@ -134,13 +138,29 @@ class MergedTensors(VerifySource):
         source, own = self._of(name)
         return source.read(own, rows, columns)
 
-    def added(self, name: str, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What the adapter adds to a part of a weight, and how far float32 arithmetic may be from it; None: nothing.
+    def merged(self, name: str, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A part of a merged weight in float64, and how far float32 arithmetic may be from it; None: it has no
+        adapter.
 
-        The bound on a sum of r products is (r + 2) units in the last place of the sum of their sizes.
+        The bound on a sum of r products is (r + 2) units in the last place of the sum of their sizes; that on a norm
+        of n numbers grows with the root of n. DoRA: arXiv:2402.09353, equation 5.
         """
         pair = self.pair(name)
-        return None if pair is None else product(pair, rows, columns)
+        if pair is None:
+            return None
+        magnitudes = peft_tensor(name.removesuffix(".weight"), DORA)
+        if not self.pairs.is_dora:
+            added, error = product(pair, rows, columns)
+            return self.read(name, rows, columns).double() + added, error
+        whole = (0, pair[0].shape[1])
+        added, error = product(pair, rows, whole)
+        directions = self.read(name, rows, whole).double() + added
+        norms = directions.norm(dim=1, keepdim=True)
+        factors = self.pairs.read(magnitudes, rows, (0, 1)).double() / norms
+        unit = (whole[1] ** 0.5 + 16) * 2.0**-23
+        exact = factors * directions
+        spread = factors.abs() * error + exact.abs() * (error.norm(dim=1, keepdim=True) / norms + unit)
+        return exact[:, slice(*columns)], spread[:, slice(*columns)]
 
     def close(self) -> None:
         self.base.close()
@@ -176,8 +196,8 @@ def unlike_products(source: PeftPairs, output: MegatronPairs, arch: Qwen3Arch) -
     """Weights to which two adapters add something else, a line each."""
     lines = []
     for name, shape in published_shapes(Contents(arch)).items():
-        before, after = source(name), output(name)
-        if before is None and after is None:
+        old, new = source(name), output(name)
+        if old is None and new is None:
             continue
         narrow = output.dtypes(peft_tensor(name.removesuffix(".weight"), "A")) or {torch.float32}
         slack = max(1.0, *(2.0**24 * torch.finfo(dtype).eps for dtype in narrow))
@@ -185,13 +205,15 @@ def unlike_products(source: PeftPairs, output: MegatronPairs, arch: Qwen3Arch) -
         for start in range(0, shape[0], step):
             place = (start, min(start + step, shape[0])), (0, shape[1])
             zero = torch.zeros(1, dtype=torch.float64)
-            first, error = product(before, *place) if before else (zero, zero)
-            second, _ = product(after, *place) if after else (zero, zero)
+            first, error = product(old, *place) if old else (zero, zero)
+            second, _ = product(new, *place) if new else (zero, zero)
             if bool(((first - second).abs() > slack * error).any()):
                 lines.append(f"differs: scale * B @ A of {name}")
                 break
-    if arch.reward:
-        whole = (0, 1), (0, arch.hidden_size)
-        if not torch.equal(source.read(PEFT_HEAD, *whole).float(), output.read(PEFT_HEAD, *whole).float()):
-            lines.append(f"differs: {PEFT_HEAD}")
+    wholes = {PEFT_HEAD: ((0, 1), (0, arch.hidden_size))} if arch.reward else {}
+    wholes |= {name: ((0, shape[0]), (0, 1)) for name, shape in output.shapes.items() if name.endswith(DORA)}
+    for name, place in wholes.items():
+        before, after = source.read(name, *place), output.read(name, *place)
+        if not torch.equal(before.to(after.dtype), after):
+            lines.append(f"differs: {name}")
     return lines

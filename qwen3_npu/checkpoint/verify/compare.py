@@ -209,12 +209,8 @@ def _is_other(piece: StripPiece, tensor: WrittenTensor, source: VerifySource) ->
         stop = min(start + step, height)
         rows = piece.rows if piece.copy == PADDING else (piece.rows[0] + start, piece.rows[0] + stop)
         expected, found = source.read(piece.hf, rows, piece.columns), tensor.rows(piece, start, stop)
-        added = source.added(piece.hf, rows, piece.columns) if isinstance(source, MergedTensors) else None
-        if added is not None:
-            same = _is_near(expected.double() + added[0], added[1], found)
-        else:
-            same = is_same(expected.expand(stop - start, width), found)
-        if not same:
+        merged = source.merged(piece.hf, rows, piece.columns) if isinstance(source, MergedTensors) else None
+        if not (_is_near(*merged, found) if merged else is_same(expected.expand(stop - start, width), found)):
             return True
     return False
 

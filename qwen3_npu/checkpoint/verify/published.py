@@ -38,6 +38,7 @@ class Strip(NamedTuple):
 
 
 PADDING, TIED = "padding", "tied"
+DORA = "lora_magnitude_vector"
 
 
 class WholeMatrix(NamedTuple):
@@ -130,8 +131,10 @@ class ShardSizes:
 
 
 def peft_tensor(module: str, matrix: str) -> str:
-    """PEFT's name of the "A" or "B" beside a module; an embedding's are parameters and no modules."""
+    """PEFT's name of the "A", "B" or `DORA` beside a module; an embedding's are parameters and no modules."""
     stem = f"base_model.model.{module}."
+    if matrix == DORA:
+        return stem + DORA
     return f"{stem}lora_embedding_{matrix}" if module.endswith("embed_tokens") else f"{stem}lora_{matrix}.weight"
 
 
@@ -204,6 +207,9 @@ def _layer(contents: Contents, layer: int, experts: Iterable[int], *, stacked: b
             ours = (cut, WHOLE) if cut == COLUMNS else (WHOLE, cut)
             yield WholeMatrix(f"{name}.lora_A.default.weight", lora.r, columns, a, cut=ours[0])
             yield WholeMatrix(f"{name}.lora_B.default.weight", rows, lora.r, b, cut=ours[1])
+            if lora.is_dora:
+                m = tuple(s._replace(hf=peft_tensor(s.hf, DORA)) for s in strips)
+                yield WholeMatrix(f"{name}.{DORA}.default.weight", rows, 1, m, cut=ours[1], is_vector=True)
     if contents.base:
         yield from _others(arch, layer)
 
@@ -250,6 +256,9 @@ def _vocabulary(
         else:
             yield WholeMatrix(at.format("A"), r, hidden, (Strip(a, 0, r),))
             yield WholeMatrix(at.format("B"), padded, r, tall(b), cut=ROWS)
+            if adapted.is_dora:
+                m = tall(peft_tensor(module, DORA))
+                yield WholeMatrix(f"{name}.{DORA}.default.weight", padded, 1, m, cut=ROWS, is_vector=True)
 
 
 def outer_matrices(contents: Contents, padded: int, *, first: bool, last: bool, copies: bool) -> Iterator[WholeMatrix]:

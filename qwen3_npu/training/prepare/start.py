@@ -38,6 +38,7 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
         _check_room(Path(args.checkpoint.save), args, arch)
     args.trackers.check_installed()
     _check_load(args, arch)
+    _check_reference(args, arch)
     if args.lora.lora_load is not None:
         _check_opens(args.lora.lora_load, None, "--lora-load", args, arch=arch)
 
@@ -68,6 +69,8 @@ def _check_room(save: Path, args: PretrainArgs, arch: Qwen3Arch) -> None:
 
 def _check_load(args: PretrainArgs, arch: Qwen3Arch) -> None:
     load, save = args.checkpoint.load, args.checkpoint.save
+    if args.data.is_preference and (load is None or args.checkpoint.from_scratch):
+        raise UsageError(f"--stage {args.data.stage} trains a given model; give it with --load, not --from-scratch")
     if load is None:
         if args.lora.on:
             raise UsageError("--lora-r trains an adapter of a given model; give it with --load")
@@ -78,14 +81,30 @@ def _check_load(args: PretrainArgs, arch: Qwen3Arch) -> None:
     _check_opens(load, args.checkpoint.ckpt_step, "--load", args, arch=arch)
 
 
+def _check_reference(args: PretrainArgs, arch: Qwen3Arch) -> None:
+    wanted, load = args.preference, args.checkpoint.load
+    step = wanted.refer_model_iter
+    if wanted.ref_model is not None:
+        _check_opens(wanted.ref_model, step, "--ref-model", args, arch=arch)
+    elif step is not None and args.lora.on:
+        raise UsageError(
+            f"--refer-model-iter {step} has no effect: with LoRA the reference is the model without its adapter; give "
+            f"--ref-model too, or drop it"
+        )
+    elif step is not None and load is not None and not candidates(load, step):
+        raise UsageError(f"--refer-model-iter {step}: {load} has no such checkpoint; name another with --ref-model")
+
+
 def _check_opens(folder: str, step: int | None, flag: str, args: PretrainArgs, *, arch: Qwen3Arch) -> None:
     found = next(iter(candidates(folder, step)), None)
     if found is None:
-        lacks = "no checkpoint and no Hugging Face model" if flag == "--load" else "no checkpoint and no PEFT adapter"
+        lacks = f"no checkpoint and no {'PEFT adapter' if flag == '--lora-load' else 'Hugging Face model'}"
         why = nothing_there(folder, None) if Path(folder).exists() else "there is no such folder"
         raise UsageError(f"{flag} {folder} holds {lacks}: {why}")
     if found.format == PEFT and flag == "--load":
         raise UsageError(f"--load {folder} is a PEFT adapter; give its model with --load and this with --lora-load")
+    if found.format == PEFT and flag == "--ref-model":
+        raise UsageError(f"--ref-model {folder} is a PEFT adapter; merge it into its model with convert_ckpt.py first")
     if found.format == HF and flag == "--lora-load":
         raise UsageError(f"--lora-load {folder} is a full model; give an adapter's folder, or drop the flag")
     if not args.runtime.dry_run:

@@ -40,7 +40,7 @@ def adapter(base: Path, folder: Path, **config: Any) -> np.ndarray:
 
 
 def merge(base: Path, folder: Path, out: Path) -> np.ndarray:
-    samples.ok("--load-dir", base, "--lora-load", folder, "--save-model-type", "hf", "--save-dir", out)
+    samples.ok("--load-dir", base, "--lora-load", folder, "--save-model-type", "hf", "--save-dir", out, "--verify")
     return logits(load(out))
 
 
@@ -100,11 +100,11 @@ def test_what_peft_computes_is_merged(name: str, real_models: dict[str, Path], t
     assert np.abs(merge(real_models[kind], tmp_path / "adapter", tmp_path / "hf") - expected).max() < 1e-5
     # The same through a Megatron adapter, which has one A per linear.
     flags = ("--hf-cfg-dir", real_models[kind], "--target-tensor-parallel-size", 2)
-    samples.to_mg(tmp_path / "adapter", tmp_path / "mg", *flags)
+    samples.to_mg(tmp_path / "adapter", tmp_path / "mg", *flags, "--verify")
     assert np.abs(merge(real_models[kind], tmp_path / "mg", tmp_path / "hf2") - expected).max() < 1e-5
     if name in EXPORTED:
         flags = ("--load-model-type", "mg", "--save-model-type", "hf", "--save-lora-to-hf")
-        samples.ok(*flags, "--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "peft")
+        samples.ok(*flags, "--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "peft", "--verify")
         config = peft.PeftConfig.from_pretrained(str(tmp_path / "peft"))
         assert EXPORTED[name](config)
         back = peft.PeftModel.from_pretrained(load(real_models[kind]), str(tmp_path / "peft"))

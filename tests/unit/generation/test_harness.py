@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,3 +47,14 @@ def test_scores_are_those_of_the_harness_own_backend(ours: Any, model: Path, tmp
     context = harness_tasks.DOCS[0]["q"]
     request = type("R", (), {"args": (context, greedy)})()
     assert ours.loglikelihood([request])[0][1], "what it says greedily is the likeliest"
+
+
+def test_the_command_is_that_of_the_harness(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `python -m` runs it: the model is registered once, however the module is called."""
+    monkeypatch.setattr(sys, "argv", ["harness", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("qwen3_npu.evaluation.harness", run_name="__main__")
+    assert not end.value.code
+    assert "--model_args" in capsys.readouterr().out

@@ -61,6 +61,18 @@ def parsed(made: Path, *flags: str) -> pretrain.PretrainArgs:
         ),
         (["--load", "model", "--lora-r", "4", "--lora-load", "model"], "--lora-load {made}/model is a full model"),
         (["--save", "a file/x"], "--save {made}/a file/x cannot be written: Not a directory"),
+        (["--stage=orpo"], "--stage orpo trains a given model; give it with --load"),
+        (
+            ["--stage=dpo", "--load", "model", "--ref-model", "missing"],
+            "--ref-model {made}/missing holds no checkpoint",
+        ),
+        (["--stage=dpo", "--load", "model", "--ref-model", "other"], "--ref-model {made}/other holds "),
+        (["--stage=dpo", "--load", "model", "--refer-model-iter", "3"], "{made}/model holds one model and no steps"),
+        (["--load", "model", "--ckpt-step", "3"], "{made}/model holds one model and no steps, and step 3 is asked for"),
+        (
+            ["--stage=dpo", "--load", "model", "--refer-model-iter", "3", "--lora-r", "4"],
+            "--refer-model-iter 3 has no effect: with LoRA the reference is the model without its adapter",
+        ),
         (["--lora-r", "4"], "--lora-r trains an adapter of a given model; give it with --load"),
         (["--tensorboard-dir", "a file"], "--tensorboard-dir {made}/a file cannot be written: File exists"),
         (["--data-cache-path", "a file/x"], "--data-cache-path {made}/a file/x cannot be written"),
@@ -79,6 +91,9 @@ def test_what_is_right_passes_and_leaves_nothing(made: Path) -> None:
     new = str(made / "new" / "deep")
     args = parsed(made, "--load", str(made / "model"), "--save", new, "--tensorboard-dir", new + "/tensorboard")
     check_start(args, tiny.arch())
+    check_start(
+        parsed(made, "--stage", "dpo", "--load", new, "--save", new, "--ref-model", str(made / "model")), tiny.arch()
+    )
     check_start(parsed(made, "--load", new, "--save", new), tiny.arch())  # a first start of a script that resumes
     assert sorted(made.rglob("*")) == before
 
