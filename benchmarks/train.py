@@ -8,9 +8,9 @@ speed   One process each, taking turns: forward, backward and AdamW on a model o
         matrix multiplication measured in the same run, peak resident memory. Target: 1.2 x transformers' tokens/s.
 memory  Peak resident memory of LoRA (r 16, all linears) beside full fine-tuning, Qwen3-0.6B's shapes, one sequence of
         64 tokens, float32. Target: below 0.35.
-qlora   Memory of a LoRA training of Qwen3-0.6B's shapes, bfloat16, r 4, one sequence of 64 tokens: as it is, with
-        --qlora, and with --qlora-embedding, too. Bytes of the weights, and the most that all tensors take in a step:
-        weights, gradients, optimizer, and what the step makes. Target: at most 0.4 x the weights of LoRA.
+qlora   Memory of a LoRA training of Qwen3-0.6B's shapes, bfloat16, r 4, one sequence of 64 tokens, layers recomputed:
+        as it is, with --qlora, and with --qlora-embedding, too. Bytes of the weights, and the most that all tensors
+        take in a step: weights, gradients, optimizer, and what the step makes. Target: at most 0.4 x LoRA's weights.
 cp      Memory of the activations of one step on each rank at --context-parallel-size 1, 2 and 4, both algorithms, a
         model of 2 layers (hidden 256, 8 heads of 64, 4 key/value heads), one sequence of 8192 tokens, float32: what is
         kept for backward, the most tensors there are at a time, and by how much the resident memory of the process
@@ -205,6 +205,7 @@ def qlora(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     flags = ["--stage", "sft", "--load", str(model), "--data-path", str(data), "--seq-length", "64", "--bf16"]
     flags += ["--train-iters", "3", "--lr", "1e-4", "--device", "cpu", "--lora-r", "4", "--eval-iters", "0"]
     flags += ["--loss-compute-mode", "chunk", "--loss-chunk-size", "8"]
+    flags += ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "28"]
     found = {}
     runs = {"lora": [], "qlora": ["--qlora"], "qlora_embedding": ["--qlora", "--qlora-embedding"]}
     for name, more in runs.items():

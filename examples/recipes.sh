@@ -40,6 +40,11 @@ train() { # flags of this kind of training...
         memory+=(--recompute-granularity full --recompute-method "${RECOMPUTE% *}")
         memory+=(--recompute-num-layers "${RECOMPUTE#* }")
     fi
+    if [ -n "${SWAP_OPTIMIZER:-}" ]; then # slices of a step
+        memory+=(--swap-optimizer --swap-optimizer-times "$SWAP_OPTIMIZER")
+    fi
+    if [ -n "${REUSE_FP32_PARAM:-}" ]; then memory+=(--reuse-fp32-param); fi
+    if [ -n "${MOE_ZERO_MEMORY:-}" ]; then memory+=(--moe-zero-memory "$MOE_ZERO_MEMORY"); fi
     local collect=()
     if [ -n "${MANUAL_GC:-}" ]; then collect=(--manual-gc --manual-gc-interval "$MANUAL_GC"); fi  # steps
     if [ "$SEQ_LENGTH" -gt 40960 ]; then memory+=(--max-position-embeddings "$SEQ_LENGTH"); fi

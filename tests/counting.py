@@ -87,8 +87,14 @@ class Launches(TorchDispatchMode):
             finally:
                 self.in_schedule = False
 
+        with unittest.mock.patch.object(step, "run_schedule", run_schedule), self.below_too():
+            yield
+
+    @contextlib.contextmanager
+    def below_too(self) -> Iterator[None]:
+        """Count what the device itself counts outside of operations, too."""
         start = self.below()
-        with unittest.mock.patch.object(step, "run_schedule", run_schedule), self:
+        with self:
             yield
         if self.below is _idle:
             return
@@ -105,6 +111,15 @@ def counted(made: loop.Trainer, device: str, below: Callable[[], Count] = _idle)
     launches = Launches(device, below)
     with launches.of_a_step():
         made.step()
+    return {name: getattr(launches, name) for name in ("operations", "collectives", "waits", "copies")}
+
+
+def counted_pass(run: Callable[[], object], device: str, below: Callable[[], Count] = _idle) -> dict[str, Any]:
+    """As `counted`, of one pass that is no step of a training: all of it is forward."""
+    launches = Launches(device, below)
+    launches.in_schedule = True
+    with launches.below_too():
+        run()
     return {name: getattr(launches, name) for name in ("operations", "collectives", "waits", "copies")}
 
 

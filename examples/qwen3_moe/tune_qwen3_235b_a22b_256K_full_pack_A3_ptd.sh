@@ -6,7 +6,8 @@ source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/recipes.sh" ||
     { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
 defaults MODEL=qwen3_235b_a22b NNODES=16 NPUS_PER_NODE=16 TP=4 PP=8 VPP=4 NOOP_LAYERS=94,95 CP=8 EP=32 ETP=1 \
-    MBS=1 GBS=32 SEQ_LENGTH=262144 RECOMPUTE="uniform 1" PACKED=1 LR=12e-6 MIN_LR=12e-7 \
+    MBS=1 GBS=32 SEQ_LENGTH=262144 RECOMPUTE="uniform 1" SWAP_OPTIMIZER=16 PACKED=1 \
+    LR=12e-6 MIN_LR=12e-7 \
     CPU_AFFINITY_CONF=1 STREAMS_PER_DEVICE=32 MANUAL_GC=10
 
 tune_full "$@"

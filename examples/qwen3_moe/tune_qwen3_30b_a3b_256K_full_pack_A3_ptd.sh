@@ -6,7 +6,7 @@ source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/recipes.sh" ||
     { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
 defaults MODEL=qwen3_30b_a3b NNODES=8 NPUS_PER_NODE=16 TP=2 PP=2 CP=16 EP=16 ETP=1 MBS=1 GBS=32 \
-    SEQ_LENGTH=262144 PACKED=1 LR=1.25e-5 MIN_LR=1.25e-7 \
+    SEQ_LENGTH=262144 MOE_ZERO_MEMORY=level1 PACKED=1 LR=1.25e-5 MIN_LR=1.25e-7 \
     CPU_AFFINITY_CONF=1 HCCL_CONNECT_TIMEOUT=6000 HCCL_EXEC_TIMEOUT=5400 MANUAL_GC=50
 
 tune_full "$@"

@@ -235,6 +235,10 @@ _FOUND = "the folder shows it"
 
 SHARED_FOREIGN: dict[str, Foreign] = {
     **FOREIGN_TRAINING,
+    "--reuse-fp32-param": Foreign(_TRAINED),
+    "--swap-optimizer": Foreign(_TRAINED),
+    "--swap-optimizer-times": Foreign(_TRAINED, nargs=1),
+    "--moe-zero-memory": Foreign("nothing is kept for backward", nargs=1),
     "--micro-batch-size": Foreign("--predict-batch-size and --evaluation-batch-size are the sizes here", nargs=1),
     "--global-batch-size": Foreign(_TRAINED, nargs=1),
     "--train-iters": Foreign(_TRAINED, nargs=1),

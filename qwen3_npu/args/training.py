@@ -125,6 +125,24 @@ class TrainArgs:
 class OptimizerArgs:
     """optimizer and learning rate"""
 
+    optimizer: str = flag(
+        "adam",
+        choices=["adam", "muon"],
+        help="muon: orthogonal updates of the layers' matrices, AdamW for the rest; it needs whole matrices: not with "
+        "--use-distributed-optimizer or LoRA",
+    )
+    muon_momentum: float = flag(0.95, minimum=0, below=1, help="decay of the momentum")
+    muon_use_nesterov: bool = flag(False, help="Nesterov's momentum")
+    muon_scale_mode: str = flag(
+        "spectral",
+        choices=["spectral", "shape_scaling", "unit_rms_norm"],
+        help="updates are multiplied by the root of the larger side, of out / in if that is above 1, or of out / in",
+    )
+    muon_extra_scale_factor: float = flag(
+        1.0, above=0, help="and by this; 0.2 with `spectral` makes them as large as AdamW's, for a shared --lr"
+    )
+    muon_num_ns_steps: int = flag(5, minimum=1, maximum=99, unit="steps", help="of the Newton-Schulz iteration")
+    muon_split_qkv: bool = flag(True, help="queries, keys and values are three matrices, not one")
     lr: float = flag(minimum=0, help="highest learning rate")
     min_lr: float = flag(0.0, minimum=0, help="lowest learning rate")
     lr_decay_style: str = flag("linear", choices=["constant", "linear", "cosine", "WSD"], help="shape of the decay")
@@ -146,6 +164,11 @@ class OptimizerArgs:
     adam_eps: float = flag(1e-8, above=0, help="added to the root of the second moment")
     clip_grad: float = flag(1.0, minimum=0, help="largest gradient norm; 0: no clipping")
     use_distributed_optimizer: bool = flag(False, help="shard optimizer state over data-parallel ranks (ZeRO-1)")
+    reuse_fp32_param: bool = flag(
+        False,
+        help="keep only the lower halves of float32 weights beside the 16-bit ones: 2 bytes less of each weight's "
+        "share; needs --bf16 and --use-distributed-optimizer",
+    )
     swap_optimizer: bool = flag(
         False,
         help="keep float32 weights and moments on the host: 12 bytes less of each weight's share on the device (8 "
@@ -161,8 +184,16 @@ class OptimizerArgs:
         warmups = {"--lr-warmup-iters": self.lr_warmup_iters, "--lr-warmup-samples": self.lr_warmup_samples}
         if len(given := [n for n, v in {**warmups, "--lr-warmup-fraction": self.lr_warmup_fraction}.items() if v]) > 1:
             raise UsageError(f"{' and '.join(given)} say the same thing; give one")
-        if self.swap_optimizer and not self.use_distributed_optimizer:
-            raise UsageError("--swap-optimizer needs --use-distributed-optimizer")
+        if self.optimizer == "muon" and self.use_distributed_optimizer:
+            raise UsageError(
+                "--use-distributed-optimizer cuts all weights into flat slices, and --optimizer muon needs whole "
+                "matrices; drop one of the two"
+            )
+        for name, is_on in (("swap-optimizer", self.swap_optimizer), ("reuse-fp32-param", self.reuse_fp32_param)):
+            if is_on and not self.use_distributed_optimizer:
+                raise UsageError(f"--{name} needs --use-distributed-optimizer")
+        if self.swap_optimizer and self.reuse_fp32_param:
+            raise UsageError("--reuse-fp32-param and --swap-optimizer exclude each other; --swap-optimizer saves more")
         if self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:

@@ -118,15 +118,18 @@ def read_integrity(folder: Path) -> Integrity:
     return Integrity(name, by, files)
 
 
-def damage(folder: Path, rank: int = 0, ranks: int = 1, count: Count = _uncounted) -> list[str]:
+def damage(
+    folder: Path, rank: int = 0, ranks: int = 1, count: Count = _uncounted, *, said: Integrity | None = None
+) -> list[str]:
     """What is wrong with a sealed folder, a line each.
 
     Args:
         rank, ranks: the files are divided among the ranks; this rank checks its own.
         count: told of the bytes read.
+        said: what the folder says, if it has been read.
     """
     try:
-        said = read_integrity(folder)
+        said = said or read_integrity(folder)
     except UsageError as error:
         return [f"{folder / INTEGRITY} cannot be read: {error}"]
     found = (_wrong(folder / name, said.files[name], said.hash, count) for name in said.share(rank, ranks))

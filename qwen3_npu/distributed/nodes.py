@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from qwen3_npu.distributed import environment
+from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.errors import UsageError
 
 _PATIENCE = 10.0  # seconds; a network file system shows a new file late
@@ -19,7 +20,7 @@ def check_shared(folder: Path, flag: str) -> None:
     """Every process must see what rank 0 writes into a folder that exists. Every rank must call this.
 
     Raises:
-        UsageError: on every rank, if some do not; naming their nodes.
+        UsageError: on every rank, if some do not; naming the first one's node.
     """
     if dist.get_world_size() == 1:
         return
@@ -29,14 +30,13 @@ def check_shared(folder: Path, flag: str) -> None:
     if dist.get_rank() == 0:
         probe.touch()
     dist.barrier()
-    blind: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(blind, None if _appears(probe) else os.uname().nodename)
+    blind = first_problem(None if _appears(probe) else os.uname().nodename)
     if dist.get_rank() == 0:
         probe.unlink()
-    if nodes := sorted({node for node in blind if node}):
+    if blind is not None:
         raise UsageError(
-            f"{flag} {folder}: not seen from all nodes: what rank 0 writes does not appear on {', '.join(nodes)}; "
-            f"give a folder that all nodes share, or --save-per-node"
+            f"{flag} {folder}: not seen from all nodes: what rank 0 writes does not appear on {blind[1]} (rank "
+            f"{blind[0]}); give a folder that all nodes share, or --save-per-node"
         )
 
 
@@ -50,10 +50,9 @@ def check_own(folder: Path, flag: str) -> None:
     dist.broadcast_object_list(name, 0)
     (folder / f"{name[0]}-{node}").touch()
     dist.barrier()
-    seen: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(seen, len(list(folder.glob(f"{name[0]}-*"))) > 1)
+    seen = first_problem(flag if len(list(folder.glob(f"{name[0]}-*"))) > 1 else None)
     (folder / f"{name[0]}-{node}").unlink(missing_ok=True)
-    if any(seen):
+    if seen is not None:
         raise UsageError(f"{flag} {folder} is shared by the nodes; drop --save-per-node")
 
 
@@ -64,12 +63,13 @@ def check_same(digest: str | None, what: str) -> None:
         digest: of what it found; None: it did not look. Rank 0 must.
 
     Raises:
-        UsageError: on every rank, if some found something else; naming their nodes.
+        UsageError: on every rank, if some found something else; naming the first one's node.
     """
-    found: list[tuple[str | None, str]] = [(None, "")] * dist.get_world_size()
-    dist.all_gather_object(found, (digest, os.uname().nodename))
-    if nodes := sorted({node for other, node in found if other not in (None, found[0][0])}):
-        raise UsageError(f"{what} on {', '.join(nodes)} is not what it is on {found[0][1]}; copy it there again")
+    expected = [(digest, os.uname().nodename)]
+    dist.broadcast_object_list(expected, 0)
+    other = first_problem(None if digest in (None, expected[0][0]) else os.uname().nodename)
+    if other is not None:
+        raise UsageError(f"{what} on {other[1]} is not what it is on {expected[0][1]}; copy it there again")
 
 
 def _appears(path: Path) -> bool:

@@ -18,6 +18,7 @@ from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.formats.open import ALONE, Opened, Sources
 from qwen3_npu.checkpoint.training.live import Ranks, load_weights
+from qwen3_npu.data.train.batches import fetched, moved
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.plan import InferencePlan
@@ -164,7 +165,11 @@ class Runner:
         return self.arch.rope, self.dtype
 
     def _positions(self, places: list[int]) -> torch.Tensor:
-        return torch.tensor([places], device=self.device)
+        return self._numbers([places])
+
+    def _numbers(self, numbers: list[int] | list[list[int]]) -> torch.Tensor:
+        """On the device, by a copy that the host does not wait for."""
+        return moved({"numbers": torch.tensor(numbers)}, self.device)["numbers"]
 
     # Passes
 
@@ -187,7 +192,7 @@ class Runner:
         if not wanted:
             return hidden.new_empty(0, self.vocab_size)
         if len(wanted) < len(tokens):
-            hidden = hidden[torch.tensor(wanted, device=self.device)]
+            hidden = hidden[self._numbers(list(wanted))]
         if self.arch.reward:
             return self.head(hidden)
         logits, _ = self.head(hidden)
@@ -208,7 +213,7 @@ class Runner:
         return bool(flag.item())
 
     def _first(self, tokens: Sequence[int]) -> torch.Tensor:
-        return self.model.embedding(torch.tensor([tokens], device=self.device), None)
+        return self.model.embedding(self._numbers([list(tokens)]), None)
 
     def _received(self, tokens: int) -> torch.Tensor:
         hidden = torch.empty(tokens, 1, self.arch.hidden_size, dtype=self.dtype, device=self.device)
@@ -261,7 +266,7 @@ class Runner:
         both = torch.zeros(2, count, dtype=torch.int64, device=self.device)
         if scored is not None:
             both[0], both[1] = scored[0], scored[1].float().contiguous().view(torch.int32)
-        numbers, bits = self.share(both).cpu()
+        numbers, bits = fetched(self.share(both))
         return numbers.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
 
     def gather(self, mine: list[T]) -> list[T]:

@@ -92,8 +92,9 @@ class CachedSequence(TokenSequence):
 
     @functools.cached_property
     def lengths(self) -> torch.Tensor:
-        """[sequences] int64: tokens kept before."""
-        return torch.tensor([k.start for k in self.kept], device=self.positions.device)
+        """[sequences] int64: tokens kept before each of which one token is new; that is the new token's position."""
+        assert self.is_decode
+        return self.positions[0]
 
     @functools.cached_property
     def ends(self) -> list[int]:

@@ -59,11 +59,16 @@ class StepTime:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """Seconds of one layer and micro-batch, forward (backward is twice the computing)."""
+    """Seconds of one layer and micro-batch, forward (backward is twice the computing).
+
+    Attributes:
+        again: products of experts that backward computes again, without recomputing the layer.
+    """
 
     products: float
     attention: float
     kernels: float
+    again: float = 0.0
 
 
 def product_seconds(device: Device, flops: float, count: int = 1) -> float:
@@ -89,7 +94,7 @@ def collective_seconds(device: Device, size: int, stride: int, moved: float, *, 
 
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
-    h, query = shape.hidden_size, shape.query_width
+    h, query, again = shape.hidden_size, shape.query_width, 0.0
     products = sum(product_seconds(device, 2 * tokens * size) for size in _attention_products(shape, tp))
     squares = setup.micro_batch * setup.seq_length**2 / setup.context / 2  # causal
     attention = 2 * squares * (query + shape.output_width) / tp / (device.flops * device.attention)
@@ -97,8 +102,10 @@ def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _La
     if has_experts:
         rows, ffn = routed_rows(shape, setup), shape.moe_ffn_hidden_size / setup.expert_tensor
         local = shape.num_experts // setup.expert
-        products += product_seconds(device, 2 * rows * h * shape.gate_factor * ffn, local)
-        products += product_seconds(device, 2 * rows * ffn * h, local)
+        first = product_seconds(device, 2 * rows * h * shape.gate_factor * ffn, local)
+        second = product_seconds(device, 2 * rows * ffn * h, local)
+        products += first + second
+        again = (0.0, first, first + second)[setup.recompute_experts]
         products += product_seconds(device, 2 * setup.sharded_tokens * h * shape.num_experts)
         shared = 2 * tokens * h * shape.moe_shared_ffn * (shape.gate_factor + 1) / tp
         products += product_seconds(device, shared, 2) if shared else 0.0
@@ -109,7 +116,7 @@ def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _La
             device, 2 * tokens * ffn * h
         )
         moved += tokens * (shape.gate_factor + 1) * ffn
-    return _Layer(products, attention, moved * width / (device.memory_bandwidth * device.streaming))
+    return _Layer(products, attention, moved * width / (device.memory_bandwidth * device.streaming), again=again)
 
 
 def _attention_products(shape: Shape, tp: int) -> list[float]:
@@ -165,15 +172,16 @@ def step_time(shape: Shape, setup: Setup, device: Device, *, imbalance: float = 
 def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbalance: float) -> StepTime:
     counts, passes = setup.layer_kinds(shape, stage), setup.num_microbatches
     number = sum(counts.values())
-    products = attention = kernels = 0.0
+    products = attention = kernels = again = 0.0
     for is_moe in counts:
         layer = _layer(shape, setup, device, is_moe)
         slow = imbalance if is_moe and setup.expert > 1 else 1.0
         products += counts[is_moe] * layer.products * slow
         attention += counts[is_moe] * layer.attention
         kernels += counts[is_moe] * layer.kernels
+        again += counts[is_moe] * layer.again * slow
     share = min(setup.recompute, number) / max(number, 1)
-    recompute = share * (products + attention + kernels)
+    recompute = share * (products + attention + kernels) + (1 - share) * again
     backward = 1.0 if setup.lora_rank else 2.0 - setup.frozen  # a frozen weight has no gradient of its own
     products *= 1 + backward
     attention *= 3.5  # backward recomputes the scores: 2.5 x forward
@@ -192,7 +200,10 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         kernels=passes * kernels,
         recompute=passes * recompute,
         tensor=passes * number * _tensor(shape, setup, device) * (1 + share / 2),
-        expert=passes * counts.get(True, 0) * _expert(shape, setup, device, imbalance) * (1 + share / 2),
+        expert=passes
+        * counts.get(True, 0)
+        * _expert(shape, setup, device, imbalance)
+        * (1 + (1 if setup.recompute_experts == 2 else share) / 2),
         context=passes * number * _context(shape, setup, device),
         pipeline=_pipeline(shape, setup, device),
         data=_data(shape, setup, device, stage, busy=passes * busy),

@@ -5,6 +5,7 @@ python -m qwen3_npu.trace --devices 256 --ranks 0,37 FLAGS OF pretrain_gpt.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 from qwen3_npu import cli, log
@@ -35,6 +36,13 @@ def main() -> None:
 
     platform = select_platform("cpu")
     platform.activate()
+    if wanted.growth is not None:
+        from qwen3_npu.trace.growth import growth, growth_table
+
+        work = growth(platform, args, device, devices=wanted.devices, sizes=number_list(wanted.growth))
+        rows = [dataclasses.asdict(row) for row in work]
+        print(json.dumps(rows, indent=1) if wanted.json else "\n".join(growth_table(work)))
+        return
     shape, setup = shape_of(plan.arch, plan.layout.padded_vocab_size), setup_of(args, plan)
     data = []
     for rank in number_list(wanted.ranks) or _ends(plan, wanted.devices):

@@ -18,7 +18,6 @@ from qwen3_npu.trace.record import Operation
 
 PAIRWISE = ("c10d.send", "c10d.recv")
 _IN_A_STEP = ("forward", "backward")
-_NEAR = 8  # operations between a collective and the product that could hide it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +112,13 @@ def _name(operation: Operation, groups: Mapping[tuple[int, ...], str]) -> str:
 
 
 def _product_beside(operations: Sequence[Operation], number: int, device: Device) -> float:
-    """Seconds of the longest product near a collective, up to the next collective on either side."""
+    """Seconds of the products (those of all experts) between a collective and the next one on either side."""
     longest = 0.0
     for step in (1, -1):
-        for place in range(number + step, number + step * (_NEAR + 1), step):
-            if not 0 <= place < len(operations) or operations[place].ranks:
-                break
+        seconds, place = 0.0, number + step
+        while 0 <= place < len(operations) and not (operations[place].ranks and seconds):
             if operations[place].flops and "attention" not in operations[place].name:
-                longest = max(longest, seconds_of(operations[place], device))
+                seconds += seconds_of(operations[place], device)
+            place += step
+        longest = max(longest, seconds)
     return longest

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
+from qwen3_npu.distributed import agreement
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.model import dispatcher
 
@@ -71,6 +72,7 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         (dist, "new_group", pretended_group),
         (dist.distributed_c10d, "new_group", pretended_group),
         (dist, "all_gather_object", _same_everywhere),
+        (agreement, "smallest", list),
         (dist, "broadcast_object_list", lambda *_, **__: None),
         # Weights are made in 16 bits; torch cannot exchange a module's parameters that have no data.
         (torch.nn.Module, "bfloat16", unchanged),

@@ -38,7 +38,6 @@ from qwen3_npu.training.exits import Exits
 from qwen3_npu.training.feed import Feed, SampleSource, open_feed
 from qwen3_npu.training.fingerprints.gather import fingerprinting, follow_tokens
 from qwen3_npu.training.fingerprints.recorder import StepRecorder
-from qwen3_npu.training.gradients import Gradients
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from qwen3_npu.training.parts import lora_of, parts_of
@@ -54,6 +53,7 @@ from qwen3_npu.training.spikes.replicas import ReplicaCheck
 from qwen3_npu.training.spikes.rollback import decoder, go_back
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
 from qwen3_npu.training.train import train
+from qwen3_npu.training.update.gradients import Gradients
 from qwen3_npu.watch import here
 from qwen3_npu.watch.start import watched
 

@@ -16,11 +16,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-from qwen3_npu.data.train.batches import MicroBatch
-from qwen3_npu.training.gradients import Gradients
+from qwen3_npu.data.train.batches import MicroBatch, fetched
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.objective import Objective
 from qwen3_npu.training.spikes.detector import SpikeLimits
+from qwen3_npu.training.update.gradients import Gradients
 from qwen3_npu.watch import here
 
 
@@ -263,7 +263,7 @@ def train_step(
     flags = [bad, *(torch.full_like(norm, float(wish)) for wish in wishes)]
     everyones = torch.stack(flags)
     dist.all_reduce(everyones)
-    *numbers, grad_norm, tokens = torch.cat((everyones, sums, norm.view(1), divisor.view(1))).tolist()
+    *numbers, grad_norm, tokens = fetched(torch.cat((everyones, sums, norm.view(1), divisor.view(1)))).tolist()
     not_well, *told = numbers[: len(flags)]
     tally, skip = tally_of(numbers[len(flags) :]), math.isnan(not_well)
     guard.count(skip)

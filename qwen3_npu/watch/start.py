@@ -22,6 +22,7 @@ import qwen3_npu
 from qwen3_npu import log
 from qwen3_npu.args.watch import WatchArgs
 from qwen3_npu.distributed import environment
+from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.processes import started
 from qwen3_npu.watch import here, probe
 from qwen3_npu.watch.collectives import COLLECTIVES, DTYPE_NAMES, Recorder
@@ -102,11 +103,9 @@ def timed(times: Times, *states: State) -> Iterator[None]:
 
 def _impossible(problem: str | None) -> bool:
     """Whether some rank has a problem, which is told. Every rank must call this."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    found = next(filter(None, problems), None)
+    found = first_problem(problem)
     if found is not None:
-        log.warning_once(f"no watch over hangs and stragglers: {found}")
+        log.warning_once(f"no watch over hangs and stragglers: {found[1]}")
     return found is not None
 
 

@@ -37,7 +37,10 @@ ROWS: dict[str, tuple[str, int, int, list[str]]] = {
     "MoE EP2": ("moe", 2, 2, EP2),
     "ring CP2": ("untied", 2, 1, RING),
     "TP2 SP": ("untied", 2, 1, TP2),
+    "decode": ("untied", 1, 1, []),
 }
+# One token of one answer instead of a step; forward only.
+DECODING = ("decode",)
 COLUMNS = {
     "fwd": "operations forward",
     "bwd": "operations backward",
@@ -73,8 +76,11 @@ def write_documents(prefix: Path) -> Path:
 def row(world: World, name: str, models: dict[str, list[str]], tokens: str) -> tuple[str, list[dict]]:
     """One line of a table, and what it was counted from."""
     kind, _, batch, extra = ROWS[name]
-    flags = [*COMMON, "--global-batch-size", str(batch), "--data-path", tokens, *extra]
-    found = world.run("launch_cases.launches", flags=flags, models=models[kind])
+    if name in DECODING:
+        found = world.run("launch_cases.decoding", flags=["--bf16"], models=models[kind])
+    else:
+        flags = [*COMMON, "--global-batch-size", str(batch), "--data-path", tokens, *extra]
+        found = world.run("launch_cases.launches", flags=flags, models=models[kind])
     line = counting.per_layer(*found)
     layer = " ".join(f"{line[column]:>8g}" for column in COLUMNS.values())
     outside = " ".join(f"{line[f'outside {column}']:>8g}" for column in COLUMNS.values())

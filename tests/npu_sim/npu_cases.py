@@ -269,6 +269,20 @@ def layers_saved(platform: Platform, world: World) -> dict[str, int]:
     return {case: saved.layer_saved(case, "npu", "npu") for case in saved.CASES}
 
 
+def held_bytes(platform: Platform, world: World, flags: list[str]) -> tuple[int, int]:
+    """Bytes that torch_npu has allocated after a step of a training, and the number of its weights."""
+    import gc
+
+    from qwen3_npu.parity.measure import trainer
+
+    gc.collect()
+    before = torch.npu.memory_allocated()
+    with trainer(platform, world, flags) as made:
+        made.step()
+        gc.collect()
+        return torch.npu.memory_allocated() - before, sum(p.numel() for m in made.modules for p in m.parameters())
+
+
 def operation_calls(platform: Platform, world: World) -> dict[str, int]:
     """How often each of torch_npu's operations has run in this process."""
     from sim.operations import CALLS

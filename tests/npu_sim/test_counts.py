@@ -21,6 +21,14 @@ def test_a_simulated_npu(
     assert line == counts.expected("npu")[name], f"python -m tests.npu_sim.counts writes the table; counted: {found}"
 
 
+def test_a_token_copies_nothing_of_the_cache_and_waits_once() -> None:
+    (layer, outside) = ([float(x) for x in part.split()] for part in counts.expected("npu")["decode"].split("|")[1:])
+    forward, waits = list(counts.COLUMNS).index("fwd"), list(counts.COLUMNS).index("waits")
+    assert layer[forward] <= 16
+    assert layer[waits] == 0
+    assert outside[waits] <= 1
+
+
 @pytest.mark.parametrize("name", counts.expected("cpu"))
 def test_a_cpu(name: str, cpu_world: World, sized_models: dict[str, list[str]], tokens: str) -> None:
     line, found = counts.row(cpu_world, name, sized_models, tokens)

@@ -22,3 +22,19 @@ def test_a_layer_keeps_what_is_planned(counted: dict[str, int], case: str) -> No
     setup = saved.setup(case)
     planned = layer_bytes(shape, setup, shape.is_moe, NPU)
     assert counted[case] == planned
+
+
+# Flags -> bytes of a bf16 weight that are on the device no more.
+LESS = {"--swap-optimizer": 12, "--reuse-fp32-param": 2}
+
+
+def test_state_that_is_not_on_the_device_takes_nothing_there(
+    npu_worlds: dict[int, World], models: dict[str, str], tokens: str
+) -> None:
+    flags = ["--seq-length", "32", "--lr", "1e-3", "--train-iters", "2", "--eval-iters", "0", "--bf16"]
+    flags += ["--use-distributed-optimizer", "--load", models["untied"], "--data-path", tokens]
+    npu_worlds[1].run("held_bytes", flags=flags)  # the first training on a device leaves caches
+    plain, weights = npu_worlds[1].run("held_bytes", flags=flags)
+    for flag, less in LESS.items():
+        held, _ = npu_worlds[1].run("held_bytes", flags=[*flags, flag])
+        assert plain - held == pytest.approx(less * weights, rel=0.03), "the allocator rounds each tensor to 512 bytes"

@@ -17,6 +17,12 @@ class TraceArgs:
     ranks: str | None = flag(
         None, metavar="R[,R...]", help="ranks to trace; default: the first rank of the first and of the last stage"
     )
+    growth: str | None = flag(
+        None,
+        metavar="N[,N...]",
+        help="instead, what a rank does besides computing in jobs of so many devices, multiples of --devices, e.g. "
+        "8,64,512,4096: groups, collectives, bytes, waits, writers of a checkpoint; data parallelism grows",
+    )
     holders: int = flag(12, minimum=1, help="lines of what holds memory at the peak")
     json: bool = flag(False, help="print JSON: static bytes, peak, holders, operations by kind, collectives by group")
 

@@ -52,9 +52,9 @@ class Peers:
         """Rank 0's value."""
         return value
 
-    def gather(self, value: object) -> list[Any]:
-        """All ranks' values."""
-        return [value]
+    def first_problem(self, problem: str | None) -> str | None:
+        """What the first process with a problem says; None: none has one."""
+        return problem
 
 
 ALONE = Peers()
@@ -128,20 +128,27 @@ def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None
 
 def _problems(found: StoredModel, peers: Peers) -> list[str]:
     """What is wrong, a line each. Every rank must call this."""
-    first = peers.agree(_at_first_sight(found) if peers.rank == 0 else None)
-    if first is not None:
+    first, said = peers.agree(_seen(found) if peers.rank == 0 else None)  # one process reads the list of files
+    if said is None:
         return [first] if first else []
-    mine: list[str] = []
     if peers.rank == 0:
-        try:
-            size = manifest.read_integrity(found.folder).share_bytes(0, peers.ranks)
-        except UsageError:
-            size = 0
-        with Progress(f"checking {found.folder.name}", size, {"bytes": "B"}) as progress:
-            mine = manifest.damage(found.folder, 0, peers.ranks, lambda done: progress.add(bytes=done))
+        with Progress(f"checking {found.folder.name}", said.share_bytes(0, peers.ranks), {"bytes": "B"}) as progress:
+            mine = manifest.damage(found.folder, 0, peers.ranks, lambda done: progress.add(bytes=done), said=said)
     else:
-        mine = manifest.damage(found.folder, peers.rank, peers.ranks)
-    return list(dict.fromkeys(line for lines in peers.gather(mine) for line in lines))
+        mine = manifest.damage(found.folder, peers.rank, peers.ranks, said=said)
+    found_wrong = peers.first_problem("\n".join(mine) or None)
+    return found_wrong.splitlines() if found_wrong else []
+
+
+def _seen(found: StoredModel) -> tuple[str, manifest.Integrity | None]:
+    """What is wrong at first sight; and what the folder says of its files, if they are to be checked."""
+    first = _at_first_sight(found)
+    if first is not None:
+        return first, None
+    try:
+        return "", manifest.read_integrity(found.folder)
+    except UsageError as error:
+        return f"{found.folder / manifest.INTEGRITY} cannot be read: {error}", None
 
 
 def _at_first_sight(found: StoredModel) -> str | None:

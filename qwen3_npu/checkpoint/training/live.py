@@ -16,6 +16,7 @@ from qwen3_npu.checkpoint.formats.open import Peers
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.mapping.source import ShardReader, SliceLocation, Source, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
+from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import Stopped, UsageError
 from qwen3_npu.model.quantized import fill, held
@@ -207,11 +208,10 @@ def check_finite(named: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
     finite = torch.isfinite(torch.stack(largest)).tolist() if largest else []
     names = [name for name, _ in tensors]
     mine = next((name for name, good in zip(names, finite, strict=True) if not good), None)
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    for rank, name in enumerate(found):
-        if name is not None:
-            raise Stopped(f"{what}: {name} holds NaN or infinite values (rank {rank}); the checkpoints before are kept")
+    found = first_problem(mine)
+    if found is not None:
+        rank, name = found
+        raise Stopped(f"{what}: {name} holds NaN or infinite values (rank {rank}); the checkpoints before are kept")
 
 
 class Ranks(Peers):
@@ -225,7 +225,6 @@ class Ranks(Peers):
         dist.broadcast_object_list(held, 0)
         return held[0]
 
-    def gather(self, value: object) -> list[Any]:
-        values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value)
-        return values
+    def first_problem(self, problem: str | None) -> str | None:
+        found = first_problem(problem)
+        return found[1] if found is not None else None

@@ -256,7 +256,7 @@ def _load_optimizer(trained: Trained, state: TorchState | DistState, *, allow_no
     for source in sources.values():
         source.close()
     # All ranks have read before one of them stops: some of the state travels between them.
-    if found := next((said[0] for said in Ranks().gather(wrong) if said), None):
+    if found := Ranks().first_problem(wrong[0] if wrong else None):
         raise UsageError(
             f"{state.folder} holds optimizer state that is not finite (NaN or infinity): {found}; load an earlier "
             f"checkpoint, or continue with --allow-nonfinite-weights, or with its weights alone: --no-load-optim"

@@ -49,6 +49,7 @@ from qwen3_npu.checkpoint.training.live import (
 from qwen3_npu.checkpoint.training.optimizer_state import ShardedState
 from qwen3_npu.checkpoint.training.replicate import NodeDisks
 from qwen3_npu.checkpoint.training.writing import Writing
+from qwen3_npu.distributed.agreement import first_problem, smallest
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import SaveFailed, UsageError
@@ -160,7 +161,7 @@ def begin_save(
         except OSError as error:
             problem = f"{folder} was not saved: {error}"
     # Nobody writes before rank 0 has made the stage.
-    writers = _writers(trained.layout.folder(model_rank()), problem)
+    writers = _writers(trained.layout, model_rank(), problem)
     held = snapshot(trained, position, args, extra, adapter_only=adapter_only, writes=rank in writers)
     put = held.sharded.put if held.sharded is not None else None
     return Writing(
@@ -179,14 +180,15 @@ def begin_save(
     )
 
 
-def _writers(folder: str, problem: str | None) -> list[int]:
+def _writers(layout: Layout, shard: Rank, problem: str | None) -> list[int]:
     """The ranks that write: the first of those that hold the same shard. Raises: SaveFailed: a rank has a problem."""
-    said: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
-    dist.all_gather_object(said, (folder, problem))
-    if problems := [found for _, found in said if found is not None]:
-        raise SaveFailed(problems[0])
-    folders = [name for name, _ in said]
-    return [rank for rank, name in enumerate(folders) if folders.index(name) == rank]
+    found = first_problem(problem)
+    if found is not None:
+        raise SaveFailed(found[1])
+    folders, ranks = list(dict.fromkeys(map(layout.folder, layout.ranks()))), dist.get_world_size()
+    own = layout.folder(shard)
+    first = smallest([dist.get_rank() if folder == own else ranks for folder in folders])
+    return sorted(rank for rank in first if rank < ranks)
 
 
 def snapshot(

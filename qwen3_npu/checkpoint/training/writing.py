@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from qwen3_npu import log
 from qwen3_npu.checkpoint.manifest import part
+from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.errors import SaveFailed
 
 _POLL = 0.02  # seconds
@@ -97,20 +96,17 @@ class Writing:
         Raises:
             SaveFailed: some rank could not write; on every rank.
         """
-        errors: list[str | None] = [None] * dist.get_world_size()
         for number, done in enumerate(self.done):
             if self.thread is None and not self.abandoned.is_set():
                 self._make(number)
             elif self.thread is not None:
                 done.wait()
-            dist.all_gather_object(errors, self.error)
-            if any(errors):
+            if first_problem(self.error) is not None:
                 self.abandoned.set()
         if self.thread is not None:
             self.thread.join()
         else:
             self._publish()
-        dist.all_gather_object(errors, self.error)
-        for rank, error in enumerate(errors):
-            if error:
-                raise SaveFailed(f"{self.what} was not saved: rank {rank}: {error}")
+        failed = first_problem(self.error)
+        if failed is not None:
+            raise SaveFailed(f"{self.what} was not saved: rank {failed[0]}: {failed[1]}")

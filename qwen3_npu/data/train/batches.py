@@ -86,9 +86,7 @@ def moved(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str
     for name, tensor in tensors.items():
         starts[name] = size
         size += math.ceil(tensor.nbytes / _ALIGNED) * _ALIGNED
-    accelerator = torch.accelerator.current_accelerator()
-    pinned = accelerator is not None and device.type == accelerator.type
-    packed = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=_is_accelerator(device))
 
     def views(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
@@ -99,3 +97,17 @@ def moved(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str
     for name, view in views(packed).items():
         view.copy_(tensors[name])
     return views(packed.to(device, non_blocking=True))
+
+
+def fetched(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host. The host waits once: for pageable memory torch_npu waits before the copy and after it."""
+    if not _is_accelerator(tensor.device):
+        return tensor.cpu()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return copy
+
+
+def _is_accelerator(device: torch.device) -> bool:
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and device.type == accelerator.type

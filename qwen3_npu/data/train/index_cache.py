@@ -2,8 +2,8 @@
 torch.
 
 The seal is written last, when the files are on the disk. Files that do not match their seal (zeroed by a crash,
-truncated, of other data) are made anew, and the log says so. Each process checks them, so that none trains on files
-that another one has found to be wrong.
+truncated, of other data) are made anew, and the log says so. On each node one process reads them to check them, and the
+others go by what it found, so that none trains on files that another one has found to be wrong.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qwen3_npu import log, schema
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import replacing, sync_folder, write_text
 from qwen3_npu.lease import Lease
+from qwen3_npu.once import once_a_node
 
 _READ = 16 << 20
 
@@ -83,7 +84,7 @@ class IndexCache:
         for path in self.paths:
             if not path.is_file():
                 return f"{path} is missing"
-            if files.get(path.name) != [path.stat().st_size, _digest(path)]:
+            if files.get(path.name) != [path.stat().st_size, int(once_a_node("crc32", path, _digest))]:
                 return f"{path} is damaged: it is not what {self.seal.name} says"
         return None
 
@@ -99,10 +100,10 @@ class _Written:
         return self.file.write(data)
 
 
-def _digest(path: Path) -> int:
-    """CRC-32 of a file: it detects damage, not manipulation, and is faster than reading the file."""
+def _digest(path: Path) -> str:
+    """CRC-32 of a file, a number in words: it detects damage, not manipulation, and is faster than reading the file."""
     digest = 0
     with open(path, "rb") as file:
         while part := file.read(_READ):
             digest = zlib.crc32(part, digest)
-    return digest
+    return str(digest)

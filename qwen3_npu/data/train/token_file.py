@@ -23,6 +23,7 @@ from qwen3_npu.data.train.token_index import MAGIC, TOKEN_DTYPES, TokenIndex, in
 from qwen3_npu.data.train.token_record import IdRange, TokenRecord, record_path
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import flush, rename
+from qwen3_npu.once import once_a_node
 
 _READ = 16 << 20  # bytes of an index digested at once
 
@@ -55,11 +56,15 @@ class Indexed:
 
     def fingerprint(self) -> str:
         """Changes when the index does: names caches made from it."""
-        with open(self.prefix + ".idx", "rb") as file:
-            digest = hashlib.sha256()
-            while part := file.read(_READ):
-                digest.update(part)
-        return digest.hexdigest()[:16]
+        return once_a_node("sha256", Path(self.prefix + ".idx"), _sha256)[:16]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(_READ):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from qwen3_npu.checkpoint.training.optimizer_state import states_by_parameter
+from qwen3_npu.distributed.agreement import first_problem
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -56,10 +57,8 @@ class ReplicaCheck:
             if chunk.ddp_config.overlap_param_gather:  # else the weights are not there before the next forward pass
                 chunk.start_param_sync(force_sync=True)
         found = [text for group in self.groups if (text := self._differs(*group))]
-        every: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(every, found)
-        texts = sorted({text for one in every for text in one})
-        return "; ".join(texts[:4]) or None
+        worst = first_problem("; ".join(sorted(set(found))) or None)
+        return worst[1] if worst is not None else None
 
     def _differs(
         self, group: dist.ProcessGroup, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]
@@ -72,11 +71,14 @@ class ReplicaCheck:
                     labels.append(f"{key} of {name}")
                     digests.append(digest(tensor))
         own = torch.stack(digests)
+        least, most = own.clone(), own.clone()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        if torch.equal(least, most):
+            return None
         gathered = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(gathered, own, group=group)
         rows = torch.stack(gathered).cpu()
-        if bool((rows == rows[0]).all()):
-            return None
         ranks = dist.get_process_group_ranks(group)
         return verdict(ranks, labels, [tuple(row) for row in rows.tolist()])
 

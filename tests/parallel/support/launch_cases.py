@@ -22,3 +22,28 @@ def launches(platform: Platform, world: World, flags: list[str], models: list[st
         with trainer(platform, world, [*flags, "--load", model]) as made:
             found.append(counting.counted(made, platform.name, below))
     return found
+
+
+def decoding(platform: Platform, world: World, flags: list[str], models: list[str]) -> list[dict[str, Any]]:
+    """What the third token of one answer launches."""
+    import generation
+    from qwen3_npu.inference.engine import Engine, Request, limit_request
+    from qwen3_npu.inference.sampling import Sampling
+
+    below = counting._idle
+    if platform.name == "npu":
+        from sim import device
+
+        below = device.counts
+    found = []
+    for model in models:
+        with generation.runner(platform, world, model, *flags) as made:
+            engine, request = Engine(made, slots=1), Request(0, list(generation.prompts()[0]), 8)
+            limit_request(request, made.plan.positions)
+            request.sampling = Sampling()
+            engine.reserve(request.prompt + request.limit)
+            engine.add(request)
+            engine.step()
+            engine.step()
+            found.append(counting.counted_pass(lambda engine=engine: engine.step(), platform.name, below))
+    return found

@@ -29,7 +29,7 @@ LEVELS = {
 }
 LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4, "watch": 3}
 # Importable anywhere, without torch.
-LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "lease", "processes")
+LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "lease", "processes", "once")
 LIGHT += ("model.arch", "model.sizes")
 LIGHT += ("console", "files", "distributed.layout", "distributed.environment", "plan")
 LIGHT += ("ledger", "watch.times", "watch.state", "watch.judge", "watch.watcher", "watch.stragglers", "watch.here")

@@ -54,6 +54,26 @@ def test_weights_of_all_ranks_are_those_that_transformers_makes(name: str) -> No
     assert stage_counts(shape, one_rank(shape), 0).total == expected
 
 
+def test_a_base_in_4_bits_is_planned_by_hand() -> None:
+    """The linears of Qwen3-0.6B: 4 bits a weight and a float32 scale of 64; then the tied embedding, too."""
+    shape = shape_of(SIZES["qwen3-0.6b"])
+    linears = 28 * (1024 * (16 + 8 + 8) * 128 + 16 * 128 * 1024 + 3 * 1024 * 3072)
+    plain, linear, both = (
+        stage_memory(shape, one_rank(shape, lora_rank=16, quantized=some, quantized_ends=ends), 0).weights
+        for some, ends in ((False, False), (True, False), (True, True))
+    )
+    assert plain - linear == linears * (2 - 0.5 - 4 / 64)
+    assert linear - both == 151936 * 1024 * (2 - 0.5 - 4 / 64)
+
+
+def test_32b_trains_on_one_device_of_64_gb_in_4_bits_only() -> None:
+    flags = {"model": "qwen3-32b", "devices": 1, "device": "910B-64G", "lora_r": 16, "stage": "sft"}
+    arch, device = SIZES["qwen3-32b"], DEVICE_SPECS["910B-64G"]
+    assert search(shape_of(arch), arch, PlanArgs(**flags, qlora=True), device)
+    with pytest.raises(UsageError, match="fits"):
+        search(shape_of(arch), arch, PlanArgs(**flags), device)
+
+
 def test_a_sharded_stage_holds_its_part_by_hand() -> None:
     shape = shape_of(SIZES["qwen3-30b-a3b"])
     setup = Setup(tensor=4, pipeline=2, expert=8, expert_tensor=1, data=4, layers=((24,), (24,)), seq_length=4096)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3_npu.training.gradients import Gradients
+from qwen3_npu.training.update.gradients import Gradients
 
 TOKENS = 7.0
 

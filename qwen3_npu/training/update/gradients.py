@@ -77,9 +77,9 @@ class Gradients:
 
 def _divide(part: MegatronOptimizer, divisor: float) -> None:
     """Now, or in the optimizer's next step."""
-    optimizer, swapped = part.optimizer, vars(part).get("swapped")
-    if swapped is not None:
-        gradients = list(swapped.gradients.values())
+    optimizer, sliced = part.optimizer, vars(part).get("sliced")
+    if sliced is not None:
+        gradients = list(sliced.gradients.values())
     else:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:

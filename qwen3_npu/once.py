@@ -1,0 +1,60 @@
+"""What one process of a node computes of a file, for all processes of the job on that node. No torch.
+
+Thousands of processes that each read the same file to check it are what a shared file system suffers from most.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from qwen3_npu.distributed.environment import job_names, local_size
+
+
+def once_a_node(what: str, path: Path, compute: Callable[[Path], str]) -> str:
+    """`compute(path)`, of one process of this node; the others wait for it and take its answer.
+
+    The answer is of the file as it is: another size, time or inode asks again. Alone, a process computes it itself.
+
+    Args:
+        what: is computed: other computations of the same file have other names.
+    """
+    if local_size(1) == 1:
+        return compute(path)
+    stat = path.stat()
+    names = [*job_names(), what, str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    key = hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]
+    note = _folder() / key
+    with open(note, "a+", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        said = file.read()
+        if said.endswith("\n"):
+            return said[:-1]
+        answer = compute(path)
+        file.truncate(0)
+        file.write(answer + "\n")
+        file.flush()
+    atexit.register(_forget, note)
+    return answer
+
+
+def _folder() -> Path:
+    """A folder of this user's own on this node."""
+    folder = Path(tempfile.gettempdir()) / f"qwen3_npu-once-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    stat = folder.lstat()
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or not os.path.isdir(folder) or folder.is_symlink():
+        return Path(tempfile.mkdtemp(prefix="qwen3_npu-once-"))  # another user's: every process works for itself
+    return folder
+
+
+def _forget(note: Path) -> None:
+    with contextlib.suppress(OSError):
+        note.unlink()

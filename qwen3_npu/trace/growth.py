@@ -1,0 +1,84 @@
+"""What a rank does besides computing, in jobs of more and more devices: only data parallelism grows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.errors import UsageError
+from qwen3_npu.plan.device import GIB, Device
+from qwen3_npu.platform.base import Platform
+from qwen3_npu.trace.rank import trace_rank
+from qwen3_npu.trace.report import exchanged
+from qwen3_npu.training.prepare.plan import plan_training
+
+
+@dataclasses.dataclass(frozen=True)
+class RankWork:
+    """What rank 0 of a job does besides computing.
+
+    Attributes:
+        communicators: groups of more than one rank that it joins.
+        start: collectives before the first step, data and weights not opened.
+        collectives, moved, waits: of a step: number, bytes, and seconds during which nothing else runs.
+        writers: ranks that write model files of a checkpoint.
+        state: bytes of weights and optimizer state on this rank.
+    """
+
+    devices: int
+    communicators: int
+    start: int
+    collectives: float
+    moved: float
+    waits: float
+    writers: int
+    state: int
+
+
+def growth(
+    platform: Platform, args: PretrainArgs, device: Device, *, devices: int, sizes: Iterable[int]
+) -> list[RankWork]:
+    """The same layout and micro-batches per rank on each number of devices.
+
+    Args:
+        devices: that the arguments are for.
+
+    Raises:
+        UsageError: a number of devices is no multiple of `devices`.
+    """
+    batch = plan_training(args, devices).global_batch
+    return [_work(platform, args, device, size, batch=batch, devices=devices) for size in sizes]
+
+
+def _work(platform: Platform, args: PretrainArgs, device: Device, size: int, *, batch: int, devices: int) -> RankWork:
+    if size % devices:
+        raise UsageError(f"--growth: {size} is no multiple of --devices {devices}")
+    train = dataclasses.replace(args.train, global_batch_size=batch * size // devices)
+    grown = args._replace(train=train)
+    plan = plan_training(grown, size)
+    trace = trace_rank(platform, grown, plan, 0)
+    table = exchanged(trace, device, plan.num_microbatches).values()
+    return RankWork(
+        devices=size,
+        communicators=trace.communicators,
+        start=len(trace.start),
+        collectives=sum(row[0] for row in table),
+        moved=sum(row[1] for row in table),
+        waits=sum(row[2] for row in table),
+        writers=len({plan.layout.folder(rank) for rank in plan.layout.ranks()}),
+        state=trace.weights + trace.optimizer,
+    )
+
+
+def growth_table(found: Iterable[RankWork]) -> list[str]:
+    """A line for each number of devices."""
+    lines = [
+        f"{'ranks':>6}{'groups':>8}{'at start':>10}{'a step':>9}{'GiB':>9}{'waits':>10}{'writers':>9}{'state GiB':>11}"
+    ]
+    lines += [
+        f"{work.devices:>6}{work.communicators:>8}{work.start:>10}{work.collectives:>9,.0f}{work.moved / GIB:>9.3f}"
+        f"{work.waits:>8.3f} s{work.writers:>9}{work.state / GIB:>11.3f}"
+        for work in found
+    ]
+    return lines

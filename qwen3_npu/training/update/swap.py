@@ -1,0 +1,86 @@
+"""--swap-optimizer: float32 masters and moments live on the host; a step brings them to the device slice by slice.
+
+While one slice is updated, the one before leaves and the next one arrives, on streams of their own: two slices are on
+the device at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qwen3_npu.training.update.slices import MOMENTS, SlicedState, StatePiece
+
+
+class SwappedState(SlicedState):
+    """Masters and moments on the host, in pinned memory."""
+
+    def prepare(self) -> None:
+        """As `SlicedState.prepare`."""
+        has_streams = self.device.type != "cpu"
+        self.streams = [torch.cuda.Stream() for _ in range(2)] if has_streams else []
+        for main in self.masters:
+            main.data = self._on_host(main.data)
+        for main, state in self.optimizer.state.items():
+            for key in MOMENTS:
+                state[key] = torch.zeros(main.shape, pin_memory=has_streams)
+
+    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+    def run(self, count: torch.Tensor) -> None:
+        """As `SlicedState.run`."""
+        arriving, leaving = self.streams if self.streams else (None, None)
+        there: list[list[list[torch.Tensor]]] = []
+        done: list[Any] = []
+        for number in range(len(self.slices) + 1):
+            if number < len(self.slices):  # the next slice arrives
+                there.append(self._fetch(self.slices[number], arriving))
+                done.append(self._event(arriving))
+            if number == 0:
+                continue
+            self._wait(done[number - 1])
+            self.update(self.slices[number - 1], there[number - 1], count)
+            self._return(self.slices[number - 1], there[number - 1], leaving)
+            there[number - 1] = []  # the allocator may give it to the slice after the next
+        if leaving is not None:
+            torch.cuda.current_stream().wait_stream(leaving)
+
+    def _fetch(self, pieces: Sequence[StatePiece], stream: Any) -> list[list[torch.Tensor]]:
+        if stream is None:
+            return [[tensor.clone() for tensor in piece.of(_tensors(piece))] for piece in pieces]
+        # The slice before the last has been updated and has left: its memory is taken for this one.
+        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(self.streams[1])
+        with torch.cuda.stream(stream):
+            return [[t.to(self.device, non_blocking=True) for t in piece.of(_tensors(piece))] for piece in pieces]
+
+    def _return(self, pieces: Sequence[StatePiece], tensors: list[list[torch.Tensor]], stream: Any) -> None:
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            for piece, on_device in zip(pieces, tensors, strict=True):
+                for host, changed in zip(piece.of(_tensors(piece)), on_device, strict=True):
+                    host.copy_(changed, non_blocking=True)
+
+    def _event(self, stream: Any) -> Any:
+        return None if stream is None else stream.record_event()
+
+    def _wait(self, event: Any) -> None:
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def wait(self) -> None:
+        """Until the state on the host is that of the last step."""
+        for stream in self.streams:
+            stream.synchronize()
+
+
+def _tensors(piece: StatePiece) -> list[torch.Tensor]:
+    """What comes and goes."""
+    return [*([piece.main] if piece.is_split else []), *(piece.state[key] for key in MOMENTS)]
