@@ -40,6 +40,11 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--override-opt-param-scheduler": Foreign("the flags always say what the schedule is"),
     "--use-checkpoint-opt_param-scheduler": Foreign("the flags always say what the schedule is", refused=True),
     "--use-checkpoint-opt-param-scheduler": Foreign("the flags always say what the schedule is", refused=True),
+    "--muon-tp-mode": Foreign(
+        "matrices are gathered, so that the layout changes nothing", nargs=1, only=("duplicated",)
+    ),
+    "--muon-fp32-matmul-prec": Foreign("the iteration has the weights' dtype", nargs=1),
+    "--muon-no-split-qkv": Foreign("it is --no-muon-split-qkv here", refused=True),
     # kernels and numerics
     "--use-flash-attn": Foreign(_KERNELS),
     "--use-fused-rmsnorm": Foreign(_KERNELS),

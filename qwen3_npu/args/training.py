@@ -125,6 +125,24 @@ class TrainArgs:
 class OptimizerArgs:
     """optimizer and learning rate"""
 
+    optimizer: str = flag(
+        "adam",
+        choices=["adam", "muon"],
+        help="muon: orthogonal updates of the layers' matrices, AdamW for the rest; it needs whole matrices: not with "
+        "--use-distributed-optimizer or LoRA",
+    )
+    muon_momentum: float = flag(0.95, minimum=0, below=1, help="decay of the momentum")
+    muon_use_nesterov: bool = flag(False, help="Nesterov's momentum")
+    muon_scale_mode: str = flag(
+        "spectral",
+        choices=["spectral", "shape_scaling", "unit_rms_norm"],
+        help="updates are multiplied by the root of the larger side, of out / in if that is above 1, or of out / in",
+    )
+    muon_extra_scale_factor: float = flag(
+        1.0, above=0, help="and by this; 0.2 with `spectral` makes them as large as AdamW's, for a shared --lr"
+    )
+    muon_num_ns_steps: int = flag(5, minimum=1, maximum=99, unit="steps", help="of the Newton-Schulz iteration")
+    muon_split_qkv: bool = flag(True, help="queries, keys and values are three matrices, not one")
     lr: float = flag(minimum=0, help="highest learning rate")
     min_lr: float = flag(0.0, minimum=0, help="lowest learning rate")
     lr_decay_style: str = flag("linear", choices=["constant", "linear", "cosine", "WSD"], help="shape of the decay")
@@ -166,6 +184,11 @@ class OptimizerArgs:
         warmups = {"--lr-warmup-iters": self.lr_warmup_iters, "--lr-warmup-samples": self.lr_warmup_samples}
         if len(given := [n for n, v in {**warmups, "--lr-warmup-fraction": self.lr_warmup_fraction}.items() if v]) > 1:
             raise UsageError(f"{' and '.join(given)} say the same thing; give one")
+        if self.optimizer == "muon" and self.use_distributed_optimizer:
+            raise UsageError(
+                "--use-distributed-optimizer cuts all weights into flat slices, and --optimizer muon needs whole "
+                "matrices; drop one of the two"
+            )
         for name, is_on in (("swap-optimizer", self.swap_optimizer), ("reuse-fp32-param", self.reuse_fp32_param)):
             if is_on and not self.use_distributed_optimizer:
                 raise UsageError(f"--{name} needs --use-distributed-optimizer")

@@ -32,6 +32,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         distributed_optimizer=optimizer.use_distributed_optimizer,
         bf16=train.bf16,
         fp32_residual=train.fp32_residual_connection,
+        muon=optimizer.optimizer == "muon",
         recompute=recompute,
         recompute_group=group,
         recompute_activation=train.recompute_activation_function,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from qwen3_npu.plan.activations import NPU, TORCH, layer_bytes, norm_inputs, routed_rows
-from qwen3_npu.plan.parameters import Counts, largest_count, linear_counts, stage_counts, trained_counts
+from qwen3_npu.plan.parameters import Counts, largest_count, linear_counts, matrix_count, stage_counts, trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
@@ -100,7 +100,11 @@ def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     if setup.swap_optimizer:
         trained = trained_counts(shape, setup, stage)
         return 2 * sharded_bytes(setup, trained, MOMENTS + (MASTER if setup.bf16 else 0)) / setup.swap_slices
-    return 4.0 * largest_count(shape, setup, stage)
+    most = 4.0 * largest_count(shape, setup, stage)
+    if setup.muon:  # of a whole matrix, or all experts of a rank: itself, its update and two steps of the iteration
+        shards = setup.expert_tensor if shape.is_moe else setup.tensor
+        most = max(most, 4.0 * setup.weight_bytes * linear_counts(shape, setup, stage)[1] * shards)
+    return most
 
 
 def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, float]:
@@ -116,7 +120,10 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     state = MOMENTS + (MASTER if setup.bf16 else 0)
     state -= weight if setup.bf16 and setup.reuse_master else 0
     state += 4 if setup.fp16 else 0
-    return held * weight, trained.total * (2.0 if setup.fp16 else 4.0), sharded_bytes(setup, trained, state)
+    moments = sharded_bytes(setup, trained, state)
+    if setup.muon:
+        moments -= 4.0 * matrix_count(shape, setup, stage) * (1 - setup.frozen)
+    return held * weight, trained.total * (2.0 if setup.fp16 else 4.0), moments
 
 
 def sharded_bytes(setup: Setup, trained: Counts, state: float) -> float:

@@ -89,6 +89,12 @@ def linear_counts(shape: Shape, setup: Setup, stage: int) -> tuple[int, int]:
     return total, largest
 
 
+def matrix_count(shape: Shape, setup: Setup, stage: int) -> int:
+    """Weights of the matrices of one rank's layers, which --optimizer muon updates."""
+    routers = setup.layer_kinds(shape, stage).get(True, 0) * shape.hidden_size * shape.num_experts
+    return linear_counts(shape, setup, stage)[0] + routers
+
+
 def embedding_count(shape: Shape, setup: Setup) -> int:
     return shape.vocab_size * shape.hidden_size // setup.tensor
 

@@ -22,6 +22,7 @@ class Setup:
         recompute_group: layers of one recomputed group (method uniform).
         recompute_activation, recompute_norm, recompute_attention: these alone are computed again.
         fp32_residual: the sum that layers add to is float32, whatever their dtype.
+        muon: the layers' matrices have one moment, and are gathered for their update.
         packed: several documents share a sequence.
         frozen: share of the weights that is not trained, alike on all stages.
         lora_rank, lora_targets: 0: no adapters.
@@ -53,6 +54,7 @@ class Setup:
     distributed_optimizer: bool = False
     bf16: bool = True
     fp32_residual: bool = False
+    muon: bool = False
     recompute: int = 0
     recompute_group: int = 1
     recompute_activation: bool = False

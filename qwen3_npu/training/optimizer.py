@@ -16,7 +16,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.training import OptimizerArgs, TrainArgs
-from qwen3_npu.checkpoint.training.optimizer_state import parts
+from qwen3_npu.checkpoint.training.optimizer_state import main_parameters, parts
+from qwen3_npu.training.muon.matrices import layer_matrix
+from qwen3_npu.training.muon.optimizer import MuonAdamW
 from qwen3_npu.training.update.halves import HalvedState
 from qwen3_npu.training.update.slices import MOMENTS
 from qwen3_npu.training.update.swap import SwappedState
@@ -40,7 +42,7 @@ def wrap_model(
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerArgs, *, bf16: bool) -> MegatronOptimizer:
-    """AdamW with float32 state; weight decay on matrices only. Its state exists from the start."""
+    """AdamW (and Muon) with float32 state; weight decay on matrices only. Its state exists from the start."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=args.lr,
@@ -58,6 +60,8 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
     optimizer = get_megatron_optimizer(config, list(chunks))
     is_sliced = args.swap_optimizer or args.reuse_fp32_param
     for part in parts(optimizer):
+        if args.optimizer == "muon":
+            _use_muon(part, chunks, args, config.params_dtype)
         if bf16:
             part._copy_main_params_to_model_params = functools.partial(_copy_to_model, part)
         for group in part.optimizer.param_groups:
@@ -66,7 +70,8 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
                 state = part.optimizer.state[parameter]
                 # Made here, not in the first step: too little memory shows at once.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                for key in MOMENTS if not is_sliced else ():
+                moments = MOMENTS[:1] if parameter in vars(part.optimizer).get("matrices", ()) else MOMENTS
+                for key in moments if not is_sliced else ():
                     state[key] = torch.zeros_like(parameter, dtype=torch.float32)
         if is_sliced:
             assert isinstance(part, DistributedOptimizer)
@@ -75,6 +80,19 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerAr
             else:
                 HalvedState(part, _SLICES)
     return optimizer
+
+
+def _use_muon(
+    part: MegatronOptimizer, chunks: Sequence[DistributedDataParallel], args: OptimizerArgs, dtype: torch.dtype
+) -> None:
+    """Muon for the matrices among the parameters that this part updates."""
+    matrices = {}
+    wanted = {p: name for chunk in chunks for name, p in chunk.named_parameters()}
+    for parameter, main in main_parameters(part):
+        found = layer_matrix(wanted[parameter], parameter, chunks[0].config, split_qkv=args.muon_split_qkv)
+        if found is not None:
+            matrices[main] = found
+    MuonAdamW.adopt(part.optimizer, matrices, args, dtype)
 
 
 def _copy_to_model(part: MegatronOptimizer) -> None:

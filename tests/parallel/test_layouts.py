@@ -112,3 +112,22 @@ def test_a_residual_in_float32_travels_between_stages(worlds: dict[int, World], 
     together = worlds[4].run("train", flags=[*flags, *TP2, *SP, *PP2, *FULL], steps=2)
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-2)
+
+
+MUON = ["--optimizer", "muon", "--muon-extra-scale-factor", "0.2", "--muon-use-nesterov"]
+MUON_ON = {
+    "TP2 SP PP2": ("untied", 4, [*TP2, *SP, *PP2]),
+    "TP4 above the KV heads": ("few", 4, ["--tensor-model-parallel-size", "4"]),
+    "TP2 EP2": ("moe", 4, [*TP2, *SP, *EP2]),
+}
+
+
+@pytest.mark.parametrize("name", MUON_ON)
+def test_muon_learns_the_same_on_every_layout(name: str, worlds: dict[int, World], baselines: Baselines) -> None:
+    kind, size, layout = MUON_ON[name]
+    flags = [*baselines.flags(kind), *MUON]
+    alone = worlds[1].run("train", flags=flags, steps=3)
+    together = worlds[size].run("train", flags=[*flags, *layout], steps=3)
+    assert abs(alone["loss"][2] - alone["loss"][0]) > 0.02, "hardly an update: the comparison says little"
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)

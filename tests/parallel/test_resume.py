@@ -13,6 +13,7 @@ from worlds import World
 
 BASE = ["--seq-length", "32", "--global-batch-size", "8", "--micro-batch-size", "2", "--lr", "1e-3"]
 BASE += ["--train-iters", "6", "--device", "cpu", "--lr-decay-style", "cosine", "--eval-iters", "0"]
+MUON = ["--optimizer", "muon"]
 ETP1, PADDED = ["--expert-tensor-parallel-size", "1"], ["--padded-vocab-size", "512"]
 
 
@@ -28,6 +29,7 @@ SAME = {
     "one process, bf16": (1, ["--bf16"], "torch_dist, async"),
     "one process, bf16, distributed optimizer": (1, ["--bf16", *ZERO], "torch"),
     "DP2 distributed optimizer": (2, ZERO, "torch_dist, async"),
+    "one process, bf16, Muon": (1, ["--bf16", *MUON], "torch"),
     "TP2 SP PP2 VPP2": (4, TP2 + SP + PP2 + VPP, "torch"),
     "TP2 DP2 distributed optimizer, dropout": (4, [*TP2, *ZERO, "--hidden-dropout", "0.1"], "torch_dist, async"),
 }
@@ -77,18 +79,19 @@ OTHER = {
     "tied: one process -> TP2 PP2": ("tied", 1, [], 4, TP2 + PP2),
     "untied: TP2 PP2 VPP2 -> DP2 distributed optimizer": ("untied", 4, TP2 + PP2 + VPP, 2, ZERO),
     "moe: EP2 distributed optimizer -> TP2 SP": ("moe", 2, EP2 + ZERO, 2, TP2 + SP),
+    "moe: TP2 SP EP2 -> DP2, Muon": ("moe", 4, [*TP2, *SP, *EP2, *MUON], 2, MUON),
     "moe: TP2 SP EP2 -> PP2 distributed optimizer": ("moe", 4, TP2 + SP + EP2, 2, PP2 + ZERO),
     "moe: TP2 SP EP2 ETP1, padded -> DP2": ("moe", 2, [*TP2, *SP, *EP2, *ETP1, *PADDED], 2, []),
 }
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(worlds: dict[int, World], models: dict[str, str], tokens: str) -> Callable[[str], dict]:
-    """Kind -> what six steps of one process do."""
+def uninterrupted(worlds: dict[int, World], models: dict[str, str], tokens: str) -> Callable[..., dict]:
+    """Kind, flags -> what six steps of one process do."""
 
     @functools.cache
-    def run(kind: str) -> dict:
-        return worlds[1].run("train", flags=[*BASE, "--data-path", tokens, "--load", models[kind]], steps=6)
+    def run(kind: str, *more: str) -> dict:
+        return worlds[1].run("train", flags=[*BASE, "--data-path", tokens, "--load", models[kind], *more], steps=6)
 
     return run
 
@@ -99,12 +102,12 @@ def test_another_layout_continues_to_rounding(
     worlds: dict[int, World],
     models: dict[str, str],
     tokens: str,
-    uninterrupted: Callable[[str], dict],
+    uninterrupted: Callable[..., dict],
     tmp_path: Path,
 ) -> None:
     kind, size, extra, other_size, other_extra = OTHER[name]
     flags = [*BASE, "--data-path", tokens]
-    whole = uninterrupted(kind)
+    whole = uninterrupted(kind, *(MUON if MUON[1] in extra else ()))
     for ckpt_format, how in (("torch", []), ("torch_dist", ["--async-save"])):
         save = str(tmp_path / ckpt_format)
         start = [*flags, *extra, "--load", models[kind], "--save", save, "--ckpt-format", ckpt_format, *how]

@@ -15,6 +15,7 @@ REASONS = {
     "trained": "the optimizer has no state of weights that were frozen",
     "model": "the weights were trained as another model",
     "numbers": "weights and optimizer state were made in another precision",
+    "moments": "its state is that of another optimizer; --finetune starts with a new one",
     # told
     "loss": "another loss is learned from here on",
     "noise": "other random numbers are drawn from here on",
@@ -50,6 +51,7 @@ REFUSED = {
     "moe_router_topk": "model",
     "norm_topk_prob": "model",
     "bf16": "numbers",
+    "optimizer": "moments",
     "qlora": "numbers",
     "qlora_embedding": "numbers",
 }
@@ -75,6 +77,12 @@ WARNED = {
     "hidden_dropout": "noise",
     "lora_dropout": "noise",
     "adam_beta1": "update",
+    "muon_momentum": "update",
+    "muon_use_nesterov": "update",
+    "muon_scale_mode": "update",
+    "muon_extra_scale_factor": "update",
+    "muon_num_ns_steps": "update",
+    "muon_split_qkv": "update",
     "adam_beta2": "update",
     "adam_eps": "update",
     "clip_grad": "update",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.args.training import OptimizerArgs
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 
@@ -47,6 +48,11 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         ("hf_save_dir",),
     ),
     ("--spike-guard rollback", lambda args: args.spikes.spike_guard == "rollback", ("max_rollbacks",)),
+    (
+        "--optimizer muon",
+        lambda args: args.optimizer.optimizer == "muon",
+        tuple(field.name for field in dataclasses.fields(OptimizerArgs) if field.name.startswith("muon_")),
+    ),
     ("--bf16", lambda args: args.train.bf16, ("reuse_fp32_param",)),
     ("--swap-optimizer", lambda args: args.optimizer.swap_optimizer, ("swap_optimizer_times",)),
     ("--manual-gc", lambda args: args.train.manual_gc, ("manual_gc_interval",)),

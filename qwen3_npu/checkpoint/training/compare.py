@@ -54,6 +54,7 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Chan
         now: the same facts as the flags say them.
     """
     found, unsaid = [], []
+    saved = {"optimizer": "adam", **saved}  # older checkpoints do not say it
     for name, group in (REFUSED | WARNED).items():
         if name not in now:
             continue

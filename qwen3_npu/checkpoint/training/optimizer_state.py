@@ -87,9 +87,10 @@ def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = 
                 for parameter, views in _views(part, flat):
                     found[names[parameter]] = views
         else:
-            for parameter, main in _main_parameters(part):
+            for parameter, main in main_parameters(part):
                 state = part.optimizer.state[main]
-                tensors = {"param": main.detach(), **{k: state[k] for k in KEYS[1:]}}
+                nothing = torch.zeros((), device=main.device).expand(main.shape)  # Muon's matrices have one moment
+                tensors = {"param": main.detach(), **{k: state.get(k, nothing) for k in KEYS[1:]}}
                 found[names[parameter]] = {k: t.to("cpu", copy=True) if copy else t for k, t in tensors.items()}
     return found
 
@@ -97,10 +98,13 @@ def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = 
 def states_by_parameter(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
     """Model parameter -> its {param, exp_avg, exp_avg_sq}, the optimizer's own; nothing of a distributed one."""
     return {
-        parameter: {"param": main, **{key: part.optimizer.state[main][key] for key in KEYS[1:]}}
+        parameter: {
+            "param": main,
+            **{k: part.optimizer.state[main][k] for k in KEYS[1:] if k in part.optimizer.state[main]},
+        }
         for part in _settled(optimizer)
         if not isinstance(part, DistributedOptimizer)
-        for parameter, main in _main_parameters(part)
+        for parameter, main in main_parameters(part)
     }
 
 
@@ -118,15 +122,16 @@ def restore(
         if isinstance(part, DistributedOptimizer):
             _restore_distributed(part, names, read)
         else:
-            for parameter, main in _main_parameters(part):
+            for parameter, main in main_parameters(part):
                 main.copy_(read(*names[parameter], "param"))
                 for key in KEYS[1:]:
-                    part.optimizer.state[main][key].copy_(read(*names[parameter], key))
+                    if key in part.optimizer.state[main]:
+                        part.optimizer.state[main][key].copy_(read(*names[parameter], key))
         for state in part.optimizer.state.values():
             state["step"].fill_(step)
 
 
-def _main_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+def main_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
     """(model parameter, the float32 tensor that the optimizer updates)."""
     if hasattr(part, "float16_groups"):
         for halves, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):

@@ -26,7 +26,9 @@ def test_a_layer_keeps_what_is_planned_to_the_byte(case: str) -> None:
     assert saved.layer_saved(case, "cpu", "torch") == planned
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "moe", "qwen2", "untied, LoRA", "moe, LoRA"])
+@pytest.mark.parametrize(
+    "kind", ["untied", "tied", "moe", "qwen2", "untied, LoRA", "moe, LoRA", "qwen2, Muon", "moe, Muon"]
+)
 @pytest.mark.usefixtures("process")
 def test_weights_gradients_and_optimizer_state_are_those_planned_to_the_byte(kind: str) -> None:
     from qwen3_npu import kernels
@@ -42,7 +44,8 @@ def test_weights_gradients_and_optimizer_state_are_those_planned_to_the_byte(kin
 
     name, _, adapted = kind.partition(", ")
     arch = dataclasses.replace(saved.model(name), num_hidden_layers=2)
-    lora = LoraArgs(lora_r=4) if adapted else LoraArgs()
+    lora = LoraArgs(lora_r=4) if adapted == "LoRA" else LoraArgs()
+    args = OptimizerArgs(lr=1.0, optimizer="muon" if adapted == "Muon" else "adam")
     parallel = ParallelArgs()
     layout = make_layout(arch, parallel)
     with model_parallel(layout, parallel, RuntimeArgs()):
@@ -50,8 +53,8 @@ def test_weights_gradients_and_optimizer_state_are_those_planned_to_the_byte(kin
             arch, layout, parallel, TrainArgs(train_iters=1, bf16=True), overlaps_p2p_safely=False
         )
         chunks = build_model(arch, config, layout, Parts(kernels.select_kernels("torch"), lora=lora))
-        wrapped = wrap_model(config, chunks, OptimizerArgs(lr=1.0))
-        optimizer = build_optimizer(wrapped, OptimizerArgs(lr=1.0), bf16=True)
+        wrapped = wrap_model(config, chunks, args)
+        optimizer = build_optimizer(wrapped, args, bf16=True)
         weights = sum(p.nbytes for chunk in chunks for p in chunk.parameters())
         buffers = [buffer for chunk in wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
         gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
@@ -60,5 +63,5 @@ def test_weights_gradients_and_optimizer_state_are_those_planned_to_the_byte(kin
             for master, moments in part.optimizer.state.items():
                 state += master.nbytes + sum(m.nbytes for m in moments.values() if m.dim())
     shape = shape_of(arch, layout.padded_vocab_size)
-    setup = Setup(layers=((2,),), seq_length=32, lora_rank=4 if adapted else 0)
+    setup = Setup(layers=((2,),), seq_length=32, lora_rank=4 if lora.on else 0, muon=adapted == "Muon")
     assert (weights, gradients, state) == static_bytes(shape, setup, 0)

@@ -1,0 +1,135 @@
+"""Which parameters are matrices of a layer, how they are sharded, and the orthogonal update of one.
+
+Newton-Schulz iteration and its coefficients: https://kellerjordan.github.io/posts/muon/ (torch.optim.Muon's, too).
+Scales and the separate q, k and v: megatron-core 0.16.1 (optimizer/muon.py), which needs emerging-optimizers, a package
+for newer Pythons.
+
+Under tensor parallelism a matrix is gathered and every rank computes the same update, of which it takes its shard:
+orthogonal is what the whole matrix is, not its shards, and only so the layout does not change what is learned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from qwen3_npu.args.training import OptimizerArgs
+
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_LEAST_NORM = 1e-7
+_OUT, _IN = 1, 2  # dimensions of [matrices, out, in]
+# End of a parameter's name -> the dimension over which tensor parallelism shards it.
+_LINEARS = {"linear_qkv": _OUT, "linear_proj": _IN, "linear_fc1": _OUT, "linear_fc2": _IN, "router": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerMatrix:
+    """How a parameter is one or several matrices [out, in].
+
+    Attributes:
+        sharded: dimension of [matrices, out, in] over which the group shards it; None: it is whole on every rank.
+        expert: it is of experts, each a matrix of its own.
+        experts: how many of them; 1 for other parameters.
+        inner: input width of experts' matrices, which are stored as [experts, in, out].
+        heads: rows of queries, keys and values of each key/value head (of the fused linear_qkv), which are three
+            matrices; empty: one.
+    """
+
+    sharded: int | None
+    expert: bool = False
+    experts: int = 1
+    inner: int = 0
+    heads: tuple[int, ...] = ()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Ranks that have the shards."""
+        if self.expert:
+            return parallel_state.get_expert_tensor_parallel_group()
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def apart(self, stored: torch.Tensor) -> torch.Tensor:
+        """The parameter's shard as [matrices, out, in], a view."""
+        return stored.view(self.experts, self.inner, -1).mT if self.expert else stored.unsqueeze(0)
+
+
+def layer_matrix(
+    name: str, parameter: torch.Tensor, config: TransformerConfig, *, split_qkv: bool
+) -> LayerMatrix | None:
+    """What a parameter of this name is; None if AdamW updates it: norms, biases, embedding, output layer, rewards."""
+    if ".layers." not in name or parameter.dim() != 2:
+        return None
+    *_, module, kind = name.split(".")
+    if module == "experts":
+        hidden = config.hidden_size
+        width = config.moe_ffn_hidden_size // parallel_state.get_expert_tensor_parallel_world_size()
+        if kind == "weight1":
+            return LayerMatrix(_OUT, True, parameter.numel() // (2 * width * hidden), hidden)
+        return LayerMatrix(_IN, True, parameter.numel() // (width * hidden), width)
+    heads: tuple[int, ...] = ()
+    if module == "linear_qkv" and split_qkv:
+        size = config.kv_channels
+        heads = (config.num_attention_heads // config.num_query_groups * size, size, size)
+    return LayerMatrix(_LINEARS[module], heads=heads)
+
+
+def orthogonal(matrices: torch.Tensor, steps: int) -> torch.Tensor:
+    """The same singular vectors with singular values near 1 (0.7 to 1.2); [matrices, out, in], in the dtype given."""
+    x = matrices.mT if matrices.shape[_OUT] > matrices.shape[_IN] else matrices
+    x = x / x.norm(dim=(_OUT, _IN), keepdim=True).clamp(min=_LEAST_NORM)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    return x.mT if matrices.shape[_OUT] > matrices.shape[_IN] else x
+
+
+def scale(mode: str, rows: int, columns: int) -> float:
+    """What an orthogonal update is multiplied by (--muon-scale-mode)."""
+    by_mode = {
+        "spectral": max(rows, columns),
+        "shape_scaling": max(1.0, rows / columns),
+        "unit_rms_norm": rows / columns,
+    }
+    return by_mode[mode] ** 0.5
+
+
+def update_of(momentum: torch.Tensor, matrix: LayerMatrix, args: OptimizerArgs, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's share of the update, in the parameter's shape and float32; every rank of the group calls it.
+
+    Args:
+        momentum: of this rank's shard.
+        dtype: of the iteration and of what is gathered.
+    """
+    local = matrix.apart(momentum.to(dtype))
+    ranks = matrix.group.size() if matrix.sharded is not None else 1
+    whole = local
+    if ranks > 1:
+        assert matrix.sharded is not None
+        shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(ranks)]
+        dist.all_gather(shards, local.contiguous(), group=matrix.group)
+        whole = torch.cat(shards, dim=matrix.sharded)
+    done = _updated(whole, matrix, args)
+    if ranks > 1:
+        assert matrix.sharded is not None
+        done = done.chunk(ranks, dim=matrix.sharded)[matrix.group.rank()]
+    stored = done.mT if matrix.expert else done
+    return stored.reshape(momentum.shape).float()
+
+
+def _updated(whole: torch.Tensor, matrix: LayerMatrix, args: OptimizerArgs) -> torch.Tensor:
+    """The update of whole matrices [matrices, out, in]."""
+
+    def one(part: torch.Tensor) -> torch.Tensor:
+        factor = scale(args.muon_scale_mode, part.shape[_OUT], part.shape[_IN]) * args.muon_extra_scale_factor
+        return orthogonal(part, args.muon_num_ns_steps) * factor
+
+    if not matrix.heads:
+        return one(whole)
+    width = whole.shape[_IN]
+    grouped = whole.view(-1, sum(matrix.heads), width).split(matrix.heads, dim=1)
+    parts = [one(part.reshape(1, -1, width)).view(part.shape) for part in grouped]
+    return torch.cat(parts, dim=1).view(whole.shape)
