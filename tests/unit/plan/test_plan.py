@@ -253,6 +253,18 @@ def test_bad_requests_are_one_line(flags: list[str], message: str) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_what_is_said_to_fit_fits() -> None:
+    arch = SIZES["qwen3-32b"]
+    args = PlanArgs(model="qwen3-32b", devices=4, seq_length=32768, global_batch_size=64)
+    with pytest.raises(UsageError, match=r"it fits with --lora-r 16, or --devices (\d+)") as error:
+        search(shape_of(arch), arch, args, DEVICE_SPECS["910B-64G"])
+    devices = int(str(error.value).split()[-1])
+    more, half = (dataclasses.replace(args, devices=number) for number in (devices, devices // 2))
+    assert search(shape_of(arch), arch, more, DEVICE_SPECS["910B-64G"])
+    with pytest.raises(UsageError, match="nothing fits"):
+        search(shape_of(arch), arch, half, DEVICE_SPECS["910B-64G"])
+
+
 def test_a_remedy_has_the_effect_that_it_promises() -> None:
     shape = shape_of(SIZES["qwen3-32b"])
     setup = Setup(
