@@ -1,7 +1,8 @@
 # Sourced by the scripts beside it. Defines
 #   launch SCRIPT FLAGS...   start SCRIPT on every device of this node under torchrun (NNODES > 1: once per node)
 #   run SCRIPT FLAGS...      start SCRIPT as one process on the host
-# From the environment: NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT PYTHON; DRY_RUN=1 only checks and prints.
+# From the environment: NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT PYTHON; DRY_RUN=1 only checks and prints;
+# DEVICE_TABLE.
 # The exit status is the program's. Output also goes to logs/ in the current directory.
 set -euo pipefail
 
@@ -48,6 +49,12 @@ run() {
 launch() {
     local world=$((NPUS_PER_NODE * NNODES))
     local script="$QWEN3_NPU/$1"
+    # What `python -m qwen3_npu.plan --learn` wrote in this folder, or DEVICE_TABLE names; DEVICE_TABLE= : nothing.
+    local table="${DEVICE_TABLE-device_table.json}"
+    if [ "$1" = pretrain_gpt.py ] && [ -n "$table" ] && { [ -n "${DEVICE_TABLE:-}" ] || [ -f "$table" ]; }; then
+        echo "plan: constants of this cluster from $table" >&2
+        set -- "$@" --device-table "$table"
+    fi
     # Mistakes in flags, model, layout and data show here in a second, as one line and exit status 2.
     local check=(env WORLD_SIZE="$world" "$PYTHON" "$script" "${@:2}" --dry-run)
     if [ -n "${DRY_RUN:-}" ]; then "${check[@]}"; else "${check[@]}" >/dev/null; fi

@@ -61,9 +61,11 @@ def check_meeting(first: bool) -> None:
         first: this is the node that the others connect to.
 
     Raises:
-        UsageError: MASTER_PORT is in use here, or MASTER_ADDR does not resolve.
+        UsageError: MASTER_PORT is missing, no port, or in use here, or MASTER_ADDR does not resolve.
     """
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "")
+    if not (port.isdecimal() and int(port) < 1 << 16):
+        raise UsageError(f"MASTER_PORT {port or 'is not set'}: with MASTER_ADDR a port below 65536 is needed")
     try:
         socket.getaddrinfo(address, None)
         if first:

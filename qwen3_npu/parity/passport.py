@@ -161,7 +161,8 @@ def compare_files(args: ParityArgs) -> int:
         _judge([(TRAINING, walk_runs(other, one, read(shipped())))])
         return 0
     if TRAINING in one.cases or TRAINING in other.cases:
-        raise UsageError(f"--compare {args.compare} and --against {args.against}: a passport and a training's file")
+        what = f"--compare {args.compare} and --against {args.against}"
+        raise UsageError(f"{what} are of two kinds: give two passports, or two files of --fingerprint-interval")
     _judge([(case, walk(case, other, one)) for case in other.cases])
     return 0
 

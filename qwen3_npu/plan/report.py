@@ -34,12 +34,12 @@ def _memory_table(verdict: PlanVerdict) -> list[str]:
     stages = list(enumerate(verdict.stages))
     shown = stages if len(stages) <= 6 else [*stages[:3], *stages[-3:]]
     head = "".join(f"{f'stage {number}':>11}" for number, _ in shown)
-    lines = [f"plan: {'memory [GiB]':<14}{head}"]
+    lines = [f"plan: {'memory [GiB]':<15}{head}"]
     for kind, _ in verdict.stages[0].rows():
         values = [getattr(stage, kind) / GIB for _, stage in shown]
         if any(value >= 0.005 for value in values):
-            lines.append(f"plan:   {kind:<12}" + "".join(f"{value:11.2f}" for value in values))
-    lines.append("plan:   " + f"{'total':<12}" + "".join(f"{stage.total / GIB:11.2f}" for _, stage in shown))
+            lines.append(f"plan:   {kind:<13}" + "".join(f"{value:11.2f}" for value in values))
+    lines.append("plan:   " + f"{'total':<13}" + "".join(f"{stage.total / GIB:11.2f}" for _, stage in shown))
     return lines
 
 

@@ -55,24 +55,43 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
             if nearest is None or found.verdict.peak < nearest.peak:
                 nearest = found.verdict
     if not fitting:
-        raise UsageError(_nothing_fits(nearest, args, device))
+        raise UsageError(_nothing_fits(nearest, shape, arch, args, device=device))
     return sorted(fitting, key=lambda found: -found.verdict.tokens_per_second)
 
 
-def _nothing_fits(nearest: PlanVerdict | None, args: PlanArgs, device: Device) -> str:
+def _nothing_fits(nearest: PlanVerdict | None, shape: Shape, arch: Qwen3Arch, args: PlanArgs, *, device: Device) -> str:
     if nearest is None:
         return (
             f"no layout of {args.devices} devices is legal for this model at --seq-length {args.seq_length} and "
             f"--global-batch-size {args.global_batch_size}; give a batch that more device counts divide"
         )
-    more = 2
-    while more < 64 and nearest.peak * (0.35 + 0.65 / more) > nearest.limit:
-        more *= 2
-    lora = "" if args.lora_r else ", --lora-r 16"
+    changes = [("--lora-r 16", dataclasses.replace(args, lora_r=16))] if not args.lora_r else []
+    changes += [(f"--seq-length {n}", dataclasses.replace(args, seq_length=n)) for n in _halves(args.seq_length)]
+    for devices in (args.devices * 2**n for n in range(1, 7)):
+        more = dataclasses.replace(args, devices=devices, global_batch_size=max(args.global_batch_size, devices))
+        changes.append((f"--devices {devices}", more))
+    found: dict[str, str] = {}  # of each kind of change the least that fits
+    for words, changed in changes:
+        kind = words.split()[0]
+        if kind not in found and _any_fits(shape, arch, changed, device):
+            found[kind] = words
+    remedies = f"it fits with {', or '.join(found.values())}" if found else "give a device with more memory"
     return (
         f"nothing fits {args.devices} x {device.name}: the smallest layout needs {nearest.peak / GIB:.1f} GiB of "
-        f"{nearest.limit / GIB:.1f}; try --devices {args.devices * more}, a shorter --seq-length{lora}, "
-        f"or a device with more memory"
+        f"{nearest.limit / GIB:.1f}; {remedies}"
+    )
+
+
+def _halves(length: int) -> list[int]:
+    """Shorter lengths, down to 512 tokens."""
+    return [length // 2**n for n in range(1, 12) if length // 2**n >= 512]
+
+
+def _any_fits(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> bool:
+    return any(
+        found.verdict.fits
+        for flags, sizes in _legal(arch, args, device)
+        for found in _recomputations(shape, flags, sizes, device)
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from qwen3_npu.trace.storages import StorageWatch
 
@@ -24,7 +25,9 @@ class Activations(StorageWatch):
         self.kept = self.peak = 0
         self._kept: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         self.results((args, kwargs), out)
         self.peak = max(self.peak, self._bytes(self._alive))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -85,7 +86,9 @@ class TraceRecorder(StorageWatch):
         with _disable_current_modes():
             self._real = torch.zeros(1)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             self._collective(func, args)
@@ -109,7 +112,7 @@ class TraceRecorder(StorageWatch):
         size, label = self._sizes.pop(key)
         self.held.append((-size, label))
 
-    def relabel(self, tensors: Any, label: str) -> int:
+    def relabel(self, tensors: object, label: str) -> int:
         """Bytes that these tensors hold, which are called so from now on."""
         total = 0
         for key in {storage._cdata for storage in storages_of(tensors)} & self._sizes.keys():
@@ -125,7 +128,7 @@ class TraceRecorder(StorageWatch):
             self._sizes[storage._cdata] = size, known[1]
             self.held.append((size - known[0], known[1]))
 
-    def _operation(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    def _operation(self, func: OpOverload, args: tuple, kwargs: dict, out: Any) -> None:
         name = func._schema.name.replace("::", ".")
         if not name.startswith("aten.") or name.split(".")[-1].rstrip("_") in _VIEWS or "empty" in name:
             return
@@ -134,7 +137,7 @@ class TraceRecorder(StorageWatch):
         moved = sum(tensor.nbytes for tensor in tree_iter((args, kwargs, out)) if isinstance(tensor, torch.Tensor))
         self.operations.append(Operation(name, self.phase, float(flops), float(moved)))
 
-    def _collective(self, func: Any, args: tuple) -> None:
+    def _collective(self, func: OpOverload, args: tuple) -> None:
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(_group(args))))
         moved = sum(tensor.nbytes for tensor in tree_iter(args[:2]) if isinstance(tensor, torch.Tensor))
         name = func._schema.name.replace("::", ".").rstrip("_")
@@ -154,7 +157,7 @@ class TraceRecorder(StorageWatch):
         self.waits.clear()
         self._unwaited.clear()
 
-    def _without_data(self, func: Any, args: tuple) -> Any:
+    def _without_data(self, func: OpOverload, args: tuple) -> Any:
         """The result of an operation that needs data; NotImplemented for all others."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return 2.0 if args[0].is_floating_point() else self.rows_of_expert

@@ -101,7 +101,7 @@ def test_a_wrong_call_is_noticed(name: str, npu_worlds: dict[int, World]) -> Non
 FOUND_BY_PASSPORT = {
     "gradient of the sum lost": ("layers.1.pre_mlp_layernorm", "add_rms_norm", "backward", "gradient of input 1"),
     "weight gradient not added": (
-        "decoder.layers.0.input_layernorm.weight",
+        "layers.0.input_layernorm.weight",
         "rms_norm",
         "backward",
         "gradient of the weight",

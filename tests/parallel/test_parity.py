@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_npu.parity.passport import shipped
+from qwen3_npu.parity.rows import PP2, VPP, ZERO
 from qwen3_npu.parity.walk import walk_runs
 from qwen3_npu.training.fingerprints.files import Recording, read
 from worlds import World
@@ -67,7 +68,7 @@ def test_files_of_two_trainings_are_compared(
     """With other kernels nothing is named; a faulty one is."""
     flags = ["--load", models["untied"], "--data-path", tokens, "--seq-length", "32", "--global-batch-size", "4"]
     flags += ["--micro-batch-size", "1", "--train-iters", "3", "--eval-iters", "0", "--fingerprint-interval", "3"]
-    flags += ["--lr", "1e-3", "--bf16", "--use-distributed-optimizer", "--recompute-granularity", "selective"]
+    flags += ["--lr", "1e-3", "--bf16", *ZERO, "--recompute-granularity", "selective", *PP2, *VPP]
 
     def files(name: str, case: str, *changed: str, **options: str) -> list[Recording]:
         worlds[2].run(case, flags=[*flags, "--tensorboard-dir", str(tmp_path / name), *changed], **options)

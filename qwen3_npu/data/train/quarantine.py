@@ -60,17 +60,17 @@ class Place(NamedTuple):
     offset: int = 0
 
 
-def content(sample: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def content(sample: object) -> list[tuple[np.ndarray, np.ndarray]]:
     """The token ids of a sample and whether each is learned: one pair, or one for each answer of a preference."""
     if isinstance(sample, dict):  # text: the label of a place is the next token
         return [(np.asarray(sample["tokens"]), np.asarray(sample["loss_mask"]) > 0)]
-    if hasattr(sample, "ids"):
+    if hasattr(sample, "ids") and hasattr(sample, "labels"):
         return [(sample.ids, sample.labels != IGNORED)]
     answers = [getattr(sample, name) for name in ("chosen", "rejected", "answer") if hasattr(sample, name)]
     return [pair for answer in answers for pair in content(answer)]
 
 
-def key_of(sample: Any) -> str:
+def key_of(sample: object) -> str:
     """A digest of what a sample teaches."""
     found = hashlib.sha256()
     for ids, learned in content(sample):
@@ -88,7 +88,7 @@ class Ordered:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self.repeats = hasattr(dataset, "shares")  # each sample again in every epoch; text is divided anew
-        self.rules: dict[Any, int] = {}  # place (of text: number) -> the number that it is left out from
+        self.rules: dict[object, int] = {}  # place (of text: number) -> the number that it is left out from
         self.skipped: list[int] = []  # numbers that are left out, of those before `scanned`
         self.scanned = 0
 
@@ -101,7 +101,7 @@ class Ordered:
     def __getitem__(self, number: int) -> Any:
         return self.dataset[self.raw(number)]
 
-    def locate(self, number: int) -> Any:
+    def locate(self, number: int) -> tuple:
         """Where sample `number` of this order comes from."""
         return self.dataset.locate(self.raw(number))
 
@@ -116,7 +116,7 @@ class Ordered:
         before = bisect.bisect_right([place - i for i, place in enumerate(self.skipped)], number)
         return number + before
 
-    def _rule(self, number: int) -> Any:
+    def _rule(self, number: int) -> object:
         return self.dataset.locate(number) if self.repeats else number
 
     def leave_out(self, numbers: Sequence[int], first: int) -> None:

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 from qwen3_npu import log
 from qwen3_npu.errors import UsageError, printable
@@ -28,7 +27,7 @@ from qwen3_npu.model.arch.facts import FACTS
 from qwen3_npu.schema import shown
 
 # Argument -> the only values that are computed here.
-_ONLY: dict[str, tuple[Any, ...]] = {
+_ONLY: dict[str, tuple[object, ...]] = {
     "position_embedding_type": ("rope", "yarn"),
     "rotary_percent": (1.0,),
     "rope_type": ("rope", "default"),
@@ -163,7 +162,7 @@ _OTHERS = frozenset(
 )
 
 
-def refuse_others(said: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> None:
+def refuse_others(said: Mapping[str, object], where: str, ignored: Collection[str] = ()) -> None:
     """Look at every argument that is not None; see the top of this file.
 
     Args:
@@ -195,7 +194,7 @@ def _only(allowed: str) -> str:
     return f"is another architecture; only {allowed} is computed here"
 
 
-def _other(name: str, value: Any, said: Mapping[str, Any]) -> str | None:
+def _other(name: str, value: object, said: Mapping[str, object]) -> str | None:
     """What is wrong with one argument."""
     if name in _ONLY:
         off = name not in _NEVER_OFF and not isinstance(value, str) and _is_off(value)
@@ -214,24 +213,24 @@ def _words(name: str) -> set[str]:
     return set(name.lower().split("_"))
 
 
-def _is_unknown(name: str, value: Any) -> bool:
+def _is_unknown(name: str, value: object) -> bool:
     """Whether an argument that is not refused is one that no word of its name tells to be harmless."""
     known = name in _ONLY or name in _WHOLE or name in _TRANSLATED or name in WITHOUT_EFFECT
     return not (known or _is_off(value) or _DEPENDENT.match(name) or _words(name) & (_EXECUTION | _OTHERS))
 
 
-def _is_off(value: Any) -> bool:
+def _is_off(value: object) -> bool:
     """Whether a value switches nothing on."""
     return value is None or value is False or value in (0, "", "none", "None", "disable") or value in ([], (), {})
 
 
-def _every_layer(value: Any, said: Mapping[str, Any]) -> bool:
+def _every_layer(value: object, said: Mapping[str, object]) -> bool:
     if isinstance(value, str):
         return bool(re.fullmatch(r"\(?\[1\](\*\d+)?\)?", value))
     return value in (1, -1) or (isinstance(value, (list, tuple)) and set(map(str, value)) == {"1"})
 
 
-def _usual_scale(value: Any, said: Mapping[str, Any]) -> bool:
+def _usual_scale(value: object, said: Mapping[str, object]) -> bool:
     width = said.get("kv_channels") or said.get("head_dim")
     if not isinstance(value, (int, float)) or not isinstance(width, int):
         return False
@@ -239,8 +238,10 @@ def _usual_scale(value: Any, said: Mapping[str, Any]) -> bool:
 
 
 # Arguments judged by more than a list of values: name -> whether a value is computed here.
-_WHOLE: dict[str, Any] = {
-    "window_size": lambda value, said: tuple(value) in ((-1, -1), (-1, 0)) if isinstance(value, (list, tuple)) else 0,
+_WHOLE: dict[str, Callable[[object, Mapping[str, object]], bool]] = {
+    "window_size": lambda value, said: (
+        tuple(value) in ((-1, -1), (-1, 0)) if isinstance(value, (list, tuple)) else False
+    ),
     # Hugging Face's key: it counts only beside use_sliding_window.
     "sliding_window": lambda value, said: said.get("use_sliding_window") is False,
     "layer_types": lambda value, said: isinstance(value, (list, tuple)) and set(map(str, value)) == {"full_attention"},

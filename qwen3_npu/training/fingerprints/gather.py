@@ -64,7 +64,9 @@ def gathered(mine: Noted, *, everyones: bool = False) -> Noted | None:
 
     stages = sorted(((stage, noted) for stage, first, noted in everyone if first), key=lambda pair: pair[0])
     for backward in (False, True) if len(stages) > 1 else (None,):
-        for _, noted in reversed(stages) if backward else stages:
+        for stage, noted in reversed(stages) if backward else stages:
+            if backward is not None:  # what backward calls is in no module
+                noted = noted._replace(names=[name.replace("||", f"|stage {stage}|") for name in noted.names])
             add(noted, np.array([backward is None or ("|backward|" in name) == backward for name in noted.names], bool))
     for rank, (_, first, noted) in enumerate(everyone):
         if not first:

@@ -62,6 +62,7 @@ class StepRecorder:
         self.last: str | None = None  # the call that is computed, or whose gradients are
         self._where: list[str] = [""]
         self._chunks: Sequence[GPTModel] = ()
+        self._weights: dict[int, str] = {}  # id of a parameter -> its name, with the layer's number in the whole model
         self._started: collections.Counter = collections.Counter()  # micro-batches of a chunk
         self._reset()
 
@@ -99,9 +100,10 @@ class StepRecorder:
         for chunk in chunks:
             chunk.register_forward_pre_hook(self._starts)
             layers = {f"decoder.layers.{i}": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+            for name, parameter in chunk.named_parameters():
+                self._weights[id(parameter)] = _global(name, layers)
             for name, module in chunk.named_modules():
-                prefix = next((p for p in layers if name == p or name.startswith(f"{p}.")), None)
-                known = name if prefix is None else f"layers.{layers[prefix]}{name.removeprefix(prefix)}"
+                known = _global(name, layers)
                 module.register_forward_pre_hook(functools.partial(self._enters, known))
                 module.register_forward_hook(self._leaves, always_call=True)
                 if name in layers or name == "embedding":
@@ -234,9 +236,7 @@ class StepRecorder:
     # Weights
 
     def weight_name(self, parameter: torch.nn.Parameter) -> str:
-        found = ((i, n) for i, chunk in enumerate(self._chunks) for n, p in chunk.named_parameters() if p is parameter)
-        chunk, name = next(found, (0, "of a probe"))
-        return f"{chunk}.{name}" if len(self._chunks) > 1 else name
+        return self._weights.get(id(parameter), "of a probe")
 
     def _finalizes(self, function: Callable) -> Callable:
         @functools.wraps(function)
@@ -337,3 +337,9 @@ def _parameter(value: torch.Tensor) -> torch.nn.Parameter | None:
     if isinstance(value, torch.nn.Parameter):
         return value
     return value._base if isinstance(value._base, torch.nn.Parameter) else None
+
+
+def _global(name: str, layers: dict[str, int]) -> str:
+    """A module's or weight's name in the whole model. Args: layers: prefix in this chunk -> number of the layer."""
+    prefix = next((p for p in layers if name == p or name.startswith(f"{p}.")), None)
+    return name if prefix is None else f"layers.{layers[prefix]}{name.removeprefix(prefix)}"

@@ -70,7 +70,8 @@ def _check_room(save: Path, args: PretrainArgs, arch: Qwen3Arch) -> None:
 def _check_load(args: PretrainArgs, arch: Qwen3Arch) -> None:
     load, save = args.checkpoint.load, args.checkpoint.save
     if args.data.is_preference and (load is None or args.checkpoint.from_scratch):
-        raise UsageError(f"--stage {args.data.stage} trains a given model; give it with --load, not --from-scratch")
+        drop = " and drop --from-scratch" if args.checkpoint.from_scratch else ""
+        raise UsageError(f"--stage {args.data.stage} trains a given model; give it with --load{drop}")
     if load is None:
         if args.lora.on:
             raise UsageError("--lora-r trains an adapter of a given model; give it with --load")

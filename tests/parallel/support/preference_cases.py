@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.checkpoint.training.save import Position
@@ -15,10 +16,25 @@ from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.feed import open_feed
 from qwen3_npu.training.preference import preference_objective
 from qwen3_npu.training.prepare.plan import plan_training
+from qwen3_npu.training.reference import Reference
 from qwen3_npu.training.reports.report import means
 
 # A step that leaves the weights as they are, and the gradient itself as the first moment.
 STILL = ["--lr", "1e-30", "--adam-beta1", "0", "--clip-grad", "0", "--lr-decay-style", "constant"]
+
+
+class Remembered:
+    """A reference that is asked once for each data set."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self.known: dict[str, list[torch.Tensor]] = {}
+
+    def log_probs(self, batches: Any, samples: Any, **sizes: int) -> list[torch.Tensor]:
+        (prefix, _), *_ = samples[0]
+        if prefix not in self.known:
+            self.known[prefix] = self.reference.log_probs(batches, samples, **sizes)
+        return self.known[prefix]
 
 
 def first_steps(
@@ -35,7 +51,7 @@ def first_steps(
     found = {}
     first, *_ = runs.values()
     with trainer(platform, world, [*common, *STILL, *first]) as t:
-        reference = t.reference
+        reference = Remembered(t.reference) if t.reference is not None else None
         for name, flags in runs.items():
             t.args = training_args([*common, *STILL, *flags])
             t.plan = plan_training(t.args, world.size)

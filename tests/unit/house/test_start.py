@@ -159,6 +159,24 @@ def test_a_port_in_use_and_a_host_that_does_not_resolve_are_named(monkeypatch: p
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     with pytest.raises(UsageError, match=r"^MASTER_ADDR no-such-host\.invalid does not resolve"):
         environment.check_meeting(first=False)
+    for port, said in (("", "is not set: "), ("29500x", "29500x: "), ("70000", "70000: ")):
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(UsageError, match=f"^MASTER_PORT {said}with MASTER_ADDR a port"):
+            environment.check_meeting(first=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    # Asked before torch's store is, which prints a stack of its own.
+    from qwen3_npu.args.parallel import RuntimeArgs
+    from qwen3_npu.distributed import launch
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch.dist, "rendezvous", lambda *args, **named: pytest.fail("the store was asked"))
+    platform = mock.Mock()
+    with (
+        pytest.raises(UsageError, match="does not resolve"),
+        launch.process_group(platform, RuntimeArgs()),
+    ):
+        pass
 
 
 def test_from_scratch_goes_with_nothing_that_has_weights(made: Path, capsys: pytest.CaptureFixture) -> None:

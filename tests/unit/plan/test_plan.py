@@ -188,6 +188,16 @@ def test_step_times_are_those_that_others_published() -> None:
     assert errors[-1] <= 0.25
 
 
+def test_runs_that_others_saw_run_out_of_memory_do_not_fit() -> None:
+    """xtuner: 235B, TP2 EP8 PP8 with virtual stages on H800; 30B-A3B without pipeline, optimizer not sharded."""
+    (xtuner,) = (row for row in read_published() if row.name == "xtuner TP2 EP8 PP8")
+    layers = ((11, 12), *(((12, 12),) * 5), (12, 12), (12, 11))
+    virtual = dataclasses.replace(xtuner.setup, layers=layers)
+    assert not PlanVerdict(xtuner.shape, virtual, DEVICE_SPECS["H800-80G"]).fits
+    whole = Setup(layers=((48,),), seq_length=4096, data=8, expert=8, num_microbatches=4)
+    assert not PlanVerdict(shape_of(SIZES["qwen3-30b-a3b"]), whole, DEVICE_SPECS["A100-80G"]).fits
+
+
 def test_every_layout_found_is_legal_for_the_parser_and_ranked() -> None:
     args = PlanArgs(model="qwen3-30b-a3b", devices=16, seq_length=4096, global_batch_size=64)
     arch = SIZES["qwen3-30b-a3b"]
@@ -251,6 +261,18 @@ def test_bad_requests_are_one_line(flags: list[str], message: str) -> None:
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_what_is_said_to_fit_fits() -> None:
+    arch = SIZES["qwen3-32b"]
+    args = PlanArgs(model="qwen3-32b", devices=4, seq_length=32768, global_batch_size=64)
+    with pytest.raises(UsageError, match=r"it fits with --lora-r 16, or --devices (\d+)") as error:
+        search(shape_of(arch), arch, args, DEVICE_SPECS["910B-64G"])
+    devices = int(str(error.value).split()[-1])
+    more, half = (dataclasses.replace(args, devices=number) for number in (devices, devices // 2))
+    assert search(shape_of(arch), arch, more, DEVICE_SPECS["910B-64G"])
+    with pytest.raises(UsageError, match="nothing fits"):
+        search(shape_of(arch), arch, half, DEVICE_SPECS["910B-64G"])
 
 
 def test_a_remedy_has_the_effect_that_it_promises() -> None:

@@ -42,3 +42,12 @@ def test_closed_forms_are_what_a_trace_holds(case: str, traces: dict[str, dict[s
     traced, planned = traces[case]["traced"], traces[case]["planned"]
     assert {name: traced[name] for name in STATIC} == {name: planned[name] for name in STATIC}
     assert planned["peak"] == pytest.approx(traced["peak"], rel=0.02)
+
+
+def test_a_rank_of_a_larger_job_does_no_more(traces: dict[str, dict[str, Any]]) -> None:
+    """16 times the devices: the same groups, collectives and writers, less state, hardly more bytes."""
+    small, large = traces["growth"]
+    for same in ("communicators", "start", "collectives", "writers"):
+        assert small[same] == large[same]
+    assert large["state"] < small["state"]
+    assert large["moved"] <= small["moved"] * 1.01

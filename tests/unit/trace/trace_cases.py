@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,11 +15,13 @@ from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.parity.rows import ParityRow, rows
 from qwen3_npu.plan.activations import TORCH
+from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.from_args import setup_of
 from qwen3_npu.plan.memory import stage_memory
 from qwen3_npu.plan.shape import shape_of
 from qwen3_npu.platform import select_platform
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.trace.growth import growth
 from qwen3_npu.trace.rank import RankTrace, recorder_for, trace_rank, traced
 from qwen3_npu.training.prepare.plan import TrainingPlan, plan_training
 
@@ -86,7 +89,7 @@ def main() -> None:
     platform.activate()
     # First: what a trace leaves behind (random states without data) is nothing to train with.
     real = {name: said(with_real_tensors(platform, flags)) for name, flags in REAL.items()}
-    found = {}
+    found: dict[str, object] = {}
     cases = {name: (0, 1, flags) for name, flags in REAL.items()}
     cases |= {name: (row.size - 1, row.size, flags_of(row)) for name, row in PRETENDED.items()}
     for name, (rank, size, flags) in cases.items():
@@ -96,6 +99,10 @@ def main() -> None:
         memory = stage_memory(shape, setup_of(args, plan), trace.stage, kernels=TORCH)
         planned = {kind: getattr(memory, kind) for kind in ("weights", "gradients", "optimizer")}
         found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned | {"peak": memory.total}}
+    flags = BIG + BF16 + "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"
+    args, _ = parsed(flags, 4)
+    work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
+    found["growth"] = [dataclasses.asdict(row) for row in work]
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads of ended groups need not be waited for

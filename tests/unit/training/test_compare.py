@@ -39,6 +39,7 @@ SAVED: dict[str, Any] = {
     "norm_topk_prob": True,
     "bf16": True,
     "qlora": False,
+    "optimizer": "adam",
     "qlora_embedding": False,
 }
 NOW = SAVED | {"split": "969,30,1"}
@@ -63,6 +64,7 @@ OTHERS: dict[str, Any] = {
     "norm_topk_prob": False,
     "bf16": False,
     "qlora": True,
+    "optimizer": "muon",
     "qlora_embedding": True,
 }
 # Told, as `(the reason)` says.
