@@ -188,6 +188,16 @@ def test_step_times_are_those_that_others_published() -> None:
     assert errors[-1] <= 0.25
 
 
+def test_runs_that_others_saw_run_out_of_memory_do_not_fit() -> None:
+    """xtuner: 235B, TP2 EP8 PP8 with virtual stages on H800; 30B-A3B without pipeline, optimizer not sharded."""
+    (xtuner,) = (row for row in read_published() if row.name == "xtuner TP2 EP8 PP8")
+    layers = ((11, 12), *(((12, 12),) * 5), (12, 12), (12, 11))
+    virtual = dataclasses.replace(xtuner.setup, layers=layers)
+    assert not PlanVerdict(xtuner.shape, virtual, DEVICE_SPECS["H800-80G"]).fits
+    whole = Setup(layers=((48,),), seq_length=4096, data=8, expert=8, num_microbatches=4)
+    assert not PlanVerdict(shape_of(SIZES["qwen3-30b-a3b"]), whole, DEVICE_SPECS["A100-80G"]).fits
+
+
 def test_every_layout_found_is_legal_for_the_parser_and_ranked() -> None:
     args = PlanArgs(model="qwen3-30b-a3b", devices=16, seq_length=4096, global_batch_size=64)
     arch = SIZES["qwen3-30b-a3b"]
