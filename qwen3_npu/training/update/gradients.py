@@ -85,7 +85,8 @@ def _divide(part: MegatronOptimizer, divisor: float) -> None:
     if not gradients:
         return
     device = gradients[0].device
-    if isinstance(optimizer, torch.optim.AdamW) and device.type in _DIVIDES:
+    # A class derived from it (Muon's) updates some weights in another way, without the division.
+    if type(optimizer) is torch.optim.AdamW and device.type in _DIVIDES:
         scale = None if divisor == 1 else torch.full((), divisor, dtype=torch.float32, device=device)
         vars(optimizer)["grad_scale"] = scale  # torch's name of it, for its own GradScaler
     elif divisor != 1:

@@ -142,6 +142,22 @@ def test_a_chat_is_written_by_the_template_of_the_tokenizer(client: Any, theirs:
         assert streamed[-1].usage == answer.usage
 
 
+def test_a_request_decides_about_thoughts(model: Path) -> None:
+    """Qwen3's template closes a thought that is not wanted."""
+    from qwen3_npu.args.inference import PromptArgs
+    from qwen3_npu.data.text.tokenizer import open_tokenizer
+    from qwen3_npu.inference.sampling import Sampling
+    from qwen3_npu.inference.serve.asked import Reader, ServerLimits
+    from qwen3_npu.inference.text import Writer
+
+    writer = Writer(open_tokenizer(str(model)), PromptArgs(prompt_type="qwen3", enable_thinking="true"))
+    reader = Reader(writer, ServerLimits("m", 400, 800, sampling=Sampling(), chats=True), lambda: 0)
+    for asked, closed in ((None, False), (True, False), (False, True)):
+        kwargs = {} if asked is None else {"chat_template_kwargs": {"enable_thinking": asked}}
+        (order,) = reader.read({**CHAT, **kwargs}, "chat").orders
+        assert writer.encoder.decode(order.tokens).endswith("<think>\n\n</think>\n\n") == closed
+
+
 def test_logprobs_are_the_log_softmax_of_transformers(client: Any, theirs: Any) -> None:
     loaded, tokenizer = theirs
     ids = tokenizer("The sea").input_ids

@@ -113,6 +113,16 @@ def test_the_first_leap_between_two_runs_is_named() -> None:
     assert first.place.operation == "attention"
 
 
+def test_calls_that_only_one_kind_of_kernels_has_are_passed_over() -> None:
+    xs = [torch.randn(4, 4, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    names = [f"1|1|a|{kind}#1|forward|out 0" for kind in ("linear", "add_weight_gradient", "swiglu")]
+    one, other = recording(names, rows(*xs)), recording(names[::2], rows(*xs[::2]))
+    assert walk_runs(one, other, read(shipped())).records == 2
+    assert walk_runs(other, one, read(shipped())).records == 2
+    with pytest.raises(UsageError, match="computed other things: 1 records"):
+        walk_runs(one, recording(names[:2], rows(*xs[:2])), read(shipped()))
+
+
 def test_runs_of_other_layouts_are_not_compared() -> None:
     one = recording(["1|1|a|linear#1|forward|out 0"], rows(torch.ones(2)))
     with pytest.raises(UsageError, match="other layouts"):

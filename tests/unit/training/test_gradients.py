@@ -22,6 +22,18 @@ def sgd(weights: list[torch.Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(weights, lr=0.1)
 
 
+class Halfway(torch.optim.AdamW):
+    """As Muon here: it updates weights by a rule of its own."""
+
+    def step(self, closure: None = None) -> None:
+        for weight in self.param_groups[0]["params"]:
+            weight.data -= 0.1 * weight.grad
+
+
+def halfway(weights: list[torch.Tensor]) -> torch.optim.Optimizer:
+    return Halfway(weights, lr=0.1)
+
+
 def in_megatron(optimizer: torch.optim.Optimizer, clip_grad: float) -> Any:
     weights = optimizer.param_groups[0]["params"]
     return types.SimpleNamespace(
@@ -34,7 +46,7 @@ def in_megatron(optimizer: torch.optim.Optimizer, clip_grad: float) -> Any:
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
-@pytest.mark.parametrize("make", [adamw, sgd])
+@pytest.mark.parametrize("make", [adamw, sgd, halfway])
 def test_steps_are_those_of_torch(
     make: Callable[[list[torch.Tensor]], torch.optim.Optimizer], clip: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
