@@ -5,6 +5,8 @@ ranks.
 from __future__ import annotations
 
 import contextlib
+import time
+import traceback
 from collections.abc import Iterator
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -22,5 +24,14 @@ def recorded() -> Iterator[None]:
     except (UsageError, Stopped):
         raise  # `cli.run` tells
     except Exception as error:
+        if _raised_by_a_collective(error):
+            # Another rank has failed, most likely. torchrun shows the first of all, and errors carry whole seconds.
+            time.sleep(1.1)
         handler.record_exception(error)
         raise
+
+
+def _raised_by_a_collective(error: Exception) -> bool:
+    """Whether it comes out of torch.distributed (or the hang watch around it)."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].startswith(("torch.distributed", "qwen3_npu.watch.collectives"))
