@@ -144,7 +144,7 @@ def test_lora_equals_peft(
     base = models[kind.split()[0]]
     flags = [*FLAGS, *LORA, "--load", base, "--lora-load", adapters[kind], "--data-path", data[form]]
     gradients = tmp_path / "gradients.npz"
-    got = worlds[size].run("gradients", flags=flags + extra, steps=STEPS, file=str(gradients))
+    got = worlds[size].run("gradients", flags=flags + extra, steps=3, file=str(gradients))
     assert got["frozen"]
     assert not got["changed"]
     check(got, expected, gradients, lambda name: name.replace(".default", "").replace("vector.weight", "vector"))
@@ -240,7 +240,7 @@ def test_lora_resumes(worlds: dict[int, World], models: dict[str, str], data: di
     """Updates alone are small; they and the optimizer go on in another layout; frozen weights never change."""
     flags = [*FLAGS, *LORA, "--load", models["tied"], "--data-path", data["single"], "--train-iters", "20"]
     save, whole_save = tmp_path / "updates", tmp_path / "whole"
-    whole = worlds[1].run("gradients", flags=flags, steps=20, file=str(tmp_path / "g.npz"))
+    whole = worlds[1].run("gradients", flags=flags, steps=5, file=str(tmp_path / "g.npz"))
     assert not whole["changed"]
     worlds[1].run("train", flags=[*flags, "--save", str(save), "--lora-ckpt-filter"], steps=3)
     worlds[1].run("train", flags=[*flags, "--save", str(whole_save)], steps=3)
