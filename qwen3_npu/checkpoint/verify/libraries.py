@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import enum
 import pickle
 import types
 from pathlib import Path
@@ -33,6 +34,11 @@ class _Ignored:
     def __setitem__(self, key: object, value: object) -> None: ...
 
 
+def _member(of: Any, name: str) -> Any:
+    """What `getattr` is in the metadata: some Pythons write the member of an enumeration so."""
+    return of[name] if isinstance(of, enum.EnumMeta) else _Ignored()
+
+
 class _Metadata(pickle.Unpickler):
     """Builds what torch.distributed.checkpoint describes tensors with."""
 
@@ -46,7 +52,7 @@ class _Metadata(pickle.Unpickler):
             ("torch.serialization", "_get_layout"),
         ):
             return super().find_class(module, name)
-        return _Ignored
+        return _member if (module, name) == ("builtins", "getattr") else _Ignored
 
 
 class _Tensors(pickle.Unpickler):

@@ -96,7 +96,6 @@ from megatron.core.tensor_parallel import random
 assert not any(hasattr(random, n) for n in {names!r}), 'the fix may go'
 assert torch.compile is compiler
 assert not {{'torch._dynamo', 'torch._inductor', 'wandb'}} & sys.modules.keys()
-import wandb
 from megatron.core.fusions import fused_bias_swiglu
 assert not hasattr(fused_bias_swiglu.swiglu, '_torchdynamo_orig_callable')
 """
