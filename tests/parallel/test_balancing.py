@@ -12,24 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
-from plain import FLAGS, LONGEST, MICRO2, VARIABLE, Document, documents, unstacked
+from plain import FLAGS, MICRO2, VARIABLE, Document, documents, unstacked
 from qwen3_npu.parity.measure import largest_difference
 from qwen3_npu.parity.rows import EP2, FULL, PER_DOCUMENT, PP2, RING, SP, TP2, ULYSSES, VPP
 from worlds import World
 
 BALANCE, Z = 0.5, 0.05
 LOSSES = ["--moe-aux-loss-coeff", str(BALANCE), "--moe-z-loss-coeff", str(Z)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Form -> prefix."""
-    root = tmp_path_factory.mktemp("instructions")
-    return {
-        "single": str(tiny.write_instructions(root / "single")),
-        "packed": str(tiny.write_instructions(root / "packed", pack=LONGEST)),
-    }
 
 
 def losses(model: Any, batch: list[Document]) -> tuple[torch.Tensor, int, torch.Tensor]:

@@ -10,13 +10,18 @@ from qwen3_npu.parity.measure import trainer
 from qwen3_npu.platform.base import Platform
 
 
+def _counts_below(platform: Platform) -> Any:
+    """What the device itself counts; nothing but on the simulated NPU."""
+    if platform.name != "npu":
+        return counting._idle
+    from sim import device
+
+    return device.counts
+
+
 def launches(platform: Platform, world: World, flags: list[str], models: list[str]) -> list[dict[str, Any]]:
     """`counting.counted` of the same training of several models."""
-    below = counting._idle
-    if platform.name == "npu":
-        from sim import device
-
-        below = device.counts
+    below = _counts_below(platform)
     found = []
     for model in models:
         with trainer(platform, world, [*flags, "--load", model]) as made:
@@ -30,11 +35,7 @@ def decoding(platform: Platform, world: World, flags: list[str], models: list[st
     from qwen3_npu.inference.engine import Engine, Request, limit_request
     from qwen3_npu.inference.sampling import Sampling
 
-    below = counting._idle
-    if platform.name == "npu":
-        from sim import device
-
-        below = device.counts
+    below = _counts_below(platform)
     found = []
     for model in models:
         with generation.runner(platform, world, model, *flags) as made:
