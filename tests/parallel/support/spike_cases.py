@@ -95,3 +95,57 @@ def flipped(platform: Platform, world: World, flags: list[str], rank: int, what:
         everyone: list[str | None] = [None] * world.size
         dist.all_gather_object(everyone, said)
         return everyone
+
+
+def flips(platform: Platform, world: World, flags: list[str], rank: int) -> dict[str, Any]:
+    """One bit after the other, of an exponent and of a mantissa, in all that one rank holds; each is put back.
+
+    Returns:
+        Which bit -> what the step after it raised on each rank; and the losses of the steps without a flipped bit.
+    """
+    with trainer(platform, world, flags) as t:
+        said: dict[str, Any] = {}
+        losses = [t.step().loss]
+        for name, tensor in held(t).items():
+            words = {2: torch.int16, 4: torch.int32, 1: torch.uint8}[tensor.element_size()]
+            number = int(tensor.view(-1).view(words).ne(0).nonzero()[0])
+            for what, bit in (("mantissa", 0), ("exponent", {2: 12, 4: 27, 1: 7}[tensor.element_size()])):
+                found = None
+                if world.rank == rank:
+                    tensor.view(-1).view(words)[number] ^= 1 << bit
+                try:
+                    t.step()
+                except Stopped as error:
+                    found = str(error)
+                if world.rank == rank:
+                    tensor.view(-1).view(words)[number] ^= 1 << bit
+                said[f"{what} of {name}"] = [None] * world.size
+                dist.all_gather_object(said[f"{what} of {name}"], found)
+        losses.append(t.step().loss)
+        return {"said": said, "losses": losses}
+
+
+def held(t: loop.Trainer) -> dict[str, torch.Tensor]:
+    """Of each kind of state the first tensor that is not all zero."""
+    found: dict[str, torch.Tensor] = {}
+
+    def add(kind: str, tensor: torch.Tensor) -> None:
+        if tensor.numel() > 1 and tensor.is_contiguous() and bool(tensor.any()):
+            found.setdefault(kind, tensor.detach())
+
+    for chunk in t.modules:
+        for parameter in chunk.parameters():
+            add("weight" if parameter.requires_grad else "frozen weight", parameter)
+            if hasattr(parameter, "nf4"):
+                add("scales", parameter.nf4.scales)
+    for part in getattr(t.optimizer, "chained_optimizers", [t.optimizer]):
+        for low in vars(vars(part).get("sliced", t)).get("low", {}).values():
+            add("float32 master", low)
+        weights = {parameter.data_ptr() for chunk in t.modules for parameter in chunk.parameters()}
+        for main, state in part.optimizer.state.items():
+            if main.data_ptr() not in weights and main.dtype == torch.float32 != t.dtype:
+                add("float32 master", main)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                if kind in state:
+                    add(kind, state[kind])
+    return found
