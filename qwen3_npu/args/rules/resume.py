@@ -54,6 +54,7 @@ REFUSED = {
     "optimizer": "moments",
     "qlora": "numbers",
     "qlora_embedding": "numbers",
+    "qlora_double_quant": "numbers",
 }
 
 WARNED = {

@@ -69,7 +69,7 @@ def unstacked(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def write_some_adapters(base: str, folder: str, **config: int) -> None:
+def write_some_adapters(base: str, folder: str, **config: Any) -> None:
     """Let peft save an adapter on the embedding, the output layer, and q, k and v of two layers."""
     import peft
     from transformers import AutoModelForCausalLM
@@ -81,7 +81,7 @@ def write_some_adapters(base: str, folder: str, **config: int) -> None:
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, mean=1.0 * ("magnitude" in name), std=0.1)
     for layer in (1, 3):
         attention = model.base_model.model.model.layers[layer].self_attn
         for linear in (attention.k_proj, attention.v_proj):
