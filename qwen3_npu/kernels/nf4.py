@@ -15,6 +15,7 @@ import torch
 
 BLOCK = 64
 GROUP = 256  # scales that share a scale of their own
+_PLACES = (1 << 16) - 1
 # Quantiles of a normal distribution, between -1 and 1, with an exact 0 (appendix E of the paper).
 VALUES = (
     -1.0,
@@ -89,9 +90,11 @@ def quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     rest = scales - mean
     groups = torch.nn.functional.pad(rest, (0, -len(rest) % GROUP)).view(-1, GROUP)
     tops = groups.abs().amax(-1)
-    scaled = groups * (1.0 / tops.clamp(min=1e-38)).unsqueeze(-1)
-    left = (torch.searchsorted(values, scaled, right=True) - 1).clamp_(0, 254)
-    found = left + (values[left + 1] - scaled < scaled - values[left])
+    scaled = (groups * (1.0 / tops.clamp(min=1e-38)).unsqueeze(-1)).clamp_(-1, 1)
+    # bitsandbytes takes the value that is nearest to one of 65536 places.
+    place = ((scaled + 1) * 0.5 * _PLACES + 0.5).int()
+    middles = 0.5 * (values[:-1] + values[1:])
+    found = torch.bucketize(-1 + 2.0 * place / _PLACES, middles).masked_fill((tops == 0).unsqueeze(-1), 0)
     return found.view(-1)[: len(rest)].to(torch.uint8), tops, mean
 
 

@@ -187,11 +187,11 @@ def test_pissa_is_the_same_in_every_layout(
 
 
 QLORA = {
-    "experts, TP2 SP EP2 ETP1": ("moe", 4, TP2 + SP + EP2 + ETP1),
+    "experts, scales in 8 bits, TP2 SP EP2": ("moe", 4, [*TP2, *SP, *EP2, "--qlora-double-quant"]),
     "and the embedding, TP2 SP PP2, recomputed, chunked": (
         "untied",
         4,
-        [*TP2, *SP, *PP2, *FULL, *CHUNKS, "--qlora-embedding"],
+        [*TP2, *SP, *PP2, *FULL, *CHUNKS, "--qlora-embedding", "--qlora-double-quant"],
     ),
     "and the tied embedding, PP2": ("tied", 2, [*PP2, "--qlora-embedding"]),
 }
@@ -205,7 +205,8 @@ def test_qlora_equals_lora_on_what_bitsandbytes_restores(
     kind, size, extra = QLORA[name]
     width = "moe_intermediate_size" if kind == "moe" else "intermediate_size"
     base = tiny.write_model(tmp_path / "base", tiny.arch(kind, **{width: 128}))
-    write_restored(base, tmp_path / "restored", ends="--qlora-embedding" in extra)
+    double = "--qlora-double-quant" in extra
+    write_restored(base, tmp_path / "restored", ends="--qlora-embedding" in extra, double=double)
     flags = [*FLAGS, *LORA, "--lora-init", "gaussian", "--data-path", data["single"]]
     files = [tmp_path / "expected.npz", tmp_path / "got.npz"]
     plain = [*flags, "--load", str(tmp_path / "restored")]

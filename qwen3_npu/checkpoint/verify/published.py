@@ -254,8 +254,8 @@ def _vocabulary(
             yield WholeMatrix(at.format("A"), padded, r, tall(a), cut=ROWS, is_turned=True)
             yield WholeMatrix(at.format("B"), hidden, r, (Strip(b, 0, hidden),))
             if adapted.is_dora:
-                m = (Strip(peft_tensor(module, DORA), 0, hidden),)
-                yield WholeMatrix(f"{name}.{DORA}.default.weight", hidden, 1, m, is_vector=True)
+                strip = Strip(peft_tensor(module, DORA), 0, hidden)
+                yield WholeMatrix(f"{name}.{DORA}.default.weight", hidden, 1, (strip,), is_vector=True)
         else:
             yield WholeMatrix(at.format("A"), r, hidden, (Strip(a, 0, r),))
             yield WholeMatrix(at.format("B"), padded, r, tall(b), cut=ROWS)

@@ -89,8 +89,10 @@ def write_some_adapters(base: str, folder: str, **config: Any) -> None:
     model.save_pretrained(folder)
 
 
-def write_restored(base: Path, folder: Path, *, ends: bool) -> None:
-    """The same model with its linears as bitsandbytes restores them from NF4; `ends`: embedding and head, too."""
+def write_restored(base: Path, folder: Path, *, ends: bool, double: bool) -> None:
+    """The same model with its linears as bitsandbytes restores them from NF4; `ends`: embedding and head, too;
+    `double`: with scales in 8 bits.
+    """
     from bitsandbytes import functional
     from safetensors.torch import load_file, save_file
 
@@ -98,7 +100,7 @@ def write_restored(base: Path, folder: Path, *, ends: bool) -> None:
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("_proj.weight") or (ends and name.endswith(("embed_tokens.weight", "lm_head.weight"))):
-            tensors[name] = functional.dequantize_4bit(*functional.quantize_4bit(tensor, quant_type="nf4"))
+            tensors[name] = functional.dequantize_4bit(*functional.quantize_4bit(tensor, None, None, 64, double, "nf4"))
     save_file(tensors, folder / "model.safetensors")
 
 
