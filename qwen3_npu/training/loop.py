@@ -157,9 +157,7 @@ class Trainer:
         self.replicas: ReplicaCheck | None = None
         if args.spikes.replica_check_interval:
             self.replicas = ReplicaCheck(self.modules, self.chunks, self.optimizer)
-        self.state: StateCheck | None = None
-        if interval := args.spikes.checks_state:
-            self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
+        self.state: StateCheck | None = None  # load
         # megatron averages losses over micro-batches itself, if it does not divide by tokens.
         weighted = routers(self.modules) if config.calculate_per_token_loss else []
         self.routers = [router for router in weighted if router.has_losses]
@@ -180,6 +178,8 @@ class Trainer:
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
         self.position = self.saver.load()
+        if interval := self.args.spikes.checks_state:
+            self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
         self.note_state()
 
     def open_data(self) -> None:

@@ -169,13 +169,13 @@ def test_watch_ledger_and_state_check_serve(
     flags = [*FLAGS, "--data-path", tokens, "--load", models["untied"], "--train-iters", "8", *TP2]
     flags += ["--tensorboard-dir", str(tmp_path), "--ledger-interval", "4", "--state-check-interval", "1"]
     flags += ["--hang-timeout", "1", "--on-hang", "report"]
-    ended = npu_worlds[2].run("watched_training", flags=flags, save=str(tmp_path))
+    ended = npu_worlds[2].run("spike_cases.watched_training", flags=flags, save=str(tmp_path))
     assert ended["steps"] == 4
     assert ended["said"].startswith("step 5: silent corruption: on rank 1, exp_avg_sq of ")
     verdict = (tmp_path / "logs" / "hang_step_3" / "verdict.txt").read_text()
     assert re.search(r"^rank 1 \(.*, device 1\) never entered \w+ #\d+ of group \w+ \(2 ranks; 1 wait", verdict)
     assert "in other since" in verdict
-    assert "npu_cases.py" in verdict
+    assert "spike_cases.py" in verdict
     assert "(read_slowly)" in verdict
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (record,) = [line["ledger"] for line in lines if "ledger" in line]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from qwen3_npu.checkpoint.training.optimizer_state import parts
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.errors import Stopped
 from qwen3_npu.parity.measure import trainer
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training import loop
+from qwen3_npu.watch.start import watched
 
 
 @dataclasses.dataclass
@@ -149,3 +152,27 @@ def held(t: loop.Trainer) -> dict[str, torch.Tensor]:
                 if kind in state:
                     add(kind, state[kind])
     return found
+
+
+def watched_training(platform: Platform, world: World, flags: list[str], save: str) -> dict[str, Any]:
+    """A training under watch whose rank 1 reads slowly before step 3, and has another bit in a moment in step 5."""
+    with trainer(platform, world, flags) as t, watched(t.args.watch, save, event=platform.event):
+        plain, said = t.step, None
+
+        def read_slowly() -> None:
+            time.sleep(3)
+
+        def step() -> Any:
+            if world.rank == 1 and t.position.iteration == 2:
+                read_slowly()
+            if world.rank == 1 and t.position.iteration == 4:
+                state = next(iter(next(iter(parts(t.optimizer))).optimizer.state.values()))
+                state["exp_avg_sq"].view(-1).view(torch.int32)[3] ^= 1 << 12
+            return plain()
+
+        t.step = step
+        try:
+            t.train()
+        except Stopped as error:
+            said = str(error)
+    return {"steps": t.position.iteration, "said": said}
