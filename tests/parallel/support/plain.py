@@ -102,12 +102,22 @@ def write_restored(base: Path, folder: Path, *, ends: bool) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def plain_loop(model: Any, prefix: str, shared: Sequence[Sequence[torch.nn.Parameter]] = ()) -> dict[str, Any]:
-    """Train a transformers model. `shared`: groups of parameters that are one, so that their gradients are summed."""
+def plain_loop(
+    model: Any, prefix: str, shared: Sequence[Sequence[torch.nn.Parameter]] = (), *, muon: bool = False
+) -> dict[str, Any]:
+    """Train a transformers model.
+
+    Args:
+        shared: groups of parameters that are one, so that their gradients are summed.
+        muon: by torch.optim.Muon; all that is trained is matrices of the layers.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim == 1]}]
     groups[1]["weight_decay"] = 0.0
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS, weight_decay=0.01)
+    if muon:
+        options = {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
+        optimizer = torch.optim.Muon(trained, lr=LR, weight_decay=0.01, **options)
     losses, norms, gradients = [], [], {}
     for step in documents(prefix):
         optimizer.zero_grad()
