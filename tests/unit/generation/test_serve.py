@@ -158,6 +158,68 @@ def test_a_request_decides_about_thoughts(model: Path) -> None:
         assert writer.encoder.decode(order.tokens).endswith("<think>\n\n</think>\n\n") == closed
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_calls_reach_openais_client(model: Path, server: Any, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that a model of this size does not give, in pieces of 5 characters; a second question with its call."""
+    from qwen3_npu.args.inference import PromptArgs
+    from qwen3_npu.data.text.tokenizer import open_tokenizer
+    from qwen3_npu.inference.serve.asked import Reader
+    from qwen3_npu.inference.serve.desk import Piece
+    from qwen3_npu.inference.text import Writer
+
+    said = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    writer = Writer(open_tokenizer(str(model)), PromptArgs(prompt_type="qwen3"))
+    limits, prompts = server.reader.limits._replace(context=4000), []
+
+    def hand_in(order: Any, inbox: Any) -> None:
+        prompts.append(writer.encoder.decode(order.tokens))
+        for start in range(0, len(said), 5):
+            inbox.put((order.key, Piece(said[start : start + 5], [0], [-1.0])))
+        inbox.put((order.key, Piece(finish="eos")))
+
+    monkeypatch.setattr(server, "reader", Reader(writer, limits, server.desk.new_key))
+    monkeypatch.setattr(server.desk, "hand_in", hand_in)
+    options: dict[str, Any] = {"model": "tiny-qwen3", "tools": TOOLS}
+    messages: list[Any] = [{"role": "user", "content": "Rain?"}]
+    (choice,) = client.chat.completions.create(messages=messages, logprobs=True, **options).choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
+    assert json.dumps(TOOLS[0]) in prompts[-1]
+    assert len(choice.logprobs.content) == len(said) // 5 + 1
+    messages += [
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "no"},
+    ]
+    with client.chat.completions.stream(messages=messages, **options) as stream:
+        last = stream.get_final_completion().choices[0]
+    assert (last.finish_reason, last.message.content) == ("tool_calls", "Let me see.")
+    assert [one.function.arguments for one in last.message.tool_calls] == [call.function.arguments]
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>' in prompts[-1]
+    plain = client.chat.completions.create(messages=messages[:1], tool_choice="none", **options).choices[0]
+    assert (plain.finish_reason, plain.message.content, plain.message.tool_calls) == ("stop", said, None)
+    assert "weather" not in prompts[-1]
+
+
+def test_penalties_and_biases_choose_the_tokens_that_openai_says(client: Any, theirs: Any) -> None:
+    loaded, tokenizer = theirs
+    ids = tokenizer("The sea").input_ids
+    tokens, bias = list(ids), {"5": 40, "9": 39.5}
+    for _ in range(LIMIT):
+        scores = loaded(torch.tensor([tokens])).logits[0, -1]
+        for token in set(tokens[len(ids) :]):
+            scores[token] -= 0.75 + 0.5 * tokens[len(ids) :].count(token)
+        for token, more in bias.items():
+            scores[int(token)] += more
+        tokens.append(int(scores.argmax()))
+    assert len(set(tokens[len(ids) :])) > 1
+    options: dict[str, Any] = {"presence_penalty": 0.75, "frequency_penalty": 0.5, "logit_bias": bias}
+    answer = client.completions.create(model="tiny-qwen3", prompt=[ids], max_tokens=LIMIT, **options)
+    assert answer.choices[0].text == tokenizer.decode(tokens[len(ids) :])
+
+
 def test_logprobs_are_the_log_softmax_of_transformers(client: Any, theirs: Any) -> None:
     loaded, tokenizer = theirs
     ids = tokenizer("The sea").input_ids
@@ -226,8 +288,26 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     ("chat/completions", {**CHAT, "max_tokens": True}, 400, "max_tokens is true; an integer is expected"),
     ("chat/completions", {**CHAT, "max_tokens": 400}, 400, "this server has room for 400 tokens"),
     ("chat/completions", {**CHAT, "max_tokens": 4, "max_completion_tokens": 5}, 400, "disagree"),
-    ("chat/completions", {**CHAT, "presence_penalty": 0.5}, 400, "presence_penalty is 0.5; it is not offered here"),
-    ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "it is not offered here"),
+    ("chat/completions", {**CHAT, "presence_penalty": 2.5}, 400, "presence_penalty is 2.5; at most 2 is expected"),
+    ("chat/completions", {**CHAT, "logit_bias": {"800": 1}}, 400, "logit_bias has token 800; the last one is 799"),
+    (
+        "chat/completions",
+        {**CHAT, "logit_bias": {"a": 1}},
+        400,
+        "logit_bias has 'a'; the number of a token is expected",
+    ),
+    ("chat/completions", {**CHAT, "logit_bias": {"5": 101}}, 400, "logit_bias[5] is 101.0; at most 100 is expected"),
+    ("chat/completions", {**CHAT, "logit_bias": {"5": 1, "05": 1}}, 400, "logit_bias has a token twice"),
+    ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools[0] has no function"),
+    ("chat/completions", {**CHAT, "tools": TOOLS, "tool_choice": "required"}, 400, "calls are not forced here"),
+    ("chat/completions", {**CHAT, "tool_choice": "auto"}, 400, "tool_choice needs tools"),
+    ("chat/completions", {**CHAT, "tools": TOOLS}, 400, "the chat template of this model does not write <tool_call>"),
+    (
+        "chat/completions",
+        {**CHAT, "response_format": {"type": "json_object"}},
+        400,
+        "response_format is {'type': 'json_object'}; it is not",
+    ),
     ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
     ("chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, 400, "needs stream: true"),
     ("chat/completions", {**CHAT, "chat_template_kwargs": {"a": True}}, 400, "'a' is not understood"),
