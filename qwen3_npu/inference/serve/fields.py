@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwen3_npu import schema
@@ -87,7 +87,7 @@ def _bias(value: object, where: str) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(biases.items()))
 
 
-def _tools(value: object, where: str) -> list[Json]:
+def _tools(value: object, where: str) -> Sequence[Json]:
     """Functions that the model may call."""
     for place, tool in enumerate(schema.sequence(value, where)):
         found = schema.record(tool, f"{where}[{place}]")

@@ -65,9 +65,9 @@ class MuonAdamW(torch.optim.AdamW):
             own = to_owner(pieces, turn, group, torch.empty(0, dtype=self.dtype, device=self.work.device))
             if group.rank() in turn:
                 own = update_of(own, turn[group.rank()].matrix, self.args)
-            for share, update in zip(shares, from_owner(own, turn, group), strict=True):
-                if share is not None:
-                    self._apply(share, update, rates)
+            for held, update in zip(shares, from_owner(own, turn, group), strict=True):
+                if held is not None:
+                    self._apply(held, update, rates)
 
     def _prepare(self) -> dict[torch.Tensor, float]:
         """Momenta with the new gradients, weights decayed; returns the learning rate of each."""
