@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import quiz
 from qwen3_npu.data.text.conversation import ToolCall
 from qwen3_npu.inference.serve.calls import CallReader, CallRules
 
@@ -81,10 +83,56 @@ def test_penalties_and_biases_change_logits_as_openai_says() -> None:
     assert choose_tokens(logits, sampling, seen, [0, 1], prompts=[2, 1]).tolist() == [0, 0]
 
 
-def test_calls_are_written_as_json() -> None:
-    from qwen3_npu.inference.serve.calls import tool_call
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
-    told = json.loads(json.dumps(tool_call(WEATHER)))
-    assert json.loads(told["function"].pop("arguments")) == {"city": "Köln"}
-    assert told.pop("id").startswith("call_")
-    assert told == {"type": "function", "function": {"name": "weather"}}
+
+def test_calls_reach_openais_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer in pieces of 5 characters; a second question with its call."""
+    openai = pytest.importorskip("openai", reason="the client of the server (pip install openai)")
+    from qwen3_npu.args.inference import PromptArgs
+    from qwen3_npu.data.text.tokenizer import open_tokenizer
+    from qwen3_npu.inference.sampling import Sampling
+    from qwen3_npu.inference.serve.asked import Reader, ServerLimits
+    from qwen3_npu.inference.serve.desk import Desk, Piece
+    from qwen3_npu.inference.serve.metrics import Metrics
+    from qwen3_npu.inference.serve.offered import Connection
+    from qwen3_npu.inference.serve.web import WebServer
+    from qwen3_npu.inference.text import Writer
+
+    said = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    writer = Writer(open_tokenizer(str(quiz.write_tokenizer(tmp_path))), PromptArgs(prompt_type="qwen3"))
+    limits = ServerLimits("tiny", 4000, 800, sampling=Sampling(), chats=True)
+    desk, prompts = Desk(), []
+
+    def hand_in(order: Any, inbox: Any) -> None:
+        prompts.append(writer.encoder.decode(order.tokens))
+        for start in range(0, len(said), 5):
+            inbox.put((order.key, Piece(said[start : start + 5], [0], [-1.0])))
+        inbox.put((order.key, Piece(finish="eos")))
+
+    monkeypatch.setattr(desk, "hand_in", hand_in)
+    server = WebServer("127.0.0.1", 0, None, connection=Connection)
+    server.ready(desk, Reader(writer, limits, desk.new_key), Metrics(1, 4000))
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    options: dict[str, Any] = {"model": "tiny", "tools": TOOLS}
+    messages: list[Any] = [{"role": "user", "content": "Rain?"}]
+    (choice,) = client.chat.completions.create(messages=messages, logprobs=True, **options).choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
+    assert json.dumps(TOOLS[0]) in prompts[-1]
+    assert len(choice.logprobs.content) == len(said) // 5 + 1
+    messages += [
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "no"},
+    ]
+    with client.chat.completions.stream(messages=messages, **options) as stream:
+        last = stream.get_final_completion().choices[0]
+    assert (last.finish_reason, last.message.content) == ("tool_calls", "Let me see.")
+    assert [one.function.arguments for one in last.message.tool_calls] == [call.function.arguments]
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>' in prompts[-1]
+    plain = client.chat.completions.create(messages=messages[:1], tool_choice="none", **options).choices[0]
+    assert (plain.finish_reason, plain.message.content, plain.message.tool_calls) == ("stop", said, None)
+    assert "weather" not in prompts[-1]
+    client.close()
+    server.close()

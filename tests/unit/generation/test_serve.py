@@ -161,48 +161,6 @@ def test_a_request_decides_about_thoughts(model: Path) -> None:
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def test_calls_reach_openais_client(model: Path, server: Any, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that a model of this size does not give, in pieces of 5 characters; a second question with its call."""
-    from qwen3_npu.args.inference import PromptArgs
-    from qwen3_npu.data.text.tokenizer import open_tokenizer
-    from qwen3_npu.inference.serve.asked import Reader
-    from qwen3_npu.inference.serve.desk import Piece
-    from qwen3_npu.inference.text import Writer
-
-    said = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
-    writer = Writer(open_tokenizer(str(model)), PromptArgs(prompt_type="qwen3"))
-    limits, prompts = server.reader.limits._replace(context=4000), []
-
-    def hand_in(order: Any, inbox: Any) -> None:
-        prompts.append(writer.encoder.decode(order.tokens))
-        for start in range(0, len(said), 5):
-            inbox.put((order.key, Piece(said[start : start + 5], [0], [-1.0])))
-        inbox.put((order.key, Piece(finish="eos")))
-
-    monkeypatch.setattr(server, "reader", Reader(writer, limits, server.desk.new_key))
-    monkeypatch.setattr(server.desk, "hand_in", hand_in)
-    options: dict[str, Any] = {"model": "tiny-qwen3", "tools": TOOLS}
-    messages: list[Any] = [{"role": "user", "content": "Rain?"}]
-    (choice,) = client.chat.completions.create(messages=messages, logprobs=True, **options).choices
-    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
-    (call,) = choice.message.tool_calls
-    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
-    assert json.dumps(TOOLS[0]) in prompts[-1]
-    assert len(choice.logprobs.content) == len(said) // 5 + 1
-    messages += [
-        choice.message.model_dump(exclude_none=True),
-        {"role": "tool", "tool_call_id": call.id, "content": "no"},
-    ]
-    with client.chat.completions.stream(messages=messages, **options) as stream:
-        last = stream.get_final_completion().choices[0]
-    assert (last.finish_reason, last.message.content) == ("tool_calls", "Let me see.")
-    assert [one.function.arguments for one in last.message.tool_calls] == [call.function.arguments]
-    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>' in prompts[-1]
-    plain = client.chat.completions.create(messages=messages[:1], tool_choice="none", **options).choices[0]
-    assert (plain.finish_reason, plain.message.content, plain.message.tool_calls) == ("stop", said, None)
-    assert "weather" not in prompts[-1]
-
-
 def test_penalties_and_biases_choose_the_tokens_that_openai_says(client: Any, theirs: Any) -> None:
     loaded, tokenizer = theirs
     ids = tokenizer("The sea").input_ids
