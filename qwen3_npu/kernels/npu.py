@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 import torch_npu
 
 from qwen3_npu.kernels import npu_gradients, reference
@@ -31,11 +32,14 @@ _NEEDS = {
     "grouped_matmul": ("npu_grouped_matmul", "npu_grouped_matmul_add_"),
     "permute": ("npu_moe_token_permute_with_routing_map",),
     "unpermute": ("npu_moe_token_unpermute_with_routing_map",),
+    "gather_product": ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base"),
 }
 _INFERENCE = (torch.bfloat16, torch.float16)  # what the inference operation takes
 # sparse_mode: no mask; causal, where the last query sees the last key ("rightDownCausal").
 _ALL, _CAUSAL = 0, 3
 _INFINITE = 2147483647
+# What the fused operations take, by their documentation: ranks (16 on A3 only), and the summed dimension.
+_FUSED_RANKS, _FUSED_WIDTHS = (2, 4, 8, 16), range(256, 65535)
 
 
 def why_no_kernel(operation: str) -> str | None:
@@ -256,3 +260,36 @@ def permute(
 def unpermute(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
     """npu_moe_token_unpermute_with_routing_map, with the indices of its own permute."""
     return torch_npu.npu_moe_token_unpermute_with_routing_map(rows, indices, [tokens, rows.shape[1]])
+
+
+def why_not_fused(x: torch.Tensor, weight: torch.Tensor, ranks: int) -> str | None:
+    """Why the two operations below do not take x [.., in] times weight [in, out]; None if they do."""
+    if x.dtype not in _INFERENCE or weight.dtype != x.dtype:
+        return f"they multiply 16-bit numbers, not {x.dtype}"
+    if ranks not in _FUSED_RANKS:
+        return f"they communicate between {', '.join(map(str, _FUSED_RANKS))} devices, not {ranks}"
+    if weight.shape[0] not in _FUSED_WIDTHS:
+        return f"they sum over {_FUSED_WIDTHS[0]} to {_FUSED_WIDTHS[-1]} numbers, not {weight.shape[0]}"
+    return None
+
+
+def gather_product(
+    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup, *, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """npu_all_gather_base_mm: x [rows, in] of all ranks times weight [in, out], and if `keep` the gathered x."""
+    product, gathered = torch_npu.npu_all_gather_base_mm(
+        x.contiguous(), weight, _communicator(group), group.size(), gather_index=0, gather_output=keep
+    )
+    return product, gathered
+
+
+def product_scatter(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """npu_mm_reduce_scatter_base: x [n rows, in] times weight [in, out], summed; this rank's [rows, out]."""
+    return torch_npu.npu_mm_reduce_scatter_base(
+        x.contiguous(), weight, _communicator(group), group.size(), reduce_op="sum"
+    )
+
+
+def _communicator(group: dist.ProcessGroup) -> str:
+    """HCCL's name of a group."""
+    return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_global_rank(group, group.rank()))

@@ -8,6 +8,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.mapping.lora import Lora
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.tensor_parallel.products import FusedProducts, Overlap
+from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.spec import Parts
 
@@ -41,8 +42,18 @@ def _overlap(args: PretrainArgs, chosen: kernels.Kernels) -> Overlap | None:
 
 
 def fused_products(flag: str, chosen: kernels.Kernels) -> FusedProducts | None:
-    """The fused operations of the chosen kernels; None: they have none."""
-    return None
+    """The fused operations of the chosen kernels; None: they have none.
+
+    Raises:
+        UsageError: the installed torch_npu is too old.
+    """
+    if chosen.attention.__module__ != "qwen3_npu.kernels.npu":
+        return None
+    from qwen3_npu.kernels import npu
+
+    if reason := npu.why_no_kernel("gather_product"):
+        raise UsageError(f"{flag}: {reason}; use --use-ascend-coc")
+    return npu
 
 
 def lora_of(args: LoraArgs, arch: Qwen3Arch) -> Lora | None:
