@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -292,4 +293,5 @@ def product_scatter(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGr
 
 def _communicator(group: dist.ProcessGroup) -> str:
     """HCCL's name of a group."""
-    return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_global_rank(group, group.rank()))
+    backend: Any = group._get_backend(torch.device("npu"))
+    return str(backend.get_hccl_comm_name(dist.get_global_rank(group, group.rank())))

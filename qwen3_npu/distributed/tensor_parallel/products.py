@@ -1,7 +1,7 @@
 """Products of tensor-parallel linears that hide their own communication, forward and backward.
 
-Under sequence parallelism a rank has a part of the tokens. A column-parallel linear needs those of all ranks (gather and
-product), a row-parallel one sums over the ranks and keeps its part (product and reduce-scatter); backward is the
+Under sequence parallelism a rank has a part of the tokens. A column-parallel linear needs those of all ranks (gather
+and product), a row-parallel one sums over the ranks and keeps its part (product and reduce-scatter); backward is the
 reverse. Two ways to do both at once: torch_npu's fused operations (MC2), or pieces: while piece i is multiplied, piece
 i + 1 travels. Piece i holds the same rows of every rank, so that a piece is one collective.
 

@@ -252,9 +252,7 @@ def _gather_product(
     return whole @ weight, whole if gather_output else x.new_empty(0)
 
 
-def _product_scatter(
-    x: torch.Tensor, weight: torch.Tensor, hcom: str, world_size: int, **given: Any
-) -> torch.Tensor:
+def _product_scatter(x: torch.Tensor, weight: torch.Tensor, hcom: str, world_size: int, **given: Any) -> torch.Tensor:
     _check_fused(x, weight, world_size, given)
     require(x.shape[0] % world_size == 0, f"{x.shape[0]} rows for {world_size} ranks")
     product = x @ weight
