@@ -107,7 +107,7 @@ def _norm(kernels: Kernels) -> ModuleSpec:
 
 def _linear(name: str, linear: type, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
     linear = NF4_LINEARS[linear] if parts.lora.qlora else linear
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = {"is_double": True} if parts.lora.qlora_double_quant else {}
     if parts.overlap is not None:
         linear, params = OVERLAPPED[linear], {"overlap": parts.overlap}
     if name in adapted:
@@ -133,6 +133,7 @@ def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
         "kernels": parts.kernels,
         "recompute_activation": parts.recompute_activation,
         "quantize": parts.lora.qlora,
+        "double_quantize": parts.lora.qlora_double_quant,
         "recompute_products": parts.recompute_products,
     }
     experts = ModuleSpec(GroupedExperts, params=params)
