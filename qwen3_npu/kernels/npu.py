@@ -39,8 +39,6 @@ _INFERENCE = (torch.bfloat16, torch.float16)  # what the inference operation tak
 # sparse_mode: no mask; causal, where the last query sees the last key ("rightDownCausal").
 _ALL, _CAUSAL = 0, 3
 _INFINITE = 2147483647
-# What the fused operations take, by their documentation: ranks (16 on A3 only), and the summed dimension.
-_FUSED_RANKS, _FUSED_WIDTHS = (2, 4, 8, 16), range(256, 65535)
 
 
 def why_no_kernel(operation: str) -> str | None:
@@ -261,17 +259,6 @@ def permute(
 def unpermute(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
     """npu_moe_token_unpermute_with_routing_map, with the indices of its own permute."""
     return torch_npu.npu_moe_token_unpermute_with_routing_map(rows, indices, [tokens, rows.shape[1]])
-
-
-def why_not_fused(x: torch.Tensor, weight: torch.Tensor, ranks: int) -> str | None:
-    """Why the two operations below do not take x [.., in] times weight [in, out]; None if they do."""
-    if x.dtype not in _INFERENCE or weight.dtype != x.dtype:
-        return f"they multiply 16-bit numbers, not {x.dtype}"
-    if ranks not in _FUSED_RANKS:
-        return f"they communicate between {', '.join(map(str, _FUSED_RANKS))} devices, not {ranks}"
-    if weight.shape[0] not in _FUSED_WIDTHS:
-        return f"they sum over {_FUSED_WIDTHS[0]} to {_FUSED_WIDTHS[-1]} numbers, not {weight.shape[0]}"
-    return None
 
 
 def gather_product(

@@ -11,7 +11,7 @@ import dataclasses
 
 from qwen3_npu.plan.activations import routed_rows
 from qwen3_npu.plan.device import Device
-from qwen3_npu.plan.overlap import share_left
+from qwen3_npu.plan.hiding.tensor import share_left
 from qwen3_npu.plan.parameters import trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape

@@ -20,14 +20,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from qwen3_npu.kernels import tell_once
 from qwen3_npu.model.modules import weight_gradient
 
 
 class FusedProducts(Protocol):
     """Operations that communicate while they multiply; `kernels/npu.py` has them."""
-
-    def why_not_fused(self, x: torch.Tensor, weight: torch.Tensor, ranks: int) -> str | None:
-        """Why the operations do not take this product; None if they do."""
 
     def gather_product(
         self, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup, *, keep: bool
@@ -54,13 +52,27 @@ class Overlap:
 
     def fused_for(self, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup) -> FusedProducts | None:
         """The fused operations if they take x [.., in] times weight [in, out]."""
-        if self.fused is None or self.fused.why_not_fused(x, weight, group.size()) is not None:
+        if self.fused is None:
+            return None
+        if reason := why_not_fused(x, weight, group.size()):
+            tell_once(f"products in {self.pieces} pieces where torch_npu's fused operations cannot serve: {reason}")
             return None
         return self.fused
 
     def pieces_of(self, rows: int) -> int:
         """In how many equal pieces so many rows go."""
         return next(n for n in range(min(self.pieces, rows), 0, -1) if rows % n == 0)
+
+
+def why_not_fused(x: torch.Tensor, weight: torch.Tensor, ranks: int) -> str | None:
+    """Why the fused operations do not take x [.., in] times weight [in, out], by their documentation; None: they do."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        return f"they multiply numbers of 16 bits, not {x.dtype}"
+    if ranks not in (2, 4, 8, 16):  # 16 on A3
+        return f"they communicate between 2, 4, 8 or 16 devices, not {ranks}"
+    if not 256 <= weight.shape[0] < 65535:
+        return f"they sum over 256 to 65534 numbers, not {weight.shape[0]}"
+    return None
 
 
 class Link:
@@ -167,6 +179,7 @@ class _GatheredProduct(torch.autograd.Function):
         dx, works = _multiply_scattering(grad, weight, overlap, group)
         if needs_weight:
             (gathered,) = ctx.again  # arrives
+            ctx.again = None  # the schedule keeps the graph until the next micro-batch has gone forward
             dw = weight_gradient(
                 weight, gathered.flatten(0, -2), grad.reshape(-1, grad.shape[-1]), overlap.add_weight_gradient
             )
@@ -207,6 +220,7 @@ class _ScatteredProduct(torch.autograd.Function):
         def next_gather() -> None:
             if ctx.column is not None:
                 _send_again(ctx.column)
+            ctx.column = None
 
         if fused := overlap.fused_for(grad, weight, group):
             dx, gathered = fused.gather_product(grad.flatten(0, 1), weight, group, keep=x is not None)
