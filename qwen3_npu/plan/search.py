@@ -50,13 +50,24 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
     for flags, sizes in _legal(arch, args, device):
         for found in _recomputations(shape, flags, sizes, device):
             if found.verdict.fits:
-                fitting.append(found)
+                fitting.append(_hiding(found))
                 break
             if nearest is None or found.verdict.peak < nearest.peak:
                 nearest = found.verdict
     if not fitting:
         raise UsageError(_nothing_fits(nearest, shape, arch, args, device=device))
     return sorted(fitting, key=lambda found: -found.verdict.tokens_per_second)
+
+
+def _hiding(found: LayoutCandidate) -> LayoutCandidate:
+    """The same with tensor parallelism's communication hidden in pieces, where that is faster."""
+    verdict, args = found.verdict, found.args
+    if args.parallel.tensor_model_parallel_size == 1 or args.lora.qlora:
+        return found
+    hidden = PlanVerdict(verdict.shape, dataclasses.replace(verdict.setup, overlap_tensor=True), verdict.device)
+    if hidden.time.total >= verdict.time.total:
+        return found
+    return LayoutCandidate(hidden, args._replace(overlap=TensorOverlapArgs(use_ascend_coc=True)))
 
 
 def _nothing_fits(nearest: PlanVerdict | None, shape: Shape, arch: Qwen3Arch, args: PlanArgs, *, device: Device) -> str:
