@@ -228,8 +228,8 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
     columns, rows, ffn = [first], [last], shape.hidden_size * shape.ffn_hidden_size / setup.tensor
     if not shape.is_moe:
         columns, rows = [*columns, shape.gate_factor * ffn], [*rows, ffn]
-    seconds = [[product_seconds(device, 2 * setup.tokens * size) for size in sizes] for sizes in (columns, rows)]
-    return collectives * exchange * share_left(setup, device, exchange, *seconds)
+    columns, rows = ([product_seconds(device, 2 * setup.tokens * size) for size in sizes] for sizes in (columns, rows))
+    return collectives * exchange * share_left(setup, device, exchange=exchange, columns=columns, rows=rows)
 
 
 def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> float:

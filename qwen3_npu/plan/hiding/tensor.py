@@ -16,7 +16,9 @@ from qwen3_npu.plan.device import Device
 from qwen3_npu.plan.setup import Setup
 
 
-def share_left(setup: Setup, device: Device, exchange: float, columns: Sequence[float], rows: Sequence[float]) -> float:
+def share_left(
+    setup: Setup, device: Device, *, exchange: float, columns: Sequence[float], rows: Sequence[float]
+) -> float:
     """Seconds of exchanges that nothing hides, over those without `overlap_tensor`.
 
     Args:
