@@ -15,7 +15,7 @@ import torch
 from torch._C._distributed_c10d import Work
 from torch.distributed import ProcessGroup, get_global_rank, get_process_group_ranks
 
-from qwen3_npu.watch.here import BESIDE
+from qwen3_npu.processes import BESIDE
 from qwen3_npu.watch.state import State
 from qwen3_npu.watch.times import Times
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -15,7 +14,6 @@ from qwen3_npu.watch.times import Times
 
 T = TypeVar("T")
 _states: list[State | Times] = []  # of this process: what notes where it is
-BESIDE: set[int] = set()  # threads that are `unwatched`
 _NUMBERS = {name: number for number, name in enumerate(PHASES)}
 
 
@@ -54,16 +52,6 @@ def in_phase(phase: str, function: Callable[..., T]) -> Callable[..., T]:
         return function(*args, **kwargs)
 
     return noted
-
-
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """What this thread does is not the training: neither its calls nor its time are noted."""
-    BESIDE.add(threading.get_ident())
-    try:
-        yield
-    finally:
-        BESIDE.discard(threading.get_ident())
 
 
 def times() -> Times | None:

@@ -17,7 +17,7 @@ from qwen3_npu import log
 from qwen3_npu.checkpoint.manifest import part
 from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.errors import SaveFailed
-from qwen3_npu.watch import here
+from qwen3_npu.processes import beside
 
 _POLL = 0.02  # seconds
 _PATIENCE = 20.0  # seconds to wait for the other ranks' files when this process is about to end
@@ -59,7 +59,7 @@ class Writing:
             self.thread.start()
 
     def _run(self) -> None:
-        with here.unwatched():
+        with beside():
             for number in range(len(self.steps)):
                 self._make(number)
             self._publish()

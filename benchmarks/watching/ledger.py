@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does the ledger name what a step's time is lost to? Causes injected into small gloo jobs; a training on a device.
 
-    python benchmarks/watch_ledger.py [--only causes device] [--steps 40]
+    python benchmarks/watching/ledger.py [--only causes device] [--steps 40]
 
 `causes`: 22 jobs of two processes, each slow in one way: a rank, all ranks, a collective of one group, checkpoints,
 garbage collection, padding, ... Right: `python -m qwen3_npu.ledger` would say so first. `gap`: points of share between
@@ -25,7 +25,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 FACTS: dict[str, Any] = {"pipeline": 1, "virtual": 1, "micro_batches": 4, "micro_tokens": 8192, "layers": 4}
