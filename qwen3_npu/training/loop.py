@@ -72,7 +72,7 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
             preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
         shared = None if checkpoint.save_per_node else checkpoint.save
-        watch = watched(args.watch, shared, event=platform.event)
+        watch = watched(args.watch, shared, event=platform.event, recorder=platform.flight_recorder)
         with watch, ready(platform, world, args, plan) as trainer:
             trainer.saver.lease = lease
             try:
