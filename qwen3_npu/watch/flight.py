@@ -20,7 +20,7 @@ _PATIENCE = 5.0  # seconds for the dumps
 
 
 class FlightRecorder(NamedTuple):
-    """The variables of a backend: how many calls are kept, whether a thread looks after them often, where pipes and dumps
+    """The variables of a backend: how many calls are kept, whether a thread looks after them, where pipes and dumps
     are (a rank's number is added).
     """
 
