@@ -64,6 +64,7 @@ def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     finally:
         _end(dist.group.WORLD)
         _ended_backends.clear()
+        flight.remove(flight.place(platform.flight_recorder, rank))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _CALLS = "2000"  # that are kept
+_FOLDER = "qwen3_npu_flight_"
 _PATIENCE = 5.0  # seconds for the dumps
 
 
@@ -32,7 +34,7 @@ class FlightRecorder(NamedTuple):
 
 def switch_on(names: FlightRecorder) -> None:
     """For the process groups that are made from now on."""
-    folder = Path(tempfile.mkdtemp(prefix="qwen3_npu_flight_"))
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
     os.environ.setdefault(names.size, _CALLS)
     os.environ.setdefault(names.is_on, "1")
     os.environ.setdefault(names.pipe, str(folder / "pipe_"))
@@ -44,6 +46,13 @@ def place(names: FlightRecorder | None, rank: int) -> tuple[str, str]:
     if names is None or names.pipe not in os.environ or names.dump not in os.environ:
         return "", ""
     return f"{os.environ[names.pipe]}{rank}.pipe", f"{os.environ[names.dump]}{rank}"
+
+
+def remove(place: tuple[str, str]) -> None:
+    """Remove a rank's folder, if `switch_on` has made it."""
+    for folder in {Path(path).parent for path in place if path}:
+        if folder.name.startswith(_FOLDER):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def dumped(places: Sequence[tuple[str, str]]) -> dict[str, bytes]:

@@ -77,6 +77,8 @@ class Watcher:
                 time.sleep(_POLL)
         finally:
             shutil.rmtree(self.settings.folder, ignore_errors=True)
+            for info in self.node.infos.values():
+                flight.remove(info["flight"])
 
     def look(self) -> bool:
         """Once. Returns whether there is still something to watch."""

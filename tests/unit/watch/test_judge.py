@@ -149,6 +149,9 @@ def test_dumps_of_the_backends_recorder_are_asked_for_by_their_pipes(
     os.close(reader)
     assert found == {dump: b"calls of 1"}
     assert flight.dumped([("", "")]) == {}
+    flight.remove((pipe, dump))
+    assert Path(pipe).exists(), "the user's"
+    assert not Path(dump).parent.exists()
     assert flight.place(None, 0) == ("", "")
 
 
