@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-FLAGS = ["--seq-length", "64", "--global-batch-size", "4", "--micro-batch-size", "2", "--lr", "1e-3", "--device", "cpu"]
+FLAGS = ["--seq-length", "64", "--micro-batch-size", "2", "--lr", "1e-3", "--device", "cpu"]
 FLAGS += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "100", "--eval-iters", "2", "--eval-interval", "500"]
 FLAGS += [
     "--split",
@@ -85,6 +85,7 @@ def main() -> None:
         publish([writer])
         flags = ["--load", str(root / "model"), "--data-path", str(root / "text"), "--save", str(root / "save")]
         flags += ["--tensorboard-dir", str(root / "tb"), "--train-iters", str(args.steps), *FLAGS]
+        flags += ["--global-batch-size", str(2 * args.processes)]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
@@ -93,6 +94,8 @@ def main() -> None:
             capture_output=True,
             text=True,
         )
+        if not (root / "tb" / "metrics.jsonl").is_file():
+            sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
         lines = [json.loads(line) for line in (root / "tb" / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
     warnings = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("warning:")]
