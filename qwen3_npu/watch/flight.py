@@ -32,7 +32,7 @@ class FlightRecorder(NamedTuple):
     dump: str
 
 
-def switch_on(names: FlightRecorder) -> None:
+def record_flights(names: FlightRecorder) -> None:
     """For the process groups that are made from now on."""
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
     os.environ.setdefault(names.size, _CALLS)
@@ -41,16 +41,16 @@ def switch_on(names: FlightRecorder) -> None:
     os.environ.setdefault(names.dump, str(folder / "rank_"))
 
 
-def place(names: FlightRecorder | None, rank: int) -> tuple[str, str]:
+def flight_files(names: FlightRecorder | None, rank: int) -> tuple[str, str]:
     """This rank's pipe and dump; "" without a recorder."""
     if names is None or names.pipe not in os.environ or names.dump not in os.environ:
         return "", ""
     return f"{os.environ[names.pipe]}{rank}.pipe", f"{os.environ[names.dump]}{rank}"
 
 
-def remove(place: tuple[str, str]) -> None:
-    """Remove a rank's folder, if `switch_on` has made it."""
-    for folder in {Path(path).parent for path in place if path}:
+def remove_flights(files: tuple[str, str]) -> None:
+    """Remove a rank's folder, if `record_flights` has made it."""
+    for folder in {Path(path).parent for path in files if path}:
         if folder.name.startswith(_FOLDER):
             shutil.rmtree(folder, ignore_errors=True)
 

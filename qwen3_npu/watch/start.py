@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -58,17 +59,7 @@ def watched(
     node, local = environment.node(), environment.local_size(dist.get_world_size())
     folder = Path(_memory()) / f"qwen3_npu_watch_{token[0]}_{node}"
     rank, _, local_rank = environment.ranks()
-    info = {
-        "pid": os.getpid(),
-        "started": started(os.getpid()),
-        "node": os.uname().nodename,
-        "device": local_rank,
-        "thread": threading.main_thread().ident,
-        "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE", ""),
-        "flight": flight.place(recorder, rank),
-        "operations": COLLECTIVES,
-        "dtypes": DTYPE_NAMES,
-    }
+    info = _info(flight.flight_files(recorder, rank))
     opened = contextlib.ExitStack()
     problem = None
     try:
@@ -97,6 +88,21 @@ def watched(
             noting.remove()
             faulthandler.unregister(probe.STACKS)
             state.end()
+
+
+def _info(files: tuple[str, str]) -> dict[str, Any]:
+    """What the watcher is told of this process. Args: files: of its backend's recorder."""
+    return {
+        "pid": os.getpid(),
+        "started": started(os.getpid()),
+        "node": os.uname().nodename,
+        "device": environment.ranks()[2],
+        "thread": threading.main_thread().ident,
+        "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE", ""),
+        "flight": files,
+        "operations": COLLECTIVES,
+        "dtypes": DTYPE_NAMES,
+    }
 
 
 @contextlib.contextmanager

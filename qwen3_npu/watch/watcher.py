@@ -78,7 +78,7 @@ class Watcher:
         finally:
             shutil.rmtree(self.settings.folder, ignore_errors=True)
             for info in self.node.infos.values():
-                flight.remove(info["flight"])
+                flight.remove_flights(info["flight"])
 
     def look(self) -> bool:
         """Once. Returns whether there is still something to watch."""

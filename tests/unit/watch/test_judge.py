@@ -130,9 +130,9 @@ def test_dumps_of_the_backends_recorder_are_asked_for_by_their_pipes(
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("FR_DUMP")
     monkeypatch.delenv("FR_ON")
-    flight.switch_on(names)
+    flight.record_flights(names)
     assert (os.environ["FR_SIZE"], os.environ["FR_ON"]) == ("7", "1"), "the user's, and what was missing"
-    pipe, dump = flight.place(names, 3)
+    pipe, dump = flight.flight_files(names, 3)
     assert pipe == str(tmp_path / "pipe_3.pipe")
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -149,10 +149,10 @@ def test_dumps_of_the_backends_recorder_are_asked_for_by_their_pipes(
     os.close(reader)
     assert found == {dump: b"calls of 1"}
     assert flight.dumped([("", "")]) == {}
-    flight.remove((pipe, dump))
+    flight.remove_flights((pipe, dump))
     assert Path(pipe).exists(), "the user's"
     assert not Path(dump).parent.exists()
-    assert flight.place(None, 0) == ("", "")
+    assert flight.flight_files(None, 0) == ("", "")
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
