@@ -331,7 +331,7 @@ class Trainer:
         self.position = Position(step, before.samples + self.plan.global_batch)
         if result.skipped:
             samples = range(before.samples, self.position.samples)
-            self.guard.report(step, result.loss, result.grad_norm, samples)
+            self.guard.report(step, result.loss, result.grad_norm, samples, why=why)
         self.note_state()
         here.step_done(self.position.iteration)
         return dataclasses.replace(result, spike=why)
