@@ -25,7 +25,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         layers=layers,
         seq_length=train.seq_length,
         micro_batch=train.micro_batch_size * (2 if args.data.is_preference else 1),  # both answers of each pair
-        reference=_holds_reference(args),
+        reference=holds_reference(args),
         num_microbatches=sizes.num_microbatches,
         sequence_parallel=args.parallel.sequence_parallel,
         ring=args.parallel.context_parallel_algo == "megatron_cp_algo",
@@ -58,7 +58,8 @@ def _recomputed_experts(train: TrainArgs) -> int:
     return 2 if is_module else {"disable": 0, "level0": 1, "level1": 2}[train.moe_zero_memory]
 
 
-def _holds_reference(args: PretrainArgs) -> bool:
+def holds_reference(args: PretrainArgs) -> bool:
+    """Whether a frozen copy of the model is in memory while a preference stage trains."""
     wanted = args.preference
     from_file = wanted.ref_logprobs == "cache" and wanted.ref_model is None
     return (

@@ -31,6 +31,7 @@ class StageMemory:
         ends: embedding output and final norm.
         communication: buffers of collectives.
         update: what the optimizer's update needs beyond the room of activations and buffers, which are freed by then.
+        start: what the start needs beyond all that: megatron-core copies trained weights into its buffers.
         reserve: what the runtime and the allocator hold beside.
     """
 
@@ -43,6 +44,7 @@ class StageMemory:
     ends: float
     communication: float
     update: float
+    start: float
     reserve: float
 
     @property
@@ -55,7 +57,7 @@ class StageMemory:
 
     @property
     def total(self) -> float:
-        return self.static + self.activations + self.communication + self.update + self.reserve
+        return self.static + self.activations + self.communication + self.update + self.start + self.reserve
 
     def rows(self) -> list[tuple[str, float]]:
         """Name and bytes of each kind, in the order to show them."""
@@ -72,22 +74,42 @@ def stage_memory(shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0
     weights, gradients, optimizer = static_bytes(shape, setup, stage)
     kept, working = layer_activations(shape, setup, stage, kernels)
     logits = logit_bytes(shape, setup) if stage == setup.pipeline - 1 else 0.0
-    memory = StageMemory(
+    working, ends = max(0.0, working - logits), _end_bytes(shape, setup, stage, kernels)
+    communication, update = _communication(shape, setup), 0.0
+    room = kept + logits + working + ends + communication
+    if kernels != TORCH or setup.swap_optimizer:
+        update = max(0.0, update_bytes(shape, setup, stage) - room)
+    held = weights + gradients + optimizer + room + update
+    return StageMemory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         layers=kept,
         logits=logits,
-        working=max(0.0, working - logits),
-        ends=_end_bytes(shape, setup, stage, kernels),
-        communication=_communication(shape, setup),
-        update=0.0,
+        working=working,
+        ends=ends,
+        communication=communication,
+        update=update,
+        start=max(0.0, start_bytes(shape, setup, stage) - held),
         reserve=reserve,
     )
-    if kernels == TORCH and not setup.swap_optimizer:
-        return memory
-    beyond = update_bytes(shape, setup, stage) - memory.activations - memory.communication
-    return dataclasses.replace(memory, update=max(0.0, beyond))
+
+
+def start_bytes(shape: Shape, setup: Setup, stage: int) -> float:
+    """The most bytes held while megatron-core wraps the model: a sharded optimizer's trained weights are copied into
+    buffers, those of experts after the others; each old weight is freed once its buffer is filled.
+
+    Model chunks are wrapped one after the other, so the last one decides. Gradients have their buffers by then.
+    """
+    trained, width = trained_counts(shape, setup, stage), setup.weight_bytes
+    frozen = stage_counts(shape, setup, stage).total - (0 if setup.lora_rank else trained.total)
+    if setup.quantized:
+        frozen -= linear_counts(shape, setup, stage)[0] * (1 - NF4 / width)
+    held = width * (frozen + trained.total) + 4.0 * trained.total
+    if not setup.distributed_optimizer:
+        return held
+    largest = max(trained.expert * width, trained.dense * width - trained.expert * 4.0)
+    return held + largest / setup.virtual
 
 
 def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:

@@ -51,9 +51,10 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
         for found in _recomputations(shape, flags, sizes, device):
             if found.verdict.fits:
                 fitting.append(found)
-                break
-            if nearest is None or found.verdict.peak < nearest.peak:
+            elif not fitting and (nearest is None or found.verdict.peak < nearest.peak):
                 nearest = found.verdict
+            if found.verdict.fits or (fitting and found.verdict.is_hopeless):
+                break
     if not fitting:
         raise UsageError(_nothing_fits(nearest, shape, arch, args, device=device))
     return sorted(fitting, key=lambda found: -found.verdict.tokens_per_second)

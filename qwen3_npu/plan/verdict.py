@@ -44,19 +44,29 @@ class PlanVerdict:
 
     @functools.cached_property
     def peak(self) -> float:
-        """Bytes of the fullest stage. Between the first and the last, an earlier one holds more micro-batches."""
+        """Bytes of the fullest stage."""
+        return max(self._stage(stage).total for stage in self._different())
+
+    def _different(self) -> list[int]:
+        """Stages among which the fullest is: of equal ones between both ends the first holds most micro-batches."""
         layers = self.setup.layers
         middle = {layers[stage]: stage for stage in range(len(layers) - 2, 0, -1)}
-        return max(self._stage(stage).total for stage in {0, *middle.values(), len(layers) - 1})
+        return list(dict.fromkeys((0, len(layers) - 1, *middle.values())))
 
     @property
     def limit(self) -> float:
         """Bytes that may be used."""
         return self.device.memory * USABLE
 
-    @property
+    @functools.cached_property
     def fits(self) -> bool:
-        return self.peak <= self.limit
+        """Whether every stage does."""
+        return all(self._stage(stage).total <= self.limit for stage in self._different())
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether weights, gradients and optimizer state of the first stage alone are too much."""
+        return self._stage(0).static + self.device.reserve > self.limit
 
     @property
     def tokens_per_second(self) -> float:

@@ -41,7 +41,8 @@ def test_closed_forms_are_what_a_trace_holds(case: str, traces: dict[str, dict[s
     """Static bytes are equal, the peak within 2 %. EVERY=1 compares all rows of the parity matrix."""
     traced, planned = traces[case]["traced"], traces[case]["planned"]
     assert {name: traced[name] for name in STATIC} == {name: planned[name] for name in STATIC}
-    assert planned["peak"] == pytest.approx(traced["peak"], rel=0.02)
+    for name in ("peak", "start_peak"):
+        assert planned[name] == pytest.approx(traced[name], rel=0.02), name
 
 
 def test_a_rank_of_a_larger_job_does_no_more(traces: dict[str, dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from qwen3_npu.parity.rows import ParityRow, rows
 from qwen3_npu.plan.activations import TORCH
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.from_args import setup_of
-from qwen3_npu.plan.memory import stage_memory
+from qwen3_npu.plan.memory import stage_memory, start_bytes
 from qwen3_npu.plan.shape import shape_of
 from qwen3_npu.platform import select_platform
 from qwen3_npu.platform.base import Platform
@@ -33,6 +33,7 @@ EXPERTS = "--num-experts 4 --moe-router-topk 4 --moe-ffn-hidden-size 32 "
 FULL = "--recompute-granularity full --recompute-method block --recompute-num-layers 1"
 
 BF16 = "--bf16 "
+EVERY = bool(os.environ.get("EVERY"))
 
 # What one process can run with real tensors.
 REAL = {
@@ -41,14 +42,19 @@ REAL = {
     "adapter": BF16 + "--lora-r 4 --lora-target-modules linear_qkv linear_fc2",
     "packed": BF16 + "--stage sft --reset-attention-mask",
     "a layer recomputed": BF16 + FULL,
+    "dpo": BF16 + "--stage dpo",
+    "kto with an adapter": BF16 + "--stage kto --lora-r 4",
+    "rm": BF16 + "--stage rm",
 }
+if EVERY:
+    REAL |= {f"{stage}, packed": f"{BF16}--stage {stage} --reset-attention-mask" for stage in ("dpo", "orpo", "simpo")}
+    REAL["dpo from a file"] = BF16 + "--stage dpo --ref-logprobs cache"
 # Rows of the parity matrix, with sizes at which what no formula describes (counters, biases of a router) is small.
 BIG = "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1536 --num-attention-heads 8 --num-query-groups 4 "
 BIG += "--kv-channels 64 --group-query-attention --vocab-size 8192 --seq-length 512 --micro-batch-size 1 "
 BIG += "--train-iters 1 --lr 1e-4 --data-path x --global-batch-size 64 "
 BIG_EXPERTS = "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 384 "
 SAMPLE = ("untied: TP2 PP2 VPP2 SP", "moe: TP2 SP EP2 ETP1 distributed optimizer", "untied packed: CP2 ring PP2")
-EVERY = bool(os.environ.get("EVERY"))
 # The closed forms are those of torch's kernels; the reference kernels keep more.
 ALL = [row for row in rows() if "reference" not in row.flags]
 PRETENDED = {row.name: row for row in ALL if EVERY or row.name in SAMPLE}
@@ -68,7 +74,7 @@ def flags_of(row: ParityRow) -> str:
 
 
 def said(trace: RankTrace) -> dict[str, object]:
-    facts = ("stage", "weights", "gradients", "optimizer", "peak")
+    facts = ("stage", "weights", "gradients", "optimizer", "start_peak", "peak")
     return {name: getattr(trace, name) for name in facts} | {"operations": len(trace.operations)}
 
 
@@ -101,7 +107,10 @@ def main() -> None:
         shape = shape_of(plan.arch, plan.layout.padded_vocab_size)
         memory = stage_memory(shape, setup_of(args, plan), trace.stage, kernels=TORCH)
         planned = {kind: getattr(memory, kind) for kind in ("weights", "gradients", "optimizer")}
-        found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned | {"peak": memory.total}}
+        # Masters and moments are there from the start, too.
+        start = max(start_bytes(shape, setup_of(args, plan), trace.stage), memory.static)
+        planned |= {"peak": memory.total, "start_peak": start}
+        found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned}
     flags = BIG + BF16 + "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"
     args, _ = parsed(flags, 4)
     work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
