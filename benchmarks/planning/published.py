@@ -118,6 +118,8 @@ def _read_row(cells: Sequence[str]) -> Published:
         overlap_params="overlap" in words,
         overlap_tensor="overlap_tensor" in words,
         overlap_experts="overlap_experts" in words,
+        two_levels="two_levels" in words or "hybrid" in words,
+        sizes_on_device="hybrid" in words,
         packed="packed" in words,
         lora_rank=int(words.get("lora_rank", 0)),
     )

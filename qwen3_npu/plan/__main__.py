@@ -28,9 +28,9 @@ PROG = "python -m qwen3_npu.plan"
 
 def main() -> None:
     if "--trace" in sys.argv and not _is_search(sys.argv[1:]):
-        from qwen3_npu.trace.__main__ import main as main_of_trace  # needs torch
+        from qwen3_npu.trace.__main__ import trace_flags  # needs torch
 
-        main_of_trace([word for word in sys.argv[1:] if word != "--trace"])
+        trace_flags([word for word in sys.argv[1:] if word != "--trace"])
         return
     groups = (PlanArgs, TraceArgs) if "--trace" in sys.argv else (PlanArgs,)
     args, *wanted = cli.parse(PROG, str(__doc__).split("\n\n")[0], groups, {}).groups

@@ -48,9 +48,18 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         swap_optimizer=optimizer.swap_optimizer,
         swap_slices=optimizer.swap_optimizer_times,
         recompute_experts=_recomputed_experts(train),
+        expert_capacity=_capacity(train),
         overlap_grads=optimizer.overlap_grad_reduce,
         overlap_params=optimizer.overlap_param_gather,
     )
+
+
+def _capacity(train: TrainArgs) -> float:
+    """Rows of an expert over its even share; of balanced tokens, a capacity above 1 drops none."""
+    factor = train.moe_expert_capacity_factor
+    if factor is None:
+        return 1.0
+    return factor if train.moe_pad_expert_input_to_capacity else min(1.0, factor)
 
 
 def _recomputed_experts(train: TrainArgs) -> int:

@@ -102,7 +102,7 @@ def start_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     Model chunks are wrapped one after the other, so the last one decides. Gradients have their buffers by then.
     """
     trained, width = trained_counts(shape, setup, stage), setup.weight_bytes
-    frozen = stage_counts(shape, setup, stage).total - (0 if setup.lora_rank else trained.total)
+    frozen: float = stage_counts(shape, setup, stage).total - (0 if setup.lora_rank else trained.total)
     if setup.quantized:
         frozen -= linear_counts(shape, setup, stage)[0] * (1 - NF4 / width)
     held = width * (frozen + trained.total) + 4.0 * trained.total

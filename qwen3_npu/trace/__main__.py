@@ -30,11 +30,14 @@ if TYPE_CHECKING:
 PROG = "python -m qwen3_npu.plan --trace"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Args: argv: flags; default: those of the command line."""
+def main() -> None:
+    trace_flags(sys.argv[1:])
+
+
+def trace_flags(words: Sequence[str]) -> None:
+    """Trace the layout that these flags of a training say, and print."""
     log.setup()
-    words = list(sys.argv[1:] if argv is None else argv)
-    parsed = cli.parse(PROG, str(__doc__).split("\n\n")[0], (TraceArgs, *GROUPS), FOREIGN_TRAINING, argv=words)
+    parsed = cli.parse(PROG, str(__doc__).split("\n\n")[0], (TraceArgs, *GROUPS), FOREIGN_TRAINING, argv=list(words))
     wanted, args = parsed.groups[0], PretrainArgs(*parsed.groups[1:])
     verdict = args.verdict
     device = device_for(verdict.plan_device or DEFAULT, verdict.device_memory, verdict.device_table)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import sys
+from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -14,6 +18,7 @@ from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.parity.rows import ParityRow, rows
+from qwen3_npu.plan.__main__ import main as plan_main
 from qwen3_npu.plan.activations import TORCH
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.from_args import setup_of
@@ -93,6 +98,21 @@ def with_real_tensors(platform: Platform, flags: str) -> RankTrace:
         dist.destroy_process_group()
 
 
+# The layout that flags say; the one that a search finds.
+COMMANDS = (
+    f"--devices 4 --ranks 3 {SIZES}{TRAIN}--bf16 --pipeline-model-parallel-size 2 --micro-batch-size 1".split(),
+    ["--model", "qwen3-0.6b", "--devices", "4", "--seq-length", "256", "--global-batch-size", "4", "--ranks", "0"],
+)
+
+
+def by_command(words: list[str]) -> Any:
+    """What `python -m qwen3_npu.plan --trace --json` prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), mock.patch.object(sys, "argv", ["plan", "--trace", "--json", *words]):
+        plan_main()
+    return json.loads(said.getvalue())
+
+
 def main() -> None:
     platform = select_platform("cpu")
     platform.activate()
@@ -115,6 +135,7 @@ def main() -> None:
     args, _ = parsed(flags, 4)
     work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
     found["growth"] = [dataclasses.asdict(row) for row in work]
+    found["commands"] = [by_command(words) for words in COMMANDS]
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads of ended groups need not be waited for
