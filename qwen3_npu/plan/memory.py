@@ -15,6 +15,8 @@ from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
 NF4 = 0.5 + 4 / 64  # bytes of a weight: 4 bits, and a float32 scale of 64
+# With scales in 8 bits: two float32 for each 256 of them, whole on each tensor-parallel rank, and an int32 for a row.
+DOUBLE_NF4, DOUBLE_GROUP, DOUBLE_ROW = 0.5 + 1 / 64, 2 * 4 / (64 * 256), 4
 MASTER, MOMENTS = 4, 8  # bytes a weight: the float32 copy, and Adam's two moments
 
 
@@ -102,10 +104,8 @@ def start_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     Model chunks are wrapped one after the other, so the last one decides. Gradients have their buffers by then.
     """
     trained, width = trained_counts(shape, setup, stage), setup.weight_bytes
-    frozen: float = stage_counts(shape, setup, stage).total - (0 if setup.lora_rank else trained.total)
-    if setup.quantized:
-        frozen -= linear_counts(shape, setup, stage)[0] * (1 - NF4 / width)
-    held = width * (frozen + trained.total) + 4.0 * trained.total
+    frozen = stage_counts(shape, setup, stage).total - (0 if setup.lora_rank else trained.total)
+    held = width * (frozen + trained.total) + 4.0 * trained.total - _quantized_away(shape, setup, stage)
     if not setup.distributed_optimizer:
         return held
     largest = max(trained.expert * width, trained.dense * width - trained.expert * 4.0)
@@ -125,7 +125,7 @@ def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     most = 4.0 * largest_count(shape, setup, stage)
     if setup.muon:  # of a whole matrix, or all experts of a rank: itself, its update and two steps of the iteration
         shards = setup.expert_tensor if shape.is_moe else setup.tensor
-        most = max(most, 4.0 * setup.weight_bytes * linear_counts(shape, setup, stage)[1] * shards)
+        most = max(most, 4.0 * setup.weight_bytes * linear_counts(shape, setup, stage).largest * shards)
     return most
 
 
@@ -135,8 +135,7 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     trained = trained_counts(shape, setup, stage)
     held: float = all_weights.total * (2 if setup.reference else 1) + (trained.total if setup.lora_rank else 0)
     weight = setup.weight_bytes
-    if setup.quantized:  # the reference of preference training is the same base
-        held -= linear_counts(shape, setup, stage)[0] * (1 - NF4 / weight)
+    held -= _quantized_away(shape, setup, stage) / weight  # the reference of preference training is the same base
     if setup.swap_optimizer:  # moments and masters are on the host
         return held * weight, trained.total * 4.0, 0.0
     state = MOMENTS + (MASTER if setup.bf16 else 0)
@@ -146,6 +145,17 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     if setup.muon:
         moments -= 4.0 * matrix_count(shape, setup, stage) * (1 - setup.frozen)
     return held * weight, trained.total * (2.0 if setup.fp16 else 4.0), moments
+
+
+def _quantized_away(shape: Shape, setup: Setup, stage: int) -> float:
+    """Bytes that weights in 4 bits save."""
+    if not setup.quantized:
+        return 0.0
+    quantized = linear_counts(shape, setup, stage)
+    each, rows = NF4, 0
+    if setup.double_quantized:
+        each, rows = DOUBLE_NF4 + DOUBLE_GROUP * setup.tensor, DOUBLE_ROW * quantized.rows
+    return quantized.weights * (setup.weight_bytes - each) - rows
 
 
 def sharded_bytes(setup: Setup, trained: Counts, state: float) -> float:
@@ -177,7 +187,7 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
     kept = whole + recomputed / setup.recompute_group * inputs
     working = max(0.0, setup.recompute_group * largest - whole) if recomputed else 0.0
     if setup.quantized:  # a linear is restored for its product, with float32 values and indices of 2^22 weights
-        working += linear_counts(shape, setup, stage)[1] * setup.weight_bytes + 6 * 2**22
+        working += linear_counts(shape, setup, stage).largest * setup.weight_bytes + 6 * 2**22
     return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
 
 
