@@ -36,9 +36,10 @@ def main() -> None:
 
 def trace_flags(words: Sequence[str]) -> None:
     """Trace the layout that these flags of a training say, and print."""
-    log.setup()
     parsed = cli.parse(PROG, str(__doc__).split("\n\n")[0], (TraceArgs, *GROUPS), FOREIGN_TRAINING, argv=list(words))
     wanted, args = parsed.groups[0], PretrainArgs(*parsed.groups[1:])
+    if not wanted.json:
+        log.setup()
     verdict = args.verdict
     device = device_for(verdict.plan_device or DEFAULT, verdict.device_memory, verdict.device_table)
     data = trace(args, device, wanted)

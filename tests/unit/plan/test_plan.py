@@ -23,6 +23,7 @@ from qwen3_npu.plan.activations import layer_bytes
 from qwen3_npu.plan.device import DEVICE_SPECS, GIB, find_device
 from qwen3_npu.plan.memory import in_flight, logit_bytes, stage_memory, start_bytes
 from qwen3_npu.plan.parameters import lora_counts, stage_counts
+from qwen3_npu.plan.schedule import timeline
 from qwen3_npu.plan.search import search
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape, read_shape, shape_of
@@ -168,6 +169,15 @@ def test_micro_batches_in_flight_are_those_of_the_schedules() -> None:
     assert [in_flight(chunks, stage) for stage in range(4)] == [11, 9, 7, 5]
     few = Setup(pipeline=4, layers=((2,),) * 4, seq_length=16, num_microbatches=2)
     assert in_flight(few, 0) == 2
+
+
+@pytest.mark.parametrize(("stages", "chunks", "passes"), [(1, 1, 4), (4, 1, 8), (4, 2, 8), (2, 3, 6), (4, 1, 2)])
+def test_a_timeline_of_stages_has_the_bubble_of_the_formula(stages: int, chunks: int, passes: int) -> None:
+    """(PP - 1) / VPP micro-batches (arXiv:2104.04473); each stage runs every pass of every chunk once."""
+    setup = Setup(pipeline=stages, layers=((1,) * chunks,) * stages, seq_length=16, num_microbatches=passes)
+    found = timeline(setup, 1.0, 2.0)
+    assert max(one.end for one in found) == pytest.approx(3 * (passes + (stages - 1) / chunks))
+    assert len({one[:4] for one in found}) == len(found) == 2 * stages * chunks * passes
 
 
 def test_logits_by_hand() -> None:
