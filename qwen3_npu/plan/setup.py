@@ -40,6 +40,7 @@ class Setup:
             this project).
         sizes_on_device: the host does not wait for the sizes of that exchange (HybridEP; not in this project).
         overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
+        fused_tensor: by the device's own operations; else in so many `tensor_pieces`.
         pad: share of a batch's tokens that are padding.
         reference: a frozen copy of the model is in memory (preference training).
         fp16: gradients have 16 bits, and the optimizer keeps a float32 copy of its share (not in this project).
@@ -87,6 +88,8 @@ class Setup:
     overlap_experts: bool = False
     two_levels: bool = False
     sizes_on_device: bool = False
+    fused_tensor: bool = False
+    tensor_pieces: int = 4
     pad: float = 0.0
     reference: bool = False
     fp16: bool = False

@@ -60,6 +60,8 @@ def trace(args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[st
     platform.activate()
     if wanted.growth is not None:
         return _growth(platform, args, device, wanted)
+    if wanted.hidden:
+        return _hidden(platform, args, device, wanted)
     from qwen3_npu.trace.rank import trace_rank
     from qwen3_npu.trace.report import as_json, describe
 
@@ -82,6 +84,16 @@ def _growth(platform: Platform, args: PretrainArgs, device: Device, wanted: Trac
     if not wanted.json:
         print("\n".join(growth_table(work)))
     return [dataclasses.asdict(row) for row in work]
+
+
+def _hidden(platform: Platform, args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, Any]]:
+    from qwen3_npu.trace.hidden import hidden_table, played_ways
+
+    first = (number_list(wanted.ranks) or [0])[0]
+    ways = list(played_ways(platform, args, device, devices=wanted.devices, rank=first))
+    if not wanted.json:
+        print("\n".join(hidden_table(ways)))
+    return [{"way": name, "step_seconds": step.total, "exposed_seconds": dict(step.exposed)} for name, step in ways]
 
 
 def _firsts(plan: TrainingPlan, devices: int) -> list[int]:

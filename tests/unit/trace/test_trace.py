@@ -64,3 +64,11 @@ def test_plan_traces_the_layout_of_flags_or_the_one_that_it_found(traces: dict[s
     (first,) = found["traces"]
     kinds = found["layouts"][0]["stages"][0]
     assert first["bytes"] == {name: kinds[name] for name in STATIC}
+
+
+def test_products_hide_most_of_tensor_parallelism_and_the_plan_knows_it(traces: dict[str, dict[str, Any]]) -> None:
+    """Closed forms leave the share that the played program leaves."""
+    off, *on = (traces["hidden"][way] for way in ("off", "--use-ascend-coc", "--use-ascend-mc2"))
+    for played, planned in on:
+        assert played < 0.5 * off[0]
+        assert planned / off[1] == pytest.approx(played / off[0], rel=0.15)
