@@ -30,7 +30,7 @@ def plot(verdict: PlanVerdict, path: Path) -> None:
     figure, axes = pyplot.subplot_mosaic(
         [["memory", "time"], ["stages", "stages"]], figsize=(13, 9), layout="constrained"
     )
-    colours = pyplot.get_cmap("tab20").colors
+    colours = [pyplot.get_cmap("tab20")(number) for number in range(20)]
     _memory(axes["memory"], verdict, colours)
     _time(axes["time"], verdict, colours)
     _stages(axes["stages"], verdict, colours)

@@ -53,7 +53,8 @@ def timeline(setup: Setup, forward: float, backward: float) -> list[Pass]:
     last, chunks = setup.pipeline - 1, setup.virtual
     seconds = {True: forward / chunks, False: backward / chunks}
     waiting = {stage: order(setup, stage) for stage in range(setup.pipeline)}
-    free, ends, done = [0.0] * setup.pipeline, {}, []
+    free, done = [0.0] * setup.pipeline, []
+    ends: dict[tuple[bool, int, int, int], float] = {}
     while any(waiting.values()):
         for stage, passes in waiting.items():
             while passes:
