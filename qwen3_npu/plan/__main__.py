@@ -18,11 +18,11 @@ from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.device import Device, learn
 from qwen3_npu.plan.launch import device_for
-from qwen3_npu.plan.picture import plot
-from qwen3_npu.plan.report import as_json, command, describe_plan, table
 from qwen3_npu.plan.requests import find_layouts, request_table
 from qwen3_npu.plan.search import search
 from qwen3_npu.plan.shape import Shape, arch_of, read_shape, shape_of
+from qwen3_npu.plan.show.picture import plot
+from qwen3_npu.plan.show.report import as_json, command, describe_plan, table
 
 PROG = "python -m qwen3_npu.plan"
 

@@ -51,6 +51,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         swap_slices=optimizer.swap_optimizer_times,
         recompute_experts=_recomputed_experts(train),
         expert_capacity=_capacity(train),
+        gathered=train.moe_token_dispatcher_type == "allgather",
         overlap_tensor=args.overlap.asked is not None,
         fused_tensor=args.overlap.is_fused,
         tensor_pieces=args.overlap.coc_parallel_num,

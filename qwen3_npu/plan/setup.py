@@ -36,6 +36,7 @@ class Setup:
         expert_capacity: rows of an expert over its even share, where more are dropped and, if padded, fewer filled up.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
+        gathered: every rank of an expert group gets all tokens of the group (dispatcher allgather).
         two_levels: a token goes to another node once, however many of its experts are there (DeepEP, HybridEP; not in
             this project).
         sizes_on_device: the host does not wait for the sizes of that exchange (HybridEP; not in this project).
@@ -86,6 +87,7 @@ class Setup:
     overlap_params: bool = False
     overlap_tensor: bool = False
     overlap_experts: bool = False
+    gathered: bool = False
     two_levels: bool = False
     sizes_on_device: bool = False
     fused_tensor: bool = False

@@ -251,6 +251,10 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
 
 def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> float:
     """Seconds of one layer's expert exchange: out and back, forward and backward."""
+    if setup.gathered:
+        group = setup.expert * setup.expert_tensor
+        moved = setup.sharded_tokens * group * shape.hidden_size * setup.weight_bytes
+        return 4 * collective_seconds(device, group, 1, moved)
     moved = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * imbalance
     stride = setup.expert_tensor
     time = 4 * exchange_seconds(device, setup.expert, stride, moved, per_node=shape.moe_topk if setup.two_levels else 0)

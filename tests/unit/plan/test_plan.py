@@ -16,17 +16,19 @@ import pytest
 from benchmarks.planning.fit_devices import error
 from benchmarks.planning.npu_cases import first_iteration, flags_of, read_cases, stage_of
 from benchmarks.planning.published import read_published
+from qwen3_npu.args.rules.fit import fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.activations import layer_bytes
 from qwen3_npu.plan.device import DEVICE_SPECS, GIB, find_device
+from qwen3_npu.plan.from_args import setup_of
 from qwen3_npu.plan.memory import in_flight, logit_bytes, stage_memory, start_bytes
 from qwen3_npu.plan.parameters import lora_counts, stage_counts
-from qwen3_npu.plan.schedule import timeline
 from qwen3_npu.plan.search import search
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape, read_shape, shape_of
+from qwen3_npu.plan.show.schedule import timeline
 from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -237,6 +239,10 @@ def test_every_layout_found_is_legal_for_the_parser_and_ranked() -> None:
     assert all(one.verdict.fits for one in found)
     assert all(one.verdict.setup.devices == 16 for one in found)
     assert any(one.verdict.setup.expert == 8 for one in found)
+    assert any(one.verdict.setup.swap_optimizer for one in found)
+    assert any(one.verdict.setup.gathered for one in found)
+    for one in found:  # what was planned is what these flags say
+        assert setup_of(one.args, fit_flags(one.args, arch, 16)) == one.verdict.setup
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.cli import option
+from qwen3_npu.plan.candidate import LayoutCandidate
 from qwen3_npu.plan.device import GIB
-from qwen3_npu.plan.search import LayoutCandidate
 from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.device import GIB
-from qwen3_npu.plan.schedule import timeline
+from qwen3_npu.plan.show.schedule import timeline
 from qwen3_npu.plan.verdict import PlanVerdict
 
 _SHOWN = 3  # times the pipeline's stages: micro-batches of the timeline
