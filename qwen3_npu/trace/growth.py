@@ -81,7 +81,7 @@ def _work(platform: Platform, args: PretrainArgs, device: Device, size: int, *, 
     trace = trace_rank(platform, grown, plan, 0)
     table = exchanged(trace, device, plan.num_microbatches).values()
     shape, setup = shape_of(plan.arch, plan.layout.padded_vocab_size), setup_of(grown, plan)
-    share = STORAGE / min(device.node, size)
+    share = STORAGE / device.node
     agreement = device.network_latency * math.log2(max(size, 2))
     whole = trace.optimizer * (setup.data * setup.context if setup.distributed_optimizer else 1)
     return RankWork(
