@@ -153,8 +153,8 @@ def main() -> None:
     args, _ = parsed(flags, 4)
     work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
     found["growth"] = [dataclasses.asdict(row) for row in work]
-    found["commands"] = [by_command(words) for words in COMMANDS]
     found["hidden"] = hidden(platform)
+    found["commands"] = [by_command(words) for words in COMMANDS]
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads of ended groups need not be waited for
