@@ -59,21 +59,24 @@ def timeline(setup: Setup, forward: float, backward: float) -> list[Pass]:
         for stage, passes in waiting.items():
             while passes:
                 is_forward, number, chunk = passes[0]
-                before = _before(is_forward, stage, chunk, last, chunks)
+                before = _before((stage, chunk), -1 if is_forward else 1, last, chunks)
                 key = (is_forward, number, *before) if before else (True, number, last, chunks - 1)
                 is_first = is_forward and before is None
                 if not is_first and key not in ends:
                     break
                 start = max(free[stage], 0.0 if is_first else ends[key])
                 free[stage] = ends[is_forward, number, stage, chunk] = start + seconds[is_forward]
-                done.append(Pass(stage, chunk, number, is_forward, start, free[stage]))
+                done.append(Pass(stage, chunk, number, is_forward, start=start, end=free[stage]))
                 passes.pop(0)
     return done
 
 
-def _before(is_forward: bool, stage: int, chunk: int, last: int, chunks: int) -> tuple[int, int] | None:
-    """The stage and chunk whose pass comes before; None: of the same kind there is none."""
-    step = -1 if is_forward else 1
-    stage, chunk = stage + step, chunk if 0 <= stage + step <= last else chunk + step
-    stage %= last + 1
-    return (stage, chunk) if 0 <= chunk < chunks else None
+def _before(place: tuple[int, int], step: int, last: int, chunks: int) -> tuple[int, int] | None:
+    """The stage and chunk whose pass of the same kind comes before; None: there is none.
+
+    Args:
+        step: from a stage to the one before; -1 in forward.
+    """
+    stage, chunk = place
+    chunk += 0 if 0 <= stage + step <= last else step
+    return ((stage + step) % (last + 1), chunk) if 0 <= chunk < chunks else None
