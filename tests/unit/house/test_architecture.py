@@ -28,6 +28,8 @@ LEVELS = {
     "model": 2,
     "distributed": 2,
 }
+# A command among the light modules that hands over to a heavy one.
+COMMANDS = {"plan.__main__": 6}
 LEVELS |= {"kernels": 1, "platform": 1, "doctor": 4, "watch": 3}
 # Importable anywhere, without torch.
 LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "lease", "processes", "once")
@@ -69,6 +71,8 @@ def is_light(module: str) -> bool:
 
 
 def level(module: str) -> int:
+    if module in COMMANDS:
+        return COMMANDS[module]
     return 0 if is_light(module) or not module else LEVELS[module.split(".")[0]]
 
 
