@@ -178,9 +178,7 @@ class Trainer:
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
         self.position = self.saver.load()
-        if interval := self.args.spikes.checks_state:
-            self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
-        self.note_state()
+        self.check_state()
 
     def open_data(self) -> None:
         """The samples of each split, and what a reference model says of them."""
@@ -340,6 +338,12 @@ class Trainer:
         here.step_done(self.position.iteration)
         return dataclasses.replace(result, spike=why)
 
+    def check_state(self) -> None:
+        """From what has just been loaded on, where that is asked for."""
+        if interval := self.args.spikes.checks_state:
+            self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
+        self.note_state()
+
     def note_state(self) -> None:
         """Nothing but an update may change it from now on."""
         if self.state is not None:
@@ -347,7 +351,7 @@ class Trainer:
 
     def go_back(self, why: str) -> None:
         self.position = go_back(self.spikes, self.guard, self.saver, self.feed, position=self.position, why=why)
-        self.note_state()
+        self.check_state()
 
     def train(self) -> None:
         """All steps up to --train-iters."""
