@@ -334,7 +334,8 @@ class Trainer:
         if result.skipped:
             samples = range(before.samples, self.position.samples)
             self.guard.report(step, result.loss, result.grad_norm, samples, why=why)
-        self.note_state()
+        if self.state is not None:
+            self.state.note(step + 1)
         here.step_done(self.position.iteration)
         return dataclasses.replace(result, spike=why)
 
@@ -342,11 +343,6 @@ class Trainer:
         """From what has just been loaded on, where that is asked for."""
         if interval := self.args.spikes.checks_state:
             self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
-        self.note_state()
-
-    def note_state(self) -> None:
-        """Nothing but an update may change it from now on."""
-        if self.state is not None:
             self.state.note(self.position.iteration + 1)
 
     def go_back(self, why: str) -> None:

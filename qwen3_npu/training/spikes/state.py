@@ -105,8 +105,8 @@ class StateCheck:
         everyone: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, text)
         # A weight that ranks gather again (--overlap-param-gather) spreads what has changed in one rank's share of it.
-        more = len(everyone) - everyone.count(None) - 1
-        return f"on rank {found[0]}{f' and {more} others' if more else ''}, {found[1]}"
+        others = len(everyone) - everyone.count(None) - 1
+        return f"on rank {found[0]}{f' and {others} others' if others else ''}, {found[1]}"
 
     @torch.no_grad()
     def _sums(self) -> torch.Tensor:
