@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from qwen3_npu.args.lora import LoraArgs, has_target
+from qwen3_npu.args.rules.swapping import Swapping
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.kernels import Kernels
@@ -37,6 +38,7 @@ class Parts:
         context_parallel: how attention sees the whole sequence where a rank holds a part of it.
         recompute_activation: compute the MLP's activation again in backward instead of keeping it.
         recompute_products: experts compute their first product again, too (--moe-zero-memory level0).
+        swapping: what of the layers waits on the host for backward; None: nothing.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         seed: of a reward model's new head.
     """
@@ -46,6 +48,7 @@ class Parts:
     context_parallel: ContextParallel | None = None
     recompute_activation: bool = False
     recompute_products: bool = False
+    swapping: Swapping | None = None
     loss_chunk: int = 0
     seed: int = 0
 

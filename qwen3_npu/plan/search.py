@@ -48,12 +48,16 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
     fitting: list[LayoutCandidate] = []
     nearest: PlanVerdict | None = None
     for flags, sizes in _legal(arch, args, device):
+        fits = []
         for found in _recomputations(shape, flags, sizes, device):
             if found.verdict.fits:
-                fitting.append(found)
-                break
-            if nearest is None or found.verdict.peak < nearest.peak:
+                fits.append(found)
+                if not found.verdict.setup.swapped:
+                    break
+            elif nearest is None or found.verdict.peak < nearest.peak:
                 nearest = found.verdict
+        if fits:
+            fitting.append(max(fits, key=lambda found: found.verdict.tokens_per_second))
     if not fitting:
         raise UsageError(_nothing_fits(nearest, shape, arch, args, device=device))
     return sorted(fitting, key=lambda found: -found.verdict.tokens_per_second)
@@ -208,11 +212,17 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
 
 
 def _recomputations(shape: Shape, flags: PretrainArgs, sizes: Fit, device: Device) -> Iterator[LayoutCandidate]:
-    """The layout with more and more recomputed: the first that fits is the fastest that does."""
+    """The layout as it is; with attention swapped; with more and more recomputed, the first of which that fits is the
+    fastest that does.
+    """
     per_chunk = max(len(chunk) for stage in sizes.layout.chunks for chunk in stage)
     counts: Sequence[int] = sorted({0, -(-per_chunk // 4), -(-per_chunk // 2), per_chunk})
+    swapped = dataclasses.replace(flags.train, swap_attention=True)
     for count in counts:
         train = flags.train
+        if count == counts[1]:
+            chosen = flags._replace(train=swapped)
+            yield LayoutCandidate(PlanVerdict(shape, setup_of(chosen, sizes), device), chosen)
         if count:
             train = dataclasses.replace(
                 train, recompute_granularity="full", recompute_method="block", recompute_num_layers=count

@@ -283,6 +283,21 @@ def held_bytes(platform: Platform, world: World, flags: list[str]) -> tuple[int,
         return torch.npu.memory_allocated() - before, sum(p.numel() for m in made.modules for p in m.parameters())
 
 
+def peak_bytes(platform: Platform, world: World, flags: list[str]) -> int:
+    """The most bytes that torch_npu has allocated during the second step of a training."""
+    import gc
+
+    from qwen3_npu.parity.measure import trainer
+
+    with trainer(platform, world, flags) as made:
+        made.step()
+        gc.collect()
+        before = torch.npu.memory_allocated()
+        torch.npu.reset_peak_memory_stats()
+        made.step()
+        return torch.npu.max_memory_allocated() - before
+
+
 def operation_calls(platform: Platform, world: World) -> dict[str, int]:
     """How often each of torch_npu's operations has run in this process."""
     from sim.operations import CALLS

@@ -20,6 +20,7 @@ ZERO = ["--use-distributed-optimizer"]
 ULYSSES = ["--context-parallel-size", "2", "--context-parallel-algo", "ulysses_cp_algo"]
 RING = ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+SWAPPED = ["--swap-attention", "--swap-modules", "input_norm,self_attention,post_attention_norm"]
 
 BALANCED = ["--moe-aux-loss-coeff", "0.02"]
 
@@ -38,7 +39,7 @@ CASES = {
     "LoRA: one device": ("LoRA", 1, []),
     "MoE: one device": ("MoE", 1, []),
     "dense: TP2 SP": ("dense", 2, TP2),
-    "dense: PP2 VPP2": ("dense", 2, PP2 + VPP),
+    "dense: PP2 VPP2, activations swapped": ("dense", 2, [*PP2, *VPP, *SWAPPED, "--recompute-num-layers", "1"]),
     "dense: CP2 ulysses": ("dense", 2, ULYSSES),
     "dense: DP2 distributed optimizer, overlapped": (
         "dense",
@@ -46,11 +47,15 @@ CASES = {
         [*ZERO, "--overlap-grad-reduce", "--overlap-param-gather"],
     ),
     "packed: CP2 ring": ("packed", 2, RING),
-    "LoRA: TP2 SP, selective recompute": ("LoRA", 2, [*TP2, "--recompute-granularity", "selective"]),
+    "LoRA: TP2 SP, selective recompute, swapped": (
+        "LoRA",
+        2,
+        [*TP2, "--swap-attention", "--recompute-granularity", "selective"],
+    ),
     "MoE: EP2 distributed optimizer, swapped": (
         "MoE",
         2,
-        [*EP2, *ZERO, "--swap-optimizer", "--swap-optimizer-times", "3"],
+        [*EP2, *ZERO, "--swap-optimizer", "--swap-optimizer-times", "3", *SWAPPED],
     ),
     "MoE: TP2 SP": ("MoE", 2, TP2),
     "MoE: CP2 ring": ("MoE", 2, RING),

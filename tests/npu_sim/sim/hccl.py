@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sim import streams
 from sim.device import host
 
 _COLLECTIVES = """allreduce_ broadcast_ _allgather_base_ allgather_ _reduce_scatter_base_ reduce_scatter_ alltoall_base_
@@ -43,6 +44,7 @@ def _emulated(operation: Any, name: str) -> Callable:
                 raise RuntimeError(f"HCCL {name}: a tensor on {tensor.device}")
             if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
                 raise RuntimeError(f"HCCL {name}: tensors must be contiguous")
+        streams.catch_up()
         result = operation(*[tree_map(on_host, value) for value in args])
         return (args[0], result[-1]) if isinstance(result, tuple) else result  # (tensors, Work) or Work
 
