@@ -145,7 +145,7 @@ class Embedding(VocabParallelEmbedding):
             return self._look_up(input_, weight)
         local = input_ - self.vocab_start_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
-        local = local.masked_fill_(elsewhere, 0)
+        local = local.clamp_(0, self.num_embeddings_per_partition - 1)  # an NPU's cores fill no int64 by a mask
         rows = self._look_up(local, weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(), group=self.tp_group)

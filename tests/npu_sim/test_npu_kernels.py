@@ -53,7 +53,7 @@ MUTATIONS = {
         '(x, cos, sin, rotary_mode="interleave"',
         "rotary",
     ),
-    "counts instead of ends": ("counts.cumsum(0)", "counts", "grouped_matmul"),
+    "counts instead of ends": (".cumsum(0, dtype=torch.int32)", "", "grouped_matmul"),
     "weights not turned for dx": ("weight.transpose(1, 2)", "weight", "grouped_matmul"),
     "gradient of weights by rows": (
         "_grouped(x.t(), grad, ends, group_type=2)",

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 def install() -> None:
     """Take over the kernels of this process; torch_npu's redirect of torch.cuda is up to the caller."""
-    from sim import device, hccl, operations
+    from sim import aicpu, device, hccl, operations
 
+    aicpu.install()
     device.install()
     operations.install()
     hccl.install()

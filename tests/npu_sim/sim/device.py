@@ -14,7 +14,7 @@ import torch
 import torch_npu
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sim import streams
+from sim import aicpu, streams
 
 # What torch_npu does itself, without a kernel: memory, views, copies between host and device.
 _TORCH_NPU = """empty.memory_format empty_strided empty_like new_empty_strided new_empty as_strided view
@@ -130,6 +130,7 @@ def _emulated(operation: Any, name: str) -> Callable:
             _note_copy(args[0], args[1], non_blocking)
             if streams.delayed(args[0], args[1], non_blocking):
                 return args[0]
+        aicpu.check(name, args, kwargs)
         streams.catch_up()
         if is_random:
             kwargs["generator"] = generator(device, kwargs.get("generator"))
