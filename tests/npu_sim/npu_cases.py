@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 import types
 import unittest.mock
 from collections.abc import Callable
@@ -344,6 +347,8 @@ def random_state(platform: Platform, world: World) -> list[list[float]]:
 
 def collectives(platform: Platform, world: World, maximum: str = "MAX") -> dict[str, Any]:
     """Every collective on device tensors; on rank r they hold r + 1 and so on."""
+    from sim import hccl
+
     rank, size = world.rank, world.size
 
     def mine(n: int = 2) -> torch.Tensor:
@@ -364,8 +369,10 @@ def collectives(platform: Platform, world: World, maximum: str = "MAX") -> dict[
     results["ring"] = torch.empty(2, device="npu")
     other = (rank + 1) % size
     operations = [dist.P2POp(dist.isend, mine(), other), dist.P2POp(dist.irecv, results["ring"], other)]
+    before = hccl.COALESCED[0]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
+    assert hccl.COALESCED[0] == before + 1, "torch_npu's branch for 910B and CANN 9.0 was not taken"
     try:
         dist.all_reduce(torch.ones(1))
         results["host tensor"] = torch.zeros(1)
@@ -383,6 +390,37 @@ def answers(platform: Platform, world: World, folder: str, flags: list[str], lim
 
     with generation.runner(platform, world, folder, *flags) as made:
         return generation.generated(made, generation.prompts(), limit, Sampling(), slots=3)
+
+
+def chatted(platform: Platform, world: World, folder: str, typed: str) -> str:
+    """What `inference.py --task chat` shows to somebody who types these lines."""
+    import generation_cases
+
+    shown = io.StringIO()
+    flags = ["--load", folder, "--task", "chat", "--prompt-type", "qwen3", "--temperature", "0", "--bf16"]
+    with unittest.mock.patch.object(sys, "stdin", io.StringIO(typed)), contextlib.redirect_stdout(shown):
+        generation_cases.generated(platform, world, [*flags, "--max-new-tokens", "8"])
+    return shown.getvalue()
+
+
+def on_aicpu(platform: Platform, world: World) -> list[str]:
+    """What is said of some operations inside of a step, and of one outside of it."""
+    from qwen3_npu.watch import here
+
+    x = torch.arange(6, device="npu")
+    calls: list[Callable] = [lambda: x.cumsum(0), lambda: x.topk(2), lambda: x.masked_fill(x > 2, 0)]
+    calls += [lambda: x.float().cumsum(0), lambda: x.argsort(), lambda: x.bool().scatter(0, x[:1], True)]
+    said = []
+    here.at("forward")
+    for call in calls:
+        try:
+            call()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error).partition(" runs on")[0])
+    here.at("other")
+    calls[0]()
+    return said
 
 
 def platform_facts(platform: Platform, world: World, folder: str) -> dict[str, Any]:

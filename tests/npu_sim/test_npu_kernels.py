@@ -135,6 +135,11 @@ def test_the_simulated_device_refuses_what_a_real_one_does(npu_worlds: dict[int,
     assert {name: text for name, text in said.items() if expected[name].lower() not in text.lower()} == {}
 
 
+def test_what_a_devices_own_cpu_would_compute_is_refused_inside_of_a_step(npu_worlds: dict[int, World]) -> None:
+    integers = ["cumsum of int64", "topk of int64", "masked_fill of int64"]
+    assert npu_worlds[1].run("on_aicpu") == [*integers, "", "sort of int64", "scatter of bool"]
+
+
 def test_random_numbers_follow_the_devices_generator(npu_worlds: dict[int, World]) -> None:
     first, again, after = npu_worlds[1].run("random_state")
     assert first == again

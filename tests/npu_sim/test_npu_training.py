@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from worlds import CaseFailed, World
 
 STEPS = 3
-FLAGS = ["--seq-length", "32", "--global-batch-size", "4", "--lr", "3e-3", "--train-iters", str(STEPS)]
+FLAGS = ["--seq-length", "32", "--global-batch-size", "2", "--lr", "3e-3", "--train-iters", str(STEPS)]
 FLAGS += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--eval-iters", "0"]
 
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -31,6 +32,11 @@ TRAININGS = {
     "LoRA": ("untied", ["--lora-r", "4"]),
     "MoE": ("moe", BALANCED),
     "MoE packed LoRA": ("moe", [*BALANCED, "--reset-attention-mask", "--reset-position-ids", "--lora-r", "4"]),
+    "MoE that drops": ("moe", [*BALANCED, "--moe-expert-capacity-factor", "1.0", "--moe-z-loss-coeff", "1e-3"]),
+    "tied in chunks": ("tied", ["--loss-compute-mode", "chunk", "--loss-chunk-size", "8"]),
+    "Muon": ("untied", ["--optimizer", "muon"]),
+    "QLoRA": ("moe", ["--lora-r", "4", "--qlora"]),
+    "PiSSA DoRA": ("untied", ["--lora-r", "4", "--lora-init", "pissa", "--use-dora"]),
 }
 CASES = {
     "dense: one device": ("dense", 1, []),
@@ -60,6 +66,16 @@ CASES = {
     "MoE: TP2 SP": ("MoE", 2, TP2),
     "MoE: CP2 ring": ("MoE", 2, RING),
     "MoE packed LoRA: EP2": ("MoE packed LoRA", 2, EP2),
+    "MoE: gathered": ("MoE", 2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
+    "MoE that drops: EP2": ("MoE that drops", 2, EP2),
+    "tied in chunks: norms and activation again": (
+        "tied in chunks",
+        1,
+        ["--recompute-norm", "--recompute-activation-function", "--deterministic"],
+    ),
+    "Muon: distributed optimizer": ("Muon", 2, ZERO),
+    "QLoRA: EP2": ("QLoRA", 2, EP2),
+    "PiSSA DoRA: one device": ("PiSSA DoRA", 1, []),
 }
 
 
@@ -76,7 +92,7 @@ class Trainings:
     def flags(self, name: str) -> list[str]:
         kind, extra = TRAININGS[name]
         flags = [*FLAGS, "--data-path", self.tokens, *extra]
-        if "--lora-r" not in extra:
+        if "--lora-r" not in extra or "pissa" in extra:
             return [*flags, "--load", self.models[kind]]
         start = self.folder / name
         if not start.exists():
@@ -137,7 +153,7 @@ def test_torch_npus_operations_serve(npu_worlds: dict[int, World], trainings: Tr
     before = world.run("operation_calls")
     world.run("train", flags=trainings.flags("MoE"), steps=1)
     calls = {name: count - before.get(name, 0) for name, count in world.run("operation_calls").items()}
-    layers, micro_batches = 4, 4
+    layers, micro_batches = 4, 2
     passes = layers * micro_batches
     expected = {
         "npu_fusion_attention": passes,
@@ -151,6 +167,22 @@ def test_torch_npus_operations_serve(npu_worlds: dict[int, World], trainings: Tr
         "_npu_moe_token_unpermute_with_routing_map": passes,
     }
     assert {name: calls.get(name) for name in expected} == expected
+
+
+def test_a_whole_training_with_everything_around_it(
+    npu_worlds: dict[int, World], trainings: Trainings, tmp_path: Path
+) -> None:
+    """Reports, evaluation, asynchronous checkpoints of torch_dist, the profiler, and an exit at a step."""
+    flags = [*trainings.flags("MoE"), *EP2, *ZERO, "--save", str(tmp_path / "saved"), "--save-interval", "2"]
+    flags += ["--ckpt-format", "torch_dist", "--async-save", "--exit-interval", "2", "--log-interval", "1"]
+    flags += ["--eval-interval", "1", "--eval-iters", "1", "--split", "50,50,0", "--ledger-interval", "1"]
+    flags += ["--tensorboard-dir", str(tmp_path / "board"), "--profile", "--profile-save-path", str(tmp_path / "prof")]
+    flags += ["--profile-step-start", "1", "--profile-step-end", "2"]
+    npu_worlds[2].run("whole_training", flags=flags)
+    rows = [json.loads(line) for line in (tmp_path / "board" / "metrics.jsonl").open()]
+    losses = [row["lm loss"] for row in rows if "lm loss" in row]
+    assert losses == pytest.approx(trainings.on_cpu("MoE")["loss"][:2], rel=1e-4)
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
 def test_the_platform_knows_its_device(npu_worlds: dict[int, World], tmp_path: Path) -> None:

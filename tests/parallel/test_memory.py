@@ -66,7 +66,7 @@ def test_preference_training_with_lora_takes_hardly_more_than_fine_tuning(
     assert preference["kept"] <= 1.15 * fine_tuning["kept"]
 
 
-PACKED = ["--reset-attention-mask", "--reset-position-ids"]
+PACKED = ["--stage", "sft", "--reset-attention-mask"]
 SWAPPED = ["--swap-attention", "--swap-modules", "input_norm,self_attention,post_attention_norm"]
 MLPS = [*SWAPPED, "--recompute-num-layers", "1"]
 SELECTIVE, REFERENCE = ["--recompute-granularity", "selective"], ["--kernels", "reference"]
@@ -109,11 +109,12 @@ SAME = {
 
 @pytest.mark.parametrize("name", SAME)
 def test_memory_that_is_saved_changes_no_bit(
-    name: str, worlds: dict[int, World], models: dict[str, str], tokens: str
+    name: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
     kind, size, common, saving = SAME[name]
+    data = str(tiny.write_instructions(tmp_path / "packs", pack=32)) if "sft" in common else tokens
     flags = ["--seq-length", "32", "--train-iters", "2", "--lr", "1e-3", "--device", "cpu", "--global-batch-size", "4"]
-    flags += ["--load", models[kind], "--data-path", tokens, *common]
+    flags += ["--load", models[kind], "--data-path", data, *common]
     plain, less = (worlds[size].run("train", flags=flags + more, steps=2) for more in ([], saving))
     assert less == plain
 

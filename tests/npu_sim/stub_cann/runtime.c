@@ -79,6 +79,32 @@ aclError aclrtQueryEventStatus(void *event, int *status) { *status = 1; return O
 aclError aclrtQueryEventWaitStatus(void *event, int *status) { *status = 0; return OK; }
 aclError aclrtEventElapsedTime(float *ms, void *a, void *b) { *ms = 0.01f; return OK; }
 
+// The version of CANN decides which branch torch_npu takes, of batch_isend_irecv for one.
+static const char VERSION[] = "9.0.0";
+typedef struct { char version[128], major[64], minor[64], release[64], patch[64], reserved[128]; } Version;
+aclError aclsysGetVersionStr(char *package, char *version) { strcpy(version, VERSION); return OK; }
+aclError aclsysGetCANNVersion(int package, Version *out) {
+    memset(out, 0, sizeof *out);
+    strcpy(out->version, VERSION);
+    strcpy(out->major, "9"); strcpy(out->minor, "0"); strcpy(out->release, "0");
+    return OK;
+}
+
+// A recording of the profiler that records nothing.
+aclError aclprofInit(const char *path, size_t n) { return OK; }
+aclError aclprofFinalize(void) { return OK; }
+void *aclprofCreateConfig(void) { return malloc(16); }
+aclError aclprofDestroyConfig(void *config) { free(config); return OK; }
+aclError aclprofSetConfig(int kind, const char *value, size_t n) { return OK; }
+aclError aclprofStart(const void *config) { return OK; }
+aclError aclprofStop(const void *config) { return OK; }
+aclError aclprofWarmup(const void *config) { return OK; }
+aclError aclprofRegisterDeviceCallback(void) { return OK; }
+aclError aclprofGetSupportedFeatures(size_t *n, void **data) { *n = 0; *data = 0; return OK; }
+void *aclprofCreateStepInfo(void) { return malloc(16); }
+void aclprofDestroyStepInfo(void *info) { free(info); }
+aclError aclprofGetStepTimestamp(void *info, int tag, void *stream) { return OK; }
+
 // Settings.
 aclError aclrtSetDeviceSatMode(int mode) { return OK; }
 aclError aclrtSetOpExecuteTimeOut(uint32_t seconds) { return OK; }
