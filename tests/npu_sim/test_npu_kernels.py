@@ -82,11 +82,11 @@ def wrong(results: dict[str, float | str]) -> dict[str, float | str]:
 
 
 def test_operators_of_mindspeed_are_called_as_documented(npu_worlds: dict[int, World]) -> None:
-    assert not wrong(npu_worlds[1].run("mindspeed_differences"))
+    assert not wrong(npu_worlds[1].run("kernel_cases.mindspeed_differences"))
 
 
 def test_forward_and_backward_equal_the_reference(npu_worlds: dict[int, World]) -> None:
-    results = npu_worlds[1].run("kernel_differences")
+    results = npu_worlds[1].run("kernel_cases.kernel_differences")
     assert len(results) == 27
     assert wrong(results) == {}
 
@@ -94,7 +94,7 @@ def test_forward_and_backward_equal_the_reference(npu_worlds: dict[int, World]) 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_call_is_noticed(name: str, npu_worlds: dict[int, World]) -> None:
     old, new, noticed_by = MUTATIONS[name]
-    assert noticed_by in wrong(npu_worlds[1].run("kernel_differences", change=(old, new)))
+    assert noticed_by in wrong(npu_worlds[1].run("kernel_cases.kernel_differences", change=(old, new)))
 
 
 # Faults that show in backward only; all of MUTATIONS were tried by hand (docs/passport.md).
