@@ -153,8 +153,10 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
     if not number:
         return 0.0, 0.0
     if setup.swapped:
-        kept, working = _swapped_activations(shape, setup, kinds, kernels)
-        return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
+        kept, moving, again = _swapped_activations(shape, setup, kinds, kernels)
+        # The layer that was computed last has not left yet, and backward fetches the one before it.
+        kept = in_flight(setup, stage) * kept + moving
+        return kept, moving + again + transient_bytes(shape, setup)
     sizes = {kind: layer_bytes(shape, setup, kind, kernels) for kind in kinds}
     per_chunk = number / setup.virtual
     inputs = setup.residual_bytes * shape.hidden_size * setup.sharded_tokens
@@ -168,8 +170,10 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
     return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
 
 
-def _swapped_activations(shape: Shape, setup: Setup, kinds: dict[bool, int], kernels: str) -> tuple[float, float]:
-    """As `layer_activations`, of one chunk: what two layers have swapped is on the device, coming and going."""
+def _swapped_activations(
+    shape: Shape, setup: Setup, kinds: dict[bool, int], kernels: str
+) -> tuple[float, float, float]:
+    """Bytes that a chunk keeps on the device, that one layer swaps, and that its MLP holds when computed again."""
     number = sum(kinds.values())
     plain = dataclasses.replace(setup, swapped=())
 
@@ -180,7 +184,7 @@ def _swapped_activations(shape: Shape, setup: Setup, kinds: dict[bool, int], ker
     again = whole - mean(dataclasses.replace(plain, recompute_mlp=True))
     layers, recomputed = min(setup.swapped_layers, number), min(setup.recompute, number)
     kept = (number * whole - layers * on_host - recomputed * again) / setup.virtual
-    return kept, 2 * on_host + (again if recomputed else 0.0)
+    return kept, on_host, again if recomputed else 0.0
 
 
 def transient_bytes(shape: Shape, setup: Setup) -> float:
