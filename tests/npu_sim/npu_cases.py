@@ -159,6 +159,35 @@ def chatted(platform: Platform, world: World, folder: str, typed: str) -> str:
     return shown.getvalue()
 
 
+def waits(platform: Platform, world: World) -> dict[str, int]:
+    """How often the host waits for each of some calls; and what a copy that nothing waited for has brought."""
+    from sim import device
+
+    x, pageable = torch.ones(4, device="npu"), torch.zeros(4)
+    pinned, stream = torch.zeros(4, pin_memory=True), torch.npu.Stream()
+    calls: dict[str, Callable] = {
+        "pinned": lambda: x.copy_(pinned, non_blocking=True),
+        "pageable": lambda: x.copy_(pageable, non_blocking=True),
+        "blocking": lambda: x.copy_(pinned),
+        "item": lambda: x[0].item(),
+        "tolist": lambda: x.tolist(),
+        "event": lambda: torch.npu.current_stream().wait_event(stream.record_event()),
+        "stream": lambda: stream.synchronize(),
+    }
+    found = {}
+    for name, call in calls.items():
+        before = device.counts()["waits"]
+        call()
+        found[name] = device.counts()["waits"] - before
+    x.fill_(3.0)
+    with torch.npu.stream(stream):
+        pinned.copy_(x, non_blocking=True)
+    found["too early"] = int(pinned[0].item())
+    torch.npu.current_stream().wait_stream(stream)
+    found["in time"] = int(pinned[0].item())
+    return found
+
+
 def on_aicpu(platform: Platform, world: World) -> list[str]:
     """What is said of some operations inside of a step, and of one outside of it."""
     from qwen3_npu.watch import here

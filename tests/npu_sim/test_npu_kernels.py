@@ -140,6 +140,11 @@ def test_what_a_devices_own_cpu_would_compute_is_refused_inside_of_a_step(npu_wo
     assert npu_worlds[1].run("on_aicpu") == [*integers, "", "sort of int64", "scatter of bool"]
 
 
+def test_waits_of_the_host_are_seen_and_copies_are_late(npu_worlds: dict[int, World]) -> None:
+    waits = {"pinned": 0, "pageable": 1, "blocking": 1, "item": 1, "tolist": 1, "event": 0, "stream": 1}
+    assert npu_worlds[1].run("waits") == {**waits, "too early": 0, "in time": 3}
+
+
 def test_random_numbers_follow_the_devices_generator(npu_worlds: dict[int, World]) -> None:
     first, again, after = npu_worlds[1].run("random_state")
     assert first == again
