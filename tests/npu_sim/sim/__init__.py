@@ -1,8 +1,8 @@
 """An NPU that is not there: the real torch_npu over a stub CANN, with kernels computed on the host.
 
 Real: operation schemas, devices, allocator, autograd nodes, argument checks of the host code, transfer_to_npu.
-Emulated: what runs on the device (by the documented mathematics) and HCCL (by gloo).
-Cannot be seen here: numerics and speed of the real kernels, memory, streams, HCCL itself.
+Emulated: what runs on the device (by the documented mathematics), HCCL (by gloo), copies on side streams (late).
+Cannot be seen here: numerics and speed of the real kernels, their memory, HCCL itself.
 """
 
 from __future__ import annotations
