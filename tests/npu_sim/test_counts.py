@@ -49,5 +49,7 @@ def test_a_cpu(
     """And the loss is that of the NPU."""
     line, found = counts.row(cpu_world, name, sized_models, tokens)
     if name in losses:
-        assert [one.get("loss", 0.0) for one in found] == pytest.approx(losses[name], rel=3e-3)
+        assert [one.get("loss", 0.0) for one in found] == pytest.approx(
+            losses[name], rel=1e-2 if "MoE" in name else 3e-3
+        )
     assert line == counts.expected("cpu")[name], f"python -m tests.npu_sim.counts writes the table; counted: {found}"

@@ -47,7 +47,8 @@ def test_benchmarks_score_what_they_do_on_a_cpu(
     data = str(quiz.write_mmlu(tmp_path / "mmlu", 1))
     rows = []
     for number, world in enumerate((npu_worlds[1], cpu_world)):
-        case = {"folder": reader, "flags": [], "data": data, "out": str(tmp_path / str(number))}
+        (out := tmp_path / str(number)).mkdir()
+        case = {"folder": reader, "flags": [], "data": data, "out": str(out)}
         rows.append([x for row in world.run("generation_cases.likelihoods", **case) for x in row])
     assert rows[0] == pytest.approx(rows[1], abs=1e-4)
 

@@ -31,7 +31,7 @@ _crossings: collections.Counter[str] = collections.Counter()
 
 def counts() -> collections.Counter[str]:
     """How often the host has waited for the device, and copies between the two, since the process began."""
-    return collections.Counter(_crossings, waits=_crossings["waits"] + _cann().stub_waits())
+    return collections.Counter({**_crossings, "waits": _crossings["waits"] + _cann().stub_waits()})
 
 
 @functools.cache
