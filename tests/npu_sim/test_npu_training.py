@@ -36,7 +36,7 @@ TRAININGS = {
     "MoE that drops": ("moe", [*BALANCED, "--moe-expert-capacity-factor", "1.0", "--moe-z-loss-coeff", "1e-3"]),
     "tied in chunks": ("tied", ["--loss-compute-mode", "chunk", "--loss-chunk-size", "8"]),
     "Muon": ("untied", ["--optimizer", "muon"]),
-    "QLoRA": ("moe", ["--lora-r", "4", "--qlora"]),
+    "QLoRA": ("untied", ["--lora-r", "4", "--qlora"]),
     "PiSSA DoRA": ("untied", ["--lora-r", "4", "--lora-init", "pissa", "--use-dora"]),
 }
 CASES = {
@@ -74,8 +74,8 @@ CASES = {
         1,
         ["--recompute-norm", "--recompute-activation-function", "--deterministic"],
     ),
-    "Muon: distributed optimizer": ("Muon", 2, ZERO),
-    "QLoRA: EP2": ("QLoRA", 2, EP2),
+    "Muon: TP2 SP": ("Muon", 2, TP2),
+    "QLoRA: PP2": ("QLoRA", 2, PP2),
     "PiSSA DoRA: one device": ("PiSSA DoRA", 1, []),
 }
 

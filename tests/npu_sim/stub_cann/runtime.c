@@ -98,6 +98,11 @@ aclError aclsysGetCANNVersion(int package, Version *out) {
     return OK;
 }
 
+int halGetAPIVersion(int *version) { *version = 0x071700; return 0; }
+int halGetDeviceInfo(uint32_t id, int module, int info, int64_t *value) { *value = 0; return 0; }
+int drvGetDevNum(uint32_t *count) { *count = DEVICES; return 0; }
+void aclAppLog(int level, const char *function, const char *file, uint32_t line, const char *text, ...) {}
+
 // A recording of the profiler that records nothing.
 aclError aclprofInit(const char *path, size_t n) { return OK; }
 aclError aclprofFinalize(void) { return OK; }
