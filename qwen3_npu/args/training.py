@@ -138,8 +138,7 @@ class OptimizerArgs:
     optimizer: str = flag(
         "adam",
         choices=["adam", "muon"],
-        help="muon: orthogonal updates of the layers' matrices, AdamW for the rest; it needs whole matrices: not with "
-        "--use-distributed-optimizer or LoRA",
+        help="muon: orthogonal updates of the layers' matrices (with LoRA: of adapters' A and B), AdamW for the rest",
     )
     muon_momentum: float = flag(0.95, minimum=0, below=1, help="decay of the momentum")
     muon_use_nesterov: bool = flag(False, help="Nesterov's momentum")
@@ -194,14 +193,14 @@ class OptimizerArgs:
         warmups = {"--lr-warmup-iters": self.lr_warmup_iters, "--lr-warmup-samples": self.lr_warmup_samples}
         if len(given := [n for n, v in {**warmups, "--lr-warmup-fraction": self.lr_warmup_fraction}.items() if v]) > 1:
             raise UsageError(f"{' and '.join(given)} say the same thing; give one")
-        if self.optimizer == "muon" and self.use_distributed_optimizer:
-            raise UsageError(
-                "--use-distributed-optimizer cuts all weights into flat slices, and --optimizer muon needs whole "
-                "matrices; drop one of the two"
-            )
         for name, is_on in (("swap-optimizer", self.swap_optimizer), ("reuse-fp32-param", self.reuse_fp32_param)):
             if is_on and not self.use_distributed_optimizer:
                 raise UsageError(f"--{name} needs --use-distributed-optimizer")
+            if is_on and self.optimizer == "muon":
+                raise UsageError(
+                    f"--{name} updates weights slice by slice, and --optimizer muon needs whole matrices; drop one of "
+                    "the two"
+                )
         if self.swap_optimizer and self.reuse_fp32_param:
             raise UsageError("--reuse-fp32-param and --swap-optimizer exclude each other; --swap-optimizer saves more")
         if self.min_lr > self.lr:

@@ -57,6 +57,9 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         swapped=swapped.modules if swapped is not None else (),
         swapped_layers=min(most, (swapped.layers or most) * layout.virtual) if swapped is not None else 0,
         recompute_experts=_recomputed_experts(train),
+        overlap_tensor=args.overlap.asked is not None,
+        fused_tensor=args.overlap.is_fused,
+        tensor_pieces=args.overlap.coc_parallel_num,
         overlap_grads=optimizer.overlap_grad_reduce,
         overlap_params=optimizer.overlap_param_gather,
     )

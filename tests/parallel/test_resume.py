@@ -29,7 +29,7 @@ SAME = {
     "one process, bf16": (1, ["--bf16"], "torch_dist, async"),
     "one process, bf16, distributed optimizer": (1, ["--bf16", *ZERO], "torch"),
     "DP2 distributed optimizer": (2, ZERO, "torch_dist, async"),
-    "one process, bf16, Muon": (1, ["--bf16", *MUON], "torch"),
+    "DP2 distributed optimizer, bf16, Muon": (2, ["--bf16", *ZERO, *MUON], "torch, async"),
     "TP2 SP PP2 VPP2": (4, TP2 + SP + PP2 + VPP, "torch"),
     "TP2 DP2 distributed optimizer, dropout": (4, [*TP2, *ZERO, "--hidden-dropout", "0.1"], "torch_dist, async"),
 }
@@ -79,7 +79,8 @@ OTHER = {
     "tied: one process -> TP2 PP2": ("tied", 1, [], 4, TP2 + PP2),
     "untied: TP2 PP2 VPP2 -> DP2 distributed optimizer": ("untied", 4, TP2 + PP2 + VPP, 2, ZERO),
     "moe: EP2 distributed optimizer -> TP2 SP": ("moe", 2, EP2 + ZERO, 2, TP2 + SP),
-    "moe: TP2 SP EP2 -> DP2, Muon": ("moe", 4, [*TP2, *SP, *EP2, *MUON], 2, MUON),
+    "moe: TP2 SP EP2 distributed optimizer -> DP2, Muon": ("moe", 4, [*TP2, *SP, *EP2, *ZERO, *MUON], 2, MUON),
+    "moe: DP2, Muon -> EP2 distributed optimizer, Muon": ("moe", 2, MUON, 2, [*EP2, *ZERO, *MUON]),
     "moe: TP2 SP EP2 -> PP2 distributed optimizer": ("moe", 4, TP2 + SP + EP2, 2, PP2 + ZERO),
     "moe: TP2 SP EP2 ETP1, padded -> DP2": ("moe", 2, [*TP2, *SP, *EP2, *ETP1, *PADDED], 2, []),
 }

@@ -81,8 +81,25 @@ def _end_coalescing(self: Any, device: torch.device) -> _Works:
     return _Works(_begun.pop(self.group_name))
 
 
+def _name(self: Any, rank: int) -> str:
+    """What torch_npu's get_hccl_comm_name calls a group, of one of its ranks."""
+    names = dist.distributed_c10d._world.pg_names
+    (group,) = (g for g in names if _host_groups.get(names[g]) and g._get_backend(torch.device("npu")) is self)
+    if dist.get_global_rank(group, group.rank()) != rank:
+        raise RuntimeError(f"get_hccl_comm_name: {rank} is not this process's rank")
+    return names[group]
+
+
+def group_named(name: str) -> Any:
+    """The host's group that a fused operation names."""
+    if name not in _host_groups:
+        raise RuntimeError(f"no communicator has the name {name}")
+    return _host_groups[name][1]
+
+
 def install() -> None:
     """Make "hccl" this."""
+    ProcessGroupGloo.get_hccl_comm_name = _name
     dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(_create, True)
     for name in _COLLECTIVES.split():
         operation = getattr(torch.ops.c10d, name).default
