@@ -57,6 +57,7 @@ class _Kept:
         here: all of it as a flat tensor, while it is on the device.
         in_place: the storage is emptied and filled again, whoever holds it; else a new one takes its place.
         memory: its copy on the host.
+        uses: saved tensors that backward has not asked for.
     """
 
     def __init__(self, tensor: torch.Tensor, storage: torch.UntypedStorage, in_place: bool) -> None:
@@ -66,6 +67,7 @@ class _Kept:
         self.here: torch.Tensor | None = flat
         self.in_place, self.flat = in_place, flat if in_place else None
         self.memory: torch.Tensor | None = None
+        self.uses = 0
 
     def let_go(self) -> None:
         """Of the device's memory."""
@@ -108,8 +110,13 @@ class LayerPass:
 
     def __del__(self) -> None:
         for kept in self.kept.values():
-            if kept.memory is not None:
-                self.traffic.give_back(kept.memory)
+            self._done(kept)
+
+    def _done(self, kept: _Kept) -> None:
+        """Backward has what it needs of it. What holds this object may live longer."""
+        if kept.memory is not None:
+            self.traffic.give_back(kept.memory)
+        kept.here = kept.flat = kept.memory = None
 
     def add(self, tensor: torch.Tensor, in_place: bool = False) -> _Kept | None:
         """Swap the storage of this tensor; None if it is not to be swapped."""
@@ -152,6 +159,7 @@ class LayerPass:
         kept = self.add(tensor)
         if kept is None:
             return tensor
+        kept.uses += 1
         return self, kept, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     @staticmethod
@@ -160,8 +168,11 @@ class LayerPass:
             return saved
         owner, kept, *place = saved
         owner.arrive()
-        assert kept.here is not None
+        assert kept.here is not None, "what was swapped is asked for twice"
         view: torch.Tensor = kept.here.as_strided(*place)
+        kept.uses -= 1
+        if kept.uses == 0:
+            owner._done(kept)
         return view
 
     def copy_out(self) -> None:
@@ -215,6 +226,9 @@ class LayerPass:
         if self.arrived is not None:
             torch.cuda.current_stream().wait_event(self.arrived)
             self.arrived = None
+        for kept in self.kept.values():
+            if kept.in_place and kept.uses == 0:
+                self._done(kept)
         if self.before is not None:
             self.before.fetch()
             self.before = None

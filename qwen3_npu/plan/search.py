@@ -49,24 +49,38 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
     fitting: list[LayoutCandidate] = []
     nearest: PlanVerdict | None = None
     for flags, sizes in _legal(arch, args, device):
-        fits = []
         for found in _recomputations(shape, flags, sizes, device):
             if found.verdict.fits:
-                fits.append(found)
-                if not found.verdict.setup.swapped:
-                    break
-            elif nearest is None or found.verdict.peak < nearest.peak:
+                fitting.append(found)
+                break
+            if nearest is None or found.verdict.peak < nearest.peak:
                 nearest = found.verdict
-        if fits:
-            fitting.append(max(fits, key=lambda found: found.verdict.tokens_per_second))
     if not fitting:
         raise UsageError(_nothing_fits(nearest, shape, arch, args, device=device))
     fitting.sort(key=_by_rate)
-    return sorted([*map(_hiding, fitting[:_HIDING]), *fitting[_HIDING:]], key=_by_rate)
+    fastest = [_hiding(min(found, _swapping(found, arch, args.devices), key=_by_rate)) for found in fitting[:_HIDING]]
+    return sorted([*fastest, *fitting[_HIDING:]], key=_by_rate)
 
 
 def _by_rate(found: LayoutCandidate) -> float:
     return -found.verdict.tokens_per_second
+
+
+def _swapping(found: LayoutCandidate, arch: Qwen3Arch, devices: int) -> LayoutCandidate:
+    """The same with attention's activations on the host instead of layers computed again, where that fits."""
+    verdict, args = found.verdict, found.args
+    if not verdict.setup.recompute:
+        return found
+    train = dataclasses.replace(
+        args.train,
+        swap_attention=True,
+        recompute_granularity=None,
+        recompute_method=None,
+        recompute_num_layers=None,
+    )
+    chosen = args._replace(train=train)
+    swapped = PlanVerdict(verdict.shape, setup_of(chosen, fit_flags(chosen, arch, devices)), verdict.device)
+    return LayoutCandidate(swapped, chosen) if swapped.fits else found
 
 
 def _hiding(found: LayoutCandidate) -> LayoutCandidate:
@@ -230,17 +244,11 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
 
 
 def _recomputations(shape: Shape, flags: PretrainArgs, sizes: Fit, device: Device) -> Iterator[LayoutCandidate]:
-    """The layout as it is; with attention swapped; with more and more recomputed, the first of which that fits is the
-    fastest that does.
-    """
+    """The layout with more and more recomputed: the first that fits is the fastest that does."""
     per_chunk = max(len(chunk) for stage in sizes.layout.chunks for chunk in stage)
     counts: Sequence[int] = sorted({0, -(-per_chunk // 4), -(-per_chunk // 2), per_chunk})
-    swapped = dataclasses.replace(flags.train, swap_attention=True)
     for count in counts:
         train = flags.train
-        if count == counts[1]:
-            chosen = flags._replace(train=swapped)
-            yield LayoutCandidate(PlanVerdict(shape, setup_of(chosen, sizes), device), chosen)
         if count:
             train = dataclasses.replace(
                 train, recompute_granularity="full", recompute_method="block", recompute_num_layers=count
