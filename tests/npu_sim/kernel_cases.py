@@ -14,6 +14,7 @@ from qwen3_npu import kernels
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.kernels import reference
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.watch import here
 
 
 def _randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -231,6 +232,7 @@ def kernel_differences(
     """
     from qwen3_npu.kernels import npu, npu_gradients
 
+    here.at("other")  # a step may have been the last thing here
     if change is not None:
         npu = _changed((npu, npu_gradients), *change)
     npu._compressed_mask.cache_clear()
