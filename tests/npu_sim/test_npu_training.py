@@ -36,7 +36,6 @@ TRAININGS = {
     "MoE that drops": ("moe", [*BALANCED, "--moe-expert-capacity-factor", "1.0", "--moe-z-loss-coeff", "1e-3"]),
     "tied in chunks": ("tied", ["--loss-compute-mode", "chunk", "--loss-chunk-size", "8"]),
     "Muon": ("untied", ["--optimizer", "muon"]),
-    "QLoRA": ("blocks", ["--lora-r", "4", "--qlora"]),
     "PiSSA DoRA": ("untied", ["--lora-r", "4", "--lora-init", "pissa", "--use-dora"]),
 }
 CASES = {
@@ -75,7 +74,6 @@ CASES = {
         ["--recompute-norm", "--recompute-activation-function", "--deterministic"],
     ),
     "Muon: TP2 SP": ("Muon", 2, TP2),
-    "QLoRA: PP2": ("QLoRA", 2, PP2),
     "PiSSA DoRA: one device": ("PiSSA DoRA", 1, []),
 }
 
