@@ -146,7 +146,7 @@ def unlike_family(argument: str, said: bool | None, family: Family) -> str | Non
 def _needed(said: Mapping[str, Any], name: str, where: str) -> int:
     if name not in said:
         raise UsageError(f"{where}: its args have no {name}; give the architecture with --hf-cfg-dir")
-    return integer(said[name], f"{where}: {name}", least=1)
+    return integer(said[name], f"{where}: {name}", least=1, most=2**20)
 
 
 def _family(said: Mapping[str, Any], where: str) -> Family:
