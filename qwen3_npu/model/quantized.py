@@ -6,8 +6,8 @@ weights' rows, so they are the same in every layout: blocks of 64 lie within a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -23,24 +23,96 @@ from qwen3_npu.kernels import nf4
 _AT_ONCE = 1 << 23  # weights of a matrix that are restored at the same time
 
 
+class Scales:
+    """Of the blocks of a matrix [rows, columns] (experts: below each other), in float32.
+
+    No buffers of a module: those are cast with the module.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.values = torch.empty(rows, columns // nf4.BLOCK, device=device)
+
+    def of(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Of some rows, flat."""
+        return self.values[rows].flatten()
+
+    def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
+        """Take the scales of the matrix, flat."""
+        self.values.copy_(values.view_as(self.values))
+
+
+class ScalesOfTensor(NamedTuple):
+    """The scales of a whole Hugging Face tensor, and which of them are whose.
+
+    Attributes:
+        values: [rows, blocks of a row] float32.
+        parts: (rows of the matrix, rows of the tensor, first block of these rows).
+    """
+
+    values: torch.Tensor
+    parts: list[tuple[slice, slice, int]]
+
+
+class DoubleScales:
+    """The same in 8 bits (--qlora-double-quant), quantized as those of whole Hugging Face tensors.
+
+    A group of 256 scales may lie in several rows, and on several ranks: each row knows the number of its first block,
+    counted from the first group of its tensor.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.codes = torch.empty(rows, columns // nf4.BLOCK, dtype=torch.uint8, device=device)
+        self.first = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.tops = self.means = torch.empty(0, device=device)
+
+    def of(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Of some rows, flat."""
+        codes, device = self.codes[rows].int(), self.codes.device
+        block = torch.arange(codes.shape[-1], dtype=torch.int32, device=device)
+        group = ((self.first[rows].unsqueeze(-1) + block) // nf4.GROUP).flatten()
+        values = nf4.dynamic_values(device).index_select(0, codes.flatten())
+        return values * self.tops.index_select(0, group) + self.means.index_select(0, group)
+
+    def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
+        """Quantize the scales of the tensors that the matrix is of."""
+        width, groups, tops, means = self.codes.shape[1], 0, [], []
+        for tensor in places:
+            codes, top, mean = nf4.quantize_scales(tensor.values.flatten())
+            codes = codes.view_as(tensor.values)
+            numbers = torch.arange(codes.numel(), dtype=torch.int32).view_as(codes) + groups * nf4.GROUP
+            for mine, rows, column in tensor.parts:
+                self.codes[mine] = codes[rows, column : column + width].to(self.codes.device)
+                self.first[mine] = numbers[rows, column].to(self.codes.device)
+            tops.append(top)
+            means.append(mean.expand_as(top))
+            groups += len(top)
+        self.tops, self.means = (torch.cat(parts).to(self.codes.device) for parts in (tops, means))
+
+
 class Nf4Weight:
     """What restores a quantized parameter.
 
     Attributes:
         shape, dtype: of the restored weight.
-        scales: of its blocks, float32. No buffer of a module: those are cast with the module.
+        scales: of its blocks.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, scales: torch.Tensor) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, scales: Scales | DoubleScales) -> None:
         self.shape, self.dtype, self.scales = shape, dtype, scales
 
 
-def quantized(weight: torch.nn.Parameter, shape: tuple[int, ...]) -> torch.nn.Parameter:
-    """A parameter of codes, still undefined, in place of a weight; marks are kept. `shape`: of the restored weight."""
+def quantized(weight: torch.nn.Parameter, shape: tuple[int, ...], *, is_double: bool = False) -> torch.nn.Parameter:
+    """A parameter of codes, still undefined, in place of a weight; marks are kept.
+
+    Args:
+        shape: of the restored weight.
+        is_double: scales are quantized, too.
+    """
     codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
     found = torch.nn.Parameter(codes, requires_grad=False)
     vars(found).update(vars(weight))
-    scales = torch.empty(weight.numel() // nf4.BLOCK, device=weight.device)
+    kind = DoubleScales if is_double else Scales
+    scales = kind(weight.numel() // shape[-1], shape[-1], weight.device)
     vars(found)["nf4"] = Nf4Weight(shape, weight.dtype, scales)
     return found
 
@@ -50,20 +122,34 @@ def held(parameter: torch.Tensor) -> Nf4Weight | None:
     return getattr(parameter, "nf4", None)
 
 
-def fill(parameter: torch.Tensor, weight: torch.Tensor) -> None:
-    """Quantize a weight of the restored shape, where it is (on the host while a checkpoint is read)."""
+def fill(
+    parameter: torch.Tensor, weight: torch.Tensor, places: Callable[[torch.Tensor], Sequence[ScalesOfTensor]]
+) -> torch.Tensor:
+    """Quantize a weight of the restored shape, where it is (on the host while a checkpoint is read).
+
+    Args:
+        places: called with the weight's scales if they are quantized, too: those of the tensors that it is of.
+
+    Returns:
+        the scales, float32.
+    """
     kind = held(parameter)
     assert kind is not None
     assert tuple(weight.shape) == kind.shape
     codes, scales = nf4.quantize(weight)
     parameter.data.copy_(codes)
-    kind.scales.copy_(scales)
+    kind.scales.fill(scales, places(scales) if isinstance(kind.scales, DoubleScales) else ())
+    return scales
 
 
 def restored(parameter: torch.Tensor) -> torch.Tensor:
     """The weight: a quantized one is made anew, a plain one is itself."""
     kind = held(parameter)
-    return parameter if kind is None else nf4.dequantize(parameter, kind.scales, kind.dtype).view(kind.shape)
+    return (
+        parameter
+        if kind is None
+        else nf4.dequantize(parameter, kind.scales.of(slice(None)), kind.dtype).view(kind.shape)
+    )
 
 
 def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -81,7 +167,7 @@ def _blocks(parameter: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         codes = parameter[start * columns // 2 : stop * columns // 2]
-        scales = kind.scales[start * columns // nf4.BLOCK : stop * columns // nf4.BLOCK]
+        scales = kind.scales.of(slice(start, stop))
         yield slice(start, stop), nf4.dequantize(codes, scales, kind.dtype).view(stop - start, columns)  # not kept here
 
 
@@ -90,7 +176,7 @@ def looked_up(tokens: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     kind = held(parameter)
     assert kind is not None
     rows, columns = kind.shape
-    codes, scales = parameter.view(rows, -1)[tokens].flatten(), kind.scales.view(rows, -1)[tokens].flatten()
+    codes, scales = parameter.view(rows, -1)[tokens].flatten(), kind.scales.of(tokens)
     return nf4.dequantize(codes, scales, kind.dtype).view(*tokens.shape, columns)
 
 
@@ -139,9 +225,9 @@ def grouped_product(x: torch.Tensor, weight: torch.nn.Parameter, product: Callab
 class Nf4ColumnParallelLinear(ColumnParallelLinear):
     """megatron's, frozen and quantized; its weight is [out / TP, in]."""
 
-    def __init__(self, *sizes: Any, **options: Any) -> None:
+    def __init__(self, *sizes: Any, is_double: bool = False, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        hold_codes(self)
+        hold_codes(self, is_double=is_double)
 
     def forward(
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
@@ -161,9 +247,9 @@ class Nf4ColumnParallelLinear(ColumnParallelLinear):
 class Nf4RowParallelLinear(RowParallelLinear):
     """megatron's, frozen and quantized; its weight is [out, in / TP]."""
 
-    def __init__(self, *sizes: Any, **options: Any) -> None:
+    def __init__(self, *sizes: Any, is_double: bool = False, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        hold_codes(self)
+        hold_codes(self, is_double=is_double)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to be added."""
@@ -175,11 +261,11 @@ class Nf4RowParallelLinear(RowParallelLinear):
         return _with_bias(self, region(_Product.apply(input_, self.weight), group=self.tp_group))
 
 
-def hold_codes(linear: torch.nn.Module) -> None:
+def hold_codes(linear: torch.nn.Module, *, is_double: bool) -> None:
     """At once, so that one weight at a time is whole while a model is built."""
     weight = linear.weight
     assert isinstance(weight, torch.nn.Parameter)
-    linear.weight = quantized(weight, tuple(weight.shape))
+    linear.weight = quantized(weight, tuple(weight.shape), is_double=is_double)
 
 
 def _with_bias(linear: Any, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
