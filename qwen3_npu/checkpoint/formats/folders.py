@@ -89,8 +89,8 @@ def candidates(path: str | Path, iteration: int | None = None, kind: str | None 
     """What a path may mean, in order of preference; empty: there is nothing.
 
     A root gives the iteration that its tracker names and then the sealed ones before it, if its files are damaged.
-    Without a tracker (killed before the first was written), or with a damaged one beside checkpoints that are sealed,
-    these are given, the newest first. Nothing here is read but names and the tracker.
+    Without a tracker (killed before the first was written), or with one that is damaged or names none that is there,
+    those that are sealed are given, the newest first. Nothing here is read but names and the tracker.
 
     Args:
         path: a root, an iteration's folder, a Hugging Face directory or a PEFT directory.
@@ -142,11 +142,11 @@ def _iterations(root: Path, iteration: int | None) -> list[StoredModel]:
         names = [name for name in map(iteration_name, there) if is_sealed(root / name)]
         if tracked is not None and not names:
             raise UsageError(f"{root / TRACKER} says {shown(tracked)}; an iteration number or 'release' is expected")
-    elif tracked == "release":
-        names = ["release"]
     else:
-        before = [iteration_name(i) for i in there if i < int(tracked)]
-        names = [iteration_name(int(tracked)), *(name for name in before if is_sealed(root / name))]
+        named = tracked if tracked == "release" else iteration_name(int(tracked))
+        # Those after it were finished when the tracker could no longer be written; only if it is gone they count.
+        older = [i for i in there if tracked != "release" and i < int(tracked)] if (root / named).is_dir() else there
+        names = [named, *(name for name in map(iteration_name, older) if is_sealed(root / name))]
     return [_iteration(root / name, root, format_of(root / name) or TORCH) for name in names]
 
 

@@ -198,8 +198,8 @@ def saved_args(file: PtFile, ignored: Collection[str] = ()) -> argparse.Namespac
     said, found = vars(content.get("args") or argparse.Namespace()), argparse.Namespace()
     vars(found).update({name: value for name, value in said.items() if name not in ignored})
     for name, least in _SIZES.items():
-        if (value := getattr(found, name, None)) is not None:
-            integer(value, f"{file.path}: {name}", least=least, most=_MOST_RANKS)
+        if (value := vars(found).pop(name, None)) is not None:  # what is None is not said
+            vars(found)[name] = integer(value, f"{file.path}: {name}", least=least, most=_MOST_RANKS)
     for name in ("noop_layers", "num_layer_list"):
         number_list(getattr(found, name, None))
     return found
@@ -230,6 +230,8 @@ def open_file(path: Path) -> PtFile:
     numbered = sorted(k for k in content if isinstance(k, str) and k.startswith("model") and is_count(k[5:]))
     if len(numbered) != len({f"model{i}" for i in range(len(numbered))} & set(numbered)):
         raise UsageError(f"{path} has {listed(numbered)}; model0, model1, ... are expected")
+    if numbered and "model" in content:
+        raise UsageError(f"{path} has model and {listed(numbered)}: one model or several chunks are expected")
     for key in ("model", *numbered):
         model = content.get(key, {})
         if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
@@ -237,7 +239,10 @@ def open_file(path: Path) -> PtFile:
         for name in [name for name in model if name.endswith("layer_norm_weight")]:
             for ours, theirs in FUSED_NORMS.items():
                 if name.endswith(theirs):
-                    model[name.removesuffix(theirs) + ours] = model.pop(name)
+                    own = name.removesuffix(theirs) + ours
+                    if own in model:
+                        raise UsageError(f"{path}: {listed([own, name])} are one norm under two names; remove one")
+                    model[own] = model.pop(name)
     return file
 
 

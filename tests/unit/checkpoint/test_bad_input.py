@@ -153,6 +153,8 @@ MG: dict[str, tuple[Callable, str]] = {
     "tracker of too many digits": (lambda f: (f / TRACKER).write_text("9" * 5000), "says '999"),
     "too many layers": (lambda f: resay(f, num_layers=2**70), "num_layers is 1180591620717411303424; at most 1048576"),
     "too many experts": (lambda f: edit(f / "config.json", **MOE), "65536 experts cannot be meant; at most 1048576"),
+    "one norm under two names": (lambda f: resave(f, model=with_a_fused_norm(f)), "are one norm under two names"),
+    "chunks beside a model": (lambda f: resave(f, model0={}), "has model and model0: one model or several chunks"),
     "ranks as text": (lambda f: resay(f, pipeline_model_parallel_size="2"), "pipeline_model_parallel_size is '2'; an"),
     "no ranks": (lambda f: resay(f, tensor_model_parallel_size=0), "tensor_model_parallel_size is 0; at least 1"),
     "no-op layers as fractions": (lambda f: resay(f, noop_layers=[1.5]), "[1.5] is not a list of numbers"),
@@ -164,6 +166,14 @@ MOE |= {"num_hidden_layers": 32}
 def resave(folder: Path, **changes: object) -> None:
     """Other content of the rank's file, in torch's writing."""
     torch.save(torch.load(folder / RANK, weights_only=False) | changes, folder / RANK)
+
+
+def with_a_fused_norm(folder: Path) -> dict[str, torch.Tensor]:
+    """Transformer Engine's name of a norm beside its usual one, with other values."""
+    model = torch.load(folder / RANK, weights_only=False)["model"]
+    layer = "decoder.layers.0."
+    fused = f"{layer}self_attention.linear_qkv.layer_norm_weight"
+    return model | {fused: 2 * model[f"{layer}input_layernorm.weight"]}
 
 
 def resay(folder: Path, **changes: object) -> None:
@@ -185,7 +195,7 @@ def test_megatron_sources(name: str, mg: Path, tmp_path: Path) -> None:
 
 def test_content_that_others_add_is_passed_over(mg: Path, models: dict[str, Path], tmp_path: Path) -> None:
     """Keys that are no text, and arguments whose names mean something to Python."""
-    resay(samples.unsealed(mg), self=False, name=None)
+    resay(samples.unsealed(mg), self=False, name=None, pipeline_model_parallel_size=None)
     resave(mg, **{"model\u00b2": 1})
     content = torch.load(mg / RANK, weights_only=False)
     torch.save({**content, 5: "x"}, mg / RANK)
