@@ -332,9 +332,13 @@ def find_architecture(
         return _from_folder(Path(tokenizer))
     if (arch := arch_from_shapes(shape, noop_layers)) is not None:
         return arch, "the shape flags", None
+    where = ""
+    if load is not None:
+        lacks = "holds no config.json and no checkpoint" if Path(load).is_dir() else "is no folder that is there"
+        where = f"--load {load} {lacks}; "
     raise UsageError(
-        "which model? give --hf-dir (a folder with config.json), --model, a checkpoint in --load, or all shape flags "
-        "(--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --padded-vocab-size ...)"
+        f"{where}which model? give --hf-dir (a folder with config.json), --model, a checkpoint in --load, or all shape "
+        "flags (--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --padded-vocab-size ...)"
     )
 
 
