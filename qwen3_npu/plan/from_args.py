@@ -50,6 +50,9 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         swap_optimizer=optimizer.swap_optimizer,
         swap_slices=optimizer.swap_optimizer_times,
         recompute_experts=_recomputed_experts(train),
+        overlap_tensor=args.overlap.asked is not None,
+        fused_tensor=args.overlap.is_fused,
+        tensor_pieces=args.overlap.coc_parallel_num,
         overlap_grads=optimizer.overlap_grad_reduce,
         overlap_params=optimizer.overlap_param_gather,
     )

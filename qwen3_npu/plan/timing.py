@@ -11,6 +11,7 @@ import dataclasses
 
 from qwen3_npu.plan.activations import routed_rows
 from qwen3_npu.plan.device import Device
+from qwen3_npu.plan.hiding.tensor import share_left
 from qwen3_npu.plan.parameters import trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
@@ -148,6 +149,9 @@ def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0) -> float:
         "sequence_parallel": setup.sequence_parallel and setup.tensor > 1,
     }
     more = [MORE_LAUNCHES[name] for name, is_used in used.items() if is_used]
+    if setup.overlap_tensor and setup.tensor > 1:
+        pieces = (2 if is_moe else 4) * (setup.tensor_pieces - 1)  # products more than without
+        more.append((0, pieces // 2) if setup.fused_tensor else (pieces, pieces + (1 if is_moe else 2)))
     forward, backward = (sum(counts) for counts in zip(LAYER_LAUNCHES[is_moe], *more, strict=True))
     return forward * (1 + recomputed) + backward
 
@@ -217,8 +221,15 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
     """Seconds of one layer's tensor-parallel collectives: 2 gathers and 2 scatters each way, 1 more gather back."""
     moved = setup.tokens * shape.hidden_size * setup.weight_bytes
     collectives = 6 if shape.is_moe else 10  # pairs of gather and scatter; a MoE layer's MLP has none
-    time = collectives * collective_seconds(device, setup.tensor, 1, moved)
-    return time * (0.35 if setup.overlap_tensor else 1.0)
+    exchange = collective_seconds(device, setup.tensor, 1, moved)
+    if not setup.overlap_tensor or not exchange:
+        return collectives * exchange
+    first, *_, last = _attention_products(shape, setup.tensor)
+    columns, rows, ffn = [first], [last], shape.hidden_size * shape.ffn_hidden_size / setup.tensor
+    if not shape.is_moe:
+        columns, rows = [*columns, shape.gate_factor * ffn], [*rows, ffn]
+    columns, rows = ([product_seconds(device, 2 * setup.tokens * size) for size in sizes] for sizes in (columns, rows))
+    return collectives * exchange * share_left(setup, device, exchange=exchange, columns=columns, rows=rows)
 
 
 def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> float:
