@@ -98,6 +98,23 @@ def collective_seconds(device: Device, size: int, stride: int, moved: float, *, 
     return steps * latency * (size - 1) ** 0.5 + moved * (size - 1) / size / bandwidth
 
 
+def exchange_seconds(device: Device, size: int, stride: int, moved: float, *, per_node: int = 0) -> float:
+    """Seconds of an all-to-all in which each of `size` ranks sends `moved` bytes, the same to all.
+
+    What stays in a node takes its links, at the same time as what leaves it takes the network.
+
+    Args:
+        per_node: copies of each token, of which one travels to a node, whatever number of them it needs; 0: all travel.
+    """
+    nodes = max(1.0, size * stride / device.node)
+    if nodes == 1:
+        return collective_seconds(device, size, stride, moved, steps=2)
+    share = nodes * (1 - (1 - 1 / nodes) ** per_node) / per_node if per_node else 1.0
+    between = moved * share * (1 - 1 / nodes) / device.network
+    inside = moved / nodes / device.link
+    return 2 * device.network_latency * (size - 1) ** 0.5 + max(between, inside) / device.transfer
+
+
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
     h, query, again = shape.hidden_size, shape.query_width, 0.0
@@ -209,7 +226,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         kernels += logits * (1 + shape.mtp_layers)
     launched = sum(counts[kind] * launches(setup, kind, share) for kind in counts) + sum(END_LAUNCHES)
     busy = products + attention + kernels + recompute
-    waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 else 0.0
+    waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 and not setup.sizes_on_device else 0.0
     return StepTime(
         products=passes * products,
         attention=passes * attention,
@@ -255,9 +272,13 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
 
 def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> float:
     """Seconds of one layer's expert exchange: out and back, forward and backward."""
+    if setup.gathered:
+        group = setup.expert * setup.expert_tensor
+        moved = setup.sharded_tokens * group * shape.hidden_size * setup.weight_bytes
+        return 4 * collective_seconds(device, group, 1, moved)
     moved = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * imbalance
     stride = setup.expert_tensor
-    time = 4 * collective_seconds(device, setup.expert, stride, moved, steps=2)
+    time = 4 * exchange_seconds(device, setup.expert, stride, moved, per_node=shape.moe_topk if setup.two_levels else 0)
     return time * (0.4 if setup.overlap_experts else 1.0)
 
 
