@@ -324,9 +324,8 @@ class CheckpointArgs:
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:
-        if self.save_per_node and (self.save is None or self.async_save):
-            why = "sends files between the nodes while the training waits; drop --async-save"
-            raise UsageError(f"--save-per-node {'needs --save' if self.save is None else why}")
+        if self.save_per_node and self.save is None:
+            raise UsageError("--save-per-node needs --save")
         if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
             raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
         if self.from_scratch and self.finetune:
@@ -372,6 +371,11 @@ class ReportArgs:
         unit="steps",
         help="between files of what kernels and layers computed (the first in step 1), in --tensorboard-dir; two runs "
         "are compared by python -m qwen3_npu.parity; 0: none",
+    )
+    fingerprint_format: str = flag(
+        "passport",
+        choices=["passport", "msprobe"],
+        help="of these files; msprobe: dumps that msprobe compare (mindstudio-probe) reads, of every rank",
     )
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
 

@@ -190,17 +190,19 @@ def test_another_training_is_not_resumed_in_silence(
 
 
 @pytest.mark.parametrize(
-    ("extra", "form"), [(TP2, "torch"), (ZERO, "torch_dist")], ids=["TP2", "distributed optimizer"]
+    ("extra", "beside"),
+    [(TP2, []), ([*ZERO, "--ckpt-format", "torch_dist"], ["--async-save"])],
+    ids=["TP2", "distributed optimizer, async"],
 )
 def test_each_node_gets_the_whole_checkpoint(
-    extra: list[str], form: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+    extra: list[str], beside: list[str], worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
     """Two nodes, each with a disk of its own: the same files as on a shared one, from which anybody goes on."""
-    flags = [*BASE, "--data-path", tokens, *extra, "--ckpt-format", form]
+    flags = [*BASE, "--data-path", tokens, *extra]
     start = ["--load", models["tied"]]
     shared = ["--save", str(tmp_path / "shared")]
     whole = worlds[2].run("train", flags=[*flags, *start, *shared], steps=3, save_after=2)["loss"]
-    own = ["--save", str(tmp_path / "nodeRANK"), "--save-per-node"]
+    own = ["--save", str(tmp_path / "nodeRANK"), "--save-per-node", *beside]
     worlds[2].run("train_per_node", flags=[*flags, *start, *own], steps=2)
     folders = [tmp_path / name for name in ("shared", "node0", "node1")]
     for folder in folders:
