@@ -130,7 +130,7 @@ def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, part
         for chunk in range(layout.virtual)
     ]
     if parts.lora.on:
-        freeze(chunks, config, lambda chunk, name: "lora_" not in name)
+        freeze(chunks, config, lambda chunk, name: "lora_" not in name or "initial" in name)
     return chunks
 
 

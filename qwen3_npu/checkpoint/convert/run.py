@@ -177,7 +177,7 @@ def _verify(plan: ConversionPlan, output: ConversionOutput, workers: int) -> int
     # Only here torch is imported: a conversion without --verify starts without it.
     from qwen3_npu.checkpoint.convert.verify import differences
     from qwen3_npu.checkpoint.verify.compare import VerifiedOutput
-    from qwen3_npu.checkpoint.verify.published import ShardSizes
+    from qwen3_npu.checkpoint.verify.shares import ShardSizes
 
     contents, layout = output.holds()
     written = VerifiedOutput(output.folder, contents, ShardSizes.of(layout) if layout else None)
