@@ -11,8 +11,8 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.device import GIB, Device, find_device
 from qwen3_npu.plan.from_args import setup_of
-from qwen3_npu.plan.report import describe_plan
 from qwen3_npu.plan.shape import shape_of
+from qwen3_npu.plan.show.report import describe_plan
 from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 DEFAULT = "910B-64G"

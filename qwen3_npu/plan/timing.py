@@ -11,6 +11,7 @@ import dataclasses
 
 from qwen3_npu.plan.activations import routed_rows
 from qwen3_npu.plan.device import Device
+from qwen3_npu.plan.hiding.tensor import share_left
 from qwen3_npu.plan.parameters import trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
@@ -92,6 +93,23 @@ def collective_seconds(device: Device, size: int, stride: int, moved: float, *, 
     return steps * latency * (size - 1) ** 0.5 + moved * (size - 1) / size / bandwidth
 
 
+def exchange_seconds(device: Device, size: int, stride: int, moved: float, *, per_node: int = 0) -> float:
+    """Seconds of an all-to-all in which each of `size` ranks sends `moved` bytes, the same to all.
+
+    What stays in a node takes its links, at the same time as what leaves it takes the network.
+
+    Args:
+        per_node: copies of each token, of which one travels to a node, whatever number of them it needs; 0: all travel.
+    """
+    nodes = max(1.0, size * stride / device.node)
+    if nodes == 1:
+        return collective_seconds(device, size, stride, moved, steps=2)
+    share = nodes * (1 - (1 - 1 / nodes) ** per_node) / per_node if per_node else 1.0
+    between = moved * share * (1 - 1 / nodes) / device.network
+    inside = moved / nodes / device.link
+    return 2 * device.network_latency * (size - 1) ** 0.5 + max(between, inside) / device.transfer
+
+
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
     h, query, again = shape.hidden_size, shape.query_width, 0.0
@@ -148,6 +166,9 @@ def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0) -> float:
         "sequence_parallel": setup.sequence_parallel and setup.tensor > 1,
     }
     more = [MORE_LAUNCHES[name] for name, is_used in used.items() if is_used]
+    if setup.overlap_tensor and setup.tensor > 1:
+        pieces = (2 if is_moe else 4) * (setup.tensor_pieces - 1)  # products more than without
+        more.append((0, pieces // 2) if setup.fused_tensor else (pieces, pieces + (1 if is_moe else 2)))
     forward, backward = (sum(counts) for counts in zip(LAYER_LAUNCHES[is_moe], *more, strict=True))
     return forward * (1 + recomputed) + backward
 
@@ -193,7 +214,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         kernels += logits * (1 + shape.mtp_layers)
     launched = sum(counts[kind] * launches(setup, kind, share) for kind in counts) + sum(END_LAUNCHES)
     busy = products + attention + kernels + recompute
-    waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 else 0.0
+    waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 and not setup.sizes_on_device else 0.0
     return StepTime(
         products=passes * products,
         attention=passes * attention,
@@ -217,15 +238,26 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
     """Seconds of one layer's tensor-parallel collectives: 2 gathers and 2 scatters each way, 1 more gather back."""
     moved = setup.tokens * shape.hidden_size * setup.weight_bytes
     collectives = 6 if shape.is_moe else 10  # pairs of gather and scatter; a MoE layer's MLP has none
-    time = collectives * collective_seconds(device, setup.tensor, 1, moved)
-    return time * (0.35 if setup.overlap_tensor else 1.0)
+    exchange = collective_seconds(device, setup.tensor, 1, moved)
+    if not setup.overlap_tensor or not exchange:
+        return collectives * exchange
+    first, *_, last = _attention_products(shape, setup.tensor)
+    columns, rows, ffn = [first], [last], shape.hidden_size * shape.ffn_hidden_size / setup.tensor
+    if not shape.is_moe:
+        columns, rows = [*columns, shape.gate_factor * ffn], [*rows, ffn]
+    columns, rows = ([product_seconds(device, 2 * setup.tokens * size) for size in sizes] for sizes in (columns, rows))
+    return collectives * exchange * share_left(setup, device, exchange=exchange, columns=columns, rows=rows)
 
 
 def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> float:
     """Seconds of one layer's expert exchange: out and back, forward and backward."""
+    if setup.gathered:
+        group = setup.expert * setup.expert_tensor
+        moved = setup.sharded_tokens * group * shape.hidden_size * setup.weight_bytes
+        return 4 * collective_seconds(device, group, 1, moved)
     moved = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * imbalance
     stride = setup.expert_tensor
-    time = 4 * collective_seconds(device, setup.expert, stride, moved, steps=2)
+    time = 4 * exchange_seconds(device, setup.expert, stride, moved, per_node=shape.moe_topk if setup.two_levels else 0)
     return time * (0.4 if setup.overlap_experts else 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Flags of `python -m qwen3_npu.trace`."""
+"""Flags of `python -m qwen3_npu.plan --trace`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ class TraceArgs:
 
     devices: int = flag(8, minimum=1, help="devices of the job")
     ranks: str | None = flag(
-        None, metavar="R[,R...]", help="ranks to trace; default: the first rank of the first and of the last stage"
+        None, metavar="R[,R...]", help="ranks to trace; default: the first rank of each stage that differs"
     )
     growth: str | None = flag(
         None,
         metavar="N[,N...]",
         help="instead, what a rank does besides computing in jobs of so many devices, multiples of --devices, e.g. "
         "8,64,512,4096: groups, collectives, bytes, waits, writers of a checkpoint; data parallelism grows",
+    )
+    hidden: bool = flag(
+        False, help="instead, what communication nothing hides, without and with each way to hide it, of the first rank"
     )
     holders: int = flag(12, minimum=1, help="lines of what holds memory at the peak")
     json: bool = flag(False, help="print JSON: static bytes, peak, holders, operations by kind, collectives by group")

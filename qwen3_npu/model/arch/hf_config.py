@@ -14,7 +14,8 @@ from qwen3_npu.model.arch.architecture import Qwen3Arch
 from qwen3_npu.model.arch.facts import FACTS, REQUIRED, Fact
 from qwen3_npu.model.arch.families import find_family
 from qwen3_npu.model.arch.families.family import Family
-from qwen3_npu.schema import integer, number, read_record, sequence, shown
+from qwen3_npu.once import shared_record
+from qwen3_npu.schema import integer, number, sequence, shown
 
 _OF_REWARD_MODELS = ("id2label", "label2id", "num_labels")
 # Keys that say what this code says in another key, or that transformers derives; none is written.
@@ -128,7 +129,7 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UsageError(f"{path} does not exist; a Hugging Face model directory has a config.json")
-    return read_record(path).fields
+    return shared_record(path).fields
 
 
 def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:

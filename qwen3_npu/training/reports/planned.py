@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from qwen3_npu.plan.device import GIB
-from qwen3_npu.plan.report import layout_words
+from qwen3_npu.plan.show.report import layout_words
 from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.platform.base import Platform
 

@@ -306,8 +306,8 @@ def test_a_poisoned_moment_is_not_loaded(key: str, words: str, process: object, 
     opened = lambda asked, *_: SimpleNamespace(key=asked, close=lambda: None)  # noqa: E731
     state: Any = SimpleNamespace(folder="/x/iter_7", has_optimizer=True, step=3, optimizer=opened)
     with pytest.raises(UsageError, match=f"/x/iter_7 holds .* not finite .*: the {words} of {name}; .*no-load-optim"):
-        load._load_optimizer(trained, state, allow_nonfinite=False)
-    load._load_optimizer(trained, state, allow_nonfinite=True)
+        load._load_optimizer(trained, state, frozenset(), allow_nonfinite=False)
+    load._load_optimizer(trained, state, frozenset(), allow_nonfinite=True)
 
 
 def test_optimizer_state_of_mindspeed_is_not_taken_over(tmp_path: Path, process: object) -> None:
