@@ -39,7 +39,7 @@ def main() -> None:
         print("\n".join(learn(Path(args.learn), Path(args.output))))
         return
     shape, arch = _model(args)
-    device = device_for(args.device, args.device_memory, args.device_table)
+    device = device_for(args.device, args.device_memory, args.device_table, "--device")
     if args.inference:
         _plan_requests(args, shape, arch, device)
         return

@@ -145,11 +145,12 @@ DEVICE_SPECS = {
 _LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node", "kernels", "sources"}
 
 
-def find_device(name: str, learnt: str | None = None) -> Device:
+def find_device(name: str, learnt: str | None = None, flag: str = "--device") -> Device:
     """A device of the table, with the constants learned on this cluster.
 
     Args:
         learnt: file that `plan --learn` wrote.
+        flag: that gave the name.
 
     Raises:
         UsageError: unknown name (the known ones are listed), or a file that is no such table.
@@ -157,12 +158,15 @@ def find_device(name: str, learnt: str | None = None) -> Device:
     by_name = {known.lower(): device for known, device in DEVICE_SPECS.items()}
     if name.lower() not in by_name:
         raise UsageError(
-            f"--device {name} is not known{did_you_mean(name, DEVICE_SPECS)}; known: {', '.join(DEVICE_SPECS)}"
+            f"{flag} {name} is not known{did_you_mean(name, DEVICE_SPECS)}; known: {', '.join(DEVICE_SPECS)}"
         )
     device = by_name[name.lower()]
     if learnt is None:
         return device
-    values: dict[str, Any] = dataclasses.asdict(device) | read_learnt(Path(learnt))
+    try:
+        values: dict[str, Any] = dataclasses.asdict(device) | read_learnt(Path(learnt))
+    except UsageError as error:
+        raise UsageError(f"--device-table: {error}") from None
     return Device(**values)
 
 

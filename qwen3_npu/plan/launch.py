@@ -18,9 +18,13 @@ from qwen3_npu.plan.verdict import PlanVerdict, remedies
 DEFAULT = "910B-64G"
 
 
-def device_for(name: str, memory: str | None, table: str | None) -> Device:
-    """A device of the table with the user's memory. Raises: UsageError: unknown name, or too little memory."""
-    device = find_device(name, table)
+def device_for(name: str, memory: str | None, table: str | None, flag: str = "--plan-device") -> Device:
+    """A device of the table with the user's memory; `flag` gave its name.
+
+    Raises:
+        UsageError: unknown name, or too little memory.
+    """
+    device = find_device(name, table, flag)
     if memory is None:
         return device
     size = byte_count(memory, "--device-memory")

@@ -30,6 +30,8 @@ _OTHER_KINDS = (
     (".g_idx", "GPTQ weights", "take the bfloat16 model"),
     (".qweight", "AWQ (or GPTQ) weights", "take the bfloat16 model"),
     (".absmax", "bitsandbytes weights", "take the bfloat16 model"),
+    (".SCB", "bitsandbytes weights of 8 bits", "take the bfloat16 model"),
+    (".weight_packed", "compressed-tensors weights", "take the bfloat16 model"),
     ("score.weight", "a classification model", "a reward model is read whose config.json says so (1 label)"),
     ("v_head.summary.weight", "a reward model with a value head", "only causal language models are supported"),
 )

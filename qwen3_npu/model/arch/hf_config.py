@@ -46,7 +46,7 @@ def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwe
     positions, default = found["max_position_embeddings"], family.defaults.get("rope_theta", 10000.0)
     found["rope_theta"], found["rope_scaling"], said = rope.from_hf(config, positions, default, where)
     _tell_contradictions(config, found["rope_theta"], said, where)
-    ending = _eos(config.get("eos_token_id"), where)
+    ending = ending_tokens(config.get("eos_token_id"), where)
     found["eos_token_id"] = ending[0] if ending else None
     return Qwen3Arch(**found, more_eos_token_ids=tuple(ending[1:]), reward=_is_reward(config, family, where))
 
@@ -112,7 +112,7 @@ def _tell(message: str) -> None:
     log.warning_once(message)
 
 
-def _eos(value: object, where: str) -> list[int]:
+def ending_tokens(value: object, where: str) -> list[int]:
     """The ending tokens, the first of them first."""
     if value is None:
         return []

@@ -106,7 +106,11 @@ def test_candidates(tmp_path: Path) -> None:
     assert those() == newest_first, "killed before the first tracker"
     track(tmp_path, "20")
     assert those() == ["iter_0000020", "iter_0000010"], "nobody can say whether 5 is whole"
-    track(tmp_path, "release")
+    for gone in ("25", "release"):
+        track(tmp_path, gone)
+        named = gone if gone == "release" else "iter_0000025"
+        assert those() == [named, *newest_first], "it names what is not there"
+    (tmp_path / "release").mkdir()
     assert those() == ["release"]
     for damaged in ("", "-1", "iter_0000020", "\0\0\0"):
         track(tmp_path, damaged)
