@@ -57,6 +57,16 @@ class TrainArgs:
     )
     recompute_activation_function: bool = flag(False, help="recompute the MLP's activation in backward")
     recompute_norm: bool = flag(False, help="recompute the norms before attention and MLP in backward")
+    swap_attention: bool = flag(
+        False,
+        help="what attention keeps for backward waits on the host and comes back ahead of it; with "
+        "--recompute-num-layers the MLP of so many layers is recomputed, and attention is not",
+    )
+    swap_modules: str = flag(
+        "self_attention",
+        metavar="NAME,NAME,..",
+        help="what --swap-attention moves: self_attention, input_layernorm, pre_mlp_layernorm",
+    )
     loss_compute_mode: str = flag(
         "default", choices=["default", "chunk"], help="chunk: logits of --loss-chunk-size tokens at a time"
     )
@@ -103,10 +113,10 @@ class TrainArgs:
             raise UsageError(f"{what}: give exactly one of {', '.join(lengths)}")
         if self.recompute_granularity == "full" and None in (self.recompute_method, self.recompute_num_layers):
             raise UsageError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
-        if self.recompute_granularity != "full" and self.recompute_method is not None:
-            raise UsageError("--recompute-method needs --recompute-granularity full")
-        if self.recompute_granularity != "full" and self.recompute_num_layers is not None:
-            raise UsageError("--recompute-num-layers needs --recompute-granularity full")
+        if self.recompute_granularity != "full" and not self.swap_attention:
+            for name in ("recompute-method", "recompute-num-layers"):
+                if getattr(self, name.replace("-", "_")) is not None:
+                    raise UsageError(f"--{name} needs --recompute-granularity full or --swap-attention")
         if self.recompute_granularity != "selective" and self.recompute_modules != ["core_attn"]:
             raise UsageError("--recompute-modules needs --recompute-granularity selective")
         if self.fp32_residual_connection and not self.bf16:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.rules.fit import Fit
+from qwen3_npu.args.rules.swapping import swapping
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.plan.setup import Setup
@@ -14,7 +15,11 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
     """What memory and time depend on, of flags that fit."""
     layout, train, optimizer = sizes.layout, args.train, args.optimizer
     layers = tuple(tuple(sum(layer != NOOP for layer in chunk) for chunk in stage) for stage in layout.chunks)
-    recompute, group = _recompute(args, [sum(len(chunk) for chunk in stage) for stage in layout.chunks], layout.virtual)
+    per_stage = [sum(len(chunk) for chunk in stage) for stage in layout.chunks]
+    recompute, group = _recompute(args, per_stage, layout.virtual)
+    swapped, most = swapping(train), max(per_stage)
+    if swapped is not None:
+        recompute = most if swapped.recomputed is None else min(most, swapped.recomputed * layout.virtual)
     return Setup(
         tensor=layout.tensor,
         pipeline=layout.pipeline,
@@ -25,7 +30,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         layers=layers,
         seq_length=train.seq_length,
         micro_batch=train.micro_batch_size * (2 if args.data.is_preference else 1),  # both answers of each pair
-        reference=_holds_reference(args),
+        reference=holds_reference(args),
         num_microbatches=sizes.num_microbatches,
         sequence_parallel=args.parallel.sequence_parallel,
         ring=args.parallel.context_parallel_algo == "megatron_cp_algo",
@@ -44,12 +49,17 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         quantized_ends=args.lora.qlora_embedding,
         double_quantized=args.lora.qlora_double_quant,
         dora=args.lora.use_dora,
+        pissa=args.lora.lora_init == "pissa",
         lora_targets=tuple(args.lora.lora_target_modules),
         loss_chunk=train.loss_chunk_size if train.loss_compute_mode == "chunk" else 0,
         reuse_master=optimizer.reuse_fp32_param,
         swap_optimizer=optimizer.swap_optimizer,
         swap_slices=optimizer.swap_optimizer_times,
+        swapped=swapped.modules if swapped is not None else (),
+        swapped_layers=min(most, (swapped.layers or most) * layout.virtual) if swapped is not None else 0,
         recompute_experts=_recomputed_experts(train),
+        expert_capacity=_capacity(train),
+        gathered=train.moe_token_dispatcher_type == "allgather",
         overlap_tensor=args.overlap.asked is not None,
         fused_tensor=args.overlap.is_fused,
         tensor_pieces=args.overlap.coc_parallel_num,
@@ -58,12 +68,21 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
     )
 
 
+def _capacity(train: TrainArgs) -> float:
+    """Rows of an expert over its even share; of balanced tokens, a capacity above 1 drops none."""
+    factor = train.moe_expert_capacity_factor
+    if factor is None:
+        return 1.0
+    return factor if train.moe_pad_expert_input_to_capacity else min(1.0, factor)
+
+
 def _recomputed_experts(train: TrainArgs) -> int:
     is_module = train.recompute_granularity == "selective" and "moe" in train.recompute_modules
     return 2 if is_module else {"disable": 0, "level0": 1, "level1": 2}[train.moe_zero_memory]
 
 
-def _holds_reference(args: PretrainArgs) -> bool:
+def holds_reference(args: PretrainArgs) -> bool:
+    """Whether a frozen copy of the model is in memory while a preference stage trains."""
     wanted = args.preference
     from_file = wanted.ref_logprobs == "cache" and wanted.ref_model is None
     return (

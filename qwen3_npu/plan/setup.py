@@ -18,7 +18,7 @@ class Setup:
         micro_batch, num_microbatches: samples per forward pass, and passes per step.
         ring: context parallelism passes keys and values around (else: exchanges sequence for heads).
         distributed_optimizer: optimizer state is sharded over data-parallel ranks.
-        recompute: layers of each stage whose inside is computed again in backward.
+        recompute: layers of each stage whose inside is computed again in backward; beside `swapped`, whose MLP is.
         recompute_group: layers of one recomputed group (method uniform).
         recompute_activation, recompute_norm, recompute_attention: these alone are computed again.
         fp32_residual: the sum that layers add to is float32, whatever their dtype.
@@ -26,15 +26,22 @@ class Setup:
         packed: several documents share a sequence.
         frozen: share of the weights that is not trained, alike on all stages.
         lora_rank, lora_targets: 0: no adapters.
-        dora: adapters have magnitudes.
+        dora, pissa: adapters have magnitudes; they keep what they began with.
         quantized, quantized_ends: the layers' linears, and embedding and output layer, are in 4 bits.
         double_quantized: their scales are in 8 bits.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
         swap_optimizer: optimizer state is on the host, and comes in `swap_slices` to be updated.
-        swap_attention: what attention keeps for backward is on the host until then.
+        swapped: modules of the first `swapped_layers` of each stage; what they keep for backward is on the host until
+            then.
+        recompute_mlp: the MLP of a layer keeps its input only.
         recompute_experts: MoE layers compute their first product and activation (1), or all of their MLP (2), again.
+        expert_capacity: rows of an expert over its even share, where more are dropped and, if padded, fewer filled up.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
+        gathered: every rank of an expert group gets all tokens of the group (dispatcher allgather).
+        two_levels: a token goes to another node once, however many of its experts are there (DeepEP, HybridEP; not in
+            this project).
+        sizes_on_device: the host does not wait for the sizes of that exchange (HybridEP; not in this project).
         overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
         fused_tensor: by the device's own operations; else in so many `tensor_pieces`.
         pad: share of a batch's tokens that are padding.
@@ -69,18 +76,25 @@ class Setup:
     quantized_ends: bool = False
     double_quantized: bool = False
     dora: bool = False
+    pissa: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     reuse_master: bool = False
     swap_optimizer: bool = False
-    swap_attention: bool = False
+    swapped: tuple[str, ...] = ()
+    swapped_layers: int = 0
+    recompute_mlp: bool = False
     swap_slices: int = 16
     recompute_experts: int = 0
+    expert_capacity: float = 1.0
     loss_chunk: int = 0
     overlap_grads: bool = False
     overlap_params: bool = False
     overlap_tensor: bool = False
     overlap_experts: bool = False
+    gathered: bool = False
+    two_levels: bool = False
+    sizes_on_device: bool = False
     fused_tensor: bool = False
     tensor_pieces: int = 4
     pad: float = 0.0

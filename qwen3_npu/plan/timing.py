@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.plan.activations import routed_rows
+from qwen3_npu.plan.activations import layer_bytes, routed_rows
 from qwen3_npu.plan.device import Device
 from qwen3_npu.plan.hiding.tensor import share_left
 from qwen3_npu.plan.parameters import trained_counts
@@ -21,6 +21,7 @@ from qwen3_npu.plan.shape import Shape
 LAYER_LAUNCHES = {False: (13, 23), True: (26, 36)}
 MORE_LAUNCHES = {"lora": (7, 8), "expert": (4, 3), "ring": (19, 17), "sequence_parallel": (8, 0)}
 END_LAUNCHES = 43, 15
+_HOST_BANDWIDTH = 25e9  # bytes a second each way, of PCIe 4.0 x16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class StepTime:
         bubble: waiting for other pipeline stages.
         optimizer: clipping and update.
         host: waiting for the host to launch operations.
+        swap: waiting for activations that come from the host or go there.
     """
 
     products: float
@@ -48,6 +50,7 @@ class StepTime:
     bubble: float
     optimizer: float
     host: float
+    swap: float = 0.0
 
     @property
     def total(self) -> float:
@@ -63,12 +66,14 @@ class _Layer:
     """Seconds of one layer and micro-batch, forward (backward is twice the computing).
 
     Attributes:
+        attended: of `products`, those of attention.
         again: products of experts that backward computes again, without recomputing the layer.
     """
 
     products: float
     attention: float
     kernels: float
+    attended: float = 0.0
     again: float = 0.0
 
 
@@ -93,10 +98,27 @@ def collective_seconds(device: Device, size: int, stride: int, moved: float, *, 
     return steps * latency * (size - 1) ** 0.5 + moved * (size - 1) / size / bandwidth
 
 
+def exchange_seconds(device: Device, size: int, stride: int, moved: float, *, per_node: int = 0) -> float:
+    """Seconds of an all-to-all in which each of `size` ranks sends `moved` bytes, the same to all.
+
+    What stays in a node takes its links, at the same time as what leaves it takes the network.
+
+    Args:
+        per_node: copies of each token, of which one travels to a node, whatever number of them it needs; 0: all travel.
+    """
+    nodes = max(1.0, size * stride / device.node)
+    if nodes == 1:
+        return collective_seconds(device, size, stride, moved, steps=2)
+    share = nodes * (1 - (1 - 1 / nodes) ** per_node) / per_node if per_node else 1.0
+    between = moved * share * (1 - 1 / nodes) / device.network
+    inside = moved / nodes / device.link
+    return 2 * device.network_latency * (size - 1) ** 0.5 + max(between, inside) / device.transfer
+
+
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
     h, query, again = shape.hidden_size, shape.query_width, 0.0
-    products = sum(product_seconds(device, 2 * tokens * size) for size in _attention_products(shape, tp))
+    products = attended = sum(product_seconds(device, 2 * tokens * size) for size in _attention_products(shape, tp))
     squares = setup.micro_batch * setup.seq_length**2 / setup.context / 2  # causal
     attention = 2 * squares * (query + shape.output_width) / tp / (device.flops * device.attention)
     moved = setup.sharded_tokens * h * 10 + tokens * (4 * query + 2 * shape.key_width + 2 * shape.value_width) / tp
@@ -117,7 +139,8 @@ def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _La
             device, 2 * tokens * ffn * h
         )
         moved += tokens * (shape.gate_factor + 1) * ffn
-    return _Layer(products, attention, moved * width / (device.memory_bandwidth * device.streaming), again=again)
+    kernels = moved * width / (device.memory_bandwidth * device.streaming)
+    return _Layer(products, attention, kernels, attended=attended, again=again)
 
 
 def _attention_products(shape: Shape, tp: int) -> list[float]:
@@ -176,16 +199,22 @@ def step_time(shape: Shape, setup: Setup, device: Device, *, imbalance: float = 
 def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbalance: float) -> StepTime:
     counts, passes = setup.layer_kinds(shape, stage), setup.num_microbatches
     number = sum(counts.values())
-    products = attention = kernels = again = 0.0
+    products = attention = kernels = again = attended = 0.0
     for is_moe in counts:
         layer = _layer(shape, setup, device, is_moe)
         slow = imbalance if is_moe and setup.expert > 1 else 1.0
         products += counts[is_moe] * layer.products * slow
+        attended += counts[is_moe] * layer.attended
         attention += counts[is_moe] * layer.attention
         kernels += counts[is_moe] * layer.kernels
         again += counts[is_moe] * layer.again * slow
     share = min(setup.recompute, number) / max(number, 1)
-    recompute = share * (products + attention + kernels) + (1 - share) * again
+    exchanged = 1.0 if setup.recompute_experts == 2 else share  # again in backward
+    if setup.swapped:  # the MLPs of these layers alone
+        share, recompute = 0.0, share * (products - attended) + (1 - share) * again
+    else:
+        recompute = share * (products + attention + kernels) + (1 - share) * again
+    forward = (products + attention + kernels) / max(number, 1)
     backward = 1.0 if setup.lora_rank else 2.0 - setup.frozen  # a frozen weight has no gradient of its own
     products *= 1 + backward
     attention *= 3.5  # backward recomputes the scores: 2.5 x forward
@@ -197,24 +226,33 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         kernels += logits * (1 + shape.mtp_layers)
     launched = sum(counts[kind] * launches(setup, kind, share) for kind in counts) + sum(END_LAUNCHES)
     busy = products + attention + kernels + recompute
-    waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 else 0.0
+    waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 and not setup.sizes_on_device else 0.0
     return StepTime(
         products=passes * products,
         attention=passes * attention,
         kernels=passes * kernels,
         recompute=passes * recompute,
         tensor=passes * number * _tensor(shape, setup, device) * (1 + share / 2),
-        expert=passes
-        * counts.get(True, 0)
-        * _expert(shape, setup, device, imbalance)
-        * (1 + (1 if setup.recompute_experts == 2 else share) / 2),
+        expert=passes * counts.get(True, 0) * _expert(shape, setup, device, imbalance) * (1 + exchanged / 2),
         context=passes * number * _context(shape, setup, device),
         pipeline=_pipeline(shape, setup, device),
         data=_data(shape, setup, device, stage, busy=passes * busy),
         bubble=0.0,
         optimizer=_optimizer(shape, setup, device, stage),
         host=passes * (max(0.0, launched * device.launch - busy) + waits * device.stall),
+        swap=passes * _swap(shape, setup, counts, forward),
     )
+
+
+def _swap(shape: Shape, setup: Setup, counts: dict[bool, int], forward: float) -> float:
+    """Seconds of a micro-batch's copies to the host and back that a layer's own computing does not hide."""
+    if not setup.swapped or not counts:
+        return 0.0
+    plain = dataclasses.replace(setup, swapped=())
+    moved = max(layer_bytes(shape, plain, kind) - layer_bytes(shape, setup, kind) for kind in counts)
+    copied = moved / _HOST_BANDWIDTH
+    exposed = max(0.0, copied - forward) + max(0.0, copied - 2 * forward)
+    return min(setup.swapped_layers, sum(counts.values())) * exposed
 
 
 def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
@@ -234,9 +272,13 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
 
 def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> float:
     """Seconds of one layer's expert exchange: out and back, forward and backward."""
+    if setup.gathered:
+        group = setup.expert * setup.expert_tensor
+        moved = setup.sharded_tokens * group * shape.hidden_size * setup.weight_bytes
+        return 4 * collective_seconds(device, group, 1, moved)
     moved = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * imbalance
     stride = setup.expert_tensor
-    time = 4 * collective_seconds(device, setup.expert, stride, moved, steps=2)
+    time = 4 * exchange_seconds(device, setup.expert, stride, moved, per_node=shape.moe_topk if setup.two_levels else 0)
     return time * (0.4 if setup.overlap_experts else 1.0)
 
 
@@ -287,7 +329,7 @@ def _optimizer(shape: Shape, setup: Setup, device: Device, stage: int) -> float:
     else:
         own = float(trained.total)
     time = (own * 36 + trained.total * 8) / (device.memory_bandwidth * device.streaming)
-    return time + (own * 24 / 25e9 if setup.swap_optimizer else 0.0)  # in and out over PCIe 4.0 x16
+    return time + (own * 24 / _HOST_BANDWIDTH if setup.swap_optimizer else 0.0)
 
 
 def model_flops(shape: Shape, setup: Setup) -> float:

@@ -160,7 +160,7 @@ class TraceRecorder(StorageWatch):
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(_group(args))))
         moved = sum(tensor.nbytes for tensor in tree_iter(args[:2]) if isinstance(tensor, torch.Tensor))
         name = func._schema.name.replace("::", ".").rstrip("_")
-        asynchronous = any(arg is True for arg in args) or name in ("c10d.send", "c10d.recv")
+        asynchronous = _is_asynchronous(func, args)
         if asynchronous and len(ranks) > 1:
             work = next(result for result in tree_iter(out) if isinstance(result, torch.ScriptObject))
             self._works[dist.Work.unbox(work)] = len(self.operations)
@@ -206,6 +206,14 @@ class TraceRecorder(StorageWatch):
         if total > most:
             most, best = total, dict(now)
         return most, dict(sorted(((k, v) for k, v in best.items() if v), key=lambda pair: -pair[1]))
+
+
+def _is_asynchronous(func: OpOverload, args: tuple) -> bool:
+    """Whether the program goes on beside a collective. What equals the default is left out of `args`."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "async_op":
+            return bool(args[place] if place < len(args) else argument.default_value)
+    return True  # a send or receive
 
 
 def _group(args: tuple) -> Any:

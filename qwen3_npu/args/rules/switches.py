@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.args.rules.swapping import swapping
 from qwen3_npu.args.training import OptimizerArgs
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
@@ -56,6 +57,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
     ),
     ("--bf16", lambda args: args.train.bf16, ("reuse_fp32_param",)),
     ("--swap-optimizer", lambda args: args.optimizer.swap_optimizer, ("swap_optimizer_times",)),
+    ("--swap-attention", lambda args: args.train.swap_attention, ("swap_modules",)),
     (
         "--use-ascend-coc, --use-ascend-mc2 or --tp-comm-overlap",
         lambda args: args.overlap.use_ascend_coc or args.overlap.is_fused,
@@ -71,6 +73,11 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         "--profile",
         lambda args: args.profile.profile,
         tuple(field.name for field in dataclasses.fields(ProfileArgs) if field.name != "profile"),
+    ),
+    (
+        "--save",
+        lambda args: args.checkpoint.save is not None,
+        ("save_interval", "save_total_limit", "async_save"),
     ),
     (
         "--load",
@@ -144,6 +151,8 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
     said = _check_overlap(args)
     if args.lora.on and "lora_r" not in given:
         said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")
+    if (swapped := swapping(args.train)) is not None:
+        said.append(str(swapped))
     steps, warm = args.train.train_iters, args.optimizer.lr_warmup_iters
     if steps is not None and warm > steps:
         said.append(f"warning: --lr-warmup-iters {warm} is above --train-iters {steps}: --lr is never reached")

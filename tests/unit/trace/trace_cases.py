@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import sys
+from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -14,10 +18,11 @@ from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.parity.rows import ParityRow, rows
+from qwen3_npu.plan.__main__ import main as plan_main
 from qwen3_npu.plan.activations import TORCH
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.from_args import setup_of
-from qwen3_npu.plan.memory import stage_memory
+from qwen3_npu.plan.memory import stage_memory, start_bytes
 from qwen3_npu.plan.shape import shape_of
 from qwen3_npu.plan.timing import step_time
 from qwen3_npu.platform import select_platform
@@ -35,6 +40,7 @@ EXPERTS = "--num-experts 4 --moe-router-topk 4 --moe-ffn-hidden-size 32 "
 FULL = "--recompute-granularity full --recompute-method block --recompute-num-layers 1"
 
 BF16 = "--bf16 "
+EVERY = bool(os.environ.get("EVERY"))
 
 # What one process can run with real tensors.
 REAL = {
@@ -43,19 +49,26 @@ REAL = {
     "adapter": BF16 + "--lora-r 4 --lora-target-modules linear_qkv linear_fc2",
     "packed": BF16 + "--stage sft --reset-attention-mask",
     "a layer recomputed": BF16 + FULL,
+    "dpo": BF16 + "--stage dpo",
+    "kto with an adapter": BF16 + "--stage kto --lora-r 4",
+    "rm": BF16 + "--stage rm",
 }
+if EVERY:
+    REAL |= {f"{stage}, packed": f"{BF16}--stage {stage} --reset-attention-mask" for stage in ("dpo", "orpo", "simpo")}
+    REAL["dpo from a file"] = BF16 + "--stage dpo --ref-logprobs cache"
 # Rows of the parity matrix, with sizes at which what no formula describes (counters, biases of a router) is small.
 BIG = "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1536 --num-attention-heads 8 --num-query-groups 4 "
 BIG += "--kv-channels 64 --group-query-attention --vocab-size 8192 --seq-length 512 --micro-batch-size 1 "
 BIG += "--train-iters 1 --lr 1e-4 --data-path x --global-batch-size 64 "
 BIG_EXPERTS = "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 384 "
 SAMPLE = ("untied: TP2 PP2 VPP2 SP", "moe: TP2 SP EP2 ETP1 distributed optimizer", "untied packed: CP2 ring PP2")
+# What waits on the host is not the device's.
+SWAPPED = "--use-distributed-optimizer --swap-optimizer --swap-optimizer-times 64 --swap-attention"
 # Layers as those of a model of 14B on 8 devices.
 WIDE = "--num-layers 2 --hidden-size 5120 --ffn-hidden-size 17408 --num-attention-heads 40 --num-query-groups 8 "
 WIDE += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
 WIDE += "--seq-length 4096 --micro-batch-size 4 --global-batch-size 4 --train-iters 1 --lr 1e-4 --data-path x "
 WIDE += "--tensor-model-parallel-size 8 --sequence-parallel --use-distributed-optimizer"
-EVERY = bool(os.environ.get("EVERY"))
 # The closed forms are those of torch's kernels; the reference kernels keep more.
 ALL = [row for row in rows() if "reference" not in row.flags]
 PRETENDED = {row.name: row for row in ALL if EVERY or row.name in SAMPLE}
@@ -75,7 +88,7 @@ def flags_of(row: ParityRow) -> str:
 
 
 def said(trace: RankTrace) -> dict[str, object]:
-    facts = ("stage", "weights", "gradients", "optimizer", "peak")
+    facts = ("stage", "weights", "gradients", "optimizer", "start_peak", "peak")
     return {name: getattr(trace, name) for name in facts} | {"operations": len(trace.operations)}
 
 
@@ -92,6 +105,21 @@ def with_real_tensors(platform: Platform, flags: str) -> RankTrace:
         return traced(recorder_for(args, plan), platform, World(0, 1, 0, platform.bind(0)), args, plan=plan)
     finally:
         dist.destroy_process_group()
+
+
+# The layout that flags say; the one that a search finds.
+COMMANDS = (
+    f"--devices 4 --ranks 3 {SIZES}{TRAIN}--bf16 --pipeline-model-parallel-size 2 --micro-batch-size 1".split(),
+    ["--model", "qwen3-0.6b", "--devices", "4", "--seq-length", "256", "--global-batch-size", "4", "--ranks", "0"],
+)
+
+
+def by_command(words: list[str]) -> Any:
+    """What `python -m qwen3_npu.plan --trace --json` prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), mock.patch.object(sys, "argv", ["plan", "--trace", "--json", *words]):
+        plan_main()
+    return json.loads(said.getvalue())
 
 
 def hidden(platform: Platform) -> dict[str, list[float]]:
@@ -113,18 +141,23 @@ def main() -> None:
     found: dict[str, object] = {}
     cases = {name: (0, 1, flags) for name, flags in REAL.items()}
     cases |= {name: (row.size - 1, row.size, flags_of(row)) for name, row in PRETENDED.items()}
+    cases["swapped"] = 0, 1, f"{BIG}{BF16}--untie-embeddings-and-output-weights {SWAPPED}"
     for name, (rank, size, flags) in cases.items():
         args, plan = parsed(flags, size)
         trace = trace_rank(platform, args, plan, rank)
         shape = shape_of(plan.arch, plan.layout.padded_vocab_size)
         memory = stage_memory(shape, setup_of(args, plan), trace.stage, kernels=TORCH)
         planned = {kind: getattr(memory, kind) for kind in ("weights", "gradients", "optimizer")}
-        found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned | {"peak": memory.total}}
+        # Masters and moments are there from the start, too.
+        start = max(start_bytes(shape, setup_of(args, plan), trace.stage), memory.static)
+        planned |= {"peak": memory.total, "start_peak": start}
+        found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned}
     flags = BIG + BF16 + "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"
     args, _ = parsed(flags, 4)
     work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
     found["growth"] = [dataclasses.asdict(row) for row in work]
     found["hidden"] = hidden(platform)
+    found["commands"] = [by_command(words) for words in COMMANDS]
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads of ended groups need not be waited for
