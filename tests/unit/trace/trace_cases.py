@@ -17,6 +17,7 @@ from qwen3_npu import cli
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.distributed.launch import World
+from qwen3_npu.errors import UsageError
 from qwen3_npu.parity.rows import ParityRow, rows
 from qwen3_npu.plan.__main__ import main as plan_main
 from qwen3_npu.plan.activations import TORCH
@@ -158,6 +159,11 @@ def main() -> None:
     found["growth"] = [dataclasses.asdict(row) for row in work]
     found["hidden"] = hidden(platform)
     found["commands"] = [by_command(words) for words in COMMANDS]
+    args, plan = parsed(BF16 + EXPERTS + "--moe-expert-capacity-factor 1.5", 1)
+    try:
+        trace_rank(platform, args, plan, 0)
+    except UsageError as error:
+        found["refused"] = str(error)
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads of ended groups need not be waited for
