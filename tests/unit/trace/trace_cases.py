@@ -151,7 +151,7 @@ def main() -> None:
         planned = {kind: getattr(memory, kind) for kind in ("weights", "gradients", "optimizer")}
         # Masters and moments are there from the start, too.
         start = max(start_bytes(shape, setup_of(args, plan), trace.stage), memory.static)
-        planned |= {"peak": memory.total, "start_peak": start}
+        planned |= {"peak": memory.total - memory.start, "start_peak": start}
         found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned}
     flags = BIG + BF16 + "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"
     args, _ = parsed(flags, 4)
