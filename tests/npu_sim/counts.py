@@ -37,7 +37,6 @@ ROWS: dict[str, tuple[str, int, int, list[str]]] = {
     "MoE EP2": ("moe", 2, 2, EP2),
     "ring CP2": ("untied", 2, 1, RING),
     "TP2 SP": ("untied", 2, 1, TP2),
-    "TP2 COC": ("untied", 2, 1, [*TP2, "--use-ascend-coc"]),
     "TP2 MC2": ("wide", 2, 1, [*TP2, "--use-ascend-mc2"]),
     "decode": ("untied", 1, 1, []),
 }
