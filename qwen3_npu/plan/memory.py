@@ -109,7 +109,10 @@ def start_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     if not setup.distributed_optimizer:
         return held
     largest = max(trained.expert * width, trained.dense * width - trained.expert * 4.0)
-    return held + largest / setup.virtual
+    masters = 0.0
+    if setup.swap_optimizer and setup.bf16:  # made on the device, each of a copy of its weight, before they leave it
+        masters = sharded_bytes(setup, trained, MASTER) + width * largest_count(shape, setup, stage)
+    return held + max(largest / setup.virtual, masters)
 
 
 def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
@@ -144,7 +147,9 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     """Bytes of weights, of gradients, and of master and moments."""
     all_weights = stage_counts(shape, setup, stage)
     trained = trained_counts(shape, setup, stage)
-    held: float = all_weights.total * (2 if setup.reference else 1) + (trained.total if setup.lora_rank else 0)
+    held: float = all_weights.total * (2 if setup.reference else 1) + (
+        trained.total * (1 + setup.pissa) if setup.lora_rank else 0
+    )
     weight = setup.weight_bytes
     held -= _quantized_away(shape, setup, stage) / weight  # the reference of preference training is the same base
     if setup.swap_optimizer:  # moments and masters are on the host
