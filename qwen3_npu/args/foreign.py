@@ -70,7 +70,6 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--fp16": Foreign("float16 training is not offered; use --bf16", refused=True),
     "--moe-grouped-gemm": Foreign(_EXPERTS),
     "--moe-permutation-async-comm": Foreign(_EXCHANGE),
-    "--moe-alltoall-overlap-comm": Foreign(_EXCHANGE),
     "--moe-allgather-overlap-comm": Foreign(_EXCHANGE),
     "--moe-fb-overlap": Foreign(_PASSES),
     "--use-ascend-coc": Foreign(_PRODUCTS),

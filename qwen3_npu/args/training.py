@@ -11,6 +11,14 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
 
 
+def exchange_pieces(experts: int) -> int:
+    """Pieces of an exchange that hides behind products, of a rank's experts; 1: they have no two equal halves.
+
+    Of n pieces the first is not hidden on its way there, nor the last on its way back: four leave half of what two do.
+    """
+    return next(count for count in (4, 2, 1) if experts % count == 0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArgs:
     """batch and steps"""
@@ -85,6 +93,11 @@ class TrainArgs:
     moe_token_dispatcher_type: str = flag(
         "alltoall", choices=["alltoall", "alltoall_seq", "allgather"], help="how tokens reach their experts"
     )
+    moe_alltoall_overlap_comm: bool = flag(
+        False,
+        help="exchange tokens between expert-parallel ranks in pieces (of a quarter of each rank's experts, or half): "
+        "one is under way while another is computed, forward and backward; --moe-token-dispatcher-type alltoall only",
+    )
     moe_zero_memory: str = flag(
         "disable",
         choices=["disable", "level0", "level1"],
@@ -113,6 +126,15 @@ class TrainArgs:
             raise UsageError("--fp32-residual-connection needs --bf16; without it everything is in float32")
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise UsageError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor")
+        if self.moe_alltoall_overlap_comm and self.moe_token_dispatcher_type == "allgather":
+            raise UsageError(
+                "--moe-alltoall-overlap-comm needs --moe-token-dispatcher-type alltoall: allgather sends every token "
+                "to every rank"
+            )
+        if self.moe_alltoall_overlap_comm and self.moe_expert_capacity_factor is not None:
+            raise UsageError(
+                "--moe-alltoall-overlap-comm: not with --moe-expert-capacity-factor, whose rows are dropped; drop one"
+            )
 
     @property
     def steps(self) -> int:

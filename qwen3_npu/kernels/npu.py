@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch_npu
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qwen3_npu.kernels import npu_gradients, reference
 
@@ -237,8 +238,24 @@ def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor
     return product
 
 
+def add_grouped_gradient(x: torch.Tensor, grad: torch.Tensor, counts: torch.Tensor, total: torch.Tensor) -> None:
+    """npu_grouped_matmul_add_ (16-bit factors, float32 sum), or npu_grouped_matmul and an addition."""
+    if x.shape[0]:
+        npu_gradients.add_grouped_gradient(x, grad, group_ends(counts), total)
+
+
+# counts of a layer and micro-batch -> where their groups end, for its products and their gradients.
+_ENDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def group_ends(counts: torch.Tensor) -> torch.Tensor:
     """Where each group's rows end, int64 on the device."""
+    if counts not in _ENDS:
+        _ENDS[counts] = _ends_of(counts)
+    return _ENDS[counts]
+
+
+def _ends_of(counts: torch.Tensor) -> torch.Tensor:
     if counts.device.type == "cpu":  # constants, with a capacity; the copy of pinned memory waits for nothing
         counts = counts.pin_memory().to(f"npu:{torch_npu.npu.current_device()}", non_blocking=True)
     return counts.cumsum(0)

@@ -14,7 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.kernels import Kernels
+from qwen3_npu.model.exchange import Exchange
 from qwen3_npu.model.modules import mark
+from qwen3_npu.model.overlap import overlapped
 from qwen3_npu.model.quantized import grouped_product, held, quantized
 
 
@@ -85,18 +87,21 @@ class GroupedExperts(MegatronModule):
             self.weight2 = quantized(self.weight2, (experts, self.hidden, self.ffn))
 
     def forward(
-        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor | Exchange, probs: torch.Tensor | None
     ) -> tuple[torch.Tensor, None]:
         """Run each expert on its tokens.
 
         Args:
-            tokens: [rows, hidden], sorted by expert.
-            tokens_per_expert: [experts] int64, counts; on the device unless a capacity makes them constants.
-            probs: [rows], router weight of each row.
+            tokens: [rows, hidden], sorted by expert; with an exchange, see `overlap.overlapped`.
+            tokens_per_expert: [experts] int64, counts; on the device unless a capacity makes them constants. Or the
+                exchange that brings the experts' rows and is to be hidden by their products.
+            probs: [rows], router weight of each row; None: the exchange brings them.
 
         Returns:
             [rows, hidden], and no bias.
         """
+        if isinstance(tokens_per_expert, Exchange):
+            return overlapped(self, tokens, tokens_per_expert), None
         product = self.kernels.grouped_matmul(tokens_per_expert)
 
         def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,17 @@ def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(parameter.shape) if kind is None else kind.shape
 
 
+def some_of(parameter: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """A part of a quantized weight along its first dimension, in the same memory."""
+    kind = held(parameter)
+    assert kind is not None
+    rows = kind.shape[0]
+    part = parameter.detach().view(rows, -1)[start:stop].flatten()
+    scales = kind.scales.view(rows, -1)[start:stop].flatten()
+    vars(part)["nf4"] = Nf4Weight((stop - start, *kind.shape[1:]), kind.dtype, scales)
+    return part
+
+
 def _blocks(parameter: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows of a quantized matrix, a part of them restored at a time."""
     kind = held(parameter)

@@ -50,6 +50,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         recompute_experts=_recomputed_experts(train),
         overlap_grads=optimizer.overlap_grad_reduce,
         overlap_params=optimizer.overlap_param_gather,
+        overlap_experts=train.moe_alltoall_overlap_comm,
     )
 
 

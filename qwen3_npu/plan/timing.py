@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from qwen3_npu.args.training import exchange_pieces
 from qwen3_npu.plan.activations import routed_rows
 from qwen3_npu.plan.device import Device
 from qwen3_npu.plan.parameters import trained_counts
@@ -63,12 +64,14 @@ class _Layer:
 
     Attributes:
         again: products of experts that backward computes again, without recomputing the layer.
+        experts: products of experts.
     """
 
     products: float
     attention: float
     kernels: float
     again: float = 0.0
+    experts: float = 0.0
 
 
 def product_seconds(device: Device, flops: float, count: int = 1) -> float:
@@ -94,7 +97,7 @@ def collective_seconds(device: Device, size: int, stride: int, moved: float, *, 
 
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
-    h, query, again = shape.hidden_size, shape.query_width, 0.0
+    h, query, again, experts = shape.hidden_size, shape.query_width, 0.0, 0.0
     products = sum(product_seconds(device, 2 * tokens * size) for size in _attention_products(shape, tp))
     squares = setup.micro_batch * setup.seq_length**2 / setup.context / 2  # causal
     attention = 2 * squares * (query + shape.output_width) / tp / (device.flops * device.attention)
@@ -104,8 +107,9 @@ def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _La
         local = shape.num_experts // setup.expert
         first = product_seconds(device, 2 * rows * h * shape.gate_factor * ffn, local)
         second = product_seconds(device, 2 * rows * ffn * h, local)
-        products += first + second
-        again = (0.0, first, first + second)[setup.recompute_experts]
+        experts = first + second
+        products += experts
+        again = (0.0, first, experts)[setup.recompute_experts]
         products += product_seconds(device, 2 * setup.sharded_tokens * h * shape.num_experts)
         shared = 2 * tokens * h * shape.moe_shared_ffn * (shape.gate_factor + 1) / tp
         products += product_seconds(device, shared, 2) if shared else 0.0
@@ -116,7 +120,9 @@ def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _La
             device, 2 * tokens * ffn * h
         )
         moved += tokens * (shape.gate_factor + 1) * ffn
-    return _Layer(products, attention, moved * width / (device.memory_bandwidth * device.streaming), again=again)
+    return _Layer(
+        products, attention, moved * width / (device.memory_bandwidth * device.streaming), again=again, experts=experts
+    )
 
 
 def _attention_products(shape: Shape, tp: int) -> list[float]:
@@ -172,7 +178,8 @@ def step_time(shape: Shape, setup: Setup, device: Device, *, imbalance: float = 
 def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbalance: float) -> StepTime:
     counts, passes = setup.layer_kinds(shape, stage), setup.num_microbatches
     number = sum(counts.values())
-    products = attention = kernels = again = 0.0
+    share = min(setup.recompute, number) / max(number, 1)
+    products = attention = kernels = again = expert = 0.0
     for is_moe in counts:
         layer = _layer(shape, setup, device, is_moe)
         slow = imbalance if is_moe and setup.expert > 1 else 1.0
@@ -180,7 +187,8 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         attention += counts[is_moe] * layer.attention
         kernels += counts[is_moe] * layer.kernels
         again += counts[is_moe] * layer.again * slow
-    share = min(setup.recompute, number) / max(number, 1)
+        if is_moe:
+            expert = counts[is_moe] * _expert(shape, setup, device, layer.experts * slow, share=share, moved=slow)
     recompute = share * (products + attention + kernels) + (1 - share) * again
     backward = 1.0 if setup.lora_rank else 2.0 - setup.frozen  # a frozen weight has no gradient of its own
     products *= 1 + backward
@@ -200,10 +208,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         kernels=passes * kernels,
         recompute=passes * recompute,
         tensor=passes * number * _tensor(shape, setup, device) * (1 + share / 2),
-        expert=passes
-        * counts.get(True, 0)
-        * _expert(shape, setup, device, imbalance)
-        * (1 + (1 if setup.recompute_experts == 2 else share) / 2),
+        expert=passes * expert,
         context=passes * number * _context(shape, setup, device),
         pipeline=_pipeline(shape, setup, device),
         data=_data(shape, setup, device, stage, busy=passes * busy),
@@ -221,12 +226,33 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
     return time * (0.35 if setup.overlap_tensor else 1.0)
 
 
-def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> float:
-    """Seconds of one layer's expert exchange: out and back, forward and backward."""
-    moved = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * imbalance
-    stride = setup.expert_tensor
-    time = 4 * collective_seconds(device, setup.expert, stride, moved, steps=2)
-    return time * (0.4 if setup.overlap_experts else 1.0)
+def _expert(shape: Shape, setup: Setup, device: Device, products: float, *, share: float, moved: float) -> float:
+    """Seconds of one layer's expert exchange that nothing hides: out and back; forward, again if recomputed, backward.
+
+    Args:
+        products: seconds of the experts' products, forward.
+        share: of the layers whose forward pass runs twice.
+        moved: rows of the busiest rank over the mean.
+    """
+    size = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * moved
+    once = collective_seconds(device, setup.expert, setup.expert_tensor, size, steps=2)
+    forwards = 2.0 if setup.recompute_experts == 2 else 1 + share
+    if not setup.overlap_experts or setup.expert == 1:
+        return once * 2 * (forwards + 1)
+    pieces = exchange_pieces(shape.num_experts // setup.expert)
+    backward = products * (1.0 if setup.lora_rank else 2.0 - setup.frozen)
+    return forwards * _left(once, products, pieces) + _left(once, backward, pieces, after=backward - products)
+
+
+def _left(once: float, products: float, pieces: int, *, after: float = 0.0) -> float:
+    """What products leave of an exchange out and back in pieces that follow each other: the first piece's way out, the
+    last one's way back (beside it `after`, its part of the products that nothing travels for), and what is longer.
+
+    Args:
+        once: seconds of one way.
+    """
+    last = max(0.0, once - after) / pieces
+    return max(once / pieces + last, 2 * once - products)
 
 
 def _context(shape: Shape, setup: Setup, device: Device) -> float:

@@ -111,7 +111,7 @@ def _noted(recorder: TraceRecorder) -> Iterator[None]:
     wait = dist.Work.wait
 
     def waited(work: dist.Work, *args: Any) -> Any:
-        recorder.waited()
+        recorder.waited(work)
         return wait(work, *args)
 
     with (

@@ -80,7 +80,7 @@ class TraceRecorder(StorageWatch):
         self.module = ""
         self.operations: list[Operation] = []
         self.waits: list[tuple[int, int]] = []
-        self._unwaited: collections.deque[int] = collections.deque()
+        self._works: dict[dist.Work, int] = {}  # asynchronous collectives that are not waited for yet
         self.held: list[tuple[int, str]] = []
         self._sizes: dict[int, tuple[int, str]] = {}
         with _disable_current_modes():
@@ -90,11 +90,11 @@ class TraceRecorder(StorageWatch):
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "c10d":
-            self._collective(func, args)
         out = self._without_data(func, args) if dist.get_backend() == "fake" else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
+        if func.namespace == "c10d":
+            self._collective(func, args, out)
         if func.namespace == "c10d" or func is torch.ops.aten._local_scalar_dense.default:
             return out
         self._operation(func, args, kwargs, out)
@@ -137,25 +137,26 @@ class TraceRecorder(StorageWatch):
         moved = sum(tensor.nbytes for tensor in tree_iter((args, kwargs, out)) if isinstance(tensor, torch.Tensor))
         self.operations.append(Operation(name, self.phase, float(flops), float(moved)))
 
-    def _collective(self, func: OpOverload, args: tuple) -> None:
+    def _collective(self, func: OpOverload, args: tuple, out: Any) -> None:
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(_group(args))))
         moved = sum(tensor.nbytes for tensor in tree_iter(args[:2]) if isinstance(tensor, torch.Tensor))
         name = func._schema.name.replace("::", ".").rstrip("_")
         asynchronous = any(arg is True for arg in args) or name in ("c10d.send", "c10d.recv")
-        if len(ranks) > 1:
-            self._unwaited.append(len(self.operations) if asynchronous else -1)
+        if asynchronous and len(ranks) > 1:
+            work = next(result for result in tree_iter(out) if isinstance(result, torch.ScriptObject))
+            self._works[dist.Work.unbox(work)] = len(self.operations)
         self.operations.append(Operation(name, self.phase, 0.0, float(moved), ranks=ranks, waits=not asynchronous))
 
-    def waited(self) -> None:
-        """The program waits for the collective that it launched first of those that it has not waited for."""
-        if self._unwaited and (number := self._unwaited.popleft()) >= 0:
+    def waited(self, work: dist.Work) -> None:
+        """The program waits for a collective."""
+        if (number := self._works.pop(work, None)) is not None:
             self.waits.append((len(self.operations), number))
 
     def clear(self) -> None:
         """Forget the operations so far."""
         self.operations.clear()
         self.waits.clear()
-        self._unwaited.clear()
+        self._works.clear()
 
     def _without_data(self, func: OpOverload, args: tuple) -> Any:
         """The result of an operation that needs data; NotImplemented for all others."""
