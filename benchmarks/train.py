@@ -9,8 +9,9 @@ speed   One process each, taking turns: forward, backward and AdamW on a model o
 memory  Peak resident memory of LoRA (r 16, all linears) beside full fine-tuning, Qwen3-0.6B's shapes, one sequence of
         64 tokens, float32. Target: below 0.35.
 qlora   Memory of a LoRA training of Qwen3-0.6B's shapes, bfloat16, r 4, one sequence of 64 tokens, layers recomputed:
-        as it is, with --qlora, and with --qlora-embedding, too. Bytes of the weights, and the most that all tensors
-        take in a step: weights, gradients, optimizer, and what the step makes. Target: at most 0.4 x LoRA's weights.
+        as it is, with --qlora, with --qlora-embedding, too, and these with --qlora-double-quant. Bytes of the weights,
+        and the most that all tensors take in a step: weights, gradients, optimizer, and what the step makes. Target:
+        at most 0.4 x LoRA's weights.
 cp      Memory of the activations of one step on each rank at --context-parallel-size 1, 2 and 4, both algorithms, a
         model of 2 layers (hidden 256, 8 heads of 64, 4 key/value heads), one sequence of 8192 tokens, float32: what is
         kept for backward, the most tensors there are at a time, and by how much the resident memory of the process
@@ -207,7 +208,13 @@ def qlora(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     flags += ["--loss-compute-mode", "chunk", "--loss-chunk-size", "8"]
     flags += ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "28"]
     found = {}
-    runs = {"lora": [], "qlora": ["--qlora"], "qlora_embedding": ["--qlora", "--qlora-embedding"]}
+    runs = {"lora": []}
+    for double in (False, True):
+        more = ["--qlora", *(["--qlora-double-quant"] if double else [])]
+        runs |= {
+            "qlora" + "_double" * double: more,
+            "qlora_embedding" + "_double" * double: [*more, "--qlora-embedding"],
+        }
     for name, more in runs.items():
         command = [sys.executable, __file__, "--resident", *flags, *more]
         env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}

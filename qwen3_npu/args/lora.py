@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 
-from qwen3_npu.cli import flag
+from qwen3_npu.cli import flag, option
 from qwen3_npu.errors import UsageError, did_you_mean
 from qwen3_npu.model.arch import Qwen3Arch
 
@@ -76,7 +76,7 @@ class LoraArgs:
     use_rslora: bool = flag(False, help="rank-stabilized: alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)")
     use_dora: bool = flag(
         False,
-        help="weights are a magnitude, which is trained, too, times a direction (arXiv:2402.09353); not of experts",
+        help="weights are a magnitude, which is trained, too, times a direction (arXiv:2402.09353)",
     )
     lora_init: str = flag(
         "kaiming",
@@ -94,6 +94,11 @@ class LoraArgs:
         False,
         help="with --qlora: embedding and output layer are in 4 bits, too, which bitsandbytes leaves as they are",
     )
+    qlora_double_quant: bool = flag(
+        False,
+        help="with --qlora: the scales are in 8 bits, too, as bitsandbytes' bnb_4bit_use_double_quant: 4.13 bits a "
+        "weight instead of 4.5",
+    )
     lora_load: str | None = flag(None, metavar="DIR", help="checkpoint with adapters to start from; the base is --load")
     lora_ckpt_filter: bool = flag(False, help="save the adapters only, not the base weights")
 
@@ -103,8 +108,9 @@ class LoraArgs:
             object.__setattr__(self, "lora_r", 16)
         if self.lora_r and not self.lora_target_modules:
             object.__setattr__(self, "lora_target_modules", list(LORA_TARGETS))
-        if self.qlora_embedding and not self.qlora:
-            raise UsageError("--qlora-embedding: no effect without --qlora; add it or drop the flag")
+        for name in ("qlora_embedding", "qlora_double_quant"):
+            if getattr(self, name) and not self.qlora:
+                raise UsageError(f"{option(name)}: no effect without --qlora; add it or drop the flag")
         if self.qlora and not self.lora_r:
             raise UsageError("--qlora quantizes the base of an adapter; give --lora-r or --lora-target-modules")
         if self.qlora:
@@ -155,11 +161,6 @@ class LoraArgs:
             for target, layer in matching:
                 found.setdefault(target, set()).add(layer)
         targets = tuple(target for target in ALL_TARGETS if target in found)
-        without = ("embedding", *(("linear_fc1", "linear_fc2") if arch.is_moe else ()))
-        if self.use_dora and (wrong := [target for target in targets if target in without]):
-            raise UsageError(
-                f"--use-dora: {' '.join(wrong)} of {arch} cannot have magnitudes; name other --lora-target-modules"
-            )
         some = (t for t in targets if t in LORA_TARGETS and len(found[t]) < arch.num_hidden_layers)
         return targets, tuple((target, tuple(sorted(found[target]))) for target in some)
 

@@ -2,7 +2,9 @@
 
 The numbers are those of bitsandbytes (https://github.com/bitsandbytes-foundation/bitsandbytes, version 0.50, its CPU
 backend): the code of a weight is that of the nearest of 16 values after division by its block's largest magnitude, and
-the first of two weights lies in the upper half of a byte.
+the first of two weights lies in the upper half of a byte. Scales may be quantized again (double quantization, section 3
+of the paper; bitsandbytes' `compress_statistics`): 8 bits each, less their mean, with a float32 scale for each group of
+256.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import functools
 import torch
 
 BLOCK = 64
+GROUP = 256  # scales that share a scale of their own
+_PLACES = (1 << 16) - 1
 # Quantiles of a normal distribution, between -1 and 1, with an exact 0 (appendix E of the paper).
 VALUES = (
     -1.0,
@@ -64,6 +68,49 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) ->
         part = pairs.index_select(0, codes[start // 2 : stop // 2].int()).view(-1, BLOCK)
         out[start:stop] = part.mul_(scales[start // BLOCK : stop // BLOCK].unsqueeze(-1)).view(-1)
     return out
+
+
+def largest(weight: torch.Tensor) -> torch.Tensor:
+    """The scales that `quantize` gives a tensor, [n / 64] float32."""
+    return weight.detach().reshape(-1, BLOCK).abs().amax(-1).float()
+
+
+def quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The scales of a whole tensor in 8 bits.
+
+    Args:
+        scales: [blocks] float32.
+
+    Returns:
+        codes: [blocks] uint8. tops: [ceil(blocks / 256)] float32, of groups. mean: [] float32. A scale is again
+        value of the code times top, plus mean.
+    """
+    values = dynamic_values(scales.device)
+    mean = scales.mean()
+    rest = scales - mean
+    groups = torch.nn.functional.pad(rest, (0, -len(rest) % GROUP)).view(-1, GROUP)
+    tops = groups.abs().amax(-1)
+    scaled = (groups * (1.0 / tops.clamp(min=1e-38)).unsqueeze(-1)).clamp_(-1, 1)
+    # bitsandbytes takes the value that is nearest to one of 65536 places.
+    place = ((scaled + 1) * 0.5 * _PLACES + 0.5).int()
+    middles = 0.5 * (values[:-1] + values[1:])
+    found = torch.bucketize(-1 + 2.0 * place / _PLACES, middles).masked_fill((tops == 0).unsqueeze(-1), 0)
+    return found.view(-1)[: len(rest)].to(torch.uint8), tops, mean
+
+
+@functools.lru_cache
+def dynamic_values(device: torch.device) -> torch.Tensor:
+    """[256] float32, sorted: the 8-bit values of arXiv:2110.02861 (section 2.1), signed.
+
+    For each power of ten from 1e-6 to 1 twice as many fractions as for the one before, evenly spread from 0.1 to 1 and
+    taken in the middle; and 0 and 1.
+    """
+    parts = []
+    for exponent in range(7):
+        ends = torch.linspace(0.1, 1, 2**exponent + 1)
+        parts.append(10.0 ** (exponent - 6) * ((ends[:-1] + ends[1:]) / 2))
+    positive = torch.cat(parts)
+    return torch.cat((-positive, positive, torch.tensor([0.0, 1.0]))).sort().values.to(device)
 
 
 @functools.lru_cache

@@ -67,14 +67,16 @@ class Qwen3Model(GPTModel):
     def _adapt_ends(self, lora: LoraArgs, config: TransformerConfig) -> None:
         """Embedding and output layer, which GPTModel makes itself: quantized, and with adapters."""
         if lora.qlora_embedding and self.pre_process:
-            hold_codes(self.embedding.word_embeddings)
+            hold_codes(self.embedding.word_embeddings, is_double=lora.qlora_double_quant)
         if lora.qlora_embedding and self.post_process and not self.arch.reward:
             self.output_layer.__class__ = Nf4ColumnParallelLinear
             if self.output_layer.weight is not None:
-                hold_codes(self.output_layer)
+                hold_codes(self.output_layer, is_double=lora.qlora_double_quant)
         targets, _ = lora.places(self.arch)
         if self.pre_process and "embedding" in targets:
-            self.embedding.word_embeddings = LoraEmbedding(self.embedding.word_embeddings, lora, config)
+            self.embedding.word_embeddings = LoraEmbedding(
+                self.embedding.word_embeddings, lora, config, self.arch.vocab_size
+            )
         if self.post_process and "output" in targets:
             self.add_module("output_layer", LoraOutput(self.output_layer, lora))
 

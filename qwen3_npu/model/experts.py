@@ -52,12 +52,13 @@ class GroupedExperts(MegatronModule):
         recompute_activation: bool = False,
         recompute_products: bool = False,
         quantize: bool = False,
+        double_quantize: bool = False,
     ) -> None:
         """
         Args:
             recompute_activation: compute the activation again in backward instead of keeping it.
             recompute_products: the first product, too.
-            quantize: the weights are frozen and in 4 bits.
+            quantize, double_quantize: the weights are frozen and in 4 bits, with scales in 8.
         """
         super().__init__(config=config)
         self.kernels, self.num_local_experts = kernels, num_local_experts
@@ -81,10 +82,10 @@ class GroupedExperts(MegatronModule):
         experts = num_local_experts
         self.weight1 = parameter(self.hidden, experts * 2 * self.ffn, 1, config.init_method)
         if quantize:  # one after the other: whole, there is one at a time
-            self.weight1 = quantized(self.weight1, (experts, 2 * self.ffn, self.hidden))
+            self.weight1 = quantized(self.weight1, (experts, 2 * self.ffn, self.hidden), is_double=double_quantize)
         self.weight2 = parameter(experts * self.ffn, self.hidden, 0, config.output_layer_init_method)
         if quantize:
-            self.weight2 = quantized(self.weight2, (experts, self.hidden, self.ffn))
+            self.weight2 = quantized(self.weight2, (experts, self.hidden, self.ffn), is_double=double_quantize)
 
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor | Exchange, probs: torch.Tensor | None
@@ -102,7 +103,7 @@ class GroupedExperts(MegatronModule):
         """
         if isinstance(tokens_per_expert, Exchange):
             return overlapped(self, tokens, tokens_per_expert), None
-        product = self.kernels.grouped_matmul(tokens_per_expert)
+        product = self.products(tokens_per_expert, len(tokens))
 
         def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
             return self.activate(self.multiply(1, tokens, product), probs)
@@ -117,6 +118,14 @@ class GroupedExperts(MegatronModule):
         out = self.multiply(2, narrow, product)
         kept.discard_output_and_register_recompute(out)
         return out, None
+
+    def state_of(self, some: slice) -> dict[str, Any]:
+        """Attributes, other than parameters, of a module that has some of these experts."""
+        return {"num_local_experts": some.stop - some.start}
+
+    def products(self, tokens_per_expert: torch.Tensor, rows: int) -> Callable:
+        """What multiplies `rows` rows, sorted by expert, by their experts' matrices."""
+        return self.kernels.grouped_matmul(tokens_per_expert)
 
     def activate(self, wide: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         """SwiGLU of each row [rows, 2 ffn], weighted by the router: [rows, ffn]."""

@@ -66,7 +66,7 @@ class _PieceOfExperts:
         self.weights: dict[str, torch.Tensor] = {}
         for name, parameter in experts.named_parameters(recurse=False):
             if held(parameter) is not None:
-                self.weights[name] = some_of(parameter, some.start, some.stop)
+                self.weights[name] = some_of(parameter, some)
                 continue
             weight = parameter.detach().view(count, -1)[some].detach()
             self.weights[name] = weight.requires_grad_(parameter.requires_grad and is_tracked)
@@ -74,8 +74,8 @@ class _PieceOfExperts:
         vars(self.module).update(vars(experts))
         vars(self.module).update(
             _parameters=self.weights,
-            num_local_experts=some.stop - some.start,
             kernels=_deferring(experts.kernels, later),
+            **experts.state_of(some),
         )
 
     def __call__(self, tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:

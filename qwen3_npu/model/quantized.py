@@ -6,8 +6,10 @@ weights' rows, so they are the same in every layout: blocks of 64 lie within a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -23,24 +25,108 @@ from qwen3_npu.kernels import nf4
 _AT_ONCE = 1 << 23  # weights of a matrix that are restored at the same time
 
 
+class Scales:
+    """Of the blocks of a matrix [rows, columns] (experts: below each other), in float32.
+
+    No buffers of a module: those are cast with the module.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.values = torch.empty(rows, columns // nf4.BLOCK, device=device)
+
+    def of(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Of some rows, flat."""
+        return self.values[rows].flatten()
+
+    def part(self, rows: slice) -> Scales:
+        """The same of some rows."""
+        found = copy.copy(self)
+        found.values = self.values[rows]
+        return found
+
+    def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
+        """Take the scales of the matrix, flat."""
+        self.values.copy_(values.view_as(self.values))
+
+
+class ScalesOfTensor(NamedTuple):
+    """The scales of a whole Hugging Face tensor, and which of them are whose.
+
+    Attributes:
+        values: [rows, blocks of a row] float32.
+        parts: (rows of the matrix, rows of the tensor, first block of these rows).
+    """
+
+    values: torch.Tensor
+    parts: list[tuple[slice, slice, int]]
+
+
+class DoubleScales:
+    """The same in 8 bits (--qlora-double-quant), quantized as those of whole Hugging Face tensors.
+
+    A group of 256 scales may lie in several rows, and on several ranks: each row knows the number of its first block,
+    counted from the first group of its tensor.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.codes = torch.empty(rows, columns // nf4.BLOCK, dtype=torch.uint8, device=device)
+        self.first = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.tops = self.means = torch.empty(0, device=device)
+
+    def of(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Of some rows, flat."""
+        codes, device = self.codes[rows].int(), self.codes.device
+        block = torch.arange(codes.shape[-1], dtype=torch.int32, device=device)
+        group = ((self.first[rows].unsqueeze(-1) + block) // nf4.GROUP).flatten()
+        values = nf4.dynamic_values(device).index_select(0, codes.flatten())
+        return values * self.tops.index_select(0, group) + self.means.index_select(0, group)
+
+    def part(self, rows: slice) -> DoubleScales:
+        """The same of some rows."""
+        found = copy.copy(self)
+        found.codes, found.first = self.codes[rows], self.first[rows]
+        return found
+
+    def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
+        """Quantize the scales of the tensors that the matrix is of."""
+        width, groups, tops, means = self.codes.shape[1], 0, [], []
+        for tensor in places:
+            codes, top, mean = nf4.quantize_scales(tensor.values.flatten())
+            codes = codes.view_as(tensor.values)
+            numbers = torch.arange(codes.numel(), dtype=torch.int32).view_as(codes) + groups * nf4.GROUP
+            for mine, rows, column in tensor.parts:
+                self.codes[mine] = codes[rows, column : column + width].to(self.codes.device)
+                self.first[mine] = numbers[rows, column].to(self.codes.device)
+            tops.append(top)
+            means.append(mean.expand_as(top))
+            groups += len(top)
+        self.tops, self.means = (torch.cat(parts).to(self.codes.device) for parts in (tops, means))
+
+
 class Nf4Weight:
     """What restores a quantized parameter.
 
     Attributes:
         shape, dtype: of the restored weight.
-        scales: of its blocks, float32. No buffer of a module: those are cast with the module.
+        scales: of its blocks.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, scales: torch.Tensor) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, scales: Scales | DoubleScales) -> None:
         self.shape, self.dtype, self.scales = shape, dtype, scales
 
 
-def quantized(weight: torch.nn.Parameter, shape: tuple[int, ...]) -> torch.nn.Parameter:
-    """A parameter of codes, still undefined, in place of a weight; marks are kept. `shape`: of the restored weight."""
+def quantized(weight: torch.nn.Parameter, shape: tuple[int, ...], *, is_double: bool = False) -> torch.nn.Parameter:
+    """A parameter of codes, still undefined, in place of a weight; marks are kept.
+
+    Args:
+        shape: of the restored weight.
+        is_double: scales are quantized, too.
+    """
     codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
     found = torch.nn.Parameter(codes, requires_grad=False)
     vars(found).update(vars(weight))
-    scales = torch.empty(weight.numel() // nf4.BLOCK, device=weight.device)
+    kind = DoubleScales if is_double else Scales
+    scales = kind(weight.numel() // shape[-1], shape[-1], weight.device)
     vars(found)["nf4"] = Nf4Weight(shape, weight.dtype, scales)
     return found
 
@@ -50,20 +136,34 @@ def held(parameter: torch.Tensor) -> Nf4Weight | None:
     return getattr(parameter, "nf4", None)
 
 
-def fill(parameter: torch.Tensor, weight: torch.Tensor) -> None:
-    """Quantize a weight of the restored shape, where it is (on the host while a checkpoint is read)."""
+def fill(
+    parameter: torch.Tensor, weight: torch.Tensor, places: Callable[[torch.Tensor], Sequence[ScalesOfTensor]]
+) -> torch.Tensor:
+    """Quantize a weight of the restored shape, where it is (on the host while a checkpoint is read).
+
+    Args:
+        places: called with the weight's scales if they are quantized, too: those of the tensors that it is of.
+
+    Returns:
+        the scales, float32.
+    """
     kind = held(parameter)
     assert kind is not None
     assert tuple(weight.shape) == kind.shape
     codes, scales = nf4.quantize(weight)
     parameter.data.copy_(codes)
-    kind.scales.copy_(scales)
+    kind.scales.fill(scales, places(scales) if isinstance(kind.scales, DoubleScales) else ())
+    return scales
 
 
 def restored(parameter: torch.Tensor) -> torch.Tensor:
     """The weight: a quantized one is made anew, a plain one is itself."""
     kind = held(parameter)
-    return parameter if kind is None else nf4.dequantize(parameter, kind.scales, kind.dtype).view(kind.shape)
+    return (
+        parameter
+        if kind is None
+        else nf4.dequantize(parameter, kind.scales.of(slice(None)), kind.dtype).view(kind.shape)
+    )
 
 
 def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -72,14 +172,15 @@ def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(parameter.shape) if kind is None else kind.shape
 
 
-def some_of(parameter: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+def some_of(parameter: torch.Tensor, some: slice) -> torch.Tensor:
     """A part of a quantized weight along its first dimension, in the same memory."""
     kind = held(parameter)
     assert kind is not None
-    rows = kind.shape[0]
-    part = parameter.detach().view(rows, -1)[start:stop].flatten()
-    scales = kind.scales.view(rows, -1)[start:stop].flatten()
-    vars(part)["nf4"] = Nf4Weight((stop - start, *kind.shape[1:]), kind.dtype, scales)
+    count, each = kind.shape[0], math.prod(kind.shape[1:-1])
+    part = parameter.detach().view(count, -1)[some].flatten()
+    shape = some.stop - some.start, *kind.shape[1:]
+    scales = kind.scales.part(slice(some.start * each, some.stop * each))
+    vars(part)["nf4"] = Nf4Weight(shape, kind.dtype, scales)
     return part
 
 
@@ -92,7 +193,7 @@ def _blocks(parameter: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         codes = parameter[start * columns // 2 : stop * columns // 2]
-        scales = kind.scales[start * columns // nf4.BLOCK : stop * columns // nf4.BLOCK]
+        scales = kind.scales.of(slice(start, stop))
         yield slice(start, stop), nf4.dequantize(codes, scales, kind.dtype).view(stop - start, columns)  # not kept here
 
 
@@ -101,7 +202,7 @@ def looked_up(tokens: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     kind = held(parameter)
     assert kind is not None
     rows, columns = kind.shape
-    codes, scales = parameter.view(rows, -1)[tokens].flatten(), kind.scales.view(rows, -1)[tokens].flatten()
+    codes, scales = parameter.view(rows, -1)[tokens].flatten(), kind.scales.of(tokens)
     return nf4.dequantize(codes, scales, kind.dtype).view(*tokens.shape, columns)
 
 
@@ -150,9 +251,9 @@ def grouped_product(x: torch.Tensor, weight: torch.nn.Parameter, product: Callab
 class Nf4ColumnParallelLinear(ColumnParallelLinear):
     """megatron's, frozen and quantized; its weight is [out / TP, in]."""
 
-    def __init__(self, *sizes: Any, **options: Any) -> None:
+    def __init__(self, *sizes: Any, is_double: bool = False, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        hold_codes(self)
+        hold_codes(self, is_double=is_double)
 
     def forward(
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
@@ -172,9 +273,9 @@ class Nf4ColumnParallelLinear(ColumnParallelLinear):
 class Nf4RowParallelLinear(RowParallelLinear):
     """megatron's, frozen and quantized; its weight is [out, in / TP]."""
 
-    def __init__(self, *sizes: Any, **options: Any) -> None:
+    def __init__(self, *sizes: Any, is_double: bool = False, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        hold_codes(self)
+        hold_codes(self, is_double=is_double)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to be added."""
@@ -186,11 +287,11 @@ class Nf4RowParallelLinear(RowParallelLinear):
         return _with_bias(self, region(_Product.apply(input_, self.weight), group=self.tp_group))
 
 
-def hold_codes(linear: torch.nn.Module) -> None:
+def hold_codes(linear: torch.nn.Module, *, is_double: bool) -> None:
     """At once, so that one weight at a time is whole while a model is built."""
     weight = linear.weight
     assert isinstance(weight, torch.nn.Parameter)
-    linear.weight = quantized(weight, tuple(weight.shape))
+    linear.weight = quantized(weight, tuple(weight.shape), is_double=is_double)
 
 
 def _with_bias(linear: Any, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -104,11 +104,13 @@ def _norm(kernels: Kernels) -> ModuleSpec:
 
 
 def _linear(name: str, linear: type, parts: Parts, adapted: Collection[str]) -> ModuleSpec | type:
+    options = {"is_double": True} if parts.lora.qlora_double_quant else {}
     linear = NF4_LINEARS[linear] if parts.lora.qlora else linear
     if name in adapted:
         add = parts.kernels.add_weight_gradient
-        return ModuleSpec(LoraLinear, params={"linear": linear, "args": parts.lora, "add_weight_gradient": add})
-    return linear
+        params = {"linear": linear, "args": parts.lora, "add_weight_gradient": add, **options}
+        return ModuleSpec(LoraLinear, params=params)
+    return ModuleSpec(linear, params=options) if options else linear
 
 
 def _mlp(arch: Qwen3Arch, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
@@ -128,6 +130,7 @@ def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
         "kernels": parts.kernels,
         "recompute_activation": parts.recompute_activation,
         "quantize": parts.lora.qlora,
+        "double_quantize": parts.lora.qlora_double_quant,
         "recompute_products": parts.recompute_products,
     }
     experts = ModuleSpec(GroupedExperts, params=params)

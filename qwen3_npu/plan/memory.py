@@ -15,6 +15,8 @@ from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
 NF4 = 0.5 + 4 / 64  # bytes of a weight: 4 bits, and a float32 scale of 64
+# With scales in 8 bits: two float32 for each 256 of them, whole on each tensor-parallel rank, and an int32 for a row.
+DOUBLE_NF4, DOUBLE_GROUP, DOUBLE_ROW = 0.5 + 1 / 64, 2 * 4 / (64 * 256), 4
 MASTER, MOMENTS = 4, 8  # bytes a weight: the float32 copy, and Adam's two moments
 
 
@@ -103,7 +105,7 @@ def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     most = 4.0 * largest_count(shape, setup, stage)
     if setup.muon:  # of a whole matrix, or all experts of a rank: itself, its update and two steps of the iteration
         shards = setup.expert_tensor if shape.is_moe else setup.tensor
-        most = max(most, 4.0 * setup.weight_bytes * linear_counts(shape, setup, stage)[1] * shards)
+        most = max(most, 4.0 * setup.weight_bytes * linear_counts(shape, setup, stage).largest * shards)
     return most
 
 
@@ -114,7 +116,11 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     held: float = all_weights.total * (2 if setup.reference else 1) + (trained.total if setup.lora_rank else 0)
     weight = setup.weight_bytes
     if setup.quantized:  # the reference of preference training is the same base
-        held -= linear_counts(shape, setup, stage)[0] * (1 - NF4 / weight)
+        quantized = linear_counts(shape, setup, stage)
+        each, rows = NF4, 0
+        if setup.double_quantized:
+            each, rows = DOUBLE_NF4 + DOUBLE_GROUP * setup.tensor, DOUBLE_ROW * quantized.rows
+        held -= (quantized.weights * (weight - each) - rows) / weight
     if setup.swap_optimizer:  # moments and masters are on the host
         return held * weight, trained.total * 4.0, 0.0
     state = MOMENTS + (MASTER if setup.bf16 else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.setup import Setup
@@ -73,26 +74,37 @@ def _mtp_counts(shape: Shape, setup: Setup) -> Counts:
     return counts + Counts(embedding_count(shape, setup) if setup.pipeline > 1 else 0)
 
 
-def linear_counts(shape: Shape, setup: Setup, stage: int) -> tuple[int, int]:
-    """Weights of the layers' linears and experts of one rank of a stage, which --qlora quantizes; and the largest."""
-    total, largest, h, tp = 0, 0, shape.hidden_size, setup.tensor
+class Linears(NamedTuple):
+    """Of the layers' linears and experts of one rank: weights, those of the largest, and rows."""
+
+    weights: int
+    largest: int
+    rows: int
+
+
+def linear_counts(shape: Shape, setup: Setup, stage: int) -> Linears:
+    """What --qlora quantizes of one rank of a stage."""
+    total, largest, rows, h, tp = 0, 0, 0, shape.hidden_size, setup.tensor
     for has_experts, number in setup.layer_kinds(shape, stage).items():
-        sizes = [h * (shape.query_width + shape.key_width + shape.value_width) // tp, shape.output_width * h // tp]
+        sizes = [((shape.query_width + shape.key_width + shape.value_width) // tp, h), (h, shape.output_width // tp)]
         width, experts = shape.ffn_hidden_size // tp, 1
         if has_experts:
             width, experts = shape.moe_ffn_hidden_size // setup.expert_tensor, shape.num_experts // setup.expert
-        sizes += [experts * h * shape.gate_factor * width, experts * h * width]
-        total, largest = total + number * sum(sizes), max(largest, *sizes)
+        sizes += [(experts * shape.gate_factor * width, h), (experts * h, width)]
+        counts = [out * inner for out, inner in sizes]
+        total, largest = total + number * sum(counts), max(largest, *counts)
+        rows += number * sum(out for out, _ in sizes)
     if setup.quantized_ends:
         last = stage == setup.pipeline - 1 and not shape.reward and (not shape.tied or setup.pipeline > 1)
         total += ((stage == 0) + last) * embedding_count(shape, setup)
-    return total, largest
+        rows += ((stage == 0) + last) * shape.vocab_size // tp
+    return Linears(total, largest, rows)
 
 
 def matrix_count(shape: Shape, setup: Setup, stage: int) -> int:
     """Weights of the matrices of one rank's layers, which --optimizer muon updates."""
     routers = setup.layer_kinds(shape, stage).get(True, 0) * shape.hidden_size * shape.num_experts
-    return linear_counts(shape, setup, stage)[0] + routers
+    return linear_counts(shape, setup, stage).weights + routers
 
 
 def embedding_count(shape: Shape, setup: Setup) -> int:
@@ -159,7 +171,12 @@ def lora_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
     ends = ("embedding" in setup.lora_targets and stage == 0) + (
         "output" in setup.lora_targets and stage == setup.pipeline - 1
     )
-    return total + Counts(setup.lora_rank * (shape.hidden_size + shape.vocab_size // setup.tensor)) * ends
+    total += Counts(setup.lora_rank * (shape.hidden_size + shape.vocab_size // setup.tensor)) * ends
+    if setup.dora:
+        total += Counts(shape.hidden_size) * ("embedding" in setup.lora_targets and stage == 0)
+        last = "output" in setup.lora_targets and stage == setup.pipeline - 1
+        total += Counts(shape.vocab_size // setup.tensor) * last
+    return total
 
 
 def _layer_lora(shape: Shape, setup: Setup, has_experts: bool) -> Counts:
@@ -167,19 +184,20 @@ def _layer_lora(shape: Shape, setup: Setup, has_experts: bool) -> Counts:
     if shape.is_mla:
         raise UsageError("adapters of multi-latent attention (kv_lora_rank) cannot be planned")
     dense = expert = 0
+    tall = r + setup.dora  # numbers beside a row of the weight: of B, and with DoRA its length
     if "linear_qkv" in targets:
-        dense += r * h + r * (shape.query_width + 2 * shape.key_width) // tp
+        dense += r * h + tall * (shape.query_width + 2 * shape.key_width) // tp
     if "linear_proj" in targets:
-        dense += r * shape.query_width // tp + r * h
+        dense += r * shape.query_width // tp + tall * h
     if not has_experts:
         if "linear_fc1" in targets:
-            dense += r * h + r * shape.gate_factor * shape.ffn_hidden_size // tp
+            dense += r * h + tall * shape.gate_factor * shape.ffn_hidden_size // tp
         if "linear_fc2" in targets:
-            dense += r * shape.ffn_hidden_size // tp + r * h
+            dense += r * shape.ffn_hidden_size // tp + tall * h
         return Counts(dense)
     experts, width = shape.num_experts // setup.expert, shape.moe_ffn_hidden_size // setup.expert_tensor
     if "linear_fc1" in targets:
-        expert += experts * r * (h + shape.gate_factor * width)
+        expert += experts * (r * h + tall * shape.gate_factor * width)
     if "linear_fc2" in targets:
-        expert += experts * r * (width + h)
+        expert += experts * (r * width + tall * h)
     return Counts(dense, expert)

@@ -190,7 +190,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
             lr=1e-5, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=not args.lora_r
         ),
         freeze=FreezeArgs(),
-        lora=LoraArgs(lora_r=args.lora_r, qlora=args.qlora),
+        lora=LoraArgs(lora_r=args.lora_r, qlora=args.qlora, qlora_double_quant=args.qlora_double_quant),
         data=DataArgs(data_path=["DATA"], stage=args.stage, reset_attention_mask=sft and args.pack),
         record=RecordArgs(),
         tokenizer=TokenizerArgs(),

@@ -198,15 +198,18 @@ def run_schedule(
     Returns:
         The numbers of a `Tally`, float32 on the device: nothing has waited for them.
     """
-    reports = get_forward_backward_func()(
-        forward_step_func=functools.partial(forward_step, objective),
-        data_iterator=list(batches) if len(batches) > 1 else batches[0],
-        model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=num_microbatches,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch,
-        forward_only=forward_only,
-    )
+    # On a device, autograd computes backward in a thread of its own. Without it a step that waits for the host is
+    # faster: 604 to 617 ms instead of 684 to 758 (11 layers of 30B-A3B, 8 micro-batches, one H200).
+    with torch.autograd.set_multithreading_enabled(False):
+        reports = get_forward_backward_func()(
+            forward_step_func=functools.partial(forward_step, objective),
+            data_iterator=list(batches) if len(batches) > 1 else batches[0],
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=num_microbatches,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch,
+            forward_only=forward_only,
+        )
     device = next(chunks[0].parameters()).device
     size = _FIXED + len(objective.names if objective else ())
     total = torch.stack(reports).sum(0) if reports else torch.zeros(size, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 import unittest.mock
 from collections.abc import Callable
@@ -277,8 +278,12 @@ def held_bytes(platform: Platform, world: World, flags: list[str]) -> tuple[int,
 
     gc.collect()
     before = torch.npu.memory_allocated()
+    threads = set()
     with trainer(platform, world, flags) as made:
+        for parameter in made.modules[0].parameters():
+            parameter.register_hook(lambda _: threads.add(threading.get_ident()))
         made.step()
+        assert threads == {threading.get_ident()}, "a thread of autograd's computed backward"
         gc.collect()
         return torch.npu.memory_allocated() - before, sum(p.numel() for m in made.modules for p in m.parameters())
 

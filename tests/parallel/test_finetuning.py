@@ -6,6 +6,7 @@ import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,16 @@ def test_a_part_of_the_weights_is_trained_as_by_a_plain_loop(
     worlds[size].run("train", flags=[*flags, *extra, *save], steps=3)
     again = worlds[1].run("train", flags=[*flags, "--load", str(tmp_path / "save")], steps=1)
     assert again["loss"] == pytest.approx(got["loss"][3:], rel=1e-5)
+    # What was frozen may be trained from there on; the first loss is that of the same weights.
+    flag, patterns = ("--freeze-exclude", ["*.[23].*"]) if exclude else ("--freeze-include", include[:2])
+    more = [flag, *patterns, "--allow-changed", flag[2:].replace("-", "_"), "--load", str(tmp_path / "save")]
+    plain = ["--load", models[kind], "--data-path", data["single"]]
+    file = tmp_path / "more.npz"
+    again = worlds[size].run("gradients", flags=[*FLAGS, *plain, *extra, *more], steps=1, file=str(file))
+    assert again["loss"] == pytest.approx(got["loss"][3:], rel=1e-5)
+    assert again["frozen"]
+    assert not again["changed"]
+    assert set(np.load(file)) > set(np.load(gradients))
 
 
 def test_micro_batch_normalization(

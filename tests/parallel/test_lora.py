@@ -13,6 +13,7 @@ import torch
 
 import llama
 import tiny
+from apart import experts_apart
 from plain import (
     FLAGS,
     STEPS,
@@ -29,10 +30,26 @@ RANK, ALPHA = 4, 8
 LORA = ["--lora-r", str(RANK), "--lora-alpha", str(ALPHA)]
 
 
+def with_magnitudes(adapter: str, folder: Path) -> str:
+    """The same with DoRA."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    rng = np.random.default_rng(4)
+    for name in [name for name in tensors if "lora_B" in name]:
+        lengths = 1 + rng.random(len(tensors[name]), np.float32)
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = lengths
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Kind of model -> a PEFT adapter: A's of one linear are equal, B's are not zero."""
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
     from qwen3_npu.args.lora import LORA_TARGETS
     from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
@@ -64,17 +81,12 @@ def adapters(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(made["untied"], rs, dirs_exist_ok=True)
     config = json.loads((rs / "adapter_config.json").read_text())
     (rs / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
-    dora = Path(shutil.copytree(made["untied"], tmp_path_factory.mktemp("adapter-dora"), dirs_exist_ok=True))
-    tensors = load_file(dora / "adapter_model.safetensors")
-    rng = np.random.default_rng(4)
-    for name in [name for name in tensors if "lora_B" in name]:
-        lengths = 1 + rng.random(len(tensors[name]), np.float32)
-        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = lengths
-    save_file(tensors, dora / "adapter_model.safetensors")
-    (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    some = str(tmp_path_factory.mktemp("adapter-some"))
+    dora = with_magnitudes(made["untied"], tmp_path_factory.mktemp("adapter-dora"))
+    some, some_dora = (str(tmp_path_factory.mktemp("adapter-some")) for _ in range(2))
     write_some_adapters(models["untied"], some, r=RANK, lora_alpha=ALPHA)
-    return {**made, "untied rs": str(rs), "untied some": some, "untied dora": str(dora)}
+    write_some_adapters(models["untied"], some_dora, r=RANK, lora_alpha=ALPHA, use_dora=True)
+    named = {"untied rs": str(rs), "untied some": some, "untied some dora": some_dora, "untied dora": dora}
+    return {**made, **named, "moe dora": with_magnitudes(made["moe"], tmp_path_factory.mktemp("adapter-moe-dora"))}
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +100,12 @@ def peft_loop(models: dict[str, str], data: dict[str, str], adapters: dict[str, 
     def compute(form: str, kind: str) -> dict[str, Any]:
         if (form, kind) not in known:
             base = AutoModelForCausalLM.from_pretrained(models[kind.split()[0]], dtype=torch.float32)
+            base = experts_apart(base) if kind.startswith("moe") else base
             model = peft.PeftModel.from_pretrained(base, adapters[kind], is_trainable=True)
             shared = []
             for layer in model.base_model.model.model.layers:
-                a, m = layer.self_attn, layer.mlp
-                for linears in ((a.q_proj, a.k_proj, a.v_proj), (m.gate_proj, m.up_proj)):
+                a, mlps = layer.self_attn, getattr(layer.mlp, "experts", [layer.mlp])
+                for linears in ((a.q_proj, a.k_proj, a.v_proj), *((m.gate_proj, m.up_proj) for m in mlps)):
                     shared.append([one.lora_A["default"].weight for one in linears if hasattr(one, "lora_A")])
             known[form, kind] = plain_loop(model, data[form], shared)
         return known[form, kind]
@@ -101,6 +114,7 @@ def peft_loop(models: dict[str, str], data: dict[str, str], adapters: dict[str, 
 
 
 SOME = ["--lora-target-modules", "embedding", "output", r"decoder\.layers\.[13]\..*linear_qkv"]
+EXPERTS = ["--moe-aux-loss-coeff", "0"]
 LORA_LAYOUTS = {
     "one process": (1, "single", []),
     "one process, packed": (1, "packed", PER_DOCUMENT),
@@ -113,11 +127,19 @@ LORA_LAYOUTS = {
     "TP4 SP of 2 KV heads": (4, "single", ["--tensor-model-parallel-size", "4", *SP, *VARIABLE], "few"),
     "rsLoRA": (1, "single", ["--use-rslora"], "untied rs"),
     "embedding, output layer and some layers, TP2, chunked": (2, "single", SOME + TP2 + CHUNKS, "untied some"),
-    "embedding, output layer and some layers, TP2 SP PP2, chunked": (
+    "DoRA of embedding, output layer and some layers, TP2 SP PP2, chunked": (
         4,
         "single",
-        SOME + TP2 + SP + PP2 + CHUNKS,
-        "untied some",
+        ["--use-dora", *SOME, *TP2, *SP, *PP2, *CHUNKS],
+        "untied some dora",
+    ),
+    "experts, EP2": (2, "single", EXPERTS + EP2, "moe"),
+    "DoRA of experts, TP2 SP PP2": (4, "single", ["--use-dora", *EXPERTS, *TP2, *SP, *PP2], "moe dora"),
+    "DoRA of experts, TP2 SP EP2 ETP1 distributed optimizer": (
+        4,
+        "single",
+        ["--use-dora", *EXPERTS, *TP2, *SP, *EP2, *ETP1, *ZERO, *FULL],
+        "moe dora",
     ),
     "DoRA, full recompute": (1, "single", ["--use-dora", *FULL], "untied dora"),
     "DoRA, TP2 SP PP2": (4, "single", ["--use-dora", *TP2, *SP, *PP2], "untied dora"),
@@ -150,39 +172,6 @@ def test_lora_equals_peft(
     check(got, expected, gradients, lambda name: name.replace(".default", "").replace("vector.weight", "vector"))
 
 
-MOE_LORA = {
-    "TP2 SP PP2": (4, TP2 + SP + PP2),
-    "EP2": (2, EP2),
-    "TP2 SP EP2 ETP1 distributed optimizer": (4, TP2 + SP + EP2 + ETP1 + ZERO),
-}
-
-
-@pytest.fixture(scope="module")
-def moe_lora(
-    worlds: dict[int, World],
-    models: dict[str, str],
-    data: dict[str, str],
-    adapters: dict[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
-    """One process's LoRA of a MoE model."""
-    gradients = tmp_path_factory.mktemp("moe-lora") / "gradients.npz"
-    flags = [*FLAGS, *LORA, "--load", models["moe"], "--lora-load", adapters["moe"], "--data-path", data["single"]]
-    got = worlds[1].run("gradients", flags=flags, steps=STEPS, file=str(gradients))
-    return {**got, "flags": flags, "gradients": dict(np.load(gradients))}
-
-
-@pytest.mark.parametrize("name", MOE_LORA)
-def test_lora_of_experts_equals_one_process(
-    name: str, worlds: dict[int, World], moe_lora: dict[str, Any], tmp_path: Path
-) -> None:
-    size, extra = MOE_LORA[name]
-    gradients = tmp_path / "gradients.npz"
-    got = worlds[size].run("gradients", flags=moe_lora["flags"] + extra, steps=STEPS, file=str(gradients))
-    assert not got["changed"]
-    check(got, moe_lora, gradients)
-
-
 def test_pissa_is_the_same_in_every_layout(
     worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path
 ) -> None:
@@ -198,11 +187,11 @@ def test_pissa_is_the_same_in_every_layout(
 
 
 QLORA = {
-    "experts, TP2 SP EP2 ETP1": ("moe", 4, TP2 + SP + EP2 + ETP1),
+    "experts, scales in 8 bits, TP2 SP EP2": ("moe", 4, [*TP2, *SP, *EP2, "--qlora-double-quant"]),
     "and the embedding, TP2 SP PP2, recomputed, chunked": (
         "untied",
         4,
-        [*TP2, *SP, *PP2, *FULL, *CHUNKS, "--qlora-embedding"],
+        [*TP2, *SP, *PP2, *FULL, *CHUNKS, "--qlora-embedding", "--qlora-double-quant"],
     ),
     "and the tied embedding, PP2": ("tied", 2, [*PP2, "--qlora-embedding"]),
 }
@@ -216,7 +205,8 @@ def test_qlora_equals_lora_on_what_bitsandbytes_restores(
     kind, size, extra = QLORA[name]
     width = "moe_intermediate_size" if kind == "moe" else "intermediate_size"
     base = tiny.write_model(tmp_path / "base", tiny.arch(kind, **{width: 128}))
-    write_restored(base, tmp_path / "restored", ends="--qlora-embedding" in extra)
+    double = "--qlora-double-quant" in extra
+    write_restored(base, tmp_path / "restored", ends="--qlora-embedding" in extra, double=double)
     flags = [*FLAGS, *LORA, "--lora-init", "gaussian", "--data-path", data["single"]]
     files = [tmp_path / "expected.npz", tmp_path / "got.npz"]
     plain = [*flags, "--load", str(tmp_path / "restored")]

@@ -12,7 +12,7 @@ REASONS = {
     # refused
     "position": "the position counts samples: text would be repeated or skipped",
     "steps": "steps and learning rate no longer mean the same",
-    "trained": "the optimizer has no state of weights that were frozen",
+    "trained": "the optimizer has no state of weights that were frozen; allowed, they start with moments of 0",
     "model": "the weights were trained as another model",
     "numbers": "weights and optimizer state were made in another precision",
     "moments": "its state is that of another optimizer; --finetune starts with a new one",
@@ -54,6 +54,7 @@ REFUSED = {
     "optimizer": "moments",
     "qlora": "numbers",
     "qlora_embedding": "numbers",
+    "qlora_double_quant": "numbers",
 }
 
 WARNED = {

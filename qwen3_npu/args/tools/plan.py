@@ -57,6 +57,7 @@ class PlanArgs:
     stage: str = flag("pt", choices=["pt", "sft"], help="pretraining or fine-tuning")
     lora_r: int = flag(0, minimum=0, help="rank of adapters; 0: all weights are trained")
     qlora: bool = flag(False, help="with --lora-r: the frozen linears are in 4 bits")
+    qlora_double_quant: bool = flag(False, help="with --qlora: their scales are in 8 bits")
     pack: bool = flag(False, help="instruction data is packed, so no token is padding")
     top: int = flag(10, minimum=1, help="layouts to show")
     json: bool = flag(False, help="print JSON")

@@ -43,6 +43,8 @@ class Weights:
                 np.float32(self.adapter.lora.scale)
                 * (b @ self.adapter.matrix(name, "A", (rank, (number, number + 1)))).T
             )
+            if self.adapter.lora.is_dora:
+                out *= self.adapter.turned_factors(name, (0, columns))
         return out
 
     def linear(self, name: str, x: np.ndarray, rows: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     full,
     intersect,
     relative,
+    row_blocks,
     same_bits,
     sizes,
     to_float32,
@@ -50,6 +51,7 @@ class MergedSource:
         self.arch = base.arch.as_reward() if adapter.arch.reward else base.arch
         self.contents = Contents(self.arch)
         self.adapted = peft_shapes(self.arch, lora)
+        self.token_lengths: dict[str, np.ndarray] = {}
 
     def dtype(self, name: str) -> DType:
         return F32 if self.is_adapted(name) else self.unmerged_dtype(name)
@@ -69,14 +71,28 @@ class MergedSource:
             return weight
         rows, columns = region
         rank = (0, self.lora.r)
+        if is_turned(name):
+            product = self.matrix(name, "A", (rank, rows)).T @ self.matrix(name, "B", (columns, rank)).T
+            whole = to_float32(weight, self.base.dtype(name)) + np.float32(self.lora.scale) * product
+            return whole * self.turned_factors(name, columns) if self.lora.is_dora else whole
         if self.lora.is_dora:
             whole = self.directions(name, rows)
             return (self.factors(name, rows, whole)[:, None] * whole)[:, slice(*columns)]
-        if is_turned(name):
-            rows, columns = columns, rows
         b = self.matrix(name, "B", (rows, rank)) * np.float32(self.lora.scale)
         product = b @ self.matrix(name, "A", (rank, columns))
-        return to_float32(weight, self.base.dtype(name)) + (product.T if is_turned(name) else product)
+        return to_float32(weight, self.base.dtype(name)) + product
+
+    def turned_factors(self, name: str, columns: tuple[int, int]) -> np.ndarray:
+        """DoRA of an embedding, whose lengths are of columns, over the whole vocabulary: factors of some columns."""
+        if name not in self.token_lengths:
+            rank, (hidden,) = (0, self.lora.r), self.adapted[peft_name(name, MAGNITUDE)]
+            vocabulary, total = self.adapted[peft_name(name, "A")][1], np.zeros(hidden, np.float64)
+            b = self.matrix(name, "B", ((0, hidden), rank)).T * np.float32(self.lora.scale)
+            for region in row_blocks(((0, vocabulary), (0, hidden)), 4):
+                weight = to_float32(self.base.read(name, region), self.base.dtype(name))
+                total += np.square(weight + self.matrix(name, "A", (rank, region[0])).T @ b, dtype=np.float64).sum(0)
+            self.token_lengths[name] = np.sqrt(total).astype(np.float32)
+        return self.matrix(name, MAGNITUDE, (columns,)) / self.token_lengths[name][slice(*columns)]
 
     def directions(self, name: str, rows: tuple[int, int]) -> np.ndarray:
         """Whole rows of W + scale B A, float32."""

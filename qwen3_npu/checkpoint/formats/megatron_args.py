@@ -7,11 +7,14 @@ MindSpeed-LLM's converters read the rest. What says the architecture is in `mode
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from qwen3_npu import log
-from qwen3_npu.args.lora import ALL_TARGETS, LORA_ENDS, LORA_TARGETS
+from qwen3_npu.args.lora import ALL_TARGETS, LORA_ENDS, LORA_TARGETS, FreezeArgs, LoraArgs
+from qwen3_npu.args.preference import PreferenceArgs
+from qwen3_npu.args.training import DataArgs, OptimizerArgs, TrainArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DTYPES, DType
 from qwen3_npu.checkpoint.mapping.lora import Lora, found_lora
 from qwen3_npu.checkpoint.mapping.source import OWN_DTYPES, listed
@@ -24,6 +27,12 @@ from qwen3_npu.numbers import number_list
 from qwen3_npu.schema import record, text
 
 ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
+# What trainings save of their flags; a new one of these groups is known here without being listed again.
+OWN_FLAGS = frozenset(
+    field.name
+    for group in (TrainArgs, OptimizerArgs, DataArgs, FreezeArgs, LoraArgs, PreferenceArgs)
+    for field in dataclasses.fields(group)
+)
 CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
 
 
@@ -60,7 +69,7 @@ def to_args(arch: Qwen3Arch, layout: Layout, dtype: DType) -> dict[str, Any]:
 
 def arch_from_args(args: argparse.Namespace, where: str) -> Qwen3Arch:
     """The architecture that a checkpoint's arguments describe; see `from_megatron`. `where` names the file."""
-    arch = from_megatron(vars(args), where)
+    arch = from_megatron(vars(args), where, OWN_FLAGS)
     for fact in FACTS:
         # MindSpeed-LLM's converter copies config.json's keys: one of transformers 5 has rope_theta in a dict.
         if fact.name in ("rope_theta", "rms_norm_eps") and all(getattr(args, n, None) is None for n in fact.megatron):

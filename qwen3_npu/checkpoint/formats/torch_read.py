@@ -18,7 +18,13 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
 from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
 from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, StoredModel
-from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args, layout_from_args, lora_from_args, own_dtypes
+from qwen3_npu.checkpoint.formats.megatron_args import (
+    OWN_FLAGS,
+    arch_from_args,
+    layout_from_args,
+    lora_from_args,
+    own_dtypes,
+)
 from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
 from qwen3_npu.checkpoint.mapping.source import ShardReader, SliceLocation, check_tensors, listed
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, shards
@@ -169,7 +175,7 @@ def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namesp
     config = Path(hf_config or root)
     if hf_config or (config / "config.json").exists():
         arch = from_hf_config(read_hf_config(config), str(config / "config.json"))
-        check_trained(vars(args), arch, str(root))
+        check_trained(vars(args), arch, str(root), OWN_FLAGS)
         return arch
     return arch_from_args(args, str(root))
 

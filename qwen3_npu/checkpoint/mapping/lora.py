@@ -21,6 +21,7 @@ of an expert's FFN width, H the hidden size):
                                 .weight1_lora_b    [r, E 2F], memory (E, r, [gate | up])
                                 .weight2_lora_a    [E F, r], memory (E, F, r)
                                 .weight2_lora_b    [E r, H], memory (E, r, H)
+    with DoRA                   .weight1_lora_magnitude_vector [E 2F], .weight2_lora_magnitude_vector [E H]
     Stacked experts multiply from the right: weight1 (E, H, 2F) += (alpha / r) * lora_a (E, H, r) @ lora_b (E, r, 2F).
 
 Their slices are slices of PEFT's tensors, one pair per Hugging Face projection:
@@ -154,10 +155,22 @@ def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> I
 
 
 def _magnitudes(shard: Shard) -> Shard:
-    """The vector [out] beside a weight [out, in]."""
+    """The vector [out] beside a weight [out, in], or (experts, out) beside a stacked one (experts, in, out)."""
+    is_stacked, turned = len(shard.view) == 3, "word_embeddings" in shard.name
+    # Padding of a vocabulary is padding of the side that has it.
     pieces = [
-        TensorSlice(peft_name(p.hf, MAGNITUDE), p.source[:1], p.target[:1], padding=p.padding) for p in shard.slices
+        TensorSlice(
+            peft_name(p.hf, MAGNITUDE),
+            p.source[:1],
+            (p.target[0], p.target[2]) if is_stacked else p.target[:1],
+            padding=p.padding and not turned,
+        )
+        for p in shard.slices
     ]
+    if is_stacked:
+        experts, _, outer = shard.view
+        name = f"{shard.name}_{MAGNITUDE}"
+        return _beside(shard, name, (experts * outer,), (experts, outer), slices=pieces)
     name = f"{shard.name.removesuffix('weight')}{MAGNITUDE}.default.weight"
     return _beside(shard, name, shard.shape[:1], shard.view[:1], slices=pieces)
 

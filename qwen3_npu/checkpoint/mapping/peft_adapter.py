@@ -163,8 +163,6 @@ def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qw
 
 def _check_magnitudes(vectors: Mapping[str, tuple[int, ...]], lora: Lora, arch: Qwen3Arch, where: str) -> None:
     """A linear that joins projections has magnitudes of each, also of those without A and B."""
-    if "embedding" in lora.targets or (arch.is_moe and {"linear_fc1", "linear_fc2"} & set(lora.targets)):
-        raise UsageError(f"{where}: use_dora of an embedding or of experts is not supported; merge it with peft")
     wanted = {name: shape for name, shape in peft_shapes(arch, lora).items() if name.endswith(MAGNITUDE)}
     check_tensors(vectors, wanted, where, "DoRA (q, k and v, or gate and up, have it together)")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from qwen3_npu.checkpoint.binary.dtypes import BF16, BY_TORCH, U8, DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.formats.open import Peers
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.source import ShardReader, SliceLocation, Source, read_shard
+from qwen3_npu.checkpoint.mapping.source import ShardReader, SliceLocation, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.distributed.layout import Layout, Rank
-from qwen3_npu.errors import Stopped, UsageError
-from qwen3_npu.model.quantized import fill, held
+from qwen3_npu.errors import Stopped
 
 
 def dtype_of(tensor: torch.Tensor) -> DType:
@@ -91,73 +90,6 @@ class LiveTensors(ShardReader[None]):
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-@torch.no_grad()
-def load_weights(
-    source: Source,
-    layout: Layout,
-    rank: Rank,
-    chunks: Sequence[torch.nn.Module],
-    *,
-    contents: Contents | None = None,
-    loads: Callable[[str], bool] = lambda name: True,
-    allow_nonfinite: bool = False,
-) -> None:
-    """Fill this rank's parameters.
-
-    Args:
-        chunks: the model chunks, not wrapped.
-        contents: what the model is made of; by default weights without LoRA adapters.
-        loads: which parameters are filled, by their names.
-        allow_nonfinite: take NaN and infinite values too (--allow-nonfinite-weights).
-
-    Raises:
-        UsageError: a weight is not finite, in its file or in the parameter's dtype.
-    """
-    contents = contents or Contents(source.arch)
-    extremes: dict[str, torch.Tensor] = {}
-    for chunk, model in enumerate(chunks):
-        parameters = dict(model.named_parameters())
-        wanted = {s.name: s for s in contents.shards(layout, rank) if s.chunk == chunk}
-        if wanted.keys() != parameters.keys():
-            raise AssertionError(f"weight table and model disagree: {sorted(wanted.keys() ^ parameters.keys())[:5]}")
-        for name, shard in wanted.items():
-            if not loads(name):
-                continue
-            filled = _fill(parameters[name], source, shard)
-            if not allow_nonfinite:
-                # Both are NaN if anything is; they stay on the device, which is waited for once.
-                label = " + ".join(dict.fromkeys(piece.hf for piece in shard.slices)) or name
-                extremes[label] = torch.stack([filled.min(), filled.max()]).float()
-    if extremes:
-        finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist()
-        if wrong := [label for label, is_finite in zip(extremes, finite, strict=True) if not is_finite]:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            kind = f"NaN or infinity, in {dtype_name(chunks)}"
-            raise UsageError(
-                f"{source} holds weights that are not finite ({kind}): {wrong[0]}{more}; "
-                "load an earlier checkpoint, or continue with --allow-nonfinite-weights"
-            )
-
-
-def _fill(parameter: torch.nn.Parameter, source: Source, shard: Shard) -> torch.Tensor:
-    """Read a parameter; a quantized one is quantized on the host. What is NaN or infinite if a weight is."""
-    kind = held(parameter)
-    if kind is None:
-        dtype = dtype_of(parameter)
-        parameter.copy_(to_torch(read_shard(source, shard, dtype), dtype))
-        return parameter
-    dtype = BY_TORCH[str(kind.dtype).removeprefix("torch.")]
-    weight = to_torch(read_shard(source, shard, dtype), dtype).view(shard.view)
-    fill(parameter, weight.transpose(1, 2) if weight.dim() == 3 else weight)  # experts: as Hugging Face has them
-    return kind.scales
-
-
-def dtype_name(chunks: Sequence[torch.nn.Module]) -> str:
-    """The dtype of a model's parameters, for messages."""
-    floats = (p.dtype for chunk in chunks for p in chunk.parameters() if p.is_floating_point())
-    return str(next(floats)).removeprefix("torch.")
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:

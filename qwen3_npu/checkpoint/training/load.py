@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from qwen3_npu import log
-from qwen3_npu.args.lora import spelled
+from qwen3_npu.args.lora import FreezeArgs, spelled
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
@@ -22,17 +22,20 @@ from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
+from qwen3_npu.checkpoint.mapping.frozen import frozen_weights
 from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE, check_apart, is_lora
-from qwen3_npu.checkpoint.mapping.source import read_shard, read_tensor
+from qwen3_npu.checkpoint.mapping.source import listed, read_shard, read_tensor
 from qwen3_npu.checkpoint.mapping.table import SCORE
 from qwen3_npu.checkpoint.training import optimizer_state
 from qwen3_npu.checkpoint.training.compare import check_resumed, check_same_model, model_facts
-from qwen3_npu.checkpoint.training.live import Ranks, load_weights, parameters_of, to_torch
+from qwen3_npu.checkpoint.training.fill import load_weights
+from qwen3_npu.checkpoint.training.live import Ranks, parameters_of, to_torch
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.state import DistState, TorchState
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
+from qwen3_npu.model.lora.embedding import LoraEmbedding
 from qwen3_npu.model.lora.experts import LoraExperts
 from qwen3_npu.model.lora.linear import LoraLinear
 
@@ -66,7 +69,7 @@ def load(
     adapter = _open_adapter(trained, base, lora_load)
     if trained.contents.lora and adapter is None:
         for module in (module for chunk in trained.chunks for module in chunk.modules()):
-            if isinstance(module, LoraLinear | LoraExperts):
+            if isinstance(module, LoraLinear | LoraExperts | LoraEmbedding):
                 module.begin()
     if trained.contents.arch.reward and adapter is None:
         _take_head(trained, base)
@@ -208,7 +211,8 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
     now = {**facts, **model_facts(model)}
     check_resumed({**saved, **model_facts(source.arch)}, now, args.allow_changed, str(state.folder))
     if args.load_optim:
-        _load_optimizer(trained, state, allow_nonfinite=args.allow_nonfinite_weights)
+        fresh = _newly_trained(trained, saved)
+        _load_optimizer(trained, state, fresh, allow_nonfinite=args.allow_nonfinite_weights)
     else:
         trained.optimizer.reload_model_params()
     _load_schedule(trained, state.common["opt_param_scheduler"])
@@ -236,17 +240,33 @@ def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:
 _STATE_WORDS = {"param": "float32 weight", "exp_avg": "first moment", "exp_avg_sq": "second moment"}
 
 
-def _load_optimizer(trained: Trained, state: TorchState | DistState, *, allow_nonfinite: bool) -> None:
+def _newly_trained(trained: Trained, saved: Mapping[str, Any]) -> frozenset[str]:
+    """Hugging Face names of the weights that were frozen when the checkpoint was saved, and are trained now."""
+    patterns = {name: saved.get(name) or [] for name in ("freeze_include", "freeze_exclude")}
+    found = frozen_weights(trained.contents.arch, FreezeArgs(**patterns)) - trained.frozen
+    if found:
+        log.warning_once(f"trained from here on, with new moments, since the checkpoint has none: {listed(found)}")
+    return found
+
+
+def _load_optimizer(
+    trained: Trained, state: TorchState | DistState, fresh: frozenset[str], *, allow_nonfinite: bool
+) -> None:
+    """`fresh`: weights that the checkpoint has no state of; they start with theirs, and with moments of 0."""
     if not state.has_optimizer:
         raise UsageError(f"{state.folder} was saved without optimizer state; give --no-load-optim or --finetune")
-    rank = model_rank()
+    rank, parameters = model_rank(), parameters_of(trained.chunks)
     sources = {key: state.optimizer(key, trained.optimized, rank) for key in optimizer_state.KEYS}
     wanted = {(shard.chunk, shard.name): shard for shard in trained.optimized.shards(trained.layout, rank)}
 
     wrong: list[str] = []
 
     def read(chunk: int, name: str, key: str) -> torch.Tensor:
-        tensor = to_torch(read_shard(sources[key], wanted[chunk, name], F32), F32)
+        shard = wanted[chunk, name]
+        if fresh.issuperset(piece.hf for piece in shard.slices):
+            weight = parameters[chunk, name].detach().float().cpu()
+            return weight if key == "param" else torch.zeros_like(weight)
+        tensor = to_torch(read_shard(sources[key], shard, F32), F32)
         if not allow_nonfinite and not tensor.isfinite().all():
             wrong.append(f"the {_STATE_WORDS[key]} of {name}")
         return tensor

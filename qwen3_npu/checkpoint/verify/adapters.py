@@ -126,6 +126,7 @@ class MergedTensors(VerifySource):
     def __init__(self, base: VerifySource, pairs: MegatronPairs | PeftPairs) -> None:
         self.base, self.pairs = base, pairs
         self.pair = functools.lru_cache(maxsize=4)(pairs)
+        self.squares: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _of(self, name: str) -> tuple[VerifySource | MegatronPairs | PeftPairs, str]:
         return (self.pairs, PEFT_HEAD) if name == HEAD else (self.base, name)
@@ -152,6 +153,8 @@ class MergedTensors(VerifySource):
         if not self.pairs.is_dora:
             added, error = product(pair, rows, columns)
             return self.read(name, rows, columns).double() + added, error
+        if is_turned(peft_tensor(name.removesuffix(".weight"), "A")):
+            return self._turned(name, pair, rows, columns)
         whole = (0, pair[0].shape[1])
         added, error = product(pair, rows, whole)
         directions = self.read(name, rows, whole).double() + added
@@ -161,6 +164,26 @@ class MergedTensors(VerifySource):
         exact = factors * directions
         spread = factors.abs() * error + exact.abs() * (error.norm(dim=1, keepdim=True) / norms + unit)
         return exact[:, slice(*columns)], spread[:, slice(*columns)]
+
+    def _turned(self, name: str, pair: AdapterPair, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        """`merged` of an embedding with DoRA, whose lengths are of columns."""
+        vocabulary = len(pair[1])
+        if name not in self.squares:
+            parts, errors = [], []
+            for start in range(0, vocabulary, step := max(1, _BLOCK // pair[0].shape[1])):
+                part = (start, min(start + step, vocabulary)), (0, pair[0].shape[1])
+                added, error = product(pair, *part)
+                parts.append((self.read(name, *part).double() + added).square().sum(0))
+                errors.append(error.square().sum(0))
+            self.squares[name] = sum(parts, torch.zeros(1)), sum(errors, torch.zeros(1))
+        total, spread = (value[slice(*columns)] for value in self.squares[name])
+        norms = total.sqrt()
+        magnitudes = self.pairs.read(peft_tensor(name.removesuffix(".weight"), DORA), columns, (0, 1)).double()
+        factors = magnitudes.flatten() / norms
+        added, error = product(pair, rows, columns)
+        exact = factors * (self.read(name, rows, columns).double() + added)
+        unit = (vocabulary**0.5 + 16) * 2.0**-23
+        return exact, factors.abs() * error + exact.abs() * (spread.sqrt() / norms + unit)
 
     def close(self) -> None:
         self.base.close()

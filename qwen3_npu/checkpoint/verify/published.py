@@ -253,6 +253,9 @@ def _vocabulary(
         if target == "embedding":
             yield WholeMatrix(at.format("A"), padded, r, tall(a), cut=ROWS, is_turned=True)
             yield WholeMatrix(at.format("B"), hidden, r, (Strip(b, 0, hidden),))
+            if adapted.is_dora:
+                strip = Strip(peft_tensor(module, DORA), 0, hidden)
+                yield WholeMatrix(f"{name}.{DORA}.default.weight", hidden, 1, (strip,), is_vector=True)
         else:
             yield WholeMatrix(at.format("A"), r, hidden, (Strip(a, 0, r),))
             yield WholeMatrix(at.format("B"), padded, r, tall(b), cut=ROWS)
@@ -357,6 +360,8 @@ _STACKED = {
     "linear_fc2.weight": "weight2",
     "linear_fc2.lora_A.default.weight": "weight2_lora_a",
     "linear_fc2.lora_B.default.weight": "weight2_lora_b",
+    "linear_fc1.lora_magnitude_vector.default.weight": "weight1_lora_magnitude_vector",
+    "linear_fc2.lora_magnitude_vector.default.weight": "weight2_lora_magnitude_vector",
 }
 
 
@@ -373,7 +378,9 @@ def _held(matrices: list[WholeMatrix], ways: int, index: int, *, stacked: str = 
         return HeldTensor((columns, rows), parts, (1, columns, rows))
     if not stacked:
         return HeldTensor((rows,) if matrices[0].is_vector else (rows, columns), parts)
-    shape = (columns, count * rows) if stacked == "linear_fc1" else (count * columns, rows)
+    shape: tuple[int, ...] = (columns, count * rows) if stacked == "linear_fc1" else (count * columns, rows)
+    if matrices[0].is_vector:
+        shape = (count * rows,)
     return HeldTensor(shape, parts, (count, columns, rows))
 
 

@@ -7,7 +7,7 @@ here is refused by name: weights alone do not tell one rotary embedding, norm or
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qwen3_npu.errors import UsageError
@@ -19,7 +19,7 @@ from qwen3_npu.model.arch.families.family import Family
 from qwen3_npu.model.arch.rope import LINEAR, LLAMA3, YARN, RopeScaling
 from qwen3_npu.model.arch.saved_arguments import refuse_others, unlike
 from qwen3_npu.numbers import number_list
-from qwen3_npu.schema import boolean, integer, number, shown
+from qwen3_npu.schema import boolean, integer, number, record, shown
 
 # A family's fact -> the argument that says it.
 FEATURES = {"qk_norm": "qk_layernorm", "qkv_bias": "add_qkv_bias", "o_bias": "add_dense_bias"}
@@ -28,6 +28,8 @@ _WORDS = {
     "add_qkv_bias": "bias in q, k and v",
     "add_dense_bias": "bias in the attention's output",
 }
+# config.json's keys, of which copies may stand among arguments.
+_HF_ROPE = ("rope_scaling", "rope_parameters")
 # What is the same for every family here; written into checkpoints.
 ALWAYS: dict[str, Any] = {
     "group_query_attention": True,
@@ -56,14 +58,17 @@ def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
     return found | (_scaling_arguments(arch.rope_scaling) if arch.rope_scaling else {})
 
 
-def from_megatron(args: Mapping[str, Any], where: str) -> Qwen3Arch:
+def from_megatron(args: Mapping[str, Any], where: str, own: Collection[str] = ()) -> Qwen3Arch:
     """The architecture that arguments describe (Megatron's or MindSpeed-LLM's own).
+
+    Args:
+        own: names of this project's flags that a checkpoint holds beside them.
 
     Raises:
         UsageError: a fact is missing or of another type, or they describe what is not computed here.
     """
-    said = {name: value for name, value in args.items() if value is not None}
-    refuse_others(said, where)
+    said = _said(args, where)
+    refuse_others(said, where, own)
     if said.get("group_query_attention") is False and said.get("num_query_groups") == 1:
         said.pop("num_query_groups")  # Megatron's default, which it does not use then
     family = _family(said, where)
@@ -91,14 +96,17 @@ def from_megatron(args: Mapping[str, Any], where: str) -> Qwen3Arch:
     return Qwen3Arch(**{**facts, **ids}, reward=boolean(said.get("reward_model", False), f"{where}: reward_model"))
 
 
-def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str) -> None:
+def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str, own: Collection[str] = ()) -> None:
     """Compare what arguments saved with weights say of their training with the architecture that another file says.
+
+    Args:
+        own: as in `from_megatron`.
 
     Raises:
         UsageError: they name what is not computed here, or not what `arch` computes.
     """
-    said = {name: value for name, value in args.items() if value is not None}
-    refuse_others(said, where)
+    said = _said(args, where)
+    refuse_others(said, where, own)
     known: dict[str, Any] = {}
     for fact in FACTS:
         name = next((name for name in fact.megatron if name in said), None)
@@ -109,6 +117,19 @@ def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str) -> None:
         known = {name: value for name, value in known.items() if name not in ("num_experts_per_tok", "norm_topk_prob")}
     if wrong := arch.unlike(dataclasses.replace(arch, **known)):
         raise UsageError(f"{where} was trained with {wrong} (config.json); correct that config.json")
+
+
+def _said(args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arguments that are not None. A base inside config.json's dict of the rotary embedding stands for one beside
+    it, as in transformers 5.
+    """
+    said = {name: value for name, value in args.items() if value is not None}
+    for name in _HF_ROPE:
+        inner = record(said.get(name) or {}, f"{where}: {name}").fields.get("rope_theta")
+        outer = said.setdefault("rotary_base", said.get("rope_theta", inner)) if inner is not None else inner
+        if inner != outer:
+            raise UsageError(f"{where}: rotary_base {shown(outer)} and {name}.rope_theta {shown(inner)} differ")
+    return said
 
 
 def unlike_family(argument: str, said: bool | None, family: Family) -> str | None:
@@ -197,7 +218,12 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
         found.append(RopeScaling(kind=LLAMA3, factor=read("rope_scaling_factor", 8.0), original=8192))
     if (factor := read("rotary_seq_len_interpolation_factor", 1.0)) != 1:
         found.append(RopeScaling(kind=LINEAR, factor=factor))
-    if len(found) > 1:
+    for name in _HF_ROPE:
+        if said.get(name):
+            own = {name: {"rope_theta": theta} | record(said[name], f"{where}: {name}").fields}
+            scaling = rope.from_hf(own, int(read("max_position_embeddings", 40960)), theta, where)[1]
+            found += [scaling] if scaling is not None else []
+    if len(set(found)) > 1:
         raise UsageError(f"{where}: its args name {' and '.join(map(str, found))}; one of them can be computed")
     return rope.checked_scaling(found[0], theta, where) if found else None
 

@@ -4,15 +4,11 @@ A checkpoint of Megatron-LM or MindSpeed-LLM holds hundreds of arguments. One th
 
 1. is translated (`facts.py`, `megatron.py`), or
 2. has its only value in `_ONLY`, or
-3. is known to change nothing that a trained network computes: a name in `WITHOUT_EFFECT`, or one with a word of
-   `_EXECUTION` in it (how it is computed: fusion, recomputing, communication, precision; how it is trained), or
-4. has no word of a network (`_NETWORK`) in its name but one of `_OTHERS`: paths, data, logging, schedules, or
-5. is named: with a word of a network it is refused, since it may say that the network is another one; with none, the
-   log says once that it is not known and is taken to change nothing.
+3. is known by name to change nothing that a trained network computes (`harmless_arguments.py`), or
+4. is refused by name: it may say that the network is another one.
 
-So an argument that a later version adds is refused if it sounds like a part of the network and is switched on. Source
-of the names: the parsers of megatron-core 0.8 to 0.19 and of MindSpeed-LLM 2.1.0 and c77308a, and config.json's keys,
-which MindSpeed-LLM's converter copies into its arguments.
+So an argument that a later version adds is refused if it is on, whatever its name sounds like, and converted with
+--ignore-args. One that is off is not looked at: whatever it would switch on, it does not.
 """
 
 from __future__ import annotations
@@ -21,9 +17,9 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from qwen3_npu import log
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.model.arch.facts import FACTS
+from qwen3_npu.model.arch.harmless_arguments import is_harmless
 from qwen3_npu.schema import shown
 
 # Argument -> the only values that are computed here.
@@ -75,113 +71,40 @@ _MEGATRON_TRANSLATED = """
     beta_fast beta_slow low_freq_factor high_freq_factor mscale mscale_all_dim original_max_position_embeddings
     eos_token_id moe_router_pre_softmax moe_grouped_gemm tie_word_embeddings num_hidden_layers
     use_rslora own_dtypes max_window_layers sliding_window layer_types window_size moe_layer_freq softmax_scale
-    moe_router_load_balancing_type
+    moe_router_load_balancing_type rope_scaling rope_parameters reward_model
+    yarn_rotary_scaling_factor yarn_correction_range_round_to_int yarn_attention_factor
 """.split()  # noqa: SIM905
+_MEGATRON_TRANSLATED += [
+    f"{prefix}_{name}"
+    for prefix in ("yarn", "rope_scaling")
+    for name in ("original_max_position_embeddings", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+]
 _TRANSLATED = {name for fact in FACTS for name in fact.megatron} | set(_MEGATRON_TRANSLATED)
-# Names whose beginning says that another argument, which is refused, must be on for them to mean anything; or whose
-# tensors would have other names.
-_DEPENDENT = re.compile(
-    r"(yarn|rope_scaling|mamba|linear_(conv|key|num|value)|dsa_indexer|index|indexer|hc|mhc|mla|qk_clip|retro|biencoder"
-    r"|ict|retriever|mask|relative_attention|kitchen|mtp_loss|lora|lu_lora|balanced"
-    r"|deprecated|q_lora|kv_lora|o_lora|o_groups|hybrid_context)(_|$)"
-)
-WITHOUT_EFFECT = frozenset(
-    """
-    add_position_embedding use_rotary_position_embeddings transformer_impl attention_mask_type reset_attention_mask
-    use_flash_attn apply_query_key_layer_scaling persist_layer_norm no_persist_layer_norm
-    memory_efficient_layer_norm clone_scatter_output_in_embedding create_attention_mask_in_dataloader
-    encoder_num_layers encoder_seq_length decoder_num_layers decoder_seq_length standalone_embedding_stage
-    defer_embedding_wgrad_compute num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 mlp_chunks_for_prefill
-    mlp_chunks_for_training bert_binary_head moe_router_bias_update_rate moe_router_padding_for_fp8
-    moe_router_padding_for_quantization moe_per_layer_logging moe_expert_capacity_factor moe_train_capacity_factor
-    moe_pad_expert_input_to_capacity moe_input_jitter_eps moe_no_drop moe_revert_type_after_topk
-    moe_token_drop_policy moe_dynamic_padding moe_unperm2_mem_optim moe_hierarchical_alltoallv moe_use_grouped_tensor
-    moe_use_legacy_grouped_gemm
-    moe_single_grouped_weight moe_tp_extend_ep moe_extended_tp moe_zero_memory moe_router_fusion mlp_experts_flag
-    qk_head_dim qk_pos_emb_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim compress_rope_theta
-    sliding_window_size moba_topk compress_activation gamma_beta_ratio
-    kv_head_repeat_before_uly_alltoall use_ulysses_allgather_kv unaligned_linear output_layer_slice_num
-    pipe_experts_multi_data pipe_experts_multi_stream use_pipe_experts shared_expert_gate_output_dimension
-    window_attn_skip_freq adaptive_cp_manually_set_mask_list print_expert_load save_layer_by_layer attn_implementation
-    top_k top_p head_lr_mult initializer_range use_cache output_attentions output_hidden_states
-    pad_token_id bos_token_id unk_token_id num_token swap_attention noise_std
-    vpprank_layer_idxs pprank_layer_idxs
-    qk_clip expert_interval throughput_window_size replication_factor use_mamba_mem_eff_path query_in_block_prob
-    use_layer_wise_param_layout expert_gtp_weight_remat_size pre_tockens next_tockens sparse_mode skip_bias_add
-    longrope_freqs_type rope_factor moba_chunk_size moba_calc_method cliprange_value reset_position_ids
-    no_shared_storage wgrad_deferral_limit embedding_path interleave_probs scale_fmt moe_token_dropping
-    dir input mode model_name model_type output_path spec gdp_num_householder gtp_weight_remat_size shape_order
-    min_offloaded_tensor_size long_factor short_factor fc_type
-    num_microbatches_with_partial_activation_checkpoints use_grouped_gemm_for_dense_mlp use_triton_swiglu_limit
-    use_grouped_gemm_for_shared_expert output_bert_embeddings mtp_mem_efficient_logits use_kitchen_attention
-""".split()  # noqa: SIM905
-)
-_NETWORK = frozenset(
-    """
-    act activation alibi altup attention attn bias capping clamp cla conv csa decoder deepnorm dense dsa emb embed
-    embedding embeddings embeds encoder expert experts ffn flextron freq gate gated gdn geglu gelu glu head heads
-    heterogeneous
-    hidden hybrid hyper indexer
-    interleave interleaved interpolation key kv latent layer layernorm layers limit linear logit logits longrope mamba
-    mhc mla mlp moba moe mrope mscale mtp mup multiplier ngram norm normalization ntk offset pos position positions post
-    pre qk qkv query recurrent ratios relu residual rmsnorm rnn rope rotary router routed rwkv sandwich scale scaled
-    scaling selu shared share sigmoid silu sink sinkhorn sinks sliding softcap softcapping softmax sparse ssm swiglu
-    swish theta tie tied topk v value window xielu yarn zero
-""".split()  # noqa: SIM905
-)
-_EXECUTION = frozenset(
-    """
-    fused fusion recompute overlap dropout init initial initialization initializer log logging loss lr wd decay dtype
-    fp8 fp4 fp16 fp32 bf16 offload offloading swap mc2 comm communication cp ep tp pp vpp pipeline parallel
-    checkpoint checkpointing ckpt inference rl grpo ppo dpo simpo kto fim dino vision vit muon hccl gloo nccl process
-    rank ranks node nodes cuda graph placement dispatcher kernel kernels backend impl cpu export hot deepep
-    hybridep ncclep cache routing stash grad gradient async save load te batch seed seq seqlen seqs gc profile profiler
-    profiling calc clip stream streams dataloader dataset data prefetch buffer bucket optimizer adam sgd lion soap iter
-    iters iteration iterations train eval valid test warmup interval upcycling freeze fsdp shard sharding sharded
-    memory version tensorboard wandb timing timers stage stages deterministic fake
-    quant quantization qat qad qlora nvtx straggler onnx tokenizer vocab allgather alltoall permute permutation
-    activations retain layerzero
-""".split()  # noqa: SIM905
-)
-
-_OTHERS = frozenset(
-    """
-    a2avc advantage aiqos align allreduce ampipe append autoresume availability backbone barrier best broadcast channels
-    check checking chunked classes coc coef coeff command compress config configs convert critic cvt datadump datasets
-    ddp deter dim1 dist distrib distributed document dualpipev dump elements ema embedder engine entropy exit
-    experimental file files fill filter finetune folder framework gamma gather gbs gemm gigatoken global greedy ground
-    handler hbmfault hf history hysteresis image img infer injection inprocess integrity jit jitter keys lam len length
-    level loader logger master matmul mbs megatron metadata method mg micro models msc nanopipe newlines nnodes nproc
-    offloaded optim optimization or otel pack package pad padded partial patch path penalty postprocess pref prefix
-    pretrain prob probs project prompt prompts queue reasoning reboot recent recorder reducescatter ref registration
-    rejected release remote replication rerun reshardable reverse reward rng rts rules run runtime sample samples
-    sampling saver scheduler sendrecv sent seq1f1b settings sft shapes sharp shuffle split splits strategy streaming
-    subs surplus task temperature template tflops thinking thought timeout token tokens torch training trust ttp
-    validate validation verifier verify workers world yaml zero3
-""".split()  # noqa: SIM905
-)
 
 
-def refuse_others(said: Mapping[str, object], where: str, ignored: Collection[str] = ()) -> None:
+def refuse_others(said: Mapping[str, object], where: str, own: Collection[str] = ()) -> None:
     """Look at every argument that is not None; see the top of this file.
 
     Args:
-        ignored: names that the user says have no effect.
+        own: names of this project's flags, which its checkpoints hold.
 
     Raises:
-        UsageError: one names an architecture that is not computed here, or may do so; of others that are not known the
-            log says so.
+        UsageError: some name an architecture that is not computed here, or may do so.
     """
     unknown = []
     for name, value in said.items():
-        if name not in ignored and (expected := _other(name, value, said)):
-            raise UsageError(f"{where}: {name} {shown(value)} {expected}")
-        if name not in ignored and _is_unknown(name, value):
-            unknown.append(f"{printable(name)} {shown(value)}")
+        if expected := _other(name, value, said):
+            raise UsageError(f"{where}: {printable(name)} {shown(value)} {expected}")
+        known = name in _ONLY or name in _WHOLE or name in _TRANSLATED or name in own
+        if not known and not _is_off(value) and not is_harmless(name):
+            unknown.append(name)
     if unknown:
-        log.warning_once(
-            f"{where}: its args have {', '.join(unknown[:8])}{' ...' * (len(unknown) > 8)}, which are not known here; "
-            "they are taken to change nothing that the network computes"
+        named = ", ".join(f"{printable(name)} {shown(said[name])}" for name in unknown[:8]) + " .." * (len(unknown) > 8)
+        are = "is another architecture or not" if len(unknown) == 1 else "are other architectures or not"
+        ignored = " ".join(map(printable, unknown[:64])) + " .." * (len(unknown) > 64)
+        raise UsageError(
+            f"{where}: {named} {are} known here; what changes nothing that the network computes is left out by "
+            f"convert_ckpt.py --ignore-args {ignored}"
         )
 
 
@@ -201,22 +124,7 @@ def _other(name: str, value: object, said: Mapping[str, object]) -> str | None:
         return None if off or value in _ONLY[name] else _only(shown(_ONLY[name][0]))
     if name in _WHOLE:
         return None if _is_off(value) or _WHOLE[name](value, said) else _only(_WHOLE_WORDS[name])
-    if _is_off(value) or name in _TRANSLATED or name in WITHOUT_EFFECT:
-        return None
-    words = _words(name)
-    if not words & _NETWORK or words & _EXECUTION or _DEPENDENT.match(name):
-        return None
-    return f"{_only('off')} (if it changes nothing that the network computes: convert with --ignore-args {name})"
-
-
-def _words(name: str) -> set[str]:
-    return set(name.lower().split("_"))
-
-
-def _is_unknown(name: str, value: object) -> bool:
-    """Whether an argument that is not refused is one that no word of its name tells to be harmless."""
-    known = name in _ONLY or name in _WHOLE or name in _TRANSLATED or name in WITHOUT_EFFECT
-    return not (known or _is_off(value) or _DEPENDENT.match(name) or _words(name) & (_EXECUTION | _OTHERS))
+    return None
 
 
 def _is_off(value: object) -> bool:

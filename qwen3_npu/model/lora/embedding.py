@@ -6,9 +6,10 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.model.lora.dora import RowLengths
 from qwen3_npu.model.lora.start import new_weight
 from qwen3_npu.model.modules import Embedding
-from qwen3_npu.model.quantized import shape_of
+from qwen3_npu.model.quantized import restored, shape_of
 
 
 class LoraEmbedding(torch.nn.Module):
@@ -17,7 +18,8 @@ class LoraEmbedding(torch.nn.Module):
     A is 0 at first and B is drawn, as peft does for embeddings.
     """
 
-    def __init__(self, base: Embedding, args: LoraArgs, config: TransformerConfig) -> None:
+    def __init__(self, base: Embedding, args: LoraArgs, config: TransformerConfig, vocabulary: int) -> None:
+        """Args: vocabulary: tokens without padding."""
         super().__init__()
         self.base_layer, self.scale, self.enabled = base, args.scale, True
         rows, hidden = shape_of(base.weight)
@@ -27,6 +29,23 @@ class LoraEmbedding(torch.nn.Module):
         b = new_weight(base.weight.device, hidden, args.lora_r, dim=None, config=config)
         self.lora_B = torch.nn.ModuleDict({"default": b})
         b.weight.data.normal_()  # outside the tracker: alike on every rank
+        self.is_dora = args.use_dora
+        if self.is_dora:
+            vector = new_weight(base.weight.device, hidden, dim=None, config=config)
+            self.lora_magnitude_vector = torch.nn.ModuleDict({"default": vector})
+            self.row_lengths = RowLengths(args.scale, base.tp_group)
+            self.real = max(min(vocabulary - base.vocab_start_index, rows), 0)
+
+    def lengths(self) -> torch.Tensor:
+        """DoRA: as of a linear of one-hot vectors, [hidden] float32: over the vocabulary, without its padding."""
+        weight = restored(self.base_layer.weight)[: self.real].t()
+        return self.row_lengths(weight, self.lora_A["default"]()[:, : self.real], self.lora_B["default"]())
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """What a new adapter takes from the base's weights, which are there now."""
+        if self.is_dora:
+            self.lora_magnitude_vector["default"]().copy_(self.lengths())
 
     @property
     def weight(self) -> torch.nn.Parameter:
@@ -39,4 +58,7 @@ class LoraEmbedding(torch.nn.Module):
         if not self.enabled:
             return out
         narrow = self.base_layer.rows(tokens, self.lora_A["default"]().t()) * self.scale
-        return out + torch.nn.functional.linear(narrow, self.lora_B["default"]())
+        out = out + torch.nn.functional.linear(narrow, self.lora_B["default"]())
+        if self.is_dora:
+            out = out * (self.lora_magnitude_vector["default"]() / self.lengths()).to(out.dtype)
+        return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -11,8 +12,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.experts import GroupedExperts, is_like_dense
+from qwen3_npu.model.lora.dora import RowLengths
 from qwen3_npu.model.lora.start import draw, principal
 from qwen3_npu.model.modules import mark
+from qwen3_npu.model.quantized import held, restored
 
 
 class LoraExperts(GroupedExperts):
@@ -21,6 +24,7 @@ class LoraExperts(GroupedExperts):
     Shapes (e experts of this rank, f = ffn / expert tensor parallel size), two-dimensional like the base weights:
         weight1_lora_a [hidden, e r], memory (e, hidden, r)    weight1_lora_b [r, e 2f], memory (e, r, [gate | up])
         weight2_lora_a [e f, r], memory (e, f, r)              weight2_lora_b [e r, hidden], memory (e, r, hidden)
+    With DoRA weight1_lora_magnitude_vector [e 2f] and weight2_lora_magnitude_vector [e hidden].
     """
 
     def __init__(self, *sizes: Any, args: LoraArgs, adapted: Collection[str], **options: Any) -> None:
@@ -37,10 +41,47 @@ class LoraExperts(GroupedExperts):
             self.weight2_lora_a = self._update(e * self.ffn, r, is_sharded=sharded)
             self.weight2_lora_b = self._update(e * r, self.hidden, is_sharded=False)
             self._init_each(self.weight2_lora_a, args, self.ffn, alike=False)
+        self.is_dora = args.use_dora
+        if self.is_dora:
+            self._add_magnitudes(adapted, is_sharded=sharded)
 
-    def _update(self, rows: int, columns: int, *, is_sharded: bool) -> torch.nn.Parameter:
+    def _add_magnitudes(self, adapted: Collection[str], *, is_sharded: bool) -> None:
+        """DoRA: the length of each row of each expert's W + scale B A."""
+        e = self.num_local_experts
+        self.row_lengths: dict[int, RowLengths] = {}
+        if "linear_fc1" in adapted:
+            self.weight1_lora_magnitude_vector = self._update(e * 2 * self.ffn, is_sharded=is_sharded)
+            self.row_lengths[1] = RowLengths(self.scale, None)
+        if "linear_fc2" in adapted:
+            self.weight2_lora_magnitude_vector = self._update(e * self.hidden, is_sharded=False)
+            self.row_lengths[2] = RowLengths(self.scale, self.pg_collection.expt_tp)
+
+    def lengths(self, which: int) -> torch.Tensor:
+        """Of the rows of each expert's W + scale B A in weight1 or weight2, [experts, out (/ ETP)] float32."""
+        a, b, e = getattr(self, f"weight{which}_lora_a"), getattr(self, f"weight{which}_lora_b"), self.num_local_experts
+        weight = getattr(self, f"weight{which}")
+        rows = restored(weight)
+        if held(weight) is None:
+            rows = rows.view(e, self.hidden if which == 1 else self.ffn, -1).transpose(1, 2)
+        a, b = (matrix.transpose(1, 2) for matrix in (a.view(e, -1, self.rank), b.view(e, self.rank, -1)))
+        return self.row_lengths[which](rows, a, b)
+
+    def state_of(self, some: slice) -> dict[str, Any]:
+        """As the base's."""
+        lengths = {which: whole.of_part(some) for which, whole in self.row_lengths.items()}
+        return super().state_of(some) | {"row_lengths": lengths}
+
+    def products(self, tokens_per_expert: torch.Tensor, rows: int) -> Callable:
+        """As the base's; with DoRA it knows the expert of each row, too."""
+        product = super().products(tokens_per_expert, rows)
+        if not self.is_dora:
+            return product
+        last = tokens_per_expert.to(self.weight1.device).cumsum(0)
+        return _Products(product, torch.searchsorted(last, torch.arange(rows, device=last.device), right=True))
+
+    def _update(self, *shape: int, is_sharded: bool) -> torch.nn.Parameter:
         kind, device = self.config.params_dtype, self.weight1.device
-        weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=kind, device=device))
+        weight = torch.nn.Parameter(torch.zeros(shape, dtype=kind, device=device))
         mark(weight, allreduce=is_like_dense(self.config))
         if is_sharded or self.pg_collection.expt_tp.size() == 1:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
@@ -64,6 +105,11 @@ class LoraExperts(GroupedExperts):
     @torch.no_grad()
     def begin(self) -> None:
         """What new adapters take from the base's weights, which are there now."""
+        self._begin_with_residual()
+        for which in self.row_lengths if self.is_dora else ():
+            getattr(self, f"weight{which}_lora_magnitude_vector").copy_(self.lengths(which).flatten())
+
+    def _begin_with_residual(self) -> None:
         e, group = self.num_local_experts, self.pg_collection.expt_tp
         for which, rows, dim in ((1, self.hidden, 0), (2, self.ffn, 1)) if self.from_base else ():
             a = getattr(self, f"weight{which}_lora_a", None)
@@ -87,4 +133,21 @@ class LoraExperts(GroupedExperts):
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 x = torch.nn.functional.dropout(x, self.dropout)
         narrow = product(x, a.view(e, -1, self.rank)) * self.scale
-        return out + product(narrow, b.view(e, self.rank, -1))
+        out = out + product(narrow, b.view(e, self.rank, -1))
+        if isinstance(product, _Products):
+            # As of a linear; a row has the factors of its expert.
+            magnitudes = getattr(self, f"weight{which}_lora_magnitude_vector").view(e, -1)
+            factors = (magnitudes / self.lengths(which)).to(out.dtype)
+            out = out * factors.index_select(0, product.expert_of_row)
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Products:
+    """Rows times their experts' matrices, and the expert of each row."""
+
+    product: Callable
+    expert_of_row: torch.Tensor
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.product(x, weight)

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.kernels import reference
+from qwen3_npu.model.lora.dora import RowLengths
 from qwen3_npu.model.lora.start import AdapterWeight, draw, new_weight, principal
 from qwen3_npu.model.modules import weight_gradient
 from qwen3_npu.model.quantized import restored, shape_of
@@ -101,23 +102,11 @@ class LoraLinear(MegatronModule):
         device, dim = self.base_layer.weight.device, 0 if self.by_output else None
         vector = new_weight(device, rows, dim=dim, config=self.config)
         self.lora_magnitude_vector = torch.nn.ModuleDict({"default": vector})
-        self.squares: torch.Tensor | None = None
+        self.row_lengths = RowLengths(self.scale, None if self.by_output else self.group)
 
-    @torch.no_grad()
     def lengths(self) -> torch.Tensor:
-        """Of the rows of W + scale B A, [out (/ TP)] float32, without B A: |w|^2 + 2 s b A w + s^2 b A A^T b^T.
-
-        Of W, which is frozen, the squares are computed once.
-        """
-        weight, a, b = restored(self.base_layer.weight), self.lora_A["default"](), self.lora_B["default"]()
-        if self.squares is None:
-            self.squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-        mixed = ((weight @ a.t()).float() * b).sum(1)
-        own = (b.float() @ (a.float() @ a.float().t()) * b).sum(1)
-        total = self.squares + 2 * self.scale * mixed + self.scale**2 * own
-        if not self.by_output and self.group.size() > 1:
-            torch.distributed.all_reduce(total, group=self.group)  # a rank has a part of each row
-        return total.clamp(min=0).sqrt()
+        """Of the rows of W + scale B A, [out (/ TP)] float32."""
+        return self.row_lengths(restored(self.base_layer.weight), self.lora_A["default"](), self.lora_B["default"]())
 
     @torch.no_grad()
     def begin(self) -> None:

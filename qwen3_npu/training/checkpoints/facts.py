@@ -35,8 +35,8 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
     names = ("split", "shuffle", "reset_attention_mask", "reset_position_ids", "eod_mask_loss")
     found |= {name: getattr(data, name) for name in names}
     if args.lora.on:
-        found |= {"lora_dropout": args.lora.lora_dropout, "qlora": args.lora.qlora}
-        found["qlora_embedding"] = args.lora.qlora_embedding
+        ours = ("lora_dropout", "qlora", "qlora_embedding", "qlora_double_quant")
+        found |= {name: getattr(args.lora, name) for name in ours}
     if data.is_preference:
         found |= dataclasses.asdict(args.preference)
     return {

@@ -69,7 +69,7 @@ def unstacked(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def write_some_adapters(base: str, folder: str, **config: int) -> None:
+def write_some_adapters(base: str, folder: str, **config: Any) -> None:
     """Let peft save an adapter on the embedding, the output layer, and q, k and v of two layers."""
     import peft
     from transformers import AutoModelForCausalLM
@@ -81,7 +81,7 @@ def write_some_adapters(base: str, folder: str, **config: int) -> None:
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, mean=1.0 * ("magnitude" in name), std=0.1)
     for layer in (1, 3):
         attention = model.base_model.model.model.layers[layer].self_attn
         for linear in (attention.k_proj, attention.v_proj):
@@ -89,8 +89,10 @@ def write_some_adapters(base: str, folder: str, **config: int) -> None:
     model.save_pretrained(folder)
 
 
-def write_restored(base: Path, folder: Path, *, ends: bool) -> None:
-    """The same model with its linears as bitsandbytes restores them from NF4; `ends`: embedding and head, too."""
+def write_restored(base: Path, folder: Path, *, ends: bool, double: bool) -> None:
+    """The same model with its linears as bitsandbytes restores them from NF4; `ends`: embedding and head, too;
+    `double`: with scales in 8 bits.
+    """
     from bitsandbytes import functional
     from safetensors.torch import load_file, save_file
 
@@ -98,7 +100,7 @@ def write_restored(base: Path, folder: Path, *, ends: bool) -> None:
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("_proj.weight") or (ends and name.endswith(("embed_tokens.weight", "lm_head.weight"))):
-            tensors[name] = functional.dequantize_4bit(*functional.quantize_4bit(tensor, quant_type="nf4"))
+            tensors[name] = functional.dequantize_4bit(*functional.quantize_4bit(tensor, None, None, 64, double, "nf4"))
     save_file(tensors, folder / "model.safetensors")
 
 

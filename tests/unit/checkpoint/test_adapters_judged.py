@@ -13,13 +13,16 @@ import samples
 import torch
 import transformers
 
+from apart import experts_apart
+
 transformers.utils.logging.disable_progress_bar()
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79], [1, 2, 3, 5, 8, 13, 21, 34]])
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def load(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def load(folder: Path, *, apart: bool = False) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return experts_apart(model) if apart else model
 
 
 def logits(model: Any) -> np.ndarray:
@@ -30,13 +33,13 @@ def logits(model: Any) -> np.ndarray:
 def adapter(base: Path, folder: Path, **config: Any) -> np.ndarray:
     """Let peft make and save an adapter with random B; what base and adapter compute in peft, from disk."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(load(base), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    apart = "gate_proj" in config["target_modules"] and "moe" in base.name
+    model = peft.get_peft_model(load(base, apart=apart), peft.LoraConfig(task_type="CAUSAL_LM", **config))
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_embedding_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    loaded = peft.PeftModel.from_pretrained(load(base), str(folder))
-    return logits(loaded)
+    return logits(peft.PeftModel.from_pretrained(load(base, apart=apart), str(folder)))
 
 
 def merge(base: Path, folder: Path, out: Path) -> np.ndarray:
@@ -79,6 +82,8 @@ TAKEN: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "DoRA": ("untied", {"target_modules": ALL, "use_dora": True, "r": 4, "layers_to_transform": [0, 2, 3]}),
     "DoRA beside experts": ("moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "use_dora": True}),
+    "DoRA of embedding and output layer": ("untied", {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
+    "DoRA of experts": ("moe", {"target_modules": ALL, "use_dora": True, "r": 4}),
     "one parameter of the experts": ("moe", {"target_modules": [], "target_parameters": ["down_proj"], "r": 2}),
 }
 
@@ -86,6 +91,8 @@ TAKEN: dict[str, tuple[str, dict[str, Any]]] = {
 EXPORTED: dict[str, Any] = {
     "rslora": lambda config: config.use_rslora,
     "DoRA": lambda config: config.use_dora,
+    "DoRA of embedding and output layer": lambda config: config.use_dora,
+    "DoRA of experts": lambda config: config.use_dora,
     "some layers": lambda config: config.layers_to_transform == [1, 3],
     "embedding and output layer": lambda config: {"embed_tokens", "lm_head"} < set(config.target_modules),
     "each in layers of its own": lambda config: "model.layers.3.mlp.gate_proj" in config.target_modules,
@@ -107,7 +114,8 @@ def test_what_peft_computes_is_merged(name: str, real_models: dict[str, Path], t
         samples.ok(*flags, "--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "peft", "--verify")
         config = peft.PeftConfig.from_pretrained(str(tmp_path / "peft"))
         assert EXPORTED[name](config)
-        back = peft.PeftModel.from_pretrained(load(real_models[kind]), str(tmp_path / "peft"))
+        base = load(real_models[kind], apart=name == "DoRA of experts")
+        back = peft.PeftModel.from_pretrained(base, str(tmp_path / "peft"))
         assert np.abs(logits(back) - expected).max() < 1e-5
 
 

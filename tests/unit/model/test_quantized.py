@@ -9,6 +9,7 @@ from bitsandbytes import functional
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.kernels import nf4
+from qwen3_npu.model.quantized import ScalesOfTensor, fill, looked_up, quantized, restored
 
 
 def hard(dtype: torch.dtype) -> torch.Tensor:
@@ -38,6 +39,29 @@ def test_codes_and_weights_are_those_of_bitsandbytes(
     restored = nf4.dequantize(codes, scales, dtype).view_as(weight)
     assert torch.equal(restored, functional.dequantize_4bit(theirs, state))
     assert (restored - weight).abs().max() > 0
+
+
+def test_scales_in_8_bits_are_those_of_bitsandbytes_also_of_a_part_of_a_tensor() -> None:
+    """Of two tensors, of whose rows and columns a rank has some; a group of 256 scales begins within a row."""
+    generator = torch.Generator().manual_seed(1)
+    whole = [torch.randn(70, 640, generator=generator) * 0.02, torch.zeros(48, 640)]
+    whole[0][3, :64], whole[1][:20] = 0, torch.randn(20, 640, generator=generator)
+    parts = [(slice(0, 48), slice(0, 48), 4), (slice(48, 64), slice(54, 70), 4)], [(slice(64, 112), slice(0, 48), 4)]
+    local = torch.cat([whole[0][:48], whole[0][54:], whole[1]])[:, 256:512]
+    parameter = quantized(torch.nn.Parameter(torch.empty(112, 256)), (112, 256), is_double=True)
+    expected = []
+    for weight in whole:
+        codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        found, tops, mean = nf4.quantize_scales(nf4.largest(weight))
+        assert torch.equal(found, state.absmax)
+        assert torch.equal(tops, state.state2.absmax)
+        assert torch.equal(mean, state.offset)
+        expected.append(functional.dequantize_4bit(codes, state))
+    places = [ScalesOfTensor(nf4.largest(w).view(len(w), -1), where) for w, where in zip(whole, parts, strict=True)]
+    fill(parameter, local, lambda scales: places)
+    rows = torch.cat([expected[0][:48], expected[0][54:], expected[1]])[:, 256:512]
+    assert torch.equal(restored(parameter), rows)
+    assert torch.equal(looked_up(torch.tensor([[50, 3]]), parameter), rows[[50, 3]][None])
 
 
 def test_a_base_is_quantized_for_adapters_only() -> None:

@@ -64,6 +64,10 @@ def test_a_base_in_4_bits_is_planned_by_hand() -> None:
     )
     assert plain - linear == linears * (2 - 0.5 - 4 / 64)
     assert linear - both == 151936 * 1024 * (2 - 0.5 - 4 / 64)
+    # Scales in 8 bits, two numbers for 256 of them, and where a row's begin: q, k, v; o; gate, up; down.
+    setup = one_rank(shape, lora_rank=16, quantized=True, double_quantized=True)
+    double = linears * (0.5 + 1 / 64 + 8 / (64 * 256)) + 4 * 28 * (4096 + 1024 + 2 * 3072 + 1024)
+    assert plain - stage_memory(shape, setup, 0).weights == pytest.approx(linears * 2 - double, rel=1e-12)
 
 
 def test_32b_trains_on_one_device_of_64_gb_in_4_bits_only() -> None:

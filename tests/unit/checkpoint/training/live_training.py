@@ -57,7 +57,11 @@ def again(folder: Path, copy: Path) -> None:
 
     content = torch.load(folder / "iter_0000002/mp_rank_00/model_optim_rng.pt", weights_only=False)
     args: argparse.Namespace = content["args"]
-    args.attention_backend, args.device, args.path = AttnBackend.auto, torch.device("cpu"), Path("/x")
+    args.attention_backend, args.autocast_dtype, args.config_logger_dir = (
+        AttnBackend.auto,
+        torch.device("cpu"),
+        Path("/x"),
+    )
     args.noop_layers, args.lr = set(), 1e-3
     content["rng_state"] = [{"np_rng_state": __import__("numpy").random.get_state()}]
     content["model"]["decoder.layers.0.mlp.linear_fc1._extra_state"] = None

@@ -95,6 +95,6 @@ def test_what_arguments_do_not_say_is_taken_aloud(trained: Any, tmp_path: Path) 
 def test_an_argument_of_a_later_version_can_be_ignored(trained: Any, tmp_path: Path) -> None:
     folder = trained(attention_quick_path=True)
     flags = ("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", folder, "--save-dir", tmp_path / "x")
-    assert "convert with --ignore-args attention_quick_path" in samples.refused(*flags)
+    assert "is left out by convert_ckpt.py --ignore-args attention_quick_path" in samples.refused(*flags)
     assert samples.run(*flags, "--ignore-args", "attention_quick_path").code == 0
     assert (tmp_path / "x" / "config.json").is_file()

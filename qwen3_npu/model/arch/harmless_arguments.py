@@ -1,0 +1,238 @@
+"""Names of saved arguments that change nothing that a trained network computes. No torch.
+
+How it was computed (fusion, recomputing, communication, precision), how and on what it was trained, where files lay;
+and what means nothing unless another argument, which is refused, is on (`moba_topk` beside `use_moba_attn`). Sources:
+the parsers and the `args.X = ..` of megatron-core 0.4 to 0.19, MindSpeed 1.0 to 2.3 and MindSpeed-LLM 1.0 to c77308a,
+read one by one; config.json's keys and the settings that MindSpeed-LLM's converter copies into its arguments.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Parts of the programs that are no network: every name that begins so.
+_PARTS = """
+    adam adaptive_muon aiqos app_tag async auto_parallel auto_settings auto_tuning bert biencoder check ckpt coc
+    cpu_offloading cuda_graph dataloader dataset ddp dino dist_ckpt distributed dpo eval exit export fim
+    flight_recorder fp4 fp8 fsdp grad gradient grpo hccl ict img inference inprocess langrl lion load log
+    logits_load logits_save lr lu_lora megatron_fsdp muon nccl non_persistent one_logger optimizer otel ppo profile
+    pytorch_profiler recompute retriever retro rl save sft shampoo simpo soap straggler swap tensorboard tiktoken
+    timing tokenizer tp_comm train ttp valid vision wandb overlap
+""".split()  # noqa: SIM905
+_PART = re.compile(rf"({'|'.join(_PARTS)})(_|$)")
+_NAMES = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
+    account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split accumulate_allreduce_grads_in_fp32
+    activation_func_fp8_input_store activation_offload_fraction adaptive_cp_dynamic_attn_mask
+    adaptive_cp_manually_set_mask_list adaptive_cp_only_reschedule adaptive_cp_without_coarse
+    adaptive_memory_optimization adaptive_recompute_device_size adaptive_recompute_device_swap
+    adaptive_recompute_profiling_step add_eos_token add_position_embedding add_skipping additional_config
+    adlr_autoresume adlr_autoresume_interval advantage_whiten ai_framework alibi_fusion_attn_type align_grad_reduce
+    align_param_gather allow_ambiguous_pad_tokens alternative_prompt ammo_convert_te_to_local_spec
+    ammo_load_classic_megatron_to_mcore ammo_quant_cfg ampipe_degree ampipe_tp_sp_comm_overlap append_eod
+    apply_chat_template apply_query_key_layer_scaling apply_rope_fusion apply_wd_to_qk_layernorm architectures
+    args_cmd attention_backend attention_dropout attention_mask_on_cpu attention_mask_type
+    attention_probs_dropout_prob attention_softmax_in_fp32 attention_tp_ckpts_list attn_implementation
+    auto_detect_ckpt_format auto_map autocast_dtype automated_pipeline automated_pipeline_perf average_in_collective
+    bad_words_ids balanced_moe_experts balanced_moe_hot_expert_num barrier_with_L1_time basemodel_type
+    batch_invariant_backend batch_invariant_mode batch_p2p_comm batch_p2p_sync batch_size begin_suppress_tokens
+    best_of_n bf16 bias_activation_fusion bias_dropout_fusion bias_gelu_fusion bias_swiglu_fusion binary_mask
+    block_data_path bpe_kv_cache bpe_max_buffer bpe_params bpe_ssm_cache broadcast bucket_size budget_list
+    budget_probs budget_type builder cache_dir cache_mla_latents calc_ft_timeouts calculate_per_token_loss
+    chain_of_thought chat_template checking checkpoint_activations chunk_size_feed_forward classes_fraction
+    classifier_dropout clip_grad clip_ratio cliprange_value clone_scatter_output_in_embedding compress_activation
+    compress_optimizer compress_rope_theta config config_file config_logger_dir consumed_train_bins
+    consumed_train_samples consumed_valid_samples context_parallel_algo context_parallel_cache_interval
+    context_parallel_kv_cache_policy context_parallel_size cp_attention_mask_type cp_comm_type cp_window_size
+    create_all_gather_group create_attention_mask_in_dataloader critic_mini_batch_size critic_update_epochs
+    cross_entropy_fusion_impl cross_entropy_loss_fusion curr_iteration cut_max_seqlen cvt_type d_model
+    data_args_path data_cache_path data_digest data_parallel_random_init data_parallel_sharding_strategy
+    data_parallel_size data_path data_per_class_fraction data_sharding data_weights datasets
+    deallocate_pipeline_outputs decode_only_cuda_graphs decoder_first_pipeline_num_layers
+    decoder_last_pipeline_num_layers decoder_num_layers decoder_seq_length decoder_start_token_id decoupled_lr
+    decoupled_min_lr decoupled_weight_decay decrease_batch_size_if_needed defer_embedding_wgrad_compute
+    delay_grad_reduce delay_offload_until_cuda_graph delay_param_gather delay_wgrad_compute
+    delta_offload_bytes_across_pp_ranks deprecated_cp_attention_mask_type deprecated_moe_intermediate_size
+    deprecated_multi_head_latent_attention deprecated_n_group deprecated_qk_nope_head_dim
+    deprecated_qk_rope_head_dim deprecated_rope_scaling_beta_fast deprecated_rope_scaling_beta_slow
+    deprecated_routed_scaling_factor deprecated_topk_group deprecated_use_deter_comp deprecated_use_mc2
+    deprecated_use_mcore_models deterministic_mode dir disable_bf16_reduced_precision_matmul disable_budget
+    disable_chunked_prefill disable_gloo_group disable_jit_fuser disable_msc_deprecated
+    disable_parameter_transpose_cache disable_straggler_on_startup disable_symmetric_registration dist_train
+    distill_coeff distill_only distillation distrib_optim_fully_reshardable_mem_efficient
+    distribute_saved_activations diversity_penalty do_sample do_test do_train do_valid drop_thinking
+    dsa_indexer_head_dim dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 dsa_indexer_loss_coeff
+    dsa_indexer_n_heads dsa_indexer_rope_interleaved dsa_indexer_rotate_activation dsa_indexer_scoring_relu
+    dsa_indexer_skip_topk_offset dsa_indexer_topk dsa_indexer_topk_freq dsa_indexer_use_sparse_loss
+    dsa_kernel_backend dtype dualpipe_no_dw_detach dualpipev_dw_detach dualpipev_first_chunk
+    dump_param_to_param_group_map early_stopping ema_decay ema_model embedding_init_method embedding_init_method_std
+    embedding_path empty_unused_memory_level enable_a2avc enable_autocast enable_backward_overlap_ag_with_matmul
+    enable_chunked_prefill enable_cuda_graph enable_elastic_training enable_experimental enable_expert_placement
+    enable_fine_grained_expert_placement enable_ft_package enable_full_sharding_in_hsdp enable_gloo_process_groups
+    enable_gpt_oss enable_hbmfault_repair enable_hf2mg_convert enable_high_availability enable_mg2hf_convert
+    enable_msc enable_one_logger enable_optimizer_state_local_copy enable_overlap_ag_with_matmul
+    enable_overlap_matmul_with_rs enable_prefix_caching enable_recompute_layers_per_pp_rank enable_seq1f1b
+    enable_share_memory enable_thinking enable_token_rearrange_opt enable_worker_reboot enable_zero3
+    encoder_no_repeat_ngram_size encoder_num_layers encoder_pipeline_model_parallel_size encoder_seq_length
+    encoder_tensor_model_parallel_size end_weight_decay entropy_coeff eod_id eod_mask_loss eos_id
+    ep_overlap_early_attn_memory_release ep_rank ep_rank_list ep_size error_injection_rate error_injection_type
+    etp_valid_ckpts_list evaluation_batch_size evidence_data_path exp_avg_dtype exp_avg_sq_dtype
+    experimental_attention_variant_loss_scale_func expert_gtp_weight_remat_size expert_interval
+    expert_model_parallel_size expert_placement_freq expert_tensor_parallel_num_weight_shards
+    expert_tensor_parallel_size exponential_decay_length_penalty external_cuda_graph extra_checkpoint_metadata
+    extract_content_for_reward fake_process_group fc_type fill_neg_inf filter_warnings finalize_model_grads_func
+    fine_grained_activation_offloading fine_grained_expert_placement_thre
+    fine_grained_offloading_max_inflight_offloads finetune finetune_data_files finetune_data_split
+    finetune_hf_dataset finetuning_task first_last_layers_bf16 first_pipeline_num_layers fix_sub_seq_length
+    flash_attention_version flash_decode flex_strict for_release forced_bos_token_id forced_eos_token_id fp16
+    fp16_lm_cross_entropy fp32_residual_connection freeze_all_layers freeze_base_for_mtp freeze_model freeze_router
+    fsdp2_config_path ft_num_warmup_iters full_shuffle_instruction_dataset full_validation fully_parallel_load
+    fully_parallel_save fused_residual_rmsnorm fused_single_qkv_rope gamma gamma_beta_ratio gdp_cutedsl_kernel
+    gdp_num_chunk_states_to_recompute gdp_num_householder gemm_gradient_accumulation_fusion gemm_shapes
+    global_batch_size global_context gpu_sniff_test_interval greedy greedy_sampling gtp_expert_remat_nccl_ub
+    gtp_remat_nccl_ub gtp_remat_opt_in_modules gtp_remat_reduce_scatter_with_fp32_accumulation gtp_weight_remat_size
+    handler_name hard_sample_th hc_eps hc_mult hc_sinkhorn_iters head_lr_mult hetereogenous_dist_checkpoint
+    hf_cfg_dir hf_chat_template hf_datasets_params hf_dir hf_path hf_save_dir hf_save_dir_base hidden_dropout
+    hidden_dropout_prob hierarchical_context_parallel_sizes high_priority_a2a_comm_stream
+    high_priority_stream_groups history_turns hybrid_context_parallel hysteresis id2label index_head_dim
+    index_n_heads index_share_for_mtp_iteration index_skip_topk_offset index_topk index_topk_freq index_topk_pattern
+    indexer_batch_size indexer_log_interval indexer_loss_coeff indexer_qk_quant_scheme indexer_types init_method
+    init_method_std init_method_xavier_uniform init_model_with_meta_device init_norm_weight_in_fp32
+    initial_loss_scale initialize_socket_comms initializer_range input input_folder input_jitter
+    input_layernorm_in_fp32 input_pp_rank input_template input_tp_rank instruction_template interleave_probs
+    is_decoder is_encoder_decoder is_flex_eval is_instruction_dataset is_pairwise_dataset iter iter_path
+    iter_per_epoch iteration iterations_to_skip jit_compile json_keys keep_empty keep_fp8_transpose_cache
+    keep_fp8_transpose_cache_when_using_custom_fsdp keep_newlines keys_to_ignore_at_inference
+    kitchen_attention_backend kitchen_config_file kitchen_recipe_number kl_coef kl_loss_reduction kl_loss_weight
+    kl_temperature kv_head_repeat_before_uly_alltoall kv_lora_rank label2id lam last_pipeline_num_layers
+    last_save_hf_layer layeridx_pprank layeridx_vpprank layerwise_disaggregated_training layerzero layerzero_config
+    lazy_mpu_init legacy_tokenizer length_penalty linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads
+    linear_num_value_heads linear_value_head_dim llama loader local_rank logging_level logit_dtype long_factor
+    longrope_freqs_type lora_alpha lora_ckpt_filter lora_fusion lora_init lora_iter_path lora_layers lora_load
+    lora_model_path lora_modules_to_save lora_r lora_register_forward_hook lora_target_modules loss_alpha
+    loss_chunk_size loss_compute_mode loss_scale loss_scale_window main_grads_dtype main_params_dtype
+    make_vocab_size_divisible_by mamba2_n_groups mamba_chunk_size mamba_d_conv mamba_d_ssm mamba_d_state
+    mamba_expand mamba_head_dim mamba_headdim mamba_inference_conv_states_dtype mamba_inference_ssm_states_dtype
+    mamba_int_list mamba_ngroups mamba_num_groups mamba_num_heads mamba_per_list mamba_state_dim
+    mamba_training_ssm_states_dtype manual_gc manual_gc_eval manual_gc_interval map_keys mask_factor mask_prob
+    mask_type masked_softmax_fusion master_addr master_port master_rank max_batch_size max_eval_samples max_len
+    max_length max_length_ori max_new_tokens max_num_seqs max_prompt_length max_queue_size max_samples
+    max_seqlen_per_dp_cp_rank max_sequence_length max_tokens_to_oom mbs_idx md5_validate megatron_cp_in_bnsd
+    megatron_path mem_batch_size mem_infer_seq_len memory_efficient_layer_norm memory_fragmentation memory_keys
+    memory_profile memory_profile_path memory_snapshot_path merge_cloud_stages merge_file merge_group_keys
+    merge_stages metadata_path mg_cache_dir mg_dir mg_latest_ckpt_file_name mg_model_file_name mg_path mg_save_dir
+    mhc_init_gating_factor mhc_num_residual_streams mhc_recompute_layer_num mhc_sinkhorn_iterations micro_batch_size
+    microbatch_group_size_per_vp_stage mid_level_dataset_surplus middle_ranks middle_stages min_length
+    min_loss_scale min_lr min_offloaded_tensor_size missing_eos_penalty mix_strategy mla_down_proj_fusion
+    mla_fa_divide_qk mla_fa_without_pad mla_mm_split mla_swap_core_attn_out mla_up_proj_tp_overlap mla_zero_memory
+    mlp_chunks_for_prefill mlp_chunks_for_training mlp_experts_flag mmap_bin_files moba_calc_method moba_chunk_size
+    moba_topk mock_data mode model model_cfg model_config_file model_configs model_index model_index_file
+    model_index_map model_name model_name_or_path model_parallel_size model_type model_type_hf modelopt_enabled
+    module_mapping module_profile_path modules_to_filter moe_adaptive_recompute_activation
+    moe_adaptive_recompute_activation_scale moe_allgather_overlap_comm moe_alltoall_mc2 moe_alltoall_overlap_comm
+    moe_bmm_mc2 moe_combine_bwd_dtype moe_comm_aux_loss_coeff moe_deepep_num_sms moe_device_level_aux_loss_coeff
+    moe_dispatch_fwd_dtype moe_dynamic_padding moe_enable_deepep moe_enable_routing_replay moe_ep_ckpts_list
+    moe_expert_capacity_factor moe_expert_rank_capacity_factor moe_experts_pipeline_degree moe_extended_tp
+    moe_fb_overlap moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms moe_grad_scale_func
+    moe_hierarchical_alltoallv moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
+    moe_hybridep_num_sms moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs
+    moe_input_jitter_eps moe_layer_recompute moe_ncclep_static_shape moe_ncclep_zero_copy moe_no_drop
+    moe_pad_expert_input_to_capacity moe_pad_experts_for_cuda_graph_inference moe_paged_stash
+    moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size
+    moe_per_layer_logging moe_permutation_async_comm moe_permute_fusion moe_permute_fusion_into_hybridep
+    moe_revert_type_after_topk moe_router_bias_update_rate moe_router_dtype moe_router_fusion
+    moe_router_padding_for_fp8 moe_router_padding_for_quantization moe_routing_trace_capture_hidden_states
+    moe_routing_trace_capture_logits moe_routing_trace_dump_weights moe_routing_trace_max_training_iters
+    moe_routing_trace_path moe_shared_expert_overlap moe_single_grouped_weight moe_token_dispatcher_type
+    moe_token_drop_policy moe_token_dropping moe_tp_extend_ep moe_train_capacity_factor moe_unperm2_mem_optim
+    moe_unperm2_mem_optim_swap moe_upcycling_granularity moe_use_grouped_tensor moe_use_legacy_grouped_gemm
+    moe_use_upcycling moe_z_loss_coeff moe_zero_memory moe_zero_memory_num_layers most_recent_k mtp_grad_scale_func
+    mtp_loss_scale mtp_loss_scaling_factor mtp_mem_efficient_logits multiple_validation_sets n_samples_per_prompt
+    n_subs nd1_dim1_size nd2_dim1_size neat_pack next_tockens nnodes no_chat_template no_cut_token
+    no_gradient_accumulation_fusion no_load_optim no_load_rng no_masked_softmax_fusion no_pad_to_seq_lengths
+    no_persist_layer_norm no_repeat_ngram_size no_save_optim no_save_rng no_shared_storage no_shuffle no_sync_func
+    no_weight_decay_cond_type node_rank noise_std nproc_per_node npu_datadump npu_deterministic
+    null_tokenizer_eod_id null_tokenizer_pad_id num_beam_groups num_beams num_buckets num_channels num_classes
+    num_cloud_vpp_chunks num_dataset_builder_threads num_distributed_optimizer_instances
+    num_floating_point_operations_so_far num_gpus_for_infer num_gpus_for_train num_labels num_layers_at_end_in_bf16
+    num_layers_at_start_in_bf16 num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
+    num_layers_per_virtual_pipeline_stage num_logits_to_keep num_microbatches_with_partial_activation_checkpoints
+    num_return_sequences num_samples_per_step num_speculative_tokens num_token num_virtual_stages_per_pipeline_rank
+    num_workers nvtx_ranges o2_gradient o2_optimizer o_groups o_lora_rank object_storage_cache_path offload_modules
+    offset_sampling_seed_by_dp_rank only_convert_last_checkpoint onnx_safe op_cal_tflops operator_profile_path
+    optimization_level optimize_recomp_communication_level optimize_recomp_communication_status
+    optimize_send_recv_comm optimize_vpp_send_recv_comm optimized_mbs_list optimized_mbs_mode origin_postprocess
+    original_model_sample_prob original_seq_len orm outer_dp_sharding_strategy output_attentions
+    output_bert_embeddings output_folder output_hidden_states output_layer_init_method output_layer_slice_num
+    output_path output_prefix output_router_logits output_scores output_type override_ckpt_iteration
+    override_opt_param_scheduler override_selected_budget overwrite_cache own_dtypes pack
+    pad_buckets_for_high_nccl_busbw pad_to_multiple_of pad_token_id pad_vocab_size pad_vocab_size_to
+    padded_base_length padded_samples parallel_output param_and_grad_buffer_pad param_budget_target
+    param_name_patterns_for_fp32_local_accumulation param_sync_func params_dtype patch patch_dim
+    per_dataset_sequences_path per_split_data_args_path perform_initialization perform_rl_step persist_layer_norm
+    phase_transition_iterations pin_cpu_grads pin_cpu_params pipe_experts_multi_data pipe_experts_multi_stream
+    pipeline_dtype pipeline_model_parallel_comm_backend pipeline_model_parallel_layout pipeline_model_parallel_size
+    pipeline_model_parallel_split_rank pipeline_num_transformer_layers pipeline_tensor_shapes placeholder_token
+    pp_rank pp_rank_list pp_schedule_list pp_size pprank_layer_idxs pre_tockens pref_ftx prefetch prefill_chunk_size
+    prefix preserve_fp32_weights pretrain pretrained_checkpoint pretraining_tp print_expert_load problem_type
+    prof_file prompt_max_len prompt_type prompt_type_path pruned_heads q_lora_rank qad_enable qad_teacher_load
+    qad_train_target qat_quant_block_size qat_scheme qk_clip qk_clip_alpha qk_clip_threshold qk_head_dim
+    qk_nope_head_dim qk_pos_emb_head_dim qk_rope_head_dim qlora qlora_embedding qlora_nf4 qlora_save_dequantize
+    quant_grads quant_grads_dtype quant_recipe quant_states quant_states_enabled query_in_block_prob
+    rampup_batch_size rank reasoning_effort record_memory_history record_shapes reduce_recompute_for_last_chunk
+    reduce_scatter_with_fp32_accumulation ref_model refer_model_iter refit_method relative_attention_max_distance
+    relative_attention_num_buckets remove_invalid_values renormalize_blend_weights repetition_penalty replication
+    replication_factor replication_jump rerun_mode reset_attention_mask reset_bucket_group_order reset_iterations
+    reset_position_ids restore_modelopt_state result_rejected_tracker_filename return_dict return_dict_in_generate
+    return_document_ids reuse_fp32_param reuse_grad_buf_for_mxfp8_param_ag reverse reward_tokens ring_degree
+    rmsnorm_weight_in_fp32 role rollout_batch_size rope_factor rope_scaling_beta_fast rope_scaling_beta_slow
+    rope_scaling_mscale rope_scaling_mscale_all_dim rope_scaling_original_max_position_embeddings
+    router_aux_loss_coef router_gating_in_fp32 run_workload_inspector_server runtime_time_unit s3_cache_path
+    sample_rate saver scale_fmt scatter_embedding_sequence_parallel scatter_gather_tensors_in_pipeline
+    schedules_method script_data_dir seed sep_token_id seq1f1b_balance_method seq1f1b_splits seq_aux
+    seq_len_interpolation_factor seq_length sequence_parallel set_level_for_all_loggers sgd_momentum shape_order
+    shard_size shared_expert_gate_output_dimension sharp_enabled_group short_factor short_seq_prob should_pad_vocab
+    shuffle shuffle_minibatch skip_allreduce skip_alltoall skip_bias_add skip_gemm skip_reducescatter skip_sendrecv
+    skip_train skipped_train_samples slice sliding_window_size smart_swap soft_mask source_expert_parallel_size
+    source_pipeline_parallel_size source_tensor_parallel_size sparse_mode spec special_tokens split split_cloud_rank
+    split_rank split_sentences stage standalone_embedding_stage start_eval_at_iter start_weight_decay
+    step_batch_size_schedule store_param_remainders stream_ckpt_dequant streaming strict_fsdp_dtensor_load
+    suggested_communication_unit_size suppress_tokens swin_backbone_type symmetric_ar_type target_data_parallel_size
+    target_expert_parallel_size target_nnodes target_pipeline_parallel_size target_pp target_pp_size
+    target_tensor_parallel_size target_tp target_tp_size task task_data_path task_specific_params tau_decay tau_init
+    te_comparison_with_bf16 te_comparison_with_cpu te_gmm_mode te_precision_config_file te_rng_tracker
+    teacher_model_config temperature tensor_model_parallel_size tensor_parallel_num_weight_shards test_data_path
+    test_mode text_generation_config throughput_window_size tie_encoder_decoder timers titles_data_path to_test
+    top_k top_p topk_softmax_in_fp32 torch_dtype torch_fsdp2_reshard_after_forward torchscript total_tflops tp_2d
+    tp_only_amax_red tp_rank tp_rank_list tp_size tp_x tp_y trans_hot_expert_group_num transformer transformer_impl
+    transformer_pipeline_model_parallel_size transformerlayer_type transformers_version true_vocab_size
+    trust_remote_code typical_p ulysses_degree_in_cp unaligned_linear unk_token_id unsloth_fixed unsloth_version
+    use_ascend_coc use_ascend_mc2 use_bfloat16 use_cache use_checkpoint_args use_checkpoint_opt_param_scheduler
+    use_cp_send_recv_overlap use_cpu_initialization use_custom_fsdp use_deter_comp use_dist_ckpt
+    use_dist_ckpt_deprecated use_distributed_optimizer use_dora use_ema use_flash_attn use_fused_lightning_indexer
+    use_fused_lightning_indexer_kl_loss use_fused_lightning_indexer_loss use_fused_mhc use_fused_mlp
+    use_fused_moe_token_permute_and_unpermute use_fused_ring_attention_update use_fused_rmsnorm
+    use_fused_rotary_pos_emb use_fused_sparse_flash_attention use_fused_swiglu use_fused_weighted_squared_relu
+    use_fusion_attn_v2 use_gigatoken use_global_aux_loss use_gloo_process_groups use_gmm_fp8 use_ground_truth_answer
+    use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_inference_optimized_layers use_kitchen
+    use_kitchen_attention use_kv_cache use_layer_wise_distributed_optimizer use_layer_wise_param_layout
+    use_legacy_models use_legacy_static_engine use_mamba_mem_eff_path use_mc2 use_mcore_models use_megatron_fsdp
+    use_mp_args_from_checkpoint_args use_multiparameter_pipeline_model_parallel use_nanopipe use_nanopipe_swap
+    use_nd_matmul use_nsys_profiler use_one_sent_docs use_persistent_ckpt_worker use_pipe_experts
+    use_precision_aware_optimizer use_pytorch_profiler use_quant_optimizer use_ring_exchange_p2p
+    use_rotary_position_embeddings use_rts use_rules use_sharp use_te_activation_func use_te_rng_tracker
+    use_tokenizer_model_from_checkpoint_args use_torch_fsdp2 use_torch_optimizer_for_cpu_offload
+    use_tp_pp_dp_mapping use_transformer_engine_op_fuser use_triton_swiglu_limit use_ulysses_allgather_kv use_wandb
+    v_head_dim validation_set_names variable_seq_lengths verifier verify_integrity virtual_allocator
+    virtual_optimizer virtual_pipeline_model_parallel_size vocab_extra_ids vocab_file vp_idx vp_stage vpp_size
+    vpprank_layer_idxs w_pack warmup wd_incr_steps weight_decay weight_decay_incr_style wgrad_deferral_limit
+    window_attn_skip_freq workers world_size wsd_decay_steps yaml_cfg yarn_beta_fast yarn_beta_slow
+    yarn_correction_range_round_to_int yarn_original_max_position_embeddings yarn_scaling_factor
+""".split()  # noqa: SIM905
+)
+
+
+def is_harmless(name: str) -> bool:
+    """Whether an argument is known to change nothing that the network computes, whatever its value."""
+    return name in _NAMES or bool(_PART.match(name))
