@@ -131,18 +131,18 @@ def to_experts(rows: torch.Tensor, piece: Piece, exchange: Exchange) -> tuple[to
 
 def to_experts_back(dx: torch.Tensor, dweights: torch.Tensor, piece: Piece, exchange: Exchange) -> torch.Tensor:
     """The gradient of `to_experts`'s rows."""
-    parts = dx, dweights.to(exchange.dtype)
-    if len(piece.gathered) > 1:
+    parts, chunks = [dx, dweights.to(exchange.dtype)], piece.chunks.T
+    is_shared = len(piece.gathered) > 1
+    if is_shared:
         # Each rank has a part of every expert, so gradients are summed: a weight's bits cannot be, as a token's.
-        parts = tuple(_scattered(_turned(part, piece.chunks.T), piece, exchange) for part in parts)
-        chunks = None
-    else:
-        chunks = piece.chunks.T
+        parts = [_scattered(_turned(part, chunks), piece, exchange) for part in parts]
     rows = dx.new_empty(len(parts[0]), exchange.width + _tail(dx))
-    for part, place in zip(
-        parts, (rows[:, : exchange.width], _weights_in(rows, exchange.width, exchange.dtype)), strict=True
-    ):
-        place.copy_(part) if chunks is None else _turned(part, chunks, out=place)
+    places = rows[:, : exchange.width], _weights_in(rows, exchange.width, exchange.dtype)
+    for part, place in zip(parts, places, strict=True):
+        if is_shared:
+            place.copy_(part)
+        else:
+            _turned(part, chunks, out=place)
     return rows
 
 

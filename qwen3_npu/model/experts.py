@@ -103,6 +103,7 @@ class GroupedExperts(MegatronModule):
         """
         if isinstance(tokens_per_expert, Exchange):
             return overlapped(self, tokens, tokens_per_expert), None
+        assert probs is not None
         product = self.products(tokens_per_expert, len(tokens))
 
         def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:

@@ -71,8 +71,8 @@ class _PieceOfExperts:
             weight = parameter.detach().view(count, -1)[some].detach()
             self.weights[name] = weight.requires_grad_(parameter.requires_grad and is_tracked)
         self.module = object.__new__(type(experts))
-        vars(self.module).update(vars(experts))
-        vars(self.module).update(
+        self.module.__dict__.update(vars(experts))
+        self.module.__dict__.update(
             _parameters=self.weights,
             kernels=_deferring(experts.kernels, later),
             **experts.state_of(some),

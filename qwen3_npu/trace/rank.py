@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch._C._distributed_c10d import FakeWork
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.training.optimizer_state import parts
@@ -108,16 +109,18 @@ def _noted(recorder: TraceRecorder) -> Iterator[None]:
         recorder.resized(storage, size)
         return out
 
-    wait = dist.Work.wait
+    def noting(wait: Callable) -> Callable:
+        def waited(work: dist.Work, *args: Any) -> Any:
+            recorder.waited(work)
+            return wait(work, *args)
 
-    def waited(work: dist.Work, *args: Any) -> Any:
-        recorder.waited(work)
-        return wait(work, *args)
+        return waited
 
     with (
         mock.patch.object(here, "at", at),
         mock.patch.object(torch.UntypedStorage, "resize_", resized),
-        mock.patch.object(dist.Work, "wait", waited),
+        mock.patch.object(dist.Work, "wait", noting(dist.Work.wait)),
+        mock.patch.object(FakeWork, "wait", noting(FakeWork.wait)),  # it has one of its own
     ):
         yield
 

@@ -132,7 +132,7 @@ class TraceRecorder(StorageWatch):
         name = func._schema.name.replace("::", ".")
         if not name.startswith("aten.") or name.split(".")[-1].rstrip("_") in _VIEWS or "empty" in name:
             return
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(getattr(torch.ops.aten, name.removeprefix("aten.").rstrip("_"), None))
         flops = count(*args, **kwargs, out_val=out) if count else 0.0
         moved = sum(tensor.nbytes for tensor in tree_iter((args, kwargs, out)) if isinstance(tensor, torch.Tensor))
         self.operations.append(Operation(name, self.phase, float(flops), float(moved)))
@@ -141,7 +141,7 @@ class TraceRecorder(StorageWatch):
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(_group(args))))
         moved = sum(tensor.nbytes for tensor in tree_iter(args[:2]) if isinstance(tensor, torch.Tensor))
         name = func._schema.name.replace("::", ".").rstrip("_")
-        asynchronous = any(arg is True for arg in args) or name in ("c10d.send", "c10d.recv")
+        asynchronous = _is_asynchronous(func, args)
         if asynchronous and len(ranks) > 1:
             work = next(result for result in tree_iter(out) if isinstance(result, torch.ScriptObject))
             self._works[dist.Work.unbox(work)] = len(self.operations)
@@ -187,6 +187,15 @@ class TraceRecorder(StorageWatch):
         if total > most:
             most, best = total, dict(now)
         return most, dict(sorted(((k, v) for k, v in best.items() if v), key=lambda pair: -pair[1]))
+
+
+def _is_asynchronous(func: OpOverload, args: tuple) -> bool:
+    """Sends and receives have no flag; an argument that is its default is left out."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "asyncOp" not in names:
+        return func._schema.name.rstrip("_") in ("c10d::send", "c10d::recv") or any(arg is True for arg in args)
+    place = names.index("asyncOp")
+    return bool(args[place] if place < len(args) else func._schema.arguments[place].default_value)
 
 
 def _group(args: tuple) -> Any:

@@ -119,6 +119,8 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
     said = []
     if args.lora.on and "lora_r" not in given:
         said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")
+    if args.train.moe_alltoall_overlap_comm and args.parallel.expert_model_parallel_size == 1:
+        said.append("--moe-alltoall-overlap-comm: no effect with --expert-model-parallel-size 1: nothing is exchanged")
     steps, warm = args.train.train_iters, args.optimizer.lr_warmup_iters
     if steps is not None and warm > steps:
         said.append(f"warning: --lr-warmup-iters {warm} is above --train-iters {steps}: --lr is never reached")
