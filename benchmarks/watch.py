@@ -139,7 +139,7 @@ def fork(job: str, size: int, folder: Path, *, bad: int, at: int) -> list[int]:
                 os.dup2(console, 1)
                 os.dup2(console, 2)
                 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-                with watched(flags, str(folder), has_device=False):
+                with watched(flags, str(folder)):
                     run_job(job, rank, size, folder, bad=bad, at=at)
             finally:
                 os._exit(1 if sys.exc_info()[0] else 0)
@@ -235,7 +235,7 @@ def stepper(pairs: int) -> None:
 
 def _stepped(flags: WatchArgs) -> list[float]:
     work, took = torch.ones(330, 330), []
-    with watched(flags, None, has_device=False):
+    with watched(flags, None):
         for number in range(1, 301):
             began = time.perf_counter()
             here.at("data")

@@ -45,8 +45,23 @@ class SpikeArgs:
         help="between comparisons of the weights that ranks hold in common; one also precedes each checkpoint; a rank "
         "that differs ends the training, or with --spike-guard rollback reloads; 0: none",
     )
+    state_check_interval: int | None = flag(
+        None,
+        minimum=0,
+        unit="steps",
+        help="between steps that find out whether a bit of a weight, moment or master has changed since the last "
+        "update; such a training ends, or with --spike-guard rollback goes back; 0: none; default: 1 with "
+        "--spike-guard, else 0",
+    )
     npu_asd: str | None = flag(
         None,
         choices=["detect", "checksum"],
         help="torch_npu's own detection of silent corruption (NPU_ASD_CONFIG), alone or with checksums of products",
     )
+
+    @property
+    def checks_state(self) -> int:
+        """--state-check-interval, as it is understood."""
+        if self.state_check_interval is None:
+            return int(self.spike_guard != "off")
+        return self.state_check_interval

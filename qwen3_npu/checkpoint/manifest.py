@@ -154,7 +154,7 @@ def write_conversion(root: Path, facts: Mapping[str, Any], files: Mapping[str, M
 
     Args:
         facts: what is known of source and target.
-        files: path relative to `root` -> {"bytes", "sha256": tensor -> SHA-256 of its bytes}.
+        files: path relative to `root` -> {"bytes", name of the hash: tensor -> digest of its bytes}.
     """
     content = {
         "versions": {"qwen3_npu": __version__, "numpy": np.__version__, "python": platform.python_version()},

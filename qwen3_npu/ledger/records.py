@@ -8,6 +8,8 @@ from pathlib import Path
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError
 
+_TIMES = ("steps", "seconds", "mean", "most", "work", "host")
+
 
 @dataclasses.dataclass(frozen=True)
 class LedgerEntry:
@@ -17,6 +19,7 @@ class LedgerEntry:
         step: the last of them.
         seconds: of the wall clock.
         mean, most: of each kind: seconds of the mean rank; seconds of the rank with the most, and that rank.
+        host: of each kind, what the host's clock said, where `mean` and `most` are of the device's events.
         facts: integers, names and shares that explain times: `training.reports.ledger.facts_of`, padding, imbalance.
     """
 
@@ -26,6 +29,7 @@ class LedgerEntry:
     mean: dict[str, float]
     most: dict[str, tuple[float, int]]
     facts: dict[str, object]
+    host: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def read(folder: Path) -> list[LedgerEntry]:
@@ -46,15 +50,19 @@ def read(folder: Path) -> list[LedgerEntry]:
 
 
 def _entry(step: int, record: schema.Record, where: str) -> LedgerEntry:
-    mean, most = record.record("mean").fields, record.record("most").fields
-    pairs = {kind: schema.sequence(pair, f"{where}: {kind}") for kind, pair in most.items()}
+    facts = {name: value for name, value in record.fields.items() if name not in _TIMES}
+    host = _seconds(record.record("host"), where) if "host" in record.fields else {}
+    most = {kind: schema.sequence(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}
     return LedgerEntry(
         step=step,
         steps=record.integer("steps", least=1),
         seconds=record.number("seconds", least=0.0),
-        mean={kind: schema.number(seconds, f"{where}: {kind}", least=0) for kind, seconds in mean.items()},
-        most={k: (schema.number(p[0], where, least=0), schema.integer(p[1], where, least=0)) for k, p in pairs.items()},
-        facts={
-            name: v for name, v in record.fields.items() if name not in ("steps", "seconds", "mean", "most", "work")
-        },
+        mean=_seconds(record.record("mean"), where),
+        most={k: (schema.number(p[0], where, least=0), schema.integer(p[1], where, least=0)) for k, p in most.items()},
+        facts=facts,
+        host=host,
     )
+
+
+def _seconds(record: schema.Record, where: str) -> dict[str, float]:
+    return {kind: schema.number(value, f"{where}: {kind}", least=0) for kind, value in record.fields.items()}

@@ -147,6 +147,13 @@ def _of_layout(share: dict[str, float], facts: dict[str, object], entries: Seque
             "layers are computed twice: --recompute-granularity selective, "
             "with more devices or a smaller --micro-batch-size",
         )
+    if entries[-1].host:  # a device has noted where it waited for the host
+        yield Cause(
+            "tiny kernels",
+            share.get("host", 0.0),
+            "the device waits for the host's launches: a larger --micro-batch-size or --seq-length",
+        )
+        return
     own = sum(e.mean.get(kind, 0.0) * e.steps for e in entries for kind in _COMPUTE) / sum(e.steps for e in entries)
     launches = _number(facts, "layers") * _OPERATIONS * batches * _LAUNCH
     if own and _number(facts, "micro_tokens") < 4096:

@@ -40,6 +40,7 @@ class Platform:
         has_float64: whether the device computes in float64.
         profiler: --profile's flags -> an object with start and stop, which writes the recording.
         be_deterministic: settings for --deterministic, before the process groups are made.
+        event: makes an event of the device that notes when it is reached; None: the host computes.
         overlaps_p2p_safely: whether pipeline output may be freed while it is being sent.
         return_freed_memory: return large freed blocks to the system at once from now on, where memory matters more
         than time.
@@ -55,6 +56,7 @@ class Platform:
     device_name: Callable[[], str]
     peak_flops: Callable[[], float | None]
     overlaps_p2p_safely: bool
+    event: Callable[[], Any] | None = None
     has_float64: bool = True
     profiler: Callable[[ProfileArgs], Any] = torch_profiler
     be_deterministic: Callable[[], None] = lambda: None

@@ -41,6 +41,7 @@ def platform() -> Platform:
         memory_total=lambda: torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
         device_name=torch.cuda.get_device_name,
         peak_flops=lambda: published_peak(PEAK_FLOPS, torch.cuda.get_device_name()),
+        event=lambda: torch.cuda.Event(enable_timing=True),
         overlaps_p2p_safely=True,
         be_deterministic=_be_deterministic,
     )

@@ -132,6 +132,7 @@ def platform() -> Platform:
         memory_total=lambda: npu.get_device_properties(npu.current_device()).total_memory,
         device_name=npu.get_device_name,
         peak_flops=lambda: published_peak(PEAK_FLOPS, npu.get_device_name()),
+        event=lambda: npu.Event(enable_timing=True),
         overlaps_p2p_safely=True,
         has_float64=False,
         profiler=_profiler,

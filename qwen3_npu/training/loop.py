@@ -50,7 +50,8 @@ from qwen3_npu.training.reports.report import Reporter
 from qwen3_npu.training.reports.trackers import open_trackers, settings
 from qwen3_npu.training.spikes.guard import SpikeGuard
 from qwen3_npu.training.spikes.replicas import ReplicaCheck
-from qwen3_npu.training.spikes.rollback import decoder, go_back
+from qwen3_npu.training.spikes.rollback import corrupted, decoder, go_back
+from qwen3_npu.training.spikes.state import StateCheck
 from qwen3_npu.training.step import NOTHING, StepResult, evaluate_step, router_loss_weight, train_step
 from qwen3_npu.training.train import train
 from qwen3_npu.training.update.gradients import Gradients
@@ -71,7 +72,7 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
             preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
         shared = None if checkpoint.save_per_node else checkpoint.save
-        watch = watched(args.watch, shared, has_device=platform.name != "cpu")
+        watch = watched(args.watch, shared, event=platform.event)
         with watch, ready(platform, world, args, plan) as trainer:
             trainer.saver.lease = lease
             try:
@@ -156,6 +157,7 @@ class Trainer:
         self.replicas: ReplicaCheck | None = None
         if args.spikes.replica_check_interval:
             self.replicas = ReplicaCheck(self.modules, self.chunks, self.optimizer)
+        self.state: StateCheck | None = None  # load
         # megatron averages losses over micro-batches itself, if it does not divide by tokens.
         weighted = routers(self.modules) if config.calculate_per_token_loss else []
         self.routers = [router for router in weighted if router.has_losses]
@@ -176,6 +178,9 @@ class Trainer:
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
         self.position = self.saver.load()
+        if interval := self.args.spikes.checks_state:
+            self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
+        self.note_state()
 
     def open_data(self) -> None:
         """The samples of each split, and what a reference model says of them."""
@@ -307,11 +312,15 @@ class Trainer:
             wishes=self.exits.wishes(),
             global_batch=self.plan.global_batch,
             limits=self.spikes.limits,
+            state=self.state,
             **self.sizes,
         )
         if self.recorder is not None:
             self.recorder.end()
         before, step = self.position, self.position.iteration + 1
+        if result.is_damaged and self.state is not None:
+            self.go_back(corrupted(self.spikes, str(self.state.problem()), step))
+            return result
         why = self.spikes.judge(step, result.loss, result.grad_norm, skipped=result.skipped)
         if result.skipped and why and self.spikes.is_on:
             decode = decoder(self.args.data.tokenizer_name_or_path) if self.world.rank == 0 else None
@@ -323,11 +332,18 @@ class Trainer:
         if result.skipped:
             samples = range(before.samples, self.position.samples)
             self.guard.report(step, result.loss, result.grad_norm, samples)
+        self.note_state()
         here.step_done(self.position.iteration)
         return dataclasses.replace(result, spike=why)
 
+    def note_state(self) -> None:
+        """Nothing but an update may change it from now on."""
+        if self.state is not None:
+            self.state.note(self.position.iteration + 1)
+
     def go_back(self, why: str) -> None:
         self.position = go_back(self.spikes, self.guard, self.saver, self.feed, position=self.position, why=why)
+        self.note_state()
 
     def train(self) -> None:
         """All steps up to --train-iters."""

@@ -20,6 +20,7 @@ from qwen3_npu.data.train.batches import MicroBatch, fetched
 from qwen3_npu.training.guard import NanGuard
 from qwen3_npu.training.objective import Objective
 from qwen3_npu.training.spikes.detector import SpikeLimits
+from qwen3_npu.training.spikes.state import StateCheck
 from qwen3_npu.training.update.gradients import Gradients
 from qwen3_npu.watch import here
 
@@ -81,6 +82,7 @@ class StepResult:
         skipped: the update was not made, for a number that is not finite, or above the limits.
         wishes: what ranks tell each other, true if it is true on any rank.
         spike: why it is one; `Trainer.step` says so.
+        is_damaged: what only updates may change has changed, on any rank; the update was not made.
     """
 
     tally: Tally
@@ -89,6 +91,7 @@ class StepResult:
     skipped: bool = False
     wishes: tuple[bool, ...] = ()
     spike: str | None = None
+    is_damaged: bool = False
 
     @property
     def loss(self) -> float:
@@ -233,6 +236,7 @@ def train_step(
     objective: Objective | None = None,
     wishes: Sequence[bool] = (),
     limits: SpikeLimits | None = None,
+    state: StateCheck | None = None,
 ) -> StepResult:
     """One step of training. The schedule of the learning rate does not move when the update is skipped.
 
@@ -240,6 +244,7 @@ def train_step(
 
     Args:
         limits: above them the update is skipped, on all ranks if any rank sees it.
+        state: it has noted what the update may find.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -263,17 +268,20 @@ def train_step(
     if limits is not None:
         is_above = (sums[0] > limits.loss * sums[1].clamp(min=1)) | (norm > limits.grad_norm)
         bad = bad.masked_fill(is_above, math.nan)
-    flags = [bad, *(torch.full_like(norm, float(wish)) for wish in wishes)]
+    changed = [state.changed()] if state is not None and state.before is not None else []
+    flags = [bad, *changed, *(torch.full_like(norm, float(wish)) for wish in wishes)]
     everyones = torch.stack(flags)
     dist.all_reduce(everyones)
     *numbers, grad_norm, tokens = fetched(torch.cat((everyones, sums, norm.view(1), divisor.view(1)))).tolist()
     not_well, *told = numbers[: len(flags)]
     tally, skip = tally_of(numbers[len(flags) :]), math.isnan(not_well)
+    is_damaged = any(count > 0 for count in told[: len(changed)])
     guard.count(skip)
-    if not skip:
+    if not skip and not is_damaged:
         gradients.update(grad_norm, tokens)
         scheduler.step(increment=global_batch)
-    return StepResult(tally, grad_norm, rate, skip, wishes=tuple(count > 0 for count in told))
+    said = tuple(count > 0 for count in told[len(changed) :])
+    return StepResult(tally, grad_norm, rate, skip, wishes=said, is_damaged=is_damaged)
 
 
 def evaluate_step(

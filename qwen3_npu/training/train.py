@@ -6,9 +6,9 @@ import gc
 from typing import TYPE_CHECKING
 
 from qwen3_npu import log
-from qwen3_npu.errors import Stopped
 from qwen3_npu.training.reports.ledger import Ledger, facts_of
 from qwen3_npu.training.reports.profiling import Profiling
+from qwen3_npu.training.spikes.rollback import corrupted
 from qwen3_npu.watch import here
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def train(trainer: Trainer) -> None:
         due = args.checkpoint.save_interval and iteration % args.checkpoint.save_interval == 0
         export = trainer.export.due(iteration, is_last=iteration == last)
         saves = bool(args.checkpoint.save and (due or export or stop or iteration == last))
-        interval = args.spikes.replica_check_interval
-        if interval and (saves or iteration % interval == 0) and not _check_replicas(trainer):
+        if not _check_state(trainer, saves=saves):
             reporter.went_back(iteration, trainer.position.iteration)
             continue
         if saves:
@@ -72,17 +71,17 @@ def train(trainer: Trainer) -> None:
         log.info(f"stopped after step {trainer.position.iteration} of {last}: {stop}")
 
 
-def _check_replicas(trainer: Trainer) -> bool:
-    """Whether ranks that hold the same weights do; if not it has gone back. Raises: Stopped: or it ends."""
-    problem = trainer.replicas.compare() if trainer.replicas is not None else None
+def _check_state(trainer: Trainer, *, saves: bool) -> bool:
+    """Whether memory holds what it must, where that is looked at; if not it has gone back. Raises: Stopped: or ends."""
+    interval, iteration = trainer.args.spikes.replica_check_interval, trainer.position.iteration
+    problem = None
+    if trainer.replicas is not None and (saves or iteration % interval == 0):
+        problem = trainer.replicas.compare()
+    if problem is None and trainer.state is not None and saves:
+        problem = trainer.state.problem()
     if problem is None:
         return True
-    if not trainer.spikes.rolls_back:
-        raise Stopped(
-            f"step {trainer.position.iteration}: silent corruption: {problem}; nothing is saved; take that device "
-            f"away and go on from the last checkpoint"
-        )
-    trainer.go_back(f"silent corruption: {problem}")
+    trainer.go_back(corrupted(trainer.spikes, problem, iteration))
     return False
 
 

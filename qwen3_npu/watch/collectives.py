@@ -138,6 +138,7 @@ class Recorder:
             shape = tuple(tensor.shape) if tensor is not None and kind.sized else None
             channel = self._channel(group, kind.way, given[1] if kind.way else 0)
             token = enter(channel, operation, dtype, shape)
+            self.times.begin_wait(self.labels[channel])
             start = time.monotonic()
             work = original(group, *args, **kwargs)
             self._waited(self.labels[channel], time.monotonic() - start)
@@ -151,9 +152,10 @@ class Recorder:
 
     def _wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def wait(work: Work, *args: object, **kwargs: object) -> Any:
+            token, label = self.open.pop(id(work), (None, ""))
+            self.times.begin_wait(label)
             start = time.monotonic()
             result = original(work, *args, **kwargs)
-            token, label = self.open.pop(id(work), (None, ""))
             self._waited(label, time.monotonic() - start)
             if token is not None:
                 self.state.leave(token)

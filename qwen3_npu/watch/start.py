@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,20 +26,21 @@ from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.processes import started
 from qwen3_npu.watch import here, probe
 from qwen3_npu.watch.collectives import COLLECTIVES, DTYPE_NAMES, Recorder
+from qwen3_npu.watch.device import DeviceEvent
 from qwen3_npu.watch.settings import Settings
 from qwen3_npu.watch.state import State
 from qwen3_npu.watch.times import Times
 
 
 @contextlib.contextmanager
-def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[None]:
+def watched(args: WatchArgs, save: str | None, *, event: Callable[[], DeviceEvent] | None = None) -> Iterator[None]:
     """This rank is watched for as long as the context lasts. Every rank must enter it.
 
     Args:
         save: folder that all nodes share; None: each node is judged on its own.
-        has_device: collectives are done by a device, and not when `wait` returns.
+        event: makes events of the device, where collectives are done by one, and not when `wait` returns.
     """
-    times = Times()
+    times = Times(event)
     if not (args.hang_timeout != 0 or args.straggler_interval) or not environment.has_rendezvous():
         with timed(times):
             yield
@@ -64,7 +65,7 @@ def watched(args: WatchArgs, save: str | None, *, has_device: bool) -> Iterator[
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         stacks = opened.enter_context(open(folder / f"rank_{rank}.stack", "w", encoding="utf-8"))
-        state = State(folder, rank, info, interval=args.straggler_interval, device=has_device)
+        state = State(folder, rank, info, interval=args.straggler_interval, device=event is not None)
     except OSError as error:
         problem = f"{folder.parent} takes no files: {error.strerror}"
     if _impossible(problem):

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from qwen3_npu.watch.device import DeviceEvent, DeviceTimes
 from qwen3_npu.watch.state import PHASES
 
 GROUPS = ("tp", "pp", "dp", "dp-cp", "cp", "ep", "etp", "edp", "tp-pp", "world", "other groups")
-KINDS = (*PHASES, *(f"wait {name}" for name in GROUPS), "garbage")
+KINDS = (*PHASES, *(f"wait {name}" for name in GROUPS), "garbage", "host")  # host: see `device`
+IN_STEP = [*(PHASES.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer"))]
+IN_STEP += [number for number, kind in enumerate(KINDS) if kind.startswith("wait ")]
 _NUMBERS = {name: len(PHASES) + i for i, name in enumerate(GROUPS)}
+_OTHER, _GARBAGE = PHASES.index("other"), KINDS.index("garbage")
+_LAUNCHED = frozenset(PHASES.index(name) for name in ("forward", "backward", "reduce", "optimizer"))
+
+
+def _number(label: str) -> int:
+    return _NUMBERS.get(label.removesuffix(" (host)"), _NUMBERS["other groups"])
 
 
 class Times:
-    """Seconds of each kind since the last `take`. All of the time is of one kind or another."""
+    """Seconds of each kind since the last `take`, by the host's clock. All of the time is of one kind or another.
 
-    def __init__(self) -> None:
+    Args:
+        event: makes events of the device, if there is one: `device` notes the times of single steps by them.
+    """
+
+    def __init__(self, event: Callable[[], DeviceEvent] | None = None) -> None:
+        self.device = DeviceTimes(event, len(KINDS), _LAUNCHED) if event is not None else None
         self.seconds = [0.0] * len(KINDS)
         self.phase, self.held, self.elsewhere = 0, False, 0.0  # seconds of this phase that are of another kind
         self.since = self.began = self.collecting = time.monotonic()
@@ -26,15 +40,31 @@ class Times:
         now = time.monotonic()
         self.seconds[self.phase] += max(now - self.since - self.elsewhere, 0.0)
         self.phase, self.since, self.elsewhere = phase, now, 0.0
+        if self.device is not None:
+            self.device.mark(phase)
 
     def finish_step(self, step: int) -> None:
         """A step is done."""
-        self.enter_phase(PHASES.index("other"))
+        self.enter_phase(_OTHER)
+        if self.device is not None:
+            self.device.end()
+
+    def next_step(self) -> None:
+        """The device's times of the next step are wanted."""
+        if self.device is not None:
+            self.device.begin(_OTHER)
+
+    def begin_wait(self, label: str) -> None:
+        """A collective of a group begins, or the wait for it."""
+        if self.device is not None and self.device.is_open:
+            self.device.mark(_number(label))
 
     def wait(self, label: str, seconds: float) -> None:
         """So long this rank has waited for others of a group."""
-        self.seconds[_NUMBERS.get(label.removesuffix(" (host)"), _NUMBERS["other groups"])] += seconds
+        self.seconds[_number(label)] += seconds
         self.elsewhere += seconds
+        if self.device is not None:
+            self.device.mark(self.phase)
 
     def collects(self, phase: str, info: object) -> None:
         """For `gc.callbacks`."""
@@ -42,13 +72,14 @@ class Times:
             self.collecting = time.monotonic()
         else:
             seconds = time.monotonic() - self.collecting
-            self.seconds[-1] += seconds
+            self.seconds[_GARBAGE] += seconds
             self.elsewhere += seconds
 
     def take(self) -> Sequence[float]:
-        """Seconds of `KINDS`, then of the wall clock; all begin anew."""
+        """Seconds of `KINDS` and of the wall clock, since the last call; then of `KINDS` in one step, by the device."""
         self.enter_phase(self.phase)
-        found = [*self.seconds, self.since - self.began]
+        on_device = self.device.take() if self.device is not None else [0.0] * len(KINDS)
+        found = [*self.seconds, self.since - self.began, *on_device]
         self.seconds, self.began = [0.0] * len(KINDS), self.since
         return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,30 @@ def test_the_platform_knows_its_device(npu_worlds: dict[int, World], tmp_path: P
         "float64": False,
         "type": "torch.cuda.FloatTensor",
     }
+
+
+def test_watch_ledger_and_state_check_serve(
+    npu_worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    """A slow rank is named over HCCL, events of the device divide the steps, a flipped bit is found."""
+    flags = [*FLAGS, "--data-path", tokens, "--load", models["untied"], "--train-iters", "8", *TP2]
+    flags += ["--tensorboard-dir", str(tmp_path), "--ledger-interval", "4", "--state-check-interval", "1"]
+    flags += ["--hang-timeout", "1", "--on-hang", "report"]
+    ended = npu_worlds[2].run("spike_cases.watched_training", flags=flags, save=str(tmp_path))
+    assert ended["steps"] == 4
+    assert ended["said"].startswith("step 5: silent corruption: on rank 1, exp_avg_sq of ")
+    verdict = (tmp_path / "logs" / "hang_step_3" / "verdict.txt").read_text()
+    assert re.search(r"^rank 1 \(.*, device 1\) never entered \w+ #\d+ of group \w+ \(2 ranks; 1 wait", verdict)
+    assert "in other since" in verdict
+    assert "spike_cases.py" in verdict
+    assert "(read_slowly)" in verdict
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (record,) = [line["ledger"] for line in lines if "ledger" in line]
+    by_device, by_host = record["mean"], record["host"]
+    assert {"forward", "backward", "optimizer", "wait tp"} <= by_host.keys()
+    assert "host" in by_device, "the simulated device is done when it is told: it waits for the host"
+    assert {"wait tp", "data"} <= by_device.keys()
+    assert sum(by_device.values()) == pytest.approx(sum(by_host.values()), rel=1e-3)
 
 
 def test_float64_is_refused(npu_worlds: dict[int, World], trainings: Trainings) -> None:

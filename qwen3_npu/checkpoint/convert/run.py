@@ -26,6 +26,7 @@ from qwen3_npu.checkpoint.manifest import write_conversion
 from qwen3_npu.checkpoint.mapping.source import listed
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
+from qwen3_npu.files import HASH
 from qwen3_npu.lease import Lease, folder_lease
 from qwen3_npu.model.arch import read_hf_config
 
@@ -138,7 +139,7 @@ def _fill(
         "merged": dataclasses.asdict(plan.merged) if plan.merged else None,
         "target": target_facts,
     }
-    files = {str(place / name): {"bytes": r.bytes, "sha256": r.sha256} for name, r in records.items()}
+    files = {str(place / name): {"bytes": r.bytes, HASH: r.tensors} for name, r in records.items()}
     write_conversion(output.root, facts, files)
     if not isinstance(output, MegatronOutput):
         write_card(

@@ -81,13 +81,13 @@ class FileRecord:
 
     Attributes:
         bytes, digest: of the file.
-        sha256: of each tensor's bytes.
+        tensors: digest of each tensor's bytes.
         notes: what the job's `write` returned.
     """
 
     bytes: int
     digest: str
-    sha256: dict[str, str]
+    tensors: dict[str, str]
     notes: Any = None
 
     @property

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -73,15 +74,21 @@ def _converted(data: np.ndarray, stored: DType, dtype: DType, name: str) -> np.n
     return found
 
 
-def read_shard(source: Source, shard: Shard, dtype: DType) -> np.ndarray:
+def read_shard(source: Source, shard: Shard, dtype: DType, out: np.ndarray | None = None) -> np.ndarray:
     """One Megatron tensor, put together from its slices and converted to `dtype`. Shape: `shard.shape`.
 
     Beyond the result a few MB are in memory: slices pass through in blocks.
 
+    Args:
+        out: bytes to put it into, if they are there already; large enough for it.
+
     Raises:
         UsageError: a finite value is too large for `dtype`.
     """
-    out = np.empty(shard.view, dtype.carrier)
+    if out is None:
+        out = np.empty(shard.view, dtype.carrier)
+    else:
+        out = out[: math.prod(shard.view) * dtype.itemsize].view(dtype.carrier).reshape(shard.view)
     for piece in shard.slices:
         stored = source.dtype(piece.hf)
         for block in row_blocks(piece.source, dtype.itemsize):

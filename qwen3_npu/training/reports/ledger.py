@@ -12,7 +12,7 @@ from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reports.expert_load import ExpertLoad
 from qwen3_npu.training.step import NOTHING, Tally
 from qwen3_npu.watch import here
-from qwen3_npu.watch.times import KINDS
+from qwen3_npu.watch.times import IN_STEP, KINDS, Times
 
 _SHOWN = 1024  # ranks
 _WORK = [KINDS.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer", "other")]
@@ -43,7 +43,7 @@ class Ledger:
 
     def __init__(self, interval: int, facts: dict[str, Any], device: torch.device) -> None:
         self.interval, self.facts, self.device = interval, facts, device
-        self.tally, self.steps = NOTHING, 0
+        self.tally, self.steps, self.is_new = NOTHING, 0, True
         self.imbalance: float | None = None  # the fullest expert's tokens over the mean
         if (times := here.times()) is not None:
             times.take()  # what was before the first step
@@ -61,12 +61,20 @@ class Ledger:
         self.tally += tally
         self.steps += 1
         times = here.times()
-        if times is None or not (iteration % self.interval == 0 or last):
+        if times is None:
             return None
+        record = self._record(times) if iteration % self.interval == 0 or last else None
+        # Of each record one step is noted by the device, early enough to be done by then; of short runs the second.
+        if (iteration + 2) % self.interval == 0 or self.is_new:
+            times.next_step()
+        self.is_new = False
+        return record
+
+    def _record(self, times: Times) -> dict[str, Any]:
         own = torch.tensor(times.take(), dtype=torch.float32, device=self.device)
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, own)
-        table = torch.stack(rows).cpu()
+        table, host = by_device(torch.stack(rows).cpu())
         steps, sums = self.steps, self.tally
         self.tally, self.steps = NOTHING, 0
         slowest = table.argmax(0).tolist()
@@ -78,7 +86,32 @@ class Ledger:
             "work": [round(v / steps, 6) for v in table[:_SHOWN, _WORK].sum(1).tolist()],
             "mean": {kind: round(value / steps, 6) for kind, value in zip(KINDS, mean, strict=False) if value},
             "most": {k: [round(v / steps, 6), rank] for k, v, rank in zip(KINDS, most, slowest, strict=False) if v},
+            "host": {kind: round(value / steps, 6) for kind, value in zip(KINDS, host, strict=False) if value},
             "padding": round(1 - sums.real_tokens / max(sums.places, 1.0), 4),
             "imbalance": self.imbalance,
             **self.facts,
         }
+
+
+def by_device(table: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+    """Times of ranks whose steps are divided as the device has noted, where it has.
+
+    Args:
+        table: [ranks, ..] of `Times.take`: all steps by the host's clock, one step by the device's.
+
+    Returns:
+        [ranks, kinds and wall clock], and what the host's clock said of the mean rank; empty: it is what is returned.
+    """
+    kinds = len(KINDS)
+    by_host, noted = table[:, : kinds + 1].clone(), table[:, kinds + 1 :]
+    found = by_host.clone()
+    # What is not of a step (checkpoints, evaluations) the device has not noted.
+    share = noted / noted.sum(1, keepdim=True)
+    inside = by_host[:, IN_STEP].sum(1, keepdim=True)
+    has_noted = noted.sum(1) > 0
+    if not bool(has_noted.any()):
+        return found, []
+    found[:, IN_STEP] = 0
+    found[:, :kinds] += share.nan_to_num() * inside
+    found[~has_noted] = by_host[~has_noted]
+    return found, by_host.mean(0)[:kinds].tolist()

@@ -1,7 +1,7 @@
 """Ranks that hold the same weights compare digests of them: silent corruption names the rank that differs.
 
-A digest is the sum of a tensor's bits, read as integers: one flipped bit always changes it. All tensors of a rank are
-digested on the device and compared by one small gather in each group of ranks that hold the same.
+All tensors of a rank are added up on the device (`checksum`) and compared by one small gather in each group of ranks
+that hold the same.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from qwen3_npu.checkpoint.training.optimizer_state import states_by_parameter
 from qwen3_npu.distributed.agreement import first_problem
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of its bits as integers, an int64 scalar on its device."""
-    return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
+from qwen3_npu.training.spikes.checksum import checksum, gather_weights, told_parameters
 
 
 class ReplicaCheck:
@@ -38,10 +32,9 @@ class ReplicaCheck:
         self.groups: list[tuple[dist.ProcessGroup, list[str], list[torch.nn.Parameter]]] = []
         dense: dict[str, torch.nn.Parameter] = {}
         experts: dict[str, torch.nn.Parameter] = {}
-        for number, chunk in enumerate(chunks):
-            for name, parameter in chunk.named_parameters():
-                place = experts if not getattr(parameter, "allreduce", True) else dense
-                place[f"{name} (chunk {number})" if len(chunks) > 1 else name] = parameter
+        for name, parameter in told_parameters(chunks).items():
+            place = experts if not getattr(parameter, "allreduce", True) else dense
+            place[name] = parameter
         whole = {n: p for n, p in dense.items() if not getattr(p, "tensor_model_parallel", False)}
         for group, parameters in (
             (parallel_state.get_data_parallel_group(with_context_parallel=True), dense),
@@ -53,9 +46,7 @@ class ReplicaCheck:
 
     def compare(self) -> str | None:
         """Which rank differs, the same text on every rank; None: none does. Every rank must call this; it waits."""
-        for chunk in self.wrapped:
-            if chunk.ddp_config.overlap_param_gather:  # else the weights are not there before the next forward pass
-                chunk.start_param_sync(force_sync=True)
+        gather_weights(self.wrapped)
         found = [text for group in self.groups if (text := self._differs(*group))]
         worst = first_problem("; ".join(sorted(set(found))) or None)
         return worst[1] if worst is not None else None
@@ -64,12 +55,12 @@ class ReplicaCheck:
         self, group: dist.ProcessGroup, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]
     ) -> str | None:
         states = states_by_parameter(self.optimizer)  # replicas, too, where it is not sharded
-        labels, digests = list(names), [digest(parameter) for parameter in parameters]
+        labels, digests = list(names), [checksum(parameter) for parameter in parameters]
         for name, parameter in zip(names, parameters, strict=True):
             for key, tensor in states.get(parameter, {}).items():
                 if tensor.data_ptr() != parameter.data_ptr():  # float32 weights are updated themselves
                     labels.append(f"{key} of {name}")
-                    digests.append(digest(tensor))
+                    digests.append(checksum(tensor))
         own = torch.stack(digests)
         least, most = own.clone(), own.clone()
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)

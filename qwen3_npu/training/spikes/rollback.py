@@ -5,6 +5,7 @@ from __future__ import annotations
 from qwen3_npu.checkpoint.training.save import Position
 from qwen3_npu.data.text.encoder import open_encoder
 from qwen3_npu.data.text.tokenizer import start_loading
+from qwen3_npu.errors import Stopped
 from qwen3_npu.training.checkpoints.saving import Saver
 from qwen3_npu.training.feed import Feed
 from qwen3_npu.training.guard import NanGuard
@@ -30,3 +31,13 @@ def go_back(spikes: SpikeGuard, guard: NanGuard, saver: Saver, feed: Feed, *, po
     spikes.detector.rewind(position.iteration)
     guard.in_a_row = 0
     return position
+
+
+def corrupted(spikes: SpikeGuard, problem: str, step: int) -> str:
+    """Why to go back after `step`, where memory was found damaged. Raises: Stopped: going back is not wanted."""
+    if spikes.rolls_back:
+        return f"silent corruption: {problem}"
+    raise Stopped(
+        f"step {step}: silent corruption: {problem}; nothing is saved; take that device away and go on from the "
+        f"last checkpoint"
+    )

@@ -7,6 +7,7 @@ is says the sign of the second moment, which is never negative otherwise. So mas
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,6 +53,13 @@ class HalvedState(SlicedState):
         replaced["_get_main_param_and_optimizer_states"] = self._state_of
         replaced["_set_main_param_and_optimizer_states"] = self._set_state_of
         self.main = {model: main for main, model in self.model.items()}
+
+    def kept(self) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
+        """As `SlicedState.kept`."""
+        for (model, tensors), main in zip(super().kept(), self.model, strict=True):
+            if main in self.low:
+                tensors["float32 master"] = self.low[main]  # its lower half; the upper one is the weight
+            yield model, tensors
 
     def run(self, count: torch.Tensor) -> None:
         """As `SlicedState.run`."""

@@ -88,6 +88,13 @@ class SlicedState:
     def wait(self) -> None:
         """Until the state is that of the last step, for a reader on the host."""
 
+    def kept(self) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
+        """Of each parameter, what this rank keeps of it between steps beside the weight: kind -> tensor."""
+        masters = {id(main) for main in self.masters}
+        for main, model in self.model.items():
+            master = {"float32 master": main} if id(main) in masters else {}
+            yield model, {**master, **{key: self.optimizer.state[main][key] for key in MOMENTS}}
+
     def _cut(self, slices: int) -> Iterator[list[StatePiece]]:
         """The weights in as many slices of about the same size, in the order of the optimizer's groups."""
         total = sum(main.numel() for main in self.model)

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef int aclError;
@@ -71,13 +72,20 @@ aclError aclrtSetStreamOverflowSwitch(void *stream, uint32_t flag) { return OK; 
 aclError aclrtCreateEventExWithFlag(void **event, uint32_t flag) { *event = malloc(16); return OK; }
 aclError aclrtCreateEventWithFlag(void **event, uint32_t flag) { *event = malloc(16); return OK; }
 aclError aclrtDestroyEvent(void *event) { return OK; }
-aclError aclrtRecordEvent(void *event, void *stream) { return OK; }
+aclError aclrtRecordEvent(void *event, void *stream) {
+    clock_gettime(CLOCK_MONOTONIC, event);
+    return OK;
+}
 aclError aclrtResetEvent(void *event, void *stream) { return OK; }
 aclError aclrtSynchronizeEvent(void *event) WAIT
 aclError aclrtStreamWaitEvent(void *stream, void *event) { return OK; }
 aclError aclrtQueryEventStatus(void *event, int *status) { *status = 1; return OK; }
 aclError aclrtQueryEventWaitStatus(void *event, int *status) { *status = 0; return OK; }
-aclError aclrtEventElapsedTime(float *ms, void *a, void *b) { *ms = 0.01f; return OK; }
+aclError aclrtEventElapsedTime(float *ms, void *a, void *b) {
+    struct timespec *start = a, *end = b;
+    *ms = (end->tv_sec - start->tv_sec) * 1e3 + (end->tv_nsec - start->tv_nsec) * 1e-6;
+    return OK;
+}
 
 // Settings.
 aclError aclrtSetDeviceSatMode(int mode) { return OK; }

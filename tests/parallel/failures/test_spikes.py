@@ -84,3 +84,35 @@ def test_a_flipped_bit_names_its_rank(what: str, worlds: dict[int, World], model
     assert len(set(said)) == 1
     assert said[0].startswith("step 1: silent corruption: rank 2 differs in ")
     assert "decoder.layers.1.mlp.linear_fc2.weight from the same on ranks 0, 1, 2, 3" in said[0]
+
+
+STATE = {"weight", "exp_avg", "exp_avg_sq"}
+HOLDERS = {  # flags -> what a rank holds then
+    "whole": (["--no-bf16"], STATE),
+    "sharded": (["--bf16", *ZERO, "--overlap-param-gather", "--overlap-grad-reduce"], {*STATE, "float32 master"}),
+    "halved": (["--bf16", *ZERO, "--reuse-fp32-param"], {*STATE, "float32 master"}),
+    "on the host": (["--bf16", *ZERO, "--swap-optimizer"], {*STATE, "float32 master"}),
+    "quantized": (["--bf16", "--lora-r", "2", "--qlora"], {*STATE, "float32 master", "frozen weight", "scales"}),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_every_bit_that_changes_between_two_updates_is_found_in_the_next_step(
+    name: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+) -> None:
+    extra, expected = HOLDERS[name]
+    model = models["tied"]
+    if name == "quantized":  # in blocks of 64
+        model = str(tiny.write_model(tmp_path / "model", tiny.arch("untied", intermediate_size=128)))
+    flags = [*BASE, "--load", model, "--data-path", tokens, "--train-iters", "30"]
+    flags = [flag for flag in flags if flag not in ("--bf16", "--no-bf16")] + extra
+    plain = worlds[2].run("train", flags=flags, steps=2)["loss"]
+    found = worlds[2].run("spike_cases.flips", flags=[*flags, "--state-check-interval", "1"], rank=1)
+    said = found["said"]
+    assert said.keys() == {f"{what} of {kind}" for what in ("mantissa", "exponent") for kind in expected}
+    for flip, texts in said.items():
+        kind = flip.partition(" of ")[2]
+        assert len(set(texts)) == 1
+        assert str(texts[0]).startswith(f"step 2: silent corruption: on rank 1, {kind} "), (flip, texts[0])
+        assert "changed between two updates; nothing is saved" in texts[0]
+    assert found["losses"] == plain, "no update was made while a bit was wrong, and none is missing"

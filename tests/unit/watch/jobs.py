@@ -92,7 +92,7 @@ def worker(job: str, rank: int, folder: Path) -> None:
     os.dup2(console, 2)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     pair = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][rank // 2]
-    with watched(flags, str(folder), has_device=False):
+    with watched(flags, str(folder)):
         for number in range(1, 400 if job == "healthy" else 30 if job == "slow" else 8):
             step(job, number, rank, pair)
             if job == "healthy" and number in (100, 200):

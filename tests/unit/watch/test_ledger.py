@@ -12,12 +12,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from qwen3_npu.errors import UsageError
 from qwen3_npu.ledger.__main__ import main
 from qwen3_npu.ledger.picture import heat, png, stacked
 from qwen3_npu.ledger.records import read
 from qwen3_npu.ledger.why import causes, explained
+from qwen3_npu.training.reports.ledger import by_device
 from qwen3_npu.watch import here
 from qwen3_npu.watch.times import KINDS, Times
 
@@ -46,13 +48,93 @@ def test_every_second_is_of_one_kind() -> None:
         finally:
             gc.callbacks.remove(times.collects)
             here.watch()
-        found = dict(zip([*KINDS, "wall"], times.take(), strict=True))
+        found = dict(zip([*KINDS, "wall"], times.take(), strict=False))
     told = {kind: value for kind, value in found.items() if value}
     assert told == {"data": 1, "forward": 1.25, "wait tp": 0.5, "wait other groups": 0.25, "save": 8, "wall": 11}
     times.collects("start", {})
     times.collecting -= 3
     times.collects("stop", {})
     assert dict(zip(KINDS, times.take(), strict=False))["garbage"] == pytest.approx(3, abs=0.1)
+
+
+class Stream:
+    """A device that does its work in order; the host's clock runs by itself."""
+
+    def __init__(self) -> None:
+        self.host, self.free = 100.0, 100.0
+
+    def work(self, seconds: float, launch: float = 0.0) -> None:
+        self.host += launch
+        self.free = max(self.free, self.host) + seconds
+
+    def event(self) -> Event:
+        return Event(self)
+
+
+class Event:
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.at = stream, 0.0
+
+    def record(self) -> None:
+        self.at = self.stream.free = max(self.stream.free, self.stream.host)
+
+    def query(self) -> bool:
+        return self.stream.host >= self.at
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1000
+
+
+def test_a_devices_time_is_that_of_its_events_and_is_read_when_they_are_over() -> None:
+    stream = Stream()
+    with mock.patch.object(time, "monotonic", side_effect=lambda: stream.host):
+        times = Times(stream.event)
+        here.watch(times)
+        try:
+            for _ in range(2):  # the second time with the same events
+                times.next_step()
+                here.at("data")
+                stream.host += 1  # reads, while the device has nothing to do
+                here.at("forward")
+                stream.work(4, launch=0.5)
+                here.at("backward")  # of the first half the host is ahead
+                stream.work(7, launch=0.5)
+                times.begin_wait("dp")
+                stream.work(2)  # another stream, which this one waits for
+                times.wait("dp", 0.0)
+                here.at("optimizer")
+                stream.work(1)
+                here.step_done(1)
+                assert not any(times.take()[len(KINDS) + 1 :]), "not done yet: nothing waits for it"
+                stream.host = stream.free
+                found = dict(zip(KINDS, times.take()[len(KINDS) + 1 :], strict=True))
+                told = {kind: pytest.approx(s) for kind, s in found.items() if s}
+                assert told == {"data": 1, "forward": 4.5, "backward": 7, "wait dp": 2, "optimizer": 1}
+            times.next_step()
+            here.at("forward")
+            for _ in range(3):
+                stream.work(0.1, launch=1)  # the device waits for the host's launches
+            here.step_done(2)
+            stream.host = stream.free
+            found = dict(zip(KINDS, times.take()[len(KINDS) + 1 :], strict=True))
+            assert {kind: s for kind, s in found.items() if s} == {"host": pytest.approx(3.1)}
+        finally:
+            here.watch()
+
+
+def test_a_record_divides_steps_as_the_device_has_noted() -> None:
+    def row(host: dict[str, float], noted: dict[str, float]) -> list[float]:
+        return [*(host.get(k, 0.0) for k in KINDS), sum(host.values()), *(noted.get(k, 0.0) for k in KINDS)]
+
+    host = {"data": 1.0, "forward": 1.0, "optimizer": 8.0, "save": 5.0, "garbage": 1.0}
+    noted = {"forward": 0.1, "backward": 0.2, "host": 0.1, "wait dp": 0.1}
+    found, said = by_device(torch.tensor([row(host, noted), row(host, {})]))
+    first, second = (dict(zip([*KINDS, "wall"], line, strict=True)) for line in found.tolist())
+    expected = {"forward": 2, "backward": 4, "host": 2, "wait dp": 2, "save": 5, "garbage": 1, "wall": 16}
+    assert {kind: value for kind, value in first.items() if value} == pytest.approx(expected)
+    assert {kind: value for kind, value in second.items() if value} == pytest.approx(host | {"wall": 16})
+    assert dict(zip(KINDS, said, strict=True))["optimizer"] == 8
+    assert by_device(torch.tensor([row(host, {})]))[1] == []
 
 
 def records(folder: Path, mean: dict[str, float], most: dict[str, list] | None = None, **facts: object) -> Path:

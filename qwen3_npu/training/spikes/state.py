@@ -1,0 +1,110 @@
+"""Nothing may change weights, moments or masters between two updates: what has changed was damaged in memory.
+
+After an update each rank adds up the bits of every tensor that it holds, and again before the next update. One flipped
+bit, of an exponent or of a mantissa, always changes its tensor's sum. The answer travels with the numbers that a step
+reduces anyway: no further wait, no further collective.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from qwen3_npu.checkpoint.training.optimizer_state import main_parameters, parts
+from qwen3_npu.distributed.agreement import first_problem
+from qwen3_npu.training.spikes.checksum import checksum, gather_weights, told_parameters
+
+
+def kept(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
+    """Of each parameter that a part updates (a share of it), what is held beside it: kind -> tensor."""
+    if (sliced := vars(part).get("sliced")) is not None:
+        yield from sliced.kept()
+        return
+    pairs: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]
+    if isinstance(part, DistributedOptimizer):
+        masters = [main for group in part.shard_fp32_from_float16_groups for main in group]
+        models = itertools.chain(*part.model_float16_groups, *part.model_fp32_groups)
+        pairs = zip(models, itertools.chain(masters, *part.shard_fp32_groups), strict=True)
+    else:
+        pairs = list(main_parameters(part))
+        masters = [main for parameter, main in pairs if main is not parameter]
+    own = {id(main) for main in masters}
+    for parameter, main in pairs:
+        master = {"float32 master": main} if id(main) in own else {}
+        yield parameter, {**master, **{k: v for k, v in part.optimizer.state[main].items() if k != "step"}}
+
+
+class StateCheck:
+    """The sums of this rank's state.
+
+    Args:
+        interval: steps between checks.
+        chunks: the model chunks of this rank, and as megatron has `wrapped` them.
+    """
+
+    def __init__(
+        self, interval: int, chunks: Sequence[torch.nn.Module], wrapped: Sequence[Any], optimizer: MegatronOptimizer
+    ) -> None:
+        self.interval, self.wrapped, self.optimizer = interval, wrapped, optimizer
+        self.names: list[str] = []
+        self.tensors: list[torch.Tensor] = []
+        parameters = told_parameters(chunks)
+        told = {parameter: name for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            self._add(f"{'' if parameter.requires_grad else 'frozen '}weight {name}", parameter)
+            for kind, value in vars(vars(parameter).get("nf4", self)).items() if "nf4" in vars(parameter) else ():
+                if isinstance(value, torch.Tensor):
+                    self._add(f"{kind} of quantized weight {name}", value)
+        for part in parts(optimizer):
+            for parameter, tensors in kept(part):
+                for kind, tensor in tensors.items():
+                    self._add(f"{kind} of {told[parameter]}", tensor)
+        self.names.append("the optimizer's counts of steps")
+        self.before: torch.Tensor | None = None  # the sums after the last update; None: not noted
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        self.names.append(name)
+        self.tensors.append(tensor)
+
+    def note(self, step: int) -> None:
+        """The state is as it has to be until the update of `step`, which is the next one."""
+        self.before = None
+        if step % self.interval == 0:
+            gather_weights(self.wrapped)
+            self.before = self._sums()
+
+    def changed(self) -> torch.Tensor:
+        """How many tensors have changed since, a float32 scalar on the device; nothing has waited for it."""
+        assert self.before is not None
+        return (self._sums() != self.before).sum(dtype=torch.float32)
+
+    def problem(self) -> str | None:
+        """What has changed on which rank, the same text on every rank; None: nothing. Every rank must call this."""
+        text = None
+        if self.before is not None and (places := (self._sums() != self.before).nonzero().flatten().tolist()):
+            more = f" and {len(places) - 1} other tensors" if len(places) > 1 else ""
+            text = f"{self.names[places[0]]}{more} changed between two updates"
+        found = first_problem(text)
+        return None if found is None else f"on rank {found[0]}, {found[1]}"
+
+    @torch.no_grad()
+    def _sums(self) -> torch.Tensor:
+        """int32 [names]."""
+        counts = []
+        for part in parts(self.optimizer):
+            if (sliced := vars(part).get("sliced")) is not None:
+                sliced.wait()
+            counts += [state["step"] for state in part.optimizer.state.values()]
+        sums = [checksum(tensor) for tensor in self.tensors]
+        device = self.tensors[0].device
+        sums.append(checksum(torch.stack(counts)) if counts else torch.zeros((), dtype=torch.int32, device=device))
+        if all(one.device == device for one in sums):
+            return torch.stack(sums)
+        host = torch.stack([one for one in sums if one.device != device]).to(device)  # of --swap-optimizer
+        rest = iter(host.unbind())
+        return torch.stack([one if one.device == device else next(rest) for one in sums])

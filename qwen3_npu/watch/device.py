@@ -1,0 +1,86 @@
+"""Where a step's time goes on a device: events on the stream that computes, read when a later step has waited for them.
+
+The host runs ahead of a device, so its clock says when work was handed over, not when it was done. An event is noted in
+the stream where a phase begins, and where the stream begins and ends to wait for a collective. The time between two
+events is of the phase, or of the group of that collective: what is left is communication that computing does not hide.
+
+Where the device comes to an event as soon as the host has noted it, the device had to wait for the host: the time up to
+there is that of the host (launch-bound).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+_BOUND = 0.2  # the device is less than this share of a stretch behind the host: it has waited for it
+
+
+class DeviceEvent(Protocol):
+    """What `torch.cuda.Event(enable_timing=True)` can do, and torch_npu's."""
+
+    def record(self) -> Any:
+        """Note the time when the current stream comes here."""
+
+    def query(self) -> bool:
+        """Whether it has."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from this event to another."""
+
+
+class DeviceTimes:
+    """The events of one step at a time.
+
+    Args:
+        make: a new event.
+        kinds: how many kinds of time there are; the last is the host's.
+        launched: kinds of work that the host hands over: of these the host may have the time.
+    """
+
+    def __init__(self, make: Callable[[], DeviceEvent], kinds: int, launched: frozenset[int]) -> None:
+        self.make, self.kinds, self.launched = make, kinds, launched
+        self.is_open = False
+        self._free: list[DeviceEvent] = []
+        self._marks: list[tuple[int, DeviceEvent, float]] = []  # the kind of what follows; the host's clock
+
+    def begin(self, kind: int) -> None:
+        """From now on times are noted, unless the device has not done yet what was noted before."""
+        if self._marks and not self._marks[-1][1].query():
+            return
+        self._clear()
+        self.is_open = True
+        self.mark(kind)
+
+    def mark(self, kind: int) -> None:
+        """What is handed over from now on is of this kind."""
+        if self.is_open:
+            event = self._free.pop() if self._free else self.make()
+            event.record()
+            self._marks.append((kind, event, time.monotonic()))
+
+    def end(self) -> None:
+        """The step has been handed over."""
+        self.mark(0)
+        self.is_open = False
+
+    def take(self) -> Sequence[float]:
+        """Seconds of each kind in the step that was noted last; all 0: none was, or the device has not done it yet."""
+        found = [0.0] * self.kinds
+        if self.is_open or not self._marks or not self._marks[-1][1].query():
+            return found
+        lasted = [a.elapsed_time(b) / 1000 for (_, a, _), (_, b, _) in zip(self._marks, self._marks[1:], strict=False)]
+        ends = list(itertools.accumulate(lasted))
+        # The device comes to no event before the host: this is the least that their clocks can be apart.
+        apart = max(host - end for end, (_, _, host) in zip([0.0, *ends], self._marks, strict=True))
+        for (kind, *_), seconds, end, (_, _, host) in zip(self._marks, lasted, ends, self._marks[1:], strict=False):
+            is_bound = kind in self.launched and end + apart - host < _BOUND * seconds
+            found[-1 if is_bound else kind] += seconds
+        self._clear()
+        return found
+
+    def _clear(self) -> None:
+        self._free += [event for _, event, _ in self._marks]
+        self._marks.clear()
