@@ -10,10 +10,9 @@ _ALWAYS = "always on"
 # The speed-ups are those that MindSpeed's documents of these flags state; the shares are those of docs/planning.md.
 _PRODUCTS = "products hide no tensor-parallel communication here (31 % of a step of 14B at TP8 by python -m "
 _PRODUCTS += "qwen3_npu.trace): MindSpeed says that its steps are 3 to 8 % faster"
-_EXCHANGE = (
-    "exchanges of experts are not overlapped here (20 % of a step of 30B-A3B at EP8 by python -m qwen3_npu.trace): "
-)
-_EXCHANGE += "MindSpeed says that its steps are 10 % or more faster"
+_PERMUTATION = "the exchange of sizes always runs beside the permutation; --moe-alltoall-overlap-comm hides the tokens'"
+_GATHER = "tokens that are gathered are waited for; --moe-alltoall-overlap-comm hides the exchange of "
+_GATHER += "--moe-token-dispatcher-type alltoall"
 _PASSES = "forward and backward passes are not interleaved here: MindSpeed's steps are about 10 % faster again"
 _ACTIVATIONS = "activations are not moved to the host here; --recompute-granularity or --moe-zero-memory saves as much"
 _ALL_MOE = "every layer of a Qwen3-MoE has experts"
@@ -69,8 +68,8 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--initial-loss-scale": Foreign("bfloat16 needs no loss scale", nargs=1),
     "--fp16": Foreign("float16 training is not offered; use --bf16", refused=True),
     "--moe-grouped-gemm": Foreign(_EXPERTS),
-    "--moe-permutation-async-comm": Foreign(_EXCHANGE),
-    "--moe-allgather-overlap-comm": Foreign(_EXCHANGE),
+    "--moe-permutation-async-comm": Foreign(_PERMUTATION),
+    "--moe-allgather-overlap-comm": Foreign(_GATHER),
     "--moe-fb-overlap": Foreign(_PASSES),
     "--use-ascend-coc": Foreign(_PRODUCTS),
     "--coc-fused-kernel": Foreign(_PRODUCTS),

@@ -19,8 +19,10 @@ from qwen3_npu.plan.shape import Shape
 # Operations that the host launches, forward and backward: of one layer without and with experts, more for each way to
 # train it, and of a micro-batch outside of the layers. tests/golden/launches_npu.txt has the counts.
 LAYER_LAUNCHES = {False: (13, 23), True: (26, 36)}
-MORE_LAUNCHES = {"lora": (7, 8), "expert": (4, 3), "ring": (19, 17), "sequence_parallel": (8, 0)}
+MORE_LAUNCHES = {"lora": (7, 8), "expert": (6, 4), "ring": (19, 17), "sequence_parallel": (8, 0)}
 END_LAUNCHES = 43, 15
+# Of an exchange in pieces that products hide: once, and for each piece but the first.
+PIECE_LAUNCHES = (2, 1), (8, 11)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +143,12 @@ def _attention_products(shape: Shape, tp: int) -> list[float]:
     ]
 
 
-def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0) -> float:
+def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0, *, pieces: int = 1) -> float:
     """Operations that the host launches for one layer and micro-batch.
 
     Args:
         recomputed: share of the layers whose forward pass runs twice.
+        pieces: see `_pieces`.
     """
     used = {
         "lora": setup.lora_rank > 0,
@@ -154,6 +157,8 @@ def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0) -> float:
         "sequence_parallel": setup.sequence_parallel and setup.tensor > 1,
     }
     more = [MORE_LAUNCHES[name] for name, is_used in used.items() if is_used]
+    if is_moe and pieces > 1:
+        more += [PIECE_LAUNCHES[0], *[PIECE_LAUNCHES[1]] * (pieces - 1)]
     forward, backward = (sum(counts) for counts in zip(LAYER_LAUNCHES[is_moe], *more, strict=True))
     return forward * (1 + recomputed) + backward
 
@@ -199,7 +204,9 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
     if stage == setup.pipeline - 1:
         products += head * (1 + shape.mtp_layers)
         kernels += logits * (1 + shape.mtp_layers)
-    launched = sum(counts[kind] * launches(setup, kind, share) for kind in counts) + sum(END_LAUNCHES)
+    launched = sum(counts[kind] * launches(setup, kind, share, pieces=_pieces(shape, setup)) for kind in counts) + sum(
+        END_LAUNCHES
+    )
     busy = products + attention + kernels + recompute
     waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 else 0.0
     return StepTime(
@@ -237,11 +244,17 @@ def _expert(shape: Shape, setup: Setup, device: Device, products: float, *, shar
     size = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * moved
     once = collective_seconds(device, setup.expert, setup.expert_tensor, size, steps=2)
     forwards = 2.0 if setup.recompute_experts == 2 else 1 + share
-    if not setup.overlap_experts or setup.expert == 1:
+    pieces = _pieces(shape, setup)
+    if pieces == 1:
         return once * 2 * (forwards + 1)
-    pieces = exchange_pieces(shape.num_experts // setup.expert)
     backward = products * (1.0 if setup.lora_rank else 2.0 - setup.frozen)
     return forwards * _left(once, products, pieces) + _left(once, backward, pieces, after=backward - products)
+
+
+def _pieces(shape: Shape, setup: Setup) -> int:
+    """In how many pieces tokens travel to their experts and back; 1: products hide nothing of it."""
+    hides = setup.overlap_experts and setup.expert > 1
+    return exchange_pieces(shape.num_experts // setup.expert) if hides else 1
 
 
 def _left(once: float, products: float, pieces: int, *, after: float = 0.0) -> float:

@@ -21,6 +21,7 @@ def router(coefficient: float, loss_weight: float) -> types.SimpleNamespace:
         tp_cp_group=types.SimpleNamespace(size=lambda: 1),
         get_aux_loss_coeff=lambda name: coefficient,
         loss_weight=loss_weight,
+        tokens=torch.zeros(EXPERTS, dtype=torch.int64),
         balance_loss=torch.zeros(()),
         balance_rows=torch.zeros(0),
         micro_batches=0.0,
@@ -30,26 +31,29 @@ def router(coefficient: float, loss_weight: float) -> types.SimpleNamespace:
     return made
 
 
+@pytest.mark.parametrize("padded", [0, 3])
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
-def test_choice_and_gradients_are_megatrons(coefficient: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_and_gradients_are_megatrons(coefficient: float, padded: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe_utils.MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(0.5))
     draw = torch.Generator().manual_seed(0)
     logits, factor = (torch.randn(TOKENS, EXPERTS, generator=draw) for _ in range(2))
+    padding = torch.arange(TOKENS) >= TOKENS - padded if padded else None
     made, mine, theirs = router(coefficient, 4.0), logits.clone().requires_grad_(), logits.clone().requires_grad_()
 
-    probs, routing_map, counts = _Choice.apply(mine, made, True)
+    probs, routing_map, counts = _Choice.apply(mine, made, True, padding)
     (probs * factor).sum().backward()
 
     expected, expected_map = moe_utils.topk_routing_with_score_function(theirs, TOPK)
-    _, scores = moe_utils.compute_routing_scores_for_aux_loss(theirs, TOPK, "softmax")
+    real_map, scores = moe_utils.compute_routing_scores_for_aux_loss(theirs, TOPK, "softmax", padding_mask=padding)
     loss = moe_utils.switch_load_balancing_loss_func(
-        scores, expected_map.sum(0), TOKENS, TOPK, EXPERTS, moe_aux_loss_coeff=1.0
+        scores, real_map.sum(0), TOKENS - padded, TOPK, EXPERTS, moe_aux_loss_coeff=1.0
     )
     ((expected * factor).sum() + 0.5 * 4.0 * coefficient * loss).backward()
 
     torch.testing.assert_close(probs, expected)
     assert torch.equal(routing_map, expected_map)
     assert torch.equal(counts, expected_map.sum(0))
+    assert torch.equal(made.tokens, real_map.sum(0))
     torch.testing.assert_close(mine.grad, theirs.grad)
     if coefficient:
         torch.testing.assert_close(made.balance_rows.sum(), loss.detach())
