@@ -35,6 +35,12 @@ train() { # flags of this kind of training...
     if [ -n "${CP:-}" ]; then
         PARALLEL+=(--context-parallel-size "$CP" --context-parallel-algo "${CP_ALGO:-ulysses_cp_algo}")
     fi
+    case "${TP_OVERLAP:-}" in # products hide tensor parallelism's communication: in pieces, or fused operations on NPUs
+        coc) PARALLEL+=(--use-ascend-coc) ;;
+        mc2) PARALLEL+=(--use-ascend-mc2) ;;
+        "") ;;
+        *) echo "$0: TP_OVERLAP=$TP_OVERLAP: coc or mc2" >&2; exit 2 ;;
+    esac
     local memory=()
     if [ -n "${RECOMPUTE:-}" ]; then # METHOD LAYERS
         memory+=(--recompute-granularity full --recompute-method "${RECOMPUTE% *}")

@@ -3,6 +3,6 @@
 source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/recipes.sh" ||
     { echo "$0: if this script was copied, set EXAMPLES to the examples folder of qwen3_npu" >&2; exit 2; }
 
-defaults MODEL=qwen3_32b NNODES=1 NPUS_PER_NODE=16 TP=8 PP=2 VPP=4 MBS=2 GBS=256 SEQ_LENGTH=4096
+defaults MODEL=qwen3_32b NNODES=1 NPUS_PER_NODE=16 TP=8 PP=2 VPP=4 MBS=2 GBS=256 SEQ_LENGTH=4096 TP_OVERLAP=coc
 
 pretrain "$@"

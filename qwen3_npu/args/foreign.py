@@ -8,8 +8,10 @@ _QWEN3 = "Qwen3 is always built so"
 _KERNELS = "--kernels chooses the implementation"
 _ALWAYS = "always on"
 # The speed-ups are those that MindSpeed's documents of these flags state; the shares are those of docs/planning.md.
-_PRODUCTS = "products hide no tensor-parallel communication here (31 % of a step of 14B at TP8 by python -m "
-_PRODUCTS += "qwen3_npu.trace): MindSpeed says that its steps are 3 to 8 % faster"
+_PIECES = (
+    "ATB's kernels are not called: products run in pieces (--coc-parallel-num); --use-ascend-mc2 takes torch_npu's"
+)
+_BUFFERS = "it is for Transformer Engine's buffers, which are not used"
 _PERMUTATION = "the exchange of sizes always runs beside the permutation; --moe-alltoall-overlap-comm hides the tokens'"
 _GATHER = "tokens that are gathered are waited for; --moe-alltoall-overlap-comm hides the exchange of "
 _GATHER += "--moe-token-dispatcher-type alltoall"
@@ -71,12 +73,10 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--moe-permutation-async-comm": Foreign(_PERMUTATION),
     "--moe-allgather-overlap-comm": Foreign(_GATHER),
     "--moe-fb-overlap": Foreign(_PASSES),
-    "--use-ascend-coc": Foreign(_PRODUCTS),
-    "--coc-fused-kernel": Foreign(_PRODUCTS),
-    "--coc-parallel-num": Foreign(_PRODUCTS, nargs=1),
-    "--coc-mode": Foreign(_PRODUCTS, nargs=1),
-    "--use-ascend-mc2": Foreign(_PRODUCTS),
-    "--use-mc2": Foreign(_PRODUCTS),
+    "--coc-fused-kernel": Foreign(_PIECES),
+    "--tp-comm-overlap-cfg": Foreign(_BUFFERS, nargs=1),
+    "--tp-comm-overlap-rs-dgrad": Foreign(_BUFFERS),
+    "--tp-comm-bootstrap-backend": Foreign(_BUFFERS, nargs=1),
     "--use-cp-send-recv-overlap": Foreign("sends and receives of a ring are always overlapped"),
     # memory
     "--swap-attention": Foreign(_ACTIVATIONS),

@@ -63,6 +63,44 @@ class ParallelArgs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorOverlapArgs:
+    """what hides the communication of tensor parallelism"""
+
+    tp_comm_overlap: bool = flag(
+        False, help="products hide it: torch_npu's fused operations on an NPU, elsewhere pieces (--coc-parallel-num)"
+    )
+    use_ascend_mc2: bool = flag(False, names=("--use-mc2",), help="the same; MindSpeed's name for it")
+    use_ascend_coc: bool = flag(
+        False, help="products hide it in pieces, on every device; without --sequence-parallel, too"
+    )
+    coc_parallel_num: int = flag(
+        4,
+        choices=[1, 2, 4, 8],
+        unit="pieces",
+        help="while one is multiplied, the next one travels; 1: nothing is hidden",
+    )
+    coc_mode: int = flag(-1, choices=[-1, 0, 1, 2], help="-1, 2: --use-ascend-coc works; 0, 1: it changes nothing")
+
+    def __post_init__(self) -> None:
+        if self.is_fused and self.use_ascend_coc:
+            given = "--use-ascend-mc2" if self.use_ascend_mc2 else "--tp-comm-overlap"
+            raise UsageError(f"{given} and --use-ascend-coc are two ways to do the same; drop one of them")
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the device's fused operations are wanted, where it has them."""
+        return self.use_ascend_mc2 or self.tp_comm_overlap
+
+    @property
+    def asked(self) -> str | None:
+        """The flag that asks for it; None: communication is not hidden."""
+        if self.is_fused:
+            return "--use-ascend-mc2" if self.use_ascend_mc2 else "--tp-comm-overlap"
+        is_on = self.use_ascend_coc and self.coc_mode in (-1, 2) and self.coc_parallel_num > 1
+        return "--use-ascend-coc" if is_on else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeArgs:
     """where it runs"""
 

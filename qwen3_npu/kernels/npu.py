@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch_npu
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -32,6 +34,7 @@ _NEEDS = {
     "grouped_matmul": ("npu_grouped_matmul", "npu_grouped_matmul_add_"),
     "permute": ("npu_moe_token_permute_with_routing_map",),
     "unpermute": ("npu_moe_token_unpermute_with_routing_map",),
+    "gather_product": ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base"),
 }
 _INFERENCE = (torch.bfloat16, torch.float16)  # what the inference operation takes
 # sparse_mode: no mask; causal, where the last query sees the last key ("rightDownCausal").
@@ -273,3 +276,26 @@ def permute(
 def unpermute(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
     """npu_moe_token_unpermute_with_routing_map, with the indices of its own permute."""
     return torch_npu.npu_moe_token_unpermute_with_routing_map(rows, indices, [tokens, rows.shape[1]])
+
+
+def gather_product(
+    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup, *, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """npu_all_gather_base_mm: x [rows, in] of all ranks times weight [in, out], and if `keep` the gathered x."""
+    product, gathered = torch_npu.npu_all_gather_base_mm(
+        x.contiguous(), weight, _communicator(group), group.size(), gather_index=0, gather_output=keep
+    )
+    return product, gathered
+
+
+def product_scatter(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """npu_mm_reduce_scatter_base: x [n rows, in] times weight [in, out], summed; this rank's [rows, out]."""
+    return torch_npu.npu_mm_reduce_scatter_base(
+        x.contiguous(), weight, _communicator(group), group.size(), reduce_op="sum"
+    )
+
+
+def _communicator(group: dist.ProcessGroup) -> str:
+    """HCCL's name of a group."""
+    backend: Any = group._get_backend(torch.device("npu"))
+    return str(backend.get_hccl_comm_name(dist.get_global_rank(group, group.rank())))

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.distributed.layout import Layout
+from qwen3_npu.distributed.tensor_parallel.linears import link_linears
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.lora.embedding import LoraEmbedding
@@ -58,6 +59,7 @@ class Qwen3Model(GPTModel):
         if pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
         self._adapt_ends(parts.lora, config)
+        link_linears(self)
         if parts.kernels.add_weight_gradient is not reference.add_weight_gradient:
             fuse_weight_gradients(self, parts.kernels.add_weight_gradient)
             # torch recomputes chunks of the loss with copies of the weights, which have no marks.

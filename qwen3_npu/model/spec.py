@@ -17,6 +17,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from qwen3_npu.args.lora import LoraArgs, has_target
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.layout import NOOP
+from qwen3_npu.distributed.tensor_parallel.linears import OVERLAPPED
+from qwen3_npu.distributed.tensor_parallel.products import Overlap
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.attention import AttentionSubmodules, SelfAttention
@@ -35,6 +37,7 @@ class Parts:
 
     Attributes:
         context_parallel: how attention sees the whole sequence where a rank holds a part of it.
+        overlap: how products hide the communication of tensor parallelism.
         recompute_activation: compute the MLP's activation again in backward instead of keeping it.
         recompute_products: experts compute their first product again, too (--moe-zero-memory level0).
         hides_exchange: of experts, behind their products (--moe-alltoall-overlap-comm).
@@ -45,6 +48,7 @@ class Parts:
     kernels: Kernels
     lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
     context_parallel: ContextParallel | None = None
+    overlap: Overlap | None = None
     recompute_activation: bool = False
     recompute_products: bool = False
     hides_exchange: bool = False
@@ -103,14 +107,15 @@ def _norm(kernels: Kernels) -> ModuleSpec:
     return ModuleSpec(RMSNorm, params={"kernel": kernels.rms_norm, "add_kernel": kernels.add_rms_norm})
 
 
-def _linear(name: str, linear: type, parts: Parts, adapted: Collection[str]) -> ModuleSpec | type:
-    options = {"is_double": True} if parts.lora.qlora_double_quant else {}
+def _linear(name: str, linear: type, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
     linear = NF4_LINEARS[linear] if parts.lora.qlora else linear
+    params: dict[str, Any] = {"is_double": True} if parts.lora.qlora_double_quant else {}
+    if parts.overlap is not None:
+        linear, params = OVERLAPPED[linear], {"overlap": parts.overlap}
     if name in adapted:
-        add = parts.kernels.add_weight_gradient
-        params = {"linear": linear, "args": parts.lora, "add_weight_gradient": add, **options}
-        return ModuleSpec(LoraLinear, params=params)
-    return ModuleSpec(linear, params=options) if options else linear
+        made, add = functools.partial(linear, **params), parts.kernels.add_weight_gradient
+        return ModuleSpec(LoraLinear, params={"linear": made, "args": parts.lora, "add_weight_gradient": add})
+    return ModuleSpec(linear, params=params)
 
 
 def _mlp(arch: Qwen3Arch, parts: Parts, adapted: Collection[str]) -> ModuleSpec:

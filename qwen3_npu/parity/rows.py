@@ -15,6 +15,7 @@ OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 HIDDEN = ["--moe-alltoall-overlap-comm"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 
+PIECES = ["--use-ascend-coc"]
 CHUNKS = ["--loss-compute-mode", "chunk", "--loss-chunk-size", "7"]
 ULYSSES = ["--context-parallel-size", "2", "--context-parallel-algo", "ulysses_cp_algo"]
 RING = ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"]
@@ -33,6 +34,8 @@ LAYOUTS = {
     "TP2, chunked loss": (2, TP2 + CHUNKS),
     "TP2": (2, TP2),
     "TP2 SP": (2, TP2 + SP),
+    "TP2 SP, in pieces": (2, TP2 + SP + PIECES),
+    "TP2, in pieces": (2, TP2 + PIECES),
     "PP2": (2, PP2),
     "PP2 VPP2": (2, PP2 + VPP),
     "PP2 uneven": (2, [*PP2, "--num-layer-list", "1,3"]),

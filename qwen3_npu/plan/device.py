@@ -36,6 +36,7 @@ class Device:
         attention: share of `flops` that attention reaches.
         streaming: share of `memory_bandwidth` that element-wise operations reach.
         transfer: share of `link` and `network` that collectives reach.
+        fused: operations that multiply and communicate at once take the longer of the two, over this; a guess.
         launch: seconds of host time per operation.
         stall: seconds that a MoE layer loses in each pass while the host waits for the sizes of the exchange.
         reserve: bytes that the runtime takes (context, collectives' buffers).
@@ -58,6 +59,7 @@ class Device:
     attention: float = 0.5
     streaming: float = 0.75
     transfer: float = 0.75
+    fused: float = 0.9
     launch: float = 8e-6
     stall: float = 0.0
     reserve: float = 1.5 * GIB

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from qwen3_npu.args.lora import FreezeArgs, LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
-from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs
+from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, TensorOverlapArgs
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.pretrain import PretrainArgs
@@ -19,16 +19,26 @@ from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
 from qwen3_npu.args.trackers import TrackerArgs
-from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.training import (
+    CheckpointArgs,
+    DataArgs,
+    ExitArgs,
+    OptimizerArgs,
+    ReportArgs,
+    TrainArgs,
+    exchange_pieces,
+)
 from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.device import GIB, Device
 from qwen3_npu.plan.from_args import setup_of
+from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 from qwen3_npu.plan.verdict import PlanVerdict
 
 _MICRO = (1, 2, 4)
+_HIDING = 40  # so many of the fastest layouts are looked at with communication hidden, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +66,30 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
                 nearest = found.verdict
     if not fitting:
         raise UsageError(_nothing_fits(nearest, shape, arch, args, device=device))
-    return sorted(fitting, key=lambda found: -found.verdict.tokens_per_second)
+    fitting.sort(key=_by_rate)
+    return sorted([*map(_hiding, fitting[:_HIDING]), *fitting[_HIDING:]], key=_by_rate)
+
+
+def _by_rate(found: LayoutCandidate) -> float:
+    return -found.verdict.tokens_per_second
+
+
+def _hiding(found: LayoutCandidate) -> LayoutCandidate:
+    """The same with communication hidden in pieces, of tensor parallelism and of experts, where that is faster."""
+    args, parallel = found.args, found.args.parallel
+    if parallel.tensor_model_parallel_size > 1 and not args.lora.qlora:
+        flags = args._replace(overlap=TensorOverlapArgs(use_ascend_coc=True))
+        found = _faster(found, flags, dataclasses.replace(found.verdict.setup, overlap_tensor=True))
+    experts = found.verdict.shape.num_experts // parallel.expert_model_parallel_size
+    if parallel.expert_model_parallel_size > 1 and exchange_pieces(experts) > 1:
+        flags = found.args._replace(train=dataclasses.replace(args.train, moe_alltoall_overlap_comm=True))
+        found = _faster(found, flags, dataclasses.replace(found.verdict.setup, overlap_experts=True))
+    return found
+
+
+def _faster(found: LayoutCandidate, flags: PretrainArgs, setup: Setup) -> LayoutCandidate:
+    hidden = PlanVerdict(found.verdict.shape, setup, found.verdict.device)
+    return LayoutCandidate(hidden, flags) if hidden.time.total < found.verdict.time.total else found
 
 
 def _nothing_fits(nearest: PlanVerdict | None, shape: Shape, arch: Qwen3Arch, args: PlanArgs, *, device: Device) -> str:
@@ -184,6 +217,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         model=ModelArgs(model=args.model, hf_dir=args.hf_dir),
         shape=ShapeArgs(max_position_embeddings=args.seq_length),
         parallel=ParallelArgs(),
+        overlap=TensorOverlapArgs(),
         runtime=RuntimeArgs(),
         train=TrainArgs(train_iters=1, seq_length=args.seq_length, global_batch_size=args.global_batch_size, bf16=True),
         optimizer=OptimizerArgs(

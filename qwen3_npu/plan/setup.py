@@ -36,6 +36,7 @@ class Setup:
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
         overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
+        fused_tensor: by the device's own operations; else in so many `tensor_pieces`.
         pad: share of a batch's tokens that are padding.
         reference: a frozen copy of the model is in memory (preference training).
         fp16: gradients have 16 bits, and the optimizer keeps a float32 copy of its share (not in this project).
@@ -80,6 +81,8 @@ class Setup:
     overlap_params: bool = False
     overlap_tensor: bool = False
     overlap_experts: bool = False
+    fused_tensor: bool = False
+    tensor_pieces: int = 4
     pad: float = 0.0
     reference: bool = False
     fp16: bool = False

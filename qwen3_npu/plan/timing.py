@@ -12,6 +12,8 @@ import dataclasses
 from qwen3_npu.args.training import exchange_pieces
 from qwen3_npu.plan.activations import routed_rows
 from qwen3_npu.plan.device import Device
+from qwen3_npu.plan.hiding.experts import seconds_left
+from qwen3_npu.plan.hiding.tensor import share_left
 from qwen3_npu.plan.parameters import trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
@@ -159,6 +161,9 @@ def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0, *, pieces: int
     more = [MORE_LAUNCHES[name] for name, is_used in used.items() if is_used]
     if is_moe and pieces > 1:
         more += [PIECE_LAUNCHES[0], *[PIECE_LAUNCHES[1]] * (pieces - 1)]
+    if setup.overlap_tensor and setup.tensor > 1:
+        linears = (2 if is_moe else 4) * (setup.tensor_pieces - 1)  # products more than without
+        more.append((0, linears // 2) if setup.fused_tensor else (linears, linears + (1 if is_moe else 2)))
     forward, backward = (sum(counts) for counts in zip(LAYER_LAUNCHES[is_moe], *more, strict=True))
     return forward * (1 + recomputed) + backward
 
@@ -229,8 +234,15 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
     """Seconds of one layer's tensor-parallel collectives: 2 gathers and 2 scatters each way, 1 more gather back."""
     moved = setup.tokens * shape.hidden_size * setup.weight_bytes
     collectives = 6 if shape.is_moe else 10  # pairs of gather and scatter; a MoE layer's MLP has none
-    time = collectives * collective_seconds(device, setup.tensor, 1, moved)
-    return time * (0.35 if setup.overlap_tensor else 1.0)
+    exchange = collective_seconds(device, setup.tensor, 1, moved)
+    if not setup.overlap_tensor or not exchange:
+        return collectives * exchange
+    first, *_, last = _attention_products(shape, setup.tensor)
+    columns, rows, ffn = [first], [last], shape.hidden_size * shape.ffn_hidden_size / setup.tensor
+    if not shape.is_moe:
+        columns, rows = [*columns, shape.gate_factor * ffn], [*rows, ffn]
+    columns, rows = ([product_seconds(device, 2 * setup.tokens * size) for size in sizes] for sizes in (columns, rows))
+    return collectives * exchange * share_left(setup, device, exchange=exchange, columns=columns, rows=rows)
 
 
 def _expert(shape: Shape, setup: Setup, device: Device, products: float, *, share: float, moved: float) -> float:
@@ -247,25 +259,14 @@ def _expert(shape: Shape, setup: Setup, device: Device, products: float, *, shar
     pieces = _pieces(shape, setup)
     if pieces == 1:
         return once * 2 * (forwards + 1)
-    backward = products * (1.0 if setup.lora_rank else 2.0 - setup.frozen)
-    return forwards * _left(once, products, pieces) + _left(once, backward, pieces, after=backward - products)
+    weights = products * (0.0 if setup.lora_rank else 1.0 - setup.frozen)
+    return forwards * seconds_left(once, products, pieces) + seconds_left(once, products, pieces, behind=weights)
 
 
 def _pieces(shape: Shape, setup: Setup) -> int:
     """In how many pieces tokens travel to their experts and back; 1: products hide nothing of it."""
     hides = setup.overlap_experts and setup.expert > 1
     return exchange_pieces(shape.num_experts // setup.expert) if hides else 1
-
-
-def _left(once: float, products: float, pieces: int, *, after: float = 0.0) -> float:
-    """What products leave of an exchange out and back in pieces that follow each other: the first piece's way out, the
-    last one's way back (beside it `after`, its part of the products that nothing travels for), and what is longer.
-
-    Args:
-        once: seconds of one way.
-    """
-    last = max(0.0, once - after) / pieces
-    return max(once / pieces + last, 2 * once - products)
 
 
 def _context(shape: Shape, setup: Setup, device: Device) -> float:

@@ -43,6 +43,14 @@ def main() -> None:
         rows = [dataclasses.asdict(row) for row in work]
         print(json.dumps(rows, indent=1) if wanted.json else "\n".join(growth_table(work)))
         return
+    if wanted.hidden:
+        from qwen3_npu.trace.hidden import hidden_table, played_ways
+
+        first = (number_list(wanted.ranks) or [0])[0]
+        ways = list(played_ways(platform, args, device, devices=wanted.devices, rank=first))
+        steps = {name: {"step_seconds": step.total, "exposed_seconds": dict(step.exposed)} for name, step in ways}
+        print(json.dumps(steps, indent=1) if wanted.json else "\n".join(hidden_table(ways)))
+        return
     shape, setup = shape_of(plan.arch, plan.layout.padded_vocab_size), setup_of(args, plan)
     data = []
     for rank in number_list(wanted.ranks) or _ends(plan, wanted.devices):

@@ -2,8 +2,9 @@
 
 The compute stream runs operations one after the other. Each group of ranks has a stream of its own. A collective starts
 when its stream is free and what was launched before it has run; the compute stream goes on beside it until the program
-waits for it. Costs are those of the plan's table (`plan.device`). Not played: the bubble of a pipeline, the host, and
-streams that slow each other.
+waits for it. An operation that multiplies and communicates at once takes the longer of the two over the device's share
+for such operations; what it takes beyond the product is exposed. Costs are those of the plan's table (`plan.device`).
+Not played: the bubble of a pipeline, the host, and streams that slow each other.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def seconds_of(operation: Operation, device: Device) -> float:
 
 
 def exchange_seconds(operation: Operation, device: Device) -> float:
-    """Of a collective, or of a send or receive. `moved` counts input and output."""
+    """Of a collective, of a send or receive, or of a fused product's exchange. `moved` counts input and output."""
     size, stride, moved = len(operation.ranks), operation.ranks[1] - operation.ranks[0], operation.moved
     if operation.name in PAIRWISE:
         inside = size * stride <= device.node
@@ -57,9 +58,14 @@ def exchange_seconds(operation: Operation, device: Device) -> float:
         moved /= 2
     elif "allreduce" in operation.name:
         moved *= 2  # a scatter and a gather
-    elif "allgather" in operation.name or "reduce_scatter" in operation.name:
+    elif any(kind in operation.name for kind in ("allgather", "all_gather", "reduce_scatter")):
         moved *= size / (size + 1)
     return collective_seconds(device, size, stride, moved)
+
+
+def fused_seconds(operation: Operation, device: Device) -> float:
+    """Of a product that communicates at once."""
+    return max(product_seconds(device, operation.flops), exchange_seconds(operation, device)) / device.fused
 
 
 def played(
@@ -69,7 +75,6 @@ def played(
     device: Device,
     *,
     repeats: float,
-    chunks: int = 1,
 ) -> Played:
     """Play a program.
 
@@ -77,8 +82,6 @@ def played(
         waits: (operations launched before the wait, the collective that is waited for).
         groups: names of groups.
         repeats: how often a step runs the forward and backward passes that were recorded.
-        chunks: what a collective that is waited for at once would leave if it and the product beside it ran in so many
-            pieces, one behind the other.
     """
     now, busy, exposed = 0.0, 0.0, collections.Counter[str]()
     free: dict[tuple[int, ...], float] = {}
@@ -95,13 +98,13 @@ def played(
             seconds = 0.0 if operation.ranks else seconds_of(operation, device)
             now, busy = now + seconds, busy + seconds * times
             continue
-        seconds = exchange_seconds(operation, device)
+        seconds = fused_seconds(operation, device) if operation.is_fused else exchange_seconds(operation, device)
         ends[number] = free[operation.ranks] = max(now, free.get(operation.ranks, 0.0)) + seconds
+        if operation.is_fused:
+            product = product_seconds(device, operation.flops)
+            now, busy = now + product, busy + product * times
         if operation.waits:
             idle = ends[number] - now
-            if chunks > 1:
-                beside = _product_beside(operations, number, device)
-                idle = min(idle, seconds / chunks + max(0.0, seconds - beside) * (chunks - 1) / chunks)
             exposed[_name(operation, groups)] += idle * times  # type: ignore[assignment]
             now += idle
     return Played(busy, dict(exposed))
@@ -109,16 +112,3 @@ def played(
 
 def _name(operation: Operation, groups: Mapping[tuple[int, ...], str]) -> str:
     return "pp" if operation.name in PAIRWISE else groups.get(operation.ranks, "pair")
-
-
-def _product_beside(operations: Sequence[Operation], number: int, device: Device) -> float:
-    """Seconds of the products (those of all experts) between a collective and the next one on either side."""
-    longest = 0.0
-    for step in (1, -1):
-        seconds, place = 0.0, number + step
-        while 0 <= place < len(operations) and not (operations[place].ranks and seconds):
-            if operations[place].flops and "attention" not in operations[place].name:
-                seconds += seconds_of(operations[place], device)
-            place += step
-        longest = max(longest, seconds)
-    return longest

@@ -14,14 +14,16 @@ from megatron.core import parallel_state
 from torch._C._distributed_c10d import FakeWork
 
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint.training.optimizer_state import parts
+from qwen3_npu.checkpoint.training import optimizer_state
 from qwen3_npu.data.train.batches import MicroBatch
 from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sequence import TokenSequence
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.trace.fused import RecordedProducts
 from qwen3_npu.trace.record import Operation, TraceRecorder, modules_named
 from qwen3_npu.trace.world import pretended
+from qwen3_npu.training import parts
 from qwen3_npu.training.loop import Trainer
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.step import train_step
@@ -121,6 +123,7 @@ def _noted(recorder: TraceRecorder) -> Iterator[None]:
         mock.patch.object(torch.UntypedStorage, "resize_", resized),
         mock.patch.object(dist.Work, "wait", noting(dist.Work.wait)),
         mock.patch.object(FakeWork, "wait", noting(FakeWork.wait)),  # it has one of its own
+        mock.patch.object(parts, "fused_products", return_value=RecordedProducts(recorder)),
     ):
         yield
 
@@ -185,7 +188,7 @@ def _state(trainer: Trainer) -> list[torch.Tensor]:
     """Master weights and moments."""
     model = {id(parameter) for module in trainer.modules for parameter in module.parameters()}
     state: list[torch.Tensor] = []
-    for part in parts(trainer.optimizer):
+    for part in optimizer_state.parts(trainer.optimizer):
         for master, moments in part.optimizer.state.items():
             state += [] if id(master) in model else [master]
             state += [moment for moment in moments.values() if torch.is_tensor(moment) and moment.dim()]

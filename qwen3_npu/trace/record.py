@@ -49,8 +49,8 @@ class Operation:
     Attributes:
         name: e.g. `aten.mm`.
         flops: of products and attention; 0 for others.
-        moved: bytes of all inputs and outputs.
-        ranks: of a collective's group; empty for others.
+        moved: bytes of all inputs and outputs; of a fused product, of its exchange.
+        ranks: of a collective's group, or of a fused product's, which has `flops`, too; empty for others.
         waits: a collective that the stream waits for at once.
     """
 
@@ -60,6 +60,11 @@ class Operation:
     moved: float
     ranks: tuple[int, ...] = ()
     waits: bool = True
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it multiplies and communicates at once."""
+        return self.flops > 0 and len(self.ranks) > 1
 
 
 class TraceRecorder(StorageWatch):
@@ -81,6 +86,7 @@ class TraceRecorder(StorageWatch):
         self.operations: list[Operation] = []
         self.waits: list[tuple[int, int]] = []
         self._works: dict[dist.Work, int] = {}  # asynchronous collectives that are not waited for yet
+        self._fused: tuple[str, tuple[int, ...], int] | None = None
         self.held: list[tuple[int, str]] = []
         self._sizes: dict[int, tuple[int, str]] = {}
         with _disable_current_modes():
@@ -134,8 +140,21 @@ class TraceRecorder(StorageWatch):
             return
         count = flop_registry.get(getattr(torch.ops.aten, name.removeprefix("aten.").rstrip("_"), None))
         flops = count(*args, **kwargs, out_val=out) if count else 0.0
+        if flops and self._fused is not None:
+            name, ranks, moved = self._fused
+            self.operations.append(Operation(name, self.phase, float(flops), float(moved), ranks=ranks))
+            return
         moved = sum(tensor.nbytes for tensor in tree_iter((args, kwargs, out)) if isinstance(tensor, torch.Tensor))
         self.operations.append(Operation(name, self.phase, float(flops), float(moved)))
+
+    @contextlib.contextmanager
+    def exchanging(self, name: str, group: dist.ProcessGroup, moved: int) -> Iterator[None]:
+        """The product in the block is an operation of this name, which also exchanges so many bytes, in and out."""
+        self._fused = name, tuple(dist.get_process_group_ranks(group)), moved
+        try:
+            yield
+        finally:
+            self._fused = None
 
     def _collective(self, func: OpOverload, args: tuple, out: Any) -> None:
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(_group(args))))

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3_npu.plan.device import GIB, Device
 from qwen3_npu.plan.memory import StageMemory
-from qwen3_npu.trace.overlap import Played, exchange_seconds, played, seconds_of
+from qwen3_npu.trace.overlap import Played, exchange_seconds, fused_seconds, played, seconds_of
 from qwen3_npu.trace.rank import RankTrace
 from qwen3_npu.trace.record import Operation
 
@@ -65,7 +65,7 @@ def repeated(trace: RankTrace, passes: int) -> list[tuple[Operation, float]]:
 def _operations(trace: RankTrace, device: Device, passes: int) -> list[str]:
     number, flops, seconds = collections.Counter[str](), collections.Counter[str](), collections.Counter[str]()
     for operation, times in repeated(trace, passes):
-        if operation.ranks:
+        if operation.ranks and not operation.is_fused:
             continue
         number[operation.phase] += times  # type: ignore[assignment]
         flops[operation.phase] += operation.flops * times  # type: ignore[assignment]
@@ -84,8 +84,10 @@ def exchanged(trace: RankTrace, device: Device, passes: int) -> dict[tuple[str, 
         if size < 2:
             continue
         group = trace.groups.get(operation.ranks, "pair")
-        key = group, operation.name.removeprefix("c10d.").lstrip("_"), size
+        key = group, operation.name.removeprefix("c10d.").removeprefix("npu.").lstrip("_"), size
         seconds = exchange_seconds(operation, device) if operation.waits else 0.0
+        if operation.is_fused:
+            seconds = fused_seconds(operation, device) - seconds_of(operation, device)
         before = table.get(key, (0.0, 0.0, 0.0))
         table[key] = before[0] + times, before[1] + operation.moved * times, before[2] + seconds * times
     return table
@@ -100,20 +102,17 @@ def _collectives(trace: RankTrace, device: Device, passes: int) -> list[str]:
     return lines
 
 
-def play(trace: RankTrace, device: Device, passes: int, chunks: int = 1) -> Played:
+def play(trace: RankTrace, device: Device, passes: int) -> Played:
     """The traced step on a device's streams, see `overlap.played`."""
-    repeats = passes / trace.micro_batches
-    return played(trace.operations, trace.waits, trace.groups, device, repeats=repeats, chunks=chunks)
+    return played(trace.operations, trace.waits, trace.groups, device, repeats=passes / trace.micro_batches)
 
 
 def _exposed(trace: RankTrace, device: Device, passes: int) -> list[str]:
-    """What of the communication nothing hides, and what would be left if products beside it hid it in 4 pieces."""
-    now, hidden = play(trace, device, passes), play(trace, device, passes, chunks=4)
-    lines = [f"trace: {'played on streams (without bubble and host)':<46}{'now':>10}{'in 4 pieces':>14}"]
-    lines.append(f"trace:   {'step':<44}{now.total:>8.3f} s{hidden.total:>12.3f} s")
-    for name, seconds in sorted(now.exposed.items()):
-        share, left = seconds / now.total, hidden.exposed.get(name, 0.0) / hidden.total
-        lines.append(f"trace:   {f'nothing hides {name}':<44}{100 * share:>8.1f} %{100 * left:>12.1f} %")
+    """What of the communication nothing hides."""
+    step = play(trace, device, passes)
+    lines = [f"trace: {'played on streams (without bubble and host)':<44}{step.total:>8.3f} s"]
+    for name, seconds in sorted(step.exposed.items()):
+        lines.append(f"trace:   {f'nothing hides {name}':<42}{seconds:>8.3f} s{100 * seconds / step.total:>8.1f} %")
     return lines
 
 

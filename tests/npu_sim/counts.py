@@ -39,6 +39,8 @@ ROWS: dict[str, tuple[str, int, int, list[str]]] = {
     "MoE EP2 hidden": ("moe", 2, 2, [*EP2, "--moe-alltoall-overlap-comm"]),
     "ring CP2": ("untied", 2, 1, RING),
     "TP2 SP": ("untied", 2, 1, TP2),
+    "TP2 COC": ("untied", 2, 1, [*TP2, "--use-ascend-coc"]),
+    "TP2 MC2": ("wide", 2, 1, [*TP2, "--use-ascend-mc2"]),
     "PP2": ("untied", 2, 2, PP2),  # half of the layers, two micro-batches
     "decode": ("untied", 1, 1, []),
 }
@@ -58,8 +60,9 @@ COLUMNS = {
 def models(folder: Path) -> dict[str, list[str]]:
     """Kind -> tiny models of two and of four layers."""
     made = {}
-    for kind in ("untied", "moe"):
-        arch = tiny.arch(kind)
+    wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}  # a rank's part is 256, MC2's least
+    archs = {"untied": tiny.arch(), "moe": tiny.arch("moe"), "wide": tiny.arch(**wide)}
+    for kind, arch in archs.items():
         sizes = [dataclasses.replace(arch, num_hidden_layers=n) for n in (2, 4)]
         made[kind] = [str(tiny.write_model(folder / f"{kind}{s.num_hidden_layers}", s)) for s in sizes]
     return made

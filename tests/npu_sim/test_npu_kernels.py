@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worlds import World
+from worlds import CaseFailed, World
 
 # Errors in the kernels' use, and who must notice. Each has happened to somebody.
 MUTATIONS = {
@@ -161,3 +161,21 @@ def test_collectives(npu_worlds: dict[int, World]) -> None:
 
 def test_a_maximum_reduced_as_a_sum_is_noticed(npu_worlds: dict[int, World]) -> None:
     assert npu_worlds[2].run("collectives", maximum="SUM")["max"] != COLLECTIVES["max"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fused_products_are_those_of_whole_matrices(frozen: bool, npu_worlds: dict[int, World]) -> None:
+    """Products and exchanges of bfloat16: forward, and the gradients of input and weights."""
+    world = npu_worlds[2]
+    before = world.run("operation_calls")
+    found = world.run("overlap_cases.differences", fused=True, frozen=frozen)
+    assert max(found.values()) < 1e-2
+    calls = {name: count - before.get(name, 0) for name, count in world.run("operation_calls").items()}
+    assert calls["npu_all_gather_base_mm"] == 2  # forward of the first, backward of the second
+    assert calls["npu_mm_reduce_scatter_base"] == 1 + int(frozen)
+
+
+def test_a_fused_gather_that_keeps_nothing_is_noticed(npu_worlds: dict[int, World]) -> None:
+    change = ("keep=x is not None)", "keep=False)")
+    with pytest.raises(CaseFailed):
+        npu_worlds[2].run("overlap_cases.differences", fused=True, change=change)

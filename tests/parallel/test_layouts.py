@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen3_npu.parity.measure import largest_difference
-from qwen3_npu.parity.rows import EP2, FULL, PP2, RING, SP, TP2, ParityRow, rows
+from qwen3_npu.parity.rows import EP2, FULL, PIECES, PP2, RING, SP, TP2, ParityRow, rows
 from worlds import World
 
 STEPS, FEWER = 10, 3
@@ -132,6 +132,59 @@ def test_a_residual_in_float32_travels_between_stages(worlds: dict[int, World], 
     together = worlds[4].run("train", flags=[*flags, *TP2, *SP, *PP2, *FULL], steps=2)
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-2)
+
+
+HIDDEN = {"in 4 pieces": {}, "in 1": {"pieces": 1}, "frozen": {"frozen": True}}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_products_that_hide_communication_are_those_of_whole_matrices(name: str, worlds: dict[int, World]) -> None:
+    """Forward, and the gradients of the input and of both weights; collectives end when they are waited for."""
+    assert max(worlds[2].run("overlap_cases.differences", **HIDDEN[name]).values()) < 1e-6
+
+
+# What is wrong in the products, and what of theirs shows it.
+WRONG_PRODUCTS = {
+    "pieces in another order": ("out[:, number])", "out[:, pieces - 1 - number])", "output"),
+    "a piece is not waited for": ("            self.works[number].wait()\n", "", "output"),
+    "a sum is not waited for": ("    for work in works:\n", "    for work in works[1:]:\n", "gradient of x"),
+    "a piece dropped": ("ranks * rows, batch, -1)", "ranks * rows, batch, -1) * (number > 0)", "gradient of x"),
+    "rows of another rank": (".transpose(0, 1).contiguous()", ".contiguous()", "gradient of the second weight"),
+    "the second gather is not waited for": (
+        "(gathered,) = ctx.again  # arrives",
+        "gathered = ctx.again.whole",
+        "gradient of the first weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PRODUCTS)
+def test_wrong_products_are_noticed(name: str, worlds: dict[int, World]) -> None:
+    old, new, noticed_by = WRONG_PRODUCTS[name]
+    found = worlds[2].run("overlap_cases.differences", change=(old, new))
+    assert not found[noticed_by] < 1e-3
+
+
+def test_hidden_communication_keeps_no_more_for_backward(worlds: dict[int, World], baselines: Baselines) -> None:
+    flags = [*baselines.flags("untied"), *TP2, *SP]
+    plain, hidden = (worlds[2].run("activation_bytes", flags=[*flags, *more]) for more in ([], PIECES))
+    assert [one["kept"] for one in hidden] == [one["kept"] for one in plain]
+
+
+HIDDEN_IN = {
+    "LoRA": ("untied", ["--lora-r", "4"]),
+    "bias": ("qwen2", []),
+    "recomputed norms": ("untied", ["--recompute-norm", "--recompute-activation-function"]),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_IN)
+def test_hidden_communication_changes_no_training(name: str, worlds: dict[int, World], baselines: Baselines) -> None:
+    kind, extra = HIDDEN_IN[name]
+    flags = [*baselines.flags(kind), *TP2, *SP, *extra]
+    plain, hidden = (worlds[2].run("train", flags=[*flags, *more], steps=2) for more in ([], PIECES))
+    assert hidden["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert hidden["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
 
 
 MUON = ["--optimizer", "muon", "--muon-extra-scale-factor", "0.2", "--muon-use-nesterov"]

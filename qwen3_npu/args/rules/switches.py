@@ -55,6 +55,11 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
     ),
     ("--bf16", lambda args: args.train.bf16, ("reuse_fp32_param",)),
     ("--swap-optimizer", lambda args: args.optimizer.swap_optimizer, ("swap_optimizer_times",)),
+    (
+        "--use-ascend-coc, --use-ascend-mc2 or --tp-comm-overlap",
+        lambda args: args.overlap.use_ascend_coc or args.overlap.is_fused,
+        ("coc_parallel_num", "coc_mode", "foreign --coc-fused-kernel"),
+    ),
     ("--manual-gc", lambda args: args.train.manual_gc, ("manual_gc_interval",)),
     (
         "--variable-seq-lengths (or --no-pad-to-seq-lengths)",
@@ -96,6 +101,25 @@ def _check_trained(args: PretrainArgs) -> None:
         )
 
 
+def _check_overlap(args: PretrainArgs) -> list[str]:
+    """What to say of hidden communication.
+
+    Raises:
+        UsageError: it cannot be hidden in this way.
+    """
+    wanted, size = args.overlap.asked, args.parallel.tensor_model_parallel_size
+    if wanted is None:
+        off = args.overlap.use_ascend_coc
+        return ["--use-ascend-coc: off, by --coc-parallel-num 1 or --coc-mode 0 or 1"] if off else []
+    if size == 1:
+        return [f"{wanted}: no effect with --tensor-model-parallel-size 1, which has nothing to hide"]
+    if args.overlap.is_fused and not args.parallel.sequence_parallel:
+        raise UsageError(f"{wanted} needs --sequence-parallel; add it, or use --use-ascend-coc")
+    if args.lora.qlora:
+        raise UsageError(f"{wanted} with --qlora: products of 4-bit weights hide no communication; drop one of them")
+    return []
+
+
 def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
     """What the command line left to a default that the user should know of, a line each.
 
@@ -116,7 +140,7 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
             raise UsageError(f"{', '.join(idle)}: no effect without {switch}; add it or drop the flag")
     _check_rollback(args)
     _check_trained(args)
-    said = []
+    said = _check_overlap(args)
     if args.lora.on and "lora_r" not in given:
         said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")
     if args.train.moe_alltoall_overlap_comm and args.parallel.expert_model_parallel_size == 1:

@@ -23,6 +23,9 @@ class TraceArgs:
         help="instead, what a rank does besides computing in jobs of so many devices, multiples of --devices, e.g. "
         "8,64,512,4096: groups, collectives, bytes, waits, writers of a checkpoint; data parallelism grows",
     )
+    hidden: bool = flag(
+        False, help="instead, what communication nothing hides, without and with each way to hide it, of the first rank"
+    )
     holders: int = flag(12, minimum=1, help="lines of what holds memory at the peak")
     json: bool = flag(False, help="print JSON: static bytes, peak, holders, operations by kind, collectives by group")
 

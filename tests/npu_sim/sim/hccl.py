@@ -68,8 +68,25 @@ def _batch_isend_irecv(self: Any, kinds: list[str], tensors: list[torch.Tensor],
     return _Works([(self.send if "send" in kind else self.recv)([host(t)], rank, 0) for kind, t, rank in transfers])
 
 
+def _name(self: Any, rank: int) -> str:
+    """What torch_npu's get_hccl_comm_name calls a group, of one of its ranks."""
+    names = dist.distributed_c10d._world.pg_names
+    (group,) = (g for g in names if _host_groups.get(names[g]) and g._get_backend(torch.device("npu")) is self)
+    if dist.get_global_rank(group, group.rank()) != rank:
+        raise RuntimeError(f"get_hccl_comm_name: {rank} is not this process's rank")
+    return names[group]
+
+
+def group_named(name: str) -> Any:
+    """The host's group that a fused operation names."""
+    if name not in _host_groups:
+        raise RuntimeError(f"no communicator has the name {name}")
+    return _host_groups[name][1]
+
+
 def install() -> None:
     """Make "hccl" this."""
+    ProcessGroupGloo.get_hccl_comm_name = _name
     dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(_create, True)
     for name in _COLLECTIVES.split():
         operation = getattr(torch.ops.c10d, name).default

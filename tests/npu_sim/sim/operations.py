@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch_npu
 from torch.utils._pytree import tree_map
 
-from sim import attention
+from sim import attention, hccl
 from sim.attention import only_defaults, require
 from sim.device import device_of, generator, host, to_device
 
@@ -231,6 +232,35 @@ def _unpermute_grad(
     return d_rows, torch.empty(0)
 
 
+def _check_fused(x: torch.Tensor, weight: torch.Tensor, ranks: int, given: dict[str, Any]) -> None:
+    """What the documentation of the operations that communicate asks for."""
+    only_defaults(given, {"reduce_op": "sum", "gather_index": 0, "comm_turn": 0})
+    unused = ("bias", "x1_scale", "x2_scale", "output_dtype", "comm_mode")
+    only_defaults(given, dict.fromkeys(unused))
+    require(x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16), f"{x.dtype}, {weight.dtype}")
+    require(x.dim() == weight.dim() == 2 and x.is_contiguous(), "input is a plain matrix, not a turned one")
+    require(x.shape[1] == weight.shape[0] and 256 <= x.shape[1] < 65535, f"k is {x.shape[1]}, {weight.shape[0]}")
+    require(ranks in (2, 4, 8, 16), f"world_size {ranks}")
+
+
+def _gather_product(
+    x: torch.Tensor, weight: torch.Tensor, hcom: str, world_size: int, gather_output: bool = True, **given: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_fused(x, weight, world_size, given)
+    whole = x.new_empty(world_size * x.shape[0], x.shape[1])
+    hccl.group_named(hcom)._allgather_base(whole, x).wait()
+    return whole @ weight, whole if gather_output else x.new_empty(0)
+
+
+def _product_scatter(x: torch.Tensor, weight: torch.Tensor, hcom: str, world_size: int, **given: Any) -> torch.Tensor:
+    _check_fused(x, weight, world_size, given)
+    require(x.shape[0] % world_size == 0, f"{x.shape[0]} rows for {world_size} ranks")
+    product = x @ weight
+    part = product.new_empty(len(product) // world_size, product.shape[1])
+    hccl.group_named(hcom)._reduce_scatter_base(part, product, dist.ReduceScatterOptions()).wait()  # the sum
+    return part
+
+
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
@@ -238,6 +268,8 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 _OPERATIONS: dict[str, Callable] = {
     "_npu_dtype_cast": _cast,
     "_npu_dtype_cast_backward": _cast,
+    "npu_all_gather_base_mm": _gather_product,
+    "npu_mm_reduce_scatter_base": _product_scatter,
     "npu_fusion_attention": attention.forward,
     "npu_fusion_attention_grad": attention.backward,
     "npu_fused_infer_attention_score": attention.infer,

@@ -108,6 +108,8 @@ aclError aclopSetCompileFlag(int flag) { return OK; }
     aclError name##GetWorkspaceSize(void) { return KERNEL_NOT_HERE; } \
     aclError name(void) { return KERNEL_NOT_HERE; }
 
+KERNEL(aclnnAllGatherMatmul)
+KERNEL(aclnnAllGatherMatmulV2)
 KERNEL(aclnnCast)
 KERNEL(aclnnFlashAttentionScore)
 KERNEL(aclnnFlashAttentionScoreV2)
@@ -141,6 +143,8 @@ KERNEL(aclnnSwiGluGrad)
 KERNEL(aclnnGroupedMatmulAdd)
 KERNEL(aclnnGroupedMatmulV4)
 KERNEL(aclnnGroupedMatmulV5)
+KERNEL(aclnnMatmulReduceScatter)
+KERNEL(aclnnMatmulReduceScatterV2)
 KERNEL(aclnnMoeTokenPermuteWithRoutingMap)
 KERNEL(aclnnMoeTokenPermuteWithRoutingMapGrad)
 KERNEL(aclnnMoeTokenUnpermuteWithRoutingMap)

@@ -23,7 +23,7 @@ PROGRAMS = {
     "parity": (ParityArgs,),
     "plan": (PlanArgs,),
 }
-NEGATIVE = {"length_penalty", "profile_ranks"}  # -1 means something there
+NEGATIVE = {"length_penalty", "profile_ranks", "coc_mode"}  # -1 means something there
 # Flag -> values that float takes and the formula behind the flag does not.
 IMPOSSIBLE = {
     "lr_warmup_fraction": ["1"],

@@ -170,3 +170,31 @@ def test_a_flag_without_effect_is_refused(flags: list[str]) -> None:
 
 def test_a_start_says_what_differs() -> None:
     assert any("--lr-warmup-iters 5 is above" in note for note in said("--lr-warmup-iters", "5")[1])
+
+
+TP2 = ("--tensor-model-parallel-size", "2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coc-parallel-num", "8"], "--coc-parallel-num: no effect without --use-ascend-coc, --use-ascend-mc2 or"),
+        (["--use-mc2", "--use-ascend-coc"], "--use-ascend-mc2 and --use-ascend-coc are two ways to do the same"),
+        (["--tp-comm-overlap", *TP2], "--tp-comm-overlap needs --sequence-parallel; add it, or use --use-ascend-coc"),
+        (["--use-ascend-coc", *TP2, "--qlora", "--lora-r", "4"], "--use-ascend-coc with --qlora"),
+    ],
+)
+def test_communication_that_cannot_be_hidden_as_asked(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        said(*flags)
+
+
+def test_communication_is_hidden_as_asked_or_the_start_says_why_not() -> None:
+    """MindSpeed: -1 and 2 switch COC on, 0 and 1 do not, one piece is none; its 8B script asks for it at TP1."""
+    asked, notes = said("--use-ascend-coc", *TP2)
+    assert (asked.overlap.asked, asked.overlap.coc_parallel_num, notes) == ("--use-ascend-coc", 4, [])
+    for off in (["--coc-mode", "0"], ["--coc-mode", "1"], ["--coc-parallel-num", "1"]):
+        asked, notes = said("--use-ascend-coc", *TP2, *off)
+        assert asked.overlap.asked is None
+        assert "--use-ascend-coc: off" in notes[0]
+    assert "--use-ascend-mc2: no effect with --tensor-model-parallel-size 1" in said("--use-ascend-mc2")[1][0]

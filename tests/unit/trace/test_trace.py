@@ -51,3 +51,11 @@ def test_a_rank_of_a_larger_job_does_no_more(traces: dict[str, dict[str, Any]]) 
         assert small[same] == large[same]
     assert large["state"] < small["state"]
     assert large["moved"] <= small["moved"] * 1.01
+
+
+def test_products_hide_most_of_tensor_parallelism_and_the_plan_knows_it(traces: dict[str, dict[str, Any]]) -> None:
+    """Closed forms leave the share that the played program leaves."""
+    off, *on = (traces["hidden"][way] for way in ("off", "--use-ascend-coc", "--use-ascend-mc2"))
+    for played, planned in on:
+        assert played < 0.5 * off[0]
+        assert planned / off[1] == pytest.approx(played / off[0], rel=0.15)

@@ -1,0 +1,69 @@
+"""megatron's tensor-parallel linears, with products that hide their communication."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+from qwen3_npu.distributed.tensor_parallel.products import (
+    Link,
+    Overlap,
+    gathered_product,
+    scattered_product,
+    summed_product,
+)
+
+
+class OverlappedColumn(ColumnParallelLinear):
+    """megatron's, under sequence parallelism; without, megatron itself hides the sum of gradients.
+
+    Attributes:
+        link: shared with the row-parallel linear that comes next, see `linked`.
+    """
+
+    def __init__(self, *sizes: Any, overlap: Overlap, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.overlap, self.link = overlap, Link()
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if not options["sequence_parallel"]:
+            return super()._forward_impl(input, weight, *args, **options)
+        out = gathered_product(input, weight, self.overlap, self.tp_group, link=self.link)
+        return out if options["bias"] is None else out + options["bias"]
+
+
+class OverlappedRow(RowParallelLinear):
+    """megatron's; without sequence parallelism, too."""
+
+    def __init__(self, *sizes: Any, overlap: Overlap, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.overlap, self.link = overlap, Link()
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to be added."""
+        if self.sequence_parallel:
+            out = scattered_product(input_, self.weight, self.overlap, self.tp_group, link=self.link)
+        else:
+            out = summed_product(input_, self.weight, self.overlap, self.tp_group)
+        if self.skip_bias_add:
+            return out, self.bias
+        return (out if self.bias is None else out + self.bias), None
+
+
+OVERLAPPED = {ColumnParallelLinear: OverlappedColumn, RowParallelLinear: OverlappedRow}
+
+
+def link_linears(model: torch.nn.Module) -> None:
+    """Let the two linears of each attention and MLP know each other."""
+    for module in model.modules():
+        for first, second in (("linear_qkv", "linear_proj"), ("linear_fc1", "linear_fc2")):
+            column, row = (_base(getattr(module, name, None)) for name in (first, second))
+            if isinstance(column, OverlappedColumn) and isinstance(row, OverlappedRow):
+                row.link = column.link
+
+
+def _base(linear: Any) -> Any:
+    """What an adapter lies beside."""
+    return getattr(linear, "base_layer", linear)

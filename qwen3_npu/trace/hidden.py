@@ -1,0 +1,74 @@
+"""What communication nothing hides, without and with each way to hide it: the same training, traced once for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from qwen3_npu.args.parallel import TensorOverlapArgs
+from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.plan.device import Device
+from qwen3_npu.platform.base import Platform
+from qwen3_npu.trace.overlap import Played
+from qwen3_npu.trace.rank import trace_rank
+from qwen3_npu.trace.report import play
+from qwen3_npu.training.prepare.plan import plan_training
+
+
+def _without(args: PretrainArgs) -> PretrainArgs:
+    train = dataclasses.replace(args.train, moe_alltoall_overlap_comm=False)
+    return args._replace(overlap=TensorOverlapArgs(), train=train)
+
+
+def _experts(args: PretrainArgs) -> PretrainArgs:
+    if args.parallel.expert_model_parallel_size == 1:
+        return _without(args)
+    return _without(args)._replace(train=dataclasses.replace(args.train, moe_alltoall_overlap_comm=True))
+
+
+def _in_pieces(args: PretrainArgs) -> PretrainArgs:
+    return _without(args)._replace(overlap=dataclasses.replace(_pieces(args), use_ascend_coc=True))
+
+
+def _fused(args: PretrainArgs) -> PretrainArgs:
+    return _without(args)._replace(overlap=dataclasses.replace(_pieces(args), use_ascend_mc2=True))
+
+
+def _pieces(args: PretrainArgs) -> TensorOverlapArgs:
+    return TensorOverlapArgs(coc_parallel_num=args.overlap.coc_parallel_num)
+
+
+# What a column is called, and the flags of it; groups of ranks whose communication it hides.
+WAYS: dict[str, Callable[[PretrainArgs], PretrainArgs]] = {
+    "off": _without,
+    "--use-ascend-coc": _in_pieces,
+    "--use-ascend-mc2": _fused,
+    "--moe-alltoall-overlap-comm": _experts,
+}
+
+
+def played_ways(
+    platform: Platform, args: PretrainArgs, device: Device, *, devices: int, rank: int
+) -> Iterator[tuple[str, Played]]:
+    """Each way that changes this training, and the step of a rank with it."""
+    seen: list[PretrainArgs] = []
+    for name, changed in WAYS.items():
+        way = changed(args)
+        if args.parallel.tensor_model_parallel_size == 1:
+            way = way._replace(overlap=TensorOverlapArgs())
+        if way in seen:
+            continue
+        seen.append(way)
+        plan = plan_training(way, devices)
+        yield name, play(trace_rank(platform, way, plan, rank), device, plan.num_microbatches)
+
+
+def hidden_table(ways: list[tuple[str, Played]]) -> list[str]:
+    """Lines: the step, and what of it waits for each group's communication."""
+    lines = ["trace: " + f"{'played on streams (without bubble and host)':<44}" + "".join(f"{n:>28}" for n, _ in ways)]
+    lines.append(f"trace:   {'step':<42}" + "".join(f"{step.total:>26.3f} s" for _, step in ways))
+    for group in sorted({group for _, step in ways for group in step.exposed}):
+        cells = [(step.exposed.get(group, 0.0), step.total) for _, step in ways]
+        words = "".join(f"{f'{seconds:.3f} s {100 * seconds / total:5.1f} %':>28}" for seconds, total in cells)
+        lines.append(f"trace:   {f'nothing hides {group}':<42}{words}")
+    return lines
