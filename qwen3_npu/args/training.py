@@ -12,11 +12,11 @@ from qwen3_npu.files import same_folder
 
 
 def exchange_pieces(experts: int) -> int:
-    """Pieces of an exchange that hides behind products, of a rank's experts; 1: they have no two equal halves.
+    """Pieces of an exchange that hides behind products, of a rank's experts; 1: a single expert hides nothing.
 
     Of n pieces the first is not hidden on its way there, nor the last on its way back: four leave half of what two do.
     """
-    return next(count for count in (4, 2, 1) if experts % count == 0)
+    return min(4, experts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class TrainArgs:
     )
     moe_alltoall_overlap_comm: bool = flag(
         False,
-        help="exchange tokens between expert-parallel ranks in pieces (of a quarter of each rank's experts, or half): "
+        help="exchange tokens between expert-parallel ranks in up to four pieces, each of some experts of every rank: "
         "one is under way while another is computed, forward and backward; --moe-token-dispatcher-type alltoall only",
     )
     moe_zero_memory: str = flag(

@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 from qwen3_npu.args.training import exchange_pieces
 from qwen3_npu.kernels import Kernels
-from qwen3_npu.model.exchange import Exchange, Piece, combined, dispatched, pieces_of, widened, with_weights
+from qwen3_npu.model.exchange import Exchange, Piece, combined, dispatched, parts_of, pieces_of, widened, with_weights
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):
@@ -26,6 +26,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         super().__init__(*sizes, **options)
         self.kernels = kernels
         self.known_counts: torch.Tensor | None = None
+        self.order: torch.Tensor | None = None
         self.is_even = self.config.moe_expert_capacity_factor is None
         self.is_alone = self.is_even and self.ep_size * self.tp_size == 1
         self.pieces = exchange_pieces(self.num_local_experts) if hides_exchange and self.ep_size > 1 else 1
@@ -77,7 +78,13 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
     def _by_piece(self, x: torch.Tensor) -> torch.Tensor:
         """[t, experts of all ranks] in the order in which pieces set out."""
-        return x.view(len(x), self.ep_size, self.pieces, -1).transpose(1, 2).flatten(1)
+        if self.num_local_experts % self.pieces == 0:
+            return x.view(len(x), self.ep_size, self.pieces, -1).transpose(1, 2).flatten(1)
+        if self.order is None:
+            numbers = torch.arange(self.num_experts, device=x.device).view(self.ep_size, -1)
+            parts = parts_of(self.num_local_experts, self.pieces)
+            self.order = torch.cat([numbers[:, part].flatten() for part in parts])
+        return x.index_select(1, self.order)
 
     def through(
         self, experts: torch.nn.Module, rows: torch.Tensor, weights: torch.Tensor

@@ -7,6 +7,7 @@ piece of the exchange, then by rank, then by expert; what arrives is sorted by e
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,24 +58,28 @@ class Exchange:
     tensor_group: dist.ProcessGroup
 
 
+def parts_of(experts: int, count: int) -> list[slice]:
+    """A rank's experts in `count` parts, as equal as may be."""
+    bounds = [experts * part // count for part in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
 def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count: int) -> list[Piece]:
-    """An exchange in `count` pieces, each with an equal part of every rank's experts.
+    """An exchange in `count` pieces, each with some of every rank's experts.
 
     Args:
         everyone: [ep, etp, all experts], rows that each rank sends to each expert.
         rank: this one's, of both groups.
         experts: this rank's, of all.
     """
-    ranks, each = len(everyone), (experts.stop - experts.start) // count
-    mine = everyone[rank].reshape(ranks, -1)
+    mine = everyone[rank].reshape(len(everyone), -1)
     theirs = everyone[:, :, experts].swapaxes(0, 1)  # [etp, ep, experts]
     pieces = []
-    for first in range(0, each * count, each):
-        some = slice(first, first + each)
+    for some in parts_of(experts.stop - experts.start, count):
         chunks = theirs[:, :, some]
         per_rank = chunks.sum(2)
         sent, received = mine[:, some].sum(1).tolist(), per_rank[rank[1]].tolist()
-        pieces.append(Piece(some, sent, received, per_rank.sum(1).tolist(), chunks.reshape(-1, each)))
+        pieces.append(Piece(some, sent, received, per_rank.sum(1).tolist(), chunks.reshape(-1, some.stop - some.start)))
     return pieces
 
 

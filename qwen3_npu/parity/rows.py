@@ -72,7 +72,6 @@ MOE_LAYOUTS = {
     "EP2 distributed optimizer, exchange hidden": (2, EP2 + ZERO + HIDDEN),
     "EP2 CP2 ring": (4, EP2 + RING),
     "CP2 ulysses TP2 SP": (4, ULYSSES + TP2 + SP),
-    "TP2 SP EP2": (4, TP2 + SP + EP2),
     "TP2 SP EP2, exchange hidden, full recompute": (4, TP2 + SP + EP2 + HIDDEN + FULL),
     "TP2 SP EP2 ETP1 distributed optimizer": (4, TP2 + SP + EP2 + ETP1 + ZERO),
     "TP2 SP PP2": (4, TP2 + SP + PP2),

@@ -254,13 +254,14 @@ def _expert(shape: Shape, setup: Setup, device: Device, products: float, *, shar
         moved: rows of the busiest rank over the mean.
     """
     size = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * moved
-    once = collective_seconds(device, setup.expert, setup.expert_tensor, size, steps=2)
-    forwards = 2.0 if setup.recompute_experts == 2 else 1 + share
-    pieces = _pieces(shape, setup)
+    forwards, pieces = 2.0 if setup.recompute_experts == 2 else 1 + share, _pieces(shape, setup)
+    piece = collective_seconds(device, setup.expert, setup.expert_tensor, size / pieces)
+    sizes = collective_seconds(device, setup.expert, setup.expert_tensor, 8.0 * shape.num_experts * setup.expert)
     if pieces == 1:
-        return once * 2 * (forwards + 1)
+        return piece * 2 * (forwards + 1) + sizes * forwards
     weights = products * (0.0 if setup.lora_rank else 1.0 - setup.frozen)
-    return forwards * seconds_left(once, products, pieces) + seconds_left(once, products, pieces, behind=weights)
+    there, back = (seconds_left(piece, products, pieces, behind=behind) for behind in (0.0, weights))
+    return forwards * (there + sizes) + back
 
 
 def _pieces(shape: Shape, setup: Setup) -> int:

@@ -49,13 +49,12 @@ CASES = {
     ),
     "packed: CP2 ring": ("packed", 2, RING),
     "LoRA: TP2 SP, selective recompute": ("LoRA", 2, [*TP2, "--recompute-granularity", "selective"]),
-    "MoE: EP2 distributed optimizer, swapped": (
+    "MoE: EP2 distributed optimizer, swapped, exchange hidden": (
         "MoE",
         2,
-        [*EP2, *ZERO, "--swap-optimizer", "--swap-optimizer-times", "3"],
+        [*EP2, *ZERO, "--moe-alltoall-overlap-comm", "--swap-optimizer", "--swap-optimizer-times", "3"],
     ),
     "MoE: TP2 SP": ("MoE", 2, TP2),
-    "MoE: EP2, exchange hidden": ("MoE", 2, [*EP2, "--moe-alltoall-overlap-comm"]),
     "MoE: CP2 ring": ("MoE", 2, RING),
     "MoE packed LoRA: EP2": ("MoE packed LoRA", 2, EP2),
 }

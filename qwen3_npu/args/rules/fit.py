@@ -6,7 +6,7 @@ import dataclasses
 
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.args.training import TrainArgs, exchange_pieces
+from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.distributed.layout import Layout, check_world_size, divisors
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
@@ -39,12 +39,6 @@ def fit_flags(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
     check_world_size(layout, world_size, context)
     _check_sequence(args, arch)
     _check_kind(args.train, arch)
-    experts = arch.num_experts // layout.expert
-    if args.train.moe_alltoall_overlap_comm and layout.expert > 1 and exchange_pieces(experts) == 1:
-        raise UsageError(
-            f"--moe-alltoall-overlap-comm: no two equal halves of the {experts} experts of a rank at "
-            f"--expert-model-parallel-size {layout.expert}; choose a smaller one or drop the flag"
-        )
     if args.optimizer.optimizer == "muon" and args.lora.on:
         raise UsageError("--optimizer muon is for whole matrices, not for the narrow ones of --lora-r; use adam")
     if args.lora.qlora:

@@ -8,13 +8,13 @@ exchanges take longer than products, what is longer is left, too. `trace` plays 
 from __future__ import annotations
 
 
-def seconds_left(once: float, products: float, pieces: int, *, behind: float = 0.0) -> float:
+def seconds_left(piece: float, products: float, pieces: int, *, behind: float = 0.0) -> float:
     """Seconds that nothing hides, of an exchange there and back.
 
     Args:
-        once: seconds of one way.
+        piece: seconds of one piece's way.
         products: of all pieces, that results wait for.
         behind: of all pieces, computed when a piece's results have set out.
     """
-    last = max(0.0, once - behind) / pieces
-    return max(once / pieces + last, 2 * once - products - behind)
+    last = max(0.0, piece - behind / pieces)
+    return max(piece + last, 2 * pieces * piece - products - behind)

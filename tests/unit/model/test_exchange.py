@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from qwen3_npu.kernels import select_kernels
+from qwen3_npu.model.dispatcher import Dispatcher
 from qwen3_npu.model.exchange import Exchange, pieces_of
 from qwen3_npu.model.experts import GroupedExperts
 
@@ -102,9 +103,10 @@ def by_hand(experts: GroupedExperts, rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("has_sum", [True, False])
-@pytest.mark.parametrize("option", [None, "recompute_activation", "recompute_products"])
-@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("option", "has_sum"), [(None, True), (None, False), ("recompute_activation", True), ("recompute_products", False)]
+)
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
 def test_pieces_compute_what_each_expert_does(
     pieces: int, option: str | None, has_sum: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,4 +168,21 @@ def test_pieces_of_an_exchange_by_hand() -> None:
     assert first.chunks.tolist() == [[5, 6], [50, 60]]
     assert second.chunks.tolist() == [[7, 8], [70, 80]]
     assert (first.gathered, second.gathered) == ([121], [165])
+    assert [piece.experts for piece in pieces_of(everyone, (1, 0), slice(4, 8), 3)] == [
+        slice(0, 1),
+        slice(1, 2),
+        slice(2, 4),
+    ]
     assert (first.experts, second.experts) == (slice(0, 2), slice(2, 4))
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_rows_set_out_by_piece_then_rank_then_expert(pieces: int) -> None:
+    """5 experts on each of 2 ranks; a rank's experts are 5 to 9 in the second half."""
+    made = types.SimpleNamespace(num_local_experts=5, num_experts=10, ep_size=2, pieces=pieces, order=None)
+    order = Dispatcher._by_piece(made, torch.arange(10).expand(3, 10))
+    parts = {2: [[0, 1], [2, 3, 4]], 4: [[0], [1], [2], [3, 4]]}[pieces]
+    expected = [expert + 5 * rank for part in parts for rank in range(2) for expert in part]
+    assert order.tolist() == [expected] * 3
+    made = types.SimpleNamespace(num_local_experts=4, num_experts=8, ep_size=2, pieces=2)
+    assert Dispatcher._by_piece(made, torch.arange(8).expand(1, 8)).tolist() == [[0, 1, 4, 5, 2, 3, 6, 7]]

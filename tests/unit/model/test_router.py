@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3_npu.model.router import Router, _Choice, _Gate
 
@@ -74,3 +75,26 @@ def test_the_gate_adds_what_else_happens_to_the_hidden_state(dtype: torch.dtype)
         grads.append([logits.detach(), *(t.grad for t in inputs)])
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class Operations(TorchDispatchMode):
+    """Counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_padding_launches_few_operations_more() -> None:
+    """megatron's functions and their gradients, which served padded batches before, are some sixty."""
+    counts = []
+    for padding in (None, torch.arange(TOKENS) > 4):
+        made, logits = router(0.3, 1.0), torch.randn(TOKENS, EXPERTS, requires_grad=True)
+        with Operations() as operations:
+            _Choice.apply(logits, made, True, padding)[0].sum().backward()
+        counts.append(operations.count)
+    assert counts[1] - counts[0] <= 12

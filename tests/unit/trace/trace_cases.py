@@ -55,6 +55,11 @@ WIDE = "--num-layers 2 --hidden-size 5120 --ffn-hidden-size 17408 --num-attentio
 WIDE += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
 WIDE += "--seq-length 4096 --micro-batch-size 4 --global-batch-size 4 --train-iters 1 --lr 1e-4 --data-path x "
 WIDE += "--tensor-model-parallel-size 8 --sequence-parallel --use-distributed-optimizer"
+# Layers as those of 30B-A3B on 2 groups of 8 devices.
+MANY = "--num-layers 2 --hidden-size 2048 --ffn-hidden-size 768 --num-attention-heads 32 --num-query-groups 4 "
+MANY += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
+MANY += "--num-experts 128 --moe-router-topk 8 --moe-ffn-hidden-size 768 --expert-model-parallel-size 8 "
+MANY += "--seq-length 4096 --micro-batch-size 1 --global-batch-size 16 --train-iters 1 --lr 1e-4 --data-path x"
 EVERY = bool(os.environ.get("EVERY"))
 # The closed forms are those of torch's kernels; the reference kernels keep more.
 ALL = [row for row in rows() if "reference" not in row.flags]
@@ -94,14 +99,18 @@ def with_real_tensors(platform: Platform, flags: str) -> RankTrace:
         dist.destroy_process_group()
 
 
-def hidden(platform: Platform) -> dict[str, list[float]]:
-    """Way to hide tensor parallelism's communication -> seconds that are left, of the played step and planned."""
-    args, plan = parsed(WIDE, 8)
+def hidden(platform: Platform, flags: str, devices: int, groups: tuple[str, str]) -> dict[str, list[float]]:
+    """Way to hide communication -> seconds that are left, of the played step and planned.
+
+    Args:
+        groups: what is hidden, as the played step and as the plan call it.
+    """
+    args, plan = parsed(flags, devices)
     device, found = DEVICE_SPECS["910B-64G"], {}
-    for name, step in played_ways(platform, args, device, devices=8, rank=0):
-        way = WAYS[name](args)
-        planned = step_time(shape_of(plan.arch, plan.layout.padded_vocab_size), setup_of(way, plan), device)
-        found[name] = [step.exposed["tp"], planned.tensor]
+    for name, step in played_ways(platform, args, device, devices=devices, rank=0):
+        shape, way = shape_of(plan.arch, plan.layout.padded_vocab_size), WAYS[name](args)
+        planned = step_time(shape, setup_of(way, plan), device, imbalance=1.0)
+        found[name] = [step.exposed[groups[0]], getattr(planned, groups[1])]
     return found
 
 
@@ -124,7 +133,8 @@ def main() -> None:
     args, _ = parsed(flags, 4)
     work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
     found["growth"] = [dataclasses.asdict(row) for row in work]
-    found["hidden"] = hidden(platform)
+    found["hidden"] = hidden(platform, WIDE, 8, ("tp", "tensor"))
+    found["hidden experts"] = hidden(platform, MANY, 16, ("ep", "expert"))
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads of ended groups need not be waited for
