@@ -75,17 +75,14 @@ class _Choice(torch.autograd.Function):
         counts = routing_map.sum(0)
         ctx.mark_non_differentiable(routing_map, counts)
         ctx.set_materialize_grads(False)  # of those two, there is none
-        is_balanced = is_counted and router.get_aux_loss_coeff("aux_loss") > 0
-        real = counted = None
-        if padding is None:
-            counted = counts
-        elif is_counted:
+        real, counted = None, counts
+        if is_counted and padding is not None:
             real = ~padding.unsqueeze(-1)
             counted = (routing_map & real).sum(0)
         if is_counted:
             router.tokens += counted
-        ctx.router = router if is_balanced else None
-        if counted is None or not is_balanced:
+        ctx.router = router if is_counted and router.get_aux_loss_coeff("aux_loss") > 0 else None
+        if ctx.router is None:
             ctx.save_for_backward(probs)
         else:
             ctx.save_for_backward(probs, logits, router.counts_of_all(counted).float(), real)
