@@ -11,14 +11,6 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.files import same_folder
 
 
-def exchange_pieces(experts: int) -> int:
-    """Pieces of an exchange that hides behind products, of a rank's experts; 1: a single expert hides nothing.
-
-    Of n pieces the first is not hidden on its way there, nor the last on its way back: four leave half of what two do.
-    """
-    return min(4, experts)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArgs:
     """batch and steps"""

@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, maybe_move_tensor_to_cpu
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from qwen3_npu.args.training import exchange_pieces
+from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.exchange import Exchange, Piece, combined, dispatched, parts_of, pieces_of, widened, with_weights
 

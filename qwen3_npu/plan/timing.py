@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_npu.args.training import exchange_pieces
+from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.plan.activations import routed_rows
 from qwen3_npu.plan.device import Device
 from qwen3_npu.plan.hiding.experts import seconds_left
