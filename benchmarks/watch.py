@@ -8,8 +8,9 @@
 that is silent with its watcher. Right: the one verdict names kind, rank and call, a sleeping rank's function too.
 `verdict_s` counts from the fault, `exit_s` from the verdict until every process has ended. `resume`: a training whose
 rank is stopped is ended, started again by torchrun and compared with one that was not. `alarms`: warnings in a healthy
-job with pauses for checkpoints, evaluations and a slow step now and then. `overhead`: steps of 5 ms of work and two
-collectives, with and without, in turns; the median of the pairs' ratios.
+job with pauses for checkpoints, evaluations and a slow step now and then. `overhead`: CPU time of steps of 5 ms of work
+and two collectives, with and without, in turns; the median of the pairs' ratios, and the watcher's share of a core, of
+which half a second is its start.
 """
 
 from __future__ import annotations
@@ -216,35 +217,48 @@ def overhead(pairs: int, size: int) -> dict[str, Any]:
     """Of one set of processes, which step with and without the watch in turns."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     done = subprocess.run([*command, __file__, "--stepper", str(pairs)], capture_output=True, text=True, check=True)
-    ratios = sorted(json.loads(done.stdout.splitlines()[-1]))
-    return {"pairs": pairs, "ratio": statistics.median(ratios), "of_all": ratios}
+    return {"pairs": pairs, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def stepper(pairs: int) -> None:
-    """Ratios of the median seconds of 300 steps."""
+    """CPU seconds, which other programs of the machine do not change much, of 300 steps of the same work."""
     dist.init_process_group("gloo")
-    ratios = []
+    work, products = torch.ones(330, 330), 0
+    began = time.process_time()
+    while time.process_time() - began < 0.5:
+        work @ work
+        products += 1
+    count = [max(products // 100, 1)]  # of about 5 ms
+    dist.broadcast_object_list(count, 0)
+    pair = [_stepped(WatchArgs(hang_timeout=t, straggler_interval=i), count[0]) for t, i in ((60, 100), (0, 0)) * 2][2:]
+    ratios, watcher = [], []
     for _ in range(pairs):
-        took = [statistics.median(_stepped(WatchArgs(hang_timeout=60)))]
-        took.append(statistics.median(_stepped(WatchArgs(hang_timeout=0, straggler_interval=0))))
-        ratios.append(round(took[0] / took[1], 4))
+        pair = [_stepped(WatchArgs(hang_timeout=t, straggler_interval=i), count[0]) for t, i in ((60, 100), (0, 0))]
+        ratios.append(round(pair[0][0] / pair[1][0], 4))
+        watcher.append(round(pair[0][1], 4))
     if dist.get_rank() == 0:
-        print(json.dumps(ratios))
+        found = {"ratio": statistics.median(ratios), "of_all": sorted(ratios)}
+        print(
+            json.dumps(found | {"step_ms": round(pair[1][0] / 0.3, 2), "watcher_of_a_core": statistics.median(watcher)})
+        )
     dist.destroy_process_group()
 
 
-def _stepped(flags: WatchArgs) -> list[float]:
-    work, took = torch.ones(330, 330), []
+def _stepped(flags: WatchArgs, products: int) -> tuple[float, float]:
+    """CPU seconds of this process, and the share of a core that the watcher takes."""
+    work, watcher = torch.ones(330, 330), 0.0
     with watched(flags, None):
+        wall, began = time.perf_counter(), time.process_time()
         for number in range(1, 301):
-            began = time.perf_counter()
             here.at("data")
-            while time.perf_counter() - began < 0.005:
+            for _ in range(products):
                 work @ work
             step("", False, 0)
             here.step_done(number)
-            took.append(time.perf_counter() - began)
-    return took
+        took = time.process_time() - began
+        if children := psutil.Process().children():
+            watcher = sum(children[0].cpu_times()[:2]) / (time.perf_counter() - wall)
+    return took, watcher
 
 
 def resume() -> dict[str, Any]:

@@ -204,10 +204,12 @@ def build_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sections: dict[type, argparse._ArgumentGroup] = {}
+    types: dict[type, dict[str, Any]] = {}
     for name, (group, f) in _fields(groups).items():
         if group not in sections:
             sections[group] = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
-        _add(sections[group], f, typing.get_type_hints(group)[name])
+            types[group] = typing.get_type_hints(group)
+        _add(sections[group], f, types[group][name])
     for name, entry in foreign.items():
         dest = _foreign_dest(name)
         if entry.nargs == 0:

@@ -1,7 +1,8 @@
-"""Processes of this machine: who they are, and ranks that end with their launcher. No torch."""
+"""Processes of this machine: who they are, ranks that end with their launcher, threads beside the work. No torch."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -9,9 +10,21 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+BESIDE: set[int] = set()  # threads that are `beside` the work of this process
+
+
+@contextlib.contextmanager
+def beside() -> Iterator[None]:
+    """What this thread does is not what this process is watched for: neither its calls nor its time are noted."""
+    BESIDE.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        BESIDE.discard(threading.get_ident())
 
 
 def started(pid: int) -> str | None:

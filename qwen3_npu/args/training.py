@@ -142,8 +142,7 @@ class OptimizerArgs:
     optimizer: str = flag(
         "adam",
         choices=["adam", "muon"],
-        help="muon: orthogonal updates of the layers' matrices, AdamW for the rest; it needs whole matrices: not with "
-        "--use-distributed-optimizer or LoRA",
+        help="muon: orthogonal updates of the layers' matrices (with LoRA: of adapters' A and B), AdamW for the rest",
     )
     muon_momentum: float = flag(0.95, minimum=0, below=1, help="decay of the momentum")
     muon_use_nesterov: bool = flag(False, help="Nesterov's momentum")
@@ -198,14 +197,14 @@ class OptimizerArgs:
         warmups = {"--lr-warmup-iters": self.lr_warmup_iters, "--lr-warmup-samples": self.lr_warmup_samples}
         if len(given := [n for n, v in {**warmups, "--lr-warmup-fraction": self.lr_warmup_fraction}.items() if v]) > 1:
             raise UsageError(f"{' and '.join(given)} say the same thing; give one")
-        if self.optimizer == "muon" and self.use_distributed_optimizer:
-            raise UsageError(
-                "--use-distributed-optimizer cuts all weights into flat slices, and --optimizer muon needs whole "
-                "matrices; drop one of the two"
-            )
         for name, is_on in (("swap-optimizer", self.swap_optimizer), ("reuse-fp32-param", self.reuse_fp32_param)):
             if is_on and not self.use_distributed_optimizer:
                 raise UsageError(f"--{name} needs --use-distributed-optimizer")
+            if is_on and self.optimizer == "muon":
+                raise UsageError(
+                    f"--{name} updates weights slice by slice, and --optimizer muon needs whole matrices; drop one of "
+                    "the two"
+                )
         if self.swap_optimizer and self.reuse_fp32_param:
             raise UsageError("--reuse-fp32-param and --swap-optimizer exclude each other; --swap-optimizer saves more")
         if self.min_lr > self.lr:
@@ -339,9 +338,8 @@ class CheckpointArgs:
     exit_on_missing_checkpoint: bool = flag(False, help="an empty --load is an error, not a start from random weights")
 
     def __post_init__(self) -> None:
-        if self.save_per_node and (self.save is None or self.async_save):
-            why = "sends files between the nodes while the training waits; drop --async-save"
-            raise UsageError(f"--save-per-node {'needs --save' if self.save is None else why}")
+        if self.save_per_node and self.save is None:
+            raise UsageError("--save-per-node needs --save")
         if (self.save_hf_interval or self.enable_mg2hf_convert) and self.save is None:
             raise UsageError("--save-hf-interval and --enable-mg2hf-convert convert checkpoints; they need --save")
         if self.from_scratch and self.finetune:
@@ -387,6 +385,11 @@ class ReportArgs:
         unit="steps",
         help="between files of what kernels and layers computed (the first in step 1), in --tensorboard-dir; two runs "
         "are compared by python -m qwen3_npu.parity; 0: none",
+    )
+    fingerprint_format: str = flag(
+        "passport",
+        choices=["passport", "msprobe"],
+        help="of these files; msprobe: dumps that msprobe compare (mindstudio-probe) reads, of every rank",
     )
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
 

@@ -254,7 +254,8 @@ def _chosen(logits: torch.Tensor, batch: Sequence[Request]) -> torch.Tensor:
     for sampling, rows in alike.items():
         mine = [batch[row] for row in rows]
         places = slice(None) if len(alike) == 1 else torch.tensor(rows, device=logits.device)
-        chosen[places] = choose_tokens(logits[places], sampling, [r.tokens for r in mine], [r.number for r in mine])
+        seen, numbers, prompts = zip(*((r.tokens, r.number, r.prompt) for r in mine), strict=True)
+        chosen[places] = choose_tokens(logits[places], sampling, seen, numbers, prompts=prompts)
     return chosen
 
 

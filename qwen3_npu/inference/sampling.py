@@ -7,6 +7,7 @@ and the token's place alone: not on the batch, the device, or the layout of the 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,9 @@ class Sampling:
     Attributes:
         sample: draw; otherwise take the likeliest, and the other numbers but the penalty mean nothing.
         repetition_penalty: logits of tokens that occurred are divided by it (multiplied if below 0); arXiv:1909.05858.
+        presence_penalty, frequency_penalty: what a token that was generated before loses of its logit, once and for
+            each time (https://platform.openai.com/docs/api-reference/chat/create).
+        logit_bias: tokens and what is added to their logits.
         top_k: draw among so many likeliest tokens; 0: all.
         top_p: draw among the likeliest tokens whose probabilities add up to it; 1: all.
     """
@@ -34,6 +38,9 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 def sampling_of(args: GenerateArgs, seed: int, *, sample: bool) -> Sampling:
@@ -52,6 +59,28 @@ def penalized(scores: torch.Tensor, seen: Sequence[Sequence[int]], penalty: floa
         ids = torch.tensor(sorted(set(tokens)), device=row.device)
         values = row[ids]
         row[ids] = torch.where(values < 0, values * penalty, values / penalty)
+    return scores
+
+
+def biased(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Scores [b, vocabulary] with the bias of each token."""
+    if not sampling.logit_bias:
+        return scores
+    ids, biases = zip(*sampling.logit_bias, strict=True)
+    return scores.index_add(1, torch.tensor(ids, device=scores.device), scores.new_tensor([biases] * len(scores)))
+
+
+def less_often(
+    scores: torch.Tensor, seen: Sequence[Sequence[int]], prompts: Sequence[int], sampling: Sampling
+) -> torch.Tensor:
+    """Scores [b, vocabulary], lower for the tokens that each row has seen after its prompt."""
+    if not sampling.presence_penalty and not sampling.frequency_penalty:
+        return scores
+    scores = scores.clone()
+    for row, tokens, prompt in zip(scores, seen, prompts, strict=True):
+        counts = Counter(tokens[prompt:])
+        losses = [sampling.presence_penalty + sampling.frequency_penalty * count for count in counts.values()]
+        row.index_add_(0, torch.tensor(list(counts), device=row.device, dtype=torch.int64), -row.new_tensor(losses))
     return scores
 
 
@@ -78,7 +107,12 @@ def warped(scores: torch.Tensor, sampling: Sampling, *, at_least: int = 1) -> to
 
 
 def choose_tokens(
-    logits: torch.Tensor, sampling: Sampling, seen: Sequence[Sequence[int]], numbers: Sequence[int]
+    logits: torch.Tensor,
+    sampling: Sampling,
+    seen: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    *,
+    prompts: Sequence[int] = (),
 ) -> torch.Tensor:
     """The next token of each row, [b] int64.
 
@@ -86,8 +120,10 @@ def choose_tokens(
         logits: [b, vocabulary].
         seen: tokens of each row so far.
         numbers: the prompts' numbers.
+        prompts: how many of the tokens seen are the prompt; read where the sampling has a penalty for the others.
     """
-    scores = penalized(logits.float(), seen, sampling.repetition_penalty)
+    scores = penalized(biased(logits.float(), sampling), seen, sampling.repetition_penalty)
+    scores = less_often(scores, seen, prompts, sampling)
     if not sampling.sample:
         return scores.argmax(-1)
     chosen = []

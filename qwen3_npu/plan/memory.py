@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from qwen3_npu.plan.activations import NPU, TORCH, layer_bytes, norm_inputs, routed_rows
-from qwen3_npu.plan.parameters import Counts, largest_count, linear_counts, matrix_count, stage_counts, trained_counts
+from qwen3_npu.plan.parameters import Counts, largest_count, linear_counts, matrix_counts, stage_counts, trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
@@ -103,10 +103,21 @@ def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
         trained = trained_counts(shape, setup, stage)
         return 2 * sharded_bytes(setup, trained, MOMENTS + (MASTER if setup.bf16 else 0)) / setup.swap_slices
     most = 4.0 * largest_count(shape, setup, stage)
-    if setup.muon:  # of a whole matrix, or all experts of a rank: itself, its update and two steps of the iteration
-        shards = setup.expert_tensor if shape.is_moe else setup.tensor
-        most = max(most, 4.0 * setup.weight_bytes * linear_counts(shape, setup, stage).largest * shards)
+    if setup.muon:
+        most = max(most, _muon_bytes(shape, setup, stage))
     return most
+
+
+def _muon_bytes(shape: Shape, setup: Setup, stage: int) -> float:
+    """Of a whole matrix, or all experts of a rank: itself, its update and two steps of the iteration. A matrix that
+    lies on several ranks of a distributed optimizer comes and goes beside that."""
+    shards, copies = (setup.expert_tensor, setup.expert_data) if shape.is_moe else (setup.tensor, 1)
+    largest = linear_counts(shape, setup, stage).largest * shards
+    if setup.lora_rank:
+        largest = round(largest_count(shape, dataclasses.replace(setup, distributed_optimizer=False), stage))
+    if not setup.distributed_optimizer:
+        return 4.0 * setup.weight_bytes * largest
+    return 6.0 * setup.weight_bytes * largest / copies
 
 
 def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, float]:
@@ -128,7 +139,7 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     state += 4 if setup.fp16 else 0
     moments = sharded_bytes(setup, trained, state)
     if setup.muon:
-        moments -= 4.0 * matrix_count(shape, setup, stage) * (1 - setup.frozen)
+        moments -= sharded_bytes(setup, matrix_counts(shape, setup, stage), MOMENTS / 2)
     return held * weight, trained.total * (2.0 if setup.fp16 else 4.0), moments
 
 

@@ -101,10 +101,14 @@ def linear_counts(shape: Shape, setup: Setup, stage: int) -> Linears:
     return Linears(total, largest, rows)
 
 
-def matrix_count(shape: Shape, setup: Setup, stage: int) -> int:
-    """Weights of the matrices of one rank's layers, which --optimizer muon updates."""
-    routers = setup.layer_kinds(shape, stage).get(True, 0) * shape.hidden_size * shape.num_experts
-    return linear_counts(shape, setup, stage).weights + routers
+def matrix_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
+    """Weights of the trained matrices of one rank's layers, which --optimizer muon updates."""
+    kinds = setup.layer_kinds(shape, stage).items()
+    if setup.lora_rank:
+        return sum((_layer_lora(shape, setup, has_experts) * number for has_experts, number in kinds), Counts())
+    expert = sum(layer_counts(shape, setup, has_experts).expert * number for has_experts, number in kinds)
+    routers = sum(shape.hidden_size * shape.num_experts * number for has_experts, number in kinds if has_experts)
+    return Counts(linear_counts(shape, setup, stage).weights - expert + routers, expert).part(1 - setup.frozen)
 
 
 def embedding_count(shape: Shape, setup: Setup) -> int:

@@ -19,6 +19,7 @@ from qwen3_npu.args.training import OptimizerArgs, TrainArgs
 from qwen3_npu.checkpoint.training.optimizer_state import main_parameters, parts
 from qwen3_npu.training.muon.matrices import layer_matrix
 from qwen3_npu.training.muon.optimizer import MuonAdamW
+from qwen3_npu.training.muon.shares import divided, undivided
 from qwen3_npu.training.update.halves import HalvedState
 from qwen3_npu.training.update.slices import MOMENTS
 from qwen3_npu.training.update.swap import SwappedState
@@ -86,13 +87,23 @@ def _use_muon(
     part: MegatronOptimizer, chunks: Sequence[DistributedDataParallel], args: OptimizerArgs, dtype: torch.dtype
 ) -> None:
     """Muon for the matrices among the parameters that this part updates."""
-    matrices = {}
-    wanted = {p: name for chunk in chunks for name, p in chunk.named_parameters()}
-    for parameter, main in main_parameters(part):
-        found = layer_matrix(wanted[parameter], parameter, chunks[0].config, split_qkv=args.muon_split_qkv)
-        if found is not None:
-            matrices[main] = found
-    MuonAdamW.adopt(part.optimizer, matrices, args, dtype)
+    config, mains, matrices = chunks[0].config, dict(main_parameters(part)), {}
+    for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
+        if parameter.requires_grad:
+            found = layer_matrix(name, parameter, config, split_qkv=args.muon_split_qkv)
+            matrices.update({} if found is None else {parameter: found})
+    by_main = {main: matrices[parameter] for parameter, main in mains.items() if parameter in matrices}
+    work = divided(part, matrices, mains) if isinstance(part, DistributedOptimizer) else undivided(by_main)
+    MuonAdamW.adopt(part.optimizer, by_main, work, args=args, dtype=dtype)
+    if isinstance(part, DistributedOptimizer):
+        vars(part)["_get_main_param_and_optimizer_states"] = functools.partial(_state_of, part)
+
+
+def _state_of(part: DistributedOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """megatron's method of this name, which is to return both moments; a matrix of Muon has no second one."""
+    state = DistributedOptimizer._get_main_param_and_optimizer_states(part, parameter)
+    nothing = torch.zeros((), device=state["param"].device).expand(state["param"].shape)
+    return {MOMENTS[1]: nothing, **state}
 
 
 def _copy_to_model(part: MegatronOptimizer) -> None:

@@ -6,6 +6,7 @@ A call is entered when it is made and left when `wait` of its work returns. What
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch._C._distributed_c10d import Work
 from torch.distributed import ProcessGroup, get_global_rank, get_process_group_ranks
 
+from qwen3_npu.processes import BESIDE
 from qwen3_npu.watch.state import State
 from qwen3_npu.watch.times import Times
 
@@ -130,7 +132,7 @@ class Recorder:
         operation, enter = COLLECTIVES.index(kind.name), self.state.enter
 
         def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            if group.size() == 1:
+            if group.size() == 1 or threading.get_ident() in BESIDE:
                 return original(group, *args, **kwargs)
             given = args if not kwargs else (*args, *kwargs.values())
             tensor = None if kind.tensor is None else _first(given[kind.tensor])
@@ -152,6 +154,8 @@ class Recorder:
 
     def _wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def wait(work: Work, *args: object, **kwargs: object) -> Any:
+            if threading.get_ident() in BESIDE:
+                return original(work, *args, **kwargs)
             token, label = self.open.pop(id(work), (None, ""))
             self.times.begin_wait(label)
             start = time.monotonic()

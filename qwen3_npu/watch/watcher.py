@@ -23,7 +23,7 @@ from qwen3_npu.watch import report
 from qwen3_npu.watch.judge import HangVerdict, judge_hang
 from qwen3_npu.watch.node import Node, Report, from_text, to_text
 from qwen3_npu.watch.settings import Settings
-from qwen3_npu.watch.state import RankSnapshot
+from qwen3_npu.watch.state import INSIDE, RankSnapshot
 from qwen3_npu.watch.stragglers import Stragglers
 
 _LEAST, _STEPS, _MEDIANS = 60.0, 5, 10  # default timeout: seconds, steps that a median needs, times the median
@@ -42,6 +42,16 @@ def limit(timeout: float | None, states: dict[int, RankSnapshot]) -> float:
         usual = max(_LEAST, _MEDIANS * statistics.median(durations)) if len(durations) >= _STEPS else _LEAST
     patient = any(read.phase in PATIENT or not read.durations for read in states.values())
     return max(_ALLOWANCE, 10 * usual) if patient else usual
+
+
+def first_dead(dead: set[int], states: dict[int, RankSnapshot]) -> set[int]:
+    """Of several dead ranks the one that the others died of, where that shows: it was in no collective, they were.
+
+    Others have ended then, with an error. Where none has, the whole job was killed, and nothing shows.
+    """
+    outside = {rank for rank in dead if all(call.state != INSIDE for call in states[rank].last.values())}
+    is_cause = len(dead) > 1 and len(outside) == 1 and any(read.ended for read in states.values())
+    return outside if is_cause else dead
 
 
 class Watcher:
@@ -75,7 +85,7 @@ class Watcher:
         running = [rank for rank, read in states.items() if rank in living and not read.ended]
         now, beats = time.monotonic(), {rank: read.beats for rank, read in states.items()}
         dead = {rank for rank, read in states.items() if rank not in living and not read.ended}
-        self._notice_dead(dead, is_over=not running)
+        self._notice_dead(first_dead(dead, states), is_over=not running)
         if beats != self.beats:
             if self.told:
                 log.info(f"watch: progress again after {now - self.moved:.0f} s")

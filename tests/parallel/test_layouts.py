@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen3_npu.parity.measure import largest_difference
-from qwen3_npu.parity.rows import EP2, FULL, PIECES, PP2, RING, SP, TP2, ParityRow, rows
+from qwen3_npu.parity.rows import EP2, FULL, OVERLAP, PIECES, PP2, RING, SP, TP2, ZERO, ParityRow, rows
 from worlds import World
 
 STEPS, FEWER = 10, 3
@@ -191,7 +191,9 @@ MUON = ["--optimizer", "muon", "--muon-extra-scale-factor", "0.2", "--muon-use-n
 MUON_ON = {
     "TP2 SP PP2": ("untied", 4, [*TP2, *SP, *PP2]),
     "TP4 above the KV heads": ("few", 4, ["--tensor-model-parallel-size", "4"]),
-    "TP2 EP2": ("moe", 4, [*TP2, *SP, *EP2]),
+    "TP2 EP2, distributed optimizer": ("moe", 4, [*TP2, *SP, *EP2, *ZERO]),
+    "EP2 DP4, distributed optimizer, overlapped": ("moe", 4, [*EP2, *ZERO, *OVERLAP]),
+    "CP2, distributed optimizer": ("untied", 2, [*RING, *ZERO]),
 }
 
 
@@ -204,3 +206,16 @@ def test_muon_learns_the_same_on_every_layout(name: str, worlds: dict[int, World
     assert abs(alone["loss"][2] - alone["loss"][0]) > 0.02, "hardly an update: the comparison says little"
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+
+
+def test_a_rank_holds_its_share_of_the_state_of_muon(worlds: dict[int, World], baselines: Baselines) -> None:
+    """12 bytes of a weight, 8 of one that is in a matrix of a layer."""
+    from safetensors.numpy import load_file
+
+    weights = load_file(Path(baselines.models["untied"], "model.safetensors"))
+    expected = sum((8 if ".layers." in name and w.ndim == 2 else 12) * w.size for name, w in weights.items())
+    flags = [*baselines.flags("untied"), *MUON, "--bf16"]
+    assert worlds[1].run("state_bytes", flags=flags) == [expected]
+    shares = worlds[4].run("state_bytes", flags=[*flags, *ZERO])
+    assert sum(shares) == expected
+    assert max(shares) < 0.31 * expected

@@ -172,6 +172,51 @@ def test_lora_equals_peft(
     check(got, expected, gradients, lambda name: name.replace(".default", "").replace("vector.weight", "vector"))
 
 
+MUON = ["--optimizer", "muon", "--muon-extra-scale-factor", "0.2"]
+
+
+def test_muon_updates_adapters_as_torch_does_those_of_peft(
+    worlds: dict[int, World], models: dict[str, str], data: dict[str, str], adapters: dict[str, str], tmp_path: Path
+) -> None:
+    """To the rounding of torch's iteration, which is in bfloat16. Gate and up are one matrix here, so not of them."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
+    from safetensors.numpy import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    tensors = load_file(Path(adapters["untied"], "adapter_model.safetensors"))
+    save_file(
+        {n: t for n, t in tensors.items() if "gate" not in n and "up_" not in n}, tmp_path / "adapter_model.safetensors"
+    )
+    config = json.loads(Path(adapters["untied"], "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    base = AutoModelForCausalLM.from_pretrained(models["untied"], dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True)
+    attentions = [layer.self_attn for layer in model.base_model.model.model.layers]
+    shared = [[getattr(a, f"{x}_proj").lora_A["default"].weight for x in "qkv"] for a in attentions]
+    expected = plain_loop(model, data["single"], shared, muon=True)["loss"]
+    flags = [*FLAGS, *LORA, *MUON, "--load", models["untied"], "--data-path", data["single"]]
+    flags += ["--lora-load", str(tmp_path)]
+    flags += ["--lora-target-modules", "linear_qkv", "linear_proj", "linear_fc2"]
+    got = worlds[4].run("train", flags=[*flags, *TP2, *SP, *ZERO], steps=STEPS)["loss"]
+    assert got == pytest.approx(expected, abs=0.01 * abs(expected[-1] - expected[0]))
+    assert abs(expected[-1] - expected[0]) > 0.02, "hardly an update: the comparison says little"
+
+
+def test_muon_on_adapters_of_experts_equals_one_process(
+    worlds: dict[int, World], models: dict[str, str], data: dict[str, str], adapters: dict[str, str], tmp_path: Path
+) -> None:
+    """And goes on in another layout."""
+    flags = [*FLAGS, *LORA, *MUON, "--load", models["moe"], "--data-path", data["single"]]
+    flags += ["--lora-load", adapters["moe"]]
+    alone = worlds[1].run("train", flags=flags, steps=STEPS)["loss"]
+    layout = [*TP2, *SP, *EP2, *ETP1, *ZERO, "--save", str(tmp_path), "--lora-ckpt-filter"]
+    many = worlds[4].run("train", flags=[*flags, *layout], steps=STEPS - 1)["loss"]
+    assert many == pytest.approx(alone[:-1], rel=1e-5)
+    again = [*flags[:-1], str(tmp_path), *EP2, *ZERO]
+    assert worlds[2].run("train", flags=again, steps=1)["loss"] == pytest.approx(alone[-1:], rel=1e-5)
+
+
 def test_pissa_is_the_same_in_every_layout(
     worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path
 ) -> None:

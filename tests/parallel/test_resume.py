@@ -29,7 +29,7 @@ SAME = {
     "one process, bf16": (1, ["--bf16"], "torch_dist, async"),
     "one process, bf16, distributed optimizer": (1, ["--bf16", *ZERO], "torch"),
     "DP2 distributed optimizer": (2, ZERO, "torch_dist, async"),
-    "one process, bf16, Muon": (1, ["--bf16", *MUON], "torch"),
+    "DP2 distributed optimizer, bf16, Muon": (2, ["--bf16", *ZERO, *MUON], "torch, async"),
     "TP2 SP PP2 VPP2": (4, TP2 + SP + PP2 + VPP, "torch"),
     "TP2 DP2 distributed optimizer, dropout": (4, [*TP2, *ZERO, "--hidden-dropout", "0.1"], "torch_dist, async"),
 }
@@ -79,7 +79,8 @@ OTHER = {
     "tied: one process -> TP2 PP2": ("tied", 1, [], 4, TP2 + PP2),
     "untied: TP2 PP2 VPP2 -> DP2 distributed optimizer": ("untied", 4, TP2 + PP2 + VPP, 2, ZERO),
     "moe: EP2 distributed optimizer -> TP2 SP": ("moe", 2, EP2 + ZERO, 2, TP2 + SP),
-    "moe: TP2 SP EP2 -> DP2, Muon": ("moe", 4, [*TP2, *SP, *EP2, *MUON], 2, MUON),
+    "moe: TP2 SP EP2 distributed optimizer -> DP2, Muon": ("moe", 4, [*TP2, *SP, *EP2, *ZERO, *MUON], 2, MUON),
+    "moe: DP2, Muon -> EP2 distributed optimizer, Muon": ("moe", 2, MUON, 2, [*EP2, *ZERO, *MUON]),
     "moe: TP2 SP EP2 -> PP2 distributed optimizer": ("moe", 4, TP2 + SP + EP2, 2, PP2 + ZERO),
     "moe: TP2 SP EP2 ETP1, padded -> DP2": ("moe", 2, [*TP2, *SP, *EP2, *ETP1, *PADDED], 2, []),
 }
@@ -189,17 +190,19 @@ def test_another_training_is_not_resumed_in_silence(
 
 
 @pytest.mark.parametrize(
-    ("extra", "form"), [(TP2, "torch"), (ZERO, "torch_dist")], ids=["TP2", "distributed optimizer"]
+    ("extra", "beside"),
+    [(TP2, []), ([*ZERO, "--ckpt-format", "torch_dist"], ["--async-save"])],
+    ids=["TP2", "distributed optimizer, async"],
 )
 def test_each_node_gets_the_whole_checkpoint(
-    extra: list[str], form: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
+    extra: list[str], beside: list[str], worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
     """Two nodes, each with a disk of its own: the same files as on a shared one, from which anybody goes on."""
-    flags = [*BASE, "--data-path", tokens, *extra, "--ckpt-format", form]
+    flags = [*BASE, "--data-path", tokens, *extra]
     start = ["--load", models["tied"]]
     shared = ["--save", str(tmp_path / "shared")]
     whole = worlds[2].run("train", flags=[*flags, *start, *shared], steps=3, save_after=2)["loss"]
-    own = ["--save", str(tmp_path / "nodeRANK"), "--save-per-node"]
+    own = ["--save", str(tmp_path / "nodeRANK"), "--save-per-node", *beside]
     worlds[2].run("train_per_node", flags=[*flags, *start, *own], steps=2)
     folders = [tmp_path / name for name in ("shared", "node0", "node1")]
     for folder in folders:

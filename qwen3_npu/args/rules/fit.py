@@ -39,8 +39,6 @@ def fit_flags(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
     check_world_size(layout, world_size, context)
     _check_sequence(args, arch)
     _check_kind(args.train, arch)
-    if args.optimizer.optimizer == "muon" and args.lora.on:
-        raise UsageError("--optimizer muon is for whole matrices, not for the narrow ones of --lora-r; use adam")
     if args.lora.qlora:
         _check_blocks(arch, layout)
     data_parallel = world_size // (layout.tensor * layout.pipeline * context)

@@ -47,6 +47,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         lambda args: bool(args.checkpoint.save_hf_interval or args.checkpoint.enable_mg2hf_convert),
         ("hf_save_dir",),
     ),
+    ("--fingerprint-interval", lambda args: bool(args.report.fingerprint_interval), ("fingerprint_format",)),
     ("--spike-guard rollback", lambda args: args.spikes.spike_guard == "rollback", ("max_rollbacks",)),
     (
         "--optimizer muon",

@@ -10,6 +10,7 @@ scatters them from data-parallel rank 0.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -132,8 +133,13 @@ def restore(
 
 
 def main_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """(model parameter, the float32 tensor that the optimizer updates)."""
-    if hasattr(part, "float16_groups"):
+    """(model parameter, the float32 tensor that the optimizer updates); of a distributed one, this rank's slice."""
+    if isinstance(part, DistributedOptimizer):
+        halves = zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
+        singles = zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True)
+        for parameters, mains in itertools.chain(halves, singles):
+            yield from zip(parameters, mains, strict=True)
+    elif hasattr(part, "float16_groups"):
         for halves, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(halves, mains, strict=True)
         for group in part.fp32_from_fp32_groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,34 +23,47 @@ class NodeDisks:
     """
 
     def __init__(self) -> None:
-        nodes: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(nodes, environment.node())
-        self.firsts = [nodes.index(node) for node in dict.fromkeys(nodes)]
+        self.nodes: list[int] = [0] * dist.get_world_size()  # of each rank
+        dist.all_gather_object(self.nodes, environment.node())
+        self.firsts = [self.nodes.index(node) for node in dict.fromkeys(self.nodes)]
         self.is_first = dist.get_rank() in self.firsts
         self.group = dist.new_group(self.firsts, backend="gloo")
 
-    def replicate(self, stage: Path) -> None:
-        """Send the files of this node's stage to the other nodes, and take theirs.
+    def beside(self, ranks: Sequence[int]) -> list[int]:
+        """Those of the ranks that are on this one's node."""
+        return [rank for rank in ranks if self.nodes[rank] == self.nodes[dist.get_rank()]]
+
+    def replicate(self, stage: Path, *, is_whole: bool) -> None:
+        """Send the files of this node's stage to the other nodes, and take theirs; the calls are of a group of its own.
+
+        Args:
+            is_whole: all ranks of this node have written; else no node sends anything.
 
         Raises:
-            OSError: a file could not be read or written; the exchange is finished before.
+            OSError: a file could not be read or written, on any node; the exchange is finished before.
         """
         if not self.is_first:
             return
         mine = sorted(path for path in stage.rglob("*") if path.is_file())
         mine.sort(key=lambda path: path.name.startswith(_PARTS))
-        everyones: list[list[tuple[str, int]]] = [[] for _ in self.firsts]
-        named = [(str(path.relative_to(stage)), path.stat().st_size) for path in mine]
+        named = [(str(path.relative_to(stage)), path.stat().st_size) for path in mine] if is_whole else None
+        everyones: list[list[tuple[str, int]] | None] = [None for _ in self.firsts]
         dist.all_gather_object(everyones, named, group=self.group)
-        problem: OSError | None = None
+        missing = [first for first, files in zip(self.firsts, everyones, strict=True) if files is None]
+        if missing:
+            raise OSError(f"the node of rank {missing[0]} has not written its files")
+        problem = None
         for first, files in zip(self.firsts, everyones, strict=True):
-            for name, size in files:
+            for name, size in files or ():
                 try:
                     self._send(stage / name, size, first)
                 except OSError as error:
-                    problem = problem or error
-        if problem is not None:
-            raise problem
+                    problem = problem or str(error)
+        problems: list[str | None] = [None for _ in self.firsts]
+        dist.all_gather_object(problems, problem, group=self.group)
+        for first, said in zip(self.firsts, problems, strict=True):
+            if said is not None:
+                raise OSError(f"on the node of rank {first}: {said}")
 
     def _send(self, path: Path, size: int, first: int) -> None:
         """One file, in chunks; after an error the chunks go on, so that no node waits for ever."""

@@ -169,7 +169,7 @@ def begin_save(
         (
             lambda writing: put(stage) if put is not None else None,
             lambda writing: write_rank(held, stage, args.ckpt_format, writing, writes=rank in writers),
-            lambda writing: disks.replicate(stage) if disks is not None else None,
+            lambda writing: exchange(disks, writing) if disks is not None else None,
         ),
         (lambda: commit(held.target, stage, folder, writers, args=args, config=config, trained=trained))
         if keeps
@@ -177,7 +177,18 @@ def begin_save(
         stage,
         writers=writers,
         background=args.async_save,
+        exchange=2 if disks is not None else None,
     )
+
+
+def exchange(disks: NodeDisks, writing: Writing) -> None:
+    """Every node gets the files of all, once its own ranks have written theirs."""
+    is_whole = False
+    try:
+        own = [manifest.part(rank) for rank in disks.beside(writing.writers)]
+        is_whole = not disks.is_first or (not writing.error and writing.wait_for(own))
+    finally:
+        disks.replicate(writing.stage, is_whole=is_whole)
 
 
 def _writers(layout: Layout, shard: Rank, problem: str | None) -> list[int]:

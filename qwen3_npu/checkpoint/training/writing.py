@@ -1,4 +1,5 @@
-"""A checkpoint being written, in this thread or beside the training. The thread makes no collective call.
+"""A checkpoint being written, in this thread or beside the training. The thread makes no collective call, but for the
+exchange of files between nodes with disks of their own, in a group that nothing else uses.
 
 Every writing rank writes its files in the stage and says there that they are finished (`manifest.write_part`). Rank 0
 waits for all of them, adds the common files, and makes the checkpoint visible. The ranks need no communication while
@@ -16,6 +17,7 @@ from qwen3_npu import log
 from qwen3_npu.checkpoint.manifest import part
 from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.errors import SaveFailed
+from qwen3_npu.processes import beside
 
 _POLL = 0.02  # seconds
 _PATIENCE = 20.0  # seconds to wait for the other ranks' files when this process is about to end
@@ -30,6 +32,7 @@ class Writing:
             (`wait_for`).
         publish: on rank 0 (or one of each node), makes the checkpoint visible once every rank has written.
         stage, writers: where it is made, and the ranks that write.
+        exchange: the step in which nodes exchange files; in a thread it is made after an error, too: others wait there.
         background: in a thread; else `wait` makes the files, too, and all ranks begin a step together.
     """
 
@@ -42,7 +45,9 @@ class Writing:
         *,
         writers: Sequence[int],
         background: bool,
+        exchange: int | None = None,
     ) -> None:
+        self.exchange = exchange
         self.what, self.steps, self.publish, self.stage, self.writers = what, steps, publish, stage, writers
         self.error: str | None = None
         self.abandoned = threading.Event()
@@ -54,16 +59,18 @@ class Writing:
             self.thread.start()
 
     def _run(self) -> None:
-        for number in range(len(self.steps)):
-            self._make(number)
-        self._publish()
+        with beside():
+            for number in range(len(self.steps)):
+                self._make(number)
+            self._publish()
 
     def _make(self, number: int) -> None:
         try:
-            if not self.error:
+            if not self.error or number == self.exchange:
                 self.steps[number](self)
         except Exception as error:
-            self._fail(error)
+            if not self.error:
+                self._fail(error)
         self.done[number].set()
 
     def _publish(self) -> None:

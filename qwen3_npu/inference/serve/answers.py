@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen3_npu.data.text.encoder import Encoder
 from qwen3_npu.inference.serve.asked import Asked
+from qwen3_npu.inference.serve.calls import CallReader, tool_call
 from qwen3_npu.inference.serve.desk import Piece
 from qwen3_npu.inference.serve.fields import CHAT, Refused
 
@@ -33,6 +34,9 @@ class Answers:
         self.chat = asked.kind == CHAT
         count = len(asked.orders)
         self.texts, self.finish = [""] * count, [""] * count
+        self.readers = [CallReader(asked.calls) for _ in range(count)] if asked.calls else []
+        self.calls: list[list[Json]] = [[] for _ in range(count)]
+        self.news: list[list[Json]] = [[] for _ in range(count)]  # deltas of the last piece
         self.tokens = [0] * count
         self.scored: list[list[Piece]] = [[] for _ in range(count)]  # not sent yet
         self.begun = [False] * count
@@ -47,11 +51,22 @@ class Answers:
 
     def add(self, number: int, piece: Piece) -> None:
         """Answer `number` grew."""
-        self.texts[number] += piece.text
         self.tokens[number] += len(piece.tokens)
         if self.asked.logprobs and piece.tokens:
             self.scored[number].append(piece)
+        self.news[number] = []
+        ends = bool(piece.finish)
+        for part in self.readers[number].read(piece.text, end=ends) if self.readers else [piece.text]:
+            if isinstance(part, str):
+                self.texts[number] += part
+                self.news[number] += [{"content": part}] if part else []
+                continue
+            call = tool_call(part)
+            self.news[number].append({"tool_calls": [{"index": len(self.calls[number]), **call}]})
+            self.calls[number].append(call)
         self.finish[number] = _FINISH.get(piece.finish, piece.finish)
+        if self.calls[number] and self.finish[number] == "stop":
+            self.finish[number] = "tool_calls"
 
     def usage(self) -> Json:
         """Counts of tokens."""
@@ -62,8 +77,10 @@ class Answers:
         """All answers at once."""
         choices = []
         for number, text in enumerate(self.texts):
-            what: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append(self._choice(number, what))
+            calls = self.calls[number]
+            message = {"role": "assistant", "content": text or None, "tool_calls": calls} if calls else None
+            message = message or {"role": "assistant", "content": text}
+            choices.append(self._choice(number, {"message": message} if self.chat else {"text": text}))
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices, "usage": self.usage()}
 
@@ -72,8 +89,11 @@ class Answers:
         if self.chat and not self.begun[number]:
             self.begun[number] = True
             yield self._chunk([self._delta(number, {"role": "assistant", "content": ""}, None, None)])
-        if piece.text or (piece.finish and self.scored[number]):
-            content = {"content": piece.text} if self.chat else piece.text
+        news = self.news[number]
+        if not news and piece.finish and self.scored[number]:
+            news = [{"content": ""}]
+        for delta in news:
+            content = delta if self.chat else delta["content"]
             yield self._chunk([self._delta(number, content, self._logprobs(number), None)])
         if piece.finish:
             yield self._chunk([self._delta(number, {} if self.chat else "", None, self.finish[number])])

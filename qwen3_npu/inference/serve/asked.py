@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from qwen3_npu import schema
-from qwen3_npu.data.text.conversation import Conversation
+from qwen3_npu.data.text.conversation import ASSISTANT, THINK, TOOL, USER, Conversation, Message, ToolCall
 from qwen3_npu.data.text.messages import REASONING, read_messages
 from qwen3_npu.errors import UsageError
 from qwen3_npu.inference.prompts import waiting
 from qwen3_npu.inference.sampling import Sampling
+from qwen3_npu.inference.serve.calls import BEGIN_CALL, CallRules
 from qwen3_npu.inference.serve.desk import Order
 from qwen3_npu.inference.serve.fields import CHAT, COMPLETION, MOST_ANSWERS, Refused, read_fields
 from qwen3_npu.inference.text import Writer
@@ -28,6 +30,7 @@ class Asked(NamedTuple):
         prompt_tokens: of its prompts, each counted once.
         usage: whether a stream ends with the counts.
         logprobs: whether log-probabilities are wanted.
+        calls: how calls are told from the text of the answers; None: the request has no tools.
     """
 
     kind: str
@@ -36,6 +39,7 @@ class Asked(NamedTuple):
     stream: bool
     usage: bool
     logprobs: bool
+    calls: CallRules | None = None
 
 
 class ServerLimits(NamedTuple):
@@ -75,8 +79,10 @@ class Reader:
                 param="model",
                 code="model_not_found",
             )
+        calls = None
         if kind == CHAT:
-            prompts = [self._conversation(given)]
+            prompt, calls = self._conversation(given)
+            prompts = [prompt]
             top, wanted = given.get("top_logprobs", 0), given.get("logprobs", False)
             if top and not wanted:
                 raise Refused("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -92,6 +98,7 @@ class Reader:
             stream=given.get("stream", False),
             usage=given.get("stream_options", {}).get("include_usage", False),
             logprobs=wanted,
+            calls=calls,
         )
 
     def _orders(self, given: dict[str, Any], prompts: list[list[int]], top: int, *, kind: str) -> list[Order]:
@@ -118,8 +125,19 @@ class Reader:
             top_k=max(given.get("top_k", default.top_k), 0),  # -1: all, as vLLM has it
             top_p=given.get("top_p", default.top_p),
             repetition_penalty=given.get("repetition_penalty", default.repetition_penalty),
+            presence_penalty=given.get("presence_penalty", 0.0),
+            frequency_penalty=given.get("frequency_penalty", 0.0),
+            logit_bias=self._biases(given.get("logit_bias", ())),
             seed=given.get("seed", secrets.randbits(63)),
         )
+
+    def _biases(self, biases: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        if biases and biases[-1][0] >= self.limits.vocabulary:
+            raise Refused(
+                f"logit_bias has token {biases[-1][0]}; the last one is {self.limits.vocabulary - 1}",
+                param="logit_bias",
+            )
+        return biases
 
     def _limit(self, given: dict[str, Any], prompt: list[int], kind: str) -> int:
         room = self.limits.context - len(prompt)
@@ -139,17 +157,33 @@ class Reader:
             )
         return limit
 
-    def _conversation(self, given: dict[str, Any]) -> list[int]:
+    def _conversation(self, given: dict[str, Any]) -> tuple[list[int], CallRules | None]:
         if not self.limits.chats:
             raise Refused("this server has no chat template (--prompt-type none); use /v1/completions", status=404)
-        messages = given.get("messages")
+        messages, tools = given.get("messages"), given.get("tools")
         if not messages:
             raise Refused("messages are missing", param="messages")
+        for name in ("tool_choice", "parallel_tool_calls"):
+            if not tools and given.get(name, "none") != "none":
+                raise Refused(f"{name} needs tools", param=name)
+        if tools and not self.calls:
+            raise Refused("the chat template of this model does not write <tool_call>, leave tools out", param="tools")
+        has_calls = bool(tools) and given.get("tool_choice") != "none"
         try:
-            text = self.writer.prompt(_read(messages), **_thinking(given))
+            text = self.writer.prompt(_read(messages, tools if has_calls else None), **_thinking(given))
         except (ValueError, UsageError) as error:
             raise Refused(str(error), param="messages") from None
-        return self._tokens(text, "messages")
+        rules = CallRules(not given.get("parallel_tool_calls", True), text.rstrip().endswith(THINK))
+        return self._tokens(text, "messages"), rules if has_calls else None
+
+    @functools.cached_property
+    def calls(self) -> bool:
+        """Whether the template writes calls as `CallReader` reads them."""
+        asked = Message(USER, "a"), Message(ASSISTANT, "", calls=(ToolCall("f", {}),)), Message(TOOL, "b")
+        try:
+            return f"{BEGIN_CALL}\n" in self.writer.prompt(Conversation(asked))
+        except (ValueError, UsageError):
+            return False
 
     def _texts(self, prompt: object) -> list[list[int]]:
         """A prompt as OpenAI has it: a text, tokens, or a list of either."""
@@ -174,13 +208,13 @@ class Reader:
         return self.writer.tokens(text)
 
 
-def _read(messages: Sequence[Any]) -> Conversation:
+def _read(messages: Sequence[Any], tools: Sequence[Any] | None) -> Conversation:
     """Raises: ValueError: a message is none, or has what is not understood."""
     for place, message in enumerate(messages, start=1):
         for name, value in message.items() if isinstance(message, dict) else ():
             if name not in _MESSAGE and value is not None:
                 raise ValueError(f"message {place} has {schema.shown(name)}, which is not understood")
-    return waiting(read_messages(list(messages)))
+    return waiting(read_messages(list(messages), tools))
 
 
 def _thinking(given: dict[str, Any]) -> dict[str, bool]:

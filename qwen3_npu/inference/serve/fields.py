@@ -7,7 +7,8 @@ them `top_k`, `repetition_penalty` and `chat_template_kwargs` as vLLM's server h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwen3_npu import schema
@@ -17,7 +18,10 @@ CHAT, COMPLETION = "chat", "completion"
 MOST_ANSWERS = 128  # of one request
 _MOST_STOPS, _LONGEST_STOP = 16, 1000  # texts, and characters of one: every new token is compared with them
 _LEAST_TEMPERATURE = 0.01
+_MOST_BIASES = 1024
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Read = Callable[[object, str], Any]
+Json = dict[str, Any]
 
 
 class Refused(Exception):
@@ -70,6 +74,43 @@ def _only(*names: str) -> Read:
     return read
 
 
+def _bias(value: object, where: str) -> tuple[tuple[int, float], ...]:
+    """Tokens and what is added to their logits."""
+    found = schema.record(value, where).fields
+    if len(found) > _MOST_BIASES:
+        raise UsageError(f"{where} has {len(found)} tokens; at most {_MOST_BIASES} are expected")
+    if strange := next((name for name in found if not (name.isascii() and name.isdecimal() and len(name) < 10)), None):
+        raise UsageError(f"{where} has {schema.shown(strange)}; the number of a token is expected")
+    biases = {int(name): schema.number(bias, f"{where}[{name}]", least=-100, most=100) for name, bias in found.items()}
+    if len(biases) < len(found):
+        raise UsageError(f"{where} has a token twice")
+    return tuple(sorted(biases.items()))
+
+
+def _tools(value: object, where: str) -> Sequence[Json]:
+    """Functions that the model may call."""
+    for place, tool in enumerate(schema.sequence(value, where)):
+        found = schema.record(tool, f"{where}[{place}]")
+        found.only(("type", "function"))
+        if found.text("type") != "function":
+            raise UsageError(f"{found.where}.type is {schema.shown(found.text('type'))}; function is expected")
+        function = schema.record(found.record("function").fields, f"{found.where}.function")
+        function.only(("name", "description", "parameters", "strict"))
+        if not _NAME.fullmatch(function.text("name")):
+            raise UsageError(f"{function.where}.name is no name: 1 to 64 letters, digits, _ and - are expected")
+        if function.boolean("strict", False):
+            raise UsageError(f"{function.where}.strict is not offered here, leave it out")
+        function.text("description", "")
+        function.record("parameters", None)
+    return schema.sequence(value, where)
+
+
+def _tool_choice(value: object, where: str) -> str:
+    if value not in ("auto", "none"):
+        raise UsageError(f"{where} is {schema.shown(value)}; auto or none is expected, calls are not forced here")
+    return str(value)
+
+
 _SHARED: dict[str, Read] = {
     "model": schema.text,
     "max_tokens": _integer(1),
@@ -77,6 +118,9 @@ _SHARED: dict[str, Read] = {
     "top_p": _number(0, 1),
     "top_k": _integer(-1),
     "repetition_penalty": _number(0.01, 100),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "logit_bias": _bias,
     "n": _integer(1, MOST_ANSWERS),
     "seed": _integer(-(2**63), 2**63 - 1),
     "stop": _stops,
@@ -92,14 +136,14 @@ _KNOWN: dict[str, dict[str, Read]] = {
         "logprobs": schema.boolean,
         "top_logprobs": _integer(0, 20),
         "chat_template_kwargs": _only("enable_thinking"),
+        "tools": _tools,
+        "tool_choice": _tool_choice,
+        "parallel_tool_calls": schema.boolean,
     },
     COMPLETION: {**_SHARED, "prompt": lambda value, where: value, "logprobs": _integer(0, 5)},
 }
 # Fields of OpenAI's and vLLM's that are not offered, and the values that ask for nothing.
 _NOT_OFFERED: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),

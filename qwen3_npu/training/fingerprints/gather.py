@@ -14,6 +14,7 @@ from qwen3_npu import log
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.distributed.context_parallel import SHARD_INDICES
 from qwen3_npu.training.fingerprints.files import Recording, write
+from qwen3_npu.training.fingerprints.msprobe import MsprobeRecorder
 from qwen3_npu.training.fingerprints.recorder import Noted, StepRecorder
 
 OTHER = "@"  # begins the names of what further ranks computed again: @rank|...
@@ -76,10 +77,16 @@ def gathered(mine: Noted, *, everyones: bool = False) -> Noted | None:
 
 
 def fingerprinting(args: PretrainArgs, device: str) -> StepRecorder | None:
-    """What --fingerprint-interval asks for: files `fingerprints/step_N.npz` in --tensorboard-dir."""
+    """What --fingerprint-interval asks for: `fingerprints/step_N.npz` in --tensorboard-dir, or `msprobe/stepN`."""
     interval, folder = args.report.fingerprint_interval, args.report.tensorboard_dir
     if not interval or folder is None:
         return None
+
+    def due(step: int) -> bool:
+        return step % interval == 0 or step == 1
+
+    if args.report.fingerprint_format == "msprobe":
+        return MsprobeRecorder(due, Path(folder) / "msprobe")
 
     def keep(step: int, mine: Noted) -> None:
         noted = gathered(mine)
@@ -95,4 +102,4 @@ def fingerprinting(args: PretrainArgs, device: str) -> StepRecorder | None:
         except OSError as error:
             log.info(f"warning: {path} is not written: {error}")
 
-    return StepRecorder(lambda step: step % interval == 0 or step == 1, keep)
+    return StepRecorder(due, keep)

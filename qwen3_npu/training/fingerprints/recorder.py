@@ -191,8 +191,9 @@ class StepRecorder:
         """The function's result; it, and later its gradients, are noted."""
         where = f"{self.micro_batch}|{self._where[-1]}|{operation}"
         self._calls[where] += 1
-        call = _NotedCall(self, f"{self.step}|{where}#{self._calls[where]}", inputs)
+        call = NotedCall(self, f"{self.step}|{where}#{self._calls[where]}", inputs)
         self.last = call.name
+        self._called(call, inputs)
         if self.exact and not options.get("dropout"):
             call.recomputed = self._recomputed(operation, inputs, options, defined=defined, call=call)
         result = function(*call.given, **options)
@@ -210,6 +211,9 @@ class StepRecorder:
         call.returns(floats(outs))
         return outs[0] if is_one else type(result)(outs)
 
+    def _called(self, call: NotedCall, inputs: Sequence[Any]) -> None:
+        """For recorders that note inputs, too."""
+
     def _recomputed(
         self,
         operation: str,
@@ -217,7 +221,7 @@ class StepRecorder:
         options: dict[str, Any],
         *,
         defined: Callable | None,
-        call: _NotedCall,
+        call: NotedCall,
     ) -> Recomputed | None:
         if operation == "cross_entropy" and inputs[2].size() > 1:
             return None
@@ -276,7 +280,7 @@ class _Sum:
         self.rounded = torch.zeros(shape)
 
 
-class _NotedCall:
+class NotedCall:
     """One call of one operation, until its gradients are known."""
 
     def __init__(self, recorder: StepRecorder, name: str, inputs: Sequence[Any]) -> None:

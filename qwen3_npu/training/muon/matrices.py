@@ -22,28 +22,41 @@ from qwen3_npu.args.training import OptimizerArgs
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _LEAST_NORM = 1e-7
 _OUT, _IN = 1, 2  # dimensions of [matrices, out, in]
-# End of a parameter's name -> the dimension over which tensor parallelism shards it.
+# Parts of a parameter's name -> the dimension over which tensor parallelism shards it.
 _LINEARS = {"linear_qkv": _OUT, "linear_proj": _IN, "linear_fc1": _OUT, "linear_fc2": _IN, "router": None}
+_ADAPTERS = {"lora_A": _IN, "lora_B": _OUT}  # the one of the two that has its linear's dimension
+_EXPERTS = {
+    "weight1": _OUT,
+    "weight1_lora_a": None,
+    "weight1_lora_b": _OUT,
+    "weight2": _IN,
+    "weight2_lora_a": _IN,
+    "weight2_lora_b": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerMatrix:
-    """How a parameter is one or several matrices [out, in].
+    """How a parameter is one or several matrices [out, in], one after the other in memory.
 
     Attributes:
+        out, inner: sizes of this rank's shard of one of them; `inner` is the width of its input.
         sharded: dimension of [matrices, out, in] over which the group shards it; None: it is whole on every rank.
-        expert: it is of experts, each a matrix of its own.
-        experts: how many of them; 1 for other parameters.
-        inner: input width of experts' matrices, which are stored as [experts, in, out].
+        expert: each is of an expert, and stored as [in, out].
         heads: rows of queries, keys and values of each key/value head (of the fused linear_qkv), which are three
             matrices; empty: one.
     """
 
-    sharded: int | None
+    out: int
+    inner: int
+    sharded: int | None = None
     expert: bool = False
-    experts: int = 1
-    inner: int = 0
     heads: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Elements of this rank's shard of one matrix."""
+        return self.out * self.inner
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -53,28 +66,35 @@ class LayerMatrix:
         return parallel_state.get_tensor_model_parallel_group()
 
     def apart(self, stored: torch.Tensor) -> torch.Tensor:
-        """The parameter's shard as [matrices, out, in], a view."""
-        return stored.view(self.experts, self.inner, -1).mT if self.expert else stored.unsqueeze(0)
+        """Matrices in the order of memory as [matrices, out, in], a view."""
+        if self.expert:
+            return stored.view(-1, self.inner, self.out).mT
+        return stored.view(-1, self.out, self.inner)
 
 
 def layer_matrix(
     name: str, parameter: torch.Tensor, config: TransformerConfig, *, split_qkv: bool
 ) -> LayerMatrix | None:
-    """What a parameter of this name is; None if AdamW updates it: norms, biases, embedding, output layer, rewards."""
+    """What a parameter of this name is; None if AdamW updates it: norms, biases, magnitudes (DoRA), embedding, output
+    layer, rewards."""
     if ".layers." not in name or parameter.dim() != 2:
         return None
-    *_, module, kind = name.split(".")
+    rows, columns = parameter.shape
+    *_, module, kind = name.removesuffix(".default.weight").split(".")
     if module == "experts":
-        hidden = config.hidden_size
-        width = config.moe_ffn_hidden_size // parallel_state.get_expert_tensor_parallel_world_size()
-        if kind == "weight1":
-            return LayerMatrix(_OUT, True, parameter.numel() // (2 * width * hidden), hidden)
-        return LayerMatrix(_IN, True, parameter.numel() // (width * hidden), width)
+        if kind not in _EXPERTS:
+            return None
+        experts = (config.num_moe_experts or 1) // parallel_state.get_expert_model_parallel_world_size()
+        inner = rows if kind.startswith("weight1") else rows // experts
+        return LayerMatrix(parameter.numel() // (experts * inner), inner, _EXPERTS[kind], True)
+    sharded = _LINEARS[module]
+    if kind in _ADAPTERS and sharded != _ADAPTERS[kind]:
+        sharded = None
     heads: tuple[int, ...] = ()
-    if module == "linear_qkv" and split_qkv:
+    if module == "linear_qkv" and split_qkv and kind != "lora_A":
         size = config.kv_channels
         heads = (config.num_attention_heads // config.num_query_groups * size, size, size)
-    return LayerMatrix(_LINEARS[module], heads=heads)
+    return LayerMatrix(rows, columns, sharded, heads=heads)
 
 
 def orthogonal(matrices: torch.Tensor, steps: int) -> torch.Tensor:
@@ -97,14 +117,15 @@ def scale(mode: str, rows: int, columns: int) -> float:
     return by_mode[mode] ** 0.5
 
 
-def update_of(momentum: torch.Tensor, matrix: LayerMatrix, args: OptimizerArgs, dtype: torch.dtype) -> torch.Tensor:
-    """This rank's share of the update, in the parameter's shape and float32; every rank of the group calls it.
+def update_of(momentum: torch.Tensor, matrix: LayerMatrix, args: OptimizerArgs) -> torch.Tensor:
+    """This rank's shard of the update of one or several matrices, in the shape and dtype given.
+
+    Every rank of `matrix.group` calls it.
 
     Args:
-        momentum: of this rank's shard.
-        dtype: of the iteration and of what is gathered.
+        momentum: of this rank's shard, in the order of memory; the iteration, and what is gathered, has its dtype.
     """
-    local = matrix.apart(momentum.to(dtype))
+    local = matrix.apart(momentum)
     ranks = matrix.group.size() if matrix.sharded is not None else 1
     whole = local
     if ranks > 1:
@@ -116,8 +137,7 @@ def update_of(momentum: torch.Tensor, matrix: LayerMatrix, args: OptimizerArgs, 
     if ranks > 1:
         assert matrix.sharded is not None
         done = done.chunk(ranks, dim=matrix.sharded)[matrix.group.rank()]
-    stored = done.mT if matrix.expert else done
-    return stored.reshape(momentum.shape).float()
+    return (done.mT if matrix.expert else done).reshape(momentum.shape)
 
 
 def _updated(whole: torch.Tensor, matrix: LayerMatrix, args: OptimizerArgs) -> torch.Tensor:

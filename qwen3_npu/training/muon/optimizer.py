@@ -8,6 +8,7 @@ import torch
 
 from qwen3_npu.args.training import OptimizerArgs
 from qwen3_npu.training.muon.matrices import LayerMatrix, update_of
+from qwen3_npu.training.muon.shares import Share, Work, from_owner, to_owner
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -17,6 +18,7 @@ class MuonAdamW(torch.optim.AdamW):
     """
 
     matrices: Mapping[torch.Tensor, LayerMatrix]
+    work: Work
     args: OptimizerArgs
     dtype: torch.dtype
 
@@ -25,18 +27,25 @@ class MuonAdamW(torch.optim.AdamW):
         cls,
         made: torch.optim.Optimizer,
         matrices: Mapping[torch.Tensor, LayerMatrix],
+        work: Work,
+        *,
         args: OptimizerArgs,
         dtype: torch.dtype,
     ) -> None:
-        """Let Muon update these parameters of an AdamW that megatron has made. Args: dtype: of the iteration."""
+        """Let Muon update these parameters of an AdamW that megatron has made.
+
+        Args:
+            work: what this rank does for them.
+            dtype: of the iteration.
+        """
         assert type(made) is torch.optim.AdamW
         made.__class__ = cls
         assert isinstance(made, cls)
-        made.matrices, made.args, made.dtype = matrices, args, dtype
+        made.matrices, made.work, made.args, made.dtype = matrices, work, args, dtype
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
-        """AdamW's step for the other parameters, Muon's for the matrices."""
+        """AdamW's step for the other parameters, Muon's for the matrices. Every data-parallel rank calls it."""
         gradients = {matrix: matrix.grad for matrix in self.matrices}
         try:
             for matrix in gradients:
@@ -45,16 +54,44 @@ class MuonAdamW(torch.optim.AdamW):
         finally:
             for matrix, gradient in gradients.items():
                 matrix.grad = gradient
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if gradients.get(parameter) is not None:
-                    self._update(parameter, group["lr"], group["weight_decay"])
+        rates = self._prepare()
+        for share in self.work.whole:
+            self._apply(share, update_of(self._direction(share), share.matrix, self.args), rates)
+        for turn in self.work.rounds:
+            group = self.work.group
+            assert group is not None
+            shares = [spread.share for spread in turn.values()]
+            pieces = [self._direction(share) for share in shares if share is not None]
+            own = to_owner(pieces, turn, group, torch.empty(0, dtype=self.dtype, device=self.work.device))
+            if group.rank() in turn:
+                own = update_of(own, turn[group.rank()].matrix, self.args)
+            for held, update in zip(shares, from_owner(own, turn, group), strict=True):
+                if held is not None:
+                    self._apply(held, update, rates)
 
-    def _update(self, parameter: torch.Tensor, lr: float, weight_decay: float) -> None:
-        state, gradient, args = self.state[parameter], parameter.grad, self.args
-        assert gradient is not None
-        state["step"] += 1
-        momentum = state["exp_avg"].lerp_(gradient, 1 - args.muon_momentum)
-        direction = gradient.lerp(momentum, args.muon_momentum) if args.muon_use_nesterov else momentum
-        update = update_of(direction, self.matrices[parameter], args, self.dtype)
-        parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
+    def _prepare(self) -> dict[torch.Tensor, float]:
+        """Momenta with the new gradients, weights decayed; returns the learning rate of each."""
+        rates = {}
+        for group in self.param_groups:
+            mains = [parameter for parameter in group["params"] if parameter in self.matrices]
+            if not mains:
+                continue
+            rates.update(dict.fromkeys(mains, group["lr"]))
+            states = [self.state[main] for main in mains]
+            torch._foreach_add_([state["step"] for state in states], 1)
+            momenta = [state["exp_avg"] for state in states]
+            torch._foreach_lerp_(momenta, [main.grad for main in mains], 1 - self.args.muon_momentum)
+            torch._foreach_mul_(mains, 1 - group["lr"] * group["weight_decay"])
+        return rates
+
+    def _direction(self, share: Share) -> torch.Tensor:
+        """What is made orthogonal, in the dtype of the iteration."""
+        direction = share.of(self.state[share.main]["exp_avg"])
+        if self.args.muon_use_nesterov:
+            gradient = share.main.grad
+            assert gradient is not None
+            direction = share.of(gradient).lerp(direction, self.args.muon_momentum)
+        return direction.to(self.dtype)
+
+    def _apply(self, share: Share, update: torch.Tensor, rates: Mapping[torch.Tensor, float]) -> None:
+        share.of(share.main).add_(update, alpha=-rates[share.main])

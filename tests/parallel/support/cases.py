@@ -24,7 +24,7 @@ from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
 from qwen3_npu.checkpoint.binary import torch_zip_write
 from qwen3_npu.checkpoint.formats.dist_keys import key_of, layer_places
 from qwen3_npu.checkpoint.mapping.table import shards
-from qwen3_npu.checkpoint.training.optimizer_state import step_count
+from qwen3_npu.checkpoint.training.optimizer_state import named, step_count
 from qwen3_npu.distributed import nodes
 from qwen3_npu.distributed.launch import World, model_parallel
 from qwen3_npu.errors import Stopped, UsageError
@@ -50,6 +50,14 @@ def train(
                 t.saver.save(t.position)
         t.saver.finish()
         return {name: [getattr(r, name) for r in results] for name in ("loss", "grad_norm", "learning_rate")}
+
+
+def state_bytes(platform: Platform, world: World, flags: list[str]) -> list[int]:
+    """Bytes of each rank's float32 weights and moments."""
+    with trainer(platform, world, flags) as t:
+        found = [0] * world.size
+        dist.all_gather_object(found, sum(tensor.nbytes for _, tensor in named(t.optimizer)))
+        return found
 
 
 def train_on_copies(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:

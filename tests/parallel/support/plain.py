@@ -15,7 +15,7 @@ import torch
 from qwen3_npu.parity.measure import largest_difference
 
 # With Adam's usual 1e-8 an update depends on the sign of gradients that are all but 0, which rounding decides.
-STEPS, LONGEST, BATCH, LR, EPS = 4, 64, 8, 3e-3, 1e-4
+STEPS, LONGEST, BATCH, LR, EPS = 4, 64, 4, 3e-3, 1e-4
 FLAGS = ["--stage", "sft", "--seq-length", str(LONGEST), "--global-batch-size", str(BATCH), "--lr", str(LR)]
 FLAGS += ["--lr-decay-style", "constant", "--clip-grad", "0", "--train-iters", str(STEPS), "--device", "cpu"]
 FLAGS += ["--eval-iters", "0", "--split", "1,0,0", "--adam-eps", str(EPS)]
@@ -104,14 +104,25 @@ def write_restored(base: Path, folder: Path, *, ends: bool, double: bool) -> Non
     save_file(tensors, folder / "model.safetensors")
 
 
-def plain_loop(model: Any, prefix: str, shared: Sequence[Sequence[torch.nn.Parameter]] = ()) -> dict[str, Any]:
-    """Train a transformers model. `shared`: groups of parameters that are one, so that their gradients are summed."""
+def plain_loop(
+    model: Any, prefix: str, shared: Sequence[Sequence[torch.nn.Parameter]] = (), *, muon: bool = False
+) -> dict[str, Any]:
+    """Train a transformers model. "first loss again" is what the first batch has at the end.
+
+    Args:
+        shared: groups of parameters that are one, so that their gradients are summed.
+        muon: by torch.optim.Muon; all that is trained is matrices of the layers.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim == 1]}]
     groups[1]["weight_decay"] = 0.0
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS, weight_decay=0.01)
+    if muon:
+        options = {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
+        optimizer = torch.optim.Muon(trained, lr=LR, weight_decay=0.01, **options)
     losses, norms, gradients = [], [], {}
-    for step in documents(prefix):
+    batches = documents(prefix)
+    for step in batches:
         optimizer.zero_grad()
         flat = [document for sample in step for document in sample]
         tokens = sum(label != -100 for _, labels in flat for label in labels[1:])
@@ -130,7 +141,11 @@ def plain_loop(model: Any, prefix: str, shared: Sequence[Sequence[torch.nn.Param
         if not gradients:
             gradients = {name: p.grad.clone().numpy() for name, p in model.named_parameters() if p.requires_grad}
         optimizer.step()
-    return {"loss": losses, "grad_norm": norms, "gradients": gradients}
+    first = [document for sample in batches[0] for document in sample]
+    tokens = sum(label != -100 for _, labels in first for label in labels[1:])
+    with torch.no_grad():
+        again = sum(document_loss(model, document) for document in first) / tokens
+    return {"loss": losses, "grad_norm": norms, "gradients": gradients, "first loss again": float(again)}
 
 
 def check(got: dict[str, Any], expected: dict[str, Any], gradients: Path, rename: Any = lambda name: name) -> None:

@@ -158,6 +158,26 @@ def test_a_request_decides_about_thoughts(model: Path) -> None:
         assert writer.encoder.decode(order.tokens).endswith("<think>\n\n</think>\n\n") == closed
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_penalties_and_biases_choose_the_tokens_that_openai_says(client: Any, theirs: Any) -> None:
+    loaded, tokenizer = theirs
+    ids = tokenizer("The sea").input_ids
+    tokens, bias = list(ids), {"5": 40, "9": 39.5}
+    for _ in range(LIMIT):
+        scores = loaded(torch.tensor([tokens])).logits[0, -1]
+        for token in set(tokens[len(ids) :]):
+            scores[token] -= 0.75 + 0.5 * tokens[len(ids) :].count(token)
+        for token, more in bias.items():
+            scores[int(token)] += more
+        tokens.append(int(scores.argmax()))
+    assert len(set(tokens[len(ids) :])) > 1
+    options: dict[str, Any] = {"presence_penalty": 0.75, "frequency_penalty": 0.5, "logit_bias": bias}
+    answer = client.completions.create(model="tiny-qwen3", prompt=[ids], max_tokens=LIMIT, **options)
+    assert answer.choices[0].text == tokenizer.decode(tokens[len(ids) :])
+
+
 def test_logprobs_are_the_log_softmax_of_transformers(client: Any, theirs: Any) -> None:
     loaded, tokenizer = theirs
     ids = tokenizer("The sea").input_ids
@@ -226,8 +246,26 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     ("chat/completions", {**CHAT, "max_tokens": True}, 400, "max_tokens is true; an integer is expected"),
     ("chat/completions", {**CHAT, "max_tokens": 400}, 400, "this server has room for 400 tokens"),
     ("chat/completions", {**CHAT, "max_tokens": 4, "max_completion_tokens": 5}, 400, "disagree"),
-    ("chat/completions", {**CHAT, "presence_penalty": 0.5}, 400, "presence_penalty is 0.5; it is not offered here"),
-    ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "it is not offered here"),
+    ("chat/completions", {**CHAT, "presence_penalty": 2.5}, 400, "presence_penalty is 2.5; at most 2 is expected"),
+    ("chat/completions", {**CHAT, "logit_bias": {"800": 1}}, 400, "logit_bias has token 800; the last one is 799"),
+    (
+        "chat/completions",
+        {**CHAT, "logit_bias": {"a": 1}},
+        400,
+        "logit_bias has 'a'; the number of a token is expected",
+    ),
+    ("chat/completions", {**CHAT, "logit_bias": {"5": 101}}, 400, "logit_bias[5] is 101.0; at most 100 is expected"),
+    ("chat/completions", {**CHAT, "logit_bias": {"5": 1, "05": 1}}, 400, "logit_bias has a token twice"),
+    ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools[0] has no function"),
+    ("chat/completions", {**CHAT, "tools": TOOLS, "tool_choice": "required"}, 400, "calls are not forced here"),
+    ("chat/completions", {**CHAT, "tool_choice": "auto"}, 400, "tool_choice needs tools"),
+    ("chat/completions", {**CHAT, "tools": TOOLS}, 400, "the chat template of this model does not write <tool_call>"),
+    (
+        "chat/completions",
+        {**CHAT, "response_format": {"type": "json_object"}},
+        400,
+        "response_format is {'type': 'json_object'}; it is not",
+    ),
     ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
     ("chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, 400, "needs stream: true"),
     ("chat/completions", {**CHAT, "chat_template_kwargs": {"a": True}}, 400, "'a' is not understood"),

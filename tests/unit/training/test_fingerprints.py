@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.parity.passport import shipped
 from qwen3_npu.parity.walk import walk, walk_runs
 from qwen3_npu.training.fingerprints.files import Recording, read, write
+from qwen3_npu.training.fingerprints.msprobe import MsprobeRecorder
 from qwen3_npu.training.fingerprints.recorder import Noted
 from qwen3_npu.training.fingerprints.sketch import NUMBERS, difference, sketch
 
@@ -121,6 +123,35 @@ def test_calls_that_only_one_kind_of_kernels_has_are_passed_over() -> None:
     assert walk_runs(other, one, read(shipped())).records == 2
     with pytest.raises(UsageError, match="computed other things: 1 records"):
         walk_runs(one, recording(names[:2], rows(*xs[:2])), read(shipped()))
+
+
+def test_a_dump_for_msprobe_has_its_form(tmp_path: Path) -> None:
+    """Names, fields and places are those of a dump that mindstudio-probe 26.2 wrote of a torch.nn.LayerNorm."""
+    recorder = MsprobeRecorder(lambda step: step == 2, tmp_path)
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+    for step in (1, 2):
+        recorder.begin(step)
+        recorder.is_live = recorder.is_open
+        recorder.call("scale", lambda x, factor: x * factor, (x, torch.tensor(-2.0)), {}).sum().backward()
+        recorder.end()
+    (folder,) = tmp_path.glob("*/*")
+    assert str(folder.relative_to(tmp_path)) == "step2/rank0"
+    dump, construct, stack = (json.loads((folder / f"{n}.json").read_text()) for n in ("dump", "construct", "stack"))
+    assert {k: v for k, v in dump.items() if k != "data"} == {
+        **{"task": "statistics", "level": "mix", "framework": "pytorch", "dump_data_dir": None}
+    }
+    forward, backward = "Module.model.scale.forward.0", "Module.model.scale.backward.0"
+    tensor = {"type": "torch.Tensor", "dtype": "torch.float32", "shape": [2, 3], "requires_grad": True}
+    given = tensor | {"Max": 5.0, "Min": 0.0, "Mean": 2.5, "Norm": pytest.approx(55**0.5)}
+    assert list(dump["data"]) == [forward, backward]
+    assert dump["data"][forward]["input_args"][0] == given
+    out = tensor | {"Max": 0.0, "Min": -10.0, "Mean": -5.0, "Norm": pytest.approx(2 * 55**0.5)}
+    assert dump["data"][forward]["output"] == [out]
+    assert dump["data"][backward]["input"][0]["Norm"] == pytest.approx(6**0.5)
+    assert dump["data"][backward]["output"][0]["Max"] == -2
+    assert construct == {forward: None, backward: None}
+    assert stack["0"][0] == [forward]
+    assert any("test_fingerprints.py" in line for line in stack["0"][1])
 
 
 def test_runs_of_other_layouts_are_not_compared() -> None:

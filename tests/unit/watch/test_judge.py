@@ -11,7 +11,7 @@ from qwen3_npu.watch import probe
 from qwen3_npu.watch.judge import Channel, Entry, RankReport, judge_hang
 from qwen3_npu.watch.state import INSIDE, LAUNCHED, LEFT, PHASES, CollectiveCall, RankSnapshot, State, read
 from qwen3_npu.watch.stragglers import Stragglers
-from qwen3_npu.watch.watcher import limit
+from qwen3_npu.watch.watcher import first_dead, limit
 
 RANK = RankReport(
     rank=0,
@@ -103,6 +103,18 @@ def test_the_patience_follows_the_steps_and_their_phase() -> None:
     for phase in ("save", "eval", "start"):
         assert limit(7, {0: step, 1: dataclasses.replace(step, phase=phase)}) == 600
     assert limit(90, {0: dataclasses.replace(step, durations=[])}) == 900, "the first step"
+
+
+def test_of_several_dead_ranks_the_one_outside_of_collectives_is_named() -> None:
+    def read(state: int, *, ended: bool = False) -> RankSnapshot:
+        last = {0: CollectiveCall(9, 0, 0, 0, state=state, shape=None, entered=1.0, left=0.0)}
+        return RankSnapshot(1, 9, "data", 0.0, ended=ended, durations=[], windows={}, last=last, recent=[])
+
+    states = {0: read(LEFT, ended=True), 1: read(INSIDE), 2: read(LEFT), 3: read(INSIDE)}
+    assert first_dead({1, 2, 3}, states) == {2}
+    assert first_dead({1, 3}, states) == {1, 3}
+    states[0] = read(LEFT)
+    assert first_dead({1, 2, 3}, states) == {1, 2, 3}, "the whole job was killed"
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
