@@ -210,11 +210,11 @@ class TraceRecorder(StorageWatch):
 
 def _is_asynchronous(func: OpOverload, args: tuple) -> bool:
     """Sends and receives have no flag; an argument that is its default is left out."""
-    names = [argument.name for argument in func._schema.arguments]
-    if "asyncOp" not in names:
-        return func._schema.name.rstrip("_") in ("c10d::send", "c10d::recv") or any(arg is True for arg in args)
-    place = names.index("asyncOp")
-    return bool(args[place] if place < len(args) else func._schema.arguments[place].default_value)
+    flags = [(i, argument) for i, argument in enumerate(func._schema.arguments) if argument.name == "async_op"]
+    if not flags:
+        return func._schema.name.rstrip("_") in ("c10d::send", "c10d::recv")
+    ((place, flag),) = flags
+    return bool(args[place] if place < len(args) else flag.default_value)
 
 
 def _group(args: tuple) -> Any:
