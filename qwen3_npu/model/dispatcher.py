@@ -10,7 +10,16 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.kernels import Kernels
-from qwen3_npu.model.exchange import Exchange, Piece, combined, dispatched, parts_of, pieces_of, widened, with_weights
+from qwen3_npu.model.expert_parallel.exchange import (
+    Exchange,
+    Piece,
+    combined,
+    dispatched,
+    parts_of,
+    pieces_of,
+    widened,
+    with_weights,
+)
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):

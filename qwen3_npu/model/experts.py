@@ -14,9 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.kernels import Kernels
-from qwen3_npu.model.exchange import Exchange
+from qwen3_npu.model.expert_parallel.exchange import Exchange
+from qwen3_npu.model.expert_parallel.overlap import overlapped
 from qwen3_npu.model.modules import mark
-from qwen3_npu.model.overlap import overlapped
 from qwen3_npu.model.quantized import grouped_product, held, quantized
 
 

@@ -1,4 +1,4 @@
-"""How much of the exchange of experts their products leave, in closed form (`model/overlap.py`).
+"""How much of the exchange of experts their products leave, in closed form (`model/expert_parallel/overlap.py`).
 
 All pieces set out at once; each is computed when it has arrived, and sets out back. Nothing hides the first piece's way
 there, nor the last one's way back but for what is computed behind it (in backward the gradients of its weights); if

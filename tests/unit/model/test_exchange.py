@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from qwen3_npu.kernels import select_kernels
 from qwen3_npu.model.dispatcher import Dispatcher
-from qwen3_npu.model.exchange import Exchange, pieces_of
+from qwen3_npu.model.expert_parallel.exchange import Exchange, pieces_of
 from qwen3_npu.model.experts import GroupedExperts
 
 HIDDEN, FFN, EXPERTS = 8, 4, 4

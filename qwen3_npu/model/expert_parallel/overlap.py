@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwen3_npu.kernels import Kernels
-from qwen3_npu.model.exchange import (
+from qwen3_npu.model.expert_parallel.exchange import (
     Exchange,
     Launched,
     Piece,
