@@ -19,7 +19,7 @@ from qwen3_npu.args.pretrain import GROUPS, PretrainArgs  # noqa: E402
 from qwen3_npu.model.arch import to_hf_config  # noqa: E402
 from qwen3_npu.model.sizes import SIZES  # noqa: E402
 from qwen3_npu.plan.device import GIB  # noqa: E402
-from qwen3_npu.plan.report import layout_words  # noqa: E402
+from qwen3_npu.plan.show.report import layout_words  # noqa: E402
 from qwen3_npu.plan.verdict import PlanVerdict, remedies  # noqa: E402
 from qwen3_npu.training.prepare.plan import plan_training  # noqa: E402
 from scripts import SCRIPTS, ask, size_of  # noqa: E402

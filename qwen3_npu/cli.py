@@ -81,11 +81,11 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse prints the whole usage here, which for 150 flags hides the one line that matters.
-        tell_torchrun(f"{self.prog}: error: {message}")
+        line = printable(f"{self.prog}: error: {message}; see {self.prog} --help")
+        tell_torchrun(line)
         if _is_told_elsewhere():
             raise SystemExit(2)
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        print(f"{self.prog}: see {self.prog} --help", file=sys.stderr)
+        print(line, file=sys.stderr)
         raise SystemExit(2)
 
 

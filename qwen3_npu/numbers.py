@@ -1,10 +1,16 @@
-"""Lists of numbers as users write them."""
+"""Numbers and lists of them as users write them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from qwen3_npu.errors import UsageError
+
+
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number from 0, in plain digits, that fits 64 bits: what `int` can take."""
+    return text.isascii() and text.isdigit() and len(text) < 19
 
 
 def number_list(value: str | Sequence[int] | set[int] | None) -> list[int]:
@@ -20,4 +26,7 @@ def number_list(value: str | Sequence[int] | set[int] | None) -> list[int]:
             return [int(part) for part in value.split(",")]
         except ValueError:
             raise UsageError(f"{value!r} is not a list of numbers such as 94,95") from None
-    return sorted(value) if isinstance(value, set) else list(value)
+    found: list[Any] = list(value) if isinstance(value, (list, tuple, set)) else [value]
+    if not all(type(number) is int for number in found):
+        raise UsageError(f"{value!r} is not a list of numbers such as 94,95")
+    return sorted(found) if isinstance(value, set) else found

@@ -9,23 +9,26 @@ import atexit
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from qwen3_npu import schema
 from qwen3_npu.distributed.environment import job_names, local_size
 
 
 def once_a_node(what: str, path: Path, compute: Callable[[Path], str]) -> str:
     """`compute(path)`, of one process of this node; the others wait for it and take its answer.
 
-    The answer is of the file as it is: another size, time or inode asks again. Alone, a process computes it itself.
+    The answer is of the file as it is: another size, time or inode asks again. Alone, a process computes it itself; so
+    does each one of what is no file, for the error that follows.
 
     Args:
         what: is computed: other computations of the same file have other names.
     """
-    if local_size(1) == 1:
+    if local_size(1) == 1 or not path.is_file():
         return compute(path)
     stat = path.stat()
     names = [*job_names(), what, str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
@@ -43,6 +46,19 @@ def once_a_node(what: str, path: Path, compute: Callable[[Path], str]) -> str:
         file.flush()
     atexit.register(_forget, note)
     return answer
+
+
+def shared_record(path: Path) -> schema.Record:
+    """The JSON object in a file that all processes of a job need: one process of each node reads it.
+
+    Raises:
+        UsageError: see `schema.read_record`.
+    """
+
+    def text(path: Path) -> str:
+        return json.dumps(schema.read_record(path).fields)
+
+    return schema.record(json.loads(once_a_node("json", path, text)), str(path))
 
 
 def _folder() -> Path:

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import random
-import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,93 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.planning.npu_cases import read_cases
-from qwen3_npu.model.sizes import SIZES
+from benchmarks.planning.published import Published, read_published
 from qwen3_npu.plan.device import DEVICE_SPECS
-from qwen3_npu.plan.setup import Setup
-from qwen3_npu.plan.shape import Shape, shape_of
 from qwen3_npu.plan.timing import step_time
-
-TABLE = Path(__file__).with_name("published_runs.txt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """One published run.
-
-    Attributes:
-        rate: tokens/s of one device.
-        imbalance: tokens of the busiest expert rank over the mean.
-        is_fitted: it decides constants; others are only shown.
-    """
-
-    name: str
-    device: str
-    shape: Shape
-    setup: Setup
-    rate: float
-    imbalance: float = 1.0
-    is_fitted: bool = True
-
-
-def _stages(layers: int, pipeline: int, virtual: int = 1) -> tuple[tuple[int, ...], ...]:
-    """Layers of each chunk; the embedding and the loss count as one layer where the number is two short."""
-    chunks = pipeline * virtual
-    each = -(-layers // chunks)
-    short = each * chunks - layers
-    table = [[each] * virtual for _ in range(pipeline)]
-    if short == 2:
-        table[0][0] -= 1
-        table[-1][-1] -= 1
-    elif short:
-        raise ValueError((layers, pipeline, virtual))
-    return tuple(tuple(row) for row in table)
-
-
-def _read_row(cells: Sequence[str]) -> Published:
-    name, model, device, devices, batch, length, layout, micro, options, rate = cells
-    size = {match[1]: int(match[2]) for match in re.finditer(r"(TP|PP|VPP|CP|EP)(\d+)", layout)}
-    tensor, pipeline, context = (size.get(kind, 1) for kind in ("TP", "PP", "CP"))
-    shape = shape_of(SIZES[model])
-    words = dict(word.partition("=")[::2] for word in options.split())
-    data = int(devices) // (tensor * context * pipeline)
-    setup = Setup(
-        tensor=tensor,
-        pipeline=pipeline,
-        context=context,
-        expert=size.get("EP", 1),
-        layers=_stages(shape.num_layers, pipeline, size.get("VPP", 1)),
-        data=data,
-        seq_length=int(length),
-        micro_batch=int(micro),
-        num_microbatches=int(batch) // (data * int(micro)),
-        sequence_parallel=tensor > 1,
-        distributed_optimizer=True,
-        recompute=shape.num_layers if "full" in words else 0,
-        recompute_norm="selective" in words,
-        recompute_activation="selective" in words,
-        overlap_grads="overlap" in words,
-        overlap_params="overlap" in words,
-        overlap_tensor="overlap_tensor" in words,
-        overlap_experts="overlap_experts" in words,
-        packed="packed" in words,
-        lora_rank=int(words.get("lora_rank", 0)),
-    )
-    return Published(
-        name.lstrip("!"),
-        device,
-        shape,
-        setup,
-        rate=float(rate),
-        imbalance=float(words.get("imbalance", 1)),
-        is_fitted=not name.startswith("!"),
-    )
-
-
-def read_published() -> tuple[Published, ...]:
-    """The rows of published_runs.txt."""
-    lines = [line for line in TABLE.read_text().splitlines() if line and not line.startswith("#")]
-    return tuple(_read_row([cell.strip() for cell in line.split("|")]) for line in lines[1:])
-
 
 BOUNDS = {
     "product": (0.4, 0.95),

@@ -164,6 +164,7 @@ def _setup(flags: Mapping[str, str], shape: Shape) -> Setup:
     length = _number(flags, "seq-length")
     if flags.get("stage") in ("sft", "dpo") and "pad-to-seq-lengths" not in flags:
         length = min(length, _TUNED_LENGTH)
+    pads = "moe-pad-expert-input-to-capacity" in flags
     preference = 2 if flags.get("stage") == "dpo" else 1
     return Setup(
         tensor=tp,
@@ -182,6 +183,7 @@ def _setup(flags: Mapping[str, str], shape: Shape) -> Setup:
         recompute=recompute,
         recompute_activation="recompute-activation-function" in flags,
         recompute_experts={"": 0, "level0": 1}.get(flags.get("moe-zero-memory", ""), 2),
+        expert_capacity=float(flags.get("moe-expert-capacity-factor", 1)) if pads else 1.0,
         recompute_norm="recompute-norm" in flags,
         swap_attention="swap-attention" in flags,
         lora_rank=_number(flags, "lora-r"),
@@ -195,6 +197,8 @@ def _setup(flags: Mapping[str, str], shape: Shape) -> Setup:
 
 
 def _chunks(flags: Mapping[str, str], pp: int) -> tuple[tuple[int, ...], ...]:
+    if "num-layer-list" in flags:
+        return tuple((int(number),) for number in flags["num-layer-list"].split(","))
     layers, noop = _number(flags, "num-layers"), _noop(flags)
     per_stage = layers // pp
     each = _number(flags, "num-layers-per-virtual-pipeline-stage", per_stage) if pp > 1 else per_stage

@@ -7,6 +7,7 @@ import os
 import socket
 
 from qwen3_npu.errors import UsageError
+from qwen3_npu.numbers import is_count
 from qwen3_npu.processes import started
 
 
@@ -21,7 +22,7 @@ def ranks() -> tuple[int, int, int]:
 def _number(name: str, default: int) -> int:
     """A whole number of the environment. Raises: UsageError: it is none."""
     text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit()):
+    if not is_count(text):
         raise UsageError(f"{name}={text}: torchrun sets a whole number; start with torchrun, or unset it")
     return int(text)
 
@@ -64,7 +65,7 @@ def check_meeting(first: bool) -> None:
         UsageError: MASTER_PORT is missing, no port, or in use here, or MASTER_ADDR does not resolve.
     """
     address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "")
-    if not (port.isdecimal() and int(port) < 1 << 16):
+    if not (is_count(port) and int(port) < 1 << 16):
         raise UsageError(f"MASTER_PORT {port or 'is not set'}: with MASTER_ADDR a port below 65536 is needed")
     try:
         socket.getaddrinfo(address, None)

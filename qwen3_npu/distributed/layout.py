@@ -220,7 +220,7 @@ def _chunks(
     if num_layer_list is not None:
         if layers_per_virtual_stage or noop_layers:
             raise UsageError("--num-layer-list cannot be combined with virtual stages or --noop-layers")
-        if len(num_layer_list) != pipeline or sum(num_layer_list) != layers:
+        if len(num_layer_list) != pipeline or sum(num_layer_list) != layers or min(num_layer_list) < 1:
             raise UsageError(
                 f"--num-layer-list {','.join(map(str, num_layer_list))} must have {pipeline} entries (the pipeline "
                 f"size) that add up to the model's {layers} layers"

@@ -42,14 +42,15 @@ def read(folder: Path) -> list[LedgerEntry]:
         if b'"ledger"' in line:
             where = f"{path}, line {number}"
             outer = schema.record(schema.parse_json(line, where), where)
-            entry = _entry(outer.integer("step", least=0), outer.record("ledger"), f"{where}: ledger")
+            entry = entry_of(outer.integer("step", least=0), outer.record("ledger"), f"{where}: ledger")
             found[entry.step] = entry  # after a resume a step comes again
     if not found:
         raise UsageError(f"{path} holds no record of a ledger; train with --tensorboard-dir and --ledger-interval")
     return [found[step] for step in sorted(found)]
 
 
-def _entry(step: int, record: schema.Record, where: str) -> LedgerEntry:
+def entry_of(step: int, record: schema.Record, where: str) -> LedgerEntry:
+    """The entry that a record says. Raises: UsageError: it is damaged."""
     facts = {name: value for name, value in record.fields.items() if name not in _TIMES}
     host = _seconds(record.record("host"), where) if "host" in record.fields else {}
     most = {kind: schema.sequence(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}

@@ -101,7 +101,7 @@ def _mlp(shape: Shape, setup: Setup) -> float:
 
 def routed_rows(shape: Shape, setup: Setup) -> float:
     """Rows that the experts of one rank compute, if all get the same."""
-    return setup.tokens / setup.tensor * setup.expert_tensor * shape.moe_topk
+    return setup.tokens / setup.tensor * setup.expert_tensor * shape.moe_topk * setup.expert_capacity
 
 
 def _experts(shape: Shape, setup: Setup, kernels: str) -> float:

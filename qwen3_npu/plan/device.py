@@ -1,9 +1,9 @@
 """The constants of each device: one table, each published constant with its source.
 
 Efficiencies and overheads are fitted by `benchmarks/planning/fit_devices.py`; each run is left out of a fit and then
-planned with it. Hopper GPUs: 13 published runs, median error 12 %. Ascend devices: 18 cases of MindSpeed-LLM's CI (one
-node, few layers, so its host decides much), median error 19 %. A100 has general guesses. `learn` replaces all by what
-your own runs show.
+planned with it. Hopper GPUs: 19 published runs, median error 10 %. Ascend devices: 19 cases of MindSpeed-LLM's CI (one
+node, few layers, so its host decides much), median error 19 to 36 %, by the seed of the search. A100 has general
+guesses. `learn` replaces all by what your own runs show.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Device:
     """One device of a cluster.
 
     Attributes:
-        memory: bytes.
+        memory: bytes that a program can have, as torch reports them: less than what the name of the device promises
+            on NPUs, where firmware takes a part.
         flops: dense 16-bit products, FLOP/s, as published.
         memory_bandwidth: bytes/s.
         node: devices of a node (of the domain that `link` connects).
@@ -92,61 +93,64 @@ def _ascend(name: str, memory: float, flops: float, bandwidth: float, *, node: i
 
 
 _A2 = "354 TFLOP/s (see platform/npu.py), 64 GB HBM2e at 1.6 TB/s, 8 a node, 7 HCCS links of 28 GB/s a direction, "
-_A2 += "200 Gb/s RoCE each (Ascend 910B1/B2, Atlas 800T A2)"
-_B4 = "280 TFLOP/s, 32 GB at 0.8 TB/s (Ascend 910B4, Atlas 800I A2)"
-_A3 = "one of two dies: 376 TFLOP/s, 64 GB at 1.6 TB/s, 196 GB/s, 200 Gb/s RDMA (Ascend 910C, arXiv:2506.12708)"
+_A2 += "200 Gb/s RoCE each (Ascend 910B1/B2, Atlas 800T A2); 60.96 GiB in messages of torch_npu (ms-swift#9403)"
+_B4 = "280 TFLOP/s, 32 GB at 0.8 TB/s (Ascend 910B4, Atlas 800I A2); 29.50 GiB by torch_npu (LlamaFactory#4277)"
+_A3 = "one of two dies: 376 TFLOP/s, 64 GB at 1.6 TB/s, 196 GB/s, 200 Gb/s RDMA (Ascend 910C, arXiv:2506.12708); "
+_A3 += "61.27 GiB by torch_npu (sglang#29838)"
+_REPORTED = "; memory as torch reports it"
 
 
 def _hopper(name: str, memory: float, bandwidth: float, *, link: float, sources: str) -> Device:
     """Published figures, and constants that benchmarks/planning/fit_devices.py printed."""
     return Device(
         name=name,
-        memory=memory,
+        memory=memory * GIB,
         flops=989e12,
         memory_bandwidth=bandwidth,
         node=8,
         link=link,
         network=50e9,
-        product=0.743,
-        product_half=15.6e9,
-        attention=0.491,
-        streaming=0.896,
+        product=0.722,
+        product_half=12.1e9,
+        attention=0.501,
+        streaming=0.9,
         transfer=0.95,
-        stall=1.74e-3,
+        stall=1.94e-3,
         error=0.2,
-        sources=sources,
+        sources=sources + _REPORTED,
     )
 
 
 DEVICE_SPECS = {
     device.name: device
     for device in (
-        _ascend("910B-64G", 64, 354e12, 1.6e12, node=8, sources=_A2),
-        _ascend("910B-32G", 32, 280e12, 0.8e12, node=8, sources=_B4),
-        _ascend("910C-64G", 64, 376e12, 1.6e12, node=16, sources=_A3),
+        _ascend("910B-64G", 60.96, 354e12, 1.6e12, node=8, sources=_A2),
+        _ascend("910B-32G", 29.5, 280e12, 0.8e12, node=8, sources=_B4),
+        _ascend("910C-64G", 61.27, 376e12, 1.6e12, node=16, sources=_A3),
         Device(
             name="A100-80G",
-            memory=80e9,
+            memory=79.1 * GIB,
             flops=312e12,
             memory_bandwidth=2.0e12,
             node=8,
             link=300e9,
             network=25e9,
-            sources="NVIDIA A100 data sheet; HDR InfiniBand",
+            sources="NVIDIA A100 data sheet; HDR InfiniBand" + _REPORTED,
         ),
-        _hopper("H100-80G", 80e9, 3.35e12, link=450e9, sources="NVIDIA H100 SXM data sheet; NDR InfiniBand"),
-        _hopper("H800-80G", 80e9, 3.35e12, link=200e9, sources="NVIDIA H800: as H100 with 400 GB/s NVLink"),
-        _hopper("H200-141G", 141e9, 4.8e12, link=450e9, sources="NVIDIA H200 data sheet; NDR InfiniBand"),
+        _hopper("H100-80G", 79.1, 3.35e12, link=450e9, sources="NVIDIA H100 SXM data sheet; NDR InfiniBand"),
+        _hopper("H800-80G", 79.1, 3.35e12, link=200e9, sources="NVIDIA H800: as H100 with 400 GB/s NVLink"),
+        _hopper("H200-141G", 139.8, 4.8e12, link=450e9, sources="NVIDIA H200 data sheet; NDR InfiniBand"),
     )
 }
 _LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node", "kernels", "sources"}
 
 
-def find_device(name: str, learnt: str | None = None) -> Device:
+def find_device(name: str, learnt: str | None = None, flag: str = "--device") -> Device:
     """A device of the table, with the constants learned on this cluster.
 
     Args:
         learnt: file that `plan --learn` wrote.
+        flag: that gave the name.
 
     Raises:
         UsageError: unknown name (the known ones are listed), or a file that is no such table.
@@ -154,12 +158,15 @@ def find_device(name: str, learnt: str | None = None) -> Device:
     by_name = {known.lower(): device for known, device in DEVICE_SPECS.items()}
     if name.lower() not in by_name:
         raise UsageError(
-            f"--device {name} is not known{did_you_mean(name, DEVICE_SPECS)}; known: {', '.join(DEVICE_SPECS)}"
+            f"{flag} {name} is not known{did_you_mean(name, DEVICE_SPECS)}; known: {', '.join(DEVICE_SPECS)}"
         )
     device = by_name[name.lower()]
     if learnt is None:
         return device
-    values: dict[str, Any] = dataclasses.asdict(device) | read_learnt(Path(learnt))
+    try:
+        values: dict[str, Any] = dataclasses.asdict(device) | read_learnt(Path(learnt))
+    except UsageError as error:
+        raise UsageError(f"--device-table: {error}") from None
     return Device(**values)
 
 

@@ -25,7 +25,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         layers=layers,
         seq_length=train.seq_length,
         micro_batch=train.micro_batch_size * (2 if args.data.is_preference else 1),  # both answers of each pair
-        reference=_holds_reference(args),
+        reference=holds_reference(args),
         num_microbatches=sizes.num_microbatches,
         sequence_parallel=args.parallel.sequence_parallel,
         ring=args.parallel.context_parallel_algo == "megatron_cp_algo",
@@ -50,6 +50,8 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         swap_optimizer=optimizer.swap_optimizer,
         swap_slices=optimizer.swap_optimizer_times,
         recompute_experts=_recomputed_experts(train),
+        expert_capacity=_capacity(train),
+        gathered=train.moe_token_dispatcher_type == "allgather",
         overlap_tensor=args.overlap.asked is not None,
         fused_tensor=args.overlap.is_fused,
         tensor_pieces=args.overlap.coc_parallel_num,
@@ -59,12 +61,21 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
     )
 
 
+def _capacity(train: TrainArgs) -> float:
+    """Rows of an expert over its even share; of balanced tokens, a capacity above 1 drops none."""
+    factor = train.moe_expert_capacity_factor
+    if factor is None:
+        return 1.0
+    return factor if train.moe_pad_expert_input_to_capacity else min(1.0, factor)
+
+
 def _recomputed_experts(train: TrainArgs) -> int:
     is_module = train.recompute_granularity == "selective" and "moe" in train.recompute_modules
     return 2 if is_module else {"disable": 0, "level0": 1, "level1": 2}[train.moe_zero_memory]
 
 
-def _holds_reference(args: PretrainArgs) -> bool:
+def holds_reference(args: PretrainArgs) -> bool:
+    """Whether a frozen copy of the model is in memory while a preference stage trains."""
     wanted = args.preference
     from_file = wanted.ref_logprobs == "cache" and wanted.ref_model is None
     return (

@@ -11,16 +11,20 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.device import GIB, Device, find_device
 from qwen3_npu.plan.from_args import setup_of
-from qwen3_npu.plan.report import describe_plan
 from qwen3_npu.plan.shape import shape_of
+from qwen3_npu.plan.show.report import describe_plan
 from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 DEFAULT = "910B-64G"
 
 
-def device_for(name: str, memory: str | None, table: str | None) -> Device:
-    """A device of the table with the user's memory. Raises: UsageError: unknown name, or too little memory."""
-    device = find_device(name, table)
+def device_for(name: str, memory: str | None, table: str | None, flag: str = "--plan-device") -> Device:
+    """A device of the table with the user's memory; `flag` gave its name.
+
+    Raises:
+        UsageError: unknown name, or too little memory.
+    """
+    device = find_device(name, table, flag)
     if memory is None:
         return device
     size = byte_count(memory, "--device-memory")

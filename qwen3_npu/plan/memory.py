@@ -33,6 +33,7 @@ class StageMemory:
         ends: embedding output and final norm.
         communication: buffers of collectives.
         update: what the optimizer's update needs beyond the room of activations and buffers, which are freed by then.
+        start: what the start needs beyond all that: megatron-core copies trained weights into its buffers.
         reserve: what the runtime and the allocator hold beside.
     """
 
@@ -45,6 +46,7 @@ class StageMemory:
     ends: float
     communication: float
     update: float
+    start: float
     reserve: float
 
     @property
@@ -57,7 +59,7 @@ class StageMemory:
 
     @property
     def total(self) -> float:
-        return self.static + self.activations + self.communication + self.update + self.reserve
+        return self.static + self.activations + self.communication + self.update + self.start + self.reserve
 
     def rows(self) -> list[tuple[str, float]]:
         """Name and bytes of each kind, in the order to show them."""
@@ -74,22 +76,40 @@ def stage_memory(shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0
     weights, gradients, optimizer = static_bytes(shape, setup, stage)
     kept, working = layer_activations(shape, setup, stage, kernels)
     logits = logit_bytes(shape, setup) if stage == setup.pipeline - 1 else 0.0
-    memory = StageMemory(
+    working, ends = max(0.0, working - logits), _end_bytes(shape, setup, stage, kernels)
+    communication, update = _communication(shape, setup), 0.0
+    room = kept + logits + working + ends + communication
+    if kernels != TORCH or setup.swap_optimizer:
+        update = max(0.0, update_bytes(shape, setup, stage) - room)
+    held = weights + gradients + optimizer + room + update
+    return StageMemory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         layers=kept,
         logits=logits,
-        working=max(0.0, working - logits),
-        ends=_end_bytes(shape, setup, stage, kernels),
-        communication=_communication(shape, setup),
-        update=0.0,
+        working=working,
+        ends=ends,
+        communication=communication,
+        update=update,
+        start=max(0.0, start_bytes(shape, setup, stage) - held),
         reserve=reserve,
     )
-    if kernels == TORCH and not setup.swap_optimizer:
-        return memory
-    beyond = update_bytes(shape, setup, stage) - memory.activations - memory.communication
-    return dataclasses.replace(memory, update=max(0.0, beyond))
+
+
+def start_bytes(shape: Shape, setup: Setup, stage: int) -> float:
+    """The most bytes held while megatron-core wraps the model: a sharded optimizer's trained weights are copied into
+    buffers, those of experts after the others; each old weight is freed once its buffer is filled.
+
+    Model chunks are wrapped one after the other, so the last one decides. Gradients have their buffers by then.
+    """
+    trained, width = trained_counts(shape, setup, stage), setup.weight_bytes
+    frozen = stage_counts(shape, setup, stage).total - (0 if setup.lora_rank else trained.total)
+    held = width * (frozen + trained.total) + 4.0 * trained.total - _quantized_away(shape, setup, stage)
+    if not setup.distributed_optimizer:
+        return held
+    largest = max(trained.expert * width, trained.dense * width - trained.expert * 4.0)
+    return held + largest / setup.virtual
 
 
 def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
@@ -126,12 +146,7 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     trained = trained_counts(shape, setup, stage)
     held: float = all_weights.total * (2 if setup.reference else 1) + (trained.total if setup.lora_rank else 0)
     weight = setup.weight_bytes
-    if setup.quantized:  # the reference of preference training is the same base
-        quantized = linear_counts(shape, setup, stage)
-        each, rows = NF4, 0
-        if setup.double_quantized:
-            each, rows = DOUBLE_NF4 + DOUBLE_GROUP * setup.tensor, DOUBLE_ROW * quantized.rows
-        held -= (quantized.weights * (weight - each) - rows) / weight
+    held -= _quantized_away(shape, setup, stage) / weight  # the reference of preference training is the same base
     if setup.swap_optimizer:  # moments and masters are on the host
         return held * weight, trained.total * 4.0, 0.0
     state = MOMENTS + (MASTER if setup.bf16 else 0)
@@ -141,6 +156,17 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     if setup.muon:
         moments -= sharded_bytes(setup, matrix_counts(shape, setup, stage), MOMENTS / 2)
     return held * weight, trained.total * (2.0 if setup.fp16 else 4.0), moments
+
+
+def _quantized_away(shape: Shape, setup: Setup, stage: int) -> float:
+    """Bytes that weights in 4 bits save."""
+    if not setup.quantized:
+        return 0.0
+    quantized = linear_counts(shape, setup, stage)
+    each, rows = NF4, 0
+    if setup.double_quantized:
+        each, rows = DOUBLE_NF4 + DOUBLE_GROUP * setup.tensor, DOUBLE_ROW * quantized.rows
+    return quantized.weights * (setup.weight_bytes - each) - rows
 
 
 def sharded_bytes(setup: Setup, trained: Counts, state: float) -> float:
@@ -172,7 +198,7 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
     kept = whole + recomputed / setup.recompute_group * inputs
     working = max(0.0, setup.recompute_group * largest - whole) if recomputed else 0.0
     if setup.quantized:  # a linear is restored for its product, with float32 values and indices of 2^22 weights
-        working += linear_counts(shape, setup, stage)[1] * setup.weight_bytes + 6 * 2**22
+        working += linear_counts(shape, setup, stage).largest * setup.weight_bytes + 6 * 2**22
     return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
 
 

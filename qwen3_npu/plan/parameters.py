@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from qwen3_npu.errors import UsageError
@@ -115,6 +116,7 @@ def embedding_count(shape: Shape, setup: Setup) -> int:
     return shape.vocab_size * shape.hidden_size // setup.tensor
 
 
+@functools.lru_cache(maxsize=64)  # every kind of memory asks for it
 def stage_counts(shape: Shape, setup: Setup, stage: int) -> Counts:
     """Weights of one rank of a pipeline stage."""
     counts = Counts()

@@ -24,22 +24,15 @@ from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
+from qwen3_npu.plan.candidate import SAVINGS, LayoutCandidate
 from qwen3_npu.plan.device import GIB, Device
 from qwen3_npu.plan.from_args import setup_of
-from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 from qwen3_npu.plan.verdict import PlanVerdict
 
 _MICRO = (1, 2, 4)
+_WORTH = 0.03  # a smaller share of the memory that the optimizer's state takes is not worth to be saved
 _HIDING = 40  # so many of the fastest layouts are looked at with communication hidden, too
-
-
-@dataclasses.dataclass(frozen=True)
-class LayoutCandidate:
-    """One layout of the search: its verdict, and the flags that ask for it."""
-
-    verdict: PlanVerdict
-    args: PretrainArgs
 
 
 def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> list[LayoutCandidate]:
@@ -51,16 +44,45 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
     fitting: list[LayoutCandidate] = []
     nearest: PlanVerdict | None = None
     for flags, sizes in _legal(arch, args, device):
-        for found in _recomputations(shape, flags, sizes, device):
+        best: LayoutCandidate | None = None
+        for found in _memory_choices(shape, flags, sizes, device, known=bool(fitting)):
             if found.verdict.fits:
-                fitting.append(found)
-                break
-            if nearest is None or found.verdict.peak < nearest.peak:
+                best = found if best is None else min(best, found, key=_by_rate)
+            elif not fitting and (nearest is None or found.verdict.peak < nearest.peak):
                 nearest = found.verdict
+        fitting += [best] if best is not None else []
     if not fitting:
         raise UsageError(_nothing_fits(nearest, shape, arch, args, device=device))
     fitting.sort(key=_by_rate)
-    return sorted([*map(_hiding, fitting[:_HIDING]), *fitting[_HIDING:]], key=_by_rate)
+    return sorted([*map(_hiding, map(_exchanging, fitting[:_HIDING])), *fitting[_HIDING:]], key=_by_rate)
+
+
+def _memory_choices(
+    shape: Shape, flags: PretrainArgs, sizes: Fit, device: Device, *, known: bool
+) -> Iterator[LayoutCandidate]:
+    """What a layout may trade for memory: recomputation, then with less of the optimizer's state on the device, as long
+    as that means to recompute less.
+
+    Args:
+        known: another layout fits, so those that are hopeless need not be looked at.
+    """
+    least = None  # recomputed layers of what fits
+    plain = setup_of(flags, sizes)
+    per_chunk = max(len(chunk) for stage in sizes.layout.chunks for chunk in stage)
+    counts: Sequence[int] = sorted({0, -(-per_chunk // 4), -(-per_chunk // 2), per_chunk})
+    for saving in SAVINGS if not flags.lora.on else SAVINGS[:1]:
+        for count in counts:
+            if least is not None and count >= least:
+                break
+            setup = dataclasses.replace(plain, recompute=count * plain.virtual, **saving.of_setup)
+            verdict = PlanVerdict(shape, setup, device)
+            yield LayoutCandidate(verdict, flags, count, saving)
+            if verdict.fits:
+                least = count
+            if verdict.fits or (known and verdict.is_hopeless):
+                break
+        if least == 0 or (known and verdict.optimizer_share < _WORTH):
+            return
 
 
 def _by_rate(found: LayoutCandidate) -> float:
@@ -68,21 +90,22 @@ def _by_rate(found: LayoutCandidate) -> float:
 
 
 def _hiding(found: LayoutCandidate) -> LayoutCandidate:
-    """The same with communication hidden in pieces, of tensor parallelism and of experts, where that is faster."""
-    args, parallel = found.args, found.args.parallel
-    if parallel.tensor_model_parallel_size > 1 and not args.lora.qlora:
-        flags = args._replace(overlap=TensorOverlapArgs(use_ascend_coc=True))
-        found = _faster(found, flags, dataclasses.replace(found.verdict.setup, overlap_tensor=True))
-    experts = found.verdict.shape.num_experts // parallel.expert_model_parallel_size
-    if parallel.expert_model_parallel_size > 1 and exchange_pieces(experts) > 1:
-        flags = found.args._replace(train=dataclasses.replace(args.train, moe_alltoall_overlap_comm=True))
-        found = _faster(found, flags, dataclasses.replace(found.verdict.setup, overlap_experts=True))
-    return found
+    """The same with tensor parallelism's communication hidden in pieces, where that is faster."""
+    if found.verdict.setup.tensor == 1 or found.layout.lora.qlora:
+        return found
+    hidden = found.changed({"overlap_tensor": True}, {"overlap": {"use_ascend_coc": True}})
+    return hidden if hidden.verdict.time.total < found.verdict.time.total else found
 
 
-def _faster(found: LayoutCandidate, flags: PretrainArgs, setup: Setup) -> LayoutCandidate:
-    hidden = PlanVerdict(found.verdict.shape, setup, found.verdict.device)
-    return LayoutCandidate(hidden, flags) if hidden.time.total < found.verdict.time.total else found
+def _exchanging(found: LayoutCandidate) -> LayoutCandidate:
+    """The same with all tokens gathered, or their exchange hidden in pieces, where that is faster."""
+    setup, shape = found.verdict.setup, found.verdict.shape
+    if setup.expert == 1:
+        return found
+    ways = [found.changed({"gathered": True}, {"train": {"moe_token_dispatcher_type": "allgather"}})]
+    if exchange_pieces(shape.num_experts // setup.expert) > 1:
+        ways.append(found.changed({"overlap_experts": True}, {"train": {"moe_alltoall_overlap_comm": True}}))
+    return min([found, *(way for way in ways if way.verdict.fits)], key=_by_rate)
 
 
 def _nothing_fits(nearest: PlanVerdict | None, shape: Shape, arch: Qwen3Arch, args: PlanArgs, *, device: Device) -> str:
@@ -117,7 +140,7 @@ def _any_fits(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> 
     return any(
         found.verdict.fits
         for flags, sizes in _legal(arch, args, device)
-        for found in _recomputations(shape, flags, sizes, device)
+        for found in _memory_choices(shape, flags, sizes, device, known=False)
     )
 
 
@@ -232,17 +255,3 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         verdict=VerdictArgs(),
         preference=PreferenceArgs(),
     )
-
-
-def _recomputations(shape: Shape, flags: PretrainArgs, sizes: Fit, device: Device) -> Iterator[LayoutCandidate]:
-    """The layout with more and more recomputed: the first that fits is the fastest that does."""
-    per_chunk = max(len(chunk) for stage in sizes.layout.chunks for chunk in stage)
-    counts: Sequence[int] = sorted({0, -(-per_chunk // 4), -(-per_chunk // 2), per_chunk})
-    for count in counts:
-        train = flags.train
-        if count:
-            train = dataclasses.replace(
-                train, recompute_granularity="full", recompute_method="block", recompute_num_layers=count
-            )
-        chosen = flags._replace(train=train)
-        yield LayoutCandidate(PlanVerdict(shape, setup_of(chosen, sizes), device), chosen)

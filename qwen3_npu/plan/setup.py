@@ -33,8 +33,13 @@ class Setup:
         swap_optimizer: optimizer state is on the host, and comes in `swap_slices` to be updated.
         swap_attention: what attention keeps for backward is on the host until then.
         recompute_experts: MoE layers compute their first product and activation (1), or all of their MLP (2), again.
+        expert_capacity: rows of an expert over its even share, where more are dropped and, if padded, fewer filled up.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
+        gathered: every rank of an expert group gets all tokens of the group (dispatcher allgather).
+        two_levels: a token goes to another node once, however many of its experts are there (DeepEP, HybridEP; not in
+            this project).
+        sizes_on_device: the host does not wait for the sizes of that exchange (HybridEP; not in this project).
         overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
         fused_tensor: by the device's own operations; else in so many `tensor_pieces`.
         pad: share of a batch's tokens that are padding.
@@ -76,11 +81,15 @@ class Setup:
     swap_attention: bool = False
     swap_slices: int = 16
     recompute_experts: int = 0
+    expert_capacity: float = 1.0
     loss_chunk: int = 0
     overlap_grads: bool = False
     overlap_params: bool = False
     overlap_tensor: bool = False
     overlap_experts: bool = False
+    gathered: bool = False
+    two_levels: bool = False
+    sizes_on_device: bool = False
     fused_tensor: bool = False
     tensor_pieces: int = 4
     pad: float = 0.0

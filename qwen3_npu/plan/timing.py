@@ -99,6 +99,23 @@ def collective_seconds(device: Device, size: int, stride: int, moved: float, *, 
     return steps * latency * (size - 1) ** 0.5 + moved * (size - 1) / size / bandwidth
 
 
+def exchange_seconds(device: Device, size: int, stride: int, moved: float, *, per_node: int = 0) -> float:
+    """Seconds of an all-to-all in which each of `size` ranks sends `moved` bytes, the same to all.
+
+    What stays in a node takes its links, at the same time as what leaves it takes the network.
+
+    Args:
+        per_node: copies of each token, of which one travels to a node, whatever number of them it needs; 0: all travel.
+    """
+    nodes = max(1.0, size * stride / device.node)
+    if nodes == 1:
+        return collective_seconds(device, size, stride, moved, steps=2)
+    share = nodes * (1 - (1 - 1 / nodes) ** per_node) / per_node if per_node else 1.0
+    between = moved * share * (1 - 1 / nodes) / device.network
+    inside = moved / nodes / device.link
+    return 2 * device.network_latency * (size - 1) ** 0.5 + max(between, inside) / device.transfer
+
+
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
     h, query, again, experts = shape.hidden_size, shape.query_width, 0.0, 0.0
@@ -213,7 +230,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         END_LAUNCHES
     )
     busy = products + attention + kernels + recompute
-    waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 else 0.0
+    waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 and not setup.sizes_on_device else 0.0
     return StepTime(
         products=passes * products,
         attention=passes * attention,
@@ -255,18 +272,22 @@ def _expert(shape: Shape, setup: Setup, device: Device, products: float, *, shar
     """
     size = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * moved
     forwards, pieces = 2.0 if setup.recompute_experts == 2 else 1 + share, _pieces(shape, setup)
-    piece = collective_seconds(device, setup.expert, setup.expert_tensor, size / pieces)
-    sizes = collective_seconds(device, setup.expert, setup.expert_tensor, 8.0 * shape.num_experts * setup.expert)
+    if setup.gathered:
+        group = setup.expert * setup.expert_tensor
+        size = setup.sharded_tokens * group * shape.hidden_size * setup.weight_bytes
+        return 2 * (forwards + 1) * collective_seconds(device, group, 1, size)
+    copies = shape.moe_topk if setup.two_levels else 0
+    piece = exchange_seconds(device, setup.expert, setup.expert_tensor, size / pieces, per_node=copies)
     if pieces == 1:
-        return piece * 2 * (forwards + 1) + sizes * forwards
+        return piece * 2 * (forwards + 1)
     weights = products * (0.0 if setup.lora_rank else 1.0 - setup.frozen)
     there, back = (seconds_left(piece, products, pieces, behind=behind) for behind in (0.0, weights))
-    return forwards * (there + sizes) + back
+    return forwards * there + back
 
 
 def _pieces(shape: Shape, setup: Setup) -> int:
     """In how many pieces tokens travel to their experts and back; 1: products hide nothing of it."""
-    hides = setup.overlap_experts and setup.expert > 1
+    hides = setup.overlap_experts and setup.expert > 1 and not setup.gathered
     return exchange_pieces(shape.num_experts // setup.expert) if hides else 1
 
 

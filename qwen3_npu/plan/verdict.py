@@ -28,9 +28,16 @@ class PlanVerdict:
     setup: Setup
     device: Device
 
+    @functools.cached_property
+    def _known(self) -> dict[int, StageMemory]:
+        return {}
+
     def _stage(self, stage: int) -> StageMemory:
-        device = self.device
-        return stage_memory(self.shape, self.setup, stage, reserve=device.reserve, kernels=device.kernels)
+        if stage not in self._known:
+            device = self.device
+            memory = stage_memory(self.shape, self.setup, stage, reserve=device.reserve, kernels=device.kernels)
+            self._known[stage] = memory
+        return self._known[stage]
 
     @functools.cached_property
     def stages(self) -> tuple[StageMemory, ...]:
@@ -44,19 +51,34 @@ class PlanVerdict:
 
     @functools.cached_property
     def peak(self) -> float:
-        """Bytes of the fullest stage. Between the first and the last, an earlier one holds more micro-batches."""
+        """Bytes of the fullest stage."""
+        return max(self._stage(stage).total for stage in self._different())
+
+    def _different(self) -> list[int]:
+        """Stages among which the fullest is: of equal ones between both ends the first holds most micro-batches."""
         layers = self.setup.layers
         middle = {layers[stage]: stage for stage in range(len(layers) - 2, 0, -1)}
-        return max(self._stage(stage).total for stage in {0, *middle.values(), len(layers) - 1})
+        return list(dict.fromkeys((0, len(layers) - 1, *middle.values())))
 
     @property
     def limit(self) -> float:
         """Bytes that may be used."""
         return self.device.memory * USABLE
 
-    @property
+    @functools.cached_property
     def fits(self) -> bool:
-        return self.peak <= self.limit
+        """Whether every stage does."""
+        return all(self._stage(stage).total <= self.limit for stage in self._different())
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether weights, gradients and optimizer state of the first stage alone are too much."""
+        return self._stage(0).static + self.device.reserve > self.limit
+
+    @property
+    def optimizer_share(self) -> float:
+        """Of the usable memory, on the first stage."""
+        return self._stage(0).optimizer / self.limit
 
     @property
     def tokens_per_second(self) -> float:
@@ -111,6 +133,11 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "--recompute-activation-function", dataclasses.replace(setup, recompute_activation=True)
     if not setup.distributed_optimizer and not setup.lora_rank and setup.data * setup.context > 1:
         yield "--use-distributed-optimizer", dataclasses.replace(setup, distributed_optimizer=True)
+    if setup.distributed_optimizer and not (setup.lora_rank or setup.muon or setup.swap_optimizer):
+        if setup.bf16 and not setup.reuse_master:
+            yield "--reuse-fp32-param", dataclasses.replace(setup, reuse_master=True)
+        swapped = dataclasses.replace(setup, swap_optimizer=True, reuse_master=False)
+        yield "--swap-optimizer" + (" instead of --reuse-fp32-param" if setup.reuse_master else ""), swapped
     if not setup.sequence_parallel and setup.tensor > 1:
         yield "--sequence-parallel", dataclasses.replace(setup, sequence_parallel=True)
     if setup.micro_batch > 1:

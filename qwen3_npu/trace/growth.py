@@ -1,17 +1,31 @@
-"""What a rank does besides computing, in jobs of more and more devices: only data parallelism grows."""
+"""What a rank does besides computing, in jobs of more and more devices: only data parallelism grows.
+
+Seconds of a start and of a save are a model: bytes over a node's share of the file system (`STORAGE`), `GROUP` for each
+communicator, and the tree of log2(ranks) messages of each agreement. Both constants are guesses; what matters is what
+grows.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.device import GIB, Device
+from qwen3_npu.plan.from_args import setup_of
+from qwen3_npu.plan.shape import shape_of
+from qwen3_npu.plan.timing import step_time
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.trace.rank import trace_rank
 from qwen3_npu.trace.report import exchanged
 from qwen3_npu.training.prepare.plan import plan_training
+
+STORAGE = 2e9  # bytes/s that a node reads or writes
+GROUP = 0.2  # seconds to make a communicator
+# Agreements of all ranks, counted in trainings of 2 and 4 processes (docs/planning.md).
+_AT_START, _AT_SAVE = 14, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +38,10 @@ class RankWork:
         collectives, moved, waits: of a step: number, bytes, and seconds during which nothing else runs.
         writers: ranks that write model files of a checkpoint.
         state: bytes of weights and optimizer state on this rank.
+        start_seconds: reading this rank's weights, making communicators, agreeing.
+        step_seconds: of the whole step, by the plan.
+        save_seconds: writing the model files of this rank, and its part of the optimizer's state, which is then put
+            together.
     """
 
     devices: int
@@ -34,6 +52,9 @@ class RankWork:
     waits: float
     writers: int
     state: int
+    start_seconds: float
+    step_seconds: float
+    save_seconds: float
 
 
 def growth(
@@ -59,6 +80,10 @@ def _work(platform: Platform, args: PretrainArgs, device: Device, size: int, *, 
     plan = plan_training(grown, size)
     trace = trace_rank(platform, grown, plan, 0)
     table = exchanged(trace, device, plan.num_microbatches).values()
+    shape, setup = shape_of(plan.arch, plan.layout.padded_vocab_size), setup_of(grown, plan)
+    share = STORAGE / device.node
+    agreement = device.network_latency * math.log2(max(size, 2))
+    whole = trace.optimizer * (setup.data * setup.context if setup.distributed_optimizer else 1)
     return RankWork(
         devices=size,
         communicators=trace.communicators,
@@ -68,6 +93,9 @@ def _work(platform: Platform, args: PretrainArgs, device: Device, size: int, *, 
         waits=sum(row[2] for row in table),
         writers=len({plan.layout.folder(rank) for rank in plan.layout.ranks()}),
         state=trace.weights + trace.optimizer,
+        start_seconds=trace.weights / share + trace.communicators * GROUP + _AT_START * agreement,
+        step_seconds=step_time(shape, setup, device).total,
+        save_seconds=(trace.weights + trace.optimizer + whole) / share + _AT_SAVE * agreement,
     )
 
 
@@ -75,10 +103,12 @@ def growth_table(found: Iterable[RankWork]) -> list[str]:
     """A line for each number of devices."""
     lines = [
         f"{'ranks':>6}{'groups':>8}{'at start':>10}{'a step':>9}{'GiB':>9}{'waits':>10}{'writers':>9}{'state GiB':>11}"
+        f"{'start':>9}{'step':>10}{'save':>9}"
     ]
     lines += [
         f"{work.devices:>6}{work.communicators:>8}{work.start:>10}{work.collectives:>9,.0f}{work.moved / GIB:>9.3f}"
         f"{work.waits:>8.3f} s{work.writers:>9}{work.state / GIB:>11.3f}"
+        f"{work.start_seconds:>7.1f} s{work.step_seconds:>8.2f} s{work.save_seconds:>7.1f} s"
         for work in found
     ]
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -13,19 +14,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch._C._distributed_c10d import FakeWork
 
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.training import optimizer_state
-from qwen3_npu.data.train.batches import MicroBatch
+from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.distributed.launch import World, model_parallel
-from qwen3_npu.errors import UsageError
-from qwen3_npu.model.sequence import TokenSequence
+from qwen3_npu.plan.from_args import holds_reference
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.trace.batches import answers_of, full_batch, rows_of
 from qwen3_npu.trace.fused import RecordedProducts
 from qwen3_npu.trace.record import Operation, TraceRecorder, modules_named
 from qwen3_npu.trace.world import pretended
 from qwen3_npu.training import parts
 from qwen3_npu.training.loop import Trainer
+from qwen3_npu.training.preference import AnswerObjective
 from qwen3_npu.training.prepare.plan import TrainingPlan
+from qwen3_npu.training.reference import FrozenCopy, WithoutAdapter
 from qwen3_npu.training.step import train_step
 from qwen3_npu.watch import here
 
@@ -36,6 +40,7 @@ class RankTrace:
 
     Attributes:
         weights, gradients, optimizer: static bytes.
+        start_peak: the most bytes held until model and optimizer are made.
         peak: the most bytes held in the second step, when the optimizer has its state.
         holders: what holds them, largest first.
         operations, waits: of the second step, as in `TraceRecorder`.
@@ -50,6 +55,7 @@ class RankTrace:
     weights: int
     gradients: int
     optimizer: int
+    start_peak: int
     peak: int
     holders: dict[str, int]
     operations: tuple[Operation, ...]
@@ -61,13 +67,7 @@ class RankTrace:
 
 
 def trace_rank(platform: Platform, args: PretrainArgs, plan: TrainingPlan, rank: int) -> RankTrace:
-    """Run two steps of one rank of the job without data.
-
-    Raises:
-        UsageError: this kind of training cannot be traced.
-    """
-    if args.data.is_preference:
-        raise UsageError(f"--stage {args.data.stage} cannot be traced; trace --stage sft, whose steps are alike")
+    """Run two steps of one rank of the job without data."""
     size = plan.layout.tensor * plan.layout.pipeline * args.parallel.context_parallel_size * plan.data_parallel
     with pretended(rank, size, _routed_rows(args, plan)) as world:
         return traced(recorder_for(args, plan), platform, world, args, plan=plan)
@@ -86,6 +86,10 @@ def traced(
     """The steps of this process, whether or not its tensors have data."""
     with model_parallel(plan.layout, args.parallel, args.runtime), recorder, _noted(recorder):
         trainer = Trainer(platform, world, args, plan)
+        if holds_reference(args):
+            trainer.reference = FrozenCopy(trainer.another_model())
+        elif args.preference.ref_logprobs == "model" and PREFERENCE_STAGES.get(args.data.stage):
+            trainer.reference = WithoutAdapter(trainer.chunks)
         try:
             return _steps(recorder, trainer, world)
         finally:
@@ -93,7 +97,8 @@ def traced(
 
 
 def _routed_rows(args: PretrainArgs, plan: TrainingPlan) -> int:
-    tokens = args.train.seq_length // args.parallel.context_parallel_size * args.train.micro_batch_size
+    rows = args.train.micro_batch_size * (2 if args.data.is_preference else 1)
+    tokens = args.train.seq_length // args.parallel.context_parallel_size * rows
     sharded = tokens // (plan.layout.tensor if args.parallel.sequence_parallel else 1)
     return sharded * plan.arch.num_experts_per_tok
 
@@ -130,8 +135,11 @@ def _noted(recorder: TraceRecorder) -> Iterator[None]:
 
 def _steps(recorder: TraceRecorder, trainer: Trainer, world: World) -> RankTrace:
     start = tuple(operation for operation in recorder.operations if operation.ranks)
+    start_peak, _ = recorder.peak()
     buffers = [buffer for chunk in trainer.chunks for buffer in _buffers(chunk)]
-    held = [list(module.parameters()) for module in trainer.modules]
+    models: list[torch.nn.Module] = [*trainer.modules]
+    models += trainer.reference.chunks if isinstance(trainer.reference, FrozenCopy) else []
+    held = [list(module.parameters()) for module in models]
     weights = recorder.relabel([held, [buffer.param_data for buffer in buffers]], "weights")
     gradients = recorder.relabel([buffer.grad_data for buffer in buffers], "gradients")
     count = _micro_batches(trainer)
@@ -148,6 +156,7 @@ def _steps(recorder: TraceRecorder, trainer: Trainer, world: World) -> RankTrace
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
+        start_peak=start_peak,
         peak=peak,
         holders=holders,
         operations=tuple(recorder.operations),
@@ -203,36 +212,27 @@ def _micro_batches(trainer: Trainer) -> int:
 
 
 def _step(trainer: Trainer, world: World, count: int) -> None:
-    train = trainer.args.train
+    batches = [full_batch(trainer, world) for _ in range(count)]
+    sizes = {"num_microbatches": count, "seq_length": trainer.args.train.seq_length, "micro_batch": rows_of(trainer)}
+
+    def once() -> list[Iterator[MicroBatch]]:
+        return [drained(collections.deque(batches)) for _ in trainer.chunks]
+
+    if isinstance(trainer.objective, AnswerObjective) and PREFERENCE_STAGES[trainer.args.data.stage]:
+        trainer.objective.references = collections.deque(
+            [torch.zeros(answers_of(trainer), device=world.device) for _ in batches]  # as a file has them
+            if trainer.reference is None
+            else trainer.reference.log_probs(once(), [()] * count, **sizes)
+        )
     train_step(
         trainer.chunks,
         trainer.gradients,
         trainer.scheduler,
-        [iter([_batch(trainer, world) for _ in range(count)]) for _ in trainer.chunks],
+        once(),
         guard=trainer.guard,
-        num_microbatches=count,
-        seq_length=train.seq_length,
-        micro_batch=train.micro_batch_size,
+        objective=trainer.objective,
         global_batch=trainer.plan.global_batch,
-    )
-
-
-def _batch(trainer: Trainer, world: World) -> MicroBatch:
-    """A micro-batch of full samples."""
-    train, arch = trainer.args.train, trainer.plan.arch
-    shape = train.micro_batch_size, train.seq_length // trainer.args.parallel.context_parallel_size
-    tokens = torch.zeros(shape, dtype=torch.long, device=world.device)
-    boundaries = (0, train.seq_length) if trainer.args.data.reset_attention_mask else None
-    sequence = TokenSequence(
-        torch.zeros(shape, dtype=torch.long, device=world.device), boundaries, arch.rope, trainer.dtype
-    )
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    return MicroBatch(
-        tokens if first else None,
-        tokens if last else None,
-        torch.ones(shape, device=world.device) if last else None,
-        sequence,
-        think_mask=None,
-        amounts=torch.zeros(3, device=world.device) if last else None,
-        supervised=float(train.micro_batch_size * train.seq_length),
+        num_microbatches=count,
+        seq_length=sizes["seq_length"],
+        micro_batch=sizes["micro_batch"],
     )

@@ -209,12 +209,11 @@ class TraceRecorder(StorageWatch):
 
 
 def _is_asynchronous(func: OpOverload, args: tuple) -> bool:
-    """Sends and receives have no flag; an argument that is its default is left out."""
-    flags = [(i, argument) for i, argument in enumerate(func._schema.arguments) if argument.name == "async_op"]
-    if not flags:
-        return func._schema.name.rstrip("_") in ("c10d::send", "c10d::recv")
-    ((place, flag),) = flags
-    return bool(args[place] if place < len(args) else flag.default_value)
+    """Whether the program goes on beside a collective. What equals the default is left out of `args`."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "async_op":
+            return bool(args[place] if place < len(args) else argument.default_value)
+    return True  # a send or receive
 
 
 def _group(args: tuple) -> Any:

@@ -68,6 +68,10 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         even, any_order = _HostNumbers([len(rows) // count] * count), _HostNumbers(range(count))
         return sort_chunks(rows, even, any_order, **options)
 
+    def one_hot(numbers: torch.Tensor, classes: int) -> torch.Tensor:
+        # On the CPU, unlike on devices, torch looks at the numbers to check them.
+        return numbers.new_zeros(*numbers.shape, classes).scatter_(-1, numbers[..., None], 1)
+
     changed: list[tuple[Any, str, Callable[..., Any]]] = [
         (dist, "new_group", pretended_group),
         (dist.distributed_c10d, "new_group", pretended_group),
@@ -76,6 +80,7 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         (dist, "broadcast_object_list", lambda *_, **__: None),
         # Weights are made in 16 bits; torch cannot exchange a module's parameters that have no data.
         (torch.nn.Module, "bfloat16", unchanged),
+        (torch.nn.functional, "one_hot", one_hot),
         # Of storages without data torch keeps both for ever.
         (torch.UntypedStorage, "copy_", lambda storage, *_: storage),
         (token_dispatcher, "sort_chunks_by_idxs", even_chunks),

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +210,14 @@ class Trainer:
             )
         if wanted.ref_model is None and wanted.ref_logprobs == "cache":
             return Untrained(self.chunks)
-        parts = dataclasses.replace(self.parts, lora=LoraArgs())
-        copy = build_model(self.plan.arch, self._config(), self.plan.layout, parts)
+        copy = self.another_model()
         fill_reference(copy, self.plan.layout, self.plan.arch, folder=folder, step=wanted.refer_model_iter)
         return FrozenCopy(copy)
+
+    def another_model(self) -> Sequence[torch.nn.Module]:
+        """A second model in the same layout, without adapters; its weights are not loaded."""
+        parts = dataclasses.replace(self.parts, lora=LoraArgs())
+        return build_model(self.plan.arch, self._config(), self.plan.layout, parts)
 
     def _cached_reference(self) -> KnownReference:
         """The reference's log-probabilities from the file beside the data; what it lacks is computed first."""

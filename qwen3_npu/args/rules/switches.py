@@ -73,6 +73,11 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
         tuple(field.name for field in dataclasses.fields(ProfileArgs) if field.name != "profile"),
     ),
     (
+        "--save",
+        lambda args: args.checkpoint.save is not None,
+        ("save_interval", "save_total_limit", "async_save"),
+    ),
+    (
         "--load",
         lambda args: args.checkpoint.load is not None,
         ("ckpt_step", "exit_on_missing_checkpoint", "allow_changed"),

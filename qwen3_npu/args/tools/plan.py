@@ -59,6 +59,12 @@ class PlanArgs:
     qlora: bool = flag(False, help="with --lora-r: the frozen linears are in 4 bits")
     qlora_double_quant: bool = flag(False, help="with --qlora: their scales are in 8 bits")
     pack: bool = flag(False, help="instruction data is packed, so no token is padding")
+    trace: bool = flag(
+        False,
+        help="also run the real step of one rank of each stage of the first layout, on tensors without data (needs "
+        "torch); with flags of pretrain_gpt.py, of the layout that they say, without a search: "
+        "python -m qwen3_npu.plan --trace --devices 256 --ranks 0,37 FLAGS",
+    )
     top: int = flag(10, minimum=1, help="layouts to show")
     json: bool = flag(False, help="print JSON")
     plot: str | None = flag(
@@ -71,6 +77,9 @@ class PlanArgs:
         given = [name for name in ("model", "hf_dir", "shape_json") if getattr(self, name)]
         if self.learn is None and len(given) != 1:
             raise UsageError("give one of --model, --hf-dir and --shape-json")
+        if self.trace and (self.inference or self.shape_json or self.learn):
+            other = "--inference" if self.inference else "--shape-json" if self.shape_json else "--learn"
+            raise UsageError(f"--trace runs a training step of a model of this project; drop {other}")
         if self.device_memory is not None:
             byte_count(self.device_memory, "--device-memory")
         if self.plot is not None and not self.plot.endswith(".png"):

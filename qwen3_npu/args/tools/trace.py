@@ -1,4 +1,4 @@
-"""Flags of `python -m qwen3_npu.trace`."""
+"""Flags of `python -m qwen3_npu.plan --trace`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TraceArgs:
 
     devices: int = flag(8, minimum=1, help="devices of the job")
     ranks: str | None = flag(
-        None, metavar="R[,R...]", help="ranks to trace; default: the first rank of the first and of the last stage"
+        None, metavar="R[,R...]", help="ranks to trace; default: the first rank of each stage that differs"
     )
     growth: str | None = flag(
         None,

@@ -183,7 +183,8 @@ def _state(m: Machine) -> None:
     if type(target) is Unknown:
         target.state = state
     elif type(target) is argparse.Namespace:
-        if type(state) is not dict or not all(type(key) is str for key in state):
+        # No `__class__` or `__dict__`: copied by setattr, they would change what the copy is.
+        if type(state) is not dict or not all(type(key) is str and not key.startswith("__") for key in state):
             raise NotPlain("a namespace whose state is no dict of names")
         vars(target).update(state)
     elif type(target) not in (dict, list):

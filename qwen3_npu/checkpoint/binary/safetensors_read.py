@@ -7,6 +7,7 @@ fill the rest of the file without holes or overlaps).
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, U8, DType, Region, read_region
 from qwen3_npu.errors import UsageError, printable
+from qwen3_npu.once import once_a_node
 from qwen3_npu.schema import Record, open_regular, parse_json, record, shown
 
 _MOST_HEADER = 100_000_000  # bytes, the library's limit
@@ -47,25 +49,20 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         """Raises: UsageError: missing, truncated, or its header is not one that the safetensors library takes."""
         self.path = path
-        self.fd = open_regular(path)
-        try:
-            self._read_header(os.fstat(self.fd).st_size)
-        except BaseException:
-            self.close()
-            raise
+        self._opened: int | None = None
+        said = json.loads(once_a_node("safetensors header", path, _header))
+        self.start = said["start"]
+        self.header = {
+            name: _HeaderEntry(dtype, tuple(shape), *places)
+            for name, (dtype, shape, *places) in said["tensors"].items()
+        }
 
-    def _read_header(self, size: int) -> None:
-        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
-        if length > _MOST_HEADER:
-            raise UsageError(f"{self.path} says that its header has {length} bytes; it is no safetensors file")
-        if size < 8 or 8 + length > size:
-            raise UsageError(f"{self.path} is not a complete safetensors file ({size} bytes); {_AGAIN}")
-        header = parse_json(os.pread(self.fd, length, 8), f"{self.path}: the header", strict=True)
-        entries = record(header, f"{self.path}: the header").fields
-        _check_notes(entries.pop("__metadata__", None), self.path)
-        self.start = 8 + length
-        self.header = {name: _entry(value, f"{self.path}: {shown(name)}") for name, value in entries.items()}
-        _check_places(self.header, size - self.start, self.path)
+    @property
+    def fd(self) -> int:
+        """The open file; a process that reads nothing of it does not open it."""
+        if self._opened is None:
+            self._opened = open_regular(self.path)
+        return self._opened
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.header[name].shape
@@ -86,7 +83,33 @@ class SafetensorsFile:
         return read_region(self.fd, offset, self.shape(name), U8, region=region, path=str(self.path))
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self._opened is not None:
+            os.close(self._opened)
+            self._opened = None
+
+
+def _header(path: Path) -> str:
+    """Where the tensors begin, and of each its dtype, shape and places, as JSON.
+
+    Raises:
+        UsageError: see `SafetensorsFile`.
+    """
+    fd = open_regular(path)
+    try:
+        size, length = os.fstat(fd).st_size, int.from_bytes(os.pread(fd, 8, 0), "little")
+        if length > _MOST_HEADER:
+            raise UsageError(f"{path} says that its header has {length} bytes; it is no safetensors file")
+        if size < 8 or 8 + length > size:
+            raise UsageError(f"{path} is not a complete safetensors file ({size} bytes); {_AGAIN}")
+        header = parse_json(os.pread(fd, length, 8), f"{path}: the header", strict=True)
+    finally:
+        os.close(fd)
+    entries = record(header, f"{path}: the header").fields
+    _check_notes(entries.pop("__metadata__", None), path)
+    tensors = {name: _entry(value, f"{path}: {shown(name)}") for name, value in entries.items()}
+    _check_places(tensors, size - 8 - length, path)
+    plain = {name: (entry.dtype, entry.shape, entry.start, entry.stop) for name, entry in tensors.items()}
+    return json.dumps({"start": 8 + length, "tensors": plain})
 
 
 def _check_notes(notes: object, path: Path) -> None:

@@ -72,7 +72,7 @@ def convert(
         if plan.merged and lora.lora_check:
             _check_merge(plan, output)
     if args.verify or args.verify_only:
-        return _verify(plan, output, _workers(args))
+        return _verify(plan, output, args)
     return 0
 
 
@@ -174,15 +174,19 @@ def _check_merge(plan: ConversionPlan, output: ConversionOutput) -> None:
     )
 
 
-def _verify(plan: ConversionPlan, output: ConversionOutput, workers: int) -> int:
+def _verify(plan: ConversionPlan, output: ConversionOutput, args: ConvertArgs) -> int:
     # Only here torch is imported: a conversion without --verify starts without it.
+    import torch
+
     from qwen3_npu.checkpoint.convert.verify import differences
     from qwen3_npu.checkpoint.verify.compare import VerifiedOutput
     from qwen3_npu.checkpoint.verify.published import ShardSizes
 
     contents, layout = output.holds()
-    written = VerifiedOutput(output.folder, contents, ShardSizes.of(layout) if layout else None)
-    found = differences(output.jobs, plan.sources, written, workers)
+    asked = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(args.params_dtype or "")
+    sizes = ShardSizes.of(layout) if layout else None
+    written = VerifiedOutput(output.folder, contents, sizes, asked, keeps=not args.verify_only)
+    found = differences(output.jobs, plan.sources, written, _workers(args))
     lines = found.lines + [f"extra file: {name}" for name in output.unexpected_files()]
     if lines:
         return _report(lines, output.folder)

@@ -23,6 +23,7 @@ from qwen3_npu.checkpoint.verify.adapters import (
     written_scale,
 )
 from qwen3_npu.checkpoint.verify.compare import CompareFile, VerifiedOutput, uncovered
+from qwen3_npu.checkpoint.verify.published import published_shapes
 from qwen3_npu.checkpoint.verify.tensors import HfTensors, VerifySource, megatron_tensors
 from qwen3_npu.progress import Progress
 
@@ -95,6 +96,8 @@ def differences(jobs: Sequence[FileJob], sources: Sources, output: VerifiedOutpu
 def _of_all_files(source: Opened, alpha: float | None, output: VerifiedOutput) -> list[str]:
     """Differences that no file shows alone: what is in none, and what an adapter's files say of its scale."""
     lines = uncovered(output)
+    if isinstance(source, HfReader):
+        lines += [f"missing: {name}" for name in HfTensors(source).left_out(published_shapes(output.contents))]
     lora = output.contents.lora
     if lora is None:
         return lines

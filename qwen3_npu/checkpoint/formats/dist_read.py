@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, full, intersect, relative, sizes
-from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
+from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile, TensorRef
 from qwen3_npu.checkpoint.formats.dist_keys import global_layout, key_of, layer_places, possible_keys
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, StoredModel
@@ -115,7 +115,8 @@ class DistTensors(ShardReader[None]):
         archive = self.archives[chunk]
         shape = sizes(chunk.region)
         tensor = archive.content
-        if math.prod(getattr(tensor, "shape", ())) != math.prod(shape) or tensor.dtype is not self.stored[key].dtype:
+        is_whole = isinstance(tensor, TensorRef) and math.prod(tensor.shape) == math.prod(shape)
+        if not is_whole or tensor.dtype is not self.stored[key].dtype:
             raise UsageError(f"{archive.path}: the chunk of {key} at byte {chunk.start} is not of {shape}")
         return archive.read(tensor, shape, region)
 
@@ -161,8 +162,8 @@ class DistReader(DistTensors):
             raise UsageError(f"{folder / CONFIG}: sharded_backend {shown(backend)} is not read here; {TORCH_DIST} is")
         common = PtFile(folder / COMMON)
         common.close()
+        self.args = saved_args(common, ignored)
         self.common: dict[str, Any] = common.content
-        self.args = saved_args(self.common, ignored)
         arch = architecture(found.home, hf_config, self.args)
         self.everything, self.objects = read_metadata(folder / METADATA)
         stored = {key: tensor for key, tensor in self.everything.items() if key.startswith(_MODEL)}

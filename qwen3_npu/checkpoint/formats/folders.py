@@ -17,6 +17,7 @@ from qwen3_npu.args.convert import HF, MEGATRON
 from qwen3_npu.checkpoint.manifest import is_sealed
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import rename
+from qwen3_npu.numbers import is_count
 from qwen3_npu.schema import read_small, shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -55,7 +56,7 @@ def iteration_name(iteration: int) -> str:
 
 def iterations(root: Path) -> list[int]:
     """Iterations whose folders are there, the newest first."""
-    return sorted((int(p.name[5:]) for p in root.glob("iter_*") if p.name[5:].isdigit() and p.is_dir()), reverse=True)
+    return sorted((int(p.name[5:]) for p in root.glob("iter_*") if is_count(p.name[5:]) and p.is_dir()), reverse=True)
 
 
 def read_tracker(root: Path) -> str | None:
@@ -88,8 +89,8 @@ def candidates(path: str | Path, iteration: int | None = None, kind: str | None 
     """What a path may mean, in order of preference; empty: there is nothing.
 
     A root gives the iteration that its tracker names and then the sealed ones before it, if its files are damaged.
-    Without a tracker (killed before the first was written), or with a damaged one beside checkpoints that are sealed,
-    these are given, the newest first. Nothing here is read but names and the tracker.
+    Without a tracker (killed before the first was written), or with one that is damaged or names none that is there,
+    those that are sealed are given, the newest first. Nothing here is read but names and the tracker.
 
     Args:
         path: a root, an iteration's folder, a Hugging Face directory or a PEFT directory.
@@ -125,7 +126,7 @@ def _asked(found: StoredModel, iteration: int | None) -> list[StoredModel]:
 def _iteration(folder: Path, root: Path, form: str) -> StoredModel:
     number = folder.name.removeprefix("iter_")
     home = folder if (folder / "config.json").is_file() else root
-    return StoredModel(form, folder, home, int(number) if number.isdigit() else None)
+    return StoredModel(form, folder, home, int(number) if is_count(number) else None)
 
 
 def _iterations(root: Path, iteration: int | None) -> list[StoredModel]:
@@ -137,15 +138,15 @@ def _iterations(root: Path, iteration: int | None) -> list[StoredModel]:
         names = [iteration_name(iteration)]
         if not (root / names[0]).is_dir():
             raise UsageError(f"{root / names[0]} does not exist; {_listed(there)}")
-    elif tracked is None or not (tracked.isdigit() or tracked == "release"):
+    elif tracked is None or not (is_count(tracked) or tracked == "release"):
         names = [name for name in map(iteration_name, there) if is_sealed(root / name)]
         if tracked is not None and not names:
             raise UsageError(f"{root / TRACKER} says {shown(tracked)}; an iteration number or 'release' is expected")
-    elif tracked == "release":
-        names = ["release"]
     else:
-        before = [iteration_name(i) for i in there if i < int(tracked)]
-        names = [iteration_name(int(tracked)), *(name for name in before if is_sealed(root / name))]
+        named = tracked if tracked == "release" else iteration_name(int(tracked))
+        # Those after it were finished when the tracker could no longer be written; only if it is gone they count.
+        older = [i for i in there if tracked != "release" and i < int(tracked)] if (root / named).is_dir() else there
+        names = [named, *(name for name in map(iteration_name, older) if is_sealed(root / name))]
     return [_iteration(root / name, root, format_of(root / name) or TORCH) for name in names]
 
 

@@ -20,7 +20,8 @@ from qwen3_npu.checkpoint.mapping.table import EMBEDDING, hf_shapes
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.files import replacing
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
-from qwen3_npu.schema import read_record, shown
+from qwen3_npu.once import shared_record
+from qwen3_npu.schema import shown
 
 HEAD = "lm_head.weight"
 # How tensors of other kinds of models end, what they are then, and what to take instead.
@@ -29,6 +30,8 @@ _OTHER_KINDS = (
     (".g_idx", "GPTQ weights", "take the bfloat16 model"),
     (".qweight", "AWQ (or GPTQ) weights", "take the bfloat16 model"),
     (".absmax", "bitsandbytes weights", "take the bfloat16 model"),
+    (".SCB", "bitsandbytes weights of 8 bits", "take the bfloat16 model"),
+    (".weight_packed", "compressed-tensors weights", "take the bfloat16 model"),
     ("score.weight", "a classification model", "a reward model is read whose config.json says so (1 label)"),
     ("v_head.summary.weight", "a reward model with a value head", "only causal language models are supported"),
 )
@@ -86,7 +89,7 @@ class HfReader:
         scales = {name: self.where.pop(name) for name in sorted(self.where) if name.endswith(f".weight{SCALE}")}
         if not scales:
             return {}
-        block = block_sizes(read_record(self.folder / "config.json"))
+        block = block_sizes(shared_record(self.folder / "config.json"))
         embedding = EMBEDDING.hf[0]
         if embedding not in self.where:
             raise UsageError(f"{self.folder}: tensors missing for this config.json: {embedding}")
@@ -134,7 +137,7 @@ def open_hf(folder: str | Path) -> HfReader:
 
 def _refuse_quantized(config: Path) -> None:
     """Raises: UsageError: a config.json says that the weights are AWQ, GPTQ or the like; FP8 in blocks is read."""
-    said = read_record(config).fields.get("quantization_config") if config.is_file() else None
+    said = shared_record(config).fields.get("quantization_config") if config.is_file() else None
     method = said.get("quant_method") if isinstance(said, dict) else said
     if method not in (None, "fp8"):
         raise UsageError(
@@ -178,7 +181,7 @@ def weight_map(folder: Path) -> dict[str, str]:
     index = folder / INDEX
     if not index.exists():
         return {}
-    names = read_record(index).record("weight_map")
+    names = shared_record(index).record("weight_map")
     for name in names.fields:
         file = names.text(name)
         if Path(file).name != file:

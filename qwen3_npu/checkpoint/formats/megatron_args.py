@@ -24,7 +24,7 @@ from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.arch.facts import FACTS
 from qwen3_npu.model.arch.megatron import from_megatron, to_megatron
 from qwen3_npu.numbers import number_list
-from qwen3_npu.schema import record, text
+from qwen3_npu.schema import number, record, text
 
 ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
 # What trainings save of their flags; a new one of these groups is known here without being listed again.
@@ -162,7 +162,7 @@ def lora_from_args(
     if found is None:
         return None
     saved = getattr(args, "lora_alpha", None)
-    alpha = alpha if saved is None else float(saved)
+    alpha = alpha if saved is None else number(saved, f"{where}: lora_alpha")
     if alpha is None:
         raise UsageError(f"{where} holds LoRA tensors but its args have no lora_alpha; give --lora-alpha")
     r, targets = found

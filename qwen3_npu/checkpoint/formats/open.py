@@ -36,6 +36,7 @@ from qwen3_npu.distributed.layout import Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.sizes import SIZES
+from qwen3_npu.numbers import is_count
 from qwen3_npu.progress import Progress
 
 WRITERS: dict[str, MegatronWriter] = {TORCH: torch_write, TORCH_DIST: dist_write}
@@ -121,7 +122,7 @@ def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None
     assert seen is not None
     if seen and seen[0].kind == MEGATRON and iteration is None:
         tracked = read_tracker(Path(path)) if peers.rank == 0 else None
-        if tracked is not None and not tracked.isdigit() and tracked != "release":
+        if tracked is not None and not is_count(tracked) and tracked != "release":
             log.info(f"warning: {Path(path) / TRACKER} says no iteration; {seen[0].folder} is the newest there")
     return seen
 
@@ -331,9 +332,13 @@ def find_architecture(
         return _from_folder(Path(tokenizer))
     if (arch := arch_from_shapes(shape, noop_layers)) is not None:
         return arch, "the shape flags", None
+    where = ""
+    if load is not None:
+        lacks = "holds no config.json and no checkpoint" if Path(load).is_dir() else "is no folder that is there"
+        where = f"--load {load} {lacks}; "
     raise UsageError(
-        "which model? give --hf-dir (a folder with config.json), --model, a checkpoint in --load, or all shape flags "
-        "(--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --padded-vocab-size ...)"
+        f"{where}which model? give --hf-dir (a folder with config.json), --model, a checkpoint in --load, or all shape "
+        "flags (--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --padded-vocab-size ...)"
     )
 
 

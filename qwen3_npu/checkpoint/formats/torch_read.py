@@ -32,7 +32,13 @@ from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.model.arch.megatron import check_trained
+from qwen3_npu.numbers import is_count, number_list
+from qwen3_npu.schema import integer
 
+# Sizes of the layout in the args, and the least that they can be; 0 experts' ranks: not said.
+_SIZES = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 0}
+_SIZES |= {"expert_tensor_parallel_size": 0, "virtual_pipeline_model_parallel_size": 0, "padded_vocab_size": 0}
+_MOST_RANKS = 2**24
 WEIGHTS, OPTIMIZER = "model_optim_rng.pt", "optimizer.pt"
 # Entries of a model's state dict that are not weights.
 _NOT_WEIGHTS = ("_extra_state", "inv_freq")
@@ -138,9 +144,11 @@ class MegatronReader(ShardedTensors):
         """
         folder = found.folder
         first = _first_file(folder)
-        self.args = saved_args(first.content, ignored)
+        self.args = saved_args(first, ignored)
         arch = architecture(found.home, hf_config, self.args)
-        virtual = max(1, sum(1 for key in first.content if key.startswith("model") and key[5:].isdigit()))
+        virtual = max(
+            1, sum(1 for k in first.content if isinstance(k, str) and k.startswith("model") and is_count(k[5:]))
+        )
         tensors = _tensors(first, range(virtual), virtual) | _first_layers(folder, virtual)
         lora = lora_from_args(self.args, tensors, lora_alpha, str(folder))
         self.contents = Contents(arch, base=not all(map(is_lora, tensors)), lora=lora)
@@ -180,17 +188,35 @@ def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namesp
     return arch_from_args(args, str(root))
 
 
-def saved_args(content: dict[str, Any], ignored: Collection[str] = ()) -> argparse.Namespace:
-    """The arguments in a file, without those of the names in `ignored`."""
-    said = vars(content.get("args") or argparse.Namespace())
-    return argparse.Namespace(**{name: value for name, value in said.items() if name not in ignored})
+def saved_args(file: PtFile, ignored: Collection[str] = ()) -> argparse.Namespace:
+    """The arguments in a file, without those of the names in `ignored`.
+
+    Raises:
+        UsageError: it is not a Megatron checkpoint's.
+    """
+    content = _content(file)
+    said, found = vars(content.get("args") or argparse.Namespace()), argparse.Namespace()
+    vars(found).update({name: value for name, value in said.items() if name not in ignored})
+    for name, least in _SIZES.items():
+        if (value := vars(found).pop(name, None)) is not None:  # what is None is not said
+            vars(found)[name] = integer(value, f"{file.path}: {name}", least=least, most=_MOST_RANKS)
+    for name in ("noop_layers", "num_layer_list"):
+        number_list(getattr(found, name, None))
+    return found
 
 
 def checkpoint_args(found: StoredModel) -> tuple[argparse.Namespace, str]:
     """The arguments saved in a checkpoint of either format, and the file they are in."""
     first = PtFile(found.folder / COMMON) if found.format == TORCH_DIST else _first_file(found.folder)
     first.close()
-    return saved_args(first.content), str(first.path)
+    return saved_args(first), str(first.path)
+
+
+def _content(file: PtFile) -> dict[str, Any]:
+    content = file.content
+    if not isinstance(content, dict) or not isinstance(content.get("args") or argparse.Namespace(), argparse.Namespace):
+        raise UsageError(f"{file.path} is no dict with args; it is not a Megatron checkpoint")
+    return content
 
 
 def open_file(path: Path) -> PtFile:
@@ -200,12 +226,12 @@ def open_file(path: Path) -> PtFile:
         UsageError: it is not a Megatron checkpoint's.
     """
     file = PtFile(path)
-    content = file.content
-    if not isinstance(content, dict) or not isinstance(content.get("args") or argparse.Namespace(), argparse.Namespace):
-        raise UsageError(f"{path} is no dict with args; it is not a Megatron checkpoint")
-    numbered = sorted(k for k in content if isinstance(k, str) and k.startswith("model") and k[5:].isdecimal())
+    content = _content(file)
+    numbered = sorted(k for k in content if isinstance(k, str) and k.startswith("model") and is_count(k[5:]))
     if len(numbered) != len({f"model{i}" for i in range(len(numbered))} & set(numbered)):
         raise UsageError(f"{path} has {listed(numbered)}; model0, model1, ... are expected")
+    if numbered and "model" in content:
+        raise UsageError(f"{path} has model and {listed(numbered)}: one model or several chunks are expected")
     for key in ("model", *numbered):
         model = content.get(key, {})
         if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
@@ -213,7 +239,10 @@ def open_file(path: Path) -> PtFile:
         for name in [name for name in model if name.endswith("layer_norm_weight")]:
             for ours, theirs in FUSED_NORMS.items():
                 if name.endswith(theirs):
-                    model[name.removesuffix(theirs) + ours] = model.pop(name)
+                    own = name.removesuffix(theirs) + ours
+                    if own in model:
+                        raise UsageError(f"{path}: {listed([own, name])} are one norm under two names; remove one")
+                    model[own] = model.pop(name)
     return file
 
 

@@ -2,7 +2,7 @@
 
 What every tensor should hold is said by `published.py` and read from the source by the libraries of its format
 (`tensors.py`); copies on several ranks and padded rows are compared too. Of the conversion only the names of its files
-and the dtypes that it chose are taken. A merged weight must be what base + scale * B @ A in float64 rounds to, give or
+are taken. A merged weight must be what base + scale * B @ A in float64 rounds to, give or
 take the error of float32 sums.
 """
 
@@ -61,11 +61,20 @@ class WrittenTensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class VerifiedOutput:
-    """What should lie in a folder. `sizes`: of a Megatron layout; None: Hugging Face and PEFT files."""
+    """What should lie in a folder.
+
+    Attributes:
+        sizes: of a Megatron layout; None: Hugging Face and PEFT files.
+        asked: the dtype of every tensor, if the user gave one.
+        keeps: else: whether each must have the dtype that holds its source exactly. Of an output that was converted
+            before, it is not known what was asked for.
+    """
 
     folder: Path
     contents: Contents
     sizes: ShardSizes | None
+    asked: torch.dtype | None = None
+    keeps: bool = False
 
     def tensors(self, name: str) -> tuple[Iterator[WrittenTensor], set[str]]:
         """Those that a file has, and names of those that it lacks. Raises: UsageError: it cannot be read."""
@@ -124,6 +133,18 @@ class VerifiedOutput:
         """Whether it has the torch format."""
         return any(self.folder.glob("mp_rank_*"))
 
+    def wanted_dtype(self, tensor: WrittenTensor, source: VerifySource) -> torch.dtype:
+        """The dtype that a tensor should have; its own if it may."""
+        if self.asked is not None:
+            return self.asked
+        there = set[torch.dtype]().union(*(source.dtypes(piece.hf) for piece in tensor.pieces))
+        if not self.keeps or not there:
+            return tensor.dtype
+        exact = there.pop() if len(there) == 1 else torch.float32
+        # torch_dist has one dtype for the tensors of all layers.
+        is_wider = self.sizes is not None and not self.is_torch and tensor.dtype == torch.float32
+        return tensor.dtype if is_wider else exact
+
     def itself(self) -> PieceTensors:
         """The output as a source, to compare copies with each other."""
         assert self.sizes is not None
@@ -161,23 +182,22 @@ class CompareFile:
         """
         if not (self.output.folder / job.name).is_file():
             return [f"missing file: {job.name}"], 0, 0, 0
-        dtypes = {item.name: getattr(torch, item.dtype.torch) for item in job.items()}
+        promised = {item.name for item in job.items()} if job.name.endswith(".safetensors") else set()
         lines: list[str] = []
         numbers = [0, 0, 0]
         try:
             tensors, missing = self.output.tensors(job.name)
             lines += [f"missing: {job.name}: {name}" for name in sorted(missing)]
             for tensor in tensors:
-                dtype = dtypes.pop(tensor.name, None)
-                wrong = _difference(tensor, source, dtype)
+                promised.discard(tensor.name)
+                wrong = _difference(tensor, source, self.output.wanted_dtype(tensor, source))
                 numbers[0] += 1
                 numbers[1] += any(source.dtypes(piece.hf) != {tensor.dtype} for piece in tensor.pieces)
                 numbers[2] += any(_added(source, piece) for piece in tensor.pieces)
                 if wrong is not None:
                     lines.append(wrong.format(f"{job.name}: {printable(tensor.name)}"))
                 count(sum(_numbers(piece) for piece in tensor.pieces) * tensor.dtype.itemsize)
-            if job.name.endswith(".safetensors"):  # what an index promises
-                lines += [f"missing: {job.name}: {name}" for name in sorted(dtypes)]
+            lines += [f"missing: {job.name}: {name}" for name in sorted(promised)]  # by an index
         except UsageError as error:
             lines.append(f"unreadable file: {job.name}: {error}")
         return lines, numbers[0], numbers[1], numbers[2]
@@ -191,13 +211,12 @@ def _added(source: VerifySource, piece: StripPiece) -> bool:
     return isinstance(source, MergedTensors) and source.pair(piece.hf) is not None
 
 
-def _difference(tensor: WrittenTensor, source: VerifySource, dtype: torch.dtype | None) -> str | None:
+def _difference(tensor: WrittenTensor, source: VerifySource, dtype: torch.dtype) -> str | None:
     """What is wrong with a tensor, {} standing for its place; None: nothing."""
     if tensor.wanted is None:
         return "extra: {}"
-    is_wrong = dtype is not None and tensor.dtype != dtype
-    if tensor.shape != tensor.wanted or is_wrong:
-        found, wanted = (str(d).removeprefix("torch.") for d in (tensor.dtype, dtype or tensor.dtype))
+    if (tensor.shape, tensor.dtype) != (tensor.wanted, dtype):
+        found, wanted = (str(d).removeprefix("torch.") for d in (tensor.dtype, dtype))
         return f"differs: {{}} is {list(tensor.shape)} {found}, not {list(tensor.wanted)} {wanted}"
     return "differs: {}" if any(_is_other(piece, tensor, source) for piece in tensor.pieces) else None
 

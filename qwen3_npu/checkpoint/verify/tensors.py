@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,15 @@ class HfTensors(VerifySource):
                 scales = scales.index_select(axis, torch.arange(*span) // size)
             tensor = (tensor.float() * scales).to(self.dtype[name])
         return tensor
+
+    def left_out(self, names: Collection[str]) -> list[str]:
+        """Tensors that are none of these, no scale of one, and no copy of the embedding."""
+        others = sorted(self.files.keys() - set(names) - {f"{name}_scale_inv" for name in self.blocks})
+        return [name for name in others if name != "lm_head.weight" or not self._is_tied()]
+
+    def _is_tied(self) -> bool:
+        head, embedding = (self.files[n].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+        return torch.equal(head, embedding)
 
     def close(self) -> None:
         self.files.clear()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError, printable
+from qwen3_npu.once import once_a_node, shared_record
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -99,16 +100,18 @@ class TokenizerFolder:
         return digest.hexdigest()
 
 
-def _added_tokens(text: str) -> list[dict[str, Any]]:
-    """Of a tokenizer.json. Parses nothing else: the vocabulary takes a tenth of a second.
+def _added_tokens(path: Path) -> str:
+    """Of a tokenizer.json, as JSON. Parses nothing else: the vocabulary takes a tenth of a second.
 
     Raises:
         KeyError, ValueError: there are none.
+        UsageError: see `schema.read_small`.
     """
+    text = schema.read_small(path).decode("utf-8")
     key = _ADDED_TOKENS.search(text)
     if key is None:
         raise KeyError("added_tokens")
-    return json.JSONDecoder().raw_decode(text, key.end() - 1)[0]
+    return json.dumps(json.JSONDecoder().raw_decode(text, key.end() - 1)[0])
 
 
 def open_tokenizer(path: str) -> TokenizerFolder:
@@ -121,10 +124,10 @@ def open_tokenizer(path: str) -> TokenizerFolder:
     file = folder / "tokenizer.json"
     config_file = folder / "tokenizer_config.json"
     try:
-        added = _added_tokens(schema.read_small(file).decode("utf-8"))
+        added = json.loads(once_a_node("added tokens", file, _added_tokens))
         numbers = {token["content"]: schema.integer(token["id"], "id", least=0, most=2**31) for token in added}
         unspoken = frozenset(numbers[token["content"]] for token in added if token.get("special") is True)
-        config = schema.read_record(config_file).fields if config_file.exists() else {}
+        config = shared_record(config_file).fields if config_file.exists() else {}
     except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
         reason = printable(str(error)) or type(error).__name__
         raise UsageError(f"--tokenizer-name-or-path {path}: not a tokenizer ({reason})") from None

@@ -16,11 +16,11 @@ from typing import IO
 
 import numpy as np
 
-from qwen3_npu import log, schema
+from qwen3_npu import log
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import replacing, sync_folder, write_text
 from qwen3_npu.lease import Lease
-from qwen3_npu.once import once_a_node
+from qwen3_npu.once import once_a_node, shared_record
 
 _READ = 16 << 20
 
@@ -75,7 +75,7 @@ class IndexCache:
         if not self.seal.is_file():
             return ""
         try:
-            seal = schema.read_record(self.seal)
+            seal = shared_record(self.seal)
             if seal.text("index") != self.stem:
                 return f"{self.seal} is of another index"
             files = seal.record("crc32").fields

@@ -19,6 +19,7 @@ import numpy as np
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError
+from qwen3_npu.once import once_a_node
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
@@ -62,41 +63,64 @@ def index_slices(count: int) -> Iterator[slice]:
 
 
 def read_index(path: Path, bin_bytes: int) -> TokenIndex:
-    """Read an index and check it against the size of its .bin file.
+    """Read an index and check it against the size of its .bin file. One process of a node checks; the others map it.
 
     Raises:
         UsageError: it is no index, is damaged, or belongs to another .bin file.
     """
+
+    def check(path: Path) -> str:
+        return _checked(path, bin_bytes)
+
+    said = once_a_node(f"index of {bin_bytes} bytes", path, check)
+    code, sequences, boundaries, in_order = map(int, said.split())
+    return TokenIndex(np.dtype(TOKEN_DTYPES[code]), *_arrays(path, sequences, boundaries), in_order=bool(in_order))
+
+
+def _arrays(path: Path, sequences: int, boundaries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths, offsets and boundaries, memory-mapped."""
+    with open(schema.open_regular(path), "rb") as file:
+        return (
+            np.memmap(file, np.int32, "r", HEADER_BYTES, (sequences,)),
+            np.memmap(file, np.int64, "r", HEADER_BYTES + 4 * sequences, (sequences,)),
+            np.memmap(file, np.int64, "r", HEADER_BYTES + 12 * sequences, (boundaries,)),
+        )
+
+
+def _checked(path: Path, bin_bytes: int) -> str:
+    """The code of the dtype, the numbers of sequences and boundaries, and whether they are in order (1 or 0).
+
+    Raises:
+        UsageError: see `read_index`.
+    """
     with open(schema.open_regular(path), "rb") as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(HEADER_BYTES)
-        if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
-            raise UsageError(f"{path} is not a Megatron index file (or is truncated); {_AGAIN}")
-        version, sequences, boundaries = (int.from_bytes(header[a : a + 8], "little") for a in (9, 18, 26))
-        code = header[17]
-        if version != 1:
-            raise UsageError(f"{path} is an index of version {version}; only version 1 is known; {_AGAIN}")
-        if code not in TOKEN_DTYPES:
-            raise UsageError(f"{path} is damaged: {code} is no code of a type of numbers; {_AGAIN}")
-        dtype = np.dtype(TOKEN_DTYPES[code])
-        if dtype.kind == "f":
-            raise UsageError(f"{path} says that its tokens are {dtype}; token ids are integers; {_AGAIN}")
-        expected = HEADER_BYTES + 12 * sequences + 8 * boundaries
-        if size == expected + sequences and sequences:
-            raise UsageError(f"{path} is a multimodal index (it has modes of sequences), which cannot be trained on")
-        if size != expected:
-            raise UsageError(f"{path} is truncated or damaged: {size} bytes, {expected} expected; {_AGAIN}")
-        if sequences == 0:
-            raise UsageError(f"{path} holds no documents")
-        if boundaries == 0:
-            raise UsageError(f"{path} is damaged: it has no boundaries of documents; {_AGAIN}")
-        lengths = np.memmap(file, np.int32, "r", HEADER_BYTES, (sequences,))
-        offsets = np.memmap(file, np.int64, "r", HEADER_BYTES + 4 * sequences, (sequences,))
-        ends = np.memmap(file, np.int64, "r", HEADER_BYTES + 12 * sequences, (boundaries,))
+    if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
+        raise UsageError(f"{path} is not a Megatron index file (or is truncated); {_AGAIN}")
+    version, sequences, boundaries = (int.from_bytes(header[a : a + 8], "little") for a in (9, 18, 26))
+    code = header[17]
+    if version != 1:
+        raise UsageError(f"{path} is an index of version {version}; only version 1 is known; {_AGAIN}")
+    if code not in TOKEN_DTYPES:
+        raise UsageError(f"{path} is damaged: {code} is no code of a type of numbers; {_AGAIN}")
+    dtype = np.dtype(TOKEN_DTYPES[code])
+    if dtype.kind == "f":
+        raise UsageError(f"{path} says that its tokens are {dtype}; token ids are integers; {_AGAIN}")
+    expected = HEADER_BYTES + 12 * sequences + 8 * boundaries
+    if size == expected + sequences and sequences:
+        raise UsageError(f"{path} is a multimodal index (it has modes of sequences), which cannot be trained on")
+    if size != expected:
+        raise UsageError(f"{path} is truncated or damaged: {size} bytes, {expected} expected; {_AGAIN}")
+    if sequences == 0:
+        raise UsageError(f"{path} holds no documents")
+    if boundaries == 0:
+        raise UsageError(f"{path} is damaged: it has no boundaries of documents; {_AGAIN}")
+    lengths, offsets, ends = _arrays(path, sequences, boundaries)
     in_order = _check_lengths(path, lengths, offsets, dtype.itemsize, bin_bytes=bin_bytes)
     if not in_order:
         _check_tiling(path, lengths, offsets, dtype.itemsize, bin_bytes=bin_bytes)
     _check_boundaries(path, ends, sequences)
-    return TokenIndex(dtype, lengths, offsets, ends, in_order=in_order)
+    return f"{code} {sequences} {boundaries} {int(in_order)}"
 
 
 def _damaged(path: Path, why: str) -> NoReturn:

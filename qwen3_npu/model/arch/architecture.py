@@ -14,6 +14,8 @@ from qwen3_npu.model.arch.families.family import Family
 from qwen3_npu.model.arch.rope import Rope, RopeScaling
 from qwen3_npu.progress import human
 
+_MOST_BLOCKS = 2**20  # MLPs or experts of all layers; Qwen3-235B-A22B has 12,032
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3Arch:
@@ -60,6 +62,9 @@ class Qwen3Arch:
         for name in (counts + " head_dim").split():
             if getattr(self, name) < 1:
                 raise UsageError(f"the model's {name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_hidden_layers * max(self.num_experts, 1) > _MOST_BLOCKS:
+            what = f"{self.num_hidden_layers} layers" + (f" of {self.num_experts} experts" if self.num_experts else "")
+            raise UsageError(f"the model's {what} cannot be meant; at most {_MOST_BLOCKS} blocks are read")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
                 f"the model's num_attention_heads {self.num_attention_heads} is not a multiple of its "

@@ -46,15 +46,16 @@ class Fact:
 
 
 _COUNT = functools.partial(integer, least=1, most=2**40)
+_FEW = functools.partial(integer, least=1, most=2**20)  # what is counted one by one
 _TOKEN = functools.partial(integer, least=0, most=2**40)
 
 FACTS: tuple[Fact, ...] = (
     Fact("vocab_size", _COUNT, ("vocab_size", "padded_vocab_size")),
     Fact("hidden_size", _COUNT, ("hidden_size",)),
     Fact("intermediate_size", _COUNT, ("ffn_hidden_size", "intermediate_size")),
-    Fact("num_hidden_layers", _COUNT),  # Megatron's num_layers counts no-op layers too
-    Fact("num_attention_heads", _COUNT, ("num_attention_heads",)),
-    Fact("num_key_value_heads", _COUNT, ("num_query_groups", "num_key_value_heads")),
+    Fact("num_hidden_layers", _FEW),  # Megatron's num_layers counts no-op layers too
+    Fact("num_attention_heads", _FEW, ("num_attention_heads",)),
+    Fact("num_key_value_heads", _FEW, ("num_query_groups", "num_key_value_heads")),
     Fact("head_dim", _COUNT, ("kv_channels", "head_dim")),
     Fact(
         "tie_word_embeddings",
@@ -72,8 +73,8 @@ FACTS: tuple[Fact, ...] = (
         ("norm_epsilon", "layernorm_epsilon", "rms_norm_eps"),
         args_default=1e-6,
     ),
-    Fact("num_experts", _COUNT, ("num_experts", "num_moe_experts"), newer="num_local_experts", moe=True),
-    Fact("num_experts_per_tok", _COUNT, ("moe_router_topk", "num_experts_per_tok"), moe=True),
+    Fact("num_experts", _FEW, ("num_experts", "num_moe_experts"), newer="num_local_experts", moe=True),
+    Fact("num_experts_per_tok", _FEW, ("moe_router_topk", "num_experts_per_tok"), moe=True),
     Fact("moe_intermediate_size", _COUNT, ("moe_ffn_hidden_size", "moe_intermediate_size"), moe=True),
     # Megatron's own trainings have no such argument; see `megatron.py`.
     Fact("norm_topk_prob", boolean, ("norm_topk_prob",), moe=True, args_default=True),

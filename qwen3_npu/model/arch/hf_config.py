@@ -14,7 +14,8 @@ from qwen3_npu.model.arch.architecture import Qwen3Arch
 from qwen3_npu.model.arch.facts import FACTS, REQUIRED, Fact
 from qwen3_npu.model.arch.families import find_family
 from qwen3_npu.model.arch.families.family import Family
-from qwen3_npu.schema import integer, number, read_record, sequence, shown
+from qwen3_npu.once import shared_record
+from qwen3_npu.schema import integer, number, sequence, shown
 
 _OF_REWARD_MODELS = ("id2label", "label2id", "num_labels")
 # Keys that say what this code says in another key, or that transformers derives; none is written.
@@ -45,7 +46,7 @@ def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwe
     positions, default = found["max_position_embeddings"], family.defaults.get("rope_theta", 10000.0)
     found["rope_theta"], found["rope_scaling"], said = rope.from_hf(config, positions, default, where)
     _tell_contradictions(config, found["rope_theta"], said, where)
-    ending = _eos(config.get("eos_token_id"), where)
+    ending = ending_tokens(config.get("eos_token_id"), where)
     found["eos_token_id"] = ending[0] if ending else None
     return Qwen3Arch(**found, more_eos_token_ids=tuple(ending[1:]), reward=_is_reward(config, family, where))
 
@@ -111,7 +112,7 @@ def _tell(message: str) -> None:
     log.warning_once(message)
 
 
-def _eos(value: object, where: str) -> list[int]:
+def ending_tokens(value: object, where: str) -> list[int]:
     """The ending tokens, the first of them first."""
     if value is None:
         return []
@@ -128,7 +129,7 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UsageError(f"{path} does not exist; a Hugging Face model directory has a config.json")
-    return read_record(path).fields
+    return shared_record(path).fields
 
 
 def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:

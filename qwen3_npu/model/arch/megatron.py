@@ -16,10 +16,11 @@ from qwen3_npu.model.arch.architecture import Qwen3Arch
 from qwen3_npu.model.arch.facts import FACTS
 from qwen3_npu.model.arch.families import FAMILIES
 from qwen3_npu.model.arch.families.family import Family
+from qwen3_npu.model.arch.hf_config import ending_tokens
 from qwen3_npu.model.arch.rope import LINEAR, LLAMA3, YARN, RopeScaling
 from qwen3_npu.model.arch.saved_arguments import refuse_others, unlike
 from qwen3_npu.numbers import number_list
-from qwen3_npu.schema import boolean, integer, number, record, shown
+from qwen3_npu.schema import boolean, integer, number, record, shown, text
 
 # A family's fact -> the argument that says it.
 FEATURES = {"qk_norm": "qk_layernorm", "qkv_bias": "add_qkv_bias", "o_bias": "add_dense_bias"}
@@ -52,7 +53,8 @@ def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
     # MindSpeed-LLM's converter back to Hugging Face takes the heads from the second name, which trainings do not set.
     found["num_key_value_heads"] = arch.num_key_value_heads
     found |= ALWAYS | {argument: getattr(arch.family, feature) for feature, argument in FEATURES.items()}
-    found |= {"hf_model_type": arch.model_type, "eos_token_id": arch.eos_token_id}
+    ending = list(arch.eos_token_ids) if arch.more_eos_token_ids else arch.eos_token_id
+    found |= {"hf_model_type": arch.model_type, "eos_token_id": ending}
     if arch.reward:
         found["reward_model"] = True
     return found | (_scaling_arguments(arch.rope_scaling) if arch.rope_scaling else {})
@@ -91,9 +93,13 @@ def from_megatron(args: Mapping[str, Any], where: str, own: Collection[str] = ()
         facts["norm_topk_prob"] = False  # softmax over all experts, and the chosen ones as they are
     if not family.moe or "norm_topk_prob" not in facts:
         facts.pop("norm_topk_prob", None)
-    ids = {name: args[name] for name in ("bos_token_id", "eos_token_id") if name in args}
+    if "bos_token_id" in args:
+        facts.setdefault("bos_token_id", None)
+    if "eos_token_id" in args:  # a copy of config.json's, which may be a list
+        ending = ending_tokens(args["eos_token_id"], where)
+        facts["eos_token_id"], facts["more_eos_token_ids"] = next(iter(ending), None), tuple(ending[1:])
     facts["rope_scaling"] = scaling_from_megatron(said, facts["rope_theta"], where)
-    return Qwen3Arch(**{**facts, **ids}, reward=boolean(said.get("reward_model", False), f"{where}: reward_model"))
+    return Qwen3Arch(**facts, reward=boolean(said.get("reward_model", False), f"{where}: reward_model"))
 
 
 def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str, own: Collection[str] = ()) -> None:
@@ -146,12 +152,14 @@ def unlike_family(argument: str, said: bool | None, family: Family) -> str | Non
 def _needed(said: Mapping[str, Any], name: str, where: str) -> int:
     if name not in said:
         raise UsageError(f"{where}: its args have no {name}; give the architecture with --hf-cfg-dir")
-    return integer(said[name], f"{where}: {name}", least=1)
+    return integer(said[name], f"{where}: {name}", least=1, most=2**20)
 
 
 def _family(said: Mapping[str, Any], where: str) -> Family:
     """The first family that agrees with every argument."""
     experts = "num_experts" in said or "num_moe_experts" in said
+    if "hf_model_type" in said:
+        text(said["hf_model_type"], f"{where}: hf_model_type")
     named = said.get("hf_model_type") or (said["model_type"] if isinstance(said.get("model_type"), str) else None)
     if named not in FAMILIES and said.get("hf_model_type") is None:
         named = None  # Megatron's ModelType or MindSpeed-LLM's "GPT"

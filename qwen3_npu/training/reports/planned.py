@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from qwen3_npu import schema
+from qwen3_npu.ledger.records import LedgerEntry, entry_of
+from qwen3_npu.ledger.why import why
 from qwen3_npu.plan.device import GIB
-from qwen3_npu.plan.report import layout_words
+from qwen3_npu.plan.show.report import layout_words
 from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.platform.base import Platform
 
@@ -36,6 +40,11 @@ class PlannedMeasured:
         self.steps, self.start, self.places = 0, 0.0, 0.0
         self.latest: tuple[int, int, float, float] | None = None  # iteration, steps, seconds, places
         self.told = 0
+        self.entries: list[LedgerEntry] = []
+
+    def explain(self, iteration: int, record: Mapping[str, Any]) -> None:
+        """Where the time of the last steps went (`reports.ledger`), for what is slower than planned."""
+        self.entries.append(entry_of(iteration, schema.record(dict(record), "ledger"), "ledger"))
 
     def step(self, iteration: int, places: float) -> None:
         """Count a step with so many places of tokens, padding included."""
@@ -82,6 +91,7 @@ class PlannedMeasured:
         if abs(share - 1) > _LARGE:
             line += f"; a step had {100 * share:.0f} % of the tokens planned"
         elif max(abs(more_memory), abs(more_time)) > _LARGE:
+            line += f"; {why(self.entries)}" if more_time > _LARGE and self.entries else ""
             line += "; python -m qwen3_npu.plan --learn makes a table of this run, for later plans"
         self.tell(line)
         self.write(

@@ -152,6 +152,8 @@ class Reporter:
         if self.records is None:
             return
         self._record(iteration, {"ledger": record})
+        if self.planned is not None:
+            self.planned.explain(iteration, record)
 
         def events(writer: Any) -> None:
             for kind, seconds in record["mean"].items():

@@ -118,6 +118,10 @@ HF = {
         "quant_method 'gptq': such weights are not read",
     ),
     "GPTQ": (lambda f: rename(f, "q_proj.weight", "q_proj.g_idx"), "holds GPTQ weights"),
+    "compressed-tensors": (lambda f: rename(f, "q_proj.weight", "q_proj.weight_packed"), "holds compressed-tensors"),
+    "FP8 of compressed-tensors": (lambda f: rename(f, "q_norm.weight", "q_proj.weight_scale"), "compressed-tensors"),
+    "bitsandbytes": (lambda f: rename(f, "q_norm.weight", "q_proj.weight.absmax"), "holds bitsandbytes weights"),
+    "bitsandbytes of 8 bits": (lambda f: rename(f, "q_norm.weight", "q_proj.SCB"), "weights of 8 bits"),
     "AWQ": (lambda f: rename(f, "q_proj.weight", "q_proj.qweight"), "holds AWQ"),
     "a reward model": (lambda f: rename(f, "lm_head.weight", "score.weight"), "holds a classification model"),
     "an embedding model": (lambda f: rename(f, "model.", ""), "holds an embedding model"),
@@ -147,7 +151,41 @@ MG: dict[str, tuple[Callable, str]] = {
     "no zip": (lambda f: (f / RANK).write_bytes(b"x" * 999), "is not a complete torch checkpoint"),
     "config of another model": (lambda f: edit(f / "config.json", num_hidden_layers=6), "tensors missing for layout"),
     "a rank is missing": (lambda f: shutil.rmtree(f / "iter_0000001/mp_rank_00"), "incomplete"),
+    "args are no namespace": (lambda f: resave(f, args={"num_layers": 4}), "is no dict with args"),
+    # What `int` takes or what `str.isdigit` says is no number of an iteration or of a model.
+    "tracker of another digit": (lambda f: (f / TRACKER).write_text("\u00b2"), "says '\u00b2'"),
+    "tracker of too many digits": (lambda f: (f / TRACKER).write_text("9" * 5000), "says '999"),
+    "too many layers": (lambda f: resay(f, num_layers=2**70), "num_layers is 1180591620717411303424; at most 1048576"),
+    "too many experts": (lambda f: edit(f / "config.json", **MOE), "65536 experts cannot be meant; at most 1048576"),
+    "one norm under two names": (lambda f: resave(f, model=with_a_fused_norm(f)), "are one norm under two names"),
+    "chunks beside a model": (lambda f: resave(f, model0={}), "has model and model0: one model or several chunks"),
+    "ranks as text": (lambda f: resay(f, pipeline_model_parallel_size="2"), "pipeline_model_parallel_size is '2'; an"),
+    "no ranks": (lambda f: resay(f, tensor_model_parallel_size=0), "tensor_model_parallel_size is 0; at least 1"),
+    "no-op layers as fractions": (lambda f: resay(f, noop_layers=[1.5]), "[1.5] is not a list of numbers"),
 }
+MOE = {"model_type": "qwen3_moe", "num_experts": 2**16, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+MOE |= {"num_hidden_layers": 32}
+
+
+def resave(folder: Path, **changes: object) -> None:
+    """Other content of the rank's file, in torch's writing."""
+    torch.save(torch.load(folder / RANK, weights_only=False) | changes, folder / RANK)
+
+
+def with_a_fused_norm(folder: Path) -> dict[str, torch.Tensor]:
+    """Transformer Engine's name of a norm beside its usual one, with other values."""
+    model = torch.load(folder / RANK, weights_only=False)["model"]
+    layer = "decoder.layers.0."
+    fused = f"{layer}self_attention.linear_qkv.layer_norm_weight"
+    return model | {fused: 2 * model[f"{layer}input_layernorm.weight"]}
+
+
+def resay(folder: Path, **changes: object) -> None:
+    """Other arguments, and no config.json beside them."""
+    args = torch.load(folder / RANK, weights_only=False)["args"]
+    vars(args).update(changes)
+    resave(folder, args=args)
+    (folder / "config.json").unlink()
 
 
 @pytest.mark.parametrize("name", MG)
@@ -157,6 +195,16 @@ def test_megatron_sources(name: str, mg: Path, tmp_path: Path) -> None:
     command = ("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", mg, "--save-dir", tmp_path / "out")
     assert message in samples.refused(*command)
     assert not (tmp_path / "out").exists()
+
+
+def test_content_that_others_add_is_passed_over(mg: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """Keys that are no text, and arguments whose names mean something to Python."""
+    resay(samples.unsealed(mg), self=False, name=None, pipeline_model_parallel_size=None)
+    resave(mg, **{"model\u00b2": 1})
+    content = torch.load(mg / RANK, weights_only=False)
+    torch.save({**content, 5: "x"}, mg / RANK)
+    samples.to_hf(mg, tmp_path / "hf")
+    samples.assert_same_weights(models["untied"], tmp_path / "hf")
 
 
 def test_a_missing_rank(models: dict[str, Path], tmp_path: Path) -> None:
@@ -173,6 +221,7 @@ DIST: dict[str, tuple[Callable, str]] = {
     "no common.pt": (lambda f: (f / "common.pt").unlink(), "has no common.pt"),
     "a file is missing": (lambda f: (f / "__0_0.distcp").unlink(), "__0_0.distcp cannot be opened"),
     "truncated": (lambda f: cut(f / "__0_0.distcp"), "is truncated"),
+    "common.pt is a list": (lambda f: torch.save([1], f / "common.pt"), "common.pt is no dict with args"),
     "truncated metadata": (lambda f: cut(f / ".metadata"), "cannot be read"),
     "metadata is something else": (lambda f: (f / ".metadata").write_bytes(b"\x80\x02N."), "is not the metadata"),
     "a key is missing": (lambda f: rename_key(f, b"final_layernorm", b"xinal_layernorm"), "tensors missing for"),

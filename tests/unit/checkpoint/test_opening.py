@@ -94,11 +94,23 @@ def test_the_newest_whole_checkpoint_of_a_root_is_used_aloud(
     samples.assert_same_weights(models["tied"], tmp_path / "hf")
 
 
-def test_a_damaged_tracker_beside_whole_checkpoints(forms: Path, models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tracker", "words"),
+    [
+        (b"\0\0\xff", "{} says no iteration"),
+        (b"", "{} says no iteration"),
+        ("\u00b2".encode(), "{} says no iteration"),  # a digit to str.isdigit, none to int
+        (b"release", "release does not exist"),
+        (b"0", "iter_0000000 does not exist"),
+    ],
+)
+def test_a_damaged_tracker_beside_whole_checkpoints(
+    tracker: bytes, words: str, forms: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
     root = Path(shutil.copytree(forms / "torch_dist", tmp_path / "in"))
-    (root / TRACKER).write_bytes(b"\0\0\xff")
+    (root / TRACKER).write_bytes(tracker)
     said = samples.to_hf(root, tmp_path / "hf")
-    assert f"{root / TRACKER} says no iteration" in said
+    assert words.format(root / TRACKER) in said
     samples.assert_same_weights(models["tied"], tmp_path / "hf")
 
 

@@ -164,12 +164,14 @@ def test_keys_that_nobody_reads_are_listed_once(
     tmp_path: Path, run: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = {"messages": [{**m, "emphasis": "high", "id": 3} for m in two()], "persona": "a pirate", "source": "x"}
+    record |= {"keep": False, "temperature": 0, "note": "", "remark": None, "extras": [], "more": {}}
     source = write_lines(tmp_path / "a.jsonl", [record, {**record, "messages": two(emphasis="low")}])
     caplog.set_level("INFO", "qwen3_npu")
     assert run("--input", source, *OPENAI, "--check") == 0
-    for what in ("2 x key 'persona' of a record is not used", "2 x key 'emphasis' of a message is not used"):
-        assert caplog.text.count(what) == 1
-    for metadata in ("'id'", "'source'"):
+    # False and 0 say something; what is empty does not.
+    for what in ("persona' of a record", "keep' of a record", "temperature' of a record", "emphasis' of a message"):
+        assert caplog.text.count(f"2 x key '{what} is not used") == 1
+    for metadata in ("'id'", "'source'", "'note'", "'remark'", "'extras'", "'more'"):
         assert metadata not in caplog.text
 
 

@@ -112,15 +112,14 @@ def test_a_killed_evaluation_gives_the_same_scores(
     process: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwen3_npu.inference.scoring._PASSES_PER_REPORT", 1)
-    mmlu = quiz.write_mmlu(tmp_path / "mmlu")
+    mmlu = quiz.write_mmlu(tmp_path / "mmlu", 1)
     cases = tmp_path / "cases.jsonl"
     cases.write_text("".join(json.dumps({"instruction": f"Say {n}", "output": "x"}) + "\n" for n in range(4)))
     flags = ("--task", "mmlu", "custom", "--task-data-path", mmlu, cases, "--max-new-tokens", 3, "--pass-tokens", 64)
-    whole = evaluate(process, model, tmp_path / "whole", *flags)
-    samples = (tmp_path / "whole" / "samples_mmlu.jsonl").read_bytes()
     with monkeypatch.context() as patch:
         passes = kill_at(patch, 999)
-        evaluate(process, model, tmp_path / "counted", *flags)
+        whole = evaluate(process, model, tmp_path / "whole", *flags)
+    samples = (tmp_path / "whole" / "samples_mmlu.jsonl").read_bytes()
     for kill in (3, len(passes) - 2):
         out = tmp_path / f"killed {kill}"
         with monkeypatch.context() as patch:

@@ -55,8 +55,8 @@ def test_values_and_defaults() -> None:
     [
         (["--micro-batchsize", "3"], "unknown flag --micro-batchsize; did you mean --micro-batch-size?"),
         (["--rat", "3"], "unknown flag --rat; did you mean --rate?"),
-        (["--zzzz"], "unknown flag --zzzz\n"),
-        (["stray"], "unknown flag stray"),
+        (["--zzzz"], "error: unknown flag --zzzz; see prog --help\n"),
+        (["stray\x1b[31m"], r"unknown flag stray\x1b[31m; see prog --help"),
         (["--rate", "x"], "invalid float value: 'x'"),
         (["--rate", "-1"], "-1 is too small; the minimum is 0"),
         (["--mode", "c"], "invalid choice: 'c'"),

@@ -80,7 +80,9 @@ class TestPretrain:
     def test_no_model_at_all(self, model: Path, tokens: Path) -> None:
         flags = self.flags(model, tokens)
         at = flags.index("--hf-dir")
-        assert_refused(run("pretrain_gpt.py", *flags[:at], *flags[at + 2 :]), "which model?")
+        where = ("--load", str(tokens.parent / "nowhere"))
+        line = f"{where[1]} is no folder that is there; which model?"
+        assert_refused(run("pretrain_gpt.py", *flags[:at], *where, *flags[at + 2 :]), line)
 
     def test_truncated_index(self, model: Path, tmp_path: Path) -> None:
         prefix = tiny.write_tokens(tmp_path / "a_text_document")

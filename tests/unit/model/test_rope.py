@@ -105,6 +105,9 @@ def test_arguments_written_into_a_checkpoint_read_back(name: str) -> None:
         ({"rope_scaling": {**YARN4, "beta_fast": 1, "beta_slow": 2}}, "beta_fast 1 is below beta_slow 2"),
         ({"rope_scaling": {"rope_type": "linear"}}, "has no factor"),
         ({"rope_scaling": {**LLAMA, "high_freq_factor": 1.0}}, "is not above low_freq_factor"),
+        # transformers looks null up among its kinds of embedding, and has none of that name.
+        ({"rope_scaling": {**YARN4, "rope_type": None}}, "rope_scaling of type null is not supported"),
+        ({"rope_scaling": {**YARN4, "rope_type": None, "type": "yarn"}}, "of type null is not supported"),
         ({"rope_scaling": [4]}, "a JSON object is expected"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6'; a number is expected"),

@@ -217,3 +217,24 @@ def test_every_field_of_megatrons_configuration_is_judged() -> None:
     own = {field.target.id for field in config.body if isinstance(field, ast.AnnAssign)}  # type: ignore[union-attr]
     assert len(own) > 150
     assert {name for name in own if is_taken(name, 3)} == {*HOW, *READ} & own
+
+
+WEIRD = ("x", "2", 2.5, float("nan"), -1, 0, 2**70, [1], ["a"], {"a": 1}, (1, 2), True, {1, 2}, b"x", [[[1]]], object())
+
+
+def test_an_argument_of_any_type_is_read_or_refused_in_one_line() -> None:
+    names = {*PLAIN, *YARN, "rope_scaling", "rope_scaling_type", "rope_scaling_factor", "window_size", "layer_types"}
+    names |= {"moe_layer_freq", "softmax_scale", "reward_model", "noop_layers", "model_type", "norm_topk_prob"}
+    taken = {}
+    for name in names:
+        for value in WEIRD:
+            try:
+                taken[name, str(value)] = from_megatron({**PLAIN, name: value}, "/c")
+            except UsageError as error:
+                assert str(error).isprintable(), name  # noqa: PT017 - either outcome is right
+    for (name, value), arch in taken.items():
+        assert all(type(token) is int for token in arch.eos_token_ids), (name, value)
+        json.dumps(to_megatron(arch))
+    two = from_megatron({**PLAIN, "eos_token_id": [7, 9]}, "/c")
+    assert two.eos_token_ids == (7, 9)
+    assert from_megatron({**to_megatron(two), "num_layers": 4}, "/c") == two

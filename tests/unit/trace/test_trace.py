@@ -41,7 +41,8 @@ def test_closed_forms_are_what_a_trace_holds(case: str, traces: dict[str, dict[s
     """Static bytes are equal, the peak within 2 %. EVERY=1 compares all rows of the parity matrix."""
     traced, planned = traces[case]["traced"], traces[case]["planned"]
     assert {name: traced[name] for name in STATIC} == {name: planned[name] for name in STATIC}
-    assert planned["peak"] == pytest.approx(traced["peak"], rel=0.02)
+    for name in ("peak", "start_peak"):
+        assert planned[name] == pytest.approx(traced[name], rel=0.02), name
 
 
 def test_a_rank_of_a_larger_job_does_no_more(traces: dict[str, dict[str, Any]]) -> None:
@@ -51,6 +52,18 @@ def test_a_rank_of_a_larger_job_does_no_more(traces: dict[str, dict[str, Any]]) 
         assert small[same] == large[same]
     assert large["state"] < small["state"]
     assert large["moved"] <= small["moved"] * 1.01
+    for kind in ("start", "save"):  # four more levels of a tree of messages, and no more
+        assert large[f"{kind}_seconds"] <= small[f"{kind}_seconds"] + 14 * 4 * 20e-6
+
+
+def test_plan_traces_the_layout_of_flags_or_the_one_that_it_found(traces: dict[str, Any]) -> None:
+    """`python -m qwen3_npu.plan --trace --json`, in the process of the other cases."""
+    (last,), found = traces["commands"]
+    assert (last["rank"], last["stage"]) == (3, 1)
+    assert found["layouts"][0]["fits"]
+    (first,) = found["traces"]
+    kinds = found["layouts"][0]["stages"][0]
+    assert first["bytes"] == {name: kinds[name] for name in STATIC}
 
 
 def test_products_hide_most_of_tensor_parallelism_and_the_plan_knows_it(traces: dict[str, dict[str, Any]]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import sys
+from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -14,10 +18,11 @@ from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.parity.rows import ParityRow, rows
+from qwen3_npu.plan.__main__ import main as plan_main
 from qwen3_npu.plan.activations import TORCH
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.from_args import setup_of
-from qwen3_npu.plan.memory import stage_memory
+from qwen3_npu.plan.memory import stage_memory, start_bytes
 from qwen3_npu.plan.shape import shape_of
 from qwen3_npu.plan.timing import step_time
 from qwen3_npu.platform import select_platform
@@ -35,6 +40,7 @@ EXPERTS = "--num-experts 4 --moe-router-topk 4 --moe-ffn-hidden-size 32 "
 FULL = "--recompute-granularity full --recompute-method block --recompute-num-layers 1"
 
 BF16 = "--bf16 "
+EVERY = bool(os.environ.get("EVERY"))
 
 # What one process can run with real tensors.
 REAL = {
@@ -43,7 +49,13 @@ REAL = {
     "adapter": BF16 + "--lora-r 4 --lora-target-modules linear_qkv linear_fc2",
     "packed": BF16 + "--stage sft --reset-attention-mask",
     "a layer recomputed": BF16 + FULL,
+    "dpo": BF16 + "--stage dpo",
+    "kto with an adapter": BF16 + "--stage kto --lora-r 4",
+    "rm": BF16 + "--stage rm",
 }
+if EVERY:
+    REAL |= {f"{stage}, packed": f"{BF16}--stage {stage} --reset-attention-mask" for stage in ("dpo", "orpo", "simpo")}
+    REAL["dpo from a file"] = BF16 + "--stage dpo --ref-logprobs cache"
 # Rows of the parity matrix, with sizes at which what no formula describes (counters, biases of a router) is small.
 BIG = "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1536 --num-attention-heads 8 --num-query-groups 4 "
 BIG += "--kv-channels 64 --group-query-attention --vocab-size 8192 --seq-length 512 --micro-batch-size 1 "
@@ -60,7 +72,6 @@ MANY = "--num-layers 2 --hidden-size 2048 --ffn-hidden-size 768 --num-attention-
 MANY += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
 MANY += "--num-experts 128 --moe-router-topk 8 --moe-ffn-hidden-size 768 --expert-model-parallel-size 8 "
 MANY += "--seq-length 4096 --micro-batch-size 1 --global-batch-size 16 --train-iters 1 --lr 1e-4 --data-path x"
-EVERY = bool(os.environ.get("EVERY"))
 # The closed forms are those of torch's kernels; the reference kernels keep more.
 ALL = [row for row in rows() if "reference" not in row.flags]
 PRETENDED = {row.name: row for row in ALL if EVERY or row.name in SAMPLE}
@@ -80,7 +91,7 @@ def flags_of(row: ParityRow) -> str:
 
 
 def said(trace: RankTrace) -> dict[str, object]:
-    facts = ("stage", "weights", "gradients", "optimizer", "peak")
+    facts = ("stage", "weights", "gradients", "optimizer", "start_peak", "peak")
     return {name: getattr(trace, name) for name in facts} | {"operations": len(trace.operations)}
 
 
@@ -97,6 +108,21 @@ def with_real_tensors(platform: Platform, flags: str) -> RankTrace:
         return traced(recorder_for(args, plan), platform, World(0, 1, 0, platform.bind(0)), args, plan=plan)
     finally:
         dist.destroy_process_group()
+
+
+# The layout that flags say; the one that a search finds.
+COMMANDS = (
+    f"--devices 4 --ranks 3 {SIZES}{TRAIN}--bf16 --pipeline-model-parallel-size 2 --micro-batch-size 1".split(),
+    ["--model", "qwen3-0.6b", "--devices", "4", "--seq-length", "256", "--global-batch-size", "4", "--ranks", "0"],
+)
+
+
+def by_command(words: list[str]) -> Any:
+    """What `python -m qwen3_npu.plan --trace --json` prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), mock.patch.object(sys, "argv", ["plan", "--trace", "--json", *words]):
+        plan_main()
+    return json.loads(said.getvalue())
 
 
 def hidden(platform: Platform, flags: str, devices: int, groups: tuple[str, str]) -> dict[str, list[float]]:
@@ -128,13 +154,17 @@ def main() -> None:
         shape = shape_of(plan.arch, plan.layout.padded_vocab_size)
         memory = stage_memory(shape, setup_of(args, plan), trace.stage, kernels=TORCH)
         planned = {kind: getattr(memory, kind) for kind in ("weights", "gradients", "optimizer")}
-        found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned | {"peak": memory.total}}
+        # Masters and moments are there from the start, too.
+        start = max(start_bytes(shape, setup_of(args, plan), trace.stage), memory.static)
+        planned |= {"peak": memory.total, "start_peak": start}
+        found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned}
     flags = BIG + BF16 + "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"
     args, _ = parsed(flags, 4)
     work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
     found["growth"] = [dataclasses.asdict(row) for row in work]
     found["hidden"] = hidden(platform, WIDE, 8, ("tp", "tensor"))
     found["hidden experts"] = hidden(platform, MANY, 16, ("ep", "expert"))
+    found["commands"] = [by_command(words) for words in COMMANDS]
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads of ended groups need not be waited for

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from qwen3_npu import schema
+from qwen3_npu.data.train import token_index
+from qwen3_npu.data.train.token_file import IndexedWriter
+from qwen3_npu.data.train.token_index import read_index
+from qwen3_npu.errors import UsageError
+from qwen3_npu.model.arch import read_hf_config
 from qwen3_npu.once import once_a_node
 
 PACKAGE = Path(__file__).resolve().parents[3] / "qwen3_npu"
@@ -42,6 +50,37 @@ def test_an_answer_that_was_not_finished_is_computed_again(tmp_path: Path, monke
     (note,) = (file for folder in tmp_path.glob("qwen3_npu-once-*") for file in folder.iterdir())
     note.write_text("12")
     assert once_a_node("n", path, lambda file: "1234") == "1234"
+
+
+def test_one_process_of_a_node_reads_config_and_checks_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other seven neither read config.json nor any number of the index, which they map."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    reads: list[Path] = []
+    read_small, check = schema.read_small, token_index._check_lengths
+
+    def counted(path: Path, *limit: int) -> bytes:
+        reads.append(path)
+        return read_small(path, *limit)
+
+    def checked(path: Path, *args: Any, **more: Any) -> bool:
+        reads.append(path)
+        return check(path, *args, **more)
+
+    monkeypatch.setattr(schema, "read_small", counted)
+    monkeypatch.setattr(token_index, "_check_lengths", checked)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "name": "\u5343\u95ee"}')
+    assert [read_hf_config(tmp_path) for _ in range(8)] == [{"model_type": "qwen3", "name": "\u5343\u95ee"}] * 8
+    writer = IndexedWriter(tmp_path / "data")
+    writer.add(np.array([1, 2, 3, 4]), np.array([3, 1]))
+    writer.close()
+    found = [read_index(tmp_path / "data.idx", 16) for _ in range(8)]
+    assert all(index.lengths.tolist() == [3, 1] and index.in_order for index in found)
+    assert reads == [tmp_path / "config.json", tmp_path / "data.idx"]
+    with pytest.raises(UsageError, match="does not belong to"):
+        read_index(tmp_path / "data.idx", 20)
 
 
 # Where ranks must hear of each other: answers, scores of a reference model, comparisons; nodes with --save-per-node.

@@ -41,6 +41,7 @@ SAVED: dict[str, Any] = {
     "qlora": False,
     "optimizer": "adam",
     "qlora_embedding": False,
+    "qlora_double_quant": False,
 }
 NOW = SAVED | {"split": "969,30,1"}
 OTHERS: dict[str, Any] = {
@@ -66,6 +67,7 @@ OTHERS: dict[str, Any] = {
     "qlora": True,
     "optimizer": "muon",
     "qlora_embedding": True,
+    "qlora_double_quant": True,
 }
 # Told, as `(the reason)` says.
 TOLD = {

@@ -41,6 +41,7 @@ def run(
     steps: int,
     interval: int = 100,
     share: float = 1,
+    ledger: dict[str, Any] | None = None,
 ) -> Machine:
     """The reporter over steps that take `STEP` seconds, the first ten times that; an evaluation in between."""
     from qwen3_npu.platform import select_platform
@@ -63,6 +64,8 @@ def run(
             with reporter.paused():
                 machine.now += 1000
             machine.waits = before
+    if ledger is not None:
+        reporter.ledger(steps, ledger)
     reporter.close()
     return machine
 
@@ -122,3 +125,18 @@ def test_without_a_verdict_nothing_is_compared(tmp_path: Path, monkeypatch: pyte
     machine = run(tmp_path, None, monkeypatch, steps=5)  # type: ignore[arg-type]
     assert machine.waits == 0
     assert rows(tmp_path) == []
+
+
+def test_a_step_slower_than_planned_is_explained_by_the_ledger(
+    tmp_path: Path, verdict: PlanVerdict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qwen3_npu import log
+
+    log.setup()
+    kinds = {"data": 2 / 3 * STEP, "forward": 1 / 3 * STEP}
+    record: dict[str, Any] = {"steps": 5, "seconds": STEP, "ranks": 1, "work": [STEP], "host": {}, "mean": kinds}
+    record["most"] = {kind: [seconds, 0] for kind, seconds in kinds.items()}
+    run(tmp_path, verdict, monkeypatch, steps=5, interval=5, ledger=record)
+    third, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("planned"))
+    assert "why slow" not in third
+    assert "why slow: 67 % of the time" in last

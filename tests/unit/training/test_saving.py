@@ -106,7 +106,11 @@ def test_candidates(tmp_path: Path) -> None:
     assert those() == newest_first, "killed before the first tracker"
     track(tmp_path, "20")
     assert those() == ["iter_0000020", "iter_0000010"], "nobody can say whether 5 is whole"
-    track(tmp_path, "release")
+    for gone in ("25", "release"):
+        track(tmp_path, gone)
+        named = gone if gone == "release" else "iter_0000025"
+        assert those() == [named, *newest_first], "it names what is not there"
+    (tmp_path / "release").mkdir()
     assert those() == ["release"]
     for damaged in ("", "-1", "iter_0000020", "\0\0\0"):
         track(tmp_path, damaged)
@@ -306,8 +310,8 @@ def test_a_poisoned_moment_is_not_loaded(key: str, words: str, process: object, 
     opened = lambda asked, *_: SimpleNamespace(key=asked, close=lambda: None)  # noqa: E731
     state: Any = SimpleNamespace(folder="/x/iter_7", has_optimizer=True, step=3, optimizer=opened)
     with pytest.raises(UsageError, match=f"/x/iter_7 holds .* not finite .*: the {words} of {name}; .*no-load-optim"):
-        load._load_optimizer(trained, state, allow_nonfinite=False)
-    load._load_optimizer(trained, state, allow_nonfinite=True)
+        load._load_optimizer(trained, state, frozenset(), allow_nonfinite=False)
+    load._load_optimizer(trained, state, frozenset(), allow_nonfinite=True)
 
 
 def test_optimizer_state_of_mindspeed_is_not_taken_over(tmp_path: Path, process: object) -> None:

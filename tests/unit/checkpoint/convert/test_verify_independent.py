@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import samples
 
-from qwen3_npu.checkpoint.convert import output
-from qwen3_npu.checkpoint.formats import adapters, dist_keys
+from qwen3_npu.checkpoint.binary.dtypes import BF16
+from qwen3_npu.checkpoint.convert import output, plan
+from qwen3_npu.checkpoint.formats import adapters, dist_keys, huggingface
 from qwen3_npu.checkpoint.mapping import table
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_name
 from qwen3_npu.distributed import layout
@@ -90,6 +93,30 @@ def test_a_mistake_in_the_weight_table_is_found(
     ran = samples.run("--load-dir", models[kind], "--save-dir", tmp_path / "mg", *flags, "--verify")
     assert ran.code == 1, ran.out
     assert "differs: mp_rank_" in ran.out
+
+
+@pytest.mark.parametrize("form", ["hf", "torch", "torch_dist"])
+def test_a_dtype_that_cannot_hold_the_weights_is_found(
+    form: str, real_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One dtype for the whole model, as if --params-dtype were given."""
+    monkeypatch.setattr(plan, "_dtypes", lambda *_: (BF16, BF16, {}))
+    to = ("--save-model-type", "hf") if form == "hf" else ("--ckpt-format", form)
+    ran = samples.run("--load-dir", real_models["tied"], "--save-dir", tmp_path / "out", *to, "--verify")
+    assert ran.code == 1
+    assert "is [64] bfloat16, not [64] float32" in ran.out
+
+
+def test_tensors_that_a_reader_passes_over_are_found(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models["tied"], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    monkeypatch.setattr(huggingface, "check_tensors", lambda *_: None)
+    ran = samples.run("--load-dir", samples.unsealed(tmp_path / "hf"), "--save-dir", tmp_path / "mg", "--verify")
+    assert ran.code == 1
+    assert "missing: model.layers.3.self_attn.o_proj.weight\n" in ran.out
 
 
 def test_a_mistake_on_the_way_back_is_found(

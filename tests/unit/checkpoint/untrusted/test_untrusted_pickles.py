@@ -101,6 +101,7 @@ ATTACKS: dict[str, bytes] = {
     "state of a class": G["namespace"] + b"N" + STATE + b"\x86b.",
     "state of a function": G["rebuild"] + STATE + b"b.",
     "slots of a namespace": G["namespace"] + b")\x81N" + STATE + b"\x86b.",
+    "another class of a namespace": G["namespace"] + b")\x81}X\x09\x00\x00\x00__class__K\x01sb.",
     "namespace of numbers": G["namespace"] + b")\x81}K\x01K\x02sb.",
     "items of a dtype": G["bf16"] + b"K\x01K\x02s.",
     "a call of a value": b"K\x01)R.",
