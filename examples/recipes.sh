@@ -49,6 +49,7 @@ train() { # flags of this kind of training...
     if [ -n "${SWAP_OPTIMIZER:-}" ]; then # slices of a step
         memory+=(--swap-optimizer --swap-optimizer-times "$SWAP_OPTIMIZER")
     fi
+    if [ -n "${SWAP_ATTENTION:-}" ]; then memory+=(--swap-attention); fi # the MLPs of RECOMPUTE's layers are recomputed
     if [ -n "${REUSE_FP32_PARAM:-}" ]; then memory+=(--reuse-fp32-param); fi
     if [ -n "${MOE_ZERO_MEMORY:-}" ]; then memory+=(--moe-zero-memory "$MOE_ZERO_MEMORY"); fi
     local collect=()

@@ -106,12 +106,13 @@ class Launches(TorchDispatchMode):
 
 
 def counted(made: loop.Trainer, device: str, below: Callable[[], Count] = _idle) -> dict[str, Any]:
-    """What the second step of a training launches, for JSON; the first one also makes what is kept."""
+    """What the second step of a training launches, and its loss, for JSON; the first one also makes what is kept."""
     made.step()
     launches = Launches(device, below)
     with launches.of_a_step():
-        made.step()
-    return {name: getattr(launches, name) for name in ("operations", "collectives", "waits", "copies")}
+        result = made.step()
+    found = {name: getattr(launches, name) for name in ("operations", "collectives", "waits", "copies")}
+    return {**found, "loss": result.loss}
 
 
 def counted_pass(run: Callable[[], object], device: str, below: Callable[[], Count] = _idle) -> dict[str, Any]:

@@ -39,10 +39,28 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dense: LoRA of qkv": ("untied", {"lora_rank": RANK, "lora_targets": ("linear_qkv",)}, {}),
     "dense: LoRA of fc2": ("untied", {"lora_rank": RANK, "lora_targets": ("linear_fc2",)}, {}),
     "dense: recomputed": ("untied", {"recompute": 1}, _FULL),
+    "dense: attention swapped": (
+        "untied",
+        {"swapped": ("self_attention",)},
+        {"swap_attention": True},
+    ),
     "MoE": ("moe", {}, {}),
     "MoE: activation recomputed": ("moe", {"recompute_activation": True}, {"recompute_activation_function": True}),
     "MoE: first product recomputed": ("moe", {"recompute_experts": 1}, {"moe_zero_memory": "level0"}),
     "MoE: recomputed": ("moe", {"recompute_experts": 2}, {"moe_zero_memory": "level1"}),
+    "MoE LoRA: norms and attention swapped, MLP recomputed": (
+        "moe",
+        {
+            "lora_rank": RANK,
+            "swapped": ("input_layernorm", "self_attention", "pre_mlp_layernorm"),
+            "recompute_mlp": True,
+        },
+        {
+            "swap_attention": True,
+            "swap_modules": "input_norm,self_attention,post_attention_norm",
+            "recompute_num_layers": 3,
+        },
+    ),
     "MoE: float32 residual": ("moe", {"fp32_residual": True}, {"fp32_residual_connection": True}),
     "MoE: packed": ("moe", {"packed": True}, {}),
     "MoE: LoRA": ("moe", {"lora_rank": RANK}, {}),
@@ -74,6 +92,7 @@ def _saved(case: str, layers: int, device: str, kernel: str) -> int:
 
     from qwen3_npu import kernels
     from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, make_layout
+    from qwen3_npu.args.rules.swapping import swapping
     from qwen3_npu.args.training import TrainArgs
     from qwen3_npu.distributed.launch import model_parallel
     from qwen3_npu.model.build import build_model
@@ -97,6 +116,7 @@ def _saved(case: str, layers: int, device: str, kernel: str) -> int:
             lora=lora,
             recompute_activation=train.recompute_activation_function,
             recompute_products=train.moe_zero_memory == "level0",
+            swapping=swapping(train),
         )
         net = Float16Module(config, build_model(arch, config, layout, parts)[0])
         fixed = {t.untyped_storage().data_ptr() for t in [*net.parameters(), *net.buffers()]}

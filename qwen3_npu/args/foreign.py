@@ -16,7 +16,6 @@ _PERMUTATION = "the exchange of sizes always runs beside the permutation; --moe-
 _GATHER = "tokens that are gathered are waited for; --moe-alltoall-overlap-comm hides the exchange of "
 _GATHER += "--moe-token-dispatcher-type alltoall"
 _PASSES = "forward and backward passes are not interleaved here: MindSpeed's steps are about 10 % faster again"
-_ACTIVATIONS = "activations are not moved to the host here; --recompute-granularity or --moe-zero-memory saves as much"
 _ALL_MOE = "every layer of a Qwen3-MoE has experts"
 _SPECS = tuple(f"mindspeed_llm.tasks.models.spec.{name}_spec layer_spec" for name in ("qwen3", "qwen2", "qwen25"))
 _MIGRATION = "it is MindFormers'; docs/migration.md has the command here"
@@ -78,9 +77,6 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--tp-comm-overlap-rs-dgrad": Foreign(_BUFFERS),
     "--tp-comm-bootstrap-backend": Foreign(_BUFFERS, nargs=1),
     "--use-cp-send-recv-overlap": Foreign("sends and receives of a ring are always overlapped"),
-    # memory
-    "--swap-attention": Foreign(_ACTIVATIONS),
-    "--swap-modules": Foreign(_ACTIVATIONS, nargs=1),
     # running
     "--profile-data-simplification": Foreign("traces are written as they are"),
     "--no-shared-storage": Foreign("a node makes the data caches that it lacks; --save must be shared by all nodes"),

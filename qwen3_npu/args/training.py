@@ -57,6 +57,16 @@ class TrainArgs:
     )
     recompute_activation_function: bool = flag(False, help="recompute the MLP's activation in backward")
     recompute_norm: bool = flag(False, help="recompute the norms before attention and MLP in backward")
+    swap_attention: bool = flag(
+        False,
+        help="what attention keeps for backward waits on the host and comes back ahead of it; with "
+        "--recompute-num-layers the MLP of so many layers is recomputed, and attention is not",
+    )
+    swap_modules: str = flag(
+        "self_attention",
+        metavar="NAME,NAME,..",
+        help="what --swap-attention moves: self_attention, input_layernorm, pre_mlp_layernorm",
+    )
     loss_compute_mode: str = flag(
         "default", choices=["default", "chunk"], help="chunk: logits of --loss-chunk-size tokens at a time"
     )
@@ -87,8 +97,7 @@ class TrainArgs:
     )
     moe_alltoall_overlap_comm: bool = flag(
         False,
-        help="exchange tokens between expert-parallel ranks in up to four pieces, each of some experts of every rank: "
-        "one is under way while another is computed, forward and backward; --moe-token-dispatcher-type alltoall only",
+        help="tokens go to their experts in up to four pieces: one is on its way while another is computed",
     )
     moe_zero_memory: str = flag(
         "disable",
@@ -108,25 +117,16 @@ class TrainArgs:
             raise UsageError(f"{what}: give exactly one of {', '.join(lengths)}")
         if self.recompute_granularity == "full" and None in (self.recompute_method, self.recompute_num_layers):
             raise UsageError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
-        if self.recompute_granularity != "full" and self.recompute_method is not None:
-            raise UsageError("--recompute-method needs --recompute-granularity full")
-        if self.recompute_granularity != "full" and self.recompute_num_layers is not None:
-            raise UsageError("--recompute-num-layers needs --recompute-granularity full")
+        if self.recompute_granularity != "full" and not self.swap_attention:
+            for name in ("recompute-method", "recompute-num-layers"):
+                if getattr(self, name.replace("-", "_")) is not None:
+                    raise UsageError(f"--{name} needs --recompute-granularity full or --swap-attention")
         if self.recompute_granularity != "selective" and self.recompute_modules != ["core_attn"]:
             raise UsageError("--recompute-modules needs --recompute-granularity selective")
         if self.fp32_residual_connection and not self.bf16:
             raise UsageError("--fp32-residual-connection needs --bf16; without it everything is in float32")
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise UsageError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor")
-        if self.moe_alltoall_overlap_comm and self.moe_token_dispatcher_type == "allgather":
-            raise UsageError(
-                "--moe-alltoall-overlap-comm needs --moe-token-dispatcher-type alltoall: allgather sends every token "
-                "to every rank"
-            )
-        if self.moe_alltoall_overlap_comm and self.moe_expert_capacity_factor is not None:
-            raise UsageError(
-                "--moe-alltoall-overlap-comm: not with --moe-expert-capacity-factor, whose rows are dropped; drop one"
-            )
 
     @property
     def steps(self) -> int:

@@ -102,7 +102,7 @@ def warped(scores: torch.Tensor, sampling: Sampling, *, at_least: int = 1) -> to
         # A token stays if those before it do not reach top_p yet.
         out = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         out[:, :at_least] = False
-        scores = scores.masked_fill(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids, out), float("-inf"))
+        scores = scores.scatter(1, ids, values.masked_fill(out, float("-inf")))
     return scores
 
 

@@ -27,7 +27,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         exp.sub_(largest.unsqueeze(-1))
         local = labels - start
         elsewhere = (local < 0) | (local >= logits.shape[-1])
-        index = local.masked_fill(elsewhere, 0).unsqueeze(-1)
+        index = local.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)  # an NPU's cores fill no int64 by a mask
         target = exp.gather(-1, index).squeeze(-1).masked_fill_(elsewhere, 0.0)
         total = exp.exp_().sum(dim=-1)
         if group.size() > 1:

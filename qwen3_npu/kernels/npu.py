@@ -259,9 +259,14 @@ def group_ends(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _ends_of(counts: torch.Tensor) -> torch.Tensor:
+    """As `group_ends`.
+
+    The cores of a 910B do not add int64 up along a dimension, its own CPU does (CANN's cumsum). The two halves of the
+    numbers are added up apart: the upper ones are 0.
+    """
     if counts.device.type == "cpu":  # constants, with a capacity; the copy of pinned memory waits for nothing
         counts = counts.pin_memory().to(f"npu:{torch_npu.npu.current_device()}", non_blocking=True)
-    return counts.cumsum(0)
+    return counts.view(torch.int32).view(-1, 2).cumsum(0, dtype=torch.int32).view(torch.int64).flatten()
 
 
 def permute(

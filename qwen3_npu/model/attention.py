@@ -15,6 +15,7 @@ from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.cache import CachedSequence, PrefixedSequence
 from qwen3_npu.model.sequence import TokenSequence
+from qwen3_npu.model.swap import LayerSwap, arriving, kept_in_place, saving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,9 @@ class SelfAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
         self.recompute = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        # A norm that is computed again fills the memory of its output itself.
+        self.owns_input = "layernorm" not in config.recompute_modules or config.recompute_granularity != "selective"
+        self.swap: LayerSwap | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, *, packed_seq_params: TokenSequence, **_: object
@@ -102,15 +106,22 @@ class SelfAttention(MegatronModule):
         """
         q, k, v = self.query_key_value(hidden_states)
         cos, sin = packed_seq_params.cos_sin
-        # Queries lie apart, group by group, until their norm writes them side by side.
-        q = self.kernels.rotary(self.q_layernorm(q).flatten(2, 3), cos, sin)
-        k = self.kernels.rotary(self.k_layernorm(k), cos, sin)
 
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self.core_attention(q, k, v, packed_seq_params)
 
-        out = tensor_parallel.checkpoint(core, False, q, k, v) if self.recompute else core(q, k, v)
-        return self.linear_proj(out.flatten(2))
+        if self.owns_input:
+            kept_in_place(self.swap, hidden_states, self.linear_qkv)
+        with saving(self.swap):
+            # Queries lie apart, group by group, until their norm writes them side by side.
+            q = self.kernels.rotary(self.q_layernorm(q).flatten(2, 3), cos, sin)
+            k = self.kernels.rotary(self.k_layernorm(k), cos, sin)
+            out = tensor_parallel.checkpoint(core, False, q, k, v) if self.recompute else core(q, k, v)
+        out = out.flatten(2)
+        kept_in_place(self.swap, out, self.linear_proj)
+        projected, bias = self.linear_proj(out)
+        arriving(self.swap, projected)
+        return projected, bias
 
     def query_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [s, b, g, n / g, d] and k, v [s, b, g, d] of this TP rank's heads."""

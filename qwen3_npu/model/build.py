@@ -21,6 +21,7 @@ from qwen3_npu.model.lora.linear import LoraOutput
 from qwen3_npu.model.modules import Embedding, RewardHead, fuse_weight_gradients
 from qwen3_npu.model.quantized import Nf4ColumnParallelLinear, hold_codes
 from qwen3_npu.model.spec import Parts, block_spec
+from qwen3_npu.model.swap import swap_activations
 
 
 class Qwen3Model(GPTModel):
@@ -131,6 +132,8 @@ def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, part
         )
         for chunk in range(layout.virtual)
     ]
+    if parts.swapping is not None:
+        swap_activations(chunks, parts.swapping)
     if parts.lora.on:
         freeze(chunks, config, lambda chunk, name: "lora_" not in name)
     return chunks
@@ -148,7 +151,9 @@ def freeze(chunks: Sequence[Qwen3Model], config: TransformerConfig, is_frozen: C
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(not is_frozen(number, name))
-    first = chunks[0].embedding if config.recompute_granularity is not None and chunks[0].pre_process else None
+    layers = chunks[0].decoder.layers
+    recomputes = config.recompute_granularity is not None or any(getattr(x, "recompute_mlp", False) for x in layers)
+    first = chunks[0].embedding if recomputes and chunks[0].pre_process else None
     if first is not None and not first.word_embeddings.weight.requires_grad:
         # A recomputed layer has gradients only if its input asks for one, and with a frozen embedding it would not.
         first.register_forward_hook(lambda module, args, output: output.requires_grad_())

@@ -95,6 +95,8 @@ def _shapes(arch: Qwen3Arch) -> dict[str, Any]:
 def _recompute(train: TrainArgs) -> dict[str, Any]:
     """What is computed again in backward. The activation function's part is in `model/spec.py`."""
     granularity, modules = train.recompute_granularity, list(train.recompute_modules)
+    if train.swap_attention and granularity != "selective":  # instead of whole layers, as `args.rules.swapping` says
+        granularity = None
     if granularity != "full" and train.recompute_norm:  # full recomputes the norms anyway
         modules = [*(modules if granularity else ()), "layernorm"]
         granularity = "selective"
@@ -103,8 +105,8 @@ def _recompute(train: TrainArgs) -> dict[str, Any]:
         granularity = "selective"
     return {
         "recompute_granularity": granularity,
-        "recompute_method": train.recompute_method,
-        "recompute_num_layers": train.recompute_num_layers,
+        "recompute_method": None if train.swap_attention else train.recompute_method,
+        "recompute_num_layers": None if train.swap_attention else train.recompute_num_layers,
         "recompute_modules": modules,
     }
 

@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, checkpoint
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -35,6 +35,7 @@ from megatron.core.utils import get_pg_rank
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.quantized import held, looked_up
 from qwen3_npu.model.sequence import TokenSequence
+from qwen3_npu.model.swap import LayerSwap, saving
 
 
 def mark(parameter: torch.Tensor, **marks: bool) -> None:
@@ -69,11 +70,19 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         mark(self.weight, sequence_parallel=config.sequence_parallel)
         self.kernel, self.add_kernel, self.eps = kernel, add_kernel, eps
+        self.swap: LayerSwap | None = None
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The norm of x, in the weight's dtype; with a residual, the norm of their sum, and the sum in its dtype."""
+        with saving(self.swap):
+            return self.normed(x, residual)
+
+    def normed(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`."""
         given = x if residual is None else residual
         weight = self.weight if given.dtype == self.weight.dtype else self.weight.to(given.dtype)
         if residual is None:
@@ -136,7 +145,7 @@ class Embedding(VocabParallelEmbedding):
             return self._look_up(input_, weight)
         local = input_ - self.vocab_start_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
-        local = local.masked_fill_(elsewhere, 0)
+        local = local.clamp_(0, self.num_embeddings_per_partition - 1)  # an NPU's cores fill no int64 by a mask
         rows = self._look_up(local, weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(), group=self.tp_group)
@@ -164,11 +173,21 @@ class Layer(TransformerLayer):
     def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
         # What recomputes a norm, or drops before the sum, needs the two apart.
-        recomputes = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm or self.recompute_mlp
+        recomputes = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm
         self.is_plain = not recomputes and self.hidden_dropout == 0.0
+        self.swap: LayerSwap | None = None
 
     def forward(self, *args: Any, **others: Any) -> tuple:
         """As megatron's."""
+        if self.swap is None or not (self.training and torch.is_grad_enabled()):
+            return self.passed(*args, **others)
+        self.swap.begin()
+        out = self.passed(*args, **others)
+        self.swap.end(out[0])
+        return out
+
+    def passed(self, *args: Any, **others: Any) -> tuple:
+        """As `forward`, whatever becomes of what is kept."""
         padding = getattr(others.get("packed_seq_params"), "padding", None)
         if padding is not None:
             if self.config.sequence_parallel:
@@ -191,9 +210,11 @@ class Layer(TransformerLayer):
             attended = attended + bias
         normed, hidden = self.pre_mlp_layernorm(attended, hidden)
         if getattr(self.mlp, "adds_residual", False) and hidden.dtype == normed.dtype:
-            return self.mlp(normed, residual=hidden)[0]
-        moved, _ = self.mlp(normed, **masks)
-        return hidden + moved
+            return self._mlp(lambda x, residual: self.mlp(x, residual=residual)[0], normed, hidden)
+        return hidden + self._mlp(lambda x: self.mlp(x, **masks)[0], normed)
+
+    def _mlp(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        return checkpoint(function, False, *inputs) if self.recompute_mlp else function(*inputs)
 
 
 def add_to_residual(training: bool, fused: bool) -> Callable:

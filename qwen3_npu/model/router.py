@@ -242,9 +242,12 @@ class Router(TopKRouter):
         # A millionth below: float32 may end just above a whole number.
         capacity = (real * (self.topk * factor / config.num_moe_experts * (1 - 1e-6))).ceil()
         if config.moe_token_drop_policy == "position":
-            place = chosen.cumsum(0) - 1
+            place = chosen.cumsum(0, dtype=torch.int32) - 1
         else:
-            place = probs.argsort(dim=0, descending=True).argsort(dim=0)
+            # The place of each token in its expert's order. An NPU's cores sort no integers.
+            order = probs.argsort(dim=0, descending=True)
+            numbers = torch.arange(len(order), dtype=torch.int32, device=order.device).unsqueeze(1)
+            place = torch.empty_like(order, dtype=torch.int32).scatter_(0, order, numbers.expand_as(order))
         chosen = chosen & (place < capacity)
         return probs * chosen, chosen
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from qwen3_npu.args.lora import LoraArgs, has_target
+from qwen3_npu.args.rules.swapping import Swapping
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.distributed.tensor_parallel.linears import OVERLAPPED
@@ -41,6 +42,7 @@ class Parts:
         recompute_activation: compute the MLP's activation again in backward instead of keeping it.
         recompute_products: experts compute their first product again, too (--moe-zero-memory level0).
         hides_exchange: of experts, behind their products (--moe-alltoall-overlap-comm).
+        swapping: what of the layers waits on the host for backward; None: nothing.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         seed: of a reward model's new head.
     """
@@ -52,6 +54,7 @@ class Parts:
     recompute_activation: bool = False
     recompute_products: bool = False
     hides_exchange: bool = False
+    swapping: Swapping | None = None
     loss_chunk: int = 0
     seed: int = 0
 

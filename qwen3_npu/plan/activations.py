@@ -23,7 +23,8 @@ def layer_bytes(shape: Shape, setup: Setup, has_experts: bool, kernels: str = NP
         kernels: `NPU`, `TORCH` or `MINDSPEED`.
     """
     mlp = _experts(shape, setup, kernels) if has_experts else _mlp(shape, setup)
-    attention = 0.0 if setup.swap_attention else _attention(shape, setup, kernels)
+    mlp = 0.0 if setup.recompute_mlp else mlp
+    attention = 0.0 if "self_attention" in setup.swapped else _attention(shape, setup, kernels)
     return _norms(shape, setup, has_experts, kernels) + attention + mlp + _lora(shape, setup, has_experts)
 
 
@@ -49,11 +50,13 @@ def _norms(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float
         before = norm_inputs(setup, kernels, h, setup.residual_bytes)
         # The router keeps its input, unless LoRA freezes its weight.
         second = not setup.lora_rank if has_experts else _keeps_input(setup, "linear_fc1")
-        outputs = int(_keeps_input(setup, "linear_qkv")) + int(second)
+        first = "self_attention" not in setup.swapped and _keeps_input(setup, "linear_qkv")
+        outputs = int(first) + int(second or setup.recompute_mlp)
     # In the residual's dtype; torch_npu's kernels hold them, too, but beside what autograd counts.
     widened = setup.fp32_residual and not setup.recompute_norm and kernels == TORCH
     weights = 2 * h * _FLOAT if widened else 0
-    return setup.sharded_tokens * (2 * before + outputs * h * width) + weights
+    inputs = 2 - sum(name.endswith("layernorm") for name in setup.swapped)
+    return setup.sharded_tokens * (inputs * before + outputs * h * width) + weights
 
 
 def _attention(shape: Shape, setup: Setup, kernels: str) -> float:
@@ -128,6 +131,6 @@ def _lora(shape: Shape, setup: Setup, has_experts: bool) -> float:
     if not setup.lora_rank:
         return 0.0
     dense = sum(target in setup.lora_targets for target in ("linear_qkv", "linear_proj"))
-    mlp = sum(target in setup.lora_targets for target in ("linear_fc1", "linear_fc2"))
+    mlp = sum(target in setup.lora_targets and not setup.recompute_mlp for target in ("linear_fc1", "linear_fc2"))
     rows = routed_rows(shape, setup) if has_experts else setup.tokens
     return (setup.tokens * dense + rows * mlp) * setup.lora_rank * setup.weight_bytes

@@ -61,4 +61,5 @@ class LayoutCandidate:
         """The same with other fields of the plan's setup and of the flags."""
         verdict = self.verdict
         other = PlanVerdict(verdict.shape, dataclasses.replace(verdict.setup, **setup), verdict.device)
-        return dataclasses.replace(self, verdict=other, more=self.more | more)
+        merged = self.more | {group: self.more.get(group, {}) | fields for group, fields in more.items()}
+        return dataclasses.replace(self, verdict=other, more=merged)

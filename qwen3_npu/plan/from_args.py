@@ -5,6 +5,7 @@ from __future__ import annotations
 from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.rules.fit import Fit
+from qwen3_npu.args.rules.swapping import swapping
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.distributed.layout import NOOP
 from qwen3_npu.plan.setup import Setup
@@ -14,7 +15,11 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
     """What memory and time depend on, of flags that fit."""
     layout, train, optimizer = sizes.layout, args.train, args.optimizer
     layers = tuple(tuple(sum(layer != NOOP for layer in chunk) for chunk in stage) for stage in layout.chunks)
-    recompute, group = _recompute(args, [sum(len(chunk) for chunk in stage) for stage in layout.chunks], layout.virtual)
+    per_stage = [sum(len(chunk) for chunk in stage) for stage in layout.chunks]
+    recompute, group = _recompute(args, per_stage, layout.virtual)
+    swapped, most = swapping(train), max(per_stage)
+    if swapped is not None:
+        recompute = most if swapped.recomputed is None else min(most, swapped.recomputed * layout.virtual)
     return Setup(
         tensor=layout.tensor,
         pipeline=layout.pipeline,
@@ -49,6 +54,8 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         reuse_master=optimizer.reuse_fp32_param,
         swap_optimizer=optimizer.swap_optimizer,
         swap_slices=optimizer.swap_optimizer_times,
+        swapped=swapped.modules if swapped is not None else (),
+        swapped_layers=min(most, (swapped.layers or most) * layout.virtual) if swapped is not None else 0,
         recompute_experts=_recomputed_experts(train),
         expert_capacity=_capacity(train),
         gathered=train.moe_token_dispatcher_type == "allgather",

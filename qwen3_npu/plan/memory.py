@@ -189,6 +189,11 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
     number = sum(kinds.values())
     if not number:
         return 0.0, 0.0
+    if setup.swapped:
+        kept, moving, again = _swapped_activations(shape, setup, kinds, kernels)
+        # The layer that was computed last has not left yet, and backward fetches the one before it.
+        kept = in_flight(setup, stage) * kept + moving
+        return kept, moving + again + transient_bytes(shape, setup)
     sizes = {kind: layer_bytes(shape, setup, kind, kernels) for kind in kinds}
     per_chunk = number / setup.virtual
     inputs = setup.residual_bytes * shape.hidden_size * setup.sharded_tokens
@@ -200,6 +205,23 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
     if setup.quantized:  # a linear is restored for its product, with float32 values and indices of 2^22 weights
         working += linear_counts(shape, setup, stage).largest * setup.weight_bytes + 6 * 2**22
     return in_flight(setup, stage) * kept, working + transient_bytes(shape, setup)
+
+
+def _swapped_activations(
+    shape: Shape, setup: Setup, kinds: dict[bool, int], kernels: str
+) -> tuple[float, float, float]:
+    """Bytes that a chunk keeps on the device, that one layer swaps, and that its MLP holds when computed again."""
+    number = sum(kinds.values())
+    plain = dataclasses.replace(setup, swapped=())
+
+    def mean(of: Setup) -> float:
+        return sum(layer_bytes(shape, of, kind, kernels) * count for kind, count in kinds.items()) / number
+
+    whole, on_host = mean(plain), mean(plain) - mean(setup)
+    again = whole - mean(dataclasses.replace(plain, recompute_mlp=True))
+    layers, recomputed = min(setup.swapped_layers, number), min(setup.recompute, number)
+    kept = (number * whole - layers * on_host - recomputed * again) / setup.virtual
+    return kept, on_host, again if recomputed else 0.0
 
 
 def transient_bytes(shape: Shape, setup: Setup) -> float:

@@ -54,7 +54,8 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
     if not fitting:
         raise UsageError(_nothing_fits(nearest, shape, arch, args, device=device))
     fitting.sort(key=_by_rate)
-    return sorted([*map(_hiding, map(_exchanging, fitting[:_HIDING])), *fitting[_HIDING:]], key=_by_rate)
+    fastest = map(_hiding, map(_exchanging, map(_swapping, fitting[:_HIDING])))
+    return sorted([*fastest, *fitting[_HIDING:]], key=_by_rate)
 
 
 def _memory_choices(
@@ -87,6 +88,17 @@ def _memory_choices(
 
 def _by_rate(found: LayoutCandidate) -> float:
     return -found.verdict.tokens_per_second
+
+
+def _swapping(found: LayoutCandidate) -> LayoutCandidate:
+    """The same with attention's activations on the host instead of layers computed again, where that fits."""
+    setup = found.verdict.setup
+    if not setup.recompute:
+        return found
+    plain = {"recompute": 0, "swapped": ("self_attention",), "swapped_layers": max(map(sum, setup.layers))}
+    swapped = found.changed(plain, {"train": {"swap_attention": True}})
+    swapped = dataclasses.replace(swapped, recomputed=0)
+    return swapped if swapped.verdict.fits and _by_rate(swapped) < _by_rate(found) else found
 
 
 def _hiding(found: LayoutCandidate) -> LayoutCandidate:

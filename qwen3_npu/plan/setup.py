@@ -18,7 +18,7 @@ class Setup:
         micro_batch, num_microbatches: samples per forward pass, and passes per step.
         ring: context parallelism passes keys and values around (else: exchanges sequence for heads).
         distributed_optimizer: optimizer state is sharded over data-parallel ranks.
-        recompute: layers of each stage whose inside is computed again in backward.
+        recompute: layers of each stage whose inside is computed again in backward; beside `swapped`, whose MLP is.
         recompute_group: layers of one recomputed group (method uniform).
         recompute_activation, recompute_norm, recompute_attention: these alone are computed again.
         fp32_residual: the sum that layers add to is float32, whatever their dtype.
@@ -31,7 +31,9 @@ class Setup:
         double_quantized: their scales are in 8 bits.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
         swap_optimizer: optimizer state is on the host, and comes in `swap_slices` to be updated.
-        swap_attention: what attention keeps for backward is on the host until then.
+        swapped: modules of the first `swapped_layers` of each stage; what they keep for backward is on the host until
+            then.
+        recompute_mlp: the MLP of a layer keeps its input only.
         recompute_experts: MoE layers compute their first product and activation (1), or all of their MLP (2), again.
         expert_capacity: rows of an expert over its even share, where more are dropped and, if padded, fewer filled up.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
@@ -78,7 +80,9 @@ class Setup:
     lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     reuse_master: bool = False
     swap_optimizer: bool = False
-    swap_attention: bool = False
+    swapped: tuple[str, ...] = ()
+    swapped_layers: int = 0
+    recompute_mlp: bool = False
     swap_slices: int = 16
     recompute_experts: int = 0
     expert_capacity: float = 1.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from qwen3_npu.distributed.layout import exchange_pieces
-from qwen3_npu.plan.activations import routed_rows
+from qwen3_npu.plan.activations import layer_bytes, routed_rows
 from qwen3_npu.plan.device import Device
 from qwen3_npu.plan.hiding.experts import seconds_left
 from qwen3_npu.plan.hiding.tensor import share_left
@@ -25,6 +25,7 @@ MORE_LAUNCHES = {"lora": (7, 8), "expert": (6, 4), "ring": (19, 17), "sequence_p
 END_LAUNCHES = 43, 15
 # Of an exchange in pieces that products hide: once, and for each piece but the first.
 PIECE_LAUNCHES = (2, 1), (8, 11)
+_HOST_BANDWIDTH = 25e9  # bytes a second each way, of PCIe 4.0 x16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class StepTime:
         bubble: waiting for other pipeline stages.
         optimizer: clipping and update.
         host: waiting for the host to launch operations.
+        swap: waiting for activations that come from the host or go there.
     """
 
     products: float
@@ -52,6 +54,7 @@ class StepTime:
     bubble: float
     optimizer: float
     host: float
+    swap: float = 0.0
 
     @property
     def total(self) -> float:
@@ -67,6 +70,7 @@ class _Layer:
     """Seconds of one layer and micro-batch, forward (backward is twice the computing).
 
     Attributes:
+        attended: of `products`, those of attention.
         again: products of experts that backward computes again, without recomputing the layer.
         experts: products of experts.
     """
@@ -74,6 +78,7 @@ class _Layer:
     products: float
     attention: float
     kernels: float
+    attended: float = 0.0
     again: float = 0.0
     experts: float = 0.0
 
@@ -119,7 +124,7 @@ def exchange_seconds(device: Device, size: int, stride: int, moved: float, *, pe
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
     h, query, again, experts = shape.hidden_size, shape.query_width, 0.0, 0.0
-    products = sum(product_seconds(device, 2 * tokens * size) for size in _attention_products(shape, tp))
+    products = attended = sum(product_seconds(device, 2 * tokens * size) for size in _attention_products(shape, tp))
     squares = setup.micro_batch * setup.seq_length**2 / setup.context / 2  # causal
     attention = 2 * squares * (query + shape.output_width) / tp / (device.flops * device.attention)
     moved = setup.sharded_tokens * h * 10 + tokens * (4 * query + 2 * shape.key_width + 2 * shape.value_width) / tp
@@ -141,9 +146,8 @@ def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _La
             device, 2 * tokens * ffn * h
         )
         moved += tokens * (shape.gate_factor + 1) * ffn
-    return _Layer(
-        products, attention, moved * width / (device.memory_bandwidth * device.streaming), again=again, experts=experts
-    )
+    kernels = moved * width / (device.memory_bandwidth * device.streaming)
+    return _Layer(products, attention, kernels, attended=attended, again=again, experts=experts)
 
 
 def _attention_products(shape: Shape, tp: int) -> list[float]:
@@ -206,17 +210,22 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
     counts, passes = setup.layer_kinds(shape, stage), setup.num_microbatches
     number = sum(counts.values())
     share = min(setup.recompute, number) / max(number, 1)
-    products = attention = kernels = again = expert = 0.0
+    products = attention = kernels = again = attended = expert = 0.0
     for is_moe in counts:
         layer = _layer(shape, setup, device, is_moe)
         slow = imbalance if is_moe and setup.expert > 1 else 1.0
         products += counts[is_moe] * layer.products * slow
+        attended += counts[is_moe] * layer.attended
         attention += counts[is_moe] * layer.attention
         kernels += counts[is_moe] * layer.kernels
         again += counts[is_moe] * layer.again * slow
         if is_moe:
             expert = counts[is_moe] * _expert(shape, setup, device, layer.experts * slow, share=share, moved=slow)
-    recompute = share * (products + attention + kernels) + (1 - share) * again
+    if setup.swapped:  # the MLPs of these layers alone
+        share, recompute = 0.0, share * (products - attended) + (1 - share) * again
+    else:
+        recompute = share * (products + attention + kernels) + (1 - share) * again
+    forward = (products + attention + kernels) / max(number, 1)
     backward = 1.0 if setup.lora_rank else 2.0 - setup.frozen  # a frozen weight has no gradient of its own
     products *= 1 + backward
     attention *= 3.5  # backward recomputes the scores: 2.5 x forward
@@ -244,7 +253,19 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         bubble=0.0,
         optimizer=_optimizer(shape, setup, device, stage),
         host=passes * (max(0.0, launched * device.launch - busy) + waits * device.stall),
+        swap=passes * _swap(shape, setup, counts, forward),
     )
+
+
+def _swap(shape: Shape, setup: Setup, counts: dict[bool, int], forward: float) -> float:
+    """Seconds of a micro-batch's copies to the host and back that a layer's own computing does not hide."""
+    if not setup.swapped or not counts:
+        return 0.0
+    plain = dataclasses.replace(setup, swapped=())
+    moved = max(layer_bytes(shape, plain, kind) - layer_bytes(shape, setup, kind) for kind in counts)
+    copied = moved / _HOST_BANDWIDTH
+    exposed = max(0.0, copied - forward) + max(0.0, copied - 2 * forward)
+    return min(setup.swapped_layers, sum(counts.values())) * exposed
 
 
 def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
@@ -338,7 +359,7 @@ def _optimizer(shape: Shape, setup: Setup, device: Device, stage: int) -> float:
     else:
         own = float(trained.total)
     time = (own * 36 + trained.total * 8) / (device.memory_bandwidth * device.streaming)
-    return time + (own * 24 / 25e9 if setup.swap_optimizer else 0.0)  # in and out over PCIe 4.0 x16
+    return time + (own * 24 / _HOST_BANDWIDTH if setup.swap_optimizer else 0.0)
 
 
 def model_flops(shape: Shape, setup: Setup) -> float:

@@ -126,9 +126,11 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
     per_chunk = max(max(stage) for stage in setup.layers)
     for share in (0.25, 0.5, 1.0):
         layers = max(1, round(per_chunk * share))
-        if layers * setup.virtual > setup.recompute:
+        if layers * setup.virtual > setup.recompute and not setup.swapped:
             flags = f"--recompute-granularity full --recompute-method block --recompute-num-layers {layers}"
             yield flags, dataclasses.replace(setup, recompute=min(most, layers * setup.virtual), recompute_group=1)
+    if not setup.swapped and not setup.recompute:
+        yield "--swap-attention", dataclasses.replace(setup, swapped=("self_attention",), swapped_layers=most)
     if not setup.recompute_activation and setup.recompute < most:
         yield "--recompute-activation-function", dataclasses.replace(setup, recompute_activation=True)
     if not setup.distributed_optimizer and not setup.lora_rank and setup.data * setup.context > 1:

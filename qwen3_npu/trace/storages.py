@@ -9,11 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from qwen3_npu import host_memory
+
 
 class StorageWatch(TorchDispatchMode):
     """Knows the storages that were made while it is on and are not freed yet.
 
-    Earlier tensors are not among them, nor are those that live inside an operation only. A subclass calls `results`
+    Earlier tensors are not among them, nor those that live inside an operation only, nor memory of the host that stands
+    in for the device's. A subclass calls `results`
     after each operation, and may learn of a storage's end by `freed`.
     """
 
@@ -23,6 +26,8 @@ class StorageWatch(TorchDispatchMode):
 
     def results(self, given: object, out: object) -> list[torch.UntypedStorage]:
         """The storages of `out`, an operation's results, that are new: neither `given` to it nor known."""
+        if host_memory.is_being_made:
+            return []
         known = {storage._cdata for storage in storages_of(given)} | self._alive.keys()
         new = {storage._cdata: storage for storage in storages_of(out) if storage._cdata not in known}
         for storage in new.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qwen3_npu import kernels, log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.args.rules.swapping import swapping
 from qwen3_npu.checkpoint.mapping.lora import Lora
 from qwen3_npu.distributed.context_parallel import ContextParallel
 from qwen3_npu.distributed.tensor_parallel.products import FusedProducts, Overlap
@@ -26,6 +27,7 @@ def parts_of(args: PretrainArgs, chosen: kernels.Kernels) -> Parts:
         recompute_activation=args.train.recompute_activation_function,
         recompute_products=args.train.moe_zero_memory == "level0",
         hides_exchange=args.train.moe_alltoall_overlap_comm,
+        swapping=swapping(args.train),
         loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
         seed=args.runtime.seed,
     )

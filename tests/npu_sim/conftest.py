@@ -45,7 +45,7 @@ def cpu_world() -> Iterator[World]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Kind -> Hugging Face directory of a tiny model."""
     root = tmp_path_factory.mktemp("models")
-    return {kind: str(tiny.write_model(root / kind, tiny.arch(kind))) for kind in ("untied", "moe")}
+    return {kind: str(tiny.write_model(root / kind, tiny.arch(kind))) for kind in ("untied", "tied", "moe")}
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,24 @@ def sized_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str
     return counts.models(tmp_path_factory.mktemp("sized"))
 
 
+@pytest.fixture(scope="module")
+def losses() -> dict[str, list[float]]:
+    """Of the rows so far, in bfloat16, of two and of four layers."""
+    return {}
+
+
 @pytest.mark.parametrize("name", counts.ROWS)
 def test_a_simulated_npu(
-    name: str, npu_worlds: dict[int, World], sized_models: dict[str, list[str]], tokens: str
+    name: str,
+    npu_worlds: dict[int, World],
+    sized_models: dict[str, list[str]],
+    tokens: str,
+    losses: dict[str, list[float]],
 ) -> None:
     line, found = counts.row(npu_worlds[counts.ROWS[name][1]], name, sized_models, tokens)
+    losses[name] = [one.get("loss", 0.0) for one in found]
+    if counts.ROWS[name][:2] == ("untied", 2) and "dense" in losses:
+        assert losses[name] == pytest.approx(losses["dense"], rel=3e-3)
     assert line == counts.expected("npu")[name], f"python -m tests.npu_sim.counts writes the table; counted: {found}"
 
 
@@ -30,6 +43,13 @@ def test_a_token_copies_nothing_of_the_cache_and_waits_once() -> None:
 
 
 @pytest.mark.parametrize("name", counts.expected("cpu"))
-def test_a_cpu(name: str, cpu_world: World, sized_models: dict[str, list[str]], tokens: str) -> None:
+def test_a_cpu(
+    name: str, cpu_world: World, sized_models: dict[str, list[str]], tokens: str, losses: dict[str, list[float]]
+) -> None:
+    """And the loss is that of the NPU."""
     line, found = counts.row(cpu_world, name, sized_models, tokens)
+    if name in losses:
+        assert [one.get("loss", 0.0) for one in found] == pytest.approx(
+            losses[name], rel=1e-2 if "MoE" in name else 3e-3
+        )
     assert line == counts.expected("cpu")[name], f"python -m tests.npu_sim.counts writes the table; counted: {found}"

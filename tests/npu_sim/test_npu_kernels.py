@@ -53,7 +53,7 @@ MUTATIONS = {
         '(x, cos, sin, rotary_mode="interleave"',
         "rotary",
     ),
-    "counts instead of ends": ("counts.cumsum(0)", "counts", "grouped_matmul"),
+    "counts instead of ends": (".cumsum(0, dtype=torch.int32)", "", "grouped_matmul"),
     "weights not turned for dx": ("weight.transpose(1, 2)", "weight", "grouped_matmul"),
     "gradient of weights by rows": (
         "_grouped(x.t(), grad, ends, group_type=2)",
@@ -82,11 +82,11 @@ def wrong(results: dict[str, float | str]) -> dict[str, float | str]:
 
 
 def test_operators_of_mindspeed_are_called_as_documented(npu_worlds: dict[int, World]) -> None:
-    assert not wrong(npu_worlds[1].run("mindspeed_differences"))
+    assert not wrong(npu_worlds[1].run("kernel_cases.mindspeed_differences"))
 
 
 def test_forward_and_backward_equal_the_reference(npu_worlds: dict[int, World]) -> None:
-    results = npu_worlds[1].run("kernel_differences")
+    results = npu_worlds[1].run("kernel_cases.kernel_differences")
     assert len(results) == 27
     assert wrong(results) == {}
 
@@ -94,7 +94,7 @@ def test_forward_and_backward_equal_the_reference(npu_worlds: dict[int, World]) 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_call_is_noticed(name: str, npu_worlds: dict[int, World]) -> None:
     old, new, noticed_by = MUTATIONS[name]
-    assert noticed_by in wrong(npu_worlds[1].run("kernel_differences", change=(old, new)))
+    assert noticed_by in wrong(npu_worlds[1].run("kernel_cases.kernel_differences", change=(old, new)))
 
 
 # Faults that show in backward only; all of MUTATIONS were tried by hand (docs/passport.md).
@@ -133,6 +133,16 @@ def test_the_simulated_device_refuses_what_a_real_one_does(npu_worlds: dict[int,
         "dropout": "not emulated",
     }
     assert {name: text for name, text in said.items() if expected[name].lower() not in text.lower()} == {}
+
+
+def test_what_a_devices_own_cpu_would_compute_is_refused_inside_of_a_step(npu_worlds: dict[int, World]) -> None:
+    integers = ["cumsum of int64", "topk of int64", "masked_fill of int64"]
+    assert npu_worlds[1].run("on_aicpu") == [*integers, "", "sort of int64", "scatter of bool"]
+
+
+def test_waits_of_the_host_are_seen_and_copies_are_late(npu_worlds: dict[int, World]) -> None:
+    waits = {"pinned": 0, "pageable": 1, "blocking": 1, "item": 1, "tolist": 1, "event": 0, "stream": 1}
+    assert npu_worlds[1].run("waits") == {**waits, "too early": 0, "in time": 3}
 
 
 def test_random_numbers_follow_the_devices_generator(npu_worlds: dict[int, World]) -> None:

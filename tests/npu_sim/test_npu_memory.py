@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import saved
 from qwen3_npu.plan.activations import NPU, layer_bytes
+from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import shape_of
 from worlds import World
 
@@ -22,6 +25,20 @@ def test_a_layer_keeps_what_is_planned(counted: dict[str, int], case: str) -> No
     setup = saved.setup(case)
     planned = layer_bytes(shape, setup, shape.is_moe, NPU)
     assert counted[case] == planned
+
+
+def test_activations_on_the_host_take_nothing_on_the_device(
+    npu_worlds: dict[int, World], models: dict[str, str], tokens: str
+) -> None:
+    """Of four layers, three have swapped theirs while the loss is computed, and at least two at any time."""
+    flags = ["--seq-length", "32", "--lr", "1e-3", "--train-iters", "2", "--eval-iters", "0", "--bf16"]
+    flags += ["--micro-batch-size", "4", "--load", models["untied"], "--data-path", tokens]
+    plain, swapped = (npu_worlds[1].run("peak_bytes", flags=flags + more) for more in ([], ["--swap-attention"]))
+    shape, setup = shape_of(saved.model("untied")), Setup(layers=((1,),), micro_batch=4, seq_length=32)
+    attention = layer_bytes(shape, setup, False) - layer_bytes(
+        shape, dataclasses.replace(setup, swapped=("self_attention",)), False
+    )
+    assert 2 * attention <= plain - swapped <= 3 * attention
 
 
 # Flags -> bytes of a bf16 weight that are on the device no more.

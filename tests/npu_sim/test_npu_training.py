@@ -11,7 +11,7 @@ import pytest
 from worlds import CaseFailed, World
 
 STEPS = 3
-FLAGS = ["--seq-length", "32", "--global-batch-size", "4", "--lr", "3e-3", "--train-iters", str(STEPS)]
+FLAGS = ["--seq-length", "32", "--global-batch-size", "2", "--lr", "3e-3", "--train-iters", str(STEPS)]
 FLAGS += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--eval-iters", "0"]
 
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -22,6 +22,7 @@ ZERO = ["--use-distributed-optimizer"]
 ULYSSES = ["--context-parallel-size", "2", "--context-parallel-algo", "ulysses_cp_algo"]
 RING = ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+SWAPPED = ["--swap-attention", "--swap-modules", "input_norm,self_attention,post_attention_norm"]
 
 BALANCED = ["--moe-aux-loss-coeff", "0.02"]
 
@@ -32,6 +33,10 @@ TRAININGS = {
     "LoRA": ("untied", ["--lora-r", "4"]),
     "MoE": ("moe", BALANCED),
     "MoE packed LoRA": ("moe", [*BALANCED, "--reset-attention-mask", "--reset-position-ids", "--lora-r", "4"]),
+    "MoE that drops": ("moe", [*BALANCED, "--moe-expert-capacity-factor", "1.0", "--moe-z-loss-coeff", "1e-3"]),
+    "tied in chunks": ("tied", ["--loss-compute-mode", "chunk", "--loss-chunk-size", "8"]),
+    "Muon": ("untied", ["--optimizer", "muon"]),
+    "PiSSA DoRA": ("untied", ["--lora-r", "4", "--lora-init", "pissa", "--use-dora"]),
 }
 CASES = {
     "dense: one device": ("dense", 1, []),
@@ -40,7 +45,7 @@ CASES = {
     "LoRA: one device": ("LoRA", 1, []),
     "MoE: one device": ("MoE", 1, []),
     "dense: TP2 SP": ("dense", 2, TP2),
-    "dense: PP2 VPP2": ("dense", 2, PP2 + VPP),
+    "dense: PP2 VPP2, activations swapped": ("dense", 2, [*PP2, *VPP, *SWAPPED, "--recompute-num-layers", "1"]),
     "dense: CP2 ulysses": ("dense", 2, ULYSSES),
     "dense: DP2 distributed optimizer, overlapped": (
         "dense",
@@ -48,15 +53,29 @@ CASES = {
         [*ZERO, "--overlap-grad-reduce", "--overlap-param-gather"],
     ),
     "packed: CP2 ring": ("packed", 2, RING),
-    "LoRA: TP2 SP, selective recompute": ("LoRA", 2, [*TP2, "--recompute-granularity", "selective"]),
-    "MoE: EP2 distributed optimizer, swapped, exchange hidden": (
+    "MoE: EP2, exchange hidden": ("MoE", 2, [*EP2, "--moe-alltoall-overlap-comm"]),
+    "LoRA: TP2 SP, selective recompute, swapped": (
+        "LoRA",
+        2,
+        [*TP2, "--swap-attention", "--recompute-granularity", "selective"],
+    ),
+    "MoE: EP2 distributed optimizer, swapped": (
         "MoE",
         2,
-        [*EP2, *ZERO, "--moe-alltoall-overlap-comm", "--swap-optimizer", "--swap-optimizer-times", "3"],
+        [*EP2, *ZERO, "--swap-optimizer", "--swap-optimizer-times", "3", *SWAPPED],
     ),
     "MoE: TP2 SP": ("MoE", 2, TP2),
     "MoE: CP2 ring": ("MoE", 2, RING),
     "MoE packed LoRA: EP2": ("MoE packed LoRA", 2, EP2),
+    "MoE: gathered": ("MoE", 2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
+    "MoE that drops: EP2": ("MoE that drops", 2, EP2),
+    "tied in chunks: norms and activation again": (
+        "tied in chunks",
+        1,
+        ["--recompute-norm", "--recompute-activation-function", "--deterministic"],
+    ),
+    "Muon: TP2 SP": ("Muon", 2, TP2),
+    "PiSSA DoRA: one device": ("PiSSA DoRA", 1, []),
 }
 
 
@@ -73,7 +92,7 @@ class Trainings:
     def flags(self, name: str) -> list[str]:
         kind, extra = TRAININGS[name]
         flags = [*FLAGS, "--data-path", self.tokens, *extra]
-        if "--lora-r" not in extra:
+        if "--lora-r" not in extra or "pissa" in extra:
             return [*flags, "--load", self.models[kind]]
         start = self.folder / name
         if not start.exists():
@@ -144,7 +163,7 @@ def test_torch_npus_operations_serve(npu_worlds: dict[int, World], trainings: Tr
     before = world.run("operation_calls")
     world.run("train", flags=trainings.flags("MoE"), steps=1)
     calls = {name: count - before.get(name, 0) for name, count in world.run("operation_calls").items()}
-    layers, micro_batches = 4, 4
+    layers, micro_batches = 4, 2
     passes = layers * micro_batches
     expected = {
         "npu_fusion_attention": passes,
@@ -158,6 +177,23 @@ def test_torch_npus_operations_serve(npu_worlds: dict[int, World], trainings: Tr
         "_npu_moe_token_unpermute_with_routing_map": passes,
     }
     assert {name: calls.get(name) for name in expected} == expected
+
+
+def test_a_whole_training_with_everything_around_it(
+    npu_worlds: dict[int, World], trainings: Trainings, tmp_path: Path
+) -> None:
+    """Reports, evaluation, asynchronous checkpoints of torch_dist, the profiler, and an exit at a step."""
+    plain = [*trainings.flags("MoE"), "--split", "50,50,0"]
+    flags = [*plain, *EP2, *ZERO, "--save", str(tmp_path / "saved"), "--save-interval", "2"]
+    flags += ["--ckpt-format", "torch_dist", "--async-save", "--exit-interval", "2", "--log-interval", "1"]
+    flags += ["--eval-interval", "1", "--eval-iters", "1", "--ledger-interval", "1"]
+    flags += ["--tensorboard-dir", str(tmp_path / "board"), "--profile", "--profile-save-path", str(tmp_path / "prof")]
+    flags += ["--profile-step-start", "1", "--profile-step-end", "2"]
+    npu_worlds[2].run("whole_training", flags=flags)
+    rows = [json.loads(line) for line in (tmp_path / "board" / "metrics.jsonl").open()]
+    losses = [row["loss"] for row in rows if "grad_norm" in row]
+    assert losses == pytest.approx(trainings.world.run("train", flags=plain, steps=2)["loss"], rel=1e-5)
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
 def test_the_platform_knows_its_device(npu_worlds: dict[int, World], tmp_path: Path) -> None:

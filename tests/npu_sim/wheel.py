@@ -21,7 +21,9 @@ VERSION = "2.13.0"
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qwen3_npu"
 # Libraries that torch_npu links or opens; all are the one stub under another name.
-LIBRARIES = "hccl acl_op_compiler ge_runner graph atb acl_tdt_channel acl_tdt_queue runtime msprofiler profapi opapi"
+LIBRARIES = (
+    "ascend_hal hccl acl_op_compiler ge_runner graph atb acl_tdt_channel acl_tdt_queue runtime msprofiler profapi opapi"
+)
 
 
 def why_not() -> str | None:

@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from pairs import write_pairs
-from qwen3_npu.parity.rows import CHUNKS, FULL, RING, SP, TP2, ULYSSES
+from qwen3_npu.parity.rows import CHUNKS, EP2, FULL, OVERLAP, PP2, RING, SP, TP2, ULYSSES, VPP, ZERO
 from worlds import World
 
 BASE = ["--seq-length", "1024", "--train-iters", "2", "--lr", "1e-3", "--device", "cpu", "--eval-iters", "0"]
@@ -66,6 +66,9 @@ def test_preference_training_with_lora_takes_hardly_more_than_fine_tuning(
     assert preference["kept"] <= 1.15 * fine_tuning["kept"]
 
 
+PACKED = ["--stage", "sft", "--reset-attention-mask"]
+SWAPPED = ["--swap-attention", "--swap-modules", "input_norm,self_attention,post_attention_norm"]
+MLPS = [*SWAPPED, "--recompute-num-layers", "1"]
 SELECTIVE, REFERENCE = ["--recompute-granularity", "selective"], ["--kernels", "reference"]
 # What is kept at most, of what is kept without the flags.
 LESS = {
@@ -80,18 +83,40 @@ LESS = {
     "experts": ("moe", [*SELECTIVE, "--recompute-modules", "moe"], [], 0.78),
     "experts' first product": ("moe", ["--moe-zero-memory", "level0"], [], 0.9),
     "experts and their exchange": ("moe", ["--moe-zero-memory", "level1"], [], 0.78),
+    "attention swapped": ("untied", ["--swap-attention"], [], 0.65),
+    "norms and attention swapped, MLPs again": ("untied", [*SWAPPED, "--recompute-num-layers", "4"], [], 0.3),
     "experts' activation function": ("moe", ["--recompute-activation-function"], [], 0.95),
 }
 
 
-@pytest.mark.parametrize("level", ["level0", "level1"])
-def test_experts_that_are_computed_again_change_no_bit(
-    level: str, worlds: dict[int, World], models: dict[str, str], tokens: str
+# Kind of model, processes, what is computed, and with which memory.
+SAME = {
+    "experts' first product again": ("moe", 1, ["--bf16"], ["--moe-zero-memory", "level0"]),
+    "experts and their exchange again": ("moe", 1, ["--bf16"], ["--moe-zero-memory", "level1"]),
+    "attention swapped instead of recomputed": (
+        "untied",
+        1,
+        [*PACKED, "--bf16", "--recompute-norm"],
+        ["--swap-attention", *FULL],
+    ),
+    "swapped, LoRA": ("moe", 1, ["--lora-r", "4", "--attention-dropout", "0.1"], MLPS),
+    "swapped, PP2 VPP2": ("untied", 2, [*PP2, *VPP], MLPS),
+    "swapped, DP2 overlapped": ("untied", 2, [*ZERO, *OVERLAP, "--bf16"], SWAPPED),
+    "swapped, ring": ("untied", 2, [*RING, *PACKED], SWAPPED),
+    "swapped, EP2 TP2": ("moe", 4, [*EP2, *TP2, *SP], MLPS),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_memory_that_is_saved_changes_no_bit(
+    name: str, worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
-    flags = ["--seq-length", "32", "--train-iters", "2", "--lr", "1e-3", "--device", "cpu", "--bf16"]
-    flags += ["--load", models["moe"], "--data-path", tokens]
-    plain, again = (worlds[1].run("train", flags=flags + more, steps=2) for more in ([], ["--moe-zero-memory", level]))
-    assert again == plain
+    kind, size, common, saving = SAME[name]
+    data = str(tiny.write_instructions(tmp_path / "packs", pack=32)) if "sft" in common else tokens
+    flags = ["--seq-length", "32", "--train-iters", "2", "--lr", "1e-3", "--device", "cpu", "--global-batch-size", "4"]
+    flags += ["--load", models[kind], "--data-path", data, *common]
+    plain, less = (worlds[size].run("train", flags=flags + more, steps=2) for more in ([], saving))
+    assert less == plain
 
 
 @pytest.mark.parametrize("name", LESS)

@@ -125,6 +125,8 @@ FINE = {
     "reuse_fp32_param": "speed",
     "swap_optimizer": "speed",
     "swap_optimizer_times": "speed",
+    "swap_attention": "speed",
+    "swap_modules": "speed",
     "moe_zero_memory": "speed",
     "overlap_grad_reduce": "speed",
     "overlap_param_gather": "speed",

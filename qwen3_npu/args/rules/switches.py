@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.args.rules.swapping import swapping
 from qwen3_npu.args.training import OptimizerArgs
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
@@ -56,6 +57,7 @@ _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ..
     ),
     ("--bf16", lambda args: args.train.bf16, ("reuse_fp32_param",)),
     ("--swap-optimizer", lambda args: args.optimizer.swap_optimizer, ("swap_optimizer_times",)),
+    ("--swap-attention", lambda args: args.train.swap_attention, ("swap_modules",)),
     (
         "--use-ascend-coc, --use-ascend-mc2 or --tp-comm-overlap",
         lambda args: args.overlap.use_ascend_coc or args.overlap.is_fused,
@@ -126,6 +128,28 @@ def _check_overlap(args: PretrainArgs) -> list[str]:
     return []
 
 
+def _check_exchange(args: PretrainArgs) -> list[str]:
+    """What to say of a hidden exchange of experts.
+
+    Raises:
+        UsageError: it cannot be hidden.
+    """
+    train = args.train
+    if not train.moe_alltoall_overlap_comm:
+        return []
+    if train.moe_token_dispatcher_type == "allgather":
+        raise UsageError(
+            "--moe-alltoall-overlap-comm needs --moe-token-dispatcher-type alltoall: allgather sends all tokens to all"
+        )
+    if train.moe_expert_capacity_factor is not None:
+        raise UsageError(
+            "--moe-alltoall-overlap-comm: not with --moe-expert-capacity-factor, which drops rows; drop one of them"
+        )
+    if args.parallel.expert_model_parallel_size == 1:
+        return ["--moe-alltoall-overlap-comm: no effect with --expert-model-parallel-size 1: nothing is exchanged"]
+    return []
+
+
 def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
     """What the command line left to a default that the user should know of, a line each.
 
@@ -149,8 +173,9 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
     said = _check_overlap(args)
     if args.lora.on and "lora_r" not in given:
         said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")
-    if args.train.moe_alltoall_overlap_comm and args.parallel.expert_model_parallel_size == 1:
-        said.append("--moe-alltoall-overlap-comm: no effect with --expert-model-parallel-size 1: nothing is exchanged")
+    if (swapped := swapping(args.train)) is not None:
+        said.append(str(swapped))
+    said += _check_exchange(args)
     steps, warm = args.train.train_iters, args.optimizer.lr_warmup_iters
     if steps is not None and warm > steps:
         said.append(f"warning: --lr-warmup-iters {warm} is above --train-iters {steps}: --lr is never reached")

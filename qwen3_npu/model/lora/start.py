@@ -66,6 +66,7 @@ def principal(
     u, values, v = torch.linalg.svd(torch.cat(parts, axis).float(), full_matrices=False)
     roots = (values[..., :r] / scale).sqrt()
     a, b = (roots.unsqueeze(-1) * v[..., :r, :]).to(dtype), (u[..., :r] * roots.unsqueeze(-2)).to(dtype)
+    a, b = a.contiguous(), b.contiguous()  # as NCCL and HCCL want them
     for matrix in (a, b):  # the same on every rank, to the bit
         torch.distributed.broadcast(matrix, torch.distributed.get_global_rank(group, 0), group=group)
     size, start = weight.shape[axis], weight.shape[axis] * group.rank()

@@ -67,6 +67,7 @@ def table(found: Sequence[LayoutCandidate], top: int) -> list[str]:
     for number, one in enumerate(found[:top], 1):
         verdict, setup = one.verdict, one.verdict.setup
         recompute = f"{setup.recompute}/{max(map(sum, setup.layers))}" if setup.recompute else "-"
+        recompute = "swap" if setup.swapped else recompute
         lines.append(
             f"{number:>2} {layout_words(verdict):<34}{setup.micro_batch:>4}{recompute:>11}"
             f"{verdict.peak / GIB:>8.1f} GiB{verdict.time.total:>8.2f} s{verdict.tokens_per_second:>14,.0f}"

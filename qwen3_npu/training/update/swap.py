@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qwen3_npu.host_memory import on_host
 from qwen3_npu.training.update.slices import MOMENTS, SlicedState, StatePiece
 
 
@@ -26,12 +27,10 @@ class SwappedState(SlicedState):
             main.data = self._on_host(main.data)
         for main, state in self.optimizer.state.items():
             for key in MOMENTS:
-                state[key] = torch.zeros(main.shape, pin_memory=has_streams)
+                state[key] = on_host(main.shape, torch.float32, pinned=has_streams).zero_()
 
     def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cpu":
-            return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        return on_host(tensor.shape, tensor.dtype, pinned=self.device.type != "cpu").copy_(tensor)
 
     def run(self, count: torch.Tensor) -> None:
         """As `SlicedState.run`."""

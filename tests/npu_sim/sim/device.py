@@ -14,6 +14,8 @@ import torch
 import torch_npu
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sim import aicpu, streams
+
 # What torch_npu does itself, without a kernel: memory, views, copies between host and device.
 _TORCH_NPU = """empty.memory_format empty_strided empty_like new_empty_strided new_empty as_strided view
     _reshape_alias unfold record_stream _pin_memory is_pinned pin_memory resize_ set_ set_.source_Tensor
@@ -29,7 +31,7 @@ _crossings: collections.Counter[str] = collections.Counter()
 
 def counts() -> collections.Counter[str]:
     """How often the host has waited for the device, and copies between the two, since the process began."""
-    return collections.Counter(_crossings, waits=_crossings["waits"] + _cann().stub_waits())
+    return collections.Counter({**_crossings, "waits": _crossings["waits"] + _cann().stub_waits()})
 
 
 @functools.cache
@@ -124,7 +126,12 @@ def _emulated(operation: Any, name: str) -> Callable:
         if device is None or device.index is None:
             device = torch.device("npu", torch_npu.npu.current_device())
         if name == "copy_":
-            _note_copy(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            _note_copy(args[0], args[1], non_blocking)
+            if streams.delayed(args[0], args[1], non_blocking):
+                return args[0]
+        aicpu.check(name, args, kwargs)
+        streams.catch_up()
         if is_random:
             kwargs["generator"] = generator(device, kwargs.get("generator"))
         if kwargs.get("pin_memory"):
@@ -148,6 +155,7 @@ def _emulated(operation: Any, name: str) -> Callable:
 def install() -> None:
     """Put the host's computation under every aten operation that torch_npu has a kernel for."""
     torch.empty(1, device="npu:0")
+    streams.install()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of overriding a kernel, which is what this does
         for full in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo
+from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo, Work
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sim import streams
 from sim.device import host
 
 _COLLECTIVES = """allreduce_ broadcast_ _allgather_base_ allgather_ _reduce_scatter_base_ reduce_scatter_ alltoall_base_
 alltoall_ send recv_ barrier reduce_ gather_ scatter_ allgather_into_tensor_coalesced_
 allreduce_coalesced_ reduce_scatter_tensor_coalesced_"""
 _library = torch.library.Library("c10d", "IMPL")
+_begun: dict[str, list[Any]] = {}  # group -> sends and receives that are made together
+COALESCED = [0]
 _host_groups: dict[str, tuple[Any, Any]] = {}  # group -> the same ranks on the host, boxed; and what keeps it alive
 
 
@@ -37,13 +40,20 @@ def _emulated(operation: Any, name: str) -> Callable:
             return _host_groups[ProcessGroup.unbox(value).group_name][0]
         return host(value) if isinstance(value, torch.Tensor) else value
 
+    def group_of(args: Any) -> str:
+        boxed = (x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in x._type().name())
+        return ProcessGroup.unbox(next(boxed)).group_name
+
     def collective(*args: Any) -> Any:
         for tensor in tree_leaves(list(args)):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "npu":
                 raise RuntimeError(f"HCCL {name}: a tensor on {tensor.device}")
             if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
                 raise RuntimeError(f"HCCL {name}: tensors must be contiguous")
+        streams.catch_up()
         result = operation(*[tree_map(on_host, value) for value in args])
+        if name in ("send", "recv_") and (begun := _begun.get(group_of(args))) is not None:
+            begun.append(Work.unbox(result))
         return (args[0], result[-1]) if isinstance(result, tuple) else result  # (tensors, Work) or Work
 
     return collective
@@ -62,10 +72,13 @@ class _Works:
         return all(work.is_completed() for work in self.works)
 
 
-def _batch_isend_irecv(self: Any, kinds: list[str], tensors: list[torch.Tensor], ranks: list[int]) -> _Works:
-    """What torch_npu's batch_isend_irecv calls on its ProcessGroupHCCL."""
-    transfers = zip(kinds, tensors, ranks, strict=True)
-    return _Works([(self.send if "send" in kind else self.recv)([host(t)], rank, 0) for kind, t, rank in transfers])
+def _start_coalescing(self: Any, device: torch.device) -> None:
+    _begun[self.group_name] = []
+
+
+def _end_coalescing(self: Any, device: torch.device) -> _Works:
+    COALESCED[0] += 1
+    return _Works(_begun.pop(self.group_name))
 
 
 def _name(self: Any, rank: int) -> str:
@@ -91,4 +104,5 @@ def install() -> None:
     for name in _COLLECTIVES.split():
         operation = getattr(torch.ops.c10d, name).default
         _library.impl(name, _emulated(operation, name), "PrivateUse1", allow_override=True)
-    ProcessGroupGloo.batch_isend_irecv = _batch_isend_irecv
+    # torch_npu's batch_isend_irecv coalesces sends and receives on a 910B with CANN 9.0 or later.
+    ProcessGroup._start_coalescing, ProcessGroup._end_coalescing = _start_coalescing, _end_coalescing

@@ -87,6 +87,37 @@ aclError aclrtEventElapsedTime(float *ms, void *a, void *b) {
     return OK;
 }
 
+// The version of CANN decides which branch torch_npu takes, of batch_isend_irecv for one.
+static const char VERSION[] = "9.0.0";
+typedef struct { char version[128], major[64], minor[64], release[64], patch[64], reserved[128]; } Version;
+aclError aclsysGetVersionStr(char *package, char *version) { strcpy(version, VERSION); return OK; }
+aclError aclsysGetCANNVersion(int package, Version *out) {
+    memset(out, 0, sizeof *out);
+    strcpy(out->version, VERSION);
+    strcpy(out->major, "9"); strcpy(out->minor, "0"); strcpy(out->release, "0");
+    return OK;
+}
+
+int halGetAPIVersion(int *version) { *version = 0x071700; return 0; }
+int halGetDeviceInfo(uint32_t id, int module, int info, int64_t *value) { *value = 0; return 0; }
+int drvGetDevNum(uint32_t *count) { *count = DEVICES; return 0; }
+void aclAppLog(int level, const char *function, const char *file, uint32_t line, const char *text, ...) {}
+
+// A recording of the profiler that records nothing.
+aclError aclprofInit(const char *path, size_t n) { return OK; }
+aclError aclprofFinalize(void) { return OK; }
+void *aclprofCreateConfig(void) { return malloc(16); }
+aclError aclprofDestroyConfig(void *config) { free(config); return OK; }
+aclError aclprofSetConfig(int kind, const char *value, size_t n) { return OK; }
+aclError aclprofStart(const void *config) { return OK; }
+aclError aclprofStop(const void *config) { return OK; }
+aclError aclprofWarmup(const void *config) { return OK; }
+aclError aclprofRegisterDeviceCallback(void) { return OK; }
+aclError aclprofGetSupportedFeatures(size_t *n, void **data) { *n = 0; *data = 0; return OK; }
+void *aclprofCreateStepInfo(void) { return malloc(16); }
+void aclprofDestroyStepInfo(void *info) { free(info); }
+aclError aclprofGetStepTimestamp(void *info, int tag, void *stream) { return OK; }
+
 // Settings.
 aclError aclrtSetDeviceSatMode(int mode) { return OK; }
 aclError aclrtSetOpExecuteTimeOut(uint32_t seconds) { return OK; }

@@ -73,7 +73,7 @@ def first_operators(
     platform: Platform, world: World, cases: list[str], changes: list[tuple[str, str] | None]
 ) -> list[dict[str, list[Any]]]:
     """On simulated NPUs, for each change: case -> how much of a tolerance was used, and what is named first."""
-    from npu_cases import _changed
+    from kernel_cases import _changed
     from qwen3_npu.kernels import npu, npu_gradients
 
     expected, everything = read(passport.shipped()), []

@@ -36,7 +36,7 @@ def test_a_trace_holds_what_a_real_step_holds(case: str, traces: dict[str, dict[
     assert {name: traced[name] for name in STATIC} == {name: real[name] for name in STATIC}
 
 
-@pytest.mark.parametrize("case", [*REAL, *PRETENDED])
+@pytest.mark.parametrize("case", [*REAL, *PRETENDED, "swapped"])
 def test_closed_forms_are_what_a_trace_holds(case: str, traces: dict[str, dict[str, Any]]) -> None:
     """Static bytes are equal, the peak within 2 %. EVERY=1 compares all rows of the parity matrix."""
     traced, planned = traces[case]["traced"], traces[case]["planned"]

@@ -62,6 +62,8 @@ BIG += "--kv-channels 64 --group-query-attention --vocab-size 8192 --seq-length 
 BIG += "--train-iters 1 --lr 1e-4 --data-path x --global-batch-size 64 "
 BIG_EXPERTS = "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 384 "
 SAMPLE = ("untied: TP2 PP2 VPP2 SP", "moe: TP2 SP EP2 ETP1 distributed optimizer", "untied packed: CP2 ring PP2")
+# What waits on the host is not the device's.
+SWAPPED = "--use-distributed-optimizer --swap-optimizer --swap-optimizer-times 64 --swap-attention"
 # Layers as those of a model of 14B on 8 devices.
 WIDE = "--num-layers 2 --hidden-size 5120 --ffn-hidden-size 17408 --num-attention-heads 40 --num-query-groups 8 "
 WIDE += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
@@ -148,6 +150,7 @@ def main() -> None:
     found: dict[str, object] = {}
     cases = {name: (0, 1, flags) for name, flags in REAL.items()}
     cases |= {name: (row.size - 1, row.size, flags_of(row)) for name, row in PRETENDED.items()}
+    cases["swapped"] = 0, 1, f"{BIG}{BF16}--untie-embeddings-and-output-weights {SWAPPED}"
     for name, (rank, size, flags) in cases.items():
         args, plan = parsed(flags, size)
         trace = trace_rank(platform, args, plan, rank)
