@@ -12,7 +12,7 @@ from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.expert_parallel.exchange import (
     Exchange,
-    Piece,
+    ExchangePiece,
     combined,
     dispatched,
     parts_of,
@@ -58,7 +58,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         first = self.local_expert_indices[0]
         return everyone[..., first : first + self.num_local_experts].sum((0, 1))
 
-    def sizes(self) -> list[Piece]:
+    def sizes(self) -> list[ExchangePiece]:
         """How many rows are exchanged: here the host waits for the numbers."""
         self.d2h_event.synchronize()
         rank, first = (self.ep_group.rank(), self.tp_rank), self.local_expert_indices[0]

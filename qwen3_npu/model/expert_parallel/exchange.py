@@ -20,7 +20,7 @@ _TAIL = 16  # bytes behind a token: a router weight of any dtype, and rows stay 
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class ExchangePiece:
     """The part of an exchange that concerns some experts of every rank.
 
     Attributes:
@@ -49,7 +49,7 @@ class Exchange:
         group, tensor_group: ranks that share the experts, and that share one expert.
     """
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[ExchangePiece]
     counts: torch.Tensor
     width: int
     dtype: torch.dtype
@@ -64,7 +64,7 @@ def parts_of(experts: int, count: int) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
-def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count: int) -> list[Piece]:
+def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count: int) -> list[ExchangePiece]:
     """An exchange in `count` pieces, each with some of every rank's experts.
 
     Args:
@@ -79,7 +79,9 @@ def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count
         chunks = theirs[:, :, some]
         per_rank = chunks.sum(2)
         sent, received = mine[:, some].sum(1).tolist(), per_rank[rank[1]].tolist()
-        pieces.append(Piece(some, sent, received, per_rank.sum(1).tolist(), chunks.reshape(-1, some.stop - some.start)))
+        pieces.append(
+            ExchangePiece(some, sent, received, per_rank.sum(1).tolist(), chunks.reshape(-1, some.stop - some.start))
+        )
     return pieces
 
 
@@ -126,7 +128,7 @@ class Launched:
         return self.out
 
 
-def to_experts(rows: torch.Tensor, piece: Piece, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
+def to_experts(rows: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and router weights, sorted by expert, from rows as they arrive from the ranks."""
     if len(piece.gathered) > 1:
         rows = _gather_along_first_dim(rows, exchange.tensor_group, piece.gathered)
@@ -134,7 +136,7 @@ def to_experts(rows: torch.Tensor, piece: Piece, exchange: Exchange) -> tuple[to
     return _turned(rows[:, : exchange.width], piece.chunks), _turned(weights, piece.chunks)
 
 
-def to_experts_back(dx: torch.Tensor, dweights: torch.Tensor, piece: Piece, exchange: Exchange) -> torch.Tensor:
+def to_experts_back(dx: torch.Tensor, dweights: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> torch.Tensor:
     """The gradient of `to_experts`'s rows."""
     parts, chunks = [dx, dweights.to(exchange.dtype)], piece.chunks.T
     is_shared = len(piece.gathered) > 1
@@ -151,7 +153,7 @@ def to_experts_back(dx: torch.Tensor, dweights: torch.Tensor, piece: Piece, exch
     return rows
 
 
-def from_experts(out: torch.Tensor, piece: Piece, exchange: Exchange) -> torch.Tensor:
+def from_experts(out: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> torch.Tensor:
     """Results of the experts in the order in which their rows arrived; ranks that share an expert add theirs up."""
     out = _turned(out, piece.chunks.T)
     if len(piece.gathered) == 1:
@@ -159,14 +161,14 @@ def from_experts(out: torch.Tensor, piece: Piece, exchange: Exchange) -> torch.T
     return _scattered(out.to(exchange.summed), piece, exchange).to(out.dtype)
 
 
-def from_experts_back(grad: torch.Tensor, piece: Piece, exchange: Exchange) -> torch.Tensor:
+def from_experts_back(grad: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> torch.Tensor:
     """The gradient of the experts' results."""
     if len(piece.gathered) > 1:
         grad = _gather_along_first_dim(grad, exchange.tensor_group, piece.gathered)
     return _turned(grad, piece.chunks)
 
 
-def _scattered(rows: torch.Tensor, piece: Piece, exchange: Exchange) -> torch.Tensor:
+def _scattered(rows: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> torch.Tensor:
     return _reduce_scatter_along_first_dim(rows, exchange.tensor_group, piece.gathered)
 
 

@@ -18,8 +18,8 @@ import torch
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.expert_parallel.exchange import (
     Exchange,
+    ExchangePiece,
     Launched,
-    Piece,
     from_experts,
     from_experts_back,
     to_experts,
@@ -59,7 +59,13 @@ class _PieceOfExperts:
     """Some of the experts as a module of their own, whose parameters are parts of the others' memory."""
 
     def __init__(
-        self, experts: GroupedExperts, piece: Piece, exchange: Exchange, later: list[_Later], *, is_tracked: bool
+        self,
+        experts: GroupedExperts,
+        piece: ExchangePiece,
+        exchange: Exchange,
+        later: list[_Later],
+        *,
+        is_tracked: bool,
     ) -> None:
         count, some = experts.num_local_experts, piece.experts
         self.counts = exchange.counts[some]
@@ -170,7 +176,7 @@ def _lengths(exchange: Exchange) -> list[int]:
 class _Run:
     """The computation of one piece, and what its backward needs."""
 
-    def __init__(self, experts: GroupedExperts, piece: Piece, exchange: Exchange, *, is_tracked: bool) -> None:
+    def __init__(self, experts: GroupedExperts, piece: ExchangePiece, exchange: Exchange, *, is_tracked: bool) -> None:
         self.piece, self.exchange, self.is_tracked = piece, exchange, is_tracked
         self.later: list[_Later] = []
         self.experts = _PieceOfExperts(experts, piece, exchange, self.later, is_tracked=is_tracked)
