@@ -102,8 +102,15 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         counts = self.tokens_per_expert
         if self.is_alone:
             return experts(rows, counts, weights)
-        groups = self.ep_group, self.tp_group
-        exchange = Exchange(self.sizes(), counts, self.hidden_shape[-1], weights.dtype, self.summed, *groups)
+        exchange = Exchange(
+            self.sizes(),
+            counts,
+            width=self.hidden_shape[-1],
+            dtype=weights.dtype,
+            summed=self.summed,
+            group=self.ep_group,
+            tensor_group=self.tp_group,
+        )
         if self.pieces > 1:
             return experts(rows, exchange, None)
         tokens, probs = dispatched(rows, exchange)

@@ -78,9 +78,14 @@ def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count
     for some in parts_of(experts.stop - experts.start, count):
         chunks = theirs[:, :, some]
         per_rank = chunks.sum(2)
-        sent, received = mine[:, some].sum(1).tolist(), per_rank[rank[1]].tolist()
         pieces.append(
-            ExchangePiece(some, sent, received, per_rank.sum(1).tolist(), chunks.reshape(-1, some.stop - some.start))
+            ExchangePiece(
+                some,
+                sent=mine[:, some].sum(1).tolist(),
+                received=per_rank[rank[1]].tolist(),
+                gathered=per_rank.sum(1).tolist(),
+                chunks=chunks.reshape(-1, some.stop - some.start),
+            )
         )
     return pieces
 

@@ -82,8 +82,11 @@ def exchange(pieces: int) -> Exchange:
     return Exchange(
         pieces_of(everyone, (0, 0), slice(0, EXPERTS), pieces),
         torch.tensor(COUNTS),
-        HIDDEN,
-        *(torch.float32, torch.float32, None, None),
+        width=HIDDEN,
+        dtype=torch.float32,
+        summed=torch.float32,
+        group=None,
+        tensor_group=None,
     )
 
 
