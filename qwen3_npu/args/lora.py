@@ -115,10 +115,10 @@ class LoraArgs:
             raise UsageError("--qlora quantizes the base of an adapter; give --lora-r or --lora-target-modules")
         if self.qlora:
             object.__setattr__(self, "lora_ckpt_filter", True)
-        if self.lora_init == "pissa" and self.lora_ckpt_filter:
+        if self.lora_init == "pissa" and self.qlora_double_quant:
             raise UsageError(
-                f"--lora-init pissa changes the base, which must be saved with the adapter; drop "
-                f"--{'qlora' if self.qlora else 'lora-ckpt-filter'}"
+                "--qlora-double-quant --lora-init pissa: scales are quantized for whole tensors, and a rank knows only "
+                "its part of what PiSSA leaves of them; drop one"
             )
         if not self.lora_r and (self.lora_load or self.lora_ckpt_filter):
             raise UsageError("--lora-load and --lora-ckpt-filter need --lora-target-modules or --lora-r")

@@ -135,7 +135,7 @@ def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, part
     if parts.swapping is not None:
         swap_activations(chunks, parts.swapping)
     if parts.lora.on:
-        freeze(chunks, config, lambda chunk, name: "lora_" not in name)
+        freeze(chunks, config, lambda chunk, name: "lora_" not in name or "initial" in name)
     return chunks
 
 

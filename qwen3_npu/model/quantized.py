@@ -294,7 +294,9 @@ def hold_codes(linear: torch.nn.Module, *, is_double: bool) -> None:
     linear.weight = quantized(weight, tuple(weight.shape), is_double=is_double)
 
 
-def _with_bias(linear: Any, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _with_bias(
+    linear: ColumnParallelLinear | RowParallelLinear, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if linear.skip_bias_add:
         return out, linear.bias
     return (out if linear.bias is None else out + linear.bias), None

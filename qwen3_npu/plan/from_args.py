@@ -49,6 +49,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         quantized_ends=args.lora.qlora_embedding,
         double_quantized=args.lora.qlora_double_quant,
         dora=args.lora.use_dora,
+        pissa=args.lora.lora_init == "pissa",
         lora_targets=tuple(args.lora.lora_target_modules),
         loss_chunk=train.loss_chunk_size if train.loss_compute_mode == "chunk" else 0,
         reuse_master=optimizer.reuse_fp32_param,

@@ -144,7 +144,9 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
     """Bytes of weights, of gradients, and of master and moments."""
     all_weights = stage_counts(shape, setup, stage)
     trained = trained_counts(shape, setup, stage)
-    held: float = all_weights.total * (2 if setup.reference else 1) + (trained.total if setup.lora_rank else 0)
+    held: float = all_weights.total * (2 if setup.reference else 1) + (
+        trained.total * (1 + setup.pissa) if setup.lora_rank else 0
+    )
     weight = setup.weight_bytes
     held -= _quantized_away(shape, setup, stage) / weight  # the reference of preference training is the same base
     if setup.swap_optimizer:  # moments and masters are on the host

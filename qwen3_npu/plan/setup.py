@@ -26,7 +26,7 @@ class Setup:
         packed: several documents share a sequence.
         frozen: share of the weights that is not trained, alike on all stages.
         lora_rank, lora_targets: 0: no adapters.
-        dora: adapters have magnitudes.
+        dora, pissa: adapters have magnitudes; they keep what they began with.
         quantized, quantized_ends: the layers' linears, and embedding and output layer, are in 4 bits.
         double_quantized: their scales are in 8 bits.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
@@ -76,6 +76,7 @@ class Setup:
     quantized_ends: bool = False
     double_quantized: bool = False
     dora: bool = False
+    pissa: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     reuse_master: bool = False

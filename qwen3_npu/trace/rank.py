@@ -12,6 +12,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from torch._C._distributed_c10d import FakeWork
 
 from qwen3_npu.args.preference import PREFERENCE_STAGES
@@ -189,7 +191,7 @@ def _communicators() -> int:
     return sum(len(ranks) > 1 for ranks in joined)
 
 
-def _buffers(chunk: Any) -> list[Any]:
+def _buffers(chunk: DistributedDataParallel) -> list[_ParamAndGradBuffer]:
     return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 

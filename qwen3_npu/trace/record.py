@@ -228,11 +228,11 @@ def modules_named(recorder: TraceRecorder, chunks: Sequence[torch.nn.Module]) ->
         for name, module in chunk.named_modules():
             before: list[str] = []
 
-            def enter(_: Any, __: Any, name: str = name, before: list[str] = before) -> None:
+            def enter(_: object, __: object, name: str = name, before: list[str] = before) -> None:
                 before.append(recorder.module)
                 recorder.module = name
 
-            def leave(_: Any, __: Any, ___: Any, before: list[str] = before) -> None:
+            def leave(_: object, __: object, ___: object, before: list[str] = before) -> None:
                 recorder.module = before.pop() if before else ""
 
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]

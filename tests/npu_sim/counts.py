@@ -39,7 +39,6 @@ ROWS: dict[str, tuple[str, int, int, list[str]]] = {
     "MoE EP2 hidden": ("moe", 2, 2, [*EP2, "--moe-alltoall-overlap-comm"]),
     "ring CP2": ("untied", 2, 1, RING),
     "TP2 SP": ("untied", 2, 1, TP2),
-    "TP2 COC": ("untied", 2, 1, [*TP2, "--use-ascend-coc"]),
     "TP2 MC2": ("wide", 2, 1, [*TP2, "--use-ascend-mc2"]),
     "PP2": ("untied", 2, 2, PP2),  # half of the layers, two micro-batches
     "decode": ("untied", 1, 1, []),

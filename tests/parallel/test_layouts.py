@@ -173,8 +173,7 @@ def test_hidden_communication_keeps_no_more_for_backward(worlds: dict[int, World
 
 HIDDEN_IN = {
     "LoRA": ("untied", ["--lora-r", "4"]),
-    "bias": ("qwen2", []),
-    "recomputed norms": ("untied", ["--recompute-norm", "--recompute-activation-function"]),
+    "bias, recomputed norms": ("qwen2", ["--recompute-norm", "--recompute-activation-function"]),
 }
 
 

@@ -23,6 +23,8 @@ from plain import (
     write_restored,
     write_some_adapters,
 )
+from qwen3_npu.args.convert import ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
+from qwen3_npu.checkpoint.convert.run import convert
 from qwen3_npu.parity.rows import CHUNKS, EP2, ETP1, FULL, PER_DOCUMENT, PP2, RING, SP, TP2, VPP, ZERO
 from worlds import World
 
@@ -217,18 +219,85 @@ def test_muon_on_adapters_of_experts_equals_one_process(
     assert worlds[2].run("train", flags=again, steps=1)["loss"] == pytest.approx(alone[-1:], rel=1e-5)
 
 
-def test_pissa_is_the_same_in_every_layout(
+PISSA = {
+    "dense": ("untied", [*TP2, *SP, *PP2], ["--lora-ckpt-filter"]),
+    "experts": ("moe", [*TP2, *SP, *EP2, *ETP1], []),
+}
+
+
+@pytest.mark.parametrize("name", PISSA)
+def test_pissa_is_the_same_in_every_layout_and_becomes_lora_in_peft(
+    name: str, worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path
+) -> None:
+    """A checkpoint resumes, with the base that PiSSA has changed or from the adapter alone."""
+    kind, extra, more = PISSA[name]
+    flags = [*FLAGS, *LORA, "--load", models[kind], "--data-path", data["single"], "--lora-init", "pissa"]
+    flags += ["--use-rslora"] if name == "dense" else []
+    alone = worlds[1].run("train", flags=flags, steps=3)["loss"]
+    many = worlds[4].run("train", flags=[*flags, *extra, *more, "--save", str(tmp_path / "mg")], steps=2)["loss"]
+    assert many == pytest.approx(alone[:2], rel=1e-5)
+    again = [*flags, *more, "--lora-load" if more else "--load", str(tmp_path / "mg")]
+    assert worlds[1].run("train", flags=again, steps=1)["loss"] == pytest.approx(alone[2:], rel=1e-5)
+    exported = logits_in_peft(models[kind], write(tmp_path / "mg", tmp_path / "peft", save_lora_to_hf=True))
+    if more:
+        merged = write(models[kind], tmp_path / "hf", lora_load=str(tmp_path / "mg"))
+    else:
+        merged = write(tmp_path / "mg", tmp_path / "hf")
+    assert np.abs(exported - logits_in_peft(merged)).max() < 1e-5
+    assert np.abs(exported - logits_in_peft(models[kind])).max() > 1e-3, "the training matters"
+
+
+def write(source: Any, folder: Path, **lora: Any) -> Path:
+    """convert_ckpt.py to Hugging Face or PEFT, compared on disk."""
+    kind = "hf" if (Path(source) / "model.safetensors").exists() else "mg"
+    args = ConvertArgs(
+        load_model_type=kind, save_model_type="hf", load_dir=str(source), save_dir=str(folder), verify=True
+    )
+    convert(args, TargetArgs(), LoraConvertArgs(**lora), LegacyConvertArgs())
+    return folder
+
+
+def logits_in_peft(base: Any, adapter: Path | None = None) -> np.ndarray:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, str(adapter))
+    with torch.no_grad():
+        return model(torch.tensor([[3, 14, 15, 92, 65, 35], [1, 2, 3, 5, 8, 13]])).logits.numpy()
+
+
+def test_pissa_on_a_base_in_4_bits_trains_what_is_left_of_it(
     worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path
 ) -> None:
-    """Checkpoints hold what is left of the base with the adapter: they resume, and merge to what was trained."""
-    for kind, extra in (("untied", [*TP2, *SP, *PP2]), ("moe", [*TP2, *SP, *EP2, *ETP1])):
-        flags = [*FLAGS, *LORA, "--load", models[kind], "--data-path", data["single"]]
-        alone = worlds[1].run("train", flags=[*flags, "--lora-init", "pissa"], steps=3)["loss"]
-        save = ["--lora-init", "pissa", "--save", str(tmp_path / kind)]
-        many = worlds[4].run("train", flags=[*flags, *extra, *save], steps=2)["loss"]
-        assert many == pytest.approx(alone[:2], rel=1e-5)
-        again = [*flags, "--lora-init", "pissa", "--load", str(tmp_path / kind)]
-        assert worlds[1].run("train", flags=again, steps=1)["loss"] == pytest.approx(alone[2:], rel=1e-5)
+    """QPiSSA (arXiv:2404.02948): what torch's SVD leaves of each weight, as bitsandbytes restores it, and A and B."""
+    from safetensors.torch import load_file, save_file
+
+    base = tiny.write_model(tmp_path / "base", tiny.arch("untied", intermediate_size=128))
+    tensors, adapter, scale = load_file(base / "model.safetensors"), {}, ALPHA / RANK
+    for name in [n for n in tensors if n.endswith(("o_proj.weight", "down_proj.weight"))]:
+        u, values, v = torch.linalg.svd(tensors[name], full_matrices=False)
+        roots = (values[:RANK] / scale).sqrt()
+        a, b = roots[:, None] * v[:RANK], u[:, :RANK] * roots
+        tensors[name] = tensors[name] - scale * (b @ a)
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        adapter |= {f"{stem}.lora_A.weight": a.contiguous(), f"{stem}.lora_B.weight": b.contiguous()}
+    shutil.copytree(base, tmp_path / "rest")
+    save_file(tensors, tmp_path / "rest" / "model.safetensors")
+    write_restored(tmp_path / "rest", tmp_path / "restored", ends=False, double=False)
+    (tmp_path / "start").mkdir()
+    save_file(adapter, tmp_path / "start" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["o_proj", "down_proj"]}
+    (tmp_path / "start" / "adapter_config.json").write_text(json.dumps(config))
+    flags = [*FLAGS, *LORA, "--lora-target-modules", "linear_proj", "linear_fc2", "--data-path", data["single"]]
+    start = ["--load", str(tmp_path / "restored"), "--lora-load", str(tmp_path / "start")]
+    expected = worlds[1].run("train", flags=[*flags, *start], steps=3)["loss"]
+    ours = [*flags, "--load", str(base), "--qlora", "--lora-init", "pissa"]
+    got = worlds[2].run("train", flags=[*ours, *TP2, *SP, "--save", str(tmp_path / "mg")], steps=2)["loss"]
+    assert got == pytest.approx(expected[:2], rel=1e-5)
+    again = worlds[1].run("train", flags=[*ours, "--lora-load", str(tmp_path / "mg")], steps=1)["loss"]
+    assert again == pytest.approx(expected[2:], rel=1e-5)
 
 
 QLORA = {

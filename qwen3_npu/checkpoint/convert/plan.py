@@ -15,7 +15,7 @@ from qwen3_npu.checkpoint.formats.adapters import MergedSource
 from qwen3_npu.checkpoint.formats.base import kept_dtypes
 from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
 from qwen3_npu.checkpoint.manifest import CONVERSION
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, check_apart
+from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
@@ -146,12 +146,13 @@ def _decide(
     if lora.save_lora_to_hf:
         if not to_hf:
             raise UsageError("--save-lora-to-hf writes a PEFT directory; give --save-model-type hf")
-        check_apart((adapter or base).contents.lora, args.load_dir)
         if (adapter or base).format == "peft":
             raise UsageError("--save-lora-to-hf: the adapter is a PEFT directory already")
+        held = (adapter or base).contents.lora
+        plain = held is not None and held.is_residual
         if adapter is None:
-            return sources
-        return Sources(str(sources.lora_load), lora_alpha=lora.lora_alpha)
+            return dataclasses.replace(sources, plain=plain)
+        return Sources(str(sources.lora_load), lora_alpha=lora.lora_alpha, plain=plain)
     if adapter is not None:
         return sources
     if not base.contents.base:

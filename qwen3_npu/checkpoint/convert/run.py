@@ -180,7 +180,7 @@ def _verify(plan: ConversionPlan, output: ConversionOutput, args: ConvertArgs) -
 
     from qwen3_npu.checkpoint.convert.verify import differences
     from qwen3_npu.checkpoint.verify.compare import VerifiedOutput
-    from qwen3_npu.checkpoint.verify.published import ShardSizes
+    from qwen3_npu.checkpoint.verify.shares import ShardSizes
 
     contents, layout = output.holds()
     asked = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(args.params_dtype or "")

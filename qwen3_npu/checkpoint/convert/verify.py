@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from qwen3_npu.checkpoint.convert.jobs import in_processes
-from qwen3_npu.checkpoint.formats.adapters import MergedSource, SharedA
+from qwen3_npu.checkpoint.formats.adapters import MergedSource, PlainLora, SharedA
 from qwen3_npu.checkpoint.formats.base import FileJob, job_bytes
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
@@ -19,6 +20,7 @@ from qwen3_npu.checkpoint.verify.adapters import (
     MegatronPairs,
     MergedTensors,
     PeftPairs,
+    PlainTensors,
     unlike_products,
     written_scale,
 )
@@ -50,15 +52,24 @@ def _verified(source: Opened | Source, alpha: float | None) -> VerifySource:
         return HfTensors(source)
     if isinstance(source, MegatronReader | DistReader):
         return megatron_tensors(source)
+    if isinstance(source, PlainLora):
+        return PlainTensors(_verified(source.adapter, alpha), source.r)
     assert isinstance(source, MergedSource)  # of a PEFT adapter alone see `differences`
     base, adapter = source.base, source.adapter
     opened = _verified(base, alpha)
     if isinstance(adapter, PeftReader):
         return MergedTensors(opened, PeftPairs(adapter))
-    assert isinstance(adapter, MegatronReader | DistReader)
-    scale = written_scale(adapter.folder, source.lora, alpha)
     tensors = opened if adapter is base else _verified(adapter, alpha)
-    return MergedTensors(opened, MegatronPairs(tensors, scale, adapter.contents))
+    assert isinstance(adapter, MegatronReader | DistReader | PlainLora)
+    return MergedTensors(opened, MegatronPairs(tensors, _scale(adapter, alpha), adapter.contents))
+
+
+def _scale(adapter: MegatronReader | DistReader | PlainLora, alpha: float | None) -> float:
+    """What a Megatron adapter's files say of it."""
+    stored = adapter.adapter if isinstance(adapter, PlainLora) else adapter
+    assert isinstance(stored, MegatronReader | DistReader)
+    assert stored.contents.lora is not None
+    return written_scale(stored.folder, stored.contents.lora, alpha)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +116,10 @@ def _of_all_files(source: Opened, alpha: float | None, output: VerifiedOutput) -
     if isinstance(source, SharedA):
         pairs = MegatronPairs(output.itself(), written, output.contents)
         return lines + unlike_products(PeftPairs(source.adapter), pairs, output.contents.arch)
-    assert isinstance(source, MegatronReader | DistReader)
-    scale = written_scale(source.folder, lora, alpha)
-    return lines if scale == written else [*lines, f"differs: the adapter is scaled by {written:g}, not {scale:g}"]
+    assert isinstance(source, MegatronReader | DistReader | PlainLora)
+    scale = _scale(source, alpha)
+    return (
+        lines
+        if math.isclose(scale, written, rel_tol=1e-12)
+        else [*lines, f"differs: the adapter is scaled by {written:g}, not {scale:g}"]
+    )

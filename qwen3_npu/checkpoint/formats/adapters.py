@@ -13,6 +13,7 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     DType,
     Region,
     convert_dtype,
+    from_float32,
     full,
     intersect,
     relative,
@@ -28,6 +29,7 @@ from qwen3_npu.checkpoint.mapping.lora import (
     PEFT_SCORE,
     Contents,
     Lora,
+    initial,
     is_a,
     peft_module,
     peft_name,
@@ -119,6 +121,46 @@ class MergedSource:
 def is_turned(name: str) -> bool:
     """Whether a weight is the transpose of its adapter's product B A: an embedding is."""
     return peft_name(name, "A").endswith("lora_embedding_A")
+
+
+class PlainLora:
+    """A PiSSA adapter as LoRA of twice the rank on the weights themselves: B A - B0 A0, as peft converts it.
+
+    The first r rows of A and columns of B are the trained ones, the others those that it began with, B's negated.
+    """
+
+    def __init__(self, adapter: Source) -> None:
+        lora = adapter.contents.lora
+        assert lora is not None
+        self.adapter, self.arch, self.r = adapter, adapter.arch, lora.r
+        alpha = lora.alpha * (math.sqrt(2) if lora.is_stabilized else 2)
+        self.lora = dataclasses.replace(lora, r=2 * lora.r, alpha=alpha, is_residual=False)
+        self.contents = Contents(self.arch, base=False, lora=self.lora)
+
+    def dtype(self, name: str) -> DType:
+        return self.adapter.dtype(name)
+
+    def read(self, name: str, region: Region) -> np.ndarray:
+        if name == PEFT_SCORE or name.endswith(MAGNITUDE):
+            return self.adapter.read(name, region)
+        axis, dtype = 0 if is_a(name) else 1, self.dtype(name)
+        out = np.zeros(sizes(region), dtype.carrier)
+        for start, stored in ((0, name), (self.r, initial(name))):
+            if stored != name and "lora_embedding_" in name:
+                continue  # begins with an A of 0
+            place = tuple((start, start + self.r) if i == axis else region[i] for i in range(2))
+            common = intersect(region, place)
+            if common is None:
+                continue
+            there = tuple((a - start, b - start) if i == axis else (a, b) for i, (a, b) in enumerate(common))
+            data = self.adapter.read(stored, there)
+            if start and axis:
+                data = from_float32(-to_float32(data, dtype), dtype)
+            view_of(out, common, region)[...] = data
+        return out
+
+    def close(self) -> None:
+        self.adapter.close()
 
 
 class SharedA:

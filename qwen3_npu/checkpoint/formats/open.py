@@ -14,7 +14,7 @@ from qwen3_npu.args.convert import HF, MEGATRON
 from qwen3_npu.args.model import ModelArgs, ShapeArgs, arch_from_shapes
 from qwen3_npu.checkpoint import manifest
 from qwen3_npu.checkpoint.formats import dist_write, torch_write
-from qwen3_npu.checkpoint.formats.adapters import MergedSource, SharedA
+from qwen3_npu.checkpoint.formats.adapters import MergedSource, PlainLora, SharedA
 from qwen3_npu.checkpoint.formats.base import MegatronWriter
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.folders import (
@@ -31,7 +31,6 @@ from qwen3_npu.checkpoint.formats.huggingface import HfReader, open_hf
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader, checkpoint_args
-from qwen3_npu.checkpoint.mapping.lora import check_apart
 from qwen3_npu.distributed.layout import Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
@@ -41,7 +40,7 @@ from qwen3_npu.progress import Progress
 
 WRITERS: dict[str, MegatronWriter] = {TORCH: torch_write, TORCH_DIST: dist_write}
 Checkpoint = HfReader | PeftReader | MegatronReader | DistReader
-Opened = Checkpoint | MergedSource | SharedA
+Opened = Checkpoint | MergedSource | PlainLora | SharedA
 
 
 class Peers:
@@ -239,6 +238,7 @@ class Sources:
         lora_load: adapter to merge into it.
         merge: merge the adapter that is in `load` itself.
         shared_a: give a PEFT adapter the form of a Megatron one.
+        plain: give a PiSSA adapter the form of LoRA.
         ignored: arguments of a Megatron checkpoint that are not looked at.
     """
 
@@ -250,6 +250,7 @@ class Sources:
     lora_alpha: float | None = None
     merge: bool = False
     shared_a: bool = False
+    plain: bool = False
     ignored: tuple[str, ...] = ()
 
     def checked(self, flag: str = "--load", peers: Peers = ALONE) -> tuple[Sources, Path]:
@@ -290,7 +291,6 @@ class Sources:
             )
         if not (adapter.arch.same_weights(base.arch) or adapter.arch.same_weights(base.arch.as_reward())):
             raise UsageError(f"--lora-load {self.lora_load} is for {adapter.arch}, but {self.load} holds {base.arch}")
-        check_apart(adapter.contents.lora, self.lora_load)
         if isinstance(adapter, PeftReader):
             adapter.check_carried(base)
         return adapter
@@ -300,7 +300,12 @@ class Sources:
         if self.lora_load is not None or self.merge:
             adapter = self.open_adapter(base) if self.lora_load is not None else base
             assert adapter.contents.lora is not None
+            if adapter is not base and adapter.contents.lora.is_residual:
+                plain = PlainLora(adapter)
+                return MergedSource(base, plain, plain.lora)
             return MergedSource(base, adapter, adapter.contents.lora)
+        if self.plain:
+            return PlainLora(base)
         return SharedA(base) if self.shared_a and isinstance(base, PeftReader) else base
 
 

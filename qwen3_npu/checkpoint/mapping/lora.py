@@ -21,6 +21,7 @@ of an expert's FFN width, H the hidden size):
                                 .weight1_lora_b    [r, E 2F], memory (E, r, [gate | up])
                                 .weight2_lora_a    [E F, r], memory (E, F, r)
                                 .weight2_lora_b    [E r, H], memory (E, r, H)
+    with PiSSA                  .weight1_lora_a_initial, .. beside each of them; of linears .lora_A.initial.weight, ..
     with DoRA                   .weight1_lora_magnitude_vector [E 2F], .weight2_lora_magnitude_vector [E H]
     Stacked experts multiply from the right: weight1 (E, H, 2F) += (alpha / r) * lora_a (E, H, r) @ lora_b (E, r, 2F).
 
@@ -67,7 +68,8 @@ class Lora:
         is_stabilized: rsLoRA.
         layers: of the targets that not every layer has.
         is_dora: each row of W + scale B A is brought to the length that the magnitude vector says.
-        is_residual: the base beside it is what PiSSA has left of the weights; they belong together.
+        is_residual: of PiSSA, so it has the A and B that it began with, too: the base beside it in a checkpoint is what
+            they have left of the weights, and to the weights themselves it adds scale (B A - B0 A0).
     """
 
     r: int
@@ -91,18 +93,14 @@ class Lora:
         return f"{kind} r {self.r}, alpha {self.alpha:g}, {spelled(self.targets, self.layers)}"
 
 
-def check_apart(lora: Lora | None, folder: str) -> None:
-    """Raises: UsageError: an adapter is taken from its base, which PiSSA has changed."""
-    if lora is not None and lora.is_residual:
-        raise UsageError(
-            f"{folder} holds a {lora}, which belongs to the base beside it: load both with --load (convert_ckpt.py: "
-            f"--load-dir), which merges them"
-        )
-
-
 def is_lora(name: str) -> bool:
     """Whether a Megatron name is that of a LoRA tensor."""
     return "lora_" in name
+
+
+def initial(name: str) -> str:
+    """The name of the A or B that PiSSA began with, beside that which is trained. PEFT has no such tensor."""
+    return name.removesuffix(".weight") + ".initial.weight"
 
 
 def peft_name(hf: str, matrix: str) -> str:
@@ -149,9 +147,20 @@ def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> I
         elif lora.has(target := target_of(shard.name), shard.layer) and len(shard.view) > 1:  # a bias has no adapter
             if target == "embedding":
                 shard = _turned(shard)
-            yield from _stacked(shard, lora.r) if len(shard.view) == 3 else _linear(shard, lora.r)
+            pair = tuple(_stacked(shard, lora.r) if len(shard.view) == 3 else _linear(shard, lora.r))
+            yield from pair
+            if lora.is_residual and target != "embedding":
+                yield from map(_initial, pair)
             if lora.is_dora:
                 yield _magnitudes(shard)
+
+
+def _initial(shard: Shard) -> Shard:
+    """Beside an A or B that which PiSSA began with."""
+    pieces = tuple(dataclasses.replace(piece, hf=initial(piece.hf)) for piece in shard.slices)
+    is_stacked = len(shard.view) == 3
+    name = f"{shard.name}_initial" if is_stacked else shard.name.replace(".default.", ".initial.")
+    return dataclasses.replace(shard, name=name, slices=pieces)
 
 
 def _magnitudes(shard: Shard) -> Shard:

@@ -30,6 +30,7 @@ def load_weights(
     *,
     contents: Contents | None = None,
     loads: Callable[[str], bool] = lambda name: True,
+    change: Callable[[torch.nn.Parameter, torch.Tensor], torch.Tensor] = lambda parameter, weight: weight,
     allow_nonfinite: bool = False,
 ) -> None:
     """Fill this rank's parameters.
@@ -38,6 +39,7 @@ def load_weights(
         chunks: the model chunks, not wrapped.
         contents: what the model is made of; by default weights without LoRA adapters.
         loads: which parameters are filled, by their names.
+        change: a parameter and its weight, of its shard's view and on the host -> what it is filled with.
         allow_nonfinite: take NaN and infinite values too (--allow-nonfinite-weights).
 
     Raises:
@@ -53,7 +55,7 @@ def load_weights(
         for name, shard in wanted.items():
             if not loads(name):
                 continue
-            filled = _fill(parameters[name], source, shard)
+            filled = _fill(parameters[name], source, shard, functools.partial(change, parameters[name]))
             if not allow_nonfinite:
                 # Both are NaN if anything is; they stay on the device, which is waited for once.
                 label = " + ".join(dict.fromkeys(piece.hf for piece in shard.slices)) or name
@@ -69,15 +71,19 @@ def load_weights(
             )
 
 
-def _fill(parameter: torch.nn.Parameter, source: Source, shard: Shard) -> torch.Tensor:
+def _fill(
+    parameter: torch.nn.Parameter,
+    source: Source,
+    shard: Shard,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
     """Read a parameter. What is NaN or infinite if a weight is."""
     kind = held(parameter)
     dtype = dtype_of(parameter) if kind is None else BY_TORCH[str(kind.dtype).removeprefix("torch.")]
-    weight = to_torch(read_shard(source, shard, dtype), dtype)
+    weight = change(to_torch(read_shard(source, shard, dtype), dtype).view(shard.view))
     if kind is None:
-        parameter.copy_(weight)
+        parameter.copy_(weight.reshape(shard.shape))
         return parameter
-    weight = weight.view(shard.view)
     turned = weight.transpose(1, 2) if weight.dim() == 3 else weight  # experts: as Hugging Face has them
     return fill(parameter, turned, functools.partial(_scales_of_tensors, source, shard, dtype))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.mapping.frozen import frozen_weights
-from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE, check_apart, is_lora
+from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE, is_lora
 from qwen3_npu.checkpoint.mapping.source import listed, read_shard, read_tensor
 from qwen3_npu.checkpoint.mapping.table import SCORE
 from qwen3_npu.checkpoint.training import optimizer_state
@@ -56,23 +57,7 @@ def load(
             fit the model or its LoRA adapter.
     """
     base = _open_base(trained, args)
-    if base is not None:
-        load_weights(
-            base,
-            trained.layout,
-            model_rank(),
-            trained.chunks,
-            contents=trained.contents,
-            loads=lambda name: not is_lora(name) and (base.arch.reward or name != SCORE.megatron),
-            allow_nonfinite=args.allow_nonfinite_weights,
-        )
     adapter = _open_adapter(trained, base, lora_load)
-    if trained.contents.lora and adapter is None:
-        for module in (module for chunk in trained.chunks for module in chunk.modules()):
-            if isinstance(module, LoraLinear | LoraExperts | LoraEmbedding):
-                module.begin()
-    if trained.contents.arch.reward and adapter is None:
-        _take_head(trained, base)
     if adapter is not None:
         load_weights(
             adapter,
@@ -83,11 +68,43 @@ def load(
             loads=is_lora,
             allow_nonfinite=args.allow_nonfinite_weights,
         )
+    if base is not None:
+        # What a checkpoint holds beside a PiSSA adapter is what that has left of the weights.
+        residual = {} if adapter is base else _residual(trained, is_new=adapter is None)
+        load_weights(
+            base,
+            trained.layout,
+            model_rank(),
+            trained.chunks,
+            contents=trained.contents,
+            loads=lambda name: not is_lora(name) and (base.arch.reward or name != SCORE.megatron),
+            change=lambda parameter, weight: residual.get(id(parameter), lambda whole: whole)(weight),
+            allow_nonfinite=args.allow_nonfinite_weights,
+        )
+    if trained.contents.lora and adapter is None:
+        for module in (module for chunk in trained.chunks for module in chunk.modules()):
+            if isinstance(module, LoraLinear | LoraExperts | LoraEmbedding):
+                module.begin()
+    if trained.contents.arch.reward and adapter is None:
+        _take_head(trained, base)
     state = adapter if trained.contents.lora else base
     position = _resume(trained, args, state, facts or {})
     for source in {id(source): source for source in (base, adapter) if source is not None}.values():
         source.close()
     return position
+
+
+def _residual(trained: Trained, *, is_new: bool) -> dict[int, Callable[[torch.Tensor], torch.Tensor]]:
+    """Parameter's id -> whole weight -> what PiSSA leaves of it; `is_new`: the adapter is made of it."""
+    found: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
+    for module in (module for chunk in trained.chunks for module in chunk.modules()):
+        if isinstance(module, LoraLinear) and module.from_base:
+            found[id(module.base_layer.weight)] = functools.partial(module.residual, is_new=is_new)
+        elif isinstance(module, LoraExperts) and module.from_base:
+            for which in module.adapted:
+                weight = getattr(module, f"weight{which}")
+                found[id(weight)] = functools.partial(module.residual, which, is_new=is_new)
+    return found
 
 
 def _open_base(trained: Trained, args: CheckpointArgs) -> Checkpoint | None:
@@ -152,7 +169,11 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
         if opened is None:
             raise UsageError(f"--lora-load {lora_load} holds neither a checkpoint nor a PEFT adapter")
         check_same_model(opened.arch, trained.contents.arch, f"--lora-load {lora_load}")
-        check_apart(opened.contents.lora, lora_load)
+        if base is not None and base.contents.lora is not None and base.contents.lora.is_residual:
+            raise UsageError(
+                f"--load {base.folder} holds what PiSSA has left of a model, beside its own adapter: give the model, "
+                f"or drop --lora-load {lora_load}"
+            )
         if isinstance(opened, PeftReader) and base is not None:
             opened.check_carried(base)
         adapter = SharedA(opened) if isinstance(opened, PeftReader) else opened
@@ -166,6 +187,7 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
             f"{' --use-rslora' * there.is_stabilized}{' --no-use-rslora' * (lora.is_stabilized > there.is_stabilized)}"
             f"{' --use-dora' * there.is_dora}{' --no-use-dora' * (lora.is_dora > there.is_dora)}"
             f"{' --lora-init pissa' * there.is_residual}"
+            f"{' --lora-init kaiming' * (lora.is_residual > there.is_residual)}"
         )
     if lora_load is not None:
         log.info(f"LoRA adapter: {lora_load}")
@@ -187,7 +209,7 @@ def _open(load: str, step: int | None, flag: str, trained: Trained) -> Checkpoin
     return reader(found, lora_alpha=lora.alpha if lora else None, arch=arch, prefer=model_rank())
 
 
-def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[str, Any]) -> Position:
+def _resume(trained: Trained, args: CheckpointArgs, source: AdapterSource | None, facts: Mapping[str, Any]) -> Position:
     """Load everything but the weights, if `source` is a training's checkpoint and the training resumes."""
     why, state = None, None
     if args.finetune:
@@ -207,6 +229,7 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
             f"{state.folder} holds the optimizer state of Megatron or MindSpeed-LLM (distrib_optim.pt): only weights "
             f"can be loaded; give --finetune"
         )
+    assert source is not None, "`state` is of it"
     saved, model = vars(state.common["args"]), trained.contents.arch
     now = {**facts, **model_facts(model)}
     check_resumed({**saved, **model_facts(source.arch)}, now, args.allow_changed, str(state.folder))

@@ -92,7 +92,8 @@ class Trained:
     @property
     def optimized(self) -> Contents:
         """The tensors that are trained."""
-        return dataclasses.replace(self.contents, base=self.contents.lora is None, without=self.frozen)
+        lora = self.contents.lora and dataclasses.replace(self.contents.lora, is_residual=False)
+        return dataclasses.replace(self.contents, base=lora is None, lora=lora, without=self.frozen)
 
     @property
     def dtype(self) -> DType:
@@ -216,7 +217,7 @@ def snapshot(
     Args:
         writes: this rank writes files of its own.
     """
-    contents = trained.optimized if adapter_only else trained.contents
+    contents = dataclasses.replace(trained.contents, base=False) if adapter_only else trained.contents
     saved_args = to_args(contents.arch, trained.layout, trained.dtype)
     if contents.lora:
         saved_args |= lora_args(contents.lora)

@@ -60,6 +60,41 @@ class MegatronPairs:
         return (b.T, a, self.scale) if is_turned(names[0]) else (a, b, self.scale)
 
 
+class PlainTensors(VerifySource):
+    """A PiSSA adapter of rank r as LoRA of twice the rank: what it began with comes behind, B negated.
+
+    B A - B0 A0, as peft's `LoraModel.subtract_mutated_init`. The embedding began with an A of 0.
+    """
+
+    def __init__(self, tensors: VerifySource, r: int) -> None:
+        self.tensors, self.r = tensors, r
+
+    def dtypes(self, name: str) -> set[torch.dtype]:
+        return self.tensors.dtypes(name)
+
+    def read(self, name: str, rows: Span, columns: Span) -> torch.Tensor:
+        if "lora_A" not in name and "lora_B" not in name and "lora_embedding_" not in name:
+            return self.tensors.read(name, rows, columns)
+        by_rows = ".lora_A." in name  # an embedding's A is read as its transpose
+        wanted = rows if by_rows else columns
+        parts: list[torch.Tensor] = []
+        for start, stored in ((0, name), (self.r, name.replace(".weight", ".initial.weight"))):
+            span = max(wanted[0] - start, 0), min(wanted[1] - start, self.r)
+            if span[0] >= span[1]:
+                continue
+            if start and "lora_embedding_" in name:
+                other = columns if by_rows else rows
+                size = (span[1] - span[0], other[1] - other[0])
+                part = torch.zeros(size if by_rows else size[::-1], dtype=parts[0].dtype if parts else torch.float32)
+            else:
+                part = self.tensors.read(stored, *((span, columns) if by_rows else (rows, span)))
+            parts.append(-part if start and not by_rows else part)
+        return torch.cat(parts, dim=0 if by_rows else 1)
+
+    def close(self) -> None:
+        self.tensors.close()
+
+
 class PeftPairs:
     """A PEFT directory."""
 

@@ -23,14 +23,8 @@ from qwen3_npu.checkpoint.manifest import Count
 from qwen3_npu.checkpoint.mapping.lora import Contents
 from qwen3_npu.checkpoint.verify.adapters import MergedTensors
 from qwen3_npu.checkpoint.verify.libraries import failed, torch_tensors
-from qwen3_npu.checkpoint.verify.published import (
-    PADDING,
-    ShardSizes,
-    StripPiece,
-    is_turned,
-    published_shapes,
-    rank_tensors,
-)
+from qwen3_npu.checkpoint.verify.published import PADDING, is_turned, published_shapes
+from qwen3_npu.checkpoint.verify.shares import ShardSizes, StripPiece, rank_tensors
 from qwen3_npu.checkpoint.verify.tensors import (
     PieceTensors,
     StoredChunks,

@@ -1,7 +1,7 @@
 """What --verify reads from: tensors under Hugging Face's and PEFT's names, read by the safetensors library and torch.
 
-Where they lie in Megatron's files, `published.py` says. Of the readers of conversions only what a folder is, its
-architecture and the sizes of its layout are taken.
+Where they lie in Megatron's files, `published.py` and `shares.py` say. Of the readers of conversions only what a folder
+is, its architecture and the sizes of its layout are taken.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from qwen3_npu.checkpoint.formats.folders import METADATA
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS, MegatronReader
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.verify import published
+from qwen3_npu.checkpoint.verify import published, shares
 from qwen3_npu.checkpoint.verify.libraries import NORMS, dist_metadata, failed, torch_tensors
-from qwen3_npu.checkpoint.verify.published import ShardSizes, Span, StripPiece, WholeMatrix
+from qwen3_npu.checkpoint.verify.published import Span, WholeMatrix
+from qwen3_npu.checkpoint.verify.shares import ShardSizes, StripPiece
 from qwen3_npu.errors import UsageError
 
 _MODEL = ("embedding.", "decoder.", "output_layer.", "score.")  # keys of weights
@@ -149,7 +150,7 @@ def torch_places(folder: Path, contents: Contents, sizes: ShardSizes) -> Iterato
     opened = functools.cache(torch_tensors)
     for name, rank in sizes.ranks().items():
         tensors = opened(folder / name / WEIGHTS)
-        for key, held in published.rank_tensors(contents, sizes, rank).items():
+        for key, held in shares.rank_tensors(contents, sizes, rank).items():
             tensor = tensors.get(key)
             if tensor is None:
                 continue
@@ -256,7 +257,7 @@ class StoredChunks:
                     (column, row), (columns, rows) = ([row], column[0]), ([rows], columns[0])
                 wanted = (whole.rows,) if whole.is_vector else (whole.rows, whole.columns)
                 across = (column[0], column[0] + columns[0]) if column else (0, 1)
-                pieces = published.pieces(whole, [(row, row + rows)], across, 0 if whole.is_turned else None)
+                pieces = shares.pieces(whole, [(row, row + rows)], across, 0 if whole.is_turned else None)
             size = tuple(tensor.size)[lead:]
             size = size[::-1] if matrix and matrix[0].is_turned else size
             place = info.relative_path

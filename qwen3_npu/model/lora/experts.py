@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.experts import GroupedExperts, is_like_dense
 from qwen3_npu.model.lora.dora import RowLengths
-from qwen3_npu.model.lora.start import draw, principal
+from qwen3_npu.model.lora.start import draw, principal, subtracted
 from qwen3_npu.model.modules import mark
 from qwen3_npu.model.quantized import held, restored
 
@@ -41,6 +41,12 @@ class LoraExperts(GroupedExperts):
             self.weight2_lora_a = self._update(e * self.ffn, r, is_sharded=sharded)
             self.weight2_lora_b = self._update(e * r, self.hidden, is_sharded=False)
             self._init_each(self.weight2_lora_a, args, self.ffn, alike=False)
+        if self.from_base:
+            for name in [name for name, _ in self.named_parameters() if "lora_" in name]:
+                begun = torch.nn.Parameter(getattr(self, name).detach().clone())
+                vars(begun).update(vars(getattr(self, name)))
+                self.register_parameter(f"{name}_initial", begun)
+        self.adapted = [which for which in (1, 2) if f"linear_fc{which}" in adapted]
         self.is_dora = args.use_dora
         if self.is_dora:
             self._add_magnitudes(adapted, is_sharded=sharded)
@@ -105,22 +111,22 @@ class LoraExperts(GroupedExperts):
     @torch.no_grad()
     def begin(self) -> None:
         """What new adapters take from the base's weights, which are there now."""
-        self._begin_with_residual()
         for which in self.row_lengths if self.is_dora else ():
             getattr(self, f"weight{which}_lora_magnitude_vector").copy_(self.lengths(which).flatten())
 
-    def _begin_with_residual(self) -> None:
-        e, group = self.num_local_experts, self.pg_collection.expt_tp
-        for which, rows, dim in ((1, self.hidden, 0), (2, self.ffn, 1)) if self.from_base else ():
-            a = getattr(self, f"weight{which}_lora_a", None)
-            if a is None:
-                continue
-            weight, b = getattr(self, f"weight{which}"), getattr(self, f"weight{which}_lora_b")
-            turned = weight.view(e, rows, -1).transpose(1, 2)
-            rest, new_a, new_b = principal(turned, self.rank, self.scale, group=group, dim=dim)
-            turned.copy_(rest)
-            a.view(e, -1, self.rank).copy_(new_a.transpose(1, 2))
-            b.view(e, self.rank, -1).copy_(new_b.transpose(1, 2))
+    @torch.no_grad()
+    def residual(self, which: int, weight: torch.Tensor, *, is_new: bool) -> torch.Tensor:
+        """PiSSA: what is left of whole weights (expert, in, out); A and B are set to what is taken if they are new."""
+        e, group, r = self.num_local_experts, self.pg_collection.expt_tp, self.rank
+        turned, own = weight.to(self.weight1.device).transpose(1, 2), f"weight{which}_lora_"
+        if is_new:
+            a, b = principal(turned, r, self.scale, group=group, dim=which - 1)
+            for end in ("", "_initial"):
+                getattr(self, f"{own}a{end}").view(e, -1, r).copy_(a.transpose(1, 2))
+                getattr(self, f"{own}b{end}").view(e, r, -1).copy_(b.transpose(1, 2))
+        a = getattr(self, f"{own}a_initial").view(e, -1, r).transpose(1, 2)
+        b = getattr(self, f"{own}b_initial").view(e, r, -1).transpose(1, 2)
+        return subtracted(turned, a, b, self.scale).transpose(1, 2)
 
     def multiply(self, which: int, x: torch.Tensor, product: Callable) -> torch.Tensor:
         """The base product plus the adapter's."""

@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.lora.dora import RowLengths
-from qwen3_npu.model.lora.start import AdapterWeight, draw, new_weight, principal
+from qwen3_npu.model.lora.start import AdapterWeight, draw, new_weight, principal, subtracted
 from qwen3_npu.model.modules import weight_gradient
 from qwen3_npu.model.quantized import restored, shape_of
 
@@ -88,6 +88,9 @@ class LoraLinear(MegatronModule):
         second = self._weight(out_features, args.lora_r, self.by_output, 0)
         self.lora_A = torch.nn.ModuleDict({"default": first})
         self.lora_B = torch.nn.ModuleDict({"default": second})
+        if self.from_base:
+            self.lora_A["initial"] = self._weight(args.lora_r, in_features, not self.by_output, 1)
+            self.lora_B["initial"] = self._weight(out_features, args.lora_r, self.by_output, 0)
         self.is_dora = args.use_dora
         if self.is_dora:
             self._add_magnitudes(out_features)
@@ -111,14 +114,20 @@ class LoraLinear(MegatronModule):
     @torch.no_grad()
     def begin(self) -> None:
         """What a new adapter takes from the base's weights, which are there now."""
-        if self.from_base:
-            weight = self.base_layer.weight
-            rest, a, b = principal(weight, self.rank, self.scale, group=self.group, dim=0 if self.by_output else 1)
-            weight.copy_(rest)
-            self.lora_A["default"]().copy_(a)
-            self.lora_B["default"]().copy_(b)
         if self.is_dora:
             self.lora_magnitude_vector["default"]().copy_(self.lengths())
+
+    @torch.no_grad()
+    def residual(self, weight: torch.Tensor, *, is_new: bool) -> torch.Tensor:
+        """PiSSA: what is left of the whole weight [out, in]; A and B are set to what is taken if they are new."""
+        weight = weight.to(self.base_layer.weight.device)
+        if is_new:
+            dim = 0 if self.by_output else 1
+            a, b = principal(weight, self.rank, self.scale, group=self.group, dim=dim)
+            for name in ("default", "initial"):
+                self.lora_A[name]().copy_(a)
+                self.lora_B[name]().copy_(b)
+        return subtracted(weight, self.lora_A["initial"](), self.lora_B["initial"](), self.scale)
 
     def _weight(self, rows: int, columns: int, is_sharded: bool, dim: int) -> AdapterWeight:
         device = self.base_layer.weight.device

@@ -49,16 +49,16 @@ def draw(weight: torch.Tensor, args: LoraArgs, columns: int) -> None:
 
 def principal(
     weight: torch.Tensor, r: int, scale: float, *, group: torch.distributed.ProcessGroup, dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """PiSSA (arXiv:2404.02948) of this rank's part of W: what is left of it, A and B, so that rest + scale B A = W.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PiSSA (arXiv:2404.02948): A and B of this rank's part of W, the best approximation of W / scale of rank r.
 
-    B A is the best approximation of W / scale of rank r; A and B share its singular values evenly.
+    They share its singular values evenly.
 
     Args:
         weight: [.., out, in], sharded over `group` along -2 (`dim` 0) or -1 (`dim` 1).
 
     Returns:
-        rest as the weight. A [.., r, in]; B [.., out, r]: that of the side that is sharded is this rank's part.
+        A [.., r, in]; B [.., out, r]: that of the side that is sharded is this rank's part.
     """
     axis, dtype = dim - 2, weight.dtype
     parts = [torch.empty_like(weight) for _ in range(group.size())]
@@ -72,5 +72,9 @@ def principal(
     size, start = weight.shape[axis], weight.shape[axis] * group.rank()
     b = b.narrow(-2, start, size) if dim == 0 else b
     a = a.narrow(-1, start, size) if dim == 1 else a
-    rest = (weight.float() - scale * (b.float() @ a.float())).to(dtype)
-    return rest, a, b
+    return a, b
+
+
+def subtracted(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """W - scale B A, computed in float32."""
+    return (weight.float() - scale * (b.float() @ a.float())).to(weight.dtype)

@@ -142,18 +142,18 @@ class StepRecorder:
 
     # Modules
 
-    def _starts(self, module: torch.nn.Module, _: Any) -> None:
+    def _starts(self, module: torch.nn.Module, _: object) -> None:
         self._started[id(module)] += 1
         self.micro_batch = self._started[id(module)]
         self.is_live = self.is_open and (self.exact or self.micro_batch == 1)
 
-    def _enters(self, name: str, *_: Any) -> None:
+    def _enters(self, name: str, *_: object) -> None:
         self._where.append(name)
 
-    def _leaves(self, *_: Any) -> None:
+    def _leaves(self, *_: object) -> None:
         self._where.pop()
 
-    def _layer(self, name: str, module: torch.nn.Module, _: Any, output: Any) -> None:
+    def _layer(self, name: str, module: torch.nn.Module, _: object, output: torch.Tensor | tuple) -> None:
         if not self.is_live:
             return
         out = output[0] if isinstance(output, tuple) else output

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3_npu import log
 from qwen3_npu.ledger.picture import heat, png
@@ -21,6 +21,9 @@ from qwen3_npu.training.reports.planned import PlannedMeasured
 from qwen3_npu.training.reports.records import Records
 from qwen3_npu.training.reports.trackers import Tracked, finite
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
@@ -155,7 +158,7 @@ class Reporter:
         if self.planned is not None:
             self.planned.explain(iteration, record)
 
-        def events(writer: Any) -> None:
+        def events(writer: SummaryWriter) -> None:
             for kind, seconds in record["mean"].items():
                 writer.add_scalar(f"time/{kind}", seconds / max(record["seconds"], 1e-12), iteration)
             if record["ranks"] == 1:
@@ -170,6 +173,7 @@ class Reporter:
                 "colorspace": 3,
                 "encoded_image_string": png(line),
             }
+            assert writer.file_writer is not None
             writer.file_writer.add_summary(
                 Summary(value=[Summary.Value(tag="time/own work by rank", image=Summary.Image(**image))]), iteration
             )
@@ -251,7 +255,7 @@ class Reporter:
         # What tools for Megatron's logs look for.
         named = values | ({"lm loss": values["loss"]} if "loss" in values else {})
 
-        def scalars(writer: Any) -> None:
+        def scalars(writer: SummaryWriter) -> None:
             for name, value in named.items():
                 writer.add_scalar(name, value, iteration)
 

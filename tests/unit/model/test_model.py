@@ -208,14 +208,15 @@ def test_pissa_splits_a_weight_as_peft_does() -> None:
     import peft
     import torch.distributed as dist
 
-    from qwen3_npu.model.lora.start import principal
+    from qwen3_npu.model.lora.start import principal, subtracted
 
     torch.manual_seed(7)
     linear = torch.nn.Sequential(torch.nn.Linear(48, 32, bias=False))
     weight = linear[0].weight.detach().clone()
     config = peft.LoraConfig(r=4, lora_alpha=12, init_lora_weights="pissa", target_modules=["0"])
     theirs = peft.get_peft_model(linear, config).base_model.model[0]
-    rest, a, b = principal(weight, 4, 3.0, group=dist.group.WORLD, dim=0)
+    a, b = principal(weight, 4, 3.0, group=dist.group.WORLD, dim=0)
+    rest = subtracted(weight, a, b, 3.0)
     torch.testing.assert_close(rest, theirs.base_layer.weight, rtol=1e-5, atol=1e-6)
     signs = (a * theirs.lora_A["default"].weight).sum(1).sign()
     torch.testing.assert_close(a * signs[:, None], theirs.lora_A["default"].weight, rtol=1e-4, atol=1e-6)

@@ -21,7 +21,6 @@ CASES = {
     "MoE EP2 hidden": (True, {"expert": 2}),
     "ring CP2": (False, {"ring": True, "context": 2}),
     "TP2 SP": (False, {"tensor": 2, "sequence_parallel": True}),
-    "TP2 COC": (False, {"tensor": 2, "sequence_parallel": True, "overlap_tensor": True}),
     "TP2 MC2": (False, {"tensor": 2, "sequence_parallel": True, "overlap_tensor": True, "fused_tensor": True}),
 }
 
