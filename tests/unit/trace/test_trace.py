@@ -70,7 +70,7 @@ def test_products_hide_most_of_tensor_parallelism_and_the_plan_knows_it(traces: 
     """Closed forms leave the share that the played program leaves."""
     off, *on = (traces["hidden"][way] for way in ("off", "--use-ascend-coc", "--use-ascend-mc2"))
     for played, planned in on:
-        assert played < 0.5 * off[0]
+        assert played < 0.4 * off[0]
         assert planned / off[1] == pytest.approx(played / off[0], rel=0.15)
 
 
