@@ -21,6 +21,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.training import optimizer_state
 from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.distributed.launch import World, model_parallel
+from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.from_args import holds_reference
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.trace.batches import answers_of, full_batch, rows_of
@@ -69,7 +70,16 @@ class RankTrace:
 
 
 def trace_rank(platform: Platform, args: PretrainArgs, plan: TrainingPlan, rank: int) -> RankTrace:
-    """Run two steps of one rank of the job without data."""
+    """Run two steps of one rank of the job without data.
+
+    Raises:
+        UsageError: this kind of training cannot be traced.
+    """
+    if args.train.moe_expert_capacity_factor is not None:
+        raise UsageError(
+            f"--moe-expert-capacity-factor {args.train.moe_expert_capacity_factor} cannot be traced: which tokens are "
+            "dropped depends on their data; a plan counts it"
+        )
     size = plan.layout.tensor * plan.layout.pipeline * args.parallel.context_parallel_size * plan.data_parallel
     with pretended(rank, size, _routed_rows(args, plan)) as world:
         return traced(recorder_for(args, plan), platform, world, args, plan=plan)

@@ -17,6 +17,7 @@ from qwen3_npu import cli
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.distributed.launch import World
+from qwen3_npu.errors import UsageError
 from qwen3_npu.parity.rows import ParityRow, rows
 from qwen3_npu.plan.__main__ import main as plan_main
 from qwen3_npu.plan.activations import TORCH
@@ -162,7 +163,7 @@ def main() -> None:
         planned = {kind: getattr(memory, kind) for kind in ("weights", "gradients", "optimizer")}
         # Masters and moments are there from the start, too.
         start = max(start_bytes(shape, setup_of(args, plan), trace.stage), memory.static)
-        planned |= {"peak": memory.total, "start_peak": start}
+        planned |= {"peak": memory.total - memory.start, "start_peak": start}
         found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned}
     flags = BIG + BF16 + "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"
     args, _ = parsed(flags, 4)
@@ -173,6 +174,11 @@ def main() -> None:
     found["hidden"] = hidden(platform, WIDE, 8, ("tp", "tensor"), ends=ends)
     found["hidden experts"] = hidden(platform, MANY, 16, ("ep", "expert"))
     found["commands"] = [by_command(words) for words in COMMANDS]
+    args, plan = parsed(BF16 + EXPERTS + "--moe-expert-capacity-factor 1.5", 1)
+    try:
+        trace_rank(platform, args, plan, 0)
+    except UsageError as error:
+        found["refused"] = str(error)
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads of ended groups need not be waited for
