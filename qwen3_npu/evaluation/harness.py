@@ -15,7 +15,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
@@ -27,6 +27,9 @@ from qwen3_npu.args.inference import FOREIGN, GROUPS, InferenceArgs
 from qwen3_npu.data.text.conversation import Message
 from qwen3_npu.distributed import environment
 from qwen3_npu.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwen3_npu.inference.sampling import Sampling
 
 _GROUP = 200  # characters of a context by which contexts count as likely to begin alike
 _DEFAULT_ANSWER = 256  # tokens, as the harness' `hf`
@@ -106,7 +109,7 @@ class Qwen3Harness(TemplateLM):
         """Names what cached requests depend on."""
         return str(self.plan.tokenizer.path)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         return self.writer.tokens(string)
 
     def apply_chat_template(self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -202,7 +205,7 @@ class Qwen3Harness(TemplateLM):
         return dict(runner.gather([(number, stream.text) for number, stream in streams.items()]))
 
 
-def _sampling(wanted: dict[str, Any], seed: int) -> Any:
+def _sampling(wanted: dict[str, Any], seed: int) -> Sampling:
     """Raises: UsageError: a task asks for something else than greedy or sampled answers."""
     from qwen3_npu.inference.sampling import Sampling
 

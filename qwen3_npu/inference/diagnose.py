@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ def stop(runner: Runner, texts: Sequence[Sequence[int]]) -> NoReturn:
     found: list[tuple[int, int, str]] = []
     handles = []
 
-    def watch(name: str) -> Any:
+    def watch(name: str) -> Callable[[torch.nn.Module, object, object], None]:
         def hook(module: torch.nn.Module, args: object, output: object) -> None:
             # Only the first one: what comes after has it from there.
             if not found and not all(map(_finite, _tensors(output))):

@@ -6,6 +6,8 @@ weights' rows, so they are the same in every layout: blocks of 64 lie within a r
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +37,12 @@ class Scales:
     def of(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """Of some rows, flat."""
         return self.values[rows].flatten()
+
+    def part(self, rows: slice) -> Scales:
+        """The same of some rows."""
+        found = copy.copy(self)
+        found.values = self.values[rows]
+        return found
 
     def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
         """Take the scales of the matrix, flat."""
@@ -76,6 +84,12 @@ class DoubleScales:
         group = ((self.first[rows].unsqueeze(-1) + block) // nf4.GROUP).flatten()
         values = nf4.dynamic_values(device).index_select(0, codes.flatten())
         return values * self.tops.index_select(0, group) + self.means.index_select(0, group)
+
+    def part(self, rows: slice) -> DoubleScales:
+        """The same of some rows."""
+        found = copy.copy(self)
+        found.codes, found.first = self.codes[rows], self.first[rows]
+        return found
 
     def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
         """Quantize the scales of the tensors that the matrix is of."""
@@ -164,6 +178,18 @@ def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     """The shape of the weight."""
     kind = held(parameter)
     return tuple(parameter.shape) if kind is None else kind.shape
+
+
+def some_of(parameter: torch.Tensor, some: slice) -> torch.Tensor:
+    """A part of a quantized weight along its first dimension, in the same memory."""
+    kind = held(parameter)
+    assert kind is not None
+    count, each = kind.shape[0], math.prod(kind.shape[1:-1])
+    part = parameter.detach().view(count, -1)[some].flatten()
+    shape = some.stop - some.start, *kind.shape[1:]
+    scales = kind.scales.part(slice(some.start * each, some.stop * each))
+    vars(part)["nf4"] = Nf4Weight(shape, kind.dtype, scales)
+    return part
 
 
 def _blocks(parameter: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -276,7 +302,9 @@ def hold_codes(linear: torch.nn.Module, *, is_double: bool) -> None:
     linear.weight = quantized(weight, tuple(weight.shape), is_double=is_double)
 
 
-def _with_bias(linear: Any, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _with_bias(
+    linear: ColumnParallelLinear | RowParallelLinear, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if linear.skip_bias_add:
         return out, linear.bias
     return (out if linear.bias is None else out + linear.bias), None

@@ -109,7 +109,10 @@ def start_bytes(shape: Shape, setup: Setup, stage: int) -> float:
     if not setup.distributed_optimizer:
         return held
     largest = max(trained.expert * width, trained.dense * width - trained.expert * 4.0)
-    return held + largest / setup.virtual
+    masters = 0.0
+    if setup.swap_optimizer and setup.bf16:  # made on the device, each of a copy of its weight, before they leave it
+        masters = sharded_bytes(setup, trained, MASTER) + width * largest_count(shape, setup, stage)
+    return held + max(largest / setup.virtual, masters)
 
 
 def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:

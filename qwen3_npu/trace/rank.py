@@ -12,6 +12,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from torch._C._distributed_c10d import FakeWork
 
 from qwen3_npu.args.preference import PREFERENCE_STAGES
@@ -19,6 +21,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.checkpoint.training import optimizer_state
 from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.distributed.launch import World, model_parallel
+from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.from_args import holds_reference
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.trace.batches import answers_of, full_batch, rows_of
@@ -67,7 +70,16 @@ class RankTrace:
 
 
 def trace_rank(platform: Platform, args: PretrainArgs, plan: TrainingPlan, rank: int) -> RankTrace:
-    """Run two steps of one rank of the job without data."""
+    """Run two steps of one rank of the job without data.
+
+    Raises:
+        UsageError: this kind of training cannot be traced.
+    """
+    if args.train.moe_expert_capacity_factor is not None:
+        raise UsageError(
+            f"--moe-expert-capacity-factor {args.train.moe_expert_capacity_factor} cannot be traced: which tokens are "
+            "dropped depends on their data; a plan counts it"
+        )
     size = plan.layout.tensor * plan.layout.pipeline * args.parallel.context_parallel_size * plan.data_parallel
     with pretended(rank, size, _routed_rows(args, plan)) as world:
         return traced(recorder_for(args, plan), platform, world, args, plan=plan)
@@ -189,7 +201,7 @@ def _communicators() -> int:
     return sum(len(ranks) > 1 for ranks in joined)
 
 
-def _buffers(chunk: Any) -> list[Any]:
+def _buffers(chunk: DistributedDataParallel) -> list[_ParamAndGradBuffer]:
     return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 

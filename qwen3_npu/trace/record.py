@@ -138,7 +138,7 @@ class TraceRecorder(StorageWatch):
         name = func._schema.name.replace("::", ".")
         if not name.startswith("aten.") or name.split(".")[-1].rstrip("_") in _VIEWS or "empty" in name:
             return
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(getattr(torch.ops.aten, name.removeprefix("aten.").rstrip("_"), None))
         flops = count(*args, **kwargs, out_val=out) if count else 0.0
         if flops and self._fused is not None:
             name, ranks, moved = self._fused
@@ -228,11 +228,11 @@ def modules_named(recorder: TraceRecorder, chunks: Sequence[torch.nn.Module]) ->
         for name, module in chunk.named_modules():
             before: list[str] = []
 
-            def enter(_: Any, __: Any, name: str = name, before: list[str] = before) -> None:
+            def enter(_: object, __: object, name: str = name, before: list[str] = before) -> None:
                 before.append(recorder.module)
                 recorder.module = name
 
-            def leave(_: Any, __: Any, ___: Any, before: list[str] = before) -> None:
+            def leave(_: object, __: object, ___: object, before: list[str] = before) -> None:
                 recorder.module = before.pop() if before else ""
 
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]

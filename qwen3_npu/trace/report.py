@@ -28,7 +28,7 @@ def describe(trace: RankTrace, planned: StageMemory, device: Device, *, passes: 
         ("weights", trace.weights, planned.weights),
         ("gradients", trace.gradients, planned.gradients),
         ("optimizer", trace.optimizer, planned.optimizer),
-        ("peak", trace.peak, planned.total),
+        ("peak", trace.peak, planned.total - planned.start),
     ):
         lines.append(
             f"trace:   {name:<12}{value / GIB:>9.3f} GiB   planned {expected / GIB:>9.3f} GiB  {_off(value, expected)}"
@@ -123,7 +123,7 @@ def as_json(trace: RankTrace, planned: StageMemory, device: Device, passes: int)
         "stage": trace.stage,
         "bytes": {"weights": trace.weights, "gradients": trace.gradients, "optimizer": trace.optimizer},
         "peak_bytes": trace.peak,
-        "planned_peak_bytes": planned.total,
+        "planned_peak_bytes": planned.total - planned.start,
         "holders": merged(trace.holders),
         "operations": sum(times for operation, times in repeated(trace, passes) if not operation.ranks),
         "collectives": [

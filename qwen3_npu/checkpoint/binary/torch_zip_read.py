@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from qwen3_npu.checkpoint.binary.dtypes import Region, read_region
 from qwen3_npu.checkpoint.binary.pickles import Storage, TensorRef, read_pickle
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.schema import open_regular
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _BLOCK = 8 << 20  # bytes read at a time
 _MOST_PICKLE = 512 << 20  # bytes of data.pkl; the largest models' are a few MB
@@ -47,7 +50,7 @@ class _FileSection(io.RawIOBase):
     def tell(self) -> int:
         return self.position
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         into = memoryview(buffer).cast("B")
         wanted = max(0, min(len(into), self.length - self.position))
         data = os.pread(self.fd, wanted, self.start + self.position)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from qwen3_npu import log
 from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.convert.prompts import write_prompts
 from qwen3_npu.checkpoint.formats.base import FileJob, FileRecord, Target, remove_records
@@ -247,6 +248,10 @@ class PeftOutput(ConversionOutput):
         self.root = self.folder = root
         self.stage = root / STAGE
         self.config, self.dtype = peft_config(lora, base, arch), dtype
+        if arch.is_moe and ("linear_fc1" in lora.targets) != ("linear_fc2" in lora.targets):
+            log.warning(
+                "vLLM needs adapters of experts on linear_fc1 and linear_fc2, not on one alone; merge it to serve it"
+            )
         self.contents = Contents(arch, base=False, lora=lora)
         self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 

@@ -25,25 +25,30 @@ from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.schema import read_record
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_OF_EXPERTS = {"linear_fc1", "linear_fc2"}
 
 
 def peft_config(lora: Lora, base: str | None, arch: Qwen3Arch) -> dict[str, Any]:
     """The adapter_config.json of an adapter for the model in folder `base`; what it does not say is peft's default."""
     head = {"modules_to_save": ["score"]} if arch.reward else {}
+    alpha, is_stabilized = lora.alpha, lora.is_stabilized
+    if is_stabilized and arch.is_moe and set(lora.targets) & _OF_EXPERTS:
+        # vLLM 0.23 scales adapters of experts by lora_alpha / r whatever use_rslora says.
+        alpha, is_stabilized = lora.scale * lora.r, False
     return {
         **head,
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if arch.reward else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.r,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         **_targets(lora, arch),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "use_dora": lora.is_dora,
-        "use_rslora": lora.is_stabilized,
+        "use_rslora": is_stabilized,
     }
 
 

@@ -209,7 +209,7 @@ def _open(load: str, step: int | None, flag: str, trained: Trained) -> Checkpoin
     return reader(found, lora_alpha=lora.alpha if lora else None, arch=arch, prefer=model_rank())
 
 
-def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[str, Any]) -> Position:
+def _resume(trained: Trained, args: CheckpointArgs, source: AdapterSource | None, facts: Mapping[str, Any]) -> Position:
     """Load everything but the weights, if `source` is a training's checkpoint and the training resumes."""
     why, state = None, None
     if args.finetune:
@@ -229,6 +229,7 @@ def _resume(trained: Trained, args: CheckpointArgs, source: Any, facts: Mapping[
             f"{state.folder} holds the optimizer state of Megatron or MindSpeed-LLM (distrib_optim.pt): only weights "
             f"can be loaded; give --finetune"
         )
+    assert source is not None, "`state` is of it"
     saved, model = vars(state.common["args"]), trained.contents.arch
     now = {**facts, **model_facts(model)}
     check_resumed({**saved, **model_facts(source.arch)}, now, args.allow_changed, str(state.folder))

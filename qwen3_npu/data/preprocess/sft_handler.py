@@ -6,7 +6,7 @@ import abc
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -46,7 +46,10 @@ class Style(NamedTuple):
     eod: int | None
 
 
-class ConversationHandler(abc.ABC):
+Sample = TypeVar("Sample", Conversation, PreferencePair, Judged)  # what a record is read as
+
+
+class ConversationHandler(abc.ABC, Generic[Sample]):
     """Common part of the handlers of conversations: records to strings.
 
     Attributes:
@@ -54,14 +57,15 @@ class ConversationHandler(abc.ABC):
     """
 
     outputs: Sequence[str] = ()
-    look: Callable[[Any], Iterable[str]] | None = None
+    look: Callable[[Sample], Iterable[str]] | None = None
 
-    def __init__(self, read: Callable[[Mapping[str, Any], Columns], Any], columns: Columns, style: Style) -> None:
-        self.read, self.names, self.style = read, columns, style
+    def __init__(self, read: Callable[[Mapping[str, Any], Columns], Sample], columns: Columns, style: Style) -> None:
+        self.read: Callable[[Mapping[str, Any], Columns], Sample] = read
+        self.names, self.style = columns, style
         self.columns: Sequence[str] = columns.all()
 
     @abc.abstractmethod
-    def pieces(self, conversation: object) -> Iterable[list[str]]:
+    def pieces(self, conversation: Sample) -> Iterable[list[str]]:
         """A conversation (or pair) as parts, each a list of strings that are encoded one by one. Raises: ValueError:
         it has none.
         """
@@ -70,7 +74,7 @@ class ConversationHandler(abc.ABC):
     def documents(self, prepared: Prepared, tokens: Tokens) -> Mapping[str, Tokens]:
         """The documents of each output; the layout is (strings of each part, parts and `tag` of each sample)."""
 
-    def tag(self, conversation: object) -> int:
+    def tag(self, conversation: Sample) -> int:
         """What `documents` must know of a sample beside its tokens."""
         return 0
 
@@ -110,12 +114,12 @@ class ConversationHandler(abc.ABC):
         return Prepared(texts, layout, BlockSummary(len(block.numbers), counts, bad, warnings))
 
 
-class InstructionHandler(ConversationHandler):
+class InstructionHandler(ConversationHandler[Conversation]):
     """input_ids, attention_mask (ones) and labels of each conversation."""
 
     outputs = ("packed_input_ids", "packed_attention_mask", "packed_labels")
 
-    def pieces(self, conversation: Any) -> Iterable[list[str]]:
+    def pieces(self, conversation: Conversation) -> Iterable[list[str]]:
         """The source and the target of each turn."""
         return itertools.chain.from_iterable(self.style.template.render(conversation, self.style.thinking, False))
 
@@ -183,7 +187,7 @@ def _sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return (totals[ends] - totals[ends - sizes]).astype(np.int32)
 
 
-class PairwiseHandler(ConversationHandler):
+class PairwiseHandler(ConversationHandler[PreferencePair]):
     """chosen and rejected answers to the same prompt, each as ids and labels."""
 
     outputs = (
@@ -193,7 +197,7 @@ class PairwiseHandler(ConversationHandler):
         "packed_rejected_labels",
     )
 
-    def pieces(self, conversation: Any) -> Iterable[list[str]]:
+    def pieces(self, conversation: PreferencePair) -> Iterable[list[str]]:
         """The prompt and both answers."""
         prompt, answers = render_pair(conversation, self.style.template, self.style.thinking)
         return prompt, *answers
@@ -210,12 +214,12 @@ class PairwiseHandler(ConversationHandler):
         return {name: _joined(arrays) for name, arrays in columns.items()}
 
 
-class KtoHandler(ConversationHandler):
+class KtoHandler(ConversationHandler[Judged]):
     """An answer to a prompt as ids and labels, and whether it is desirable: one number, 1 or 0."""
 
     outputs = ("packed_answer_input_ids", "packed_answer_labels", LABEL)
 
-    def pieces(self, conversation: Any) -> Iterable[list[str]]:
+    def pieces(self, conversation: Judged) -> Iterable[list[str]]:
         """The prompt and the answer."""
         *prompt, answer = conversation.conversation.messages
         if not answer.learned:
@@ -227,7 +231,7 @@ class KtoHandler(ConversationHandler):
             self.style.thinking,
         )
 
-    def tag(self, conversation: Any) -> int:
+    def tag(self, conversation: Judged) -> int:
         """1: desirable."""
         return int(conversation.desirable)
 

@@ -31,6 +31,7 @@ _MOST_DISCARDED = 64 << 20  # bytes of a body that is refused, so that its sende
 _UNKNOWN = 1 << 62  # bytes of a body that does not say how many it has
 _MOST_CONNECTIONS = 2048
 _SILENCE = 60.0  # seconds in which a client neither sends nor reads
+Accepted = socket.socket | tuple[bytes, socket.socket]  # what socketserver hands on
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -67,21 +68,21 @@ class WebServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_port = self.server_address[1]
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def process_request(self, request: Accepted, client_address: object) -> None:
         """A thread for a connection, unless there are too many."""
         if self.connections.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def process_request_thread(self, request: Accepted, client_address: object) -> None:
         """Its work."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self.connections.release()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: Accepted, client_address: object) -> None:
         """A client that is gone is no error."""
 
     @property
@@ -115,7 +116,7 @@ class JsonConnection(BaseHTTPRequestHandler):
     server: WebServer
     endpoint, unread, streams = "other", 0, False
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Nothing: /metrics counts."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:

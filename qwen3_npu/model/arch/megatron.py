@@ -232,7 +232,7 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
             scaling = rope.from_hf(own, int(read("max_position_embeddings", 40960)), theta, where)[1]
             found += [scaling] if scaling is not None else []
     if len(set(found)) > 1:
-        raise UsageError(f"{where}: its args name {' and '.join(map(str, found))}; one of them can be computed")
+        raise UsageError(f"{where}: its args name {' and '.join(map(str, found))}; only one of them can be used")
     return rope.checked_scaling(found[0], theta, where) if found else None
 
 

@@ -19,7 +19,7 @@ from qwen3_npu.kernels import reference
 class _Double(TorchFunctionMode):
     """The reference asks for float32 where more than 16 bits are needed; float64 stays what it is."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         if func is torch.Tensor.float and args[0].dtype is torch.float64:
             return args[0]
         return func(*args, **(kwargs or {}))
@@ -115,7 +115,7 @@ def _as(value: Any, is_double: bool) -> Any:
     return value.clone()
 
 
-def _mode(is_double: bool) -> Any:
+def _mode(is_double: bool) -> contextlib.AbstractContextManager[object]:
     return _Double() if is_double else contextlib.nullcontext()
 
 

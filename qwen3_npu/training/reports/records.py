@@ -8,9 +8,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3_npu import log
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Records:
@@ -25,7 +28,7 @@ class Records:
         self.path = folder / "metrics.jsonl"
         self.lost: dict[str, int] = {}  # name -> records that were not written
         self.file: int | None = None
-        self.tensorboard: Any = None
+        self.tensorboard: SummaryWriter | None = None
         with self._borne("metrics.jsonl"):
             self.file = _open_lines(self.path)
         self._hook = threading.excepthook
@@ -73,7 +76,7 @@ class Records:
             if written < len(text):
                 raise OSError("no space is left")
 
-    def events(self, write: Callable[[Any], None]) -> None:
+    def events(self, write: Callable[[SummaryWriter], None]) -> None:
         """Whatever `write` adds to tensorboard's writer. A writer that has failed cannot be used again."""
         if self.tensorboard is None:
             return

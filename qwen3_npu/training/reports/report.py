@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3_npu import log
 from qwen3_npu.ledger.picture import heat, png
@@ -21,6 +21,9 @@ from qwen3_npu.training.reports.planned import PlannedMeasured
 from qwen3_npu.training.reports.records import Records
 from qwen3_npu.training.reports.trackers import Tracked, finite
 from qwen3_npu.training.step import NOTHING, StepResult, Tally
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
@@ -117,7 +120,7 @@ class Reporter:
         self.names = names
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
-        self.window = _LogInterval()
+        self.window, self.is_nominal_told = _LogInterval(), False
         self.records = Records(folder, first) if folder is not None and is_main else None
         self.trackers = trackers
         self.planned: PlannedMeasured | None = None
@@ -155,7 +158,7 @@ class Reporter:
         if self.planned is not None:
             self.planned.explain(iteration, record)
 
-        def events(writer: Any) -> None:
+        def events(writer: SummaryWriter) -> None:
             for kind, seconds in record["mean"].items():
                 writer.add_scalar(f"time/{kind}", seconds / max(record["seconds"], 1e-12), iteration)
             if record["ranks"] == 1:
@@ -170,6 +173,7 @@ class Reporter:
                 "colorspace": 3,
                 "encoded_image_string": png(line),
             }
+            assert writer.file_writer is not None
             writer.file_writer.add_summary(
                 Summary(value=[Summary.Value(tag="time/own work by rank", image=Summary.Image(**image))]), iteration
             )
@@ -204,6 +208,7 @@ class Reporter:
             f"grad norm {result.grad_norm:.4f}",
             f"lr {result.learning_rate:.4e}",
             f"{human(tokens, 'tokens/s')}/device",
+            *self._nominal(per_device_second),
             *texts,
             f"{human(flops, 'FLOP/s')}/device",
         ]
@@ -220,6 +225,14 @@ class Reporter:
         log.info(" | ".join(parts))
         self._write(iteration, rates | {"seconds_per_step": seconds} | more)
         self.window = _LogInterval()
+
+    def _nominal(self, per_device_second: float) -> list[str]:
+        """The rate that counts padding, as others print it: once, to compare with them."""
+        computed = self.window.computed
+        if self.is_nominal_told or computed.places == computed.real_tokens:
+            return []
+        self.is_nominal_told = True
+        return [f"({human(computed.places / per_device_second, 'tokens/s')}/device nominal, with padding)"]
 
     def evaluation(self, iteration: int, split: str, tally: Tally) -> None:
         """The loss on another split after `iteration` steps, and what else the objective tells."""
@@ -251,7 +264,7 @@ class Reporter:
         # What tools for Megatron's logs look for.
         named = values | ({"lm loss": values["loss"]} if "loss" in values else {})
 
-        def scalars(writer: Any) -> None:
+        def scalars(writer: SummaryWriter) -> None:
             for name, value in named.items():
                 writer.add_scalar(name, value, iteration)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -36,7 +35,7 @@ class SwappedState(SlicedState):
         """As `SlicedState.run`."""
         arriving, leaving = self.streams if self.streams else (None, None)
         there: list[list[list[torch.Tensor]]] = []
-        done: list[Any] = []
+        done: list[torch.cuda.Event | None] = []
         for number in range(len(self.slices) + 1):
             if number < len(self.slices):  # the next slice arrives
                 there.append(self._fetch(self.slices[number], arriving))
@@ -50,7 +49,7 @@ class SwappedState(SlicedState):
         if leaving is not None:
             torch.cuda.current_stream().wait_stream(leaving)
 
-    def _fetch(self, pieces: Sequence[StatePiece], stream: Any) -> list[list[torch.Tensor]]:
+    def _fetch(self, pieces: Sequence[StatePiece], stream: torch.cuda.Stream | None) -> list[list[torch.Tensor]]:
         if stream is None:
             return [[tensor.clone() for tensor in piece.of(_tensors(piece))] for piece in pieces]
         # The slice before the last has been updated and has left: its memory is taken for this one.
@@ -59,7 +58,9 @@ class SwappedState(SlicedState):
         with torch.cuda.stream(stream):
             return [[t.to(self.device, non_blocking=True) for t in piece.of(_tensors(piece))] for piece in pieces]
 
-    def _return(self, pieces: Sequence[StatePiece], tensors: list[list[torch.Tensor]], stream: Any) -> None:
+    def _return(
+        self, pieces: Sequence[StatePiece], tensors: list[list[torch.Tensor]], stream: torch.cuda.Stream | None
+    ) -> None:
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -67,10 +68,10 @@ class SwappedState(SlicedState):
                 for host, changed in zip(piece.of(_tensors(piece)), on_device, strict=True):
                     host.copy_(changed, non_blocking=True)
 
-    def _event(self, stream: Any) -> Any:
+    def _event(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
         return None if stream is None else stream.record_event()
 
-    def _wait(self, event: Any) -> None:
+    def _wait(self, event: torch.cuda.Event | None) -> None:
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 

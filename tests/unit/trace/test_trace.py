@@ -53,7 +53,7 @@ def test_a_rank_of_a_larger_job_does_no_more(traces: dict[str, dict[str, Any]]) 
     assert large["state"] < small["state"]
     assert large["moved"] <= small["moved"] * 1.01
     for kind in ("start", "save"):  # four more levels of a tree of messages, and no more
-        assert large[f"{kind}_seconds"] <= small[f"{kind}_seconds"] + 14 * 4 * 20e-6
+        assert large[f"{kind}_seconds"] <= small[f"{kind}_seconds"] + 1.01 * 14 * 4 * 20e-6
 
 
 def test_plan_traces_the_layout_of_flags_or_the_one_that_it_found(traces: dict[str, Any]) -> None:
@@ -70,5 +70,16 @@ def test_products_hide_most_of_tensor_parallelism_and_the_plan_knows_it(traces: 
     """Closed forms leave the share that the played program leaves."""
     off, *on = (traces["hidden"][way] for way in ("off", "--use-ascend-coc", "--use-ascend-mc2"))
     for played, planned in on:
-        assert played < 0.5 * off[0]
+        assert played < 0.4 * off[0]
         assert planned / off[1] == pytest.approx(played / off[0], rel=0.15)
+
+
+def test_products_hide_most_of_the_exchange_of_experts_and_the_plan_knows_it(traces: dict[str, dict[str, Any]]) -> None:
+    """Four pieces without recomputation: of what is exchanged, a sixth or so is left."""
+    off, on = (traces["hidden experts"][way] for way in ("off", "--moe-alltoall-overlap-comm"))
+    assert on[0] < 0.4 * off[0]
+    assert (off[1], on[1]) == pytest.approx((off[0], on[0]), rel=0.15)
+
+
+def test_dropped_tokens_are_not_traced(traces: dict[str, Any]) -> None:
+    assert traces["refused"].startswith("--moe-expert-capacity-factor 1.5 cannot be traced")

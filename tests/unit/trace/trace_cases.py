@@ -17,6 +17,7 @@ from qwen3_npu import cli
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.distributed.launch import World
+from qwen3_npu.errors import UsageError
 from qwen3_npu.parity.rows import ParityRow, rows
 from qwen3_npu.plan.__main__ import main as plan_main
 from qwen3_npu.plan.activations import TORCH
@@ -24,7 +25,7 @@ from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.from_args import setup_of
 from qwen3_npu.plan.memory import stage_memory, start_bytes
 from qwen3_npu.plan.shape import shape_of
-from qwen3_npu.plan.timing import step_time
+from qwen3_npu.plan.timing import collective_seconds, step_time
 from qwen3_npu.platform import select_platform
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.trace.growth import growth
@@ -69,6 +70,11 @@ WIDE = "--num-layers 2 --hidden-size 5120 --ffn-hidden-size 17408 --num-attentio
 WIDE += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
 WIDE += "--seq-length 4096 --micro-batch-size 4 --global-batch-size 4 --train-iters 1 --lr 1e-4 --data-path x "
 WIDE += "--tensor-model-parallel-size 8 --sequence-parallel --use-distributed-optimizer"
+# Layers as those of 30B-A3B on 2 groups of 8 devices.
+MANY = "--num-layers 2 --hidden-size 2048 --ffn-hidden-size 768 --num-attention-heads 32 --num-query-groups 4 "
+MANY += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
+MANY += "--num-experts 128 --moe-router-topk 8 --moe-ffn-hidden-size 768 --expert-model-parallel-size 8 "
+MANY += "--seq-length 4096 --micro-batch-size 1 --global-batch-size 16 --train-iters 1 --lr 1e-4 --data-path x"
 # The closed forms are those of torch's kernels; the reference kernels keep more.
 ALL = [row for row in rows() if "reference" not in row.flags]
 PRETENDED = {row.name: row for row in ALL if EVERY or row.name in SAMPLE}
@@ -122,14 +128,21 @@ def by_command(words: list[str]) -> Any:
     return json.loads(said.getvalue())
 
 
-def hidden(platform: Platform) -> dict[str, list[float]]:
-    """Way to hide tensor parallelism's communication -> seconds that are left, of the played step and planned."""
-    args, plan = parsed(WIDE, 8)
+def hidden(
+    platform: Platform, flags: str, devices: int, groups: tuple[str, str], *, ends: float = 0.0
+) -> dict[str, list[float]]:
+    """Way to hide communication -> seconds that are left in the layers, of the played step and planned.
+
+    Args:
+        groups: what is hidden, as the played step and as the plan call it.
+        ends: seconds outside of the layers, which have hardly a product to hide behind.
+    """
+    args, plan = parsed(flags, devices)
     device, found = DEVICE_SPECS["910B-64G"], {}
-    for name, step in played_ways(platform, args, device, devices=8, rank=0):
-        way = WAYS[name](args)
-        planned = step_time(shape_of(plan.arch, plan.layout.padded_vocab_size), setup_of(way, plan), device)
-        found[name] = [step.exposed["tp"], planned.tensor]
+    for name, step in played_ways(platform, args, device, devices=devices, rank=0):
+        shape, way = shape_of(plan.arch, plan.layout.padded_vocab_size), WAYS[name](args)
+        planned = step_time(shape, setup_of(way, plan), device, imbalance=1.0)
+        found[name] = [step.exposed[groups[0]] - ends, getattr(planned, groups[1])]
     return found
 
 
@@ -150,14 +163,22 @@ def main() -> None:
         planned = {kind: getattr(memory, kind) for kind in ("weights", "gradients", "optimizer")}
         # Masters and moments are there from the start, too.
         start = max(start_bytes(shape, setup_of(args, plan), trace.stage), memory.static)
-        planned |= {"peak": memory.total, "start_peak": start}
+        planned |= {"peak": memory.total - memory.start, "start_peak": start}
         found[name] = {"traced": said(trace), "real": real.get(name), "planned": planned}
     flags = BIG + BF16 + "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"
     args, _ = parsed(flags, 4)
     work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
     found["growth"] = [dataclasses.asdict(row) for row in work]
-    found["hidden"] = hidden(platform)
+    # The embedding scatters, and gathers in backward; the output layer gathers twice and scatters once.
+    ends = 5 * collective_seconds(DEVICE_SPECS["910B-64G"], 8, 1, 4096 * 4 * 5120 * 2)
+    found["hidden"] = hidden(platform, WIDE, 8, ("tp", "tensor"), ends=ends)
+    found["hidden experts"] = hidden(platform, MANY, 16, ("ep", "expert"))
     found["commands"] = [by_command(words) for words in COMMANDS]
+    args, plan = parsed(BF16 + EXPERTS + "--moe-expert-capacity-factor 1.5", 1)
+    try:
+        trace_rank(platform, args, plan, 0)
+    except UsageError as error:
+        found["refused"] = str(error)
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads of ended groups need not be waited for
