@@ -48,6 +48,10 @@ class Scales:
         """Take the scales of the matrix, flat."""
         self.values.copy_(values.view_as(self.values))
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
 
 class ScalesOfTensor(NamedTuple):
     """The scales of a whole Hugging Face tensor, and which of them are whose.
@@ -101,6 +105,10 @@ class DoubleScales:
             means.append(mean.expand_as(top))
             groups += len(top)
         self.tops, self.means = (torch.cat(parts).to(self.codes.device) for parts in (tops, means))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.codes, self.first, self.tops, self.means))
 
 
 class Nf4Weight:
