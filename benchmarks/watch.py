@@ -9,8 +9,7 @@ that is silent with its watcher. Right: the one verdict names kind, rank and cal
 `verdict_s` counts from the fault, `exit_s` from the verdict until every process has ended. `resume`: a training whose
 rank is stopped is ended, started again by torchrun and compared with one that was not. `alarms`: warnings in a healthy
 job with pauses for checkpoints, evaluations and a slow step now and then. `overhead`: CPU time of steps of 5 ms of work
-and two collectives, with and without, in turns; the median of the pairs' ratios, and the watcher's share of a core, of
-which half a second is its start.
+and two collectives, noted and not noted in turns; the ratio of the medians, and the watcher's share of a core.
 """
 
 from __future__ import annotations
@@ -36,9 +35,12 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch._C._distributed_c10d import Work  # noqa: E402
+from torch.distributed import ProcessGroup  # noqa: E402
 
 from qwen3_npu.args.watch import WatchArgs  # noqa: E402
 from qwen3_npu.watch import here  # noqa: E402
+from qwen3_npu.watch.collectives import METHODS  # noqa: E402
 from qwen3_npu.watch.start import watched  # noqa: E402
 
 # Fault -> what the console must say; R is the rank.
@@ -221,7 +223,7 @@ def overhead(pairs: int, size: int) -> dict[str, Any]:
 
 
 def stepper(pairs: int) -> None:
-    """CPU seconds, which other programs of the machine do not change much, of 300 steps of the same work."""
+    """CPU time of the same work, ten steps noted and ten not in turns: neighbours see the same load of the machine."""
     dist.init_process_group("gloo")
     work, products = torch.ones(330, 330), 0
     began = time.process_time()
@@ -230,35 +232,39 @@ def stepper(pairs: int) -> None:
         products += 1
     count = [max(products // 100, 1)]  # of about 5 ms
     dist.broadcast_object_list(count, 0)
-    pair = [_stepped(WatchArgs(hang_timeout=t, straggler_interval=i), count[0]) for t, i in ((60, 100), (0, 0)) * 2][2:]
-    ratios, watcher = [], []
-    for _ in range(pairs):
-        pair = [_stepped(WatchArgs(hang_timeout=t, straggler_interval=i), count[0]) for t, i in ((60, 100), (0, 0))]
-        ratios.append(round(pair[0][0] / pair[1][0], 4))
-        watcher.append(round(pair[0][1], 4))
-    if dist.get_rank() == 0:
+    plain = {name: ProcessGroup.__dict__[name] for name in METHODS if name in ProcessGroup.__dict__}, Work.wait
+    ratios, found = [], {}
+    with watched(WatchArgs(hang_timeout=60), None):
+        noting = {name: ProcessGroup.__dict__[name] for name in plain[0]}, Work.wait
+        states = list(here._states)
+        for _ in range(pairs):
+            took: dict[bool, list[float]] = {True: [], False: []}
+            for block in range(60):
+                is_noted = block % 2 == 0
+                for name, method in (noting if is_noted else plain)[0].items():
+                    setattr(ProcessGroup, name, method)
+                Work.wait = (noting if is_noted else plain)[1]
+                here.watch(*(states if is_noted else ()))
+                for number in range(12):
+                    began = time.process_time()
+                    here.at("data")
+                    for _ in range(count[0]):
+                        work @ work
+                    step("", False, 0)
+                    here.step_done(12 * block + number + 1)
+                    if number >= 2:  # Python has found the methods again
+                        took[is_noted].append(time.process_time() - began)
+            ratios.append(round(statistics.median(took[True]) / statistics.median(took[False]), 4))
         found = {"ratio": statistics.median(ratios), "of_all": sorted(ratios)}
-        print(
-            json.dumps(found | {"step_ms": round(pair[1][0] / 0.3, 2), "watcher_of_a_core": statistics.median(watcher)})
-        )
+        found["step_ms"] = round(1000 * statistics.median(took[False]), 2)
+        if watchers := psutil.Process().children():
+            began, before = time.perf_counter(), sum(watchers[0].cpu_times()[:2])
+            time.sleep(10)
+            found["watcher_of_a_core"] = round((sum(watchers[0].cpu_times()[:2]) - before) / 10, 4)
+        dist.barrier()
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
     dist.destroy_process_group()
-
-
-def _stepped(flags: WatchArgs, products: int) -> tuple[float, float]:
-    """CPU seconds of this process, and the share of a core that the watcher takes."""
-    work, watcher = torch.ones(330, 330), 0.0
-    with watched(flags, None):
-        wall, began = time.perf_counter(), time.process_time()
-        for number in range(1, 301):
-            here.at("data")
-            for _ in range(products):
-                work @ work
-            step("", False, 0)
-            here.step_done(number)
-        took = time.process_time() - began
-        if children := psutil.Process().children():
-            watcher = sum(children[0].cpu_times()[:2]) / (time.perf_counter() - wall)
-    return took, watcher
 
 
 def resume() -> dict[str, Any]:

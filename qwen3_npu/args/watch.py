@@ -40,6 +40,7 @@ class SpikeArgs:
     max_rollbacks: int = flag(5, minimum=0, help="with --spike-guard rollback: one more ends the training")
     replica_check_interval: int = flag(
         0,
+        names=("--check-weight-hash-across-dp-replicas-interval",),
         minimum=0,
         unit="steps",
         help="between comparisons of the weights that ranks hold in common; one also precedes each checkpoint; a rank "

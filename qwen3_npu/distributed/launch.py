@@ -18,6 +18,7 @@ from qwen3_npu.distributed.layout import Layout, Rank, check_world_size
 from qwen3_npu.distributed.pipeline import introduce_stages
 from qwen3_npu.errors import UsageError
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.watch.flight import flight_files, record_flights, remove_flights
 
 # torch 2.7 ends a process group with the interpreter locked and joins gloo's threads, which may wait for that lock
 # themselves, to let go of their last tensors. A backend ends unlocked: those of ended groups are held here until
@@ -45,6 +46,8 @@ def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     device = platform.bind(local_rank)
     timeout = datetime.timedelta(minutes=runtime.distributed_timeout_minutes)
     if environment.has_rendezvous():
+        if platform.flight_recorder is not None:
+            record_flights(platform.flight_recorder)
         environment.check_meeting(first=False)  # torch prints the stack of its store before it gives up
         # torchrun with a fixed --master-port keeps one store for all restarts; what the processes of an earlier start
         # left in it (addresses, ids of communicators) makes those of the next start wait for them forever.
@@ -61,6 +64,7 @@ def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     finally:
         _end(dist.group.WORLD)
         _ended_backends.clear()
+        remove_flights(flight_files(platform.flight_recorder, rank))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.watch.flight import FlightRecorder
 
 
 def torch_profiler(args: ProfileArgs) -> Any:
@@ -41,6 +42,7 @@ class Platform:
         profiler: --profile's flags -> an object with start and stop, which writes the recording.
         be_deterministic: settings for --deterministic, before the process groups are made.
         event: makes an event of the device that notes when it is reached; None: the host computes.
+        flight_recorder: the variables of the backend's own recorder of collectives; None: it has none.
         overlaps_p2p_safely: whether pipeline output may be freed while it is being sent.
         return_freed_memory: return large freed blocks to the system at once from now on, where memory matters more
         than time.
@@ -57,6 +59,7 @@ class Platform:
     peak_flops: Callable[[], float | None]
     overlaps_p2p_safely: bool
     event: Callable[[], Any] | None = None
+    flight_recorder: FlightRecorder | None = None
     has_float64: bool = True
     profiler: Callable[[ProfileArgs], Any] = torch_profiler
     be_deterministic: Callable[[], None] = lambda: None

@@ -8,6 +8,7 @@ import torch
 
 from qwen3_npu.platform.base import Platform, published_peak
 from qwen3_npu.platform.mcore_import import import_megatron
+from qwen3_npu.watch.flight import FlightRecorder
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H20": 148e12}
@@ -41,6 +42,12 @@ def platform() -> Platform:
         memory_total=lambda: torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
         device_name=torch.cuda.get_device_name,
         peak_flops=lambda: published_peak(PEAK_FLOPS, torch.cuda.get_device_name()),
+        flight_recorder=FlightRecorder(
+            "TORCH_FR_BUFFER_SIZE",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT",
+            "TORCH_NCCL_DEBUG_INFO_PIPE_FILE",
+            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+        ),
         event=lambda: torch.cuda.Event(enable_timing=True),
         overlaps_p2p_safely=True,
         be_deterministic=_be_deterministic,

@@ -16,6 +16,7 @@ import torch
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.platform.base import Platform, published_peak, replace
 from qwen3_npu.platform.mcore_import import import_megatron
+from qwen3_npu.watch.flight import FlightRecorder
 
 # Dense bf16 FLOP/s of one device (for A3: of one die, which is one device). 354e12 is the figure published for the
 # 64 GB 910B of Atlas 800T A2; for the others nothing was found that could be cited, so no MFU is printed there.
@@ -132,6 +133,12 @@ def platform() -> Platform:
         memory_total=lambda: npu.get_device_properties(npu.current_device()).total_memory,
         device_name=npu.get_device_name,
         peak_flops=lambda: published_peak(PEAK_FLOPS, npu.get_device_name()),
+        flight_recorder=FlightRecorder(
+            "TORCH_HCCL_TRACE_BUFFER_SIZE",
+            "TORCH_HCCL_DUMP_ON_TIMEOUT",
+            "TORCH_HCCL_DEBUG_INFO_PIPE_FILE",
+            "TORCH_HCCL_DEBUG_INFO_TEMP_FILE",
+        ),
         event=lambda: npu.Event(enable_timing=True),
         overlaps_p2p_safely=True,
         has_float64=False,

@@ -31,10 +31,11 @@ class NanGuard:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         self.total += skipped
 
-    def report(self, iteration: int, loss: float, grad_norm: float, samples: range) -> None:
-        """Log what was skipped. Raises: Stopped: too many steps were skipped."""
+    def report(self, iteration: int, loss: float, grad_norm: float, samples: range, *, why: str | None = None) -> None:
+        """Log what was skipped. Args: why: it is a spike. Raises: Stopped: too many steps were skipped."""
+        limit = f" ({why})" if why is not None and "above" in why else ""
         log.info(
-            f"warning: step {iteration}: update skipped: loss {loss:g}, grad norm {grad_norm:g}; samples "
+            f"warning: step {iteration}: update skipped: loss {loss:g}, grad norm {grad_norm:g}{limit}; samples "
             f"{samples.start} to {samples.stop - 1}; {self.in_a_row} in a row, {self.total} in all"
         )
         if self.in_a_row > self.limit:

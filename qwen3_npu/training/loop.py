@@ -72,7 +72,7 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
             preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
         shared = None if checkpoint.save_per_node else checkpoint.save
-        watch = watched(args.watch, shared, event=platform.event)
+        watch = watched(args.watch, shared, event=platform.event, recorder=platform.flight_recorder)
         with watch, ready(platform, world, args, plan) as trainer:
             trainer.saver.lease = lease
             try:
@@ -178,9 +178,7 @@ class Trainer:
     def load(self) -> None:
         """Weights and, when resuming, everything else."""
         self.position = self.saver.load()
-        if interval := self.args.spikes.checks_state:
-            self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
-        self.note_state()
+        self.check_state()
 
     def open_data(self) -> None:
         """The samples of each split, and what a reference model says of them."""
@@ -335,19 +333,21 @@ class Trainer:
         self.position = Position(step, before.samples + self.plan.global_batch)
         if result.skipped:
             samples = range(before.samples, self.position.samples)
-            self.guard.report(step, result.loss, result.grad_norm, samples)
-        self.note_state()
+            self.guard.report(step, result.loss, result.grad_norm, samples, why=why)
+        if self.state is not None:
+            self.state.note(step + 1)
         here.step_done(self.position.iteration)
         return dataclasses.replace(result, spike=why)
 
-    def note_state(self) -> None:
-        """Nothing but an update may change it from now on."""
-        if self.state is not None:
+    def check_state(self) -> None:
+        """From what has just been loaded on, where that is asked for."""
+        if interval := self.args.spikes.checks_state:
+            self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
             self.state.note(self.position.iteration + 1)
 
     def go_back(self, why: str) -> None:
         self.position = go_back(self.spikes, self.guard, self.saver, self.feed, position=self.position, why=why)
-        self.note_state()
+        self.check_state()
 
     def train(self) -> None:
         """All steps up to --train-iters."""

@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -24,21 +25,29 @@ from qwen3_npu.args.watch import WatchArgs
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.processes import started
-from qwen3_npu.watch import here, probe
+from qwen3_npu.watch import flight, here, probe
 from qwen3_npu.watch.collectives import COLLECTIVES, DTYPE_NAMES, Recorder
 from qwen3_npu.watch.device import DeviceEvent
+from qwen3_npu.watch.flight import FlightRecorder
 from qwen3_npu.watch.settings import Settings
 from qwen3_npu.watch.state import State
 from qwen3_npu.watch.times import Times
 
 
 @contextlib.contextmanager
-def watched(args: WatchArgs, save: str | None, *, event: Callable[[], DeviceEvent] | None = None) -> Iterator[None]:
+def watched(
+    args: WatchArgs,
+    save: str | None,
+    *,
+    event: Callable[[], DeviceEvent] | None = None,
+    recorder: FlightRecorder | None = None,
+) -> Iterator[None]:
     """This rank is watched for as long as the context lasts. Every rank must enter it.
 
     Args:
         save: folder that all nodes share; None: each node is judged on its own.
         event: makes events of the device, where collectives are done by one, and not when `wait` returns.
+        recorder: the backend's own, of which a report keeps what it has.
     """
     times = Times(event)
     if not (args.hang_timeout != 0 or args.straggler_interval) or not environment.has_rendezvous():
@@ -50,16 +59,7 @@ def watched(args: WatchArgs, save: str | None, *, event: Callable[[], DeviceEven
     node, local = environment.node(), environment.local_size(dist.get_world_size())
     folder = Path(_memory()) / f"qwen3_npu_watch_{token[0]}_{node}"
     rank, _, local_rank = environment.ranks()
-    info = {
-        "pid": os.getpid(),
-        "started": started(os.getpid()),
-        "node": os.uname().nodename,
-        "device": local_rank,
-        "thread": threading.main_thread().ident,
-        "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE", ""),
-        "operations": COLLECTIVES,
-        "dtypes": DTYPE_NAMES,
-    }
+    info = _info(flight.flight_files(recorder, rank))
     opened = contextlib.ExitStack()
     problem = None
     try:
@@ -76,8 +76,8 @@ def watched(args: WatchArgs, save: str | None, *, event: Callable[[], DeviceEven
         return
     with opened:
         faulthandler.register(probe.STACKS, stacks, all_threads=True)
-        recorder = Recorder(state, times)
-        recorder.install()
+        noting = Recorder(state, times)
+        noting.install()
         if local_rank == 0:
             nodes = max(dist.get_world_size() // local, 1)
             _start(_settings(args, save, folder, token[0], nodes=nodes))
@@ -85,9 +85,24 @@ def watched(args: WatchArgs, save: str | None, *, event: Callable[[], DeviceEven
             with timed(times, state):
                 yield
         finally:
-            recorder.remove()
+            noting.remove()
             faulthandler.unregister(probe.STACKS)
             state.end()
+
+
+def _info(files: tuple[str, str]) -> dict[str, Any]:
+    """What the watcher is told of this process. Args: files: of its backend's recorder."""
+    return {
+        "pid": os.getpid(),
+        "started": started(os.getpid()),
+        "node": os.uname().nodename,
+        "device": environment.ranks()[2],
+        "thread": threading.main_thread().ident,
+        "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE", ""),
+        "flight": files,
+        "operations": COLLECTIVES,
+        "dtypes": DTYPE_NAMES,
+    }
 
 
 @contextlib.contextmanager

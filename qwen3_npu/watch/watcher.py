@@ -19,7 +19,7 @@ from pathlib import Path
 from qwen3_npu import log
 from qwen3_npu.cli import tell_torchrun
 from qwen3_npu.files import write_text
-from qwen3_npu.watch import report
+from qwen3_npu.watch import flight, report
 from qwen3_npu.watch.judge import HangVerdict, judge_hang
 from qwen3_npu.watch.node import Node, Report, from_text, to_text
 from qwen3_npu.watch.settings import Settings
@@ -77,6 +77,8 @@ class Watcher:
                 time.sleep(_POLL)
         finally:
             shutil.rmtree(self.settings.folder, ignore_errors=True)
+            for info in self.node.infos.values():
+                flight.remove_flights(info["flight"])
 
     def look(self) -> bool:
         """Once. Returns whether there is still something to watch."""
@@ -177,6 +179,7 @@ class Watcher:
         text = f"no progress for {still:.0f} s: {verdict.text}"
         try:
             folder = report.write(Path(self.settings.logs), verdict, reports)
+            self._keep_flights(folder)
             text += f"; stacks of all ranks: {folder}/"
         except OSError as error:
             text += f"; the stacks of all ranks could not be written to {self.settings.logs}: {error.strerror}"
@@ -185,6 +188,13 @@ class Watcher:
             with contextlib.suppress(OSError):
                 write_text(self.shared / "verdict.txt", text)
         return text
+
+    def _keep_flights(self, folder: Path) -> None:
+        """What the backend's own recorders have, of the ranks of this node. Raises: OSError."""
+        places = [(pipe, dump) for pipe, dump in (info["flight"] for info in self.node.infos.values()) if pipe]
+        for name, content in flight.dumped(places).items():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"flight_{Path(name).name}").write_bytes(content)
 
     def _others(self) -> tuple[list[Report], list[str]]:
         """Reports of the other nodes, and the names of those without."""
@@ -205,6 +215,8 @@ class Watcher:
         if self.shared is None:
             return ""
         write_text(self.shared / f"node_{self.settings.node}.json", to_text(reports))
+        with contextlib.suppress(OSError):
+            self._keep_flights(Path(self.settings.logs) / f"flight_node_{self.settings.node}")
         path, end = self.shared / "verdict.txt", time.monotonic() + 2 * _OTHER_NODES
         while time.monotonic() < end:
             with contextlib.suppress(OSError):

@@ -120,7 +120,7 @@ class Reporter:
         self.names = names
         self.platform, self.arch, self.devices, self.interval, self.last = platform, arch, devices, interval, last
         self.peak = platform.peak_flops()
-        self.window = _LogInterval()
+        self.window, self.is_nominal_told = _LogInterval(), False
         self.records = Records(folder, first) if folder is not None and is_main else None
         self.trackers = trackers
         self.planned: PlannedMeasured | None = None
@@ -208,6 +208,7 @@ class Reporter:
             f"grad norm {result.grad_norm:.4f}",
             f"lr {result.learning_rate:.4e}",
             f"{human(tokens, 'tokens/s')}/device",
+            *self._nominal(per_device_second),
             *texts,
             f"{human(flops, 'FLOP/s')}/device",
         ]
@@ -224,6 +225,14 @@ class Reporter:
         log.info(" | ".join(parts))
         self._write(iteration, rates | {"seconds_per_step": seconds} | more)
         self.window = _LogInterval()
+
+    def _nominal(self, per_device_second: float) -> list[str]:
+        """The rate that counts padding, as others print it: once, to compare with them."""
+        computed = self.window.computed
+        if self.is_nominal_told or computed.places == computed.real_tokens:
+            return []
+        self.is_nominal_told = True
+        return [f"({human(computed.places / per_device_second, 'tokens/s')}/device nominal, with padding)"]
 
     def evaluation(self, iteration: int, split: str, tally: Tally) -> None:
         """The loss on another split after `iteration` steps, and what else the objective tells."""

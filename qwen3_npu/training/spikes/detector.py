@@ -14,7 +14,7 @@ _BEFORE = 16  # steps whose median is what is expected next: a loss that falls q
 _FEWEST, _FIRST = 16, 4  # residuals for a judgement; steps for a residual
 _MAD = 1.4826  # a normal distribution's deviation over its median absolute deviation
 _OF_LARGEST = 2  # times the largest residual
-_LOSS, _NORM = 0.005, 0.1  # least deviation: of the loss, relative; of the norm's logarithm
+_LOSS, _NORM = 0.005, 0.2  # least deviation: of the loss, relative; of the norm's logarithm
 
 
 class Seen(NamedTuple):
@@ -60,7 +60,7 @@ class Detector:
     A step's residual is its loss (or the logarithm of its gradient norm) less the median of the 16 before. A spike's is
     more than `sigma` deviations above the median of the last 128 residuals, and more than twice as far above it as any
     of them: in a training whose losses have heavy tails one large value is no surprise. The deviation is 1.4826 times
-    their median absolute deviation, and at least 0.5 % of the loss, or 0.1 of the logarithm. Norms are products of many
+    their median absolute deviation, and at least 0.5 % of the loss, or 0.2 of the logarithm. Norms are products of many
     factors, hence the logarithm.
 
     Args:

@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from qwen3_npu.checkpoint.training.optimizer_state import main_parameters, parts
 from qwen3_npu.distributed.agreement import first_problem
+from qwen3_npu.model import quantized
 from qwen3_npu.training.spikes.checksum import checksum, gather_weights, told_parameters
 
 
@@ -39,6 +41,15 @@ def kept(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, dict[str
         yield parameter, {**master, **{k: v for k, v in part.optimizer.state[main].items() if k != "step"}}
 
 
+def _tensors(holder: object) -> Iterator[torch.Tensor]:
+    """All tensors of what restores a quantized weight, which is no module."""
+    for value in vars(holder).values() if holder is not None else ():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif type(value).__module__ == quantized.__name__:
+            yield from _tensors(value)
+
+
 class StateCheck:
     """The sums of this rank's state.
 
@@ -57,9 +68,8 @@ class StateCheck:
         told = {parameter: name for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             self._add(f"{'' if parameter.requires_grad else 'frozen '}weight {name}", parameter)
-            for kind, value in vars(vars(parameter).get("nf4", self)).items() if "nf4" in vars(parameter) else ():
-                if isinstance(value, torch.Tensor):
-                    self._add(f"{kind} of quantized weight {name}", value)
+            for tensor in _tensors(quantized.held(parameter)):
+                self._add(f"scales of quantized weight {name}", tensor)
         for part in parts(optimizer):
             for parameter, tensors in kept(part):
                 for kind, tensor in tensors.items():
@@ -90,7 +100,13 @@ class StateCheck:
             more = f" and {len(places) - 1} other tensors" if len(places) > 1 else ""
             text = f"{self.names[places[0]]}{more} changed between two updates"
         found = first_problem(text)
-        return None if found is None else f"on rank {found[0]}, {found[1]}"
+        if found is None:
+            return None
+        everyone: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, text)
+        # A weight that ranks gather again (--overlap-param-gather) spreads what has changed in one rank's share of it.
+        others = len(everyone) - everyone.count(None) - 1
+        return f"on rank {found[0]}{f' and {others} others' if others else ''}, {found[1]}"
 
     @torch.no_grad()
     def _sums(self) -> torch.Tensor:

@@ -89,7 +89,7 @@ def test_a_flipped_bit_names_its_rank(what: str, worlds: dict[int, World], model
 STATE = {"weight", "exp_avg", "exp_avg_sq"}
 HOLDERS = {  # flags -> what a rank holds then
     "whole": (["--no-bf16"], STATE),
-    "sharded": (["--bf16", *ZERO, "--overlap-param-gather", "--overlap-grad-reduce"], {*STATE, "float32 master"}),
+    "sharded": (["--bf16", *ZERO], {*STATE, "float32 master"}),
     "halved": (["--bf16", *ZERO, "--reuse-fp32-param"], {*STATE, "float32 master"}),
     "on the host": (["--bf16", *ZERO, "--swap-optimizer"], {*STATE, "float32 master"}),
     "quantized": (["--bf16", "--lora-r", "2", "--qlora"], {*STATE, "float32 master", "frozen weight", "scales"}),

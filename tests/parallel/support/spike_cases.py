@@ -140,7 +140,7 @@ def held(t: loop.Trainer) -> dict[str, torch.Tensor]:
         for parameter in chunk.parameters():
             add("weight" if parameter.requires_grad else "frozen weight", parameter)
             if hasattr(parameter, "nf4"):
-                add("scales", parameter.nf4.scales)
+                add("scales", parameter.nf4.scales.values)
     for part in getattr(t.optimizer, "chained_optimizers", [t.optimizer]):
         for low in vars(vars(part).get("sliced", t)).get("low", {}).values():
             add("float32 master", low)

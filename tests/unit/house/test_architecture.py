@@ -36,6 +36,7 @@ LIGHT = ("errors", "schema", "cli", "args", "log", "progress", "numbers", "lease
 LIGHT += ("model.arch", "model.sizes")
 LIGHT += ("console", "files", "distributed.layout", "distributed.environment", "plan")
 LIGHT += ("ledger", "watch.times", "watch.state", "watch.judge", "watch.watcher", "watch.stragglers", "watch.here")
+LIGHT += ("watch.flight", "watch.device")
 SIDEWAYS_ALLOWED = {("evaluation", "inference"), ("model", "distributed"), ("distributed", "model")}
 
 

@@ -35,3 +35,22 @@ def test_skipped_updates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["grad_norm"] for line in lines if "grad_norm" in line] == [1.0, None, None, None]
     assert [line["step"] for line in lines if "skipped" in line] == [2, 3, 4]
+
+
+def test_the_rate_with_padding_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen3_npu.platform import select_platform
+    from qwen3_npu.training.reports import report
+    from qwen3_npu.training.step import NOTHING, StepResult
+
+    caplog.set_level("INFO", "qwen3_npu")
+    clock = [100.0]
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
+    sizes = {"devices": 2, "interval": 1, "first": 0, "last": 2}
+    reporter = report.Reporter(select_platform("cpu"), tiny.arch(), **sizes, folder=None, is_main=True)
+    tally = dataclasses.replace(NOTHING, loss_sum=9.0, loss_weight=3.0, tokens=3.0, real_tokens=1000.0, places=4000.0)
+    for iteration in (1, 2):
+        reporter.window.start, clock[0] = clock[0], clock[0] + 5
+        reporter.step(iteration, StepResult(tally, 1.0, 0.1))
+    first, second = (line for line in caplog.messages if line.startswith("step "))
+    assert "| 100 tokens/s/device | (400 tokens/s/device nominal, with padding) |" in first
+    assert "nominal" not in second

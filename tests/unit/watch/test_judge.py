@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from qwen3_npu.watch import probe
+from qwen3_npu.watch import flight, probe
 from qwen3_npu.watch.judge import Channel, Entry, RankReport, judge_hang
 from qwen3_npu.watch.state import INSIDE, LAUNCHED, LEFT, PHASES, CollectiveCall, RankSnapshot, State, read
 from qwen3_npu.watch.stragglers import Stragglers
@@ -115,6 +119,40 @@ def test_of_several_dead_ranks_the_one_outside_of_collectives_is_named() -> None
     assert first_dead({1, 3}, states) == {1, 3}
     states[0] = read(LEFT)
     assert first_dead({1, 2, 3}, states) == {1, 2, 3}, "the whole job was killed"
+
+
+def test_dumps_of_the_backends_recorder_are_asked_for_by_their_pipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = flight.FlightRecorder("FR_SIZE", "FR_ON", "FR_PIPE", "FR_DUMP")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, value in (("FR_SIZE", "7"), ("FR_PIPE", str(tmp_path / "pipe_")), ("FR_DUMP", ""), ("FR_ON", "")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("FR_DUMP")
+    monkeypatch.delenv("FR_ON")
+    flight.record_flights(names)
+    assert (os.environ["FR_SIZE"], os.environ["FR_ON"]) == ("7", "1"), "the user's, and what was missing"
+    pipe, dump = flight.flight_files(names, 3)
+    assert pipe == str(tmp_path / "pipe_3.pipe")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def backend() -> None:  # as ProcessGroupNCCL's monitor does
+        while not (asked := os.read(reader, 9)):
+            time.sleep(0.01)
+        Path(dump).write_bytes(b"calls of " + asked)
+
+    thread = threading.Thread(target=backend)
+    thread.start()
+    found = flight.dumped([(pipe, dump), (str(tmp_path / "nobody.pipe"), str(tmp_path / "x"))])
+    thread.join()
+    os.close(reader)
+    assert found == {dump: b"calls of 1"}
+    assert flight.dumped([("", "")]) == {}
+    flight.remove_flights((pipe, dump))
+    assert Path(pipe).exists(), "the user's"
+    assert not Path(dump).parent.exists()
+    assert flight.flight_files(None, 0) == ("", "")
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
