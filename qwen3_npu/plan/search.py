@@ -31,7 +31,7 @@ from qwen3_npu.plan.shape import Shape
 from qwen3_npu.plan.verdict import PlanVerdict
 
 _MICRO = (1, 2, 4)
-_WORTH = 0.03  # a smaller share of the memory that the optimizer's state takes is not worth to be saved
+_WORTH = 0.1  # a smaller share of the memory that the optimizer's state takes is not worth to be saved
 _HIDING = 40  # so many of the fastest layouts are looked at with communication hidden, too
 
 
