@@ -255,6 +255,7 @@ SHARED_FOREIGN: dict[str, Foreign] = {
     "--moe-aux-loss-coeff": Foreign(_TRAINED, nargs=1),
     "--moe-router-load-balancing-type": Foreign(_TRAINED, nargs=1),
     "--moe-token-dispatcher-type": Foreign("tokens reach their experts by alltoall", nargs=1),
+    "--moe-alltoall-overlap-comm": Foreign("the exchange of experts hides behind products in training only"),
     "--ckpt-format": Foreign(_FOUND, nargs=1),
     "--exit-on-missing-checkpoint": Foreign("a missing checkpoint is always an error"),
     "--lora-r": Foreign(_LORA, nargs=1),

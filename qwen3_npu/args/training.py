@@ -95,6 +95,10 @@ class TrainArgs:
     moe_token_dispatcher_type: str = flag(
         "alltoall", choices=["alltoall", "alltoall_seq", "allgather"], help="how tokens reach their experts"
     )
+    moe_alltoall_overlap_comm: bool = flag(
+        False,
+        help="tokens go to their experts in up to four pieces: one is on its way while another is computed",
+    )
     moe_zero_memory: str = flag(
         "disable",
         choices=["disable", "level0", "level1"],

@@ -251,3 +251,11 @@ def _chunks(
         )
         for p in range(pipeline)
     )
+
+
+def exchange_pieces(experts: int) -> int:
+    """Pieces of an exchange that hides behind products, of a rank's experts; 1: a single expert hides nothing.
+
+    Of n pieces the first is not hidden on its way there, nor the last on its way back: four leave half of what two do.
+    """
+    return min(4, experts)

@@ -47,6 +47,7 @@ class Kernels:
     swiglu: Callable
     weighted_swiglu: Callable
     grouped_matmul: Callable
+    add_grouped_gradient: Callable
     prepared_linear: Callable
     permute: Callable
     unpermute: Callable

@@ -210,6 +210,14 @@ def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor
     return product
 
 
+def add_grouped_gradient(x: torch.Tensor, grad: torch.Tensor, counts: torch.Tensor, total: torch.Tensor) -> None:
+    """Triton's, where the sum is float32."""
+    if total.dtype is torch.float32:
+        grouped.add_products(x, grad, total, counts.cumsum(0, dtype=torch.int32))
+    else:
+        reference.add_grouped_gradient(x, grad, counts, total)
+
+
 class _GroupedMatmul(torch.autograd.Function):
     """torch's grouped product; a parameter's gradient goes straight into megatron's float32 sum of the micro-batches.
 

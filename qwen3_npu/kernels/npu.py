@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch_npu
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qwen3_npu.kernels import npu_gradients, reference
 
@@ -240,8 +241,25 @@ def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor
     return product
 
 
+def add_grouped_gradient(x: torch.Tensor, grad: torch.Tensor, counts: torch.Tensor, total: torch.Tensor) -> None:
+    """npu_grouped_matmul_add_ (16-bit factors, float32 sum), or npu_grouped_matmul and an addition."""
+    if x.shape[0]:
+        npu_gradients.add_grouped_gradient(x, grad, group_ends(counts), total)
+
+
+# counts of a layer and micro-batch -> where their groups end, for its products and their gradients.
+_ENDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def group_ends(counts: torch.Tensor) -> torch.Tensor:
-    """Where each group's rows end, int64 on the device.
+    """Where each group's rows end, int64 on the device."""
+    if counts not in _ENDS:
+        _ENDS[counts] = _ends_of(counts)
+    return _ENDS[counts]
+
+
+def _ends_of(counts: torch.Tensor) -> torch.Tensor:
+    """As `group_ends`.
 
     The cores of a 910B do not add int64 up along a dimension, its own CPU does (CANN's cumsum). The two halves of the
     numbers are added up apart: the upper ones are 0.

@@ -130,6 +130,14 @@ class GroupedMatmul(torch.autograd.Function):
         return dx, dw, None
 
 
+def add_grouped_gradient(x: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor, total: torch.Tensor) -> None:
+    """total [groups, k, n] += x^T grad of each group of rows, in place."""
+    if total.dtype == torch.float32 and x.dtype in _16_BIT:
+        _add_products(total, x, grad, ends=ends)
+    else:
+        total.add_(_grouped(x.t(), grad, ends, group_type=2))
+
+
 def _grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *, group_type: int) -> torch.Tensor:
     return torch_npu.npu_grouped_matmul(
         [x], [weight], group_list=ends, split_item=3, group_type=group_type, group_list_type=0

@@ -210,6 +210,19 @@ def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor
     return product
 
 
+def add_grouped_gradient(x: torch.Tensor, grad: torch.Tensor, counts: torch.Tensor, total: torch.Tensor) -> None:
+    """Add the weight gradients of a grouped product, in place.
+
+    Args:
+        x: [rows, k], what was multiplied; grad: [rows, n], gradient of the result.
+        counts: [groups] int64, rows of each group.
+        total: [groups, k, n].
+    """
+    rows: list[int] = counts.tolist()
+    for left, right, group in zip(x.split(rows), grad.split(rows), total, strict=True):
+        add_weight_gradient(right, left, group)
+
+
 def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A linear without autograd whose weight does not change any more and may be laid out anew.
 

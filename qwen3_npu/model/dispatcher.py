@@ -8,7 +8,18 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, maybe_move_tensor_to_cpu
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.kernels import Kernels
+from qwen3_npu.model.expert_parallel.exchange import (
+    Exchange,
+    ExchangePiece,
+    combined,
+    dispatched,
+    parts_of,
+    pieces_of,
+    widened,
+    with_weights,
+)
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):
@@ -19,12 +30,15 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
     many rows it sends and receives: nothing if this rank has all experts, else one copy, made during the permute.
     """
 
-    def __init__(self, *sizes: object, kernels: Kernels, **options: object) -> None:
+    def __init__(self, *sizes: object, kernels: Kernels, hides_exchange: bool, **options: object) -> None:
+        """Args: hides_exchange: behind products."""
         super().__init__(*sizes, **options)
         self.kernels = kernels
         self.known_counts: torch.Tensor | None = None
+        self.order: torch.Tensor | None = None
         self.is_even = self.config.moe_expert_capacity_factor is None
         self.is_alone = self.is_even and self.ep_size * self.tp_size == 1
+        self.pieces = exchange_pieces(self.num_local_experts) if hides_exchange and self.ep_size > 1 else 1
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Tokens of each of this rank's experts, [experts] int64 on the device, from [t, all experts] bool."""
@@ -41,60 +55,73 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         with torch.cuda.stream(stream):
             self.everyones_counts = maybe_move_tensor_to_cpu(everyone, record_stream=True)
         self.d2h_event = stream.record_event()
-        return self._of_my_experts(everyone).sum((0, 1))
+        first = self.local_expert_indices[0]
+        return everyone[..., first : first + self.num_local_experts].sum((0, 1))
 
-    def _of_my_experts(self, everyone: torch.Tensor) -> torch.Tensor:
-        return everyone[..., self.local_expert_indices[0] : self.local_expert_indices[-1] + 1]
-
-    def _maybe_dtoh_and_synchronize(
-        self, point: str, tokens_per_expert: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        """megatron's hook for waits; before the exchange the host must know its sizes."""
-        if not self.is_even:
-            return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
-        if point == "before_ep_alltoall" and not self.is_alone:
-            self.d2h_event.synchronize()
-            mine = self.everyones_counts[self.ep_group.rank(), self.tp_rank]
-            theirs = self._of_my_experts(self.everyones_counts).transpose(0, 1)  # [tp, ep, experts]
-            per_rank = theirs.sum(2).numpy()
-            self.input_splits = mine.view(self.ep_size, -1).sum(1).numpy()
-            self.output_splits, self.output_splits_tp = per_rank[self.tp_rank], per_rank.sum(1)
-            self.num_global_tokens_per_local_expert = theirs.reshape(-1, self.num_local_experts)
-        return tokens_per_expert
-
-    def dispatch_postprocess(
-        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """The rows that this rank's experts got, sorted by expert; counts of the experts; router weights."""
-        if not self.is_alone:
-            return super().dispatch_postprocess(global_input_tokens, global_probs)
-        return global_input_tokens, self.tokens_per_expert, global_probs  # the permute has sorted them
-
-    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The experts' results in the order in which the rows came."""
-        return hidden_states if self.is_alone else super().combine_preprocess(hidden_states)
+    def sizes(self) -> list[ExchangePiece]:
+        """How many rows are exchanged: here the host waits for the numbers."""
+        self.d2h_event.synchronize()
+        rank, first = (self.ep_group.rank(), self.tp_rank), self.local_expert_indices[0]
+        return pieces_of(self.everyones_counts.numpy(), rank, slice(first, first + self.num_local_experts), self.pieces)
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of [s, b, hidden] sorted by expert, [rows, hidden], and their router weights [rows]."""
+        """Copies of [s, b, hidden] sorted by expert, [rows, hidden], and their router weights [rows].
+
+        What is sent to other ranks is sorted by piece first, and has its weights in its rows, too.
+        """
         if not self.is_even:
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
-        self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
-        tokens = hidden_states.view(-1, hidden_states.shape[-1])
-        self.hidden_shape_before_permute = tokens.shape
-        counts = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
+        self.hidden_shape, tokens = hidden_states.shape, hidden_states.view(-1, hidden_states.shape[-1])
+        self.summed = probs.dtype
+        self.tokens_per_expert = self.preprocess(routing_map)
+        if not self.is_alone:
+            tokens = widened(tokens)
+        if self.pieces > 1:
+            routing_map, probs = (self._by_piece(x) for x in (routing_map, probs))
         rows, weights, self.reversed_local_input_permutation_mapping = self.kernels.permute(
             tokens, routing_map, probs, self.num_out_tokens
         )
-        return rows, weights
+        return rows if self.is_alone else with_weights(rows, weights, hidden_states.shape[-1]), weights
+
+    def _by_piece(self, x: torch.Tensor) -> torch.Tensor:
+        """[t, experts of all ranks] in the order in which pieces set out."""
+        if self.num_local_experts % self.pieces == 0:
+            return x.view(len(x), self.ep_size, self.pieces, -1).transpose(1, 2).flatten(1)
+        if self.order is None:
+            numbers = torch.arange(self.num_experts, device=x.device).view(self.ep_size, -1)
+            parts = parts_of(self.num_local_experts, self.pieces)
+            self.order = torch.cat([numbers[:, part].flatten() for part in parts])
+        return x.index_select(1, self.order)
+
+    def through(
+        self, experts: torch.nn.Module, rows: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the experts make of the rows of `dispatch_preprocess`, in their order; and their bias."""
+        counts = self.tokens_per_expert
+        if self.is_alone:
+            return experts(rows, counts, weights)
+        exchange = Exchange(
+            self.sizes(),
+            counts,
+            width=self.hidden_shape[-1],
+            dtype=weights.dtype,
+            summed=self.summed,
+            group=self.ep_group,
+            tensor_group=self.tp_group,
+        )
+        if self.pieces > 1:
+            return experts(rows, exchange, None)
+        tokens, probs = dispatched(rows, exchange)
+        out, bias = experts(tokens, counts, probs)
+        return combined(out, exchange), bias
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
         """The reverse, with the copies of a token added up."""
         if not self.is_even:
             return super().combine_postprocess(permutated_local_input_tokens)
-        tokens = self.hidden_shape_before_permute[0]
+        tokens = self.hidden_shape.numel() // self.hidden_shape[-1]
         indices = self.reversed_local_input_permutation_mapping
         return self.kernels.unpermute(permutated_local_input_tokens, indices, tokens).view(self.hidden_shape)
 
@@ -102,7 +129,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 class MoE(MoELayer):
     """megatron's MoE layer with the dispatcher above, which gets from the router what that has computed already."""
 
-    def __init__(self, *sizes: object, kernels: Kernels, **options: object) -> None:
+    def __init__(self, *sizes: object, kernels: Kernels, hides_exchange: bool = False, **options: object) -> None:
         options.setdefault("pg_collection", get_default_pg_collection())
         super().__init__(*sizes, **options)
         if self.config.moe_token_dispatcher_type == "alltoall":
@@ -112,7 +139,9 @@ class MoE(MoELayer):
                 config=self.config,
                 pg_collection=options["pg_collection"],
                 kernels=kernels,
+                hides_exchange=hides_exchange,
             )
+        self.is_ours = getattr(self.token_dispatcher, "is_even", False)
 
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
@@ -122,3 +151,19 @@ class MoE(MoELayer):
             self.token_dispatcher.known_counts = self.router.counts
         passed, self.router.hidden = self.router.hidden, None
         return super().preprocess(hidden_states if passed is None else passed, probs, routing_map)
+
+    def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """megatron's step; there and back is one here (`routed_experts_compute`)."""
+        return (hidden_states, probs) if self.is_ours else super().dispatch(hidden_states, probs)
+
+    def routed_experts_compute(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The experts' results for rows of this rank, wherever the experts are."""
+        if not self.is_ours:
+            return super().routed_experts_compute(hidden_states, probs)
+        return self.token_dispatcher.through(self.experts, hidden_states, probs)
+
+    def combine(self, output: torch.Tensor) -> torch.Tensor:
+        """megatron's step, as `dispatch`."""
+        return output if self.is_ours else super().combine(output)

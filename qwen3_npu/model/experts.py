@@ -14,6 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.kernels import Kernels
+from qwen3_npu.model.expert_parallel.exchange import Exchange
+from qwen3_npu.model.expert_parallel.overlap import overlapped
 from qwen3_npu.model.modules import mark
 from qwen3_npu.model.quantized import grouped_product, held, quantized
 
@@ -86,18 +88,22 @@ class GroupedExperts(MegatronModule):
             self.weight2 = quantized(self.weight2, (experts, self.hidden, self.ffn), is_double=double_quantize)
 
     def forward(
-        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor | Exchange, probs: torch.Tensor | None
     ) -> tuple[torch.Tensor, None]:
         """Run each expert on its tokens.
 
         Args:
-            tokens: [rows, hidden], sorted by expert.
-            tokens_per_expert: [experts] int64, counts; on the device unless a capacity makes them constants.
-            probs: [rows], router weight of each row.
+            tokens: [rows, hidden], sorted by expert; with an exchange, see `overlap.overlapped`.
+            tokens_per_expert: [experts] int64, counts; on the device unless a capacity makes them constants. Or the
+                exchange that brings the experts' rows and is to be hidden by their products.
+            probs: [rows], router weight of each row; None: the exchange brings them.
 
         Returns:
             [rows, hidden], and no bias.
         """
+        if isinstance(tokens_per_expert, Exchange):
+            return overlapped(self, tokens, tokens_per_expert), None
+        assert probs is not None
         product = self.products(tokens_per_expert, len(tokens))
 
         def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
@@ -113,6 +119,10 @@ class GroupedExperts(MegatronModule):
         out = self.multiply(2, narrow, product)
         kept.discard_output_and_register_recompute(out)
         return out, None
+
+    def state_of(self, some: slice) -> dict[str, Any]:
+        """Attributes, other than parameters, of a module that has some of these experts."""
+        return {"num_local_experts": some.stop - some.start}
 
     def products(self, tokens_per_expert: torch.Tensor, rows: int) -> Callable:
         """What multiplies `rows` rows, sorted by expert, by their experts' matrices."""

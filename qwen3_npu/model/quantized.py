@@ -6,6 +6,8 @@ weights' rows, so they are the same in every layout: blocks of 64 lie within a r
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,9 +38,19 @@ class Scales:
         """Of some rows, flat."""
         return self.values[rows].flatten()
 
+    def part(self, rows: slice) -> Scales:
+        """The same of some rows."""
+        found = copy.copy(self)
+        found.values = self.values[rows]
+        return found
+
     def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
         """Take the scales of the matrix, flat."""
         self.values.copy_(values.view_as(self.values))
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
 
 
 class ScalesOfTensor(NamedTuple):
@@ -73,6 +85,12 @@ class DoubleScales:
         values = nf4.dynamic_values(device).index_select(0, codes.flatten())
         return values * self.tops.index_select(0, group) + self.means.index_select(0, group)
 
+    def part(self, rows: slice) -> DoubleScales:
+        """The same of some rows."""
+        found = copy.copy(self)
+        found.codes, found.first = self.codes[rows], self.first[rows]
+        return found
+
     def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
         """Quantize the scales of the tensors that the matrix is of."""
         width, groups, tops, means = self.codes.shape[1], 0, [], []
@@ -87,6 +105,10 @@ class DoubleScales:
             means.append(mean.expand_as(top))
             groups += len(top)
         self.tops, self.means = (torch.cat(parts).to(self.codes.device) for parts in (tops, means))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.codes, self.first, self.tops, self.means))
 
 
 class Nf4Weight:
@@ -156,6 +178,18 @@ def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     """The shape of the weight."""
     kind = held(parameter)
     return tuple(parameter.shape) if kind is None else kind.shape
+
+
+def some_of(parameter: torch.Tensor, some: slice) -> torch.Tensor:
+    """A part of a quantized weight along its first dimension, in the same memory."""
+    kind = held(parameter)
+    assert kind is not None
+    count, each = kind.shape[0], math.prod(kind.shape[1:-1])
+    part = parameter.detach().view(count, -1)[some].flatten()
+    shape = some.stop - some.start, *kind.shape[1:]
+    scales = kind.scales.part(slice(some.start * each, some.stop * each))
+    vars(part)["nf4"] = Nf4Weight(shape, kind.dtype, scales)
+    return part
 
 
 def _blocks(parameter: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -67,7 +67,7 @@ class _Choice(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, router: Router, is_counted: bool
+        ctx: Any, logits: torch.Tensor, router: Router, is_counted: bool, padding: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         values, chosen = logits.topk(router.topk)
         alone = torch.full_like(logits, float("-inf")).scatter_(1, chosen, values)
@@ -75,11 +75,17 @@ class _Choice(torch.autograd.Function):
         counts = routing_map.sum(0)
         ctx.mark_non_differentiable(routing_map, counts)
         ctx.set_materialize_grads(False)  # of those two, there is none
+        real, counted = None, counts
+        if is_counted and padding is not None:
+            real = ~padding.unsqueeze(-1)
+            counted = (routing_map & real).sum(0)
+        if is_counted:
+            router.tokens += counted
         ctx.router = router if is_counted and router.get_aux_loss_coeff("aux_loss") > 0 else None
         if ctx.router is None:
             ctx.save_for_backward(probs)
         else:
-            ctx.save_for_backward(probs, logits, router.counts_of_all(counts).float())
+            ctx.save_for_backward(probs, logits, router.counts_of_all(counted).float(), real)
         return probs, routing_map, counts
 
     @staticmethod
@@ -88,7 +94,7 @@ class _Choice(torch.autograd.Function):
         d_logits = torch._softmax_backward_data(grad, probs, -1, probs.dtype)
         if ctx.router is not None:
             d_logits.addcmul_(*ctx.router.balance_gradient(*balanced))
-        return d_logits, None, None
+        return d_logits, None, None, None
 
 
 class Router(TopKRouter):
@@ -110,7 +116,7 @@ class Router(TopKRouter):
         balance_rows: the same before the tokens are added up, [tokens of a micro-batch].
         micro_batches: this rank's share of those.
         hidden, counts: of the last micro-batch: what it was given, for the dispatcher (see `_Gate`), and how many
-            tokens each expert got, [experts] int64, None if not all tokens count.
+            tokens each expert got, padding too, [experts] int64; None if a capacity may drop some.
     """
 
     def __init__(
@@ -155,10 +161,8 @@ class Router(TopKRouter):
         padding = None if padding_mask is None else padding_mask.reshape(-1)
         # A recomputed layer runs twice, the first time without gradients.
         is_counted = self.training and torch.is_grad_enabled()
-        if padding is None and self.is_plain:
-            probs, routing_map, self.counts = _Choice.apply(logits, self, is_counted)
-            if is_counted:
-                self.tokens += self.counts
+        if self.is_plain:
+            probs, routing_map, self.counts = _Choice.apply(logits, self, is_counted, padding)
             return probs, routing_map
         self.counts = None
         probs, routing_map = topk_routing_with_score_function(
@@ -192,26 +196,35 @@ class Router(TopKRouter):
         dist.all_reduce(counts, group=self.tp_cp_group)
         return counts
 
-    def balance_gradient(self, logits: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def balance_gradient(
+        self, logits: torch.Tensor, counts: torch.Tensor, real: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Two factors of the gradient of the balancing loss, and its value into `balance_rows`.
 
         Args:
             logits: [tokens, experts] of this rank; counts: `counts_of_all`, float32.
+            real: [tokens, 1] bool, what is no padding; None: all.
 
         Returns:
-            [tokens, experts] float32, and what weights it, a scalar.
+            [tokens, experts] float32, and what weights it, a scalar or [tokens, 1].
         """
         config, ranks = self.config, self.tp_cp_group.size()
-        total = len(logits) * ranks
-        factor = config.num_moe_experts / (self.topk * total * total)
+        coefficient = self.get_aux_loss_coeff("aux_loss")
         scores = torch.softmax(logits, -1, dtype=torch.float32)
         if len(self.balance_rows) != len(logits):
             self.balance_loss += self.balance_rows.sum()
             self.balance_rows = scores.new_zeros(len(logits))
-        self.balance_rows.addmv_(scores, counts, alpha=factor)
         self.micro_batches += 1 / ranks
         gradient = torch._softmax_backward_data(counts.expand_as(scores), scores, -1, torch.float32)
-        return gradient, _weight(factor * self.get_aux_loss_coeff("aux_loss"), self.loss_weight, gradient.device)
+        if real is None:
+            total = len(logits) * ranks
+            factor = config.num_moe_experts / (self.topk * total * total)
+            self.balance_rows.addmv_(scores, counts, alpha=factor)
+            return gradient, _weight(factor * coefficient, self.loss_weight, gradient.device)
+        # The tokens that count are known on the device only: each was counted `topk` times.
+        factors = real / counts.sum().square() * float(config.num_moe_experts * self.topk)
+        self.balance_rows.addcmul_(scores.mv(counts), factors.squeeze(-1))
+        return gradient, factors * _weight(coefficient, self.loss_weight, gradient.device)
 
     def _drop(
         self, probs: torch.Tensor, chosen: torch.Tensor, padding: torch.Tensor | None

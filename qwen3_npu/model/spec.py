@@ -41,6 +41,7 @@ class Parts:
         overlap: how products hide the communication of tensor parallelism.
         recompute_activation: compute the MLP's activation again in backward instead of keeping it.
         recompute_products: experts compute their first product again, too (--moe-zero-memory level0).
+        hides_exchange: of experts, behind their products (--moe-alltoall-overlap-comm).
         swapping: what of the layers waits on the host for backward; None: nothing.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         seed: of a reward model's new head.
@@ -52,6 +53,7 @@ class Parts:
     overlap: Overlap | None = None
     recompute_activation: bool = False
     recompute_products: bool = False
+    hides_exchange: bool = False
     swapping: Swapping | None = None
     loss_chunk: int = 0
     seed: int = 0
@@ -144,4 +146,6 @@ def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
         experts = ModuleSpec(LoraExperts, params={**params, "args": parts.lora, "adapted": adapted})
     router = functools.partial(Router, add_weight_gradient=parts.kernels.add_weight_gradient)
     submodules = MoESubmodules(experts=experts, router=router)
-    return ModuleSpec(MoE, params={"kernels": parts.kernels}, submodules=submodules)
+    return ModuleSpec(
+        MoE, params={"kernels": parts.kernels, "hides_exchange": parts.hides_exchange}, submodules=submodules
+    )

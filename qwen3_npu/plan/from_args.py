@@ -65,6 +65,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         tensor_pieces=args.overlap.coc_parallel_num,
         overlap_grads=optimizer.overlap_grad_reduce,
         overlap_params=optimizer.overlap_param_gather,
+        overlap_experts=train.moe_alltoall_overlap_comm,
     )
 
 

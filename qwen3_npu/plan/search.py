@@ -21,6 +21,7 @@ from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
 from qwen3_npu.args.trackers import TrackerArgs
 from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
 from qwen3_npu.args.watch import SpikeArgs, WatchArgs
+from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.plan.candidate import SAVINGS, LayoutCandidate
@@ -30,7 +31,7 @@ from qwen3_npu.plan.shape import Shape
 from qwen3_npu.plan.verdict import PlanVerdict
 
 _MICRO = (1, 2, 4)
-_WORTH = 0.03  # a smaller share of the memory that the optimizer's state takes is not worth to be saved
+_WORTH = 0.1  # a smaller share of the memory that the optimizer's state takes is not worth to be saved
 _HIDING = 40  # so many of the fastest layouts are looked at with communication hidden, too
 
 
@@ -53,7 +54,7 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
     if not fitting:
         raise UsageError(_nothing_fits(nearest, shape, arch, args, device=device))
     fitting.sort(key=_by_rate)
-    fastest = map(_hiding, map(_gathering, map(_swapping, fitting[:_HIDING])))
+    fastest = map(_hiding, map(_exchanging, map(_swapping, fitting[:_HIDING])))
     return sorted([*fastest, *fitting[_HIDING:]], key=_by_rate)
 
 
@@ -108,12 +109,15 @@ def _hiding(found: LayoutCandidate) -> LayoutCandidate:
     return hidden if hidden.verdict.time.total < found.verdict.time.total else found
 
 
-def _gathering(found: LayoutCandidate) -> LayoutCandidate:
-    """The same with the other dispatcher, where gathering all tokens is faster than sending each to its experts."""
-    if found.verdict.setup.expert == 1:
+def _exchanging(found: LayoutCandidate) -> LayoutCandidate:
+    """The same with all tokens gathered, or their exchange hidden in pieces, where that is faster."""
+    setup, shape = found.verdict.setup, found.verdict.shape
+    if setup.expert == 1:
         return found
-    gathered = found.changed({"gathered": True}, {"train": {"moe_token_dispatcher_type": "allgather"}})
-    return gathered if gathered.verdict.fits and _by_rate(gathered) < _by_rate(found) else found
+    ways = [found.changed({"gathered": True}, {"train": {"moe_token_dispatcher_type": "allgather"}})]
+    if exchange_pieces(shape.num_experts // setup.expert) > 1:
+        ways.append(found.changed({"overlap_experts": True}, {"train": {"moe_alltoall_overlap_comm": True}}))
+    return min([found, *(way for way in ways if way.verdict.fits)], key=_by_rate)
 
 
 def _nothing_fits(nearest: PlanVerdict | None, shape: Shape, arch: Qwen3Arch, args: PlanArgs, *, device: Device) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.plan.activations import layer_bytes, routed_rows
 from qwen3_npu.plan.device import Device
+from qwen3_npu.plan.hiding.experts import seconds_left
 from qwen3_npu.plan.hiding.tensor import share_left
 from qwen3_npu.plan.parameters import trained_counts
 from qwen3_npu.plan.setup import Setup
@@ -19,8 +21,10 @@ from qwen3_npu.plan.shape import Shape
 # Operations that the host launches, forward and backward: of one layer without and with experts, more for each way to
 # train it, and of a micro-batch outside of the layers. tests/golden/launches_npu.txt has the counts.
 LAYER_LAUNCHES = {False: (13, 23), True: (26, 36)}
-MORE_LAUNCHES = {"lora": (7, 8), "expert": (4, 3), "ring": (19, 17), "sequence_parallel": (8, 0)}
+MORE_LAUNCHES = {"lora": (7, 8), "expert": (6, 4), "ring": (19, 17), "sequence_parallel": (8, 0)}
 END_LAUNCHES = 43, 15
+# Of an exchange in pieces that products hide: once, and for each piece but the first.
+PIECE_LAUNCHES = (2, 1), (8, 11)
 _HOST_BANDWIDTH = 25e9  # bytes a second each way, of PCIe 4.0 x16
 
 
@@ -68,6 +72,7 @@ class _Layer:
     Attributes:
         attended: of `products`, those of attention.
         again: products of experts that backward computes again, without recomputing the layer.
+        experts: products of experts.
     """
 
     products: float
@@ -75,6 +80,7 @@ class _Layer:
     kernels: float
     attended: float = 0.0
     again: float = 0.0
+    experts: float = 0.0
 
 
 def product_seconds(device: Device, flops: float, count: int = 1) -> float:
@@ -117,7 +123,7 @@ def exchange_seconds(device: Device, size: int, stride: int, moved: float, *, pe
 
 def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _Layer:
     tokens, tp, width = setup.tokens, setup.tensor, setup.weight_bytes
-    h, query, again = shape.hidden_size, shape.query_width, 0.0
+    h, query, again, experts = shape.hidden_size, shape.query_width, 0.0, 0.0
     products = attended = sum(product_seconds(device, 2 * tokens * size) for size in _attention_products(shape, tp))
     squares = setup.micro_batch * setup.seq_length**2 / setup.context / 2  # causal
     attention = 2 * squares * (query + shape.output_width) / tp / (device.flops * device.attention)
@@ -127,8 +133,9 @@ def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _La
         local = shape.num_experts // setup.expert
         first = product_seconds(device, 2 * rows * h * shape.gate_factor * ffn, local)
         second = product_seconds(device, 2 * rows * ffn * h, local)
-        products += first + second
-        again = (0.0, first, first + second)[setup.recompute_experts]
+        experts = first + second
+        products += experts
+        again = (0.0, first, experts)[setup.recompute_experts]
         products += product_seconds(device, 2 * setup.sharded_tokens * h * shape.num_experts)
         shared = 2 * tokens * h * shape.moe_shared_ffn * (shape.gate_factor + 1) / tp
         products += product_seconds(device, shared, 2) if shared else 0.0
@@ -140,7 +147,7 @@ def _layer(shape: Shape, setup: Setup, device: Device, has_experts: bool) -> _La
         )
         moved += tokens * (shape.gate_factor + 1) * ffn
     kernels = moved * width / (device.memory_bandwidth * device.streaming)
-    return _Layer(products, attention, kernels, attended=attended, again=again)
+    return _Layer(products, attention, kernels, attended=attended, again=again, experts=experts)
 
 
 def _attention_products(shape: Shape, tp: int) -> list[float]:
@@ -159,11 +166,12 @@ def _attention_products(shape: Shape, tp: int) -> list[float]:
     ]
 
 
-def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0) -> float:
+def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0, *, pieces: int = 1) -> float:
     """Operations that the host launches for one layer and micro-batch.
 
     Args:
         recomputed: share of the layers whose forward pass runs twice.
+        pieces: see `_pieces`.
     """
     used = {
         "lora": setup.lora_rank > 0,
@@ -172,9 +180,11 @@ def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0) -> float:
         "sequence_parallel": setup.sequence_parallel and setup.tensor > 1,
     }
     more = [MORE_LAUNCHES[name] for name, is_used in used.items() if is_used]
+    if is_moe and pieces > 1:
+        more += [PIECE_LAUNCHES[0], *[PIECE_LAUNCHES[1]] * (pieces - 1)]
     if setup.overlap_tensor and setup.tensor > 1:
-        pieces = (2 if is_moe else 4) * (setup.tensor_pieces - 1)  # products more than without
-        more.append((0, pieces // 2) if setup.fused_tensor else (pieces, pieces + (1 if is_moe else 2)))
+        linears = (2 if is_moe else 4) * (setup.tensor_pieces - 1)  # products more than without
+        more.append((0, linears // 2) if setup.fused_tensor else (linears, linears + (1 if is_moe else 2)))
     forward, backward = (sum(counts) for counts in zip(LAYER_LAUNCHES[is_moe], *more, strict=True))
     return forward * (1 + recomputed) + backward
 
@@ -199,7 +209,8 @@ def step_time(shape: Shape, setup: Setup, device: Device, *, imbalance: float = 
 def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbalance: float) -> StepTime:
     counts, passes = setup.layer_kinds(shape, stage), setup.num_microbatches
     number = sum(counts.values())
-    products = attention = kernels = again = attended = 0.0
+    share = min(setup.recompute, number) / max(number, 1)
+    products = attention = kernels = again = attended = expert = 0.0
     for is_moe in counts:
         layer = _layer(shape, setup, device, is_moe)
         slow = imbalance if is_moe and setup.expert > 1 else 1.0
@@ -208,8 +219,8 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         attention += counts[is_moe] * layer.attention
         kernels += counts[is_moe] * layer.kernels
         again += counts[is_moe] * layer.again * slow
-    share = min(setup.recompute, number) / max(number, 1)
-    exchanged = 1.0 if setup.recompute_experts == 2 else share  # again in backward
+        if is_moe:
+            expert = counts[is_moe] * _expert(shape, setup, device, layer.experts * slow, share=share, moved=slow)
     if setup.swapped:  # the MLPs of these layers alone
         share, recompute = 0.0, share * (products - attended) + (1 - share) * again
     else:
@@ -224,7 +235,9 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
     if stage == setup.pipeline - 1:
         products += head * (1 + shape.mtp_layers)
         kernels += logits * (1 + shape.mtp_layers)
-    launched = sum(counts[kind] * launches(setup, kind, share) for kind in counts) + sum(END_LAUNCHES)
+    launched = sum(counts[kind] * launches(setup, kind, share, pieces=_pieces(shape, setup)) for kind in counts) + sum(
+        END_LAUNCHES
+    )
     busy = products + attention + kernels + recompute
     waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 and not setup.sizes_on_device else 0.0
     return StepTime(
@@ -233,7 +246,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         kernels=passes * kernels,
         recompute=passes * recompute,
         tensor=passes * number * _tensor(shape, setup, device) * (1 + share / 2),
-        expert=passes * counts.get(True, 0) * _expert(shape, setup, device, imbalance) * (1 + exchanged / 2),
+        expert=passes * expert,
         context=passes * number * _context(shape, setup, device),
         pipeline=_pipeline(shape, setup, device),
         data=_data(shape, setup, device, stage, busy=passes * busy),
@@ -270,16 +283,33 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
     return collectives * exchange * share_left(setup, device, exchange=exchange, columns=columns, rows=rows)
 
 
-def _expert(shape: Shape, setup: Setup, device: Device, imbalance: float) -> float:
-    """Seconds of one layer's expert exchange: out and back, forward and backward."""
+def _expert(shape: Shape, setup: Setup, device: Device, products: float, *, share: float, moved: float) -> float:
+    """Seconds of one layer's expert exchange that nothing hides: out and back; forward, again if recomputed, backward.
+
+    Args:
+        products: seconds of the experts' products, forward.
+        share: of the layers whose forward pass runs twice.
+        moved: rows of the busiest rank over the mean.
+    """
+    size = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * moved
+    forwards, pieces = 2.0 if setup.recompute_experts == 2 else 1 + share, _pieces(shape, setup)
     if setup.gathered:
         group = setup.expert * setup.expert_tensor
-        moved = setup.sharded_tokens * group * shape.hidden_size * setup.weight_bytes
-        return 4 * collective_seconds(device, group, 1, moved)
-    moved = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * imbalance
-    stride = setup.expert_tensor
-    time = 4 * exchange_seconds(device, setup.expert, stride, moved, per_node=shape.moe_topk if setup.two_levels else 0)
-    return time * (0.4 if setup.overlap_experts else 1.0)
+        size = setup.sharded_tokens * group * shape.hidden_size * setup.weight_bytes
+        return 2 * (forwards + 1) * collective_seconds(device, group, 1, size)
+    copies = shape.moe_topk if setup.two_levels else 0
+    piece = exchange_seconds(device, setup.expert, setup.expert_tensor, size / pieces, per_node=copies)
+    if pieces == 1:
+        return piece * 2 * (forwards + 1)
+    weights = products * (0.0 if setup.lora_rank else 1.0 - setup.frozen)
+    there, back = (seconds_left(piece, products, pieces, behind=behind) for behind in (0.0, weights))
+    return forwards * there + back
+
+
+def _pieces(shape: Shape, setup: Setup) -> int:
+    """In how many pieces tokens travel to their experts and back; 1: products hide nothing of it."""
+    hides = setup.overlap_experts and setup.expert > 1 and not setup.gathered
+    return exchange_pieces(shape.num_experts // setup.expert) if hides else 1
 
 
 def _context(shape: Shape, setup: Setup, device: Device) -> float:

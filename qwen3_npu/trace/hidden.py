@@ -16,15 +16,22 @@ from qwen3_npu.training.prepare.plan import plan_training
 
 
 def _without(args: PretrainArgs) -> PretrainArgs:
-    return args._replace(overlap=TensorOverlapArgs())
+    train = dataclasses.replace(args.train, moe_alltoall_overlap_comm=False)
+    return args._replace(overlap=TensorOverlapArgs(), train=train)
+
+
+def _experts(args: PretrainArgs) -> PretrainArgs:
+    if args.parallel.expert_model_parallel_size == 1:
+        return _without(args)
+    return _without(args)._replace(train=dataclasses.replace(args.train, moe_alltoall_overlap_comm=True))
 
 
 def _in_pieces(args: PretrainArgs) -> PretrainArgs:
-    return args._replace(overlap=dataclasses.replace(_pieces(args), use_ascend_coc=True))
+    return _without(args)._replace(overlap=dataclasses.replace(_pieces(args), use_ascend_coc=True))
 
 
 def _fused(args: PretrainArgs) -> PretrainArgs:
-    return args._replace(overlap=dataclasses.replace(_pieces(args), use_ascend_mc2=True))
+    return _without(args)._replace(overlap=dataclasses.replace(_pieces(args), use_ascend_mc2=True))
 
 
 def _pieces(args: PretrainArgs) -> TensorOverlapArgs:
@@ -36,6 +43,7 @@ WAYS: dict[str, Callable[[PretrainArgs], PretrainArgs]] = {
     "off": _without,
     "--use-ascend-coc": _in_pieces,
     "--use-ascend-mc2": _fused,
+    "--moe-alltoall-overlap-comm": _experts,
 }
 
 
@@ -57,10 +65,10 @@ def played_ways(
 
 def hidden_table(ways: list[tuple[str, Played]]) -> list[str]:
     """Lines: the step, and what of it waits for each group's communication."""
-    lines = ["trace: " + f"{'played on streams (without bubble and host)':<44}" + "".join(f"{n:>20}" for n, _ in ways)]
-    lines.append(f"trace:   {'step':<42}" + "".join(f"{step.total:>18.3f} s" for _, step in ways))
+    lines = ["trace: " + f"{'played on streams (without bubble and host)':<44}" + "".join(f"{n:>28}" for n, _ in ways)]
+    lines.append(f"trace:   {'step':<42}" + "".join(f"{step.total:>26.3f} s" for _, step in ways))
     for group in sorted({group for _, step in ways for group in step.exposed}):
         cells = [(step.exposed.get(group, 0.0), step.total) for _, step in ways]
-        words = "".join(f"{f'{seconds:.3f} s {100 * seconds / total:5.1f} %':>20}" for seconds, total in cells)
+        words = "".join(f"{f'{seconds:.3f} s {100 * seconds / total:5.1f} %':>28}" for seconds, total in cells)
         lines.append(f"trace:   {f'nothing hides {group}':<42}{words}")
     return lines

@@ -138,7 +138,7 @@ class TraceRecorder(StorageWatch):
         name = func._schema.name.replace("::", ".")
         if not name.startswith("aten.") or name.split(".")[-1].rstrip("_") in _VIEWS or "empty" in name:
             return
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(getattr(torch.ops.aten, name.removeprefix("aten.").rstrip("_"), None))
         flops = count(*args, **kwargs, out_val=out) if count else 0.0
         if flops and self._fused is not None:
             name, ranks, moved = self._fused

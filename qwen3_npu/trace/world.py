@@ -55,7 +55,7 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         with _disable_current_modes():
             return _balanced_counts(everyone, routed_rows)
 
-    sizes_on_host = dispatcher.Dispatcher._maybe_dtoh_and_synchronize
+    sizes_on_host = dispatcher.Dispatcher.sizes
 
     def with_data(*args: Any, **options: Any) -> Any:
         with _disable_current_modes():
@@ -85,7 +85,7 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         (torch.UntypedStorage, "copy_", lambda storage, *_: storage),
         (token_dispatcher, "sort_chunks_by_idxs", even_chunks),
         (dispatcher, "maybe_move_tensor_to_cpu", on_host),
-        (dispatcher.Dispatcher, "_maybe_dtoh_and_synchronize", with_data),
+        (dispatcher.Dispatcher, "sizes", with_data),
     ]
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:

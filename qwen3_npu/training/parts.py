@@ -26,6 +26,7 @@ def parts_of(args: PretrainArgs, chosen: kernels.Kernels) -> Parts:
         context_parallel=context_parallel,
         recompute_activation=args.train.recompute_activation_function,
         recompute_products=args.train.moe_zero_memory == "level0",
+        hides_exchange=args.train.moe_alltoall_overlap_comm,
         swapping=swapping(args.train),
         loss_chunk=args.train.loss_chunk_size if args.train.loss_compute_mode == "chunk" else 0,
         seed=args.runtime.seed,

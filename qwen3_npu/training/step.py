@@ -213,7 +213,7 @@ def run_schedule(
             micro_batch_size=micro_batch,
             forward_only=forward_only,
         )
-    device = next(chunks[0].parameters()).device
+    device = torch.cuda.current_device()  # a chunk of no-op layers has no parameter to ask
     size = _FIXED + len(objective.names if objective else ())
     total = torch.stack(reports).sum(0) if reports else torch.zeros(size, device=device)
     # Only the last stage has losses; the sum over stages and data-parallel ranks tells every rank.

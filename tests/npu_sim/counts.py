@@ -25,6 +25,7 @@ COMMON = ["--seq-length", "32", "--lr", "1e-3", "--train-iters", "2", "--eval-it
 COMMON += ["--use-distributed-optimizer"]
 PACKED = ["--reset-attention-mask", "--reset-position-ids"]
 EP2 = ["--expert-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
 RING = ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"]
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 
@@ -35,9 +36,11 @@ ROWS: dict[str, tuple[str, int, int, list[str]]] = {
     "LoRA": ("untied", 1, 1, ["--lora-r", "4"]),
     "MoE": ("moe", 1, 1, []),
     "MoE EP2": ("moe", 2, 2, EP2),
+    "MoE EP2 hidden": ("moe", 2, 2, [*EP2, "--moe-alltoall-overlap-comm"]),
     "ring CP2": ("untied", 2, 1, RING),
     "TP2 SP": ("untied", 2, 1, TP2),
     "TP2 MC2": ("wide", 2, 1, [*TP2, "--use-ascend-mc2"]),
+    "PP2": ("untied", 2, 2, PP2),  # half of the layers, two micro-batches
     "decode": ("untied", 1, 1, []),
 }
 # One token of one answer instead of a step; forward only.

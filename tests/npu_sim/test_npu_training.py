@@ -53,6 +53,7 @@ CASES = {
         [*ZERO, "--overlap-grad-reduce", "--overlap-param-gather"],
     ),
     "packed: CP2 ring": ("packed", 2, RING),
+    "MoE: EP2, exchange hidden": ("MoE", 2, [*EP2, "--moe-alltoall-overlap-comm"]),
     "LoRA: TP2 SP, selective recompute, swapped": (
         "LoRA",
         2,
@@ -118,6 +119,16 @@ def test_equals_the_cpu(name: str, npu_worlds: dict[int, World], trainings: Trai
     got = npu_worlds[size].run("train", flags=trainings.flags(training) + extra, steps=STEPS)
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+def test_stages_that_exchange_in_pairs_compute_the_same(npu_worlds: dict[int, World], trainings: Trainings) -> None:
+    """As in batched calls: bit for bit."""
+    flags = [*trainings.flags("dense"), *PP2]
+    batched, pairs = (
+        npu_worlds[2].run("train", flags=[*flags, "--p2p-communication", how], steps=2) for how in ("batched", "pairs")
+    )
+    assert pairs == batched
+    assert pairs["loss"] == pytest.approx(trainings.on_cpu("dense")["loss"][:2], rel=1e-5)
 
 
 def test_the_trainings_differ(npu_worlds: dict[int, World], trainings: Trainings) -> None:

@@ -105,6 +105,26 @@ def test_choices_that_a_capacity_drops_are_counted(worlds: dict[int, World], bas
     assert found["balance_loss"] is None
 
 
+# Four stages of two chunks; half of the eight layers are no-op layers.
+VPP2 = ["--num-layers-per-virtual-pipeline-stage", "1", "--noop-layers", "1,3,4,6"]
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_stages_that_exchange_in_pairs_compute_the_same(
+    stages: int, worlds: dict[int, World], baselines: Baselines
+) -> None:
+    """As in batched calls: bit for bit; with virtual stages, which have no other way, to rounding."""
+    flags = [*baselines.flags("untied"), "--pipeline-model-parallel-size", str(stages)]
+    batched, pairs = (
+        worlds[stages].run("train", flags=[*flags, "--p2p-communication", how], steps=2) for how in ("batched", "pairs")
+    )
+    assert pairs == batched
+    assert pairs["loss"] == pytest.approx(baselines.of("untied")["loss"][:2], rel=1e-5)
+    if stages == 4:
+        virtual = worlds[4].run("train", flags=[*flags, *VPP2], steps=2)
+        assert virtual["loss"] == pytest.approx(pairs["loss"], rel=1e-5)
+
+
 def test_a_residual_in_float32_travels_between_stages(worlds: dict[int, World], baselines: Baselines) -> None:
     """In bfloat16, so as near as the branches' own rounding lets it be."""
     flags = [*baselines.flags("untied"), "--bf16", "--fp32-residual-connection"]

@@ -119,6 +119,7 @@ FINE = {
     "loss_compute_mode": "speed",
     "loss_chunk_size": "speed",
     "moe_token_dispatcher_type": "speed",
+    "moe_alltoall_overlap_comm": "speed",
     "moe_pad_expert_input_to_capacity": "speed",
     "use_distributed_optimizer": "speed",
     "reuse_fp32_param": "speed",

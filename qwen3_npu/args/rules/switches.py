@@ -128,6 +128,28 @@ def _check_overlap(args: PretrainArgs) -> list[str]:
     return []
 
 
+def _check_exchange(args: PretrainArgs) -> list[str]:
+    """What to say of a hidden exchange of experts.
+
+    Raises:
+        UsageError: it cannot be hidden.
+    """
+    train = args.train
+    if not train.moe_alltoall_overlap_comm:
+        return []
+    if train.moe_token_dispatcher_type == "allgather":
+        raise UsageError(
+            "--moe-alltoall-overlap-comm needs --moe-token-dispatcher-type alltoall: allgather sends all tokens to all"
+        )
+    if train.moe_expert_capacity_factor is not None:
+        raise UsageError(
+            "--moe-alltoall-overlap-comm: not with --moe-expert-capacity-factor, which drops rows; drop one of them"
+        )
+    if args.parallel.expert_model_parallel_size == 1:
+        return ["--moe-alltoall-overlap-comm: no effect with --expert-model-parallel-size 1: nothing is exchanged"]
+    return []
+
+
 def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
     """What the command line left to a default that the user should know of, a line each.
 
@@ -153,6 +175,7 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
         said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")
     if (swapped := swapping(args.train)) is not None:
         said.append(str(swapped))
+    said += _check_exchange(args)
     steps, warm = args.train.train_iters, args.optimizer.lr_warmup_iters
     if steps is not None and warm > steps:
         said.append(f"warning: --lr-warmup-iters {warm} is above --train-iters {steps}: --lr is never reached")

@@ -15,6 +15,11 @@ class RowLengths:
         """Args: group: its ranks have a part of each row; None: a rank has whole rows."""
         self.scale, self.group = scale, group
         self.squares: torch.Tensor | None = None
+        self.parts: dict[int, RowLengths] = {}
+
+    def of_part(self, some: slice) -> RowLengths:
+        """Of a part of W's first dimension, which is always divided in the same way."""
+        return self.parts.setdefault(some.start, RowLengths(self.scale, self.group))
 
     @torch.no_grad()
     def __call__(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

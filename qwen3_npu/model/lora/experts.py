@@ -72,6 +72,11 @@ class LoraExperts(GroupedExperts):
         a, b = (matrix.transpose(1, 2) for matrix in (a.view(e, -1, self.rank), b.view(e, self.rank, -1)))
         return self.row_lengths[which](rows, a, b)
 
+    def state_of(self, some: slice) -> dict[str, Any]:
+        """As the base's."""
+        lengths = {which: whole.of_part(some) for which, whole in self.row_lengths.items()}
+        return super().state_of(some) | {"row_lengths": lengths}
+
     def products(self, tokens_per_expert: torch.Tensor, rows: int) -> Callable:
         """As the base's; with DoRA it knows the expert of each row, too."""
         product = super().products(tokens_per_expert, rows)

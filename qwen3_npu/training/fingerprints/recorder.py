@@ -26,7 +26,8 @@ from qwen3_npu.training.fingerprints.exact import Recomputed, definition, deviat
 from qwen3_npu.training.fingerprints.sketch import NUMBERS, sketch
 
 LAYER = "layer"  # the operation of records that are the same in every layout
-_OUTSIDE_TRAINING = ("prepared_linear",)  # it gives a function that holds a weight
+# It gives a function that holds a weight; its sums are parts of a weight's, which is looked at as a whole.
+_NOT_FOLLOWED = ("prepared_linear", "add_grouped_gradient")
 
 
 class Noted(NamedTuple):
@@ -77,7 +78,7 @@ class StepRecorder:
 
     def wrapped(self, kernels: Kernels) -> Kernels:
         """The kernels, which tell this recorder of their calls."""
-        chosen = {name: getattr(kernels, name) for name in OPERATIONS if name not in _OUTSIDE_TRAINING}
+        chosen = {name: getattr(kernels, name) for name in OPERATIONS if name not in _NOT_FOLLOWED}
         if chosen["add_weight_gradient"] is reference.add_weight_gradient:
             del chosen["add_weight_gradient"]  # which leaves the sums to megatron, and is known by its identity
         return dataclasses.replace(kernels, **{name: self._wrapped(name, k) for name, k in chosen.items()})

@@ -62,7 +62,7 @@ def take_expert_load(chunks: Sequence[torch.nn.Module], layers: int, experts: in
         layers: of the whole pipeline, no-op layers included.
         experts: of a layer.
     """
-    counts = torch.zeros(layers, experts + 3, device=next(chunks[0].parameters()).device)
+    counts = torch.zeros(layers, experts + 3, device=torch.cuda.current_device())
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, Router):

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3_npu.model.router import Router, _Choice, _Gate
 
@@ -21,6 +22,7 @@ def router(coefficient: float, loss_weight: float) -> types.SimpleNamespace:
         tp_cp_group=types.SimpleNamespace(size=lambda: 1),
         get_aux_loss_coeff=lambda name: coefficient,
         loss_weight=loss_weight,
+        tokens=torch.zeros(EXPERTS, dtype=torch.int64),
         balance_loss=torch.zeros(()),
         balance_rows=torch.zeros(0),
         micro_batches=0.0,
@@ -30,26 +32,29 @@ def router(coefficient: float, loss_weight: float) -> types.SimpleNamespace:
     return made
 
 
+@pytest.mark.parametrize("padded", [0, 3])
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
-def test_choice_and_gradients_are_megatrons(coefficient: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_and_gradients_are_megatrons(coefficient: float, padded: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe_utils.MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(0.5))
     draw = torch.Generator().manual_seed(0)
     logits, factor = (torch.randn(TOKENS, EXPERTS, generator=draw) for _ in range(2))
+    padding = torch.arange(TOKENS) >= TOKENS - padded if padded else None
     made, mine, theirs = router(coefficient, 4.0), logits.clone().requires_grad_(), logits.clone().requires_grad_()
 
-    probs, routing_map, counts = _Choice.apply(mine, made, True)
+    probs, routing_map, counts = _Choice.apply(mine, made, True, padding)
     (probs * factor).sum().backward()
 
     expected, expected_map = moe_utils.topk_routing_with_score_function(theirs, TOPK)
-    _, scores = moe_utils.compute_routing_scores_for_aux_loss(theirs, TOPK, "softmax")
+    real_map, scores = moe_utils.compute_routing_scores_for_aux_loss(theirs, TOPK, "softmax", padding_mask=padding)
     loss = moe_utils.switch_load_balancing_loss_func(
-        scores, expected_map.sum(0), TOKENS, TOPK, EXPERTS, moe_aux_loss_coeff=1.0
+        scores, real_map.sum(0), TOKENS - padded, TOPK, EXPERTS, moe_aux_loss_coeff=1.0
     )
     ((expected * factor).sum() + 0.5 * 4.0 * coefficient * loss).backward()
 
     torch.testing.assert_close(probs, expected)
     assert torch.equal(routing_map, expected_map)
     assert torch.equal(counts, expected_map.sum(0))
+    assert torch.equal(made.tokens, real_map.sum(0))
     torch.testing.assert_close(mine.grad, theirs.grad)
     if coefficient:
         torch.testing.assert_close(made.balance_rows.sum(), loss.detach())
@@ -70,3 +75,26 @@ def test_the_gate_adds_what_else_happens_to_the_hidden_state(dtype: torch.dtype)
         grads.append([logits.detach(), *(t.grad for t in inputs)])
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class Operations(TorchDispatchMode):
+    """Counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_padding_launches_few_operations_more() -> None:
+    """megatron's functions and their gradients, which served padded batches before, are some sixty."""
+    counts = []
+    for padding in (None, torch.arange(TOKENS) > 4):
+        made, logits = router(0.3, 1.0), torch.randn(TOKENS, EXPERTS, requires_grad=True)
+        with Operations() as operations:
+            _Choice.apply(logits, made, True, padding)[0].sum().backward()
+        counts.append(operations.count)
+    assert counts[1] - counts[0] <= 12

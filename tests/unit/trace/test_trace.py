@@ -74,5 +74,12 @@ def test_products_hide_most_of_tensor_parallelism_and_the_plan_knows_it(traces: 
         assert planned / off[1] == pytest.approx(played / off[0], rel=0.15)
 
 
+def test_products_hide_most_of_the_exchange_of_experts_and_the_plan_knows_it(traces: dict[str, dict[str, Any]]) -> None:
+    """Four pieces without recomputation: of what is exchanged, a sixth or so is left."""
+    off, on = (traces["hidden experts"][way] for way in ("off", "--moe-alltoall-overlap-comm"))
+    assert on[0] < 0.4 * off[0]
+    assert (off[1], on[1]) == pytest.approx((off[0], on[0]), rel=0.15)
+
+
 def test_dropped_tokens_are_not_traced(traces: dict[str, Any]) -> None:
     assert traces["refused"].startswith("--moe-expert-capacity-factor 1.5 cannot be traced")

@@ -70,6 +70,11 @@ WIDE = "--num-layers 2 --hidden-size 5120 --ffn-hidden-size 17408 --num-attentio
 WIDE += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
 WIDE += "--seq-length 4096 --micro-batch-size 4 --global-batch-size 4 --train-iters 1 --lr 1e-4 --data-path x "
 WIDE += "--tensor-model-parallel-size 8 --sequence-parallel --use-distributed-optimizer"
+# Layers as those of 30B-A3B on 2 groups of 8 devices.
+MANY = "--num-layers 2 --hidden-size 2048 --ffn-hidden-size 768 --num-attention-heads 32 --num-query-groups 4 "
+MANY += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
+MANY += "--num-experts 128 --moe-router-topk 8 --moe-ffn-hidden-size 768 --expert-model-parallel-size 8 "
+MANY += "--seq-length 4096 --micro-batch-size 1 --global-batch-size 16 --train-iters 1 --lr 1e-4 --data-path x"
 # The closed forms are those of torch's kernels; the reference kernels keep more.
 ALL = [row for row in rows() if "reference" not in row.flags]
 PRETENDED = {row.name: row for row in ALL if EVERY or row.name in SAMPLE}
@@ -123,19 +128,21 @@ def by_command(words: list[str]) -> Any:
     return json.loads(said.getvalue())
 
 
-def hidden(platform: Platform) -> dict[str, list[float]]:
-    """Way to hide tensor parallelism's communication -> seconds that are left in the layers, played and planned.
+def hidden(
+    platform: Platform, flags: str, devices: int, groups: tuple[str, str], *, ends: float = 0.0
+) -> dict[str, list[float]]:
+    """Way to hide communication -> seconds that are left in the layers, of the played step and planned.
 
-    Beside them the embedding scatters, and gathers in backward; the output layer gathers twice and scatters once, and
-    has hardly a product to hide that behind.
+    Args:
+        groups: what is hidden, as the played step and as the plan call it.
+        ends: seconds outside of the layers, which have hardly a product to hide behind.
     """
-    args, plan = parsed(WIDE, 8)
+    args, plan = parsed(flags, devices)
     device, found = DEVICE_SPECS["910B-64G"], {}
-    ends = 5 * collective_seconds(device, 8, 1, 4096 * 4 * 5120 * 2)
-    for name, step in played_ways(platform, args, device, devices=8, rank=0):
-        way = WAYS[name](args)
-        planned = step_time(shape_of(plan.arch, plan.layout.padded_vocab_size), setup_of(way, plan), device)
-        found[name] = [step.exposed["tp"] - ends, planned.tensor]
+    for name, step in played_ways(platform, args, device, devices=devices, rank=0):
+        shape, way = shape_of(plan.arch, plan.layout.padded_vocab_size), WAYS[name](args)
+        planned = step_time(shape, setup_of(way, plan), device, imbalance=1.0)
+        found[name] = [step.exposed[groups[0]] - ends, getattr(planned, groups[1])]
     return found
 
 
@@ -162,7 +169,10 @@ def main() -> None:
     args, _ = parsed(flags, 4)
     work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
     found["growth"] = [dataclasses.asdict(row) for row in work]
-    found["hidden"] = hidden(platform)
+    # The embedding scatters, and gathers in backward; the output layer gathers twice and scatters once.
+    ends = 5 * collective_seconds(DEVICE_SPECS["910B-64G"], 8, 1, 4096 * 4 * 5120 * 2)
+    found["hidden"] = hidden(platform, WIDE, 8, ("tp", "tensor"), ends=ends)
+    found["hidden experts"] = hidden(platform, MANY, 16, ("ep", "expert"))
     found["commands"] = [by_command(words) for words in COMMANDS]
     args, plan = parsed(BF16 + EXPERTS + "--moe-expert-capacity-factor 1.5", 1)
     try:
