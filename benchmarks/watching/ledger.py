@@ -205,7 +205,8 @@ def device() -> dict[str, Any]:
             flags += ["--train-iters", "30", "--lr", "1e-4", "--bf16", "--eval-iters", "0", "--log-interval", "10"]
             flags += ["--tensorboard-dir", str(root / case), "--ledger-interval", "10"]
             for command in ([str(ROOT / "pretrain_gpt.py"), *flags], ["-m", "qwen3_npu.ledger", str(root / case)]):
-                environment = os.environ | {"PYTHONPATH": str(ROOT)}
+                paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+                environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
                 done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
                 print(f"== {case}", done.stdout[-2500:], done.stderr[-1500:], sep="\n", flush=True)
             lines = [json.loads(line) for line in (root / case / "metrics.jsonl").read_text().splitlines()]

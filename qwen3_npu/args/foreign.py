@@ -18,7 +18,7 @@ _GATHER += "--moe-token-dispatcher-type alltoall"
 _PASSES = (
     "passes of two micro-batches are not interleaved here: --moe-alltoall-overlap-comm leaves 21 % of the exchange of "
 )
-_PASSES += "layers of 30B-A3B at EP8 (python -m qwen3_npu.trace --hidden), and more between nodes"
+_PASSES += "two layers of 30B-A3B at EP8 without recomputation (python -m qwen3_npu.trace --hidden: of a training)"
 _ALL_MOE = "every layer of a Qwen3-MoE has experts"
 _SPECS = tuple(f"mindspeed_llm.tasks.models.spec.{name}_spec layer_spec" for name in ("qwen3", "qwen2", "qwen25"))
 _MIGRATION = "it is MindFormers'; docs/migration.md has the command here"
