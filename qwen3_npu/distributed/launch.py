@@ -46,9 +46,9 @@ def process_group(platform: Platform, runtime: RuntimeArgs) -> Iterator[World]:
     device = platform.bind(local_rank)
     timeout = datetime.timedelta(minutes=runtime.distributed_timeout_minutes)
     if environment.has_rendezvous():
+        environment.check_meeting(first=False)  # torch prints the stack of its store before it gives up
         if platform.flight_recorder is not None:
             record_flights(platform.flight_recorder)
-        environment.check_meeting(first=False)  # torch prints the stack of its store before it gives up
         # torchrun with a fixed --master-port keeps one store for all restarts; what the processes of an earlier start
         # left in it (addresses, ids of communicators) makes those of the next start wait for them forever.
         try:

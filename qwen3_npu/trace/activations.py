@@ -39,7 +39,9 @@ class Activations(StorageWatch):
 
     def _bytes(self, keys: Iterable[int]) -> int:
         """As they are now: recomputing empties storages and fills them again."""
-        return sum(storage.nbytes() for key in keys if (storage := self._alive[key]()) is not None)
+        # Of a copy of the keys: a storage that is freed meanwhile leaves.
+        known = [self._alive[key] for key in tuple(keys) if key in self._alive]
+        return sum(storage.nbytes() for one in known if (storage := one()) is not None)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """To be called with what autograd saves."""

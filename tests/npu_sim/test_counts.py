@@ -29,7 +29,7 @@ def test_a_simulated_npu(
 ) -> None:
     line, found = counts.row(npu_worlds[counts.ROWS[name][1]], name, sized_models, tokens)
     losses[name] = [one.get("loss", 0.0) for one in found]
-    if counts.ROWS[name][:2] == ("untied", 2) and "dense" in losses:
+    if counts.ROWS[name][:3] == ("untied", 2, 1) and "dense" in losses:
         assert losses[name] == pytest.approx(losses["dense"], rel=3e-3)
     assert line == counts.expected("npu")[name], f"python -m tests.npu_sim.counts writes the table; counted: {found}"
 

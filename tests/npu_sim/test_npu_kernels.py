@@ -56,8 +56,8 @@ MUTATIONS = {
     "counts instead of ends": (".cumsum(0, dtype=torch.int32)", "", "grouped_matmul"),
     "weights not turned for dx": ("weight.transpose(1, 2)", "weight", "grouped_matmul"),
     "gradient of weights by rows": (
-        "_grouped(x.t(), grad, ends, group_type=2)",
-        "_grouped(x, grad, ends, group_type=0)",
+        "dw = _grouped(x.t(), grad, ends, group_type=2)",
+        "dw = _grouped(x, grad, ends, group_type=0)",
         "grouped_matmul",
     ),
     "no router weights": ("probs=probs, num_out_tokens", "num_out_tokens", "permute and unpermute"),

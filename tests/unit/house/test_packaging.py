@@ -77,7 +77,9 @@ def imported() -> set[str]:
                 found.add(node.module)
     # torch.utils.tensorboard is a door to the package tensorboard.
     doors = {"tensorboard"} if any(name.startswith("torch.utils.tensorboard") for name in found) else set()
-    return ({name.split(".")[0] for name in found} | doors) - set(sys.stdlib_module_names) - {"qwen3_npu"}
+    # _typeshed is there for type checkers only.
+    own = {"qwen3_npu", "_typeshed"}
+    return ({name.split(".")[0] for name in found} | doors) - set(sys.stdlib_module_names) - own
 
 
 def test_dependencies_are_what_the_package_imports() -> None:

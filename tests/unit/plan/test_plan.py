@@ -240,7 +240,7 @@ def test_every_layout_found_is_legal_for_the_parser_and_ranked() -> None:
     assert all(one.verdict.setup.devices == 16 for one in found)
     assert any(one.verdict.setup.expert == 8 for one in found)
     assert any(one.verdict.setup.swap_optimizer for one in found)
-    assert any(one.verdict.setup.gathered for one in found)
+    assert any(one.verdict.setup.overlap_experts for one in found)
     for one in found:  # what was planned is what these flags say
         assert setup_of(one.args, fit_flags(one.args, arch, 16)) == one.verdict.setup
 

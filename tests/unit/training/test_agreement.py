@@ -83,9 +83,15 @@ def test_one_process_of_a_node_reads_config_and_checks_an_index(
         read_index(tmp_path / "data.idx", 20)
 
 
-# Where ranks must hear of each other: answers, scores of a reference model, comparisons; nodes with --save-per-node.
+# Where ranks must hear of each other: answers, scores of a reference model, comparisons; nodes with --save-per-node;
+# whose state is damaged, once it is.
 MAY_GATHER = {"inference/diagnose.py", "inference/runner.py", "training/reference_cache.py", "trace/world.py"}
-MAY_GATHER |= {"training/fingerprints/gather.py", "parity/gather.py", "checkpoint/training/replicate.py"}
+MAY_GATHER |= {
+    "training/fingerprints/gather.py",
+    "parity/gather.py",
+    "checkpoint/training/replicate.py",
+    "training/spikes/state.py",
+}
 
 
 def test_start_steps_and_saves_send_no_object_of_every_rank_to_every_rank() -> None:
