@@ -25,7 +25,7 @@ from plain import (
 )
 from qwen3_npu.args.convert import ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.convert.run import convert
-from qwen3_npu.parity.rows import CHUNKS, EP2, ETP1, FULL, PER_DOCUMENT, PP2, RING, SP, TP2, VPP, ZERO
+from qwen3_npu.parity.rows import CHUNKS, EP2, ETP1, FULL, HIDDEN, PER_DOCUMENT, PP2, RING, SP, TP2, VPP, ZERO
 from worlds import World
 
 RANK, ALPHA = 4, 8
@@ -135,7 +135,7 @@ LORA_LAYOUTS = {
         ["--use-dora", *SOME, *TP2, *SP, *PP2, *CHUNKS],
         "untied some dora",
     ),
-    "experts, EP2": (2, "single", EXPERTS + EP2, "moe"),
+    "experts, EP2, exchange hidden": (2, "single", EXPERTS + EP2 + HIDDEN, "moe"),
     "DoRA of experts, TP2 SP PP2": (4, "single", ["--use-dora", *EXPERTS, *TP2, *SP, *PP2], "moe dora"),
     "DoRA of experts, TP2 SP EP2 ETP1 distributed optimizer": (
         4,
@@ -301,7 +301,11 @@ def test_pissa_on_a_base_in_4_bits_trains_what_is_left_of_it(
 
 
 QLORA = {
-    "experts, scales in 8 bits, TP2 SP EP2": ("moe", 4, [*TP2, *SP, *EP2, "--qlora-double-quant"]),
+    "experts, scales in 8 bits, TP2 SP EP2, exchange hidden": (
+        "moe",
+        4,
+        [*TP2, *SP, *EP2, *HIDDEN, "--qlora-double-quant"],
+    ),
     "and the embedding, TP2 SP PP2, recomputed, chunked": (
         "untied",
         4,

@@ -48,13 +48,13 @@ class LoraExperts(GroupedExperts):
                 self.register_parameter(f"{name}_initial", begun)
         self.adapted = [which for which in (1, 2) if f"linear_fc{which}" in adapted]
         self.is_dora = args.use_dora
+        self.row_lengths: dict[int, RowLengths] = {}
         if self.is_dora:
             self._add_magnitudes(adapted, is_sharded=sharded)
 
     def _add_magnitudes(self, adapted: Collection[str], *, is_sharded: bool) -> None:
         """DoRA: the length of each row of each expert's W + scale B A."""
         e = self.num_local_experts
-        self.row_lengths: dict[int, RowLengths] = {}
         if "linear_fc1" in adapted:
             self.weight1_lora_magnitude_vector = self._update(e * 2 * self.ffn, is_sharded=is_sharded)
             self.row_lengths[1] = RowLengths(self.scale, None)
