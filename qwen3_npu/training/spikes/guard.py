@@ -65,7 +65,7 @@ class SpikeGuard:
             self.detector.add(step, loss, grad_norm)
         if why is not None:
             if self.told != step - 1:  # a loss that has risen for good is told once
-                log.warning(f"step {step}: spike: {why}; see --spike-guard")
+                log.warning_once(f"step {step}: spike: {why}; see --spike-guard")
             self.told = step
         return why
 
@@ -152,5 +152,5 @@ class SpikeGuard:
         if not found[0]:
             raise Stopped(f"step {step}: {why}; {self.folder} holds no checkpoint to go back to")
         target = found[0][min(1, len(found[0]) - 1) if again else 0]
-        log.warning(f"step {step}: {why}; back to step {target}")
+        log.warning_once(f"step {step}: {why}; back to step {target}")
         return int(target)

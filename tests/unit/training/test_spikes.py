@@ -11,12 +11,16 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from qwen3_npu import log
+from qwen3_npu.args.training import CheckpointArgs
+from qwen3_npu.args.watch import SpikeArgs
 from qwen3_npu.data.__main__ import main as show
 from qwen3_npu.data.train import quarantine
 from qwen3_npu.data.train.quarantine import Ordered, Place
 from qwen3_npu.errors import UsageError
 from qwen3_npu.platform import select_platform
 from qwen3_npu.training.spikes.detector import Detector, reason
+from qwen3_npu.training.spikes.guard import SpikeGuard
 from qwen3_npu.training.spikes.replicas import verdict
 
 
@@ -147,3 +151,16 @@ def test_torch_npus_detection_is_switched_on_by_its_variable(
     with pytest.raises(UsageError, match=f"--npu-asd {how}: torch_npu does this, and the device is no NPU"):
         select_platform("cpu", how)
     assert os.environ["NPU_ASD_CONFIG"] == setting
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_spike_is_told_by_the_first_rank_alone(rank: int, capsys: pytest.CaptureFixture) -> None:
+    log.setup(rank, 4)
+    try:
+        guard = SpikeGuard(SpikeArgs(), CheckpointArgs(), ceiling=100.0)
+        for step, (loss, norm) in enumerate([*curve(200), (50.0, 90.0)]):
+            why = guard.judge(step, loss, norm, skipped=False)
+    finally:
+        log.setup()
+    assert why is not None
+    assert capsys.readouterr().out.count("step 200: spike:") == (rank == 0)
