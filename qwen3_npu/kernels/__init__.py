@@ -18,6 +18,8 @@ from qwen3_npu.errors import UsageError, did_you_mean
 
 # --kernels name -> module. A module holds the operations that it has; the next one in its chain serves the others.
 MODULES = {"reference": "reference", "torch": "torch_native", "cuda": "cuda", "npu": "npu", "mindspeed": "mindspeed"}
+# Module -> name. The reference of cross_entropy has a file of its own.
+_NAMES = {module: name for name, module in MODULES.items()} | {"cross_entropy": "reference"}
 _CHAINS = {
     "reference": ("reference",),
     "torch": ("torch", "reference"),
@@ -54,10 +56,11 @@ class Kernels:
     cross_entropy: Callable
 
     def __str__(self) -> str:
-        """The implementation of most operations, then each other one with its operations."""
+        """The --kernels name that serves most operations, then each other one with its operations."""
         chosen: dict[str, list[str]] = {}
         for field in dataclasses.fields(self):
-            chosen.setdefault(getattr(self, field.name).__module__.rsplit(".", 1)[-1], []).append(field.name)
+            module = getattr(self, field.name).__module__.rsplit(".", 1)[-1]
+            chosen.setdefault(_NAMES.get(module, module), []).append(field.name)
         first, *others = sorted(chosen.items(), key=lambda item: -len(item[1]))
         return "; ".join([first[0], *(f"{where}: {' '.join(operations)}" for where, operations in others)])
 
