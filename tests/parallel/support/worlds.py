@@ -43,7 +43,7 @@ class World:
     def __init__(self, size: int, worker: Path = WORKER, environment: dict[str, str] | None = None) -> None:
         self.size, self.worker, self.environment = size, worker, environment or {}
         self.processes: list[subprocess.Popen] = []
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=f".world{size}.log", delete=False)
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=f".world{size}.log")
 
     def _start(self) -> None:
         port = str(free_port())
