@@ -61,7 +61,7 @@ class LiveTensors(ShardReader[None]):
         super().__init__(((None, shard) for shard in shards), "this rank")
 
     def shard(self, shard: Shard, dtype: DType) -> np.ndarray:
-        """A Megatron tensor of this rank: the rank's own, or, where a format stores other tensors, joined from slices."""
+        """A Megatron tensor of this rank: the live one, or, where a format stores other tensors, joined from slices."""
         tensor = self.tensors.get((shard.chunk, shard.name))
         if tensor is not None and tuple(tensor.shape) == shard.shape and dtype_of(tensor) is dtype:
             return to_numpy(tensor)
