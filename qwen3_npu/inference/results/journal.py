@@ -1,7 +1,7 @@
 """Results of an unfinished run, written as they are made: a restarted run continues where the interrupted one stopped.
 
 <name>.unfinished.<copy>.jsonl in the output folder, one file for each copy of the model: a line with the settings of
-the run, then a line for each result. The files are deleted when the run has ended and its results are in their final files.
+the run, then a line for each result. The files are deleted when the results are in their final files.
 """
 
 from __future__ import annotations
