@@ -146,6 +146,7 @@ def begin_save(
         Stopped: a weight or the optimizer's state is NaN or infinite: such a checkpoint must not take the place of
             good ones; on every rank.
     """
+    optimizer_state.gather_weights(trained.optimizer)
     # Codes of quantized weights are no numbers.
     named = parameters_of(trained.chunks).items()
     weights = ((name, parameter) for (_, name), parameter in named if parameter.is_floating_point())
