@@ -1,4 +1,4 @@
-"""The bits of a tensor as one number, and the names by which tensors are told."""
+"""Checksums of tensors' bits, and the names of tensors for messages."""
 
 from __future__ import annotations
 
