@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.parallel import ParallelArgs
 from qwen3_npu.args.training import TrainArgs
+from qwen3_npu.distributed.interleave import interleave_passes
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
 
@@ -21,12 +22,14 @@ def transformer_config(
     *,
     variable_lengths: bool = False,
     overlaps_p2p_safely: bool,
+    interleaved: bool = False,
 ) -> TransformerConfig:
     """The configuration of every module.
 
     Args:
         variable_lengths: micro-batches differ in length.
         overlaps_p2p_safely: see `Platform`.
+        interleaved: passes of two micro-batches hide each other's exchange of experts, if there is one.
     """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     config: dict[str, Any] = {
@@ -70,7 +73,10 @@ def transformer_config(
         config |= {"overlap_p2p_comm": True}
     if arch.is_moe:
         config |= _moe(arch, train)
-    return TransformerConfig(**config)
+    made = TransformerConfig(**config)
+    if interleaved and layout.expert > 1:
+        interleave_passes(made)
+    return made
 
 
 def _shapes(arch: Qwen3Arch) -> dict[str, Any]:

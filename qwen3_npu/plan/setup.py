@@ -43,6 +43,7 @@ class Setup:
             this project).
         sizes_on_device: the host does not wait for the sizes of that exchange (HybridEP; not in this project).
         overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
+        interleaved: passes of two micro-batches hide each other's expert communication.
         fused_tensor: by the device's own operations; else in so many `tensor_pieces`.
         pad: share of a batch's tokens that are padding.
         reference: a frozen copy of the model is in memory (preference training).
@@ -92,6 +93,7 @@ class Setup:
     overlap_params: bool = False
     overlap_tensor: bool = False
     overlap_experts: bool = False
+    interleaved: bool = False
     gathered: bool = False
     two_levels: bool = False
     sizes_on_device: bool = False

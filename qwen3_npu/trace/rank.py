@@ -217,9 +217,14 @@ def _state(trainer: Trainer) -> list[torch.Tensor]:
 
 
 def _micro_batches(trainer: Trainer) -> int:
-    """As many as fill the pipeline: what is held then is what is held later."""
+    """As many as fill the pipeline: what is held then is what is held later.
+
+    Of interleaved passes more: the first forward and the last backward passes are alone.
+    """
     stages, chunks = trainer.plan.layout.pipeline, trainer.plan.layout.virtual
     enough = stages * 2 if chunks > 1 else stages + 1
+    if trainer.chunks[0].config.overlap_moe_expert_parallel_comm:
+        enough = stages * 4
     return min(trainer.plan.num_microbatches, enough)
 
 
