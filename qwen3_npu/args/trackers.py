@@ -14,15 +14,17 @@ class TrackerArgs:
     """trackers, beside --tensorboard-dir"""
 
     wandb_project: str | None = flag(
-        None, help="project of Weights & Biases that gets the curves; WANDB_MODE=offline needs no network"
+        None, help="project of Weights & Biases that receives the curves; WANDB_MODE=offline needs no network"
     )
-    wandb_exp_name: str | None = flag(None, help="name of this run there; default: wandb makes one")
-    wandb_save_dir: str | None = flag(None, metavar="DIR", help="folder of wandb's own files; default: as wandb has it")
+    wandb_exp_name: str | None = flag(None, help="name of this run there; default: wandb chooses one")
+    wandb_save_dir: str | None = flag(None, metavar="DIR", help="folder of wandb's own files; default: wandb's")
     swanlab_project: str | None = flag(
-        None, help="project of SwanLab that gets the curves; SWANLAB_MODE=offline needs no network"
+        None, help="project of SwanLab that receives the curves; SWANLAB_MODE=offline needs no network"
     )
     mlflow_uri: str | None = flag(
-        None, metavar="URI", help="tracking server or store of MLflow that gets the curves: http://.., sqlite:///FILE"
+        None,
+        metavar="URI",
+        help="tracking server or store of MLflow that receives the curves: http://.., sqlite:///FILE",
     )
 
     def __post_init__(self) -> None:

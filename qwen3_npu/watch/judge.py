@@ -1,4 +1,4 @@
-"""From the states of all ranks to one verdict: which rank the others wait for, and where it is."""
+"""Derive one verdict from the states of all ranks: which rank the others wait for, and where it is."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Entry:
 
     @property
     def signature(self) -> tuple[str, str, int | None]:
-        """Equal on all ranks of one call: they may give a tensor other shapes, not other numbers of elements."""
+        """A value that is equal on all ranks of one call. Shapes of a tensor may differ, its number of elements not."""
         operation = "send or recv" if self.operation in ("send", "recv") else self.operation
         return operation, self.dtype, None if self.shape is None else math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Channel:
-    """What one rank knows of a channel: see `state`. `last` is its last call there, `calls` the recent ones."""
+    """A channel of one rank, see `state`: its last call there, and the recent ones."""
 
     label: str
     ranks: tuple[int, ...]
@@ -55,13 +55,13 @@ class RankReport:
     """One rank at one moment.
 
     Attributes:
-        node, device: for people.
+        node, device: for messages.
         alive, state, computes: see `probe.Process`.
-        ended: it says that it has ended.
-        steps: that it has done.
+        ended: whether it has reported its end.
+        steps: number of finished steps.
         age: seconds since it entered its phase.
-        at, inner: where its main thread is, outside torch and innermost; "" unknown.
-        channels: by name.
+        at, inner: position of its main thread, outside torch and innermost; "" if unknown.
+        channels: name -> channel.
     """
 
     rank: int
@@ -89,7 +89,7 @@ class RankReport:
 
     @property
     def place(self) -> str:
-        """Where it is, for messages."""
+        """Its position, for messages."""
         if self.ended:
             return f"it has ended after step {self.steps}"
         text = f"it is in {self.phase} since {self.age:.0f} s, {'computing' if self.computes else 'waiting'}"
@@ -102,7 +102,7 @@ class RankReport:
 
 @dataclasses.dataclass(frozen=True)
 class HangVerdict:
-    """Why a job makes no progress.
+    """The reason why a job makes no progress.
 
     Attributes:
         kind: "missing", "shape", "order", "dead", "stopped", "elsewhere", "network" or "alone".
@@ -193,7 +193,7 @@ def _judge_call(calls: Sequence[tuple[RankReport, Entry]], label: str) -> HangVe
 
 
 def _edges(ranks: Sequence[RankReport]) -> list[tuple[tuple[RankReport, str, Entry], RankReport]]:
-    """(who waits, in which channel and call) -> for whom: a member that has not entered that call."""
+    """(waiting rank, channel, call) -> the rank that it waits for: a member that has not entered that call."""
     known = {rank.rank: rank for rank in ranks}
     found = []
     for rank in ranks:
@@ -232,10 +232,10 @@ def _waiting(ranks: Sequence[RankReport]) -> HangVerdict:
 
 
 def _circle(edges: Sequence[tuple[tuple[RankReport, str, Entry], RankReport]]) -> HangVerdict:
-    """Every rank that is waited for waits itself: groups are entered in another order.
+    """The verdict on a cycle of waiting ranks: groups are entered in different orders.
 
-    The culprit is the rank that is steps ahead: it passed a call that others are still in. Where none is, the one that
-    most others wait for; else all in the cycle.
+    The culprit is the rank that is steps ahead: it passed a call that others are still in. If no rank is ahead, it is
+    the one that most others wait for, else all ranks of the cycle.
     """
     waits_for = {waiter.rank: (waiter, name, entry, on) for (waiter, name, entry), on in edges}
     waiters = {on.rank: {waiter.rank for (waiter, *_), other in edges if other is on} for _, on in edges}

@@ -1,4 +1,4 @@
-"""What was planned against what is measured: of rank 0, after its third step and at the end."""
+"""Compare the plan with measurements of rank 0, after its third step and at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LARGE = 0.15
 class PlannedMeasured:
     """Clock and comparison of one run. It waits for the device twice: after steps 1 and 3.
 
-    Memory is what tensors take on this device at the peak, so the runtime's reserve is left out of the plan.
+    Memory is that of tensors at the peak, so the plan's reserve for the runtime is not counted.
 
     Args:
         write: one record for metrics.jsonl.
@@ -43,11 +43,11 @@ class PlannedMeasured:
         self.entries: list[LedgerEntry] = []
 
     def explain(self, iteration: int, record: Mapping[str, Any]) -> None:
-        """Where the time of the last steps went (`reports.ledger`), for what is slower than planned."""
+        """Keep the explanation of the last steps' time (`reports.ledger`), for a training slower than planned."""
         self.entries.append(entry_of(iteration, schema.record(dict(record), "ledger"), "ledger"))
 
     def step(self, iteration: int, places: float) -> None:
-        """Count a step with so many places of tokens, padding included."""
+        """Count a step with this number of tokens, padding included."""
         self.steps += 1
         if self.steps == 1:
             self.platform.synchronize()
@@ -65,7 +65,7 @@ class PlannedMeasured:
             self.latest = iteration, self.steps, time.perf_counter() - self.start, self.places
 
     def pause(self, seconds: float) -> None:
-        """Leave out so many seconds that were not training."""
+        """Subtract seconds that were no training."""
         self.start += seconds
 
     def close(self) -> None:
