@@ -100,6 +100,7 @@ def _without_stages(*given: Any, **named: Any) -> tuple[list, torch.Tensor]:
             before = None if output is None else functools.partial(backward, output)
             (output, more), _ = _both(functools.partial(forward, number), before)
             tokens += more
+    assert output is not None, "no micro-batch"
     backward(output)
     return asked.forward_data_store, tokens
 
