@@ -21,7 +21,7 @@ class Abandoned(BaseException):
     """Ends a computation whose partner has failed; nobody sees it."""
 
 
-class _Turns:
+class _TwoSides:
     """Where two threads wait for each other; 0 is the process's own, 1 the second one.
 
     Args:
@@ -58,7 +58,7 @@ class _Turns:
         self.gates[1 - self.side].release()
 
 
-_running: list[_Turns] = []
+_running: list[_TwoSides] = []
 
 
 def pass_turn() -> None:
@@ -82,12 +82,12 @@ def by_turns(own: Callable[[], M], second: Callable[[], W], keep: Callable[[bool
     """Results of both. The second one begins, in a thread of its own, where autograd makes no further threads.
 
     Args:
-        keep: see `_Turns`.
+        keep: see `_TwoSides`.
 
     Raises:
         BaseException: what one of them raised.
     """
-    turns, device, results = _Turns(keep), torch.cuda.current_device(), list[W]()
+    turns, device, results = _TwoSides(keep), torch.cuda.current_device(), list[W]()
     around = surroundings()
 
     def work() -> None:
