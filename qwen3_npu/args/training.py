@@ -379,6 +379,12 @@ class ReportArgs:
         unit="steps",
         help="between records of where the time went (python -m qwen3_npu.ledger); 0: none",
     )
+    timing_log_level: int = flag(
+        0,
+        choices=[0, 1, 2],
+        help="1, 2: after each log line another one says where the time went, by kind; the ledger is kept for that, "
+        "every --log-interval steps",
+    )
     fingerprint_interval: int = flag(
         0,
         minimum=0,
@@ -392,6 +398,13 @@ class ReportArgs:
         help="of these files; msprobe: dumps that msprobe compare (mindstudio-probe) reads, of every rank",
     )
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
+
+    @property
+    def ledger_steps(self) -> int:
+        """Steps between records of where the time went; 0: none are made."""
+        if self.timing_log_level:
+            return self.log_interval
+        return self.ledger_interval if self.tensorboard_dir else 0
 
     def __post_init__(self) -> None:
         if self.fingerprint_interval and self.tensorboard_dir is None:
