@@ -1,4 +1,4 @@
-"""Where the time of a training went: a table, a stacked picture over steps, and why it is slow."""
+"""The time of a training by phase: a table, a stacked picture over steps, and the reason why it is slow."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""The records of a training's metrics.jsonl that say where its time went. No torch."""
+"""The records of time by phase in a training's metrics.jsonl. No torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TIMES = ("steps", "seconds", "mean", "most", "work", "host", "planned")
 
 @dataclasses.dataclass(frozen=True)
 class LedgerEntry:
-    """The steps since the record before, per step.
+    """Times of the steps since the previous record, per step.
 
     Attributes:
-        step: the last of them.
-        seconds: of the wall clock.
-        mean, most: of each kind: seconds of the mean rank; seconds of the rank with the most, and that rank.
-        host: of each kind, what the host's clock said, where `mean` and `most` are of the device's events.
+        step: the last of these steps.
+        seconds: wall-clock time.
+        mean, most: kind -> seconds of the mean rank; kind -> (seconds, rank) of the rank with the most.
+        host: kind -> seconds by the host's clock, if `mean` and `most` come from the device's events.
         facts: integers, names and shares that explain times: `training.reports.ledger.facts_of`, padding, imbalance.
         planned: `gains.gains`, of a training whose device was known.
     """
@@ -37,7 +37,7 @@ class LedgerEntry:
 
 
 def read(folder: Path) -> list[LedgerEntry]:
-    """The records of a folder. Raises: UsageError: it has none, or they are damaged."""
+    """The records in a folder. Raises: UsageError: it has none, or they are damaged."""
     path = folder / "metrics.jsonl" if folder.is_dir() else folder
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give the --tensorboard-dir of a training")
@@ -54,7 +54,7 @@ def read(folder: Path) -> list[LedgerEntry]:
 
 
 def entry_of(step: int, record: schema.Record, where: str) -> LedgerEntry:
-    """The entry that a record says. Raises: UsageError: it is damaged."""
+    """The entry of a record. Raises: UsageError: it is damaged."""
     facts = {name: value for name, value in record.fields.items() if name not in _TIMES}
     host = _seconds(record.record("host"), where) if "host" in record.fields else {}
     most = {kind: _pair(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}

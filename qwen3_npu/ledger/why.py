@@ -1,4 +1,4 @@
-"""Why a training is slow: of every cause what it costs, and the flag that addresses it. No torch."""
+"""Why a training is slow: the cost of every cause, and the flag against it. No torch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _OF_GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """What costs time.
+    """A cause of lost time.
 
     Attributes:
-        name: a word for programs.
-        share: of the wall clock that would be saved without it, at most.
-        text: for people, with the flag.
+        name: identifier.
+        share: upper bound of the share of the wall clock that would be saved without it.
+        text: message with the flag.
     """
 
     name: str
@@ -51,13 +51,13 @@ def total(entries: Sequence[LedgerEntry]) -> tuple[dict[str, float], float]:
 
 
 def explained(entries: Sequence[LedgerEntry]) -> float:
-    """The share of the wall clock that is of a named kind."""
+    """The share of the wall clock that belongs to a named kind."""
     kinds, seconds = total(entries)
     return sum(value for kind, value in kinds.items() if kind not in ("other", "start")) / max(seconds, 1e-12)
 
 
 def causes(entries: Sequence[LedgerEntry]) -> list[Cause]:
-    """All that costs, the most expensive first."""
+    """All causes, the most expensive first."""
     kinds, seconds = total(entries)
     share = {kind: value / max(seconds, 1e-12) for kind, value in kinds.items()}
     facts = entries[-1].facts
@@ -71,7 +71,7 @@ def _number(facts: dict[str, object], name: str) -> float:
 
 
 def _slow_ranks(entries: Sequence[LedgerEntry], seconds: float) -> Iterator[Cause]:
-    """One rank whose own work takes longer than the others': these wait for it."""
+    """The cost of one rank whose own work takes longer than the others', which wait for it."""
     for kind in _OWN:
         # Of the mean rank only, a single slow one of few ranks weighs much: compare with the others.
         extra: dict[int, float] = {}
@@ -198,5 +198,5 @@ def _planned(cause: Cause, entry: LedgerEntry) -> str:
 
 
 def facts_line(entries: Sequence[LedgerEntry]) -> str:
-    """The facts, for people."""
+    """The facts, as a line."""
     return ", ".join(f"{name} {shown(value)}" for name, value in entries[-1].facts.items() if value is not None)

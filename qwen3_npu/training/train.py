@@ -1,4 +1,4 @@
-"""The steps of a training, one after the other, with what happens between them: reports, evaluations, checkpoints."""
+"""The loop over the steps of a training, with reports, evaluations and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def train(trainer: Trainer) -> None:
 
 
 def _check_state(trainer: Trainer, *, saves: bool) -> bool:
-    """Whether memory holds what it must, where that is looked at; if not it has gone back. Raises: Stopped: or ends."""
+    """Run the state check if it is due. False after a rollback. Raises: Stopped: the training must end."""
     interval, iteration = trainer.args.spikes.replica_check_interval, trainer.position.iteration
     is_due = trainer.replicas is not None and (saves or iteration % interval == 0)
     if not is_due and not (saves and trainer.state is not None):

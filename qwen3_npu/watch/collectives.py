@@ -1,7 +1,7 @@
-"""Every collective of torch.distributed is noted in the methods of ProcessGroup, which all its functions call.
+"""Record every collective of torch.distributed in the methods of ProcessGroup, which all its functions call.
 
-That also covers the functions that megatron took from torch at import, collectives of objects, and batched sends.
-A call is entered when it is made and left when `wait` of its work returns. What is computed does not change.
+This includes functions that megatron copied from torch at import, collectives of objects, and batched sends. A call is
+entered when it is made and left when `wait` of its work returns. Results do not change.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from qwen3_npu.watch.times import Times
 
 
 class _Kind(NamedTuple):
-    """How a method of ProcessGroup is called.
+    """The call of a method of ProcessGroup.
 
     Attributes:
-        name: of the function that users know.
-        tensor: the argument whose shape is the same on all ranks; None: there is none.
-        sized: whether that shape is the same on all ranks, or the dtype alone.
-        way: of sends (1) and receives (-1), whose second argument is the other rank.
-        options: the argument that says how numbers are reduced; None: none are.
+        name: name of the function that users call.
+        tensor: index of the argument whose dtype (and shape) is equal on all ranks; None if there is none.
+        sized: whether its shape is equal on all ranks, too.
+        way: 1 for sends and -1 for receives, whose second argument is the other rank.
+        options: index of the argument that says how numbers are reduced; None if they are not.
     """
 
     name: str
@@ -109,7 +109,7 @@ def _first(value: object) -> torch.Tensor | None:
 
 
 class Recorder:
-    """Notes calls in a state, from `install` to `remove`."""
+    """Records calls in a state, from `install` to `remove`."""
 
     def __init__(self, state: State, times: Times) -> None:
         self.state, self.times = state, times

@@ -1,4 +1,4 @@
-"""From the states of all ranks to one verdict: which rank the others wait for, and where it is."""
+"""Derive one verdict from the states of all ranks: which rank the others wait for, and where it is."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Entry:
 
     @property
     def signature(self) -> tuple[str, str, int | None]:
-        """Equal on all ranks of one call: they may give a tensor other shapes, not other numbers of elements."""
+        """A value that is equal on all ranks of one call. Shapes of a tensor may differ, its number of elements not."""
         operation = "send or recv" if self.operation in ("send", "recv") else self.operation
         return operation, self.dtype, None if self.shape is None else math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Channel:
-    """What one rank knows of a channel: see `state`. `last` is its last call there, `calls` the recent ones.
+    """A channel of one rank, see `state`: its last call there, and the recent ones.
 
     Attributes:
-        exchange: of its last all-to-all the number, and sizes that go to each member and come from it.
+        exchange: number of the last all-to-all, and the sizes that go to each member and come from it.
     """
 
     label: str
@@ -67,15 +67,15 @@ class RankReport:
     """One rank at one moment.
 
     Attributes:
-        node, device: for people.
+        node, device: for messages.
         alive, state, computes: see `probe.Process`.
-        ended: it says that it has ended.
-        steps: that it has done.
+        ended: whether it has reported its end.
+        steps: number of finished steps.
         age: seconds since it entered its phase.
-        at, inner: where its main thread is, outside torch and innermost; "" unknown.
-        waits: one of its threads is inside a call now; None: unknown. A call that was begun and is not waited for yet
-            holds nobody up.
-        channels: by name.
+        at, inner: position of its main thread, outside torch and innermost; "" if unknown.
+        channels: name -> channel.
+        waits: whether one of its threads is inside a call now; None if unknown. A call that was begun and is not waited
+            for yet holds nobody up.
     """
 
     rank: int
@@ -108,7 +108,7 @@ class RankReport:
 
     @property
     def place(self) -> str:
-        """Where it is, for messages."""
+        """Its position, for messages."""
         if self.ended:
             return f"it has ended after step {self.steps}"
         text = f"it is in {self.phase} since {self.age:.0f} s, {'computing' if self.computes else 'waiting'}"
@@ -121,7 +121,7 @@ class RankReport:
 
 @dataclasses.dataclass(frozen=True)
 class HangVerdict:
-    """Why a job makes no progress.
+    """The reason why a job makes no progress.
 
     Attributes:
         kind: "missing", "shape", "order", "dead", "stopped", "elsewhere", "network" or "alone".
@@ -233,7 +233,7 @@ _Edges = Sequence[tuple[tuple[RankReport, str, Entry], RankReport]]
 
 
 def _edges(ranks: Sequence[RankReport]) -> _Edges:
-    """(who waits, in which channel and call) -> for whom: a member that has not entered that call."""
+    """(waiting rank, channel, call) -> the rank that it waits for: a member that has not entered that call."""
     known = {rank.rank: rank for rank in ranks}
     found = []
     for rank in ranks:
@@ -276,10 +276,10 @@ def _missed(root: RankReport, edges: _Edges) -> str:
 
 
 def _circle(edges: _Edges) -> HangVerdict:
-    """Every rank that is waited for waits itself: groups are entered in another order.
+    """The verdict on a cycle of waiting ranks: groups are entered in different orders.
 
-    The culprit is the rank that is steps ahead: it passed a call that others are still in. Where none is, the one that
-    most others wait for; else all in the cycle.
+    The culprit is the rank that is steps ahead: it passed a call that others are still in. If no rank is ahead, it is
+    the one that most others wait for, else all ranks of the cycle.
     """
     waits_for = {waiter.rank: (waiter, name, entry, on) for (waiter, name, entry), on in edges}
     waiters = {on.rank: {waiter.rank for (waiter, *_), other in edges if other is on} for _, on in edges}

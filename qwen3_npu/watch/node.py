@@ -1,4 +1,4 @@
-"""The ranks of one node, as their files and the machine show them."""
+"""The ranks of one node, by their files and by the operating system."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Report:
 
 
 class Node:
-    """Looks at the files of a folder.
+    """Reads the files of a folder.
 
     Attributes:
-        infos: rank -> what its process said of itself.
+        infos: rank -> information from its process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,7 +32,7 @@ class Node:
         self.infos: dict[int, dict[str, Any]] = {}
 
     def states(self) -> dict[int, state.RankSnapshot]:
-        """Of all ranks that have begun."""
+        """The states of all ranks that have started."""
         found = {}
         for path in sorted(self.folder.glob("rank_*.state")):
             rank = int(path.stem.removeprefix("rank_"))
@@ -42,15 +42,15 @@ class Node:
         return found
 
     def pids(self) -> dict[int, tuple[int, str]]:
-        """rank -> process id, and when it was started."""
+        """rank -> (process id, start time)."""
         return {rank: (info["pid"], info["started"]) for rank, info in self.infos.items()}
 
     def living(self) -> set[int]:
-        """Ranks whose process is there."""
+        """Ranks whose process is alive."""
         return {rank for rank, (pid, since) in self.pids().items() if probe.is_alive(pid, since)}
 
     def reports(self) -> list[Report]:
-        """Every rank in full. Takes some seconds if one does not answer."""
+        """Complete reports of all ranks. Takes some seconds if a rank does not answer."""
         states = self.states()
         processes = probe.probe_processes(self.pids())
         answering = {r: self.infos[r]["pid"] for r, p in processes.items() if p.alive and p.state not in ("T", "t")}
@@ -100,12 +100,12 @@ def _entry(call: state.CollectiveCall, info: dict[str, Any], now: float) -> Entr
 
 
 def to_text(reports: list[Report]) -> str:
-    """For the watcher of another node."""
+    """Reports as text, for the watcher of another node."""
     return json.dumps([dataclasses.asdict(report) for report in reports])
 
 
 def from_text(text: str) -> list[Report]:
-    """Raises: ValueError, TypeError, KeyError: it is not what `to_text` writes."""
+    """Reports from the text of `to_text`. Raises: ValueError, TypeError, KeyError: the text is damaged."""
     reports = []
     for each in json.loads(text):
         fields = each["rank"]

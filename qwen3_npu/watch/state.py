@@ -51,7 +51,7 @@ class CollectiveCall:
     Attributes:
         number: index of the call in its channel, from 1.
         shape: of this rank's tensor that must be equal on all ranks; None: sizes may differ.
-        entered, left: seconds of CLOCK_MONOTONIC; `left` 0: it is inside.
+        entered, left: seconds of CLOCK_MONOTONIC; `left` is 0 while the call runs.
     """
 
     number: int
@@ -68,9 +68,9 @@ class State:
     """The writer's side.
 
     Args:
-        info: what the reader is told of this process; the lists `operations` and `dtypes` name the numbers in calls.
+        info: information about this process for the reader; `operations` and `dtypes` name the numbers in calls.
         interval: steps of a window of own work; 0: none.
-        device: calls are done by a device: that `wait` returned does not say that they are done.
+        device: calls run on a device, so they may not be finished when `wait` returns.
     """
 
     def __init__(self, folder: Path, rank: int, info: dict[str, Any], *, interval: int, device: bool) -> None:
@@ -95,12 +95,12 @@ class State:
         rename(partial, path)
 
     def channel(self, key: object, name: str, label: str, ranks: Sequence[int]) -> int:
-        """A new channel; further ones than fit are counted together with the last.
+        """Register a channel. If there is no room, it shares the last one.
 
         Args:
-            key: by which this process finds it again.
-            name: the same on all its members, and of no other channel.
-            label: for people.
+            key: key of the channel in this process.
+            name: equal on all its members, and different from other channels' names.
+            label: name for messages.
         """
         index = min(len(self.numbers), CHANNELS - 1)
         if index == len(self.numbers):
@@ -111,7 +111,7 @@ class State:
         return index
 
     def enter(self, channel: int, operation: int, dtype: int, shape: tuple[int, ...] | None) -> tuple[int, int, int]:
-        """A call begins. Returns what `leave` needs."""
+        """A call begins. Returns its token for `leave`."""
         number = self.numbers[channel] = self.numbers[channel] + 1
         slot = _RING_AT + (self.calls % CALLS) * _CALL.size
         self.calls += 1
@@ -134,7 +134,7 @@ class State:
         struct.pack_into(f"<qqq{2 * size}q", self.map, at, token[2], channel, size, *sent, *received)
 
     def leave(self, token: tuple[int, int, int]) -> None:
-        """The call is over, as far as the host knows."""
+        """The call has ended, as far as the host knows."""
         now = time.monotonic()
         for at in token[:2]:
             if int.from_bytes(self.map[at : at + 8], "little") == token[2]:  # no later call has taken its place
@@ -143,7 +143,7 @@ class State:
         self._head()
 
     def enter_phase(self, phase: int) -> None:
-        """From now on the rank is in this phase."""
+        """Enter a phase."""
         now = time.monotonic()
         self.work[self.phase] += now - self.since - (self.waited - self.waited_before)
         self.phase, self.since, self.waited_before = phase, now, self.waited
@@ -174,7 +174,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class RankSnapshot:
-    """A rank's state as it is in the file.
+    """A rank's state in the file.
 
     Attributes:
         durations: of the last steps, in seconds.
@@ -197,7 +197,7 @@ class RankSnapshot:
 
 
 def read(path: Path) -> RankSnapshot:
-    """Raises: OSError, ValueError: there is no state, or none of this version."""
+    """Read a rank's state. Raises: OSError, ValueError: there is no state, or it has another version."""
     data = path.read_bytes()
     if len(data) != _SIZE or data[:8] != _MAGIC:
         raise ValueError(f"{path} is no state of a rank")
@@ -243,7 +243,7 @@ def _call(data: bytes, at: int) -> CollectiveCall | None:
 
 
 def read_info(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the process said of itself, and its channels."""
+    """The information of the process, and its channels."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return records[0], records[1:]

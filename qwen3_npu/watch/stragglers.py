@@ -26,7 +26,7 @@ class Stragglers:
         self.streaks = dict.fromkeys(names, 0)
 
     def compare(self, windows: Mapping[int, Mapping[int, Sequence[float]]]) -> list[str]:
-        """rank -> window's number -> seconds of own work in each phase  =>  what is to be told of new windows."""
+        """rank -> window's number -> seconds of own work in each phase  =>  messages about new windows."""
         shared = set.intersection(*(set(own) for own in windows.values())) if windows else set()
         told = []
         for number in sorted(n for n in shared if n > self.done):

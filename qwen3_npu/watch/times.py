@@ -1,4 +1,4 @@
-"""Where the time of a rank goes: own work by phase, waits by group of ranks, garbage collection. No torch."""
+"""Times of a rank: own work by phase, waits by group of ranks, garbage collection. No torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def _number(label: str) -> int:
 
 
 class Times:
-    """Seconds of each kind since the last `take`, by the host's clock. All of the time is of one kind or another.
+    """Seconds of each kind since the last `take`, by the host's clock. Each moment belongs to one kind.
 
     Args:
-        event: makes events of the device, if there is one: `device` notes the times of single steps by them.
+        event: makes events of the device, if there is one; `device` measures single steps with them.
     """
 
     def __init__(self, event: Callable[[], DeviceEvent] | None = None) -> None:
@@ -38,7 +38,7 @@ class Times:
         self.used = 0.0  # of the processor, when this stretch of `other` began
 
     def enter_phase(self, phase: int) -> None:
-        """From now on the rank is in this phase."""
+        """Enter a phase."""
         now = time.monotonic()
         lasted = max(now - self.since - self.elsewhere, 0.0)
         if self.phase == _OTHER:
@@ -59,7 +59,7 @@ class Times:
             self.device.end()
 
     def next_step(self) -> None:
-        """The device's times of the next step are wanted."""
+        """Measure the next step on the device."""
         if self.device is not None:
             self.device.begin(_OTHER)
 
@@ -69,14 +69,14 @@ class Times:
             self.device.mark(_number(label))
 
     def wait(self, label: str, seconds: float) -> None:
-        """So long this rank has waited for others of a group."""
+        """Add time that this rank has waited for others of a group."""
         self.seconds[_number(label)] += seconds
         self.elsewhere += seconds
         if self.device is not None:
             self.device.mark(self.phase)
 
     def collects(self, phase: str, info: object) -> None:
-        """For `gc.callbacks`."""
+        """A callback for `gc.callbacks`."""
         if phase == "start":
             self.collecting = time.monotonic()
         else:
@@ -97,5 +97,5 @@ class Times:
         gc.callbacks.append(self.collects)
 
     def remove(self) -> None:
-        """No more."""
+        """Stop to listen."""
         gc.callbacks.remove(self.collects)

@@ -1,4 +1,4 @@
-"""The watcher of one node: a process of its own, so that it runs on when the ranks stop. No torch.
+"""The watcher of one node: a separate process, so that it continues when the ranks stop. No torch.
 
 It reads the states of its ranks a few times a second. Without progress it collects the states of all ranks, gives one
 verdict and ends the ranks. It ends when they have ended.
@@ -36,7 +36,7 @@ PATIENT = ("start", "save", "eval")  # phases that may take long
 
 
 def limit(timeout: float | None, states: dict[int, RankSnapshot]) -> float:
-    """Seconds without progress that are too many for ranks in these states."""
+    """The timeout in seconds for ranks in these states."""
     durations = [duration for read in states.values() for duration in read.durations]
     usual = timeout
     if usual is None:
@@ -46,9 +46,9 @@ def limit(timeout: float | None, states: dict[int, RankSnapshot]) -> float:
 
 
 def first_dead(dead: set[int], states: dict[int, RankSnapshot]) -> set[int]:
-    """Of several dead ranks the one that the others died of, where that shows: it was in no collective, they were.
+    """The first of several dead ranks, if it can be found: it was in no collective, and the others were in one.
 
-    Others have ended then, with an error. Where none has, the whole job was killed, and nothing shows.
+    Other ranks have ended with an error then. If none has, the whole job was killed, and no rank was first.
     """
     outside = {rank for rank in dead if all(call.state != INSIDE for call in states[rank].last.values())}
     is_cause = len(dead) > 1 and len(outside) == 1 and any(read.ended for read in states.values())
@@ -56,7 +56,7 @@ def first_dead(dead: set[int], states: dict[int, RankSnapshot]) -> set[int]:
 
 
 class Watcher:
-    """One node's watch."""
+    """The watcher of one node."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.node = settings, Node(Path(settings.folder))
@@ -75,7 +75,7 @@ class Watcher:
         self.differ_told = False
 
     def run(self) -> None:
-        """Until the ranks have ended."""
+        """Watch until the ranks have ended."""
         try:
             while self.look():
                 time.sleep(_POLL)
@@ -85,7 +85,7 @@ class Watcher:
                 flight.remove_flights(info["flight"])
 
     def look(self) -> bool:
-        """Once. Returns whether there is still something to watch."""
+        """Look at the ranks once. Returns whether to continue."""
         states = self.node.states()
         living = self.node.living()
         running = [rank for rank, read in states.items() if rank in living and not read.ended]
@@ -113,7 +113,7 @@ class Watcher:
         return True
 
     def _notice_dead(self, dead: set[int], is_over: bool) -> None:
-        """A single dead rank is named at once, and calls that some backends die of. If all die, the job is ended."""
+        """Name a single dead rank at once, or calls of which ranks die. If all ranks die, somebody ends the job."""
         again, self.dead = dead & self.dead, dead
         if dead <= self.named or not (again or is_over) or self.settings.local == 1:
             return
@@ -136,7 +136,7 @@ class Watcher:
             self.differ_told = True
 
     def _notice_slow(self, states: dict[int, RankSnapshot], now: float, allowed: float) -> None:
-        """A slow step whose ranks still make progress is no hang; it is logged."""
+        """Log a slow step whose ranks still make progress; it is no hang."""
         steps = min(read.steps for read in states.values())
         if steps != self.slow[0] or any(read.phase in PATIENT for read in states.values()):
             self.slow, self.slow_told = (steps, now), False
@@ -145,7 +145,7 @@ class Watcher:
             log.info(f"watch: step {steps + 1} has taken {now - self.slow[1]:.0f} s so far; it is slow: its ranks move")
 
     def _compare(self, states: dict[int, RankSnapshot]) -> None:
-        """Own work of the ranks, here or by the first node."""
+        """Compare the own work of the ranks, on this node or on the first one."""
         windows = {rank: read.windows for rank, read in states.items()}
         newest = max(max(own, default=0) for own in windows.values())
         if newest == self.published:
@@ -212,7 +212,7 @@ class Watcher:
         return text
 
     def _keep_flights(self, folder: Path) -> None:
-        """What the backend's own recorders have, of the ranks of this node. Raises: OSError."""
+        """Keep the dumps of the backend's flight recorders of this node's ranks. Raises: OSError."""
         places = [(pipe, dump) for pipe, dump in (info["flight"] for info in self.node.infos.values()) if pipe]
         for name, content in flight.dumped(places).items():
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where the time of the last steps went, of all ranks: records that `python -m qwen3_npu.ledger` reads."""
+"""Records of the time by phase on all ranks, which `python -m qwen3_npu.ledger` reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORK = [KINDS.index(name) for name in (*WORK, "pause")]
 
 
 def facts_of(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
-    """What of the flags explains times."""
+    """The settings that explain times."""
     layout, train = plan.layout, args.train
     return {
         "pipeline": layout.pipeline,
@@ -52,10 +52,10 @@ class Ledger:
             times.take()  # what was before the first step
 
     def step(self, iteration: int, tally: Tally, load: ExpertLoad | None, *, last: bool) -> dict[str, Any] | None:
-        """Count a step; the record, where one is due. Every rank must call this: it gathers one row of each, then.
+        """Count a step. Returns the record if one is due. Every rank must call this: a record gathers a row of each.
 
         Args:
-            load: of the experts, where it was just counted.
+            load: load of the experts, if it was just counted.
         """
         if not self.interval:
             return None
@@ -100,13 +100,13 @@ class Ledger:
 
 
 def by_device(table: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """Times of ranks whose steps are divided as the device has noted, where it has.
+    """Times of ranks, with steps divided by the times that the device has measured, if it has.
 
     Args:
         table: [ranks, ..] of `Times.take`: all steps by the host's clock, one step by the device's.
 
     Returns:
-        [ranks, kinds and wall clock], and what the host's clock said of the mean rank; empty: it is what is returned.
+        [ranks, kinds and wall clock], and the mean rank's times by the host's clock; empty if these are the result.
     """
     kinds = len(KINDS)
     by_host, noted = table[:, : kinds + 1].clone(), table[:, kinds + 1 :]

@@ -1,4 +1,4 @@
-"""What was planned against what is measured: of rank 0, after its third step and at the end."""
+"""Compare the plan with measurements of rank 0, after its third step and at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LARGE = 0.15
 class PlannedMeasured:
     """Clock and comparison of one run. It waits for the device twice: after steps 1 and 3.
 
-    Memory is what tensors take on this device at the peak, so the runtime's reserve is left out of the plan.
+    Memory is that of tensors at the peak, so the plan's reserve for the runtime is not counted.
 
     Args:
         entries: where the time of this run goes, for what is slower than planned.
@@ -43,7 +43,7 @@ class PlannedMeasured:
         self.told = 0
 
     def step(self, iteration: int, places: float) -> None:
-        """Count a step with so many places of tokens, padding included."""
+        """Count a step with this number of tokens, padding included."""
         self.steps += 1
         if self.steps == 1:
             self.platform.synchronize()
@@ -61,7 +61,7 @@ class PlannedMeasured:
             self.latest = iteration, self.steps, time.perf_counter() - self.start, self.places
 
     def pause(self, seconds: float) -> None:
-        """Leave out so many seconds that were not training."""
+        """Subtract seconds that were no training."""
         self.start += seconds
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ class Profiling:
     def __init__(self, platform: Platform, args: ProfileArgs, rank: int, *, first: int, last: int) -> None:
         """
         Args:
-            first, last: the steps that will be made.
+            first, last: the steps of this run.
         """
         self.args = args
         if args.profile and not first <= args.profile_step_start + 1 <= last:
@@ -30,19 +30,19 @@ class Profiling:
         self.running = False
 
     def before(self, iteration: int) -> None:
-        """To be called before step `iteration` (from 1)."""
+        """Call it before step `iteration` (from 1)."""
         if self.profiler is not None and not self.running and iteration == self.args.profile_step_start + 1:
             self.running = self._done(self.profiler.start)
 
     def after(self, iteration: int, *, last: bool) -> None:
-        """To be called after it; a training's last step ends a recording."""
+        """Call it after the step; the last step of a training ends a recording."""
         if self.running and (iteration >= self.args.profile_step_end or last):
             self.running = False
             if self._done(self.profiler.stop):
                 log.info(f"profile: {self.args.profile_save_path}")
 
     def _done(self, act: Callable[[], None]) -> bool:
-        """Do it; a folder that takes no recording does not end a training."""
+        """Start or stop the profiler; an unwritable folder is a warning."""
         try:
             with here.during("report"):
                 act()

@@ -1,7 +1,7 @@
-"""Ranks that hold the same weights compare digests of them: silent corruption names the rank that differs.
+"""Compare digests of replicated weights, to name the rank with silent corruption.
 
-All tensors of a rank are added up on the device (`checksum`) and compared by one small gather in each group of ranks
-that hold the same.
+The bits of each tensor are summed on the device (`checksum`) and compared by one small gather in each group of ranks
+that hold the same tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qwen3_npu.training.spikes.checksum import checksum, gather_weights, told_pa
 
 
 class ReplicaCheck:
-    """The tensors of this rank by the group of ranks that hold the same."""
+    """The tensors of this rank, by the group of ranks that hold the same ones."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], wrapped: Sequence[Any], optimizer: MegatronOptimizer) -> None:
         """
@@ -45,7 +45,7 @@ class ReplicaCheck:
                 self.groups.append((group, list(parameters), list(parameters.values())))
 
     def compare(self) -> str | None:
-        """Which rank differs, the same text on every rank; None: none does. Every rank must call this; it waits."""
+        """A text about the rank that differs, or None; equal on every rank. Every rank must call this; it waits."""
         gather_weights(self.wrapped)
         found = [text for group in self.groups if (text := self._differs(*group))]
         worst = first_problem("; ".join(sorted(set(found))) or None)
@@ -75,10 +75,10 @@ class ReplicaCheck:
 
 
 def verdict(ranks: Sequence[int], names: Sequence[str], rows: Sequence[tuple[int, ...]]) -> str:
-    """One line on replicas that are not equal.
+    """One line about replicas that are not equal.
 
     Args:
-        rows: of each rank, the digests of the tensors that `names` names.
+        rows: for each rank the digests of the tensors `names`.
     """
     first = next(i for i in range(len(names)) if len({row[i] for row in rows}) > 1)
     count = sum(len({row[i] for row in rows}) > 1 for i in range(len(names)))
