@@ -43,9 +43,9 @@ def train() -> None:
     def step(self: Trainer) -> Any:
         number = self.position.iteration + 1
         steps = self.args.train.steps
-        if number % (7 * steps // 100) == 0 and os.environ["RANK"] == "0":
+        if number % max(7 * steps // 100, 150) == 0 and os.environ["RANK"] == "0":  # more often it is a straggler
             time.sleep(4)
-        if number % (11 * steps // 100) == 0:
+        if number % max(11 * steps // 100, 70) == 0:
             time.sleep(6)
         return plain(self)
 
