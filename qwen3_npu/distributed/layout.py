@@ -223,7 +223,7 @@ def _chunks(
         if len(num_layer_list) != pipeline or sum(num_layer_list) != layers or min(num_layer_list) < 1:
             raise UsageError(
                 f"--num-layer-list {','.join(map(str, num_layer_list))} must have {pipeline} entries (the pipeline "
-                f"size) that add up to the model's {layers} layers"
+                f"size), each 1 or more, that add up to the model's {layers} layers"
             )
         starts = [sum(num_layer_list[:p]) for p in range(pipeline)]
         return tuple((tuple(range(s, s + n)),) for s, n in zip(starts, num_layer_list, strict=True))

@@ -156,7 +156,7 @@ class Trainer:
         )
         self.replicas: ReplicaCheck | None = None
         if args.spikes.replica_check_interval:
-            self.replicas = ReplicaCheck(self.modules, self.chunks, self.optimizer)
+            self.replicas = ReplicaCheck(self.modules, self.optimizer)
         self.state: StateCheck | None = None  # load
         # megatron averages losses over micro-batches itself, if it does not divide by tokens.
         weighted = routers(self.modules) if config.calculate_per_token_loss else []
@@ -342,7 +342,7 @@ class Trainer:
     def check_state(self) -> None:
         """Start the state check with the state that was just loaded, if --state-check-interval asks for it."""
         if interval := self.args.spikes.checks_state:
-            self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
+            self.state = StateCheck(interval, self.modules, self.optimizer)
             self.state.note(self.position.iteration + 1)
 
     def go_back(self, why: str) -> None:

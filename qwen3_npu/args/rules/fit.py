@@ -75,6 +75,14 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
         )
     if arch.is_moe and args.data.variable_seq_lengths and args.train.moe_token_dispatcher_type == "allgather":
         raise UsageError("--moe-token-dispatcher-type allgather needs micro-batches of one length; use alltoall")
+    shares = args.parallel.expert_model_parallel_size * (args.parallel.expert_tensor_parallel_size or tp)
+    meets = shares > tp * args.parallel.context_parallel_size  # ranks with other micro-batches
+    if args.data.variable_seq_lengths and args.train.moe_pad_expert_input_to_capacity and meets:
+        raise UsageError(
+            f"--moe-pad-expert-input-to-capacity with --expert-model-parallel-size "
+            f"{args.parallel.expert_model_parallel_size} needs micro-batches of one length, and "
+            f"--variable-seq-lengths (--no-pad-to-seq-lengths) makes them differ; drop one of the two"
+        )
     multiple, why = sequence_multiple(args)
     if seq % multiple:
         raise UsageError(f"--seq-length {seq} must be a multiple of {multiple} ({why})")

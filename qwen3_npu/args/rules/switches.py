@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.rules.swapping import swapping
@@ -103,7 +104,8 @@ def _check_trained(args: PretrainArgs) -> None:
     """Raises: UsageError: flags contradict each other about the trained weights."""
     if args.freeze.on and args.lora.on:
         raise UsageError("--freeze-include, --freeze-exclude: LoRA trains its adapters only; drop the flags")
-    if args.lora.lora_init == "pissa" and args.data.is_preference and args.preference.ref_model is None:
+    compares = PREFERENCE_STAGES.get(args.data.stage, False)
+    if args.lora.lora_init == "pissa" and compares and args.preference.ref_model is None:
         raise UsageError(
             "--lora-init pissa changes the base, so it is no reference without its adapter; give --ref-model"
         )

@@ -51,6 +51,17 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
     return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
 
 
+def gather_weights(optimizer: MegatronOptimizer) -> None:
+    """Gather the weights now: with --overlap-param-gather they are gathered in the next step's forward pass.
+
+    Until then a rank has the last update of its own share of them only. Every rank must call this.
+    """
+    sharded = [part for part in parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    for wrapped in {id(chunk): chunk for part in sharded for chunk in part.model_chunks}.values():
+        if wrapped.ddp_config.overlap_param_gather:
+            wrapped.start_param_sync(force_sync=True)
+
+
 def parameter_names(chunks: Sequence[torch.nn.Module]) -> ParameterNames:
     """Names of the trained parameters of the model chunks (not wrapped)."""
     return {p: (i, name) for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters() if p.requires_grad}

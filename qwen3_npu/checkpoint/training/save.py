@@ -147,6 +147,7 @@ def begin_save(
         Stopped: on every rank, if a weight or the optimizer's state is NaN or infinite: such a checkpoint must not
             replace good ones.
     """
+    optimizer_state.gather_weights(trained.optimizer)
     # Codes of quantized weights are no numbers.
     named = parameters_of(trained.chunks).items()
     weights = ((name, parameter) for (_, name), parameter in named if parameter.is_floating_point())

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from qwen3_npu.checkpoint.training.optimizer_state import main_parameters, parts
+from qwen3_npu.checkpoint.training.optimizer_state import gather_weights, main_parameters, parts
 from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.model import quantized
-from qwen3_npu.training.spikes.checksum import checksum, gather_weights, told_parameters
+from qwen3_npu.training.spikes.checksum import checksum, told_parameters
 
 
 def kept(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
@@ -55,13 +54,11 @@ class StateCheck:
 
     Args:
         interval: steps between checks.
-        chunks: the model chunks of this rank, and as megatron has `wrapped` them.
+        chunks: the model chunks of this rank, not wrapped.
     """
 
-    def __init__(
-        self, interval: int, chunks: Sequence[torch.nn.Module], wrapped: Sequence[Any], optimizer: MegatronOptimizer
-    ) -> None:
-        self.interval, self.wrapped, self.optimizer = interval, wrapped, optimizer
+    def __init__(self, interval: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+        self.interval, self.optimizer = interval, optimizer
         self.names: list[str] = []
         self.tensors: list[torch.Tensor] = []
         parameters = told_parameters(chunks)
@@ -85,7 +82,7 @@ class StateCheck:
         """Record the sums of the state, which must not change until the update of `step`, the next one."""
         self.before = None
         if step % self.interval == 0:
-            gather_weights(self.wrapped)
+            gather_weights(self.optimizer)
             self.before = self._sums()
 
     def changed(self) -> torch.Tensor:
