@@ -81,14 +81,14 @@ def _overlapped(setup: Setup, cause: str) -> Iterator[tuple[str, str, Setup]]:
 
 def _smaller_groups(shape: Shape, setup: Setup) -> Iterator[tuple[str, str, Setup]]:
     """Half as many ranks to shard over, and twice as many copies, with the same global batch."""
-    copies = {"data": 2 * setup.data, "num_microbatches": setup.num_microbatches // 2}
     if setup.num_microbatches % 2 == 0:
+        more = dataclasses.replace(setup, data=2 * setup.data, num_microbatches=setup.num_microbatches // 2)
         if setup.tensor % 2 == 0 and (setup.expert_tensor == 1 or not shape.is_moe):
             words = f"--tensor-model-parallel-size {setup.tensor // 2}"
-            yield "wait tp", words, dataclasses.replace(setup, tensor=setup.tensor // 2, **copies)
+            yield "wait tp", words, dataclasses.replace(more, tensor=setup.tensor // 2)
         if setup.context % 2 == 0:
             words = f"--context-parallel-size {setup.context // 2}"
-            yield "wait cp", words, dataclasses.replace(setup, context=setup.context // 2, **copies)
+            yield "wait cp", words, dataclasses.replace(more, context=setup.context // 2)
     if setup.expert % 2 == 0:
         words = f"--expert-model-parallel-size {setup.expert // 2}"
         yield "wait ep", words, dataclasses.replace(setup, expert=setup.expert // 2)

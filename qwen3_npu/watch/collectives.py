@@ -66,7 +66,7 @@ METHODS = {
     "recv": _Kind("recv", way=-1),
 }
 # How numbers are reduced -> how much further the operation's number is; a sum has the name alone.
-_REDUCTIONS = [op for op in ReduceOp.RedOpType.__members__.values() if op != ReduceOp.RedOpType.SUM]
+_REDUCTIONS = [op for op in ReduceOp.RedOpType.__members__.values() if op.name != "SUM"]
 _PLAIN = sorted({kind.name for kind in METHODS.values()})
 COLLECTIVES = [*_PLAIN, *(f"{name}({op.name.lower()})" for op in _REDUCTIONS for name in _PLAIN)]
 _FURTHER = {op: (1 + i) * len(_PLAIN) for i, op in enumerate(_REDUCTIONS)}
