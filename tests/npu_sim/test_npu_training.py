@@ -297,4 +297,4 @@ STREAMS = {
 def test_streams_wait_for_each_other(name: str, npu_worlds: dict[int, World], trainings: Trainings) -> None:
     kind, extra = STREAMS[name]
     flags = [*FLAGS, "--load", trainings.models[kind], "--data-path", trainings.data["pt"], "--bf16", *extra]
-    assert npu_worlds[1].run("stream_cases.complaints", flags=flags, steps=2) == {}
+    assert npu_worlds[1].run("sim.sanitizer.complaints", flags=flags, steps=2) == {}
