@@ -1,8 +1,8 @@
 """Time of one optimizer step, in closed form: products, attention, other kernels, exposed communication, bubble.
 
-Products and attention go by FLOP and a share of the device's peak that grows with the size of the product; everything
-else by bytes; collectives by the ring formulas (latency x steps + bytes x (n - 1) / n / bandwidth). The bubble of a
-pipeline is (PP - 1) / VPP micro-batches (arXiv:2104.04473).
+Products and attention are counted by FLOP and a share of the device's peak, which grows with the size of the product;
+everything else by bytes; collectives by the ring formulas (latency x steps + bytes x (n - 1) / n / bandwidth). The
+bubble of a pipeline is (PP - 1) / VPP micro-batches (arXiv:2104.04473).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class StepTime:
     """Seconds of one optimizer step, by kind; of the slowest pipeline stage.
 
     Attributes:
-        products, attention, kernels: computing. `kernels`: everything that is bound by memory.
-        recompute: computing again in backward.
-        tensor, expert, context, pipeline, data: communication that nothing hides, by group.
+        products, attention, kernels: computing. `kernels`: operations that are bound by memory.
+        recompute: recomputation in backward.
+        tensor, expert, context, pipeline, data: exposed communication by group.
         bubble: waiting for other pipeline stages.
         optimizer: clipping and update.
         host: waiting for the host to launch operations.
-        swap: waiting for activations that come from the host or go there.
+        swap: waiting for copies of activations to the host and back.
     """
 
     products: float
@@ -70,8 +70,8 @@ class _Layer:
     """Seconds of one layer and micro-batch, forward (backward is twice the computing).
 
     Attributes:
-        attended: of `products`, those of attention.
-        again: products of experts that backward computes again, without recomputing the layer.
+        attended: the part of `products` in attention.
+        again: products of experts that backward recomputes without recomputing the layer.
         experts: products of experts.
     """
 
@@ -93,8 +93,8 @@ def collective_seconds(device: Device, size: int, stride: int, moved: float, *, 
     """Seconds of an all-gather, reduce-scatter or all-to-all that leaves `moved` bytes on each of `size` ranks.
 
     Args:
-        stride: distance of neighbouring ranks; a group that leaves the node is as fast as the network.
-        steps: of latency, in collectives.
+        stride: distance of neighbouring ranks; a group across nodes is as fast as the network.
+        steps: steps of latency, in collectives.
     """
     if size == 1:
         return 0.0
@@ -107,10 +107,10 @@ def collective_seconds(device: Device, size: int, stride: int, moved: float, *, 
 def exchange_seconds(device: Device, size: int, stride: int, moved: float, *, per_node: int = 0) -> float:
     """Seconds of an all-to-all in which each of `size` ranks sends `moved` bytes, the same to all.
 
-    What stays in a node takes its links, at the same time as what leaves it takes the network.
+    Traffic inside a node and traffic between nodes run at the same time.
 
     Args:
-        per_node: copies of each token, of which one travels to a node, whatever number of them it needs; 0: all travel.
+        per_node: copies of each token if a node receives each token once; 0: all copies are sent.
     """
     nodes = max(1.0, size * stride / device.node)
     if nodes == 1:
@@ -258,7 +258,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
 
 
 def _swap(shape: Shape, setup: Setup, counts: dict[bool, int], forward: float) -> float:
-    """Seconds of a micro-batch's copies to the host and back that a layer's own computing does not hide."""
+    """Exposed seconds of a micro-batch's copies to the host and back, beyond a layer's own computing."""
     if not setup.swapped or not counts:
         return 0.0
     plain = dataclasses.replace(setup, swapped=())
@@ -284,7 +284,7 @@ def _tensor(shape: Shape, setup: Setup, device: Device) -> float:
 
 
 def _expert(shape: Shape, setup: Setup, device: Device, products: float, *, share: float, moved: float) -> float:
-    """Seconds of one layer's expert exchange that nothing hides: out and back; forward, again if recomputed, backward.
+    """Exposed seconds of one layer's expert exchange: both ways, in forward, recomputation and backward.
 
     Args:
         products: seconds of the experts' products, forward.
@@ -307,7 +307,7 @@ def _expert(shape: Shape, setup: Setup, device: Device, products: float, *, shar
 
 
 def _pieces(shape: Shape, setup: Setup) -> int:
-    """In how many pieces tokens travel to their experts and back; 1: products hide nothing of it."""
+    """Number of pieces of the exchange of tokens; 1: it is not hidden."""
     hides = setup.overlap_experts and setup.expert > 1 and not setup.gathered
     return exchange_pieces(shape.num_experts // setup.expert) if hides else 1
 
@@ -325,7 +325,7 @@ def _context(shape: Shape, setup: Setup, device: Device) -> float:
 
 
 def _pipeline(shape: Shape, setup: Setup, device: Device) -> float:
-    """Seconds of a step's sends and receives between stages that are not hidden."""
+    """Exposed seconds of a step's sends and receives between stages."""
     if setup.pipeline == 1:
         return 0.0
     moved = setup.sharded_tokens * shape.hidden_size * setup.residual_bytes
@@ -337,7 +337,7 @@ def _pipeline(shape: Shape, setup: Setup, device: Device) -> float:
 
 
 def _data(shape: Shape, setup: Setup, device: Device, stage: int, *, busy: float) -> float:
-    """Seconds of the gradients' reduction and the weights' gathering that nothing hides."""
+    """Exposed seconds of reducing gradients and gathering weights."""
     trained = trained_counts(shape, setup, stage)
     stride = setup.tensor
     exposed = 0.0
