@@ -9,6 +9,7 @@ defaults() { # NAME=VALUE..., set where the environment does not say otherwise; 
         name="${pair%%=*}"
         if [ -z "${!name+set}" ]; then printf -v "$name" '%s' "${pair#*=}"; fi
     done
+    HCCL_EXEC_TIMEOUT="${HCCL_EXEC_TIMEOUT-3600}" # as nearly all originals; empty: CANN's own
     for name in CPU_AFFINITY_CONF STREAMS_PER_DEVICE HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT; do # CANN reads these
         if [ -n "${!name:-}" ]; then export "${name?}"; fi
     done
@@ -41,6 +42,7 @@ train() { # flags of this kind of training...
         "") ;;
         *) echo "$0: TP_OVERLAP=$TP_OVERLAP: coc or mc2" >&2; exit 2 ;;
     esac
+    if [ -n "${MOE_OVERLAP:-}" ]; then PARALLEL+=(--moe-alltoall-overlap-comm); fi # and that of the experts
     local memory=()
     if [ -n "${RECOMPUTE:-}" ]; then # METHOD LAYERS
         memory+=(--recompute-granularity full --recompute-method "${RECOMPUTE% *}")

@@ -17,8 +17,8 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
-from qwen3_npu.args.trackers import TrackerArgs
-from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.trackers import ReportArgs, TrackerArgs
+from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, TrainArgs
 from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.errors import UsageError

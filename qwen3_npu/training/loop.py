@@ -378,6 +378,7 @@ class Trainer:
             folder=Path(args.report.tensorboard_dir) if args.report.tensorboard_dir else None,
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
+            tells_times=args.report.timing_log_level > 0,
             verdict=self.plan.verdict,
             trackers=open_trackers(args.trackers, settings(args)) if self.world.rank == 0 else (),
         )
