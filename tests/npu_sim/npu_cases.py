@@ -94,7 +94,7 @@ def refusals(platform: Platform, world: World) -> dict[str, str]:
         "keep_prob": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", keep_prob=0.0),
         "sparse_mode": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", sparse_mode=9),
         "rotary_mode": lambda: torch_npu.npu_rotary_mul(q[None], q[None], q[None], "third"),
-        "dropout": lambda: torch.nn.functional.dropout(x, 0.5),
+        "pse": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", pse=q.new_ones(2, 4, 6, 6)),
     }
     said = {}
     for name, call in wrong.items():
@@ -211,6 +211,7 @@ def on_aicpu(platform: Platform, world: World) -> list[str]:
     x = torch.arange(6, device="npu")
     calls: list[Callable] = [lambda: x.cumsum(0), lambda: x.topk(2), lambda: x.masked_fill(x > 2, 0)]
     calls += [lambda: x.float().cumsum(0), lambda: x.argsort(), lambda: x.bool().scatter(0, x[:1], True)]
+    calls += [lambda: torch.searchsorted(x, x), lambda: x.int() >> 1, lambda: x.short() * 2, lambda: x.short().sum()]
     said = []
     here.at("forward")
     for call in calls:
