@@ -362,37 +362,3 @@ class ExitArgs:
     exit_signal_handler: bool = flag(False, help="on SIGTERM or SIGUSR1 save a checkpoint and end")
     exit_duration_in_mins: float | None = flag(None, minimum=0, unit="min", help="save and end after this time")
     exit_interval: int | None = flag(None, minimum=1, unit="steps", help="save and end at the next multiple of it")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportArgs:
-    """reports"""
-
-    log_interval: int = flag(100, minimum=1, help="steps between log lines")
-    eval_interval: int = flag(1000, minimum=1, help="steps between evaluations on the validation data")
-    eval_iters: int = flag(100, minimum=0, help="global batches of one evaluation; 0: no evaluation")
-    ledger_interval: int = flag(
-        100,
-        minimum=0,
-        unit="steps",
-        help="steps between records of the time by phase (python -m qwen3_npu.ledger); 0: none",
-    )
-    fingerprint_interval: int = flag(
-        0,
-        minimum=0,
-        unit="steps",
-        help="steps between fingerprints of kernels and layers (the first in step 1), in --tensorboard-dir; two runs "
-        "are compared by python -m qwen3_npu.parity; 0: none",
-    )
-    fingerprint_format: str = flag(
-        "passport",
-        choices=["passport", "msprobe"],
-        help="format of fingerprints; msprobe: dumps of every rank for msprobe compare (mindstudio-probe)",
-    )
-    tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
-
-    def __post_init__(self) -> None:
-        if self.fingerprint_interval and self.tensorboard_dir is None:
-            raise UsageError(
-                f"--fingerprint-interval {self.fingerprint_interval} writes into --tensorboard-dir; give that, too"
-            )

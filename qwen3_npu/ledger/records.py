@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError
 
-_TIMES = ("steps", "seconds", "mean", "most", "work", "host")
+_TIMES = ("steps", "seconds", "mean", "most", "work", "host", "planned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,7 @@ class LedgerEntry:
         mean, most: kind -> seconds of the mean rank; kind -> (seconds, rank) of the rank with the most.
         host: kind -> seconds by the host's clock, if `mean` and `most` come from the device's events.
         facts: integers, names and shares that explain times: `training.reports.ledger.facts_of`, padding, imbalance.
+        planned: `gains.gains`, of a training whose device was known.
     """
 
     step: int
@@ -30,6 +33,7 @@ class LedgerEntry:
     most: dict[str, tuple[float, int]]
     facts: dict[str, object]
     host: dict[str, float] = dataclasses.field(default_factory=dict)
+    planned: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def read(folder: Path) -> list[LedgerEntry]:
@@ -53,16 +57,39 @@ def entry_of(step: int, record: schema.Record, where: str) -> LedgerEntry:
     """The entry of a record. Raises: UsageError: it is damaged."""
     facts = {name: value for name, value in record.fields.items() if name not in _TIMES}
     host = _seconds(record.record("host"), where) if "host" in record.fields else {}
-    most = {kind: schema.sequence(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}
+    most = {kind: _pair(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}
     return LedgerEntry(
         step=step,
         steps=record.integer("steps", least=1),
         seconds=record.number("seconds", least=0.0),
         mean=_seconds(record.record("mean"), where),
-        most={k: (schema.number(p[0], where, least=0), schema.integer(p[1], where, least=0)) for k, p in most.items()},
+        most={
+            kind: (
+                schema.number(pair[0], f"{where}: {kind}", least=0),
+                schema.integer(pair[1], f"{where}: {kind}", least=0),
+            )
+            for kind, pair in most.items()
+        },
         facts=facts,
         host=host,
+        planned=_planned(record, where),
     )
+
+
+def _planned(record: schema.Record, where: str) -> dict[str, tuple[str, float]]:
+    fields = schema.record(record.fields.get("planned", {}), f"{where}: planned").fields
+    found = {}
+    for cause, pair in fields.items():
+        name = f"{where}: {cause}"
+        words, share = _pair(pair, name)
+        found[cause] = schema.text(words, name), schema.number(share, name, least=0)
+    return found
+
+
+def _pair(value: object, where: str) -> Sequence[Any]:
+    if len(found := schema.sequence(value, where)) != 2:
+        raise UsageError(f"{where} is {schema.shown(value)}; a pair is expected")
+    return found
 
 
 def _seconds(record: schema.Record, where: str) -> dict[str, float]:

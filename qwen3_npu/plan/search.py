@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 
 from qwen3_npu.args.lora import FreezeArgs, LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
-from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, TensorOverlapArgs
+from qwen3_npu.args.parallel import OverlapArgs, ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
-from qwen3_npu.args.trackers import TrackerArgs
-from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.trackers import ReportArgs, TrackerArgs
+from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, TrainArgs
 from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.errors import UsageError
@@ -244,7 +244,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         model=ModelArgs(model=args.model, hf_dir=args.hf_dir),
         shape=ShapeArgs(max_position_embeddings=args.seq_length),
         parallel=ParallelArgs(),
-        overlap=TensorOverlapArgs(),
+        overlap=OverlapArgs(),
         runtime=RuntimeArgs(),
         train=TrainArgs(train_iters=1, seq_length=args.seq_length, global_batch_size=args.global_batch_size, bf16=True),
         optimizer=OptimizerArgs(

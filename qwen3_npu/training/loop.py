@@ -173,6 +173,7 @@ class Trainer:
             self.args.train,
             variable_lengths=self.args.data.variable_seq_lengths,
             overlaps_p2p_safely=self.platform.overlaps_p2p_safely,
+            interleaved=self.args.overlap.moe_fb_overlap,
         )
 
     def load(self) -> None:
@@ -378,6 +379,7 @@ class Trainer:
             folder=Path(args.report.tensorboard_dir) if args.report.tensorboard_dir else None,
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
+            tells_times=args.report.timing_log_level > 0,
             verdict=self.plan.verdict,
             trackers=open_trackers(args.trackers, settings(args)) if self.world.rank == 0 else (),
         )

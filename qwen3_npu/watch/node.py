@@ -57,6 +57,10 @@ class Node:
         stacks = probe.ask_stacks(answering, self.folder)
         return [self._report(rank, read, processes[rank], stacks.get(rank, "")) for rank, read in states.items()]
 
+    def calls(self, states: dict[int, state.RankSnapshot]) -> list[RankReport]:
+        """The ranks with their calls alone: their processes are not looked at."""
+        return [self._report(rank, read, probe.Process(True), "").rank for rank, read in states.items()]
+
     def _report(self, number: int, read: state.RankSnapshot, process: probe.Process, stack: str) -> Report:
         info, channels = state.read_info(self.folder / f"rank_{number}.info")
         now = time.monotonic()
@@ -67,7 +71,8 @@ class Node:
             if index in read.last:
                 calls = tuple(_entry(call, info, now) for call in read.recent if call.channel == index)
                 last = _entry(read.last[index], info, now)
-                known[each["name"]] = Channel(each["label"], tuple(each["ranks"]), last, calls)
+                exchange = read.exchanges.get(index, (0, [], []))
+                known[each["name"]] = Channel(each["label"], tuple(each["ranks"]), last, calls, exchange=exchange)
         rank = RankReport(
             rank=number,
             node=info["node"],
@@ -84,6 +89,7 @@ class Node:
             at=at,
             inner=inner,
             channels=known,
+            waits=probe.is_waiting(stack),
         )
         return Report(rank, stack)
 
@@ -110,7 +116,9 @@ def from_text(text: str) -> list[Report]:
 
 def _channel(fields: dict[str, Any]) -> Channel:
     calls = tuple(_of(call) for call in fields["calls"])
-    return Channel(fields["label"], tuple(fields["ranks"]), _of(fields["last"]), calls)
+    number, sent, received = fields["exchange"]
+    last, exchange = _of(fields["last"]), (number, sent, received)
+    return Channel(fields["label"], tuple(fields["ranks"]), last, calls, exchange=exchange)
 
 
 def _of(fields: dict[str, Any]) -> Entry:

@@ -24,7 +24,7 @@ class Process:
         alive: whether the process exists, and is not another one with the same id.
         state: R, S, D, T or t as in proc(5); "" if unknown.
         waits_in: kernel function in which it waits; "" if unknown.
-        computes: whether it used a CPU during most of a short interval.
+        computes: whether it used a CPU, or was ready to, during most of a short interval.
     """
 
     alive: bool
@@ -36,6 +36,7 @@ class Process:
 def probe_processes(pids: dict[int, tuple[int, str]]) -> dict[int, Process]:
     """rank -> (process id, `processes.started` of it)  =>  rank -> process."""
     before = {rank: _ticks(pid) for rank, (pid, _) in pids.items()}
+    states = {rank: _field(pid, "State") for rank, (pid, _) in pids.items()}
     time.sleep(_BRIEF)
     found = {}
     for rank, (pid, since) in pids.items():
@@ -43,8 +44,12 @@ def probe_processes(pids: dict[int, tuple[int, str]]) -> dict[int, Process]:
             found[rank] = Process(False)
             continue
         ticks = _ticks(pid) - before[rank]
-        computes = ticks / os.sysconf("SC_CLK_TCK") > _BRIEF / 2
-        found[rank] = Process(True, _field(pid, "State"), _text(pid, "wchan").strip("0"), computes)
+        state = _field(pid, "State")
+        # Where processors are scarce it may wait for one all the time.
+        computes = ticks / os.sysconf("SC_CLK_TCK") > _BRIEF / 2 or state == states[rank] == "R"
+        if state == "D" != states[rank]:  # one access to a disk
+            state = "S"
+        found[rank] = Process(True, state, _text(pid, "wchan").strip("0"), computes)
     return found
 
 
@@ -91,6 +96,13 @@ def place(stack: str, thread: int) -> tuple[str, str]:
                 frames.append(f"{_short(path)}:{number} ({function})")
     outer = [frame for frame in frames if not frame.startswith(_WRAPPERS)]
     return (frames[0] if frames else ""), (outer[0] if outer else frames[0] if frames else "")
+
+
+def is_waiting(stack: str) -> bool | None:
+    """Whether a thread is inside a call of torch.distributed (`collectives` makes them). None: there is no text."""
+    lines = stack.splitlines()
+    heads = [lines[i + 1] for i, line in enumerate(lines[:-1]) if "(most recent call first)" in line]
+    return any("watch/collectives.py" in line for line in heads) if heads else None
 
 
 def _short(path: str) -> str:

@@ -1,9 +1,9 @@
 """The state of one rank in a file mapped into memory: written in microseconds, readable when its process is stuck.
 
-
-Layout: a header, the durations of the last steps, the last windows of own work, the last call of each channel, and a
-ring of calls. Numbers are little-endian, times are seconds of CLOCK_MONOTONIC, which all processes of a machine share.
-A channel is a process group, or one direction between two ranks of it: calls there have the same order on all members.
+Layout: a header, the durations of the last steps, the last windows of own work, the last call of each channel, a ring
+of calls, and of some channels how the last all-to-all divided its tensors. Numbers are little-endian, times are seconds
+of CLOCK_MONOTONIC, which all processes of a machine share. A channel is a process group, or one direction between two
+ranks of it: calls there have the same order on all members.
 `rank_N.info` beside the file names the process and the channels, a JSON object a line.
 """
 
@@ -16,14 +16,17 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu.files import rename
 
-PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "eval", "save", "other")
+STEP = ("data", "forward", "backward", "reduce", "optimizer")
+PHASES = ("start", *STEP, "eval", "save", "report", "check", "other")
+WORK = (*STEP, "report", "check", "other")  # what a rank does for each step
 STEPS, WINDOWS, CHANNELS, CALLS = 64, 8, 512, 256  # how many of each are kept
+EXCHANGES, MEMBERS = 8, 128  # channels whose all-to-all is kept, and ranks of such a group at most
 
 _HEAD = struct.Struct("<8sqqqdqq")  # magic, beats, steps done, phase, since when, ended, calls
 _MAGIC = b"QWATCH1\n"
@@ -34,7 +37,9 @@ _STEPS_AT = 256
 _WINDOWS_AT = _STEPS_AT + 8 * STEPS
 _LAST_AT = _WINDOWS_AT + WINDOWS * _WINDOW.size
 _RING_AT = _LAST_AT + CHANNELS * _CALL.size
-_SIZE = _RING_AT + CALLS * _CALL.size
+_EXCHANGE = struct.Struct(f"<qqq{2 * MEMBERS}q")  # number of the call, channel, ranks; sizes that go out, and come in
+_EXCHANGES_AT = _RING_AT + CALLS * _CALL.size
+_SIZE = _EXCHANGES_AT + EXCHANGES * _EXCHANGE.size
 
 INSIDE, LAUNCHED, LEFT = 1, 2, 3  # LAUNCHED: passed to a device, which does not report when it is done
 
@@ -85,6 +90,7 @@ class State:
         self.window = 0
         self.channels: dict[Any, int] = {}
         self.numbers: list[int] = []
+        self.exchanges: dict[int, int] = {}  # channel -> where its last all-to-all is
         self._head()
         rename(partial, path)
 
@@ -118,6 +124,14 @@ class State:
         self.map[last : last + _CALL.size] = entry
         self._head()
         return slot, last, number
+
+    def exchange(self, token: tuple[int, int, int], channel: int, sent: Sequence[int], received: Sequence[int]) -> None:
+        """How the all-to-all that has just begun divides its tensors among the ranks of the group."""
+        size, is_full = len(sent), len(self.exchanges) == EXCHANGES and channel not in self.exchanges
+        if is_full or not 0 < size <= MEMBERS or len(received) != size:  # without sizes all are alike
+            return
+        at = self.exchanges.setdefault(channel, _EXCHANGES_AT + len(self.exchanges) * _EXCHANGE.size)
+        struct.pack_into(f"<qqq{2 * size}q", self.map, at, token[2], channel, size, *sent, *received)
 
     def leave(self, token: tuple[int, int, int]) -> None:
         """The call has ended, as far as the host knows."""
@@ -167,6 +181,7 @@ class RankSnapshot:
         windows: number -> seconds of own work in each phase.
         last: channel -> its last call.
         recent: the last calls, the oldest first.
+        exchanges: channel -> number of its last all-to-all, sizes that this rank sends to each member, and gets of it.
     """
 
     beats: int
@@ -178,6 +193,7 @@ class RankSnapshot:
     windows: dict[int, tuple[float, ...]]
     last: dict[int, CollectiveCall]
     recent: list[CollectiveCall]
+    exchanges: dict[int, tuple[int, list[int], list[int]]] = dataclasses.field(default_factory=dict)
 
 
 def read(path: Path) -> RankSnapshot:
@@ -207,7 +223,15 @@ def read(path: Path) -> RankSnapshot:
         windows=windows,
         last=last,
         recent=recent,
+        exchanges=dict(_exchanges(data)),
     )
+
+
+def _exchanges(data: bytes) -> Iterator[tuple[int, tuple[int, list[int], list[int]]]]:
+    for i in range(EXCHANGES):
+        number, channel, size, *sizes = _EXCHANGE.unpack_from(data, _EXCHANGES_AT + i * _EXCHANGE.size)
+        if number:
+            yield channel, (number, sizes[:size], sizes[size : 2 * size])
 
 
 def _call(data: bytes, at: int) -> CollectiveCall | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from qwen3_npu.watch.state import PHASES
+from qwen3_npu.watch.state import PHASES, WORK
 
 SLOW = 1.3  # times the median of all ranks
 WINDOWS = 3  # in a row
 _LEAST = 0.001  # seconds a step: less is noise
-_WORK = [PHASES.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer", "other")]
+_WORK = [*map(PHASES.index, WORK)]
 
 
 class Stragglers:

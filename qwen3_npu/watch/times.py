@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from qwen3_npu.watch.device import DeviceEvent, DeviceTimes
-from qwen3_npu.watch.state import PHASES
+from qwen3_npu.watch.state import PHASES, STEP
 
 GROUPS = ("tp", "pp", "dp", "dp-cp", "cp", "ep", "etp", "edp", "tp-pp", "world", "other groups")
-KINDS = (*PHASES, *(f"wait {name}" for name in GROUPS), "garbage", "host")  # host: see `device`
-IN_STEP = [*(PHASES.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer"))]
+# pause: between steps, without a use of the processor; host: see `device`
+KINDS = (*PHASES, *(f"wait {name}" for name in GROUPS), "garbage", "pause", "host")
+IN_STEP = [*map(PHASES.index, STEP)]
 IN_STEP += [number for number, kind in enumerate(KINDS) if kind.startswith("wait ")]
 _NUMBERS = {name: len(PHASES) + i for i, name in enumerate(GROUPS)}
-_OTHER, _GARBAGE = PHASES.index("other"), KINDS.index("garbage")
+_OTHER, _GARBAGE, _PAUSE = PHASES.index("other"), KINDS.index("garbage"), KINDS.index("pause")
 _LAUNCHED = frozenset(PHASES.index(name) for name in ("forward", "backward", "reduce", "optimizer"))
 
 
@@ -34,11 +35,19 @@ class Times:
         self.seconds = [0.0] * len(KINDS)
         self.phase, self.held, self.elsewhere = 0, False, 0.0  # seconds of this phase that are of another kind
         self.since = self.began = self.collecting = time.monotonic()
+        self.used = 0.0  # of the processor, when this stretch of `other` began
 
     def enter_phase(self, phase: int) -> None:
         """Enter a phase."""
         now = time.monotonic()
-        self.seconds[self.phase] += max(now - self.since - self.elsewhere, 0.0)
+        lasted = max(now - self.since - self.elsewhere, 0.0)
+        if self.phase == _OTHER:
+            pause = max(lasted - (time.thread_time() - self.used), 0.0)
+            self.seconds[_PAUSE] += pause
+            lasted -= pause
+        if phase == _OTHER:
+            self.used = time.thread_time()
+        self.seconds[self.phase] += lasted
         self.phase, self.since, self.elsewhere = phase, now, 0.0
         if self.device is not None:
             self.device.mark(phase)

@@ -20,7 +20,7 @@ from qwen3_npu import log
 from qwen3_npu.cli import tell_torchrun
 from qwen3_npu.files import write_text
 from qwen3_npu.watch import flight, report
-from qwen3_npu.watch.judge import HangVerdict, judge_hang
+from qwen3_npu.watch.judge import HangVerdict, disagreement, judge_hang
 from qwen3_npu.watch.node import Node, Report, from_text, to_text
 from qwen3_npu.watch.settings import Settings
 from qwen3_npu.watch.state import INSIDE, RankSnapshot
@@ -31,6 +31,7 @@ _ALLOWANCE = 600.0  # seconds at least for the first step, evaluation and saving
 _DEAD = 10.0  # seconds that a rank is dead until it is told: torchrun is quicker where it can
 _OTHER_NODES = 20.0  # seconds for their reports
 _POLL = 0.2
+_CALLS = 5.0  # seconds between comparisons of the ranks' calls
 PATIENT = ("start", "save", "eval")  # phases that may take long
 
 
@@ -69,6 +70,9 @@ class Watcher:
         self.published = 0
         self.dead: set[int] = set()  # at the last look
         self.named: set[int] = set()  # of them, those that were told
+        self.compared = self.begun  # when calls were
+        self.differ: tuple[int, ...] = ()  # the culprits that were found then
+        self.differ_told = False
 
     def run(self) -> None:
         """Watch until the ranks have ended."""
@@ -88,13 +92,15 @@ class Watcher:
         now, beats = time.monotonic(), {rank: read.beats for rank, read in states.items()}
         dead = {rank for rank, read in states.items() if rank not in living and not read.ended}
         self._notice_dead(first_dead(dead, states), is_over=not running)
-        if beats != self.beats:
+        if moves := beats != self.beats:
             if self.told:
                 log.info(f"watch: progress again after {now - self.moved:.0f} s")
                 self._withdraw()
             self.beats, self.moved, self.told = beats, now, False
         if len(states) == self.settings.local and self.settings.interval:
             self._compare(states)
+        if moves:
+            self._compare_calls(states, now)
         if not running:
             return not states and now - self.begun < _ALLOWANCE
         if self.settings.timeout == 0 or self.told:
@@ -107,11 +113,27 @@ class Watcher:
         return True
 
     def _notice_dead(self, dead: set[int], is_over: bool) -> None:
-        """Name a single dead rank at once. If all ranks die, somebody ends the job."""
+        """Name a single dead rank at once, or calls of which ranks die. If all ranks die, somebody ends the job."""
         again, self.dead = dead & self.dead, dead
-        if len(dead) == 1 and (again or is_over) and not dead <= self.named and self.settings.local > 1:
-            self.named |= dead
-            log.warning(judge_hang([each.rank for each in self.node.reports() if each.rank.rank in dead]).text)
+        if dead <= self.named or not (again or is_over) or self.settings.local == 1:
+            return
+        self.named |= dead
+        ranks = [each.rank for each in self.node.reports()]
+        found = disagreement(ranks)
+        if found or len(dead) == 1:
+            texts = [found.text] if found else []
+            log.warning("; ".join([*texts, judge_hang([rank for rank in ranks if rank.rank in dead]).text]))
+
+    def _compare_calls(self, states: dict[int, RankSnapshot], now: float) -> None:
+        """Calls that do not fit each other and hold nobody up: what they compute is wrong. Told once."""
+        if self.differ_told or (not self.differ and now - self.compared < _CALLS):
+            return
+        self.compared, before = now, self.differ
+        found = disagreement(self.node.calls(states))
+        self.differ = found.ranks if found else ()
+        if found and self.differ == before:  # at the first look a call may just have been written
+            log.warning(f"watch: {found.text}; what is computed from it is wrong")
+            self.differ_told = True
 
     def _notice_slow(self, states: dict[int, RankSnapshot], now: float, allowed: float) -> None:
         """Log a slow step whose ranks still make progress; it is no hang."""

@@ -8,14 +8,16 @@ import torch
 import torch.distributed as dist
 
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.ledger.gains import gains
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reports.expert_load import ExpertLoad
 from qwen3_npu.training.step import NOTHING, Tally
 from qwen3_npu.watch import here
+from qwen3_npu.watch.state import WORK
 from qwen3_npu.watch.times import IN_STEP, KINDS, Times
 
 _SHOWN = 1024  # ranks
-_WORK = [KINDS.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer", "other")]
+_WORK = [KINDS.index(name) for name in (*WORK, "pause")]
 
 
 def facts_of(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def facts_of(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
         "overlap_grad_reduce": args.optimizer.overlap_grad_reduce,
         "async_save": args.checkpoint.async_save,
         "manual_gc": train.manual_gc,
+        **({"planned": gains(plan.verdict)} if plan.verdict is not None else {}),
     }
 
 
@@ -63,7 +66,10 @@ class Ledger:
         times = here.times()
         if times is None:
             return None
-        record = self._record(times) if iteration % self.interval == 0 or last else None
+        record = None
+        if iteration % self.interval == 0 or last:
+            with here.during("report"):
+                record = self._record(times)
         # Of each record one step is noted by the device, early enough to be done by then; of short runs the second.
         if (iteration + 2) % self.interval == 0 or self.is_new:
             times.next_step()

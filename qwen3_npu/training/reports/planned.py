@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from qwen3_npu import schema
-from qwen3_npu.ledger.records import LedgerEntry, entry_of
+from qwen3_npu.ledger.records import LedgerEntry
 from qwen3_npu.ledger.why import why
 from qwen3_npu.plan.device import GIB
 from qwen3_npu.plan.show.report import layout_words
@@ -24,6 +22,7 @@ class PlannedMeasured:
     Memory is that of tensors at the peak, so the plan's reserve for the runtime is not counted.
 
     Args:
+        entries: where the time of this run goes, for what is slower than planned.
         write: one record for metrics.jsonl.
         tell: one line for the console.
     """
@@ -32,19 +31,16 @@ class PlannedMeasured:
         self,
         platform: Platform,
         verdict: PlanVerdict,
+        entries: Sequence[LedgerEntry],
         *,
         write: Callable[[int, dict[str, str | float]], None],
         tell: Callable[[str], None],
     ) -> None:
         self.platform, self.verdict, self.write, self.tell = platform, verdict, write, tell
+        self.entries = entries
         self.steps, self.start, self.places = 0, 0.0, 0.0
         self.latest: tuple[int, int, float, float] | None = None  # iteration, steps, seconds, places
         self.told = 0
-        self.entries: list[LedgerEntry] = []
-
-    def explain(self, iteration: int, record: Mapping[str, Any]) -> None:
-        """Keep the explanation of the last steps' time (`reports.ledger`), for a training slower than planned."""
-        self.entries.append(entry_of(iteration, schema.record(dict(record), "ledger"), "ledger"))
 
     def step(self, iteration: int, places: float) -> None:
         """Count a step with this number of tokens, padding included."""

@@ -8,6 +8,7 @@ from typing import Any
 from qwen3_npu import log
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.watch import here
 
 
 class Profiling:
@@ -43,7 +44,8 @@ class Profiling:
     def _done(self, act: Callable[[], None]) -> bool:
         """Start or stop the profiler; an unwritable folder is a warning."""
         try:
-            act()
+            with here.during("report"):
+                act()
         except (OSError, RuntimeError) as error:
             log.warning(f"--profile-save-path {self.args.profile_save_path}: nothing was recorded: {error}")
             self.profiler = None

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3_npu import log
+from qwen3_npu import log, schema
 from qwen3_npu.ledger.picture import heat, png
+from qwen3_npu.ledger.records import LedgerEntry, entry_of
+from qwen3_npu.ledger.show import report, shares_line
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
 from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.platform.base import Platform
@@ -98,6 +100,7 @@ class Reporter:
         first, last: step before this run, and its last step.
         names: names of the metrics beside the loss.
         folder: folder of metrics.jsonl and tensorboard events; None for the console only.
+        tells_times: print the shares of the time after each line.
         verdict: the plan, or None.
         trackers: services that receive the numbers, too; on rank 0.
     """
@@ -114,6 +117,7 @@ class Reporter:
         folder: Path | None,
         is_main: bool,
         names: Sequence[str] = (),
+        tells_times: bool = False,
         verdict: PlanVerdict | None = None,
         trackers: Sequence[Tracked] = (),
     ) -> None:
@@ -123,9 +127,11 @@ class Reporter:
         self.window, self.is_nominal_told = _LogInterval(), False
         self.records = Records(folder, first) if folder is not None and is_main else None
         self.trackers = trackers
+        self.tells_times = tells_times
+        self.entries: list[LedgerEntry] = []  # of this run, where the time went
         self.planned: PlannedMeasured | None = None
         if verdict is not None and is_main:
-            self.planned = PlannedMeasured(platform, verdict, write=self._record, tell=log.info)
+            self.planned = PlannedMeasured(platform, verdict, self.entries, write=self._record, tell=log.info)
 
     def is_due(self, iteration: int) -> bool:
         """Whether the step `iteration` ends with a line."""
@@ -152,11 +158,12 @@ class Reporter:
 
     def ledger(self, iteration: int, record: Mapping[str, Any]) -> None:
         """Write a record of the time by phase: to metrics.jsonl, and to tensorboard as shares and a line of ranks."""
+        if self.tells_times:
+            log.info(f"step {iteration} | {shares_line(record['seconds'], record['mean'])}")
         if self.records is None:
             return
         self._record(iteration, {"ledger": record})
-        if self.planned is not None:
-            self.planned.explain(iteration, record)
+        self.entries.append(entry_of(iteration, schema.record(dict(record), "ledger"), "ledger"))
 
         def events(writer: SummaryWriter) -> None:
             for kind, seconds in record["mean"].items():
@@ -278,7 +285,17 @@ class Reporter:
         if self.records is not None:
             self.records.events(lambda writer: writer.add_histogram(name, values, iteration))
 
+    def _say_times(self, folder: Path) -> None:
+        """Where the time of this run went: a table, a picture, and why it is slow."""
+        try:
+            for line in report(self.entries, "where the time went", folder / "ledger.png"):
+                log.info(line)
+        except OSError as error:
+            log.warning(f"{folder / 'ledger.png'} cannot be written: {error.strerror}")
+
     def close(self) -> None:
+        if self.entries and self.records is not None:
+            self._say_times(self.records.path.parent)
         if self.planned is not None:
             self.planned.close()
         if self.records is not None:
