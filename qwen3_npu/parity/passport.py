@@ -37,8 +37,8 @@ from qwen3_npu.training.fingerprints.sketch import NUMBERS, sketch
 SHIPPED = "reference"
 STEPS, LENGTH = 2, 64
 _MODELS = {"dense": "untied", "packed": "untied", "moe": "moe"}
-DTYPES = ("fp32", "bf16")
-CASES = [f"{name} {dtype}" for name in (*_MODELS, "operators") for dtype in DTYPES]
+PRECISIONS = ("fp32", "bf16")
+CASES = [f"{name} {dtype}" for name in (*_MODELS, "operators") for dtype in PRECISIONS]
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {name: [] for name in _MODELS},
     2: {"dense": TP2, "packed": RING, "moe": TP2 + SP},
@@ -116,7 +116,9 @@ def _joined(parts: list[Noted]) -> Noted:
     return Noted(names, np.concatenate([part.rows for part in parts]).astype(np.float32), raised)
 
 
-def record(platform: Platform, world: World, runtime: RuntimeArgs, cases: Iterable[str] = CASES) -> Recording | None:
+def record_cases(
+    platform: Platform, world: World, runtime: RuntimeArgs, cases: Iterable[str] = CASES
+) -> Recording | None:
     """All cases that fit the processes, on rank 0. Every rank must call this."""
     layouts = LAYOUTS.get(world.size)
     if layouts is None:
@@ -139,7 +141,7 @@ def main(platform: Platform, args: ParityArgs, runtime: RuntimeArgs) -> int:
     """--record, and --compare without --against."""
     with process_group(platform, runtime) as world:
         expected = read(_path(args.compare)) if args.compare is not None else None
-        found = record(platform, world, runtime)
+        found = record_cases(platform, world, runtime)
     if found is None:
         return 0
     if args.record is not None:
