@@ -1,8 +1,8 @@
-"""The numerics passport: what every operator of a few tiny trainings computes, and who computes something else.
+"""The numerics passport: results of every operator in a few tiny trainings, and their comparison.
 
-Operators are judged where they stand: a kernel's results and gradients against its definition in float64 with the very
-same inputs, so what went wrong before it does not matter. Everything else (layers, gradients, losses) is compared with
-the passport, within what bf16 and float32 differ by there.
+Each operator is judged by itself: a kernel's results and gradients are compared with its definition in float64 with the
+same inputs, so earlier errors do not matter. Everything else (layers, gradients, losses) is compared with the passport,
+within the difference of bf16 and float32 there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def shipped() -> Path:
 
 
 def write_inputs(folder: Path) -> None:
-    """Models and data of all cases. Their epsilon is not the usual one, so that one that is lost shows."""
+    """Write models and data of all cases. Their epsilon is unusual, so that a lost epsilon shows."""
     for kind in set(_MODELS.values()):
         write_model(folder / kind, arch(kind, num_hidden_layers=2, rms_norm_eps=1e-3), gate=8)
     write_instructions(folder / "single", count=16)
@@ -119,7 +119,7 @@ def _joined(parts: list[Noted]) -> Noted:
 def record_cases(
     platform: Platform, world: World, runtime: RuntimeArgs, cases: Iterable[str] = CASES
 ) -> Recording | None:
-    """All cases that fit the processes, on rank 0. Every rank must call this."""
+    """The records of all cases that fit the processes, on rank 0. Every rank must call this."""
     layouts = LAYOUTS.get(world.size)
     if layouts is None:
         raise UsageError(f"a passport is made by 1 or 2 processes, not by {world.size}; give --processes")
@@ -174,7 +174,7 @@ def _path(name: str | None) -> Path:
 
 
 def _judge(walked: list[tuple[str, Walked]]) -> None:
-    """A line for each case. Raises: Stopped: one is outside."""
+    """Print a line for each case. Raises: Stopped: a value is outside its tolerance."""
     firsts: list[Any] = []
     for case, result in walked:
         finding = result.first
