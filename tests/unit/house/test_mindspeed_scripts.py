@@ -148,6 +148,7 @@ def test_a_start_says_what_differs() -> None:
 
 
 TP2 = ("--tensor-model-parallel-size", "2")
+NOTED = ("--fingerprint-interval", "5", "--tensorboard-dir", "x")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ TP2 = ("--tensor-model-parallel-size", "2")
             "--moe-fb-overlap with --moe-expert-capacity-factor",
         ),
         (["--moe-fb-overlap", "--swap-attention"], "--moe-fb-overlap with --swap-attention"),
-        (["--moe-fb-overlap", "--fingerprint-interval", "5"], "--moe-fb-overlap with --fingerprint-interval"),
+        (["--moe-fb-overlap", *NOTED], "--moe-fb-overlap with --fingerprint-interval"),
         (["--moe-fb-overlap", "--moe-token-dispatcher-type", "allgather"], "--moe-fb-overlap needs --moe-token-dispa"),
         (
             ["--moe-fb-overlap", "--expert-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
