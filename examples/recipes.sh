@@ -42,7 +42,12 @@ train() { # flags of this kind of training...
         "") ;;
         *) echo "$0: TP_OVERLAP=$TP_OVERLAP: coc or mc2" >&2; exit 2 ;;
     esac
-    if [ -n "${MOE_OVERLAP:-}" ]; then PARALLEL+=(--moe-alltoall-overlap-comm); fi # and that of the experts
+    case "${MOE_OVERLAP:-}" in # products hide the exchange of experts: in pieces, or those of another micro-batch
+        alltoall) PARALLEL+=(--moe-alltoall-overlap-comm) ;;
+        fb) PARALLEL+=(--moe-fb-overlap) ;;
+        "") ;;
+        *) echo "$0: MOE_OVERLAP=$MOE_OVERLAP: alltoall or fb" >&2; exit 2 ;;
+    esac
     local memory=()
     if [ -n "${RECOMPUTE:-}" ]; then # METHOD LAYERS
         memory+=(--recompute-granularity full --recompute-method "${RECOMPUTE% *}")

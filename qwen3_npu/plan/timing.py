@@ -12,15 +12,16 @@ import dataclasses
 from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.plan.activations import layer_bytes, routed_rows
 from qwen3_npu.plan.device import Device
-from qwen3_npu.plan.hiding.experts import seconds_left
+from qwen3_npu.plan.hiding.experts import left_by_turns, seconds_left
 from qwen3_npu.plan.hiding.tensor import share_left
+from qwen3_npu.plan.memory import in_flight
 from qwen3_npu.plan.parameters import trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
 # Operations that the host launches, forward and backward: of one layer without and with experts, more for each way to
 # train it, and of a micro-batch outside of the layers. tests/golden/launches_npu.txt has the counts.
-LAYER_LAUNCHES = {False: (13, 23), True: (26, 36)}
+LAYER_LAUNCHES = {False: (13, 23), True: (25, 36)}
 MORE_LAUNCHES = {"lora": (7, 8), "expert": (6, 4), "ring": (19, 17), "sequence_parallel": (8, 0)}
 END_LAUNCHES = 43, 15
 # Of an exchange in pieces that products hide: once, and for each piece but the first.
@@ -239,6 +240,8 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         END_LAUNCHES
     )
     busy = products + attention + kernels + recompute
+    if setup.interleaved:
+        expert = left_by_turns(expert, busy, in_flight(setup, stage) - 1, passes * setup.virtual)
     waits = counts.get(True, 0) * (2 + share) if setup.expert > 1 and not setup.sizes_on_device else 0.0
     return StepTime(
         products=passes * products,

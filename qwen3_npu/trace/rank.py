@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 from unittest import mock
 
 import torch
@@ -129,7 +128,7 @@ def _noted(recorder: TraceRecorder) -> Iterator[None]:
         return out
 
     def noting(wait: Callable) -> Callable:
-        def waited(work: dist.Work, *args: Any) -> Any:
+        def waited(work: dist.Work, *args: object) -> object:
             recorder.waited(work)
             return wait(work, *args)
 
@@ -217,9 +216,14 @@ def _state(trainer: Trainer) -> list[torch.Tensor]:
 
 
 def _micro_batches(trainer: Trainer) -> int:
-    """The number of micro-batches that fill the pipeline: memory does not change afterwards."""
+    """The number of micro-batches that fill the pipeline: memory does not change afterwards.
+
+    Of interleaved passes more: the first forward and the last backward passes are alone.
+    """
     stages, chunks = trainer.plan.layout.pipeline, trainer.plan.layout.virtual
     enough = stages * 2 if chunks > 1 else stages + 1
+    if trainer.chunks[0].config.overlap_moe_expert_parallel_comm:
+        enough = stages * 4
     return min(trainer.plan.num_microbatches, enough)
 
 

@@ -64,6 +64,22 @@ def operation_calls(platform: Platform, world: World) -> dict[str, int]:
     return dict(CALLS)
 
 
+def fused_training(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:
+    """As `train`, with fused products in float32, which real ones do not take; and how often each was called."""
+    import cases
+    from qwen3_npu.distributed.tensor_parallel import products
+    from sim import operations
+
+    before = operation_calls(platform, world)
+    with (
+        unittest.mock.patch.object(products, "why_not_fused", return_value=None),
+        unittest.mock.patch.object(operations, "_check_fused"),
+    ):
+        found = cases.train(platform, world, flags, steps)
+    names = ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base")
+    return {**found, "calls": [operations.CALLS[name] - before.get(name, 0) for name in names]}
+
+
 def refusals(platform: Platform, world: World) -> dict[str, str]:
     """What the simulated device says to calls that a real one refuses too."""
     import torch_npu

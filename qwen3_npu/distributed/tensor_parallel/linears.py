@@ -23,7 +23,7 @@ class OverlappedColumn(ColumnParallelLinear):
         link: shared with the row-parallel linear that comes next, see `linked`.
     """
 
-    def __init__(self, *sizes: Any, overlap: Overlap, **options: Any) -> None:
+    def __init__(self, *sizes: object, overlap: Overlap, **options: object) -> None:
         super().__init__(*sizes, **options)
         self.overlap, self.link = overlap, Link()
 
@@ -56,14 +56,17 @@ OVERLAPPED = {ColumnParallelLinear: OverlappedColumn, RowParallelLinear: Overlap
 
 
 def link_linears(model: torch.nn.Module) -> None:
-    """Connect the two linears of each attention and MLP."""
+    """Connect the two linears of each attention and MLP, and say where the device's fused operations will not serve."""
     for module in model.modules():
+        if isinstance(module, OverlappedColumn | OverlappedRow):
+            for weight in (module.weight.t(), module.weight):  # forward, backward
+                module.overlap.fused_for(weight, weight, module.tp_group)
         for first, second in (("linear_qkv", "linear_proj"), ("linear_fc1", "linear_fc2")):
             column, row = (_base(getattr(module, name, None)) for name in (first, second))
             if isinstance(column, OverlappedColumn) and isinstance(row, OverlappedRow):
                 row.link = column.link
 
 
-def _base(linear: Any) -> Any:
+def _base(linear: object) -> object:
     """The base layer of an adapter, or the linear itself."""
     return getattr(linear, "base_layer", linear)
