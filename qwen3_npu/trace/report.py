@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import collections
 import re
-from typing import Any
 
 from qwen3_npu.plan.device import GIB, Device
 from qwen3_npu.plan.memory import StageMemory
-from qwen3_npu.trace.overlap import Played, exchange_seconds, fused_seconds, played, seconds_of
+from qwen3_npu.trace.overlap import Played, communication_seconds, fused_seconds, played, seconds_of
 from qwen3_npu.trace.rank import RankTrace
 from qwen3_npu.trace.record import Operation
 
@@ -85,7 +84,7 @@ def exchanged(trace: RankTrace, device: Device, passes: int) -> dict[tuple[str, 
             continue
         group = trace.groups.get(operation.ranks, "pair")
         key = group, operation.name.removeprefix("c10d.").removeprefix("npu.").lstrip("_"), size
-        seconds = exchange_seconds(operation, device) if operation.waits else 0.0
+        seconds = communication_seconds(operation, device) if operation.waits else 0.0
         if operation.is_fused:
             seconds = fused_seconds(operation, device) - seconds_of(operation, device)
         before = table.get(key, (0.0, 0.0, 0.0))
@@ -116,7 +115,7 @@ def _exposed(trace: RankTrace, device: Device, passes: int) -> list[str]:
     return lines
 
 
-def as_json(trace: RankTrace, planned: StageMemory, device: Device, passes: int) -> dict[str, Any]:
+def as_json(trace: RankTrace, planned: StageMemory, device: Device, passes: int) -> dict[str, object]:
     """The same as plain data: bytes and seconds."""
     return {
         "rank": trace.rank,

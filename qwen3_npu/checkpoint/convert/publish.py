@@ -9,11 +9,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.checkpoint.convert.prompts import write_prompts
+from qwen3_npu.checkpoint.convert.prompts import write_prompt_settings
 from qwen3_npu.checkpoint.formats.base import FileJob, FileRecord, Target, remove_records
 from qwen3_npu.checkpoint.formats.folders import (
     ADAPTER_CONFIG,
@@ -38,7 +37,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.files import Seal, file_digest, rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import Qwen3Arch
 
-Config = dict[str, Any] | None  # a config.json that the model came from
+HfConfig = dict[str, object] | None  # a config.json that the model came from
 STAGE = ".conversion.partial"
 _BESIDE_CONFIG = [name for name in CARRIED_FILES if name != "config.json"]
 
@@ -61,7 +60,7 @@ class ConversionOutput(abc.ABC):
     prompts: Mapping[str, str] = MappingProxyType({})
 
     @abc.abstractmethod
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Format, dtype and layout, for the manifest; they identify the output."""
 
     @abc.abstractmethod
@@ -83,7 +82,7 @@ class ConversionOutput(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         """Copy configuration and tokenizer files from a folder; called before `publish`."""
 
     @abc.abstractmethod
@@ -119,8 +118,8 @@ class MegatronOutput(ConversionOutput):
         self.stage = self.folder.with_name(self.folder.name + ".partial")
         self.jobs = [job for rank in target.layout.ranks() for job in WRITERS[form].jobs(target, rank)]
 
-    def facts(self) -> dict[str, Any]:
-        dtypes: dict[str, Any] = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
+    def facts(self) -> dict[str, object]:
+        dtypes: dict[str, object] = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
         if self.target.contents.lora:
             dtypes |= {"lora_dtype": self.target.lora_dtype.torch}
         if self.target.kept:
@@ -143,7 +142,7 @@ class MegatronOutput(ConversionOutput):
     def joint_files(self, records: Mapping[str, FileRecord]) -> dict[str, Seal]:
         return WRITERS[self.format].finish(self.target, self.stage, [records[job.name].notes for job in self.jobs])
 
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         carry_files(source, self.root, _BESIDE_CONFIG)
         write_config(self.target.contents.arch, config, self.root, self.target.dtype)
 
@@ -193,7 +192,7 @@ class HfOutput(ConversionOutput):
             for name, names in files.items()
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         kept = {"kept": {name: dtype.torch for name, dtype in self.kept.items()}} if self.kept else {}
         return {"format": "hf", "dtype": self.dtype.torch, **kept, "files": list(self.files)}
 
@@ -211,7 +210,7 @@ class HfOutput(ConversionOutput):
         index = self.stage / INDEX
         return {INDEX: Seal(index.stat().st_size, file_digest(index))} if index.is_file() else {}
 
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         carry_files(source, self.stage, _BESIDE_CONFIG)
 
     def publish(self) -> None:
@@ -219,7 +218,7 @@ class HfOutput(ConversionOutput):
         move_files(self.stage, self.folder, self._old())
 
     def commit(self) -> None:
-        write_prompts(self.folder, self.prompts)
+        write_prompt_settings(self.folder, self.prompts)
         write_config(self.arch, self.config, self.folder, self.dtype)
 
     def unexpected_files(self) -> list[str]:
@@ -255,7 +254,7 @@ class PeftOutput(ConversionOutput):
         self.contents = Contents(arch, base=False, lora=lora)
         self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}
 
     def holds(self) -> tuple[Contents, Layout | None]:
@@ -265,7 +264,7 @@ class PeftOutput(ConversionOutput):
         names = [name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (self.folder / name).exists()]
         return f"{self.folder} already holds {' and '.join(names)}" if names else None
 
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         """Copy nothing: an adapter needs no configuration or tokenizer."""
 
     def publish(self) -> None:
@@ -273,7 +272,7 @@ class PeftOutput(ConversionOutput):
         move_files(self.stage, self.folder, [p for p in [self.folder / ADAPTER_WEIGHTS] if p.exists()])
 
     def commit(self) -> None:
-        write_prompts(self.folder, self.prompts)
+        write_prompt_settings(self.folder, self.prompts)
         write_text(self.folder / ADAPTER_CONFIG, json.dumps(self.config, indent=2) + "\n")
 
     def unexpected_files(self) -> list[str]:

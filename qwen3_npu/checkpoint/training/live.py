@@ -37,13 +37,13 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
-def on_host(content: object) -> Any:
+def copied_to_host(content: object) -> Any:
     """Nested dicts and lists, their tensors copied to the host, so that training does not change them."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
-        return {key: on_host(item) for key, item in content.items()}
-    return [on_host(item) for item in content] if isinstance(content, list) else content
+        return {key: copied_to_host(item) for key, item in content.items()}
+    return [copied_to_host(item) for item in content] if isinstance(content, list) else content
 
 
 class LiveTensors(ShardReader[None]):
@@ -108,7 +108,7 @@ def announce(content: object) -> tuple[Any, list[torch.Tensor]]:
     """The content with its tensors replaced by placeholders, and the tensors in order."""
     tensors: list[torch.Tensor] = []
 
-    def described(value: object) -> Any:
+    def described(value: object) -> object:
         if isinstance(value, torch.Tensor):
             tensors.append(value)
             return Tensor(dtype_of(value), tuple(value.shape))
@@ -150,7 +150,7 @@ class Ranks(Peers):
     def __init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
 
-    def agree(self, value: object) -> Any:
+    def agree(self, value: object) -> object:
         held = [value]
         dist.broadcast_object_list(held, 0)
         return held[0]

@@ -24,7 +24,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from qwen3_npu.checkpoint.binary.dtypes import full
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.formats.base import STATES
-from qwen3_npu.checkpoint.training.live import on_host, write_content
+from qwen3_npu.checkpoint.training.live import copied_to_host, write_content
 from qwen3_npu.files import rename
 
 KEYS = STATES
@@ -179,12 +179,12 @@ def _views(part: DistributedOptimizer, flat: dict) -> Iterator[tuple[torch.nn.Pa
 def _restore_distributed(
     part: DistributedOptimizer, names: ParameterNames, read: Callable[[int, str, str], torch.Tensor]
 ) -> None:
-    flat: dict[Any, Any] | None = None
+    flat: dict[object, object] | None = None
     if part.data_parallel_group_gloo.rank() == 0:
         flat = {"buckets_coalesced": True}
         for index, ranges in enumerate(part.gbuf_ranges):
             size = part.buffers[index].numel_unpadded
-            tensors: dict[str, Any] = {key: torch.empty(size, dtype=torch.float32) for key in KEYS}
+            tensors: dict[str, object] = {key: torch.empty(size, dtype=torch.float32) for key in KEYS}
             flat[index] = {dtype: {**tensors, "numel_unpadded": size} for dtype in ranges}
         for parameter, views in _views(part, flat):
             for key, view in views.items():
@@ -215,7 +215,7 @@ class _Part:
     file: str
     ranks: list[int]
     shapes: dict[ParameterKey, torch.Size]
-    slices: dict[ParameterKey, dict[str, Any]]
+    slices: dict[ParameterKey, dict[str, object]]
 
     def others(self) -> list[str]:
         """Files of the ranks whose slices this rank joins."""
@@ -271,7 +271,10 @@ def _slices(part: DistributedOptimizer, names: ParameterNames) -> Iterator[tuple
         for ranges in (bucket for dtype in buckets.values() for bucket in dtype):
             for parameter, place in ranges["param_map"].items():
                 state = part._get_main_param_and_optimizer_states(parameter)
-                yield names[parameter], {"start": place["param"].start, **on_host({key: state[key] for key in KEYS})}
+                yield (
+                    names[parameter],
+                    {"start": place["param"].start, **copied_to_host({key: state[key] for key in KEYS})},
+                )
 
 
 def _read(path: Path) -> Iterator[tuple[ParameterKey, dict[str, Any]]]:

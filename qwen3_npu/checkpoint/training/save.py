@@ -17,7 +17,6 @@ import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,8 +40,8 @@ from qwen3_npu.checkpoint.training.live import (
     LiveTensors,
     announce,
     check_finite,
+    copied_to_host,
     dtype_of,
-    on_host,
     parameters_of,
     to_numpy,
 )
@@ -120,14 +119,14 @@ class Snapshot:
     optimizer: Mapping[str, Tensors]
     sharded: ShardedState | None
     step: int
-    random: dict[str, Any] | None
+    random: dict[str, object] | None
 
 
 def begin_save(
     trained: Trained,
     position: Position,
     args: CheckpointArgs,
-    extra: dict[str, Any],
+    extra: dict[str, object],
     *,
     config: Path | None,
     adapter_only: bool = False,
@@ -174,9 +173,7 @@ def begin_save(
             lambda writing: write_rank(held, stage, args.ckpt_format, writing, writes=rank in writers),
             lambda writing: exchange(disks, writing) if disks is not None else None,
         ),
-        (lambda: commit(held.target, stage, folder, writers, args=args, config=config, trained=trained))
-        if keeps
-        else None,
+        (lambda: commit(held.target, stage, folder, writers, args=args, config=config)) if keeps else None,
         stage,
         writers=writers,
         background=args.async_save,
@@ -209,7 +206,7 @@ def snapshot(
     trained: Trained,
     position: Position,
     args: CheckpointArgs,
-    extra: dict[str, Any],
+    extra: dict[str, object],
     *,
     adapter_only: bool,
     writes: bool,
@@ -256,11 +253,11 @@ def snapshot(
     return Snapshot(
         Target(contents, trained.layout, trained.dtype, trained.dtype, trained=common),
         model_rank(),
-        on_host(weights) if args.async_save and writes else weights,
+        copied_to_host(weights) if args.async_save and writes else weights,
         by_state(gathered) if args.save_optim and sharded is None else {},
         sharded=sharded,
         step=step,
-        random=on_host(random) if args.async_save else random,
+        random=copied_to_host(random) if args.async_save else random,
     )
 
 
@@ -306,7 +303,6 @@ def commit(
     *,
     args: CheckpointArgs,
     config: Path | None,
-    trained: Trained,
 ) -> None:
     """Write the common files, seal the checkpoint and make it visible; then delete old ones."""
     root = folder.parent
@@ -324,7 +320,7 @@ def commit(
     retention.tidy(root, iteration, args.save_total_limit)
 
 
-def _carried(config: Path | None, root: Path) -> dict[str, Any] | None:
+def _carried(config: Path | None, root: Path) -> dict[str, object] | None:
     """Copy tokenizer files. Returns config.json as it was before the flags changed the model.
 
     If the source has vanished or cannot be read any more, the checkpoint is still saved.
