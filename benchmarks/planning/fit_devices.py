@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.planning.npu_cases import read_cases
+from benchmarks.planning.mindspeed_ci import read_cases
 from benchmarks.planning.published import Published, read_published
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.timing import step_time

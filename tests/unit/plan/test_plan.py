@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.planning.fit_devices import error
-from benchmarks.planning.npu_cases import first_iteration, flags_of, read_cases, stage_of
+from benchmarks.planning.mindspeed_ci import flags_of, read_cases, stage_of
+from benchmarks.planning.npu_cases import first_iteration
 from benchmarks.planning.published import read_published
 from qwen3_npu.args.rules.fit import fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs
