@@ -1,7 +1,7 @@
 """The cases of MindSpeed-LLM's CI: what they measured, and the shape and the setup that their flags describe.
 
-What the columns of its file do not say is in mindspeed_cases.txt, or is read from the script that a row names. A line of
-the table may be of some ranks alone (`case@1-6: FLAGS`), whose flags are others than those of the rest.
+What the columns of its file do not say is in mindspeed_cases.txt, or is read from the script that a row names. A line
+of the table may be of some ranks alone (`case@1-6: FLAGS`), whose flags are others than those of the rest.
 """
 
 from __future__ import annotations
@@ -187,6 +187,10 @@ def _setup(flags: Mapping[str, str], shape: Shape) -> Setup:
         swap_optimizer="swap-optimizer" in flags,
         overlap_grads="overlap-grad-reduce" in flags,
         overlap_params="overlap-param-gather" in flags,
+        overlap_tensor="use-ascend-mc2" in flags or "use-ascend-coc" in flags,
+        fused_tensor="use-ascend-mc2" in flags or "coc-fused-kernel" in flags,
+        overlap_experts="moe-alltoall-overlap-comm" in flags,
+        gathered=flags.get("moe-token-dispatcher-type") == "allgather",
         reference=preference == 2,
         fp16="fp16" in flags,
     )
@@ -203,7 +207,6 @@ def _chunks(flags: Mapping[str, str], pp: int) -> tuple[tuple[int, ...], ...]:
         tuple(sum((chunk * pp + stage) * each + layer not in noop for layer in range(each)) for chunk in range(chunks))
         for stage in range(pp)
     )
-
 
 
 def stage_of(case: NpuCase, rank: int) -> int:

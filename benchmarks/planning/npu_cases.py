@@ -2,9 +2,9 @@
 
     python benchmarks/planning/npu_cases.py --csv mindspeed_ci.csv [--scripts FOLDER OF MindSpeed-LLM]
 
-The file has a row for each rank (mindspeed_ci.py reads it). Its memory is of the first iteration: when activations peak, Adam's moments do not
-exist yet; when they do, the update holds a float32 copy of one tensor at a time (in two thirds of the cases; the others
-show nothing of that kind, and no flag tells which).
+The file has a row for each rank (mindspeed_ci.py reads it). Its memory is of the first iteration: when activations
+peak, Adam's moments do not exist yet; when they do, the update holds a float32 copy of one tensor at a time (in two
+thirds of the cases; the others show nothing of that kind, and no flag tells which).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _received(case: NpuCase, stage: int) -> float:
 
 
 def _rows_bytes(case: NpuCase) -> float:
-    """Bytes of the buffer in which tensor parallelism in two dimensions gathers gradients of the MLP's first product."""
+    """Bytes of the buffer in which two-dimensional tensor parallelism gathers gradients of the MLP's first product."""
     assert case.shape is not None
     assert case.setup is not None
     width = case.shape.gate_factor * case.shape.ffn_hidden_size / int(case.flags["tp-x"])

@@ -31,6 +31,8 @@ class Device:
         memory_bandwidth: bytes/s.
         node: devices of a node (of the domain that `link` connects).
         link, network: bytes/s that one device sends within a node, and to another node.
+        pair: bytes/s between two devices of a node whose pairs have links of their own; 0: a switch gives them `link`.
+        host_link: bytes/s between device and host, each way; 25 GB/s is PCIe 4.0 x16 alone.
         latency, network_latency: seconds of a collective's step.
         product: share of `flops` that large products reach.
         product_half: FLOP of a product at which half of that share is reached.
@@ -40,6 +42,10 @@ class Device:
         fused: operations that multiply and communicate at once take the longer of the two, over this; a guess.
         launch: seconds of host time per operation.
         stall: seconds that a MoE layer loses in each pass while the host waits for the sizes of the exchange.
+        storage: bytes/s that a node reads from, or writes to, the file system of the cluster. Llama 3's gave 2 TB/s for
+            long, and 7 at most, to 16,384 GPUs: 1.0 and 3.4 GB/s a node of 8 (arXiv:2407.21783, 3.3.1).
+        group: seconds to make a communicator. MegaScale's 2,048 GPUs made theirs in 5 s (arXiv:2402.15627, 3.5), which
+            is this for each of the 19 groups that a rank of this project has.
         reserve: bytes that the runtime takes (context, collectives' buffers).
         kernels: those of this project that run here, as `activations.layer_bytes` names them.
         error: relative uncertainty of a predicted step time, a guess until `--learn`.
@@ -53,6 +59,8 @@ class Device:
     node: int
     link: float
     network: float
+    pair: float = 0.0
+    host_link: float = 25e9
     latency: float = 10e-6
     network_latency: float = 20e-6
     product: float = 0.75
@@ -63,13 +71,23 @@ class Device:
     fused: float = 0.9
     launch: float = 8e-6
     stall: float = 0.0
+    storage: float = 1e9
+    group: float = 0.26
     reserve: float = 1.5 * GIB
     kernels: str = "torch"
     error: float = 0.25
     sources: str = ""
 
+    def bandwidth(self, size: int, inside: bool) -> float:
+        """Bytes/s that a device sends to a group of `size`, which is inside of a node or goes over the network."""
+        if not inside:
+            return self.network
+        return min(self.link, (size - 1) * self.pair) if self.pair else self.link
 
-def _ascend(name: str, memory: float, flops: float, bandwidth: float, *, node: int, sources: str) -> Device:
+
+def _ascend(
+    name: str, memory: float, flops: float, bandwidth: float, *, node: int, pair: float = 28e9, sources: str
+) -> Device:
     """Published figures, and constants that benchmarks/planning/fit_devices.py printed."""
     return Device(
         name=name,
@@ -78,6 +96,7 @@ def _ascend(name: str, memory: float, flops: float, bandwidth: float, *, node: i
         memory_bandwidth=bandwidth,
         node=node,
         link=196e9,
+        pair=pair,
         network=25e9,
         product=0.582,
         product_half=3.85e9,
@@ -126,7 +145,7 @@ DEVICE_SPECS = {
     for device in (
         _ascend("910B-64G", 60.96, 354e12, 1.6e12, node=8, sources=_A2),
         _ascend("910B-32G", 29.5, 280e12, 0.8e12, node=8, sources=_B4),
-        _ascend("910C-64G", 61.27, 376e12, 1.6e12, node=16, sources=_A3),
+        _ascend("910C-64G", 61.27, 376e12, 1.6e12, node=16, pair=0.0, sources=_A3),
         Device(
             name="A100-80G",
             memory=79.1 * GIB,

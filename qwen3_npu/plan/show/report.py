@@ -91,7 +91,7 @@ def command(args: PretrainArgs, devices: int, node: int) -> str:
     words = ["torchrun", "--nproc-per-node", str(min(devices, node))]
     if devices > node:
         words += ["--nnodes", str(-(-devices // node)), "--node-rank", "RANK", "--master-addr", "HOST"]
-    words += ["pretrain_gpt.py"]
+    words += ["pretrain_gpt.py" if args.data.stage == "pt" else "posttrain_gpt.py"]
     for group in args:
         for field in dataclasses.fields(group):
             words += _words(field, getattr(group, field.name))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -113,22 +114,23 @@ def test_the_update_counts_where_activations_leave_it_no_room() -> None:
 
 
 def test_memory_is_what_others_measured_on_npus(real_data: Path) -> None:
-    """MindSpeed-LLM's CI, first iteration: of the ranks that the plan can express 9 in 10, static bytes and peak."""
+    """MindSpeed-LLM's CI, first iteration, of all its ranks: static bytes of 7 in 8, the peak of 8 in 10."""
     path = real_data / "calibration" / "mindspeed_ci.csv"
     if not path.is_file():
         pytest.skip("no calibration data")
-    static, peaks = [], []
+    static, peaks, ranks = [], [], 0
     for case in read_cases(path):
-        if case.shape is None or case.missing:
+        ranks += len(case.measured)
+        if case.shape is None:
             continue
         for rank, (after, most) in case.measured.items():
             planned, peak = first_iteration(case, stage_of(case, rank))
             static.append(abs(planned / after - 1))
             peaks.append(abs(peak / most - 1))
-    assert len(static) > 100
-    assert sum(error <= 0.02 for error in static) >= 0.9 * len(static)
-    assert max(static) < 0.06
-    assert sum(error <= 0.1 for error in peaks) >= 0.85 * len(peaks)
+    assert ranks > 200
+    assert sum(error <= 0.02 for error in static) >= 0.87 * ranks
+    assert sum(error <= 0.1 for error in peaks) >= 0.8 * ranks
+    assert statistics.median(static) < 0.003, "megabytes of gigabytes"
 
 
 def test_flags_are_read_from_a_script_with_its_variables() -> None:

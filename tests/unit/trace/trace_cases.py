@@ -23,9 +23,10 @@ from qwen3_npu.plan.__main__ import main as plan_main
 from qwen3_npu.plan.activations import TORCH
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.from_args import setup_of
+from qwen3_npu.plan.hiding.costs import collective_seconds
 from qwen3_npu.plan.memory import stage_memory, start_bytes
 from qwen3_npu.plan.shape import shape_of
-from qwen3_npu.plan.timing import collective_seconds, step_time
+from qwen3_npu.plan.timing import step_time
 from qwen3_npu.platform import select_platform
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.trace.growth import growth
