@@ -12,7 +12,7 @@ from qwen3_npu.plan.shape import Shape
 
 def product_seconds(device: Device, flops: float, count: int = 1) -> float:
     """Seconds of `count` equal products that have `flops` FLOP together."""
-    each = flops / max(count, 1) ** 0.5
+    each = flops / max(count, 1)
     return flops / (device.flops * device.product) * (1 + device.product_half / max(each, 1.0))
 
 
