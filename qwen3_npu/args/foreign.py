@@ -8,12 +8,10 @@ _QWEN3 = "Qwen3 is always built so"
 _KERNELS = "--kernels chooses the implementation"
 _ALWAYS = "always on"
 # The speed-ups are those that MindSpeed's documents of these flags state; the shares are those of docs/planning.md.
-_PIECES = (
-    "ATB's kernels are not called: products run in pieces (--coc-parallel-num); --use-ascend-mc2 takes torch_npu's"
-)
-_BUFFERS = "it is for Transformer Engine's buffers, which are not used"
-_PERMUTATION = "the exchange of sizes always runs beside the permutation; --moe-alltoall-overlap-comm hides the tokens'"
-_GATHER = "tokens that are gathered are waited for; --moe-alltoall-overlap-comm hides the exchange of "
+_PIECES = "ATB's kernels are not used: products run in pieces (--coc-parallel-num); --use-ascend-mc2 uses torch_npu's"
+_BUFFERS = "Transformer Engine's buffers are not used"
+_PERMUTATION = "the exchange of sizes always overlaps the permutation; --moe-alltoall-overlap-comm hides the tokens'"
+_GATHER = "gathering tokens is not overlapped; --moe-alltoall-overlap-comm hides the exchange of "
 _GATHER += "--moe-token-dispatcher-type alltoall"
 _PASSES = (
     "passes of two micro-batches are not interleaved here: --moe-alltoall-overlap-comm leaves 21 % of the exchange of "
@@ -82,14 +80,16 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--use-cp-send-recv-overlap": Foreign("sends and receives of a ring are always overlapped"),
     # running
     "--profile-data-simplification": Foreign("traces are written as they are"),
-    "--no-shared-storage": Foreign("a node makes the data caches that it lacks; --save must be shared by all nodes"),
+    "--no-shared-storage": Foreign(
+        "each node makes missing data caches; --save must be shared by all nodes, or give --save-per-node"
+    ),
     "--distributed-backend": Foreign("--device chooses it", nargs=1),
-    "--disable-gloo-group": Foreign("gloo gathers the optimizer's state for checkpoints"),
+    "--disable-gloo-group": Foreign("gloo distributes the optimizer's state when a training is resumed"),
     "--log-throughput": Foreign(_ALWAYS),
     "--tokenizer-type": Foreign("Hugging Face tokenizers only", nargs=1),
     "--tokenizer-padding-side": Foreign("padding is on the right", nargs=1, only=("right",)),
-    "--padded-samples": Foreign("epochs follow each other without a gap"),
-    "--full-shuffle-instruction-dataset": Foreign("each epoch has an order of its own"),
+    "--padded-samples": Foreign("epochs are concatenated without padding"),
+    "--full-shuffle-instruction-dataset": Foreign("each epoch has another order"),
     "--tokenizer-not-use-fast": Foreign("the fast tokenizer is always used"),
     "--workers": Foreign("raw data are preprocessed on all CPUs", nargs=1),
     "--use_parallel": Foreign(_MIGRATION, nargs="?", refused=True),

@@ -11,8 +11,8 @@ from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.tools.plan import VerdictArgs
-from qwen3_npu.args.trackers import TrackerArgs
-from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.trackers import ReportArgs, TrackerArgs
+from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, TrainArgs
 from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 
 

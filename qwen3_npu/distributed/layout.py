@@ -64,8 +64,8 @@ class Layout:
     def ranks(self) -> Iterator[Rank]:
         """The distinct model shards, pipeline rank slowest.
 
-        With `expert_tensor` < `tensor` not every pair (tensor, expert) exists: ranks are numbered so that
-        tensor = r % TP and expert = r // ETP % EP (Megatron's order), and the pairs that occur are these.
+        With `expert_tensor` < `tensor` not every pair (tensor, expert) exists: rank r has tensor = r % TP and
+        expert = r // ETP % EP (Megatron's order), and only the pairs that occur are returned.
         """
         period = math.lcm(self.tensor, self.expert_tensor * self.expert)
         pairs = sorted({(r % self.tensor, r // self.expert_tensor % self.expert) for r in range(period)})
@@ -169,7 +169,7 @@ def check_world_size(layout: Layout, world_size: int, context: int = 1) -> None:
 
 
 def divisors(number: int) -> str:
-    """The divisors of a number, for messages."""
+    """The divisors of a number, for error messages."""
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
@@ -223,7 +223,7 @@ def _chunks(
         if len(num_layer_list) != pipeline or sum(num_layer_list) != layers or min(num_layer_list) < 1:
             raise UsageError(
                 f"--num-layer-list {','.join(map(str, num_layer_list))} must have {pipeline} entries (the pipeline "
-                f"size) that add up to the model's {layers} layers"
+                f"size), each 1 or more, that add up to the model's {layers} layers"
             )
         starts = [sum(num_layer_list[:p]) for p in range(pipeline)]
         return tuple((tuple(range(s, s + n)),) for s, n in zip(starts, num_layer_list, strict=True))
@@ -254,8 +254,9 @@ def _chunks(
 
 
 def exchange_pieces(experts: int) -> int:
-    """Pieces of an exchange that hides behind products, of a rank's experts; 1: a single expert hides nothing.
+    """Number of pieces of an exchange that is hidden behind products; 1 for a single expert, where nothing is hidden.
 
-    Of n pieces the first is not hidden on its way there, nor the last on its way back: four leave half of what two do.
+    The first piece is not hidden on its way there, nor the last one on its way back: four pieces leave half as much
+    communication as two.
     """
     return min(4, experts)

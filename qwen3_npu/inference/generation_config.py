@@ -1,6 +1,4 @@
-"""generation_config.json: the settings that a model's makers recommend; settings without effect here are logged. No
-torch.
-"""
+"""generation_config.json: the recommended settings of a model. Settings without effect here are logged. No torch."""
 
 from __future__ import annotations
 
@@ -49,12 +47,12 @@ _IGNORED: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """What the file says.
+    """The content of the file.
 
     Attributes:
-        path: of the file; None if there is none.
+        path: path of the file; None if there is none.
         ends: tokens that end an answer.
-        sampling: of `DEFAULTS`, those that it names.
+        sampling: the settings among `DEFAULTS` that it has.
         ignored: settings that change what transformers generates and that have no effect here.
     """
 
@@ -65,7 +63,7 @@ class GenerationConfig:
 
 
 def read_generation_config(folders: Sequence[Path]) -> GenerationConfig:
-    """Of the first folder that has one.
+    """Read the file from the first folder that has one.
 
     Raises:
         UsageError: a value has another type or is out of range.
@@ -96,7 +94,7 @@ def read_generation_config(folders: Sequence[Path]) -> GenerationConfig:
 
 
 def with_defaults(args: GenerateArgs, config: GenerationConfig) -> tuple[GenerateArgs, list[str]]:
-    """The flags, completed from the file and then from the defaults; and log lines about what the file changes.
+    """The flags, completed from the file and then from the defaults; and log lines about the file's settings.
 
     Raises:
         UsageError: the values do not fit the tasks.

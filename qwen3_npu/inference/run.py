@@ -1,4 +1,4 @@
-"""`inference.py`: the tasks one after the other, into files and on the console."""
+"""`inference.py`: run the tasks in order; results go to files and to the console."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHOWN = ("predict_batch_size", "stream", "history_turns", "hide_thinking", "out
 
 
 def run(platform: Platform, args: InferenceArgs, plan: InferencePlan) -> None:
-    """Everything, from joining the other processes to the last file."""
+    """The complete run, from joining the other processes to the last file."""
     with process_group(platform, args.runtime) as world:
         work = score_answers if args.scores else serve if args.serve.serve else generate
         work(platform, world, args, plan)
@@ -101,7 +101,7 @@ def _texts(writer: Writer, prompts: Sequence[Conversation]) -> list[str]:
 
 
 def _rows(args: GenerateArgs, prompts: int) -> int:
-    """Tokens of most passes."""
+    """Usual number of tokens of a pass."""
     if args.stream or args.task == [_CHAT]:
         return 1
     if all(task.startswith("beam") for task in args.task):
@@ -110,7 +110,7 @@ def _rows(args: GenerateArgs, prompts: int) -> int:
 
 
 def _asked(args: InferenceArgs, plan: InferencePlan, texts: list[str]) -> dict[str, Any]:
-    """All that results depend on."""
+    """All settings on which results depend."""
     flags = dataclasses.asdict(args.generate)
     return {
         "texts": texts,

@@ -74,7 +74,7 @@ def transformer_config(
 
 
 def _shapes(arch: Qwen3Arch) -> dict[str, Any]:
-    """What the model itself says."""
+    """The shapes of the model."""
     return {
         "hidden_size": arch.hidden_size,
         "ffn_hidden_size": arch.intermediate_size,
@@ -93,7 +93,7 @@ def _shapes(arch: Qwen3Arch) -> dict[str, Any]:
 
 
 def _recompute(train: TrainArgs) -> dict[str, Any]:
-    """What is computed again in backward. The activation function's part is in `model/spec.py`."""
+    """Settings of recomputation in backward. That of the activation function is in `model/spec.py`."""
     granularity, modules = train.recompute_granularity, list(train.recompute_modules)
     if train.swap_attention and granularity != "selective":  # instead of whole layers, as `args.rules.swapping` says
         granularity = None
@@ -112,7 +112,7 @@ def _recompute(train: TrainArgs) -> dict[str, Any]:
 
 
 def _stages(layout: Layout) -> list[list[str]]:
-    """megatron's pipeline layout: what each model chunk holds, virtual chunk slowest."""
+    """megatron's pipeline layout: the layers of each model chunk, virtual chunk slowest."""
     stages = [["decoder"] * len(stage[v]) for v in range(layout.virtual) for stage in layout.chunks]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")

@@ -33,7 +33,7 @@ from qwen3_npu.model.modules import weight_gradient
 
 
 class _Gate(torch.autograd.Function):
-    """Logits of the experts, and the hidden state itself: what else happens to it has its gradient added in addmm."""
+    """Logits of the experts, and the hidden state itself, so that addmm also adds the gradient of its other uses."""
 
     @staticmethod
     def forward(
@@ -61,8 +61,8 @@ class _Gate(torch.autograd.Function):
 class _Choice(torch.autograd.Function):
     """The choice of the experts of each token, and the balancing loss's gradient.
 
-    The softmax over a token's chosen logits is one over all of them, where the others are -inf: weights and map
-    [tokens, experts] come without scattering the weights, and their gradient without gathering it.
+    The softmax over a token's chosen logits is a softmax over all logits where the others are -inf. So weights and map
+    [tokens, experts] need no scatter, and their gradient needs no gather.
     """
 
     @staticmethod
@@ -108,15 +108,15 @@ class Router(TopKRouter):
     not supervised (padding, questions) many times stronger. Hence `routing` and `loss_weight`.
 
     Attributes:
-        loss_weight: what the losses are multiplied by, because gradients are divided by the supervised tokens of the
-            global batch afterwards; see `training.step.router_loss_weight`. 1 where they are not.
+        loss_weight: factor of the losses, because gradients are divided by the supervised tokens of the global batch
+            afterwards; see `training.step.router_loss_weight`. 1 if they are not.
         tokens: [experts] int64, tokens sent to each expert since the last `take_counts`, as are the others.
-        dropped: int64, choices that a capacity dropped.
+        dropped: int64, choices dropped because of the capacity.
         balance_loss: this rank's share of the balancing loss, before its coefficient, added up over micro-batches.
-        balance_rows: the same before the tokens are added up, [tokens of a micro-batch].
-        micro_batches: this rank's share of those.
-        hidden, counts: of the last micro-batch: what it was given, for the dispatcher (see `_Gate`), and how many
-            tokens each expert got, padding too, [experts] int64; None if a capacity may drop some.
+        balance_rows: the same before the sum over tokens, [tokens of a micro-batch].
+        micro_batches: this rank's share of the number of micro-batches.
+        hidden, counts: of the last micro-batch: its input, for the dispatcher (see `_Gate`), and the tokens of each
+            expert, padding included, [experts] int64; None if a capacity may drop some.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Router(TopKRouter):
 
     @property
     def has_losses(self) -> bool:
-        """Whether it adds something to the loss."""
+        """Whether it has an auxiliary loss."""
         return self.get_aux_loss_coeff("aux_loss") > 0 or bool(self.config.moe_z_loss_coeff)
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
@@ -155,7 +155,7 @@ class Router(TopKRouter):
         """Router weights and choices, [tokens, experts] each, from logits [s, b, experts].
 
         Args:
-            padding_mask: [s, b] bool, what is padding. It uses no capacity and is not counted.
+            padding_mask: [s, b] bool, true for padding. Padding uses no capacity and is not counted.
         """
         logits = logits.view(-1, self.config.num_moe_experts)
         padding = None if padding_mask is None else padding_mask.reshape(-1)
@@ -189,7 +189,7 @@ class Router(TopKRouter):
         return is_softmax and config.moe_expert_capacity_factor is None and not config.moe_z_loss_coeff
 
     def counts_of_all(self, counts: torch.Tensor) -> torch.Tensor:
-        """Tokens of each expert in the whole micro-batch, of which a rank may hold a part."""
+        """Tokens of each expert in the whole micro-batch; a rank may hold a part of it."""
         if self.tp_cp_group.size() == 1:
             return counts
         counts = counts.clone()
@@ -199,14 +199,14 @@ class Router(TopKRouter):
     def balance_gradient(
         self, logits: torch.Tensor, counts: torch.Tensor, real: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two factors of the gradient of the balancing loss, and its value into `balance_rows`.
+        """Two factors of the balancing loss's gradient; its value is added to `balance_rows`.
 
         Args:
             logits: [tokens, experts] of this rank; counts: `counts_of_all`, float32.
-            real: [tokens, 1] bool, what is no padding; None: all.
+            real: [tokens, 1] bool, false for padding; None: no padding.
 
         Returns:
-            [tokens, experts] float32, and what weights it, a scalar or [tokens, 1].
+            [tokens, experts] float32, and its weight, a scalar or [tokens, 1].
         """
         config, ranks = self.config, self.tp_cp_group.size()
         coefficient = self.get_aux_loss_coeff("aux_loss")
@@ -229,9 +229,9 @@ class Router(TopKRouter):
     def _drop(
         self, probs: torch.Tensor, chosen: torch.Tensor, padding: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and choices without those above the capacity, which the tokens that are no padding decide.
+        """Weights and choices without those above the capacity. Tokens that are no padding determine the capacity.
 
-        Padded to the capacity, an expert's rows have one size on all ranks: there all tokens decide it.
+        With --moe-pad-expert-input-to-capacity all tokens determine it, so that all ranks have the same number of rows.
         """
         config, factor = self.config, self.config.moe_expert_capacity_factor
         probs = probs * chosen

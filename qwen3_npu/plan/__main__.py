@@ -1,4 +1,4 @@
-"""Which layout is fastest and fits, before anything is launched.
+"""Find the fastest layout that fits, before anything is launched.
 
 python -m qwen3_npu.plan --model qwen3-32b --devices 16 --device 910B-64G --seq-length 32768 --global-batch-size 64
 """
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _is_search(words: list[str]) -> bool:
-    """Whether all flags are of this command; else they are a training's, which say the layout."""
+    """Whether all flags belong to this command; else they are flags of a training, which define the layout."""
     own = {option(field.name) for group in (PlanArgs, TraceArgs) for field in dataclasses.fields(group)}
     flags = {word.partition("=")[0] for word in words if word.startswith("--")}
     return flags <= {*own, *(f"--no-{name[2:]}" for name in own), "--help"}

@@ -1,9 +1,9 @@
 """The constants of each device: one table, each published constant with its source.
 
-Efficiencies and overheads are fitted by `benchmarks/planning/fit_devices.py`; each run is left out of a fit and then
-planned with it. Hopper GPUs: 19 published runs, median error 10 %. Ascend devices: 19 cases of MindSpeed-LLM's CI (one
-node, few layers, so its host decides much), median error 19 to 36 %, by the seed of the search. A100 has general
-guesses. `learn` replaces all by what your own runs show.
+`benchmarks/planning/fit_devices.py` fits efficiencies and overheads; errors are those of runs outside the fit.
+Hopper GPUs: 19 published runs, median error 10 %. Ascend devices: 19 cases of MindSpeed-LLM's CI (one node, few layers,
+so the host matters much), median error 19 to 36 %, depending on the seed of the search. The constants of A100 are
+guesses. `learn` replaces all of them by those of your own runs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Device:
     """One device of a cluster.
 
     Attributes:
-        memory: bytes that a program can have, as torch reports them: less than what the name of the device promises
-            on NPUs, where firmware takes a part.
+        memory: bytes that a program can use, as torch reports them; on NPUs less than the device's name says, since
+            firmware uses a part.
         flops: dense 16-bit products, FLOP/s, as published.
         memory_bandwidth: bytes/s.
         node: devices of a node (of the domain that `link` connects).
@@ -39,17 +39,17 @@ class Device:
         attention: share of `flops` that attention reaches.
         streaming: share of `memory_bandwidth` that element-wise operations reach.
         transfer: share of `link` and `network` that collectives reach.
-        fused: operations that multiply and communicate at once take the longer of the two, over this; a guess.
+        fused: efficiency of operations that multiply and communicate at once; a guess.
         launch: seconds of host time per operation.
         stall: seconds that a MoE layer loses in each pass while the host waits for the sizes of the exchange.
         storage: bytes/s that a node reads from, or writes to, the file system of the cluster. Llama 3's gave 2 TB/s for
             long, and 7 at most, to 16,384 GPUs: 1.0 and 3.4 GB/s a node of 8 (arXiv:2407.21783, 3.3.1).
         group: seconds to make a communicator. MegaScale's 2,048 GPUs made theirs in 5 s (arXiv:2402.15627, 3.5), which
             is this for each of the 19 groups that a rank of this project has.
-        reserve: bytes that the runtime takes (context, collectives' buffers).
-        kernels: those of this project that run here, as `activations.layer_bytes` names them.
+        reserve: bytes of the runtime (context, collectives' buffers).
+        kernels: this project's kernels on this device, by the names of `activations.layer_bytes`.
         error: relative uncertainty of a predicted step time, a guess until `--learn`.
-        sources: where the published numbers come from.
+        sources: sources of the published numbers.
     """
 
     name: str
@@ -170,7 +170,7 @@ def find_device(name: str, learnt: str | None = None, flag: str = "--device") ->
 
     Args:
         learnt: file that `plan --learn` wrote.
-        flag: that gave the name.
+        flag: the flag of the name.
 
     Raises:
         UsageError: unknown name (the known ones are listed), or a file that is no such table.
@@ -191,7 +191,7 @@ def find_device(name: str, learnt: str | None = None, flag: str = "--device") ->
 
 
 def read_learnt(path: Path) -> dict[str, float]:
-    """The constants in a file of `plan --learn`. Raises: UsageError: it cannot be read or says something else."""
+    """The constants in a file of `plan --learn`. Raises: UsageError: it cannot be read or has other content."""
     constants = schema.read_record(path).record("constants")
     constants.only(_LEARNT)
     return {name: constants.number(name, least=0, most=1e18) for name in constants.fields}
@@ -200,8 +200,8 @@ def read_learnt(path: Path) -> dict[str, float]:
 def learn(folder: Path, output: Path) -> list[str]:
     """Make this cluster's table of a training's own figures (`--learn RUN_DIR`); log lines about the result.
 
-    A run's metrics.jsonl has a line `plan` (what was predicted for which device) and the measured steps. A difference
-    in compute time scales the shares of products and attention; memory beyond the plan becomes the reserve.
+    A run's metrics.jsonl has a line `plan` (prediction and device) and the measured steps. The ratio of compute times
+    scales the shares of products and attention; memory beyond the plan is added to the reserve.
 
     Raises:
         UsageError: no such run, or it was not planned.

@@ -12,7 +12,7 @@ from qwen3_npu.plan.setup import Setup
 
 
 def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
-    """What memory and time depend on, of flags that fit."""
+    """The settings on which memory and time depend, from flags that fit."""
     layout, train, optimizer = sizes.layout, args.train, args.optimizer
     layers = tuple(tuple(sum(layer != NOOP for layer in chunk) for chunk in stage) for stage in layout.chunks)
     per_stage = [sum(len(chunk) for chunk in stage) for stage in layout.chunks]
@@ -71,7 +71,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
 
 
 def _capacity(train: TrainArgs) -> float:
-    """Rows of an expert over its even share; of balanced tokens, a capacity above 1 drops none."""
+    """Capacity of an expert relative to its even share; a capacity above 1 drops no balanced tokens."""
     factor = train.moe_expert_capacity_factor
     if factor is None:
         return 1.0

@@ -1,8 +1,8 @@
 """Time of one optimizer step, in closed form: products, attention, other kernels, exposed communication, bubble.
 
-Products and attention go by FLOP and a share of the device's peak that grows with the size of the product; everything
-else by bytes; collectives by the ring formulas (latency x steps + bytes x (n - 1) / n / bandwidth). The bubble of a
-pipeline is (PP - 1) / VPP micro-batches (arXiv:2104.04473).
+Products and attention are counted by FLOP and a share of the device's peak, which grows with the size of the product;
+everything else by bytes; collectives by the ring formulas (latency x steps + bytes x (n - 1) / n / bandwidth). The
+bubble of a pipeline is (PP - 1) / VPP micro-batches (arXiv:2104.04473).
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class StepTime:
     """Seconds of one optimizer step, by kind; of the slowest pipeline stage.
 
     Attributes:
-        products, attention, kernels: computing. `kernels`: everything that is bound by memory.
-        recompute: computing again in backward.
-        tensor, expert, context, pipeline, data: communication that nothing hides, by group.
+        products, attention, kernels: computing. `kernels`: operations that are bound by memory.
+        recompute: recomputation in backward.
+        tensor, expert, context, pipeline, data: exposed communication by group.
         bubble: waiting for other pipeline stages.
         optimizer: clipping and update.
         host: waiting for the host to launch operations.
-        swap: waiting for activations that come from the host or go there.
+        swap: waiting for copies of activations to the host and back.
         reference: forward passes of the reference of preference training, communication included.
     """
 
@@ -82,8 +82,8 @@ class _Layer:
     """Seconds of one layer and micro-batch, forward (backward is twice the computing).
 
     Attributes:
-        attended: of `products`, those of attention.
-        again: products of experts that backward computes again, without recomputing the layer.
+        attended: the part of `products` in attention.
+        again: products of experts that backward recomputes without recomputing the layer.
         experts: products of experts.
     """
 
@@ -237,7 +237,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
 
 
 def _swap(shape: Shape, setup: Setup, device: Device, counts: dict[bool, int], *, forward: float) -> float:
-    """Seconds of a micro-batch's copies to the host and back that a layer's own computing does not hide."""
+    """Exposed seconds of a micro-batch's copies to the host and back, beyond a layer's own computing."""
     if not setup.swapped or not counts:
         return 0.0
     plain = dataclasses.replace(setup, swapped=())

@@ -1,7 +1,7 @@
 """Make "cuda" mean the CPU, so that megatron-core runs where there is no accelerator.
 
-The mirror image of torch_npu.contrib.transfer_to_npu. `REDIRECTED` is the whole list; a test pins it. Each entry says
-what in megatron-core 0.16.1 needs it. Must be applied before megatron is imported: it copies some names at import.
+The counterpart of torch_npu.contrib.transfer_to_npu. `REDIRECTED` is the complete list; a test pins it. Each entry
+names the code of megatron-core 0.16.1 that needs it. Apply it before megatron is imported, which copies some names.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _stream_context(stream: object) -> Iterator[None]:
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """A tensor factory for which device="cuda" is the CPU."""
+    """A tensor factory that takes device="cuda" as the CPU."""
 
     @functools.wraps(factory)
     def wrapper(*args: object, **kwargs: object) -> Any:

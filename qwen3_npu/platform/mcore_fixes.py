@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _NoFp8:
-    """What Transformer Engine's FP8GlobalStateManager says where there is no FP8."""
+    """The answers of Transformer Engine's FP8GlobalStateManager without FP8."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
@@ -35,7 +35,7 @@ FIXED: dict[str, Any] = {
 
 
 def apply() -> None:
-    """Define what is missing; names that Transformer Engine defined are left alone."""
+    """Define the missing names; names that Transformer Engine defines do not change."""
     from megatron.core.tensor_parallel import random
 
     for name, value in FIXED.items():

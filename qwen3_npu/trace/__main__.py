@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def trace_flags(words: Sequence[str]) -> None:
-    """Trace the layout that these flags of a training say, and print."""
+    """Trace the layout of these training flags, and print the result."""
     parsed = cli.parse(PROG, str(__doc__).split("\n\n")[0], (TraceArgs, *GROUPS), FOREIGN_TRAINING, argv=list(words))
     wanted, args = parsed.groups[0], PretrainArgs(*parsed.groups[1:])
     if not wanted.json:
@@ -48,7 +48,7 @@ def trace_flags(words: Sequence[str]) -> None:
 
 
 def trace(args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, Any]]:
-    """Trace ranks, or what grows with the cluster, and print it, unless JSON is wanted.
+    """Trace ranks, or the growth with the cluster, and print the result, unless JSON is wanted.
 
     Raises:
         UsageError: the flags do not fit each other.
@@ -97,8 +97,7 @@ def _hidden(platform: Platform, args: PretrainArgs, device: Device, wanted: Trac
 
 
 def _firsts(plan: TrainingPlan, devices: int) -> list[int]:
-    """The first rank of the first stage, of the last, and of each between them that has other layers than the one
-    before it."""
+    """The first rank of the first stage, of the last one, and of each stage with other layers than the one before."""
     chunks = plan.layout.chunks
     last, each = len(chunks) - 1, devices // len(chunks)
     sizes = [[len(chunk) for chunk in stage] for stage in chunks]

@@ -1,4 +1,4 @@
-"""What communication nothing hides, without and with each way to hide it: the same training, traced once for each."""
+"""Exposed communication without and with each way to hide it: the same training is traced for each way."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ WAYS: dict[str, Callable[[PretrainArgs], PretrainArgs]] = {
 def played_ways(
     platform: Platform, args: PretrainArgs, device: Device, *, devices: int, rank: int
 ) -> Iterator[tuple[str, Played]]:
-    """Each way that changes this training, and the step of a rank with it."""
+    """Each way that changes this training, and the played step of a rank with it."""
     seen: list[PretrainArgs] = []
     for name, changed in WAYS.items():
         way = changed(args)
@@ -64,7 +64,7 @@ def played_ways(
 
 
 def hidden_table(ways: list[tuple[str, Played]]) -> list[str]:
-    """Lines: the step, and what of it waits for each group's communication."""
+    """Lines with the time of the step, and its exposed communication by group."""
     lines = ["trace: " + f"{'played on streams (without bubble and host)':<44}" + "".join(f"{n:>28}" for n, _ in ways)]
     lines.append(f"trace:   {'step':<42}" + "".join(f"{step.total:>26.3f} s" for _, step in ways))
     for group in sorted({group for _, step in ways for group in step.exposed}):

@@ -1,4 +1,4 @@
-"""A trace in words: what is held at the peak, what runs, what is exchanged, beside what the plan says."""
+"""A trace as text: memory at the peak, operations, collectives, compared with the plan."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def describe(trace: RankTrace, planned: StageMemory, device: Device, *, passes: 
     """A table of one rank.
 
     Args:
-        planned: by the closed forms, for the kernels that were traced, without the runtime's reserve.
-        passes: micro-batches of a step.
-        most: lines of what holds memory.
+        planned: memory by the closed forms for the traced kernels, without the runtime's reserve.
+        passes: number of micro-batches of a step.
+        most: number of lines about memory at the peak.
     """
     lines = [f"trace: rank {trace.rank}, stage {trace.stage}, {trace.micro_batches} of {passes} micro-batches"]
     for name, value, expected in (
@@ -47,7 +47,7 @@ def _off(value: float, expected: float) -> str:
 
 
 def merged(holders: dict[str, int]) -> dict[str, int]:
-    """The same modules of all layers together."""
+    """Merge the same modules of all layers."""
     total = collections.Counter[str]()
     for label, size in holders.items():
         total[re.sub(r"layers\.\d+", "layers.*", label)] += size
@@ -108,7 +108,7 @@ def play(trace: RankTrace, device: Device, passes: int) -> Played:
 
 
 def _exposed(trace: RankTrace, device: Device, passes: int) -> list[str]:
-    """What of the communication nothing hides."""
+    """Lines about exposed communication."""
     step = play(trace, device, passes)
     lines = [f"trace: {'played on streams (without bubble and host)':<44}{step.total:>8.3f} s"]
     for name, seconds in sorted(step.exposed.items()):

@@ -1,4 +1,4 @@
-"""One rank of a job whose other ranks do not exist: collectives are noted, tensors have sizes and no data."""
+"""One rank of a job whose other ranks do not exist. Collectives are recorded; tensors have sizes and no data."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from qwen3_npu.model import dispatcher
 
 
 def _same_everywhere(objects: list[Any], own: Any, group: Any = None) -> None:
-    """All ranks of a traced job say the same."""
+    """Gather objects: all ranks of a traced job have the same object."""
     objects[:] = [own] * len(objects)
 
 
 def _balanced_counts(everyone: torch.Tensor, rows: int) -> torch.Tensor:
-    """Rows of each expert, [ep, etp, experts] int64 with data, if every expert gets as many."""
+    """Rows of each expert, [ep, etp, experts] int64 with data, if every expert gets the same number."""
     return torch.full(everyone.shape, rows // everyone.shape[-1], dtype=everyone.dtype)
 
 
 class _HostNumbers(list[int]):
-    """Numbers that the host knows, where a tensor is expected."""
+    """Numbers on the host, in place of a tensor."""
 
     def tolist(self) -> list[int]:
         return list(self)

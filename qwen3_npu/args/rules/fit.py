@@ -1,4 +1,4 @@
-"""Whether layout, batch and lengths fit a model and a number of processes. Parser and `plan` both ask here."""
+"""Whether layout, batch and lengths fit a model and a number of processes. Flags and `plan` use this code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Sizes that go together.
+    """Sizes that fit each other.
 
     Attributes:
         data_parallel: copies of the model.
@@ -29,7 +29,7 @@ class Fit:
 
 
 def fit_flags(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
-    """What follows from the flags for this model on so many processes.
+    """The sizes that follow from the flags, the model and the number of processes.
 
     Raises:
         UsageError: something does not fit.
@@ -75,6 +75,14 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
         )
     if arch.is_moe and args.data.variable_seq_lengths and args.train.moe_token_dispatcher_type == "allgather":
         raise UsageError("--moe-token-dispatcher-type allgather needs micro-batches of one length; use alltoall")
+    shares = args.parallel.expert_model_parallel_size * (args.parallel.expert_tensor_parallel_size or tp)
+    meets = shares > tp * args.parallel.context_parallel_size  # ranks with other micro-batches
+    if args.data.variable_seq_lengths and args.train.moe_pad_expert_input_to_capacity and meets:
+        raise UsageError(
+            f"--moe-pad-expert-input-to-capacity with --expert-model-parallel-size "
+            f"{args.parallel.expert_model_parallel_size} needs micro-batches of one length, and "
+            f"--variable-seq-lengths (--no-pad-to-seq-lengths) makes them differ; drop one of the two"
+        )
     multiple, why = sequence_multiple(args)
     if seq % multiple:
         raise UsageError(f"--seq-length {seq} must be a multiple of {multiple} ({why})")
@@ -82,7 +90,7 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
 
 
 def _check_kind(train: TrainArgs, arch: Qwen3Arch) -> None:
-    """Flags for experts are for models that have them."""
+    """Refuse flags for experts if the model is dense, and modules that the model lacks."""
     absent, kind = ("mlp", "MoE") if arch.is_moe else ("moe", "dense")
     if train.recompute_granularity == "selective" and absent in train.recompute_modules:
         raise UsageError(f"--recompute-modules {absent}: this model is {kind} and has no such part")
@@ -102,7 +110,7 @@ def _check_kind(train: TrainArgs, arch: Qwen3Arch) -> None:
 
 
 def _check_blocks(arch: Qwen3Arch, layout: Layout) -> None:
-    """A block of 64 weights lies within a row of a rank, so that the codes are the same in every layout."""
+    """Check that blocks of 64 weights lie within rows of a rank, so that the codes are equal in every layout."""
     widths = {"the hidden size": (arch.hidden_size, 1)}
     widths["the width of attention"] = (arch.num_attention_heads * arch.head_dim, layout.tensor)
     if arch.is_moe:
@@ -118,7 +126,7 @@ def _check_blocks(arch: Qwen3Arch, layout: Layout) -> None:
 
 
 def sequence_multiple(args: PretrainArgs) -> tuple[int, str]:
-    """Every sequence's length must be a multiple of this; and why."""
+    """(number, reason): every sequence's length must be a multiple of the number."""
     parallel = args.parallel
     multiple, why = parallel.context_parallel_size, []
     if parallel.context_parallel_size > 1:

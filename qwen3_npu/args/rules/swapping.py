@@ -14,12 +14,12 @@ MODULES |= {"pre_mlp_layernorm": "pre_mlp_layernorm", "post_attention_norm": "pr
 
 @dataclasses.dataclass(frozen=True)
 class Swapping:
-    """What is moved to the host.
+    """The modules and layers whose activations move to the host.
 
     Attributes:
         modules: of a layer, by megatron-core's names.
-        layers: the first so many of each model chunk; None: all.
-        recomputed: the first layers of each chunk whose MLP is computed again in backward; None: all.
+        layers: number of the first layers of each model chunk that swap; None: all.
+        recomputed: number of the first layers of each chunk whose MLP is recomputed in backward; None: all.
     """
 
     modules: tuple[str, ...]
@@ -34,10 +34,10 @@ class Swapping:
 
 
 def swapping(train: TrainArgs) -> Swapping | None:
-    """What the flags say; None: nothing is swapped.
+    """The swapping that the flags describe; None: nothing is swapped.
 
-    Beside --recompute-granularity full, MindSpeed swaps attention instead of computing it again, and computes the MLP
-    again of the layers that would have been recomputed. `block` chooses the layers that are swapped, too.
+    With --recompute-granularity full, MindSpeed swaps attention instead of recomputing it, and recomputes the MLP of
+    the layers that would have been recomputed. `block` also chooses the layers that swap.
 
     Raises:
         UsageError: a module that cannot be swapped.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.rules.swapping import swapping
@@ -100,17 +101,18 @@ def _check_rollback(args: PretrainArgs) -> None:
 
 
 def _check_trained(args: PretrainArgs) -> None:
-    """Raises: UsageError: flags that say different things of what is trained."""
+    """Raises: UsageError: flags contradict each other about the trained weights."""
     if args.freeze.on and args.lora.on:
         raise UsageError("--freeze-include, --freeze-exclude: LoRA trains its adapters only; drop the flags")
-    if args.lora.lora_init == "pissa" and args.data.is_preference and args.preference.ref_model is None:
+    compares = PREFERENCE_STAGES.get(args.data.stage, False)
+    if args.lora.lora_init == "pissa" and compares and args.preference.ref_model is None:
         raise UsageError(
             "--lora-init pissa changes the base, so it is no reference without its adapter; give --ref-model"
         )
 
 
 def _check_overlap(args: PretrainArgs) -> list[str]:
-    """What to say of hidden communication.
+    """A note about hidden communication of tensor parallelism.
 
     Raises:
         UsageError: it cannot be hidden in this way.
@@ -129,7 +131,7 @@ def _check_overlap(args: PretrainArgs) -> list[str]:
 
 
 def _check_exchange(args: PretrainArgs) -> list[str]:
-    """What to say of a hidden exchange of experts.
+    """A note about a hidden exchange of experts.
 
     Raises:
         UsageError: it cannot be hidden.
@@ -151,13 +153,13 @@ def _check_exchange(args: PretrainArgs) -> list[str]:
 
 
 def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
-    """What the command line left to a default that the user should know of, a line each.
+    """Check flags that need another flag. Returns notes on defaults that the user should know, one line each.
 
     Args:
         given: names of the flags that were on the command line, as in `cli.Parsed`.
 
     Raises:
-        UsageError: a flag that has no effect, for want of another.
+        UsageError: a flag has no effect because another one is missing.
     """
     given = set(given)
     if "context_parallel_algo" in given and "context_parallel_size" not in given:

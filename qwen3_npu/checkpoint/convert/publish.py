@@ -1,4 +1,4 @@
-"""What a conversion writes: a folder of files that becomes visible all at once, last."""
+"""The output of a conversion: files in a staging folder that become visible at the end, all at once."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class ConversionOutput(abc.ABC):
     """One output in one format.
 
     Attributes:
-        root: what the user named; configuration, tokenizer and conversion.json go there.
-        folder: where the files end up.
-        stage: where they are made.
+        root: the folder that the user named; configuration, tokenizer and conversion.json go there.
+        folder: final folder of the weights.
+        stage: staging folder, where the files are written.
         jobs: one per file.
         prompts: see `prompts.py`; a Megatron output has them in its args.
     """
@@ -62,33 +62,33 @@ class ConversionOutput(abc.ABC):
 
     @abc.abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Format, dtype and layout, for the manifest; another output has other facts."""
+        """Format, dtype and layout, for the manifest; they identify the output."""
 
     @abc.abstractmethod
     def holds(self) -> tuple[Contents, Layout | None]:
-        """What it holds, and in which layout; None: under Hugging Face and PEFT names."""
+        """Contents and layout of a Megatron output; None for Hugging Face and PEFT."""
 
     @abc.abstractmethod
     def existing(self) -> str | None:
-        """What prevents the output, as a message."""
+        """A message about an existing output in the way, or None."""
 
     def finish(self, records: Mapping[str, FileRecord]) -> None:
-        """Complete the stage: what follows from all files, and last their sizes and digests."""
+        """Complete the staging folder: write the common files, and last sizes and digests."""
         seals = {name: record.seal for name, record in records.items()} | self.joint_files(records)
         remove_records(self.stage)
         write_integrity(self.stage, CONVERTER, seals)
 
     def joint_files(self, records: Mapping[str, FileRecord]) -> dict[str, Seal]:
-        """Make the files of the stage that follow from all others."""
+        """Write the common files, which depend on all other files, to the staging folder."""
         return {}
 
     @abc.abstractmethod
     def carry(self, source: Path, config: Config) -> None:
-        """Put configuration and tokenizer files of a folder where they belong; before `publish`."""
+        """Copy configuration and tokenizer files from a folder; called before `publish`."""
 
     @abc.abstractmethod
     def publish(self) -> None:
-        """Move the finished stage to `folder`, in place of what is there: that goes last."""
+        """Move the finished staging folder to `folder`. An old output there is deleted afterwards."""
 
     @abc.abstractmethod
     def commit(self) -> None:
@@ -96,7 +96,7 @@ class ConversionOutput(abc.ABC):
 
     @abc.abstractmethod
     def unexpected_files(self) -> list[str]:
-        """Files in `folder` that a reader would take for a part of it but that no job makes."""
+        """Files in `folder` that a reader would take for a part of the output but that no job makes."""
 
     def prepare(self, overwrite: bool) -> None:
         """Raises: UsageError: something is in the way (without `overwrite`)."""
@@ -178,7 +178,7 @@ class HfOutput(ConversionOutput):
     ) -> None:
         """
         Args:
-            config: a config.json that the model came from; what Qwen3Arch does not say is kept.
+            config: config.json of the source; its fields that Qwen3Arch lacks are kept.
             files: file name -> names of its tensors.
             kept: name -> dtype of the tensors that have another than `dtype`.
         """
@@ -243,7 +243,7 @@ class PeftOutput(ConversionOutput):
     ) -> None:
         """
         Args:
-            base: folder of the base model, if it is known; `peft` can load that by itself then.
+            base: folder of the base model, if known, so that `peft` can load it by itself.
         """
         self.root = self.folder = root
         self.stage = root / STAGE
@@ -266,7 +266,7 @@ class PeftOutput(ConversionOutput):
         return f"{self.folder} already holds {' and '.join(names)}" if names else None
 
     def carry(self, source: Path, config: Config) -> None:
-        """An adapter needs none."""
+        """Copy nothing: an adapter needs no configuration or tokenizer."""
 
     def publish(self) -> None:
         (self.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
@@ -281,7 +281,7 @@ class PeftOutput(ConversionOutput):
 
 
 def move_files(stage: Path, folder: Path, old: Sequence[Path]) -> None:
-    """Put the files of the stage in place of `old` ones of a folder, which go last."""
+    """Move the files of the staging folder to `folder`, then delete the `old` files there."""
     (folder / INTEGRITY).unlink(missing_ok=True)
     sync_folder(stage)
     new = sorted(stage.iterdir())  # an index sorts after the weights it names

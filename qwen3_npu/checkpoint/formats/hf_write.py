@@ -89,7 +89,7 @@ class SafetensorsWriter:
         self.file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
     def close(self) -> Seal:
-        """Flush to disk. A file closed before its last tensor is an error of ours."""
+        """Flush to disk. Closing before the last tensor is a programming error."""
         if self.expected:
             raise AssertionError(f"{len(self.expected)} tensors were not written")
         return self.file.close()

@@ -85,7 +85,7 @@ class HfReader:
             self.dtype(name)  # an error now rather than after hours
 
     def _take_scales(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, BlockScaled]:
-        """The weights in FP8, whose scales are no tensors of the model. Raises: UsageError: they cannot be read."""
+        """The FP8 weights; their scales are removed from the header. Raises: UsageError: they cannot be read."""
         scales = {name: self.where.pop(name) for name in sorted(self.where) if name.endswith(f".weight{SCALE}")}
         if not scales:
             return {}
@@ -110,7 +110,7 @@ class HfReader:
         return self.scaled[name].read(region) if name in self.scaled else self.where[name].read(name, region)
 
     def check(self) -> None:
-        """Compare what opening did not read: the output layer of a tied model is the embedding.
+        """Check that the stored output layer of a tied model equals the embedding; opening did not read them.
 
         Raises:
             UsageError: it is another matrix. transformers 5 does not tie such a model whatever its config.json says.
@@ -136,7 +136,7 @@ def open_hf(folder: str | Path) -> HfReader:
 
 
 def _refuse_quantized(config: Path) -> None:
-    """Raises: UsageError: a config.json says that the weights are AWQ, GPTQ or the like; FP8 in blocks is read."""
+    """Raises: UsageError: config.json says that the weights are quantized (AWQ, GPTQ ...). FP8 in blocks is read."""
     said = shared_record(config).fields.get("quantization_config") if config.is_file() else None
     method = said.get("quant_method") if isinstance(said, dict) else said
     if method not in (None, "fp8"):

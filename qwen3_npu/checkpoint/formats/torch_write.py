@@ -25,7 +25,7 @@ from qwen3_npu.files import Seal
 
 
 def jobs(target: Target, rank: Rank, state: RankState | None = None) -> list[FileJob]:
-    """The files of one rank; with `state`, of a training's."""
+    """The files of one rank. `state` is given by trainings only."""
     found: list[FileJob] = [RankWeightFile(target, rank, state)]
     if state is not None and state.held.keys() & STATES:
         found.append(StateFile(target, rank, state))

@@ -1,10 +1,10 @@
 """Optimizer state as tensors of the parameters' own shapes: float32 weight, first and second moment of each.
 
-In this form the weight table says where every part of it belongs, so it is saved and resumed in any layout. megatron's
-distributed optimizer keeps flat shards instead: to save them each rank copies its slices to the host and writes them
-to a file of the stage; the rank that writes the checkpoint's files joins those of its data-parallel group. There is
-no collective call: with --async-save it could delay the training, and otherwise all would go through one rank. Loading
-scatters them from data-parallel rank 0.
+In this form the weight table says where every part belongs, so the state is saved and resumed in any layout. megatron's
+distributed optimizer keeps flat shards instead. To save them, each rank copies its slices to the host and writes them
+to a file in the staging folder; the rank that writes the checkpoint's files joins those of its data-parallel group. No
+collective is called: with --async-save it could delay the training, and without it one rank would receive everything.
+Loading scatters the state from data-parallel rank 0.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _settled(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """`parts`, once what is on its way to the host (--swap-optimizer) is there."""
+    """`parts`, after copies to the host (--swap-optimizer) have finished."""
     found = parts(optimizer)
     for part in found:
         if (sliced := vars(part).get("sliced")) is not None:
@@ -49,6 +49,17 @@ def _settled(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Whether its state is sharded over data-parallel ranks."""
     return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
+
+
+def gather_weights(optimizer: MegatronOptimizer) -> None:
+    """Gather the weights now: with --overlap-param-gather they are gathered in the next step's forward pass.
+
+    Until then a rank has the last update of its own share of them only. Every rank must call this.
+    """
+    sharded = [part for part in parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    for wrapped in {id(chunk): chunk for part in sharded for chunk in part.model_chunks}.values():
+        if wrapped.ddp_config.overlap_param_gather:
+            wrapped.start_param_sync(force_sync=True)
 
 
 def parameter_names(chunks: Sequence[torch.nn.Module]) -> ParameterNames:
@@ -63,7 +74,7 @@ def step_count(optimizer: MegatronOptimizer) -> int:
 
 
 def named(optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """What each tensor of this rank's share is, and the tensor: float32 weights and moments."""
+    """(description, tensor) of each float32 weight and moment in this rank's share."""
     for part in _settled(optimizer):
         for main, state in part.optimizer.state.items():
             yield "a float32 weight of the optimizer", main
@@ -76,9 +87,9 @@ Gathered = dict[tuple[int, str], dict[str, torch.Tensor]]
 def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = False) -> Gathered:
     """(chunk, name) -> {param, exp_avg, exp_avg_sq}, float32, each of the parameter's local shape.
 
-    Every rank must call this. With a distributed optimizer only data-parallel rank 0 gets the tensors; the others get
-    those of the parameters they are rank 0 for. Those tensors are copies on the host; without a distributed optimizer
-    they are the optimizer's own, unless a copy is asked for.
+    Every rank must call this. With a distributed optimizer a rank gets the tensors of the parameters for which it is
+    data-parallel rank 0 (dense and experts have different groups), as copies on the host. Without one, the tensors are
+    the optimizer's own, unless a copy is requested.
     """
     found: Gathered = {}
     for part in _settled(optimizer):
@@ -97,7 +108,7 @@ def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = 
 
 
 def states_by_parameter(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
-    """Model parameter -> its {param, exp_avg, exp_avg_sq}, the optimizer's own; nothing of a distributed one."""
+    """Model parameter -> the optimizer's own {param, exp_avg, exp_avg_sq}; empty for a distributed optimizer."""
     return {
         parameter: {
             "param": main,
@@ -117,7 +128,7 @@ def restore(
 
     Args:
         step: optimizer steps made before.
-        read: (chunk, name, key) -> tensor of the parameter's local shape; called where the tensor is needed.
+        read: (chunk, name, key) -> tensor of the parameter's local shape; called on the ranks that need the tensor.
     """
     for part in _settled(optimizer):
         if isinstance(part, DistributedOptimizer):
@@ -195,8 +206,8 @@ class _Part:
     """The share of one optimizer's state that this rank holds.
 
     Attributes:
-        file: what its slices are written to; the number is that of the rank.
-        ranks: of the data-parallel group; the first joins the state.
+        file: the file of its slices; its number is the rank.
+        ranks: of the data-parallel group; the first rank joins the state.
         shapes: of all parameters.
         slices: parameter -> {"start": place in the flat parameter, and float32 tensors under `KEYS`}.
     """

@@ -1,4 +1,4 @@
-"""What an adapter adds to a weight: scale * B @ A, in float64, from its own files and its own settings.
+"""The change that an adapter makes to a weight: scale * B @ A in float64, from the adapter's own files and settings.
 
 Meaning of adapter_config.json: peft's LoraConfig and `LoraModel._create_and_replace` (rank_pattern and alpha_pattern:
 the first key that matches the module's end), `ParamWrapper` for experts that are one parameter (rows e r .. of A,
@@ -32,7 +32,7 @@ PEFT_HEAD = f"base_model.model.{HEAD}"
 
 
 def _scale(alpha: float, r: int, *, stabilized: bool) -> float:
-    """alpha / r (arXiv:2106.09685), alpha / sqrt(r) of rsLoRA (arXiv:2312.03732)."""
+    """alpha / r (arXiv:2106.09685), or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
     return alpha / math.sqrt(r) if stabilized else alpha / r
 
 
@@ -61,9 +61,9 @@ class MegatronPairs:
 
 
 class PlainTensors(VerifySource):
-    """A PiSSA adapter of rank r as LoRA of twice the rank: what it began with comes behind, B negated.
+    """A PiSSA adapter of rank r as LoRA of rank 2r: the initial A0 and -B0 are appended to A and B.
 
-    B A - B0 A0, as peft's `LoraModel.subtract_mutated_init`. The embedding began with an A of 0.
+    The product is B A - B0 A0, as in peft's `LoraModel.subtract_mutated_init`. The initial A of the embedding is 0.
     """
 
     def __init__(self, tensors: VerifySource, r: int) -> None:
@@ -145,7 +145,7 @@ class PeftPairs:
         return None
 
     def read(self, name: str, rows: Span, columns: Span) -> torch.Tensor:
-        """A part of a whole tensor beside A and B: the head of a reward model, or a vector of magnitudes."""
+        """A part of another tensor of the adapter: the head of a reward model, or a vector of magnitudes."""
         stored = self.file.get_slice(name)
         if len(stored.get_shape()) == 1:
             return stored[slice(*rows)].unsqueeze(1)
@@ -175,11 +175,11 @@ class MergedTensors(VerifySource):
         return source.read(own, rows, columns)
 
     def merged(self, name: str, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A part of a merged weight in float64, and how far float32 arithmetic may be from it; None: it has no
-        adapter.
+        """A part of a merged weight in float64, and a bound on the error of float32 arithmetic; None if the weight has
+        no adapter.
 
-        The bound on a sum of r products is (r + 2) units in the last place of the sum of their sizes; that on a norm
-        of n numbers grows with the root of n. DoRA: arXiv:2402.09353, equation 5.
+        The bound for a sum of r products is (r + 2) units in the last place of the sum of their absolute values. The
+        bound for a norm of n numbers grows with sqrt(n). DoRA: arXiv:2402.09353, equation 5.
         """
         pair = self.pair(name)
         if pair is None:
@@ -201,7 +201,7 @@ class MergedTensors(VerifySource):
         return exact[:, slice(*columns)], spread[:, slice(*columns)]
 
     def _turned(self, name: str, pair: AdapterPair, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor]:
-        """`merged` of an embedding with DoRA, whose lengths are of columns."""
+        """`merged` for an embedding with DoRA, whose magnitudes belong to columns."""
         vocabulary = len(pair[1])
         if name not in self.squares:
             parts, errors = [], []
@@ -232,11 +232,11 @@ def product(pair: AdapterPair, rows: Span, columns: Span) -> tuple[torch.Tensor,
 
 
 def written_scale(folder: Path, lora: Lora, alpha: float | None = None) -> float:
-    """What the files of an adapter say that B @ A is multiplied by.
+    """The scale of B @ A, by the files of an adapter.
 
     Args:
         lora: its rank is that of the tensors.
-        alpha: of a checkpoint that does not say it.
+        alpha: used for a checkpoint that has none.
     """
     config = folder / "adapter_config.json"
     if config.is_file():
@@ -251,7 +251,7 @@ def written_scale(folder: Path, lora: Lora, alpha: float | None = None) -> float
 
 
 def unlike_products(source: PeftPairs, output: MegatronPairs, arch: Qwen3Arch) -> list[str]:
-    """Weights to which two adapters add something else, a line each."""
+    """Weights that two adapters change differently, one line each."""
     lines = []
     for name, shape in published_shapes(Contents(arch)).items():
         old, new = source(name), output(name)

@@ -1,4 +1,4 @@
-"""Files of checkpoints opened by torch itself; names in their pickles that hold no tensors are not looked up."""
+"""Open files of checkpoints with torch itself. Names in their pickles that hold no tensors are not imported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def failed(path: Path, error: Exception) -> UsageError:
 
 
 class _Ignored:
-    """Stands for whatever holds no tensors."""
+    """Placeholder for any object that holds no tensors."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -35,7 +35,7 @@ class _Ignored:
 
 
 def _member(of: Any, name: str) -> Any:
-    """What `getattr` is in the metadata: some Pythons write the member of an enumeration so."""
+    """`getattr` in the metadata: some versions of Python pickle the member of an enumeration with it."""
     return of[name] if isinstance(of, enum.EnumMeta) else _Ignored()
 
 

@@ -74,8 +74,8 @@ def conversations(
     """A handler of conversations (`InstructionHandler`), pairs (`PairwiseHandler`) or labelled answers (`KtoHandler`).
 
     Args:
-        read: (record, what its columns are called) -> a Conversation, Pair or Judged; raises ValueError, with the
-            reason, for a record that is none.
+        read: (record, names of its columns) -> a Conversation, PreferencePair or Judged; raises ValueError with the
+            reason for a record that cannot be used.
         names: meanings and columns, for --map-keys; `read` gets a column's value from `Columns.get`.
         has_tags: whether keys and roles of messages have names as in ShareGPT.
     """
@@ -117,7 +117,7 @@ HANDLERS: dict[str, Make] = {
 
 
 def maker(name: str) -> Make:
-    """What makes the handler that `--handler-name` names: one of `HANDLERS`, or `module:function` of one's own.
+    """The function that makes the handler of `--handler-name`: one of `HANDLERS`, or the user's `module:function`.
 
     The current folder can be imported from. The function takes (PreprocessArgs, TokenizerFolder) and returns a
     `handler.Handler`; `conversations` makes such functions.
@@ -153,7 +153,7 @@ def maker(name: str) -> Make:
 
 
 def own_source(name: str | None) -> str | None:
-    """Digest of the file of a handler of one's own; None for ours."""
+    """Digest of the file of a user's handler; None for a built-in one."""
     if name is None or ":" not in name:
         return None
     maker(name)  # imports it

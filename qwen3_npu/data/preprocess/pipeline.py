@@ -1,4 +1,4 @@
-"""Records to documents in threads, in the order of the input, with progress and counts of what was left out."""
+"""Records to documents in threads, in the order of the input, with progress and counts of omitted records."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Totals:
     """Sums over all blocks so far.
 
     Attributes:
-        blocks, records: that were read.
-        bad: records that cannot be used.
-        documents, tokens: of each output.
-        counts: what else happened to records.
+        blocks, records: numbers that were read.
+        bad: number of records that cannot be used.
+        documents, tokens: numbers for each output.
+        counts: event -> number of records.
     """
 
     blocks: int = 0
@@ -63,9 +63,10 @@ class Totals:
 def documents(
     args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], *, totals: Totals
 ) -> Iterator[tuple[RecordBlock, Produced]]:
-    """Each block and its documents, after those that `totals` counts already; keeps `totals` up to date.
+    """Each block and its documents, after those that `totals` counts already; updates `totals`.
 
-    One thread prepares blocks (Python runs one at a time anyway), even before the encoder is there; --workers encode.
+    One thread prepares blocks (Python runs one at a time anyway), even before the encoder is loaded. --workers threads
+    encode.
 
     Raises:
         UsageError: an input is damaged, or more records are broken than --max-bad-records.

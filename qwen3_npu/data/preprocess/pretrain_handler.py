@@ -1,4 +1,4 @@
-"""Handlers for pretraining: a record's text, and nothing else, becomes a document per output."""
+"""Handlers for pretraining: the text of a record becomes one document per output."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PretrainHandler:
         self.text_of, self.outputs, self.columns, self.eod = text_of, keys, columns, eod
 
     def prepare(self, block: RecordBlock) -> Prepared:
-        """The texts that are not empty, those of each output together; the layout is how many each has."""
+        """The non-empty texts, grouped by output; the layout is the number of texts in each group."""
         records, bad = parse_block(block)
         texts: dict[str, list[str]] = {key: [] for key in self.outputs}
         for number, record in records:
@@ -86,7 +86,7 @@ class PretrainHandler:
 
 
 def _ended(tokens: Tokens, eod: int | None) -> Tokens:
-    """Each document with `eod` after it."""
+    """The documents, each followed by `eod`."""
     if eod is None or not len(tokens.lengths):
         return tokens
     lengths = tokens.lengths + 1

@@ -1,4 +1,4 @@
-"""Records of the common formats -> conversations. `--map-keys` names columns and roles that are called otherwise.
+"""Records of the common formats -> conversations. `--map-keys` renames columns and roles.
 
 Columns and their defaults are MindSpeed-LLM's (and LLaMA-Factory's).
 """
@@ -78,12 +78,12 @@ _MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *RE
 
 
 def _says(value: object) -> bool:
-    """Whether a value is there: 0 and false are."""
+    """Whether there is a value; 0 and false count as values."""
     return value is not None and value not in ("", [], {})
 
 
 def missing_column(record: Mapping[str, Any], column: str) -> str:
-    """That a record has no such column, and which it has."""
+    """The message for a missing column, with the existing ones."""
     text = f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
     for key, found in record.items():
         if isinstance(found, list) and found and isinstance(found[0], dict) and column in found[0]:
@@ -109,15 +109,15 @@ def text_value(record: Mapping[str, Any], column: str) -> str:
 
 
 class Columns:
-    """What the columns (and for ShareGPT the roles) of a record are called.
+    """The names of a record's columns (and for ShareGPT of its roles).
 
     Attributes:
         names: meaning -> column; None or "" if there is none.
-        tags: likewise for the keys and roles of messages.
+        tags: the same for the keys and roles of messages.
     """
 
     def __init__(self, defaults: ColumnNames, map_keys: Mapping[str, Any] | None, *, has_tags: bool = False) -> None:
-        """Raises: UsageError: --map-keys maps what these records do not have."""
+        """Raises: UsageError: --map-keys names something that these records do not have."""
         given = dict(map_keys or {})
         tags = given.pop("tags", None) if has_tags else None
         for name, column in given.items():
@@ -150,17 +150,17 @@ class Columns:
         return {tag: given.get(tag) for tag in TAGS}
 
     def all(self) -> list[str]:
-        """Every column to read, with those that are only looked at."""
+        """Every column to read, also those that are only checked."""
         return [*filter(None, self.names.values()), *_TELLING, *LEARN_KEYS, *MASK_KEYS]
 
     def leaves_out(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record says beside its messages that it is not to be learned; see `is_left_out`."""
+        """Whether a key beside the messages excludes the whole record from training; see `is_left_out`."""
         if self.says_learned.isdisjoint(record):  # seldom, and this is asked of every record
             return False
         return is_left_out({key: record[key] for key in self.says_learned & record.keys()})
 
     def unused(self, record: Mapping[str, Any]) -> list[str]:
-        """Columns that would change the conversation made of a record, but are not read; for telling the user."""
+        """Columns that would change the conversation of a record but are not read, for a message."""
         found = []
         if not self.telling.isdisjoint(record):  # seldom, and this is asked of every record
             found = [f"column {name!r}" for name in self.telling if record.get(name)]
@@ -171,7 +171,7 @@ class Columns:
         return found
 
     def unknown(self, record: Mapping[str, Any]) -> list[str]:
-        """Keys of a record and its messages that are neither read nor known as metadata; for --check."""
+        """Keys of a record and its messages that are neither read nor known as metadata, for --check."""
         read = {*filter(None, self.names.values()), *self.telling, *_METADATA}
         found = [
             f"key {key!r} of a record is not used" for key, value in record.items() if key not in read and _says(value)
@@ -198,20 +198,20 @@ class Columns:
         return found
 
     def _remedy(self, record: Mapping[str, Any], name: str) -> str:
-        """How to name a column that is called otherwise."""
+        """The remedy for a missing column: a --map-keys that renames it."""
         others = [key for key in record if key not in self.names.values() and isinstance(key, str)]
         likely = next((key for key in _ALIASES.get(name, ()) if key in others), None) or "COLUMN"
         return f"if it is called otherwise, --map-keys '{json.dumps({name: likely}, ensure_ascii=False)}'"
 
     def optional_text(self, record: Mapping[str, Any], name: str) -> str | None:
-        """Likewise, as text. Raises: ValueError: also if it is something else."""
+        """The value as text. Raises: ValueError: see `get`; or it is no text."""
         text = self.get(record, name)
         if text is None or isinstance(text, str):
             return text
         raise ValueError(f"column {self.names[name]!r} is not text but {type(text).__name__}")
 
     def text(self, record: Mapping[str, Any], name: str) -> str:
-        """Likewise; empty if there is none."""
+        """The value as text; empty if there is none."""
         return self.optional_text(record, name) or ""
 
 
@@ -236,7 +236,7 @@ def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair:
 
 
 def alpaca_turns(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Conversation:
-    """Instruction and input after the turns of `history`, and the answers given."""
+    """The turns of `history`, then instruction and input, then the given answers."""
     messages: list[Message] = []
     for turn in columns.get(record, "history") or ():
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
@@ -281,7 +281,7 @@ def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
 
 
 def _sharegpt_message(message: Mapping[str, Any], place: int, tags: ColumnNames) -> Message:
-    """The message at an even place is asked, at an odd place answered."""
+    """A message: a question at an even place, an answer at an odd place."""
     role = message.get(str(tags["role_tag"]))
     asked = {tags["user_tag"]: USER, tags["observation_tag"]: TOOL}
     answered = {tags["assistant_tag"]: ASSISTANT, tags["function_tag"]: "function"}
@@ -308,7 +308,7 @@ def openai(record: Mapping[str, Any], columns: Columns) -> Conversation:
 def judged(
     read: Callable[[Mapping[str, Any], Columns], Conversation],
 ) -> Callable[[Mapping[str, Any], Columns], Judged]:
-    """A reader of conversations -> one of conversations with a label."""
+    """A reader of labelled conversations, made from a reader of conversations."""
 
     def read_judged(record: Mapping[str, Any], columns: Columns) -> Judged:
         label = columns.get(record, "label")

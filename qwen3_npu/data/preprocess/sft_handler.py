@@ -30,12 +30,12 @@ LABEL = "packed_answer_desirable"
 
 
 class Style(NamedTuple):
-    """How conversations are written.
+    """How conversations become tokens.
 
     Attributes:
         thinking: --enable-thinking.
-        longest: most tokens of a sample, its eod included; None: no limit.
-        cut: cut longer samples; else leave them out.
+        longest: maximum number of tokens of a sample, its eod included; None: no limit.
+        cut: truncate longer samples; else omit them.
         eod: token after each sample, if any.
     """
 
@@ -50,10 +50,10 @@ Sample = TypeVar("Sample", Conversation, PreferencePair, Judged)  # what a recor
 
 
 class ConversationHandler(abc.ABC, Generic[Sample]):
-    """Common part of the handlers of conversations: records to strings.
+    """Base class of the handlers of conversations: records to strings.
 
     Attributes:
-        look: a conversation (or pair) -> warnings; set by --check.
+        look: (conversation or pair) -> warnings; set by --check.
     """
 
     outputs: Sequence[str] = ()
@@ -75,7 +75,7 @@ class ConversationHandler(abc.ABC, Generic[Sample]):
         """The documents of each output; the layout is (strings of each part, parts and `tag` of each sample)."""
 
     def tag(self, conversation: Sample) -> int:
-        """What `documents` must know of a sample beside its tokens."""
+        """A number that `documents` needs beside the tokens of a sample."""
         return 0
 
     def prepare(self, block: RecordBlock) -> Prepared:
@@ -135,7 +135,7 @@ class InstructionHandler(ConversationHandler[Conversation]):
     def _fitted(
         self, ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray, turns: np.ndarray, *, counts: Counter[str]
     ) -> tuple[Tokens, Tokens]:
-        """Every sample within the limit, with something to learn, and its eod.
+        """The samples that have tokens to learn, truncated to the limit, with their eod.
 
         Args:
             sizes: [turns, 2], tokens of the source and of the target of each turn.
@@ -247,7 +247,7 @@ class KtoHandler(ConversationHandler[Judged]):
 
 
 def _fitted(style: Style, prompt: np.ndarray, answers: Sequence[np.ndarray], counts: Counter[str]) -> list[np.ndarray]:
-    """Ids and labels of each answer after the prompt, within the limit; empty: the sample is left out."""
+    """Ids and labels of each answer after the prompt, within the limit; empty if the sample is omitted."""
     longest, answer = style.longest, max(map(len, answers))
     if longest is not None and len(prompt) + answer > longest:
         counts[CUT if style.cut else DROPPED] += 1

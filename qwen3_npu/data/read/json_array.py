@@ -17,7 +17,7 @@ _SPACE = b"\xef\xbb\xbf \t\r\n"
 
 
 def read_json_records(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
-    """The first character tells which of both it is."""
+    """Read an array or lines; the first character decides which."""
     with open_stream(file) as stream:
         if stream.reader.peek(4096).lstrip(_SPACE).startswith(b"["):
             splitter = Splitter(file, stream, checked_row)
@@ -58,7 +58,7 @@ class _Array:
             )
 
     def _line(self) -> int:
-        """The number of the line that the position is on."""
+        """The line number of the current position."""
         return self.lines + self.buffer.count("\n", 0, self.position) + 1
 
     def _broken(self, what: str) -> UsageError:

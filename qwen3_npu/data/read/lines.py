@@ -90,7 +90,7 @@ def json_record(line: bytes) -> dict[str, Any]:
 
 
 def _lenient_json(line: bytes, error: Exception) -> dict[str, Any]:
-    """What Python's writer makes and strict JSON refuses, such as NaN."""
+    """JSON that Python writes and strict JSON refuses, such as NaN."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as wrong:

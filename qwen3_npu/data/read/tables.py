@@ -105,9 +105,9 @@ def _record(decoders: Mapping[str, Callable[[Any], Any]], row: Any) -> dict[str,
 
 
 def _decoder(field: Any) -> Decode:
-    """JSON columns (`arrow.json`, which `datasets` 5 writes) hold text; structs hold every key of any row, as null.
+    """JSON columns (`arrow.json`, which `datasets` 5 writes) hold text. Structs hold the keys of all rows, or null.
 
-    Those nulls were never written: they are dropped, and with them those that were, which a struct cannot tell apart.
+    These nulls are dropped. Nulls that the author wrote are dropped with them: a struct cannot tell them apart.
     """
     import pyarrow as pa
 

@@ -77,7 +77,7 @@ def _message(message: Mapping[str, Any], place: int) -> Message:
 def _for_templates(
     message: Mapping[str, Any], role: str, content: str | None, reasoning: str | None, *, calls: object
 ) -> dict[str, Any]:
-    """The message as transformers hands it to a chat template: without null keys, thoughts under all their names."""
+    """The message as transformers passes it to a chat template: without null keys, thoughts under all their names."""
     known = {"role", "content", "function_call", *LEARN_KEYS, *MASK_KEYS}
     found: dict[str, Any] = {"role": role}
     if content is not None:
@@ -111,7 +111,7 @@ def _parts(parts: Sequence[Any], place: int) -> tuple[str, str | None, list[Any]
 
 
 def learned(message: Mapping[str, Any], place: int) -> bool:
-    """Whether an answer is learned, by the keys with which trainers say so. Raises: ValueError: they say neither."""
+    """Whether an answer is learned, by the keys of known trainers. Raises: ValueError: a value is no yes or no."""
     said: dict[str, bool] = {}
     for keys, positive in ((LEARN_KEYS, True), (MASK_KEYS, False)):
         for key in keys:
@@ -129,9 +129,9 @@ def learned(message: Mapping[str, Any], place: int) -> bool:
 
 
 def is_left_out(record: Mapping[str, Any]) -> bool:
-    """Whether a whole record says that it is not to be learned: false, a weight of 0, or a mask that is true.
+    """Whether a record as a whole must not be learned: false, a weight of 0, or a mask that is true.
 
-    Other values beside messages, such as a loss of 2.3 or a weight of 0.7, are somebody's notes.
+    Other values beside the messages, such as a loss of 2.3 or a weight of 0.7, are taken as notes and ignored.
     """
     return any(
         value is False or (key != "loss" and type(value) in (int, float) and value == 0)
@@ -141,5 +141,5 @@ def is_left_out(record: Mapping[str, Any]) -> bool:
 
 
 def kind(found: object) -> str:
-    """A value for a message: its type and its beginning."""
+    """A value for an error message: its type and its beginning."""
     return "nothing" if found is None else f"{type(found).__name__} {repr(found)[:40]}"

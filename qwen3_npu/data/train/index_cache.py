@@ -1,9 +1,9 @@
-"""Indices that take long to compute, cached as .npy files with a seal: sizes, digests, and what they are made of. No
+"""Cache indices that take long to compute as .npy files with a seal: sizes, digests and the identity of the data. No
 torch.
 
 The seal is written last, when the files are on the disk. Files that do not match their seal (zeroed by a crash,
-truncated, of other data) are made anew, and the log says so. On each node one process reads them to check them, and the
-others go by what it found, so that none trains on files that another one has found to be wrong.
+truncated, of other data) are made anew, and the log says so. On each node one process checks the files and the others
+use its result, so no process trains on files that another one has found to be wrong.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class IndexCache:
     """The arrays of one index.
 
     Args:
-        folder: of the files; made when they are.
-        stem: their names' start; another index has another one.
+        folder: folder of the files; created with them.
+        stem: prefix of the file names; unique for each index.
         parts: names of the arrays.
     """
 
@@ -40,7 +40,7 @@ class IndexCache:
         self.seal = folder / f"{stem}-seal.json"
 
     def arrays(self, make: Callable[[], Sequence[np.ndarray]]) -> list[np.ndarray]:
-        """The arrays, mapped; made first if they are not there or wrong. One process makes them, others wait.
+        """The memory-mapped arrays. If they are missing or wrong, one process makes them first and the others wait.
 
         Raises:
             UsageError: they cannot be written.
@@ -71,7 +71,7 @@ class IndexCache:
         sync_folder(self.folder)
 
     def _fault(self) -> str | None:
-        """What is wrong with the files; an empty text if they are not there, or not finished."""
+        """The fault of the files; "" if they are missing or not finished."""
         if not self.seal.is_file():
             return ""
         try:
@@ -90,7 +90,7 @@ class IndexCache:
 
 
 class _Written:
-    """A file, and size and CRC-32 of the data written to it, computed from memory and not read back."""
+    """A file that computes size and CRC-32 of its data while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.digest = file, 0, 0
@@ -118,7 +118,7 @@ def _header(path: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    """CRC-32 of a file, a number in words: it detects damage, not manipulation, and is faster than reading the file."""
+    """CRC-32 of a file as text. It detects damage, not manipulation, and is faster than reading from disk."""
     digest = 0
     with open(path, "rb") as file:
         while part := file.read(_READ):

@@ -1,4 +1,4 @@
-"""Answers that people prefer. No torch.
+"""Data sets of preference training. No torch.
 
 Pairs of answers to one prompt: <prefix>_packed_{chosen,rejected}_{input_ids,labels}_document.
 Labelled answers (kto): <prefix>_packed_answer_{input_ids,labels,desirable}_document; desirable holds 1 or 0 for each.
@@ -23,7 +23,7 @@ _NAMES = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_l
 
 @dataclasses.dataclass(frozen=True)
 class SamplePair:
-    """Two answers to one prompt, each with it."""
+    """Two answers to one prompt; each sequence is prompt and answer."""
 
     chosen: TokenSample
     rejected: TokenSample
@@ -119,8 +119,8 @@ def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool, sc
     """The rows of a micro-batch of pairs.
 
     Args:
-        packed: all sequences lie in one row, one after the other, apart as documents; padding follows the last.
-        scored: the loss is of the last token of each sequence, where a reward model gives its reward.
+        packed: all sequences lie in one row, as separate documents; padding follows the last one.
+        scored: the loss is of the last token of each sequence, where the reward is computed (--stage rm).
     """
     samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
     rows = _answer_rows(samples, padding, packed=packed)
@@ -136,13 +136,13 @@ def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool, sc
 
 
 def labelled_rows(found: Sequence[Labelled], padding: Padding, *, longest: int, packed: bool) -> Rows:
-    """The rows of a micro-batch of labelled answers: each, and after it its prompt with the answer to the one before.
+    """The rows of a micro-batch of labelled answers. Each is followed by its prompt with the previous sample's answer.
 
-    The latter estimate the divergence of the policy from the reference on mismatched answers (KTO's z_0); TRL shifts
-    the answers of a micro-batch in the same way.
+    These mismatched rows estimate the divergence of the policy from the reference (KTO's z_0). TRL shifts the answers
+    of a micro-batch in the same way.
 
     Args:
-        longest: the mismatched pairs are truncated to so many tokens.
+        longest: maximum number of tokens of a mismatched row.
         packed: as for `pair_rows`.
     """
     samples = []

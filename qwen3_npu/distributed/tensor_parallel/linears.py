@@ -17,7 +17,7 @@ from qwen3_npu.distributed.tensor_parallel.products import (
 
 
 class OverlappedColumn(ColumnParallelLinear):
-    """megatron's, under sequence parallelism; without, megatron itself hides the sum of gradients.
+    """megatron's column-parallel linear with sequence parallelism. (Without it, megatron hides the sum of gradients.)
 
     Attributes:
         link: shared with the row-parallel linear that comes next, see `linked`.
@@ -35,14 +35,14 @@ class OverlappedColumn(ColumnParallelLinear):
 
 
 class OverlappedRow(RowParallelLinear):
-    """megatron's; without sequence parallelism, too."""
+    """megatron's row-parallel linear, with or without sequence parallelism."""
 
     def __init__(self, *sizes: Any, overlap: Overlap, **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.overlap, self.link = overlap, Link()
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to be added."""
+        """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to add later."""
         if self.sequence_parallel:
             out = scattered_product(input_, self.weight, self.overlap, self.tp_group, link=self.link)
         else:
@@ -56,7 +56,7 @@ OVERLAPPED = {ColumnParallelLinear: OverlappedColumn, RowParallelLinear: Overlap
 
 
 def link_linears(model: torch.nn.Module) -> None:
-    """Let the two linears of each attention and MLP know each other."""
+    """Connect the two linears of each attention and MLP."""
     for module in model.modules():
         for first, second in (("linear_qkv", "linear_proj"), ("linear_fc1", "linear_fc2")):
             column, row = (_base(getattr(module, name, None)) for name in (first, second))
@@ -65,5 +65,5 @@ def link_linears(model: torch.nn.Module) -> None:
 
 
 def _base(linear: Any) -> Any:
-    """What an adapter lies beside."""
+    """The base layer of an adapter, or the linear itself."""
     return getattr(linear, "base_layer", linear)

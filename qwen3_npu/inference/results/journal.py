@@ -1,8 +1,7 @@
 """Results of an unfinished run, written as they are made: a restarted run continues where the interrupted one stopped.
 
-<name>.unfinished.<copy>.jsonl in the output folder, one file for each copy of the model: a line that says what the run
-was asked, then a line for each result. The files are deleted when the run has ended and its results are in their own
-files.
+<name>.unfinished.<copy>.jsonl in the output folder, one file for each copy of the model: a line with the settings of
+the run, then a line for each result. The files are deleted when the results are in their final files.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ class Journal:
     """Results so far, on every process.
 
     Attributes:
-        entries: what an earlier, killed run of the same identity had written.
+        entries: results of an earlier, killed run with the same settings.
     """
 
     def __init__(self, runner: Runner, folder: Path, name: str, asked: Mapping[str, Any], *, resume: bool) -> None:
-        """Read what is there, and begin to write. Every process calls it.
+        """Read existing results and start to write. Every process calls it.
 
         Args:
-            asked: all that results depend on. An earlier run with other settings is not continued. resume: continue an
-            earlier run; otherwise its results are dropped.
+            asked: all settings on which results depend. An earlier run with other settings is not continued.
+            resume: continue an earlier run; otherwise its results are dropped.
         """
         self.path = folder / f"{name}.unfinished.{runner.data_rank}.jsonl"
         identity = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
@@ -55,19 +54,19 @@ class Journal:
             self.file = self.path.open("a", encoding="utf-8")
 
     def add(self, **entry: object) -> None:
-        """Write a result; of the processes of a copy only the first one does."""
+        """Write a result; only the first process of a copy of the model writes."""
         if self.file is not None:
             self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self.file.flush()
 
     def close(self) -> None:
-        """Keep what is written, for the next start."""
+        """Close the journal and keep it for the next start."""
         if self.file is not None:
             self.file.close()
             self.file = None
 
     def remove(self) -> None:
-        """Delete the journal: the results are in their own files."""
+        """Delete the journal, since the results are in their final files."""
         if self.file is not None:
             self.close()
             self.path.unlink(missing_ok=True)
@@ -98,7 +97,7 @@ def _rewrite(path: Path, identity: str, entries: list[Entry]) -> None:
 
 
 def weights_identity(weights: WeightArgs) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of every file that weights are read from."""
+    """Name, size and modification time of every file of weights."""
     found = []
     for given in filter(None, (weights.load, weights.lora_load)):
         known = find(given, weights.ckpt_step if given == weights.load else None)

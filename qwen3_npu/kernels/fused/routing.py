@@ -1,4 +1,4 @@
-"""Copy tokens to their experts and add them up again, without a wait of the host and without atomic additions."""
+"""Copy tokens to their experts and sum the results, without waiting of the host and without atomic additions."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def add_up(x: torch.Tensor, places: Places) -> torch.Tensor:
 
 
 class Permute(torch.autograd.Function):
-    """As `reference.permute`; what it returns third and fourth is `Places`."""
+    """As `reference.permute`; its third and fourth results are the fields of `Places`."""
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, rows: int) -> tuple:

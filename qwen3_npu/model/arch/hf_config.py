@@ -34,8 +34,7 @@ def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwe
         where: the file's name, for messages.
 
     Raises:
-        UsageError: not a family that is known, a fact is missing or of another type, or one that this code does not
-            implement.
+        UsageError: the family is unknown, a fact is missing or has another type, or its value is not implemented.
     """
     family = find_family(config.get("model_type"), where)
     _refuse_unsupported(config, family, where)
@@ -113,7 +112,7 @@ def _tell(message: str) -> None:
 
 
 def ending_tokens(value: object, where: str) -> list[int]:
-    """The ending tokens, the first of them first."""
+    """The ending tokens, with the first one in front."""
     if value is None:
         return []
     listed = value if isinstance(value, list) else [value]
@@ -139,7 +138,7 @@ def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype:
     transformers 5 reads both.
 
     Args:
-        carry: a config the model came from; what this code does not use of it is kept.
+        carry: config.json of the source; its unused fields are kept.
         dtype: of the weights beside it, e.g. "bfloat16".
     """
     config = {key: value for key, value in (carry or {}).items() if key not in (*_NOT_WRITTEN, _QUANTIZED)}

@@ -1,7 +1,7 @@
 """The exchange of tokens between the ranks that hold the experts.
 
-A row that travels is a copy of a token and, behind it, its router weight: one exchange carries both. Rows are sorted by
-piece of the exchange, then by rank, then by expert; what arrives is sorted by expert.
+A row that is sent is a copy of a token followed by its router weight, so one exchange carries both. Rows are sorted by
+piece of the exchange, then by rank, then by expert. Received rows are sorted by expert.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ExchangePiece:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """How the rows of one layer and micro-batch travel.
+    """The exchange of the rows of one layer and micro-batch.
 
     Attributes:
         counts: rows of each of this rank's experts, [experts] int64 on the device.
@@ -59,7 +59,7 @@ class Exchange:
 
 
 def parts_of(experts: int, count: int) -> list[slice]:
-    """A rank's experts in `count` parts, as equal as may be."""
+    """A rank's experts in `count` parts, as equal as possible."""
     bounds = [experts * part // count for part in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
@@ -69,8 +69,8 @@ def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count
 
     Args:
         everyone: [ep, etp, all experts], rows that each rank sends to each expert.
-        rank: this one's, of both groups.
-        experts: this rank's, of all.
+        rank: this rank's number in both groups.
+        experts: this rank's experts, among all.
     """
     mine = everyone[rank].reshape(len(everyone), -1)
     theirs = everyone[:, :, experts].swapaxes(0, 1)  # [etp, ep, experts]
@@ -91,7 +91,7 @@ def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count
 
 
 def widened(tokens: torch.Tensor) -> torch.Tensor:
-    """[t, width] -> [t, width and room for a router weight, undefined]."""
+    """[t, width] -> [t, width + room for a router weight], the room uninitialized."""
     return _Widened.apply(tokens)
 
 
@@ -101,17 +101,17 @@ def with_weights(rows: torch.Tensor, weights: torch.Tensor, width: int) -> torch
 
 
 def dispatched(rows: torch.Tensor, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
-    """What this rank's experts get, sorted by expert: tokens [r, width] and router weights [r]."""
+    """The input of this rank's experts, sorted by expert: tokens [r, width] and router weights [r]."""
     return _Dispatched.apply(rows, exchange)
 
 
 def combined(out: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """The experts' results, [r, width], back where their tokens came from, in the order of those."""
+    """The experts' results [r, width], sent back to the ranks of their tokens, in the order of those."""
     return _Combined.apply(out, exchange)
 
 
 class Launched:
-    """An exchange that is under way; `arrived` waits for it, on the device's stream where there is one."""
+    """A running exchange; `arrived` waits for it, on the device's stream if there is one."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Launched:
         exchange: Exchange,
         out: torch.Tensor | None = None,
     ) -> None:
-        """Args: sizes: rows sent to and received from each rank; out: where they go, contiguous."""
+        """Args: sizes: rows sent to and received from each rank; out: contiguous memory for the received rows."""
         sent, received = sizes
         self.rows = rows.contiguous()  # kept until it has arrived
         self.out = rows.new_empty(sum(received), rows.shape[1]) if out is None else out
@@ -159,7 +159,7 @@ def to_experts_back(dx: torch.Tensor, dweights: torch.Tensor, piece: ExchangePie
 
 
 def from_experts(out: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> torch.Tensor:
-    """Results of the experts in the order in which their rows arrived; ranks that share an expert add theirs up."""
+    """Results of the experts in the order in which their rows arrived, summed over ranks that share an expert."""
     out = _turned(out, piece.chunks.T)
     if len(piece.gathered) == 1:
         return out
@@ -178,7 +178,7 @@ def _scattered(rows: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> 
 
 
 def _turned(rows: torch.Tensor, chunks: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows that lie as [n, m] chunks, laid out anew as [m, n]; contiguous, unless they go to `out`."""
+    """Rows in [n, m] chunks, rearranged to [m, n] chunks; contiguous, or in `out`."""
     parts = rows.split(chunks.ravel().tolist())
     count = chunks.shape[1]
     order = [part for first in range(count) for part in parts[first::count]]

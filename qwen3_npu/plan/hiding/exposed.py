@@ -29,7 +29,7 @@ def tensor_seconds(shape: Shape, setup: Setup, device: Device) -> float:
 
 
 def expert_seconds(shape: Shape, setup: Setup, device: Device, products: float, *, share: float, moved: float) -> float:
-    """Seconds of one layer's expert exchange that nothing hides: out and back; forward, again if recomputed, backward.
+    """Exposed seconds of one layer's expert exchange: both ways, in forward, recomputation and backward.
 
     Args:
         products: seconds of the experts' products, forward.

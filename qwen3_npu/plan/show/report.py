@@ -16,7 +16,7 @@ from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 
 def describe_plan(verdict: PlanVerdict) -> list[str]:
-    """Memory of each stage by kind, time of a step by kind, and whether it fits; a line each."""
+    """Lines about memory of each stage by kind, time of a step by kind, and whether it fits."""
     lines = [*_memory_table(verdict), *_time_lines(verdict)]
     device = verdict.device
     limit = f"{verdict.limit / GIB:.1f} GiB usable of {device.memory / GIB:.1f} GiB ({device.name})"
@@ -28,7 +28,7 @@ def describe_plan(verdict: PlanVerdict) -> list[str]:
 
 
 def _memory_table(verdict: PlanVerdict) -> list[str]:
-    """One column a stage; at most six, the first and the last among them."""
+    """One column per stage; at most six, including the first and the last one."""
     stages = list(enumerate(verdict.stages))
     shown = stages if len(stages) <= 6 else [*stages[:3], *stages[-3:]]
     head = "".join(f"{f'stage {number}':>11}" for number, _ in shown)
@@ -61,7 +61,7 @@ def layout_words(verdict: PlanVerdict) -> str:
 
 
 def table(found: Sequence[LayoutCandidate], top: int) -> list[str]:
-    """The best layouts, one a line, and why the second is slower."""
+    """The best layouts, one per line, and why the second one is slower."""
     head = f"{'layout':<34}{'MBS':>4}{'recompute':>11}{'memory':>12}{'step':>10}{'tokens/s/dev':>14}{'MFU':>7}"
     lines = [f"   {head}"]
     for number, one in enumerate(found[:top], 1):
@@ -87,7 +87,7 @@ def why_behind(best: PlanVerdict, other: PlanVerdict) -> str:
 
 
 def command(args: PretrainArgs, devices: int, node: int) -> str:
-    """How to start this layout: what differs from the flags' defaults."""
+    """The command line of this layout, without default values."""
     words = ["torchrun", "--nproc-per-node", str(min(devices, node))]
     if devices > node:
         words += ["--nnodes", str(-(-devices // node)), "--node-rank", "RANK", "--master-addr", "HOST"]

@@ -1,4 +1,4 @@
-"""What a training's checkpoints say of it, by Megatron's names: to be compared when it is resumed."""
+"""The settings that a training stores in its checkpoints, by Megatron's names, for comparison when it is resumed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
 
 
 def data_digest(prefix: str) -> str:
-    """Of the token files of one prefix; of large ones their sizes and 16 MiB from all of it."""
+    """A digest of the token files of one prefix; for large files of their sizes and 16 MiB of samples."""
     paths = [Path(prefix + suffix) for suffix in (".bin", ".idx")]
     if not paths[0].is_file():  # instructions: a pair for each of ids, labels, ...
         every = glob.glob(glob.escape(prefix) + "_packed_*_document.*")

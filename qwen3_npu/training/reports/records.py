@@ -53,13 +53,13 @@ class Records:
         self.lost[name] = self.lost.get(name, 0) + 1
 
     def _in_thread(self, args: threading.ExceptHookArgs) -> None:
-        """Tensorboard writes in a thread; its next call raises the same again, which is told then."""
+        """Tensorboard writes in a thread. Its next call raises the same error again, which is reported then."""
         of_tensorboard = type(args.thread).__module__.startswith("tensorboard.")
         if not (of_tensorboard and isinstance(args.exc_value, OSError | ValueError)):
             self._hook(args)
 
     def line(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, complete or not at all."""
+        """Write one line of metrics.jsonl atomically."""
         if self.file is None:
             return
         with self._borne("metrics.jsonl"):
@@ -77,7 +77,7 @@ class Records:
                 raise OSError("no space is left")
 
     def events(self, write: Callable[[SummaryWriter], None]) -> None:
-        """Whatever `write` adds to tensorboard's writer. A writer that has failed cannot be used again."""
+        """Call `write` with tensorboard's writer. A writer that has failed is not used again."""
         if self.tensorboard is None:
             return
         if "tensorboard" in self.lost:
@@ -87,7 +87,7 @@ class Records:
             write(self.tensorboard)
 
     def close(self) -> None:
-        """Log what was not written."""
+        """Log the number of records that were not written."""
         if self.tensorboard is not None and "tensorboard" not in self.lost:
             with self._borne("tensorboard"):
                 self.tensorboard.close()
@@ -100,7 +100,7 @@ class Records:
 
 
 def _open_lines(path: Path) -> int:
-    """To write lines behind those there; without the last one if a killed process has not finished it."""
+    """Open a file to append lines; an incomplete last line of a killed process is removed."""
     if path.is_file():
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,7 +1,7 @@
-"""Curves for Weights & Biases, SwanLab and MLflow. One that fails, or is slow, does not hold a training up.
+"""Curves for Weights & Biases, SwanLab and MLflow. A tracker that fails or is slow does not delay the training.
 
-Each tracker lives in a thread of its own, from its start to its end: all that a training does is to put numbers into a
-queue. Their packages are imported there, for those that were asked for.
+Each tracker runs in its own thread. The training only puts numbers into a queue. The packages of the requested trackers
+are imported in these threads.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Config = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """What is asked of a service."""
+    """The interface of a service."""
 
     def log(self, step: int, values: Values) -> None:
-        """Numbers of one step; of a step that comes again, further ones."""
+        """Send numbers of one step; a step may be sent again with further numbers."""
 
     def close(self) -> None:
-        """Everything is sent, or on the disk in offline modes."""
+        """Finish: everything is sent, or on disk in offline mode."""
 
 
 class _Wandb:
@@ -108,7 +108,7 @@ class Tracked:
             self.lost += 1
 
     def close(self, seconds: float = _LAST) -> None:
-        """Wait for what is on its way, for so long at most, and say what was lost."""
+        """Wait for queued records, up to a timeout, and log lost ones."""
         if not self.failed:
             with contextlib.suppress(queue.Full):
                 self.queue.put(None, timeout=seconds)
@@ -133,10 +133,10 @@ class Tracked:
 
 
 def open_trackers(args: TrackerArgs, config: Config) -> list[Tracked]:
-    """Those that the flags name.
+    """The trackers that the flags name.
 
     Args:
-        config: what the services show as settings of the run.
+        config: settings of the run that the services show.
     """
 
     def tracked(name: str, make: Callable[[TrackerArgs, Config], Tracker]) -> Tracked:
@@ -146,11 +146,11 @@ def open_trackers(args: TrackerArgs, config: Config) -> list[Tracked]:
 
 
 def settings(args: PretrainArgs) -> dict[str, Any]:
-    """All flags of a training by name, those without a value left out."""
+    """All flags of a training that have a value, by name."""
     found = {name: value for group in args for name, value in dataclasses.asdict(group).items()}
     return {name: value for name, value in found.items() if value not in (None, [], "")}
 
 
 def finite(values: Mapping[str, float]) -> Values:
-    """What every service takes."""
+    """The finite numbers, which every service accepts."""
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}

@@ -1,8 +1,8 @@
-"""--reuse-fp32-param: the 16-bit weight is the upper half of its float32 master; only the lower half is beside it.
+"""--reuse-fp32-param: the 16-bit weight is the upper half of its float32 master; only the lower half is stored.
 
-A weight is its master rounded to the nearest, to even at a tie. The master less the weight, in units of the master's
-last bit, is a number between -32768 and 32768. Both ends mean a tie, and both are -32768 in 16 bits. Which of them it
-is says the sign of the second moment, which is never negative otherwise. So masters come back exactly.
+A weight is its master rounded to nearest, to even at a tie. The difference of master and weight, in units of the
+master's last bit, is a number from -32768 to 32768. Both ends are ties, and both are -32768 in 16 bits. The sign of the
+second moment, which is never negative otherwise, tells them apart. So masters are restored exactly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def split(master: torch.Tensor, weight: torch.Tensor, low: torch.Tensor, second:
 
     Args:
         weight: the master, rounded.
-        low, second: are written; of `second` the sign only, which is that of no tie before.
+        low, second: outputs; of `second` only the sign is written, which must be positive before.
     """
     rest = master.view(torch.int32) - weight.contiguous().view(torch.int16).to(torch.int32) * 65536
     low.copy_(torch.where(rest == _TIE, -_TIE, rest))
@@ -39,7 +39,7 @@ class HalvedState(SlicedState):
     """Lower halves of the masters, and moments, on the device."""
 
     def prepare(self) -> None:
-        """As `SlicedState.prepare`. The masters are equal to their weights: nothing has been trained."""
+        """As `SlicedState.prepare`. The masters equal their weights, since no step was made yet."""
         self.low: dict[torch.Tensor, torch.Tensor] = {}
         nothing = torch.zeros(1, device=self.device)
         for main in self.masters:
@@ -80,7 +80,7 @@ class HalvedState(SlicedState):
         return [joined(weight, low, second), first, second.abs()]
 
     def _reset(self, state_dict: Any = None) -> None:
-        """Masters are what the weights are now."""
+        """Set the masters to the present weights."""
         assert state_dict is None
         for main, low in self.low.items():
             low.zero_()

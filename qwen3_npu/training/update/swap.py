@@ -1,7 +1,7 @@
-"""--swap-optimizer: float32 masters and moments live on the host; a step brings them to the device slice by slice.
+"""--swap-optimizer: float32 masters and moments are on the host; a step copies them to the device slice by slice.
 
-While one slice is updated, the one before leaves and the next one arrives, on streams of their own: two slices are on
-the device at a time.
+While one slice is updated, the previous one is copied to the host and the next one to the device, on separate streams:
+two slices are on the device at a time.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ class SwappedState(SlicedState):
             torch.cuda.current_stream().wait_event(event)
 
     def wait(self) -> None:
-        """Until the state on the host is that of the last step."""
+        """Wait until the state on the host is that of the last step."""
         for stream in self.streams:
             stream.synchronize()
 
 
 def _tensors(piece: StatePiece) -> list[torch.Tensor]:
-    """What comes and goes."""
+    """The tensors that are copied."""
     return [*([piece.main] if piece.is_split else []), *(piece.state[key] for key in MOMENTS)]
