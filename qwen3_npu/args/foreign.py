@@ -13,10 +13,6 @@ _BUFFERS = "Transformer Engine's buffers are not used"
 _PERMUTATION = "the exchange of sizes always overlaps the permutation; --moe-alltoall-overlap-comm hides the tokens'"
 _GATHER = "gathering tokens is not overlapped; --moe-alltoall-overlap-comm hides the exchange of "
 _GATHER += "--moe-token-dispatcher-type alltoall"
-_PASSES = (
-    "passes of two micro-batches are not interleaved here: --moe-alltoall-overlap-comm leaves 21 % of the exchange of "
-)
-_PASSES += "two layers of 30B-A3B at EP8 without recomputation (python -m qwen3_npu.trace --hidden: of a training)"
 _ALL_MOE = "every layer of a Qwen3-MoE has experts"
 _SPECS = tuple(f"mindspeed_llm.tasks.models.spec.{name}_spec layer_spec" for name in ("qwen3", "qwen2", "qwen25"))
 _MIGRATION = "it is MindFormers'; docs/migration.md has the command here"
@@ -72,7 +68,6 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--moe-grouped-gemm": Foreign(_EXPERTS),
     "--moe-permutation-async-comm": Foreign(_PERMUTATION),
     "--moe-allgather-overlap-comm": Foreign(_GATHER),
-    "--moe-fb-overlap": Foreign(_PASSES),
     "--coc-fused-kernel": Foreign(_PIECES),
     "--tp-comm-overlap-cfg": Foreign(_BUFFERS, nargs=1),
     "--tp-comm-overlap-rs-dgrad": Foreign(_BUFFERS),

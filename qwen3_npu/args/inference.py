@@ -256,6 +256,7 @@ SHARED_FOREIGN: dict[str, Foreign] = {
     "--moe-router-load-balancing-type": Foreign(_TRAINED, nargs=1),
     "--moe-token-dispatcher-type": Foreign("tokens reach their experts by alltoall", nargs=1),
     "--moe-alltoall-overlap-comm": Foreign("the exchange of experts hides behind products in training only"),
+    "--moe-fb-overlap": Foreign("there is no backward pass"),
     "--ckpt-format": Foreign(_FOUND, nargs=1),
     "--exit-on-missing-checkpoint": Foreign("a missing checkpoint is always an error"),
     "--lora-r": Foreign(_LORA, nargs=1),

@@ -63,8 +63,8 @@ class ParallelArgs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorOverlapArgs:
-    """what hides the communication of tensor parallelism"""
+class OverlapArgs:
+    """what hides communication"""
 
     tp_comm_overlap: bool = flag(
         False,
@@ -79,6 +79,11 @@ class TensorOverlapArgs:
         choices=[1, 2, 4, 8],
         unit="pieces",
         help="while one is multiplied, the next one travels; 1: nothing is hidden",
+    )
+    moe_fb_overlap: bool = flag(
+        False,
+        help="while tokens of a backward pass are on their way to experts or back, the forward pass of another "
+        "micro-batch is computed, and the other way round; one more micro-batch is in memory",
     )
     coc_mode: int = flag(-1, choices=[-1, 0, 1, 2], help="-1, 2: --use-ascend-coc works; 0, 1: it changes nothing")
 

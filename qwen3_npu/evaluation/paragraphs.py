@@ -15,8 +15,8 @@ class ParagraphEncoder:
     the tokens of a text are those of its paragraphs. The first texts are checked, for tokenizers that differ.
     """
 
-    def __init__(self, writer: Writer, checks: int = 8) -> None:
-        self.encoder, self.checks = writer.encoder, checks
+    def __init__(self, writer: Writer) -> None:
+        self.encoder, self.checks = writer.encoder, 8  # texts that are still checked
         self.known: dict[str, list[int]] = {}
         self.safe = True
 

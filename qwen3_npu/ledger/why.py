@@ -20,8 +20,11 @@ _OF_GROUPS = {
     "dp-cp": "--overlap-grad-reduce, a larger --global-batch-size, or a faster network",
     "cp": "fewer context-parallel ranks (--context-parallel-size), or another --context-parallel-algo",
     "ep": "fewer expert-parallel ranks (--expert-model-parallel-size), inside one node",
+    "ep-etp": "fewer expert-parallel ranks (--expert-model-parallel-size), inside one node",
     "etp": "--expert-tensor-parallel-size 1",
     "edp": "--overlap-grad-reduce",
+    "dist-opt": "small sums that wait for the slowest rank; even out the ranks (batches of like lengths, pinned hosts)",
+    "world": "small sums that wait for the slowest rank; even out the ranks (batches of like lengths, pinned hosts)",
     "pp": "more even stages (--num-layer-list), or fewer of them (--pipeline-model-parallel-size)",
 }
 

@@ -151,9 +151,14 @@ def freeze(chunks: Sequence[Qwen3Model], config: TransformerConfig, is_frozen: C
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(not is_frozen(number, name))
-    layers = chunks[0].decoder.layers
-    recomputes = config.recompute_granularity is not None or any(getattr(x, "recompute_mlp", False) for x in layers)
+    recomputes = config.recompute_granularity is not None or any(
+        getattr(module, name, False) for module in chunks[0].modules() for name in _RECOMPUTED
+    )
     first = chunks[0].embedding if recomputes and chunks[0].pre_process else None
     if first is not None and not first.word_embeddings.weight.requires_grad:
-        # A recomputed layer has gradients only if its input asks for one, and with a frozen embedding it would not.
+        # What is recomputed has gradients only if its input asks for one, and with a frozen embedding it would not.
         first.register_forward_hook(lambda module, args, output: output.requires_grad_())
+
+
+# Attributes of layers, MLPs and experts that compute something again in backward by flags of their own.
+_RECOMPUTED = ("recompute_mlp", "recompute", "recompute_activation", "recompute_products")

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.parallel import ParallelArgs
 from qwen3_npu.args.training import TrainArgs
+from qwen3_npu.distributed.interleave import interleave_passes
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
 
@@ -21,12 +22,14 @@ def transformer_config(
     *,
     variable_lengths: bool = False,
     overlaps_p2p_safely: bool,
+    interleaved: bool = False,
 ) -> TransformerConfig:
     """The configuration of every module.
 
     Args:
         variable_lengths: micro-batches differ in length.
         overlaps_p2p_safely: see `Platform`.
+        interleaved: passes of two micro-batches hide each other's exchange of experts, if there is one.
     """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     config: dict[str, Any] = {
@@ -59,18 +62,15 @@ def transformer_config(
         "variable_seq_lengths": variable_lengths,
         "moe_token_dispatcher_type": train.moe_token_dispatcher_type.removesuffix("_seq"),
         **_recompute(train),
+        **_between_stages(layout, parallel),
         "deallocate_pipeline_outputs": overlaps_p2p_safely,
     }
-    if layout.pipeline > 1:
-        config["pipeline_model_parallel_layout"] = _stages(layout)
-    # After each batched exchange megatron makes the host wait for the whole device, against a bug of torch before 1.13.
-    config |= {"batch_p2p_comm": parallel.batches_p2p, "batch_p2p_sync": False}
-    if layout.virtual > 1:
-        assert not parallel.batches_p2p
-        config |= {"overlap_p2p_comm": True}
     if arch.is_moe:
         config |= _moe(arch, train)
-    return TransformerConfig(**config)
+    made = TransformerConfig(**config)
+    if interleaved and layout.expert > 1:
+        interleave_passes(made)
+    return made
 
 
 def _shapes(arch: Qwen3Arch) -> dict[str, Any]:
@@ -109,6 +109,17 @@ def _recompute(train: TrainArgs) -> dict[str, Any]:
         "recompute_num_layers": None if train.swap_attention else train.recompute_num_layers,
         "recompute_modules": modules,
     }
+
+
+def _between_stages(layout: Layout, parallel: ParallelArgs) -> dict[str, Any]:
+    """What each pipeline stage holds, and how stages exchange."""
+    stages: dict[str, Any] = {"pipeline_model_parallel_layout": _stages(layout)} if layout.pipeline > 1 else {}
+    # After each batched exchange megatron makes the host wait for the whole device, against a bug of torch before 1.13.
+    stages |= {"batch_p2p_comm": parallel.batches_p2p, "batch_p2p_sync": False}
+    if layout.virtual > 1:
+        assert not parallel.batches_p2p
+        stages |= {"overlap_p2p_comm": True}
+    return stages
 
 
 def _stages(layout: Layout) -> list[list[str]]:

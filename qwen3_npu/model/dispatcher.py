@@ -113,9 +113,13 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         )
         if self.pieces > 1:
             return experts(rows, exchange, None)
+        order = self.hidden_shape, self.reversed_local_input_permutation_mapping
         tokens, probs = dispatched(rows, exchange)
         out, bias = experts(tokens, counts, probs)
-        return combined(out, exchange), bias
+        back = combined(out, exchange)
+        # Another micro-batch may have been here meanwhile (--moe-fb-overlap).
+        self.hidden_shape, self.reversed_local_input_permutation_mapping = order
+        return back, bias
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
         """The reverse of `dispatch_preprocess`: the copies of a token are summed."""

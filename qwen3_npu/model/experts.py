@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from qwen3_npu.distributed.turns import offer_turn
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.expert_parallel.exchange import Exchange
 from qwen3_npu.model.expert_parallel.overlap import overlapped
@@ -106,7 +107,10 @@ class GroupedExperts(MegatronModule):
         product = self.products(tokens_per_expert, len(tokens))
 
         def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-            return self.activate(self.multiply(1, tokens, product), probs)
+            wide = self.multiply(1, tokens, product)
+            if self.config.recompute_granularity is not None:  # a backward pass that exchanges twice as often
+                offer_turn()
+            return self.activate(wide, probs)
 
         if not (self.training and (self.recompute_activation or self.recompute_products)):
             return self.multiply(2, between(tokens, probs), product), None

@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.utils import get_pg_rank
 
+from qwen3_npu.distributed.turns import offer_turn
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.quantized import held, looked_up
 from qwen3_npu.model.sequence import TokenSequence
@@ -206,6 +207,8 @@ class Layer(TransformerLayer):
             masks: `padding_mask` for a mixture of experts.
         """
         attended, bias = self.self_attention(self.input_layernorm(hidden), packed_seq_params=sequence)
+        if self.config.recompute_granularity is not None:  # a backward pass that exchanges twice as often
+            offer_turn()
         if bias is not None:
             attended = attended + bias
         normed, hidden = self.pre_mlp_layernorm(attended, hidden)

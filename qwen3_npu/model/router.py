@@ -31,6 +31,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.modules import weight_gradient
 
+_SEEN = 64  # micro-batches whose counts are kept apart at most
+
 
 class _Gate(torch.autograd.Function):
     """Logits of the experts, and the hidden state itself, so that addmm also adds the gradient of its other uses."""
@@ -80,7 +82,7 @@ class _Choice(torch.autograd.Function):
             real = ~padding.unsqueeze(-1)
             counted = (routing_map & real).sum(0)
         if is_counted:
-            router.tokens += counted
+            router.note(counted)
         ctx.router = router if is_counted and router.get_aux_loss_coeff("aux_loss") > 0 else None
         if ctx.router is None:
             ctx.save_for_backward(probs)
@@ -110,7 +112,8 @@ class Router(TopKRouter):
     Attributes:
         loss_weight: factor of the losses, because gradients are divided by the supervised tokens of the global batch
             afterwards; see `training.step.router_loss_weight`. 1 if they are not.
-        tokens: [experts] int64, tokens sent to each expert since the last `take_counts`, as are the others.
+        tokens: [experts] int64, tokens sent to each expert since the last `take_counts`, as are the others; without
+            `seen`, those of the last micro-batches, whose sum is made outside of the layer.
         dropped: int64, choices dropped because of the capacity.
         balance_loss: this rank's share of the balancing loss, before its coefficient, added up over micro-batches.
         balance_rows: the same before the sum over tokens, [tokens of a micro-batch].
@@ -131,6 +134,7 @@ class Router(TopKRouter):
             self.cuda(torch.cuda.current_device())  # megatron makes the weight on the host and leaves it there
         self.loss_weight: float | torch.Tensor = 1.0
         self.tokens = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=self.weight.device)
+        self.seen: list[torch.Tensor] = []
         self.dropped = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         self.balance_loss = torch.zeros((), device=self.weight.device)
         self.balance_rows = torch.zeros(0, device=self.weight.device)
@@ -178,7 +182,7 @@ class Router(TopKRouter):
             kept = routing_map & chosen  # with --moe-pad-expert-input-to-capacity the map has more
             self.dropped += chosen.sum() - kept.sum()
             chosen = kept
-        self.tokens += chosen.sum(0)
+        self.note(chosen.sum(0))
         return self._with_losses(probs, logits, padding), routing_map
 
     @property
@@ -290,10 +294,22 @@ class Router(TopKRouter):
             loss = share if loss is None else loss + share
         return probs if loss is None else MoEAuxLossAutoScaler.apply(probs, loss * self.loss_weight)
 
+    def note(self, counts: torch.Tensor) -> None:
+        """Tokens of each expert in a micro-batch, [experts] int64, for `take_counts`."""
+        self.seen.append(counts)
+        if len(self.seen) == _SEEN:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if self.seen:
+            self.tokens += torch.stack(self.seen).sum(0)
+            self.seen.clear()
+
     def take_counts(self) -> torch.Tensor:
         """[experts + 3] float32: `tokens`, `dropped`, `balance_loss`, `micro_batches`; they are reset to 0."""
         micro_batches = torch.full_like(self.balance_loss, self.micro_batches)
         balance_loss = self.balance_loss + self.balance_rows.sum()
+        self._add_up()
         counts = [self.tokens.float(), torch.stack([self.dropped.float(), balance_loss, micro_batches])]
         for count in (self.tokens, self.dropped, self.balance_loss, self.balance_rows):
             count.zero_()

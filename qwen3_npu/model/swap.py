@@ -206,6 +206,8 @@ class LayerPass:
         """Start copies to the device of storages that are not there."""
         if self.traffic.leaving is self:
             self.traffic.leaving = None
+            if self.departed is not None:  # backward gives the memory back, which the copy still reads
+                torch.cuda.current_stream().wait_event(self.departed)
         if not self.is_away:
             return
         self.is_away = False

@@ -67,6 +67,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         overlap_grads=optimizer.overlap_grad_reduce,
         overlap_params=optimizer.overlap_param_gather,
         overlap_experts=train.moe_alltoall_overlap_comm,
+        interleaved=args.overlap.moe_fb_overlap and layout.expert > 1,
     )
 
 

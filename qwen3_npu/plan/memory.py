@@ -182,9 +182,10 @@ def sharded_bytes(setup: Setup, trained: Counts, state: float) -> float:
 def in_flight(setup: Setup, stage: int) -> int:
     """Model chunks whose activations a stage holds at the same time."""
     stages, chunks, passes = setup.pipeline, setup.virtual, setup.num_microbatches
+    more = 2 if setup.interleaved else 1
     if chunks == 1:
-        return min(passes, stages - stage)
-    return min(passes * chunks, (stages - stage - 1) * 2 + (chunks - 1) * stages + 1)
+        return min(passes, stages - stage - 1 + more)
+    return min(passes * chunks, (stages - stage - 1) * 2 + (chunks - 1) * stages + more)
 
 
 def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> tuple[float, float]:

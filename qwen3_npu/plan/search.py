@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from qwen3_npu.args.lora import FreezeArgs, LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
-from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, TensorOverlapArgs
+from qwen3_npu.args.parallel import OverlapArgs, ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.pretrain import PretrainArgs
@@ -244,7 +244,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         model=ModelArgs(model=args.model, hf_dir=args.hf_dir),
         shape=ShapeArgs(max_position_embeddings=args.seq_length),
         parallel=ParallelArgs(),
-        overlap=TensorOverlapArgs(),
+        overlap=OverlapArgs(),
         runtime=RuntimeArgs(),
         train=TrainArgs(train_iters=1, seq_length=args.seq_length, global_batch_size=args.global_batch_size, bf16=True),
         optimizer=OptimizerArgs(

@@ -42,6 +42,7 @@ class Setup:
             project).
         sizes_on_device: the host does not wait for the sizes of that exchange (HybridEP; not in this project).
         overlap_tensor, overlap_experts: tensor-parallel, or expert, communication is hidden behind products.
+        interleaved: passes of two micro-batches hide each other's expert communication.
         fused_tensor: by the device's own operations; else in `tensor_pieces` pieces.
         pad: share of a batch's tokens that are padding.
         reference: a frozen copy of the model is in memory (preference training).
@@ -92,6 +93,7 @@ class Setup:
     overlap_params: bool = False
     overlap_tensor: bool = False
     overlap_experts: bool = False
+    interleaved: bool = False
     gathered: bool = False
     two_levels: bool = False
     sizes_on_device: bool = False

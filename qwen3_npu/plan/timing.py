@@ -12,6 +12,7 @@ import dataclasses
 from qwen3_npu.plan.activations import MINDSPEED, layer_bytes, routed_rows
 from qwen3_npu.plan.device import Device
 from qwen3_npu.plan.hiding.costs import attention_products, product_seconds
+from qwen3_npu.plan.hiding.experts import left_by_turns
 from qwen3_npu.plan.hiding.exposed import (
     context_seconds,
     data_seconds,
@@ -20,13 +21,14 @@ from qwen3_npu.plan.hiding.exposed import (
     pipeline_seconds,
     tensor_seconds,
 )
+from qwen3_npu.plan.memory import in_flight
 from qwen3_npu.plan.parameters import trained_counts
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape
 
 # Operations that the host launches, forward and backward: of one layer without and with experts, more for each way to
 # train it, and of a micro-batch outside of the layers. tests/golden/launches_npu.txt has the counts.
-LAYER_LAUNCHES = {False: (13, 23), True: (26, 36)}
+LAYER_LAUNCHES = {False: (13, 23), True: (25, 36)}
 MORE_LAUNCHES = {"lora": (7, 8), "expert": (6, 4), "ring": (19, 17), "sequence_parallel": (8, 0)}
 END_LAUNCHES = 43, 15
 # Of an exchange in pieces that products hide: once, and for each piece but the first.
@@ -212,6 +214,8 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         counts[kind] * launches(setup, kind, share, pieces=pieces_of(shape, setup)) for kind in counts
     ) + sum(END_LAUNCHES)
     computing = products + attention + kernels + recompute
+    if setup.interleaved:
+        expert = left_by_turns(expert, computing, in_flight(setup, stage) - 1, passes * setup.virtual)
     asks = setup.expert * setup.expert_tensor > 1 and not setup.sizes_on_device
     waits = sparse * (2 + share) if asks else 0.0
     tensor = number * tensor_seconds(shape, setup, device) * (1 + share / 2)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from qwen3_npu.errors import UsageError
 from qwen3_npu.platform.base import Platform
 
-DEVICES = ("auto", "npu", "cuda", "cpu")
-
 
 def select_platform(name: str, npu_asd: str | None = None) -> Platform:
     """The platform for `--device`; `auto` takes an NPU, then a CUDA GPU, then the CPU.

@@ -217,9 +217,14 @@ def _state(trainer: Trainer) -> list[torch.Tensor]:
 
 
 def _micro_batches(trainer: Trainer) -> int:
-    """The number of micro-batches that fill the pipeline: memory does not change afterwards."""
+    """The number of micro-batches that fill the pipeline: memory does not change afterwards.
+
+    Of interleaved passes more: the first forward and the last backward passes are alone.
+    """
     stages, chunks = trainer.plan.layout.pipeline, trainer.plan.layout.virtual
     enough = stages * 2 if chunks > 1 else stages + 1
+    if trainer.chunks[0].config.overlap_moe_expert_parallel_comm:
+        enough = stages * 4
     return min(trainer.plan.num_microbatches, enough)
 
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core.transformer.moe import token_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from qwen3_npu.distributed import agreement
+from qwen3_npu.distributed import agreement, turns
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.model import dispatcher
 
@@ -27,6 +27,20 @@ def _same_everywhere(objects: list[Any], own: Any, group: Any = None) -> None:
 def _balanced_counts(everyone: torch.Tensor, rows: int) -> torch.Tensor:
     """Rows of each expert, [ep, etp, experts] int64 with data, if every expert gets the same number."""
     return torch.full(everyone.shape, rows // everyone.shape[-1], dtype=everyone.dtype)
+
+
+def _same_modes() -> contextlib.AbstractContextManager:
+    """torch's modes belong to a thread: what watches this one is to watch the second one, too."""
+    modes = _get_current_dispatch_mode_stack()
+
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            yield
+
+    return entered()
 
 
 class _HostNumbers(list[int]):
@@ -77,6 +91,7 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         (dist.distributed_c10d, "new_group", pretended_group),
         (dist, "all_gather_object", _same_everywhere),
         (agreement, "smallest", list),
+        (turns, "surroundings", _same_modes),
         (dist, "broadcast_object_list", lambda *_, **__: None),
         # Weights are made in 16 bits; torch cannot exchange a module's parameters that have no data.
         (torch.nn.Module, "bfloat16", unchanged),

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-
 from qwen3_npu import log
 from qwen3_npu.errors import Stopped
-
-
-def anywhere(bad: bool, device: torch.device) -> bool:
-    """Whether a value is true on any rank of the job. Every rank must call this."""
-    flag = torch.tensor(float(bad), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
 
 
 class NanGuard:

@@ -173,6 +173,7 @@ class Trainer:
             self.args.train,
             variable_lengths=self.args.data.variable_seq_lengths,
             overlaps_p2p_safely=self.platform.overlaps_p2p_safely,
+            interleaved=self.args.overlap.moe_fb_overlap,
         )
 
     def load(self) -> None:

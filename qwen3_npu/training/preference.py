@@ -99,7 +99,7 @@ def log_probs_of(batch: MicroBatch, losses: torch.Tensor) -> LogProbs:
     per_token = torch.stack((-losses, torch.ones_like(losses)))
     parts = torch.cat((per_token * batch.loss_mask, per_token * batch.answers.text_mask)).flatten(1)
     # Not index_add: its gradient is the same gather, and its sum has no fixed order on devices.
-    member = torch.nn.functional.one_hot(where, count).to(parts.dtype)
+    member = (where.unsqueeze(-1) == torch.arange(count, device=where.device)).to(parts.dtype)
     sums = parts @ member
     if parallel_state.get_context_parallel_world_size() > 1:
         sums = _SumOverContext.apply(sums, parallel_state.get_context_parallel_group())

@@ -88,6 +88,14 @@ _LABELS = {
     "EXPERT_TENSOR_PARALLEL_GROUP": "etp",
     "EXPERT_DATA_PARALLEL_GROUP": "edp",
     "MODEL_PARALLEL_GROUP": "tp-pp",
+    "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tp-cp",
+    "TENSOR_AND_DATA_PARALLEL_GROUP": "tp-dp",
+    "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp-dp",
+    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "ep-etp",
+    "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": "ep-pp",
+    "EMBEDDING_GROUP": "embedding",
+    "INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "dp-cp",
+    "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "dist-opt",
 }
 
 
@@ -114,7 +122,8 @@ class Recorder:
     def __init__(self, state: State, times: Times) -> None:
         self.state, self.times = state, times
         self.labels: dict[int, str] = {}  # channel -> what its group is called
-        self.open: dict[int, tuple[tuple[int, int, int], str]] = {}  # id of a work -> what `leave` needs, its group
+        # id of a work -> what `leave` needs (None: of several calls), its group
+        self.open: dict[int, tuple[tuple[int, int, int] | None, str]] = {}
         self.replaced: list[tuple[type, str, Any]] = []
 
     def install(self) -> None:
@@ -122,6 +131,8 @@ class Recorder:
         for name, kind in METHODS.items():
             if name in ProcessGroup.__dict__:
                 self._replace(ProcessGroup, name, self._method(ProcessGroup.__dict__[name], kind))
+        if "_end_coalescing" in ProcessGroup.__dict__:
+            self._replace(ProcessGroup, "_end_coalescing", self._end(ProcessGroup.__dict__["_end_coalescing"]))
         self._replace(Work, "wait", self._wait(Work.__dict__["wait"]))
 
     def remove(self) -> None:
@@ -165,11 +176,23 @@ class Recorder:
 
         return method
 
+    def _end(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Several calls are handed over together: their group is that of the work."""
+
+        def end(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            work = original(group, *args, **kwargs)
+            if work is not None and group.size() > 1 and threading.get_ident() not in BESIDE:
+                self.open[id(work)] = None, label(group)
+            return work
+
+        return end
+
     def _wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def wait(work: Work, *args: object, **kwargs: object) -> Any:
-            if threading.get_ident() in BESIDE:
+            # Without an entry nobody else is in that group, or it has been waited for.
+            if threading.get_ident() in BESIDE or id(work) not in self.open:
                 return original(work, *args, **kwargs)
-            token, label = self.open.pop(id(work), (None, ""))
+            token, label = self.open.pop(id(work))
             self.times.begin_wait(label)
             start = time.monotonic()
             result = original(work, *args, **kwargs)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from qwen3_npu.watch.device import DeviceEvent, DeviceTimes
 from qwen3_npu.watch.state import PHASES, STEP
 
-GROUPS = ("tp", "pp", "dp", "dp-cp", "cp", "ep", "etp", "edp", "tp-pp", "world", "other groups")
+_OF_RANKS = ("tp", "pp", "dp", "dp-cp", "cp", "ep", "etp", "edp", "tp-pp", "tp-cp", "tp-dp", "ep-etp", "ep-pp")
+GROUPS = (*_OF_RANKS, "embedding", "dist-opt", "world", "other groups")
 # pause: between steps, without a use of the processor; host: see `device`
 KINDS = (*PHASES, *(f"wait {name}" for name in GROUPS), "garbage", "pause", "host")
 IN_STEP = [*map(PHASES.index, STEP)]

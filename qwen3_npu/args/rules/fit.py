@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import PretrainArgs
@@ -37,6 +38,7 @@ def fit_flags(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
     layout = make_layout(arch, args.parallel, args.shape.make_vocab_size_divisible_by, args.shape.padded_vocab_size)
     context = args.parallel.context_parallel_size
     check_world_size(layout, world_size, context)
+    _check_recompute(args.train, layout)
     _check_sequence(args, arch)
     _check_kind(args.train, arch)
     if args.lora.qlora:
@@ -87,6 +89,21 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
     if seq % multiple:
         raise UsageError(f"--seq-length {seq} must be a multiple of {multiple} ({why})")
     _check_context_parallel(args, arch)
+
+
+def _check_recompute(train: TrainArgs, layout: Layout) -> None:
+    """Megatron's groups of recomputed layers are all of one size, within a chunk of the model."""
+    size, is_uniform = train.recompute_num_layers, train.recompute_method == "uniform"
+    if size is None or not is_uniform or train.swap_attention:
+        return
+    lengths = {len(chunk) for stage in layout.chunks for chunk in stage}
+    if any(length % size for length in lengths):
+        held = "a pipeline stage" if layout.virtual == 1 else "a chunk of a virtual pipeline stage"
+        raise UsageError(
+            f"--recompute-method uniform --recompute-num-layers {size} does not divide the "
+            f"{' and '.join(map(str, sorted(lengths)))} layers of {held}; use one of "
+            f"{divisors(math.gcd(*lengths))}, or --recompute-method block"
+        )
 
 
 def _check_kind(train: TrainArgs, arch: Qwen3Arch) -> None:

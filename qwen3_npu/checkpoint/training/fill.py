@@ -59,7 +59,8 @@ def load_weights(
             if not allow_nonfinite:
                 # Both are NaN if anything is; they stay on the device, which is waited for once.
                 label = " + ".join(dict.fromkeys(piece.hf for piece in shard.slices)) or name
-                extremes[label] = torch.stack([filled.min(), filled.max()]).float()
+                # The scales of 4-bit weights are on the host.
+                extremes[label] = torch.stack([filled.min(), filled.max()]).float().to(parameters[name].device)
     if extremes:
         finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist()
         if wrong := [label for label, is_finite in zip(extremes, finite, strict=True) if not is_finite]:

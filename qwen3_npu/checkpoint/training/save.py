@@ -174,9 +174,7 @@ def begin_save(
             lambda writing: write_rank(held, stage, args.ckpt_format, writing, writes=rank in writers),
             lambda writing: exchange(disks, writing) if disks is not None else None,
         ),
-        (lambda: commit(held.target, stage, folder, writers, args=args, config=config, trained=trained))
-        if keeps
-        else None,
+        (lambda: commit(held.target, stage, folder, writers, args=args, config=config)) if keeps else None,
         stage,
         writers=writers,
         background=args.async_save,
@@ -306,7 +304,6 @@ def commit(
     *,
     args: CheckpointArgs,
     config: Path | None,
-    trained: Trained,
 ) -> None:
     """Write the common files, seal the checkpoint and make it visible; then delete old ones."""
     root = folder.parent

@@ -6,9 +6,10 @@ import hashlib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
@@ -45,6 +46,8 @@ from qwen3_npu.data.text.tokenizer import TokenizerFolder
 from qwen3_npu.errors import UsageError, choose
 
 Make = Callable[[PreprocessArgs, TokenizerFolder], Handler]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
@@ -128,6 +131,8 @@ def maker(name: str) -> Make:
     if ":" not in name:
         return choose(HANDLERS, name, "--handler-name")
     module, _, function = name.partition(":")
+    if not module or not function:
+        raise UsageError(f"--handler-name {name}: give module:function, such as forum:forum for a function in forum.py")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -140,7 +145,7 @@ def maker(name: str) -> Make:
 
     def make(args: PreprocessArgs, tokenizer: TokenizerFolder) -> Handler:
         try:
-            handler = found(args, tokenizer)
+            handler = in_own_handler(name, found)(args, tokenizer)
         except TypeError as error:
             raise UsageError(f"--handler-name {name}: it takes (args, tokenizer): {error}") from None
         for attribute in ("outputs", "columns", "prepare", "documents"):
@@ -150,6 +155,27 @@ def maker(name: str) -> Make:
         return handler
 
     return make
+
+
+def in_own_handler(name: str | None, function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, but an exception in the file of a user's handler becomes a `UsageError` with its line."""
+    module = sys.modules.get(name.partition(":")[0]) if name and ":" in name else None
+    if (file := getattr(module, "__file__", None)) is None:
+        return function
+
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        try:
+            return function(*args, **options)
+        except UsageError:
+            raise
+        except Exception as error:  # the user's own program
+            lines = [place.lineno for place in traceback.extract_tb(error.__traceback__) if place.filename == file]
+            if not lines:
+                raise
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UsageError(f"--handler-name {name}: {what} ({file}:{lines[-1]})") from error
+
+    return call
 
 
 def own_source(name: str | None) -> str | None:

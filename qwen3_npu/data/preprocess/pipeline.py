@@ -13,6 +13,7 @@ from typing import TypeVar
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.handler import Handler, Prepared, Produced, produce
+from qwen3_npu.data.preprocess.handlers import in_own_handler
 from qwen3_npu.data.read.blocks import RecordBlock, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.encoder import Encoder
@@ -75,18 +76,20 @@ def documents(
     counters = {"bytes": "B", "records": "records", "tokens": "tokens"}
     workers = args.output.workers or available_cpus()
     what = "check" if args.check.check else "preprocess"
+    prepare = in_own_handler(args.records.handler_name, handler.prepare)
+    make = in_own_handler(args.records.handler_name, produce)
     with (
         Progress(what, inputs.size or None, counters) as progress,
         ThreadPoolExecutor(1) as preparing,
         ThreadPoolExecutor(workers) as encoding,
-        contextlib.closing(in_order(preparing, handler.prepare, blocks, _PREPARED)) as prepared,
+        contextlib.closing(in_order(preparing, prepare, blocks, _PREPARED)) as prepared,
     ):
         for _ in range(totals.blocks):
             progress.counts["bytes"] += next(blocks).size
         waiting = dict.fromkeys(counters, 0)
 
         def encoded(item: tuple[RecordBlock, Prepared]) -> Produced:
-            return produce(handler, item[1], encoder.result())
+            return make(handler, item[1], encoder.result())
 
         for (block, _), produced in in_order(encoding, encoded, prepared, 2 * workers):
             _count_bad(produced, totals, args.records.max_bad_records)

@@ -53,10 +53,12 @@ class ConversationHandler(abc.ABC, Generic[Sample]):
     """Base class of the handlers of conversations: records to strings.
 
     Attributes:
+        kind: type of the samples.
         look: (conversation or pair) -> warnings; set by --check.
     """
 
     outputs: Sequence[str] = ()
+    kind: type[Sample]
     look: Callable[[Sample], Iterable[str]] | None = None
 
     def __init__(self, read: Callable[[Mapping[str, Any], Columns], Sample], columns: Columns, style: Style) -> None:
@@ -98,6 +100,9 @@ class ConversationHandler(abc.ABC, Generic[Sample]):
             before = len(strings)
             try:
                 conversation = self.read(record, self.names)
+                if not isinstance(conversation, self.kind):
+                    given, wanted = type(conversation).__name__, self.kind.__name__
+                    raise ValueError(f"{self.read.__name__}() of the handler returned a {given}, not a {wanted}")
                 _count(conversation, counts)
                 for text in set(self.look(conversation)) if self.look else ():
                     warnings.setdefault(text, []).append(number)
@@ -118,6 +123,7 @@ class InstructionHandler(ConversationHandler[Conversation]):
     """input_ids, attention_mask (ones) and labels of each conversation."""
 
     outputs = ("packed_input_ids", "packed_attention_mask", "packed_labels")
+    kind = Conversation
 
     def pieces(self, conversation: Conversation) -> Iterable[list[str]]:
         """The source and the target of each turn."""
@@ -196,6 +202,7 @@ class PairwiseHandler(ConversationHandler[PreferencePair]):
         "packed_rejected_input_ids",
         "packed_rejected_labels",
     )
+    kind = PreferencePair
 
     def pieces(self, conversation: PreferencePair) -> Iterable[list[str]]:
         """The prompt and both answers."""
@@ -218,6 +225,7 @@ class KtoHandler(ConversationHandler[Judged]):
     """An answer to a prompt as ids and labels, and whether it is desirable: one number, 1 or 0."""
 
     outputs = ("packed_answer_input_ids", "packed_answer_labels", LABEL)
+    kind = Judged
 
     def pieces(self, conversation: Judged) -> Iterable[list[str]]:
         """The prompt and the answer."""

@@ -22,7 +22,6 @@ TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
     "qwen3": lambda tokenizer: QWEN3_TEMPLATE,
     "hf": hf_template,
 }
-PROMPT_TYPES = (AUTO, *TEMPLATES)
 
 
 def resolved(prompt_type: str, tokenizer: TokenizerFolder) -> str:

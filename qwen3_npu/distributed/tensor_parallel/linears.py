@@ -56,8 +56,11 @@ OVERLAPPED = {ColumnParallelLinear: OverlappedColumn, RowParallelLinear: Overlap
 
 
 def link_linears(model: torch.nn.Module) -> None:
-    """Connect the two linears of each attention and MLP."""
+    """Connect the two linears of each attention and MLP, and say where the device's fused operations will not serve."""
     for module in model.modules():
+        if isinstance(module, OverlappedColumn | OverlappedRow):
+            for weight in (module.weight.t(), module.weight):  # forward, backward
+                module.overlap.fused_for(weight, weight, module.tp_group)
         for first, second in (("linear_qkv", "linear_proj"), ("linear_fc1", "linear_fc2")):
             column, row = (_base(getattr(module, name, None)) for name in (first, second))
             if isinstance(column, OverlappedColumn) and isinstance(row, OverlappedRow):

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce_scatter_along_first_dim
 
+from qwen3_npu.distributed.turns import pass_turn
+
 _TAIL = 16  # bytes behind a token: a router weight of any dtype, and rows stay aligned for kernels
 
 
@@ -133,6 +135,12 @@ class Launched:
         return self.out
 
 
+def _meanwhile(launched: Launched) -> torch.Tensor:
+    """What arrives; until then another micro-batch may be computed (--moe-fb-overlap)."""
+    pass_turn()
+    return launched.arrived()
+
+
 def to_experts(rows: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and router weights, sorted by expert, from rows as they arrive from the ranks."""
     if len(piece.gathered) > 1:
@@ -226,13 +234,13 @@ class _Dispatched(torch.autograd.Function):
     def forward(ctx: Any, rows: torch.Tensor, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
         (piece,) = exchange.pieces
         ctx.exchange = exchange
-        return to_experts(Launched(rows, (piece.sent, piece.received), exchange).arrived(), piece, exchange)
+        return to_experts(_meanwhile(Launched(rows, (piece.sent, piece.received), exchange)), piece, exchange)
 
     @staticmethod
     def backward(ctx: Any, dx: torch.Tensor, dweights: torch.Tensor) -> tuple[torch.Tensor, None]:
         (piece,) = ctx.exchange.pieces
         rows = to_experts_back(dx, dweights, piece, ctx.exchange)
-        return Launched(rows, (piece.received, piece.sent), ctx.exchange).arrived(), None
+        return _meanwhile(Launched(rows, (piece.received, piece.sent), ctx.exchange)), None
 
 
 class _Combined(torch.autograd.Function):
@@ -240,10 +248,10 @@ class _Combined(torch.autograd.Function):
     def forward(ctx: Any, out: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         (piece,) = exchange.pieces
         ctx.exchange = exchange
-        return Launched(from_experts(out, piece, exchange), (piece.received, piece.sent), exchange).arrived()
+        return _meanwhile(Launched(from_experts(out, piece, exchange), (piece.received, piece.sent), exchange))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (piece,) = ctx.exchange.pieces
-        grad = Launched(grad, (piece.sent, piece.received), ctx.exchange).arrived()
+        grad = _meanwhile(Launched(grad, (piece.sent, piece.received), ctx.exchange))
         return from_experts_back(grad, piece, ctx.exchange), None

@@ -61,8 +61,9 @@ def principal(
         A [.., r, in]; B [.., out, r]. The one on the sharded side is this rank's part.
     """
     axis, dtype = dim - 2, weight.dtype
+    weight = weight.contiguous()  # as NCCL and HCCL want what they send, and where it goes
     parts = [torch.empty_like(weight) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, weight.contiguous(), group=group)
+    torch.distributed.all_gather(parts, weight, group=group)
     u, values, v = torch.linalg.svd(torch.cat(parts, axis).float(), full_matrices=False)
     roots = (values[..., :r] / scale).sqrt()
     a, b = (roots.unsqueeze(-1) * v[..., :r, :]).to(dtype), (u[..., :r] * roots.unsqueeze(-2)).to(dtype)

@@ -36,7 +36,7 @@ def order(setup: Setup, stage: int) -> list[tuple[bool, int, int]]:
     ids = ids if chunks > 1 else [(number, 0) for number in range(passes)]
     back = [(number, chunks - 1 - chunk) for number, chunk in ids]
     ahead = stages - stage - 1 if chunks == 1 else (stages - stage - 1) * 2 + (chunks - 1) * stages
-    ahead = min(total, ahead)
+    ahead = min(total, ahead + int(setup.interleaved))  # a forward pass needs another one's backward beside it
     found = [(True, *one) for one in ids[:ahead]]
     for number in range(total):
         found += [(True, *ids[number + ahead])] if number + ahead < total else []

@@ -38,6 +38,7 @@ class SwappedState(SlicedState):
         done: list[torch.cuda.Event | None] = []
         for number in range(len(self.slices) + 1):
             if number < len(self.slices):  # the next slice arrives
+                self._release(there, number - 1)
                 there.append(self._fetch(self.slices[number], arriving))
                 done.append(self._event(arriving))
             if number == 0:
@@ -45,16 +46,21 @@ class SwappedState(SlicedState):
             self._wait(done[number - 1])
             self.update(self.slices[number - 1], there[number - 1], count)
             self._return(self.slices[number - 1], there[number - 1], leaving)
-            there[number - 1] = []  # the allocator may give it to the slice after the next
+        self._release(there, len(there))
         if leaving is not None:
             torch.cuda.current_stream().wait_stream(leaving)
+
+    def _release(self, there: list[list[list[torch.Tensor]]], end: int) -> None:
+        """Give the memory of the slices before `end` back, for the stream that it is of: they have been updated and
+        have left."""
+        if self.streams:
+            for stream in (torch.cuda.current_stream(), self.streams[1]):
+                self.streams[0].wait_stream(stream)
+        there[: max(end, 0)] = [[] for _ in there[: max(end, 0)]]
 
     def _fetch(self, pieces: Sequence[StatePiece], stream: torch.cuda.Stream | None) -> list[list[torch.Tensor]]:
         if stream is None:
             return [[tensor.clone() for tensor in piece.of(_tensors(piece))] for piece in pieces]
-        # The slice before the last has been updated and has left: its memory is taken for this one.
-        stream.wait_stream(torch.cuda.current_stream())
-        stream.wait_stream(self.streams[1])
         with torch.cuda.stream(stream):
             return [[t.to(self.device, non_blocking=True) for t in piece.of(_tensors(piece))] for piece in pieces]
 

@@ -7,8 +7,6 @@ import functools
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -25,8 +23,8 @@ from qwen3_npu.model.arch import Qwen3Arch, to_hf_config
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.numbers import number_list
 from qwen3_npu.training.prepare.plan import plan_training
+from scripts import ROOT, originals
 
-ROOT = Path(__file__).resolve().parents[3]
 TRAINING = (pretrain.GROUPS, FOREIGN_TRAINING)
 CONVERT = (convert.ConvertArgs, convert.TargetArgs, convert.LoraConvertArgs, convert.LegacyConvertArgs)
 PROGRAMS = {
@@ -51,30 +49,7 @@ CODER = dataclasses.replace(
 BASE = ["--train-iters", "2", "--lr", "1e-5", "--data-path", "x"]
 
 
-class Script(NamedTuple):
-    """What a script runs."""
-
-    program: str
-    processes: int
-    flags: list[str]
-
-
-def scripts() -> dict[str, Script]:
-    """By name."""
-    flags: dict[str, list[str]] = {}
-    found = {}
-    for line in (ROOT / "tests" / "mindspeed_flags.txt").read_text().splitlines()[1:]:
-        if match := re.fullmatch(r"(\d+) (--.*)", line):
-            flags[match[1]] = match[2].split(" ")
-        else:
-            name, program, numbers = line.split(": ")
-            program, _, processes = program.partition(" on ")
-            words = [word for number in numbers.split() for word in flags[number]]
-            found[name] = Script(program, int(processes or 1), words)
-    return found
-
-
-SCRIPTS = scripts()
+SCRIPTS = originals()
 
 
 def test_all_scripts_are_here() -> None:

@@ -134,6 +134,15 @@ def test_padded_experts_of_ranks_with_other_micro_batches_need_one_length(made: 
     fit_flags(parsed(made, *flags, *within, "--no-pad-to-seq-lengths"), tiny.arch("moe"), 2)
 
 
+def test_groups_of_recomputed_layers_divide_a_stage(made: Path) -> None:
+    """Megatron takes whole groups beyond the last layer, which is an IndexError in the first step."""
+    flags = ["--seq-length", "16", "--recompute-granularity", "full", "--recompute-num-layers", "3"]
+    with pytest.raises(UsageError, match="3 does not divide the 4 layers of a pipeline stage; use one of 1, 2, 4, or "):
+        fit_flags(parsed(made, *flags, "--recompute-method", "uniform"), tiny.arch(), 1)
+    fit_flags(parsed(made, *flags, "--recompute-method", "block"), tiny.arch(), 1)
+    fit_flags(parsed(made, *flags[:-1], "2", "--recompute-method", "uniform"), tiny.arch(), 1)
+
+
 def test_a_split_that_leaves_nothing_is_refused(made: Path) -> None:
     for split, evaluates, name in (("0,100,0", False, "training"), ("100,0,0", True, "validation")):
         args = parsed(made, "--split", split)
