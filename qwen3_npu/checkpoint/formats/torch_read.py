@@ -283,9 +283,11 @@ def _layout(
     arch, tensor_parallel = contents.arch, getattr(args, "tensor_model_parallel_size", 1)
     padded = getattr(args, "padded_vocab_size", None) or arch.vocab_size
     if contents.base:
-        if EMBEDDING.megatron not in tensors:
+        beside = EMBEDDING.megatron.replace(".weight", ".base_layer.weight")  # where it has an adapter
+        embedding = tensors.get(EMBEDDING.megatron, tensors.get(beside))
+        if embedding is None:
             raise UsageError(f"{path} has no word embedding; it is not the first pipeline stage of a GPT model")
-        padded = tensors[EMBEDDING.megatron][0] * tensor_parallel
+        padded = embedding[0] * tensor_parallel
     return layout_from_args(
         args,
         arch,
