@@ -1,8 +1,8 @@
 """The constants of each device: one table, each published constant with its source.
 
 `benchmarks/planning/fit_devices.py` fits efficiencies and overheads; errors are those of runs outside the fit.
-Hopper GPUs: 19 published runs, median error 10 %. Ascend devices: 20 cases of MindSpeed-LLM's CI (one node, few layers),
-median error 15 %. The constants of A100 are guesses. `learn` replaces all of them by those of your own runs.
+Hopper GPUs: 19 published runs, median error 10 %. Ascend devices: 20 cases of MindSpeed-LLM's CI (one node, few
+layers), median error 15 %. The constants of A100 are guesses. `learn` replaces all of them by those of your own runs.
 """
 
 from __future__ import annotations
