@@ -9,7 +9,7 @@ import torch
 is_being_made = False
 
 
-def on_host(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+def host_tensor(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
     """An uninitialized tensor in host memory. If it is pinned, the device copies from and to it asynchronously."""
     global is_being_made
     is_being_made = True

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from qwen3_npu.errors import UsageError, did_you_mean
 from qwen3_npu.evaluation.task import LETTERS, LIKELIHOOD, Task
 
-Columns = dict[str, str]
+QuestionColumns = dict[str, str]
 
 
 class Question(NamedTuple):
@@ -27,8 +27,8 @@ class Question(NamedTuple):
 
     subject: str
     number: int
-    columns: Columns
-    examples: tuple[Columns, ...]
+    columns: QuestionColumns
+    examples: tuple[QuestionColumns, ...]
     gold: int
 
 
@@ -96,7 +96,7 @@ def _find(root: Path, names: Sequence[str], subject: str) -> Path | None:
 
 def _examples(
     task: Task, root: Path, test: Path, subject: str, *, shots: int
-) -> Callable[[Columns], tuple[Columns, ...]]:
+) -> Callable[[QuestionColumns], tuple[QuestionColumns, ...]]:
     """A function that gives the examples of the next question."""
     if not shots:
         return lambda row: ()
@@ -115,7 +115,7 @@ def _examples(
         return lambda row: first
     generator = random.Random(task.drawn)
 
-    def draw(row: Columns) -> tuple[Columns, ...]:
+    def draw(row: QuestionColumns) -> tuple[QuestionColumns, ...]:
         if not task.spare:
             return tuple(generator.sample(rows, shots))
         drawn = [example for example in generator.sample(rows, shots + 1) if example != row][:shots]
@@ -126,7 +126,7 @@ def _examples(
     return draw
 
 
-def _read(file: Path, task: Task) -> list[Columns]:
+def _read(file: Path, task: Task) -> list[QuestionColumns]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             if file.suffix == ".jsonl":

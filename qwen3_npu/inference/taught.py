@@ -8,7 +8,7 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import MEGATRON
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.preprocess import THINKING
-from qwen3_npu.checkpoint.convert.prompts import PROMPTS, read_prompts
+from qwen3_npu.checkpoint.convert.prompts import PROMPTS, read_prompt_settings
 from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.data.text.prompt_types import AUTO, TEMPLATES, misfit, resolved
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
@@ -41,7 +41,7 @@ def read_taught(weights: WeightArgs) -> Taught | None:
     """
     for folder, step in ((weights.lora_load, None), (weights.load, weights.ckpt_step)):
         found = find(folder, step) if folder is not None else None
-        said = {} if found is None else read_prompts(found)
+        said = {} if found is None else read_prompt_settings(found)
         prompt_type, thinking = said.get("prompt_type"), said.get("enable_thinking", "none")
         if prompt_type in TEMPLATES and thinking in THINKING:
             return Taught(prompt_type, thinking, said.get("tokenizer_digest"))

@@ -41,7 +41,7 @@ def png(pixels: np.ndarray) -> bytes:
     )
 
 
-def stacked(columns: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> np.ndarray:
+def stacked_columns(columns: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> np.ndarray:
     """A column for each record, with the kinds stacked from below; uint8 [height, width, 3].
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qwen3_npu.ledger.picture import COLOURS, png, stacked
+from qwen3_npu.ledger.picture import COLOURS, png, stacked_columns
 from qwen3_npu.ledger.records import LedgerEntry
 from qwen3_npu.ledger.why import explained, facts_line, total, why
 
@@ -15,7 +15,7 @@ _SHOWN = 0.005  # of the time; less is left out of a line
 def report(entries: Sequence[LedgerEntry], name: str, picture: Path) -> list[str]:
     """Lines for the console; the picture is written. Raises: OSError: it cannot be."""
     lines, order = _table(entries)
-    picture.write_bytes(png(stacked([entry.mean for entry in entries], order)))
+    picture.write_bytes(png(stacked_columns([entry.mean for entry in entries], order)))
     return [
         f"{name}: {sum(entry.steps for entry in entries)} steps to step {entries[-1].step}; {facts_line(entries)}",
         *lines,

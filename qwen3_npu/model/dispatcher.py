@@ -15,7 +15,7 @@ from qwen3_npu.model.expert_parallel.exchange import (
     ExchangePiece,
     combined,
     dispatched,
-    parts_of,
+    expert_parts,
     pieces_of,
     widened,
     with_weights,
@@ -91,7 +91,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
             return x.view(len(x), self.ep_size, self.pieces, -1).transpose(1, 2).flatten(1)
         if self.order is None:
             numbers = torch.arange(self.num_experts, device=x.device).view(self.ep_size, -1)
-            parts = parts_of(self.num_local_experts, self.pieces)
+            parts = expert_parts(self.num_local_experts, self.pieces)
             self.order = torch.cat([numbers[:, part].flatten() for part in parts])
         return x.index_select(1, self.order)
 

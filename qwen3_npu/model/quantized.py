@@ -81,7 +81,7 @@ class DoubleScales:
         """Of some rows, flat."""
         codes, device = self.codes[rows].int(), self.codes.device
         block = torch.arange(codes.shape[-1], dtype=torch.int32, device=device)
-        group = ((self.first[rows].unsqueeze(-1) + block) // nf4.GROUP).flatten()
+        group = ((self.first[rows].unsqueeze(-1) + block) // nf4.SCALES_PER_GROUP).flatten()
         values = nf4.dynamic_values(device).index_select(0, codes.flatten())
         return values * self.tops.index_select(0, group) + self.means.index_select(0, group)
 
@@ -97,7 +97,7 @@ class DoubleScales:
         for tensor in places:
             codes, top, mean = nf4.quantize_scales(tensor.values.flatten())
             codes = codes.view_as(tensor.values)
-            numbers = torch.arange(codes.numel(), dtype=torch.int32).view_as(codes) + groups * nf4.GROUP
+            numbers = torch.arange(codes.numel(), dtype=torch.int32).view_as(codes) + groups * nf4.SCALES_PER_GROUP
             for mine, rows, column in tensor.parts:
                 self.codes[mine] = codes[rows, column : column + width].to(self.codes.device)
                 self.first[mine] = numbers[rows, column].to(self.codes.device)
@@ -174,7 +174,7 @@ def restored(parameter: torch.Tensor) -> torch.Tensor:
     )
 
 
-def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+def restored_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """The shape of the weight."""
     kind = held(parameter)
     return tuple(parameter.shape) if kind is None else kind.shape
@@ -220,7 +220,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
         ctx.weight = weight
-        out = x.new_empty(*x.shape[:-1], shape_of(weight)[0])
+        out = x.new_empty(*x.shape[:-1], restored_shape(weight)[0])
         for rows, part in _blocks(weight):
             out[..., rows] = torch.nn.functional.linear(x, part)
             del part  # before the next is restored

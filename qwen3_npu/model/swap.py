@@ -19,7 +19,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from qwen3_npu.args.rules.swapping import Swapping
-from qwen3_npu.host_memory import on_host
+from qwen3_npu.host_memory import host_tensor
 
 
 class _Traffic:
@@ -43,7 +43,7 @@ class _Traffic:
     def take(self, like: torch.Tensor) -> torch.Tensor:
         """Host memory for a copy. No earlier copy still reads it: the `out` stream waits for one that waited for it."""
         free = self._free[like.numel(), like.dtype]
-        return free.pop() if free else on_host(like.shape, like.dtype, pinned=like.device.type != "cpu")
+        return free.pop() if free else host_tensor(like.shape, like.dtype, pinned=like.device.type != "cpu")
 
     def give_back(self, memory: torch.Tensor) -> None:
         self._free[memory.numel(), memory.dtype].append(memory)

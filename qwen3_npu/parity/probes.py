@@ -1,4 +1,4 @@
-"""Operators that a training on one process does not call, with fixed inputs: attention's blocks, decoding, dropout."""
+"""Probe operators that a training on one process does not call: attention's blocks, decoding, dropout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _random(seed: int, shape: Sequence[int]) -> torch.Tensor:
 
 
 def probe(kernels: Kernels, device: torch.device, dtype: str) -> Noted:
-    """Their records."""
+    """The records of these operators."""
     recorder = StepRecorder(lambda step: True, lambda step, noted: None, exact=True)
     wrapped = recorder.wrapped(kernels)
     recorder.begin(1)

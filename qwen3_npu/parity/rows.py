@@ -112,8 +112,8 @@ class ParityRow:
 
     Attributes:
         model: "untied", "tied" or "moe".
-        packed: documents are packed and must not see each other.
-        size: processes that it needs; more are filled with data parallelism.
+        packed: documents are packed and must not attend to each other.
+        size: number of processes that it needs; more are used for data parallelism.
     """
 
     model: str
@@ -128,7 +128,7 @@ class ParityRow:
 
 
 def rows() -> list[ParityRow]:
-    """All of them."""
+    """All rows."""
     tables = [("untied", False, LAYOUTS), ("tied", False, {name: LAYOUTS[name] for name in TIED})]
     tables += [("moe", False, MOE_LAYOUTS), ("untied", True, PACKED_LAYOUTS)]
     tables += [("moe", True, {"EP2": (2, EP2), "TP2 SP EP2": (4, TP2 + SP + EP2)})]

@@ -47,7 +47,7 @@ def seconds_of(operation: Operation, device: Device) -> float:
     return operation.moved / (device.memory_bandwidth * device.streaming)
 
 
-def exchange_seconds(operation: Operation, device: Device) -> float:
+def communication_seconds(operation: Operation, device: Device) -> float:
     """Time of a collective, of a send or receive, or of a fused product's exchange. `moved`: input and output bytes."""
     size, stride, moved = len(operation.ranks), operation.ranks[1] - operation.ranks[0], operation.moved
     if operation.name in PAIRWISE:
@@ -65,7 +65,7 @@ def exchange_seconds(operation: Operation, device: Device) -> float:
 
 def fused_seconds(operation: Operation, device: Device) -> float:
     """Time of a product that communicates at once."""
-    return max(product_seconds(device, operation.flops), exchange_seconds(operation, device)) / device.fused
+    return max(product_seconds(device, operation.flops), communication_seconds(operation, device)) / device.fused
 
 
 def played(
@@ -98,7 +98,7 @@ def played(
             seconds = 0.0 if operation.ranks else seconds_of(operation, device)
             now, busy = now + seconds, busy + seconds * times
             continue
-        seconds = fused_seconds(operation, device) if operation.is_fused else exchange_seconds(operation, device)
+        seconds = fused_seconds(operation, device) if operation.is_fused else communication_seconds(operation, device)
         ends[number] = free[operation.ranks] = max(now, free.get(operation.ranks, 0.0)) + seconds
         if operation.is_fused:
             product = product_seconds(device, operation.flops)

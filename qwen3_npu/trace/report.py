@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3_npu.plan.device import GIB, Device
 from qwen3_npu.plan.memory import StageMemory
-from qwen3_npu.trace.overlap import Played, exchange_seconds, fused_seconds, played, seconds_of
+from qwen3_npu.trace.overlap import Played, communication_seconds, fused_seconds, played, seconds_of
 from qwen3_npu.trace.rank import RankTrace
 from qwen3_npu.trace.record import Operation
 
@@ -85,7 +85,7 @@ def exchanged(trace: RankTrace, device: Device, passes: int) -> dict[tuple[str, 
             continue
         group = trace.groups.get(operation.ranks, "pair")
         key = group, operation.name.removeprefix("c10d.").removeprefix("npu.").lstrip("_"), size
-        seconds = exchange_seconds(operation, device) if operation.waits else 0.0
+        seconds = communication_seconds(operation, device) if operation.waits else 0.0
         if operation.is_fused:
             seconds = fused_seconds(operation, device) - seconds_of(operation, device)
         before = table.get(key, (0.0, 0.0, 0.0))

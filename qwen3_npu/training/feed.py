@@ -208,7 +208,7 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan, spare: int) -> Feed:
 
     def rows(samples: Sequence[dict[str, torch.Tensor]]) -> Rows:
         return pretraining_rows(
-            *pretrain_dataset.stacked(samples),
+            *pretrain_dataset.batched(samples),
             eod=next(iter(ends)),
             reset_position_ids=data.reset_position_ids,
             reset_attention_mask=data.reset_attention_mask,

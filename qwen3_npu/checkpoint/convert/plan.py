@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
-from qwen3_npu.checkpoint.convert.prompts import read_prompts
+from qwen3_npu.checkpoint.convert.prompts import read_prompt_settings
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
 from qwen3_npu.checkpoint.formats.base import kept_dtypes
 from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
@@ -104,7 +104,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
 
 def _prompts(sources: Sources) -> dict[str, str]:
     folders = [find(folder) for folder in (sources.lora_load, sources.load) if folder is not None]
-    return next((said for found in folders if found is not None and (said := read_prompts(found))), {})
+    return next((said for found in folders if found is not None and (said := read_prompt_settings(found))), {})
 
 
 def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Checkpoint | None:

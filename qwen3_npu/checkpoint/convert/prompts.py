@@ -21,7 +21,7 @@ PROMPTS = "qwen3_npu_prompts.json"
 PROMPT_TYPE, THINKING, TOKENIZER = _FIELDS = ("prompt_type", "enable_thinking", "tokenizer_digest")
 
 
-def read_prompts(found: StoredModel) -> dict[str, str]:
+def read_prompt_settings(found: StoredModel) -> dict[str, str]:
     """The prompt settings in a checkpoint; empty if it has none.
 
     Raises:
@@ -43,7 +43,7 @@ def read_prompts(found: StoredModel) -> dict[str, str]:
     return {PROMPT_TYPE: record.text(PROMPT_TYPE), **given}
 
 
-def write_prompts(folder: Path, prompts: Mapping[str, str]) -> None:
+def write_prompt_settings(folder: Path, prompts: Mapping[str, str]) -> None:
     """Write the file beside the weights of a Hugging Face model or adapter. It replaces an older one."""
     if prompts:
         write_text(folder / PROMPTS, json.dumps(dict(prompts), indent=1) + "\n")

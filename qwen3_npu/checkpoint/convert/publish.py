@@ -13,7 +13,7 @@ from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.checkpoint.convert.prompts import write_prompts
+from qwen3_npu.checkpoint.convert.prompts import write_prompt_settings
 from qwen3_npu.checkpoint.formats.base import FileJob, FileRecord, Target, remove_records
 from qwen3_npu.checkpoint.formats.folders import (
     ADAPTER_CONFIG,
@@ -38,7 +38,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.files import Seal, file_digest, rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import Qwen3Arch
 
-Config = dict[str, Any] | None  # a config.json that the model came from
+HfConfig = dict[str, Any] | None  # a config.json that the model came from
 STAGE = ".conversion.partial"
 _BESIDE_CONFIG = [name for name in CARRIED_FILES if name != "config.json"]
 
@@ -83,7 +83,7 @@ class ConversionOutput(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         """Copy configuration and tokenizer files from a folder; called before `publish`."""
 
     @abc.abstractmethod
@@ -143,7 +143,7 @@ class MegatronOutput(ConversionOutput):
     def joint_files(self, records: Mapping[str, FileRecord]) -> dict[str, Seal]:
         return WRITERS[self.format].finish(self.target, self.stage, [records[job.name].notes for job in self.jobs])
 
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         carry_files(source, self.root, _BESIDE_CONFIG)
         write_config(self.target.contents.arch, config, self.root, self.target.dtype)
 
@@ -211,7 +211,7 @@ class HfOutput(ConversionOutput):
         index = self.stage / INDEX
         return {INDEX: Seal(index.stat().st_size, file_digest(index))} if index.is_file() else {}
 
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         carry_files(source, self.stage, _BESIDE_CONFIG)
 
     def publish(self) -> None:
@@ -219,7 +219,7 @@ class HfOutput(ConversionOutput):
         move_files(self.stage, self.folder, self._old())
 
     def commit(self) -> None:
-        write_prompts(self.folder, self.prompts)
+        write_prompt_settings(self.folder, self.prompts)
         write_config(self.arch, self.config, self.folder, self.dtype)
 
     def unexpected_files(self) -> list[str]:
@@ -265,7 +265,7 @@ class PeftOutput(ConversionOutput):
         names = [name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (self.folder / name).exists()]
         return f"{self.folder} already holds {' and '.join(names)}" if names else None
 
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         """Copy nothing: an adapter needs no configuration or tokenizer."""
 
     def publish(self) -> None:
@@ -273,7 +273,7 @@ class PeftOutput(ConversionOutput):
         move_files(self.stage, self.folder, [p for p in [self.folder / ADAPTER_WEIGHTS] if p.exists()])
 
     def commit(self) -> None:
-        write_prompts(self.folder, self.prompts)
+        write_prompt_settings(self.folder, self.prompts)
         write_text(self.folder / ADAPTER_CONFIG, json.dumps(self.config, indent=2) + "\n")
 
     def unexpected_files(self) -> list[str]:

@@ -37,13 +37,13 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
-def on_host(content: object) -> Any:
+def copied_to_host(content: object) -> Any:
     """Nested dicts and lists, their tensors copied to the host, so that training does not change them."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
-        return {key: on_host(item) for key, item in content.items()}
-    return [on_host(item) for item in content] if isinstance(content, list) else content
+        return {key: copied_to_host(item) for key, item in content.items()}
+    return [copied_to_host(item) for item in content] if isinstance(content, list) else content
 
 
 class LiveTensors(ShardReader[None]):

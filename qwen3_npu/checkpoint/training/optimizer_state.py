@@ -24,7 +24,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from qwen3_npu.checkpoint.binary.dtypes import full
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.formats.base import STATES
-from qwen3_npu.checkpoint.training.live import on_host, write_content
+from qwen3_npu.checkpoint.training.live import copied_to_host, write_content
 from qwen3_npu.files import rename
 
 KEYS = STATES
@@ -271,7 +271,10 @@ def _slices(part: DistributedOptimizer, names: ParameterNames) -> Iterator[tuple
         for ranges in (bucket for dtype in buckets.values() for bucket in dtype):
             for parameter, place in ranges["param_map"].items():
                 state = part._get_main_param_and_optimizer_states(parameter)
-                yield names[parameter], {"start": place["param"].start, **on_host({key: state[key] for key in KEYS})}
+                yield (
+                    names[parameter],
+                    {"start": place["param"].start, **copied_to_host({key: state[key] for key in KEYS})},
+                )
 
 
 def _read(path: Path) -> Iterator[tuple[ParameterKey, dict[str, Any]]]:

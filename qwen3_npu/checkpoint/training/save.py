@@ -41,8 +41,8 @@ from qwen3_npu.checkpoint.training.live import (
     LiveTensors,
     announce,
     check_finite,
+    copied_to_host,
     dtype_of,
-    on_host,
     parameters_of,
     to_numpy,
 )
@@ -254,11 +254,11 @@ def snapshot(
     return Snapshot(
         Target(contents, trained.layout, trained.dtype, trained.dtype, trained=common),
         model_rank(),
-        on_host(weights) if args.async_save and writes else weights,
+        copied_to_host(weights) if args.async_save and writes else weights,
         by_state(gathered) if args.save_optim and sharded is None else {},
         sharded=sharded,
         step=step,
-        random=on_host(random) if args.async_save else random,
+        random=copied_to_host(random) if args.async_save else random,
     )
 
 

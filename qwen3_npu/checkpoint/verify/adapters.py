@@ -27,8 +27,8 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 AdapterPair = tuple[torch.Tensor, torch.Tensor, float]  # A [r, in], B [out, r], scale
 _BLOCK = 1 << 22  # numbers of a product at a time
-HEAD = "score.weight"
-PEFT_HEAD = f"base_model.model.{HEAD}"
+SCORE = "score.weight"
+PEFT_HEAD = f"base_model.model.{SCORE}"
 
 
 def _scale(alpha: float, r: int, *, stabilized: bool) -> float:
@@ -164,7 +164,7 @@ class MergedTensors(VerifySource):
         self.squares: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _of(self, name: str) -> tuple[VerifySource | MegatronPairs | PeftPairs, str]:
-        return (self.pairs, PEFT_HEAD) if name == HEAD else (self.base, name)
+        return (self.pairs, PEFT_HEAD) if name == SCORE else (self.base, name)
 
     def dtypes(self, name: str) -> set[torch.dtype]:
         source, own = self._of(name)

@@ -29,7 +29,7 @@ from qwen3_npu.checkpoint.verify.tensors import (
     PieceTensors,
     StoredChunks,
     VerifySource,
-    rows_of,
+    piece_rows,
     torch_places,
 )
 from qwen3_npu.errors import UsageError, printable
@@ -149,7 +149,7 @@ class VerifiedOutput:
 def _torch(there: Mapping[str, torch.Tensor], should: Mapping[str, Any]) -> Iterator[WrittenTensor]:
     for name, tensor in there.items():
         held = should.get(name)
-        rows = _matrix_rows(functools.partial(rows_of, tensor, held.stack if held else None))
+        rows = _matrix_rows(functools.partial(piece_rows, tensor, held.stack if held else None))
         wanted, pieces = (held.shape, held.pieces) if held else (None, ())
         yield WrittenTensor(name, tensor.dtype, tuple(tensor.shape), wanted, pieces=pieces, rows=rows)
 

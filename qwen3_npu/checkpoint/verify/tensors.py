@@ -155,11 +155,11 @@ def torch_places(folder: Path, contents: Contents, sizes: ShardSizes) -> Iterato
             if tensor is None:
                 continue
             for piece in held.pieces:
-                block = functools.partial(rows_of, tensor, held.stack, piece)
+                block = functools.partial(piece_rows, tensor, held.stack, piece)
                 yield _Place(piece, tensor.dtype, block)
 
 
-def rows_of(tensor: torch.Tensor, stack: tuple[int, int, int] | None, piece: StripPiece) -> torch.Tensor:
+def piece_rows(tensor: torch.Tensor, stack: tuple[int, int, int] | None, piece: StripPiece) -> torch.Tensor:
     """The rows and columns of a tensor that a piece describes."""
     return stored_matrix(tensor, stack, piece.expert)[slice(*piece.place)]
 

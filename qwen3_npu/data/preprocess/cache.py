@@ -18,7 +18,7 @@ from qwen3_npu.data.preprocess.run import identifying_flags, preprocess
 from qwen3_npu.data.read.find import InputFile, exists, find_files
 from qwen3_npu.data.read.open import open_inputs
 from qwen3_npu.data.text.tokenizer import open_tokenizer
-from qwen3_npu.data.train.data_path import KINDS
+from qwen3_npu.data.train.data_path import DATA_SUFFIXES
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import rename, write_text
 
@@ -54,7 +54,7 @@ def is_raw(word: str, *, takes_names: bool = False) -> bool:
     Args:
         takes_names: accept OWNER/NAME, a data set of the Hugging Face Hub, too (--handler-name must be given).
     """
-    is_prefix = any(Path(f"{word}{end}.idx").exists() for end in KINDS.values())
+    is_prefix = any(Path(f"{word}{end}.idx").exists() for end in DATA_SUFFIXES.values())
     return not is_prefix and (exists(word) or (takes_names and is_hub_name(word)))
 
 
@@ -83,7 +83,7 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
             _build(arguments, building, folder)
     except OSError as error:
         raise UsageError(f"--data-cache-path {cache}: {word} cannot be prepared there: {error}") from None
-    is_text = not any((folder / f"data{end}.idx").exists() for end in KINDS.values() if end)
+    is_text = not any((folder / f"data{end}.idx").exists() for end in DATA_SUFFIXES.values() if end)
     return str(folder / (f"data_{records.json_keys[0]}_document" if is_text else "data"))
 
 

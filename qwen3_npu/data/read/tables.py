@@ -13,7 +13,7 @@ from qwen3_npu.errors import UsageError
 
 _MOST_ROWS = 1024
 # Of one value, from what Arrow makes of it to what was written; None where both are the same.
-Decode = Callable[[Any], Any] | None
+RowDecoder = Callable[[Any], Any] | None
 
 
 def read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
@@ -104,7 +104,7 @@ def _record(decoders: Mapping[str, Callable[[Any], Any]], row: Any) -> dict[str,
     return row
 
 
-def _decoder(field: Any) -> Decode:
+def _decoder(field: Any) -> RowDecoder:
     """JSON columns (`arrow.json`, which `datasets` 5 writes) hold text. Structs hold the keys of all rows, or null.
 
     These nulls are dropped. Nulls that the author wrote are dropped with them: a struct cannot tell them apart.
@@ -132,7 +132,7 @@ def _json(text: str) -> Any:
         raise ValueError(f"a JSON column holds no JSON: {error}") from None
 
 
-def _struct(decoders: Mapping[str, Decode], value: Mapping[str, Any]) -> dict[str, Any]:
+def _struct(decoders: Mapping[str, RowDecoder], value: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: inner for name, inner in value.items() if inner is not None}
     return {name: decode(inner) if (decode := decoders[name]) else inner for name, inner in kept.items()}
 

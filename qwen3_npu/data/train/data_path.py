@@ -126,7 +126,7 @@ def _answer_facts(
 
 
 # How the first file of a prefix is called, by what it holds.
-KINDS = {
+DATA_SUFFIXES = {
     "text": "",
     "instruction data": "_packed_input_ids_document",
     "pairs": "_packed_chosen_input_ids_document",
@@ -137,10 +137,10 @@ KINDS = {
 def _check_there(prefix: str, data: DataArgs) -> None:
     """Raises: UsageError: a word of --data-path names no data, or data of another stage."""
     wanted = data.kind
-    end = KINDS[wanted]
+    end = DATA_SUFFIXES[wanted]
     if any(Path(f"{prefix}{end}{suffix}").exists() for suffix in (".idx", ".bin")):
         return
-    for kind, other in KINDS.items():
+    for kind, other in DATA_SUFFIXES.items():
         if Path(f"{prefix}{other}.idx").exists():
             raise UsageError(
                 f"--data-path {prefix} holds {kind}, and this training reads {wanted}: give {DATA_KINDS[kind]}"
@@ -159,7 +159,7 @@ def _check_there(prefix: str, data: DataArgs) -> None:
 
 def _check_split(data: DataArgs, prefixes: Sequence[str], *, evaluates: bool) -> None:
     pool = data.is_instruction  # of texts each is drawn from
-    end, what = (KINDS["instruction data"], "sample") if pool else ("", "document")
+    end, what = (DATA_SUFFIXES["instruction data"], "sample") if pool else ("", "document")
     counts = [len(open_indexed(prefix + end)) for prefix in prefixes]
     shares = [split_ranges(data.split, count) for count in counts]
     for name, which, advice in (("training", 0, ""), ("validation", 1, " or --eval-iters 0"))[: 1 + evaluates]:

@@ -172,14 +172,14 @@ def _needed_splits(
     return needed
 
 
-def stacked(samples: Sequence[dict[str, torch.Tensor]]) -> list[np.ndarray]:
+def batched(samples: Sequence[dict[str, torch.Tensor]]) -> list[np.ndarray]:
     """tokens, labels [b, s] int64 and loss_mask [b, s] float32."""
     return [torch.stack([s[key] for s in samples]).numpy() for key in ("tokens", "labels", "loss_mask")]
 
 
 def plain_rows(samples: Sequence[dict[str, torch.Tensor]]) -> Rows:
     """Samples as rows without regard to documents."""
-    tokens, labels, mask = stacked(samples)
+    tokens, labels, mask = batched(samples)
     positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
     return Rows(
         tokens, labels, mask, positions, cu_seqlens=None, real_tokens=tokens.size, squares=tokens.size * tokens.shape[1]

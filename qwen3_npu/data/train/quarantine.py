@@ -70,7 +70,7 @@ def content(sample: object) -> list[tuple[np.ndarray, np.ndarray]]:
     return [pair for answer in answers for pair in content(answer)]
 
 
-def key_of(sample: object) -> str:
+def sample_key(sample: object) -> str:
     """A digest of a sample's content."""
     found = hashlib.sha256()
     for ids, learned in content(sample):
@@ -138,7 +138,7 @@ class Ordered:
         sample, place = self.dataset[number], Place(*self.dataset.locate(number))
         ids, learned = (np.concatenate(parts)[:_SHOWN].tolist() for parts in zip(*content(sample), strict=True))
         return Quarantined(
-            key=key_of(sample),
+            key=sample_key(sample),
             number=number,
             ids=tuple(ids),
             learned=tuple(map(int, learned)),
@@ -152,7 +152,7 @@ class Ordered:
         missing = []
         for entry in (one for one in entries if one.action == LEFT_OUT):
             try:
-                is_there = key_of(self.dataset[entry.number]) == entry.key
+                is_there = sample_key(self.dataset[entry.number]) == entry.key
             except IndexError:  # a shorter training
                 is_there = False
             if is_there:

@@ -189,7 +189,7 @@ def _rows(
         labels,
         mask,
         places,
-        cu_seqlens=joined(boundaries),
+        cu_seqlens=joined_boundaries(boundaries),
         real_tokens=int(real.sum()),
         squares=squares,
         padding=known,
@@ -207,7 +207,7 @@ def segment_boundaries(segments: np.ndarray) -> list[int]:
     return [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
 
 
-def joined(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def joined_boundaries(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Boundaries of concatenated rows."""
     found, offset = [0], 0
     for boundaries in rows:

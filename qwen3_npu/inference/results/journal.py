@@ -18,7 +18,7 @@ from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.files import write_text
 from qwen3_npu.inference.runner import Runner
 
-Entry = dict[str, Any]
+JournalEntry = dict[str, Any]
 
 
 class Journal:
@@ -37,7 +37,7 @@ class Journal:
         """
         self.path = folder / f"{name}.unfinished.{runner.data_rank}.jsonl"
         identity = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
-        found: list[Entry] = []
+        found: list[JournalEntry] = []
         if runner.world.rank == 0:
             files = sorted(folder.glob(f"{name}.unfinished.*.jsonl"))
             found = [entry for file in files for entry in _entries(file, identity, resume=resume)]
@@ -46,7 +46,7 @@ class Journal:
                 if file != self.path:
                     file.unlink()
         # Also a barrier: the others' files are made after rank 0 has removed the old ones.
-        self.entries: list[Entry] = runner.agreed(found)
+        self.entries: list[JournalEntry] = runner.agreed(found)
         self.file: TextIO | None = None
         if runner.leads:
             if runner.world.rank != 0:
@@ -72,9 +72,9 @@ class Journal:
             self.path.unlink(missing_ok=True)
 
 
-def _entries(file: Path, identity: str, *, resume: bool) -> list[Entry]:
+def _entries(file: Path, identity: str, *, resume: bool) -> list[JournalEntry]:
     """The results in a file, without a last line that is incomplete."""
-    found: list[Entry] = []
+    found: list[JournalEntry] = []
     for line in file.read_bytes().split(b"\n")[:-1]:
         try:
             found.append(dict(json.loads(line)))
@@ -91,7 +91,7 @@ def _entries(file: Path, identity: str, *, resume: bool) -> list[Entry]:
     return found[1:]
 
 
-def _rewrite(path: Path, identity: str, entries: list[Entry]) -> None:
+def _rewrite(path: Path, identity: str, entries: list[JournalEntry]) -> None:
     lines = [{"identity": identity}, *entries]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 

@@ -72,7 +72,7 @@ def _columns(x: torch.Tensor) -> tuple[int, dict[str, int]]:
     return triton.cdiv(x.shape[1], block), {"SIZE": x.shape[1], "BLOCK": block}
 
 
-def gather(x: torch.Tensor, places: Places) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, places: Places) -> torch.Tensor:
     """[tokens, n] -> [rows, n]."""
     blocks, shape = _columns(x)
     out = x.new_empty(len(places.tokens), x.shape[1])
@@ -105,7 +105,7 @@ class Permute(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(chosen, ends, *places)
         ctx.mark_non_differentiable(*places)
-        return gather(tokens, places), weights, *places
+        return gather_rows(tokens, places), weights, *places
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, dweights: torch.Tensor, *_: Any) -> tuple:
@@ -129,4 +129,4 @@ class Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        return gather(grad, Places(*ctx.saved_tensors)), None
+        return gather_rows(grad, Places(*ctx.saved_tensors)), None

@@ -60,7 +60,7 @@ class Exchange:
     tensor_group: dist.ProcessGroup
 
 
-def parts_of(experts: int, count: int) -> list[slice]:
+def expert_parts(experts: int, count: int) -> list[slice]:
     """A rank's experts in `count` parts, as equal as possible."""
     bounds = [experts * part // count for part in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
@@ -77,7 +77,7 @@ def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count
     mine = everyone[rank].reshape(len(everyone), -1)
     theirs = everyone[:, :, experts].swapaxes(0, 1)  # [etp, ep, experts]
     pieces = []
-    for some in parts_of(experts.stop - experts.start, count):
+    for some in expert_parts(experts.stop - experts.start, count):
         chunks = theirs[:, :, some]
         per_rank = chunks.sum(2)
         pieces.append(

@@ -9,7 +9,7 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.lora.dora import RowLengths
 from qwen3_npu.model.lora.start import new_weight
 from qwen3_npu.model.modules import Embedding
-from qwen3_npu.model.quantized import restored, shape_of
+from qwen3_npu.model.quantized import restored, restored_shape
 
 
 class LoraEmbedding(torch.nn.Module):
@@ -22,7 +22,7 @@ class LoraEmbedding(torch.nn.Module):
         """Args: vocabulary: tokens without padding."""
         super().__init__()
         self.base_layer, self.scale, self.enabled = base, args.scale, True
-        rows, hidden = shape_of(base.weight)
+        rows, hidden = restored_shape(base.weight)
         self.lora_A = torch.nn.ModuleDict(
             {"default": new_weight(base.weight.device, args.lora_r, rows, dim=1, config=config)}
         )

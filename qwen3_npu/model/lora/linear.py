@@ -21,7 +21,7 @@ from qwen3_npu.kernels import reference
 from qwen3_npu.model.lora.dora import RowLengths
 from qwen3_npu.model.lora.start import AdapterWeight, draw, new_weight, principal, subtracted
 from qwen3_npu.model.modules import weight_gradient
-from qwen3_npu.model.quantized import restored, shape_of
+from qwen3_npu.model.quantized import restored, restored_shape
 
 
 class _Adapted(torch.autograd.Function):
@@ -83,7 +83,7 @@ class LoraLinear(MegatronModule):
         self.group = base.tp_group
         self.sequence_parallel = base.config.sequence_parallel
         self.disable_grad_reduce = False
-        out_features, in_features = shape_of(base.weight)
+        out_features, in_features = restored_shape(base.weight)
         first = self._weight(args.lora_r, in_features, not self.by_output, 1)
         second = self._weight(out_features, args.lora_r, self.by_output, 0)
         self.lora_A = torch.nn.ModuleDict({"default": first})

@@ -54,7 +54,7 @@ def definition(operation: str) -> Callable:
     return _OWN.get(operation) or getattr(reference, operation)
 
 
-def on_host(value: Any) -> Any:
+def host_copy(value: Any) -> Any:
     """A copy of a tensor; anything else as it is."""
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 

@@ -22,7 +22,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from qwen3_npu.kernels import OPERATIONS, Kernels, reference
-from qwen3_npu.training.fingerprints.exact import Recomputed, definition, deviation, floats, on_host
+from qwen3_npu.training.fingerprints.exact import Recomputed, definition, deviation, floats, host_copy
 from qwen3_npu.training.fingerprints.sketch import NUMBERS, sketch
 
 LAYER = "layer"  # the operation of records that are the same in every layout
@@ -90,7 +90,7 @@ class StepRecorder:
                 return kernel(*inputs, **options)
             if name != "grouped_matmul":
                 return self.call(name, kernel, inputs, options)
-            product, defined = kernel(*inputs), reference.grouped_matmul(*map(on_host, inputs))
+            product, defined = kernel(*inputs), reference.grouped_matmul(*map(host_copy, inputs))
             return lambda *factors: self.call(name, product, factors, {}, defined=defined)
 
         return call
@@ -225,12 +225,12 @@ class StepRecorder:
     ) -> Recomputed | None:
         if operation == "cross_entropy" and inputs[2].size() > 1:
             return None
-        host, function = list(map(on_host, inputs)), defined or definition(operation)
+        host, function = list(map(host_copy, inputs)), defined or definition(operation)
         if operation == "permute":
             call.indices = reference.permute(*host)[2]
         elif operation == "unpermute":
             host[1] = self._indices[id(inputs[1])][1]
-        return Recomputed(function, host, {k: on_host(v) for k, v in options.items()}, call.differentiable)
+        return Recomputed(function, host, {k: host_copy(v) for k, v in options.items()}, call.differentiable)
 
     def _note(self, name: str, tensor: torch.Tensor, check: tuple[float, float] | None = None, **kind: bool) -> None:
         rows, length = self.rows if self.rows is not None and kind.get("shared") else (None, 0)
@@ -318,7 +318,7 @@ class NotedCall:
 
     def _arrives(self, number: int, grad: torch.Tensor) -> None:
         self.recorder.last = f"{self.name}|backward"
-        self.grads[number] = on_host(grad) if self.recomputed is not None else None
+        self.grads[number] = host_copy(grad) if self.recomputed is not None else None
         self._note("backward", f"gradient of out {number}", grad, None)
 
     def _gradient(self, number: int, grad: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from qwen3_npu.args.trackers import TrackerArgs
 _WAITING = 10_000  # records that may wait for a slow tracker; further ones are counted as lost
 _LAST = 30.0  # seconds that the end of a training waits for a tracker
 Values = dict[str, float]
-Config = Mapping[str, Any]
+RunSettings = Mapping[str, Any]
 
 
 class Tracker(Protocol):
@@ -36,7 +36,7 @@ class Tracker(Protocol):
 
 
 class _Wandb:
-    def __init__(self, args: TrackerArgs, config: Config) -> None:
+    def __init__(self, args: TrackerArgs, config: RunSettings) -> None:
         module = importlib.import_module("wandb")
         self.run = module.init(
             project=args.wandb_project, name=args.wandb_exp_name, dir=args.wandb_save_dir, config=dict(config)
@@ -50,7 +50,7 @@ class _Wandb:
 
 
 class _Swanlab:
-    def __init__(self, args: TrackerArgs, config: Config) -> None:
+    def __init__(self, args: TrackerArgs, config: RunSettings) -> None:
         self.run = importlib.import_module("swanlab").init(project=args.swanlab_project, config=dict(config))
 
     def log(self, step: int, values: Values) -> None:
@@ -63,7 +63,7 @@ class _Swanlab:
 class _Mlflow:
     EXPERIMENT = "qwen3_npu"
 
-    def __init__(self, args: TrackerArgs, config: Config) -> None:
+    def __init__(self, args: TrackerArgs, config: RunSettings) -> None:
         self.client = importlib.import_module("mlflow").MlflowClient(tracking_uri=args.mlflow_uri)
         found = self.client.get_experiment_by_name(self.EXPERIMENT)
         experiment = found.experiment_id if found else self.client.create_experiment(self.EXPERIMENT)
@@ -79,7 +79,7 @@ class _Mlflow:
         self.client.set_terminated(self.run)
 
 
-_KINDS: dict[str, tuple[str, Callable[[TrackerArgs, Config], Tracker]]] = {
+_KINDS: dict[str, tuple[str, Callable[[TrackerArgs, RunSettings], Tracker]]] = {
     "wandb_project": ("wandb", _Wandb),
     "swanlab_project": ("swanlab", _Swanlab),
     "mlflow_uri": ("mlflow", _Mlflow),
@@ -132,14 +132,14 @@ class Tracked:
             log.warning(f"{self.name} has failed ({reason}); the training continues without")
 
 
-def open_trackers(args: TrackerArgs, config: Config) -> list[Tracked]:
+def open_trackers(args: TrackerArgs, config: RunSettings) -> list[Tracked]:
     """The trackers that the flags name.
 
     Args:
         config: settings of the run that the services show.
     """
 
-    def tracked(name: str, make: Callable[[TrackerArgs, Config], Tracker]) -> Tracked:
+    def tracked(name: str, make: Callable[[TrackerArgs, RunSettings], Tracker]) -> Tracked:
         return Tracked(name, lambda: make(args, config))
 
     return [tracked(*kind) for field, kind in _KINDS.items() if getattr(args, field) is not None]

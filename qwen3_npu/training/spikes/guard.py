@@ -21,7 +21,7 @@ from qwen3_npu.files import write_text
 from qwen3_npu.training.spikes.detector import Detector, SpikeLimits, reason
 
 HISTORY = "spike_history.json"
-Decode = Callable[[Sequence[int]], str]
+TokenDecoder = Callable[[Sequence[int]], str]
 
 
 class SpikeGuard:
@@ -108,7 +108,7 @@ class SpikeGuard:
         if self.folder is not None and self.is_on and dist.get_rank() == 0:
             write_text(self.folder / HISTORY, json.dumps([list(one) for one in self.detector.seen]))
 
-    def note(self, train: Ordered, before: Position, count: int, *, why: str, decode: Decode | None) -> None:
+    def note(self, train: Ordered, before: Position, count: int, *, why: str, decode: TokenDecoder | None) -> None:
         """Write the samples of a step whose update was skipped; with rollback they are omitted from now on.
 
         Args:

@@ -9,11 +9,11 @@ from qwen3_npu.errors import Stopped
 from qwen3_npu.training.checkpoints.saving import Saver
 from qwen3_npu.training.feed import Feed
 from qwen3_npu.training.guard import NanGuard
-from qwen3_npu.training.spikes.guard import Decode, SpikeGuard
+from qwen3_npu.training.spikes.guard import SpikeGuard, TokenDecoder
 from qwen3_npu.watch import here
 
 
-def decoder(folder: str | None) -> Decode | None:
+def decoder(folder: str | None) -> TokenDecoder | None:
     """A function from ids to text, by the tokenizer of a folder."""
     return open_encoder(start_loading(folder, threads=1)).decode if folder else None
 

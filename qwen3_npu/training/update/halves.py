@@ -17,7 +17,7 @@ from qwen3_npu.training.update.slices import MOMENTS, SlicedState, StatePiece
 _TIE = 32768
 
 
-def joined(weight: torch.Tensor, low: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def joined_master(weight: torch.Tensor, low: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The float32 master of a bfloat16 weight, its lower half (int16) and its second moment."""
     bits = weight.contiguous().view(torch.int16).to(torch.int32) * 65536 + low
     return (bits + torch.signbit(second).to(torch.int32) * 65536).view(torch.float32)
@@ -77,7 +77,7 @@ class HalvedState(SlicedState):
         if not piece.is_split:
             return [first, second]
         weight, low = piece.of([piece.weight, self.low[piece.main]])
-        return [joined(weight, low, second), first, second.abs()]
+        return [joined_master(weight, low, second), first, second.abs()]
 
     def _reset(self, state_dict: Any = None) -> None:
         """Set the masters to the present weights."""
@@ -93,7 +93,7 @@ class HalvedState(SlicedState):
         if main not in self.low:
             return {"param": main, **state}
         second = state["exp_avg_sq"]
-        master = joined(self.weight(model), self.low[main].view(-1), second.view(-1)).view(main.shape)
+        master = joined_master(self.weight(model), self.low[main].view(-1), second.view(-1)).view(main.shape)
         return {**state, "param": master, "exp_avg_sq": second.abs()}
 
     def _set_state_of(self, model: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qwen3_npu.host_memory import on_host
+from qwen3_npu.host_memory import host_tensor
 from qwen3_npu.training.update.slices import MOMENTS, SlicedState, StatePiece
 
 
@@ -26,10 +26,10 @@ class SwappedState(SlicedState):
             main.data = self._on_host(main.data)
         for main, state in self.optimizer.state.items():
             for key in MOMENTS:
-                state[key] = on_host(main.shape, torch.float32, pinned=has_streams).zero_()
+                state[key] = host_tensor(main.shape, torch.float32, pinned=has_streams).zero_()
 
     def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return on_host(tensor.shape, tensor.dtype, pinned=self.device.type != "cpu").copy_(tensor)
+        return host_tensor(tensor.shape, tensor.dtype, pinned=self.device.type != "cpu").copy_(tensor)
 
     def run(self, count: torch.Tensor) -> None:
         """As `SlicedState.run`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 import statistics
@@ -25,12 +26,15 @@ from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.activations import layer_bytes
 from qwen3_npu.plan.device import DEVICE_SPECS, GIB, find_device
 from qwen3_npu.plan.from_args import setup_of
+from qwen3_npu.plan.hiding.costs import collective_seconds
 from qwen3_npu.plan.memory import in_flight, logit_bytes, stage_memory, start_bytes
 from qwen3_npu.plan.parameters import lora_counts, stage_counts
 from qwen3_npu.plan.search import search
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape, read_shape, shape_of
+from qwen3_npu.plan.show.report import command
 from qwen3_npu.plan.show.schedule import timeline
+from qwen3_npu.plan.timing import step_time
 from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -270,6 +274,59 @@ def test_the_command_line_of_the_first_layout_is_one_that_training_accepts(tmp_p
     rate = re.search(r"^ 1 .* ([\d,]+) +\d+ %$", result.stdout, re.M)
     assert rate is not None
     assert f"{plan.verdict.tokens_per_second:,.0f}" == rate[1]
+
+
+@pytest.mark.parametrize(
+    "request_words",
+    [
+        "--model qwen3-30b-a3b --devices 12 --global-batch-size 48",
+        "--model qwen3-8b --stage kto",
+        "--model qwen3-8b --stage orpo --pack",
+        "--model qwen3-8b --stage rm --devices 6 --global-batch-size 24",
+        "--model qwen3-32b --stage dpo --lora-r 16 --qlora",
+        "--model qwen3-8b --device h100-80g --stage sft --lora-r 8",
+    ],
+)
+def test_a_pasted_command_is_planned_as_the_search_planned_it(request_words: str) -> None:
+    """Through the training's own parser and checks; as many processes as devices."""
+    from qwen3_npu import cli
+    from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+    from qwen3_npu.plan.__main__ import _model
+    from qwen3_npu.training.prepare.plan import plan_training
+
+    asked = cli.parse("p", "d", (PlanArgs,), {}, argv=request_words.split()).groups[0]
+    device = find_device(asked.device)
+    for found in search(*_model(asked), asked, device)[:3]:
+        words = shlex.split(command(found.args, asked.devices, device.node))
+        number = {name: int(words[words.index(name) + 1]) for name in ("--nproc-per-node", "--nnodes") if name in words}
+        assert math.prod(number.values()) == asked.devices
+        start = next(place for place, word in enumerate(words) if word.endswith("_gpt.py"))
+        more = ["--train-iters", "1", "--dry-run", "--plan-device", asked.device]
+        args = PretrainArgs(*cli.parse("p", "d", GROUPS, {}, argv=[*words[start + 1 :], *more]).groups)
+        verdict = plan_training(args, asked.devices).verdict
+        assert verdict is not None
+        assert (verdict.setup, verdict.peak) == (found.verdict.setup, found.verdict.peak)
+        assert verdict.time == found.verdict.time
+
+
+def test_a_group_has_the_links_between_its_devices() -> None:
+    """Atlas 800T A2: 28 GB/s between two of a node; a die of an A3 has its 196 GB/s to any other."""
+    mesh, switch = DEVICE_SPECS["910B-64G"], DEVICE_SPECS["910C-64G"]
+    assert [mesh.bandwidth(size, True) for size in (2, 4, 8)] == [28e9, 84e9, 196e9]
+    assert switch.bandwidth(2, True) == 196e9
+    assert mesh.bandwidth(2, False) == 25e9
+    # 28 MB arrive in 1 ms, of 56 MB that two ranks hold together.
+    whole = dataclasses.replace(mesh, transfer=1.0, latency=0.0)
+    assert collective_seconds(whole, 2, 1, 56e6) == pytest.approx(1e-3)
+
+
+def test_the_reference_of_dpo_takes_a_forward_pass() -> None:
+    """Of products alone it is a third of a training's, by hand: 2 of 6 FLOP for each weight and token."""
+    shape, device = shape_of(SIZES["qwen3-8b"]), DEVICE_SPECS["910B-64G"]
+    fast = dataclasses.replace(device, memory_bandwidth=1e30, attention=1e9, launch=0.0)
+    time = step_time(shape, one_rank(shape, scored=True), fast)
+    assert time.reference == pytest.approx(time.products / 3)
+    assert step_time(shape, one_rank(shape), fast).reference == 0
 
 
 def test_a_search_over_1024_devices_answers_at_once_without_torch() -> None:

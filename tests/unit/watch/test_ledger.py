@@ -20,7 +20,7 @@ from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.ledger.__main__ import main
 from qwen3_npu.ledger.gains import gains
-from qwen3_npu.ledger.picture import heat, png, stacked
+from qwen3_npu.ledger.picture import heat, png, stacked_columns
 from qwen3_npu.ledger.records import read
 from qwen3_npu.ledger.why import causes, explained, why
 from qwen3_npu.plan.verdict import PlanVerdict
@@ -249,7 +249,7 @@ def test_the_command_prints_a_table_a_picture_and_why(tmp_path: Path, capsys: py
     assert explained(read(tmp_path)) == pytest.approx(1 - 0.01 / 1.47)
     picture = np.array(Image.open(tmp_path / "ledger.png"))
     assert (picture[-1, 0] == [57, 106, 177]).all(), "backward, the largest, is below, in blue"
-    pixels = stacked([{"a": 1.0}, {"a": 0.5, "b": 0.5}], ["a", "b"])
+    pixels = stacked_columns([{"a": 1.0}, {"a": 0.5, "b": 0.5}], ["a", "b"])
     assert (np.array(Image.open(io.BytesIO(png(pixels)))) == pixels).all()
     assert (heat([1.0, 1.0, 2.0])[0, [0, 32]] == [[255, 255, 255], [255, 0, 0]]).all()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
