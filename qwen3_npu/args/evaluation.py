@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any
 
 from qwen3_npu.args.inference import SHARED_FOREIGN, PromptArgs, WeightArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
@@ -74,7 +73,7 @@ class EvaluateArgs:
         if len(set(self.task)) != len(self.task):
             raise UsageError(f"--task {' '.join(self.task)}: a task is named twice")
 
-    def mapping(self) -> dict[str, Any]:
+    def mapping(self) -> dict[str, object]:
         """--map-keys. Raises: UsageError: it is no JSON object."""
         return key_mapping(self.map_keys)
 

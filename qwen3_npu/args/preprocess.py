@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from typing import Any
 
 from qwen3_npu.cli import Foreign, flag
 from qwen3_npu.errors import UsageError
@@ -27,7 +26,7 @@ HANDLER_NAMES = (
 THINKING = {"true": True, "false": False, "none": None}
 
 
-def key_mapping(text: str | None) -> dict[str, Any]:
+def key_mapping(text: str | None) -> dict[str, object]:
     """--map-keys as a value.
 
     Raises:
@@ -82,7 +81,7 @@ class RecordArgs:
     def __post_init__(self) -> None:
         self.mapping()
 
-    def mapping(self) -> dict[str, Any]:
+    def mapping(self) -> dict[str, object]:
         """--map-keys. Raises: UsageError: it is no JSON object."""
         return key_mapping(self.map_keys)
 

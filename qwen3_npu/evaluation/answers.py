@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.evaluation import EvaluationArgs
@@ -145,7 +144,7 @@ def pass_tokens(args: EvaluationArgs, device: str) -> int:
     return args.evaluate.pass_tokens or (256 if device == "cpu" else 4096)
 
 
-def asked(args: EvaluationArgs, facts: Mapping[str, Any]) -> dict[str, Any]:
+def asked(args: EvaluationArgs, facts: Mapping[str, object]) -> dict[str, object]:
     """All settings on which answers depend, besides the model: flags, and the tasks' facts."""
     unimportant = ("output_dir", "resume", "log_samples", "task_data_path")
     flags = {name: value for name, value in dataclasses.asdict(args.evaluate).items() if name not in unimportant}

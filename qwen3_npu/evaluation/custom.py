@@ -57,7 +57,7 @@ def load_cases(path: str, match: str, most: int | None, keys: Mapping[str, Any])
     return cases
 
 
-def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, Any]) -> Case:
+def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, object]) -> Case:
     prompt, answer = _question_and_answer(record, keys)
     match = record.get("match", match)
     choices = record.get("choices") or ()
@@ -72,7 +72,7 @@ def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, Any]) -> Cas
     return Case(prompt, answer, match, tuple(choices), category=str(record.get("category", "all")))
 
 
-def _question_and_answer(record: Mapping[str, Any], keys: Mapping[str, Any]) -> tuple[Conversation, str]:
+def _question_and_answer(record: Mapping[str, object], keys: Mapping[str, object]) -> tuple[Conversation, str]:
     conversation = conversation_of(record, keys)
     names = (str(keys.get("messages") or "messages"), "messages", "conversations")
     has_messages = any(isinstance(record.get(name), list) for name in names)

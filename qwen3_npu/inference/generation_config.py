@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import schema
 from qwen3_npu.args.inference import GenerateArgs
@@ -13,7 +12,7 @@ from qwen3_npu.args.inference import GenerateArgs
 # Our defaults where neither a flag nor the file says otherwise.
 DEFAULTS: Mapping[str, float] = {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.0}
 # Further settings of transformers' GenerationConfig that change what is generated, and their values without effect.
-_IGNORED: Mapping[str, Any] = {
+_IGNORED: Mapping[str, object] = {
     "min_p": 0,
     "typical_p": 1,
     "epsilon_cutoff": 0,

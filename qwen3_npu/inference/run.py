@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.inference import DEFAULT_PROMPT, GenerateArgs, InferenceArgs
@@ -74,7 +73,7 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
         journal = None
         if flags.task != [_CHAT]:
             journal = Journal(runner, folder, RESULT, _asked(args, plan, texts), resume=flags.resume)
-        results: list[dict[str, Any]] = []
+        results: list[dict[str, object]] = []
         for place, task in enumerate(flags.task):
             if task == _CHAT:
                 chat(runner, writer, args, keys)
@@ -109,7 +108,7 @@ def _rows(args: GenerateArgs, prompts: int) -> int:
     return max(min(args.predict_batch_size, prompts), 1)
 
 
-def _asked(args: InferenceArgs, plan: InferencePlan, texts: list[str]) -> dict[str, Any]:
+def _asked(args: InferenceArgs, plan: InferencePlan, texts: list[str]) -> dict[str, object]:
     """All settings on which results depend."""
     flags = dataclasses.asdict(args.generate)
     return {

@@ -32,7 +32,7 @@ def transformer_config(
         interleaved: passes of two micro-batches hide each other's exchange of experts, if there is one.
     """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "num_layers": layout.num_layers,
         **_shapes(arch),
         "attention_dropout": train.attention_dropout,
@@ -73,7 +73,7 @@ def transformer_config(
     return made
 
 
-def _shapes(arch: Qwen3Arch) -> dict[str, Any]:
+def _shapes(arch: Qwen3Arch) -> dict[str, object]:
     """The shapes of the model."""
     return {
         "hidden_size": arch.hidden_size,
@@ -92,7 +92,7 @@ def _shapes(arch: Qwen3Arch) -> dict[str, Any]:
     }
 
 
-def _recompute(train: TrainArgs) -> dict[str, Any]:
+def _recompute(train: TrainArgs) -> dict[str, object]:
     """Settings of recomputation in backward. That of the activation function is in `model/spec.py`."""
     granularity, modules = train.recompute_granularity, list(train.recompute_modules)
     if train.swap_attention and granularity != "selective":  # instead of whole layers, as `args.rules.swapping` says
@@ -130,7 +130,7 @@ def _stages(layout: Layout) -> list[list[str]]:
     return stages
 
 
-def _moe(arch: Qwen3Arch, train: TrainArgs) -> dict[str, Any]:
+def _moe(arch: Qwen3Arch, train: TrainArgs) -> dict[str, object]:
     coefficient = arch.router_aux_loss_coef if train.moe_aux_loss_coeff is None else train.moe_aux_loss_coeff
     balanced = train.moe_router_load_balancing_type == "aux_loss" and coefficient > 0
     return {

@@ -110,7 +110,7 @@ class DenseMLP(MLP):
         recompute: keep the input of the activation but not the output (--recompute-activation-function).
     """
 
-    def __init__(self, *sizes: Any, recompute: bool = False, **options: Any) -> None:
+    def __init__(self, *sizes: object, recompute: bool = False, **options: object) -> None:
         super().__init__(*sizes, **options)
         self.recompute = recompute
 
@@ -120,7 +120,7 @@ class DenseMLP(MLP):
         return getattr(self.linear_fc2, "is_one_function", False)
 
     def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, **_: Any
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, **_: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Args: residual: added to the output, where `adds_residual`."""
         wide, _ = self.linear_fc1(hidden_states)
@@ -171,7 +171,7 @@ class Layer(TransformerLayer):
     `--overlap-param-gather` waits for a weight in the call of the module that owns it.
     """
 
-    def __init__(self, *sizes: Any, **options: Any) -> None:
+    def __init__(self, *sizes: object, **options: object) -> None:
         super().__init__(*sizes, **options)
         # What recomputes a norm, or drops before the sum, needs the two apart.
         recomputes = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm

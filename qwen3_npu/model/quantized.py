@@ -259,7 +259,7 @@ def grouped_product(x: torch.Tensor, weight: torch.nn.Parameter, product: Callab
 class Nf4ColumnParallelLinear(ColumnParallelLinear):
     """megatron's, frozen and quantized; its weight is [out / TP, in]."""
 
-    def __init__(self, *sizes: Any, is_double: bool = False, **options: Any) -> None:
+    def __init__(self, *sizes: object, is_double: bool = False, **options: object) -> None:
         super().__init__(*sizes, **options)
         hold_codes(self, is_double=is_double)
 
@@ -281,7 +281,7 @@ class Nf4ColumnParallelLinear(ColumnParallelLinear):
 class Nf4RowParallelLinear(RowParallelLinear):
     """megatron's, frozen and quantized; its weight is [out, in / TP]."""
 
-    def __init__(self, *sizes: Any, is_double: bool = False, **options: Any) -> None:
+    def __init__(self, *sizes: object, is_double: bool = False, **options: object) -> None:
         super().__init__(*sizes, **options)
         hold_codes(self, is_double=is_double)
 

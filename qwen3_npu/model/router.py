@@ -318,7 +318,7 @@ class Router(TopKRouter):
 
 
 # What the last gradient of a balancing loss was weighted by: the layers of a micro-batch share it.
-_weights: dict[tuple, tuple[torch.Tensor, Any]] = {}
+_weights: dict[tuple, tuple[torch.Tensor, object]] = {}
 
 
 def _weight(factor: float, loss_weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerLayerSubmodules
@@ -112,7 +111,7 @@ def _norm(kernels: Kernels) -> ModuleSpec:
 
 def _linear(name: str, linear: type, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
     linear = NF4_LINEARS[linear] if parts.lora.qlora else linear
-    params: dict[str, Any] = {"is_double": True} if parts.lora.qlora_double_quant else {}
+    params: dict[str, object] = {"is_double": True} if parts.lora.qlora_double_quant else {}
     if parts.overlap is not None:
         linear, params = OVERLAPPED[linear], {"overlap": parts.overlap}
     if name in adapted:
@@ -134,7 +133,7 @@ def _mlp(arch: Qwen3Arch, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
 
 
 def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
-    params: dict[str, Any] = {
+    params: dict[str, object] = {
         "kernels": parts.kernels,
         "recompute_activation": parts.recompute_activation,
         "quantize": parts.lora.qlora,

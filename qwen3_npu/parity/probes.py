@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ def probe(kernels: Kernels, device: torch.device, dtype: str) -> Noted:
     recorder.is_live, recorder.micro_batch = True, 1
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     q, k, v = (_random(n, (24, 1, heads, 16)).to(device, kind) for n, heads in enumerate((4, 2, 2)))
-    calls: list[Callable[[], Any]] = [
+    calls: list[Callable[[], object]] = [
         lambda: wrapped.attention(q[-5:], k, v, scale=_SCALE),
         lambda: wrapped.attention(q[-1:], k, v, scale=_SCALE),
         lambda: wrapped.decode_attention(*_cache(device, kind), lengths=[7, 3], scale=_SCALE),

@@ -60,7 +60,7 @@ class Platform:
     event: Callable[[], Any] | None = None
     flight_recorder: FlightRecorder | None = None
     has_float64: bool = True
-    profiler: Callable[[ProfileArgs], Any] = torch_profiler
+    profiler: Callable[[ProfileArgs], object] = torch_profiler
     be_deterministic: Callable[[], None] = lambda: None
     return_freed_memory: Callable[[], None] = lambda: None
 
@@ -88,7 +88,7 @@ def replace(name: str, value: object) -> None:
     """Let a full name such as "torch.Tensor.type" mean `value`, everywhere in this process."""
     owner_name, attribute = name.rsplit(".", 1)
     parts = owner_name.split(".")
-    owner: Any = __import__(parts[0])
+    owner: object = __import__(parts[0])
     for index, part in enumerate(parts[1:], start=2):
         if not hasattr(owner, part):
             __import__(".".join(parts[:index]))

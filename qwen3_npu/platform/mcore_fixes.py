@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 
 class _NoFp8:
@@ -27,7 +26,7 @@ def _nothing(*args: object, **kwargs: object) -> contextlib.AbstractContextManag
 
 # `CheckpointWithoutOutput(fp8=False)` means FP8 (it asks `is not None`), so recomputing a norm raises NameError.
 _RANDOM = "megatron.core.tensor_parallel.random"
-FIXED: dict[str, Any] = {
+FIXED: dict[str, object] = {
     f"{_RANDOM}.FP8GlobalStateManager": _NoFp8,
     f"{_RANDOM}.activation_recompute_forward": _nothing,
     f"{_RANDOM}.fp8_autocast": _nothing,

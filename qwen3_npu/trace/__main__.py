@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen3_npu import cli, log
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
@@ -47,7 +47,7 @@ def trace_flags(words: Sequence[str]) -> None:
         print(json.dumps(data, indent=1))
 
 
-def trace(args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, Any]]:
+def trace(args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, object]]:
     """Trace ranks, or the growth with the cluster, and print the result, unless JSON is wanted.
 
     Raises:
@@ -77,7 +77,7 @@ def trace(args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[st
     return data
 
 
-def _growth(platform: Platform, args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, Any]]:
+def _growth(platform: Platform, args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, object]]:
     from qwen3_npu.trace.growth import growth, growth_table
 
     work = growth(platform, args, device, devices=wanted.devices, sizes=number_list(wanted.growth))
@@ -86,7 +86,7 @@ def _growth(platform: Platform, args: PretrainArgs, device: Device, wanted: Trac
     return [dataclasses.asdict(row) for row in work]
 
 
-def _hidden(platform: Platform, args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, Any]]:
+def _hidden(platform: Platform, args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, object]]:
     from qwen3_npu.trace.hidden import hidden_table, played_ways
 
     first = (number_list(wanted.ranks) or [0])[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -27,7 +26,7 @@ class Activations(StorageWatch):
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         self.results((args, kwargs), out)
         self.peak = max(self.peak, self._bytes(self._alive))

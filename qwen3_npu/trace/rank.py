@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 from unittest import mock
 
 import torch
@@ -129,7 +128,7 @@ def _noted(recorder: TraceRecorder) -> Iterator[None]:
         return out
 
     def noting(wait: Callable) -> Callable:
-        def waited(work: dist.Work, *args: Any) -> Any:
+        def waited(work: dist.Work, *args: object) -> object:
             recorder.waited(work)
             return wait(work, *args)
 

@@ -94,7 +94,7 @@ class TraceRecorder(StorageWatch):
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    ) -> object:
         kwargs = kwargs or {}
         out = self._without_data(func, args) if dist.get_backend() == "fake" else NotImplemented
         if out is NotImplemented:
@@ -134,7 +134,7 @@ class TraceRecorder(StorageWatch):
             self._sizes[storage._cdata] = size, known[1]
             self.held.append((size - known[0], known[1]))
 
-    def _operation(self, func: OpOverload, args: tuple, kwargs: dict, out: Any) -> None:
+    def _operation(self, func: OpOverload, args: tuple, kwargs: dict, out: object) -> None:
         name = func._schema.name.replace("::", ".")
         if not name.startswith("aten.") or name.split(".")[-1].rstrip("_") in _VIEWS or "empty" in name:
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import re
-from typing import Any
 
 from qwen3_npu.plan.device import GIB, Device
 from qwen3_npu.plan.memory import StageMemory
@@ -116,7 +115,7 @@ def _exposed(trace: RankTrace, device: Device, passes: int) -> list[str]:
     return lines
 
 
-def as_json(trace: RankTrace, planned: StageMemory, device: Device, passes: int) -> dict[str, Any]:
+def as_json(trace: RankTrace, planned: StageMemory, device: Device, passes: int) -> dict[str, object]:
     """The same as plain data: bytes and seconds."""
     return {
         "rank": trace.rank,

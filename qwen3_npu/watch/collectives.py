@@ -149,7 +149,7 @@ class Recorder:
         operation, enter = _PLAIN.index(kind.name), self.state.enter
         is_exchange = kind.name == "all_to_all_single"
 
-        def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        def method(group: ProcessGroup, *args: Any, **kwargs: object) -> object:
             if group.size() == 1 or threading.get_ident() in BESIDE:
                 return original(group, *args, **kwargs)
             given = args if not kwargs else (*args, *kwargs.values())
@@ -187,8 +187,8 @@ class Recorder:
 
         return end
 
-    def _wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def wait(work: Work, *args: object, **kwargs: object) -> Any:
+    def _wait(self, original: Callable[..., object]) -> Callable[..., object]:
+        def wait(work: Work, *args: object, **kwargs: object) -> object:
             # Without an entry nobody else is in that group, or it has been waited for.
             if threading.get_ident() in BESIDE or id(work) not in self.open:
                 return original(work, *args, **kwargs)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 _BOUND = 0.2  # the device is less than this share of a stretch behind the host: it has waited for it
 
@@ -21,13 +21,13 @@ _BOUND = 0.2  # the device is less than this share of a stretch behind the host:
 class DeviceEvent(Protocol):
     """The methods of `torch.cuda.Event(enable_timing=True)` and of torch_npu's event."""
 
-    def record(self) -> Any:
+    def record(self) -> object:
         """Record the time at which the current stream reaches this point."""
 
     def query(self) -> bool:
         """Whether the stream has reached it."""
 
-    def elapsed_time(self, end_event: Any) -> float:
+    def elapsed_time(self, end_event: object) -> float:
         """Milliseconds from this event to another."""
 
 

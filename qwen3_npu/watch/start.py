@@ -15,7 +15,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -90,7 +89,7 @@ def watched(
             state.end()
 
 
-def _info(files: tuple[str, str]) -> dict[str, Any]:
+def _info(files: tuple[str, str]) -> dict[str, object]:
     """Information about this process for the watcher. Args: files: of the backend's flight recorder."""
     return {
         "pid": os.getpid(),

@@ -38,7 +38,7 @@ class Unknown:
 
     def __init__(self, name: Name, args: tuple) -> None:
         self.name, self.args = name, args
-        self.state: Any = None
+        self.state: object = None
 
 
 class Machine:
@@ -53,17 +53,17 @@ class Machine:
     def __init__(
         self,
         data: bytes,
-        build: Callable[[Name, tuple], Any],
-        value: Callable[[Name], Any],
-        persistent: Callable[[Any], Any],
+        build: Callable[[Name, tuple], object],
+        value: Callable[[Name], object],
+        persistent: Callable[[object], object],
     ) -> None:
         self.data, self.build, self.value, self.persistent = data, build, value, persistent
         self.at = 0
-        self.stack: list[Any] = []
-        self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[object] = []
+        self.marks: list[list[object]] = []
+        self.memo: dict[int, object] = {}
 
-    def run(self) -> Any:
+    def run(self) -> object:
         """The value. Raises: NotPlain."""
         data, table = self.data, _TABLE
         try:

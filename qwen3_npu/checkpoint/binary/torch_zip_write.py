@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class TorchPickler(pickle._Pickler):
         super().__init__(file, protocol=2)
         self.tensors: list[Tensor] = []
 
-    def persistent_id(self, obj: object) -> Any:
+    def persistent_id(self, obj: object) -> object:
         if isinstance(obj, _StorageId):
             storage = TorchName("torch", obj.tensor.dtype.storage)
             return ("storage", storage, obj.key, "cpu", obj.tensor.numel)

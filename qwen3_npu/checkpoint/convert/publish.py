@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.binary.dtypes import DType
@@ -38,7 +37,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.files import Seal, file_digest, rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import Qwen3Arch
 
-HfConfig = dict[str, Any] | None  # a config.json that the model came from
+HfConfig = dict[str, object] | None  # a config.json that the model came from
 STAGE = ".conversion.partial"
 _BESIDE_CONFIG = [name for name in CARRIED_FILES if name != "config.json"]
 
@@ -61,7 +60,7 @@ class ConversionOutput(abc.ABC):
     prompts: Mapping[str, str] = MappingProxyType({})
 
     @abc.abstractmethod
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Format, dtype and layout, for the manifest; they identify the output."""
 
     @abc.abstractmethod
@@ -119,8 +118,8 @@ class MegatronOutput(ConversionOutput):
         self.stage = self.folder.with_name(self.folder.name + ".partial")
         self.jobs = [job for rank in target.layout.ranks() for job in WRITERS[form].jobs(target, rank)]
 
-    def facts(self) -> dict[str, Any]:
-        dtypes: dict[str, Any] = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
+    def facts(self) -> dict[str, object]:
+        dtypes: dict[str, object] = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
         if self.target.contents.lora:
             dtypes |= {"lora_dtype": self.target.lora_dtype.torch}
         if self.target.kept:
@@ -193,7 +192,7 @@ class HfOutput(ConversionOutput):
             for name, names in files.items()
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         kept = {"kept": {name: dtype.torch for name, dtype in self.kept.items()}} if self.kept else {}
         return {"format": "hf", "dtype": self.dtype.torch, **kept, "files": list(self.files)}
 
@@ -255,7 +254,7 @@ class PeftOutput(ConversionOutput):
         self.contents = Contents(arch, base=False, lora=lora)
         self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}
 
     def holds(self) -> tuple[Contents, Layout | None]:

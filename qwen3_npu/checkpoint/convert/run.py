@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -134,7 +133,7 @@ def _fill(
     except OSError as error:
         raise UsageError(f"{output.root} cannot be completed: {error}; --resume continues from here") from None
     place = output.folder.relative_to(output.root)
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         **plan.facts,
         "merged": dataclasses.asdict(plan.merged) if plan.merged else None,
         "target": target_facts,

@@ -64,7 +64,7 @@ class FileJob(Protocol):
     def items(self) -> list[Item]:
         """Every tensor of the file, in order."""
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
         """Write the data of `items` to the file and flush it to disk.
 
         Returns:
@@ -88,7 +88,7 @@ class FileRecord:
     bytes: int
     digest: str
     tensors: dict[str, str]
-    notes: Any = None
+    notes: object = None
 
     @property
     def seal(self) -> Seal:
@@ -123,7 +123,7 @@ class Target:
     layout: Layout
     dtype: DType
     lora_dtype: DType
-    trained: Mapping[str, Any] | None = None
+    trained: Mapping[str, object] | None = None
     kept: Mapping[str, DType] = dataclasses.field(default_factory=dict)
     own: Mapping[str, DType] = dataclasses.field(default_factory=dict)
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)

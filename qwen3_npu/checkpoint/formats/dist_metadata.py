@@ -65,7 +65,7 @@ def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
     content = _fields(read_pickle(data, path)[0], "state_dict_metadata", "planner_data", "storage_data")
     if not isinstance(content.get("storage_data"), dict) or not isinstance(content.get("state_dict_metadata"), dict):
         raise UsageError(f"{path} is not the metadata of a torch_dist checkpoint")
-    places: dict[str, dict[tuple[int, ...], Any]] = {}
+    places: dict[str, dict[tuple[int, ...], object]] = {}
     objects: dict[str, StoredChunk] = {}
     for index, info in content["storage_data"].items():
         fields = _fields(index, "fqn", "offset", "index")
@@ -87,7 +87,7 @@ def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
     return tensors, objects
 
 
-def _tensor(fields: Mapping[str, Any], places: dict[tuple[int, ...], Any], where: str) -> StoredTensor:
+def _tensor(fields: Mapping[str, object], places: dict[tuple[int, ...], Any], where: str) -> StoredTensor:
     """A tensor whose chunks lie inside it and do not overlap. A part without a chunk is not stored."""
     size = schema.counts(fields["size"], f"{where}: size")
     if math.prod(max(n, 1) for n in size) >= 2**60:

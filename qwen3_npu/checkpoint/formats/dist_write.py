@@ -83,9 +83,9 @@ class DistFile:
     def items(self) -> list[Item]:
         return [Item(state_prefix(key) + chunk.label, chunk.shard, dtype, key) for key, chunk, dtype in self.chunks()]
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
         """Also return where each tensor lies: [key, dtype, size, region, start, length]."""
-        placed: list[list[Any]] = []
+        placed: list[list[object]] = []
         objects: list[list[Any]] = []
         file = SealedFile(path)
         for (key, chunk, dtype), data in zip(self.chunks(), tensors, strict=True):

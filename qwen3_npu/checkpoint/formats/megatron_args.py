@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.lora import ALL_TARGETS, LORA_ENDS, LORA_TARGETS, FreezeArgs, LoraArgs
@@ -36,11 +35,11 @@ OWN_FLAGS = frozenset(
 CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
 
 
-def to_args(arch: Qwen3Arch, layout: Layout, dtype: DType) -> dict[str, Any]:
+def to_args(arch: Qwen3Arch, layout: Layout, dtype: DType) -> dict[str, object]:
     """Megatron's argument names and values for this model in this layout."""
     noop = layout.noop_layers
     uneven = len({len(chunk) for stage in layout.chunks for chunk in stage}) > 1
-    args: dict[str, Any] = {
+    args: dict[str, object] = {
         "num_layers": layout.num_layers,
         **to_megatron(arch),
         "padded_vocab_size": layout.padded_vocab_size,
@@ -127,7 +126,7 @@ def own_dtypes(args: argparse.Namespace, names: Collection[str], where: str) -> 
     return found
 
 
-def lora_args(lora: Lora) -> dict[str, Any]:
+def lora_args(lora: Lora) -> dict[str, object]:
     """The arguments that describe the LoRA tensors of a checkpoint."""
     said = {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_target_modules": list(lora.targets)}
     if lora.layers:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OF_EXPERTS = {"linear_fc1", "linear_fc2"}
 
 
-def peft_config(lora: Lora, base: str | None, arch: Qwen3Arch) -> dict[str, Any]:
+def peft_config(lora: Lora, base: str | None, arch: Qwen3Arch) -> dict[str, object]:
     """The adapter_config.json of an adapter for the model in folder `base`; absent fields have peft's defaults."""
     head = {"modules_to_save": ["score"]} if arch.reward else {}
     alpha, is_stabilized = lora.alpha, lora.is_stabilized
@@ -52,7 +51,7 @@ def peft_config(lora: Lora, base: str | None, arch: Qwen3Arch) -> dict[str, Any]
     }
 
 
-def _targets(lora: Lora, arch: Qwen3Arch) -> dict[str, Any]:
+def _targets(lora: Lora, arch: Qwen3Arch) -> dict[str, object]:
     """`target_modules`: projections, projections of some layers, or the full name of each module."""
     projections = [projection for target in lora.targets for projection in ALL_TARGETS[target]]
     if not lora.layers:

@@ -7,7 +7,7 @@ checkpoints of Megatron are compared too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qwen3_npu import log
 from qwen3_npu.args.rules.resume import REASONS, REFUSED, WARNED
@@ -45,7 +45,7 @@ def _same(before: object, now: object) -> bool:
     return bool(before == now)
 
 
-def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
+def changes(saved: Mapping[str, object], now: Mapping[str, object]) -> tuple[list[Change], list[str]]:
     """The settings that differ, refused ones first, and the names that the checkpoint lacks.
 
     Args:
@@ -64,16 +64,16 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Chan
     return found, unsaid
 
 
-def model_facts(arch: Qwen3Arch) -> dict[str, Any]:
+def model_facts(arch: Qwen3Arch) -> dict[str, object]:
     """The settings of `REFUSED` that belong to the model and that the weights' shapes do not show."""
-    facts: dict[str, Any] = {"rotary_base": arch.rope_theta, "norm_epsilon": arch.rms_norm_eps}
+    facts: dict[str, object] = {"rotary_base": arch.rope_theta, "norm_epsilon": arch.rms_norm_eps}
     facts["rope_scaling"] = str(arch.rope_scaling or "plain RoPE")
     if arch.is_moe:
         facts |= {"moe_router_topk": arch.num_experts_per_tok, "norm_topk_prob": arch.norm_topk_prob}
     return facts
 
 
-def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+def check_resumed(saved: Mapping[str, object], now: Mapping[str, object], allowed: Sequence[str], where: str) -> None:
     """Refuse or report what has changed since a checkpoint was saved.
 
     Args:

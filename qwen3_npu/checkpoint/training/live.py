@@ -108,7 +108,7 @@ def announce(content: object) -> tuple[Any, list[torch.Tensor]]:
     """The content with its tensors replaced by placeholders, and the tensors in order."""
     tensors: list[torch.Tensor] = []
 
-    def described(value: object) -> Any:
+    def described(value: object) -> object:
         if isinstance(value, torch.Tensor):
             tensors.append(value)
             return Tensor(dtype_of(value), tuple(value.shape))
@@ -150,7 +150,7 @@ class Ranks(Peers):
     def __init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
 
-    def agree(self, value: object) -> Any:
+    def agree(self, value: object) -> object:
         held = [value]
         dist.broadcast_object_list(held, 0)
         return held[0]

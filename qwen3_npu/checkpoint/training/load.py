@@ -44,7 +44,7 @@ AdapterSource = SharedA | Checkpoint
 
 
 def load(
-    trained: Trained, args: CheckpointArgs, lora_load: str | None = None, facts: Mapping[str, Any] | None = None
+    trained: Trained, args: CheckpointArgs, lora_load: str | None = None, facts: Mapping[str, object] | None = None
 ) -> Position:
     """Weights and, when resuming, everything else. Every rank must call this.
 
@@ -209,7 +209,9 @@ def _open(load: str, step: int | None, flag: str, trained: Trained) -> Checkpoin
     return reader(found, lora_alpha=lora.alpha if lora else None, arch=arch, prefer=model_rank())
 
 
-def _resume(trained: Trained, args: CheckpointArgs, source: AdapterSource | None, facts: Mapping[str, Any]) -> Position:
+def _resume(
+    trained: Trained, args: CheckpointArgs, source: AdapterSource | None, facts: Mapping[str, object]
+) -> Position:
     """Load everything but the weights, if `source` is a training's checkpoint and the training resumes."""
     why, state = None, None
     if args.finetune:

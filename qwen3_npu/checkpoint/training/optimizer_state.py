@@ -179,12 +179,12 @@ def _views(part: DistributedOptimizer, flat: dict) -> Iterator[tuple[torch.nn.Pa
 def _restore_distributed(
     part: DistributedOptimizer, names: ParameterNames, read: Callable[[int, str, str], torch.Tensor]
 ) -> None:
-    flat: dict[Any, Any] | None = None
+    flat: dict[object, object] | None = None
     if part.data_parallel_group_gloo.rank() == 0:
         flat = {"buckets_coalesced": True}
         for index, ranges in enumerate(part.gbuf_ranges):
             size = part.buffers[index].numel_unpadded
-            tensors: dict[str, Any] = {key: torch.empty(size, dtype=torch.float32) for key in KEYS}
+            tensors: dict[str, object] = {key: torch.empty(size, dtype=torch.float32) for key in KEYS}
             flat[index] = {dtype: {**tensors, "numel_unpadded": size} for dtype in ranges}
         for parameter, views in _views(part, flat):
             for key, view in views.items():
@@ -215,7 +215,7 @@ class _Part:
     file: str
     ranks: list[int]
     shapes: dict[ParameterKey, torch.Size]
-    slices: dict[ParameterKey, dict[str, Any]]
+    slices: dict[ParameterKey, dict[str, object]]
 
     def others(self) -> list[str]:
         """Files of the ranks whose slices this rank joins."""

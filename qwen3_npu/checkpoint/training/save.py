@@ -17,7 +17,6 @@ import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -120,14 +119,14 @@ class Snapshot:
     optimizer: Mapping[str, Tensors]
     sharded: ShardedState | None
     step: int
-    random: dict[str, Any] | None
+    random: dict[str, object] | None
 
 
 def begin_save(
     trained: Trained,
     position: Position,
     args: CheckpointArgs,
-    extra: dict[str, Any],
+    extra: dict[str, object],
     *,
     config: Path | None,
     adapter_only: bool = False,
@@ -207,7 +206,7 @@ def snapshot(
     trained: Trained,
     position: Position,
     args: CheckpointArgs,
-    extra: dict[str, Any],
+    extra: dict[str, object],
     *,
     adapter_only: bool,
     writes: bool,
@@ -321,7 +320,7 @@ def commit(
     retention.tidy(root, iteration, args.save_total_limit)
 
 
-def _carried(config: Path | None, root: Path) -> dict[str, Any] | None:
+def _carried(config: Path | None, root: Path) -> dict[str, object] | None:
     """Copy tokenizer files. Returns config.json as it was before the flags changed the model.
 
     If the source has vanished or cannot be read any more, the checkpoint is still saved.

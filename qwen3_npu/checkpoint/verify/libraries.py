@@ -34,7 +34,7 @@ class _Ignored:
     def __setitem__(self, key: object, value: object) -> None: ...
 
 
-def _member(of: Any, name: str) -> Any:
+def _member(of: object, name: str) -> object:
     """`getattr` in the metadata: some versions of Python pickle the member of an enumeration with it."""
     return of[name] if isinstance(of, enum.EnumMeta) else _Ignored()
 
@@ -42,7 +42,7 @@ def _member(of: Any, name: str) -> Any:
 class _Metadata(pickle.Unpickler):
     """Builds what torch.distributed.checkpoint describes tensors with."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         ours = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
         if (ours and "." not in name) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
@@ -70,7 +70,7 @@ def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
 
 def conversations(
     kind: type[ConversationHandler],
-    read: Callable[[Mapping[str, Any], Columns], Any],
+    read: Callable[[Mapping[str, object], Columns], object],
     names: ColumnNames,
     has_tags: bool = False,
 ) -> Make:

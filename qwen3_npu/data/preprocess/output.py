@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -76,7 +75,7 @@ class DatasetOutput:
         write_text(self.record, json.dumps(saved))
         self.unsaved = 0
 
-    def publish(self, made: Mapping[str, Any]) -> None:
+    def publish(self, made: Mapping[str, object]) -> None:
         """Make everything visible.
 
         Args:
@@ -155,7 +154,7 @@ def _in_order(part: Indexed) -> Iterator[np.ndarray]:
         yield part.tokens[start : start + _PIECE]
 
 
-def _made(prefixes: Sequence[str], key: str) -> Mapping[str, Any]:
+def _made(prefixes: Sequence[str], key: str) -> Mapping[str, object]:
     """The settings with which all pairs were made; empty if they are not known for every pair.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from qwen3_npu.data.read.blocks import BadRecord, RecordBlock, parse_block
 from qwen3_npu.data.text.encoder import Tokens
 
 # (record, column) -> text; raises ValueError.
-TextOf = Callable[[Mapping[str, Any], str], str]
+TextOf = Callable[[Mapping[str, object], str], str]
 
 # MindSpeed-LLM's text of an Alpaca record, letter by letter ("###None" where there is no input, too).
 _ALPACA = (
@@ -27,7 +26,7 @@ _ALPACA = (
 )
 
 
-def alpaca_text(record: Mapping[str, Any], column: str) -> str:
+def alpaca_text(record: Mapping[str, object], column: str) -> str:
     """An instruction, its input and the answer as one text."""
     given = record.get("input")
     return _ALPACA.format(
@@ -37,7 +36,7 @@ def alpaca_text(record: Mapping[str, Any], column: str) -> str:
     )
 
 
-def sharegpt_text(record: Mapping[str, Any], column: str) -> str:
+def sharegpt_text(record: Mapping[str, object], column: str) -> str:
     """All messages of a conversation, one after the other."""
     messages = value(record, column)
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):

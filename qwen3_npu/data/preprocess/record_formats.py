@@ -210,12 +210,12 @@ class Columns:
             return text
         raise ValueError(f"column {self.names[name]!r} is not text but {type(text).__name__}")
 
-    def text(self, record: Mapping[str, Any], name: str) -> str:
+    def text(self, record: Mapping[str, object], name: str) -> str:
         """The value as text; empty if there is none."""
         return self.optional_text(record, name) or ""
 
 
-def alpaca(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def alpaca(record: Mapping[str, object], columns: Columns) -> Conversation:
     """Instruction, input, output; earlier turns in `history`."""
     answer = columns.get(record, "response")
     if isinstance(answer, list) and len(answer) == 1:
@@ -225,7 +225,7 @@ def alpaca(record: Mapping[str, Any], columns: Columns) -> Conversation:
     return alpaca_turns(record, columns, Message(ASSISTANT, answer))
 
 
-def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def alpaca_pair(record: Mapping[str, object], columns: Columns) -> PreferencePair:
     """As `alpaca`, with two answers."""
     chosen, rejected = columns.get(record, "chosen"), columns.get(record, "rejected")
     if isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected:
@@ -235,7 +235,7 @@ def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair:
     return PreferencePair(alpaca_turns(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
 
 
-def alpaca_turns(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Conversation:
+def alpaca_turns(record: Mapping[str, object], columns: Columns, *answer: Message) -> Conversation:
     """The turns of `history`, then instruction and input, then the given answers."""
     messages: list[Message] = []
     for turn in columns.get(record, "history") or ():
@@ -246,7 +246,7 @@ def alpaca_turns(record: Mapping[str, Any], columns: Columns, *answer: Message) 
     return Conversation((*messages, Message(USER, question), *answer), columns.optional_text(record, "system"))
 
 
-def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def sharegpt(record: Mapping[str, object], columns: Columns) -> Conversation:
     """Turns of two sides; a system message may come first."""
     conversation = sharegpt_turns(record, columns)
     if len(conversation.messages) % 2:
@@ -254,7 +254,7 @@ def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:
     return checked_conversation(conversation)
 
 
-def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def sharegpt_pair(record: Mapping[str, object], columns: Columns) -> PreferencePair:
     """As `sharegpt` up to a question, with two answers."""
     prompt = sharegpt_turns(record, columns)
     if len(prompt.messages) % 2 == 0:
@@ -268,7 +268,7 @@ def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair
     return PreferencePair(prompt, *answers)
 
 
-def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def sharegpt_turns(record: Mapping[str, object], columns: Columns) -> Conversation:
     """Turns of two sides; either side may be last."""
     messages, tags = columns.get(record, "messages"), columns.tags
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
@@ -280,7 +280,7 @@ def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
     return Conversation(turns, system, tools_of(columns.get(record, "tools")))
 
 
-def _sharegpt_message(message: Mapping[str, Any], place: int, tags: ColumnNames) -> Message:
+def _sharegpt_message(message: Mapping[str, object], place: int, tags: ColumnNames) -> Message:
     """A message: a question at an even place, an answer at an odd place."""
     role = message.get(str(tags["role_tag"]))
     asked = {tags["user_tag"]: USER, tags["observation_tag"]: TOOL}
@@ -298,7 +298,7 @@ def _sharegpt_message(message: Mapping[str, Any], place: int, tags: ColumnNames)
     return Message(expected[role], content, learned=chosen)
 
 
-def openai(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def openai(record: Mapping[str, object], columns: Columns) -> Conversation:
     """Messages with role, content, reasoning_content and tool_calls, in any order that starts with a question."""
     messages = columns.get(record, "messages")
     system = columns.optional_text(record, "system")
@@ -306,11 +306,11 @@ def openai(record: Mapping[str, Any], columns: Columns) -> Conversation:
 
 
 def judged(
-    read: Callable[[Mapping[str, Any], Columns], Conversation],
-) -> Callable[[Mapping[str, Any], Columns], Judged]:
+    read: Callable[[Mapping[str, object], Columns], Conversation],
+) -> Callable[[Mapping[str, object], Columns], Judged]:
     """A reader of labelled conversations, made from a reader of conversations."""
 
-    def read_judged(record: Mapping[str, Any], columns: Columns) -> Judged:
+    def read_judged(record: Mapping[str, object], columns: Columns) -> Judged:
         label = columns.get(record, "label")
         text = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip().lower()
         if text not in _LABELS:

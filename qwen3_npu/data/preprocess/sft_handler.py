@@ -6,7 +6,7 @@ import abc
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -61,8 +61,8 @@ class ConversationHandler(abc.ABC, Generic[Sample]):
     kind: type[Sample]
     look: Callable[[Sample], Iterable[str]] | None = None
 
-    def __init__(self, read: Callable[[Mapping[str, Any], Columns], Sample], columns: Columns, style: Style) -> None:
-        self.read: Callable[[Mapping[str, Any], Columns], Sample] = read
+    def __init__(self, read: Callable[[Mapping[str, object], Columns], Sample], columns: Columns, style: Style) -> None:
+        self.read: Callable[[Mapping[str, object], Columns], Sample] = read
         self.names, self.style = columns, style
         self.columns: Sequence[str] = columns.all()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
 from qwen3_npu.data.read.blocks import BLOCK_BYTES, RecordBlock, Splitter, checked_row, open_stream
 from qwen3_npu.data.read.find import InputFile
@@ -38,7 +38,7 @@ class _Array:
         self.buffer, self.position, self.ended, self.count = "", 0, False, 0
         self.lines = 0  # before the buffer
 
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
+    def __iter__(self) -> Iterator[tuple[object, int]]:
         self._mark()
         self.position += 1  # the opening bracket
         while (mark := self._mark()) != "]":
@@ -83,7 +83,7 @@ class _Array:
                 return self.buffer[self.position : self.position + 1]
             self._more()
 
-    def _element(self) -> tuple[Any, int]:
+    def _element(self) -> tuple[object, int]:
         while True:
             try:
                 element, end = json.JSONDecoder().raw_decode(self.buffer, self.position)

@@ -194,7 +194,7 @@ class Renderer:
     def text(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[Mapping[str, object]] | None,
         thinking: bool | None,
         *,
         ask: bool = False,
@@ -248,7 +248,7 @@ class Renderer:
         return asked[len(told) :] if asked.startswith(told) else ""
 
 
-def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
+def messages_of(conversation: Conversation) -> list[dict[str, object]]:
     """The messages as a chat template sees them: those of the record if it has them, without null keys."""
     messages = [_as_dict(message) for message in conversation.messages]
     if conversation.system is not None:
@@ -256,10 +256,10 @@ def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
     return messages
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
+def _as_dict(message: Message) -> dict[str, object]:
     if message.given is not None:
         return dict(message.given)
-    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    found: dict[str, object] = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
         found |= {"thinking": message.reasoning, "reasoning_content": message.reasoning}
     if message.calls:

@@ -58,7 +58,7 @@ class Conversation(NamedTuple):
 
     messages: tuple[Message, ...]
     system: str | None = None
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, object], ...] | None = None
 
 
 class PreferencePair(NamedTuple):
@@ -105,7 +105,7 @@ def checked_conversation(conversation: Conversation) -> Conversation:
     return conversation
 
 
-def tools_of(value: object) -> tuple[dict[str, Any], ...] | None:
+def tools_of(value: object) -> tuple[dict[str, object], ...] | None:
     """A `tools` column (JSON text or a list) -> tools, None for nothing. Raises: ValueError: it is neither."""
     if isinstance(value, str):
         if not value.strip():

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError, printable
@@ -41,7 +41,7 @@ class TokenizerFolder:
 
     path: Path
     special: Mapping[str, int]
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     unspoken: frozenset[int] = frozenset()
 
     @property
@@ -143,7 +143,7 @@ class Loading(NamedTuple):
     """
 
     reference: Future[Tokenizer]
-    fast: Future[Any] | None
+    fast: Future[object] | None
 
 
 def start_loading(folder: str, backend: str = "auto", threads: int | None = None) -> Loading:
@@ -186,7 +186,7 @@ def _load_reference(file: str) -> Tokenizer:
         raise UsageError(f"{file} cannot be used as a tokenizer: {error}") from None
 
 
-def _load_fast(file: str) -> Any:
+def _load_fast(file: str) -> object:
     from fastokens import Tokenizer
 
     return Tokenizer.from_file(file)

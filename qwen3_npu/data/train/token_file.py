@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +101,7 @@ class IndexedWriter:
     """
 
     def __init__(
-        self, prefix: str | Path, resume: tuple[int, int] | None = None, made: Mapping[str, Any] | None = None
+        self, prefix: str | Path, resume: tuple[int, int] | None = None, made: Mapping[str, object] | None = None
     ) -> None:
         """Start a pair, or resume one at a `position` that an earlier run reached.
 

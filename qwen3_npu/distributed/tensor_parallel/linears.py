@@ -23,7 +23,7 @@ class OverlappedColumn(ColumnParallelLinear):
         link: shared with the row-parallel linear that comes next, see `linked`.
     """
 
-    def __init__(self, *sizes: Any, overlap: Overlap, **options: Any) -> None:
+    def __init__(self, *sizes: object, overlap: Overlap, **options: object) -> None:
         super().__init__(*sizes, **options)
         self.overlap, self.link = overlap, Link()
 
@@ -67,6 +67,6 @@ def link_linears(model: torch.nn.Module) -> None:
                 row.link = column.link
 
 
-def _base(linear: Any) -> Any:
+def _base(linear: object) -> object:
     """The base layer of an adapter, or the linear itself."""
     return getattr(linear, "base_layer", linear)

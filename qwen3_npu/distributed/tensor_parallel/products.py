@@ -79,13 +79,13 @@ class Link:
     """From a row-parallel linear back to the column-parallel one before it in the same layer and micro-batch."""
 
     def __init__(self) -> None:
-        self._column: Any = None
+        self._column: object = None
 
-    def leave(self, column: Any) -> None:
+    def leave(self, column: object) -> None:
         """The column-parallel linear's node; only if its weight needs the gathered input."""
         self._column = column
 
-    def take(self) -> Any:
+    def take(self) -> object:
         column, self._column = self._column, None
         return column
 

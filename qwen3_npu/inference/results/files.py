@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import files
 from qwen3_npu.errors import UsageError
@@ -32,12 +31,12 @@ def write_json(path: Path, content: object) -> None:
     write_result(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
-def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+def write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Write one record per line, atomically."""
     write_result(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def write_generated(folder: Path, results: Iterable[Mapping[str, Any]]) -> list[Path]:
+def write_generated(folder: Path, results: Iterable[Mapping[str, object]]) -> list[Path]:
     """Write both files of generated texts: .jsonl with all fields, .txt for reading."""
     results = list(results)
     paths = [folder / f"{RESULT}.jsonl", folder / f"{RESULT}.txt"]

@@ -98,14 +98,14 @@ def _pair_texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Se
     return {name: (prompt, answer) for name, answer in zip(PAIR, answers, strict=True)}
 
 
-def _answered(record: Mapping[str, Any]) -> Conversation:
+def _answered(record: Mapping[str, object]) -> Conversation:
     """A conversation that ends with an answer. Raises: ValueError: it does not."""
     if any(isinstance(record.get(name), list) for name in ("messages", "conversations")):
         return checked_conversation(conversation_of(record, {}))
     return alpaca(record, Columns(_named(record, ALPACA), None))
 
 
-def _named(record: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, str | None]:
+def _named(record: Mapping[str, object], names: Mapping[str, str | None]) -> dict[str, str | None]:
     """The column names of this record."""
     prompt = next((name for name in _PROMPTS if name in record), "instruction")
     answer = next((name for name in _ANSWERS if record.get(name) is not None), "output")

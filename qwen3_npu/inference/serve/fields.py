@@ -20,8 +20,8 @@ _MOST_STOPS, _LONGEST_STOP = 16, 1000  # texts, and characters of one: every new
 _LEAST_TEMPERATURE = 0.01
 _MOST_BIASES = 1024
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-Read = Callable[[object, str], Any]
-Json = dict[str, Any]
+Read = Callable[[object, str], object]
+Json = dict[str, object]
 
 
 class Refused(Exception):

@@ -9,7 +9,6 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from qwen3_npu.inference.serve.answers import Answers, error_body
 from qwen3_npu.inference.serve.desk import CUT, MOST, Inbox, Piece
@@ -43,7 +42,7 @@ class Connection(JsonConnection):
     def _one_model(self) -> None:
         self.send(200, self._model())
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self) -> dict[str, object]:
         limits = self.server.reader.limits
         return {
             "id": limits.model,

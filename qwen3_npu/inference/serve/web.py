@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 from qwen3_npu import log, schema
 from qwen3_npu.errors import UsageError
@@ -165,7 +164,7 @@ class JsonConnection(BaseHTTPRequestHandler):
             if name.lower() not in _LOCAL:
                 raise Refused(f"the Host {schema.shown(host)} is not this machine; use localhost", status=403)
 
-    def body(self) -> Any:
+    def body(self) -> object:
         """The JSON of the request. Raises: Refused."""
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -203,7 +202,7 @@ class JsonConnection(BaseHTTPRequestHandler):
             while left and (data := self.rfile.read(min(left, 1 << 16))):
                 left -= len(data)
 
-    def send(self, status: int, content: dict[str, Any] | str) -> None:
+    def send(self, status: int, content: dict[str, object] | str) -> None:
         """Send one answer: JSON or text."""
         self.server.metrics.answered(self.endpoint, status)
         self.close_connection |= self.unread > 0  # what follows is no request

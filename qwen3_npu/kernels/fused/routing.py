@@ -108,7 +108,7 @@ class Permute(torch.autograd.Function):
         return gather_rows(tokens, places), weights, *places
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, dweights: torch.Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, grad: torch.Tensor, dweights: torch.Tensor, *_: object) -> tuple:
         chosen, ends, *places = ctx.saved_tensors
         count, experts = chosen.shape
         dprobs = dweights.new_empty(count, experts)

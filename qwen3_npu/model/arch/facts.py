@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from qwen3_npu.schema import boolean, integer, number
 
-REQUIRED: Any = object()
+REQUIRED: object = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +32,15 @@ class Fact:
     """
 
     name: str
-    read: Callable[[object, str], Any]
+    read: Callable[[object, str], object]
     megatron: tuple[str, ...] = ()
     newer: str | None = None
     moe: bool = False
     negated: bool = False
-    default: Any = REQUIRED
-    args_default: Any = None
+    default: object = REQUIRED
+    args_default: object = None
 
-    def turned(self, value: object) -> Any:
+    def turned(self, value: object) -> object:
         """The argument's value from the fact's, or the reverse."""
         return not value if self.negated else value
 

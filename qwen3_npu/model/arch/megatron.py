@@ -149,13 +149,13 @@ def unlike_family(argument: str, said: bool | None, family: Family) -> str | Non
     return f"{flag_name}: {family.title} has {'no' if said else 'a'} {_WORDS[argument]}{hint}"
 
 
-def _needed(said: Mapping[str, Any], name: str, where: str) -> int:
+def _needed(said: Mapping[str, object], name: str, where: str) -> int:
     if name not in said:
         raise UsageError(f"{where}: its args have no {name}; give the architecture with --hf-cfg-dir")
     return integer(said[name], f"{where}: {name}", least=1, most=2**20)
 
 
-def _family(said: Mapping[str, Any], where: str) -> Family:
+def _family(said: Mapping[str, object], where: str) -> Family:
     """The first family that agrees with every argument."""
     experts = "num_experts" in said or "num_moe_experts" in said
     if "hf_model_type" in said:
@@ -174,11 +174,11 @@ def _family(said: Mapping[str, Any], where: str) -> Family:
     raise UsageError(f"{where}: {', '.join(words)} with{'' if experts else 'out'} experts is none of {known}")
 
 
-def _scaling_arguments(scaling: RopeScaling) -> dict[str, Any]:
+def _scaling_arguments(scaling: RopeScaling) -> dict[str, object]:
     """MindSpeed-LLM's arguments, and those of Megatron if it has them."""
     if scaling.kind == LINEAR:
         return {"rotary_seq_len_interpolation_factor": scaling.factor}
-    found: dict[str, Any] = {"rope_scaling_type": scaling.kind, "rope_scaling_factor": scaling.factor}
+    found: dict[str, object] = {"rope_scaling_type": scaling.kind, "rope_scaling_factor": scaling.factor}
     if scaling.kind == LLAMA3:
         usual = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original) == (1.0, 4.0, 8192)
         return found | {
@@ -202,7 +202,7 @@ def _scaling_arguments(scaling: RopeScaling) -> dict[str, Any]:
     }
 
 
-def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> RopeScaling | None:
+def scaling_from_megatron(said: Mapping[str, object], theta: float, where: str) -> RopeScaling | None:
     """The scaling of rotary embedding that arguments (without None) describe.
 
     Raises:
@@ -239,7 +239,7 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
 class _NumericArgs:
     """Reads numbers among arguments."""
 
-    def __init__(self, said: Mapping[str, Any], where: str) -> None:
+    def __init__(self, said: Mapping[str, object], where: str) -> None:
         self.said, self.where = said, where
 
     def __call__(self, name: str, default: float | None = None, *others: str) -> float:
@@ -276,7 +276,7 @@ def _yarn(read: _NumericArgs, prefix: str) -> RopeScaling:
     )
 
 
-def _unprefixed_yarn(said: Mapping[str, Any]) -> dict[str, Any]:
+def _unprefixed_yarn(said: Mapping[str, object]) -> dict[str, object]:
     """megatron-core 0.19's flags, which have the prefix in the configuration only; its defaults."""
     own = {f"yarn_{name}": said.get(name, usual) for name, usual in (("mscale", 1.0), ("mscale_all_dim", 0.0))}
     own["yarn_rotary_scaling_factor"] = said["rotary_scaling_factor"]

@@ -6,7 +6,6 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.cli import option
@@ -109,7 +108,7 @@ def _words(field: dataclasses.Field, value: object) -> list[str]:
     return [name, *(map(str, value) if isinstance(value, list) else [str(value)])]
 
 
-def as_json(verdict: PlanVerdict) -> dict[str, Any]:
+def as_json(verdict: PlanVerdict) -> dict[str, object]:
     """A verdict as plain data: bytes and seconds."""
     return {
         "setup": dataclasses.asdict(verdict.setup),

@@ -6,7 +6,6 @@ import dataclasses
 import glob
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -19,7 +18,7 @@ _WHOLE = 2**24  # bytes of a file that is digested whole; of a larger one, parts
 _PARTS, _PART = 256, 2**16
 
 
-def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
+def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, object]:
     """Entries of the saved args, plain values. Every rank must call this: rank 0 reads the data."""
     data, arch = args.data, plan.arch
     prefixes, weights = blend(data.data_path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
@@ -20,7 +18,7 @@ _SHOWN = 1024  # ranks
 _WORK = [KINDS.index(name) for name in (*WORK, "pause")]
 
 
-def facts_of(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
+def facts_of(args: PretrainArgs, plan: TrainingPlan) -> dict[str, object]:
     """The settings that explain times."""
     layout, train = plan.layout, args.train
     return {
@@ -44,14 +42,14 @@ class Ledger:
         facts: see `facts_of`.
     """
 
-    def __init__(self, interval: int, facts: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, interval: int, facts: dict[str, object], device: torch.device) -> None:
         self.interval, self.facts, self.device = interval, facts, device
         self.tally, self.steps, self.is_new = NOTHING, 0, True
         self.imbalance: float | None = None  # the fullest expert's tokens over the mean
         if (times := here.times()) is not None:
             times.take()  # what was before the first step
 
-    def step(self, iteration: int, tally: Tally, load: ExpertLoad | None, *, last: bool) -> dict[str, Any] | None:
+    def step(self, iteration: int, tally: Tally, load: ExpertLoad | None, *, last: bool) -> dict[str, object] | None:
         """Count a step. Returns the record if one is due. Every rank must call this: a record gathers a row of each.
 
         Args:
@@ -76,7 +74,7 @@ class Ledger:
         self.is_new = False
         return record
 
-    def _record(self, times: Times) -> dict[str, Any]:
+    def _record(self, times: Times) -> dict[str, object]:
         own = torch.tensor(times.take(), dtype=torch.float32, device=self.device)
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, own)

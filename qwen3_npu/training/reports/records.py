@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen3_npu import log
 
@@ -58,7 +58,7 @@ class Records:
         if not (of_tensorboard and isinstance(args.exc_value, OSError | ValueError)):
             self._hook(args)
 
-    def line(self, iteration: int, values: Mapping[str, Any]) -> None:
+    def line(self, iteration: int, values: Mapping[str, object]) -> None:
         """Write one line of metrics.jsonl atomically."""
         if self.file is None:
             return

@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from qwen3_npu import log
 from qwen3_npu.args.pretrain import PretrainArgs
@@ -22,7 +22,7 @@ from qwen3_npu.args.trackers import TrackerArgs
 _WAITING = 10_000  # records that may wait for a slow tracker; further ones are counted as lost
 _LAST = 30.0  # seconds that the end of a training waits for a tracker
 Values = dict[str, float]
-RunSettings = Mapping[str, Any]
+RunSettings = Mapping[str, object]
 
 
 class Tracker(Protocol):
@@ -145,7 +145,7 @@ def open_trackers(args: TrackerArgs, config: RunSettings) -> list[Tracked]:
     return [tracked(*kind) for field, kind in _KINDS.items() if getattr(args, field) is not None]
 
 
-def settings(args: PretrainArgs) -> dict[str, Any]:
+def settings(args: PretrainArgs) -> dict[str, object]:
     """All flags of a training that have a value, by name."""
     found = {name: value for group in args for name, value in dataclasses.asdict(group).items()}
     return {name: value for name, value in found.items() if value not in (None, [], "")}

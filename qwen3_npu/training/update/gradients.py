@@ -6,8 +6,6 @@ them are one factor, which the optimizer's own pass applies if it can, so that n
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -32,7 +30,7 @@ class Gradients:
         self.tokens: torch.Tensor | None = None
 
     def finalize(
-        self, chunks: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **options: Any
+        self, chunks: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **options: object
     ) -> None:
         """Replacement of megatron's finalize_model_grads, which reads the number of tokens on the host and divides in a
         separate pass; this one only stores the number."""

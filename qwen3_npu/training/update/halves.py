@@ -8,7 +8,6 @@ second moment, which is never negative otherwise, tells them apart. So masters a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -79,7 +78,7 @@ class HalvedState(SlicedState):
         weight, low = piece.of([piece.weight, self.low[piece.main]])
         return [joined_master(weight, low, second), first, second.abs()]
 
-    def _reset(self, state_dict: Any = None) -> None:
+    def _reset(self, state_dict: object = None) -> None:
         """Set the masters to the present weights."""
         assert state_dict is None
         for main, low in self.low.items():
