@@ -1,7 +1,7 @@
 """The constants of each device: one table, each published constant with its source.
 
 `benchmarks/planning/fit_devices.py` fits efficiencies and overheads; errors are those of runs outside the fit.
-Hopper GPUs: 19 published runs, median error 10 %. Ascend devices: 20 cases of MindSpeed-LLM's CI (one node, few
+Hopper GPUs: 19 published runs, median error 11 %. Ascend devices: 20 cases of MindSpeed-LLM's CI (one node, few
 layers), median error 15 %. The constants of A100 are guesses. `learn` replaces all of them by those of your own runs.
 """
 
@@ -129,12 +129,12 @@ def _hopper(name: str, memory: float, bandwidth: float, *, link: float, sources:
         node=8,
         link=link,
         network=50e9,
-        product=0.722,
-        product_half=12.1e9,
-        attention=0.501,
+        product=0.714,
+        product_half=16.3e9,
+        attention=0.669,
         streaming=0.9,
         transfer=0.95,
-        stall=1.94e-3,
+        stall=1.96e-3,
         error=0.2,
         sources=sources + _REPORTED,
     )

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -15,10 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planning.fit_devices import error
-from benchmarks.planning.mindspeed_ci import flags_of, read_cases, stage_of
-from benchmarks.planning.npu_cases import first_iteration
-from benchmarks.planning.published import read_published
 from qwen3_npu.args.rules.fit import fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs
 from qwen3_npu.errors import UsageError
@@ -27,7 +22,7 @@ from qwen3_npu.plan.activations import layer_bytes
 from qwen3_npu.plan.device import DEVICE_SPECS, GIB, find_device
 from qwen3_npu.plan.from_args import setup_of
 from qwen3_npu.plan.hiding.costs import collective_seconds
-from qwen3_npu.plan.memory import in_flight, logit_bytes, stage_memory, start_bytes
+from qwen3_npu.plan.memory import in_flight, logit_bytes, stage_memory
 from qwen3_npu.plan.parameters import lora_counts, stage_counts
 from qwen3_npu.plan.search import search
 from qwen3_npu.plan.setup import Setup
@@ -117,31 +112,6 @@ def test_the_update_counts_where_activations_leave_it_no_room() -> None:
     assert longer.update == 0, "activations are gone when the update is made"
 
 
-def test_memory_is_what_others_measured_on_npus(real_data: Path) -> None:
-    """MindSpeed-LLM's CI, first iteration, of all its ranks: static bytes of 7 in 8, the peak of 8 in 10."""
-    path = real_data / "calibration" / "mindspeed_ci.csv"
-    if not path.is_file():
-        pytest.skip("no calibration data")
-    static, peaks, ranks = [], [], 0
-    for case in read_cases(path):
-        ranks += len(case.measured)
-        if case.shape is None:
-            continue
-        for rank, (after, most) in case.measured.items():
-            planned, peak = first_iteration(case, stage_of(case, rank))
-            static.append(abs(planned / after - 1))
-            peaks.append(abs(peak / most - 1))
-    assert ranks > 200
-    assert sum(error <= 0.02 for error in static) >= 0.87 * ranks
-    assert sum(error <= 0.1 for error in peaks) >= 0.8 * ranks
-    assert statistics.median(static) < 0.003, "megabytes of gigabytes"
-
-
-def test_flags_are_read_from_a_script_with_its_variables() -> None:
-    script = 'TP=8\nexport SEQ_LENGTH="4096"\nrun --seq-length ${SEQ_LENGTH} --moe --tensor-size $TP \\\n  --bf16'
-    assert flags_of(script) == {"seq-length": "4096", "moe": "1", "tensor-size": "8", "bf16": "1"}
-
-
 def test_latent_attention_and_later_tokens_by_hand() -> None:
     """DeepSeek-V3's first layers: 187.1 M weights of attention in each (its report, table of sizes, and arithmetic)."""
     shape = Shape(
@@ -201,30 +171,6 @@ def test_a_recomputed_layer_keeps_its_input_only() -> None:
     kept = [stage_memory(shape, one_rank(shape, recompute=n), 0).layers for n in (0, 1, 4)]
     one, token_bytes = layer_bytes(shape, one_rank(shape), False), 2 * 4096 * 4096
     assert kept == pytest.approx([4 * one, 3 * one + token_bytes, 4 * token_bytes])
-
-
-def test_step_times_are_those_that_others_published() -> None:
-    """Median error over 19 runs of Hopper GPUs; `fit_devices.py` gives the sources, and errors of unseen runs."""
-    rows = [row for row in read_published() if row.is_fitted]
-    errors = sorted(abs(error(row, {})) for row in rows)
-    assert len(errors) == 19
-    assert errors[9] <= 0.12
-    assert errors[-1] <= 0.2
-
-
-def test_runs_that_others_saw_run_out_of_memory_do_not_fit() -> None:
-    rows = read_published("published_oom.txt")
-    assert len(rows) >= 12
-    assert not [row.name for row in rows if row.verdict.fits]
-
-
-def test_the_run_that_asked_for_26_gib_at_once_trained_all_weights() -> None:
-    """ms-swift#9403: 30.23 GiB held, 26.44 more asked for: the start of full training, to the digits of the message."""
-    (row,) = (row for row in read_published("published_oom.txt") if row.name == "235B on 32 NPUs, as it ran")
-    counts = stage_counts(row.shape, row.setup, 0)
-    assert f"{2 * counts.expert / GIB:.2f}" == "26.44"
-    assert f"{2 * (counts.total + counts.dense) / GIB:.2f}" == "30.23"
-    assert start_bytes(row.shape, row.setup, 0) >= 2 * (counts.total + counts.dense + counts.expert)
 
 
 def test_the_start_counts_where_many_ranks_share_the_optimizer() -> None:
