@@ -175,8 +175,8 @@ def divisors(number: int) -> str:
 
 def _problems(arch: Qwen3Arch, tensor: int, expert: int, etp: int) -> list[str]:
     problems = []
-    if not _cuts_heads(arch, tensor):
-        possible = [size for size in range(1, arch.num_attention_heads + 1) if _cuts_heads(arch, size)]
+    if not _shards_heads(arch, tensor):
+        possible = [size for size in range(1, arch.num_attention_heads + 1) if _shards_heads(arch, size)]
         problems.append(
             f"tensor parallel size {tensor} does not divide the {arch.num_key_value_heads} KV heads; "
             f"use one of {', '.join(map(str, possible))}"
@@ -201,7 +201,7 @@ def _problems(arch: Qwen3Arch, tensor: int, expert: int, etp: int) -> list[str]:
     return problems
 
 
-def _cuts_heads(arch: Qwen3Arch, tensor: int) -> bool:
+def _shards_heads(arch: Qwen3Arch, tensor: int) -> bool:
     """Whether each rank has complete query heads, and complete key/value heads or, with more ranks, a shared one."""
     heads, groups = arch.num_attention_heads, arch.num_key_value_heads
     rows = (heads + 2 * groups) * arch.head_dim

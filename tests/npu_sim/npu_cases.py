@@ -94,7 +94,7 @@ def refusals(platform: Platform, world: World) -> dict[str, str]:
         "keep_prob": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", keep_prob=0.0),
         "sparse_mode": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", sparse_mode=9),
         "rotary_mode": lambda: torch_npu.npu_rotary_mul(q[None], q[None], q[None], "third"),
-        "pse": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", pse=q.new_ones(2, 4, 6, 6)),
+        "inner_precise": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", inner_precise=1),
     }
     said = {}
     for name, call in wrong.items():

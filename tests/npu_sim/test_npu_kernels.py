@@ -130,7 +130,7 @@ def test_the_simulated_device_refuses_what_a_real_one_does(npu_worlds: dict[int,
         "keep_prob": "keep_prob",
         "sparse_mode": "sparse_mode",
         "rotary_mode": "rotary_mode",
-        "pse": "not emulated",
+        "inner_precise": "not emulated",
     }
     assert {name: text for name, text in said.items() if expected[name].lower() not in text.lower()} == {}
 

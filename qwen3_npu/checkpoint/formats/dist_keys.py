@@ -125,7 +125,7 @@ def saved_chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chu
     for shard in contents.shards(layout, rank):
         if shard.name == OUTPUT.megatron and contents.arch.tie_word_embeddings:
             continue  # a copy of the embedding, which is not stored twice
-        axis, halves = _cut(shard.name)
+        axis, halves = _sharded_axis(shard.name)
         is_expert = ".experts." in shard.name
         parts, index = (layout.expert_tensor, rank.expert_tensor) if is_expert else (layout.tensor, rank.tensor)
         if axis is None:
@@ -166,7 +166,7 @@ def extra_states(contents: Contents, layout: Layout, rank: Rank) -> list[str]:
     return names
 
 
-def _cut(name: str) -> tuple[int | None, int]:
+def _sharded_axis(name: str) -> tuple[int | None, int]:
     """The axis over which a tensor is sharded, and how many stacked matrices it holds."""
     module = next((part for part in name.split(".") if part in _CUT), None)
     if module is None:

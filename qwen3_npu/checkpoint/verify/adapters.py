@@ -197,8 +197,8 @@ class MergedTensors(VerifySource):
         factors = self.pairs.read(magnitudes, rows, (0, 1)).double() / norms
         unit = (whole[1] ** 0.5 + 16) * 2.0**-23
         exact = factors * directions
-        spread = factors.abs() * error + exact.abs() * (error.norm(dim=1, keepdim=True) / norms + unit)
-        return exact[:, slice(*columns)], spread[:, slice(*columns)]
+        bound = factors.abs() * error + exact.abs() * (error.norm(dim=1, keepdim=True) / norms + unit)
+        return exact[:, slice(*columns)], bound[:, slice(*columns)]
 
     def _turned(self, name: str, pair: AdapterPair, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor]:
         """`merged` for an embedding with DoRA, whose magnitudes belong to columns."""
@@ -211,14 +211,14 @@ class MergedTensors(VerifySource):
                 parts.append((self.read(name, *part).double() + added).square().sum(0))
                 errors.append(error.square().sum(0))
             self.squares[name] = sum(parts, torch.zeros(1)), sum(errors, torch.zeros(1))
-        total, spread = (value[slice(*columns)] for value in self.squares[name])
+        total, bound = (value[slice(*columns)] for value in self.squares[name])
         norms = total.sqrt()
         magnitudes = self.pairs.read(peft_tensor(name.removesuffix(".weight"), DORA), columns, (0, 1)).double()
         factors = magnitudes.flatten() / norms
         added, error = product(pair, rows, columns)
         exact = factors * (self.read(name, rows, columns).double() + added)
         unit = (vocabulary**0.5 + 16) * 2.0**-23
-        return exact, factors.abs() * error + exact.abs() * (spread.sqrt() / norms + unit)
+        return exact, factors.abs() * error + exact.abs() * (bound.sqrt() / norms + unit)
 
     def close(self) -> None:
         self.base.close()

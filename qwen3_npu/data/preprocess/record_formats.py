@@ -82,7 +82,7 @@ def _says(value: object) -> bool:
     return value is not None and value not in ("", [], {})
 
 
-def missing_column(record: Mapping[str, Any], column: str) -> str:
+def missing_column(record: Mapping[str, object], column: str) -> str:
     """The message for a missing column, with the existing ones."""
     text = f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
     for key, found in record.items():
@@ -91,7 +91,7 @@ def missing_column(record: Mapping[str, Any], column: str) -> str:
     return text
 
 
-def value(record: Mapping[str, Any], column: str) -> Any:
+def value(record: Mapping[str, object], column: str) -> Any:
     """A column of a record. Raises: ValueError: the record has none, or nothing in it."""
     if column not in record:
         raise ValueError(missing_column(record, column))
@@ -100,7 +100,7 @@ def value(record: Mapping[str, Any], column: str) -> Any:
     return record[column]
 
 
-def text_value(record: Mapping[str, Any], column: str) -> str:
+def text_value(record: Mapping[str, object], column: str) -> str:
     """A column of text. Raises: ValueError: as `value`, or it is no text."""
     text = value(record, column)
     if not isinstance(text, str):
@@ -116,10 +116,11 @@ class Columns:
         tags: the same for the keys and roles of messages.
     """
 
-    def __init__(self, defaults: ColumnNames, map_keys: Mapping[str, Any] | None, *, has_tags: bool = False) -> None:
+    def __init__(self, defaults: ColumnNames, map_keys: Mapping[str, object] | None, *, has_tags: bool = False) -> None:
         """Raises: UsageError: --map-keys names something that these records do not have."""
         given = dict(map_keys or {})
         tags = given.pop("tags", None) if has_tags else None
+        names: dict[str, str | None] = {}
         for name, column in given.items():
             if name not in defaults:
                 known = [*defaults, *(["tags"] if has_tags else [])]
@@ -128,7 +129,8 @@ class Columns:
                 )
             if column is not None and not isinstance(column, str):
                 raise UsageError(f"--map-keys: {name!r} must be mapped to a column's name, not to {column!r}")
-        self.names: ColumnNames = {**defaults, **given}
+            names[name] = column
+        self.names: ColumnNames = {**defaults, **names}
         self.mapped = frozenset(given)
         self.telling = {name: None for name in _TELLING if name not in self.names.values()}.keys()
         self.says_learned = {*LEARN_KEYS, *MASK_KEYS} - set(self.names.values())
@@ -153,13 +155,13 @@ class Columns:
         """Every column to read, also those that are only checked."""
         return [*filter(None, self.names.values()), *_TELLING, *LEARN_KEYS, *MASK_KEYS]
 
-    def leaves_out(self, record: Mapping[str, Any]) -> bool:
+    def leaves_out(self, record: Mapping[str, object]) -> bool:
         """Whether a key beside the messages excludes the whole record from training; see `is_left_out`."""
         if self.says_learned.isdisjoint(record):  # seldom, and this is asked of every record
             return False
         return is_left_out({key: record[key] for key in self.says_learned & record.keys()})
 
-    def unused(self, record: Mapping[str, Any]) -> list[str]:
+    def unused(self, record: Mapping[str, object]) -> list[str]:
         """Columns that would change the conversation of a record but are not read, for a message."""
         found = []
         if not self.telling.isdisjoint(record):  # seldom, and this is asked of every record
@@ -170,7 +172,7 @@ class Columns:
             found += [f"message key {key!r} (thoughts are read from 'reasoning_content')" for key in sorted(keys)]
         return found
 
-    def unknown(self, record: Mapping[str, Any]) -> list[str]:
+    def unknown(self, record: Mapping[str, object]) -> list[str]:
         """Keys of a record and its messages that are neither read nor known as metadata, for --check."""
         read = {*filter(None, self.names.values()), *self.telling, *_METADATA}
         found = [
@@ -183,7 +185,7 @@ class Columns:
             found += [f"key {key!r} of a message is not used" for key in keys if key not in read and _says(keys[key])]
         return found
 
-    def get(self, record: Mapping[str, Any], name: str) -> Any:
+    def get(self, record: Mapping[str, object], name: str) -> Any:
         """The value with this meaning; None if there is none.
 
         Raises:
@@ -197,13 +199,13 @@ class Columns:
             raise ValueError(f"{missing_column(record, column)}; {self._remedy(record, name)}")
         return found
 
-    def _remedy(self, record: Mapping[str, Any], name: str) -> str:
+    def _remedy(self, record: Mapping[str, object], name: str) -> str:
         """The remedy for a missing column: a --map-keys that renames it."""
         others = [key for key in record if key not in self.names.values() and isinstance(key, str)]
         likely = next((key for key in _ALIASES.get(name, ()) if key in others), None) or "COLUMN"
         return f"if it is called otherwise, --map-keys '{json.dumps({name: likely}, ensure_ascii=False)}'"
 
-    def optional_text(self, record: Mapping[str, Any], name: str) -> str | None:
+    def optional_text(self, record: Mapping[str, object], name: str) -> str | None:
         """The value as text. Raises: ValueError: see `get`; or it is no text."""
         text = self.get(record, name)
         if text is None or isinstance(text, str):

@@ -34,7 +34,7 @@ class RecordBlock:
     file: str
     numbers: Sequence[int]
     items: Sequence[Any]
-    decode: Callable[[Any], dict[str, Any]]
+    decode: Callable[[Any], dict[str, object]]
     size: int
 
     def head(self, count: int) -> RecordBlock:
@@ -54,7 +54,7 @@ class BadRecord:
         return f"{self.file}:{self.number}: {self.reason}"
 
 
-def parse_block(block: RecordBlock) -> tuple[list[tuple[int, dict[str, Any]]], list[BadRecord]]:
+def parse_block(block: RecordBlock) -> tuple[list[tuple[int, dict[str, object]]], list[BadRecord]]:
     """The records of a block with their numbers, and those that cannot be read."""
     records, bad = [], []
     for number, item in zip(block.numbers, block.items, strict=True):
@@ -94,7 +94,7 @@ class InputStream:
 class Splitter:
     """Collects records into blocks, for formats that must be read record by record."""
 
-    def __init__(self, file: InputFile, stream: InputStream, decode: Callable[[Any], dict[str, Any]]) -> None:
+    def __init__(self, file: InputFile, stream: InputStream, decode: Callable[[Any], dict[str, object]]) -> None:
         self.file, self.stream, self.decode = str(file.path), stream, decode
         self.before = 0
         self._start()
@@ -134,7 +134,7 @@ def open_stream(file: InputFile) -> Iterator[InputStream]:
             yield InputStream(io.BufferedReader(inflated, BLOCK_BYTES), raw.tell)
 
 
-def checked_row(row: object) -> dict[str, Any]:
+def checked_row(row: object) -> dict[str, object]:
     """A parsed JSON value as a record. Raises: ValueError: it is none."""
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}")

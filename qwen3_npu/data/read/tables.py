@@ -66,7 +66,7 @@ def _rows_per_block(size: int, rows: int) -> int:
 
 
 def _batch_blocks(
-    file: str, batch: Any, number: int, bytes_per_row: float, *, rows: int, decode: Callable[[Any], dict[str, Any]]
+    file: str, batch: Any, number: int, bytes_per_row: float, *, rows: int, decode: Callable[[Any], dict[str, object]]
 ) -> Iterator[RecordBlock]:
     for start in range(0, batch.num_rows, rows):
         part = batch.slice(start, rows)
@@ -82,20 +82,20 @@ def _rows(batch: Any) -> Sequence[Any]:
         return [_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
-def _row(batch: Any) -> dict[str, Any] | str:
+def _row(batch: Any) -> dict[str, object] | str:
     try:
         return batch.to_pylist()[0]
     except UnicodeDecodeError:
         return "not UTF-8"
 
 
-def _row_decoder(schema: Any) -> Callable[[Any], dict[str, Any]]:
+def _row_decoder(schema: Any) -> Callable[[Any], dict[str, object]]:
     """From a row of a table with this schema to a record."""
     found = {field.name: decode for field in schema if (decode := _decoder(field))}
     return functools.partial(_record, found)
 
 
-def _record(decoders: Mapping[str, Callable[[Any], Any]], row: Any) -> dict[str, Any]:
+def _record(decoders: Mapping[str, Callable[[Any], Any]], row: Any) -> dict[str, object]:
     if isinstance(row, str):
         raise ValueError(row)
     for name, decode in decoders.items():
@@ -132,7 +132,7 @@ def _json(text: str) -> Any:
         raise ValueError(f"a JSON column holds no JSON: {error}") from None
 
 
-def _struct(decoders: Mapping[str, RowDecoder], value: Mapping[str, Any]) -> dict[str, Any]:
+def _struct(decoders: Mapping[str, RowDecoder], value: Mapping[str, object]) -> dict[str, object]:
     kept = {name: inner for name, inner in value.items() if inner is not None}
     return {name: decode(inner) if (decode := decoders[name]) else inner for name, inner in kept.items()}
 
@@ -141,7 +141,7 @@ def _list(decode: Callable[[Any], Any], value: Sequence[Any]) -> list[Any]:
     return [inner if inner is None else decode(inner) for inner in value]
 
 
-def _dataset_record(row: Mapping[str, Any]) -> dict[str, Any]:
+def _dataset_record(row: Mapping[str, object]) -> dict[str, object]:
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -152,7 +152,7 @@ def _without_nulls(value: object) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def read_dataset(name: str, arguments: dict[str, Any]) -> Iterator[RecordBlock]:
+def read_dataset(name: str, arguments: dict[str, object]) -> Iterator[RecordBlock]:
     """Rows of a Hugging Face dataset, streamed.
 
     Args:

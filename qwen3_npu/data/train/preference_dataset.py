@@ -53,7 +53,7 @@ class PairFiles:
     def sample(self, number: int, longest: int) -> SamplePair:
         """A pair, each answer with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         chosen, chosen_labels, rejected, rejected_labels = (file[number] for file in self.files)
-        return SamplePair(_cut(chosen, chosen_labels, longest), _cut(rejected, rejected_labels, longest))
+        return SamplePair(_truncated(chosen, chosen_labels, longest), _truncated(rejected, rejected_labels, longest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class LabelledFiles:
     def sample(self, number: int, longest: int) -> Labelled:
         """An answer, with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         ids, labels = (file[number] for file in self.files)
-        return Labelled(_cut(ids, labels, longest), bool(self.desirable[number]))
+        return Labelled(_truncated(ids, labels, longest), bool(self.desirable[number]))
 
 
 def open_answers(stage: str, prefixes: Sequence[str]) -> list[PairFiles] | list[LabelledFiles]:
@@ -108,7 +108,7 @@ def open_answers(stage: str, prefixes: Sequence[str]) -> list[PairFiles] | list[
     return [PairFiles(prefix) for prefix in prefixes]
 
 
-def _cut(ids: np.ndarray, labels: np.ndarray, longest: int) -> TokenSample:
+def _truncated(ids: np.ndarray, labels: np.ndarray, longest: int) -> TokenSample:
     if len(ids) > longest:
         where = kept_tokens(turns_of(labels), longest)
         ids, labels = ids[where], labels[where]
@@ -160,7 +160,7 @@ def _mismatched(sample: TokenSample, other: TokenSample, longest: int) -> TokenS
     ids, labels = (
         np.concatenate((getattr(sample, name)[:prompt], getattr(other, name)[start:])) for name in ("ids", "labels")
     )
-    return _cut(ids, labels, longest)
+    return _truncated(ids, labels, longest)
 
 
 def _prompt_length(sample: TokenSample) -> int:

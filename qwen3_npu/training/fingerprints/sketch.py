@@ -42,9 +42,9 @@ def sketch(x: torch.Tensor, rows: torch.Tensor | None = None, length: int = 0) -
             the other numbers can be summed over the parts.
     """
     x = x.detach()
-    flat = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
-    if not flat.numel():
+    if not x.numel():  # e.g. experts without tokens
         return torch.zeros(NUMBERS, device=x.device)
+    flat = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
     by_row, by_column = (_signs(max(length, len(flat)), True, x.device), _signs(flat.shape[1], False, x.device))
     by_row = by_row[: len(flat)] if rows is None else by_row[rows.to(x.device)]
     squares = torch.zeros((), device=x.device)

@@ -60,7 +60,7 @@ class MuonAdamW(torch.optim.AdamW):
         for turn in self.work.rounds:
             group = self.work.group
             assert group is not None
-            shares = [spread.share for spread in turn.values()]
+            shares = [piece.share for piece in turn.values()]
             pieces = [self._direction(share) for share in shares if share is not None]
             own = to_owner(pieces, turn, group, torch.empty(0, dtype=self.dtype, device=self.work.device))
             if group.rank() in turn:

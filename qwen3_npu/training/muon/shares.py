@@ -34,7 +34,7 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class ShardedMatrix:
     """A matrix that lies on several ranks of the data-parallel group.
 
     Attributes:
@@ -47,7 +47,7 @@ class Spread:
     share: Share | None
 
 
-Round = Mapping[int, Spread]  # owner -> its matrix
+Round = Mapping[int, ShardedMatrix]  # owner -> its matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def divided(
     group = part.data_parallel_group
     ranks, rank = group.size(), group.rank()
     whole: list[Share] = []
-    spread: list[Spread] = []
+    sharded: list[ShardedMatrix] = []
     load = [0.0] * ranks
     for parameter, start, each in _places(part):
         if parameter not in matrices:
@@ -100,12 +100,12 @@ def divided(
                 begin = max(first, own) - max(0, own)
                 share = Share(mains[parameter], matrix, begin, begin + lengths[rank])
             if max(lengths) < matrix.size:
-                spread.append(Spread(matrix, lengths, share))
+                sharded.append(ShardedMatrix(matrix, lengths, share))
                 continue
             load[lengths.index(matrix.size)] += _cost(matrix)
             if share is not None:
                 _append(whole, share)
-    return Work(whole, _rounds(spread, load), group, part.buffers[0].grad_data.device)
+    return Work(whole, _rounds(sharded, load), group, part.buffers[0].grad_data.device)
 
 
 def _places(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
@@ -133,10 +133,10 @@ def _cost(matrix: LayerMatrix) -> float:
     return float(matrix.size) * min(matrix.out, matrix.inner)
 
 
-def _rounds(spread: Sequence[Spread], load: list[float]) -> list[Round]:
+def _rounds(sharded: Sequence[ShardedMatrix], load: list[float]) -> list[Round]:
     """Assign matrices, largest first, to the rank with the least work."""
-    owned: list[list[Spread]] = [[] for _ in load]
-    for matrix in sorted(spread, key=lambda one: -_cost(one.matrix)):
+    owned: list[list[ShardedMatrix]] = [[] for _ in load]
+    for matrix in sorted(sharded, key=lambda one: -_cost(one.matrix)):
         owner = min(range(len(load)), key=load.__getitem__)
         load[owner] += _cost(matrix.matrix)
         owned[owner].append(matrix)

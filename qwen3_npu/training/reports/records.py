@@ -29,18 +29,18 @@ class Records:
         self.lost: dict[str, int] = {}  # name -> records that were not written
         self.file: int | None = None
         self.tensorboard: SummaryWriter | None = None
-        with self._borne("metrics.jsonl"):
+        with self._tolerated("metrics.jsonl"):
             self.file = _open_lines(self.path)
         self._hook = threading.excepthook
         threading.excepthook = self._in_thread
-        with self._borne("tensorboard"):
+        with self._tolerated("tensorboard"):
             # Here, not at the top: it takes a second, and only rank 0 with a folder needs it.
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder), purge_step=first + 1)
 
     @contextlib.contextmanager
-    def _borne(self, name: str) -> Iterator[None]:
+    def _tolerated(self, name: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
@@ -62,7 +62,7 @@ class Records:
         """Write one line of metrics.jsonl atomically."""
         if self.file is None:
             return
-        with self._borne("metrics.jsonl"):
+        with self._tolerated("metrics.jsonl"):
             before = os.lseek(self.file, 0, os.SEEK_END) if self.path.is_file() else None
             text = (json.dumps({"step": iteration, **values}) + "\n").encode()
             try:
@@ -83,17 +83,17 @@ class Records:
         if "tensorboard" in self.lost:
             self._failed("tensorboard", None)
             return
-        with self._borne("tensorboard"):
+        with self._tolerated("tensorboard"):
             write(self.tensorboard)
 
     def close(self) -> None:
         """Log the number of records that were not written."""
         if self.tensorboard is not None and "tensorboard" not in self.lost:
-            with self._borne("tensorboard"):
+            with self._tolerated("tensorboard"):
                 self.tensorboard.close()
         threading.excepthook = self._hook
         if self.file is not None:
-            with self._borne("metrics.jsonl"):
+            with self._tolerated("metrics.jsonl"):
                 os.close(self.file)
         for name, count in self.lost.items():
             log.warning(f"{self.path.parent}: {name}: {count} records were not written")

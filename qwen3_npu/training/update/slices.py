@@ -69,7 +69,7 @@ class SlicedState:
         self.masters = [main for group in part.shard_fp32_from_float16_groups for main in group]
         self.device = next((main.device for main in self.model), torch.device("cpu"))
         self.prepare()
-        self.slices = list(self._cut(slices))
+        self.slices = list(self._divided(slices))
         replaced = vars(part)
         replaced["_copy_model_grads_to_main_grads"] = self._take_gradients
         replaced["get_main_grads_for_grad_norm"] = self._for_norm
@@ -95,7 +95,7 @@ class SlicedState:
             master = {"float32 master": main} if id(main) in masters else {}
             yield model, {**master, **{key: self.optimizer.state[main][key] for key in MOMENTS}}
 
-    def _cut(self, slices: int) -> Iterator[list[StatePiece]]:
+    def _divided(self, slices: int) -> Iterator[list[StatePiece]]:
         """Divide the weights into slices of about the same size, in the order of the optimizer's groups."""
         total = sum(main.numel() for main in self.model)
         size = max(-(-total // max(slices, 1) // _ROUND) * _ROUND, _ROUND)

@@ -33,7 +33,7 @@ class SwappedState(SlicedState):
 
     def run(self, count: torch.Tensor) -> None:
         """As `SlicedState.run`."""
-        arriving, leaving = self.streams if self.streams else (None, None)
+        arriving, leaving = self.streams or (None, None)
         there: list[list[list[torch.Tensor]]] = []
         done: list[torch.cuda.Event | None] = []
         for number in range(len(self.slices) + 1):
@@ -46,16 +46,14 @@ class SwappedState(SlicedState):
             self._wait(done[number - 1])
             self.update(self.slices[number - 1], there[number - 1], count)
             self._return(self.slices[number - 1], there[number - 1], leaving)
-        self._release(there, len(there))
-        if leaving is not None:
-            torch.cuda.current_stream().wait_stream(leaving)
+        self._release(there, len(there))  # before the next step reads what is leaving, too
 
     def _release(self, there: list[list[list[torch.Tensor]]], end: int) -> None:
-        """Give the memory of the slices before `end` back, for the stream that it is of: they have been updated and
-        have left."""
+        """Give the memory of the slices before `end` back, to the stream that it is of. They leave after their
+        update, so nothing uses them once they have left."""
         if self.streams:
-            for stream in (torch.cuda.current_stream(), self.streams[1]):
-                self.streams[0].wait_stream(stream)
+            arriving, leaving = self.streams
+            arriving.wait_stream(leaving)
         there[: max(end, 0)] = [[] for _ in there[: max(end, 0)]]
 
     def _fetch(self, pieces: Sequence[StatePiece], stream: torch.cuda.Stream | None) -> list[list[torch.Tensor]]:

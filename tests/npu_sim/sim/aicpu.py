@@ -57,7 +57,8 @@ _phase = ["other"]
 def why(name: str, args: Any, kwargs: dict[str, Any]) -> str | None:
     """Why an operation does not run on the cores; None if it does."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.device.type == "npu"]
-    short = name.partition(".")[0].rstrip("_")
+    short = name.partition(".")[0]
+    short = short if short.endswith("__") else short.removesuffix("_")
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return f"{short} of float64"
     if short not in _CORES or not tensors or not tensors[0].numel():

@@ -148,6 +148,7 @@ def test_a_start_says_what_differs() -> None:
 
 
 TP2 = ("--tensor-model-parallel-size", "2")
+NOTED = ("--fingerprint-interval", "5", "--tensorboard-dir", "x")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,18 @@ TP2 = ("--tensor-model-parallel-size", "2")
         (["--use-mc2", "--use-ascend-coc"], "--use-ascend-mc2 and --use-ascend-coc are two ways to do the same"),
         (["--tp-comm-overlap", *TP2], "--tp-comm-overlap needs --sequence-parallel; add it, or use --use-ascend-coc"),
         (["--use-ascend-coc", *TP2, "--qlora", "--lora-r", "4"], "--use-ascend-coc with --qlora"),
+        (["--moe-fb-overlap", "--moe-alltoall-overlap-comm"], "--moe-fb-overlap with --moe-alltoall-overlap-comm: two"),
+        (
+            ["--moe-fb-overlap", "--moe-expert-capacity-factor", "1"],
+            "--moe-fb-overlap with --moe-expert-capacity-factor",
+        ),
+        (["--moe-fb-overlap", "--swap-attention"], "--moe-fb-overlap with --swap-attention"),
+        (["--moe-fb-overlap", *NOTED], "--moe-fb-overlap with --fingerprint-interval"),
+        (["--moe-fb-overlap", "--moe-token-dispatcher-type", "allgather"], "--moe-fb-overlap needs --moe-token-dispa"),
+        (
+            ["--moe-fb-overlap", "--expert-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
+            "--moe-fb-overlap with --pipeline-model-parallel-size 2 needs --num-layers-per-virtual-pipeline-stage",
+        ),
     ],
 )
 def test_communication_that_cannot_be_hidden_as_asked(flags: list[str], message: str) -> None:
@@ -173,3 +186,4 @@ def test_communication_is_hidden_as_asked_or_the_start_says_why_not() -> None:
         assert asked.overlap.asked is None
         assert "--use-ascend-coc: off" in notes[0]
     assert "--use-ascend-mc2: no effect with --tensor-model-parallel-size 1" in said("--use-ascend-mc2")[1][0]
+    assert "--moe-fb-overlap: no effect with --expert-model-parallel-size 1" in said("--moe-fb-overlap")[1][0]
