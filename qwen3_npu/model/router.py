@@ -10,6 +10,7 @@ tokens of all layers), and those of the micro-batches of a step are averaged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -239,13 +240,15 @@ class Router(TopKRouter):
         """
         config, factor = self.config, self.config.moe_expert_capacity_factor
         probs = probs * chosen
-        if padding is None or config.moe_pad_expert_input_to_capacity:
-            policy, padded = config.moe_token_drop_policy, config.moe_pad_expert_input_to_capacity
-            return apply_router_token_dropping(probs, chosen, self.topk, factor, policy, padded)
-        real = (~padding).sum()  # stays on the device, as does the capacity
+        policy, pads = config.moe_token_drop_policy, config.moe_pad_expert_input_to_capacity
+        if pads or (padding is None and policy == "probs"):
+            return apply_router_token_dropping(probs, chosen, self.topk, factor, policy, pads)
+        # By position megatron sorts integers, which an NPU's cores do not.
+        real = len(probs) if padding is None else (~padding).sum()  # stays on the device, as does the capacity
         # A millionth below: float32 may end just above a whole number.
-        capacity = (real * (self.topk * factor / config.num_moe_experts * (1 - 1e-6))).ceil()
-        if config.moe_token_drop_policy == "position":
+        most = real * (self.topk * factor / config.num_moe_experts * (1 - 1e-6))
+        capacity = most.ceil() if isinstance(most, torch.Tensor) else math.ceil(most)
+        if policy == "position":
             place = chosen.cumsum(0, dtype=torch.int32) - 1
         else:
             # The place of each token in its expert's order. An NPU's cores sort no integers.

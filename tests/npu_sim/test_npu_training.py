@@ -40,10 +40,7 @@ TRAININGS = {
     "MoE packed LoRA": ("moe", [*BALANCED, "--reset-attention-mask", "--reset-position-ids", "--lora-r", "4"]),
     "MoE that drops": ("moe", [*BALANCED, *CAPACITY, "--moe-z-loss-coeff", "1e-3"]),
     "MoE that drops, padded": ("moe", [*BALANCED, "--stage", "sft", *CAPACITY]),
-    "MoE that drops late tokens, padded": (
-        "moe",
-        [*BALANCED, "--stage", "sft", *CAPACITY, "--moe-token-drop-policy", "position"],
-    ),
+    "MoE that drops late tokens": ("moe", [*BALANCED, *CAPACITY, "--moe-token-drop-policy", "position"]),
     "tied in chunks": ("tied", ["--loss-compute-mode", "chunk", "--loss-chunk-size", "8"]),
     "Muon": ("untied", ["--optimizer", "muon"]),
     "PiSSA DoRA": ("moe", ["--lora-r", "4", "--lora-init", "pissa", "--use-dora"]),
@@ -87,7 +84,7 @@ CASES = {
     "MoE: gathered": ("MoE", 2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
     "MoE that drops: EP2": ("MoE that drops", 2, EP2),
     "MoE that drops, padded: EP2": ("MoE that drops, padded", 2, EP2),
-    "MoE that drops late tokens, padded: one device": ("MoE that drops late tokens, padded", 1, []),
+    "MoE that drops late tokens: one device": ("MoE that drops late tokens", 1, []),
     "tied in chunks: norms and activation again": (
         "tied in chunks",
         1,
