@@ -86,6 +86,7 @@ def _model(args: PlanArgs) -> tuple[Shape, Qwen3Arch]:
         shape = read_shape(Path(args.shape_json))
         return shape, arch_of(shape)
     arch = SIZES[args.model] if args.model else from_hf_config(read_hf_config(str(args.hf_dir)), str(args.hf_dir))
+    arch = arch.as_reward() if args.stage == "rm" else arch
     return shape_of(arch), arch
 
 

@@ -31,6 +31,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         seq_length=train.seq_length,
         micro_batch=train.micro_batch_size * (2 if args.data.is_preference else 1),  # both answers of each pair
         reference=holds_reference(args),
+        scored=bool(PREFERENCE_STAGES.get(args.data.stage)) and args.preference.ref_logprobs != "cache",
         num_microbatches=sizes.num_microbatches,
         sequence_parallel=args.parallel.sequence_parallel,
         ring=args.parallel.context_parallel_algo == "megatron_cp_algo",

@@ -163,7 +163,7 @@ def _legal(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[tuple[Pr
     """Flags of every layout and micro-batch that the parser's checks accept."""
     base = _base_flags(args)
     for parallel in _layouts(arch, args, device):
-        for micro in _MICRO:
+        for micro in _MICRO if args.stage != "kto" else _MICRO[1:]:  # kto pairs answers of a micro-batch
             train = dataclasses.replace(base.train, micro_batch_size=micro)
             flags = base._replace(parallel=parallel, train=train)
             try:
@@ -239,7 +239,7 @@ def _parallel(
 
 
 def _base_flags(args: PlanArgs) -> PretrainArgs:
-    sft = args.stage == "sft"
+    tuned = args.stage != "pt"
     return PretrainArgs(
         model=ModelArgs(model=args.model, hf_dir=args.hf_dir),
         shape=ShapeArgs(max_position_embeddings=args.seq_length),
@@ -252,7 +252,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         ),
         freeze=FreezeArgs(),
         lora=LoraArgs(lora_r=args.lora_r, qlora=args.qlora, qlora_double_quant=args.qlora_double_quant),
-        data=DataArgs(data_path=["DATA"], stage=args.stage, reset_attention_mask=sft and args.pack),
+        data=DataArgs(data_path=["DATA"], stage=args.stage, reset_attention_mask=tuned and args.pack),
         record=RecordArgs(),
         tokenizer=TokenizerArgs(),
         instruction=InstructionArgs(),

@@ -46,6 +46,7 @@ class Setup:
         fused_tensor: by the device's own operations; else in `tensor_pieces` pieces.
         pad: share of a batch's tokens that are padding.
         reference: a frozen copy of the model is in memory (preference training).
+        scored: the reference, that copy or the model without its adapter, computes each micro-batch first.
         fp16: gradients have 16 bits, and the optimizer keeps a float32 copy of its share (not in this project).
     """
 
@@ -100,6 +101,7 @@ class Setup:
     tensor_pieces: int = 4
     pad: float = 0.0
     reference: bool = False
+    scored: bool = False
     fp16: bool = False
 
     def __post_init__(self) -> None:

@@ -1,8 +1,7 @@
 """Work of a rank besides computing, in jobs with more and more devices. Only data parallelism grows.
 
-Seconds of a start and of a save are modelled: bytes over a node's share of the file system (`BYTES_PER_SECOND`),
-`SECONDS_PER_GROUP` for each communicator, and a tree of log2(ranks) messages for each agreement. Both constants are
-guesses; growth matters.
+Seconds of a start and of a save are modelled: bytes over a node's share of the file system (`Device.storage`),
+`Device.group` for each communicator, and a tree of log2(ranks) messages for each agreement.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from qwen3_npu.trace.rank import trace_rank
 from qwen3_npu.trace.report import exchanged
 from qwen3_npu.training.prepare.plan import plan_training
 
-BYTES_PER_SECOND = 2e9  # bytes/s that a node reads or writes
-SECONDS_PER_GROUP = 0.2  # seconds to make a communicator
 # Agreements of all ranks, counted in trainings of 2 and 4 processes (docs/planning.md).
 _AT_START, _AT_SAVE = 14, 8
 
@@ -81,7 +78,7 @@ def _work(platform: Platform, args: PretrainArgs, device: Device, size: int, *, 
     trace = trace_rank(platform, grown, plan, 0)
     table = exchanged(trace, device, plan.num_microbatches).values()
     shape, setup = shape_of(plan.arch, plan.layout.padded_vocab_size), setup_of(grown, plan)
-    share = BYTES_PER_SECOND / device.node
+    share = device.storage / device.node
     agreement = device.network_latency * math.log2(max(size, 2))
     whole = trace.optimizer * (setup.data * setup.context if setup.distributed_optimizer else 1)
     return RankWork(
@@ -93,7 +90,7 @@ def _work(platform: Platform, args: PretrainArgs, device: Device, size: int, *, 
         waits=sum(row[2] for row in table),
         writers=len({plan.layout.folder(rank) for rank in plan.layout.ranks()}),
         state=trace.weights + trace.optimizer,
-        start_seconds=trace.weights / share + trace.communicators * SECONDS_PER_GROUP + _AT_START * agreement,
+        start_seconds=trace.weights / share + trace.communicators * device.group + _AT_START * agreement,
         step_seconds=step_time(shape, setup, device).total,
         save_seconds=(trace.weights + trace.optimizer + whole) / share + _AT_SAVE * agreement,
     )

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from qwen3_npu.plan.device import Device
-from qwen3_npu.plan.timing import collective_seconds, product_seconds
+from qwen3_npu.plan.hiding.costs import collective_seconds, product_seconds
 from qwen3_npu.trace.record import Operation
 
 PAIRWISE = ("c10d.send", "c10d.recv")
@@ -52,7 +52,7 @@ def communication_seconds(operation: Operation, device: Device) -> float:
     size, stride, moved = len(operation.ranks), operation.ranks[1] - operation.ranks[0], operation.moved
     if operation.name in PAIRWISE:
         inside = size * stride <= device.node
-        bandwidth, latency = (device.link, device.latency) if inside else (device.network, device.network_latency)
+        bandwidth, latency = device.bandwidth(2, inside), device.latency if inside else device.network_latency
         return latency + moved / (bandwidth * device.transfer)
     if "alltoall" in operation.name:
         moved /= 2

@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from qwen3_npu import log
+from qwen3_npu import log, schema
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import replacing, sync_folder, write_text
 from qwen3_npu.lease import Lease
@@ -56,7 +56,7 @@ class IndexCache:
                         self._write(make())
                     except OSError as error:
                         raise UsageError(f"{what} cannot be written: {error.strerror}; {remedy}") from None
-        return [np.load(path, mmap_mode="r") for path in self.paths]
+        return [_mapped(path) for path in self.paths]
 
     def _write(self, arrays: Sequence[np.ndarray]) -> None:
         self.seal.unlink(missing_ok=True)
@@ -98,6 +98,23 @@ class _Written:
     def write(self, data: bytes) -> int:
         self.size, self.digest = self.size + len(data), zlib.crc32(data, self.digest)
         return self.file.write(data)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped; one process of a node reads the header."""
+    header = schema.record(json.loads(once_a_node("npy", path, _header)), str(path))
+    shape = tuple(header.counts("shape"))
+    return np.memmap(path, header.text("dtype"), "r", header.integer("offset"), shape, header.text("order"))
+
+
+def _header(path: Path) -> str:
+    """dtype, shape, order and first byte of the numbers of a .npy file, as JSON."""
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read(file)
+        order = "F" if by_columns else "C"
+        return json.dumps({"dtype": dtype.str, "shape": list(shape), "order": order, "offset": file.tell()})
 
 
 def _digest(path: Path) -> str:

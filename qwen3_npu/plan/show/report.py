@@ -68,7 +68,7 @@ def table(found: Sequence[LayoutCandidate], top: int) -> list[str]:
         recompute = f"{setup.recompute}/{max(map(sum, setup.layers))}" if setup.recompute else "-"
         recompute = "swap" if setup.swapped else recompute
         lines.append(
-            f"{number:>2} {layout_words(verdict):<34}{setup.micro_batch:>4}{recompute:>11}"
+            f"{number:>2} {layout_words(verdict):<34}{one.layout.train.micro_batch_size:>4}{recompute:>11}"
             f"{verdict.peak / GIB:>8.1f} GiB{verdict.time.total:>8.2f} s{verdict.tokens_per_second:>14,.0f}"
             f"{100 * verdict.mfu:>5.0f} %"
         )
@@ -87,10 +87,11 @@ def why_behind(best: PlanVerdict, other: PlanVerdict) -> str:
 
 def command(args: PretrainArgs, devices: int, node: int) -> str:
     """The command line of this layout, without default values."""
-    words = ["torchrun", "--nproc-per-node", str(min(devices, node))]
-    if devices > node:
-        words += ["--nnodes", str(-(-devices // node)), "--node-rank", "RANK", "--master-addr", "HOST"]
-    words += ["pretrain_gpt.py"]
+    each = max(size for size in range(1, min(devices, node) + 1) if devices % size == 0)
+    words = ["torchrun", "--nproc-per-node", str(each)]
+    if devices > each:
+        words += ["--nnodes", str(devices // each), "--node-rank", "RANK", "--master-addr", "HOST"]
+    words += ["pretrain_gpt.py" if args.data.stage == "pt" else "posttrain_gpt.py"]
     for group in args:
         for field in dataclasses.fields(group):
             words += _words(field, getattr(group, field.name))
