@@ -97,7 +97,8 @@ class Trained:
     @property
     def dtype(self) -> DType:
         """Of the model's weights."""
-        return dtype_of(next(p for p in self.chunks[0].parameters() if p.is_floating_point()))
+        every = (parameter for chunk in self.chunks for parameter in chunk.parameters())
+        return dtype_of(next(parameter for parameter in every if parameter.is_floating_point()))
 
 
 @dataclasses.dataclass(frozen=True)
