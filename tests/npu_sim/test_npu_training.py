@@ -151,7 +151,7 @@ def test_equals_the_cpu(name: str, npu_worlds: dict[int, World], trainings: Trai
 
 @pytest.mark.parametrize("extra", [[], ["--lora-r", "4"]], ids=["full", "LoRA"])
 def test_a_training_with_fused_products_equals_the_plain_one(
-    extra: list[str], npu_worlds: dict[int, World], trainings: Trainings, tmp_path: Path
+    extra: list[str], npu_worlds: dict[int, World], trainings: Trainings, tokens: str, tmp_path: Path
 ) -> None:
     """MC2, in float32: a gather and a scatter of each pair of linears forward, and the other way round back.
 
@@ -159,7 +159,7 @@ def test_a_training_with_fused_products_equals_the_plain_one(
     not, and the first layer's input has no gradient.
     """
     arch = tiny.arch(num_hidden_layers=2, hidden_size=256, intermediate_size=512, head_dim=64)
-    flags = [*FLAGS, "--data-path", trainings.tokens, "--load", str(tiny.write_model(tmp_path / "wide", arch)), *extra]
+    flags = [*FLAGS, "--data-path", tokens, "--load", str(tiny.write_model(tmp_path / "wide", arch)), *extra]
     if extra:  # the update of an adapter's beginning is drawn by the device
         trainings.world.run("train", flags=[*flags, "--save", str(tmp_path / "start")], steps=1)
         flags = [*flags[:-4], "--load", str(tmp_path / "start"), "--no-load-rng", *extra]

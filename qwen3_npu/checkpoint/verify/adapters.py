@@ -88,7 +88,8 @@ class PlainTensors(VerifySource):
                 part = torch.zeros(size if by_rows else size[::-1], dtype=parts[0].dtype if parts else torch.float32)
             else:
                 part = self.tensors.read(stored, *((span, columns) if by_rows else (rows, span)))
-            parts.append(-part if start and not by_rows else part)
+                part = -part if start and not by_rows else part
+            parts.append(part)
         return torch.cat(parts, dim=0 if by_rows else 1)
 
     def close(self) -> None:
