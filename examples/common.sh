@@ -13,9 +13,9 @@ NODE_RANK="${NODE_RANK:-0}"
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
 MASTER_PORT="${MASTER_PORT:-6000}"
 if [ -z "${PYTHON:-}" ]; then
-    PYTHON=python
+    PYTHON="$(command -v python || command -v python3 || echo python)"
     # The environment that tests/setup.sh made, where none with torch is active.
-    if [ -x "$QWEN3_NPU/.venv/bin/python" ] && ! python -c 'from importlib import util; assert util.find_spec("torch")' 2>/dev/null; then
+    if [ -x "$QWEN3_NPU/.venv/bin/python" ] && ! "$PYTHON" -c 'from importlib import util; assert util.find_spec("torch")' 2>/dev/null; then
         PYTHON="$QWEN3_NPU/.venv/bin/python"
         echo "environment: $QWEN3_NPU/.venv" >&2
     fi

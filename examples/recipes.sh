@@ -9,6 +9,7 @@ defaults() { # NAME=VALUE..., set where the environment does not say otherwise; 
         name="${pair%%=*}"
         if [ -z "${!name+set}" ]; then printf -v "$name" '%s' "${pair#*=}"; fi
     done
+    HCCL_EXEC_TIMEOUT="${HCCL_EXEC_TIMEOUT-3600}" # as nearly all originals; empty: CANN's own
     for name in CPU_AFFINITY_CONF STREAMS_PER_DEVICE HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT; do # CANN reads these
         if [ -n "${!name:-}" ]; then export "${name?}"; fi
     done
@@ -40,6 +41,12 @@ train() { # flags of this kind of training...
         mc2) PARALLEL+=(--use-ascend-mc2) ;;
         "") ;;
         *) echo "$0: TP_OVERLAP=$TP_OVERLAP: coc or mc2" >&2; exit 2 ;;
+    esac
+    case "${MOE_OVERLAP:-}" in # products hide the exchange of experts: in pieces, or those of another micro-batch
+        alltoall) PARALLEL+=(--moe-alltoall-overlap-comm) ;;
+        fb) PARALLEL+=(--moe-fb-overlap) ;;
+        "") ;;
+        *) echo "$0: MOE_OVERLAP=$MOE_OVERLAP: alltoall or fb" >&2; exit 2 ;;
     esac
     local memory=()
     if [ -n "${RECOMPUTE:-}" ]; then # METHOD LAYERS

@@ -26,13 +26,13 @@ from qwen3_npu.processes import end_with_launcher
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """A flag of Megatron or MindSpeed-LLM scripts that is known and changes nothing here.
+    """A flag of Megatron or MindSpeed-LLM scripts that is known and has no effect, or is refused.
 
     Attributes:
         reason: why it has no effect (or is refused), shown to the user.
-        nargs: how many values it takes: 0 (a switch), 1, "?", "*" or "+".
-        only: if not empty, the values that agree with this code; any other value is an error.
-        refused: giving it at all is an error, because it asks for another architecture or result.
+        nargs: number of its values: 0 (a switch), 1, "?", "*" or "+".
+        only: if not empty, the accepted values; any other value is an error.
+        refused: the flag is an error, because it would need another architecture or result.
     """
 
     reason: str
@@ -90,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fields(groups: Sequence[type]) -> dict[str, tuple[type, dataclasses.Field]]:
-    """Field name -> (group that declares it first, field). A field shared by two groups is one flag."""
+    """Field name -> (first group that declares it, field). A field of several groups is one flag."""
     found: dict[str, tuple[type, dataclasses.Field]] = {}
     for group in groups:
         for f in dataclasses.fields(group):
@@ -112,7 +112,7 @@ def _unwrap(hint: object) -> Any:
 
 
 def _path(text: str) -> str:
-    """An empty path (`--load "$UNSET"`) would mean the current folder."""
+    """Refuse an empty path (`--load "$UNSET"`), which would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path was given; name one, or drop the flag")
     return text
@@ -129,7 +129,7 @@ _LARGEST = 2**63 - 1  # what counts and numbers of samples are kept in
 
 
 def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
-    """`kind` as an argparse type that also refuses values outside the field's bounds, and no numbers."""
+    """`kind` as an argparse type that refuses NaN and values outside the field's bounds."""
     if f.metadata["metavar"] in ("DIR", "FILE"):
         return _path
     if kind not in (int, float):
@@ -249,10 +249,10 @@ def _check_foreign(given: set[str], values: dict[str, Any], foreign: Mapping[str
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What the command line said.
+    """The parsed command line.
 
     Attributes:
-        groups: one instance per dataclass, in the order asked for.
+        groups: one instance per dataclass, in the order of the request.
         notes: a line per accepted flag that has no effect; for the start-up log.
         given: names of the fields that were on the command line (not defaults).
     """
@@ -274,7 +274,7 @@ def parse(
 
     Raises:
         SystemExit: 0 for `--help`, 2 for an unknown flag (with a suggestion) or a bad value.
-        UsageError: a group's own `__post_init__` refused.
+        UsageError: `__post_init__` of a group refuses its values.
     """
     foreign = foreign or {}
     parser = build_parser(prog, description, groups, foreign)
@@ -309,7 +309,7 @@ def tell_torchrun(text: str, file: str | None = None) -> None:
 
 
 def _is_told_elsewhere() -> bool:
-    """Whether rank 0 reports the same error; torchrun shows the first error in any case."""
+    """Whether rank 0 reports the same error; torchrun shows the first error anyway."""
     return os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_ERROR_FILE" in os.environ
 
 

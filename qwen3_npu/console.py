@@ -1,4 +1,4 @@
-"""Standard output for people. What it cannot show is escaped; if it is closed or full, the program continues."""
+"""Standard output for people. Unsupported characters are escaped; if it is closed or full, the program continues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def escape_output() -> None:
 
 
 def escaped(text: str) -> str:
-    """The text for a terminal: what would move the cursor, change colours or title, or reorder text is escaped."""
+    """The text for a terminal, without characters that move the cursor, change colours or title, or reorder text."""
     return printable(text, _KEPT)
 
 
@@ -38,10 +38,10 @@ def show(text: str, end: str = "\n") -> None:
 
 
 def give_up(error: BaseException) -> None:
-    """Stdout cannot be written: warn once on stderr, and drop what follows."""
+    """Handle an unwritable stdout: warn once on stderr, and drop all further output."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"warning: standard output cannot be written ({reason}); what follows is not shown there\n")
+        sys.stderr.write(f"warning: standard output cannot be written ({reason}); further output is not shown there\n")
     # The descriptor itself: the rest of the stream's buffer goes there at the end, too.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

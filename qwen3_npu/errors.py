@@ -19,11 +19,11 @@ class UsageError(ValueError):
 
 
 class Stopped(RuntimeError):
-    """A run stopped itself for a reason; entry points print the reason and exit with status 1."""
+    """A run ended itself. Entry points print the reason and exit with status 1."""
 
 
 class SaveFailed(Stopped):
-    """A checkpoint could not be written; the ones before are whole."""
+    """A checkpoint could not be written; earlier ones are complete."""
 
 
 _UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats, surrogates, line separators

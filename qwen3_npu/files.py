@@ -20,19 +20,19 @@ _BLOCK = 8 << 20
 
 
 def flush(file: IO[Any]) -> None:
-    """What was written to an open file is on the disk when this returns."""
+    """Flush an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def rename(old: str | Path, new: str | Path) -> None:
-    """Give a finished file or folder its name, in place of a file that has it."""
+    """Give a finished file or folder its final name; an existing file is replaced."""
     os.replace(old, new)
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, *, binary: bool = False, concurrent: bool = False) -> Iterator[IO[Any]]:
-    """A file open for writing that gets its name when the block ends, flushed to disk; dropped if the block fails.
+    """A file open for writing. It is flushed and gets its name when the block ends, and is deleted if the block fails.
 
     Args:
         concurrent: other processes may write the same path at once; the last one wins. (Without it a temporary file
@@ -60,7 +60,7 @@ def write_text(path: str | Path, text: str, *, concurrent: bool = False) -> None
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk: after renames."""
+    """Flush the names in a folder to disk; call it after renames."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -69,13 +69,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush the names in a folder and in its folders to disk."""
+    """Flush the names in a folder and in its subfolders to disk."""
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
         sync_folder(path)
 
 
 def same_folder(one: str, other: str) -> bool:
-    """Whether two names mean one folder."""
+    """Whether two paths are the same folder."""
     return Path(one).resolve() == Path(other).resolve()
 
 
@@ -93,7 +93,7 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def check_writable_later(folder: Path, flag: str) -> None:
-    """As `check_writable`; folders that had to be made for it are removed again."""
+    """As `check_writable`; folders that were made for the test are removed again."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         check_writable(folder, flag)
@@ -127,7 +127,7 @@ class SealedFile:
         self.size = 0
 
     def write(self, data: bytes | memoryview, /) -> int:
-        """All of the data."""
+        """Write all of the data."""
         self.hash.update(data)
         view = memoryview(data)
         while view:
@@ -139,7 +139,7 @@ class SealedFile:
         return self.size
 
     def flush(self) -> None:
-        """Does nothing: writes are not buffered."""
+        """Do nothing: writes are not buffered."""
 
     def close(self) -> Seal:
         """Flush to disk."""
@@ -160,7 +160,7 @@ def hashing(name: str) -> Digest:
 
 
 def file_digest(path: Path, name: str = HASH, count: Callable[[int], None] = lambda done: None) -> str:
-    """The digest of a file; `count` is told of every block's bytes."""
+    """The digest of a file; `count` is called with the size of every block."""
     found, block = hashing(name), bytearray(_BLOCK)
     with open(path, "rb", buffering=0) as file:
         while done := file.readinto(block):

@@ -1,4 +1,4 @@
-"""Memory of the host that stands in for the device's. One place makes it, so that a trace can tell it apart."""
+"""Host memory that is used in place of device memory. It is allocated here only, so that a trace can recognize it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 is_being_made = False
 
 
-def on_host(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-    """An undefined tensor in the host's memory; pinned, the device copies from and to it while the host goes on."""
+def host_tensor(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+    """An uninitialized tensor in host memory. If it is pinned, the device copies from and to it asynchronously."""
     global is_being_made
     is_being_made = True
     try:

@@ -1,9 +1,9 @@
-"""Leases: one process at a time writes an output. No torch.
+"""Leases: only one process at a time may write an output. No torch.
 
-A lease is a small file in or beside the output. It says which process writes there, and its time of modification moves
-every few seconds as a sign of life. It works on every file system that creates a file exclusively, across machines too;
-clocks are never compared. Whether a holder lives is read from the process table where both see the same one, and from
-its signs of life elsewhere. The lease of a dead holder is taken over, and the log says so.
+A lease is a small file in or beside the output. It names the process that writes there, and its time of modification
+changes every few seconds as a sign of life. It works on every file system that can create a file exclusively, also
+across machines; clocks are never compared. If both processes see the same process table, it tells whether the holder
+lives; else its signs of life do. The lease of a dead holder is taken over, and the log says so.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class LeaseHolder:
     """The process that a lease belongs to.
 
     Attributes:
-        processes: the process table that `pid` is in.
-        started: when the process started, as `processes.started` says it.
-        since: when it took the lease, for people.
-        token: of this lease alone.
+        processes: the process table of `pid`.
+        started: start time of the process (`processes.started`).
+        since: time at which it took the lease, for messages.
+        token: unique for this lease.
     """
 
     host: str
@@ -57,7 +57,7 @@ class LeaseHolder:
 
     @staticmethod
     def parse(text: str) -> LeaseHolder | None:
-        """None: this is no record of a holder, or a half-written one."""
+        """The holder in a lease file; None if the text is incomplete or no record of a holder."""
         try:
             read = schema.record(schema.parse_json(text.encode(), "a lease"), "a lease")
             words = {f.name: read.text(f.name) for f in dataclasses.fields(LeaseHolder) if f.name != "pid"}
@@ -87,8 +87,8 @@ class Lease:
     Args:
         path: of the lease file; its folder is made if needed.
         what: the output, for messages.
-        remedy: what else the user may do than to wait.
-        wait: for as long as another process holds it (and lives).
+        remedy: what the user can do instead of waiting.
+        wait: wait while another (living) process holds it.
 
     Raises:
         UsageError: another process holds it (without `wait`), or the file cannot be written.
@@ -113,10 +113,10 @@ class Lease:
         self.release()
 
     def check(self) -> None:
-        """Call it before writing anything that others may write too.
+        """Check that the lease is still held. Call it before each write to the shared output.
 
         Raises:
-            Stopped: another process holds the lease: this one was taken for dead.
+            Stopped: another process holds the lease, because this process was considered dead.
         """
         holder = self._holder()
         if holder is None:  # removed by hand
@@ -129,14 +129,14 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Release the lease. Does nothing in a process that was forked from the holder, nor a second time."""
+        """Release the lease. Does nothing in a process that was forked from the holder, or if called again."""
         self._stop.set()
         holder = self._holder()
         if os.getpid() == self.me.pid and holder is not None and holder.token == self.me.token:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        """Whether there was no lease; now there is this one."""
+        """Create the lease file. False if there is one already."""
         try:
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -174,7 +174,7 @@ class Lease:
             guard.unlink(missing_ok=True)
 
     def _death(self, seen: _Seen) -> str | None:
-        """How it is known that the holder is dead; None: look again. Raises: UsageError: it lives."""
+        """The evidence that the holder is dead; None: look again. Raises: UsageError: it lives."""
         holder = LeaseHolder.parse(seen.text)
         if holder is not None and holder.processes == self.me.processes and holder.host == self.me.host:
             if started(holder.pid) != holder.started:
@@ -198,7 +198,7 @@ class Lease:
         return f"has given no sign of life for {PATIENCE:.0f} s"
 
     def _alive(self, holder: LeaseHolder | None) -> None:
-        """Raises: UsageError: `wait` is not given."""
+        """Handle a living holder. Raises: UsageError: `wait` is not given."""
         if not self.wait:
             raise UsageError(
                 f"{self.what} is being written by {holder or 'another process'}; wait for it, end it, or {self.remedy}"
@@ -220,7 +220,7 @@ class Lease:
 
 
 def _look(path: Path) -> _Seen | None:
-    """None: there is no lease. Opened anew each time: network file systems show changes only after opening again."""
+    """The lease file, or None. It is opened anew each time: network file systems show changes after opening only."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return _Seen(file.read(4096), os.fstat(file.fileno()).st_mtime_ns)
@@ -229,7 +229,7 @@ def _look(path: Path) -> _Seen | None:
 
 
 def _remove_if_left(guard: Path) -> None:
-    """A guard is held for a moment; one that remains is of a process that was killed in that moment."""
+    """Remove an old guard file. A guard exists for a moment only; one that remains belongs to a killed process."""
     before = _look(guard)
     for _ in range(10):
         time.sleep(_LOOK)

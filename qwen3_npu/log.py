@@ -62,7 +62,7 @@ def warning(message: str) -> None:
 
 
 def warning_once(message: str) -> None:
-    """A warning that concerns every rank, perhaps several times; rank 0 prints it, once."""
+    """A warning that every rank gives, perhaps several times; rank 0 prints it once."""
     if not _silent and message not in _told:
         _told.add(message)
         LOGGER.warning(message)

@@ -9,7 +9,7 @@ from qwen3_npu.errors import UsageError
 
 
 def is_count(text: str) -> bool:
-    """Whether a text is a whole number from 0, in plain digits, that fits 64 bits: what `int` can take."""
+    """Whether a text is a whole number of at least 0, in plain digits, that fits into 64 bits."""
     return text.isascii() and text.isdigit() and len(text) < 19
 
 

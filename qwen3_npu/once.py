@@ -1,6 +1,6 @@
-"""What one process of a node computes of a file, for all processes of the job on that node. No torch.
+"""Compute a value from a file in one process of a node, for all processes of the job on that node. No torch.
 
-Thousands of processes that each read the same file to check it are what a shared file system suffers from most.
+Thousands of processes that read the same file are a heavy load for a shared file system.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from qwen3_npu.distributed.environment import job_names, local_size
 
 
 def once_a_node(what: str, path: Path, compute: Callable[[Path], str]) -> str:
-    """`compute(path)`, of one process of this node; the others wait for it and take its answer.
+    """`compute(path)`, computed by one process of this node; the others wait for its result.
 
-    The answer is of the file as it is: another size, time or inode asks again. Alone, a process computes it itself; so
-    does each one of what is no file, for the error that follows.
+    The result is computed again when size, time or inode of the file change. A single process computes it directly. So
+    does each process if the path is no file, to raise the error.
 
     Args:
-        what: is computed: other computations of the same file have other names.
+        what: name of the computation; different computations of the same file have different names.
     """
     if local_size(1) == 1 or not path.is_file():
         return compute(path)
@@ -62,7 +62,7 @@ def shared_record(path: Path) -> schema.Record:
 
 
 def _folder() -> Path:
-    """A folder of this user's own on this node."""
+    """A private folder of this user on this node."""
     folder = Path(tempfile.gettempdir()) / f"qwen3_npu-once-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     stat = folder.lstat()

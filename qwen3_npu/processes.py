@@ -1,4 +1,4 @@
-"""Processes of this machine: who they are, ranks that end with their launcher, threads beside the work. No torch."""
+"""Processes of this machine: their identity, ranks that end with their launcher, background threads. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BESIDE: set[int] = set()  # threads that are `beside` the work of this process
 
 @contextlib.contextmanager
 def beside() -> Iterator[None]:
-    """What this thread does is not what this process is watched for: neither its calls nor its time are noted."""
+    """Exclude this thread from the watch: neither its calls nor its time are recorded."""
     BESIDE.add(threading.get_ident())
     try:
         yield
@@ -30,7 +30,7 @@ def beside() -> Iterator[None]:
 def started(pid: int) -> str | None:
     """When a process started, in units of this machine; None if there is no such process (or only its remains).
 
-    A process id is given again; together with the time of start it names one process.
+    Process ids are reused; id and start time together identify a process.
     """
     if sys.platform == "linux":  # where psutil's time moves when the clock is set
         try:
@@ -48,16 +48,16 @@ def started(pid: int) -> str | None:
 
 @functools.cache
 def process_table() -> str:
-    """Names the process ids that this process can see: containers of one host name may have a table each."""
+    """An identifier of the process table that this process sees. Containers with one host name may have several."""
     if sys.platform != "linux":
         return "one"
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def end_with_launcher() -> None:
-    """Under torchrun: this process is killed when its torchrun is, which could not tell it any more.
+    """Under torchrun: the kernel kills this process when torchrun is killed and cannot end it any more.
 
-    A rank that goes on alone would train and save beside the job that replaces it.
+    A rank that continues alone would train and save beside the job that replaces it.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return

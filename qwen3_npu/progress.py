@@ -27,12 +27,12 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts several things at once, e.g. documents, tokens and bytes; time left goes by one of them.
+    """Counts several quantities, e.g. documents, tokens and bytes. The first one determines the time left.
 
     Args:
         what: the first words of the line.
-        total: how much of the first counter there is; None if unknown (no time left is shown then).
-        counters: name -> unit; the first one is what `total` counts.
+        total: final value of the first counter; None if unknown (no time left is shown then).
+        counters: name -> unit; `total` belongs to the first one.
         every: seconds between lines where the output is not a terminal.
     """
 
@@ -62,7 +62,7 @@ class Progress:
             self._show("\r" if self.terminal else "", "" if self.terminal else "\n")
 
     def line(self) -> str:
-        """The line as it stands."""
+        """The present line."""
         elapsed = max(time.monotonic() - self.start, 1e-9)
         first = next(iter(self.counters))
         done = self.counts[first]

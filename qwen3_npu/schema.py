@@ -1,6 +1,7 @@
-"""Parse what others wrote, strictly: regular files, JSON, and fields of known types and ranges. No torch.
+"""Parse files of other programs strictly: regular files, JSON, fields of known types and ranges. No torch.
 
-Every file boundary goes through here. What is not understood is a `UsageError` of one line that names the place.
+Every parsed file goes through this module. Anything that is not understood is a `UsageError` of one line that names the
+place.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _joined(start: str, items: Iterable[tuple[object, object]], end: str) -> str
 
 
 def open_regular(path: str | Path) -> int:
-    """A file descriptor of a regular file; what is none (a directory, a pipe, a device) is refused without waiting.
+    """A file descriptor of a regular file; a directory, pipe or device is refused without waiting.
 
     Raises:
         UsageError: it is missing, may not be read, or is no regular file.

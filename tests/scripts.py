@@ -31,6 +31,29 @@ def size_of(script: Path) -> str:
     return max(found, key=len, default="qwen3-235b-a22b" if "235b" in name else "qwen3-30b-a3b")
 
 
+class Original(NamedTuple):
+    """What a script of MindSpeed-LLM runs."""
+
+    program: str
+    processes: int
+    flags: list[str]
+
+
+def originals() -> dict[str, Original]:
+    """By name."""
+    flags: dict[str, list[str]] = {}
+    found = {}
+    for line in (ROOT / "tests" / "mindspeed_flags.txt").read_text().splitlines()[1:]:
+        if match := re.fullmatch(r"(\d+) (--.*)", line):
+            flags[match[1]] = match[2].split(" ")
+        else:
+            name, program, numbers = line.split(": ")
+            program, _, processes = program.partition(" on ")
+            words = [word for number in numbers.split() for word in flags[number]]
+            found[name] = Original(program, int(processes or 1), words)
+    return found
+
+
 def ask(script: Path, folder: Path, *flags: str, **environment: str) -> Asked:
     """Run a script with a python that only says what it is asked."""
     echo = folder / "python"

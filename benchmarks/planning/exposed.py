@@ -1,14 +1,19 @@
 """The table of docs/planning.md: what communication of four scripts nothing hides, without and with what hides it.
 
-python benchmarks/planning/exposed.py [SCRIPT...]
+python benchmarks/planning/exposed.py [--few] [SCRIPT...]
+
+--few: chunks of one and of two layers are traced, and what a layer adds is counted as often as the model has it more.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -26,23 +31,81 @@ NAMES = ("pretrain_qwen3_14b_4K_ptd", "pretrain_qwen3_32b_4K_ptd", "pretrain_qwe
 NAMES += ("pretrain_qwen3_235b_a22b_4k_A3_ptd",)
 
 
-def main(names: list[str]) -> None:
+if TYPE_CHECKING:
+    from qwen3_npu.plan.device import Device
+    from qwen3_npu.trace.overlap import Played
+
+
+def main(words: list[str]) -> None:
     platform = select_platform("cpu")
     platform.activate()
-    from qwen3_npu.trace.hidden import hidden_table, played_ways
+    from qwen3_npu.trace.hidden import hidden_table
 
+    names, is_few = [word for word in words if word != "--few"], "--few" in words
     with tempfile.TemporaryDirectory() as folder:
         for name in names or NAMES:
-            script = next(script for script in SCRIPTS if script.stem == name)
-            model = Path(folder, name)
-            model.mkdir()
-            (model / "config.json").write_text(json.dumps(to_hf_config(SIZES[size_of(script)])))
-            asked = ask(script, Path(folder), HF_DIR=str(model), CKPT_LOAD_DIR=str(model))
-            args = PretrainArgs(*cli.parse("exposed", "", GROUPS, FOREIGN_TRAINING, argv=asked.flags).groups)
             device = DEVICE_SPECS["910C-64G" if "A3" in name else "910B-64G"]
+            script = next(script for script in SCRIPTS if script.stem == name)
+            arch = SIZES[size_of(script)]
+            (Path(folder) / "config.json").write_text(json.dumps(to_hf_config(arch)))
+            asked = ask(script, Path(folder), HF_DIR=folder, CKPT_LOAD_DIR=folder)
             print(f"{name}, {asked.world} x {device.name}", flush=True)
-            ways = list(played_ways(platform, args, device, devices=asked.world, rank=0))
-            print("\n".join(hidden_table(ways)), flush=True)
+            if not is_few:
+                print("\n".join(hidden_table(list(ways(asked.flags, asked.world, device)))), flush=True)
+                continue
+            chunks = _of(asked.flags, "--pipeline-model-parallel-size") or 1
+            each = _of(asked.flags, "--num-layers-per-virtual-pipeline-stage")
+            nothing = _word(asked.flags, "--noop-layers")
+            layers = arch.num_hidden_layers + (len(nothing.split(",")) if nothing else 0)
+            chunks = layers // each if each else chunks
+            found = []
+            for count in (1, 2):
+                few = dataclasses.replace(arch, num_hidden_layers=chunks * count)
+                (Path(folder) / "config.json").write_text(json.dumps(to_hf_config(few)))
+                found.append(list(ways(_with_layers(asked.flags, count), asked.world, device)))
+            print("\n".join(hidden_table(_extended(found, layers // chunks))), flush=True)
+
+
+def ways(flags: list[str], devices: int, device: Device) -> Iterator[tuple[str, Played]]:
+    """Each way to hide communication, and the step of the first rank with it."""
+    from qwen3_npu.trace.hidden import played_ways
+
+    args = PretrainArgs(*cli.parse("exposed", "", GROUPS, FOREIGN_TRAINING, argv=flags).groups)
+    yield from played_ways(select_platform("cpu"), args, device, devices=devices, rank=0)
+
+
+def _word(flags: list[str], name: str) -> str | None:
+    return flags[flags.index(name) + 1] if name in flags else None
+
+
+def _of(flags: list[str], name: str) -> int | None:
+    word = _word(flags, name)
+    return None if word is None else int(word)
+
+
+def _with_layers(flags: list[str], count: int) -> list[str]:
+    """The same with so many layers a chunk, all of them recomputed if some are."""
+    changed = list(flags)
+    if "--noop-layers" in changed:
+        place = changed.index("--noop-layers")
+        del changed[place : place + 2]
+    for name in ("--num-layers-per-virtual-pipeline-stage", "--recompute-num-layers"):
+        if name in changed and (name != "--recompute-num-layers" or "block" in changed):
+            changed[changed.index(name) + 1] = str(count)
+    return changed
+
+
+def _extended(found: list[list[tuple[str, Played]]], layers: int) -> list[tuple[str, Played]]:
+    """Steps of so many layers a chunk, from those of one and of two."""
+    from qwen3_npu.trace.overlap import Played
+
+    def at(one: float, two: float) -> float:
+        return one + (layers - 1) * (two - one)
+
+    return [
+        (name, Played(at(a.busy, b.busy), {group: at(a.exposed[group], b.exposed[group]) for group in a.exposed}))
+        for (name, a), (_, b) in zip(*found, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Published:
         imbalance: tokens of the busiest expert rank over the mean.
         is_fitted: it decides constants; others are only shown.
         memory: bytes of the device, if other than the table says; 0: as there.
+        launched: operations of a micro-batch that another project's host launches; 0: as many as this project's.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Published:
     imbalance: float = 1.0
     is_fitted: bool = True
     memory: float = 0.0
+    launched: float = 0.0
 
     @property
     def verdict(self) -> PlanVerdict:

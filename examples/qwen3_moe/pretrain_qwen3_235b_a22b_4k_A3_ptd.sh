@@ -5,6 +5,6 @@ source "${EXAMPLES:-$(dirname "${BASH_SOURCE[0]}")/..}/recipes.sh" ||
 
 defaults MODEL=qwen3_235b_a22b NNODES=16 NPUS_PER_NODE=16 TP=1 PP=4 VPP=8 NOOP_LAYERS=94,95 EP=32 MBS=1 \
     GBS=1024 SEQ_LENGTH=4096 REUSE_FP32_PARAM=1 RECOMPUTE="block 8" \
-    CPU_AFFINITY_CONF=1
+    CPU_AFFINITY_CONF=1 MOE_OVERLAP=alltoall
 
 pretrain "$@"

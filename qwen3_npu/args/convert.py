@@ -17,14 +17,16 @@ class ConvertArgs:
     load_model_type: str = flag(HF, choices=[HF, MEGATRON], help="format of --load-dir")
     save_model_type: str = flag(MEGATRON, choices=[HF, MEGATRON], help="format to write")
     load_dir: str = flag(metavar="DIR", help="Hugging Face directory, or Megatron checkpoint folder")
-    save_dir: str = flag(metavar="DIR", help="folder to write; if it already holds Hugging Face weights, its mg2hf/")
+    save_dir: str = flag(
+        metavar="DIR", help="folder to write; for a folder of Hugging Face weights its subfolder mg2hf/"
+    )
     ckpt_step: int | None = flag(
         None, minimum=0, help="iteration of a Megatron checkpoint to read; default: the tracker's"
     )
     model_type_hf: str | None = flag(
         None,
         choices=["qwen3", "qwen3-moe", "qwen2"],
-        help="checked against the model; never needed, config.json says it",
+        help="checked against the model; optional, since config.json says it",
     )
     add_qkv_bias: bool | None = flag(None, help="q, k and v have a bias (Qwen2.5); checked against the model")
     hf_cfg_dir: str | None = flag(
@@ -33,8 +35,8 @@ class ConvertArgs:
     ignore_args: list[str] | None = flag(
         None,
         metavar="NAME",
-        help="arguments in a Megatron checkpoint that are not looked at; for those of later versions that are refused "
-        "and change nothing that the network computes",
+        help="arguments in a Megatron checkpoint to ignore: unknown ones of later versions, which are else refused, "
+        "if they do not change what the network computes",
     )
     params_dtype: str | None = flag(
         None, choices=["bf16", "fp16", "fp32"], help="dtype to write; default: that of the source"
@@ -42,7 +44,7 @@ class ConvertArgs:
     ckpt_format: str = flag(
         "torch",
         choices=["torch", "torch_dist"],
-        help="of a Megatron output; the format of an input is read from its folder",
+        help="format of a Megatron output; that of an input is detected",
     )
     max_shard_size: float = flag(
         5.0, minimum=1e-6, maximum=1e6, unit="GB", help="largest .safetensors file of an HF output"
@@ -52,7 +54,7 @@ class ConvertArgs:
     overwrite: bool = flag(False, help="replace an existing output")
     verify: bool = flag(
         False,
-        help="afterwards compare output and source on disk, tensor by tensor and bit for bit; exit 1 if not equal",
+        help="afterwards compare output and source on disk, tensor by tensor and bit for bit; exit 1 if they differ",
     )
     verify_only: bool = flag(False, help="write nothing; compare --save-dir with --load-dir as --verify does")
 
@@ -68,7 +70,7 @@ class LoraConvertArgs:
         None, minimum=1, help="rank, checked against the adapter; without --lora-load: merge the one in --load-dir"
     )
     lora_alpha: float | None = flag(
-        None, above=0, help="the adapter is scaled by alpha / r; needed only if its checkpoint does not say it"
+        None, above=0, help="the adapter is scaled by alpha / r; needed only if its checkpoint has no alpha"
     )
     lora_target_modules: list[str] | None = flag(
         None,
@@ -94,13 +96,19 @@ class TargetArgs:
         None, minimum=1, unit="ranks", help="ranks that share one expert (ETP); default: as TP"
     )
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, minimum=1, unit="layers", help="layers of one model chunk in an interleaved pipeline (VPP)"
+        None, minimum=1, unit="layers", help="layers of one model chunk of an interleaved pipeline (VPP)"
     )
     num_layer_list: str | None = flag(None, metavar="N,N,..", help="layers of each pipeline stage, if uneven")
-    noop_layers: str | None = flag(None, metavar="N,N,..", help="no-op layers, e.g. 94,95 to make 96 of 94 layers")
+    noop_layers: str | None = flag(
+        None, metavar="N,N,..", help="places of no-op layers, e.g. 94,95 to make 96 of 94 layers"
+    )
     moe_grouped_gemm: bool = flag(True, help="stack experts in two tensors per layer; --no-: a pair per expert")
-    make_vocab_size_divisible_by: int = flag(1, minimum=1, unit="rows", help="pad the vocabulary to this times TP")
-    padded_vocab_size: int | None = flag(None, minimum=1, unit="rows", help="rows of the padded vocabulary, if fixed")
+    make_vocab_size_divisible_by: int = flag(
+        1, minimum=1, unit="rows", help="pad the vocabulary to a multiple of this times TP"
+    )
+    padded_vocab_size: int | None = flag(
+        None, minimum=1, unit="rows", help="rows of the padded vocabulary; default: by --make-vocab-size-divisible-by"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,17 +140,17 @@ FOREIGN: dict[str, Foreign] = {
     "--first-k-dense-replace": Foreign(_ALL_MOE, nargs=1),
     "--moe-layer-freq": Foreign(_ALL_MOE, nargs=1),
     "--mtp-num-layers": Foreign("Qwen3 has no multi-token prediction layers", nargs=1, only=("0",)),
-    "--save-layer-by-layer": Foreign("tensors are always written as they come"),
+    "--save-layer-by-layer": Foreign("tensors are always written one by one"),
     "--load-checkpoint-loosely": Foreign("a missing or unexpected tensor is always an error"),
     "--use-rotary-position-embeddings": Foreign("Qwen3 always has rotary embeddings"),
-    "--add-dense-bias": Foreign("Qwen3 has no bias", refused=True),
+    "--add-dense-bias": Foreign("Qwen3 and Qwen2.5 have no such bias", refused=True),
     "--post-norm": Foreign("Qwen3 has no norm after attention and MLP", refused=True),
     "--w-pack": Foreign("Qwen3 has no packed weights", nargs="?", refused=True),
     "--mla-mm-split": Foreign("Qwen3 has no multi-latent attention", refused=True),
     "--moe-tp-extend-ep": Foreign("use --expert-tensor-parallel-size 1", refused=True),
     "--schedules-method": Foreign("the DualPipe layer order is not written", nargs=1, refused=True),
     "--qlora-nf4": Foreign("quantised weights are not written", refused=True),
-    "--orm": Foreign("reward models are not converted", refused=True),
+    "--orm": Foreign("a reward model is recognized without it", refused=True),
     "--load-from-legacy": Foreign("checkpoints of legacy Megatron models are not read", refused=True),
     "--save-to-legacy": Foreign("checkpoints of legacy Megatron models are not written", refused=True),
 }

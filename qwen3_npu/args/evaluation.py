@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any
 
 from qwen3_npu.args.inference import SHARED_FOREIGN, PromptArgs, WeightArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
@@ -29,16 +28,17 @@ class EvaluateArgs:
         names=("--eval-data-path",),
         help="folder of each task's files (.../mmlu or .../mmlu/test), in the order of --task",
     )
-    num_fewshot: int | None = flag(None, minimum=0, unit="examples", help="before each question; default: the task's")
+    num_fewshot: int | None = flag(None, minimum=0, help="examples before each question; default: the task's")
     max_eval_samples: int | None = flag(
         None,
         minimum=1,
-        unit="questions",
         names=("--eval-data-size",),
-        help="the first of each subject; default: all",
+        help="number of questions of each subject, from the first on; default: all",
     )
-    subjects: list[str] | None = flag(None, metavar="NAME", help="only these subjects; default: all")
-    eval_language: str | None = flag(None, choices=["en", "zh"], help="of the texts; default: the task's own")
+    subjects: list[str] | None = flag(None, metavar="NAME", help="subjects to evaluate; default: all")
+    eval_language: str | None = flag(
+        None, choices=["en", "zh"], help="language of the task's texts; default: the task's own"
+    )
     scoring: str = flag(
         LM_EVAL,
         choices=[LM_EVAL, MINDSPEED],
@@ -51,13 +51,13 @@ class EvaluateArgs:
         "or if that is the likeliest of the choices",
     )
     map_keys: str | None = flag(
-        None, metavar="JSON", help="custom: what columns and roles are called, as in preprocess_data.py"
+        None, metavar="JSON", help="custom: names of columns and roles, as in preprocess_data.py"
     )
     evaluation_batch_size: int | None = flag(
-        None, minimum=1, unit="questions", help="generated at the same time; default: 8. Scored ones fill --pass-tokens"
+        None, minimum=1, help="answers generated at the same time; default: 8. Scored ones fill --pass-tokens"
     )
     pass_tokens: int | None = flag(
-        None, minimum=1, unit="tokens", help="scored in one pass; less needs less memory; default: CPU 256, else 4096"
+        None, minimum=1, help="tokens scored in one pass; fewer need less memory; default: CPU 256, else 4096"
     )
     max_new_tokens: int | None = flag(None, minimum=1, unit="tokens", help="longest answer; default: the task's")
     log_samples: bool = flag(False, help="write every question with its answer into samples_<task>.jsonl")
@@ -73,7 +73,7 @@ class EvaluateArgs:
         if len(set(self.task)) != len(self.task):
             raise UsageError(f"--task {' '.join(self.task)}: a task is named twice")
 
-    def mapping(self) -> dict[str, Any]:
+    def mapping(self) -> dict[str, object]:
         """--map-keys. Raises: UsageError: it is no JSON object."""
         return key_mapping(self.map_keys)
 
@@ -96,7 +96,7 @@ class EvaluationArgs(typing.NamedTuple):
 
     @property
     def output_dir(self) -> str:
-        """Where results go."""
+        """Folder of the results."""
         return self.evaluate.output_dir
 
 

@@ -8,17 +8,13 @@ _QWEN3 = "Qwen3 is always built so"
 _KERNELS = "--kernels chooses the implementation"
 _ALWAYS = "always on"
 # The speed-ups are those that MindSpeed's documents of these flags state; the shares are those of docs/planning.md.
-_PIECES = (
-    "ATB's kernels are not called: products run in pieces (--coc-parallel-num); --use-ascend-mc2 takes torch_npu's"
+_PIECES = "ATB's kernels are not used: products run in pieces (--coc-parallel-num); --use-ascend-mc2 uses torch_npu's"
+_BUFFERS = "Transformer Engine's buffers are not used"
+_PERMUTATION = "the exchange of sizes always overlaps the permutation; --moe-alltoall-overlap-comm hides the tokens'"
+_GATHER = (
+    "gathering tokens is not overlapped, 8 % of a step of the 30B at EP8 by the plan; --moe-alltoall-overlap-comm "
 )
-_BUFFERS = "it is for Transformer Engine's buffers, which are not used"
-_PERMUTATION = "the exchange of sizes always runs beside the permutation; --moe-alltoall-overlap-comm hides the tokens'"
-_GATHER = "tokens that are gathered are waited for; --moe-alltoall-overlap-comm hides the exchange of "
-_GATHER += "--moe-token-dispatcher-type alltoall"
-_PASSES = (
-    "passes of two micro-batches are not interleaved here: --moe-alltoall-overlap-comm leaves 21 % of the exchange of "
-)
-_PASSES += "two layers of 30B-A3B at EP8 without recomputation (python -m qwen3_npu.trace --hidden: of a training)"
+_GATHER += "leaves 2 % with --moe-token-dispatcher-type alltoall"
 _ALL_MOE = "every layer of a Qwen3-MoE has experts"
 _SPECS = tuple(f"mindspeed_llm.tasks.models.spec.{name}_spec layer_spec" for name in ("qwen3", "qwen2", "qwen25"))
 _MIGRATION = "it is MindFormers'; docs/migration.md has the command here"
@@ -74,7 +70,6 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--moe-grouped-gemm": Foreign(_EXPERTS),
     "--moe-permutation-async-comm": Foreign(_PERMUTATION),
     "--moe-allgather-overlap-comm": Foreign(_GATHER),
-    "--moe-fb-overlap": Foreign(_PASSES),
     "--coc-fused-kernel": Foreign(_PIECES),
     "--tp-comm-overlap-cfg": Foreign(_BUFFERS, nargs=1),
     "--tp-comm-overlap-rs-dgrad": Foreign(_BUFFERS),
@@ -82,14 +77,16 @@ FOREIGN_TRAINING: dict[str, Foreign] = {
     "--use-cp-send-recv-overlap": Foreign("sends and receives of a ring are always overlapped"),
     # running
     "--profile-data-simplification": Foreign("traces are written as they are"),
-    "--no-shared-storage": Foreign("a node makes the data caches that it lacks; --save must be shared by all nodes"),
+    "--no-shared-storage": Foreign(
+        "each node makes missing data caches; --save must be shared by all nodes, or give --save-per-node"
+    ),
     "--distributed-backend": Foreign("--device chooses it", nargs=1),
-    "--disable-gloo-group": Foreign("gloo gathers the optimizer's state for checkpoints"),
+    "--disable-gloo-group": Foreign("gloo distributes the optimizer's state when a training is resumed"),
     "--log-throughput": Foreign(_ALWAYS),
     "--tokenizer-type": Foreign("Hugging Face tokenizers only", nargs=1),
     "--tokenizer-padding-side": Foreign("padding is on the right", nargs=1, only=("right",)),
-    "--padded-samples": Foreign("epochs follow each other without a gap"),
-    "--full-shuffle-instruction-dataset": Foreign("each epoch has an order of its own"),
+    "--padded-samples": Foreign("epochs are concatenated without padding"),
+    "--full-shuffle-instruction-dataset": Foreign("each epoch has another order"),
     "--tokenizer-not-use-fast": Foreign("the fast tokenizer is always used"),
     "--workers": Foreign("raw data are preprocessed on all CPUs", nargs=1),
     "--use_parallel": Foreign(_MIGRATION, nargs="?", refused=True),

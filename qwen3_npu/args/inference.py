@@ -73,12 +73,12 @@ class PromptArgs:
 
     @property
     def template_given(self) -> str | None:
-        """What the flags say of the template; None: nothing."""
+        """The template that the flags name; None if they name none."""
         return "hf" if self.hf_chat_template else "none" if self.plain_text else self.prompt_type
 
     @property
     def template(self) -> str | None:
-        """Which template writes prompts; None: they are plain text."""
+        """The template of prompts; None for plain text."""
         given = self.template_given
         return None if given == "none" else given
 
@@ -95,7 +95,7 @@ class GenerateArgs:
     task: list[str] = flag(
         ["greedy"],
         choices=GENERATION_TASKS,
-        help="what to do, one after the other; score: rate the answers of --predict-data (reward models)",
+        help="tasks, in this order; score: rate the answers of --predict-data (reward models)",
     )
     prompt: list[str] | None = flag(
         None, metavar="TEXT", help=f'prompts; without any, and without --predict-data: "{DEFAULT_PROMPT}"'
@@ -123,7 +123,7 @@ class GenerateArgs:
         None, above=0, help=f"logits of tokens that occurred are reduced by this factor; {_OPEN} 1"
     )
     stop: list[str] | None = flag(None, metavar="TEXT", help="texts that end an answer (they are not part of it)")
-    stream: bool = flag(False, help="print answers while they are made, one prompt after the other")
+    stream: bool = flag(False, help="print answers while they are generated, one prompt after the other")
     history_turns: int = flag(3, minimum=0, unit="turns", help="questions and answers that a chat remembers")
     hide_thinking: bool = flag(False, help="do not show the model's thoughts in a chat; default: dimmed")
     output_dir: str = flag(
@@ -147,7 +147,7 @@ class ServeArgs:
     serve_host: str = flag(
         "127.0.0.1", metavar="HOST", help="address to listen on; one beyond this machine needs --serve-api-key"
     )
-    serve_port: int = flag(8000, minimum=0, maximum=65535, help="port to listen on; 0: any free one, which is said")
+    serve_port: int = flag(8000, minimum=0, maximum=65535, help="port to listen on; 0: a free one, which is printed")
     serve_api_key: str | None = flag(
         None,
         metavar="TEXT",
@@ -179,13 +179,13 @@ class ServeArgs:
 
     @property
     def api_key(self) -> str | None:
-        """The token; None: none is asked for."""
+        """The token that requests must carry; None if they need none."""
         given = self.serve_api_key if self.serve_api_key is not None else os.environ.get(API_KEY)
         return given if self.serve else None
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine reaches --serve-host."""
+        """Whether --serve-host can be reached from this machine only."""
         try:
             return ipaddress.ip_address(self.serve_host).is_loopback
         except ValueError:
@@ -206,16 +206,16 @@ class InferenceArgs(typing.NamedTuple):
 
     @property
     def scores(self) -> bool:
-        """Whether the model gives rewards and writes nothing."""
+        """Whether the model computes rewards and generates no text."""
         return self.generate.task == ["score"]
 
     @property
     def output_dir(self) -> str | None:
-        """Where results go; None: nowhere."""
+        """Folder of the results; None if none are written."""
         return None if self.serve.serve else self.generate.output_dir
 
     def check(self) -> None:
-        """Raises: UsageError: a flag says how to do a --task, where none is done."""
+        """Raises: UsageError: --serve is combined with a flag for --task."""
         if self.serve.serve:
             for field in dataclasses.fields(self.generate):
                 default = field.default if field.default is not dataclasses.MISSING else ["greedy"]
@@ -256,6 +256,7 @@ SHARED_FOREIGN: dict[str, Foreign] = {
     "--moe-router-load-balancing-type": Foreign(_TRAINED, nargs=1),
     "--moe-token-dispatcher-type": Foreign("tokens reach their experts by alltoall", nargs=1),
     "--moe-alltoall-overlap-comm": Foreign("the exchange of experts hides behind products in training only"),
+    "--moe-fb-overlap": Foreign("there is no backward pass"),
     "--ckpt-format": Foreign(_FOUND, nargs=1),
     "--exit-on-missing-checkpoint": Foreign("a missing checkpoint is always an error"),
     "--lora-r": Foreign(_LORA, nargs=1),

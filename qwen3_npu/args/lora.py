@@ -1,4 +1,4 @@
-"""Flags of what is trained: everything, a part of the weights, or LoRA adapters."""
+"""Flags that choose the trained weights: all, a part of them, or LoRA adapters."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ class LoraArgs:
     use_rslora: bool = flag(False, help="rank-stabilized: alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)")
     use_dora: bool = flag(
         False,
-        help="weights are a magnitude, which is trained, too, times a direction (arXiv:2402.09353)",
+        help="DoRA: weights are a trained magnitude times a direction (arXiv:2402.09353)",
     )
     lora_init: str = flag(
         "kaiming",
         choices=["kaiming", "gaussian", "pissa"],
-        help="how A of new adapters is drawn, as peft's init_lora_weights: uniform up to 1 / sqrt(in), or normal with "
+        help="initialization of a new A, as peft's init_lora_weights: uniform up to 1 / sqrt(in), or normal with "
         "deviation 1 / r; B is 0. pissa: A and B are the weight's largest singular vectors, the base keeps the rest "
         "(arXiv:2404.02948)",
     )
@@ -127,7 +127,7 @@ class LoraArgs:
 
     @property
     def scale(self) -> float:
-        """What an adapter's output is multiplied by."""
+        """The factor of an adapter's output."""
         return lora_scale(self.lora_alpha, self.lora_r, is_stabilized=self.use_rslora)
 
     @property
@@ -135,7 +135,7 @@ class LoraArgs:
         return self.lora_r > 0
 
     def places(self, arch: Qwen3Arch) -> tuple[tuple[str, ...], TargetLayers]:
-        """The targets among `ALL_TARGETS`, and the layers of those that not every layer has.
+        """The targets among `ALL_TARGETS`, and the layers of targets that only some layers have.
 
         Raises:
             UsageError: an expression matches nothing, or the embedding is the output layer, too.
@@ -185,7 +185,7 @@ def has_target(targets: tuple[str, ...], layers: TargetLayers, target: str | Non
 
 
 def spelled(targets: tuple[str, ...], layers: TargetLayers) -> str:
-    """The values of --lora-target-modules that mean these."""
+    """The values of --lora-target-modules for these targets."""
     numbers = {target: "|".join(map(str, found)) for target, found in layers}
     words = (rf"'.*\.({numbers[target]})\..*{target}'" if target in numbers else target for target in targets)
     return " ".join(words)

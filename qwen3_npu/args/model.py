@@ -44,14 +44,14 @@ class ShapeArgs:
     moe_ffn_hidden_size: int | None = flag(
         None, minimum=1, names=("--moe-intermediate-size",), help="width of one expert (moe_intermediate_size)"
     )
-    norm_topk_prob: bool | None = flag(None, help="router weights of the chosen experts add up to 1")
+    norm_topk_prob: bool | None = flag(None, help="the router weights of the chosen experts sum to 1")
     padded_vocab_size: int | None = flag(None, minimum=1, unit="rows", help="rows of the embedding after padding")
     make_vocab_size_divisible_by: int = flag(1, minimum=1, unit="rows", help="pad the vocabulary to this times TP")
     max_position_embeddings: int | None = flag(
         None,
         minimum=1,
         unit="tokens",
-        help="longest sequence allowed; default: what config.json says. More than that goes into the checkpoints",
+        help="longest sequence allowed; default: that of config.json. A larger value is stored in checkpoints",
     )
     qk_layernorm: bool | None = flag(None, help="each query and key head is normalised (Qwen3)")
     add_qkv_bias: bool | None = flag(None, help="q, k and v have a bias (Qwen2.5)")
@@ -60,13 +60,13 @@ class ShapeArgs:
         None, choices=["rope", "yarn"], help="rotary embedding; yarn: as --rope-scaling-type yarn"
     )
     rope_scaling_type: str | None = flag(
-        None, choices=[YARN, LLAMA3], help="stretch rotary embedding over longer sequences; goes into the checkpoints"
+        None, choices=[YARN, LLAMA3], help="stretch rotary embedding over longer sequences; it is stored in checkpoints"
     )
     rope_scaling_factor: float | None = flag(
         None,
         names=("--yarn-rotary-scaling-factor", "--yarn-scaling-factor"),
         minimum=1,
-        help="how many times longer sequences may be",
+        help="factor by which sequences may be longer",
     )
     rope_scaling_original_max_position_embeddings: int | None = flag(
         None,
@@ -79,13 +79,13 @@ class ShapeArgs:
         None,
         names=("--rope-scaling-beta-fast", "--yarn-beta-fast"),
         above=0,
-        help="yarn: dimensions that turn more often stay as they are [turns; 32]",
+        help="yarn: dimensions with more turns do not change [turns; 32]",
     )
     beta_slow: float | None = flag(
         None,
         names=("--rope-scaling-beta-slow", "--yarn-beta-slow"),
         above=0,
-        help="yarn: dimensions that turn less often are divided by the factor [turns; 1]",
+        help="yarn: dimensions with fewer turns are divided by the factor [turns; 1]",
     )
     rope_scaling_mscale: float | None = flag(
         None, names=("--yarn-mscale",), minimum=0, help="yarn: weight in the multiplier of cos and sin [1]"
@@ -103,11 +103,11 @@ class ShapeArgs:
         None, above=0, help="llama3: dimensions with longer wavelengths are divided by the factor"
     )
     high_freq_factor: float | None = flag(
-        None, above=0, help="llama3: dimensions with shorter wavelengths stay as they are"
+        None, above=0, help="llama3: dimensions with shorter wavelengths do not change"
     )
     use_rope_scaling: bool | None = flag(None, help="as Megatron: llama3 over 8192 positions with factors 1 and 4")
     rotary_seq_len_interpolation_factor: float | None = flag(
-        None, minimum=1, help="linear: positions are divided by this"
+        None, minimum=1, help="linear: positions are divided by this factor"
     )
 
 
@@ -124,7 +124,7 @@ _ROPE_FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def shaped(shape: ShapeArgs, arch: Qwen3Arch, noop_layers: int = 0) -> Qwen3Arch:
-    """The architecture with what the flags add to it: more positions, another rotary embedding.
+    """The architecture with the changes that flags make: more positions, another rotary embedding.
 
     Raises:
         UsageError: naming every shape flag that contradicts the architecture.
@@ -141,7 +141,7 @@ def shaped(shape: ShapeArgs, arch: Qwen3Arch, noop_layers: int = 0) -> Qwen3Arch
 
 
 def positions_note(arch: Qwen3Arch, before: Qwen3Arch) -> list[str]:
-    """How the flags extend the model's positions, in one line; None: they do not."""
+    """A line about positions beyond the model's own; None if the flags add none."""
     how = str(arch.rope_scaling) if arch.rope_scaling else "plain RoPE, as trained"
     if arch.max_position_embeddings > before.max_position_embeddings:
         if arch.rope_scaling is None:
@@ -175,7 +175,7 @@ def _check_shapes(shape: ShapeArgs, arch: Qwen3Arch, noop_layers: int) -> None:
 
 
 def _scaling(shape: ShapeArgs, theta: float) -> RopeScaling | None:
-    """The rotary embedding that the flags ask for; None: they do not."""
+    """The rotary embedding that the flags describe; None without such flags."""
     said = {name: value for name, value in vars(shape).items() if value is not None}
     if said.get("position_embedding_type") == YARN:
         said["rope_scaling_type"] = YARN

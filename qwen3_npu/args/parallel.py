@@ -18,7 +18,7 @@ class ParallelArgs:
     tensor_model_parallel_size: int = flag(1, minimum=1, unit="devices", help="devices that share one layer (TP)")
     pipeline_model_parallel_size: int = flag(1, minimum=1, unit="stages", help="pipeline stages (PP)")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, minimum=1, unit="layers", help="layers of one model chunk in an interleaved pipeline (VPP)"
+        None, minimum=1, unit="layers", help="layers of one model chunk of an interleaved pipeline (VPP)"
     )
     num_layer_list: str | None = flag(None, metavar="N,N,..", help="layers of each pipeline stage, if uneven")
     noop_layers: str | None = flag(None, metavar="N,N,..", help="no-op layers of the pipeline, e.g. 94,95")
@@ -32,7 +32,7 @@ class ParallelArgs:
         choices=["ulysses_cp_algo", "megatron_cp_algo"],
         help="ulysses: exchange sequence for heads; megatron: pass keys and values around a ring",
     )
-    sequence_parallel: bool = flag(False, help="shard activations outside attention and MLP over TP, by tokens")
+    sequence_parallel: bool = flag(False, help="shard the tokens of activations outside attention and MLP over TP")
 
     p2p_communication: str = flag(
         "auto",
@@ -51,7 +51,7 @@ class ParallelArgs:
 
     @property
     def batches_p2p(self) -> bool:
-        """Whether neighbours exchange in batched calls.
+        """Whether neighbouring stages exchange in batched calls.
 
         The default on every device. Single calls (MindSpeed's choice on NPUs) make a communicator for each pair, at
         first use and in the order in which the stages come to it: they have hung (Megatron-LM PR 5240 on NCCL), and
@@ -63,21 +63,27 @@ class ParallelArgs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorOverlapArgs:
-    """what hides the communication of tensor parallelism"""
+class OverlapArgs:
+    """what hides communication"""
 
     tp_comm_overlap: bool = flag(
-        False, help="products hide it: torch_npu's fused operations on an NPU, elsewhere pieces (--coc-parallel-num)"
+        False,
+        help="hide it behind products: torch_npu's fused operations on an NPU, elsewhere pieces (--coc-parallel-num)",
     )
     use_ascend_mc2: bool = flag(False, names=("--use-mc2",), help="the same; MindSpeed's name for it")
     use_ascend_coc: bool = flag(
-        False, help="products hide it in pieces, on every device; without --sequence-parallel, too"
+        False, help="hide it behind products in pieces, on every device, also without --sequence-parallel"
     )
     coc_parallel_num: int = flag(
         4,
         choices=[1, 2, 4, 8],
         unit="pieces",
         help="while one is multiplied, the next one travels; 1: nothing is hidden",
+    )
+    moe_fb_overlap: bool = flag(
+        False,
+        help="while tokens of a backward pass are on their way to experts or back, the forward pass of another "
+        "micro-batch is computed, and the other way round; one more micro-batch is in memory",
     )
     coc_mode: int = flag(-1, choices=[-1, 0, 1, 2], help="-1, 2: --use-ascend-coc works; 0, 1: it changes nothing")
 
@@ -88,12 +94,12 @@ class TensorOverlapArgs:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the device's fused operations are wanted, where it has them."""
+        """Whether the device's fused operations are used, if it has them."""
         return self.use_ascend_mc2 or self.tp_comm_overlap
 
     @property
     def asked(self) -> str | None:
-        """The flag that asks for it; None: communication is not hidden."""
+        """The flag that switches it on; None if communication is not hidden."""
         if self.is_fused:
             return "--use-ascend-mc2" if self.use_ascend_mc2 else "--tp-comm-overlap"
         is_on = self.use_ascend_coc and self.coc_mode in (-1, 2) and self.coc_parallel_num > 1
@@ -111,7 +117,9 @@ class RuntimeArgs:
         help="implementation of the hot operations; auto: torch_npu's on an NPU, Triton's on a GPU, else torch's own",
     )
     kernel_overrides: list[str] = flag(
-        [], metavar="OPERATION=IMPLEMENTATION", help="other implementations for single operations: attention=reference"
+        [],
+        metavar="OPERATION=IMPLEMENTATION",
+        help="other implementation of single operations, e.g. attention=reference",
     )
     seed: int = flag(1234, minimum=0, maximum=2**32 - 1, help="random seed of weights, dropout and data order")
     deterministic: bool = flag(
@@ -121,7 +129,7 @@ class RuntimeArgs:
     )
     dry_run: bool = flag(False, help="check flags, model, layout and data, print what would be done, and stop")
     distributed_timeout_minutes: float = flag(
-        10, minimum=0.1, maximum=525600, unit="min", help="longest wait in a collective"
+        10, minimum=0.1, maximum=525600, unit="min", help="timeout of a collective"
     )
 
 

@@ -40,12 +40,12 @@ class PreferenceArgs:
         0.1,
         above=0,
         names=("--beta",),
-        help="pull to the reference (dpo, kto), strength of the odds ratio (orpo) or scale of rewards (simpo)",
+        help="weight of the reference (dpo, kto), of the odds ratio (orpo), or scale of rewards (simpo)",
     )
     dpo_label_smoothing: float = flag(
         0.0, minimum=0, below=0.5, help="probability that a preference is wrong (conservative DPO); below 0.5"
     )
-    simpo_gamma: float = flag(0.5, minimum=0, help="margin of rewards that simpo asks for (arXiv:2405.14734)")
+    simpo_gamma: float = flag(0.5, minimum=0, help="target margin of rewards of simpo (arXiv:2405.14734)")
     desirable_weight: float = flag(1.0, minimum=0, help="weight of kto's losses of desirable answers")
     undesirable_weight: float = flag(1.0, minimum=0, help="weight of kto's losses of undesirable answers")
     pref_ftx: float = flag(0.0, minimum=0, help="weight of the fine-tuning loss on chosen answers, added to dpo's")
@@ -72,7 +72,7 @@ class PreferenceArgs:
             raise UsageError("--desirable-weight 0 --undesirable-weight 0: nothing would be learned")
 
     def check_stage(self, stage: str) -> None:
-        """Raises: UsageError: a flag that says nothing to this stage is given."""
+        """Raises: UsageError: a flag has no effect in this stage."""
         for field in dataclasses.fields(self):
             stages = _STAGES_OF[field.name]
             if stage not in stages and getattr(self, field.name) != field.default:
@@ -83,7 +83,7 @@ class PreferenceArgs:
                 )
 
     def check_kto(self, micro_batch: int) -> None:
-        """Raises: UsageError: --stage kto cannot do what the flags say."""
+        """Raises: UsageError: the flags do not fit --stage kto."""
         if micro_batch < 2:
             raise UsageError(
                 f"--micro-batch-size {micro_batch}: --stage kto compares each prompt with the answer to another one of "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from typing import Any
 
 from qwen3_npu.cli import Foreign, flag
 from qwen3_npu.errors import UsageError
@@ -27,7 +26,7 @@ HANDLER_NAMES = (
 THINKING = {"true": True, "false": False, "none": None}
 
 
-def key_mapping(text: str | None) -> dict[str, Any]:
+def key_mapping(text: str | None) -> dict[str, object]:
     """--map-keys as a value.
 
     Raises:
@@ -60,7 +59,7 @@ class RecordArgs:
     handler_name: str | None = flag(
         None,
         metavar="NAME",
-        help=f"what the records are: {', '.join(HANDLER_NAMES)}, or module:function of your own; default: text "
+        help=f"format of the records: {', '.join(HANDLER_NAMES)}, or module:function of your own; default: text "
         f"({TEXT_HANDLER})",
     )
     hf_datasets_params: str | None = flag(
@@ -72,15 +71,17 @@ class RecordArgs:
         metavar="JSON",
         help='names of other columns: \'{"prompt": "question", "query": "", "response": "answer"}\'',
     )
-    max_samples: int | None = flag(None, minimum=1, unit="records", help="read only so many; default: all")
+    max_samples: int | None = flag(
+        None, minimum=1, unit="records", help="read only this number of records; default: all"
+    )
     max_bad_records: int = flag(
-        0, minimum=0, unit="records", help="how many broken records to leave out (each is reported) before stopping"
+        0, minimum=0, unit="records", help="how many broken records to omit (each is reported) before stopping"
     )
 
     def __post_init__(self) -> None:
         self.mapping()
 
-    def mapping(self) -> dict[str, Any]:
+    def mapping(self) -> dict[str, object]:
         """--map-keys. Raises: UsageError: it is no JSON object."""
         return key_mapping(self.map_keys)
 
@@ -93,7 +94,9 @@ class TokenizerArgs:
         None, metavar="DIR", names=("--tokenizer-model",), help="folder of the tokenizer (a downloaded Qwen3 model)"
     )
     tokenizer_backend: str = flag(
-        "auto", choices=["auto", "fastokens", "tokenizers"], help="library; auto: the fastest that gives right tokens"
+        "auto",
+        choices=["auto", "fastokens", "tokenizers"],
+        help="library; auto: the fastest that gives the reference's tokens",
     )
     append_eod: bool = flag(
         False,
@@ -109,17 +112,19 @@ class InstructionArgs:
     prompt_type: str | None = flag(
         None,
         choices=["auto", "qwen", "qwen3", "hf"],
-        help="how conversations are written: as MindSpeed-LLM's templates of that name, or as the tokenizer's own "
-        "chat template (hf); auto: hf if the tokenizer has one, else qwen3",
+        help="template of conversations: MindSpeed-LLM's template of that name, or the tokenizer's own chat template "
+        "(hf); auto: hf if the tokenizer has one, else qwen3",
     )
     enable_thinking: str = flag(
         "none",
         metavar="|".join(THINKING),
-        help="answers without thoughts get empty ones: true: to learn, none: given; false: given, and thoughts removed",
+        help="empty thoughts of answers without any: true: learned; none: given; false: given, other thoughts removed",
     )
-    seq_length: int | None = flag(None, minimum=2, unit="tokens", help="samples stay below it; packs have it exactly")
+    seq_length: int | None = flag(
+        None, minimum=2, unit="tokens", help="samples are shorter than this; packs have this length"
+    )
     overlong: str = flag(
-        "cut", choices=["cut", "drop"], help="truncate longer samples or leave them out; both are counted"
+        "cut", choices=["cut", "drop"], help="whether longer samples are truncated or omitted; both are counted"
     )
     pack: bool = flag(False, help="join several samples into one of --seq-length tokens")
     neat_pack: bool = flag(False, help="with --pack: keep the boundaries, so that samples do not attend to each other")
@@ -129,7 +134,7 @@ class InstructionArgs:
 
     def __post_init__(self) -> None:
         if self.pack and self.seq_length is None:
-            raise UsageError("--pack needs --seq-length: the tokens of a pack")
+            raise UsageError("--pack needs --seq-length, the length of a pack")
         if self.enable_thinking.lower() not in THINKING:
             raise UsageError(f"--enable-thinking {self.enable_thinking}: it is {', '.join(THINKING)}")
         if self.prompt_type == "qwen" and self.thinking is not None:
@@ -153,15 +158,15 @@ class OutputArgs:
     """what to write"""
 
     output_prefix: str | None = flag(
-        None, metavar="PREFIX", help="start of the output's names: <prefix>_text_document.bin, .."
+        None, metavar="PREFIX", help="prefix of the output files: <prefix>_text_document.bin, .."
     )
     merge_group_keys: list[str] | None = flag(
         None, metavar="KEY", help="join all pairs of files in --input whose names hold KEY, to <prefix>_<KEY>"
     )
     workers: int | None = flag(
-        None, minimum=1, unit="threads", help="work at once; the output is the same for any; default: CPUs"
+        None, minimum=1, help="threads; the output does not depend on their number; default: CPUs"
     )
-    log_interval: int = flag(1000, minimum=1, unit="records", help="between progress lines, at most one in 10 s")
+    log_interval: int = flag(1000, minimum=1, help="records between progress lines, at most one in 10 s")
     resume: bool = flag(False, help="continue a run that was interrupted, after its last finished part")
 
 
@@ -193,7 +198,7 @@ GROUPS = tuple(typing.get_type_hints(PreprocessArgs).values())
 
 _TRAINING = "training pads the vocabulary"
 _STREAM = "inputs are always read as streams, nothing is cached"
-_TOKENIZER = "--tokenizer-name-or-path is all it takes"
+_TOKENIZER = "--tokenizer-name-or-path is enough"
 _SENTENCES = "documents are not split into sentences"
 _OTHER_MODELS = "Qwen3's templates do not have this"
 _LLAMA_FACTORY = "dataset_info.json is not read; give the file as --input, its columns as --map-keys"
@@ -208,7 +213,7 @@ FOREIGN: dict[str, Foreign] = {
     "--make-vocab-size-divisible-by": Foreign(_TRAINING, nargs=1),
     "--pad-vocab-size-to": Foreign(_TRAINING, nargs=1),
     "--pad-to-multiple-of": Foreign("training pads its batches", nargs=1, only=("1",)),
-    "--dataset-impl": Foreign("there is one format of output", nargs=1, only=("mmap",)),
+    "--dataset-impl": Foreign("there is only one output format", nargs=1, only=("mmap",)),
     "--streaming": Foreign(_STREAM),
     "--cache-dir": Foreign(_STREAM, nargs=1),
     "--overwrite-cache": Foreign(_STREAM),
@@ -219,7 +224,7 @@ FOREIGN: dict[str, Foreign] = {
     ),
     "--drop-thinking": Foreign(_OTHER_MODELS, nargs=1),
     "--reasoning-effort": Foreign(_OTHER_MODELS, nargs=1, refused=True),
-    "--reward-tokens": Foreign("reward models are not trained", nargs="+", refused=True),
+    "--reward-tokens": Foreign("process reward models are not trained", nargs="+", refused=True),
     "--split-sentences": Foreign(_SENTENCES, refused=True),
     "--keep-newlines": Foreign(_SENTENCES),
     "--prompt-type-path": Foreign("the templates are built in", nargs=1, refused=True),

@@ -6,13 +6,13 @@ import typing
 
 from qwen3_npu.args.lora import FreezeArgs, LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
-from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, TensorOverlapArgs
+from qwen3_npu.args.parallel import OverlapArgs, ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.tools.plan import VerdictArgs
-from qwen3_npu.args.trackers import TrackerArgs
-from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.trackers import ReportArgs, TrackerArgs
+from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, TrainArgs
 from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 
 
@@ -22,7 +22,7 @@ class PretrainArgs(typing.NamedTuple):
     model: ModelArgs
     shape: ShapeArgs
     parallel: ParallelArgs
-    overlap: TensorOverlapArgs
+    overlap: OverlapArgs
     runtime: RuntimeArgs
     train: TrainArgs
     optimizer: OptimizerArgs

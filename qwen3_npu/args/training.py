@@ -23,7 +23,7 @@ class TrainArgs:
         help="samples per optimizer step; default: one micro-batch per data-parallel rank",
     )
     train_iters: int | None = flag(
-        None, minimum=0, unit="steps", help="optimizer steps of the whole training; or one of the next two"
+        None, minimum=0, unit="steps", help="optimizer steps of the whole training; or give one of the next two"
     )
     train_samples: int | None = flag(
         None,
@@ -31,13 +31,11 @@ class TrainArgs:
         unit="samples",
         help="samples of the whole training; a last incomplete --global-batch-size is dropped",
     )
-    epochs: float | None = flag(
-        None, above=0, help="times that the whole training sees each sample; the last step may see some once more"
-    )
+    epochs: float | None = flag(None, above=0, help="passes over the data; the last step may repeat some samples")
     seq_length: int = flag(4096, minimum=1, unit="tokens", help="tokens of a sample")
     bf16: bool = flag(False, help="weights and activations in bfloat16, optimizer state in float32; default: float32")
     fp32_residual_connection: bool = flag(
-        False, help="with --bf16: the sum that the layers add to stays in float32, also between pipeline stages"
+        False, help="with --bf16: keep the residual stream in float32, also between pipeline stages"
     )
     attention_dropout: float = flag(0.0, minimum=0, below=1, help="dropout of attention weights")
     hidden_dropout: float = flag(0.0, minimum=0, below=1, help="dropout of the residual branches")
@@ -59,16 +57,16 @@ class TrainArgs:
     recompute_norm: bool = flag(False, help="recompute the norms before attention and MLP in backward")
     swap_attention: bool = flag(
         False,
-        help="what attention keeps for backward waits on the host and comes back ahead of it; with "
-        "--recompute-num-layers the MLP of so many layers is recomputed, and attention is not",
+        help="keep the activations of attention on the host until backward needs them; with "
+        "--recompute-num-layers N the MLP of N layers is recomputed, and attention is not",
     )
     swap_modules: str = flag(
         "self_attention",
         metavar="NAME,NAME,..",
-        help="what --swap-attention moves: self_attention, input_layernorm, pre_mlp_layernorm",
+        help="modules of --swap-attention: self_attention, input_layernorm, pre_mlp_layernorm",
     )
     loss_compute_mode: str = flag(
-        "default", choices=["default", "chunk"], help="chunk: logits of --loss-chunk-size tokens at a time"
+        "default", choices=["default", "chunk"], help="chunk: compute the logits of --loss-chunk-size tokens at a time"
     )
     loss_normalization: str = flag(
         "token",
@@ -97,17 +95,17 @@ class TrainArgs:
     )
     moe_alltoall_overlap_comm: bool = flag(
         False,
-        help="tokens go to their experts in up to four pieces: one is on its way while another is computed",
+        help="send tokens to their experts in up to four pieces: one travels while another is computed",
     )
     moe_zero_memory: str = flag(
         "disable",
         choices=["disable", "level0", "level1"],
         help="level0: compute the experts' first product and activation again in backward; level1: the whole MoE "
-        "layer, its exchanges too, as --recompute-modules moe",
+        "layer with its exchanges, as --recompute-modules moe",
     )
-    moe_router_dtype: str | None = flag(None, choices=["fp32", "fp64"], help="of the router; default: the model's")
+    moe_router_dtype: str | None = flag(None, choices=["fp32", "fp64"], help="router's dtype; default: the model's")
     manual_gc: bool = flag(False, help="collect Python's garbage at the same steps on all ranks")
-    manual_gc_interval: int = flag(0, minimum=0, unit="steps", help="between collections; 0: never")
+    manual_gc_interval: int = flag(0, minimum=0, help="steps between collections; 0: never")
 
     def __post_init__(self) -> None:
         lengths = {"--train-iters": self.train_iters, "--train-samples": self.train_samples, "--epochs": self.epochs}
@@ -144,18 +142,18 @@ class OptimizerArgs:
         choices=["adam", "muon"],
         help="muon: orthogonal updates of the layers' matrices (with LoRA: of adapters' A and B), AdamW for the rest",
     )
-    muon_momentum: float = flag(0.95, minimum=0, below=1, help="decay of the momentum")
-    muon_use_nesterov: bool = flag(False, help="Nesterov's momentum")
+    muon_momentum: float = flag(0.95, minimum=0, below=1, help="decay rate of the momentum")
+    muon_use_nesterov: bool = flag(False, help="use Nesterov's momentum")
     muon_scale_mode: str = flag(
         "spectral",
         choices=["spectral", "shape_scaling", "unit_rms_norm"],
-        help="updates are multiplied by the root of the larger side, of out / in if that is above 1, or of out / in",
+        help="factor of updates: the square root of the larger side, of max(1, out / in), or of out / in",
     )
     muon_extra_scale_factor: float = flag(
-        1.0, above=0, help="and by this; 0.2 with `spectral` makes them as large as AdamW's, for a shared --lr"
+        1.0, above=0, help="further factor; 0.2 with `spectral` gives updates as large as AdamW's, for a shared --lr"
     )
-    muon_num_ns_steps: int = flag(5, minimum=1, maximum=99, unit="steps", help="of the Newton-Schulz iteration")
-    muon_split_qkv: bool = flag(True, help="queries, keys and values are three matrices, not one")
+    muon_num_ns_steps: int = flag(5, minimum=1, maximum=99, help="steps of the Newton-Schulz iteration")
+    muon_split_qkv: bool = flag(True, help="update queries, keys and values as three matrices, not as one")
     lr: float = flag(minimum=0, help="highest learning rate")
     min_lr: float = flag(0.0, minimum=0, help="lowest learning rate")
     lr_decay_style: str = flag("linear", choices=["constant", "linear", "cosine", "WSD"], help="shape of the decay")
@@ -171,10 +169,10 @@ class OptimizerArgs:
     lr_wsd_decay_style: str = flag(
         "exponential", choices=["exponential", "linear", "cosine", "minus_sqrt"], help="shape of WSD's decay"
     )
-    weight_decay: float = flag(0.01, minimum=0, help="decoupled, on matrices only")
-    adam_beta1: float = flag(0.9, minimum=0, below=1, help="decay of the first moment")
-    adam_beta2: float = flag(0.999, minimum=0, below=1, help="decay of the second moment")
-    adam_eps: float = flag(1e-8, above=0, help="added to the root of the second moment")
+    weight_decay: float = flag(0.01, minimum=0, help="decoupled weight decay, of matrices only")
+    adam_beta1: float = flag(0.9, minimum=0, below=1, help="decay rate of the first moment")
+    adam_beta2: float = flag(0.999, minimum=0, below=1, help="decay rate of the second moment")
+    adam_eps: float = flag(1e-8, above=0, help="added to the square root of the second moment")
     clip_grad: float = flag(1.0, minimum=0, help="largest gradient norm; 0: no clipping")
     use_distributed_optimizer: bool = flag(False, help="shard optimizer state over data-parallel ranks (ZeRO-1)")
     reuse_fp32_param: bool = flag(
@@ -185,10 +183,10 @@ class OptimizerArgs:
     swap_optimizer: bool = flag(
         False,
         help="keep float32 weights and moments on the host: 12 bytes less of each weight's share on the device (8 "
-        "without --bf16), and they come and go in every step; needs --use-distributed-optimizer",
+        "without --bf16); every step copies them to the device and back; needs --use-distributed-optimizer",
     )
     swap_optimizer_times: int = flag(
-        16, minimum=1, unit="slices", help="of --swap-optimizer's step; two of them are on the device at a time"
+        16, minimum=1, help="slices of a step of --swap-optimizer; two of them are on the device at a time"
     )
     overlap_grad_reduce: bool = flag(False, help="reduce gradients while backward runs")
     overlap_param_gather: bool = flag(False, help="gather parameters while forward runs")
@@ -246,10 +244,10 @@ class DataArgs:
     pad_to_multiple_of: int = flag(
         8, minimum=1, unit="tokens", help="with --variable-seq-lengths: round lengths up to it"
     )
-    reset_attention_mask: bool = flag(False, help="attention stays within the documents of a sequence")
-    reset_position_ids: bool = flag(False, help="positions start anew in each document (instruction data: as above)")
-    eod_mask_loss: bool = flag(False, help="what follows the end of a document is not predicted from it")
-    shuffle: bool = flag(True, help="instruction data in another order each epoch")
+    reset_attention_mask: bool = flag(False, help="attention stays within each document of a sequence")
+    reset_position_ids: bool = flag(False, help="positions restart in each document (instruction data: as above)")
+    eod_mask_loss: bool = flag(False, help="do not predict the token after the end of a document")
+    shuffle: bool = flag(True, help="use instruction data in another order in each epoch")
     data_cache_path: str | None = flag(
         None, metavar="DIR", help="folder of index caches; default: cache/ beside the first prefix"
     )
@@ -272,7 +270,7 @@ class DataArgs:
 
     @property
     def kind(self) -> str:
-        """What it reads, of `DATA_KINDS`."""
+        """The kind of data that the training reads, one of `DATA_KINDS`."""
         if self.is_preference:
             return "labelled answers" if self.stage == "kto" else "pairs"
         return "instruction data" if self.is_instruction else "text"
@@ -283,7 +281,7 @@ class DataArgs:
 
     @property
     def per_document(self) -> bool:
-        """Whether the conversations of a pack are kept apart."""
+        """Whether attention stays within the conversations of a pack."""
         return self.reset_attention_mask or self.reset_position_ids
 
 
@@ -298,27 +296,27 @@ class CheckpointArgs:
         "resumes what it has saved there",
     )
     save: str | None = flag(None, metavar="DIR", help="checkpoint folder to write")
-    save_interval: int | None = flag(None, minimum=1, unit="steps", help="between checkpoints; always one at the end")
+    save_interval: int | None = flag(None, minimum=1, help="steps between checkpoints; the last step is always saved")
     max_failed_saves: int = flag(
         3,
         minimum=0,
-        help="checkpoints in a row that may fail, as on a full disk, before the training ends; it warns and goes on",
+        help="number of consecutive checkpoints that may fail (full disk) before the training ends; each is a warning",
     )
     save_total_limit: int | None = flag(
-        None, minimum=1, help="checkpoints of this training to keep; older ones are deleted; default: all"
+        None, minimum=1, help="number of this training's checkpoints to keep; older ones are deleted; default: all"
     )
-    ckpt_format: str = flag("torch", choices=["torch", "torch_dist"], help="files to write; either is read")
+    ckpt_format: str = flag("torch", choices=["torch", "torch_dist"], help="format to write; both are read")
     save_per_node: bool = flag(
         False,
-        help="--save is on a disk of each node, which the others do not see: every node gets the whole checkpoint",
+        help="--save is a local disk of each node, which other nodes do not see: each gets the complete checkpoint",
     )
-    async_save: bool = flag(False, help="copy what is saved to the host and write it while the training goes on")
+    async_save: bool = flag(False, help="copy the state to the host and write it while the training continues")
     save_hf_interval: int | None = flag(
-        None, minimum=1, unit="steps", help="between Hugging Face directories, each beside a checkpoint in --save"
+        None, minimum=1, help="steps between Hugging Face directories, each beside a checkpoint in --save"
     )
     enable_mg2hf_convert: bool = flag(False, help="write a Hugging Face directory of the last step")
     hf_save_dir: str | None = flag(
-        None, metavar="DIR", help="where they go, as mg2hf_iteration<N>; default: --save, which all nodes must share"
+        None, metavar="DIR", help="their folder, as mg2hf_iteration<N>; default: --save, which all nodes must share"
     )
     ckpt_step: int | None = flag(None, minimum=0, unit="steps", help="iteration to load; default: the newest")
     finetune: bool = flag(False, help="load only the weights: step 0, new optimizer, new data order")
@@ -362,39 +360,5 @@ class ExitArgs:
         help="consecutive steps that may be skipped for NaN or Inf in loss or gradients",
     )
     exit_signal_handler: bool = flag(False, help="on SIGTERM or SIGUSR1 save a checkpoint and end")
-    exit_duration_in_mins: float | None = flag(None, minimum=0, unit="min", help="save a checkpoint and end after this")
-    exit_interval: int | None = flag(None, minimum=1, unit="steps", help="save a checkpoint and end at its multiples")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportArgs:
-    """reports"""
-
-    log_interval: int = flag(100, minimum=1, unit="steps", help="between log lines")
-    eval_interval: int = flag(1000, minimum=1, unit="steps", help="between evaluations on the validation share")
-    eval_iters: int = flag(100, minimum=0, unit="batches", help="global batches of one evaluation; 0: none")
-    ledger_interval: int = flag(
-        100,
-        minimum=0,
-        unit="steps",
-        help="between records of where the time went (python -m qwen3_npu.ledger); 0: none",
-    )
-    fingerprint_interval: int = flag(
-        0,
-        minimum=0,
-        unit="steps",
-        help="between files of what kernels and layers computed (the first in step 1), in --tensorboard-dir; two runs "
-        "are compared by python -m qwen3_npu.parity; 0: none",
-    )
-    fingerprint_format: str = flag(
-        "passport",
-        choices=["passport", "msprobe"],
-        help="of these files; msprobe: dumps that msprobe compare (mindstudio-probe) reads, of every rank",
-    )
-    tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder of tensorboard events and metrics.jsonl")
-
-    def __post_init__(self) -> None:
-        if self.fingerprint_interval and self.tensorboard_dir is None:
-            raise UsageError(
-                f"--fingerprint-interval {self.fingerprint_interval} writes into --tensorboard-dir; give that, too"
-            )
+    exit_duration_in_mins: float | None = flag(None, minimum=0, unit="min", help="save and end after this time")
+    exit_interval: int | None = flag(None, minimum=1, unit="steps", help="save and end at the next multiple of it")

@@ -2,10 +2,10 @@
 
 <folder>/integrity.json          {"hash": "xxh3_128", "by": "training", "files": {"common.pt": {"bytes": ..}}}
         /integrity.00003.json    what rank 3 wrote, until rank 0 has joined all of them
-<output>/conversion.json         of a conversion: what was converted from what, with the SHA-256 of every tensor
+<output>/conversion.json         of a conversion: its source, its target and the xxh3_128 digest of every tensor
 
-`integrity.json` lies beside the weights of a training's and of a converted checkpoint alike. Older ones have no "hash"
-and hold SHA-256 under "sha256".
+Trainings and conversions both write `integrity.json` beside the weights. Older files have no "hash" and hold SHA-256
+digests under "sha256".
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def write_integrity(folder: Path, by: str, seals: Mapping[str, Seal]) -> None:
 
 
 def part(rank: int) -> str:
-    """Name of what one rank says of its files."""
+    """Name of the file in which one rank records the size and digest of its files."""
     return f"integrity.{rank:05d}.json"
 
 
 def write_part(folder: Path, rank: int, seals: Mapping[str, Seal], notes: object = None) -> None:
-    """Say that a rank has finished its files; `notes` are for the rank that puts everything together."""
+    """Record that a rank has finished its files; `notes` are for the rank that writes the common files."""
     write_text(folder / part(rank), json.dumps({"files": seals, "notes": notes}))
 
 
@@ -91,7 +91,7 @@ class Integrity:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether the folder's files were finished and say what they are."""
+    """Whether the folder has an integrity.json, so that its files are complete and can be checked."""
     return os.path.lexists(folder / INTEGRITY)  # of whatever kind: reading says what is wrong with it
 
 
@@ -104,7 +104,7 @@ def is_trained(folder: Path) -> bool:
 
 
 def read_integrity(folder: Path) -> Integrity:
-    """What a sealed folder says of its files. Raises: UsageError: it cannot be read."""
+    """The integrity.json of a sealed folder. Raises: UsageError: it cannot be read."""
     path = folder / INTEGRITY
     content = read_record(path)
     name = content.text("hash") if "hash" in content.fields else "sha256"
@@ -126,7 +126,7 @@ def damage(
     Args:
         rank, ranks: the files are divided among the ranks; this rank checks its own.
         count: told of the bytes read.
-        said: what the folder says, if it has been read.
+        said: the content of integrity.json, if it has been read.
     """
     try:
         said = said or read_integrity(folder)

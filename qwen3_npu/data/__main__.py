@@ -1,4 +1,4 @@
-"""Show the samples that a training has left out after spikes; what is learned green, or between brackets."""
+"""Show the samples that a training has left out after spikes. Learned tokens are green, or between brackets."""
 
 from pathlib import Path
 

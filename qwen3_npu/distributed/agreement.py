@@ -1,7 +1,7 @@
-"""What all ranks must know of what one has found, at a cost that does not grow with their number.
+"""Tell all ranks about a problem of one rank, at a cost that does not grow with the number of ranks.
 
-`all_gather_object` gives every rank one object of each: at 4,096 ranks hundreds of kilobytes for "nothing is wrong".
-Here one number is reduced, and words travel only if there are any.
+`all_gather_object` sends an object of each rank to every rank: at 4,096 ranks hundreds of kilobytes for "no problem".
+Here one number is reduced, and a text is sent only if there is a problem.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 def first_problem(problem: str | None) -> tuple[int, str] | None:
-    """The first rank that has a problem and what it says, the same on every rank; None: none has one.
+    """The first rank with a problem, and its text, equal on every rank; None if no rank has one.
 
     Every rank must call this.
     """
@@ -27,7 +27,7 @@ def first_problem(problem: str | None) -> tuple[int, str] | None:
 
 
 def smallest(numbers: Sequence[int]) -> list[int]:
-    """Of each number the smallest of all ranks. Every rank must call this with as many."""
+    """The minimum over all ranks of each number. Every rank must call this with the same count of numbers."""
     held = torch.tensor(numbers, dtype=torch.int64, device=dist.distributed_c10d._get_object_coll_device())
     dist.all_reduce(held, op=dist.ReduceOp.MIN)
     return [int(number) for number in held.tolist()]

@@ -19,7 +19,7 @@ SHARD_INDICES: dict[str, Callable[[int, int, int], torch.Tensor]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ContextParallel:
-    """How a rank that holds a part of the sequence attends to all of it.
+    """The attention of a rank that holds a part of the sequence.
 
     Attributes:
         algorithm: MindSpeed-LLM's name for it.

@@ -33,7 +33,7 @@ def has_rendezvous() -> bool:
 
 
 def no_meeting(reason: str) -> str:
-    """One line that says why the processes could not connect, and what to do.
+    """A line with the reason why the processes could not connect, and the remedy.
 
     Args:
         reason: torch's message, or that of the system.
@@ -56,7 +56,7 @@ def no_meeting(reason: str) -> str:
 
 
 def check_meeting(first: bool) -> None:
-    """Before torchrun, which would show a traceback: whether the processes can connect.
+    """Check before torchrun, which would show a traceback, that the processes can connect.
 
     Args:
         first: this is the node that the others connect to.
@@ -79,7 +79,7 @@ def check_meeting(first: bool) -> None:
 
 
 def local_size(world_size: int) -> int:
-    """Processes of this node; all of them where the launcher does not say it."""
+    """Number of processes on this node; all processes if the launcher does not set it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
@@ -89,14 +89,14 @@ def node() -> int:
 
 
 def restarts() -> int:
-    """How often torchrun has started this job again."""
+    """How often torchrun has restarted this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def job_names() -> list[str]:
-    """Names of this job, the same for all its starts; a job has a name in common with this one only if it is this one.
+    """Identifiers of this job, equal for all its restarts. Two starts that share an identifier are the same job.
 
-    They are the torchrun process on this machine that started it (process id and time of start), and --rdzv-id.
+    They are the torchrun process on this machine (process id and start time), and --rdzv-id.
     """
     agent = os.getppid()
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's default

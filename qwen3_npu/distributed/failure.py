@@ -32,6 +32,6 @@ def recorded() -> Iterator[None]:
 
 
 def _raised_by_a_collective(error: Exception) -> bool:
-    """Whether it comes out of torch.distributed (or the hang watch around it)."""
+    """Whether an exception was raised in torch.distributed (or in the hang watch around it)."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].startswith(("torch.distributed", "qwen3_npu.watch.collectives"))

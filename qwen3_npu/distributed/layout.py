@@ -64,8 +64,8 @@ class Layout:
     def ranks(self) -> Iterator[Rank]:
         """The distinct model shards, pipeline rank slowest.
 
-        With `expert_tensor` < `tensor` not every pair (tensor, expert) exists: ranks are numbered so that
-        tensor = r % TP and expert = r // ETP % EP (Megatron's order), and the pairs that occur are these.
+        With `expert_tensor` < `tensor` not every pair (tensor, expert) exists: rank r has tensor = r % TP and
+        expert = r // ETP % EP (Megatron's order), and only the pairs that occur are returned.
         """
         period = math.lcm(self.tensor, self.expert_tensor * self.expert)
         pairs = sorted({(r % self.tensor, r // self.expert_tensor % self.expert) for r in range(period)})
@@ -169,14 +169,14 @@ def check_world_size(layout: Layout, world_size: int, context: int = 1) -> None:
 
 
 def divisors(number: int) -> str:
-    """The divisors of a number, for messages."""
+    """The divisors of a number, for error messages."""
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
 def _problems(arch: Qwen3Arch, tensor: int, expert: int, etp: int) -> list[str]:
     problems = []
-    if not _cuts_heads(arch, tensor):
-        possible = [size for size in range(1, arch.num_attention_heads + 1) if _cuts_heads(arch, size)]
+    if not _shards_heads(arch, tensor):
+        possible = [size for size in range(1, arch.num_attention_heads + 1) if _shards_heads(arch, size)]
         problems.append(
             f"tensor parallel size {tensor} does not divide the {arch.num_key_value_heads} KV heads; "
             f"use one of {', '.join(map(str, possible))}"
@@ -201,7 +201,7 @@ def _problems(arch: Qwen3Arch, tensor: int, expert: int, etp: int) -> list[str]:
     return problems
 
 
-def _cuts_heads(arch: Qwen3Arch, tensor: int) -> bool:
+def _shards_heads(arch: Qwen3Arch, tensor: int) -> bool:
     """Whether each rank has complete query heads, and complete key/value heads or, with more ranks, a shared one."""
     heads, groups = arch.num_attention_heads, arch.num_key_value_heads
     rows = (heads + 2 * groups) * arch.head_dim
@@ -223,7 +223,7 @@ def _chunks(
         if len(num_layer_list) != pipeline or sum(num_layer_list) != layers or min(num_layer_list) < 1:
             raise UsageError(
                 f"--num-layer-list {','.join(map(str, num_layer_list))} must have {pipeline} entries (the pipeline "
-                f"size) that add up to the model's {layers} layers"
+                f"size), each 1 or more, that add up to the model's {layers} layers"
             )
         starts = [sum(num_layer_list[:p]) for p in range(pipeline)]
         return tuple((tuple(range(s, s + n)),) for s, n in zip(starts, num_layer_list, strict=True))
@@ -254,8 +254,9 @@ def _chunks(
 
 
 def exchange_pieces(experts: int) -> int:
-    """Pieces of an exchange that hides behind products, of a rank's experts; 1: a single expert hides nothing.
+    """Number of pieces of an exchange that is hidden behind products; 1 for a single expert, where nothing is hidden.
 
-    Of n pieces the first is not hidden on its way there, nor the last on its way back: four leave half of what two do.
+    The first piece is not hidden on its way there, nor the last one on its way back: four pieces leave half as much
+    communication as two.
     """
     return min(4, experts)

@@ -1,4 +1,4 @@
-"""Whether all nodes see the same folder under a path, and the same data."""
+"""Check that all nodes see the same folder under a path, and the same data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PATIENCE = 10.0  # seconds; a network file system shows a new file late
 
 
 def check_shared(folder: Path, flag: str) -> None:
-    """Every process must see what rank 0 writes into a folder that exists. Every rank must call this.
+    """Check that every process sees a file that rank 0 writes to an existing folder. Every rank must call this.
 
     Raises:
-        UsageError: on every rank, if some do not; naming the first one's node.
+        UsageError: on every rank, if some do not; it names the node of the first one.
     """
     if dist.get_world_size() == 1:
         return
@@ -41,7 +41,7 @@ def check_shared(folder: Path, flag: str) -> None:
 
 
 def check_own(folder: Path, flag: str) -> None:
-    """No node may see what another writes into its folder. Every rank must call this.
+    """Check that no node sees a file of another node in its folder. Every rank must call this.
 
     Raises:
         UsageError: on every rank, if one does.
@@ -57,13 +57,13 @@ def check_own(folder: Path, flag: str) -> None:
 
 
 def check_same(digest: str | None, what: str) -> None:
-    """What a process found must be what rank 0 found. Every rank must call this.
+    """Check that all processes have the same digest as rank 0. Every rank must call this.
 
     Args:
-        digest: of what it found; None: it did not look. Rank 0 must.
+        digest: of the data that this process found; None if it did not look. Rank 0 must give one.
 
     Raises:
-        UsageError: on every rank, if some found something else; naming the first one's node.
+        UsageError: on every rank, if digests differ; it names the node of the first one.
     """
     expected = [(digest, os.uname().nodename)]
     dist.broadcast_object_list(expected, 0)

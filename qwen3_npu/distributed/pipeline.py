@@ -7,14 +7,14 @@ import torch.distributed as dist
 
 
 def introduce_stages(group: dist.ProcessGroup, device: torch.device | int, *, batched: bool) -> None:
-    """A first exchange, in one order on all ranks, of everything that the stages of a pipeline will exchange through.
+    """Use each communicator of a pipeline once, in one order on all ranks.
 
-    NCCL and HCCL make communicators at first use. Made in the middle of a schedule they wait for stages that wait for
-    something else.
+    NCCL and HCCL create communicators at first use. In the middle of a schedule this can deadlock: stages wait for each
+    other.
 
     Args:
         group: the stages.
-        batched: they exchange in the group's own communicator; else each pair of neighbours has one of its own.
+        batched: stages exchange in the group's communicator; else each pair of neighbours has a separate one.
     """
     size, stage = group.size(), group.rank()
     if size == 1:

@@ -1,12 +1,11 @@
 """Ring context parallelism (arXiv:2310.01889): each rank holds its queries; keys and values are sent around the ring.
 
 The sequence is divided into 2c chunks. Rank r of c holds chunks r and 2c-1-r: causal attention is then the same work
-for every rank. While one pair of key/value chunks is attended to, the next is being transferred. Partial results are
-merged by
-their log-sum-exp; backward sends keys and values around again, their gradients with them.
+for every rank. While one pair of key/value chunks is used, the next one is transferred. Partial results are
+merged by their log-sum-exp. Backward sends keys and values around again, together with their gradients.
 
-Packed documents: with the keys of another rank only one document can be common, the one across the boundary, so the
-queries attend to one full rectangle of those keys; to a rank's own keys attention is causal, document by document.
+Packed documents: chunks of two ranks share at most one document, the one across the boundary, so queries attend to one
+full rectangle of another rank's keys. Attention to a rank's own keys is causal, document by document.
 
 s = local sequence, b = batch, n = query heads, g = key/value heads, d = head size.
 """
@@ -25,7 +24,7 @@ from qwen3_npu.kernels import Kernels
 
 
 def chunk_numbers(size: int, rank: int) -> tuple[int, int]:
-    """The two of 2 x `size` chunks that a rank holds, in the order in which it holds them."""
+    """The numbers of the two chunks (of 2 x `size`) that a rank holds, in order."""
     return rank, 2 * size - 1 - rank
 
 
@@ -37,7 +36,7 @@ def shard_indices(length: int, size: int, rank: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionBlock:
-    """A part of the score matrix between this rank's queries and the keys that are here now.
+    """A part of the score matrix of this rank's queries and the present keys.
 
     Attributes:
         queries, keys: local rows.
@@ -50,7 +49,7 @@ class AttentionBlock:
 
 
 def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, source: int) -> AttentionBlock | None:
-    """What this rank's queries see of the keys that rank `source` holds: one block of neighbouring rows, or nothing.
+    """The keys of rank `source` that this rank's queries see: one block of neighbouring rows, or nothing.
 
     Args:
         boundaries: of the documents in the whole sequence, (0, ..., length).
@@ -88,7 +87,7 @@ class _Ring:
         self.previous = dist.get_global_rank(group, (rank - 1) % size)
 
     def start(self, tensor: torch.Tensor) -> tuple[torch.Tensor, list]:
-        """Begin a transfer; the tensor must not change until it is finished."""
+        """Start a transfer; the tensor must not change until it is finished."""
         received = torch.empty_like(tensor)
         operations = [
             dist.P2POp(dist.isend, tensor, self.next, self.group),

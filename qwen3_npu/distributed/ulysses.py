@@ -1,5 +1,5 @@
-"""Ulysses context parallelism (arXiv:2309.14509): each rank holds a run of the sequence; for attention, ranks exchange
-sequence for heads, so that each has the full sequence of some heads, and back.
+"""Ulysses context parallelism (arXiv:2309.14509): each rank holds a consecutive part of the sequence. For attention,
+ranks exchange sequence for heads, so that each rank has the full sequence of some heads, and exchange back afterwards.
 
 s = local sequence, b = batch, n = query heads, g = key/value heads, d = head size, c = ranks.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def shard_indices(length: int, size: int, rank: int) -> torch.Tensor:
-    """Positions of a sequence that this rank holds: the rank-th of `size` equal runs."""
+    """Positions of a sequence that this rank holds: the rank-th of `size` equal parts."""
     part = length // size
     return torch.arange(rank * part, (rank + 1) * part)
 

@@ -23,7 +23,7 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def diagnose(facts: Facts) -> list[Finding]:
-    """Every finding, in the order in which one would fix them."""
+    """All findings, in the order in which to fix them."""
     return [finding for check in CHECKS for finding in check(facts)]
 
 
@@ -57,7 +57,7 @@ def _requirements(facts: Facts) -> Iterator[Finding]:
 
 
 def _satisfies(version: str, specifier: str) -> bool:
-    """True also where `packaging` is missing, which is a finding of its own."""
+    """Also true if `packaging` is missing, which is another finding."""
     try:
         from packaging.specifiers import SpecifierSet
     except ImportError:
@@ -66,7 +66,7 @@ def _satisfies(version: str, specifier: str) -> bool:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with, three at most."""
+    """The first numbers of a version, at most three."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 

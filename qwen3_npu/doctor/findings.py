@@ -1,4 +1,4 @@
-"""What was found, and how it is shown."""
+"""The findings, and their output."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        level: OK, WARNING (trainings start) or BLOCKER (they will not, or will be wrong).
-        about: a word or two.
-        text: what was found.
-        remedy: what to do; empty if nothing.
+        level: OK, WARNING (trainings start) or BLOCKER (trainings fail or are wrong).
+        about: topic, in a word or two.
+        text: the finding.
+        remedy: what to do; empty if there is nothing to do.
     """
 
     level: str

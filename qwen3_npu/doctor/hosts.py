@@ -16,7 +16,7 @@ _MOST_SKEW = 5.0  # seconds; logs stay comparable and files of a checkpoint do n
 
 
 def read_hostfile(path: str) -> list[str]:
-    """Hosts, one a line; what follows a host on its line (slots=8) and # comments are ignored.
+    """Hosts, one per line; text after a host (slots=8) and # comments are ignored.
 
     Raises:
         UsageError: no such file, or no host in it.

@@ -1,4 +1,4 @@
-"""Facts about this machine. Nothing is judged here; code that may crash runs in a process of its own."""
+"""Collect facts about this machine. Nothing is judged here; code that may crash runs in a separate process."""
 
 from __future__ import annotations
 
@@ -60,23 +60,23 @@ with process_group(platform, RuntimeArgs(distributed_timeout_minutes=1)) as worl
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is here.
+    """The facts.
 
     Attributes:
         packages: distribution -> version, for those that are installed.
         requirements: of this project, as in pyproject.toml; None if it is not installed.
-        missing: modules that trainings import and that are not here.
-        copies: module -> the folders on the path that hold it, if several; the one that is imported first.
+        missing: missing modules that trainings import.
+        copies: module -> its folders on the path, if there are several; the imported one first.
         environment: the variables of the process.
-        torch_npu: whether it is installed; importing it is what `devices` does.
+        torch_npu: whether it is installed; only `devices` imports it.
         wrong_apex: a package `apex` is installed that is not NVIDIA's or Ascend's.
         set_env: the usual places of CANN's set_env.sh where there is one.
-        cann, driver: versions as their files say; None where there is no such file.
-        npu_smi: the tool is on the PATH.
+        cann, driver: versions from their files; None without such a file.
+        npu_smi: whether the tool is on the PATH.
         devices: kind, name, count, memory [free, total] bytes each; or {"error": text}.
-        wanted: devices that a training will take, if said.
-        all_reduce: what it printed; {"error": text} inside; None if not asked for.
-        taken_ports: of those that a job needs.
+        wanted: number of devices of a training, if given.
+        all_reduce: its output; {"error": text} inside; None if it was not run.
+        taken_ports: ports that a job needs and that are in use.
     """
 
     python: tuple[int, int]
@@ -132,7 +132,7 @@ def machine_facts(args: DoctorArgs) -> Facts:
 
 
 def _ask(command: list[str]) -> dict[str, str]:
-    """{"answer": what it printed after FACTS}, or {"error": the last line it printed}."""
+    """{"answer": its output after FACTS}, or {"error": its last line}."""
     folder = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
     try:
@@ -156,7 +156,7 @@ def _requirements() -> list[str] | None:
 
 
 def _has(module: str) -> bool:
-    """Whether it can be found; it is not imported (`megatron`, which holds `megatron.core` only, is)."""
+    """Whether a module can be found. It is not imported (only `megatron`, the parent of `megatron.core`, is)."""
     try:
         return importlib.util.find_spec(module) is not None
     except ImportError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.evaluation import EvaluationArgs
@@ -30,7 +29,7 @@ class TaskQuestions:
     Attributes:
         task, questions, asker: of a benchmark.
         cases: of --task custom.
-        contexts: text before each answer.
+        contexts: the text before each answer.
     """
 
     name: str
@@ -45,7 +44,7 @@ class TaskQuestions:
         return hashlib.sha256("\0".join(self.contexts).encode()).hexdigest()[:16]
 
     def group(self, number: int) -> str:
-        """Questions of a group are likely to share their beginning."""
+        """Key of a group of questions that probably have a common beginning."""
         return self.questions[number].subject if self.questions else "all"
 
 
@@ -119,7 +118,7 @@ class TaskAnswers:
         return {**earlier, **dict(runner.gather([(number, stream.text) for number, stream in streams.items()]))}
 
     def _request(self, number: int, limit: int) -> tuple[Request, bool]:
-        """A question, and whether it lost its beginning so that the longest answer fits (as in the harness)."""
+        """The request of a question, and whether it lost its beginning so that the answer fits (as in the harness)."""
         tokens = self.writer.tokens(self.read.contexts[number])
         room = self.runner.plan.positions - limit
         if self.read.task is None or len(tokens) <= room or room < 1:
@@ -141,12 +140,12 @@ class TaskAnswers:
 
 
 def pass_tokens(args: EvaluationArgs, device: str) -> int:
-    """Tokens of a pass: on a CPU more tokens only need more memory."""
+    """Number of tokens of a pass. On a CPU more tokens only need more memory."""
     return args.evaluate.pass_tokens or (256 if device == "cpu" else 4096)
 
 
-def asked(args: EvaluationArgs, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that answers depend on besides the model: flags, and the tasks' facts."""
+def asked(args: EvaluationArgs, facts: Mapping[str, object]) -> dict[str, object]:
+    """All settings on which answers depend, besides the model: flags, and the tasks' facts."""
     unimportant = ("output_dir", "resume", "log_samples", "task_data_path")
     flags = {name: value for name, value in dataclasses.asdict(args.evaluate).items() if name not in unimportant}
     return {"flags": flags, "tasks": dict(facts), "kernels": [args.runtime.kernels, args.runtime.kernel_overrides]}

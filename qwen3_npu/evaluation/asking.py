@@ -1,4 +1,4 @@
-"""How questions are written: lm-evaluation-harness's texts, with or without a chat template, and MindSpeed-LLM's."""
+"""Write questions: with lm-evaluation-harness's texts, with or without a chat template, or with MindSpeed-LLM's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Asker:
     """Writes a task's questions.
 
     Attributes:
-        delimiter: between a question and a choice.
+        delimiter: text between a question and a choice.
     """
 
     def __init__(self, task: Task, writer: Writer, *, language: str | None, scoring: str) -> None:
@@ -31,7 +31,7 @@ class Asker:
         self.delimiter = "" if writer.args.template else " "
 
     def context(self, question: Question) -> str:
-        """All that comes before the answer."""
+        """The text before the answer."""
         names = self.task.subjects[question.subject][1]
         subject = names.get(self.language, question.subject)
         if self.scoring == MINDSPEED:

@@ -1,8 +1,7 @@
 """`--task custom`: the user's conversations with expected answers.
 
 A record is a conversation in OpenAI's, ShareGPT's or Alpaca's form that ends with the expected answer, or has it in
-"answer"; `--map-keys` names columns and roles that are called otherwise. Also allowed: "choices" (a list), "match" and
-"category".
+"answer"; `--map-keys` renames columns and roles. "choices" (a list), "match" and "category" are optional.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from qwen3_npu.inference.prompts import COLUMNS, conversation_of, read_records, 
 
 
 class Case(NamedTuple):
-    """One conversation and what is expected.
+    """One conversation and the expected answer.
 
     Attributes:
-        prompt: up to where the answer starts.
-        match: of `MATCHES`.
-        choices: of match "choice", and the labels of the confusion table.
+        prompt: the conversation up to the start of the answer.
+        match: one of `MATCHES`.
+        choices: choices of match "choice", and labels of the confusion table.
     """
 
     prompt: Conversation
@@ -40,7 +39,7 @@ def load_cases(path: str, match: str, most: int | None, keys: Mapping[str, Any])
         keys: --map-keys.
 
     Raises:
-        UsageError: the file or a record of it is not as it should be.
+        UsageError: the file or a record cannot be used.
     """
     mapped = [name for name in keys.values() if isinstance(name, str)]
     cases: list[Case] = []
@@ -58,7 +57,7 @@ def load_cases(path: str, match: str, most: int | None, keys: Mapping[str, Any])
     return cases
 
 
-def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, Any]) -> Case:
+def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, object]) -> Case:
     prompt, answer = _question_and_answer(record, keys)
     match = record.get("match", match)
     choices = record.get("choices") or ()
@@ -73,7 +72,7 @@ def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, Any]) -> Cas
     return Case(prompt, answer, match, tuple(choices), category=str(record.get("category", "all")))
 
 
-def _question_and_answer(record: Mapping[str, Any], keys: Mapping[str, Any]) -> tuple[Conversation, str]:
+def _question_and_answer(record: Mapping[str, object], keys: Mapping[str, object]) -> tuple[Conversation, str]:
     conversation = conversation_of(record, keys)
     names = (str(keys.get("messages") or "messages"), "messages", "conversations")
     has_messages = any(isinstance(record.get(name), list) for name in names)
@@ -92,7 +91,7 @@ def _question_and_answer(record: Mapping[str, Any], keys: Mapping[str, Any]) -> 
 
 
 def is_right(case: Case, said: str) -> bool:
-    """Whether a generated answer is the expected one; thoughts and spaces around do not count."""
+    """Whether a generated answer is the expected one; thoughts and surrounding spaces are ignored."""
     said, expected = plain(said), plain(case.answer)
     if case.match == "contains":
         return expected in said
@@ -102,5 +101,5 @@ def is_right(case: Case, said: str) -> bool:
 
 
 def plain(answer: str) -> str:
-    """What counts of an answer."""
+    """The part of an answer that is compared."""
     return without_thought(Message(ASSISTANT, answer)).content.strip()

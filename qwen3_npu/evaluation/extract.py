@@ -1,4 +1,4 @@
-"""What a generated answer says: lm-evaluation-harness's filters, MindSpeed-LLM's letters."""
+"""Extract answers from generated text: lm-evaluation-harness's filters, MindSpeed-LLM's letters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def same_number(said: str, gold: str) -> bool:
 
 
 def mindspeed_letter(text: str) -> str:
-    """The letter that MindSpeed-LLM reads in a generated answer; empty if none."""
+    """The letter that MindSpeed-LLM finds in a generated answer; empty if there is none."""
     text = text.lstrip()
     for pattern in _MINDSPEED:
         if found := pattern.match(text):

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness over our engine: its model `qwen3-npu`, for its thousands of tasks.
+"""The model `qwen3-npu` of lm-evaluation-harness: all tasks of the harness, computed by this project's engine.
 
     torchrun --nproc-per-node 8 -m qwen3_npu.evaluation.harness --model qwen3-npu --tasks hellaswag,arc_easy \\
         --model_args load=ckpt/qwen3_14b,bf16=true,tensor-model-parallel-size=8
@@ -37,12 +37,12 @@ _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 class Qwen3Harness(TemplateLM):
-    """A model that is loaded as inference.py loads it.
+    """A model that is loaded as in inference.py.
 
     Args:
-        batch_size: answers that are worked on at the same time.
-        device: "npu", "cuda" or "cpu"; default: the best that is there.
-        flags: of inference.py, without the dashes in front; `_` and `-` are the same.
+        batch_size: number of answers that are generated at the same time.
+        device: "npu", "cuda" or "cpu"; default: the best available.
+        flags: flags of inference.py without the leading dashes; `_` and `-` are equal.
 
     Raises:
         UsageError: a flag is unknown or does not fit.
@@ -89,14 +89,14 @@ class Qwen3Harness(TemplateLM):
         )
 
     def close(self) -> None:
-        """Let go of the model and of the other processes."""
+        """Free the model and leave the process group."""
         self.stack.close()
 
     # What the harness asks about tokens. `rank` and `world_size` stay 0 and 1: every process has all requests.
 
     @property
     def eot_token_id(self) -> int:
-        """The token that begins a text without context, as transformers' tokenizer names it."""
+        """The token that begins a text without context, by transformers' tokenizer."""
         tokenizer = self.plan.tokenizer
         return tokenizer.special[tokenizer.named("eos_token") or ""]
 
@@ -106,14 +106,14 @@ class Qwen3Harness(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Names what cached requests depend on."""
+        """A name for everything on which cached requests depend."""
         return str(self.plan.tokenizer.path)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         return self.writer.tokens(string)
 
     def apply_chat_template(self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As --prompt-type in --model_args says; default: the tokenizer's own template."""
+        """Apply the template of --prompt-type in --model_args; default: the tokenizer's own template."""
         from qwen3_npu.inference.text import Writer
 
         prompts = self.plan.prompts
@@ -206,7 +206,7 @@ class Qwen3Harness(TemplateLM):
 
 
 def _sampling(wanted: dict[str, Any], seed: int) -> Sampling:
-    """Raises: UsageError: a task asks for something else than greedy or sampled answers."""
+    """The sampling of a task. Raises: UsageError: it asks for something else than greedy or sampled answers."""
     from qwen3_npu.inference.sampling import Sampling
 
     values = {name: wanted.pop(name) for name in _SAMPLING if name in wanted}
@@ -245,7 +245,7 @@ def main() -> None:
 
 
 def _without_output(argv: list[str]) -> list[str]:
-    """A command line that writes no results."""
+    """The command line without the flags that write results."""
     kept = list(argv)
     for name in ("--output_path", "-o"):
         if name in kept:

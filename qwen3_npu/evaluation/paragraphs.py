@@ -1,4 +1,4 @@
-"""Tokens of texts that repeat each other: few-shot prompts differ in their last paragraphs only."""
+"""Encode texts with common paragraphs: few-shot prompts differ in their last paragraphs only."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from qwen3_npu.inference.text import Writer
 
 
 class ParagraphEncoder:
-    """Encodes texts that repeat each other's paragraphs, each paragraph once.
+    """Encodes texts with common paragraphs; each paragraph is encoded once.
 
     After an empty line a letter or digit always begins a new token of Qwen's (the pattern in its tokenizer.json), so
-    the tokens of a text are those of its paragraphs. Should a tokenizer differ, the first texts show it.
+    the tokens of a text are those of its paragraphs. The first texts are checked, for tokenizers that differ.
     """
 
-    def __init__(self, writer: Writer, checks: int = 8) -> None:
-        self.encoder, self.checks = writer.encoder, checks
+    def __init__(self, writer: Writer) -> None:
+        self.encoder, self.checks = writer.encoder, 8  # texts that are still checked
         self.known: dict[str, list[int]] = {}
         self.safe = True
 
@@ -43,7 +43,7 @@ class ParagraphEncoder:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The text split after every empty line that an ASCII letter or digit follows."""
+    """The text, split after every empty line before an ASCII letter or digit."""
     pieces, start, at = [], 0, text.find("\n\n")
     while at >= 0:
         if text[at + 2 : at + 3].isascii() and text[at + 2 : at + 3].isalnum():

@@ -12,23 +12,23 @@ from typing import NamedTuple
 from qwen3_npu.errors import UsageError, did_you_mean
 from qwen3_npu.evaluation.task import LETTERS, LIKELIHOOD, Task
 
-Columns = dict[str, str]
+QuestionColumns = dict[str, str]
 
 
 class Question(NamedTuple):
     """One question.
 
     Attributes:
-        number: its place in the subject.
-        columns: of the file, under the task's names.
+        number: its index in the subject.
+        columns: columns of the file, with the task's names.
         examples: questions with answers to show before it.
-        gold: which choice is right; of tasks without choices -1.
+        gold: index of the right choice; -1 for tasks without choices.
     """
 
     subject: str
     number: int
-    columns: Columns
-    examples: tuple[Columns, ...]
+    columns: QuestionColumns
+    examples: tuple[QuestionColumns, ...]
     gold: int
 
 
@@ -39,12 +39,12 @@ def load_questions(
 
     Args:
         path: --task-data-path: the folder of the files, or one above it.
-        shots: examples; None: as many as the task has by default.
-        most: questions of each subject; None: all.
-        subjects: only these; None: all that have files.
+        shots: number of examples; None: the task's default.
+        most: maximum number of questions of each subject; None: all.
+        subjects: the subjects to read; None: all that have files.
 
     Raises:
-        UsageError: files are missing or not as they should be.
+        UsageError: files are missing or cannot be used.
     """
     root = Path(path)
     if unknown := [name for name in subjects or () if name not in task.subjects]:
@@ -84,7 +84,7 @@ def missing_subjects(task: Task, questions: Iterable[Question]) -> list[str]:
 
 
 def _find(root: Path, names: Sequence[str], subject: str) -> Path | None:
-    """The file in the folder itself, in those of test data below it, or (for examples) beside it."""
+    """Find a file in the folder, in its subfolders of test data, or (for examples) beside the folder."""
     folders = [root, *(root / name for name in ("test", "val", "dev", "data", "data/test", "data/val", "data/dev"))]
     folders += [root.parent / "dev", root.parent]
     for name in names:
@@ -96,7 +96,7 @@ def _find(root: Path, names: Sequence[str], subject: str) -> Path | None:
 
 def _examples(
     task: Task, root: Path, test: Path, subject: str, *, shots: int
-) -> Callable[[Columns], tuple[Columns, ...]]:
+) -> Callable[[QuestionColumns], tuple[QuestionColumns, ...]]:
     """A function that gives the examples of the next question."""
     if not shots:
         return lambda row: ()
@@ -115,7 +115,7 @@ def _examples(
         return lambda row: first
     generator = random.Random(task.drawn)
 
-    def draw(row: Columns) -> tuple[Columns, ...]:
+    def draw(row: QuestionColumns) -> tuple[QuestionColumns, ...]:
         if not task.spare:
             return tuple(generator.sample(rows, shots))
         drawn = [example for example in generator.sample(rows, shots + 1) if example != row][:shots]
@@ -126,7 +126,7 @@ def _examples(
     return draw
 
 
-def _read(file: Path, task: Task) -> list[Columns]:
+def _read(file: Path, task: Task) -> list[QuestionColumns]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             if file.suffix == ".jsonl":

@@ -16,8 +16,8 @@ class ScoredQuestion(NamedTuple):
 
     Attributes:
         scores: metric -> 1.0 or 0.0.
-        margin: how much likelier the best choice is than the second; None where nothing is compared.
-        log: what --log-samples writes.
+        margin: difference of log-likelihood between the two best choices; None without choices.
+        log: the entry of --log-samples.
     """
 
     subject: str
@@ -61,7 +61,7 @@ class Summary:
 
     Attributes:
         metrics: metric -> {"subjects": .., "categories": .., "total": ..} of scores.
-        ties, close: questions whose two best choices are equally likely, or nearly.
+        ties, close: numbers of questions whose two best choices are equally likely, or nearly.
     """
 
     def __init__(self, samples: Sequence[ScoredQuestion]) -> None:
@@ -85,7 +85,7 @@ class Summary:
         self.ties, self.close = sum(m == 0 for m in margins), sum(m < _CLOSE for m in margins)
 
     def table(self, task: str) -> str:
-        """For people: first metric per subject, category and in total; further metrics in total."""
+        """A table: the first metric per subject, category and in total; further metrics in total."""
         first = next(iter(self.metrics))
         parts = self.metrics[first]
         rows = [*parts["subjects"].items()] if len(parts["subjects"]) > 1 else []
@@ -102,7 +102,7 @@ class Summary:
         return "\n".join(lines)
 
     def json(self) -> dict[str, Any]:
-        """For results.json."""
+        """The entry of results.json."""
         metrics = {
             name: {
                 "subjects": {subject: dataclasses.asdict(score) for subject, score in parts["subjects"].items()},
@@ -115,7 +115,7 @@ class Summary:
 
 
 def confusion(pairs: Iterable[tuple[str, str]], most: int = 12) -> str:
-    """How often each expected answer (rows) got which answer (columns); beyond `most` labels: the rest together."""
+    """Table of expected (rows) and given answers (columns); beyond `most` labels the rest is one column."""
     pairs = list(pairs)
     counts: dict[str, int] = {}
     for expected, _ in pairs:

@@ -1,4 +1,4 @@
-"""`evaluation.py`: the benchmarks one after the other; details into files, scores on the console."""
+"""`evaluation.py`: run the benchmarks in order; details go to files, scores to the console."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LIMIT = 128  # tokens of a generated answer to a custom question
 
 
 def run(platform: Platform, args: EvaluationArgs, plan: InferencePlan) -> None:
-    """The whole evaluation, from joining the other processes to the last file."""
+    """The complete evaluation, from joining the other processes to the last file."""
     with process_group(platform, args.runtime) as world:
         evaluate(platform, world, args, plan)
 
@@ -95,13 +95,13 @@ def _load(name: str, path: str, args: EvaluationArgs, writer: Writer) -> TaskQue
 
 
 class _Judge:
-    """Compares answers with what is expected."""
+    """Compares answers with the expected ones."""
 
     def __init__(self, answers: TaskAnswers) -> None:
         self.answers, self.read, self.flags = answers, answers.read, answers.args.evaluate
 
     def run(self) -> tuple[list[ScoredQuestion], str]:
-        """A sample for each question, and a table for people if the task has one; on every process."""
+        """A sample for each question, and a table if the task has one; on every process."""
         task = self.read.task
         if task is None:
             return self._custom(self.read.cases)
@@ -172,7 +172,7 @@ def _sample(
 
 
 def _facts(task: TaskQuestions, writer: Writer, args: EvaluationArgs) -> dict[str, Any]:
-    """What a score depends on besides the weights."""
+    """All facts on which a score depends, besides the weights."""
     shots = args.evaluate.num_fewshot
     return {
         "version": task.task.version if task.task else "1",

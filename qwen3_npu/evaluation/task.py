@@ -1,4 +1,4 @@
-"""What a benchmark is: where its files are, how its questions are written, which answer is right. Data, no code."""
+"""The description of a benchmark: its files, the form of its questions, the right answers. Data, no code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ LETTERS = ("A", "B", "C", "D")
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """How questions are written in one language; {name} is a column of the question.
+    """The texts of questions in one language; {name} is a column of the question.
 
     Attributes:
-        description: before the examples; {subject} is the subject's name in that language.
+        description: text before the examples; {subject} is the subject's name in that language.
         question: a question without its answer.
     """
 
@@ -27,19 +27,19 @@ class Task:
     """One benchmark.
 
     Attributes:
-        version: changes when scores stop being comparable.
+        version: changes when scores are no longer comparable.
         subjects: name -> (category, name as it is written in each language).
         texts: language -> texts; the first language is the default.
         columns: of the files, if they have no header.
-        rename: column of the files -> name here; needed are question and answer.
-        test, examples: names of files, in the order that they are looked for.
+        rename: column of the files -> name here; question and answer are needed.
+        test, examples: names of files, in the order of the search.
         method: `LIKELIHOOD` of the choices, or `GENERATE` and extract.
-        choices: what is to be scored (and the values of `answer` that mean them); of `LIKELIHOOD` tasks.
-        answers: column value -> choice, where they differ.
-        shots: examples before each question, unless the user says otherwise.
+        choices: the texts that are scored (and the values of `answer` that mean them), for `LIKELIHOOD` tasks.
+        answers: column value -> choice, if they differ.
+        shots: default number of examples before each question.
         drawn: examples are drawn for each question by Python's generator with this seed; None: the first ones.
-        spare: one example more is drawn, in case the question itself is among them (lm-evaluation-harness does so
-            where it knows no split for the examples).
+        spare: draw one example more, in case the question itself is among them (lm-evaluation-harness does so if a
+            task has no split for examples).
         stop, limit: of `GENERATE` tasks: texts that end an answer, and its tokens.
         filters: of `GENERATE` tasks: name -> (expression that finds the answer, which match).
     """

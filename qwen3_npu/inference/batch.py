@@ -1,4 +1,4 @@
-"""One way of generating (a task) for all prompts; each answer is written when it is complete."""
+"""One task of generation for all prompts. Each answer is written when it is complete."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class GenerationTask:
     """One task.
 
     Attributes:
-        results: answers so far of this copy of the model, by the prompt's number; at the end of all copies.
+        results: prompt's number -> answer; during the task of this copy of the model, at the end of all copies.
     """
 
     def __init__(self, runner: Runner, writer: Writer, args: InferenceArgs, place: int, *, journal: Journal) -> None:
-        """Args: place: of the task in --task."""
+        """Args: place: index of the task in --task."""
         self.runner, self.writer, self.args, self.place, self.journal = runner, writer, args, place, journal
         self.task = args.generate.task[place]
         sample = self.task in ("do_sample", "beam_search_with_sampling")

@@ -18,12 +18,12 @@ _WORST = -1e9
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearch:
-    """How beams are searched.
+    """Settings of a beam search.
 
     Attributes:
-        beams: sequences that are followed.
+        beams: number of beams.
         length_penalty: ended beams are ranked by log-likelihood / generated tokens ** length_penalty.
-        sampling: its `sample` draws continuations by their likelihood instead of taking the likeliest.
+        sampling: `sample` draws continuations by their likelihood; otherwise the likeliest are taken.
     """
 
     beams: int
@@ -43,10 +43,10 @@ class Candidate:
 def beam_search(
     runner: Runner, request: Request, search: BeamSearch, ends: Callable[[list[int]], bool] | None = None
 ) -> float:
-    """Complete a request, in place.
+    """Complete a request in place.
 
     Args:
-        ends: whether generated tokens end an answer by other means than an end token.
+        ends: generated tokens -> whether they end the answer without an end token (stop texts).
 
     Returns:
         The score of the best beam.
@@ -144,7 +144,7 @@ class _Search:
         return self.ends is not None and self.ends([*self.running[candidate.beam], candidate.token])
 
     def _can_improve(self, best: Candidate, step: int) -> bool:
-        """Whether the best running beam, were it to end now, would beat the worst ended one."""
+        """Whether the best running beam would beat the worst ended one if it ended now."""
         if len(self.ended) < self.search.beams:
             return True
         return best.score / step**self.search.length_penalty > self.ended[-1][0]

@@ -1,4 +1,4 @@
-"""Find where numbers that are not finite come from: repeat the forward pass and check every module's output."""
+"""Find the module that computes NaN or infinity: repeat the forward pass and check every module's output."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def check_finite_scores(runner: Runner, scores: Iterable[float], texts: Sequence
     """Continue only if scores are finite numbers. Every process of a copy of the model has the same scores.
 
     Args:
-        scores: on the host already, so that checking them costs nothing.
-        texts: the tokens that went through the model.
+        scores: on the host, so the check is cheap.
+        texts: the tokens of the pass.
 
     Raises:
         Stopped: a score is NaN or +infinity; the first module whose output is not finite is named.
@@ -64,7 +64,7 @@ def stop(runner: Runner, texts: Sequence[Sequence[int]]) -> NoReturn:
 
 
 def _layer(name: str) -> int:
-    """The decoder's layers are numbered within a stage; what has no number stands before (embedding) or after them."""
+    """Sort key of a module: layers by their number in the stage, other modules before (embedding) or after them."""
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     return numbers[0] if numbers else -1 if name.startswith("embedding") else 1 << 30
 

@@ -1,8 +1,7 @@
-"""Generation for many prompts at once: a prompt starts when another one has ended, and equal beginnings are computed
-once.
+"""Generation for many prompts at once: a prompt starts when another one ends, and common prefixes are computed once.
 
-Every process runs the same program on the same prompts; the chosen tokens are all that the last pipeline stage has to
-tell the others. Copies of the model (data parallel) take different prompts.
+Every process runs the same program on the same prompts. The last pipeline stage sends only the chosen tokens to the
+other stages. Copies of the model (data parallel) take different prompts.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ class Request:
     """A prompt and its answer.
 
     Attributes:
-        number: its place among all prompts; part of what its random numbers depend on.
+        number: its index among all prompts; its random numbers depend on it.
         tokens: the prompt, then what was generated.
         prompt: tokens of the prompt.
-        limit: tokens to generate at most.
-        sampling: how its tokens are chosen.
-        top: likeliest tokens to keep beside each one that is chosen.
+        limit: maximum number of tokens to generate.
+        sampling: settings for the choice of tokens.
+        top: number of likeliest tokens to keep beside each chosen one.
         logprobs: of the chosen tokens, before penalty and temperature.
-        likeliest: of each chosen token, the `top` likeliest ones in its place with their log-probabilities.
-        finish: why it ended: "eos", "stop", "length" or what `Engine.drop` was told; empty while it runs.
+        likeliest: for each chosen token the `top` likeliest tokens at its position with their log-probabilities.
+        finish: reason of the end: "eos", "stop", "length" or the argument of `Engine.drop`; empty while it runs.
     """
 
     number: int
@@ -66,11 +65,11 @@ class Engine:
 
     Attributes:
         waiting, running: requests without a slot, and those in the first slots of the cache, in this order.
-        computed, reused: prompt tokens that went through the model, and that were found in the cache.
+        computed, reused: numbers of prompt tokens that were computed, and that were found in the cache.
     """
 
     def __init__(self, runner: Runner, *, slots: int, kv_cache: bool = True, prefix_cache: bool = True) -> None:
-        """Args: slots: sequences that are processed at the same time."""
+        """Args: slots: number of sequences that are processed at the same time."""
         self.runner, self.slots = runner, slots
         self.kv_cache, self.prefix_cache = kv_cache, prefix_cache and kv_cache
         self.cache: KVCache | None = None
@@ -110,7 +109,7 @@ class Engine:
                     on_done(request)
 
     def reserve(self, capacity: int) -> None:
-        """Make the cache's slots at least so many tokens long."""
+        """Make the cache's slots at least this number of tokens long."""
         if self.kv_cache and (self.cache is None or self.cache.capacity < capacity):
             old, self.cache = self.cache, None
             capacity = min(max(capacity, 2 * old.capacity if old else 0), self.runner.plan.positions)
@@ -126,20 +125,20 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Let a request wait for a slot; `limit_request` and `reserve` have made room for it."""
+        """Queue a request; call `limit_request` and `reserve` before."""
         self.waiting.append(request)
 
     def drop(self, request: Request, reason: str) -> None:
-        """End a request that waits or runs."""
+        """End a waiting or running request."""
         request.finish = reason
         self.waiting = [other for other in self.waiting if not other.finish]
         self._leave()
 
     def step(self, on_token: OnToken | None = None) -> list[Request]:
-        """One pass: over the prompts that find a slot, else a token for all that run.
+        """One pass: over the prompts that get a slot, else one token for all running requests.
 
         Returns:
-            The requests that ended with it.
+            The requests that ended with this pass.
         """
         entered = self._enter(self.waiting, len(self.running))
         self.running += entered
@@ -151,7 +150,7 @@ class Engine:
         return [request for request in batch if request.finish]
 
     def _enter(self, waiting: list[Request], busy: int) -> list[Request]:
-        """Requests for the slots behind those that are busy; each slot gets what is already known of its prompt."""
+        """Give free slots to waiting requests. The cached beginning of each prompt is copied to its slot."""
         entered: list[Request] = []
         tokens = 0
         for request in list(waiting):
@@ -173,7 +172,7 @@ class Engine:
         return entered
 
     def _known(self, request: Request) -> tuple[int, int]:
-        """The slot that holds most of a prompt's beginning, and how much; its last token is computed in any case."""
+        """The slot with the longest prefix of a prompt, and its length. The prompt's last token is always computed."""
         if not self.prefix_cache:
             return 0, 0
         lengths = [common(held, request.tokens[:-1]) for held in self.held]
@@ -185,7 +184,7 @@ class Engine:
         self.cache.copy(source, slot, known)
 
     def _step(self, batch: list[Request], first_slot: int) -> None:
-        """One pass, and a token for each of the batch, which lies in consecutive slots."""
+        """One pass, and one token for each request of the batch, which lies in consecutive slots."""
         runner = self.runner
         if self.cache is None:
             tokens = [token for request in batch for token in request.tokens]
@@ -231,7 +230,7 @@ class Engine:
             request.finish = "length"
 
     def _leave(self) -> None:
-        """Ended requests free their slots; the last running one moves into the gap, so that slots stay dense."""
+        """Free the slots of ended requests. The last running one moves into the gap, so that slots stay dense."""
         running = self.running
         for slot in reversed(range(len(running))):
             if running[slot].finish:
@@ -260,7 +259,7 @@ def _chosen(logits: torch.Tensor, batch: Sequence[Request]) -> torch.Tensor:
 
 
 def limit_request(request: Request, positions: int) -> None:
-    """Shorten what a request may generate to what the model has positions for.
+    """Limit the tokens that a request may generate to the model's positions.
 
     Raises:
         UsageError: the prompt is empty, or leaves no room for an answer.
@@ -276,7 +275,7 @@ def limit_request(request: Request, positions: int) -> None:
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Length of the common prefix of two sequences."""
     length = min(len(first), len(second))
     if first[:length] == second[:length]:
         return length

@@ -1,13 +1,10 @@
-"""generation_config.json: the settings that a model's makers recommend; settings without effect here are logged. No
-torch.
-"""
+"""generation_config.json: the recommended settings of a model. Settings without effect here are logged. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import schema
 from qwen3_npu.args.inference import GenerateArgs
@@ -15,7 +12,7 @@ from qwen3_npu.args.inference import GenerateArgs
 # Our defaults where neither a flag nor the file says otherwise.
 DEFAULTS: Mapping[str, float] = {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.0}
 # Further settings of transformers' GenerationConfig that change what is generated, and their values without effect.
-_IGNORED: Mapping[str, Any] = {
+_IGNORED: Mapping[str, object] = {
     "min_p": 0,
     "typical_p": 1,
     "epsilon_cutoff": 0,
@@ -49,12 +46,12 @@ _IGNORED: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """What the file says.
+    """The content of the file.
 
     Attributes:
-        path: of the file; None if there is none.
+        path: path of the file; None if there is none.
         ends: tokens that end an answer.
-        sampling: of `DEFAULTS`, those that it names.
+        sampling: the settings among `DEFAULTS` that it has.
         ignored: settings that change what transformers generates and that have no effect here.
     """
 
@@ -65,7 +62,7 @@ class GenerationConfig:
 
 
 def read_generation_config(folders: Sequence[Path]) -> GenerationConfig:
-    """Of the first folder that has one.
+    """Read the file from the first folder that has one.
 
     Raises:
         UsageError: a value has another type or is out of range.
@@ -96,7 +93,7 @@ def read_generation_config(folders: Sequence[Path]) -> GenerationConfig:
 
 
 def with_defaults(args: GenerateArgs, config: GenerationConfig) -> tuple[GenerateArgs, list[str]]:
-    """The flags, completed from the file and then from the defaults; and log lines about what the file changes.
+    """The flags, completed from the file and then from the defaults; and log lines about the file's settings.
 
     Raises:
         UsageError: the values do not fit the tasks.

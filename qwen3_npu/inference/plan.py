@@ -1,4 +1,4 @@
-"""What follows from flags, config.json and the number of processes; settled before torch is imported."""
+"""The plan of a run, from flags, config.json and the number of processes. Made before torch is imported."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from qwen3_npu.plan.shape import shape_of
 
 @dataclasses.dataclass(frozen=True)
 class InferencePlan:
-    """A model to run whose sizes fit together.
+    """A checked run of a model.
 
     Attributes:
-        parallel: the parallel flags without those that only training has.
-        data_parallel: copies of the model.
-        positions: longest sequence.
+        parallel: the parallel flags without those of trainings.
+        data_parallel: number of copies of the model.
+        positions: length of the longest sequence.
         eos: tokens that end an answer.
         notes: flags that are changed, and why.
-        prompts: the flags of prompts, with what follows from the checkpoint.
-        generation: what generation_config.json says.
+        prompts: the flags of prompts, completed from the checkpoint.
+        generation: content of generation_config.json.
     """
 
     arch: Qwen3Arch
@@ -50,7 +50,7 @@ class InferencePlan:
     generation: GenerationConfig = GenerationConfig()
 
     def describe(self, weights: WeightArgs) -> list[str]:
-        """What will be loaded, a line each."""
+        """Lines about the model that will be loaded."""
         adapter = f" with the adapter {weights.lora_load}" if weights.lora_load else ""
         copies = f", {self.data_parallel} copies" if self.data_parallel > 1 else ""
         return [
@@ -77,10 +77,10 @@ def plan_inference(
     world_size: int,
     scores: bool = False,
 ) -> InferencePlan:
-    """Everything that follows from flags, config.json and the number of processes.
+    """Make the plan from flags, config.json and the number of processes.
 
     Args:
-        scores: it is a reward model, whatever the config.json of its base says.
+        scores: the model is a reward model, whatever the config.json of its base says.
 
     Raises:
         UsageError: something does not fit or is missing.
@@ -155,6 +155,6 @@ def _tokenizer(given: str | None, load: Path, config: Path | None) -> str:
 
 
 def _eos(arch: Qwen3Arch, tokenizer: TokenizerFolder, generation: GenerationConfig) -> tuple[int, ...]:
-    """The ending tokens that generation_config.json, config.json and the tokenizer name, all of them."""
+    """All ending tokens of generation_config.json, config.json and the tokenizer."""
     named = [*arch.eos_token_ids, *generation.ends, tokenizer.special.get(tokenizer.named("eos_token") or "")]
     return tuple(sorted({token for token in named if token is not None}))

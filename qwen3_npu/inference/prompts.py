@@ -24,7 +24,7 @@ def read_prompts(args: GenerateArgs) -> list[Conversation]:
     """All prompts, those of --prompt first.
 
     Raises:
-        UsageError: a file has no prompts, or a line that is none.
+        UsageError: a file has no prompts, or a line is no prompt.
     """
     prompts = [_given("--prompt", text) for text in args.prompt or ()]
     if args.predict_data is None:
@@ -49,7 +49,7 @@ def read_prompts(args: GenerateArgs) -> list[Conversation]:
 
 
 def _given(flag: str, text: str) -> Conversation:
-    """A prompt of the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
+    """A prompt of the command line. Bytes that are not UTF-8, which arrive as lone surrogates, are refused."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -63,12 +63,12 @@ def single_prompt(text: str) -> Conversation:
 
 
 def read_records(path: str, flag: str, columns: tuple[str, ...] = COLUMNS) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The records of a file of data, of any format that preprocess_data.py reads, and where each stands.
+    """The records of a data file in any format of preprocess_data.py, and the place of each.
 
     A line of JSON that is a text, and a line of a text file, is a record with the column `text`.
 
     Args:
-        flag: what names the file, for messages.
+        flag: the flag that names the file, for messages.
 
     Raises:
         UsageError: the file cannot be read, or a record of it.
@@ -93,7 +93,7 @@ def read_records(path: str, flag: str, columns: tuple[str, ...] = COLUMNS) -> It
 
 
 def _prompt(record: Mapping[str, Any]) -> Conversation:
-    """Raises: ValueError: it is none."""
+    """The prompt in a record. Raises: ValueError: there is none."""
     if any(isinstance(record.get(name), list) for name in ("messages", "conversations")):
         return waiting(conversation_of(record, {}))
     for name in ("text", *_PROMPTS):
@@ -107,7 +107,7 @@ def _prompt(record: Mapping[str, Any]) -> Conversation:
 
 
 def waiting(conversation: Conversation) -> Conversation:
-    """The conversation itself. Raises: ValueError: it does not wait for an answer."""
+    """The conversation itself. Raises: ValueError: it does not end with a question."""
     if not conversation.messages:
         raise ValueError("no message to answer")
     if conversation.messages[-1].role in (ASSISTANT, SYSTEM):
@@ -116,17 +116,17 @@ def waiting(conversation: Conversation) -> Conversation:
 
 
 def conversation_of(record: Mapping[str, Any], keys: Mapping[str, Any]) -> Conversation:
-    """A record in OpenAI's or ShareGPT's form, told by its messages, or in Alpaca's.
+    """The conversation in a record in OpenAI's, ShareGPT's or Alpaca's form, which its columns tell.
 
     Args:
         keys: --map-keys, of the form that the record has.
 
     Returns:
-        Alpaca's without the answer, the others with all of their messages.
+        An Alpaca record without the answer, the others with all messages.
 
     Raises:
         ValueError: it is none of them.
-        UsageError: --map-keys maps what such records do not have.
+        UsageError: --map-keys names something that such records do not have.
     """
     names = [keys["messages"]] if keys.get("messages") else ["messages", "conversations"]
     column = next((name for name in names if record.get(name) is not None), None)

@@ -1,4 +1,4 @@
-"""`inference.py`: the tasks one after the other, into files and on the console."""
+"""`inference.py`: run the tasks in order; results go to files and to the console."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.inference import DEFAULT_PROMPT, GenerateArgs, InferenceArgs
@@ -35,7 +34,7 @@ _SHOWN = ("predict_batch_size", "stream", "history_turns", "hide_thinking", "out
 
 
 def run(platform: Platform, args: InferenceArgs, plan: InferencePlan) -> None:
-    """Everything, from joining the other processes to the last file."""
+    """The complete run, from joining the other processes to the last file."""
     with process_group(platform, args.runtime) as world:
         work = score_answers if args.scores else serve if args.serve.serve else generate
         work(platform, world, args, plan)
@@ -74,7 +73,7 @@ def generate(platform: Platform, world: World, args: InferenceArgs, plan: Infere
         journal = None
         if flags.task != [_CHAT]:
             journal = Journal(runner, folder, RESULT, _asked(args, plan, texts), resume=flags.resume)
-        results: list[dict[str, Any]] = []
+        results: list[dict[str, object]] = []
         for place, task in enumerate(flags.task):
             if task == _CHAT:
                 chat(runner, writer, args, keys)
@@ -101,7 +100,7 @@ def _texts(writer: Writer, prompts: Sequence[Conversation]) -> list[str]:
 
 
 def _rows(args: GenerateArgs, prompts: int) -> int:
-    """Tokens of most passes."""
+    """Usual number of tokens of a pass."""
     if args.stream or args.task == [_CHAT]:
         return 1
     if all(task.startswith("beam") for task in args.task):
@@ -109,8 +108,8 @@ def _rows(args: GenerateArgs, prompts: int) -> int:
     return max(min(args.predict_batch_size, prompts), 1)
 
 
-def _asked(args: InferenceArgs, plan: InferencePlan, texts: list[str]) -> dict[str, Any]:
-    """All that results depend on."""
+def _asked(args: InferenceArgs, plan: InferencePlan, texts: list[str]) -> dict[str, object]:
+    """All settings on which results depend."""
     flags = dataclasses.asdict(args.generate)
     return {
         "texts": texts,

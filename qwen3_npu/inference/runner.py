@@ -49,8 +49,8 @@ def loaded(
     """A loaded model, among the job's other processes.
 
     Args:
-        rows: tokens of most passes; weights are laid out for that many.
-        copy_tied: an output layer that shares the embedding's weight may have a copy in its own layout.
+        rows: usual number of tokens of a pass; the layout of weights is chosen for it.
+        copy_tied: an output layer that shares the embedding's weight may have a copy in another layout.
     """
     with model_parallel(plan.layout, plan.parallel, runtime), torch.inference_mode():
         yield Runner(platform, world, runtime, weights, plan=plan, rows=rows, copy_tied=copy_tied)
@@ -60,10 +60,10 @@ class Runner:
     """One process's part of the model.
 
     Attributes:
-        data_rank, data_parallel: which copy of the model this is, and how many there are.
-        vocab_size: logits of a token, without padding; of a reward model 1.
-        last: this process has the logits.
-        leads: this process is the first of its copy of the model.
+        data_rank, data_parallel: number of this copy of the model, and number of copies.
+        vocab_size: number of logits of a token, without padding; 1 for a reward model.
+        last: whether this process has the logits.
+        leads: whether this process is the first one of its copy of the model.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Runner:
         self.in_step = plan.layout.expert > 1 and self.data_parallel > 1
 
     def _head(self, chosen: kernels.Kernels, rows: int, copy_tied: bool) -> torch.nn.Module:
-        """The output layer or reward head; a weight that is the embedding too has to stay as it is, beside any copy."""
+        """The output layer or reward head. A weight that is also the embedding keeps its layout, beside any copy."""
         if self.arch.reward:
             return self.model.score
         layer = self.model.output_layer
@@ -143,12 +143,12 @@ class Runner:
         )
 
     def cached(self, cache: KVCache, kept: Sequence[Kept]) -> CachedSequence:
-        """New tokens of sequences of a cache."""
+        """A `CachedSequence` of new tokens."""
         places = [place for k in kept for place in range(k.start, k.start + k.length)]
         return CachedSequence(self._positions(places), None, *self._facts, cache=cache, kept=tuple(kept))
 
     def packed(self, lengths: Sequence[int], cache: KVCache | None = None, prefix: int = 0) -> TokenSequence:
-        """Whole documents, or what follows a prefix in slot 0 of a cache."""
+        """Complete documents, or continuations of a prefix in slot 0 of a cache."""
         boundaries = [0]
         places: list[int] = []
         for length in lengths:
@@ -169,7 +169,7 @@ class Runner:
         return self._numbers([places])
 
     def _numbers(self, numbers: list[int] | list[list[int]]) -> torch.Tensor:
-        """On the device, by a copy that the host does not wait for."""
+        """Numbers on the device, by an asynchronous copy."""
         return moved({"numbers": torch.tensor(numbers)}, self.device)["numbers"]
 
     # Passes
@@ -179,7 +179,7 @@ class Runner:
 
         Args:
             tokens: packed as `sequence` says.
-            wanted: the tokens (by their place) whose logits are needed.
+            wanted: indices of the tokens whose logits are needed.
 
         Returns:
             Logits [len(wanted), vocabulary] in the model's dtype on the last pipeline stage, None on the others; of a
@@ -200,13 +200,11 @@ class Runner:
         return gather_from_tensor_model_parallel_region(logits[:, 0])[:, : self.vocab_size]
 
     def idle(self) -> None:
-        """A pass that only serves the other copies of the model (see `in_step`)."""
+        """A pass without own tokens, for other copies of the model that share experts (see `in_step`)."""
         self.forward([0], self.packed([1]), [])
 
     def anyone(self, busy: bool) -> bool:
-        """Whether this copy of the model has work; if copies must make the same number of passes, whether any copy
-        has.
-        """
+        """Whether this copy of the model has work; or any copy, if copies must make the same number of passes."""
         if not self.in_step:
             return busy
         flag = torch.tensor([int(busy)], device=self.device)
@@ -239,7 +237,7 @@ class Runner:
     # Results
 
     def share(self, values: torch.Tensor) -> torch.Tensor:
-        """What the last stage has, on every process of this copy of the model.
+        """The last stage's values, on every process of this copy of the model.
 
         Args:
             values: of the same shape and dtype everywhere.
@@ -258,7 +256,7 @@ class Runner:
     def share_scored(
         self, scored: tuple[torch.Tensor, torch.Tensor] | None, count: int
     ) -> tuple[list[int], list[float]]:
-        """Numbers and their scores, which the last stage has, on every process of this copy of the model.
+        """The last stage's numbers and scores, on every process of this copy of the model.
 
         Args:
             scored: [count] int64 and [count] float32, or None.
@@ -279,10 +277,10 @@ class Runner:
         return [item for part in parts for item in part]
 
     def told(self, value: bool, *, everyone: bool = False) -> bool:
-        """What the first process of this copy of the model says, on all of the copy's processes.
+        """The value of the first process of this copy of the model, on all processes of the copy.
 
         Args:
-            everyone: what rank 0 says, on every process.
+            everyone: take the value of rank 0, on every process.
         """
         group = dist.group.WORLD if everyone else parallel_state.get_model_parallel_group()
         assert group is not None
@@ -302,7 +300,7 @@ class Runner:
 
 
 def open_source(weights: WeightArgs) -> Opened:
-    """The weights, with the adapter of --lora-load, or one that lies in --load itself, merged into them."""
+    """The weights, merged with the adapter of --lora-load or with one in --load itself."""
     sources = Sources(
         weights.load, iteration=weights.ckpt_step, lora_load=weights.lora_load, lora_alpha=weights.lora_alpha
     )

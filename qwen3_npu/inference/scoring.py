@@ -1,7 +1,7 @@
-"""Log-likelihoods of given continuations: one pass for all that share it, common beginnings once, few logits.
+"""Log-likelihoods of given continuations. Common beginnings are computed once, and only the needed logits.
 
-Tokens as in lm-evaluation-harness: context and continuation are encoded as one text, a text that is too long loses its
-beginning.
+Tokens are those of lm-evaluation-harness: context and continuation are encoded as one text, and a text that is too long
+loses its beginning.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Choice:
     """A continuation to be scored.
 
     Attributes:
-        key: names it among the results.
-        group: choices of one group are likely to begin alike.
+        key: identifies it among the results.
+        group: choices of one group probably have a common beginning.
         tokens: context and continuation.
-        length: tokens of the continuation.
+        length: number of tokens of the continuation.
     """
 
     key: Key
@@ -42,14 +42,14 @@ class Choice:
 
 @dataclasses.dataclass
 class _Row:
-    """Tokens that go through the model, and the continuations that can be read off at their ends."""
+    """A sequence of tokens for the model, and the continuations that are scored at its end."""
 
     tokens: tuple[int, ...]
     choices: list[Choice] = dataclasses.field(default_factory=list)
 
     @property
     def logits(self) -> int:
-        """Places at the end whose logits are needed."""
+        """Number of positions at the end whose logits are needed."""
         return max(choice.length for choice in self.choices)
 
 
@@ -57,7 +57,7 @@ class Scorer:
     """Scores with one model.
 
     Attributes:
-        computed, reused: tokens that went through the model, and those that a common beginning saved.
+        computed, reused: numbers of tokens that were computed, and that a common beginning saved.
     """
 
     def __init__(self, runner: Runner, *, pass_tokens: int = 512, prefix_cache: bool = True) -> None:
@@ -78,11 +78,11 @@ class Scorer:
         """Log-likelihood of every continuation, on every process.
 
         Args:
-            on_done: called with the share of this process's rows that a pass has done.
-            known: scores of an earlier run. Passes are made up as if there were none, and left out if all their scores
-                are known, so a score does not depend on where the earlier run ended.
-            on_scores: called every few passes with the scores that they made.
-            greedy: is told of every continuation whether the likeliest tokens make it; without `known`.
+            on_done: called with the finished share of this process's rows.
+            known: scores of an earlier run. Passes are composed as without them, and skipped if all their scores are
+                known, so a score does not depend on where the earlier run ended.
+            on_scores: called every few passes with the new scores.
+            greedy: receives for every continuation whether it consists of the likeliest tokens; without `known`.
 
         Raises:
             Stopped: a score is not a number.
@@ -118,7 +118,7 @@ class Scorer:
     def _shared(
         self, passes: Sequence[tuple[list[_Row], torch.Tensor | None]], *, judges: bool
     ) -> tuple[list[tuple[Key, float]], list[tuple[Key, bool]]]:
-        """What the last stage found in some passes, on every process of this copy of the model."""
+        """The last stage's results of some passes, on every process of this copy of the model."""
         keys = [choice.key for batch, _ in passes for row in batch for choice in row.choices]
         if not keys:
             return [], []
@@ -134,7 +134,7 @@ class Scorer:
         return list(zip(keys, scores, strict=True)), likely
 
     def _share(self, groups: dict[str, list[_Row]]) -> list[list[_Row]]:
-        """The groups that this copy of the model takes: the longest first, each to the copy with the least."""
+        """The groups of this copy of the model. Groups are assigned, longest first, to the copy with the least work."""
         loads = [0] * self.runner.data_parallel
         mine = []
         for rows in sorted(groups.values(), key=lambda rows: -sum(len(row.tokens) for row in rows)):
@@ -145,7 +145,7 @@ class Scorer:
         return mine
 
     def _batches(self, groups: list[list[_Row]], known: Container[Key]) -> Iterator[tuple[list[_Row], int]]:
-        """Rows of one pass and the length of what they share, which lies in the cache by then."""
+        """The rows of each pass, and the length of their common beginning, which is cached by then."""
         for rows in groups:
             prefix = _shared_length(rows) if self.prefix_cache else 0
             batches: list[list[_Row]] = [[]]
@@ -163,7 +163,7 @@ class Scorer:
                 yield batch, prefix
 
     def _compute_prefix(self, rows: list[_Row], length: int) -> None:
-        """Compute the beginning that all rows share into the cache."""
+        """Compute the common beginning of all rows and cache it."""
         first = rows[0].tokens
         if self.cache is None or self.cache.capacity < length:
             self.cache = None  # the old one goes first
@@ -206,7 +206,7 @@ class Scorer:
 
 
 def _shared_length(rows: list[_Row]) -> int:
-    """Tokens that all rows begin with, if they are enough to save time."""
+    """Length of the common beginning of all rows; 0 if it is too short to save time."""
     first = rows[0].tokens
     # Every row keeps the tokens whose logits are needed.
     room = min(len(row.tokens) - row.logits for row in rows)
@@ -215,7 +215,7 @@ def _shared_length(rows: list[_Row]) -> int:
 
 
 def _rows(choices: Sequence[Choice], positions: int) -> dict[str, list[_Row]]:
-    """What goes through the model, by group: continuations of one token after the same context share a row."""
+    """The rows of each group. Continuations of one token after the same context share a row."""
     groups: dict[str, dict[tuple[int, ...], _Row]] = {}
     for choice in choices:
         tokens = choice.tokens[-(positions + 1) :][:-1]

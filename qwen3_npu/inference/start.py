@@ -1,4 +1,4 @@
-"""The shell around inference.py and evaluation.py: flags, plan, device, then the program's own work."""
+"""The common start of inference.py and evaluation.py: flags, plan, device, then the program's own work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def start(
     foreign: Mapping[str, cli.Foreign],
     work: str,
 ) -> None:
-    """Parse the flags, say what will be done, make the device ready and do it; with --dry-run only say it.
+    """Parse the flags, print the plan, prepare the device and run; with --dry-run only print the plan.
 
     Args:
         make: groups of flags -> the program's flags.

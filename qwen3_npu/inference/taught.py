@@ -1,4 +1,4 @@
-"""How prompts are written: as in the checkpoint's training, unless the flags say otherwise. No torch."""
+"""The prompt settings: those of the checkpoint's training, unless flags say otherwise. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import MEGATRON
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.preprocess import THINKING
-from qwen3_npu.checkpoint.convert.prompts import PROMPTS, read_prompts
+from qwen3_npu.checkpoint.convert.prompts import PROMPTS, read_prompt_settings
 from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.data.text.prompt_types import AUTO, TEMPLATES, misfit, resolved
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
@@ -20,7 +20,7 @@ PLAIN = "none"
 
 @dataclasses.dataclass(frozen=True)
 class Taught:
-    """What a checkpoint's saved args say of the prompts it was trained with.
+    """The prompt settings of a checkpoint's training.
 
     Attributes:
         prompt_type: of `TEMPLATES`.
@@ -34,14 +34,14 @@ class Taught:
 
 
 def read_taught(weights: WeightArgs) -> Taught | None:
-    """Of the adapter, else of the model; None if neither says it (published models, text, other programs).
+    """The settings of the adapter, else of the model; None if neither has any (published models, text, other programs).
 
     Raises:
-        UsageError: the file beside Hugging Face weights says something that is not understood.
+        UsageError: the file beside Hugging Face weights holds a value that is not understood.
     """
     for folder, step in ((weights.lora_load, None), (weights.load, weights.ckpt_step)):
         found = find(folder, step) if folder is not None else None
-        said = {} if found is None else read_prompts(found)
+        said = {} if found is None else read_prompt_settings(found)
         prompt_type, thinking = said.get("prompt_type"), said.get("enable_thinking", "none")
         if prompt_type in TEMPLATES and thinking in THINKING:
             return Taught(prompt_type, thinking, said.get("tokenizer_digest"))
@@ -56,7 +56,7 @@ def read_taught(weights: WeightArgs) -> Taught | None:
 
 
 def settle(prompts: PromptArgs, taught: Taught | None, tokenizer: TokenizerFolder) -> tuple[PromptArgs, list[str]]:
-    """The flags with what follows from the checkpoint filled in, and lines about it.
+    """The flags, completed from the checkpoint, and log lines about it.
 
     Without a record, prompts are plain text unless --prompt-type names a template; `auto` then follows the tokenizer.
     """

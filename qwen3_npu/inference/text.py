@@ -20,7 +20,7 @@ _CUT_SHORT = "\ufffd"  # what a decoder writes for the first bytes of a characte
 
 
 class Writer:
-    """Writes prompts as --prompt-type says, and as tokens.
+    """Writes prompts with the template of --prompt-type, as text and as tokens.
 
     Attributes:
         encoder: text to tokens and back.
@@ -32,19 +32,19 @@ class Writer:
         self.special = sorted(tokenizer.special, key=len, reverse=True)
 
     def text(self, messages: Sequence[Message]) -> str:
-        """Likewise, of messages whose first one may be the system's."""
+        """The text of a prompt, from messages whose first one may be the system's."""
         if messages and messages[0].role == SYSTEM:
             return self.prompt(Conversation(tuple(messages[1:]), messages[0].content))
         return self.prompt(Conversation(tuple(messages)))
 
     def prompt(self, conversation: Conversation, *, thinking: bool | None = None) -> str:
-        """A conversation up to where the answer starts; without a template only a single message, as it is.
+        """A conversation up to the start of the answer; without a template only a single message, as it is.
 
         Args:
-            thinking: whether the model may think first; None: as --enable-thinking says.
+            thinking: whether the model may think first; None: --enable-thinking decides.
 
         Raises:
-            UsageError: more than that and no template, or a template that refuses the conversation.
+            UsageError: there are several messages and no template, or the template refuses the conversation.
         """
         if conversation.system is None and self.args.system:
             conversation = conversation._replace(system=self.args.system)
@@ -62,7 +62,7 @@ class Writer:
 
     @functools.cached_property
     def template(self) -> Template:
-        """What --prompt-type names. Raises: UsageError: the tokenizer has no such template."""
+        """The template of --prompt-type. Raises: UsageError: the tokenizer has no such template."""
         return open_template(str(self.args.template), self.tokenizer)
 
     def tokens(self, text: str) -> list[int]:
@@ -70,23 +70,23 @@ class Writer:
         return self.encoder.encode([text]).ids.tolist()
 
     def ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer of a conversation, whatever config.json says."""
+        """Tokens that end an answer in a conversation, independent of config.json."""
         return tuple(self.tokenizer.special[t] for t in (IM_END, END_OF_TEXT) if t in self.tokenizer.special)
 
     def answer(self, tokens: Iterable[int], eos: Sequence[int]) -> str:
-        """What was generated, without the tokens that end it."""
+        """The generated text, without ending tokens."""
         return self.encoder.decode([token for token in tokens if token not in eos])
 
 
 def for_conversations(plan: InferencePlan) -> InferencePlan:
-    """The plan with a template: --prompt-type auto where nothing is said. One without any stays as it is."""
+    """The plan with a template: --prompt-type auto if none is given. A plan with `none` does not change."""
     if plan.prompts.template is not None or plan.prompts.template_given == PLAIN:
         return plan
     return dataclasses.replace(plan, prompts=dataclasses.replace(plan.prompts, prompt_type=AUTO))
 
 
 def open_writer(plan: InferencePlan) -> tuple[Writer, InferencePlan]:
-    """What writes the plan's prompts; and the plan, where the ends of a conversation's messages end answers, too."""
+    """The writer of the plan's prompts, and the plan with the template's ending tokens added."""
     writer = Writer(plan.tokenizer, plan.prompts)
     if writer.args.template is not None:
         plan = dataclasses.replace(plan, eos=tuple(sorted({*plan.eos, *writer.ends()})))
@@ -94,7 +94,7 @@ def open_writer(plan: InferencePlan) -> tuple[Writer, InferencePlan]:
 
 
 class TextStream:
-    """Decodes tokens as they come; delays incomplete characters, and text that may become a stop text."""
+    """Decodes tokens one by one; delays incomplete characters, and text that may become a stop text."""
 
     def __init__(self, encoder: Encoder, eos: Sequence[int], stops: Sequence[str] = ()) -> None:
         self.encoder, self.eos, self.stops = encoder, eos, stops
@@ -104,7 +104,7 @@ class TextStream:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Take a token; the text that can be shown now."""
+        """Add a token. Returns the text that can be shown now."""
         if token in self.eos:
             return self.rest()
         self.tokens.append(token)
@@ -122,7 +122,7 @@ class TextStream:
         return self._show(len(self.text) if self.stopped else len(self.text) - self._held_back())
 
     def rest(self) -> str:
-        """The end of the text, once no more tokens come."""
+        """The rest of the text, after the last token."""
         if not self.stopped:
             before = self.encoder.decode(self.tokens[self.first : self.read])
             self.text += self.encoder.decode(self.tokens[self.first :])[len(before) :]
@@ -130,7 +130,7 @@ class TextStream:
         return self._show(len(self.text))
 
     def _held_back(self) -> int:
-        """Characters at the end that a stop text may begin with."""
+        """Number of characters at the end with which a stop text may begin."""
         longest = max(map(len, self.stops), default=1) - 1
         return next((n for n in range(longest, 0, -1) if any(s.startswith(self.text[-n:]) for s in self.stops)), 0)
 

@@ -1,7 +1,7 @@
-"""The operations that have a kernel per device: one signature each, and which implementation serves.
+"""The operations that have a kernel per device, and the choice of their implementation.
 
-`reference` defines the right result, in plain torch. Every other implementation must match it, forward and
-gradient. The model's ModuleSpec hands a kernel to the module that calls it (`model/spec.py`).
+`reference` defines the correct result in plain torch. Every other implementation must match it, forward and gradient.
+The model's ModuleSpec passes a kernel to the module that calls it (`model/spec.py`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Kernels:
     cross_entropy: Callable
 
     def __str__(self) -> str:
-        """The --kernels name that serves most operations, then each other one with its operations."""
+        """The --kernels name that serves most operations, then the other names with their operations."""
         chosen: dict[str, list[str]] = {}
         for field in dataclasses.fields(self):
             module = getattr(self, field.name).__module__.rsplit(".", 1)[-1]
@@ -72,13 +72,12 @@ def select_kernels(name: str, device: str = "cpu", overrides: Sequence[str] = ()
     """The kernels for `--kernels` and `--kernel-overrides`.
 
     Args:
-        name: of an implementation; `auto` is torch_npu's on an NPU and Triton's on a GPU, where installed, else
-            torch's own.
+        name: implementation; `auto` is torch_npu's on an NPU, Triton's on a GPU (if installed), else torch's.
         device: "npu", "cuda" or "cpu".
         overrides: `operation=implementation`.
 
     Raises:
-        UsageError: unknown name, or an implementation asked for that is not here, with the reason.
+        UsageError: the name is unknown, or the implementation is not available, with the reason.
     """
     if name not in IMPLEMENTATIONS:
         raise UsageError(f"--kernels {name}: known are {', '.join(IMPLEMENTATIONS)}")
@@ -96,7 +95,7 @@ def select_kernels(name: str, device: str = "cpu", overrides: Sequence[str] = ()
 
 
 def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
-    """One operation from an implementation, or from those behind it; `auto` may fall back, and says so."""
+    """The kernel of one operation from an implementation or its fallbacks. `auto` may fall back, with a warning."""
     if name == "auto":
         name = device if device in _OWNERS else "torch"
         if name == "cuda" and importlib.util.find_spec("triton") is None:
@@ -120,7 +119,7 @@ def _serve(operation: str, name: str, device: str, flag: str) -> Callable:
 
 @functools.cache
 def tell_once(message: str) -> None:
-    """A warning that every layer has reason for."""
+    """Give a warning once that every layer would give."""
     log.info(f"warning: {message}")
 
 

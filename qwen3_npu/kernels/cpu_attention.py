@@ -1,7 +1,7 @@
-"""Causal attention on the CPU as matrix multiplications over blocks of queries, each with the keys that it sees.
+"""Causal attention on the CPU: matrix multiplications of blocks of queries with their visible keys.
 
 torch's flash attention for the CPU runs at a third of the rate of its matrix multiplications; this is about 1.4 times
-as fast, forward and backward, in float32. Probabilities are computed again in backward: memory grows with the tokens.
+as fast, forward and backward, in float32. Backward recomputes probabilities, so memory grows linearly with the tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
 
 
 def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """[s, b, n, d] -> [b g, n / g, s, d]: the query heads that share a key head beside each other."""
+    """[s, b, n, d] -> [b g, n / g, s, d]: query heads grouped by their key head."""
     s, b, n, d = x.shape
     return x.view(s, b, groups, n // groups, d).permute(1, 2, 3, 0, 4).reshape(b * groups, n // groups, s, d)
 
@@ -68,7 +68,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def serves(q: torch.Tensor, k: torch.Tensor, dropout: float) -> bool:
-    """Whether `causal_attention` may be used, and is worth it."""
+    """Whether `causal_attention` can be used and is faster."""
     return q.device.type == "cpu" and q.dtype is torch.float32 and not dropout and q.shape[0] == k.shape[0] >= _BLOCK
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[label], float32, without gathering the logits. Formula as in Megatron-LM (arXiv:1909.08053).
 
-    The float32 copy of the logits becomes the softmax in place and is all that backward keeps.
+    The float32 copy of the logits becomes the softmax in place. Backward keeps only this tensor.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """NVIDIA GPUs: Triton kernels of ours (`kernels/fused`), torch's flash attention and grouped product.
 
-Signatures as in `kernels/reference.py`. Operations that are not here are torch's own (`torch_native`). What a GPU's
-kernel does not take (float32 for flash attention and the grouped product, sizes that are no multiple of 16 bytes) is
-computed by torch_native or the reference; `log` says so once.
+Signatures as in `kernels/reference.py`. Operations that are not here are torch's own (`torch_native`). Inputs that a
+kernel does not support (float32 for flash attention and the grouped product, sizes that are no multiple of 16 bytes)
+are computed by torch_native or the reference; `log` says so once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def why_no_kernel(operation: str) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Boundaries as flash attention wants them; one copy per micro-batch, for which nothing waits."""
+    """Boundaries in the form of flash attention; one asynchronous copy per micro-batch."""
     with torch.inference_mode(False):
         host = torch.tensor(cu_seqlens, dtype=torch.int32)
         return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
@@ -191,7 +191,7 @@ def weighted_swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """torch's grouped product, which reads where groups end on the device; bfloat16 only."""
+    """torch's grouped product; the ends of groups stay on the device; bfloat16 only."""
     device = counts.device
     if device.type == "cpu" and torch.cuda.is_available():  # constants, with a capacity
         counts = counts.pin_memory().to("cuda", non_blocking=True)
@@ -221,7 +221,7 @@ def add_grouped_gradient(x: torch.Tensor, grad: torch.Tensor, counts: torch.Tens
 class _GroupedMatmul(torch.autograd.Function):
     """torch's grouped product; a parameter's gradient goes straight into megatron's float32 sum of the micro-batches.
 
-    `weight` may be a view of the parameter. torch's own gradient writes 16 bits, which are read again to be added.
+    `weight` may be a view of the parameter. torch's own gradient would be written in 16 bits and read again.
     """
 
     @staticmethod
@@ -274,7 +274,7 @@ def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 def permute(
     tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, routing.Places]:
-    """Triton's: the host waits for nothing."""
+    """Triton's; the host does not wait."""
     copies, weights, *places = routing.Permute.apply(tokens, routing_map, probs, rows)
     return copies, weights, routing.Places(*places)
 

@@ -14,7 +14,7 @@ import functools
 import torch
 
 BLOCK = 64
-GROUP = 256  # scales that share a scale of their own
+SCALES_PER_GROUP = 256  # scales that share a scale of their own
 _PLACES = (1 << 16) - 1
 # Quantiles of a normal distribution, between -1 and 1, with an exact 0 (appendix E of the paper).
 VALUES = (
@@ -88,7 +88,7 @@ def quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     values = dynamic_values(scales.device)
     mean = scales.mean()
     rest = scales - mean
-    groups = torch.nn.functional.pad(rest, (0, -len(rest) % GROUP)).view(-1, GROUP)
+    groups = torch.nn.functional.pad(rest, (0, -len(rest) % SCALES_PER_GROUP)).view(-1, SCALES_PER_GROUP)
     tops = groups.abs().amax(-1)
     scaled = (groups * (1.0 / tops.clamp(min=1e-38)).unsqueeze(-1)).clamp_(-1, 1)
     # bitsandbytes takes the value that is nearest to one of 65536 places.

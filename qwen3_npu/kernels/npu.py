@@ -50,7 +50,7 @@ def why_no_kernel(operation: str) -> str | None:
 
 @functools.cache
 def _compressed_mask(device: torch.device) -> torch.Tensor:
-    """What causal sparse modes ask for instead of a mask of the sequence's size: [2048, 2048], True = masked out."""
+    """The compressed mask of causal sparse modes, instead of one of the sequence's size: [2048, 2048]; True: masked."""
     with torch.inference_mode(False):  # generation may be the first to ask, and training wants it, too
         return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
@@ -91,10 +91,10 @@ def _fusion_attention(
 
 
 def _layout(cu_seqlens: Sequence[int] | None, batch: int) -> tuple[str, list[int] | None]:
-    """The operation's layout, and the ends of the documents as it wants them: cumulative, without the leading 0.
+    """The operation's layout, and the ends of the documents: cumulative, without the leading 0.
 
-    Values are a part of what qkv's product wrote. Heads are a dimension of BSND and TND, so such a part is handed over
-    as it lies; for SBH it is laid out anew. More than one row in BSND would be laid out anew themselves.
+    Values are a slice of qkv's product. BSND and TND have a dimension of heads, so the slice is passed without a copy;
+    SBH needs a copy. With more than one row, BSND itself would need one.
     """
     if cu_seqlens is None or len(cu_seqlens) == 2:
         return "BSND" if batch == 1 else "SBH", None
@@ -261,8 +261,8 @@ def group_ends(counts: torch.Tensor) -> torch.Tensor:
 def _ends_of(counts: torch.Tensor) -> torch.Tensor:
     """As `group_ends`.
 
-    The cores of a 910B do not add int64 up along a dimension, its own CPU does (CANN's cumsum). The two halves of the
-    numbers are added up apart: the upper ones are 0.
+    A 910B computes a cumulative sum of int64 on its own CPU, not on its cores (CANN's cumsum). So the two 32-bit halves
+    are summed separately; the upper ones are 0.
     """
     if counts.device.type == "cpu":  # constants, with a capacity; the copy of pinned memory waits for nothing
         counts = counts.pin_memory().to(f"npu:{torch_npu.npu.current_device()}", non_blocking=True)

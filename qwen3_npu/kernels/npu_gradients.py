@@ -1,8 +1,8 @@
-"""torch_npu's operations that have a gradient of our own here: it launches less, and keeps only what it needs.
+"""Operations of torch_npu with a gradient of our own, which launches and keeps less.
 
-A weight's gradient goes straight into the buffer in which megatron sums the micro-batches (`main_grad`), as megatron's
-own fused linears do: the 16-bit gradient, its conversion and the addition fall away, and what is added is float32.
-Semantics and honesty as in `kernels/npu.py`.
+A weight's gradient is added directly to the buffer in which megatron sums the micro-batches (`main_grad`), as in
+megatron's own fused linears: this saves the 16-bit gradient, its conversion and the addition, and nothing is rounded to
+16 bits. Sources and checks are those of `kernels/npu.py`; never run on an NPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _16_BIT = (torch.bfloat16, torch.float16)
 
 
 def _accumulated(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """What autograd gets for a weight: its gradient, or an empty one that megatron leaves alone, if it is added now."""
+    """The result for autograd: a weight's gradient, or an empty tensor, which megatron ignores, if it was added."""
     total = getattr(weight, "main_grad", None)
     if total is None:
         return gradient.to(weight.dtype)

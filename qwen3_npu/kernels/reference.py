@@ -165,7 +165,7 @@ def add_weight_gradient(x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor
     Args:
         x: [rows, in], what the linear multiplied.
         grad: [rows, out], gradient of its output.
-        total: [out, in], usually float32: what is added is then not rounded to 16 bits before.
+        total: [out, in], usually float32, so that the gradient is not rounded to 16 bits.
     """
     total.addmm_(grad.t().to(total.dtype), x.to(total.dtype))
 
@@ -224,11 +224,11 @@ def add_grouped_gradient(x: torch.Tensor, grad: torch.Tensor, counts: torch.Tens
 
 
 def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A linear without autograd whose weight does not change any more and may be laid out anew.
+    """A linear without autograd. Its weight does not change any more, so its memory layout may be changed.
 
     Args:
         weight: [n, k].
-        rows: how many rows x usually has; any number is right.
+        rows: usual number of rows of x; any number is computed correctly.
 
     Returns:
         x [..., k] -> x @ weight^T [..., n].
@@ -248,7 +248,7 @@ def permute(
         rows: t times the experts of a token.
 
     Returns:
-        Copies [rows, hidden], the router's weight of each [rows], and what `unpermute` needs to know.
+        Copies [rows, hidden], the router's weight of each [rows], and the indices for `unpermute`.
     """
     by_expert = routing_map.t().contiguous()
     numbers = torch.arange(len(tokens), device=tokens.device).expand(by_expert.shape)
@@ -257,7 +257,7 @@ def permute(
 
 
 def unpermute(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Add up the copies of each token.
+    """Sum the copies of each token.
 
     Args:
         rows: [rows, hidden], in the order of `permute`.

@@ -194,7 +194,7 @@ def weighted_swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def prepared_linear(weight: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """On a CPU a copy of the weight in oneDNN's blocked layout, which few rows are multiplied with at memory speed."""
+    """On a CPU a copy of the weight in oneDNN's blocked layout, which is fast for few rows."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return reference.prepared_linear(weight, rows)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)

@@ -1,1 +1,1 @@
-"""`python -m qwen3_npu.ledger RUN_DIR`: where the time of a training went, and what would bring most of it back."""
+"""`python -m qwen3_npu.ledger RUN_DIR`: the time of a training by phase, and the largest possible saving."""

@@ -1,32 +1,17 @@
-"""Where the time of a training went: a table, a stacked picture over steps, and why it is slow."""
+"""The time of a training by phase: a table, a stacked picture over steps, and the reason why it is slow."""
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from qwen3_npu import cli, log
 from qwen3_npu.args.tools.ledger import LedgerArgs
 from qwen3_npu.errors import UsageError
-from qwen3_npu.ledger.picture import COLOURS, png, stacked
-from qwen3_npu.ledger.records import LedgerEntry, read
-from qwen3_npu.ledger.why import explained, facts_line, total, why
+from qwen3_npu.ledger.records import read
+from qwen3_npu.ledger.show import report
 
-
-def table(entries: Sequence[LedgerEntry]) -> tuple[list[str], list[str]]:
-    """Lines of a table, and the kinds by size."""
-    kinds, seconds = total(entries)
-    steps = sum(entry.steps for entry in entries)
-    order = sorted(kinds, key=lambda kind: -kinds[kind])
-    lines = [f"{'kind':<18}{'share':>8}{'s/step':>12}  {'most, on rank':<20}colour"]
-    for kind, (colour, *_) in zip(order, COLOURS * 3, strict=False):
-        most = max((entry.most[kind] for entry in entries if kind in entry.most), default=(0.0, 0))
-        lines.append(
-            f"{kind:<18}{100 * kinds[kind] / seconds:>7.1f}%{kinds[kind] / steps:>12.5f}  "
-            f"{f'{most[0]:.5f} s, {most[1]}':<20}{colour}"
-        )
-    return lines, order
+_RECORDING = "_ascend_pt"  # folders of torch_npu's profiler end so
 
 
 def main() -> None:
@@ -36,30 +21,34 @@ def main() -> None:
         words = ["--run-dir", *words]
     (args,) = cli.parse("qwen3_npu.ledger", __doc__, [LedgerArgs], argv=words).groups
     folder = Path(args.run_dir)
-    entries = read(folder)
-    lines, order = table(entries)
-    steps = sum(entry.steps for entry in entries)
-    log.info(f"{folder}: {steps} steps to step {entries[-1].step}; {facts_line(entries)}")
-    for line in lines:
-        log.info(line)
-    log.info(f"explained: {100 * explained(entries):.1f} % of the wall time")
     picture = Path(args.picture) if args.picture else (folder if folder.is_dir() else folder.parent) / "ledger.png"
     try:
-        picture.write_bytes(png(stacked([entry.mean for entry in entries], order)))
+        lines = report(read(folder), str(folder), picture)
     except OSError as error:
         raise UsageError(f"--picture {picture} cannot be written: {error.strerror}") from None
-    log.info(f"picture: {picture}, a column for each record, colours as above")
-    log.info(why(entries))
+    for line in lines:
+        log.info(line)
     if args.profile_path:
-        _msprof(args.profile_path)
+        _msprof(Path(args.profile_path), folder if folder.is_dir() else folder.parent)
 
 
-def _msprof(folder: str) -> None:
-    """Call the vendor's analysis of a --profile recording, if it is installed."""
+def _msprof(folder: Path, output: Path) -> None:
+    """Call the vendor's analysis of a --profile recording. Raises: UsageError: there is none, or it fails."""
     program = shutil.which("msprof-analyze")
     if program is None:
         raise UsageError("--profile-path: msprof-analyze is not installed; pip install msprof-analyze")
-    subprocess.run([program, "advisor", "all", "-d", folder], check=False)
+    recordings = [folder] if folder.name.endswith(_RECORDING) else sorted(folder.glob(f"*{_RECORDING}"))
+    if not recordings:
+        raise UsageError(
+            f"--profile-path {folder} holds no recording of an NPU (*{_RECORDING}); give --profile-save-path"
+        )
+    # Of one rank it wants the recording's own folder, of several the one that holds them.
+    which = recordings[0] if len(recordings) == 1 else folder
+    words = [program, "advisor", "all", "-d", str(which), "-o", str(output), "-l", "en"]
+    status = subprocess.run(words, check=False).returncode
+    if status:
+        raise UsageError(f"--profile-path {folder}: msprof-analyze ended with status {status}; it says why above")
+    log.info(f"msprof-analyze: its reports of {which}: mstt_advisor_*.html in {output}, .xlsx in {output / 'log'}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ _HEIGHT, _WIDTH = 360, 960
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A picture of uint8 [height, width, 3]. The format is that of the PNG specification, 2nd edition."""
+    """A PNG file of a picture, uint8 [height, width, 3]. The format is that of the PNG specification, 2nd edition."""
     height, width, _ = pixels.shape
     rows = np.concatenate((np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)), axis=1)
 
@@ -41,8 +41,8 @@ def png(pixels: np.ndarray) -> bytes:
     )
 
 
-def stacked(columns: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> np.ndarray:
-    """A column of each record, the kinds one over the other from below; uint8 [height, width, 3].
+def stacked_columns(columns: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> np.ndarray:
+    """A column for each record, with the kinds stacked from below; uint8 [height, width, 3].
 
     Args:
         kinds: in this order, in the colours of `COLOURS`.

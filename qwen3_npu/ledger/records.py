@@ -1,26 +1,29 @@
-"""The records of a training's metrics.jsonl that say where its time went. No torch."""
+"""The records of time by phase in a training's metrics.jsonl. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError
 
-_TIMES = ("steps", "seconds", "mean", "most", "work", "host")
+_TIMES = ("steps", "seconds", "mean", "most", "work", "host", "planned")
 
 
 @dataclasses.dataclass(frozen=True)
 class LedgerEntry:
-    """The steps since the record before, per step.
+    """Times of the steps since the previous record, per step.
 
     Attributes:
-        step: the last of them.
-        seconds: of the wall clock.
-        mean, most: of each kind: seconds of the mean rank; seconds of the rank with the most, and that rank.
-        host: of each kind, what the host's clock said, where `mean` and `most` are of the device's events.
+        step: the last of these steps.
+        seconds: wall-clock time.
+        mean, most: kind -> seconds of the mean rank; kind -> (seconds, rank) of the rank with the most.
+        host: kind -> seconds by the host's clock, if `mean` and `most` come from the device's events.
         facts: integers, names and shares that explain times: `training.reports.ledger.facts_of`, padding, imbalance.
+        planned: `gains.gains`, of a training whose device was known.
     """
 
     step: int
@@ -30,10 +33,11 @@ class LedgerEntry:
     most: dict[str, tuple[float, int]]
     facts: dict[str, object]
     host: dict[str, float] = dataclasses.field(default_factory=dict)
+    planned: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def read(folder: Path) -> list[LedgerEntry]:
-    """The records of a folder. Raises: UsageError: it has none, or they are damaged."""
+    """The records in a folder. Raises: UsageError: it has none, or they are damaged."""
     path = folder / "metrics.jsonl" if folder.is_dir() else folder
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give the --tensorboard-dir of a training")
@@ -50,19 +54,42 @@ def read(folder: Path) -> list[LedgerEntry]:
 
 
 def entry_of(step: int, record: schema.Record, where: str) -> LedgerEntry:
-    """The entry that a record says. Raises: UsageError: it is damaged."""
+    """The entry of a record. Raises: UsageError: it is damaged."""
     facts = {name: value for name, value in record.fields.items() if name not in _TIMES}
     host = _seconds(record.record("host"), where) if "host" in record.fields else {}
-    most = {kind: schema.sequence(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}
+    most = {kind: _pair(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}
     return LedgerEntry(
         step=step,
         steps=record.integer("steps", least=1),
         seconds=record.number("seconds", least=0.0),
         mean=_seconds(record.record("mean"), where),
-        most={k: (schema.number(p[0], where, least=0), schema.integer(p[1], where, least=0)) for k, p in most.items()},
+        most={
+            kind: (
+                schema.number(pair[0], f"{where}: {kind}", least=0),
+                schema.integer(pair[1], f"{where}: {kind}", least=0),
+            )
+            for kind, pair in most.items()
+        },
         facts=facts,
         host=host,
+        planned=_planned(record, where),
     )
+
+
+def _planned(record: schema.Record, where: str) -> dict[str, tuple[str, float]]:
+    fields = schema.record(record.fields.get("planned", {}), f"{where}: planned").fields
+    found = {}
+    for cause, pair in fields.items():
+        name = f"{where}: {cause}"
+        words, share = _pair(pair, name)
+        found[cause] = schema.text(words, name), schema.number(share, name, least=0)
+    return found
+
+
+def _pair(value: object, where: str) -> Sequence[Any]:
+    if len(found := schema.sequence(value, where)) != 2:
+        raise UsageError(f"{where} is {schema.shown(value)}; a pair is expected")
+    return found
 
 
 def _seconds(record: schema.Record, where: str) -> dict[str, float]:

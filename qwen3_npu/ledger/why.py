@@ -1,4 +1,4 @@
-"""Why a training is slow: of every cause what it costs, and the flag that addresses it. No torch."""
+"""Why a training is slow: the cost of every cause, and the flag against it. No torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from qwen3_npu.ledger.records import LedgerEntry
 from qwen3_npu.schema import shown
+from qwen3_npu.watch.state import WORK
 
-WORK = ("data", "forward", "backward", "reduce", "optimizer", "other")
+_OWN = (*WORK, "pause")  # kinds in which one rank can be slower than the others
 _COMPUTE = ("forward", "backward")
 _SLOW = 1.3  # times the mean rank
 _LAUNCH = 6e-6  # seconds that a host needs for a small operation, at least
@@ -19,20 +20,23 @@ _OF_GROUPS = {
     "dp-cp": "--overlap-grad-reduce, a larger --global-batch-size, or a faster network",
     "cp": "fewer context-parallel ranks (--context-parallel-size), or another --context-parallel-algo",
     "ep": "fewer expert-parallel ranks (--expert-model-parallel-size), inside one node",
+    "ep-etp": "fewer expert-parallel ranks (--expert-model-parallel-size), inside one node",
     "etp": "--expert-tensor-parallel-size 1",
     "edp": "--overlap-grad-reduce",
+    "dist-opt": "small sums that wait for the slowest rank; even out the ranks (batches of like lengths, pinned hosts)",
+    "world": "small sums that wait for the slowest rank; even out the ranks (batches of like lengths, pinned hosts)",
     "pp": "more even stages (--num-layer-list), or fewer of them (--pipeline-model-parallel-size)",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """What costs time.
+    """A cause of lost time.
 
     Attributes:
-        name: a word for programs.
-        share: of the wall clock that would be saved without it, at most.
-        text: for people, with the flag.
+        name: identifier.
+        share: upper bound of the share of the wall clock that would be saved without it.
+        text: message with the flag.
     """
 
     name: str
@@ -50,13 +54,13 @@ def total(entries: Sequence[LedgerEntry]) -> tuple[dict[str, float], float]:
 
 
 def explained(entries: Sequence[LedgerEntry]) -> float:
-    """The share of the wall clock that is of a named kind."""
+    """The share of the wall clock that belongs to a named kind."""
     kinds, seconds = total(entries)
     return sum(value for kind, value in kinds.items() if kind not in ("other", "start")) / max(seconds, 1e-12)
 
 
 def causes(entries: Sequence[LedgerEntry]) -> list[Cause]:
-    """All that costs, the most expensive first."""
+    """All causes, the most expensive first."""
     kinds, seconds = total(entries)
     share = {kind: value / max(seconds, 1e-12) for kind, value in kinds.items()}
     facts = entries[-1].facts
@@ -70,8 +74,8 @@ def _number(facts: dict[str, object], name: str) -> float:
 
 
 def _slow_ranks(entries: Sequence[LedgerEntry], seconds: float) -> Iterator[Cause]:
-    """One rank whose own work takes longer than the others': these wait for it."""
-    for kind in WORK:
+    """The cost of one rank whose own work takes longer than the others', which wait for it."""
+    for kind in _OWN:
         # Of the mean rank only, a single slow one of few ranks weighs much: compare with the others.
         extra: dict[int, float] = {}
         for entry in entries:
@@ -102,6 +106,18 @@ def _of_kinds(share: dict[str, float], facts: dict[str, object]) -> Iterator[Cau
     yield Cause("eval", share.get("eval", 0.0), "evaluations: a longer --eval-interval or fewer --eval-iters")
     how = "a longer --manual-gc-interval" if facts.get("manual_gc") else "--manual-gc, with --manual-gc-interval 100"
     yield Cause("garbage", share.get("garbage", 0.0), f"Python's garbage collection: {how}")
+    yield Cause(
+        "report",
+        share.get("report", 0.0),
+        "lines, metrics and trackers: a faster disk or a local --tensorboard-dir, or a longer --log-interval",
+    )
+    yield Cause("check", share.get("check", 0.0), "comparing replicas: a longer --replica-check-interval")
+    yield Cause(
+        "pause",
+        share.get("pause", 0.0),
+        "between steps the processes do not run: something stops them (a scheduler, SIGSTOP), other programs have "
+        "their processors, or code outside of this project waits; no flag addresses that",
+    )
     yield Cause(
         "optimizer",
         share.get("optimizer", 0.0) - 0.1,
@@ -172,9 +188,18 @@ def why(entries: Sequence[LedgerEntry]) -> str:
     first = causes(entries)[0]
     if first.share < 0.03:
         return "why slow: nothing that costs 3 % of the time; what is left is computing"
-    return f"why slow: {100 * first.share:.0f} % of the time: {first.text}"
+    return f"why slow: {100 * first.share:.0f} % of the time: {first.text}{_planned(first, entries[-1])}"
+
+
+def _planned(cause: Cause, entry: LedgerEntry) -> str:
+    """What the plan of this training expects of a flag against a cause."""
+    if cause.name not in entry.planned:
+        return ""
+    words, share = entry.planned[cause.name]
+    brings = f"{100 * share:.0f} % less time a token" if share >= 0.005 else "nothing"
+    return f"; the plan expects {brings} of {words}"
 
 
 def facts_line(entries: Sequence[LedgerEntry]) -> str:
-    """The facts, for people."""
+    """The facts, as a line."""
     return ", ".join(f"{name} {shown(value)}" for name, value in entries[-1].facts.items() if value is not None)

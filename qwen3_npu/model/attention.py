@@ -20,7 +20,7 @@ from qwen3_npu.model.swap import LayerSwap, arriving, kept_in_place, saving
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSubmodules:
-    """What the attention is made of."""
+    """The modules of the attention."""
 
     linear_qkv: ModuleSpec | type
     q_layernorm: ModuleSpec | type
@@ -102,7 +102,7 @@ class SelfAttention(MegatronModule):
             packed_seq_params: positions and documents of the tokens.
 
         Returns:
-            [s, b, hidden] (as it came in), and the bias that is still to be added, if the family has one.
+            [s, b, hidden] (sharded as the input), and the bias that the caller must add, if the family has one.
         """
         q, k, v = self.query_key_value(hidden_states)
         cos, sin = packed_seq_params.cos_sin
@@ -134,9 +134,9 @@ class SelfAttention(MegatronModule):
         return q, k.squeeze(3), v.squeeze(3)
 
     def _shared_head(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `query_key_value` with more ranks than key/value heads: the head's rows lie on several ranks.
+        """`query_key_value` for more ranks than key/value heads: the rows of a head lie on several ranks.
 
-        All rows are gathered, as megatron-core 0.16 does; every rank then has the same result.
+        All rows are gathered as in megatron-core 0.16, so every rank has the same result.
         """
         whole = tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.tp_group)
         s, b, _ = whole.shape

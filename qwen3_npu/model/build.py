@@ -25,9 +25,9 @@ from qwen3_npu.model.swap import swap_activations
 
 
 class Qwen3Model(GPTModel):
-    """GPTModel with Qwen3's layers and a loss that knows the vocabulary's padding.
+    """GPTModel with Qwen3's layers and a loss that ignores the vocabulary's padding.
 
-    Position embedding is "none" for GPTModel: `model/attention.py` rotates, by the positions of the tokens.
+    GPTModel gets position embedding "none": `model/attention.py` applies rotary embedding by the tokens' positions.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Qwen3Model(GPTModel):
                 self.output_layer.gradient_accumulation_fusion = False
 
     def _adapt_ends(self, lora: LoraArgs, config: TransformerConfig) -> None:
-        """Embedding and output layer, which GPTModel makes itself: quantized, and with adapters."""
+        """Quantize the embedding and output layer that GPTModel has made, and add their adapters."""
         if lora.qlora_embedding and self.pre_process:
             hold_codes(self.embedding.word_embeddings, is_double=lora.qlora_double_quant)
         if lora.qlora_embedding and self.post_process and not self.arch.reward:
@@ -86,7 +86,7 @@ class Qwen3Model(GPTModel):
     def _postprocess(
         self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **others: object
     ) -> torch.Tensor:
-        """Logits [b, s, local vocabulary], or with labels [b, s] the loss of each token; [b, s] rewards of tokens."""
+        """Logits [b, s, local vocabulary]; with labels, losses of tokens [b, s]; of a reward model, rewards [b, s]."""
         if self.post_process and self.arch.reward:
             return self.score(hidden_states).t()
         if self.post_process and labels is not None and self.loss_chunk:
@@ -94,7 +94,7 @@ class Qwen3Model(GPTModel):
         return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
 
     def _loss_in_chunks(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The same loss with the logits of a few tokens at a time, computed again in backward."""
+        """The same loss from the logits of a few tokens at a time, which backward recomputes."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         output, sequence_parallel = self.output_layer, self.output_layer.sequence_parallel
         if sequence_parallel:
@@ -118,7 +118,7 @@ class Qwen3Model(GPTModel):
 
 
 def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, parts: Parts) -> list[Qwen3Model]:
-    """This rank's model chunks, one without virtual pipeline stages; weights random, with LoRA all but it frozen."""
+    """This rank's model chunks (one without virtual pipeline stages) with random weights. LoRA freezes all others."""
     stage, last = parallel_state.get_pipeline_model_parallel_rank(), layout.pipeline - 1
     chunks = [
         Qwen3Model(
@@ -140,20 +140,25 @@ def build_model(arch: Qwen3Arch, config: TransformerConfig, layout: Layout, part
 
 
 def freeze(chunks: Sequence[Qwen3Model], config: TransformerConfig, is_frozen: Callable[[int, str], bool]) -> None:
-    """Train the other parameters only.
+    """Freeze parameters.
 
-    Before gradient buffers and optimizer are made: frozen weights then get neither, and megatron's linears keep no
-    activation for them.
+    Call it before gradient buffers and the optimizer are made: frozen weights then get neither, and megatron's linears
+    keep no activations for them.
 
     Args:
-        is_frozen: of a virtual chunk's parameter, by its name.
+        is_frozen: (virtual chunk, parameter name) -> whether it is frozen.
     """
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(not is_frozen(number, name))
-    layers = chunks[0].decoder.layers
-    recomputes = config.recompute_granularity is not None or any(getattr(x, "recompute_mlp", False) for x in layers)
+    recomputes = config.recompute_granularity is not None or any(
+        getattr(module, name, False) for module in chunks[0].modules() for name in _RECOMPUTED
+    )
     first = chunks[0].embedding if recomputes and chunks[0].pre_process else None
     if first is not None and not first.word_embeddings.weight.requires_grad:
-        # A recomputed layer has gradients only if its input asks for one, and with a frozen embedding it would not.
+        # What is recomputed has gradients only if its input asks for one, and with a frozen embedding it would not.
         first.register_forward_hook(lambda module, args, output: output.requires_grad_())
+
+
+# Attributes of layers, MLPs and experts that compute something again in backward by flags of their own.
+_RECOMPUTED = ("recompute_mlp", "recompute", "recompute_activation", "recompute_products")

@@ -1,7 +1,7 @@
-"""The cache of keys and values between forward passes, and how a forward pass attends to them.
+"""The cache of keys and values between forward passes, and the attention to them.
 
-A pass takes the new tokens of several sequences packed in one row [s, 1, ...], so that unequal lengths cost no padding.
-The objects here are `TokenSequence`s: they travel to every layer as `packed_seq_params` and replace its core attention.
+A pass takes the new tokens of several sequences, packed in one row [s, 1, ...], so unequal lengths need no padding.
+The objects here are `TokenSequence`s: every layer gets them as `packed_seq_params` and calls their attention.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class KVCache:
         return keys, values
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first tokens of one slot into another."""
+        """Copy the first tokens of one slot to another."""
         if source != target and length:
             self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
 
     def reorder(self, sources: list[int], first: int, length: int) -> None:
-        """Slot first + i becomes what slot sources[i] was (beam search)."""
+        """Copy slot sources[i] to slot first + i, for all i at once (beam search)."""
         moved = [i for i, source in enumerate(sources) if source != first + i]
         if moved:
             kept = self.data[:, :, [sources[i] for i in moved], :, :length]
@@ -66,7 +66,7 @@ class KVCache:
 
 
 class Kept(NamedTuple):
-    """New tokens of one sequence: `length` of them follow `start` tokens that its slot holds."""
+    """New tokens of one sequence: `length` tokens after the `start` tokens in its slot."""
 
     slot: int
     start: int
@@ -75,10 +75,10 @@ class Kept(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CachedSequence(TokenSequence):
-    """New tokens of several sequences, each attending to what is kept of its own, and kept themselves.
+    """New tokens of several sequences. Each attends to the cached tokens of its sequence and is cached itself.
 
     Attributes:
-        cache: where keys and values are kept.
+        cache: keys and values.
         kept: the sequences, in the order of the packed tokens.
     """
 
@@ -87,18 +87,18 @@ class CachedSequence(TokenSequence):
 
     @functools.cached_property
     def is_decode(self) -> bool:
-        """One token of each of the first slots, in their order."""
+        """Whether there is one new token for each of the first slots, in order."""
         return all(k.length == 1 and k.slot == i for i, k in enumerate(self.kept))
 
     @functools.cached_property
     def lengths(self) -> torch.Tensor:
-        """[sequences] int64: tokens kept before each of which one token is new; that is the new token's position."""
+        """[sequences] int64: number of cached tokens of each sequence, which is the position of its one new token."""
         assert self.is_decode
         return self.positions[0]
 
     @functools.cached_property
     def ends(self) -> list[int]:
-        """Tokens of each sequence, with the new ones."""
+        """Number of tokens of each sequence, including the new ones."""
         return [k.start + k.length for k in self.kept]
 
     @functools.cached_property
@@ -141,10 +141,9 @@ class CachedSequence(TokenSequence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixedSequence(TokenSequence):
-    """Packed documents that all follow the same prefix; nothing is kept of them.
+    """Packed documents that follow the same prefix. They are not cached.
 
-    Attention to the prefix is one block of all tokens against it, however many documents share it; it is merged with
-    the attention inside each document.
+    The attention of all tokens to the prefix is one block. It is merged with the attention inside each document.
 
     Attributes:
         cache: its slot 0 holds the prefix.

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_npu.args.parallel import ParallelArgs
 from qwen3_npu.args.training import TrainArgs
+from qwen3_npu.distributed.interleave import interleave_passes
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.model.arch import Qwen3Arch
 
@@ -21,15 +22,17 @@ def transformer_config(
     *,
     variable_lengths: bool = False,
     overlaps_p2p_safely: bool,
+    interleaved: bool = False,
 ) -> TransformerConfig:
     """The configuration of every module.
 
     Args:
         variable_lengths: micro-batches differ in length.
         overlaps_p2p_safely: see `Platform`.
+        interleaved: passes of two micro-batches hide each other's exchange of experts, if there is one.
     """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "num_layers": layout.num_layers,
         **_shapes(arch),
         "attention_dropout": train.attention_dropout,
@@ -59,22 +62,19 @@ def transformer_config(
         "variable_seq_lengths": variable_lengths,
         "moe_token_dispatcher_type": train.moe_token_dispatcher_type.removesuffix("_seq"),
         **_recompute(train),
+        **_between_stages(layout, parallel),
         "deallocate_pipeline_outputs": overlaps_p2p_safely,
     }
-    if layout.pipeline > 1:
-        config["pipeline_model_parallel_layout"] = _stages(layout)
-    # After each batched exchange megatron makes the host wait for the whole device, against a bug of torch before 1.13.
-    config |= {"batch_p2p_comm": parallel.batches_p2p, "batch_p2p_sync": False}
-    if layout.virtual > 1:
-        assert not parallel.batches_p2p
-        config |= {"overlap_p2p_comm": True}
     if arch.is_moe:
         config |= _moe(arch, train)
-    return TransformerConfig(**config)
+    made = TransformerConfig(**config)
+    if interleaved and layout.expert > 1:
+        interleave_passes(made)
+    return made
 
 
-def _shapes(arch: Qwen3Arch) -> dict[str, Any]:
-    """What the model itself says."""
+def _shapes(arch: Qwen3Arch) -> dict[str, object]:
+    """The shapes of the model."""
     return {
         "hidden_size": arch.hidden_size,
         "ffn_hidden_size": arch.intermediate_size,
@@ -92,8 +92,8 @@ def _shapes(arch: Qwen3Arch) -> dict[str, Any]:
     }
 
 
-def _recompute(train: TrainArgs) -> dict[str, Any]:
-    """What is computed again in backward. The activation function's part is in `model/spec.py`."""
+def _recompute(train: TrainArgs) -> dict[str, object]:
+    """Settings of recomputation in backward. That of the activation function is in `model/spec.py`."""
     granularity, modules = train.recompute_granularity, list(train.recompute_modules)
     if train.swap_attention and granularity != "selective":  # instead of whole layers, as `args.rules.swapping` says
         granularity = None
@@ -111,15 +111,26 @@ def _recompute(train: TrainArgs) -> dict[str, Any]:
     }
 
 
+def _between_stages(layout: Layout, parallel: ParallelArgs) -> dict[str, Any]:
+    """What each pipeline stage holds, and how stages exchange."""
+    stages: dict[str, Any] = {"pipeline_model_parallel_layout": _stages(layout)} if layout.pipeline > 1 else {}
+    # After each batched exchange megatron makes the host wait for the whole device, against a bug of torch before 1.13.
+    stages |= {"batch_p2p_comm": parallel.batches_p2p, "batch_p2p_sync": False}
+    if layout.virtual > 1:
+        assert not parallel.batches_p2p
+        stages |= {"overlap_p2p_comm": True}
+    return stages
+
+
 def _stages(layout: Layout) -> list[list[str]]:
-    """megatron's pipeline layout: what each model chunk holds, virtual chunk slowest."""
+    """megatron's pipeline layout: the layers of each model chunk, virtual chunk slowest."""
     stages = [["decoder"] * len(stage[v]) for v in range(layout.virtual) for stage in layout.chunks]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
 
 
-def _moe(arch: Qwen3Arch, train: TrainArgs) -> dict[str, Any]:
+def _moe(arch: Qwen3Arch, train: TrainArgs) -> dict[str, object]:
     coefficient = arch.router_aux_loss_coef if train.moe_aux_loss_coeff is None else train.moe_aux_loss_coeff
     balanced = train.moe_router_load_balancing_type == "aux_loss" and coefficient > 0
     return {

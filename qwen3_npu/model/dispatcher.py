@@ -1,4 +1,4 @@
-"""The MoE layer with our kernels where tokens are copied to their experts and added up again."""
+"""The MoE layer with our kernels for copying tokens to their experts and summing the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen3_npu.model.expert_parallel.exchange import (
     ExchangePiece,
     combined,
     dispatched,
-    parts_of,
+    expert_parts,
     pieces_of,
     widened,
     with_weights,
@@ -25,9 +25,9 @@ from qwen3_npu.model.expert_parallel.exchange import (
 class Dispatcher(MoEAlltoAllTokenDispatcher):
     """megatron's all-to-all dispatcher; `permute` and `unpermute` are kernels, and the host waits once at most.
 
-    Both need the same number of experts for every token: with a capacity (tokens are dropped) megatron's own serve.
-    The counts of the experts stay on the device, where the grouped products read them. The host needs to know only how
-    many rows it sends and receives: nothing if this rank has all experts, else one copy, made during the permute.
+    Both kernels need the same number of experts for every token; with a capacity (dropped tokens) megatron's own are
+    used. The counts of the experts stay on the device, where the grouped products read them. The host needs only the
+    numbers of rows to send and receive: none if this rank has all experts, else one copy during the permute.
     """
 
     def __init__(self, *sizes: object, kernels: Kernels, hides_exchange: bool, **options: object) -> None:
@@ -59,7 +59,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         return everyone[..., first : first + self.num_local_experts].sum((0, 1))
 
     def sizes(self) -> list[ExchangePiece]:
-        """How many rows are exchanged: here the host waits for the numbers."""
+        """Numbers of exchanged rows. The host waits for them here."""
         self.d2h_event.synchronize()
         rank, first = (self.ep_group.rank(), self.tp_rank), self.local_expert_indices[0]
         return pieces_of(self.everyones_counts.numpy(), rank, slice(first, first + self.num_local_experts), self.pieces)
@@ -69,7 +69,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of [s, b, hidden] sorted by expert, [rows, hidden], and their router weights [rows].
 
-        What is sent to other ranks is sorted by piece first, and has its weights in its rows, too.
+        Rows for other ranks are sorted by piece first and contain their router weights.
         """
         if not self.is_even:
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
@@ -86,19 +86,19 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         return rows if self.is_alone else with_weights(rows, weights, hidden_states.shape[-1]), weights
 
     def _by_piece(self, x: torch.Tensor) -> torch.Tensor:
-        """[t, experts of all ranks] in the order in which pieces set out."""
+        """[t, experts of all ranks], sorted by the order in which pieces are sent."""
         if self.num_local_experts % self.pieces == 0:
             return x.view(len(x), self.ep_size, self.pieces, -1).transpose(1, 2).flatten(1)
         if self.order is None:
             numbers = torch.arange(self.num_experts, device=x.device).view(self.ep_size, -1)
-            parts = parts_of(self.num_local_experts, self.pieces)
+            parts = expert_parts(self.num_local_experts, self.pieces)
             self.order = torch.cat([numbers[:, part].flatten() for part in parts])
         return x.index_select(1, self.order)
 
     def through(
         self, experts: torch.nn.Module, rows: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the experts make of the rows of `dispatch_preprocess`, in their order; and their bias."""
+        """The experts' results for the rows of `dispatch_preprocess`, in the same order; and their bias."""
         counts = self.tokens_per_expert
         if self.is_alone:
             return experts(rows, counts, weights)
@@ -113,12 +113,16 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         )
         if self.pieces > 1:
             return experts(rows, exchange, None)
+        order = self.hidden_shape, self.reversed_local_input_permutation_mapping
         tokens, probs = dispatched(rows, exchange)
         out, bias = experts(tokens, counts, probs)
-        return combined(out, exchange), bias
+        back = combined(out, exchange)
+        # Another micro-batch may have been here meanwhile (--moe-fb-overlap).
+        self.hidden_shape, self.reversed_local_input_permutation_mapping = order
+        return back, bias
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
-        """The reverse, with the copies of a token added up."""
+        """The reverse of `dispatch_preprocess`: the copies of a token are summed."""
         if not self.is_even:
             return super().combine_postprocess(permutated_local_input_tokens)
         tokens = self.hidden_shape.numel() // self.hidden_shape[-1]
@@ -127,7 +131,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class MoE(MoELayer):
-    """megatron's MoE layer with the dispatcher above, which gets from the router what that has computed already."""
+    """megatron's MoE layer with the dispatcher above, which reuses counts that the router has computed."""
 
     def __init__(self, *sizes: object, kernels: Kernels, hides_exchange: bool = False, **options: object) -> None:
         options.setdefault("pg_collection", get_default_pg_collection())
@@ -146,14 +150,14 @@ class MoE(MoELayer):
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows for the experts, and their router weights, from the hidden state that the router has passed on."""
+        """Rows for the experts and their router weights, from the hidden state that the router returned."""
         if isinstance(self.token_dispatcher, Dispatcher):
             self.token_dispatcher.known_counts = self.router.counts
         passed, self.router.hidden = self.router.hidden, None
         return super().preprocess(hidden_states if passed is None else passed, probs, routing_map)
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """megatron's step; there and back is one here (`routed_experts_compute`)."""
+        """A step of megatron's; both exchanges happen in `routed_experts_compute` here."""
         return (hidden_states, probs) if self.is_ours else super().dispatch(hidden_states, probs)
 
     def routed_experts_compute(
@@ -165,5 +169,5 @@ class MoE(MoELayer):
         return self.token_dispatcher.through(self.experts, hidden_states, probs)
 
     def combine(self, output: torch.Tensor) -> torch.Tensor:
-        """megatron's step, as `dispatch`."""
+        """A step of megatron's, see `dispatch`."""
         return output if self.is_ours else super().combine(output)

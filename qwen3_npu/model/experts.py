@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from qwen3_npu.distributed.turns import offer_turn
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.expert_parallel.exchange import Exchange
 from qwen3_npu.model.expert_parallel.overlap import overlapped
@@ -23,9 +24,8 @@ from qwen3_npu.model.quantized import grouped_product, held, quantized
 def is_like_dense(config: TransformerConfig) -> bool:
     """Whether experts are replicated over the same ranks as all other weights, and so reduced with them.
 
-    They are not with expert parallelism, nor where fewer ranks share an expert than share a layer: then ranks of a
-    tensor parallel group hold copies of an expert and see different tokens. (megatron-core 0.16.1 asks for the former
-    only.)
+    They are not with expert parallelism, and not if ETP < TP: then ranks of a tensor parallel group hold copies of an
+    expert and see different tokens. (megatron-core 0.16.1 checks expert parallelism only.)
     """
     return config.expert_model_parallel_size == 1 and (
         config.expert_tensor_parallel_size == config.tensor_model_parallel_size
@@ -56,9 +56,9 @@ class GroupedExperts(MegatronModule):
     ) -> None:
         """
         Args:
-            recompute_activation: compute the activation again in backward instead of keeping it.
-            recompute_products: the first product, too.
-            quantize, double_quantize: the weights are frozen and in 4 bits, with scales in 8.
+            recompute_activation: recompute the activation in backward instead of keeping it.
+            recompute_products: recompute the first product, too.
+            quantize, double_quantize: the weights are frozen, in 4 bits; their scales are in 8 bits.
         """
         super().__init__(config=config)
         self.kernels, self.num_local_experts = kernels, num_local_experts
@@ -107,7 +107,10 @@ class GroupedExperts(MegatronModule):
         product = self.products(tokens_per_expert, len(tokens))
 
         def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-            return self.activate(self.multiply(1, tokens, product), probs)
+            wide = self.multiply(1, tokens, product)
+            if self.config.recompute_granularity is not None:  # a backward pass that exchanges twice as often
+                offer_turn()
+            return self.activate(wide, probs)
 
         if not (self.training and (self.recompute_activation or self.recompute_products)):
             return self.multiply(2, between(tokens, probs), product), None
@@ -121,11 +124,11 @@ class GroupedExperts(MegatronModule):
         return out, None
 
     def state_of(self, some: slice) -> dict[str, Any]:
-        """Attributes, other than parameters, of a module that has some of these experts."""
+        """Attributes other than parameters for a module with some of these experts."""
         return {"num_local_experts": some.stop - some.start}
 
     def products(self, tokens_per_expert: torch.Tensor, rows: int) -> Callable:
-        """What multiplies `rows` rows, sorted by expert, by their experts' matrices."""
+        """A function that multiplies `rows` rows, sorted by expert, by their experts' matrices."""
         return self.kernels.grouped_matmul(tokens_per_expert)
 
     def activate(self, wide: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:

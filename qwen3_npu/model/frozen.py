@@ -1,4 +1,4 @@
-"""A model that is not trained: linears that only multiply, layers without the parts that only training needs."""
+"""A model for inference: linears that only multiply, layers without the parts that only training needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FrozenLinear(torch.nn.Module):
     """
 
     def __init__(self, linear: torch.nn.Module, weight: torch.Tensor, kernels: Kernels, rows: int) -> None:
-        """Args: rows: how many a multiplication usually has."""
+        """Args: rows: usual number of rows of a multiplication."""
         super().__init__()
         self.multiply = kernels.prepared_linear(weight.detach(), rows)
         summed = isinstance(linear, RowParallelLinear) and linear.tp_group.size() > 1
@@ -53,7 +53,8 @@ def freeze_linears(model: torch.nn.Module, kernels: Kernels, rows: int) -> None:
 def run_layers(block: TransformerBlock, hidden: torch.Tensor, sequence: TokenSequence) -> torch.Tensor:
     """The layers and the final norm, [s, b, hidden].
 
-    What megatron's TransformerLayer computes without dropout; its bookkeeping takes longer than a layer of one token.
+    The result is that of megatron's TransformerLayer without dropout, whose overhead takes longer than a layer of one
+    token.
     """
     for layer in block.layers:
         if isinstance(layer, NoopLayer):

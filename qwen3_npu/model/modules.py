@@ -1,6 +1,6 @@
 """Small modules of the layer: norm, activation, MLP and no-op layer. Each calls one kernel.
 
-And the gradients of weights that go straight into megatron's sums over the micro-batches (`main_grad`).
+Also gradients of weights that are added directly to megatron's sums over the micro-batches (`main_grad`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.utils import get_pg_rank
 
+from qwen3_npu.distributed.turns import offer_turn
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.quantized import held, looked_up
 from qwen3_npu.model.sequence import TokenSequence
@@ -39,7 +40,7 @@ from qwen3_npu.model.swap import LayerSwap, saving
 
 
 def mark(parameter: torch.Tensor, **marks: bool) -> None:
-    """Set the attributes by which megatron-core tells parameters apart.
+    """Set the attributes by which megatron-core distinguishes parameters.
 
     Args:
         marks: `sequence_parallel`: ranks of the tensor parallel group see different tokens, their gradients are summed.
@@ -109,17 +110,17 @@ class DenseMLP(MLP):
         recompute: keep the input of the activation but not the output (--recompute-activation-function).
     """
 
-    def __init__(self, *sizes: Any, recompute: bool = False, **options: Any) -> None:
+    def __init__(self, *sizes: object, recompute: bool = False, **options: object) -> None:
         super().__init__(*sizes, **options)
         self.recompute = recompute
 
     @property
     def adds_residual(self) -> bool:
-        """Whether the last product can add the residual itself."""
+        """Whether the last product can add the residual."""
         return getattr(self.linear_fc2, "is_one_function", False)
 
     def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, **_: Any
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, **_: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Args: residual: added to the output, where `adds_residual`."""
         wide, _ = self.linear_fc1(hidden_states)
@@ -133,14 +134,14 @@ class DenseMLP(MLP):
 
 
 class Embedding(VocabParallelEmbedding):
-    """megatron's, without its writes through a mask: torch_npu reads what is written on the host, and waits for it."""
+    """megatron's embedding without its writes through a mask, for which torch_npu makes the host wait."""
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         """[b, s] tokens -> [b, s, hidden], or [s / TP, b, hidden] under sequence parallelism."""
         return self.rows(input_, self.weight)
 
     def rows(self, input_: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The same of another table, [vocabulary / TP, any width]."""
+        """The same for another table, [vocabulary / TP, any width]."""
         if self.tp_group.size() == 1 and not self.reduce_scatter_embeddings:
             return self._look_up(input_, weight)
         local = input_ - self.vocab_start_index
@@ -158,7 +159,7 @@ class Embedding(VocabParallelEmbedding):
 
 
 class Layer(TransformerLayer):
-    """megatron's layer, whose routers learn from the sequence what is padding.
+    """megatron's layer; its router gets the padding from the sequence.
 
     megatron-core 0.16.1 passes a mask of its own to the layers, but shards it for sequence parallelism on the first
     stage only, and forgets it in the layers that `--recompute-method block` does not recompute.
@@ -170,7 +171,7 @@ class Layer(TransformerLayer):
     `--overlap-param-gather` waits for a weight in the call of the module that owns it.
     """
 
-    def __init__(self, *sizes: Any, **options: Any) -> None:
+    def __init__(self, *sizes: object, **options: object) -> None:
         super().__init__(*sizes, **options)
         # What recomputes a norm, or drops before the sum, needs the two apart.
         recomputes = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm
@@ -187,7 +188,7 @@ class Layer(TransformerLayer):
         return out
 
     def passed(self, *args: Any, **others: Any) -> tuple:
-        """As `forward`, whatever becomes of what is kept."""
+        """As `forward`, without swapping."""
         padding = getattr(others.get("packed_seq_params"), "padding", None)
         if padding is not None:
             if self.config.sequence_parallel:
@@ -206,6 +207,8 @@ class Layer(TransformerLayer):
             masks: `padding_mask` for a mixture of experts.
         """
         attended, bias = self.self_attention(self.input_layernorm(hidden), packed_seq_params=sequence)
+        if self.config.recompute_granularity is not None:  # a backward pass that exchanges twice as often
+            offer_turn()
         if bias is not None:
             attended = attended + bias
         normed, hidden = self.pre_mlp_layernorm(attended, hidden)
@@ -218,7 +221,7 @@ class Layer(TransformerLayer):
 
 
 def add_to_residual(training: bool, fused: bool) -> Callable:
-    """megatron's seam for bias, dropout and sum. Its own function rounds the residual to the branch's dtype, which
+    """megatron's hook for bias, dropout and sum. Its own function rounds the residual to the branch's dtype, which
     undoes --fp32-residual-connection.
     """
 
@@ -233,7 +236,7 @@ def add_to_residual(training: bool, fused: bool) -> Callable:
 def weight_gradient(
     weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor, add_weight_gradient: Callable
 ) -> torch.Tensor:
-    """What autograd gets for a linear's weight: grad^T x, or an empty tensor if that is in megatron's sum already.
+    """The gradient that autograd gets for a linear's weight: grad^T x, or an empty tensor if megatron's sum has it.
 
     Args:
         weight: [out, in], a parameter; x: [rows, in]; grad: [rows, out].
@@ -250,7 +253,7 @@ def weight_gradient(
 def fuse_weight_gradients(model: torch.nn.Module, kernel: Callable) -> None:
     """Let the linears add their weights' gradients with `kernels.add_weight_gradient`.
 
-    megatron-core has the seam, `gradient_accumulation_fusion`, and looks for apex's extension under a name of its own.
+    megatron-core's switch is `gradient_accumulation_fusion`; it calls apex's extension by a module-level name.
     """
     names = ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16")  # the dtype of the sum; the kernel takes both
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(**dict.fromkeys(names, kernel))
@@ -293,7 +296,7 @@ class RewardHead(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[s, b, hidden] (under sequence parallelism [s/tp, b, hidden]) -> [s, b] float32.
 
-        In float32, because what counts is the difference of two rewards: bfloat16 has no digits left for it.
+        Computed in float32, since the loss needs the difference of two rewards, for which bfloat16 is too coarse.
         """
         rewards = torch.nn.functional.linear(hidden.float(), getattr(self, self.name).float()).squeeze(-1)
         if self.sequence_parallel:

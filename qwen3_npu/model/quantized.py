@@ -1,7 +1,7 @@
-"""Frozen weights in 4 bits (--qlora), restored for each product, forward and backward, and never kept.
+"""Frozen weights in 4 bits (--qlora), restored for each product in forward and backward, and never kept.
 
-A quantized parameter holds the codes (uint8) and, as `nf4`, what restores it. The codes are those of the Hugging Face
-weights' rows, so they are the same in every layout: blocks of 64 lie within a row of a rank.
+A quantized parameter holds the codes (uint8) and, in its attribute `nf4`, the data that restore it. Codes belong to
+rows of the Hugging Face weights, so they are equal in every layout: blocks of 64 lie within a row of a rank.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _AT_ONCE = 1 << 23  # weights of a matrix that are restored at the same time
 
 
 class Scales:
-    """Of the blocks of a matrix [rows, columns] (experts: below each other), in float32.
+    """The scales of the blocks of a matrix [rows, columns] (experts are stacked), in float32.
 
-    No buffers of a module: those are cast with the module.
+    They are no buffers of a module, since buffers are cast with the module.
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Scales:
         return found
 
     def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
-        """Take the scales of the matrix, flat."""
+        """Store the scales of the matrix, flat."""
         self.values.copy_(values.view_as(self.values))
 
     @property
@@ -54,7 +54,7 @@ class Scales:
 
 
 class ScalesOfTensor(NamedTuple):
-    """The scales of a whole Hugging Face tensor, and which of them are whose.
+    """The scales of a complete Hugging Face tensor, and the rows of the matrix that they belong to.
 
     Attributes:
         values: [rows, blocks of a row] float32.
@@ -66,7 +66,7 @@ class ScalesOfTensor(NamedTuple):
 
 
 class DoubleScales:
-    """The same in 8 bits (--qlora-double-quant), quantized as those of whole Hugging Face tensors.
+    """The same in 8 bits (--qlora-double-quant), quantized per complete Hugging Face tensor.
 
     A group of 256 scales may lie in several rows, and on several ranks: each row knows the number of its first block,
     counted from the first group of its tensor.
@@ -81,7 +81,7 @@ class DoubleScales:
         """Of some rows, flat."""
         codes, device = self.codes[rows].int(), self.codes.device
         block = torch.arange(codes.shape[-1], dtype=torch.int32, device=device)
-        group = ((self.first[rows].unsqueeze(-1) + block) // nf4.GROUP).flatten()
+        group = ((self.first[rows].unsqueeze(-1) + block) // nf4.SCALES_PER_GROUP).flatten()
         values = nf4.dynamic_values(device).index_select(0, codes.flatten())
         return values * self.tops.index_select(0, group) + self.means.index_select(0, group)
 
@@ -92,12 +92,12 @@ class DoubleScales:
         return found
 
     def fill(self, values: torch.Tensor, places: Sequence[ScalesOfTensor]) -> None:
-        """Quantize the scales of the tensors that the matrix is of."""
+        """Quantize the scales of the tensors that make up the matrix."""
         width, groups, tops, means = self.codes.shape[1], 0, [], []
         for tensor in places:
             codes, top, mean = nf4.quantize_scales(tensor.values.flatten())
             codes = codes.view_as(tensor.values)
-            numbers = torch.arange(codes.numel(), dtype=torch.int32).view_as(codes) + groups * nf4.GROUP
+            numbers = torch.arange(codes.numel(), dtype=torch.int32).view_as(codes) + groups * nf4.SCALES_PER_GROUP
             for mine, rows, column in tensor.parts:
                 self.codes[mine] = codes[rows, column : column + width].to(self.codes.device)
                 self.first[mine] = numbers[rows, column].to(self.codes.device)
@@ -112,7 +112,7 @@ class DoubleScales:
 
 
 class Nf4Weight:
-    """What restores a quantized parameter.
+    """The data that restore a quantized parameter.
 
     Attributes:
         shape, dtype: of the restored weight.
@@ -124,7 +124,7 @@ class Nf4Weight:
 
 
 def quantized(weight: torch.nn.Parameter, shape: tuple[int, ...], *, is_double: bool = False) -> torch.nn.Parameter:
-    """A parameter of codes, still undefined, in place of a weight; marks are kept.
+    """A parameter for codes, uninitialized, in place of a weight; it keeps the weight's marks.
 
     Args:
         shape: of the restored weight.
@@ -140,17 +140,17 @@ def quantized(weight: torch.nn.Parameter, shape: tuple[int, ...], *, is_double: 
 
 
 def held(parameter: torch.Tensor) -> Nf4Weight | None:
-    """How a quantized parameter is restored; None: it is a plain one."""
+    """The data that restore a quantized parameter; None for a plain parameter."""
     return getattr(parameter, "nf4", None)
 
 
 def fill(
     parameter: torch.Tensor, weight: torch.Tensor, places: Callable[[torch.Tensor], Sequence[ScalesOfTensor]]
 ) -> torch.Tensor:
-    """Quantize a weight of the restored shape, where it is (on the host while a checkpoint is read).
+    """Quantize a weight of the restored shape on its device (on the host while a checkpoint is read).
 
     Args:
-        places: called with the weight's scales if they are quantized, too: those of the tensors that it is of.
+        places: with double quantization: called with the weight's scales, returns the scales of complete tensors.
 
     Returns:
         the scales, float32.
@@ -165,7 +165,7 @@ def fill(
 
 
 def restored(parameter: torch.Tensor) -> torch.Tensor:
-    """The weight: a quantized one is made anew, a plain one is itself."""
+    """The weight: a quantized one is restored, a plain one is returned as it is."""
     kind = held(parameter)
     return (
         parameter
@@ -174,7 +174,7 @@ def restored(parameter: torch.Tensor) -> torch.Tensor:
     )
 
 
-def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+def restored_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """The shape of the weight."""
     kind = held(parameter)
     return tuple(parameter.shape) if kind is None else kind.shape
@@ -193,7 +193,7 @@ def some_of(parameter: torch.Tensor, some: slice) -> torch.Tensor:
 
 
 def _blocks(parameter: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of a quantized matrix, a part of them restored at a time."""
+    """Blocks of rows of a quantized matrix, restored one block at a time."""
     kind = held(parameter)
     assert kind is not None
     rows, columns = kind.shape
@@ -215,12 +215,12 @@ def looked_up(tokens: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T of a quantized W: neither forward nor backward leaves W behind, nor has a large one whole."""
+    """x W^T with a quantized W. Neither forward nor backward keeps W; a large W is restored in blocks."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
         ctx.weight = weight
-        out = x.new_empty(*x.shape[:-1], shape_of(weight)[0])
+        out = x.new_empty(*x.shape[:-1], restored_shape(weight)[0])
         for rows, part in _blocks(weight):
             out[..., rows] = torch.nn.functional.linear(x, part)
             del part  # before the next is restored
@@ -259,7 +259,7 @@ def grouped_product(x: torch.Tensor, weight: torch.nn.Parameter, product: Callab
 class Nf4ColumnParallelLinear(ColumnParallelLinear):
     """megatron's, frozen and quantized; its weight is [out / TP, in]."""
 
-    def __init__(self, *sizes: Any, is_double: bool = False, **options: Any) -> None:
+    def __init__(self, *sizes: object, is_double: bool = False, **options: object) -> None:
         super().__init__(*sizes, **options)
         hold_codes(self, is_double=is_double)
 
@@ -281,7 +281,7 @@ class Nf4ColumnParallelLinear(ColumnParallelLinear):
 class Nf4RowParallelLinear(RowParallelLinear):
     """megatron's, frozen and quantized; its weight is [out, in / TP]."""
 
-    def __init__(self, *sizes: Any, is_double: bool = False, **options: Any) -> None:
+    def __init__(self, *sizes: object, is_double: bool = False, **options: object) -> None:
         super().__init__(*sizes, **options)
         hold_codes(self, is_double=is_double)
 
@@ -296,7 +296,7 @@ class Nf4RowParallelLinear(RowParallelLinear):
 
 
 def hold_codes(linear: torch.nn.Module, *, is_double: bool) -> None:
-    """At once, so that one weight at a time is whole while a model is built."""
+    """Quantize immediately, so that only one weight at a time is in full precision while a model is built."""
     weight = linear.weight
     assert isinstance(weight, torch.nn.Parameter)
     linear.weight = quantized(weight, tuple(weight.shape), is_double=is_double)

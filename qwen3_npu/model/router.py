@@ -10,6 +10,7 @@ tokens of all layers), and those of the micro-batches of a step are averaged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,9 +32,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.modules import weight_gradient
 
+_SEEN = 64  # micro-batches whose counts are kept apart at most
+
 
 class _Gate(torch.autograd.Function):
-    """Logits of the experts, and the hidden state itself: what else happens to it has its gradient added in addmm."""
+    """Logits of the experts, and the hidden state itself, so that addmm also adds the gradient of its other uses."""
 
     @staticmethod
     def forward(
@@ -61,8 +64,8 @@ class _Gate(torch.autograd.Function):
 class _Choice(torch.autograd.Function):
     """The choice of the experts of each token, and the balancing loss's gradient.
 
-    The softmax over a token's chosen logits is one over all of them, where the others are -inf: weights and map
-    [tokens, experts] come without scattering the weights, and their gradient without gathering it.
+    The softmax over a token's chosen logits is a softmax over all logits where the others are -inf. So weights and map
+    [tokens, experts] need no scatter, and their gradient needs no gather.
     """
 
     @staticmethod
@@ -80,7 +83,7 @@ class _Choice(torch.autograd.Function):
             real = ~padding.unsqueeze(-1)
             counted = (routing_map & real).sum(0)
         if is_counted:
-            router.tokens += counted
+            router.note(counted)
         ctx.router = router if is_counted and router.get_aux_loss_coeff("aux_loss") > 0 else None
         if ctx.router is None:
             ctx.save_for_backward(probs)
@@ -108,15 +111,16 @@ class Router(TopKRouter):
     not supervised (padding, questions) many times stronger. Hence `routing` and `loss_weight`.
 
     Attributes:
-        loss_weight: what the losses are multiplied by, because gradients are divided by the supervised tokens of the
-            global batch afterwards; see `training.step.router_loss_weight`. 1 where they are not.
-        tokens: [experts] int64, tokens sent to each expert since the last `take_counts`, as are the others.
-        dropped: int64, choices that a capacity dropped.
+        loss_weight: factor of the losses, because gradients are divided by the supervised tokens of the global batch
+            afterwards; see `training.step.router_loss_weight`. 1 if they are not.
+        tokens: [experts] int64, tokens sent to each expert since the last `take_counts`, as are the others; without
+            `seen`, those of the last micro-batches, whose sum is made outside of the layer.
+        dropped: int64, choices dropped because of the capacity.
         balance_loss: this rank's share of the balancing loss, before its coefficient, added up over micro-batches.
-        balance_rows: the same before the tokens are added up, [tokens of a micro-batch].
-        micro_batches: this rank's share of those.
-        hidden, counts: of the last micro-batch: what it was given, for the dispatcher (see `_Gate`), and how many
-            tokens each expert got, padding too, [experts] int64; None if a capacity may drop some.
+        balance_rows: the same before the sum over tokens, [tokens of a micro-batch].
+        micro_batches: this rank's share of the number of micro-batches.
+        hidden, counts: of the last micro-batch: its input, for the dispatcher (see `_Gate`), and the tokens of each
+            expert, padding included, [experts] int64; None if a capacity may drop some.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class Router(TopKRouter):
             self.cuda(torch.cuda.current_device())  # megatron makes the weight on the host and leaves it there
         self.loss_weight: float | torch.Tensor = 1.0
         self.tokens = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=self.weight.device)
+        self.seen: list[torch.Tensor] = []
         self.dropped = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         self.balance_loss = torch.zeros((), device=self.weight.device)
         self.balance_rows = torch.zeros(0, device=self.weight.device)
@@ -140,7 +145,7 @@ class Router(TopKRouter):
 
     @property
     def has_losses(self) -> bool:
-        """Whether it adds something to the loss."""
+        """Whether it has an auxiliary loss."""
         return self.get_aux_loss_coeff("aux_loss") > 0 or bool(self.config.moe_z_loss_coeff)
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
@@ -155,7 +160,7 @@ class Router(TopKRouter):
         """Router weights and choices, [tokens, experts] each, from logits [s, b, experts].
 
         Args:
-            padding_mask: [s, b] bool, what is padding. It uses no capacity and is not counted.
+            padding_mask: [s, b] bool, true for padding. Padding uses no capacity and is not counted.
         """
         logits = logits.view(-1, self.config.num_moe_experts)
         padding = None if padding_mask is None else padding_mask.reshape(-1)
@@ -178,7 +183,7 @@ class Router(TopKRouter):
             kept = routing_map & chosen  # with --moe-pad-expert-input-to-capacity the map has more
             self.dropped += chosen.sum() - kept.sum()
             chosen = kept
-        self.tokens += chosen.sum(0)
+        self.note(chosen.sum(0))
         return self._with_losses(probs, logits, padding), routing_map
 
     @property
@@ -189,7 +194,7 @@ class Router(TopKRouter):
         return is_softmax and config.moe_expert_capacity_factor is None and not config.moe_z_loss_coeff
 
     def counts_of_all(self, counts: torch.Tensor) -> torch.Tensor:
-        """Tokens of each expert in the whole micro-batch, of which a rank may hold a part."""
+        """Tokens of each expert in the whole micro-batch; a rank may hold a part of it."""
         if self.tp_cp_group.size() == 1:
             return counts
         counts = counts.clone()
@@ -199,14 +204,14 @@ class Router(TopKRouter):
     def balance_gradient(
         self, logits: torch.Tensor, counts: torch.Tensor, real: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two factors of the gradient of the balancing loss, and its value into `balance_rows`.
+        """Two factors of the balancing loss's gradient; its value is added to `balance_rows`.
 
         Args:
             logits: [tokens, experts] of this rank; counts: `counts_of_all`, float32.
-            real: [tokens, 1] bool, what is no padding; None: all.
+            real: [tokens, 1] bool, false for padding; None: no padding.
 
         Returns:
-            [tokens, experts] float32, and what weights it, a scalar or [tokens, 1].
+            [tokens, experts] float32, and its weight, a scalar or [tokens, 1].
         """
         config, ranks = self.config, self.tp_cp_group.size()
         coefficient = self.get_aux_loss_coeff("aux_loss")
@@ -229,19 +234,21 @@ class Router(TopKRouter):
     def _drop(
         self, probs: torch.Tensor, chosen: torch.Tensor, padding: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and choices without those above the capacity, which the tokens that are no padding decide.
+        """Weights and choices without those above the capacity. Tokens that are no padding determine the capacity.
 
-        Padded to the capacity, an expert's rows have one size on all ranks: there all tokens decide it.
+        With --moe-pad-expert-input-to-capacity all tokens determine it, so that all ranks have the same number of rows.
         """
         config, factor = self.config, self.config.moe_expert_capacity_factor
         probs = probs * chosen
-        if padding is None or config.moe_pad_expert_input_to_capacity:
-            policy, padded = config.moe_token_drop_policy, config.moe_pad_expert_input_to_capacity
-            return apply_router_token_dropping(probs, chosen, self.topk, factor, policy, padded)
-        real = (~padding).sum()  # stays on the device, as does the capacity
+        policy, pads = config.moe_token_drop_policy, config.moe_pad_expert_input_to_capacity
+        if pads or (padding is None and policy == "probs"):
+            return apply_router_token_dropping(probs, chosen, self.topk, factor, policy, pads)
+        # By position megatron sorts integers, which an NPU's cores do not.
+        real = len(probs) if padding is None else (~padding).sum()  # stays on the device, as does the capacity
         # A millionth below: float32 may end just above a whole number.
-        capacity = (real * (self.topk * factor / config.num_moe_experts * (1 - 1e-6))).ceil()
-        if config.moe_token_drop_policy == "position":
+        most = real * (self.topk * factor / config.num_moe_experts * (1 - 1e-6))
+        capacity = most.ceil() if isinstance(most, torch.Tensor) else math.ceil(most)
+        if policy == "position":
             place = chosen.cumsum(0, dtype=torch.int32) - 1
         else:
             # The place of each token in its expert's order. An NPU's cores sort no integers.
@@ -290,10 +297,22 @@ class Router(TopKRouter):
             loss = share if loss is None else loss + share
         return probs if loss is None else MoEAuxLossAutoScaler.apply(probs, loss * self.loss_weight)
 
+    def note(self, counts: torch.Tensor) -> None:
+        """Tokens of each expert in a micro-batch, [experts] int64, for `take_counts`."""
+        self.seen.append(counts)
+        if len(self.seen) == _SEEN:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if self.seen:
+            self.tokens += torch.stack(self.seen).sum(0)
+            self.seen.clear()
+
     def take_counts(self) -> torch.Tensor:
         """[experts + 3] float32: `tokens`, `dropped`, `balance_loss`, `micro_batches`; they are reset to 0."""
         micro_batches = torch.full_like(self.balance_loss, self.micro_batches)
         balance_loss = self.balance_loss + self.balance_rows.sum()
+        self._add_up()
         counts = [self.tokens.float(), torch.stack([self.dropped.float(), balance_loss, micro_batches])]
         for count in (self.tokens, self.dropped, self.balance_loss, self.balance_rows):
             count.zero_()
@@ -302,7 +321,7 @@ class Router(TopKRouter):
 
 
 # What the last gradient of a balancing loss was weighted by: the layers of a micro-batch share it.
-_weights: dict[tuple, tuple[torch.Tensor, Any]] = {}
+_weights: dict[tuple, tuple[torch.Tensor, object]] = {}
 
 
 def _weight(factor: float, loss_weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:

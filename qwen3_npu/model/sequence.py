@@ -1,4 +1,4 @@
-"""Position and document of each token of a micro-batch, and the one way in which layers get them.
+"""Position and document of each token of a micro-batch, as one object for all layers.
 
 The object travels as megatron-core's `packed_seq_params` argument, which reaches every layer on every pipeline stage
 and virtual chunk. Each stage makes it from the batch itself, so every stage has the document boundaries.
@@ -21,9 +21,9 @@ class TokenSequence:
     Attributes:
         positions: [b, s] int64, for rotary embedding.
         cu_seqlens: boundaries of packed documents, (0, ..., s), as host integers; None if every row is one document.
-        rope: how positions rotate the heads.
+        rope: the rotary embedding.
         dtype: of the activations.
-        padding: [b, s] bool, where a token is padding, for the routers of experts; None: nowhere.
+        padding: [b, s] bool, true where a token is padding, for the routers; None: no padding.
     """
 
     positions: torch.Tensor
@@ -34,7 +34,7 @@ class TokenSequence:
 
     @functools.cached_property
     def cos_sin(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the rotation angles, [s, 1 or b, 1, d]; made once per micro-batch, in float32 as transformers.
+        """cos and sin of the rotation angles, [s, 1 or b, 1, d]; made once per micro-batch in float32.
 
         Rows with the same positions share one column.
         """
@@ -49,7 +49,7 @@ class TokenSequence:
 
 @functools.lru_cache(maxsize=8)
 def frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
-    """Rotation per position of each pair of dimensions, [head_dim / 2] float32; made on the host, as transformers."""
+    """Rotation per position of each pair of dimensions, [head_dim / 2] float32, made on the host as in transformers."""
     exponent = torch.arange(0, rope.head_dim, 2, dtype=torch.float32) / rope.head_dim
     plain = 1.0 / rope.theta**exponent
     found = plain if rope.divisors is None else plain / torch.tensor(rope.divisors, dtype=torch.float32)

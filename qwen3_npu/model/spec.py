@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerLayerSubmodules
@@ -34,15 +33,15 @@ from qwen3_npu.model.router import Router
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the layers are made of.
+    """Settings and parts of the layers.
 
     Attributes:
-        context_parallel: how attention sees the whole sequence where a rank holds a part of it.
-        overlap: how products hide the communication of tensor parallelism.
-        recompute_activation: compute the MLP's activation again in backward instead of keeping it.
-        recompute_products: experts compute their first product again, too (--moe-zero-memory level0).
-        hides_exchange: of experts, behind their products (--moe-alltoall-overlap-comm).
-        swapping: what of the layers waits on the host for backward; None: nothing.
+        context_parallel: the algorithm of attention if a rank holds a part of the sequence.
+        overlap: how communication of tensor parallelism is hidden behind products.
+        recompute_activation: recompute the MLP's activation in backward instead of keeping it.
+        recompute_products: experts recompute their first product, too (--moe-zero-memory level0).
+        hides_exchange: hide the exchange of experts behind products (--moe-alltoall-overlap-comm).
+        swapping: activations that wait on the host for backward; None: none.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
         seed: of a reward model's new head.
     """
@@ -112,7 +111,7 @@ def _norm(kernels: Kernels) -> ModuleSpec:
 
 def _linear(name: str, linear: type, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
     linear = NF4_LINEARS[linear] if parts.lora.qlora else linear
-    params: dict[str, Any] = {"is_double": True} if parts.lora.qlora_double_quant else {}
+    params: dict[str, object] = {"is_double": True} if parts.lora.qlora_double_quant else {}
     if parts.overlap is not None:
         linear, params = OVERLAPPED[linear], {"overlap": parts.overlap}
     if name in adapted:
@@ -134,7 +133,7 @@ def _mlp(arch: Qwen3Arch, parts: Parts, adapted: Collection[str]) -> ModuleSpec:
 
 
 def _experts(parts: Parts, adapted: Collection[str]) -> ModuleSpec:
-    params: dict[str, Any] = {
+    params: dict[str, object] = {
         "kernels": parts.kernels,
         "recompute_activation": parts.recompute_activation,
         "quantize": parts.lora.qlora,

@@ -1,8 +1,8 @@
-"""--swap-attention: what a layer keeps for backward waits in the host's memory, and comes back ahead of its backward.
+"""--swap-attention: keep activations of a layer in host memory, and copy them back before its backward.
 
-Copies run on two streams of their own. What a layer kept leaves while the next one computes, and is on the device no
-more when that one is done; it arrives while the layer behind it is differentiated. The layer that backward begins with
-has not left yet. Nothing makes the host wait.
+Copies run on two separate streams. The activations of a layer are copied to the host while the next layer computes, and
+are freed on the device after that layer. They are copied back during the backward of the next layer. Those of the last
+layer stay on the device. The host never waits.
 
 MindSpeed's feature of the same name does this for the attention of megatron-core's layers, by the same flags.
 """
@@ -19,14 +19,14 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from qwen3_npu.args.rules.swapping import Swapping
-from qwen3_npu.host_memory import on_host
+from qwen3_npu.host_memory import host_tensor
 
 
 class _Traffic:
     """Streams and host memory of all layers of a process.
 
     Attributes:
-        leaving: the pass that was computed last: a copy of it is under way, and it is still on the device.
+        leaving: the pass that was computed last; its copy runs, and it is still on the device.
     """
 
     def __init__(self) -> None:
@@ -35,15 +35,15 @@ class _Traffic:
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = collections.defaultdict(list)
 
     def stream(self, device: torch.device, number: int) -> Any:
-        """0: out, 1: in; None where there are no streams."""
+        """The stream of copies to the host (0) or to the device (1); None if the device has no streams."""
         if self._streams is None:
             self._streams = [None, None] if device.type == "cpu" else [torch.cuda.Stream() for _ in range(2)]
         return self._streams[number]
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
-        """Host memory for a copy. A copy that still reads it was waited for by the stream that `out` waits for."""
+        """Host memory for a copy. No earlier copy still reads it: the `out` stream waits for one that waited for it."""
         free = self._free[like.numel(), like.dtype]
-        return free.pop() if free else on_host(like.shape, like.dtype, pinned=like.device.type != "cpu")
+        return free.pop() if free else host_tensor(like.shape, like.dtype, pinned=like.device.type != "cpu")
 
     def give_back(self, memory: torch.Tensor) -> None:
         self._free[memory.numel(), memory.dtype].append(memory)
@@ -53,11 +53,11 @@ class _Kept:
     """One storage that backward needs.
 
     Attributes:
-        owner: the storage, while anything else holds it.
-        here: all of it as a flat tensor, while it is on the device.
-        in_place: the storage is emptied and filled again, whoever holds it; else a new one takes its place.
+        owner: the storage, while another object holds it.
+        here: the whole storage as a flat tensor, while it is on the device.
+        in_place: the storage is emptied and filled again; else a new storage replaces it.
         memory: its copy on the host.
-        uses: saved tensors that backward has not asked for.
+        uses: number of saved tensors that backward has not used yet.
     """
 
     def __init__(self, tensor: torch.Tensor, storage: torch.UntypedStorage, in_place: bool) -> None:
@@ -70,13 +70,13 @@ class _Kept:
         self.uses = 0
 
     def let_go(self) -> None:
-        """Of the device's memory."""
+        """Free the device's memory."""
         self.here = None
         if self.flat is not None:
             self.flat.untyped_storage().resize_(0)
 
     def make_room(self, device: torch.device) -> bool:
-        """A place on the device; whether the copy has to be brought there."""
+        """Allocate memory on the device. Returns whether the copy must be copied there."""
         assert self.memory is not None
         if self.flat is not None:
             self.flat.untyped_storage().resize_(self.memory.nbytes)
@@ -91,7 +91,7 @@ class _Kept:
 
 
 class LayerPass:
-    """What one layer keeps of one micro-batch."""
+    """The swapped activations of one layer and one micro-batch."""
 
     def __init__(self, traffic: _Traffic, before: LayerPass | None, weights: Iterable[torch.Tensor]) -> None:
         """
@@ -113,13 +113,13 @@ class LayerPass:
             self._done(kept)
 
     def _done(self, kept: _Kept) -> None:
-        """Backward has what it needs of it. What holds this object may live longer."""
+        """Backward has used it. Objects that refer to it may live longer."""
         if kept.memory is not None:
             self.traffic.give_back(kept.memory)
         kept.here = kept.flat = kept.memory = None
 
     def add(self, tensor: torch.Tensor, in_place: bool = False) -> _Kept | None:
-        """Swap the storage of this tensor; None if it is not to be swapped."""
+        """Swap the storage of this tensor; None if it must stay."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self.kept.get(key)
@@ -138,7 +138,7 @@ class LayerPass:
         return kept
 
     def _is_shared(self, key: int, storage: torch.UntypedStorage) -> bool:
-        """Whether the layer before keeps it, too: angles of rotation, say, which all layers read."""
+        """Whether the previous layer keeps it, too, e.g. rotary angles, which all layers read."""
         if self.before is None:
             return False
         known = self.before.kept.get(key)
@@ -168,7 +168,7 @@ class LayerPass:
             return saved
         owner, kept, *place = saved
         owner.arrive()
-        assert kept.here is not None, "what was swapped is asked for twice"
+        assert kept.here is not None, "swapped activations are requested twice"
         view: torch.Tensor = kept.here.as_strided(*place)
         kept.uses -= 1
         if kept.uses == 0:
@@ -176,7 +176,7 @@ class LayerPass:
         return view
 
     def copy_out(self) -> None:
-        """Start copies to the host of what was added since."""
+        """Start copies to the host of newly added storages."""
         new = [kept for kept in self.kept.values() if kept.memory is None]
         if not new:
             return
@@ -191,7 +191,7 @@ class LayerPass:
         self.departed = None if stream is None else stream.record_event()
 
     def end(self) -> None:
-        """The layer is computed: the pass before leaves the device, this one is the next to do so."""
+        """The layer is computed: free the previous pass on the device; this one is next."""
         self.copy_out()
         gone, self.traffic.leaving = self.traffic.leaving, self
         if gone is None or gone.is_away:
@@ -203,9 +203,11 @@ class LayerPass:
         gone.is_away = True
 
     def fetch(self) -> None:
-        """Start copies to the device, if they are not there."""
+        """Start copies to the device of storages that are not there."""
         if self.traffic.leaving is self:
             self.traffic.leaving = None
+            if self.departed is not None:  # backward gives the memory back, which the copy still reads
+                torch.cuda.current_stream().wait_event(self.departed)
         if not self.is_away:
             return
         self.is_away = False
@@ -221,7 +223,7 @@ class LayerPass:
         self.arrived = None if stream is None else stream.record_event()
 
     def arrive(self) -> None:
-        """Backward needs it now, and soon that of the layer before."""
+        """Backward needs this pass now; fetch the previous layer's, too."""
         self.fetch()
         if self.arrived is not None:
             torch.cuda.current_stream().wait_event(self.arrived)
@@ -255,7 +257,7 @@ class LayerSwap:
         self.last = weakref.ref(self.now)
 
     def end(self, out: torch.Tensor) -> None:
-        """`out`: what the layer computed; when its gradient is there, the copies start."""
+        """End the pass. Copies back start when the gradient of `out`, the layer's output, arrives."""
         assert self.now is not None
         ended, self.now = self.now, None
         ended.end()
@@ -271,24 +273,24 @@ def saving(swap: LayerSwap | None) -> contextlib.AbstractContextManager[None]:
 
 
 def kept_in_place(swap: LayerSwap | None, x: torch.Tensor, linear: torch.nn.Module) -> None:
-    """Swap the input of a linear that trains weights, which nothing but the linear reads from here on.
+    """Swap the input of a linear with trained weights. Only the linear may read it from here on.
 
-    megatron's linears know their weights by the tensors that they save, and hooks would hand them others; so the input
-    is not replaced, but emptied and filled.
+    megatron's linears find their weights by the identity of saved tensors, which hooks would replace. So the input's
+    storage is emptied and filled again in place.
     """
     if swap is not None and swap.now is not None and any(weight.requires_grad for weight in linear.parameters()):
         swap.now.add(x, in_place=True)
 
 
 def arriving(swap: LayerSwap | None, out: torch.Tensor) -> None:
-    """What a module that computed `out` has kept is needed when the gradient of that is there."""
+    """Fetch the activations of the module that computed `out` when the gradient of `out` arrives."""
     if swap is not None and swap.now is not None and out.requires_grad:
         began = swap.now
         out.register_hook(lambda _: began.arrive())
 
 
 def swap_activations(chunks: Sequence[GPTModel], wanted: Swapping) -> None:
-    """Let layers swap what some of their modules keep, and compute the MLPs again that are to be."""
+    """Let layers swap activations of the chosen modules, and recompute the MLPs of the chosen layers."""
     traffic = _Traffic()
     for chunk in chunks:
         earlier: LayerSwap | None = None

@@ -1,10 +1,10 @@
-"""Certificate of layout invariance: a tiny model is trained in every layout that fits the processes at hand,
-and losses and gradients are compared with those of one process. Exit status 1 if one differs by more than --tolerance.
+"""Certificate of layout invariance: train a tiny model in every layout that fits the available processes, and compare
+losses and gradients with those of one process. Exit status 1 if a difference is above --tolerance.
 
     python -m qwen3_npu.parity                                          all devices of this machine
     torchrun --nnodes 2 --nproc-per-node 8 ... -m qwen3_npu.parity      a cluster
-    python -m qwen3_npu.parity --record passport.npz                    what this machine computes, for another one
-    python -m qwen3_npu.parity --compare passport.npz                   the first operator that computes something else
+    python -m qwen3_npu.parity --record passport.npz                    record this machine's results, for another one
+    python -m qwen3_npu.parity --compare passport.npz                   the first operator with another result
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def _passport(args: ParityArgs, runtime: RuntimeArgs) -> int:
-    """--record and --compare: alone in this process, unless more are asked for."""
+    """--record and --compare, in this process alone unless --processes asks for more."""
     from qwen3_npu.platform import select_platform
 
     if args.record is not None:
@@ -118,7 +118,7 @@ def _reference(folder: Path, device: str, batch: int, wanted: list[str]) -> None
 
 
 def _row(row: ParityRow, platform: Platform, world: World, tolerance: float, *, batch: int, folder: Path) -> bool:
-    """Train one row; print its line; whether it agrees."""
+    """Train one row and print its line. Returns whether it agrees."""
     import numpy as np
 
     from qwen3_npu.parity.measure import largest_difference, measure, trainer

@@ -40,10 +40,10 @@ def trainer(
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What some steps did.
+    """Results of some steps.
 
     Attributes:
-        gradients: of the first step, clipped as --clip-grad says; Hugging Face (or PEFT) name -> float32 array; on
+        gradients: of the first step, clipped by --clip-grad; Hugging Face (or PEFT) name -> float32 array; on
             rank 0 only.
     """
 
@@ -52,7 +52,7 @@ class Measured:
 
 
 def measure(made: Trainer, steps: int) -> Measured:
-    """Train. Every rank must call this."""
+    """Train and measure. Every rank must call this."""
     results = [made.step()]
     moments = gather_whole(made.saver.trained, "exp_avg")
     scale = 1 - made.args.optimizer.adam_beta1
@@ -64,7 +64,7 @@ def largest_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndar
     """The largest difference of any tensor, relative to that tensor's largest element, and its name.
 
     Raises:
-        ValueError: they are not the same tensors.
+        ValueError: the names of the tensors differ.
     """
     if found.keys() != expected.keys():
         raise ValueError(f"other tensors: {sorted(found.keys() ^ expected.keys())[:5]}")

@@ -1,8 +1,8 @@
-"""The numerics passport: what every operator of a few tiny trainings computes, and who computes something else.
+"""The numerics passport: results of every operator in a few tiny trainings, and their comparison.
 
-Operators are judged where they stand: a kernel's results and gradients against its definition in float64 with the very
-same inputs, so what went wrong before it does not matter. Everything else (layers, gradients, losses) is compared with
-the passport, within what bf16 and float32 differ by there.
+Each operator is judged by itself: a kernel's results and gradients are compared with its definition in float64 with the
+same inputs, so earlier errors do not matter. Everything else (layers, gradients, losses) is compared with the passport,
+within the difference of bf16 and float32 there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from qwen3_npu.training.fingerprints.sketch import NUMBERS, sketch
 SHIPPED = "reference"
 STEPS, LENGTH = 2, 64
 _MODELS = {"dense": "untied", "packed": "untied", "moe": "moe"}
-DTYPES = ("fp32", "bf16")
-CASES = [f"{name} {dtype}" for name in (*_MODELS, "operators") for dtype in DTYPES]
+PRECISIONS = ("fp32", "bf16")
+CASES = [f"{name} {dtype}" for name in (*_MODELS, "operators") for dtype in PRECISIONS]
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {name: [] for name in _MODELS},
     2: {"dense": TP2, "packed": RING, "moe": TP2 + SP},
@@ -51,7 +51,7 @@ def shipped() -> Path:
 
 
 def write_inputs(folder: Path) -> None:
-    """Models and data of all cases. Their epsilon is not the usual one, so that one that is lost shows."""
+    """Write models and data of all cases. Their epsilon is unusual, so that a lost epsilon shows."""
     for kind in set(_MODELS.values()):
         write_model(folder / kind, arch(kind, num_hidden_layers=2, rms_norm_eps=1e-3), gate=8)
     write_instructions(folder / "single", count=16)
@@ -116,8 +116,10 @@ def _joined(parts: list[Noted]) -> Noted:
     return Noted(names, np.concatenate([part.rows for part in parts]).astype(np.float32), raised)
 
 
-def record(platform: Platform, world: World, runtime: RuntimeArgs, cases: Iterable[str] = CASES) -> Recording | None:
-    """All cases that fit the processes, on rank 0. Every rank must call this."""
+def record_cases(
+    platform: Platform, world: World, runtime: RuntimeArgs, cases: Iterable[str] = CASES
+) -> Recording | None:
+    """The records of all cases that fit the processes, on rank 0. Every rank must call this."""
     layouts = LAYOUTS.get(world.size)
     if layouts is None:
         raise UsageError(f"a passport is made by 1 or 2 processes, not by {world.size}; give --processes")
@@ -139,7 +141,7 @@ def main(platform: Platform, args: ParityArgs, runtime: RuntimeArgs) -> int:
     """--record, and --compare without --against."""
     with process_group(platform, runtime) as world:
         expected = read(_path(args.compare)) if args.compare is not None else None
-        found = record(platform, world, runtime)
+        found = record_cases(platform, world, runtime)
     if found is None:
         return 0
     if args.record is not None:
@@ -172,7 +174,7 @@ def _path(name: str | None) -> Path:
 
 
 def _judge(walked: list[tuple[str, Walked]]) -> None:
-    """A line for each case. Raises: Stopped: one is outside."""
+    """Print a line for each case. Raises: Stopped: a value is outside its tolerance."""
     firsts: list[Any] = []
     for case, result in walked:
         finding = result.first

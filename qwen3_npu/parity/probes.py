@@ -1,9 +1,8 @@
-"""Operators that a training on one process does not call, with fixed inputs: attention's blocks, decoding, dropout."""
+"""Probe operators that a training on one process does not call: attention's blocks, decoding, dropout."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +20,14 @@ def _random(seed: int, shape: Sequence[int]) -> torch.Tensor:
 
 
 def probe(kernels: Kernels, device: torch.device, dtype: str) -> Noted:
-    """Their records."""
+    """The records of these operators."""
     recorder = StepRecorder(lambda step: True, lambda step, noted: None, exact=True)
     wrapped = recorder.wrapped(kernels)
     recorder.begin(1)
     recorder.is_live, recorder.micro_batch = True, 1
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     q, k, v = (_random(n, (24, 1, heads, 16)).to(device, kind) for n, heads in enumerate((4, 2, 2)))
-    calls: list[Callable[[], Any]] = [
+    calls: list[Callable[[], object]] = [
         lambda: wrapped.attention(q[-5:], k, v, scale=_SCALE),
         lambda: wrapped.attention(q[-1:], k, v, scale=_SCALE),
         lambda: wrapped.decode_attention(*_cache(device, kind), lengths=[7, 3], scale=_SCALE),

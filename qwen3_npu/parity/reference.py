@@ -1,4 +1,4 @@
-"""What one process computes. Run by the parity check in a process of its own: reference.py FOLDER DEVICE BATCH."""
+"""Results of one process. The parity check runs this in a separate process: reference.py FOLDER DEVICE BATCH."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS, LENGTH = 2, 64
 
 
 def write_inputs(folder: Path) -> None:
-    """Models and data of all rows."""
+    """Write models and data of all rows."""
     for model in ("untied", "tied", "moe"):
         write_model(folder / model, arch(model))
     write_instructions(folder / "single", count=64)
@@ -25,7 +25,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def base_flags(folder: Path, device: str, batch: int, model: str, *, packed: bool) -> list[str]:
-    """Flags of all rows of one model and form of data."""
+    """Flags of all rows with one model and form of data."""
     data = folder / ("packed" if packed else "single")
     flags = ["--stage", "sft", "--load", str(folder / model), "--data-path", str(data), "--device", device]
     flags += ["--seq-length", str(LENGTH), "--global-batch-size", str(batch), "--train-iters", str(STEPS)]

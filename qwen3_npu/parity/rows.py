@@ -12,6 +12,7 @@ EP2 = ["--expert-model-parallel-size", "2"]
 ETP1 = ["--expert-tensor-parallel-size", "1"]
 ZERO = ["--use-distributed-optimizer"]
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+INTERLEAVED = ["--moe-fb-overlap"]
 HIDDEN = ["--moe-alltoall-overlap-comm"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 
@@ -68,14 +69,19 @@ MOE_LAYOUTS = {
     "PP2 VPP2": (2, PP2 + VPP),
     "DP2 distributed optimizer": (2, ZERO),
     "EP2": (2, EP2),
+    "EP2, passes interleaved": (2, EP2 + INTERLEAVED),
     "EP2 allgather": (2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
     "EP2 distributed optimizer, exchange hidden": (2, EP2 + ZERO + HIDDEN),
-    "EP2 CP2 ring": (4, EP2 + RING),
+    "EP2 CP2 ring, passes interleaved, full recompute": (4, EP2 + RING + INTERLEAVED + FULL),
     "CP2 ulysses TP2 SP": (4, ULYSSES + TP2 + SP),
     "TP2 SP EP2, exchange hidden, full recompute": (4, TP2 + SP + EP2 + HIDDEN + FULL),
     "TP2 SP EP2 ETP1 distributed optimizer": (4, TP2 + SP + EP2 + ETP1 + ZERO),
     "TP2 SP PP2": (4, TP2 + SP + PP2),
     "EP2 PP2 distributed optimizer": (4, EP2 + PP2 + ZERO),
+    "EP2 PP2 VPP2 distributed optimizer, overlapped, passes interleaved": (
+        4,
+        [*EP2, *PP2, *VPP, *ZERO, *OVERLAP, *INTERLEAVED],
+    ),
     "EP2 DP4 distributed optimizer, overlapped, exchange hidden": (4, EP2 + ZERO + OVERLAP + HIDDEN),
 }
 
@@ -106,8 +112,8 @@ class ParityRow:
 
     Attributes:
         model: "untied", "tied" or "moe".
-        packed: documents are packed and must not see each other.
-        size: processes that it needs; more are filled with data parallelism.
+        packed: documents are packed and must not attend to each other.
+        size: number of processes that it needs; more are used for data parallelism.
     """
 
     model: str
@@ -122,7 +128,7 @@ class ParityRow:
 
 
 def rows() -> list[ParityRow]:
-    """All of them."""
+    """All rows."""
     tables = [("untied", False, LAYOUTS), ("tied", False, {name: LAYOUTS[name] for name in TIED})]
     tables += [("moe", False, MOE_LAYOUTS), ("untied", True, PACKED_LAYOUTS)]
     tables += [("moe", True, {"EP2": (2, EP2), "TP2 SP EP2": (4, TP2 + SP + EP2)})]

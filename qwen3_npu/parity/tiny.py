@@ -49,7 +49,7 @@ def arch(kind: str = "untied", **changes: object) -> Qwen3Arch:
 
 
 def write_model(folder: Path, model: Qwen3Arch, *, seed: int = 0, dtype: DType = F32, gate: float = 1.0) -> Path:
-    """A Hugging Face directory with random weights, norms away from one so that a lost norm shows.
+    """A Hugging Face directory with random weights, norms unequal to one, so that a lost norm shows.
 
     Args:
         gate: factor on the routers' weights; rounding changes fewer choices of experts with a larger one.
@@ -69,7 +69,7 @@ def write_model(folder: Path, model: Qwen3Arch, *, seed: int = 0, dtype: DType =
 
 
 def write_tokens(prefix: Path, *, vocab: int = 256, documents: int = 120, seed: int = 0) -> Path:
-    """A `.bin`/`.idx` pair of documents that can be learned: each token is the last one plus 1, 2 or 3."""
+    """A `.bin`/`.idx` pair of learnable documents: each token is the previous one plus 1, 2 or 3."""
     rng = np.random.default_rng(seed)
     writer = IndexedWriter(prefix)
     lengths = rng.integers(20, 120, documents)
@@ -115,7 +115,7 @@ def write_instructions(
 
 
 def _turn(rng: np.random.Generator, vocab: int, longest: int) -> tuple[list[int], int]:
-    """Tokens of a question with its answer, and how many of them are the answer."""
+    """Tokens of a question with its answer, and the number of tokens in the answer."""
     size = int(rng.integers(6, longest // 2))
     start, step = int(rng.integers(vocab)), int(rng.integers(1, 4))
     tokens = [(start + step * i) % (vocab - 2) + 2 for i in range(size)]

@@ -1,4 +1,4 @@
-"""Two recordings side by side, in the order of computation: the first operation that rounding does not explain."""
+"""Compare two recordings in the order of computation: find the first operation that rounding does not explain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NARROWER = _UNIT["fp32"] / _UNIT["bf16"]
 
 
 class RecordPlace(NamedTuple):
-    """Of a record, from its name."""
+    """The place of a record, from its name."""
 
     step: str
     micro_batch: str
@@ -45,7 +45,7 @@ class Breach(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """What a comparison found in one case: how many records, how much of a tolerance was used, findings in order."""
+    """Result of the comparison of one case: number of records, used part of the tolerance, findings in order."""
 
     records: int
     used: float
@@ -53,13 +53,13 @@ class Walked(NamedTuple):
 
     @property
     def first(self) -> Breach | None:
-        """The first that is wrong by its own inputs; else the first that differs."""
+        """The first record that is wrong by its own inputs; else the first that differs."""
         certain = [finding for finding in self.findings if finding.is_certain]
         return next(iter(certain or self.findings), None)
 
 
 def place_of(name: str) -> RecordPlace:
-    """Raises: UsageError: it is no name of a record."""
+    """The place in a record's name. Raises: UsageError: it is no name of a record."""
     parts = name.removeprefix(OTHER).split("|")[-6:]
     if len(parts) != 6:
         raise UsageError(f"{name!r} is no name of a record")
@@ -71,7 +71,7 @@ def walk(case: str, found: Recording, expected: Recording) -> Walked:
     """Compare a case of tiny models: what was computed again by itself; layers, gradients, losses with the passport.
 
     Raises:
-        UsageError: the recordings are of other things.
+        UsageError: the recordings have different cases or models.
     """
     if case not in expected.cases:
         raise UsageError(f"the passport has no case {case}; it has {', '.join(expected.cases)}")
@@ -107,7 +107,7 @@ def _raised_at(label: str) -> RecordPlace:
 
 
 def _explained(case: str, passport: Recording) -> dict[str, float]:
-    """What rounding makes of the layers and gradients, up to there: how far bf16 led from float32 on that machine."""
+    """The difference that rounding explains, up to each record: that of bf16 and float32 on the recording machine."""
     name, dtype = case.rsplit(" ", 1)
     narrow, wide = passport.cases[f"{name} bf16"], passport.cases[f"{name} fp32"]
     factor = 1.0 if dtype == "bf16" else _NARROWER
@@ -124,13 +124,13 @@ def _explained(case: str, passport: Recording) -> dict[str, float]:
 
 
 def walk_runs(found: Recording, expected: Recording, passport: Recording) -> Walked:
-    """Compare a step of two real trainings: the first record that leaves what came before by more than a rounding.
+    """Compare a step of two real trainings: find the first record whose difference is more than rounding.
 
     Args:
-        passport: says what rounding makes of an operation of a kind.
+        passport: gives the effect of rounding on each kind of operation.
 
     Raises:
-        UsageError: they are of other layouts or models.
+        UsageError: their layouts or models differ.
     """
     if found.layout != expected.layout:
         raise UsageError(f"the two runs have other layouts: {found.layout}; {expected.layout}")
@@ -161,7 +161,7 @@ def walk_runs(found: Recording, expected: Recording, passport: Recording) -> Wal
 
 
 def _usual(passport: Recording, dtype: str) -> dict[tuple[str, str], float]:
-    """(operation, forward or backward) -> the most that rounding explains of it, as computed again there."""
+    """(operation, forward or backward) -> the largest difference that rounding explains, by the recomputation."""
     usual: dict[tuple[str, str], float] = {}
     for noted in _of_dtype(passport, dtype):
         for name, row in zip(noted.names, noted.rows, strict=True):

@@ -1,4 +1,4 @@
-"""Which layout is fastest and fits, before anything is launched.
+"""Find the fastest layout that fits, before anything is launched.
 
 python -m qwen3_npu.plan --model qwen3-32b --devices 16 --device 910B-64G --seq-length 32768 --global-batch-size 64
 """
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _is_search(words: list[str]) -> bool:
-    """Whether all flags are of this command; else they are a training's, which say the layout."""
+    """Whether all flags belong to this command; else they are flags of a training, which define the layout."""
     own = {option(field.name) for group in (PlanArgs, TraceArgs) for field in dataclasses.fields(group)}
     flags = {word.partition("=")[0] for word in words if word.startswith("--")}
     return flags <= {*own, *(f"--no-{name[2:]}" for name in own), "--help"}
@@ -86,6 +86,7 @@ def _model(args: PlanArgs) -> tuple[Shape, Qwen3Arch]:
         shape = read_shape(Path(args.shape_json))
         return shape, arch_of(shape)
     arch = SIZES[args.model] if args.model else from_hf_config(read_hf_config(str(args.hf_dir)), str(args.hf_dir))
+    arch = arch.as_reward() if args.stage == "rm" else arch
     return shape_of(arch), arch
 
 

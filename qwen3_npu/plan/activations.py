@@ -1,4 +1,4 @@
-"""What one layer keeps for backward, in closed form, for this project's two sets of kernels. Bytes; 16-bit training.
+"""Bytes that one layer keeps for backward, in closed form, for this project's two sets of kernels; 16-bit training.
 
 `npu`: torch_npu's kernels, as torch_npu's own dispatcher keeps tensors (its autograd formulas; kernels emulated).
 `torch`: torch's, on CUDA and CPU. `mindspeed`: as MindSpeed-LLM's models call torch_npu's kernels, to compare with its
@@ -19,7 +19,7 @@ def layer_bytes(shape: Shape, setup: Setup, has_experts: bool, kernels: str = NP
     """Bytes that one layer keeps for backward, of one micro-batch, when it is not recomputed as a whole.
 
     Args:
-        has_experts: its MLP is a mixture of experts, whose rows are evenly spread.
+        has_experts: its MLP is a mixture of experts, which get equal numbers of rows.
         kernels: `NPU`, `TORCH` or `MINDSPEED`.
     """
     mlp = _experts(shape, setup, kernels) if has_experts else _mlp(shape, setup)
@@ -34,7 +34,7 @@ def _keeps_input(setup: Setup, linear: str) -> bool:
 
 
 def norm_inputs(setup: Setup, kernels: str, width: float, size: int) -> float:
-    """What a norm over vectors of `width` numbers of `size` bytes keeps of each vector, without its output."""
+    """Bytes that a norm over vectors of `width` numbers of `size` bytes keeps per vector, without its output."""
     if kernels != TORCH:
         return width * size + _FLOAT
     # In float32 the vector, and unless the norm's weight is frozen the vector over its length; one over the length.
@@ -42,7 +42,7 @@ def norm_inputs(setup: Setup, kernels: str, width: float, size: int) -> float:
 
 
 def _norms(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float:
-    """Both norms of the hidden state: inputs, and outputs as far as what follows needs them."""
+    """Both norms of the hidden state: inputs, and outputs if the next operation needs them."""
     h, width = shape.hidden_size, setup.weight_bytes
     if setup.recompute_norm:
         before, outputs = float(h * setup.residual_bytes), 0  # the input only
@@ -103,7 +103,7 @@ def _mlp(shape: Shape, setup: Setup) -> float:
 
 
 def routed_rows(shape: Shape, setup: Setup) -> float:
-    """Rows that the experts of one rank compute, if all get the same."""
+    """Rows that the experts of one rank compute, if all get the same number."""
     return setup.tokens / setup.tensor * setup.expert_tensor * shape.moe_topk * setup.expert_capacity
 
 
@@ -127,7 +127,7 @@ def _experts(shape: Shape, setup: Setup, kernels: str) -> float:
 
 
 def _lora(shape: Shape, setup: Setup, has_experts: bool) -> float:
-    """The narrow middle of each adapter."""
+    """Bytes of the narrow product (A x) of each adapter."""
     if not setup.lora_rank:
         return 0.0
     dense = sum(target in setup.lora_targets for target in ("linear_qkv", "linear_proj"))

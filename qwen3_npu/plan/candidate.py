@@ -1,4 +1,4 @@
-"""A layout of the search: what the plan says of it, and the flags that ask for it."""
+"""A layout of the search: its plan and its flags."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwen3_npu.plan.verdict import PlanVerdict
 
 
 class Saving(NamedTuple):
-    """A way to have less of the optimizer's state on the device: of the plan, and its flags."""
+    """A way to keep less of the optimizer's state on the device: fields of the plan, and flags."""
 
     of_setup: dict[str, Any]
     of_optimizer: dict[str, Any]
@@ -26,12 +26,12 @@ SAVINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class LayoutCandidate:
-    """One layout of the search: its verdict, and how its flags are made. Most are dropped before that.
+    """One layout of the search: its verdict, and the parts of its flags. Flags are made for few layouts only.
 
     Attributes:
         layout: flags of the layout alone.
-        recomputed: layers of each chunk.
-        more: fields of other flags, by group.
+        recomputed: number of recomputed layers of each chunk.
+        more: group -> fields of other flags.
     """
 
     verdict: PlanVerdict
@@ -42,7 +42,7 @@ class LayoutCandidate:
 
     @functools.cached_property
     def args(self) -> PretrainArgs:
-        """The flags that ask for it."""
+        """The flags of this layout."""
         train: dict[str, Any] = {}
         if self.recomputed:
             train = {"recompute_granularity": "full", "recompute_method": "block"}
@@ -58,7 +58,7 @@ class LayoutCandidate:
         return self.layout._replace(**groups)
 
     def changed(self, setup: dict[str, Any], more: dict[str, dict[str, Any]]) -> LayoutCandidate:
-        """The same with other fields of the plan's setup and of the flags."""
+        """The candidate with other fields of the plan's setup and of the flags."""
         verdict = self.verdict
         other = PlanVerdict(verdict.shape, dataclasses.replace(verdict.setup, **setup), verdict.device)
         merged = self.more | {group: self.more.get(group, {}) | fields for group, fields in more.items()}

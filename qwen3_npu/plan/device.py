@@ -1,9 +1,8 @@
 """The constants of each device: one table, each published constant with its source.
 
-Efficiencies and overheads are fitted by `benchmarks/planning/fit_devices.py`; each run is left out of a fit and then
-planned with it. Hopper GPUs: 19 published runs, median error 10 %. Ascend devices: 19 cases of MindSpeed-LLM's CI (one
-node, few layers, so its host decides much), median error 19 to 36 %, by the seed of the search. A100 has general
-guesses. `learn` replaces all by what your own runs show.
+`benchmarks/planning/fit_devices.py` fits efficiencies and overheads; errors are those of runs outside the fit.
+Hopper GPUs: 19 published runs, median error 11 %. Ascend devices: 20 cases of MindSpeed-LLM's CI (one node, few
+layers), median error 15 %. The constants of A100 are guesses. `learn` replaces all of them by those of your own runs.
 """
 
 from __future__ import annotations
@@ -25,25 +24,31 @@ class Device:
     """One device of a cluster.
 
     Attributes:
-        memory: bytes that a program can have, as torch reports them: less than what the name of the device promises
-            on NPUs, where firmware takes a part.
+        memory: bytes that a program can use, as torch reports them; on NPUs less than the device's name says, since
+            firmware uses a part.
         flops: dense 16-bit products, FLOP/s, as published.
         memory_bandwidth: bytes/s.
         node: devices of a node (of the domain that `link` connects).
         link, network: bytes/s that one device sends within a node, and to another node.
+        pair: bytes/s between two devices of a node whose pairs have links of their own; 0: a switch gives them `link`.
+        host_link: bytes/s between device and host, each way; 25 GB/s is PCIe 4.0 x16 alone.
         latency, network_latency: seconds of a collective's step.
         product: share of `flops` that large products reach.
         product_half: FLOP of a product at which half of that share is reached.
         attention: share of `flops` that attention reaches.
         streaming: share of `memory_bandwidth` that element-wise operations reach.
         transfer: share of `link` and `network` that collectives reach.
-        fused: operations that multiply and communicate at once take the longer of the two, over this; a guess.
+        fused: efficiency of operations that multiply and communicate at once; a guess.
         launch: seconds of host time per operation.
         stall: seconds that a MoE layer loses in each pass while the host waits for the sizes of the exchange.
-        reserve: bytes that the runtime takes (context, collectives' buffers).
-        kernels: those of this project that run here, as `activations.layer_bytes` names them.
+        storage: bytes/s that a node reads from, or writes to, the file system of the cluster. Llama 3's gave 2 TB/s for
+            long, and 7 at most, to 16,384 GPUs: 1.0 and 3.4 GB/s a node of 8 (arXiv:2407.21783, 3.3.1).
+        group: seconds to make a communicator. MegaScale's 2,048 GPUs made theirs in 5 s (arXiv:2402.15627, 3.5), which
+            is this for each of the 19 groups that a rank of this project has.
+        reserve: bytes of the runtime (context, collectives' buffers).
+        kernels: this project's kernels on this device, by the names of `activations.layer_bytes`.
         error: relative uncertainty of a predicted step time, a guess until `--learn`.
-        sources: where the published numbers come from.
+        sources: sources of the published numbers.
     """
 
     name: str
@@ -53,6 +58,8 @@ class Device:
     node: int
     link: float
     network: float
+    pair: float = 0.0
+    host_link: float = 25e9
     latency: float = 10e-6
     network_latency: float = 20e-6
     product: float = 0.75
@@ -63,13 +70,23 @@ class Device:
     fused: float = 0.9
     launch: float = 8e-6
     stall: float = 0.0
+    storage: float = 1e9
+    group: float = 0.26
     reserve: float = 1.5 * GIB
     kernels: str = "torch"
     error: float = 0.25
     sources: str = ""
 
+    def bandwidth(self, size: int, inside: bool) -> float:
+        """Bytes/s that a device sends to a group of `size`, which is inside of a node or goes over the network."""
+        if not inside:
+            return self.network
+        return min(self.link, (size - 1) * self.pair) if self.pair else self.link
 
-def _ascend(name: str, memory: float, flops: float, bandwidth: float, *, node: int, sources: str) -> Device:
+
+def _ascend(
+    name: str, memory: float, flops: float, bandwidth: float, *, node: int, pair: float = 28e9, sources: str
+) -> Device:
     """Published figures, and constants that benchmarks/planning/fit_devices.py printed."""
     return Device(
         name=name,
@@ -78,14 +95,16 @@ def _ascend(name: str, memory: float, flops: float, bandwidth: float, *, node: i
         memory_bandwidth=bandwidth,
         node=node,
         link=196e9,
+        pair=pair,
         network=25e9,
-        product=0.582,
-        product_half=3.85e9,
-        attention=0.493,
-        streaming=0.203,
-        transfer=0.577,
-        launch=30e-6,
-        stall=9.0e-3,
+        product=0.85,
+        product_half=2.57e9,
+        attention=0.343,
+        streaming=0.467,
+        transfer=0.692,
+        launch=155e-6,
+        stall=0.87e-3,
+        host_link=13.6e9,
         reserve=2.5 * GIB,
         kernels="npu",
         sources=sources,
@@ -110,12 +129,12 @@ def _hopper(name: str, memory: float, bandwidth: float, *, link: float, sources:
         node=8,
         link=link,
         network=50e9,
-        product=0.722,
-        product_half=12.1e9,
-        attention=0.501,
+        product=0.714,
+        product_half=16.3e9,
+        attention=0.669,
         streaming=0.9,
         transfer=0.95,
-        stall=1.94e-3,
+        stall=1.96e-3,
         error=0.2,
         sources=sources + _REPORTED,
     )
@@ -126,7 +145,7 @@ DEVICE_SPECS = {
     for device in (
         _ascend("910B-64G", 60.96, 354e12, 1.6e12, node=8, sources=_A2),
         _ascend("910B-32G", 29.5, 280e12, 0.8e12, node=8, sources=_B4),
-        _ascend("910C-64G", 61.27, 376e12, 1.6e12, node=16, sources=_A3),
+        _ascend("910C-64G", 61.27, 376e12, 1.6e12, node=16, pair=0.0, sources=_A3),
         Device(
             name="A100-80G",
             memory=79.1 * GIB,
@@ -150,7 +169,7 @@ def find_device(name: str, learnt: str | None = None, flag: str = "--device") ->
 
     Args:
         learnt: file that `plan --learn` wrote.
-        flag: that gave the name.
+        flag: the flag of the name.
 
     Raises:
         UsageError: unknown name (the known ones are listed), or a file that is no such table.
@@ -171,7 +190,7 @@ def find_device(name: str, learnt: str | None = None, flag: str = "--device") ->
 
 
 def read_learnt(path: Path) -> dict[str, float]:
-    """The constants in a file of `plan --learn`. Raises: UsageError: it cannot be read or says something else."""
+    """The constants in a file of `plan --learn`. Raises: UsageError: it cannot be read or has other content."""
     constants = schema.read_record(path).record("constants")
     constants.only(_LEARNT)
     return {name: constants.number(name, least=0, most=1e18) for name in constants.fields}
@@ -180,8 +199,8 @@ def read_learnt(path: Path) -> dict[str, float]:
 def learn(folder: Path, output: Path) -> list[str]:
     """Make this cluster's table of a training's own figures (`--learn RUN_DIR`); log lines about the result.
 
-    A run's metrics.jsonl has a line `plan` (what was predicted for which device) and the measured steps. A difference
-    in compute time scales the shares of products and attention; memory beyond the plan becomes the reserve.
+    A run's metrics.jsonl has a line `plan` (prediction and device) and the measured steps. The ratio of compute times
+    scales the shares of products and attention; memory beyond the plan is added to the reserve.
 
     Raises:
         UsageError: no such run, or it was not planned.

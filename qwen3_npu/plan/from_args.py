@@ -12,7 +12,7 @@ from qwen3_npu.plan.setup import Setup
 
 
 def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
-    """What memory and time depend on, of flags that fit."""
+    """The settings on which memory and time depend, from flags that fit."""
     layout, train, optimizer = sizes.layout, args.train, args.optimizer
     layers = tuple(tuple(sum(layer != NOOP for layer in chunk) for chunk in stage) for stage in layout.chunks)
     per_stage = [sum(len(chunk) for chunk in stage) for stage in layout.chunks]
@@ -31,6 +31,7 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         seq_length=train.seq_length,
         micro_batch=train.micro_batch_size * (2 if args.data.is_preference else 1),  # both answers of each pair
         reference=holds_reference(args),
+        scored=bool(PREFERENCE_STAGES.get(args.data.stage)) and args.preference.ref_logprobs != "cache",
         num_microbatches=sizes.num_microbatches,
         sequence_parallel=args.parallel.sequence_parallel,
         ring=args.parallel.context_parallel_algo == "megatron_cp_algo",
@@ -66,11 +67,12 @@ def setup_of(args: PretrainArgs, sizes: Fit) -> Setup:
         overlap_grads=optimizer.overlap_grad_reduce,
         overlap_params=optimizer.overlap_param_gather,
         overlap_experts=train.moe_alltoall_overlap_comm,
+        interleaved=args.overlap.moe_fb_overlap and layout.expert > 1,
     )
 
 
 def _capacity(train: TrainArgs) -> float:
-    """Rows of an expert over its even share; of balanced tokens, a capacity above 1 drops none."""
+    """Capacity of an expert relative to its even share; a capacity above 1 drops no balanced tokens."""
     factor = train.moe_expert_capacity_factor
     if factor is None:
         return 1.0

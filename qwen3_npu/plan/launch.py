@@ -1,4 +1,4 @@
-"""The verdict on a training that is about to start: every launch and every dry run of an NPU asks for it."""
+"""The verdict on a training before its start; every launch and every dry run for an NPU computes it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def device_for(name: str, memory: str | None, table: str | None, flag: str = "--
 
 
 def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit, *, frozen: float = 0.0) -> PlanVerdict | None:
-    """What to expect; None where nothing says the device: name it with --plan-device.
+    """The verdict; None if the device is unknown (--plan-device).
 
     Args:
-        frozen: the share of the weights that is not trained, without LoRA.
+        frozen: share of frozen weights, without LoRA.
 
     Raises:
-        UsageError: it does not fit, and --fit error asks for that.
+        UsageError: it does not fit, and --fit error is given.
     """
     wanted, runtime = args.verdict, args.runtime
     name = wanted.plan_device or (DEFAULT if runtime.dry_run or runtime.device == "npu" else None)
@@ -62,7 +62,7 @@ def planned(args: PretrainArgs, arch: Qwen3Arch, sizes: Fit, *, frozen: float = 
 
 
 def lines(verdict: PlanVerdict | None, *, dry_run: bool) -> list[str]:
-    """The whole table in a dry run; else the verdict alone, with remedies if it does not fit."""
+    """The complete table in a dry run; else only the verdict, with remedies if it does not fit."""
     if verdict is None:
         return []
     words = describe_plan(verdict)

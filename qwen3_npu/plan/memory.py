@@ -1,7 +1,7 @@
 """Memory of one rank of each pipeline stage, in closed form. Bytes throughout.
 
-What a layer keeps for backward is in `activations.py`. The rules for what is alive at the same time are those of the
-1F1B and interleaved schedules (Narayanan et al., arXiv:2104.04473); static bytes follow Rajbhandari et al.,
+`activations.py` has the bytes that a layer keeps for backward. The numbers of chunks in flight are those of the 1F1B
+and interleaved schedules (Narayanan et al., arXiv:2104.04473); static bytes follow Rajbhandari et al.,
 arXiv:1910.02054, stage 1.
 """
 
@@ -26,15 +26,14 @@ class StageMemory:
 
     Attributes:
         weights, gradients, optimizer: static; `optimizer` is master and moments.
-        layers: what layers keep for backward, of all micro-batches in flight.
+        layers: activations that layers keep for backward, of all micro-batches in flight.
         logits: logits and loss of one micro-batch (last stage).
-        working: what one layer holds while it is computed, beyond what it keeps and beyond the room of the logits,
-            which do not exist then.
+        working: temporary tensors of one layer beyond the memory of the logits, which do not exist at that time.
         ends: embedding output and final norm.
         communication: buffers of collectives.
-        update: what the optimizer's update needs beyond the room of activations and buffers, which are freed by then.
-        start: what the start needs beyond all that: megatron-core copies trained weights into its buffers.
-        reserve: what the runtime and the allocator hold beside.
+        update: needs of the optimizer's update beyond the memory of activations and buffers, which are freed before.
+        start: needs of the start beyond all that: megatron-core copies trained weights into its buffers.
+        reserve: memory of the runtime and the allocator.
     """
 
     weights: float
@@ -70,8 +69,8 @@ def stage_memory(shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0
     """Memory of one rank of a pipeline stage.
 
     Args:
-        reserve: bytes that the runtime holds on this device.
-        kernels: of `activations.layer_bytes`.
+        reserve: bytes of the runtime on this device.
+        kernels: see `activations.layer_bytes`.
     """
     weights, gradients, optimizer = static_bytes(shape, setup, stage)
     kept, working = layer_activations(shape, setup, stage, kernels)
@@ -98,10 +97,10 @@ def stage_memory(shape: Shape, setup: Setup, stage: int, *, reserve: float = 0.0
 
 
 def start_bytes(shape: Shape, setup: Setup, stage: int) -> float:
-    """The most bytes held while megatron-core wraps the model: a sharded optimizer's trained weights are copied into
-    buffers, those of experts after the others; each old weight is freed once its buffer is filled.
+    """Peak of bytes while megatron-core wraps the model: a sharded optimizer's trained weights are copied into buffers,
+    those of experts last; each old weight is freed when its buffer is filled.
 
-    Model chunks are wrapped one after the other, so the last one decides. Gradients have their buffers by then.
+    Model chunks are wrapped one after the other, so the last one decides. Buffers of gradients exist already.
     """
     trained, width = trained_counts(shape, setup, stage), setup.weight_bytes
     frozen = stage_counts(shape, setup, stage).total - (0 if setup.lora_rank else trained.total)
@@ -132,8 +131,8 @@ def update_bytes(shape: Shape, setup: Setup, stage: int) -> float:
 
 
 def _muon_bytes(shape: Shape, setup: Setup, stage: int) -> float:
-    """Of a whole matrix, or all experts of a rank: itself, its update and two steps of the iteration. A matrix that
-    lies on several ranks of a distributed optimizer comes and goes beside that."""
+    """Bytes of Muon for the largest matrix, or all experts of a rank: the matrix, its update and two steps of the
+    iteration; and of sending a matrix that lies on several ranks of a distributed optimizer."""
     shards, copies = (setup.expert_tensor, setup.expert_data) if shape.is_moe else (setup.tensor, 1)
     largest = linear_counts(shape, setup, stage).largest * shards
     if setup.lora_rank:
@@ -164,7 +163,7 @@ def static_bytes(shape: Shape, setup: Setup, stage: int) -> tuple[float, float, 
 
 
 def _quantized_away(shape: Shape, setup: Setup, stage: int) -> float:
-    """Bytes that weights in 4 bits save."""
+    """Bytes that 4-bit weights save."""
     if not setup.quantized:
         return 0.0
     quantized = linear_counts(shape, setup, stage)
@@ -183,9 +182,10 @@ def sharded_bytes(setup: Setup, trained: Counts, state: float) -> float:
 def in_flight(setup: Setup, stage: int) -> int:
     """Model chunks whose activations a stage holds at the same time."""
     stages, chunks, passes = setup.pipeline, setup.virtual, setup.num_microbatches
+    more = 2 if setup.interleaved else 1
     if chunks == 1:
-        return min(passes, stages - stage)
-    return min(passes * chunks, (stages - stage - 1) * 2 + (chunks - 1) * stages + 1)
+        return min(passes, stages - stage - 1 + more)
+    return min(passes * chunks, (stages - stage - 1) * 2 + (chunks - 1) * stages + more)
 
 
 def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> tuple[float, float]:
@@ -215,7 +215,7 @@ def layer_activations(shape: Shape, setup: Setup, stage: int, kernels: str) -> t
 def _swapped_activations(
     shape: Shape, setup: Setup, kinds: dict[bool, int], kernels: str
 ) -> tuple[float, float, float]:
-    """Bytes that a chunk keeps on the device, that one layer swaps, and that its MLP holds when computed again."""
+    """Bytes that a chunk keeps on the device, that one layer swaps, and that its recomputed MLP needs."""
     number = sum(kinds.values())
     plain = dataclasses.replace(setup, swapped=())
 
@@ -252,7 +252,7 @@ def logit_bytes(shape: Shape, setup: Setup) -> float:
 
 
 def _end_bytes(shape: Shape, setup: Setup, stage: int, kernels: str) -> float:
-    """Bytes of what enters the chunks of a stage, and of the final norm."""
+    """Bytes of the inputs of a stage's chunks, and of the final norm."""
     one = setup.residual_bytes * shape.hidden_size * setup.sharded_tokens
     received = in_flight(setup, stage) if setup.pipeline > 1 else 0.0
     received -= received / setup.virtual if stage == 0 else 0

@@ -16,8 +16,8 @@ class Counts:
     """Weights of one rank.
 
     Attributes:
-        dense: shared by all data- and context-parallel copies.
-        expert: of experts, copied over `Setup.expert_data` ranks.
+        dense: replicated on all data- and context-parallel ranks.
+        expert: of experts, replicated on `Setup.expert_data` ranks.
     """
 
     dense: int = 0
@@ -30,7 +30,7 @@ class Counts:
         return Counts(self.dense * number, self.expert * number)
 
     def part(self, share: float) -> Counts:
-        """As many as that share of them."""
+        """The counts multiplied by a share."""
         return Counts(round(self.dense * share), round(self.expert * share))
 
     @property
@@ -68,7 +68,7 @@ def _attention_count(shape: Shape, tp: int) -> int:
 
 
 def _mtp_counts(shape: Shape, setup: Setup) -> Counts:
-    """What layers that predict later tokens have beside a layer: three norms and a product of two hidden states."""
+    """Additional weights of layers that predict later tokens: three norms and a product of two hidden states."""
     h = shape.hidden_size
     counts = Counts(2 * h * h + 3 * h * shape.norm_vectors) * shape.mtp_layers
     # They read tokens, so the last of several stages has a copy of the embedding.
@@ -76,7 +76,7 @@ def _mtp_counts(shape: Shape, setup: Setup) -> Counts:
 
 
 class Linears(NamedTuple):
-    """Of the layers' linears and experts of one rank: weights, those of the largest, and rows."""
+    """The linears and experts of one rank's layers: number of weights, largest one, and rows."""
 
     weights: int
     largest: int
@@ -84,7 +84,7 @@ class Linears(NamedTuple):
 
 
 def linear_counts(shape: Shape, setup: Setup, stage: int) -> Linears:
-    """What --qlora quantizes of one rank of a stage."""
+    """The weights that --qlora quantizes on one rank of a stage."""
     total, largest, rows, h, tp = 0, 0, 0, shape.hidden_size, setup.tensor
     for has_experts, number in setup.layer_kinds(shape, stage).items():
         sizes = [((shape.query_width + shape.key_width + shape.value_width) // tp, h), (h, shape.output_width // tp)]

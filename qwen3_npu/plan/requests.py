@@ -28,9 +28,9 @@ class RequestMemory:
 
     Attributes:
         weights: of the model, in 16 bits (32 without --bf16).
-        working: what a pass holds while it computes, beyond weights and cache.
+        working: temporary tensors of a pass, beyond weights and cache.
         request: keys and values of a request of `length` tokens, and its logits.
-        fit: requests at the same time, of one copy of the model; 0: not one.
+        fit: number of simultaneous requests of one copy of the model; 0: not even one.
     """
 
     setup: Setup
@@ -61,7 +61,7 @@ def _stage(shape: Shape, setup: Setup, device: Device, stage: int, *, length: in
 
 
 def setup_of_inference(layout: Layout, *, bf16: bool = True, copies: int = 1) -> Setup:
-    """What memory depends on, of one layout."""
+    """The settings on which memory depends, of one layout."""
     layers = tuple(tuple(sum(layer != NOOP for layer in chunk) for chunk in stage) for stage in layout.chunks)
     return Setup(
         tensor=layout.tensor,
@@ -91,7 +91,7 @@ def find_layouts(shape: Shape, arch: Qwen3Arch, device: Device, *, devices: int,
     """Layouts of `devices` that inference.py takes, those first that hold most requests.
 
     Raises:
-        UsageError: nothing fits; the message says what would.
+        UsageError: nothing fits; the message names what would fit.
     """
     found = []
     for tensor in (size for size in range(1, min(devices, device.node) + 1) if devices % size == 0):
@@ -115,7 +115,7 @@ def find_layouts(shape: Shape, arch: Qwen3Arch, device: Device, *, devices: int,
 
 
 def request_table(found: Sequence[RequestMemory], top: int) -> list[str]:
-    """The layouts, one a line."""
+    """The layouts, one per line."""
     lines = [f"   {'layout':<20}{'weights':>13}{'a request':>13}{'requests/copy':>15}{'in all':>9}"]
     for number, memory in enumerate(found[:top], 1):
         setup = memory.setup

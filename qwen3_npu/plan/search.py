@@ -1,7 +1,6 @@
-"""All legal layouts of a number of devices, those that fit ranked by predicted tokens per second. No torch.
+"""Search all legal layouts of a number of devices, and rank those that fit by predicted tokens per second. No torch.
 
-Whether a layout is legal is decided by the parser's own checks (`args/rules/fit.py`, `distributed/layout.py`), not
-here.
+The checks of the flags (`args/rules/fit.py`, `distributed/layout.py`) decide whether a layout is legal.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from collections.abc import Iterator, Sequence
 
 from qwen3_npu.args.lora import FreezeArgs, LoraArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs
-from qwen3_npu.args.parallel import ParallelArgs, RuntimeArgs, TensorOverlapArgs
+from qwen3_npu.args.parallel import OverlapArgs, ParallelArgs, RuntimeArgs
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.preprocess import InstructionArgs, RecordArgs, TokenizerArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.rules.fit import Fit, fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs, VerdictArgs
-from qwen3_npu.args.trackers import TrackerArgs
-from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, ReportArgs, TrainArgs
+from qwen3_npu.args.trackers import ReportArgs, TrackerArgs
+from qwen3_npu.args.training import CheckpointArgs, DataArgs, ExitArgs, OptimizerArgs, TrainArgs
 from qwen3_npu.args.watch import SpikeArgs, WatchArgs
 from qwen3_npu.distributed.layout import exchange_pieces
 from qwen3_npu.errors import UsageError
@@ -39,7 +38,7 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
     """Every layout that fits, the fastest first.
 
     Raises:
-        UsageError: none fits; the nearest is named, with what would make it fit.
+        UsageError: none fits; the message names the smallest one and remedies.
     """
     fitting: list[LayoutCandidate] = []
     nearest: PlanVerdict | None = None
@@ -61,11 +60,11 @@ def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> lis
 def _memory_choices(
     shape: Shape, flags: PretrainArgs, sizes: Fit, device: Device, *, known: bool
 ) -> Iterator[LayoutCandidate]:
-    """What a layout may trade for memory: recomputation, then with less of the optimizer's state on the device, as long
-    as that means to recompute less.
+    """Variants of a layout that save memory: recomputation; then less of the optimizer's state on the device, while
+    this needs less recomputation.
 
     Args:
-        known: another layout fits, so those that are hopeless need not be looked at.
+        known: another layout fits, so hopeless ones are skipped.
     """
     least = None  # recomputed layers of what fits
     plain = setup_of(flags, sizes)
@@ -91,7 +90,7 @@ def _by_rate(found: LayoutCandidate) -> float:
 
 
 def _swapping(found: LayoutCandidate) -> LayoutCandidate:
-    """The same with attention's activations on the host instead of layers computed again, where that fits."""
+    """The variants with attention's activations on the host instead of recomputed layers, if they fit."""
     setup = found.verdict.setup
     if not setup.recompute:
         return found
@@ -102,7 +101,7 @@ def _swapping(found: LayoutCandidate) -> LayoutCandidate:
 
 
 def _hiding(found: LayoutCandidate) -> LayoutCandidate:
-    """The same with tensor parallelism's communication hidden in pieces, where that is faster."""
+    """The variants with tensor-parallel communication hidden in pieces, if they are faster."""
     if found.verdict.setup.tensor == 1 or found.layout.lora.qlora:
         return found
     hidden = found.changed({"overlap_tensor": True}, {"overlap": {"use_ascend_coc": True}})
@@ -110,7 +109,7 @@ def _hiding(found: LayoutCandidate) -> LayoutCandidate:
 
 
 def _exchanging(found: LayoutCandidate) -> LayoutCandidate:
-    """The same with all tokens gathered, or their exchange hidden in pieces, where that is faster."""
+    """The variants with all tokens gathered, or their exchange hidden in pieces, if they are faster."""
     setup, shape = found.verdict.setup, found.verdict.shape
     if setup.expert == 1:
         return found
@@ -164,7 +163,7 @@ def _legal(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[tuple[Pr
     """Flags of every layout and micro-batch that the parser's checks accept."""
     base = _base_flags(args)
     for parallel in _layouts(arch, args, device):
-        for micro in _MICRO:
+        for micro in _MICRO if args.stage != "kto" else _MICRO[1:]:  # kto pairs answers of a micro-batch
             train = dataclasses.replace(base.train, micro_batch_size=micro)
             flags = base._replace(parallel=parallel, train=train)
             try:
@@ -174,7 +173,7 @@ def _legal(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[tuple[Pr
 
 
 def _layouts(arch: Qwen3Arch, args: PlanArgs, device: Device) -> Iterator[ParallelArgs]:
-    """Candidates; sizes that do not divide are left out early, only to save time."""
+    """Candidates. Sizes that do not divide are skipped early to save time."""
     layers, world = arch.num_hidden_layers, args.devices
     for tensor in _divisors(world, device.node):
         for pipeline in _divisors(world // tensor, layers):
@@ -240,12 +239,12 @@ def _parallel(
 
 
 def _base_flags(args: PlanArgs) -> PretrainArgs:
-    sft = args.stage == "sft"
+    tuned = args.stage != "pt"
     return PretrainArgs(
         model=ModelArgs(model=args.model, hf_dir=args.hf_dir),
         shape=ShapeArgs(max_position_embeddings=args.seq_length),
         parallel=ParallelArgs(),
-        overlap=TensorOverlapArgs(),
+        overlap=OverlapArgs(),
         runtime=RuntimeArgs(),
         train=TrainArgs(train_iters=1, seq_length=args.seq_length, global_batch_size=args.global_batch_size, bf16=True),
         optimizer=OptimizerArgs(
@@ -253,7 +252,7 @@ def _base_flags(args: PlanArgs) -> PretrainArgs:
         ),
         freeze=FreezeArgs(),
         lora=LoraArgs(lora_r=args.lora_r, qlora=args.qlora, qlora_double_quant=args.qlora_double_quant),
-        data=DataArgs(data_path=["DATA"], stage=args.stage, reset_attention_mask=sft and args.pack),
+        data=DataArgs(data_path=["DATA"], stage=args.stage, reset_attention_mask=tuned and args.pack),
         record=RecordArgs(),
         tokenizer=TokenizerArgs(),
         instruction=InstructionArgs(),

@@ -10,42 +10,43 @@ from qwen3_npu.plan.shape import Shape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Everything beside the model's shape that memory and time depend on.
+    """All settings on which memory and time depend, besides the model's shape.
 
     Attributes:
         tensor, pipeline, context, expert, expert_tensor, data: sizes of the parallel groups; `data` without `context`.
         layers: layers of each chunk of each stage, `layers[stage][chunk]` (numbers of layers with weights).
         micro_batch, num_microbatches: samples per forward pass, and passes per step.
-        ring: context parallelism passes keys and values around (else: exchanges sequence for heads).
+        ring: context parallelism sends keys and values around a ring (else it exchanges sequence for heads).
         distributed_optimizer: optimizer state is sharded over data-parallel ranks.
-        recompute: layers of each stage whose inside is computed again in backward; beside `swapped`, whose MLP is.
+        recompute: number of recomputed layers of each stage; with `swapped`, of layers whose MLP is recomputed.
         recompute_group: layers of one recomputed group (method uniform).
-        recompute_activation, recompute_norm, recompute_attention: these alone are computed again.
-        fp32_residual: the sum that layers add to is float32, whatever their dtype.
+        recompute_activation, recompute_norm, recompute_attention: only these are recomputed.
+        fp32_residual: the residual stream is float32, whatever the layers' dtype.
         muon: the layers' matrices have one moment, and are gathered for their update.
         packed: several documents share a sequence.
-        frozen: share of the weights that is not trained, alike on all stages.
-        lora_rank, lora_targets: 0: no adapters.
-        dora, pissa: adapters have magnitudes; they keep what they began with.
+        frozen: share of frozen weights, equal on all stages.
+        lora_rank, lora_targets: of adapters; rank 0: none.
+        dora, pissa: adapters have magnitudes; adapters keep their initial A and B.
         quantized, quantized_ends: the layers' linears, and embedding and output layer, are in 4 bits.
         double_quantized: their scales are in 8 bits.
         reuse_master: the 16-bit weight is the upper half of its float32 master.
-        swap_optimizer: optimizer state is on the host, and comes in `swap_slices` to be updated.
-        swapped: modules of the first `swapped_layers` of each stage; what they keep for backward is on the host until
-            then.
+        swap_optimizer: optimizer state is on the host; a step copies it in `swap_slices` slices.
+        swapped: modules of the first `swapped_layers` of each stage whose activations wait on the host for backward.
         recompute_mlp: the MLP of a layer keeps its input only.
-        recompute_experts: MoE layers compute their first product and activation (1), or all of their MLP (2), again.
-        expert_capacity: rows of an expert over its even share, where more are dropped and, if padded, fewer filled up.
+        recompute_experts: MoE layers recompute their first product and activation (1), or their whole MLP (2).
+        expert_capacity: capacity of an expert relative to its even share.
         loss_chunk: tokens whose logits exist at the same time; 0: all.
-        overlap_grads, overlap_params: data-parallel communication runs beside backward, or forward.
+        overlap_grads, overlap_params: data-parallel communication overlaps backward, or forward.
         gathered: every rank of an expert group gets all tokens of the group (dispatcher allgather).
-        two_levels: a token goes to another node once, however many of its experts are there (DeepEP, HybridEP; not in
-            this project).
+        two_levels: a token is sent to another node once, for all its experts there (DeepEP, HybridEP; not in this
+            project).
         sizes_on_device: the host does not wait for the sizes of that exchange (HybridEP; not in this project).
-        overlap_tensor, overlap_experts: products hide tensor-parallel, or expert, communication.
-        fused_tensor: by the device's own operations; else in so many `tensor_pieces`.
+        overlap_tensor, overlap_experts: tensor-parallel, or expert, communication is hidden behind products.
+        interleaved: passes of two micro-batches hide each other's expert communication.
+        fused_tensor: by the device's own operations; else in `tensor_pieces` pieces.
         pad: share of a batch's tokens that are padding.
         reference: a frozen copy of the model is in memory (preference training).
+        scored: the reference, that copy or the model without its adapter, computes each micro-batch first.
         fp16: gradients have 16 bits, and the optimizer keeps a float32 copy of its share (not in this project).
     """
 
@@ -92,6 +93,7 @@ class Setup:
     overlap_params: bool = False
     overlap_tensor: bool = False
     overlap_experts: bool = False
+    interleaved: bool = False
     gathered: bool = False
     two_levels: bool = False
     sizes_on_device: bool = False
@@ -99,6 +101,7 @@ class Setup:
     tensor_pieces: int = 4
     pad: float = 0.0
     reference: bool = False
+    scored: bool = False
     fp16: bool = False
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ class Setup:
 
     @property
     def sharded_tokens(self) -> float:
-        """The same where sequence parallelism shards them."""
+        """The same, sharded by sequence parallelism."""
         return self.tokens / (self.tensor if self.sequence_parallel else 1)
 
     @property
@@ -139,7 +142,7 @@ class Setup:
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes of a number in the sum that layers add to, which travels between pipeline stages."""
+        """Bytes of a number of the residual stream, which is sent between pipeline stages."""
         return 4 if self.fp32_residual else self.weight_bytes
 
     def first_layer(self, stage: int, chunk: int) -> int:

@@ -16,8 +16,8 @@ class Shape:
     """Sizes of a decoder. Names are Megatron's.
 
     Attributes:
-        num_query_groups: key/value heads.
-        vocab_size: rows of the padded embedding.
+        num_query_groups: number of key/value heads.
+        vocab_size: number of rows of the padded embedding.
         tied: the output layer is the embedding.
         reward: a head of one number per token in place of the output layer.
         gated: the MLP has a gate (SwiGLU), so its first matrix is twice as wide.
@@ -137,7 +137,7 @@ def shape_of(arch: Qwen3Arch, padded_vocab_size: int | None = None) -> Shape:
 
 
 def arch_of(shape: Shape) -> Qwen3Arch:
-    """An architecture with these sizes, for the checks of a layout, which read nothing else."""
+    """An architecture with these sizes, for the checks of a layout."""
     return Qwen3Arch(**{theirs: getattr(shape, name) for name, theirs in _ARCH_NAMES.items()})
 
 
@@ -145,7 +145,7 @@ def read_shape(path: Path) -> Shape:
     """The sizes in a JSON file; names are those of `Shape`, `head_dim` is by default hidden_size / heads.
 
     Raises:
-        UsageError: the file is no such object, a size is missing, out of range or not understood.
+        UsageError: the file is no JSON object, or a size is missing, unknown or out of range.
     """
     found = schema.read_record(path, strict=True)
     fields = dataclasses.fields(Shape)

@@ -1,4 +1,4 @@
-"""The verdict on one layout: memory of each stage against the device, time of a step, and what would make it fit."""
+"""The verdict on one layout: memory of each stage against the device, time of a step, and remedies."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ USABLE = 0.94
 
 @dataclasses.dataclass(frozen=True)
 class PlanVerdict:
-    """What to expect of one layout on one kind of device.
+    """Memory and time of one layout on one kind of device.
 
-    Values are computed when they are used: a search asks most layouts for their peak only.
+    Values are computed on first use: a search needs only the peak of most layouts.
     """
 
     shape: Shape
@@ -46,7 +46,7 @@ class PlanVerdict:
 
     @functools.cached_property
     def time(self) -> StepTime:
-        """Of one step."""
+        """Time of one step."""
         return step_time(self.shape, self.setup, self.device)
 
     @functools.cached_property
@@ -55,7 +55,7 @@ class PlanVerdict:
         return max(self._stage(stage).total for stage in self._different())
 
     def _different(self) -> list[int]:
-        """Stages among which the fullest is: of equal ones between both ends the first holds most micro-batches."""
+        """The stages that can be the fullest: among equal middle stages the first one holds most micro-batches."""
         layers = self.setup.layers
         middle = {layers[stage]: stage for stage in range(len(layers) - 2, 0, -1)}
         return list(dict.fromkeys((0, len(layers) - 1, *middle.values())))
@@ -67,7 +67,7 @@ class PlanVerdict:
 
     @functools.cached_property
     def fits(self) -> bool:
-        """Whether every stage does."""
+        """Whether every stage fits."""
         return all(self._stage(stage).total <= self.limit for stage in self._different())
 
     @property
@@ -77,7 +77,7 @@ class PlanVerdict:
 
     @property
     def optimizer_share(self) -> float:
-        """Of the usable memory, on the first stage."""
+        """The optimizer's share of the usable memory on the first stage."""
         return self._stage(0).optimizer / self.limit
 
     @property
@@ -97,8 +97,8 @@ class Remedy:
     """A change that saves memory.
 
     Attributes:
-        words: the flags to give.
-        saved: bytes of the fullest stage.
+        words: flags.
+        saved: saved bytes of the fullest stage.
         slower: relative change of the step's time.
     """
 
@@ -111,7 +111,7 @@ class Remedy:
 
 
 def remedies(verdict: PlanVerdict, most: int = 4) -> list[Remedy]:
-    """What makes a layout smaller: those that suffice first, the cheapest in time of them first."""
+    """Remedies that make a layout smaller: sufficient ones first, sorted by their cost in time."""
     found = []
     for words, setup in _changes(verdict.setup):
         changed = PlanVerdict(verdict.shape, setup, verdict.device)

@@ -1,11 +1,9 @@
-"""The device: the one package that may name a vendor. Chosen once, by `select_platform`."""
+"""The device: the only package that names a vendor. `select_platform` chooses it once."""
 
 from __future__ import annotations
 
 from qwen3_npu.errors import UsageError
 from qwen3_npu.platform.base import Platform
-
-DEVICES = ("auto", "npu", "cuda", "cpu")
 
 
 def select_platform(name: str, npu_asd: str | None = None) -> Platform:
@@ -15,7 +13,7 @@ def select_platform(name: str, npu_asd: str | None = None) -> Platform:
         npu_asd: --npu-asd.
 
     Raises:
-        UsageError: the device asked for is not there, with the reason.
+        UsageError: the requested device is not available, with the reason.
     """
     from qwen3_npu.platform import cpu, cuda, npu
 

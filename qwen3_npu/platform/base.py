@@ -1,4 +1,4 @@
-"""What the rest of the code may use of the device."""
+"""The interface of a device for the rest of the code."""
 
 from __future__ import annotations
 
@@ -34,18 +34,17 @@ class Platform:
         prepare: makes megatron-core work here (call `activate`).
         bind: local rank -> the device of this process, made current.
         synchronize: wait for the device.
-        memory_peak: bytes, the most that was allocated (for cpu: resident set) so far.
+        memory_peak: largest number of allocated bytes (cpu: of the resident set) so far.
         memory_total: bytes of one device.
-        device_name: as the vendor calls it.
-        peak_flops: dense bf16 FLOP/s of one device as published, or None where that is not known.
+        device_name: the vendor's name of it.
+        peak_flops: published dense bf16 FLOP/s of one device, or None if unknown.
         has_float64: whether the device computes in float64.
         profiler: --profile's flags -> an object with start and stop, which writes the recording.
         be_deterministic: settings for --deterministic, before the process groups are made.
-        event: makes an event of the device that notes when it is reached; None: the host computes.
-        flight_recorder: the variables of the backend's own recorder of collectives; None: it has none.
+        event: makes a timing event of the device; None if the host computes.
+        flight_recorder: environment variables of the backend's recorder of collectives; None if it has none.
         overlaps_p2p_safely: whether pipeline output may be freed while it is being sent.
-        return_freed_memory: return large freed blocks to the system at once from now on, where memory matters more
-        than time.
+        return_freed_memory: from now on return large freed blocks to the system at once: saves memory, costs time.
     """
 
     name: str
@@ -61,12 +60,12 @@ class Platform:
     event: Callable[[], Any] | None = None
     flight_recorder: FlightRecorder | None = None
     has_float64: bool = True
-    profiler: Callable[[ProfileArgs], Any] = torch_profiler
+    profiler: Callable[[ProfileArgs], object] = torch_profiler
     be_deterministic: Callable[[], None] = lambda: None
     return_freed_memory: Callable[[], None] = lambda: None
 
     def activate(self) -> None:
-        """Make megatron-core work on this device; to be called before anything imports it."""
+        """Make megatron-core work on this device. Call it before megatron is imported."""
         # What megatron warns of at import (no apex, no Transformer Engine, deprecations) is our choice of parts.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
@@ -89,7 +88,7 @@ def replace(name: str, value: object) -> None:
     """Let a full name such as "torch.Tensor.type" mean `value`, everywhere in this process."""
     owner_name, attribute = name.rsplit(".", 1)
     parts = owner_name.split(".")
-    owner: Any = __import__(parts[0])
+    owner: object = __import__(parts[0])
     for index, part in enumerate(parts[1:], start=2):
         if not hasattr(owner, part):
             __import__(".".join(parts[:index]))

@@ -1,7 +1,7 @@
 """Make "cuda" mean the CPU, so that megatron-core runs where there is no accelerator.
 
-The mirror image of torch_npu.contrib.transfer_to_npu. `REDIRECTED` is the whole list; a test pins it. Each entry says
-what in megatron-core 0.16.1 needs it. Must be applied before megatron is imported: it copies some names at import.
+The counterpart of torch_npu.contrib.transfer_to_npu. `REDIRECTED` is the complete list; a test pins it. Each entry
+names the code of megatron-core 0.16.1 that needs it. Apply it before megatron is imported, which copies some names.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def _stream_context(stream: object) -> Iterator[None]:
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """A tensor factory for which device="cuda" is the CPU."""
+    """A tensor factory that takes device="cuda" as the CPU."""
 
     @functools.wraps(factory)
-    def wrapper(*args: object, **kwargs: object) -> Any:
+    def wrapper(*args: object, **kwargs: object) -> object:
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
             kwargs["device"] = "cpu"
@@ -78,14 +78,14 @@ def _on_cpu(factory: Callable) -> Callable:
 
 def _cuda_type_name(original: Callable) -> Callable:
     @functools.wraps(original)
-    def wrapper(self: torch.Tensor, *args: object, **kwargs: object) -> Any:
+    def wrapper(self: torch.Tensor, *args: object, **kwargs: object) -> object:
         result = original(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
     return wrapper
 
 
-def _splits_to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def _splits_to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
     """megatron's `maybe_move_tensor_to_cpu` where the tensor is there already."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 

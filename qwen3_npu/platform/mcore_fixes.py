@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 
 class _NoFp8:
-    """What Transformer Engine's FP8GlobalStateManager says where there is no FP8."""
+    """The answers of Transformer Engine's FP8GlobalStateManager without FP8."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
@@ -27,7 +26,7 @@ def _nothing(*args: object, **kwargs: object) -> contextlib.AbstractContextManag
 
 # `CheckpointWithoutOutput(fp8=False)` means FP8 (it asks `is not None`), so recomputing a norm raises NameError.
 _RANDOM = "megatron.core.tensor_parallel.random"
-FIXED: dict[str, Any] = {
+FIXED: dict[str, object] = {
     f"{_RANDOM}.FP8GlobalStateManager": _NoFp8,
     f"{_RANDOM}.activation_recompute_forward": _nothing,
     f"{_RANDOM}.fp8_autocast": _nothing,
@@ -35,7 +34,7 @@ FIXED: dict[str, Any] = {
 
 
 def apply() -> None:
-    """Define what is missing; names that Transformer Engine defined are left alone."""
+    """Define the missing names; names that Transformer Engine defines do not change."""
     from megatron.core.tensor_parallel import random
 
     for name, value in FIXED.items():

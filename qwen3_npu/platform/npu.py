@@ -84,7 +84,7 @@ def _call_types_cuda() -> None:
     original = torch.Tensor.type
 
     @functools.wraps(original)
-    def typed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def typed(self: torch.Tensor, *args: Any, **kwargs: Any) -> object:
         result = original(self, *args, **kwargs)
         return result.replace("torch.npu.", "torch.cuda.", 1) if isinstance(result, str) else result
 
@@ -98,7 +98,7 @@ def _bind(local_rank: int) -> torch.device:
     return torch.device("npu", local_rank)
 
 
-def _profiler(args: ProfileArgs) -> Any:
+def _profiler(args: ProfileArgs) -> object:
     """torch_npu's profiler; its recordings open in MindStudio Insight."""
     from torch_npu import profiler
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen3_npu import cli, log
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def trace_flags(words: Sequence[str]) -> None:
-    """Trace the layout that these flags of a training say, and print."""
+    """Trace the layout of these training flags, and print the result."""
     parsed = cli.parse(PROG, str(__doc__).split("\n\n")[0], (TraceArgs, *GROUPS), FOREIGN_TRAINING, argv=list(words))
     wanted, args = parsed.groups[0], PretrainArgs(*parsed.groups[1:])
     if not wanted.json:
@@ -47,8 +47,8 @@ def trace_flags(words: Sequence[str]) -> None:
         print(json.dumps(data, indent=1))
 
 
-def trace(args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, Any]]:
-    """Trace ranks, or what grows with the cluster, and print it, unless JSON is wanted.
+def trace(args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, object]]:
+    """Trace ranks, or the growth with the cluster, and print the result, unless JSON is wanted.
 
     Raises:
         UsageError: the flags do not fit each other.
@@ -77,7 +77,7 @@ def trace(args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[st
     return data
 
 
-def _growth(platform: Platform, args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, Any]]:
+def _growth(platform: Platform, args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, object]]:
     from qwen3_npu.trace.growth import growth, growth_table
 
     work = growth(platform, args, device, devices=wanted.devices, sizes=number_list(wanted.growth))
@@ -86,7 +86,7 @@ def _growth(platform: Platform, args: PretrainArgs, device: Device, wanted: Trac
     return [dataclasses.asdict(row) for row in work]
 
 
-def _hidden(platform: Platform, args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, Any]]:
+def _hidden(platform: Platform, args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[str, object]]:
     from qwen3_npu.trace.hidden import hidden_table, played_ways
 
     first = (number_list(wanted.ranks) or [0])[0]
@@ -97,8 +97,7 @@ def _hidden(platform: Platform, args: PretrainArgs, device: Device, wanted: Trac
 
 
 def _firsts(plan: TrainingPlan, devices: int) -> list[int]:
-    """The first rank of the first stage, of the last, and of each between them that has other layers than the one
-    before it."""
+    """The first rank of the first stage, of the last one, and of each stage with other layers than the one before."""
     chunks = plan.layout.chunks
     last, each = len(chunks) - 1, devices // len(chunks)
     sizes = [[len(chunk) for chunk in stage] for stage in chunks]

@@ -1,10 +1,9 @@
-"""How much memory activations take: bytes of the tensors that some code makes, counted until they are freed."""
+"""Memory of activations: bytes of the tensors that some code creates, counted until they are freed."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -16,8 +15,8 @@ class Activations(StorageWatch):
     """Counts bytes.
 
     Attributes:
-        kept: the maximum of bytes that autograd kept for backward.
-        peak: the maximum of bytes that were held.
+        kept: largest number of bytes that autograd kept for backward.
+        peak: largest number of bytes that were allocated.
     """
 
     def __init__(self) -> None:
@@ -27,7 +26,7 @@ class Activations(StorageWatch):
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         self.results((args, kwargs), out)
         self.peak = max(self.peak, self._bytes(self._alive))
@@ -38,13 +37,13 @@ class Activations(StorageWatch):
         self._kept.discard(key)
 
     def _bytes(self, keys: Iterable[int]) -> int:
-        """As they are now: recomputing empties storages and fills them again."""
+        """The present bytes; recomputation empties storages and fills them again."""
         # Of a copy of the keys: a storage that is freed meanwhile leaves.
         known = [self._alive[key] for key in tuple(keys) if key in self._alive]
         return sum(storage.nbytes() for one in known if (storage := one()) is not None)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """To be called with what autograd saves."""
+        """Call it with each tensor that autograd saves."""
         key = tensor.untyped_storage()._cdata
         if key in self._alive and key not in self._kept:
             self._kept.add(key)

@@ -1,4 +1,4 @@
-"""What a trace notes where an NPU would multiply and communicate in one operation (`kernels/npu.py`)."""
+"""Record operations in which an NPU multiplies and communicates at once (`kernels/npu.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwen3_npu.trace.record import TraceRecorder
 
 
 class RecordedProducts:
-    """`FusedProducts` on tensors whose data nobody looks at: each is one operation with a product and an exchange."""
+    """`FusedProducts` on tensors without data: each is recorded as one operation with a product and an exchange."""
 
     def __init__(self, recorder: TraceRecorder) -> None:
         self.recorder = recorder

@@ -1,8 +1,7 @@
-"""What a rank does besides computing, in jobs of more and more devices: only data parallelism grows.
+"""Work of a rank besides computing, in jobs with more and more devices. Only data parallelism grows.
 
-Seconds of a start and of a save are a model: bytes over a node's share of the file system (`STORAGE`), `GROUP` for each
-communicator, and the tree of log2(ranks) messages of each agreement. Both constants are guesses; what matters is what
-grows.
+Seconds of a start and of a save are modelled: bytes over a node's share of the file system (`Device.storage`),
+`Device.group` for each communicator, and a tree of log2(ranks) messages for each agreement.
 """
 
 from __future__ import annotations
@@ -22,26 +21,24 @@ from qwen3_npu.trace.rank import trace_rank
 from qwen3_npu.trace.report import exchanged
 from qwen3_npu.training.prepare.plan import plan_training
 
-STORAGE = 2e9  # bytes/s that a node reads or writes
-GROUP = 0.2  # seconds to make a communicator
 # Agreements of all ranks, counted in trainings of 2 and 4 processes (docs/planning.md).
 _AT_START, _AT_SAVE = 14, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class RankWork:
-    """What rank 0 of a job does besides computing.
+    """Work of rank 0 of a job besides computing.
 
     Attributes:
-        communicators: groups of more than one rank that it joins.
-        start: collectives before the first step, data and weights not opened.
+        communicators: number of groups with more than one rank that it joins.
+        start: number of collectives before the first step, without those for data and weights.
         collectives, moved, waits: of a step: number, bytes, and seconds during which nothing else runs.
-        writers: ranks that write model files of a checkpoint.
+        writers: number of ranks that write model files of a checkpoint.
         state: bytes of weights and optimizer state on this rank.
-        start_seconds: reading this rank's weights, making communicators, agreeing.
-        step_seconds: of the whole step, by the plan.
-        save_seconds: writing the model files of this rank, and its part of the optimizer's state, which is then put
-            together.
+        start_seconds: time to read this rank's weights, to make communicators and to agree.
+        step_seconds: time of a step, by the plan.
+        save_seconds: time to write this rank's model files and its part of the optimizer's state, and to join the
+            parts.
     """
 
     devices: int
@@ -63,7 +60,7 @@ def growth(
     """The same layout and micro-batches per rank on each number of devices.
 
     Args:
-        devices: that the arguments are for.
+        devices: number of devices of the arguments.
 
     Raises:
         UsageError: a number of devices is no multiple of `devices`.
@@ -81,7 +78,7 @@ def _work(platform: Platform, args: PretrainArgs, device: Device, size: int, *, 
     trace = trace_rank(platform, grown, plan, 0)
     table = exchanged(trace, device, plan.num_microbatches).values()
     shape, setup = shape_of(plan.arch, plan.layout.padded_vocab_size), setup_of(grown, plan)
-    share = STORAGE / device.node
+    share = device.storage / device.node
     agreement = device.network_latency * math.log2(max(size, 2))
     whole = trace.optimizer * (setup.data * setup.context if setup.distributed_optimizer else 1)
     return RankWork(
@@ -93,7 +90,7 @@ def _work(platform: Platform, args: PretrainArgs, device: Device, size: int, *, 
         waits=sum(row[2] for row in table),
         writers=len({plan.layout.folder(rank) for rank in plan.layout.ranks()}),
         state=trace.weights + trace.optimizer,
-        start_seconds=trace.weights / share + trace.communicators * GROUP + _AT_START * agreement,
+        start_seconds=trace.weights / share + trace.communicators * device.group + _AT_START * agreement,
         step_seconds=step_time(shape, setup, device).total,
         save_seconds=(trace.weights + trace.optimizer + whole) / share + _AT_SAVE * agreement,
     )

@@ -1,11 +1,11 @@
-"""What communication nothing hides, without and with each way to hide it: the same training, traced once for each."""
+"""Exposed communication without and with each way to hide it: the same training is traced for each way."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from qwen3_npu.args.parallel import TensorOverlapArgs
+from qwen3_npu.args.parallel import OverlapArgs
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.plan.device import Device
 from qwen3_npu.platform.base import Platform
@@ -17,13 +17,21 @@ from qwen3_npu.training.prepare.plan import plan_training
 
 def _without(args: PretrainArgs) -> PretrainArgs:
     train = dataclasses.replace(args.train, moe_alltoall_overlap_comm=False)
-    return args._replace(overlap=TensorOverlapArgs(), train=train)
+    return args._replace(overlap=OverlapArgs(), train=train)
 
 
 def _experts(args: PretrainArgs) -> PretrainArgs:
     if args.parallel.expert_model_parallel_size == 1:
         return _without(args)
     return _without(args)._replace(train=dataclasses.replace(args.train, moe_alltoall_overlap_comm=True))
+
+
+def _interleaved(args: PretrainArgs) -> PretrainArgs:
+    parallel = args.parallel
+    is_staged = parallel.pipeline_model_parallel_size > 1 and parallel.num_layers_per_virtual_pipeline_stage is None
+    if parallel.expert_model_parallel_size == 1 or is_staged:
+        return _without(args)
+    return _without(args)._replace(overlap=OverlapArgs(moe_fb_overlap=True))
 
 
 def _in_pieces(args: PretrainArgs) -> PretrainArgs:
@@ -34,8 +42,8 @@ def _fused(args: PretrainArgs) -> PretrainArgs:
     return _without(args)._replace(overlap=dataclasses.replace(_pieces(args), use_ascend_mc2=True))
 
 
-def _pieces(args: PretrainArgs) -> TensorOverlapArgs:
-    return TensorOverlapArgs(coc_parallel_num=args.overlap.coc_parallel_num)
+def _pieces(args: PretrainArgs) -> OverlapArgs:
+    return OverlapArgs(coc_parallel_num=args.overlap.coc_parallel_num)
 
 
 # What a column is called, and the flags of it; groups of ranks whose communication it hides.
@@ -44,18 +52,19 @@ WAYS: dict[str, Callable[[PretrainArgs], PretrainArgs]] = {
     "--use-ascend-coc": _in_pieces,
     "--use-ascend-mc2": _fused,
     "--moe-alltoall-overlap-comm": _experts,
+    "--moe-fb-overlap": _interleaved,
 }
 
 
 def played_ways(
     platform: Platform, args: PretrainArgs, device: Device, *, devices: int, rank: int
 ) -> Iterator[tuple[str, Played]]:
-    """Each way that changes this training, and the step of a rank with it."""
+    """Each way that changes this training, and the played step of a rank with it."""
     seen: list[PretrainArgs] = []
     for name, changed in WAYS.items():
         way = changed(args)
         if args.parallel.tensor_model_parallel_size == 1:
-            way = way._replace(overlap=TensorOverlapArgs())
+            way = way._replace(overlap=OverlapArgs(moe_fb_overlap=way.overlap.moe_fb_overlap))
         if way in seen:
             continue
         seen.append(way)
@@ -64,7 +73,7 @@ def played_ways(
 
 
 def hidden_table(ways: list[tuple[str, Played]]) -> list[str]:
-    """Lines: the step, and what of it waits for each group's communication."""
+    """Lines with the time of the step, and its exposed communication by group."""
     lines = ["trace: " + f"{'played on streams (without bubble and host)':<44}" + "".join(f"{n:>28}" for n, _ in ways)]
     lines.append(f"trace:   {'step':<42}" + "".join(f"{step.total:>26.3f} s" for _, step in ways))
     for group in sorted({group for _, step in ways for group in step.exposed}):

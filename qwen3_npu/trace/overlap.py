@@ -1,10 +1,10 @@
-"""What communication nothing hides: a step's recorded program, played on a device's streams.
+"""Exposed communication: the recorded program of a step, played on a device's streams.
 
-The compute stream runs operations one after the other. Each group of ranks has a stream of its own. A collective starts
-when its stream is free and what was launched before it has run; the compute stream goes on beside it until the program
-waits for it. An operation that multiplies and communicates at once takes the longer of the two over the device's share
-for such operations; what it takes beyond the product is exposed. Costs are those of the plan's table (`plan.device`).
-Not played: the bubble of a pipeline, the host, and streams that slow each other.
+The compute stream runs operations one after the other. Each group of ranks has its own stream. A collective starts when
+its stream is free and all earlier operations have run; the compute stream continues until the program waits for the
+collective. An operation that multiplies and communicates at once takes the longer of the two, divided by the device's
+efficiency for such operations; its time beyond the product is exposed. Costs are those of `plan.device`.
+Not modelled: the pipeline bubble, the host, and streams that slow each other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from qwen3_npu.plan.device import Device
-from qwen3_npu.plan.timing import collective_seconds, product_seconds
+from qwen3_npu.plan.hiding.costs import collective_seconds, product_seconds
 from qwen3_npu.trace.record import Operation
 
 PAIRWISE = ("c10d.send", "c10d.recv")
@@ -26,7 +26,7 @@ class Played:
     """Seconds of a step.
 
     Attributes:
-        busy: of the compute stream.
+        busy: seconds in which the compute stream computes.
         exposed: group -> seconds in which the compute stream waits for its collectives.
     """
 
@@ -39,7 +39,7 @@ class Played:
 
 
 def seconds_of(operation: Operation, device: Device) -> float:
-    """By the plan's table of the device: products and attention by FLOP, everything else by bytes."""
+    """Time by the plan's table of the device: products and attention by FLOP, everything else by bytes."""
     if operation.flops:
         if "attention" in operation.name:
             return operation.flops / (device.flops * device.attention)
@@ -47,12 +47,12 @@ def seconds_of(operation: Operation, device: Device) -> float:
     return operation.moved / (device.memory_bandwidth * device.streaming)
 
 
-def exchange_seconds(operation: Operation, device: Device) -> float:
-    """Of a collective, of a send or receive, or of a fused product's exchange. `moved` counts input and output."""
+def communication_seconds(operation: Operation, device: Device) -> float:
+    """Time of a collective, of a send or receive, or of a fused product's exchange. `moved`: input and output bytes."""
     size, stride, moved = len(operation.ranks), operation.ranks[1] - operation.ranks[0], operation.moved
     if operation.name in PAIRWISE:
         inside = size * stride <= device.node
-        bandwidth, latency = (device.link, device.latency) if inside else (device.network, device.network_latency)
+        bandwidth, latency = device.bandwidth(2, inside), device.latency if inside else device.network_latency
         return latency + moved / (bandwidth * device.transfer)
     if "alltoall" in operation.name:
         moved /= 2
@@ -64,8 +64,8 @@ def exchange_seconds(operation: Operation, device: Device) -> float:
 
 
 def fused_seconds(operation: Operation, device: Device) -> float:
-    """Of a product that communicates at once."""
-    return max(product_seconds(device, operation.flops), exchange_seconds(operation, device)) / device.fused
+    """Time of a product that communicates at once."""
+    return max(product_seconds(device, operation.flops), communication_seconds(operation, device)) / device.fused
 
 
 def played(
@@ -81,7 +81,7 @@ def played(
     Args:
         waits: (operations launched before the wait, the collective that is waited for).
         groups: names of groups.
-        repeats: how often a step runs the forward and backward passes that were recorded.
+        repeats: how often a step runs the recorded forward and backward passes.
     """
     now, busy, exposed = 0.0, 0.0, collections.Counter[str]()
     free: dict[tuple[int, ...], float] = {}
@@ -98,7 +98,7 @@ def played(
             seconds = 0.0 if operation.ranks else seconds_of(operation, device)
             now, busy = now + seconds, busy + seconds * times
             continue
-        seconds = fused_seconds(operation, device) if operation.is_fused else exchange_seconds(operation, device)
+        seconds = fused_seconds(operation, device) if operation.is_fused else communication_seconds(operation, device)
         ends[number] = free[operation.ranks] = max(now, free.get(operation.ranks, 0.0)) + seconds
         if operation.is_fused:
             product = product_seconds(device, operation.flops)

@@ -1,4 +1,4 @@
-"""A training step of one rank, traced."""
+"""Trace a training step of one rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 from unittest import mock
 
 import torch
@@ -39,18 +38,18 @@ from qwen3_npu.watch import here
 
 @dataclasses.dataclass(frozen=True)
 class RankTrace:
-    """What one rank does and holds.
+    """The trace of one rank.
 
     Attributes:
         weights, gradients, optimizer: static bytes.
-        start_peak: the most bytes held until model and optimizer are made.
-        peak: the most bytes held in the second step, when the optimizer has its state.
-        holders: what holds them, largest first.
+        start_peak: peak of allocated bytes until model and optimizer are made.
+        peak: peak of allocated bytes in the second step, when the optimizer has its state.
+        holders: the tensors' owners at the peak, largest first.
         operations, waits: of the second step, as in `TraceRecorder`.
         start: collectives before the first step.
-        micro_batches: that were traced; a step may have more, which are alike.
-        communicators: groups of more than one rank that this rank joins at the start.
-        groups: names of the groups that this rank is in, by their ranks.
+        micro_batches: number of traced micro-batches; a step may have more of the same kind.
+        communicators: number of groups with more than one rank that this rank joins at the start.
+        groups: ranks -> name, of this rank's groups.
     """
 
     rank: int
@@ -86,7 +85,7 @@ def trace_rank(platform: Platform, args: PretrainArgs, plan: TrainingPlan, rank:
 
 
 def recorder_for(args: PretrainArgs, plan: TrainingPlan) -> TraceRecorder:
-    """One that answers what a step asks of numbers that tensors without data do not have."""
+    """A recorder that supplies the numbers that a step reads from tensors without data."""
     group, experts = plan.layout.expert * plan.layout.expert_tensor, max(plan.arch.num_experts, 1)
     rows = _routed_rows(args, plan) * group // experts
     return TraceRecorder(experts=experts, topk=plan.arch.num_experts_per_tok, rows_of_expert=rows)
@@ -117,7 +116,7 @@ def _routed_rows(args: PretrainArgs, plan: TrainingPlan) -> int:
 
 @contextlib.contextmanager
 def _noted(recorder: TraceRecorder) -> Iterator[None]:
-    """The recorder follows the phases of a step, and storages that recomputation empties and fills."""
+    """Let the recorder follow the phases of a step, and storages that recomputation empties and fills."""
     resize = torch.UntypedStorage.resize_
 
     def at(phase: str) -> None:
@@ -129,7 +128,7 @@ def _noted(recorder: TraceRecorder) -> Iterator[None]:
         return out
 
     def noting(wait: Callable) -> Callable:
-        def waited(work: dist.Work, *args: Any) -> Any:
+        def waited(work: dist.Work, *args: object) -> object:
             recorder.waited(work)
             return wait(work, *args)
 
@@ -181,7 +180,7 @@ def _steps(recorder: TraceRecorder, trainer: Trainer, world: World) -> RankTrace
 
 
 def _groups() -> dict[tuple[int, ...], str]:
-    """The largest come first, so that a group that two names share has the name of the narrower one."""
+    """Names of groups. The largest come first, so a group with two names gets the name of the smaller one."""
     named = {
         "all": dist.group.WORLD,
         "expert dp": parallel_state.get_expert_data_parallel_group(),
@@ -217,9 +216,14 @@ def _state(trainer: Trainer) -> list[torch.Tensor]:
 
 
 def _micro_batches(trainer: Trainer) -> int:
-    """As many as fill the pipeline: what is held then is what is held later."""
+    """The number of micro-batches that fill the pipeline: memory does not change afterwards.
+
+    Of interleaved passes more: the first forward and the last backward passes are alone.
+    """
     stages, chunks = trainer.plan.layout.pipeline, trainer.plan.layout.virtual
     enough = stages * 2 if chunks > 1 else stages + 1
+    if trainer.chunks[0].config.overlap_moe_expert_parallel_comm:
+        enough = stages * 4
     return min(trainer.plan.num_microbatches, enough)
 
 

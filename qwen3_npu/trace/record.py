@@ -1,4 +1,4 @@
-"""What runs while a block is traced: operations, collectives, and the bytes that are held, with who made them."""
+"""Record operations, collectives and allocated bytes with their owners while a block runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Operation:
         flops: of products and attention; 0 for others.
         moved: bytes of all inputs and outputs; of a fused product, of its exchange.
         ranks: of a collective's group, or of a fused product's, which has `flops`, too; empty for others.
-        waits: a collective that the stream waits for at once.
+        waits: whether the stream waits for the collective at once.
     """
 
     name: str
@@ -68,17 +68,17 @@ class Operation:
 
 
 class TraceRecorder(StorageWatch):
-    """Notes what runs.
+    """Records operations, collectives and memory.
 
     Attributes:
-        phase: what is being done, for the notes.
-        operations: in the order in which they ran; views and empty tensors left out.
-        waits: of the program for collectives, (operations before it, the collective).
-        held: changes of the bytes that are held, (bytes, what), in order.
+        phase: present phase of the step.
+        operations: in order; without views and empty tensors.
+        waits: (number of operations before the wait, the collective).
+        held: changes of allocated bytes, (bytes, owner), in order.
     """
 
     def __init__(self, *, experts: int, topk: int, rows_of_expert: int) -> None:
-        """Args: rows_of_expert: that an expert of this rank computes in a micro-batch, if all get the same."""
+        """Args: rows_of_expert: rows of each expert of this rank in a micro-batch, if all get the same number."""
         super().__init__()
         self.experts, self.topk, self.rows_of_expert = experts, topk, rows_of_expert
         self.phase = "start"
@@ -94,7 +94,7 @@ class TraceRecorder(StorageWatch):
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    ) -> object:
         kwargs = kwargs or {}
         out = self._without_data(func, args) if dist.get_backend() == "fake" else NotImplemented
         if out is NotImplemented:
@@ -119,7 +119,7 @@ class TraceRecorder(StorageWatch):
         self.held.append((-size, label))
 
     def relabel(self, tensors: object, label: str) -> int:
-        """Bytes that these tensors hold, which are called so from now on."""
+        """Give the bytes of these tensors another owner."""
         total = 0
         for key in {storage._cdata for storage in storages_of(tensors)} & self._sizes.keys():
             size, before = self._sizes[key]
@@ -129,12 +129,12 @@ class TraceRecorder(StorageWatch):
         return total
 
     def resized(self, storage: torch.UntypedStorage, size: int) -> None:
-        """A storage is emptied, or filled again: recomputation does both."""
+        """Record that recomputation empties a storage or fills it again."""
         if (known := self._sizes.get(storage._cdata)) is not None:
             self._sizes[storage._cdata] = size, known[1]
             self.held.append((size - known[0], known[1]))
 
-    def _operation(self, func: OpOverload, args: tuple, kwargs: dict, out: Any) -> None:
+    def _operation(self, func: OpOverload, args: tuple, kwargs: dict, out: object) -> None:
         name = func._schema.name.replace("::", ".")
         if not name.startswith("aten.") or name.split(".")[-1].rstrip("_") in _VIEWS or "empty" in name:
             return
@@ -149,7 +149,7 @@ class TraceRecorder(StorageWatch):
 
     @contextlib.contextmanager
     def exchanging(self, name: str, group: dist.ProcessGroup, moved: int) -> Iterator[None]:
-        """The product in the block is an operation of this name, which also exchanges so many bytes, in and out."""
+        """Record the product in the block as an operation of this name that also exchanges this number of bytes."""
         self._fused = name, tuple(dist.get_process_group_ranks(group)), moved
         try:
             yield
@@ -167,7 +167,7 @@ class TraceRecorder(StorageWatch):
         self.operations.append(Operation(name, self.phase, 0.0, float(moved), ranks=ranks, waits=not asynchronous))
 
     def waited(self, work: dist.Work) -> None:
-        """The program waits for a collective."""
+        """Record that the program waits for a collective."""
         if (number := self._works.pop(work, None)) is not None:
             self.waits.append((len(self.operations), number))
 
@@ -191,10 +191,10 @@ class TraceRecorder(StorageWatch):
         return results[0] if len(results) == 1 else tuple(results)
 
     def peak(self, first: int = 0) -> tuple[int, dict[str, int]]:
-        """The most bytes held at a time, and what held them, largest first.
+        """The peak of allocated bytes, and their owners, largest first.
 
         Args:
-            first: changes before this one are not looked at.
+            first: index of the first change that counts.
         """
         total, most, now = 0, 0, collections.Counter[str]()
         best: dict[str, int] = {}
@@ -209,7 +209,7 @@ class TraceRecorder(StorageWatch):
 
 
 def _is_asynchronous(func: OpOverload, args: tuple) -> bool:
-    """Whether the program goes on beside a collective. What equals the default is left out of `args`."""
+    """Whether a collective is asynchronous. Default values are left out of `args`."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.name == "async_op":
             return bool(args[place] if place < len(args) else argument.default_value)
@@ -222,7 +222,7 @@ def _group(args: tuple) -> Any:
 
 @contextlib.contextmanager
 def modules_named(recorder: TraceRecorder, chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Bytes that are made in a module's forward pass bear its name, with layers told apart by number."""
+    """In the block, bytes allocated in a module's forward pass get its name as owner, with the layer's number."""
     handles = []
     for chunk in chunks:
         for name, module in chunk.named_modules():

@@ -1,14 +1,13 @@
-"""A trace in words: what is held at the peak, what runs, what is exchanged, beside what the plan says."""
+"""A trace as text: memory at the peak, operations, collectives, compared with the plan."""
 
 from __future__ import annotations
 
 import collections
 import re
-from typing import Any
 
 from qwen3_npu.plan.device import GIB, Device
 from qwen3_npu.plan.memory import StageMemory
-from qwen3_npu.trace.overlap import Played, exchange_seconds, fused_seconds, played, seconds_of
+from qwen3_npu.trace.overlap import Played, communication_seconds, fused_seconds, played, seconds_of
 from qwen3_npu.trace.rank import RankTrace
 from qwen3_npu.trace.record import Operation
 
@@ -19,9 +18,9 @@ def describe(trace: RankTrace, planned: StageMemory, device: Device, *, passes: 
     """A table of one rank.
 
     Args:
-        planned: by the closed forms, for the kernels that were traced, without the runtime's reserve.
-        passes: micro-batches of a step.
-        most: lines of what holds memory.
+        planned: memory by the closed forms for the traced kernels, without the runtime's reserve.
+        passes: number of micro-batches of a step.
+        most: number of lines about memory at the peak.
     """
     lines = [f"trace: rank {trace.rank}, stage {trace.stage}, {trace.micro_batches} of {passes} micro-batches"]
     for name, value, expected in (
@@ -47,7 +46,7 @@ def _off(value: float, expected: float) -> str:
 
 
 def merged(holders: dict[str, int]) -> dict[str, int]:
-    """The same modules of all layers together."""
+    """Merge the same modules of all layers."""
     total = collections.Counter[str]()
     for label, size in holders.items():
         total[re.sub(r"layers\.\d+", "layers.*", label)] += size
@@ -85,7 +84,7 @@ def exchanged(trace: RankTrace, device: Device, passes: int) -> dict[tuple[str, 
             continue
         group = trace.groups.get(operation.ranks, "pair")
         key = group, operation.name.removeprefix("c10d.").removeprefix("npu.").lstrip("_"), size
-        seconds = exchange_seconds(operation, device) if operation.waits else 0.0
+        seconds = communication_seconds(operation, device) if operation.waits else 0.0
         if operation.is_fused:
             seconds = fused_seconds(operation, device) - seconds_of(operation, device)
         before = table.get(key, (0.0, 0.0, 0.0))
@@ -108,7 +107,7 @@ def play(trace: RankTrace, device: Device, passes: int) -> Played:
 
 
 def _exposed(trace: RankTrace, device: Device, passes: int) -> list[str]:
-    """What of the communication nothing hides."""
+    """Lines about exposed communication."""
     step = play(trace, device, passes)
     lines = [f"trace: {'played on streams (without bubble and host)':<44}{step.total:>8.3f} s"]
     for name, seconds in sorted(step.exposed.items()):
@@ -116,7 +115,7 @@ def _exposed(trace: RankTrace, device: Device, passes: int) -> list[str]:
     return lines
 
 
-def as_json(trace: RankTrace, planned: StageMemory, device: Device, passes: int) -> dict[str, Any]:
+def as_json(trace: RankTrace, planned: StageMemory, device: Device, passes: int) -> dict[str, object]:
     """The same as plain data: bytes and seconds."""
     return {
         "rank": trace.rank,

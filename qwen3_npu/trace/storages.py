@@ -1,4 +1,4 @@
-"""Which storages torch's operations make, and when they are freed."""
+"""Follow the storages that torch's operations allocate and free."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from qwen3_npu import host_memory
 
 
 class StorageWatch(TorchDispatchMode):
-    """Knows the storages that were made while it is on and are not freed yet.
+    """Knows the storages that were allocated while it is on and are not freed yet.
 
-    Earlier tensors are not among them, nor those that live inside an operation only, nor memory of the host that stands
-    in for the device's. A subclass calls `results`
-    after each operation, and may learn of a storage's end by `freed`.
+    Not included: earlier tensors, temporary ones inside an operation, and host memory used in place of device memory.
+    A subclass calls `results` after each operation, and may override `freed`.
     """
 
     def __init__(self) -> None:
@@ -25,7 +24,7 @@ class StorageWatch(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def results(self, given: object, out: object) -> list[torch.UntypedStorage]:
-        """The storages of `out`, an operation's results, that are new: neither `given` to it nor known."""
+        """The new storages among an operation's results `out`: neither `given` to it nor known."""
         if host_memory.is_being_made:
             return []
         known = {storage._cdata for storage in storages_of(given)} | self._alive.keys()
@@ -44,9 +43,9 @@ class StorageWatch(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, gone)
 
     def freed(self, key: int) -> None:
-        """A storage has ended; `key` was its `_cdata`."""
+        """A storage was freed; `key` was its `_cdata`."""
 
 
 def storages_of(values: object) -> Iterator[torch.UntypedStorage]:
-    """Of all tensors in a nest of containers."""
+    """The storages of all tensors in nested containers."""
     return (value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor))

@@ -1,4 +1,4 @@
-"""One rank of a job whose other ranks do not exist: collectives are noted, tensors have sizes and no data."""
+"""One rank of a job whose other ranks do not exist. Collectives are recorded; tensors have sizes and no data."""
 
 from __future__ import annotations
 
@@ -12,25 +12,39 @@ import torch.distributed as dist
 from megatron.core.transformer.moe import token_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from qwen3_npu.distributed import agreement
+from qwen3_npu.distributed import agreement, turns
 from qwen3_npu.distributed.launch import World
 from qwen3_npu.model import dispatcher
 
 
 def _same_everywhere(objects: list[Any], own: Any, group: Any = None) -> None:
-    """All ranks of a traced job say the same."""
+    """Gather objects: all ranks of a traced job have the same object."""
     objects[:] = [own] * len(objects)
 
 
 def _balanced_counts(everyone: torch.Tensor, rows: int) -> torch.Tensor:
-    """Rows of each expert, [ep, etp, experts] int64 with data, if every expert gets as many."""
+    """Rows of each expert, [ep, etp, experts] int64 with data, if every expert gets the same number."""
     return torch.full(everyone.shape, rows // everyone.shape[-1], dtype=everyone.dtype)
 
 
+def _same_modes() -> contextlib.AbstractContextManager:
+    """torch's modes belong to a thread: what watches this one is to watch the second one, too."""
+    modes = _get_current_dispatch_mode_stack()
+
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            yield
+
+    return entered()
+
+
 class _HostNumbers(list[int]):
-    """Numbers that the host knows, where a tensor is expected."""
+    """Numbers on the host, in place of a tensor."""
 
     def tolist(self) -> list[int]:
         return list(self)
@@ -77,6 +91,7 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         (dist.distributed_c10d, "new_group", pretended_group),
         (dist, "all_gather_object", _same_everywhere),
         (agreement, "smallest", list),
+        (turns, "surroundings", _same_modes),
         (dist, "broadcast_object_list", lambda *_, **__: None),
         # Weights are made in 16 bits; torch cannot exchange a module's parameters that have no data.
         (torch.nn.Module, "bfloat16", unchanged),

@@ -27,9 +27,7 @@ class Exits:
         self.signal = signal.Signals(number).name
 
     def wishes(self) -> tuple[bool, ...]:
-        """What this rank tells the others: a signal was received, the time limit is reached. Empty if neither is
-        watched.
-        """
+        """The wishes of this rank: a signal was received, the time limit is reached. Empty if neither is watched."""
         if not self.watches:
             return ()
         expired = self.limit is not None and time.monotonic() - self.start >= self.limit
@@ -39,7 +37,7 @@ class Exits:
         """Why all ranks should stop after this step, or None.
 
         Args:
-            wishes: as `wishes` says, on any rank.
+            wishes: `wishes` of all ranks, true if true on any rank.
         """
         if self.interval and iteration % self.interval == 0:
             return f"--exit-interval {self.interval}"

@@ -1,4 +1,4 @@
-"""What a training reads: samples, and how they become the micro-batches of a rank."""
+"""The input of a training: samples, and the micro-batches that a rank makes of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from qwen3_npu.training.prepare.plan import TrainingPlan
 
 
 class SampleSource(Protocol[SampleOut]):
-    """Samples by number, and where each comes from."""
+    """Samples by number, and the place of each."""
 
     def __getitem__(self, number: int, /) -> SampleOut: ...
 
@@ -63,9 +63,9 @@ class Feed(Generic[Sample]):
         args, plan: of the training.
         train, valid: sample number -> sample; `valid` None if there are none.
         make_rows: samples of a micro-batch -> its rows.
-        rows, length: of every micro-batch, for the pipeline; None where lengths differ.
+        rows, length: shape of every micro-batch, for the pipeline; None if lengths differ.
         think: marks of thoughts, if the data may have them.
-        supervised: tokens of every micro-batch that are supervised; None where it differs.
+        supervised: number of supervised tokens in every micro-batch; None if it differs.
     """
 
     args: PretrainArgs
@@ -90,7 +90,7 @@ class Feed(Generic[Sample]):
         )
 
     def forget(self) -> None:
-        """Drop what was made ahead: the training goes on elsewhere."""
+        """Drop batches made in advance: the training continues at another position."""
         self._ahead.clear()
 
     def batches(
@@ -98,7 +98,7 @@ class Feed(Generic[Sample]):
     ) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the step that starts after `consumed` samples.
 
-        Each is made while the device computes the one before; the first one of a training's next step, with the last.
+        Each is made while the device computes the previous one; the first one of the next step is made with the last.
 
         Args:
             dtype: of the activations.
@@ -159,10 +159,10 @@ class Feed(Generic[Sample]):
 
 
 def open_feed(args: PretrainArgs, plan: TrainingPlan, spare: int = 0) -> Feed:
-    """The samples that --data-path names. Every rank must call this.
+    """The samples of --data-path. Every rank must call this.
 
     Args:
-        spare: samples of the training that may be left out.
+        spare: number of samples that may be omitted (quarantine), so more are needed.
     """
     prefixes, _ = blend(args.data.data_path)
     digest = None
@@ -181,7 +181,7 @@ def _fingerprint(args: PretrainArgs, prefix: str) -> str:
 
 
 def _samples(args: PretrainArgs, plan: TrainingPlan, spare: int) -> tuple[int, int, int]:
-    """How many samples of each split are asked for."""
+    """The number of samples of each split that the training reads."""
     evaluations = args.train.steps // args.report.eval_interval + 1
     return args.train.steps * plan.global_batch + spare, evaluations * args.report.eval_iters * plan.global_batch, 0
 
@@ -208,7 +208,7 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan, spare: int) -> Feed:
 
     def rows(samples: Sequence[dict[str, torch.Tensor]]) -> Rows:
         return pretraining_rows(
-            *pretrain_dataset.stacked(samples),
+            *pretrain_dataset.batched(samples),
             eod=next(iter(ends)),
             reset_position_ids=data.reset_position_ids,
             reset_attention_mask=data.reset_attention_mask,
@@ -232,7 +232,7 @@ def _pretraining(args: PretrainArgs, plan: TrainingPlan, spare: int) -> Feed:
 
 
 def _padding(args: PretrainArgs, plan: TrainingPlan) -> tuple[TokenizerFolder | None, Padding]:
-    """The tokenizer, if there is one, and how rows of conversations are padded."""
+    """The tokenizer, if there is one, and the padding of rows of conversations."""
     data = args.data
     multiple = padding_multiple(
         data.pad_to_multiple_of if data.variable_seq_lengths else 1,
@@ -252,7 +252,7 @@ def _splits(
     """Samples for training, and for validation if the training evaluates.
 
     Raises:
-        UsageError: --split leaves none.
+        UsageError: --split leaves no sample.
     """
     data, evaluates = args.data, args.report.eval_iters > 0
     splits = instruction_splits(

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-
 from qwen3_npu import log
 from qwen3_npu.errors import Stopped
-
-
-def anywhere(bad: bool, device: torch.device) -> bool:
-    """Whether it is so on any rank of the job. Every rank must call this."""
-    flag = torch.tensor(float(bad), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
 
 
 class NanGuard:
     """Counts skipped optimizer steps; ends the run when too many come in a row.
 
     Args:
-        limit: skipped steps in a row that are tolerated.
+        limit: number of consecutive skipped steps that are tolerated.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.in_a_row, self.total = limit, 0, 0
 
     def count(self, skipped: bool) -> None:
-        """Note whether this step's update was skipped: a loss or gradient was not finite, on any rank."""
+        """Count whether this step's update was skipped, because a loss or gradient was not finite on any rank."""
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         self.total += skipped
 
     def report(self, iteration: int, loss: float, grad_norm: float, samples: range, *, why: str | None = None) -> None:
-        """Log what was skipped. Args: why: it is a spike. Raises: Stopped: too many steps were skipped."""
+        """Log a skipped update. Args: why: reason of a spike. Raises: Stopped: too many updates were skipped."""
         limit = f" ({why})" if why is not None and "above" in why else ""
         log.info(
             f"warning: step {iteration}: update skipped: loss {loss:g}, grad norm {grad_norm:g}{limit}; samples "

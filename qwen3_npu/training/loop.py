@@ -156,7 +156,7 @@ class Trainer:
         )
         self.replicas: ReplicaCheck | None = None
         if args.spikes.replica_check_interval:
-            self.replicas = ReplicaCheck(self.modules, self.chunks, self.optimizer)
+            self.replicas = ReplicaCheck(self.modules, self.optimizer)
         self.state: StateCheck | None = None  # load
         # megatron averages losses over micro-batches itself, if it does not divide by tokens.
         weighted = routers(self.modules) if config.calculate_per_token_loss else []
@@ -165,7 +165,7 @@ class Trainer:
         self.reference: Reference | None = None
 
     def _config(self) -> TransformerConfig:
-        """A configuration of its own for each model: it also says what megatron's schedules call."""
+        """A separate configuration for each model, since it also holds the functions that megatron's schedules call."""
         return transformer_config(
             self.plan.arch,
             self.plan.layout,
@@ -173,6 +173,7 @@ class Trainer:
             self.args.train,
             variable_lengths=self.args.data.variable_seq_lengths,
             overlaps_p2p_safely=self.platform.overlaps_p2p_safely,
+            interleaved=self.args.overlap.moe_fb_overlap,
         )
 
     def load(self) -> None:
@@ -181,7 +182,7 @@ class Trainer:
         self.check_state()
 
     def open_data(self) -> None:
-        """The samples of each split, and what a reference model says of them."""
+        """Open the samples of each split, and the reference model."""
         spikes = self.args.spikes
         spare = self.spikes.read(self.position)
         if self.spikes.rolls_back:
@@ -193,7 +194,7 @@ class Trainer:
             self.reference = self._cached_reference() if is_cached else self._open_reference()
 
     def _open_reference(self) -> Reference:
-        """The reference model, as the flags say. Raises: UsageError: there is none."""
+        """The reference model that the flags describe. Raises: UsageError: there is none."""
         wanted = self.args.preference
         if wanted.ref_model is None and self.args.lora.on:
             log.info("reference: the model without its adapter")
@@ -218,7 +219,7 @@ class Trainer:
         return build_model(self.plan.arch, self._config(), self.plan.layout, parts)
 
     def _cached_reference(self) -> KnownReference:
-        """The reference's log-probabilities from the file beside the data; what it lacks is computed first."""
+        """The reference's log-probabilities from the file beside the data; missing ones are computed first."""
         args, starts, total = self.args, {}, 0
         files = [file for dataset in self._answer_sets() for file in dataset.files]
         for file in sorted({file.prefix: file for file in files}.values(), key=lambda file: file.prefix):
@@ -240,7 +241,7 @@ class Trainer:
     def _reference_steps(
         self,
     ) -> Iterator[tuple[Callable[[], list[Iterator[MicroBatch]]], list[Samples], list[Samples]]]:
-        """Every step of the training, then of the evaluations, as `reference_cache.cached` wants them."""
+        """Every step of the training, then of the evaluations, in the form of `reference_cache.cached`."""
         evaluations = self.args.report.eval_iters
         for dataset, count in zip(self._answer_sets(), (self.args.train.steps, evaluations), strict=False):
             for number in range(count):
@@ -255,7 +256,7 @@ class Trainer:
         return [found for found in (self.feed.train, self.feed.valid) if found is not None]
 
     def _samples(self, dataset: SampleSource, consumed: int) -> list[Samples]:
-        """Where the pairs of this rank's micro-batches come from."""
+        """The places of the pairs of this rank's micro-batches."""
         return [[dataset.locate(n) for n in numbers] for numbers in self.feed.numbers(consumed)]
 
     def batches(self, dataset: SampleSource, consumed: int) -> list[Iterator[MicroBatch]]:
@@ -264,7 +265,7 @@ class Trainer:
         return list(itertools.tee(batches, len(self.chunks)))
 
     def _with_reference(self, dataset: SampleSource, consumed: int) -> list[Iterator[MicroBatch]]:
-        """The micro-batches of a step; the objective learns what the reference says of them."""
+        """The micro-batches of a step; the objective gets the reference's log-probabilities of them."""
         batches = self.batches(dataset, consumed)
         if self.objective is None or self.reference is None:
             return batches
@@ -276,7 +277,7 @@ class Trainer:
         return [drained(collections.deque(held)) for _ in self.chunks]
 
     def training_batches(self) -> list[Iterator[MicroBatch]]:
-        """This rank's micro-batches of the next step, once for each model chunk; the routers know what they need."""
+        """This rank's micro-batches of the next step, once for each model chunk; also sets the routers' loss weight."""
         batches = self._with_reference(self.feed.train, self.position.samples)
         if not self.routers:
             return batches
@@ -340,9 +341,9 @@ class Trainer:
         return dataclasses.replace(result, spike=why)
 
     def check_state(self) -> None:
-        """From what has just been loaded on, where that is asked for."""
+        """Start the state check with the state that was just loaded, if --state-check-interval asks for it."""
         if interval := self.args.spikes.checks_state:
-            self.state = StateCheck(interval, self.modules, self.chunks, self.optimizer)
+            self.state = StateCheck(interval, self.modules, self.optimizer)
             self.state.note(self.position.iteration + 1)
 
     def go_back(self, why: str) -> None:
@@ -378,12 +379,13 @@ class Trainer:
             folder=Path(args.report.tensorboard_dir) if args.report.tensorboard_dir else None,
             is_main=self.world.rank == 0,
             names=self.objective.names if self.objective else (),
+            tells_times=args.report.timing_log_level > 0,
             verdict=self.plan.verdict,
             trackers=open_trackers(args.trackers, settings(args)) if self.world.rank == 0 else (),
         )
 
     def evaluate(self, reporter: Reporter) -> None:
-        """The loss on the validation share, always on its first samples, so that losses compare."""
+        """The loss on the validation data, always on the same first samples, so that losses are comparable."""
         if self.feed.valid is None:
             return
         total = NOTHING

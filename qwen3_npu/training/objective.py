@@ -1,4 +1,4 @@
-"""What a micro-batch is trained for: from the losses of its tokens to the number that backward starts from."""
+"""Objectives: from the losses of a micro-batch's tokens to the number that backward starts from."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qwen3_npu.data.train.batches import MicroBatch
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one micro-batch on one rank.
+    """The result of one micro-batch on one rank.
 
     Attributes:
-        total: scalar, the sum of the losses of its units (tokens or pairs).
-        count: scalar, its units.
-        counted: 0 on context-parallel ranks whose `total` another rank has as well.
+        total: scalar, sum of the losses of its units (tokens or pairs).
+        count: scalar, number of its units.
+        counted: 0 on context-parallel ranks if another rank has the same `total`.
         metrics: [len(Objective.names)] sums over its units.
     """
 
@@ -32,7 +32,7 @@ class Objective(Protocol):
     """A loss other than that of the next token.
 
     Attributes:
-        names: of the metrics; means over units are reported.
+        names: names of the metrics; their means over units are reported.
     """
 
     names: Sequence[str]

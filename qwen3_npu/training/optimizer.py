@@ -43,7 +43,7 @@ def wrap_model(
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], args: OptimizerArgs, *, bf16: bool) -> MegatronOptimizer:
-    """AdamW (and Muon) with float32 state; weight decay on matrices only. Its state exists from the start."""
+    """AdamW (and Muon) with float32 state; weight decay of matrices only. The state is allocated at once."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=args.lr,
@@ -100,14 +100,14 @@ def _use_muon(
 
 
 def _state_of(part: DistributedOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """megatron's method of this name, which is to return both moments; a matrix of Muon has no second one."""
+    """Replacement of megatron's method, which returns both moments; a matrix of Muon has no second one."""
     state = DistributedOptimizer._get_main_param_and_optimizer_states(part, parameter)
     nothing = torch.zeros((), device=state["param"].device).expand(state["param"].shape)
     return {MOMENTS[1]: nothing, **state}
 
 
 def _copy_to_model(part: MegatronOptimizer) -> None:
-    """float32 masters into the model's weights: megatron's method of this name, as one operation for all tensors."""
+    """Copy float32 masters to the model's weights: replaces megatron's method by one operation for all tensors."""
     if part.is_stub_optimizer:
         return
     if not isinstance(part, DistributedOptimizer):

@@ -1,4 +1,4 @@
-"""What the flags make a model and its checkpoints of."""
+"""Translate flags into the parts of a model and the LoRA facts of its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen3_npu.model.spec import Parts
 
 
 def parts_of(args: PretrainArgs, chosen: kernels.Kernels) -> Parts:
-    """What the flags make the layers of."""
+    """The parts of the layers that the flags describe."""
     context_parallel = None
     if args.parallel.context_parallel_size > 1:
         context_parallel = ContextParallel(args.parallel.context_parallel_algo, chosen)
@@ -34,7 +34,7 @@ def parts_of(args: PretrainArgs, chosen: kernels.Kernels) -> Parts:
 
 
 def _overlap(args: PretrainArgs, chosen: kernels.Kernels) -> Overlap | None:
-    """What hides the communication of tensor parallelism; None: nothing does."""
+    """How communication of tensor parallelism is hidden; None if it is not."""
     wanted = args.overlap
     if wanted.asked is None or args.parallel.tensor_model_parallel_size == 1:
         return None
@@ -45,7 +45,7 @@ def _overlap(args: PretrainArgs, chosen: kernels.Kernels) -> Overlap | None:
 
 
 def fused_products(flag: str, chosen: kernels.Kernels) -> FusedProducts | None:
-    """The fused operations of the chosen kernels; None: they have none.
+    """The fused operations of the chosen kernels; None if they have none.
 
     Raises:
         UsageError: the installed torch_npu is too old.
@@ -60,7 +60,7 @@ def fused_products(flag: str, chosen: kernels.Kernels) -> FusedProducts | None:
 
 
 def lora_of(args: LoraArgs, arch: Qwen3Arch) -> Lora | None:
-    """What the checkpoints say of LoRA adapters."""
+    """The LoRA adapter that the checkpoints describe."""
     if not args.on:
         return None
     targets, layers = args.places(arch)

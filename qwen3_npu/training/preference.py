@@ -9,7 +9,7 @@
     rm           -log s(r_c - r_r) + k (r_c + r_r)^2                Bradley and Terry, 1952; arXiv:2312.09244
 
 p: log-probability of an answer; d: the same minus the reference's; |.|: its tokens; s: sigmoid; b, g, w, k: flags;
-r: what a reward model gives the last token of a text.
+r: reward of the last token of a text.
 A step's loss is the mean over all pairs (kto: samples) of its global batch.
 """
 
@@ -72,7 +72,7 @@ class LogProbs:
 
     Attributes:
         answers: [n] float32, of each sequence's supervised tokens together.
-        tokens: [n] float32, how many these are.
+        tokens: [n] float32, the number of these tokens.
         texts, text_tokens: the same of prompt and answer together, for orpo.
     """
 
@@ -88,7 +88,7 @@ class LogProbs:
 
 
 def log_probs_of(batch: MicroBatch, losses: torch.Tensor) -> LogProbs:
-    """Add up the tokens of each sequence, over context-parallel ranks too.
+    """Sum the losses of each sequence's tokens, over context-parallel ranks too.
 
     Args:
         losses: [b, s] -log-probability of each label of this rank's tokens.
@@ -99,7 +99,7 @@ def log_probs_of(batch: MicroBatch, losses: torch.Tensor) -> LogProbs:
     per_token = torch.stack((-losses, torch.ones_like(losses)))
     parts = torch.cat((per_token * batch.loss_mask, per_token * batch.answers.text_mask)).flatten(1)
     # Not index_add: its gradient is the same gather, and its sum has no fixed order on devices.
-    member = torch.nn.functional.one_hot(where, count).to(parts.dtype)
+    member = (where.unsqueeze(-1) == torch.arange(count, device=where.device)).to(parts.dtype)
     sums = parts @ member
     if parallel_state.get_context_parallel_world_size() > 1:
         sums = _SumOverContext.apply(sums, parallel_state.get_context_parallel_group())
@@ -110,7 +110,7 @@ PairLoss = Callable[[LogProbs, torch.Tensor | None, PreferenceArgs], torch.Tenso
 
 
 def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen and rejected ones: they alternate."""
+    """Chosen and rejected entries, which alternate."""
     return x[0::2], x[1::2]
 
 
@@ -122,7 +122,7 @@ def _difference(found: LogProbs, reference: torch.Tensor | None, *, per_token: b
 
 
 def _smoothed(logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """-log sigmoid, where a share `smoothing` of the preferences is wrong."""
+    """-log sigmoid, if a share `smoothing` of the preferences is wrong."""
     return -logsigmoid(logits) * (1 - smoothing) - logsigmoid(-logits) * smoothing
 
 
@@ -164,7 +164,7 @@ class AnswerObjective(abc.ABC):
 
     Attributes:
         names: of its metrics.
-        references: log-probabilities of the reference, [2 n] of each micro-batch in order; empty where none is needed.
+        references: log-probabilities of the reference, [2 n] for each micro-batch in order; empty without a reference.
     """
 
     names: Sequence[str] = ()
@@ -236,9 +236,9 @@ class PreferenceObjective(AnswerObjective):
 class KtoObjective(AnswerObjective):
     """The loss of labelled answers (arXiv:2402.01306, equations 7 and 8).
 
-    z_0, `kl` here, is how much likelier than the reference the policy finds answers to other prompts, which
-    `labelled_rows` puts after each answer: a mean over the micro-batches that the data-parallel ranks work on at once,
-    as TRL's. No gradient goes through it.
+    z_0 (`kl` here) is the mean log-ratio of policy and reference for answers to other prompts (see `labelled_rows`).
+    The mean is over the micro-batches that the data-parallel ranks compute at the same time, as in TRL. It has no
+    gradient.
     """
 
     names = KTO_METRICS
@@ -288,7 +288,7 @@ class RewardObjective(AnswerObjective):
 
 
 def preference_objective(stage: str, args: PreferenceArgs) -> AnswerObjective | None:
-    """The objective of a stage; None where only the next token is learned."""
+    """The objective of a stage; None if only the next token is learned."""
     if stage not in PREFERENCE_STAGES:
         return None
     if stage in ("kto", "rm"):

@@ -1,4 +1,4 @@
-"""What a reference model says of the answers of a step: a frozen copy, or the trained model without its adapter."""
+"""Log-probabilities of a reference model: a frozen copy, or the trained model without its adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Samples = Sequence[tuple[str, int]]  # prefix and number in it of each pair of a
 
 
 class Reference(Protocol):
-    """Gives the reference's log-probabilities."""
+    """Computes the reference's log-probabilities."""
 
     def log_probs(
         self, batches: Sequence[Iterator[MicroBatch]], samples: Sequence[Samples], **sizes: int
@@ -37,8 +37,8 @@ class Reference(Protocol):
         Every rank must call this.
 
         Args:
-            batches: as for `run_schedule`; they are used up.
-            samples: of each micro-batch, where its pairs come from.
+            batches: as for `run_schedule`; they are consumed.
+            samples: places of the pairs of each micro-batch.
         """
 
 
@@ -76,7 +76,7 @@ class FrozenCopy:
 
 
 class Untrained:
-    """The model that will be trained, before its first step: it is also the reference.
+    """The model before its first training step, when it equals the reference.
 
     Args:
         chunks: its model chunks on this rank.
@@ -98,7 +98,7 @@ class Untrained:
 
 
 class WithoutAdapter:
-    """The model that is trained, with its adapter switched off.
+    """The trained model with its adapter switched off.
 
     Args:
         chunks: the model chunks that are trained.
@@ -148,7 +148,7 @@ def fill_reference(
     """Load a frozen copy. Every rank must call this.
 
     Raises:
-        UsageError: there is no such model, or it is another than the one that is trained.
+        UsageError: there is no such model, or its architecture differs from the trained model's.
     """
     source = open_checkpoint(folder, iteration=step)
     if not source.arch.same_weights(arch):

@@ -1,6 +1,6 @@
 """The reference's log-probabilities in a file beside the data: computed once, for any layout, resumable.
 
-<cache>/reference_<digest>.npy    float32 [pairs of all data sets, 2]: chosen and rejected answer; NaN: not yet known
+<cache>/reference_<digest>.npy    float32 [pairs of all data sets, 2]: chosen and rejected answer; NaN: not computed yet
 
 The digest names the data (by their indexes), the reference's files, the length of samples and the dtype.
 """
@@ -31,7 +31,7 @@ class KnownReference:
 
     Attributes:
         values: float32 [pairs, 2] of all data sets.
-        starts: prefix -> its first row.
+        starts: prefix -> the first row of its pairs.
     """
 
     def __init__(self, values: np.ndarray, starts: dict[str, int], device: torch.device) -> None:
@@ -52,12 +52,12 @@ class KnownReference:
 
 
 def digest_of(*parts: object) -> str:
-    """Names the file."""
+    """The digest in the name of the file."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def identity(folder: str) -> list[tuple[str, int, int]]:
-    """What changes when a model's files do: names, sizes and times."""
+    """Names, sizes and times of a model's files, which change when the files do."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
@@ -73,13 +73,13 @@ def cached(
     device: torch.device,
     **sizes: int,
 ) -> KnownReference:
-    """Read what is known, compute the rest, and keep it. Every rank must call this.
+    """Read known log-probabilities, compute the missing ones, and store them. Every rank must call this.
 
     Args:
         reference: opened only if something is missing.
-        starts, total: of the rows.
-        at_most: pairs that the training asks for, some of them perhaps twice.
-        steps: of the training, while pairs are missing: how to make this rank's micro-batches, their samples, and those
+        starts, total: first row of each prefix, and number of rows.
+        at_most: number of pairs that the training reads, repeated ones included.
+        steps: steps of the training: a function that makes this rank's micro-batches, their samples, and the samples
             of all ranks.
     """
     known = KnownReference(_read(path, total), starts, device)
@@ -126,7 +126,7 @@ def _read(path: Path, total: int) -> np.ndarray:
 
 
 def _share(found: dict[int, tuple[float, float]], values: np.ndarray, path: Path) -> dict[int, tuple[float, float]]:
-    """Put what the last stages computed into `values` of all ranks, and write them to disk. Returns an empty dict."""
+    """Copy the results of the last stages to `values` on all ranks, and write them to disk. Returns an empty dict."""
     everyone: list[dict[int, tuple[float, float]]] = [{} for _ in range(dist.get_world_size())]
     speaks_for_copy = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
     dist.all_gather_object(everyone, found if speaks_for_copy else {})

@@ -32,7 +32,7 @@ class Tally:
     Attributes:
         loss_sum, loss_weight: the step's loss is their ratio.
         token_loss, tokens: losses of the supervised tokens, and their number.
-        real_tokens, places: tokens that are no padding, and all that were computed.
+        real_tokens, places: number of tokens that are no padding, and of all computed tokens.
         squares: sum of the squared lengths of the documents.
         think_loss, think_tokens: the supervised tokens that belong to thoughts.
         metrics: sums of an `Objective`'s metrics, over the units that `loss_weight` counts.
@@ -57,7 +57,7 @@ class Tally:
         return tally_of([a + b for a, b in itertools.zip_longest(self.numbers(), other.numbers(), fillvalue=0.0)])
 
     def numbers(self) -> list[float]:
-        """All of it in one row."""
+        """All sums in one row."""
         *fixed, metrics = dataclasses.astuple(self)
         return [*fixed, *metrics]
 
@@ -78,11 +78,11 @@ class StepResult:
     Attributes:
         loss: of the global batch, see --loss-normalization.
         grad_norm: of the gradients before clipping.
-        learning_rate: that was applied.
-        skipped: the update was not made, for a number that is not finite, or above the limits.
-        wishes: what ranks tell each other, true if it is true on any rank.
-        spike: why it is one; `Trainer.step` says so.
-        is_damaged: what only updates may change has changed, on any rank; the update was not made.
+        learning_rate: the applied learning rate.
+        skipped: the update was skipped, because a number is not finite or above the limits.
+        wishes: see `Exits.wishes`; true if true on any rank.
+        spike: the reason why the step is a spike; set by `Trainer.step`.
+        is_damaged: weights or optimizer state changed between updates on some rank; the update was skipped.
     """
 
     tally: Tally
@@ -101,7 +101,7 @@ class StepResult:
 def loss_of(
     batch: MicroBatch, per_token: bool, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What backward starts from, what megatron divides it by, and the numbers of `Tally`.
+    """The number that backward starts from, megatron's divisor of it, and the numbers of `Tally`.
 
     Args:
         per_token: megatron divides gradients by the supervised tokens of the whole global batch
@@ -163,7 +163,7 @@ def forward_step(
 
 
 def router_loss_weight(batches: Sequence[MicroBatch], device: torch.device) -> torch.Tensor:
-    """What `Router.loss_weight` must be so that the routers' losses count as the mean over the micro-batches of a step.
+    """The value of `Router.loss_weight` that makes the routers' losses the mean over the micro-batches of a step.
 
     megatron divides all gradients by the supervised tokens of the global batch. These must be known before the first
     backward pass, hence one small collective per step; nothing waits for it on the host.
@@ -196,10 +196,10 @@ def run_schedule(
     Args:
         batches: one iterator per model chunk, over the same micro-batches.
         seq_length, micro_batch: of every micro-batch, unless the configuration says that they differ.
-        objective: what is trained for, if not the next token.
+        objective: the objective, if it is not the next token.
 
     Returns:
-        The numbers of a `Tally`, float32 on the device: nothing has waited for them.
+        The numbers of a `Tally`, float32 on the device; the host has not waited for them.
     """
     # On a device, autograd computes backward in a thread of its own. Without it a step that waits for the host is
     # faster: 604 to 617 ms instead of 684 to 758 (11 layers of 30B-A3B, 8 micro-batches, one H200).
@@ -238,13 +238,13 @@ def train_step(
     limits: SpikeLimits | None = None,
     state: StateCheck | None = None,
 ) -> StepResult:
-    """One step of training. The schedule of the learning rate does not move when the update is skipped.
+    """One step of training. The learning-rate schedule does not advance when the update is skipped.
 
-    The host waits once: for one row with the losses, the norm, whether all is finite, and the `wishes` of the ranks.
+    The host waits once: for one row with the losses, the norm, whether all numbers are finite, and the `wishes`.
 
     Args:
-        limits: above them the update is skipped, on all ranks if any rank sees it.
-        state: it has noted what the update may find.
+        limits: if a number is above its limit on any rank, all ranks skip the update.
+        state: the state check; it has recorded the state before the step.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()

@@ -1,4 +1,4 @@
-"""The steps of a training, one after the other, with what happens between them: reports, evaluations, checkpoints."""
+"""The loop over the steps of a training, with reports, evaluations and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,8 @@ def train(trainer: Trainer) -> None:
         gc.disable()
     first = trainer.position.iteration + 1
     profiling = Profiling(trainer.platform, args.profile, trainer.world.rank, first=first, last=last)
-    ledger = Ledger(
-        args.report.ledger_interval if args.report.tensorboard_dir else 0,
-        facts_of(args, trainer.plan),
-        trainer.world.device,
-    )
+    interval = args.report.ledger_steps
+    ledger = Ledger(interval, facts_of(args, trainer.plan) if interval else {}, trainer.world.device)
     stop: str | None = None
     if trainer.spikes.rolls_back and trainer.position.iteration not in trainer.saver.own:
         with here.during("save"):
@@ -42,12 +39,16 @@ def train(trainer: Trainer) -> None:
             reporter.went_back(before.iteration + 1, trainer.position.iteration)
             continue
         iteration = trainer.position.iteration
-        load = trainer.expert_load() if reporter.is_due(iteration) else None
-        reporter.step(iteration, result, load)
+        if is_due := reporter.is_due(iteration):
+            with here.during("optimizer"):
+                trainer.platform.synchronize()  # the line needs that; it is no time of the line's
+        with here.during("report"):
+            load = trainer.expert_load() if is_due else None
+            reporter.step(iteration, result, load)
         if args.train.manual_gc_interval and iteration % args.train.manual_gc_interval == 0:
             gc.collect()
         if args.report.eval_iters and (iteration % args.report.eval_interval == 0 or iteration == last):
-            with reporter.paused(), here.during("eval"):
+            with here.during("eval"), reporter.paused():
                 trainer.evaluate(reporter)
         stop = trainer.exits.reason(iteration, result.wishes)
         profiling.after(iteration, last=iteration == last or stop is not None)
@@ -58,12 +59,14 @@ def train(trainer: Trainer) -> None:
             reporter.went_back(iteration, trainer.position.iteration)
             continue
         if saves:
-            with reporter.paused(), here.during("save"):
+            with here.during("save"), reporter.paused():
                 _save(trainer, export=export)
         record = ledger.step(iteration, result.tally, load, last=iteration == last or stop is not None)
         if record is not None:
-            reporter.ledger(iteration, record)
-    reporter.close()
+            with here.during("report"):
+                reporter.ledger(iteration, record)
+    with here.during("report"):
+        reporter.close()
     with here.during("save"):
         trainer.saver.close()
         trainer.export.finish()
@@ -72,13 +75,15 @@ def train(trainer: Trainer) -> None:
 
 
 def _check_state(trainer: Trainer, *, saves: bool) -> bool:
-    """Whether memory holds what it must, where that is looked at; if not it has gone back. Raises: Stopped: or ends."""
+    """Run the state check if it is due. False after a rollback. Raises: Stopped: the training must end."""
     interval, iteration = trainer.args.spikes.replica_check_interval, trainer.position.iteration
-    problem = None
-    if trainer.replicas is not None and (saves or iteration % interval == 0):
-        problem = trainer.replicas.compare()
-    if problem is None and trainer.state is not None and saves:
-        problem = trainer.state.problem()
+    is_due = trainer.replicas is not None and (saves or iteration % interval == 0)
+    if not is_due and not (saves and trainer.state is not None):
+        return True
+    with here.during("check"):
+        problem = trainer.replicas.compare() if trainer.replicas is not None and is_due else None
+        if problem is None and trainer.state is not None and saves:
+            problem = trainer.state.problem()
     if problem is None:
         return True
     trainer.go_back(corrupted(trainer.spikes, problem, iteration))

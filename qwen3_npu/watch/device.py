@@ -1,11 +1,11 @@
-"""Where a step's time goes on a device: events on the stream that computes, read when a later step has waited for them.
+"""Time by phase on a device: events on the compute stream, read after a later step has waited for them.
 
-The host runs ahead of a device, so its clock says when work was handed over, not when it was done. An event is noted in
-the stream where a phase begins, and where the stream begins and ends to wait for a collective. The time between two
-events is of the phase, or of the group of that collective: what is left is communication that computing does not hide.
+The host runs ahead of a device, so its clock shows when work was launched, not when it was done. An event is recorded
+in the stream where a phase begins, and where a wait for a collective begins and ends. The time between two events
+belongs to the phase, or to the group of the collective; the latter is exposed communication.
 
-Where the device comes to an event as soon as the host has noted it, the device had to wait for the host: the time up to
-there is that of the host (launch-bound).
+If the device reaches an event as soon as the host has recorded it, the device had to wait for the host: the time before
+it is counted as the host's (launch-bound).
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 _BOUND = 0.2  # the device is less than this share of a stretch behind the host: it has waited for it
 
 
 class DeviceEvent(Protocol):
-    """What `torch.cuda.Event(enable_timing=True)` can do, and torch_npu's."""
+    """The methods of `torch.cuda.Event(enable_timing=True)` and of torch_npu's event."""
 
-    def record(self) -> Any:
-        """Note the time when the current stream comes here."""
+    def record(self) -> object:
+        """Record the time at which the current stream reaches this point."""
 
     def query(self) -> bool:
-        """Whether it has."""
+        """Whether the stream has reached it."""
 
-    def elapsed_time(self, end_event: Any) -> float:
+    def elapsed_time(self, end_event: object) -> float:
         """Milliseconds from this event to another."""
 
 
@@ -35,9 +35,9 @@ class DeviceTimes:
     """The events of one step at a time.
 
     Args:
-        make: a new event.
-        kinds: how many kinds of time there are; the last is the host's.
-        launched: kinds of work that the host hands over: of these the host may have the time.
+        make: makes a new event.
+        kinds: number of kinds of time; the last kind is the host's.
+        launched: kinds of work that the host launches; their time may be counted as the host's.
     """
 
     def __init__(self, make: Callable[[], DeviceEvent], kinds: int, launched: frozenset[int]) -> None:
@@ -47,7 +47,7 @@ class DeviceTimes:
         self._marks: list[tuple[int, DeviceEvent, float]] = []  # the kind of what follows; the host's clock
 
     def begin(self, kind: int) -> None:
-        """From now on times are noted, unless the device has not done yet what was noted before."""
+        """Start to record times, unless the device has not finished the events recorded before."""
         if self._marks and not self._marks[-1][1].query():
             return
         self._clear()
@@ -55,19 +55,19 @@ class DeviceTimes:
         self.mark(kind)
 
     def mark(self, kind: int) -> None:
-        """What is handed over from now on is of this kind."""
+        """Work that is launched from now on is of this kind."""
         if self.is_open:
             event = self._free.pop() if self._free else self.make()
             event.record()
             self._marks.append((kind, event, time.monotonic()))
 
     def end(self) -> None:
-        """The step has been handed over."""
+        """The step has been launched."""
         self.mark(0)
         self.is_open = False
 
     def take(self) -> Sequence[float]:
-        """Seconds of each kind in the step that was noted last; all 0: none was, or the device has not done it yet."""
+        """Seconds of each kind in the last recorded step; all 0 if none was, or the device has not finished it."""
         found = [0.0] * self.kinds
         if self.is_open or not self._marks or not self._marks[-1][1].query():
             return found

@@ -1,8 +1,8 @@
-"""torch's own flight recorder of NCCL and HCCL: what the device did with the last collectives. No torch.
+"""torch's own flight recorder of NCCL and HCCL: the state of the last collectives on the device. No torch.
 
-It is switched on before the process groups are made, where the user has not set its variables. A thread of the backend
-writes a dump when something comes through a pipe, also while the main thread is stuck: the watcher asks for it when a
-hang is reported. `torchfrtrace` and torch_npu's tools read the dumps.
+It is switched on before the process groups are made, unless the user has set its variables. A thread of the backend
+writes a dump when it receives data from a pipe, also while the main thread is stuck. The watcher requests it when it
+reports a hang. `torchfrtrace` and torch_npu's tools read the dumps.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PATIENCE = 5.0  # seconds for the dumps
 
 
 class FlightRecorder(NamedTuple):
-    """The variables of a backend: how many calls are kept, whether a thread looks after them, where pipes and dumps
-    are (a rank's number is added).
+    """The variables of a backend: number of recorded calls, whether a thread monitors them, and prefixes of pipes and
+    dumps (the rank is appended).
     """
 
     size: str
@@ -33,7 +33,7 @@ class FlightRecorder(NamedTuple):
 
 
 def record_flights(names: FlightRecorder) -> None:
-    """For the process groups that are made from now on."""
+    """Switch the recorder on for process groups that are made later."""
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
     os.environ.setdefault(names.size, _CALLS)
     os.environ.setdefault(names.is_on, "1")

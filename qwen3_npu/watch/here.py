@@ -18,12 +18,12 @@ _NUMBERS = {name: number for number, name in enumerate(PHASES)}
 
 
 def watch(*states: State | Times) -> None:
-    """From now on these note where the rank is."""
+    """Use these objects to record the rank's position from now on."""
     _states[:] = states
 
 
 def at(phase: str) -> None:
-    """This rank is now in this phase of a step, unless it is in a `during`."""
+    """Enter a phase of a step, unless a `during` is active."""
     for state in _states:
         if not state.held:
             state.enter_phase(_NUMBERS[phase])
@@ -31,7 +31,7 @@ def at(phase: str) -> None:
 
 @contextlib.contextmanager
 def during(phase: str) -> Iterator[None]:
-    """In this phase, whatever is called inside."""
+    """Be in this phase inside the context, whatever is called there."""
     at(phase)
     for state in _states:
         state.held = True
@@ -44,7 +44,7 @@ def during(phase: str) -> Iterator[None]:
 
 
 def in_phase(phase: str, function: Callable[..., T]) -> Callable[..., T]:
-    """The function, which puts the rank into this phase."""
+    """A function that enters this phase and then calls the given function."""
 
     @functools.wraps(function)
     def noted(*args: object, **kwargs: object) -> T:
@@ -55,7 +55,7 @@ def in_phase(phase: str, function: Callable[..., T]) -> Callable[..., T]:
 
 
 def times() -> Times | None:
-    """What notes where the time goes, if anything does."""
+    """The recorder of times, or None."""
     return next((state for state in _states if isinstance(state, Times)), None)
 
 

@@ -1,11 +1,12 @@
-"""From the states of all ranks to one verdict: which rank the others wait for, and where it is."""
+"""Derive one verdict from the states of all ranks: which rank the others wait for, and where it is."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from qwen3_npu.watch.state import INSIDE, LEFT
 
@@ -26,28 +27,39 @@ class Entry:
     age: float
 
     def __str__(self) -> str:
-        return f"{self.operation} #{self.number}"
+        return f"{self.function} #{self.number}"
+
+    @property
+    def function(self) -> str:
+        """The operation without how numbers are reduced: `all_reduce` of `all_reduce(max)`."""
+        return self.operation.partition("(")[0]
 
     @property
     def tensor(self) -> str:
         sizes = "" if self.shape is None else f" [{', '.join(map(str, self.shape))}]"
-        return f"{self.dtype}{sizes}"
+        reduced = self.operation.partition("(")[2].removesuffix(")")
+        return f"{self.dtype}{sizes}{f' for {reduced}' if reduced else ''}"
 
     @property
     def signature(self) -> tuple[str, str, int | None]:
-        """Equal on all ranks of one call: they may give a tensor other shapes, not other numbers of elements."""
+        """A value that is equal on all ranks of one call. Shapes of a tensor may differ, its number of elements not."""
         operation = "send or recv" if self.operation in ("send", "recv") else self.operation
         return operation, self.dtype, None if self.shape is None else math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Channel:
-    """What one rank knows of a channel: see `state`. `last` is its last call there, `calls` the recent ones."""
+    """A channel of one rank, see `state`: its last call there, and the recent ones.
+
+    Attributes:
+        exchange: number of the last all-to-all, and the sizes that go to each member and come from it.
+    """
 
     label: str
     ranks: tuple[int, ...]
     last: Entry
     calls: tuple[Entry, ...] = ()
+    exchange: tuple[int, list[int], list[int]] = (0, [], [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +67,15 @@ class RankReport:
     """One rank at one moment.
 
     Attributes:
-        node, device: for people.
+        node, device: for messages.
         alive, state, computes: see `probe.Process`.
-        ended: it says that it has ended.
-        steps: that it has done.
+        ended: whether it has reported its end.
+        steps: number of finished steps.
         age: seconds since it entered its phase.
-        at, inner: where its main thread is, outside torch and innermost; "" unknown.
-        channels: by name.
+        at, inner: position of its main thread, outside torch and innermost; "" if unknown.
+        channels: name -> channel.
+        waits: whether one of its threads is inside a call now; None if unknown. A call that was begun and is not waited
+            for yet holds nobody up.
     """
 
     rank: int
@@ -79,6 +93,7 @@ class RankReport:
     at: str
     inner: str
     channels: dict[str, Channel]
+    waits: bool | None = None
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.node}, device {self.device})"
@@ -87,9 +102,13 @@ class RankReport:
     def runs(self) -> bool:
         return self.state not in ("T", "t", "D")
 
+    def is_held(self, entry: Entry) -> bool:
+        """Whether this call may be what holds it up."""
+        return entry.state != LEFT and not (entry.state == INSIDE and self.waits is False)
+
     @property
     def place(self) -> str:
-        """Where it is, for messages."""
+        """Its position, for messages."""
         if self.ended:
             return f"it has ended after step {self.steps}"
         text = f"it is in {self.phase} since {self.age:.0f} s, {'computing' if self.computes else 'waiting'}"
@@ -102,7 +121,7 @@ class RankReport:
 
 @dataclasses.dataclass(frozen=True)
 class HangVerdict:
-    """Why a job makes no progress.
+    """The reason why a job makes no progress.
 
     Attributes:
         kind: "missing", "shape", "order", "dead", "stopped", "elsewhere", "network" or "alone".
@@ -123,14 +142,17 @@ def judge_hang(ranks: Sequence[RankReport], missing: Sequence[str] = ()) -> Hang
     """
     if missing:
         return HangVerdict("missing", (), f"{', '.join(missing)} gave no report: the node or its watcher has ended")
-    disagreement = _disagreement(ranks)
-    if disagreement:
-        return disagreement
+    if found := disagreement(ranks):
+        first = next(rank for rank in ranks if rank.rank == found.ranks[0])
+        return dataclasses.replace(found, text=f"{found.text}; {first}: {first.place}")
     if dead := [rank for rank in ranks if not rank.alive and not rank.ended]:
         texts = [f"{rank} is dead: process {rank.pid} has ended; {_last(rank)}" for rank in dead[:4]]
         return HangVerdict("dead", _numbers(dead), "; ".join(texts))
     if stopped := [rank for rank in ranks if rank.alive and not rank.runs]:
-        return HangVerdict("stopped", _numbers(stopped), "; ".join(_stopped(rank, ranks) for rank in stopped[:4]))
+        texts = [_stopped(rank, ranks) for rank in stopped[:4]]
+        roots = [rank for rank in _roots(_edges(ranks), ranks) if rank.runs]  # there may be more than one reason
+        texts += [_missed(root, _edges(ranks)) for root in roots[:4]]
+        return HangVerdict("stopped", _numbers([*stopped, *roots]), "; ".join(texts))
     return _waiting(ranks)
 
 
@@ -155,19 +177,35 @@ def _stopped(rank: RankReport, ranks: Sequence[RankReport]) -> str:
     return f"{rank} {how}{kernel}: process {rank.pid}, {_last(rank)}{wait}"
 
 
-def _disagreement(ranks: Sequence[RankReport]) -> HangVerdict | None:
-    """Two ranks whose calls with one number of one channel cannot be the same call."""
-    names = sorted({name for rank in ranks for name in rank.channels})
-    for name in names:
+def disagreement(ranks: Sequence[RankReport]) -> HangVerdict | None:
+    """Ranks whose calls with one number of one channel cannot be the same call; of several the oldest calls.
+
+    Not every backend stands still then: gloo adds up numbers of other dtypes, and one rank's sum to another's maximum.
+    """
+    found: list[tuple[float, HangVerdict]] = []
+    for name in sorted({name for rank in ranks for name in rank.channels}):
         members = [(rank, rank.channels[name]) for rank in ranks if name in rank.channels]
         calls: dict[int, list[tuple[RankReport, Entry]]] = {}
         for rank, channel in members:
             for entry in {entry.number: entry for entry in (*channel.calls, channel.last)}.values():
                 calls.setdefault(entry.number, []).append((rank, entry))
-        for number in sorted(calls):
-            if verdict := _judge_call(calls[number], members[0][1].label):
-                return verdict
-    return None
+        found += _exchanges(members)
+        judged = ((calls[number], _judge_call(calls[number], members[0][1].label)) for number in sorted(calls))
+        found += next(([(max(entry.age for _, entry in each), v)] for each, v in judged if v is not None), [])
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _exchanges(members: Sequence[tuple[RankReport, Channel]]) -> Iterator[tuple[float, HangVerdict]]:
+    """An all-to-all in which one rank sends more or less than another expects of it."""
+    places = {rank: place for place, rank in enumerate(members[0][1].ranks)}
+    for (one, sender), (two, receiver) in itertools.permutations(members, 2):
+        (number, sent, _), (same, _, received) = sender.exchange, receiver.exchange
+        to, of = places.get(two.rank, 0), places.get(one.rank, 0)
+        if number and number == same and len(sent) == len(received) == len(places) and sent[to] != received[of]:
+            text = f"mismatch in all_to_all_single #{number} of group {sender.label}: {one} sends {sent[to]} rows to "
+            verdict = HangVerdict("shape", (one.rank, two.rank), f"{text}{two}, which expects {received[of]}")
+            yield sender.last.age, verdict
+            return
 
 
 def _judge_call(calls: Sequence[tuple[RankReport, Entry]], label: str) -> HangVerdict | None:
@@ -178,27 +216,29 @@ def _judge_call(calls: Sequence[tuple[RankReport, Entry]], label: str) -> HangVe
     common, most = votes.most_common(1)[0]
     right = [call for call in calls if call[1].signature == common]
     wrong = [call for call in calls if call[1].signature != common]
-    (rank, entry), (other, usual) = wrong[0], right[0]
-    culprits = tuple(sorted(rank.rank for rank, _ in (wrong if most > len(wrong) else calls)))
+    (_, entry), (other, usual) = wrong[0], right[0]
+    culprits = tuple(rank.rank for rank, _ in (wrong if most > len(wrong) else [*wrong, *right]))
     others = f"{most} others such as {other}" if most > 1 else str(other)
-    if entry.signature[0] != common[0]:
-        one = f"{rank} calls {entry.operation} ({entry.tensor})"
-        two = f"{others} {usual.operation} ({usual.tensor})"
-        text = f"order mismatch at call #{entry.number} of group {label}: {one}, and {two}; {rank}: {rank.place}"
-        return HangVerdict("order", culprits, text)
-    text = (
-        f"mismatch in {entry} of group {label}: {rank} gives {entry.tensor}, and {others} {usual.tensor}; {rank.place}"
-    )
-    return HangVerdict("shape", culprits, text)
+    if entry.signature[0].partition("(")[0] != common[0].partition("(")[0]:
+        one = ", ".join(f"{who} calls {its.function} ({its.tensor})" for who, its in wrong[:4])
+        two = f"{others} {usual.function} ({usual.tensor})"
+        return HangVerdict(
+            "order", culprits, f"order mismatch at call #{entry.number} of group {label}: {one}, and {two}"
+        )
+    one = ", ".join(f"{who} gives {its.tensor}" for who, its in wrong[:4])
+    return HangVerdict("shape", culprits, f"mismatch in {entry} of group {label}: {one}, and {others} {usual.tensor}")
 
 
-def _edges(ranks: Sequence[RankReport]) -> list[tuple[tuple[RankReport, str, Entry], RankReport]]:
-    """(who waits, in which channel and call) -> for whom: a member that has not entered that call."""
+_Edges = Sequence[tuple[tuple[RankReport, str, Entry], RankReport]]
+
+
+def _edges(ranks: Sequence[RankReport]) -> _Edges:
+    """(waiting rank, channel, call) -> the rank that it waits for: a member that has not entered that call."""
     known = {rank.rank: rank for rank in ranks}
     found = []
     for rank in ranks:
         for name, channel in rank.channels.items():
-            if channel.last.state == LEFT:
+            if not rank.is_held(channel.last):
                 continue
             for member in channel.ranks:
                 other = known.get(member)
@@ -214,28 +254,32 @@ def _waiting(ranks: Sequence[RankReport]) -> HangVerdict:
     edges = _edges(ranks)
     if not edges:
         return _nobody_waits(ranks)
-    waits = {waiter.rank for (waiter, *_), _ in edges}
-    roots = [rank for rank in ranks if rank.rank in {on.rank for _, on in edges} - waits]
+    roots = _roots(edges, ranks)
     if not roots:
         return _circle(edges)
-    texts = []
-    for root in roots[:4]:
-        missed = [(entry, name, waiter) for (waiter, name, entry), on in edges if on is root]
-        entry, name, waiter = max(missed, key=lambda each: each[0].age)
-        channel = waiter.channels[name]
-        count = len({each.rank for e, n, each in missed if n == name})
-        wait = f"{count} wait{'s' if count == 1 else ''} since {entry.age:.0f} s"
-        texts.append(
-            f"{root} never entered {entry} of group {channel.label} ({len(channel.ranks)} ranks; {wait}): {root.place}"
-        )
-    return HangVerdict("elsewhere", _numbers(roots), "; ".join(texts))
+    return HangVerdict("elsewhere", _numbers(roots), "; ".join(_missed(root, edges) for root in roots[:4]))
 
 
-def _circle(edges: Sequence[tuple[tuple[RankReport, str, Entry], RankReport]]) -> HangVerdict:
-    """Every rank that is waited for waits itself: groups are entered in another order.
+def _roots(edges: _Edges, ranks: Sequence[RankReport]) -> list[RankReport]:
+    """Who is waited for and waits for nobody."""
+    return [rank for rank in ranks if rank.rank in {on.rank for _, on in edges} - {w.rank for (w, *_), _ in edges}]
 
-    The culprit is the rank that is steps ahead: it passed a call that others are still in. Where none is, the one that
-    most others wait for; else all in the cycle.
+
+def _missed(root: RankReport, edges: _Edges) -> str:
+    """The call that others wait in for this rank, the oldest one."""
+    missed = [(entry, name, waiter) for (waiter, name, entry), on in edges if on is root]
+    entry, name, waiter = max(missed, key=lambda each: each[0].age)
+    channel = waiter.channels[name]
+    count = len({each.rank for e, n, each in missed if n == name})
+    wait = f"{count} wait{'s' if count == 1 else ''} since {entry.age:.0f} s"
+    return f"{root} never entered {entry} of group {channel.label} ({len(channel.ranks)} ranks; {wait}): {root.place}"
+
+
+def _circle(edges: _Edges) -> HangVerdict:
+    """The verdict on a cycle of waiting ranks: groups are entered in different orders.
+
+    The culprit is the rank that is steps ahead: it passed a call that others are still in. If no rank is ahead, it is
+    the one that most others wait for, else all ranks of the cycle.
     """
     waits_for = {waiter.rank: (waiter, name, entry, on) for (waiter, name, entry), on in edges}
     waiters = {on.rank: {waiter.rank for (waiter, *_), other in edges if other is on} for _, on in edges}
@@ -257,7 +301,8 @@ def _circle(edges: Sequence[tuple[tuple[RankReport, str, Entry], RankReport]]) -
 
 
 def _nobody_waits(ranks: Sequence[RankReport]) -> HangVerdict:
-    inside = [(rank, c) for rank in ranks for c in rank.channels.values() if c.last.state == INSIDE]
+    calls = [(rank, c) for rank in ranks for c in rank.channels.values() if rank.is_held(c.last)]
+    inside = [(rank, channel) for rank, channel in calls if channel.last.state == INSIDE]
     if inside:
         rank, channel = max(inside, key=lambda each: each[1].last.age)
         text = (

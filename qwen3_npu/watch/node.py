@@ -1,4 +1,4 @@
-"""The ranks of one node, as their files and the machine show them."""
+"""The ranks of one node, by their files and by the operating system."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Report:
 
 
 class Node:
-    """Looks at the files of a folder.
+    """Reads the files of a folder.
 
     Attributes:
-        infos: rank -> what its process said of itself.
+        infos: rank -> information from its process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,7 +32,7 @@ class Node:
         self.infos: dict[int, dict[str, Any]] = {}
 
     def states(self) -> dict[int, state.RankSnapshot]:
-        """Of all ranks that have begun."""
+        """The states of all ranks that have started."""
         found = {}
         for path in sorted(self.folder.glob("rank_*.state")):
             rank = int(path.stem.removeprefix("rank_"))
@@ -42,20 +42,24 @@ class Node:
         return found
 
     def pids(self) -> dict[int, tuple[int, str]]:
-        """rank -> process id, and when it was started."""
+        """rank -> (process id, start time)."""
         return {rank: (info["pid"], info["started"]) for rank, info in self.infos.items()}
 
     def living(self) -> set[int]:
-        """Ranks whose process is there."""
+        """Ranks whose process is alive."""
         return {rank for rank, (pid, since) in self.pids().items() if probe.is_alive(pid, since)}
 
     def reports(self) -> list[Report]:
-        """Every rank in full. Takes some seconds if one does not answer."""
+        """Complete reports of all ranks. Takes some seconds if a rank does not answer."""
         states = self.states()
         processes = probe.probe_processes(self.pids())
         answering = {r: self.infos[r]["pid"] for r, p in processes.items() if p.alive and p.state not in ("T", "t")}
         stacks = probe.ask_stacks(answering, self.folder)
         return [self._report(rank, read, processes[rank], stacks.get(rank, "")) for rank, read in states.items()]
+
+    def calls(self, states: dict[int, state.RankSnapshot]) -> list[RankReport]:
+        """The ranks with their calls alone: their processes are not looked at."""
+        return [self._report(rank, read, probe.Process(True), "").rank for rank, read in states.items()]
 
     def _report(self, number: int, read: state.RankSnapshot, process: probe.Process, stack: str) -> Report:
         info, channels = state.read_info(self.folder / f"rank_{number}.info")
@@ -67,7 +71,8 @@ class Node:
             if index in read.last:
                 calls = tuple(_entry(call, info, now) for call in read.recent if call.channel == index)
                 last = _entry(read.last[index], info, now)
-                known[each["name"]] = Channel(each["label"], tuple(each["ranks"]), last, calls)
+                exchange = read.exchanges.get(index, (0, [], []))
+                known[each["name"]] = Channel(each["label"], tuple(each["ranks"]), last, calls, exchange=exchange)
         rank = RankReport(
             rank=number,
             node=info["node"],
@@ -84,6 +89,7 @@ class Node:
             at=at,
             inner=inner,
             channels=known,
+            waits=probe.is_waiting(stack),
         )
         return Report(rank, stack)
 
@@ -94,12 +100,12 @@ def _entry(call: state.CollectiveCall, info: dict[str, Any], now: float) -> Entr
 
 
 def to_text(reports: list[Report]) -> str:
-    """For the watcher of another node."""
+    """Reports as text, for the watcher of another node."""
     return json.dumps([dataclasses.asdict(report) for report in reports])
 
 
 def from_text(text: str) -> list[Report]:
-    """Raises: ValueError, TypeError, KeyError: it is not what `to_text` writes."""
+    """Reports from the text of `to_text`. Raises: ValueError, TypeError, KeyError: the text is damaged."""
     reports = []
     for each in json.loads(text):
         fields = each["rank"]
@@ -110,7 +116,9 @@ def from_text(text: str) -> list[Report]:
 
 def _channel(fields: dict[str, Any]) -> Channel:
     calls = tuple(_of(call) for call in fields["calls"])
-    return Channel(fields["label"], tuple(fields["ranks"]), _of(fields["last"]), calls)
+    number, sent, received = fields["exchange"]
+    last, exchange = _of(fields["last"]), (number, sent, received)
+    return Channel(fields["label"], tuple(fields["ranks"]), last, calls, exchange=exchange)
 
 
 def _of(fields: dict[str, Any]) -> Entry:

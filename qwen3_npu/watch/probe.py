@@ -1,4 +1,4 @@
-"""What the machine shows of a process that may not answer: its state, what it waits for, its Python stacks."""
+"""Information of the operating system about a process that may not answer: state, kernel function, Python stacks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Process:
     """One process, seen from outside.
 
     Attributes:
-        alive: there is one, and it is the same.
-        state: R, S, D, T or t as in proc(5); "" where that is not known.
-        waits_in: function of the kernel; "" unknown.
-        computes: it was on a CPU for most of a short time.
+        alive: whether the process exists, and is not another one with the same id.
+        state: R, S, D, T or t as in proc(5); "" if unknown.
+        waits_in: kernel function in which it waits; "" if unknown.
+        computes: whether it used a CPU, or was ready to, during most of a short interval.
     """
 
     alive: bool
@@ -36,6 +36,7 @@ class Process:
 def probe_processes(pids: dict[int, tuple[int, str]]) -> dict[int, Process]:
     """rank -> (process id, `processes.started` of it)  =>  rank -> process."""
     before = {rank: _ticks(pid) for rank, (pid, _) in pids.items()}
+    states = {rank: _field(pid, "State") for rank, (pid, _) in pids.items()}
     time.sleep(_BRIEF)
     found = {}
     for rank, (pid, since) in pids.items():
@@ -43,13 +44,17 @@ def probe_processes(pids: dict[int, tuple[int, str]]) -> dict[int, Process]:
             found[rank] = Process(False)
             continue
         ticks = _ticks(pid) - before[rank]
-        computes = ticks / os.sysconf("SC_CLK_TCK") > _BRIEF / 2
-        found[rank] = Process(True, _field(pid, "State"), _text(pid, "wchan").strip("0"), computes)
+        state = _field(pid, "State")
+        # Where processors are scarce it may wait for one all the time.
+        computes = ticks / os.sysconf("SC_CLK_TCK") > _BRIEF / 2 or state == states[rank] == "R"
+        if state == "D" != states[rank]:  # one access to a disk
+            state = "S"
+        found[rank] = Process(True, state, _text(pid, "wchan").strip("0"), computes)
     return found
 
 
 def is_alive(pid: int, since: str) -> bool:
-    """Whether the process is still there, and no other with its id."""
+    """Whether the process still exists, and is not another one with its id."""
     return started(pid) == since
 
 
@@ -74,10 +79,10 @@ def ask_stacks(pids: dict[int, int], folder: Path) -> dict[int, str]:
 
 
 def place(stack: str, thread: int) -> tuple[str, str]:
-    """Where a thread is in a text of faulthandler: the innermost place, and the innermost outside torch.
+    """The position of a thread in faulthandler's text: the innermost place, and the innermost one outside torch.
 
     Returns:
-        Two times "file:line (function)"; "" if the thread is not there. They are often the same.
+        Two strings "file:line (function)", often equal; "" if the thread is missing.
     """
     frames: list[str] = []
     inside = False
@@ -93,8 +98,15 @@ def place(stack: str, thread: int) -> tuple[str, str]:
     return (frames[0] if frames else ""), (outer[0] if outer else frames[0] if frames else "")
 
 
+def is_waiting(stack: str) -> bool | None:
+    """Whether a thread is inside a call of torch.distributed (`collectives` makes them). None: there is no text."""
+    lines = stack.splitlines()
+    heads = [lines[i + 1] for i, line in enumerate(lines[:-1]) if "(most recent call first)" in line]
+    return any("watch/collectives.py" in line for line in heads) if heads else None
+
+
 def _short(path: str) -> str:
-    """A path from its package on."""
+    """The part of a path that starts with its package."""
     for mark in ("/site-packages/", "/qwen3_npu/"):
         _, found, tail = path.rpartition(mark)
         if found:
@@ -126,6 +138,6 @@ def _field(pid: int, name: str) -> str:
 
 
 def _ticks(pid: int) -> int:
-    """Time on CPUs so far, in ticks of the clock."""
+    """CPU time so far, in clock ticks."""
     fields = _text(pid, "stat").rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12]) if len(fields) > 12 else 0

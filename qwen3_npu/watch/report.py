@@ -14,7 +14,7 @@ _SHOWN = 8  # calls of a channel
 
 
 def write(logs: Path, verdict: HangVerdict, reports: Sequence[Report]) -> Path:
-    """A folder with the verdict and a file per rank. Raises: OSError."""
+    """Write a folder with the verdict and a file per rank. Raises: OSError."""
     step = max((report.rank.steps for report in reports), default=0) + 1
     number, folder = 1, logs / f"hang_step_{step}"
     while folder.exists():  # of an earlier start of the job

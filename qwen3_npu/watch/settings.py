@@ -1,4 +1,4 @@
-"""The settings that a rank gives to the watcher it starts."""
+"""The settings that a rank passes to the watcher that it starts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One node's watch.
+    """The settings of one node's watcher.
 
     Attributes:
-        folder: of the states of this node's ranks, on this machine.
+        folder: local folder of the states of this node's ranks.
         shared: folder that the watchers of all nodes see; "" if there is none.
-        logs: where reports go.
-        node, nodes: this one, and how many.
-        local, world: ranks of this node, and of all.
-        timeout: seconds without progress; 0: never, None: by the median of the steps.
+        logs: folder of reports.
+        node, nodes: number of this node, and number of nodes.
+        local, world: number of ranks of this node, and of all nodes.
+        timeout: seconds without progress; 0: never; None: from the median step.
         abort: end the ranks after the verdict.
-        interval: steps of a window of own work; 0: no stragglers.
+        interval: steps between comparisons of own work; 0: none.
     """
 
     folder: str

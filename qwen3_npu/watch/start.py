@@ -1,4 +1,4 @@
-"""A rank under watch: its state, its collectives noted, its stacks on request; and the watcher of its node."""
+"""Set up the watch of a rank: its state, its recorded collectives, its stacks on request, and its node's watcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -42,12 +41,12 @@ def watched(
     event: Callable[[], DeviceEvent] | None = None,
     recorder: FlightRecorder | None = None,
 ) -> Iterator[None]:
-    """This rank is watched for as long as the context lasts. Every rank must enter it.
+    """Watch this rank during the context. Every rank must enter it.
 
     Args:
-        save: folder that all nodes share; None: each node is judged on its own.
-        event: makes events of the device, where collectives are done by one, and not when `wait` returns.
-        recorder: the backend's own, of which a report keeps what it has.
+        save: folder that all nodes share; None: each node is judged separately.
+        event: makes events of the device, if collectives run on one and are not finished when `wait` returns.
+        recorder: the backend's flight recorder, whose dumps a report keeps.
     """
     times = Times(event)
     if not (args.hang_timeout != 0 or args.straggler_interval) or not environment.has_rendezvous():
@@ -90,8 +89,8 @@ def watched(
             state.end()
 
 
-def _info(files: tuple[str, str]) -> dict[str, Any]:
-    """What the watcher is told of this process. Args: files: of its backend's recorder."""
+def _info(files: tuple[str, str]) -> dict[str, object]:
+    """Information about this process for the watcher. Args: files: of the backend's flight recorder."""
     return {
         "pid": os.getpid(),
         "started": started(os.getpid()),
@@ -107,7 +106,7 @@ def _info(files: tuple[str, str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def timed(times: Times, *states: State) -> Iterator[None]:
-    """Where the time of this rank goes is noted for as long as the context lasts."""
+    """Record the times of this rank during the context."""
     here.watch(*states, times)
     times.install()
     try:
@@ -118,7 +117,7 @@ def timed(times: Times, *states: State) -> Iterator[None]:
 
 
 def _impossible(problem: str | None) -> bool:
-    """Whether some rank has a problem, which is told. Every rank must call this."""
+    """Whether some rank has a problem, which is logged. Every rank must call this."""
     found = first_problem(problem)
     if found is not None:
         log.warning_once(f"no watch over hangs and stragglers: {found[1]}")
@@ -126,7 +125,7 @@ def _impossible(problem: str | None) -> bool:
 
 
 def _settings(args: WatchArgs, save: str | None, folder: Path, token: str, *, nodes: int) -> Settings:
-    """What the watcher of this node is told."""
+    """The settings for this node's watcher."""
     return Settings(
         folder=str(folder),
         shared=str(_shared(save, token)) if save and nodes > 1 else "",
@@ -142,7 +141,7 @@ def _settings(args: WatchArgs, save: str | None, folder: Path, token: str, *, no
 
 
 def _start(settings: Settings) -> None:
-    """The watcher, in a session of its own: signals to the ranks do not reach it."""
+    """Start the watcher in a separate session, so that signals to the ranks do not reach it."""
     root = str(Path(qwen3_npu.__file__).parents[1])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     subprocess.Popen(
@@ -154,7 +153,7 @@ def _start(settings: Settings) -> None:
 
 
 def _memory() -> str:
-    """A folder in memory (such as /dev/shm), where the system has one."""
+    """A folder in memory (such as /dev/shm), if the system has one."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
 

@@ -1,9 +1,9 @@
 """The state of one rank in a file mapped into memory: written in microseconds, readable when its process is stuck.
 
-
-Layout: a header, the durations of the last steps, the last windows of own work, the last call of each channel, and a
-ring of calls. Numbers are little-endian, times are seconds of CLOCK_MONOTONIC, which all processes of a machine share.
-A channel is a process group, or one direction between two ranks of it: calls there have the same order on all members.
+Layout: a header, the durations of the last steps, the last windows of own work, the last call of each channel, a ring
+of calls, and of some channels how the last all-to-all divided its tensors. Numbers are little-endian, times are seconds
+of CLOCK_MONOTONIC, which all processes of a machine share. A channel is a process group, or one direction between two
+ranks of it: calls there have the same order on all members.
 `rank_N.info` beside the file names the process and the channels, a JSON object a line.
 """
 
@@ -16,14 +16,17 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu.files import rename
 
-PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "eval", "save", "other")
+STEP = ("data", "forward", "backward", "reduce", "optimizer")
+PHASES = ("start", *STEP, "eval", "save", "report", "check", "other")
+WORK = (*STEP, "report", "check", "other")  # what a rank does for each step
 STEPS, WINDOWS, CHANNELS, CALLS = 64, 8, 512, 256  # how many of each are kept
+EXCHANGES, MEMBERS = 8, 128  # channels whose all-to-all is kept, and ranks of such a group at most
 
 _HEAD = struct.Struct("<8sqqqdqq")  # magic, beats, steps done, phase, since when, ended, calls
 _MAGIC = b"QWATCH1\n"
@@ -34,7 +37,9 @@ _STEPS_AT = 256
 _WINDOWS_AT = _STEPS_AT + 8 * STEPS
 _LAST_AT = _WINDOWS_AT + WINDOWS * _WINDOW.size
 _RING_AT = _LAST_AT + CHANNELS * _CALL.size
-_SIZE = _RING_AT + CALLS * _CALL.size
+_EXCHANGE = struct.Struct(f"<qqq{2 * MEMBERS}q")  # number of the call, channel, ranks; sizes that go out, and come in
+_EXCHANGES_AT = _RING_AT + CALLS * _CALL.size
+_SIZE = _EXCHANGES_AT + EXCHANGES * _EXCHANGE.size
 
 INSIDE, LAUNCHED, LEFT = 1, 2, 3  # LAUNCHED: passed to a device, which does not report when it is done
 
@@ -46,7 +51,7 @@ class CollectiveCall:
     Attributes:
         number: index of the call in its channel, from 1.
         shape: of this rank's tensor that must be equal on all ranks; None: sizes may differ.
-        entered, left: seconds of CLOCK_MONOTONIC; `left` 0: it is inside.
+        entered, left: seconds of CLOCK_MONOTONIC; `left` is 0 while the call runs.
     """
 
     number: int
@@ -63,9 +68,9 @@ class State:
     """The writer's side.
 
     Args:
-        info: what the reader is told of this process; the lists `operations` and `dtypes` name the numbers in calls.
+        info: information about this process for the reader; `operations` and `dtypes` name the numbers in calls.
         interval: steps of a window of own work; 0: none.
-        device: calls are done by a device: that `wait` returned does not say that they are done.
+        device: calls run on a device, so they may not be finished when `wait` returns.
     """
 
     def __init__(self, folder: Path, rank: int, info: dict[str, Any], *, interval: int, device: bool) -> None:
@@ -85,16 +90,17 @@ class State:
         self.window = 0
         self.channels: dict[Any, int] = {}
         self.numbers: list[int] = []
+        self.exchanges: dict[int, int] = {}  # channel -> where its last all-to-all is
         self._head()
         rename(partial, path)
 
     def channel(self, key: object, name: str, label: str, ranks: Sequence[int]) -> int:
-        """A new channel; further ones than fit are counted together with the last.
+        """Register a channel. If there is no room, it shares the last one.
 
         Args:
-            key: by which this process finds it again.
-            name: the same on all its members, and of no other channel.
-            label: for people.
+            key: key of the channel in this process.
+            name: equal on all its members, and different from other channels' names.
+            label: name for messages.
         """
         index = min(len(self.numbers), CHANNELS - 1)
         if index == len(self.numbers):
@@ -105,7 +111,7 @@ class State:
         return index
 
     def enter(self, channel: int, operation: int, dtype: int, shape: tuple[int, ...] | None) -> tuple[int, int, int]:
-        """A call begins. Returns what `leave` needs."""
+        """A call begins. Returns its token for `leave`."""
         number = self.numbers[channel] = self.numbers[channel] + 1
         slot = _RING_AT + (self.calls % CALLS) * _CALL.size
         self.calls += 1
@@ -119,8 +125,16 @@ class State:
         self._head()
         return slot, last, number
 
+    def exchange(self, token: tuple[int, int, int], channel: int, sent: Sequence[int], received: Sequence[int]) -> None:
+        """How the all-to-all that has just begun divides its tensors among the ranks of the group."""
+        size, is_full = len(sent), len(self.exchanges) == EXCHANGES and channel not in self.exchanges
+        if is_full or not 0 < size <= MEMBERS or len(received) != size:  # without sizes all are alike
+            return
+        at = self.exchanges.setdefault(channel, _EXCHANGES_AT + len(self.exchanges) * _EXCHANGE.size)
+        struct.pack_into(f"<qqq{2 * size}q", self.map, at, token[2], channel, size, *sent, *received)
+
     def leave(self, token: tuple[int, int, int]) -> None:
-        """The call is over, as far as the host knows."""
+        """The call has ended, as far as the host knows."""
         now = time.monotonic()
         for at in token[:2]:
             if int.from_bytes(self.map[at : at + 8], "little") == token[2]:  # no later call has taken its place
@@ -129,7 +143,7 @@ class State:
         self._head()
 
     def enter_phase(self, phase: int) -> None:
-        """From now on the rank is in this phase."""
+        """Enter a phase."""
         now = time.monotonic()
         self.work[self.phase] += now - self.since - (self.waited - self.waited_before)
         self.phase, self.since, self.waited_before = phase, now, self.waited
@@ -160,13 +174,14 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class RankSnapshot:
-    """A rank's state as it is in the file.
+    """A rank's state in the file.
 
     Attributes:
         durations: of the last steps, in seconds.
         windows: number -> seconds of own work in each phase.
         last: channel -> its last call.
         recent: the last calls, the oldest first.
+        exchanges: channel -> number of its last all-to-all, sizes that this rank sends to each member, and gets of it.
     """
 
     beats: int
@@ -178,10 +193,11 @@ class RankSnapshot:
     windows: dict[int, tuple[float, ...]]
     last: dict[int, CollectiveCall]
     recent: list[CollectiveCall]
+    exchanges: dict[int, tuple[int, list[int], list[int]]] = dataclasses.field(default_factory=dict)
 
 
 def read(path: Path) -> RankSnapshot:
-    """Raises: OSError, ValueError: there is no state, or none of this version."""
+    """Read a rank's state. Raises: OSError, ValueError: there is no state, or it has another version."""
     data = path.read_bytes()
     if len(data) != _SIZE or data[:8] != _MAGIC:
         raise ValueError(f"{path} is no state of a rank")
@@ -207,7 +223,15 @@ def read(path: Path) -> RankSnapshot:
         windows=windows,
         last=last,
         recent=recent,
+        exchanges=dict(_exchanges(data)),
     )
+
+
+def _exchanges(data: bytes) -> Iterator[tuple[int, tuple[int, list[int], list[int]]]]:
+    for i in range(EXCHANGES):
+        number, channel, size, *sizes = _EXCHANGE.unpack_from(data, _EXCHANGES_AT + i * _EXCHANGE.size)
+        if number:
+            yield channel, (number, sizes[:size], sizes[size : 2 * size])
 
 
 def _call(data: bytes, at: int) -> CollectiveCall | None:
@@ -219,7 +243,7 @@ def _call(data: bytes, at: int) -> CollectiveCall | None:
 
 
 def read_info(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the process said of itself, and its channels."""
+    """The information of the process, and its channels."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return records[0], records[1:]

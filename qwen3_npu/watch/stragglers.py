@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from qwen3_npu.watch.state import PHASES
+from qwen3_npu.watch.state import PHASES, WORK
 
 SLOW = 1.3  # times the median of all ranks
 WINDOWS = 3  # in a row
 _LEAST = 0.001  # seconds a step: less is noise
-_WORK = [PHASES.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer", "other")]
+_WORK = [*map(PHASES.index, WORK)]
 
 
 class Stragglers:
@@ -26,7 +26,7 @@ class Stragglers:
         self.streaks = dict.fromkeys(names, 0)
 
     def compare(self, windows: Mapping[int, Mapping[int, Sequence[float]]]) -> list[str]:
-        """rank -> window's number -> seconds of own work in each phase  =>  what is to be told of new windows."""
+        """rank -> window's number -> seconds of own work in each phase  =>  messages about new windows."""
         shared = set.intersection(*(set(own) for own in windows.values())) if windows else set()
         told = []
         for number in sorted(n for n in shared if n > self.done):

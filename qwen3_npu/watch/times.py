@@ -1,4 +1,4 @@
-"""Where the time of a rank goes: own work by phase, waits by group of ranks, garbage collection. No torch."""
+"""Times of a rank: own work by phase, waits by group of ranks, garbage collection. No torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 
 from qwen3_npu.watch.device import DeviceEvent, DeviceTimes
-from qwen3_npu.watch.state import PHASES
+from qwen3_npu.watch.state import PHASES, STEP
 
-GROUPS = ("tp", "pp", "dp", "dp-cp", "cp", "ep", "etp", "edp", "tp-pp", "world", "other groups")
-KINDS = (*PHASES, *(f"wait {name}" for name in GROUPS), "garbage", "host")  # host: see `device`
-IN_STEP = [*(PHASES.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer"))]
+_OF_RANKS = ("tp", "pp", "dp", "dp-cp", "cp", "ep", "etp", "edp", "tp-pp", "tp-cp", "tp-dp", "ep-etp", "ep-pp")
+GROUPS = (*_OF_RANKS, "embedding", "dist-opt", "world", "other groups")
+# pause: between steps, without a use of the processor; host: see `device`
+KINDS = (*PHASES, *(f"wait {name}" for name in GROUPS), "garbage", "pause", "host")
+IN_STEP = [*map(PHASES.index, STEP)]
 IN_STEP += [number for number, kind in enumerate(KINDS) if kind.startswith("wait ")]
 _NUMBERS = {name: len(PHASES) + i for i, name in enumerate(GROUPS)}
-_OTHER, _GARBAGE = PHASES.index("other"), KINDS.index("garbage")
+_OTHER, _GARBAGE, _PAUSE = PHASES.index("other"), KINDS.index("garbage"), KINDS.index("pause")
 _LAUNCHED = frozenset(PHASES.index(name) for name in ("forward", "backward", "reduce", "optimizer"))
 
 
@@ -23,10 +25,10 @@ def _number(label: str) -> int:
 
 
 class Times:
-    """Seconds of each kind since the last `take`, by the host's clock. All of the time is of one kind or another.
+    """Seconds of each kind since the last `take`, by the host's clock. Each moment belongs to one kind.
 
     Args:
-        event: makes events of the device, if there is one: `device` notes the times of single steps by them.
+        event: makes events of the device, if there is one; `device` measures single steps with them.
     """
 
     def __init__(self, event: Callable[[], DeviceEvent] | None = None) -> None:
@@ -34,11 +36,19 @@ class Times:
         self.seconds = [0.0] * len(KINDS)
         self.phase, self.held, self.elsewhere = 0, False, 0.0  # seconds of this phase that are of another kind
         self.since = self.began = self.collecting = time.monotonic()
+        self.used = 0.0  # of the processor, when this stretch of `other` began
 
     def enter_phase(self, phase: int) -> None:
-        """From now on the rank is in this phase."""
+        """Enter a phase."""
         now = time.monotonic()
-        self.seconds[self.phase] += max(now - self.since - self.elsewhere, 0.0)
+        lasted = max(now - self.since - self.elsewhere, 0.0)
+        if self.phase == _OTHER:
+            pause = max(lasted - (time.thread_time() - self.used), 0.0)
+            self.seconds[_PAUSE] += pause
+            lasted -= pause
+        if phase == _OTHER:
+            self.used = time.thread_time()
+        self.seconds[self.phase] += lasted
         self.phase, self.since, self.elsewhere = phase, now, 0.0
         if self.device is not None:
             self.device.mark(phase)
@@ -50,7 +60,7 @@ class Times:
             self.device.end()
 
     def next_step(self) -> None:
-        """The device's times of the next step are wanted."""
+        """Measure the next step on the device."""
         if self.device is not None:
             self.device.begin(_OTHER)
 
@@ -60,14 +70,14 @@ class Times:
             self.device.mark(_number(label))
 
     def wait(self, label: str, seconds: float) -> None:
-        """So long this rank has waited for others of a group."""
+        """Add time that this rank has waited for others of a group."""
         self.seconds[_number(label)] += seconds
         self.elsewhere += seconds
         if self.device is not None:
             self.device.mark(self.phase)
 
     def collects(self, phase: str, info: object) -> None:
-        """For `gc.callbacks`."""
+        """A callback for `gc.callbacks`."""
         if phase == "start":
             self.collecting = time.monotonic()
         else:
@@ -88,5 +98,5 @@ class Times:
         gc.callbacks.append(self.collects)
 
     def remove(self) -> None:
-        """No more."""
+        """Stop to listen."""
         gc.callbacks.remove(self.collects)

@@ -1,4 +1,4 @@
-"""The watcher of one node: a process of its own, so that it runs on when the ranks stop. No torch.
+"""The watcher of one node: a separate process, so that it continues when the ranks stop. No torch.
 
 It reads the states of its ranks a few times a second. Without progress it collects the states of all ranks, gives one
 verdict and ends the ranks. It ends when they have ended.
@@ -20,7 +20,7 @@ from qwen3_npu import log
 from qwen3_npu.cli import tell_torchrun
 from qwen3_npu.files import write_text
 from qwen3_npu.watch import flight, report
-from qwen3_npu.watch.judge import HangVerdict, judge_hang
+from qwen3_npu.watch.judge import HangVerdict, disagreement, judge_hang
 from qwen3_npu.watch.node import Node, Report, from_text, to_text
 from qwen3_npu.watch.settings import Settings
 from qwen3_npu.watch.state import INSIDE, RankSnapshot
@@ -31,11 +31,12 @@ _ALLOWANCE = 600.0  # seconds at least for the first step, evaluation and saving
 _DEAD = 10.0  # seconds that a rank is dead until it is told: torchrun is quicker where it can
 _OTHER_NODES = 20.0  # seconds for their reports
 _POLL = 0.2
+_CALLS = 5.0  # seconds between comparisons of the ranks' calls
 PATIENT = ("start", "save", "eval")  # phases that may take long
 
 
 def limit(timeout: float | None, states: dict[int, RankSnapshot]) -> float:
-    """Seconds without progress that are too many for ranks in these states."""
+    """The timeout in seconds for ranks in these states."""
     durations = [duration for read in states.values() for duration in read.durations]
     usual = timeout
     if usual is None:
@@ -45,9 +46,9 @@ def limit(timeout: float | None, states: dict[int, RankSnapshot]) -> float:
 
 
 def first_dead(dead: set[int], states: dict[int, RankSnapshot]) -> set[int]:
-    """Of several dead ranks the one that the others died of, where that shows: it was in no collective, they were.
+    """The first of several dead ranks, if it can be found: it was in no collective, and the others were in one.
 
-    Others have ended then, with an error. Where none has, the whole job was killed, and nothing shows.
+    Other ranks have ended with an error then. If none has, the whole job was killed, and no rank was first.
     """
     outside = {rank for rank in dead if all(call.state != INSIDE for call in states[rank].last.values())}
     is_cause = len(dead) > 1 and len(outside) == 1 and any(read.ended for read in states.values())
@@ -55,7 +56,7 @@ def first_dead(dead: set[int], states: dict[int, RankSnapshot]) -> set[int]:
 
 
 class Watcher:
-    """One node's watch."""
+    """The watcher of one node."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.node = settings, Node(Path(settings.folder))
@@ -69,9 +70,12 @@ class Watcher:
         self.published = 0
         self.dead: set[int] = set()  # at the last look
         self.named: set[int] = set()  # of them, those that were told
+        self.compared = self.begun  # when calls were
+        self.differ: tuple[int, ...] = ()  # the culprits that were found then
+        self.differ_told = False
 
     def run(self) -> None:
-        """Until the ranks have ended."""
+        """Watch until the ranks have ended."""
         try:
             while self.look():
                 time.sleep(_POLL)
@@ -81,20 +85,22 @@ class Watcher:
                 flight.remove_flights(info["flight"])
 
     def look(self) -> bool:
-        """Once. Returns whether there is still something to watch."""
+        """Look at the ranks once. Returns whether to continue."""
         states = self.node.states()
         living = self.node.living()
         running = [rank for rank, read in states.items() if rank in living and not read.ended]
         now, beats = time.monotonic(), {rank: read.beats for rank, read in states.items()}
         dead = {rank for rank, read in states.items() if rank not in living and not read.ended}
         self._notice_dead(first_dead(dead, states), is_over=not running)
-        if beats != self.beats:
+        if moves := beats != self.beats:
             if self.told:
                 log.info(f"watch: progress again after {now - self.moved:.0f} s")
                 self._withdraw()
             self.beats, self.moved, self.told = beats, now, False
         if len(states) == self.settings.local and self.settings.interval:
             self._compare(states)
+        if moves:
+            self._compare_calls(states, now)
         if not running:
             return not states and now - self.begun < _ALLOWANCE
         if self.settings.timeout == 0 or self.told:
@@ -107,14 +113,30 @@ class Watcher:
         return True
 
     def _notice_dead(self, dead: set[int], is_over: bool) -> None:
-        """A single dead rank is named at once. If all ranks die, the job is being ended."""
+        """Name a single dead rank at once, or calls of which ranks die. If all ranks die, somebody ends the job."""
         again, self.dead = dead & self.dead, dead
-        if len(dead) == 1 and (again or is_over) and not dead <= self.named and self.settings.local > 1:
-            self.named |= dead
-            log.warning(judge_hang([each.rank for each in self.node.reports() if each.rank.rank in dead]).text)
+        if dead <= self.named or not (again or is_over) or self.settings.local == 1:
+            return
+        self.named |= dead
+        ranks = [each.rank for each in self.node.reports()]
+        found = disagreement(ranks)
+        if found or len(dead) == 1:
+            texts = [found.text] if found else []
+            log.warning("; ".join([*texts, judge_hang([rank for rank in ranks if rank.rank in dead]).text]))
+
+    def _compare_calls(self, states: dict[int, RankSnapshot], now: float) -> None:
+        """Calls that do not fit each other and hold nobody up: what they compute is wrong. Told once."""
+        if self.differ_told or (not self.differ and now - self.compared < _CALLS):
+            return
+        self.compared, before = now, self.differ
+        found = disagreement(self.node.calls(states))
+        self.differ = found.ranks if found else ()
+        if found and self.differ == before:  # at the first look a call may just have been written
+            log.warning(f"watch: {found.text}; what is computed from it is wrong")
+            self.differ_told = True
 
     def _notice_slow(self, states: dict[int, RankSnapshot], now: float, allowed: float) -> None:
-        """A slow step whose ranks still make progress is no hang; it is logged."""
+        """Log a slow step whose ranks still make progress; it is no hang."""
         steps = min(read.steps for read in states.values())
         if steps != self.slow[0] or any(read.phase in PATIENT for read in states.values()):
             self.slow, self.slow_told = (steps, now), False
@@ -123,7 +145,7 @@ class Watcher:
             log.info(f"watch: step {steps + 1} has taken {now - self.slow[1]:.0f} s so far; it is slow: its ranks move")
 
     def _compare(self, states: dict[int, RankSnapshot]) -> None:
-        """Own work of the ranks, here or by the first node."""
+        """Compare the own work of the ranks, on this node or on the first one."""
         windows = {rank: read.windows for rank, read in states.items()}
         newest = max(max(own, default=0) for own in windows.values())
         if newest == self.published:
@@ -190,7 +212,7 @@ class Watcher:
         return text
 
     def _keep_flights(self, folder: Path) -> None:
-        """What the backend's own recorders have, of the ranks of this node. Raises: OSError."""
+        """Keep the dumps of the backend's flight recorders of this node's ranks. Raises: OSError."""
         places = [(pipe, dump) for pipe, dump in (info["flight"] for info in self.node.infos.values()) if pipe]
         for name, content in flight.dumped(places).items():
             folder.mkdir(parents=True, exist_ok=True)

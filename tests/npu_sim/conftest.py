@@ -45,7 +45,10 @@ def cpu_world() -> Iterator[World]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Kind -> Hugging Face directory of a tiny model."""
     root = tmp_path_factory.mktemp("models")
-    return {kind: str(tiny.write_model(root / kind, tiny.arch(kind))) for kind in ("untied", "tied", "moe")}
+    archs = {kind: tiny.arch(kind) for kind in ("untied", "tied", "moe")}
+    # Blocks of 4-bit weights, 64 of a row, on two tensor-parallel ranks, and in an expert.
+    archs |= {"wide": tiny.arch(intermediate_size=128), "wide moe": tiny.arch("moe", moe_intermediate_size=64)}
+    return {kind: str(tiny.write_model(root / kind, arch)) for kind, arch in archs.items()}
 
 
 @pytest.fixture(scope="session")

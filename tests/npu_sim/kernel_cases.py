@@ -58,7 +58,7 @@ def _bf16_block_difference(npu: Any) -> float:
     return max((a.cpu().float() - b.float()).abs().max().item() for a, b in zip(got, expected, strict=True))
 
 
-def _dropout_difference(npu: Any) -> float:
+def _dropout_difference(npu: Any, cu_seqlens: list[int] | None) -> float:
     """Attention is linear in the values, with dropout, too: grad of v times v is grad of the output times the output.
 
     And half of the weights, dropped, change the output.
@@ -66,7 +66,7 @@ def _dropout_difference(npu: Any) -> float:
     q, k = (_randn(40, 1, 4, 16, seed=n).npu() for n in (0, 1))
     v = _randn(40, 1, 4, 16, seed=2).npu().requires_grad_()
     torch.npu.manual_seed(5)
-    out, whole = (npu.attention(q, k, v, scale=0.25, dropout=p) for p in (0.5, 0.0))
+    out, whole = (npu.attention(q, k, v, scale=0.25, cu_seqlens=cu_seqlens, dropout=p) for p in (0.5, 0.0))
     grad = _randn(40, 1, 4, 16, seed=7).npu()
     (d_v,) = torch.autograd.grad(out, v, grad)
     share = ((out - whole).abs().mean() / whole.abs().mean()).item()
@@ -178,7 +178,8 @@ def _measurements(npu: Any) -> dict[str, Callable[[], float]]:
         "attention block, full": lambda: _block_difference(npu, None),
         "attention block, causal": lambda: _block_difference(npu, [0, 20]),
         "attention block, packed": lambda: _block_difference(npu, [0, 7, 13, 20]),
-        "attention, dropout": lambda: _dropout_difference(npu),
+        "attention, dropout": lambda: _dropout_difference(npu, None),
+        "attention, packed, dropout": lambda: _dropout_difference(npu, [0, 7, 13, 40]),
         "attention block, 16 bits": lambda: _bf16_block_difference(npu),
         "decode, one query": lambda: _decode_difference(npu, 1),
         "decode, three queries": lambda: _decode_difference(npu, 3),

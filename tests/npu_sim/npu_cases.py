@@ -64,6 +64,22 @@ def operation_calls(platform: Platform, world: World) -> dict[str, int]:
     return dict(CALLS)
 
 
+def fused_training(platform: Platform, world: World, flags: list[str], steps: int) -> dict[str, Any]:
+    """As `train`, with fused products in float32, which real ones do not take; and how often each was called."""
+    import cases
+    from qwen3_npu.distributed.tensor_parallel import products
+    from sim import operations
+
+    before = operation_calls(platform, world)
+    with (
+        unittest.mock.patch.object(products, "why_not_fused", return_value=None),
+        unittest.mock.patch.object(operations, "_check_fused"),
+    ):
+        found = cases.train(platform, world, flags, steps)
+    names = ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base")
+    return {**found, "calls": [operations.CALLS[name] - before.get(name, 0) for name in names]}
+
+
 def refusals(platform: Platform, world: World) -> dict[str, str]:
     """What the simulated device says to calls that a real one refuses too."""
     import torch_npu
@@ -78,7 +94,7 @@ def refusals(platform: Platform, world: World) -> dict[str, str]:
         "keep_prob": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", keep_prob=0.0),
         "sparse_mode": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", sparse_mode=9),
         "rotary_mode": lambda: torch_npu.npu_rotary_mul(q[None], q[None], q[None], "third"),
-        "dropout": lambda: torch.nn.functional.dropout(x, 0.5),
+        "inner_precise": lambda: torch_npu.npu_fusion_attention(q, q, q, 4, "SBH", inner_precise=1),
     }
     said = {}
     for name, call in wrong.items():
@@ -195,6 +211,7 @@ def on_aicpu(platform: Platform, world: World) -> list[str]:
     x = torch.arange(6, device="npu")
     calls: list[Callable] = [lambda: x.cumsum(0), lambda: x.topk(2), lambda: x.masked_fill(x > 2, 0)]
     calls += [lambda: x.float().cumsum(0), lambda: x.argsort(), lambda: x.bool().scatter(0, x[:1], True)]
+    calls += [lambda: torch.searchsorted(x, x), lambda: x.int() >> 1, lambda: x.short() * 2, lambda: x.short().sum()]
     said = []
     here.at("forward")
     for call in calls:

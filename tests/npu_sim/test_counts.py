@@ -34,6 +34,21 @@ def test_a_simulated_npu(
     assert line == counts.expected("npu")[name], f"python -m tests.npu_sim.counts writes the table; counted: {found}"
 
 
+# At most so many operations of a layer forward and backward, and waits of the host in it.
+BARS = {"dense": (13, 23, 0), "packed": (13, 23, 0), "LoRA": (20, 34, 0), "MoE": (26, 36, 0), "MoE EP2": (31, 41, 1)}
+BARS |= {"ring CP2": (45, 45, 0)}
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_layers_and_steps_keep_the_bars(name: str) -> None:
+    """Of the committed table. A synchronisation of the device is a wait."""
+    parts = ([float(x) for x in part.split()] for part in counts.expected("npu")[name].split("|")[1:])
+    layer, outside = (dict(zip(counts.COLUMNS, part, strict=True)) for part in parts)
+    found = (layer["fwd"], layer["bwd"], layer["waits"])
+    assert all(n <= bar for n, bar in zip(found, BARS[name], strict=True)), found
+    assert (outside["waits"], outside["copies"]) == (1, 1), "a wait a step and a copy a micro-batch"
+
+
 def test_a_token_copies_nothing_of_the_cache_and_waits_once() -> None:
     (layer, outside) = ([float(x) for x in part.split()] for part in counts.expected("npu")["decode"].split("|")[1:])
     forward, waits = list(counts.COLUMNS).index("fwd"), list(counts.COLUMNS).index("waits")

@@ -53,6 +53,13 @@ def test_benchmarks_score_what_they_do_on_a_cpu(
     assert rows[0] == pytest.approx(rows[1], abs=1e-4)
 
 
+def test_a_server_answers_as_on_a_cpu(npu_worlds: dict[int, World], cpu_world: World, reader: str) -> None:
+    case = {"folder": reader, "flags": [], "texts": ["hello", "the answer", "and again", "one more"]}
+    found, expected = (world.run("generation_cases.served", **case) for world in (npu_worlds[1], cpu_world))
+    assert found == expected
+    assert all(found)
+
+
 def test_a_chat_answers(npu_worlds: dict[int, World], reader: str) -> None:
     shown = npu_worlds[1].run("chatted", folder=reader, typed="hello\nand again\n/exit\n")
     assert shown.count("You: ") == 3

@@ -30,7 +30,8 @@ def test_a_layer_keeps_what_is_planned(counted: dict[str, int], case: str) -> No
 def test_activations_on_the_host_take_nothing_on_the_device(
     npu_worlds: dict[int, World], models: dict[str, str], tokens: str
 ) -> None:
-    """Of four layers, three have swapped theirs while the loss is computed; other tensors hold the most bytes then."""
+    """Of four layers, three have swapped theirs while the loss is computed; the most bytes are held when one of them
+    comes back."""
     flags = ["--seq-length", "32", "--lr", "1e-3", "--train-iters", "2", "--eval-iters", "0", "--bf16"]
     flags += ["--micro-batch-size", "4", "--load", models["untied"], "--data-path", tokens]
     plain, swapped = (npu_worlds[1].run("peak_bytes", flags=flags + more) for more in ([], ["--swap-attention"]))
@@ -38,7 +39,7 @@ def test_activations_on_the_host_take_nothing_on_the_device(
     attention = layer_bytes(shape, setup, False) - layer_bytes(
         shape, dataclasses.replace(setup, swapped=("self_attention",)), False
     )
-    assert 3 * attention <= plain - swapped <= 4 * attention
+    assert 2.7 * attention <= plain - swapped <= 3 * attention
 
 
 # Flags -> bytes of a bf16 weight that are on the device no more.

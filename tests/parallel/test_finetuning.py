@@ -20,6 +20,7 @@ from plain import (
     documents,
     plain_loop,
 )
+from qwen3_npu.parity.measure import largest_difference
 from qwen3_npu.parity.rows import CHUNKS, EP2, FULL, PER_DOCUMENT, PP2, RING, SP, TP2, ULYSSES, VPP, ZERO
 from worlds import World
 
@@ -92,6 +93,25 @@ FROZEN = {
     # Nothing is trained on the first stage; the embedding is tied, so the output layer is frozen, too.
     "TP2 SP PP2 distributed optimizer": ("tied", 4, [*TP2, *SP, *PP2, *ZERO], [], ["*.[23].self_attn.*", "*.3.mlp*"]),
 }
+
+RECOMPUTED = {
+    "experts": ("moe", "*.mlp.experts*", ["--moe-zero-memory", "level0"]),
+    "the second product": ("untied", "*.down_proj.*", ["--recompute-activation-function"]),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_what_is_recomputed_behind_frozen_weights_has_its_gradients(
+    name: str, worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path
+) -> None:
+    """Nothing before the first MLP is trained: its input asks for no gradient, and what is recomputed had none."""
+    kind, trained, recomputed = RECOMPUTED[name]
+    flags = [*FLAGS, "--load", models[kind], "--data-path", data["single"], "--freeze-exclude", trained]
+    for file, more in (("plain", []), ("recomputed", recomputed)):
+        worlds[1].run("gradients", flags=[*flags, *more], steps=1, file=str(tmp_path / f"{file}.npz"))
+    plain, again = (dict(np.load(tmp_path / f"{file}.npz")) for file in ("plain", "recomputed"))
+    assert all(gradient.any() for gradient in plain.values())
+    assert largest_difference(again, plain)[0] <= 1e-6
 
 
 @pytest.mark.parametrize("name", FROZEN)

@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from pairs import write_pairs
-from qwen3_npu.parity.rows import CHUNKS, EP2, FULL, OVERLAP, PP2, RING, SP, TP2, ULYSSES, VPP, ZERO
+from qwen3_npu.parity.rows import CHUNKS, EP2, FULL, HIDDEN, OVERLAP, PP2, RING, SP, TP2, ULYSSES, VPP, ZERO
 from worlds import World
 
 BASE = ["--seq-length", "1024", "--train-iters", "2", "--lr", "1e-3", "--device", "cpu", "--eval-iters", "0"]
@@ -92,7 +92,12 @@ LESS = {
 # Kind of model, processes, what is computed, and with which memory.
 SAME = {
     "experts' first product again": ("moe", 1, ["--bf16"], ["--moe-zero-memory", "level0"]),
-    "experts and their exchange again": ("moe", 1, ["--bf16"], ["--moe-zero-memory", "level1"]),
+    "everything, EP2, exchange hidden": (
+        "moe",
+        2,
+        ["--bf16", *EP2, *ZERO, *HIDDEN],
+        [*SWAPPED, "--moe-zero-memory", "level1", "--reuse-fp32-param"],
+    ),
     "attention swapped instead of recomputed": (
         "untied",
         1,

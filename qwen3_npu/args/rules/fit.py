@@ -1,8 +1,9 @@
-"""Whether layout, batch and lengths fit a model and a number of processes. Parser and `plan` both ask here."""
+"""Whether layout, batch and lengths fit a model and a number of processes. Flags and `plan` use this code."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import PretrainArgs
@@ -14,7 +15,7 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Sizes that go together.
+    """Sizes that fit each other.
 
     Attributes:
         data_parallel: copies of the model.
@@ -29,7 +30,7 @@ class Fit:
 
 
 def fit_flags(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
-    """What follows from the flags for this model on so many processes.
+    """The sizes that follow from the flags, the model and the number of processes.
 
     Raises:
         UsageError: something does not fit.
@@ -37,6 +38,7 @@ def fit_flags(args: PretrainArgs, arch: Qwen3Arch, world_size: int) -> Fit:
     layout = make_layout(arch, args.parallel, args.shape.make_vocab_size_divisible_by, args.shape.padded_vocab_size)
     context = args.parallel.context_parallel_size
     check_world_size(layout, world_size, context)
+    _check_recompute(args.train, layout)
     _check_sequence(args, arch)
     _check_kind(args.train, arch)
     if args.lora.qlora:
@@ -75,14 +77,37 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
         )
     if arch.is_moe and args.data.variable_seq_lengths and args.train.moe_token_dispatcher_type == "allgather":
         raise UsageError("--moe-token-dispatcher-type allgather needs micro-batches of one length; use alltoall")
+    shares = args.parallel.expert_model_parallel_size * (args.parallel.expert_tensor_parallel_size or tp)
+    meets = shares > tp * args.parallel.context_parallel_size  # ranks with other micro-batches
+    if args.data.variable_seq_lengths and args.train.moe_pad_expert_input_to_capacity and meets:
+        raise UsageError(
+            f"--moe-pad-expert-input-to-capacity with --expert-model-parallel-size "
+            f"{args.parallel.expert_model_parallel_size} needs micro-batches of one length, and "
+            f"--variable-seq-lengths (--no-pad-to-seq-lengths) makes them differ; drop one of the two"
+        )
     multiple, why = sequence_multiple(args)
     if seq % multiple:
         raise UsageError(f"--seq-length {seq} must be a multiple of {multiple} ({why})")
     _check_context_parallel(args, arch)
 
 
+def _check_recompute(train: TrainArgs, layout: Layout) -> None:
+    """Megatron's groups of recomputed layers are all of one size, within a chunk of the model."""
+    size, is_uniform = train.recompute_num_layers, train.recompute_method == "uniform"
+    if size is None or not is_uniform or train.swap_attention:
+        return
+    lengths = {len(chunk) for stage in layout.chunks for chunk in stage}
+    if any(length % size for length in lengths):
+        held = "a pipeline stage" if layout.virtual == 1 else "a chunk of a virtual pipeline stage"
+        raise UsageError(
+            f"--recompute-method uniform --recompute-num-layers {size} does not divide the "
+            f"{' and '.join(map(str, sorted(lengths)))} layers of {held}; use one of "
+            f"{divisors(math.gcd(*lengths))}, or --recompute-method block"
+        )
+
+
 def _check_kind(train: TrainArgs, arch: Qwen3Arch) -> None:
-    """Flags for experts are for models that have them."""
+    """Refuse flags for experts if the model is dense, and modules that the model lacks."""
     absent, kind = ("mlp", "MoE") if arch.is_moe else ("moe", "dense")
     if train.recompute_granularity == "selective" and absent in train.recompute_modules:
         raise UsageError(f"--recompute-modules {absent}: this model is {kind} and has no such part")
@@ -102,7 +127,7 @@ def _check_kind(train: TrainArgs, arch: Qwen3Arch) -> None:
 
 
 def _check_blocks(arch: Qwen3Arch, layout: Layout) -> None:
-    """A block of 64 weights lies within a row of a rank, so that the codes are the same in every layout."""
+    """Check that blocks of 64 weights lie within rows of a rank, so that the codes are equal in every layout."""
     widths = {"the hidden size": (arch.hidden_size, 1)}
     widths["the width of attention"] = (arch.num_attention_heads * arch.head_dim, layout.tensor)
     if arch.is_moe:
@@ -118,7 +143,7 @@ def _check_blocks(arch: Qwen3Arch, layout: Layout) -> None:
 
 
 def sequence_multiple(args: PretrainArgs) -> tuple[int, str]:
-    """Every sequence's length must be a multiple of this; and why."""
+    """(number, reason): every sequence's length must be a multiple of the number."""
     parallel = args.parallel
     multiple, why = parallel.context_parallel_size, []
     if parallel.context_parallel_size > 1:

@@ -1,8 +1,8 @@
 """What a change of each argument means for a training that is resumed. No torch.
 
 The names are those in the args of a checkpoint, which are Megatron's where it has one. Megatron refuses another rate or
-schedule without --override-opt_param-scheduler, and takes betas and eps silently from the checkpoint; here the flags
-say what they are, so that both are told. What is in none of the tables is layout, device or reporting.
+schedule without --override-opt_param-scheduler, and takes betas and eps silently from the checkpoint. Here the flags
+decide, and both changes are reported. Arguments in none of the tables concern layout, device or reports.
 """
 
 from __future__ import annotations

@@ -8,18 +8,18 @@ from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.errors import UsageError
 
 # Megatron-core's names of modules, and those of the older layers, which MindSpeed's default has.
-MODULES = {"self_attention": "self_attention", "input_layernorm": "input_layernorm", "input_norm": "input_layernorm"}
-MODULES |= {"pre_mlp_layernorm": "pre_mlp_layernorm", "post_attention_norm": "pre_mlp_layernorm"}
+SWAPPABLE = {"self_attention": "self_attention", "input_layernorm": "input_layernorm", "input_norm": "input_layernorm"}
+SWAPPABLE |= {"pre_mlp_layernorm": "pre_mlp_layernorm", "post_attention_norm": "pre_mlp_layernorm"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Swapping:
-    """What is moved to the host.
+    """The modules and layers whose activations move to the host.
 
     Attributes:
         modules: of a layer, by megatron-core's names.
-        layers: the first so many of each model chunk; None: all.
-        recomputed: the first layers of each chunk whose MLP is computed again in backward; None: all.
+        layers: number of the first layers of each model chunk that swap; None: all.
+        recomputed: number of the first layers of each chunk whose MLP is recomputed in backward; None: all.
     """
 
     modules: tuple[str, ...]
@@ -34,10 +34,10 @@ class Swapping:
 
 
 def swapping(train: TrainArgs) -> Swapping | None:
-    """What the flags say; None: nothing is swapped.
+    """The swapping that the flags describe; None: nothing is swapped.
 
-    Beside --recompute-granularity full, MindSpeed swaps attention instead of computing it again, and computes the MLP
-    again of the layers that would have been recomputed. `block` chooses the layers that are swapped, too.
+    With --recompute-granularity full, MindSpeed swaps attention instead of recomputing it, and recomputes the MLP of
+    the layers that would have been recomputed. `block` also chooses the layers that swap.
 
     Raises:
         UsageError: a module that cannot be swapped.
@@ -46,11 +46,11 @@ def swapping(train: TrainArgs) -> Swapping | None:
         return None
     names = [name.strip() for name in train.swap_modules.split(",") if name.strip()]
     for name in names:
-        if name not in MODULES:
-            raise UsageError(f"--swap-modules {name}: give some of {', '.join(MODULES)}, separated by commas")
+        if name not in SWAPPABLE:
+            raise UsageError(f"--swap-modules {name}: give some of {', '.join(SWAPPABLE)}, separated by commas")
     if not names:
         raise UsageError("--swap-modules names no module; drop it, or --swap-attention")
-    modules = tuple(dict.fromkeys(MODULES[name] for name in names))
+    modules = tuple(dict.fromkeys(SWAPPABLE[name] for name in names))
     layers = train.recompute_num_layers if train.recompute_method == "block" else None
     recomputed = None if train.recompute_method == "uniform" else train.recompute_num_layers or 0
     return Swapping(modules, layers, recomputed)

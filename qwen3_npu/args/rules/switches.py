@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.args.rules.swapping import swapping
@@ -100,17 +101,18 @@ def _check_rollback(args: PretrainArgs) -> None:
 
 
 def _check_trained(args: PretrainArgs) -> None:
-    """Raises: UsageError: flags that say different things of what is trained."""
+    """Raises: UsageError: flags contradict each other about the trained weights."""
     if args.freeze.on and args.lora.on:
         raise UsageError("--freeze-include, --freeze-exclude: LoRA trains its adapters only; drop the flags")
-    if args.lora.lora_init == "pissa" and args.data.is_preference and args.preference.ref_model is None:
+    compares = PREFERENCE_STAGES.get(args.data.stage, False)
+    if args.lora.lora_init == "pissa" and compares and args.preference.ref_model is None:
         raise UsageError(
             "--lora-init pissa changes the base, so it is no reference without its adapter; give --ref-model"
         )
 
 
 def _check_overlap(args: PretrainArgs) -> list[str]:
-    """What to say of hidden communication.
+    """A note about hidden communication of tensor parallelism.
 
     Raises:
         UsageError: it cannot be hidden in this way.
@@ -129,7 +131,7 @@ def _check_overlap(args: PretrainArgs) -> list[str]:
 
 
 def _check_exchange(args: PretrainArgs) -> list[str]:
-    """What to say of a hidden exchange of experts.
+    """A note about a hidden exchange of experts.
 
     Raises:
         UsageError: it cannot be hidden.
@@ -150,14 +152,48 @@ def _check_exchange(args: PretrainArgs) -> list[str]:
     return []
 
 
+def _check_interleaved(args: PretrainArgs) -> list[str]:
+    """What to say of interleaved passes.
+
+    Raises:
+        UsageError: they cannot be.
+    """
+    train, parallel, flag = args.train, args.parallel, "--moe-fb-overlap"
+    if not args.overlap.moe_fb_overlap:
+        return []
+    if train.moe_token_dispatcher_type == "allgather":
+        raise UsageError(f"{flag} needs --moe-token-dispatcher-type alltoall: allgather sends all tokens to all")
+    refused = {
+        "--moe-alltoall-overlap-comm": (train.moe_alltoall_overlap_comm, "two ways to hide the same exchange"),
+        "--moe-expert-capacity-factor": (
+            train.moe_expert_capacity_factor is not None,
+            "rows that it drops travel apart",
+        ),
+        "--swap-attention": (train.swap_attention, "it brings back what the next layer of one pass needs"),
+        "--fingerprint-interval": (bool(args.report.fingerprint_interval), "it notes one pass after the other"),
+    }
+    for other, (is_on, why) in refused.items():
+        if is_on:
+            raise UsageError(f"{flag} with {other}: {why}; drop one of them")
+    if parallel.expert_model_parallel_size == 1:
+        return [f"{flag}: no effect with --expert-model-parallel-size 1: nothing is exchanged"]
+    if parallel.pipeline_model_parallel_size > 1 and parallel.num_layers_per_virtual_pipeline_stage is None:
+        raise UsageError(
+            f"{flag} with --pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} needs "
+            "--num-layers-per-virtual-pipeline-stage: without virtual stages the backward pass waits for the forward "
+            "pass before it; or use --moe-alltoall-overlap-comm"
+        )
+    return []
+
+
 def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
-    """What the command line left to a default that the user should know of, a line each.
+    """Check flags that need another flag. Returns notes on defaults that the user should know, one line each.
 
     Args:
         given: names of the flags that were on the command line, as in `cli.Parsed`.
 
     Raises:
-        UsageError: a flag that has no effect, for want of another.
+        UsageError: a flag has no effect because another one is missing.
     """
     given = set(given)
     if "context_parallel_algo" in given and "context_parallel_size" not in given:
@@ -175,7 +211,7 @@ def check_switches(args: PretrainArgs, given: Iterable[str]) -> list[str]:
         said.append(f"LoRA: --lora-r {args.lora.lora_r}, as in MindSpeed-LLM where only --lora-target-modules is given")
     if (swapped := swapping(args.train)) is not None:
         said.append(str(swapped))
-    said += _check_exchange(args)
+    said += _check_exchange(args) + _check_interleaved(args)
     steps, warm = args.train.train_iters, args.optimizer.lr_warmup_iters
     if steps is not None and warm > steps:
         said.append(f"warning: --lr-warmup-iters {warm} is above --train-iters {steps}: --lr is never reached")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.cli import flag
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.sizes import SIZES
@@ -54,7 +55,9 @@ class PlanArgs:
     inference: bool = flag(
         False, help="plan inference.py and evaluation.py: how many requests of --seq-length tokens fit each layout"
     )
-    stage: str = flag("pt", choices=["pt", "sft"], help="pretraining or fine-tuning")
+    stage: str = flag(
+        "pt", choices=["pt", "sft", *PREFERENCE_STAGES], help="pretraining, fine-tuning, or learning from preferences"
+    )
     lora_r: int = flag(0, minimum=0, help="rank of adapters; 0: all weights are trained")
     qlora: bool = flag(False, help="with --lora-r: the frozen linears are in 4 bits")
     qlora_double_quant: bool = flag(False, help="with --qlora: their scales are in 8 bits")

@@ -26,7 +26,7 @@ class TraceArgs:
     hidden: bool = flag(
         False, help="instead, what communication nothing hides, without and with each way to hide it, of the first rank"
     )
-    holders: int = flag(12, minimum=1, help="lines of what holds memory at the peak")
+    holders: int = flag(12, minimum=1, help="number of lines about memory at the peak")
     json: bool = flag(False, help="print JSON: static bytes, peak, holders, operations by kind, collectives by group")
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Tensors as bytes: dtypes that numpy carries, and reading a region of a tensor that lies in a file. No torch.
+"""Tensors as bytes: dtypes as numpy arrays, and reading a region of a tensor in a file. No torch.
 
-bfloat16 has no numpy dtype; its bits travel as uint16. Nothing is converted unless `convert_dtype` is called.
+numpy has no bfloat16; its bits are kept as uint16. Only `convert_dtype` converts values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DType:
         torch: torch's name, e.g. "bfloat16".
         safetensors: code in a safetensors header.
         storage: class name in a torch checkpoint.
-        carrier: numpy dtype of the same size.
+        carrier: numpy dtype that holds the bits.
     """
 
     torch: str
@@ -81,7 +81,7 @@ def convert_dtype(array: np.ndarray, source: DType, target: DType) -> np.ndarray
 
 
 def widest(dtypes: Iterable[DType]) -> DType:
-    """The smallest dtype that holds every value of all of them exactly: of bfloat16 and float16, float32."""
+    """The smallest dtype that holds every value of all given dtypes exactly: float32 for bfloat16 and float16."""
     found = set(dtypes)
     return next(iter(found)) if len(found) == 1 else F32
 
@@ -93,13 +93,13 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def intersect(a: Region, b: Region) -> Region | None:
-    """What two regions of one tensor have in common, or None."""
+    """The intersection of two regions of one tensor, or None."""
     common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
     return common if all(start < stop for start, stop in common) else None
 
 
 def relative(region: Region, origin: Region) -> Region:
-    """A region counted from where `origin` starts."""
+    """A region relative to the start of `origin`."""
     return tuple((start - o, stop - o) for (start, stop), (o, _) in zip(region, origin, strict=True))
 
 
@@ -140,7 +140,7 @@ def _read_into(fd: int, offset: int, out: np.ndarray, path: str) -> None:
 def read_region(fd: int, offset: int, shape: tuple[int, ...], dtype: DType, *, region: Region, path: str) -> np.ndarray:
     """A part of a contiguous tensor that starts at byte `offset` of an open file.
 
-    Memory beyond the result is bounded by a few MB: rows of which only some columns are wanted pass through a block.
+    Beside the result at most a few MB of memory are used: where only some columns are wanted, rows are read in blocks.
 
     Raises:
         UsageError: the file is shorter than it should be (`path` names it).

@@ -21,7 +21,7 @@ CODES = "F8_E4M3"
 
 
 def _e4m3() -> np.ndarray:
-    """The values of the 256 codes: 4 bits of exponent with bias 7, 3 of mantissa, no infinity, NaN in 0x7F and 0xFF."""
+    """The values of the 256 codes: 4 exponent bits with bias 7, 3 mantissa bits, no infinity; 0x7F and 0xFF are NaN."""
     codes = np.arange(256)
     exponent, mantissa = (codes >> 3) & 15, codes & 7
     size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
@@ -55,9 +55,9 @@ class BlockScaled:
     """A matrix in FP8 with its scales.
 
     Attributes:
-        file, scales: where the codes and the scales lie; both under the matrix' name, the scales with `SCALE`.
-        block: rows and columns that share a scale.
-        dtype: of the values that are read.
+        file, scales: files of the codes and of the scales. The name of the scales ends with `SCALE`.
+        block: (rows, columns) that share a scale.
+        dtype: of the dequantized values.
     """
 
     name: str
@@ -82,7 +82,7 @@ class BlockScaled:
             )
 
     def read(self, region: Region) -> np.ndarray:
-        """A part of the matrix; beyond the result a few MB are held."""
+        """A part of the matrix, dequantized; beside the result a few MB of memory are used."""
         out = np.empty(sizes(region), self.dtype.carrier)
         (top, _), (left, right) = region
         columns = np.arange(left, right) // self.block[1]

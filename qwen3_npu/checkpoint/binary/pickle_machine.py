@@ -1,8 +1,8 @@
-"""A machine for pickles that builds plain values and nothing else.
+"""An unpickler that builds plain values only.
 
-Python's own unpickler calls whatever `find_class` gives and sets attributes of whatever lies on its stack. This one
-knows neither: a name becomes a `Name`, a call of it goes to the caller's `build`, and state is given to `Unknown`s and
-namespaces only. Opcodes: https://docs.python.org/3/library/pickletools.html, those of protocols 2 to 5.
+Python's own unpickler calls any object that `find_class` returns, and sets attributes of any object on its stack. This
+one does neither: a name becomes a `Name`, a call of it goes to the caller's `build`, and only `Unknown`s and namespaces
+take a state. Opcodes: https://docs.python.org/3/library/pickletools.html, those of protocols 2 to 5.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ class Name:
 
 
 class Unknown:
-    """Stands for an object of a class that is not imported; remembers its arguments and state, does nothing."""
+    """Placeholder for an object of a class that is not imported. It keeps arguments and state and does nothing."""
 
     __slots__ = ("args", "name", "state")
 
     def __init__(self, name: Name, args: tuple) -> None:
         self.name, self.args = name, args
-        self.state: Any = None
+        self.state: object = None
 
 
 class Machine:
     """Runs one pickle.
 
     Args:
-        build: what a call of a name with arguments gives.
-        value: what a name alone stands for, where it is a value.
-        persistent: what a persistent id stands for.
+        build: (name, arguments) -> result of the call.
+        value: name -> its value, where a name is used as a value.
+        persistent: persistent id -> its value.
     """
 
     def __init__(
         self,
         data: bytes,
-        build: Callable[[Name, tuple], Any],
-        value: Callable[[Name], Any],
-        persistent: Callable[[Any], Any],
+        build: Callable[[Name, tuple], object],
+        value: Callable[[Name], object],
+        persistent: Callable[[object], object],
     ) -> None:
         self.data, self.build, self.value, self.persistent = data, build, value, persistent
         self.at = 0
-        self.stack: list[Any] = []
-        self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[object] = []
+        self.marks: list[list[object]] = []
+        self.memo: dict[int, object] = {}
 
-    def run(self) -> Any:
+    def run(self) -> object:
         """The value. Raises: NotPlain."""
         data, table = self.data, _TABLE
         try:
@@ -101,13 +101,13 @@ class Machine:
         return found.decode("utf-8")
 
     def marked(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """The values that were pushed since the last mark."""
         items, self.stack = self.stack, self.marks.pop()
         return items
 
 
 def _plain(m: Machine, item: object) -> Any:
-    """A name that became a part of a value."""
+    """Replace a name that is used as a value."""
     return m.value(item) if type(item) is Name else item
 
 
@@ -177,7 +177,7 @@ def _call_with_keywords(m: Machine) -> None:
 
 
 def _state(m: Machine) -> None:
-    """BUILD. State of plain containers (a state dict's `_metadata`) is dropped, as nothing reads it."""
+    """BUILD. The state of plain containers (a state dict's `_metadata`) is dropped, since nothing reads it."""
     state = _plain(m, m.stack.pop())
     target = m.stack[-1]
     if type(target) is Unknown:
@@ -229,7 +229,7 @@ def _append_one(m: Machine) -> None:
 
 
 def plain_set(items: Any) -> set:
-    """A set of what can be a key. Raises: NotPlain."""
+    """A set of hashable plain values. Raises: NotPlain."""
     for item in items:
         _check_key(item)
     return set(items)

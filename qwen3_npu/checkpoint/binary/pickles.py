@@ -1,4 +1,4 @@
-"""Pickles of checkpoints, read as plain data: nothing in them is imported, called or changed.
+"""Read pickles of checkpoints as plain data: nothing in them is imported or called.
 
 A short list of names has a meaning here (torch's tensors and dtypes, plain containers of the standard library). Names
 of frameworks that training arguments mention become inert `Unknown` objects. Anything else is refused.
@@ -21,7 +21,7 @@ __all__ = ["Storage", "TensorRef", "Unknown", "read_pickle"]
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """What the pickle says of a storage; dtype None: one that is no weight's, whose elements have another size."""
+    """A storage by the pickle; its dtype is None if weights cannot have it (its elements have another size then)."""
 
     key: str
     dtype: DType | None
@@ -75,14 +75,14 @@ def _parameter(data: object, *_: object) -> Any:
 
 
 def _typed(build: object, kind: object, args: object, state: object) -> Any:
-    """A tensor with attributes of its own, which are dropped."""
+    """A tensor with additional attributes, which are dropped."""
     if build != _REBUILD or type(args) is not tuple:
         raise NotPlain("a tensor of an unknown kind")
     return _tensor(*args)
 
 
 def _dict(*args: object) -> dict:
-    """An OrderedDict; old ones are given a list of pairs."""
+    """An OrderedDict; old pickles give it a list of pairs."""
     if not args:
         return {}
     pairs: Any = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple)) else [None]
@@ -93,7 +93,7 @@ def _dict(*args: object) -> dict:
 
 
 def _default_dict(factory: object = None, *args: object) -> dict:
-    """Its factory is for keys that are not there; a file has only keys that are."""
+    """A defaultdict as a dict: the factory makes missing keys only, and a file has only existing ones."""
     if factory is not None and type(factory) is not Unknown:
         raise NotPlain("a defaultdict whose factory is no name")
     return _dict(*args)
@@ -106,7 +106,7 @@ def _list(items: Any = (), maxlen: Any = None) -> list:
 
 
 def _encoded(text: object, encoding: object) -> bytes:
-    """How protocol 2 pickles bytes."""
+    """Bytes, in the form that protocol 2 gives them."""
     if type(text) is not str or encoding != "latin1":
         raise NotPlain("bytes in another encoding than latin1")
     return text.encode("latin1")
@@ -166,7 +166,7 @@ class _Reader:
         )
 
     def value(self, name: Name) -> Any:
-        """A name that stands for itself: torch's dtypes and storages are dtypes."""
+        """The value of a name: dtypes and storage classes of torch become dtypes."""
         key = self.known(name)
         if name.module == "torch" and name.name in BY_TORCH:
             return BY_TORCH[name.name]
@@ -191,7 +191,7 @@ class _Reader:
 
 
 def read_pickle(data: bytes, path: Path) -> tuple[Any, dict[str, Storage]]:
-    """What the pickle describes, as plain data, `TensorRef`s and `Unknown`s; and the storages of its tensors.
+    """The content of a pickle as plain data, `TensorRef`s and `Unknown`s; and the storages of its tensors.
 
     Raises:
         UsageError: it is damaged, or something in it is not plain data (`path` names the file).

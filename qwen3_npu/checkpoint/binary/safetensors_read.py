@@ -1,4 +1,4 @@
-"""Safetensors files read by regions, and refused where the safetensors library refuses them. No torch.
+"""Read safetensors files by regions. Files that the safetensors library refuses are refused here too. No torch.
 
 Format: https://github.com/huggingface/safetensors (8 bytes header length, JSON header, raw little-endian tensors that
 fill the rest of the file without holes or overlaps).
@@ -47,7 +47,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises: UsageError: missing, truncated, or its header is not one that the safetensors library takes."""
+        """Raises: UsageError: the file is missing or truncated, or the safetensors library would refuse its header."""
         self.path = path
         self._opened: int | None = None
         said = json.loads(once_a_node("safetensors header", path, _header))
@@ -59,7 +59,7 @@ class SafetensorsFile:
 
     @property
     def fd(self) -> int:
-        """The open file; a process that reads nothing of it does not open it."""
+        """The open file; it is opened by the first read."""
         if self._opened is None:
             self._opened = open_regular(self.path)
         return self._opened
@@ -78,7 +78,7 @@ class SafetensorsFile:
         return read_region(self.fd, offset, self.shape(name), self.dtype(name), region=region, path=str(self.path))
 
     def read_bytes(self, name: str, region: Region) -> np.ndarray:
-        """A part of a tensor whose elements are bytes of whatever meaning, as uint8."""
+        """A part of a tensor with elements of one byte, as uint8."""
         offset = self.start + self.header[name].start
         return read_region(self.fd, offset, self.shape(name), U8, region=region, path=str(self.path))
 
@@ -89,7 +89,7 @@ class SafetensorsFile:
 
 
 def _header(path: Path) -> str:
-    """Where the tensors begin, and of each its dtype, shape and places, as JSON.
+    """The offset of the first tensor, and dtype, shape and offsets of each, as JSON.
 
     Raises:
         UsageError: see `SafetensorsFile`.
@@ -138,7 +138,7 @@ def _entry(value: object, where: str) -> _HeaderEntry:
 
 
 def _check_places(header: Mapping[str, _HeaderEntry], size: int, path: Path) -> None:
-    """The tensors fill the file: none overlaps another or lies outside, and there is nothing between or after them."""
+    """Check that the tensors fill the file: no overlap, no gap, nothing after them and nothing outside."""
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:

@@ -1,8 +1,8 @@
-"""torch checkpoints (`torch.save`'s zip format) read without torch and lazily.
+"""Read torch checkpoints (`torch.save`'s zip format) lazily and without torch.
 
 A .pt file is a zip archive of `data.pkl` (a pickle whose tensors refer to storages by key) and `data/<key>` (raw
 storages, stored uncompressed). Reading the pickle gives `TensorRef`s; their bytes are read by regions on demand.
-Nothing in the file is run (`pickles.py`).
+Nothing in the file is executed (`pickles.py`).
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class _FileSection(io.RawIOBase):
 
 @dataclasses.dataclass
 class _ZipEntry:
-    """Where an entry's bytes lie in the open file.
+    """The place of an entry's bytes in the open file.
 
     Attributes:
-        crc: their CRC-32; 0: the writer did not say (`torch.serialization.set_crc32_options(False)`).
+        crc: CRC-32 of the bytes; 0 if the writer left it out (`torch.serialization.set_crc32_options(False)`).
         checked: whether the bytes were compared with it.
     """
 
@@ -75,10 +75,10 @@ class _ZipEntry:
 
 
 class PtArchive:
-    """A torch archive that is a part of an open file. `content` is what `torch.load` would give, with `TensorRef`s."""
+    """A torch archive in an open file. `content` is what `torch.load` would return, with `TensorRef`s for tensors."""
 
     def __init__(self, fd: int, start: int, length: int, path: Path) -> None:
-        """Raises: UsageError: truncated, not a torch zip archive, or something in it is not plain data."""
+        """Raises: UsageError: it is truncated, no torch zip archive, or holds something that is not plain data."""
         self.fd, self.start, self.path = fd, start, path
         try:
             with zipfile.ZipFile(io.BufferedReader(_FileSection(fd, start, length))) as archive:
@@ -101,7 +101,7 @@ class PtArchive:
             self._check_size(storage)
 
     def _entries(self, archive: zipfile.ZipFile) -> dict[str, _ZipEntry]:
-        """Every entry by name; each lies by itself, uncompressed, between its own header and the next."""
+        """Every entry by name. An entry is uncompressed and lies between its own header and the next one."""
         found: dict[str, _ZipEntry] = {}
         end = 0
         for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
@@ -156,7 +156,7 @@ class PtArchive:
         return bytes(data)
 
     def _check(self, entry: _ZipEntry, name: str) -> None:
-        """Compare an entry with its CRC-32 before the first of its bytes is used: later reads find it in memory."""
+        """Compare an entry with its CRC-32 before its first use; later reads then find it in the page cache."""
         if entry.checked or entry.crc == 0:
             return
         crc, done, block = 0, 0, bytearray(min(_BLOCK, entry.size))
@@ -174,7 +174,7 @@ class PtArchive:
         """A part of a tensor.
 
         Args:
-            view: the shape in which `region` is meant; as many elements as the tensor.
+            view: the shape to which `region` refers; it has as many elements as the tensor.
         """
         if tensor.dtype is None:
             raise UsageError(f"{self.path} holds a weight whose dtype is not float32, float16 or bfloat16")
@@ -190,7 +190,7 @@ class PtFile(PtArchive):
     """One open checkpoint file."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises: UsageError: missing, or see `PtArchive`."""
+        """Raises: UsageError: it is missing, or see `PtArchive`."""
         fd = open_regular(path)
         try:
             super().__init__(fd, 0, os.fstat(fd).st_size, Path(path))

@@ -1,7 +1,7 @@
-"""Writing `torch.save`'s zip format tensor by tensor, without torch and without holding the model.
+"""Write `torch.save`'s zip format tensor by tensor, without torch and without the whole model in memory.
 
-The pickle with names, shapes and dtypes goes first; storages follow as they are produced, each aligned to 64 bytes as
-torch aligns them. `torch.load(path, weights_only=True)` reads the result, with or without `mmap=True`.
+The pickle with names, shapes and dtypes is written first. The storages follow, each aligned to 64 bytes as in torch.
+`torch.load(path, weights_only=True)` reads the result, with or without `mmap=True`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class TorchPickler(pickle._Pickler):
         super().__init__(file, protocol=2)
         self.tensors: list[Tensor] = []
 
-    def persistent_id(self, obj: object) -> Any:
+    def persistent_id(self, obj: object) -> object:
         if isinstance(obj, _StorageId):
             storage = TorchName("torch", obj.tensor.dtype.storage)
             return ("storage", storage, obj.key, "cpu", obj.tensor.numel)
@@ -98,7 +98,7 @@ class TorchPickler(pickle._Pickler):
 
 
 class _FromHere:
-    """A file as if it began at its present position."""
+    """A file whose position 0 is the present position of another file."""
 
     def __init__(self, file: SealedFile) -> None:
         self.file, self.start = file, file.tell()
@@ -110,7 +110,7 @@ class _FromHere:
         self.file.flush()
 
     def close(self) -> None:
-        """Does nothing: the larger file stays open."""
+        """Do nothing: the larger file stays open."""
 
     def tell(self) -> int:
         return self.file.tell() - self.start
@@ -119,8 +119,8 @@ class _FromHere:
 class PtWriter:
     """One checkpoint file being written.
 
-    `content` is any plain data with `Tensor`s in it (and `DType`s, written as torch dtypes). Then `write` is given
-    every tensor's data, in the order in which the tensors appear in `content`.
+    `content` is plain data with `Tensor`s in it (and `DType`s, written as torch dtypes). `write` must then be called
+    with every tensor's data, in the order in which the tensors appear in `content`.
     """
 
     def __init__(self, path: Path, content: object) -> None:
@@ -138,14 +138,14 @@ class PtWriter:
         self._entry("byteorder", b"little")
 
     def write(self, array: np.ndarray) -> None:
-        """The next tensor's data; its dtype and number of elements must be those announced."""
+        """Write the next tensor's data; dtype and number of elements must be the announced ones."""
         key, tensor = next(self.tensors)
         if array.size != tensor.numel or array.dtype != tensor.dtype.carrier:
             raise AssertionError(f"tensor {key}: {array.shape} {array.dtype} written, {tensor} announced")
         self._entry(f"data/{key}", np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
     def _entry(self, name: str, data: bytes | memoryview) -> None:
-        """One entry, its header with the right checksum at once: zipfile itself would go back to put it in."""
+        """Write one entry with the checksum in its header; zipfile would seek back to insert it."""
         info = zipfile.ZipInfo(f"{self.root}/{name}")  # the fixed date makes equal content equal bytes
         info.external_attr = 0o600 << 16
         info.header_offset = self.target.tell()
@@ -176,7 +176,7 @@ class PtWriter:
 
 
 class PtSection(PtWriter):
-    """A whole archive inside a larger file, from its present position on; `close` leaves the file open."""
+    """A complete archive inside a larger file, from its present position on; `close` leaves the file open."""
 
     def __init__(self, file: SealedFile, content: object) -> None:
         self._begin(_FromHere(file), content, "archive")

@@ -1,7 +1,7 @@
-"""README.md of an export: what the model is and how it came about, as a model card of the Hugging Face Hub. No torch.
+"""README.md of an export: a model card of the Hugging Face Hub that describes the model and its training. No torch.
 
-Format: https://huggingface.co/docs/hub/model-cards. It says what the converted checkpoint's own args say; names of
-folders are written without their paths. An existing README.md that was not written here is kept.
+Format: https://huggingface.co/docs/hub/model-cards. The facts are the args of the converted checkpoint. Folders are
+written without their paths. An existing README.md that was not written here is kept.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _TRAINED = {
 
 
 def write_card(folder: Path, title: str, facts: Mapping[str, Any], args: argparse.Namespace, *, scores: Path) -> None:
-    """Write it into an export.
+    """Write the model card into an export.
 
     Args:
-        title: what the model is.
+        title: name of the model.
         facts: of the sources: "source" and, if there is one, "adapter", with their folder and layout.
         args: of the checkpoint that was trained last; empty if a Hugging Face model is converted.
         scores: results.json of evaluation.py; left out if it is not there.
@@ -57,7 +57,7 @@ def write_card(folder: Path, title: str, facts: Mapping[str, Any], args: argpars
 
 
 def _trained(args: Mapping[str, Any]) -> list[str]:
-    """How it was trained; empty for a checkpoint that no training of ours has saved."""
+    """The rows about the training; empty if the checkpoint was not saved by this project's training."""
     if "data_digest" not in args:
         return []
     lines = ["", "## Training", "", "| | |", "|---|---|"]
@@ -68,7 +68,7 @@ def _trained(args: Mapping[str, Any]) -> list[str]:
 
 
 def _scores(path: Path) -> list[str]:
-    """What evaluation.py has found, if its --output-dir was the checkpoint's folder."""
+    """The scores of evaluation.py, if its --output-dir was the checkpoint's folder."""
     if not path.is_file():
         return []
     lines = ["", "## Scores", "", "| task | metric | questions | score |", "|---|---|---|---|"]

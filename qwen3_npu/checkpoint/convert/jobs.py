@@ -35,7 +35,7 @@ JobResult = TypeVar("JobResult")
 
 
 class Closable(Protocol):
-    """What a worker opens for itself."""
+    """A source that every worker opens by itself."""
 
     def close(self) -> None: ...
 
@@ -57,7 +57,7 @@ def run_jobs(
 
     Args:
         open_source: opens the source; each worker process has its own.
-        plan: what is being done, in words; only a run with the same plan may resume it.
+        plan: description of the conversion; --resume needs the same one.
         workers: processes; 1 writes in this one.
         resume: keep files that an earlier run finished.
         what: first word of the progress line.
@@ -92,7 +92,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _earlier(stage: Path, plan: str) -> dict[str, FileRecord]:
-    """Files that an earlier run finished: their record is there and their size and digest agree with it."""
+    """Files that an earlier run finished: they have a record, and their size and digest agree with it."""
     if not (stage / PLAN).is_file():
         return {}
     if (stage / PLAN).read_text(encoding="utf-8") != plan:

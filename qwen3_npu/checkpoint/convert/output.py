@@ -45,7 +45,7 @@ def target_layout(arch: Qwen3Arch, target: TargetArgs) -> Layout:
 def planned_output(
     what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, *, config: dict | None
 ) -> ConversionOutput:
-    """What is to be written.
+    """The output that will be written.
 
     Args:
         config: the config.json that goes with it, if there is one.
@@ -77,27 +77,27 @@ def planned_output(
 def _target(
     what: ConversionPlan, layout: Layout, dtypes: tuple[DType, DType, Mapping[str, DType]], form: str
 ) -> Target:
-    """What is written in a Megatron format, of tensors with these dtypes: of weights, of LoRA, and others' own."""
+    """The Megatron checkpoint to write. `dtypes`: of weights, of LoRA tensors, and of the tensors with another one."""
     dtype, lora_dtype, own = dtypes
     kept = same_in_all_layers(dtype, lora_dtype, own, what.contents.shapes())[2] if form == TORCH_DIST else own
     return Target(what.contents, layout, dtype, lora_dtype, kept=kept, own=own, prompts=what.prompts)
 
 
 def _hf_root(root: Path, legacy: LegacyConvertArgs, replaces: bool) -> Path:
-    """2.1.0 takes the original model's folder as --save-dir and writes mg2hf/ inside; its successor writes there."""
+    """Folder of a Hugging Face output: --save-dir/mg2hf for commands of MindSpeed-LLM 2.1.0, else --save-dir."""
     return root / "mg2hf" if legacy.is_v1 or (is_hf_weights(root) and not replaces) else root
 
 
 def found_output(
     what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, *, given: Collection[str]
 ) -> ConversionOutput:
-    """What lies in --save-dir, as it should be. Layout, format and dtype that no flag says are those found there.
+    """The output that --save-dir should hold. Layout, format and dtype come from the flags, else from the folder.
 
     Args:
         given: names of the flags on the command line.
 
     Raises:
-        UsageError: nothing of the kind lies there, or it cannot be read.
+        UsageError: the folder holds no such output, or it cannot be read.
     """
     output = planned_output(what, args, target, legacy, config=None)
     if isinstance(output, HfOutput):

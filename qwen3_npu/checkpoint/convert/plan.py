@@ -1,4 +1,4 @@
-"""What a conversion reads and what it gives, settled from the flags and from what the folders hold."""
+"""Plan a conversion: determine its sources and its output from the flags and the folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
-from qwen3_npu.checkpoint.convert.prompts import read_prompts
+from qwen3_npu.checkpoint.convert.prompts import read_prompt_settings
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
 from qwen3_npu.checkpoint.formats.base import kept_dtypes
 from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
@@ -24,16 +24,16 @@ from qwen3_npu.model.arch.megatron import unlike_family
 
 @dataclasses.dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion whose parts fit together.
+    """A checked conversion.
 
     Attributes:
         home: where the source's config.json and tokenizer files are.
-        contents: what the output holds.
+        contents: tensors of the output.
         dtype, lora_dtype: of the output's weights, and of its LoRA tensors.
-        kept: Hugging Face and PEFT names of the tensors that have another dtype, which they keep.
-        merged: the adapter that is merged, if one is.
-        facts: of the sources, for the log, the manifest and --resume.
-        prompts: how the prompts of its training were written, as the adapter or else the model says.
+        kept: Hugging Face and PEFT name -> dtype of the tensors that keep another dtype.
+        merged: the adapter that is merged, or None.
+        facts: folder and layout of the sources, for the log, the manifest and --resume.
+        prompts: how the prompts of the training were written, from the adapter or else from the model.
         trained: the args of the checkpoint that was trained last; empty for Hugging Face and PEFT.
     """
 
@@ -50,10 +50,10 @@ class ConversionPlan:
 
 
 def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
-    """Open the sources, check that they are complete, and decide what is made of them.
+    """Open the sources, check that they are complete, and choose the output.
 
     Raises:
-        UsageError: a source cannot be read, is another one than the flags say, or gives nothing of the kind asked for.
+        UsageError: a source cannot be read, contradicts the flags, or cannot become the requested output.
     """
     for flag, folder in (("--load-dir", args.load_dir), ("--lora-load", lora.lora_load)):
         if folder is not None and not Path(folder).is_dir():
@@ -104,11 +104,11 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
 
 def _prompts(sources: Sources) -> dict[str, str]:
     folders = [find(folder) for folder in (sources.lora_load, sources.load) if folder is not None]
-    return next((said for found in folders if found is not None and (said := read_prompts(found))), {})
+    return next((said for found in folders if found is not None and (said := read_prompt_settings(found))), {})
 
 
 def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Checkpoint | None:
-    """The adapter in --lora-load, which must fit the base in --load-dir."""
+    """The adapter in --lora-load. It must fit the base in --load-dir."""
     if lora.lora_load is None:
         return None
     if not base.contents.base or base.contents.lora:
@@ -119,7 +119,7 @@ def _adapter(lora: LoraConvertArgs, sources: Sources, base: Checkpoint) -> Check
 
 
 def _check_flags(lora: LoraConvertArgs, held: Lora | None, folder: str) -> None:
-    """The LoRA flags are assertions: rank, alpha and targets are the adapter's own."""
+    """Check the LoRA flags: they must agree with the adapter's own rank, alpha and targets."""
     given: dict[str, Any] = {
         "lora_r": lora.lora_r,
         "lora_alpha": lora.lora_alpha,
@@ -141,7 +141,7 @@ def _check_flags(lora: LoraConvertArgs, held: Lora | None, folder: str) -> None:
 def _decide(
     args: ConvertArgs, lora: LoraConvertArgs, sources: Sources, base: Checkpoint, *, adapter: Checkpoint | None
 ) -> Sources:
-    """Merge, reshard or export."""
+    """Decide between merging, resharding and exporting."""
     to_hf = args.save_model_type == HF
     if lora.save_lora_to_hf:
         if not to_hf:
@@ -168,7 +168,7 @@ def _decide(
 
 
 def _dtypes(source: Source, contents: Contents, args: ConvertArgs) -> tuple[DType, DType, dict[str, DType]]:
-    """Of the weights, of LoRA tensors, and of those that have another."""
+    """The dtypes of weights and of LoRA tensors, and the tensors with another dtype."""
     if args.params_dtype:
         return BY_TORCH[args.params_dtype], BY_TORCH[args.params_dtype], {}
     stored = source.unmerged_dtype if isinstance(source, MergedSource) else source.dtype
@@ -176,7 +176,7 @@ def _dtypes(source: Source, contents: Contents, args: ConvertArgs) -> tuple[DTyp
 
 
 def _facts(opened: Checkpoint) -> dict[str, Any]:
-    """What a source is, and by what it is known again."""
+    """Facts about a source: what it is, and how a later run recognizes it."""
     files = sorted(path for path in opened.folder.rglob("*") if path.is_file() and path.name != CONVERSION)
     return {
         "folder": str(opened.folder),

@@ -1,7 +1,7 @@
 """Logits of a few tokens, computed from a source's weights with numpy, one tensor at a time in memory.
 
-This is the check of a LoRA merge: base and adapter side by side against the merged weights that were written. It is
-the whole model (all layers, all experts that the tokens choose) in float32; formulas as in transformers.
+This checks a LoRA merge: base and adapter side by side against the merged weights on disk. The complete model (all
+layers, all experts that the tokens choose) is computed in float32 with the formulas of transformers.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _experts(weights: Weights, name: str, x: np.ndarray, arch: Qwen3Arch) -> np.
 
 
 def _by_expert(chosen: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-    """Each expert that is chosen at all, and by which tokens, in which place of their choice."""
+    """Each chosen expert, with the tokens that chose it and its place in their choices."""
     for expert in np.unique(chosen):
         yield int(expert), np.nonzero(chosen == expert)
 

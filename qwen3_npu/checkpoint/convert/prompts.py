@@ -1,6 +1,6 @@
-"""How the prompts of an instruction training were written, carried from checkpoint to checkpoint.
+"""Carry the prompt settings of an instruction training from checkpoint to checkpoint.
 
-A Megatron checkpoint says it in its args, a Hugging Face model or adapter in a file beside the weights:
+A Megatron checkpoint stores them in its args, a Hugging Face model or adapter in a file beside the weights:
 
     qwen3_npu_prompts.json    {"prompt_type": "qwen3", "enable_thinking": "true", "tokenizer_digest": "..."}
 """
@@ -21,11 +21,11 @@ PROMPTS = "qwen3_npu_prompts.json"
 PROMPT_TYPE, THINKING, TOKENIZER = _FIELDS = ("prompt_type", "enable_thinking", "tokenizer_digest")
 
 
-def read_prompts(found: StoredModel) -> dict[str, str]:
-    """What a checkpoint says of the prompts it was trained with; empty: nothing.
+def read_prompt_settings(found: StoredModel) -> dict[str, str]:
+    """The prompt settings in a checkpoint; empty if it has none.
 
     Raises:
-        UsageError: its file says something that is not understood.
+        UsageError: its file holds a value that is not understood.
     """
     if found.kind == MEGATRON:
         said = vars(checkpoint_args(found)[0])
@@ -43,8 +43,8 @@ def read_prompts(found: StoredModel) -> dict[str, str]:
     return {PROMPT_TYPE: record.text(PROMPT_TYPE), **given}
 
 
-def write_prompts(folder: Path, prompts: Mapping[str, str]) -> None:
-    """Put the file beside the weights of a Hugging Face model or adapter, in place of an older one."""
+def write_prompt_settings(folder: Path, prompts: Mapping[str, str]) -> None:
+    """Write the file beside the weights of a Hugging Face model or adapter. It replaces an older one."""
     if prompts:
         write_text(folder / PROMPTS, json.dumps(dict(prompts), indent=1) + "\n")
     else:

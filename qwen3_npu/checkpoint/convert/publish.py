@@ -1,4 +1,4 @@
-"""What a conversion writes: a folder of files that becomes visible all at once, last."""
+"""The output of a conversion: files in a staging folder that become visible at the end, all at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.checkpoint.convert.prompts import write_prompts
+from qwen3_npu.checkpoint.convert.prompts import write_prompt_settings
 from qwen3_npu.checkpoint.formats.base import FileJob, FileRecord, Target, remove_records
 from qwen3_npu.checkpoint.formats.folders import (
     ADAPTER_CONFIG,
@@ -38,7 +37,7 @@ from qwen3_npu.errors import UsageError
 from qwen3_npu.files import Seal, file_digest, rename, sync_folder, sync_tree, write_text
 from qwen3_npu.model.arch import Qwen3Arch
 
-Config = dict[str, Any] | None  # a config.json that the model came from
+HfConfig = dict[str, object] | None  # a config.json that the model came from
 STAGE = ".conversion.partial"
 _BESIDE_CONFIG = [name for name in CARRIED_FILES if name != "config.json"]
 
@@ -47,9 +46,9 @@ class ConversionOutput(abc.ABC):
     """One output in one format.
 
     Attributes:
-        root: what the user named; configuration, tokenizer and conversion.json go there.
-        folder: where the files end up.
-        stage: where they are made.
+        root: the folder that the user named; configuration, tokenizer and conversion.json go there.
+        folder: final folder of the weights.
+        stage: staging folder, where the files are written.
         jobs: one per file.
         prompts: see `prompts.py`; a Megatron output has them in its args.
     """
@@ -61,34 +60,34 @@ class ConversionOutput(abc.ABC):
     prompts: Mapping[str, str] = MappingProxyType({})
 
     @abc.abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """Format, dtype and layout, for the manifest; another output has other facts."""
+    def facts(self) -> dict[str, object]:
+        """Format, dtype and layout, for the manifest; they identify the output."""
 
     @abc.abstractmethod
     def holds(self) -> tuple[Contents, Layout | None]:
-        """What it holds, and in which layout; None: under Hugging Face and PEFT names."""
+        """Contents and layout of a Megatron output; None for Hugging Face and PEFT."""
 
     @abc.abstractmethod
     def existing(self) -> str | None:
-        """What prevents the output, as a message."""
+        """A message about an existing output in the way, or None."""
 
     def finish(self, records: Mapping[str, FileRecord]) -> None:
-        """Complete the stage: what follows from all files, and last their sizes and digests."""
+        """Complete the staging folder: write the common files, and last sizes and digests."""
         seals = {name: record.seal for name, record in records.items()} | self.joint_files(records)
         remove_records(self.stage)
         write_integrity(self.stage, CONVERTER, seals)
 
     def joint_files(self, records: Mapping[str, FileRecord]) -> dict[str, Seal]:
-        """Make the files of the stage that follow from all others."""
+        """Write the common files, which depend on all other files, to the staging folder."""
         return {}
 
     @abc.abstractmethod
-    def carry(self, source: Path, config: Config) -> None:
-        """Put configuration and tokenizer files of a folder where they belong; before `publish`."""
+    def carry(self, source: Path, config: HfConfig) -> None:
+        """Copy configuration and tokenizer files from a folder; called before `publish`."""
 
     @abc.abstractmethod
     def publish(self) -> None:
-        """Move the finished stage to `folder`, in place of what is there: that goes last."""
+        """Move the finished staging folder to `folder`. An old output there is deleted afterwards."""
 
     @abc.abstractmethod
     def commit(self) -> None:
@@ -96,7 +95,7 @@ class ConversionOutput(abc.ABC):
 
     @abc.abstractmethod
     def unexpected_files(self) -> list[str]:
-        """Files in `folder` that a reader would take for a part of it but that no job makes."""
+        """Files in `folder` that a reader would take for a part of the output but that no job makes."""
 
     def prepare(self, overwrite: bool) -> None:
         """Raises: UsageError: something is in the way (without `overwrite`)."""
@@ -119,8 +118,8 @@ class MegatronOutput(ConversionOutput):
         self.stage = self.folder.with_name(self.folder.name + ".partial")
         self.jobs = [job for rank in target.layout.ranks() for job in WRITERS[form].jobs(target, rank)]
 
-    def facts(self) -> dict[str, Any]:
-        dtypes: dict[str, Any] = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
+    def facts(self) -> dict[str, object]:
+        dtypes: dict[str, object] = {"dtype": self.target.dtype.torch} if self.target.contents.base else {}
         if self.target.contents.lora:
             dtypes |= {"lora_dtype": self.target.lora_dtype.torch}
         if self.target.kept:
@@ -143,7 +142,7 @@ class MegatronOutput(ConversionOutput):
     def joint_files(self, records: Mapping[str, FileRecord]) -> dict[str, Seal]:
         return WRITERS[self.format].finish(self.target, self.stage, [records[job.name].notes for job in self.jobs])
 
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         carry_files(source, self.root, _BESIDE_CONFIG)
         write_config(self.target.contents.arch, config, self.root, self.target.dtype)
 
@@ -178,7 +177,7 @@ class HfOutput(ConversionOutput):
     ) -> None:
         """
         Args:
-            config: a config.json that the model came from; what Qwen3Arch does not say is kept.
+            config: config.json of the source; its fields that Qwen3Arch lacks are kept.
             files: file name -> names of its tensors.
             kept: name -> dtype of the tensors that have another than `dtype`.
         """
@@ -193,7 +192,7 @@ class HfOutput(ConversionOutput):
             for name, names in files.items()
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         kept = {"kept": {name: dtype.torch for name, dtype in self.kept.items()}} if self.kept else {}
         return {"format": "hf", "dtype": self.dtype.torch, **kept, "files": list(self.files)}
 
@@ -211,7 +210,7 @@ class HfOutput(ConversionOutput):
         index = self.stage / INDEX
         return {INDEX: Seal(index.stat().st_size, file_digest(index))} if index.is_file() else {}
 
-    def carry(self, source: Path, config: Config) -> None:
+    def carry(self, source: Path, config: HfConfig) -> None:
         carry_files(source, self.stage, _BESIDE_CONFIG)
 
     def publish(self) -> None:
@@ -219,7 +218,7 @@ class HfOutput(ConversionOutput):
         move_files(self.stage, self.folder, self._old())
 
     def commit(self) -> None:
-        write_prompts(self.folder, self.prompts)
+        write_prompt_settings(self.folder, self.prompts)
         write_config(self.arch, self.config, self.folder, self.dtype)
 
     def unexpected_files(self) -> list[str]:
@@ -243,7 +242,7 @@ class PeftOutput(ConversionOutput):
     ) -> None:
         """
         Args:
-            base: folder of the base model, if it is known; `peft` can load that by itself then.
+            base: folder of the base model, if known, so that `peft` can load it by itself.
         """
         self.root = self.folder = root
         self.stage = root / STAGE
@@ -255,7 +254,7 @@ class PeftOutput(ConversionOutput):
         self.contents = Contents(arch, base=False, lora=lora)
         self.jobs = [WeightFile(ADAPTER_WEIGHTS, peft_shapes(arch, lora), dtype, dict(kept or {}))]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         return {"format": "peft", "dtype": self.dtype.torch, "config": self.config}
 
     def holds(self) -> tuple[Contents, Layout | None]:
@@ -265,15 +264,15 @@ class PeftOutput(ConversionOutput):
         names = [name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (self.folder / name).exists()]
         return f"{self.folder} already holds {' and '.join(names)}" if names else None
 
-    def carry(self, source: Path, config: Config) -> None:
-        """An adapter needs none."""
+    def carry(self, source: Path, config: HfConfig) -> None:
+        """Copy nothing: an adapter needs no configuration or tokenizer."""
 
     def publish(self) -> None:
         (self.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
         move_files(self.stage, self.folder, [p for p in [self.folder / ADAPTER_WEIGHTS] if p.exists()])
 
     def commit(self) -> None:
-        write_prompts(self.folder, self.prompts)
+        write_prompt_settings(self.folder, self.prompts)
         write_text(self.folder / ADAPTER_CONFIG, json.dumps(self.config, indent=2) + "\n")
 
     def unexpected_files(self) -> list[str]:
@@ -281,7 +280,7 @@ class PeftOutput(ConversionOutput):
 
 
 def move_files(stage: Path, folder: Path, old: Sequence[Path]) -> None:
-    """Put the files of the stage in place of `old` ones of a folder, which go last."""
+    """Move the files of the staging folder to `folder`, then delete the `old` files there."""
     (folder / INTEGRITY).unlink(missing_ok=True)
     sync_folder(stage)
     new = sorted(stage.iterdir())  # an index sorts after the weights it names

@@ -1,5 +1,5 @@
-"""Convert checkpoints. Every format answers as a `Source` and is written from one, so every direction is a reader and a
-writer put together; nothing is held in memory but the tensors being written."""
+"""Convert checkpoints. Every format is read as a `Source` and written from one, so each direction is a reader and a
+writer. Only the tensors that are being written are in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -41,7 +40,7 @@ def convert(
     *,
     given: Collection[str] = (),
 ) -> int:
-    """Do what the command line says.
+    """Run the conversion that the command line describes.
 
     Args:
         given: names of the flags on the command line.
@@ -81,7 +80,7 @@ def _workers(args: ConvertArgs) -> int:
 
 
 def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
-    """Notes on flags of the other direction, which scripts carry along."""
+    """Notes on flags of the other direction, which existing scripts contain."""
     layout = {field.name for field in dataclasses.fields(TargetArgs)} | {"ckpt_format"}
     names = sorted(layout & set(given)) if args.save_model_type == HF else sorted({"max_shard_size"} & set(given))
     kind = "a Hugging Face" if args.save_model_type == HF else "a Megatron"
@@ -89,7 +88,7 @@ def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
 
 
 def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> ConversionOutput:
-    """Write and commit the output; the tracker or index, which readers look for, comes last."""
+    """Write and commit the output. The tracker or index, which readers look for, is written last."""
     carried = _carried_from(plan, args, legacy)
     config = read_hf_config(carried) if (carried / "config.json").exists() else None
     output = planned_output(plan, args, target, legacy, config=config)
@@ -134,7 +133,7 @@ def _fill(
     except OSError as error:
         raise UsageError(f"{output.root} cannot be completed: {error}; --resume continues from here") from None
     place = output.folder.relative_to(output.root)
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         **plan.facts,
         "merged": dataclasses.asdict(plan.merged) if plan.merged else None,
         "target": target_facts,
@@ -154,7 +153,7 @@ def _fill(
 
 
 def _carried_from(plan: ConversionPlan, args: ConvertArgs, legacy: LegacyConvertArgs) -> Path:
-    """Where configuration and tokenizer files come from: the user says, or the source has them."""
+    """The folder from which configuration and tokenizer files are copied: named by a flag, else the source."""
     target = Path(args.save_dir)
     if args.hf_cfg_dir is None and legacy.is_v1 and args.save_model_type == HF and (target / "config.json").is_file():
         return target
@@ -162,7 +161,7 @@ def _carried_from(plan: ConversionPlan, args: ConvertArgs, legacy: LegacyConvert
 
 
 def _check_merge(plan: ConversionPlan, output: ConversionOutput) -> None:
-    """Print how far the merged weights on disk are from base and adapter side by side."""
+    """Print the largest difference between logits of the merged weights and of base and adapter side by side."""
     tokens = probe_tokens(plan.contents.arch)
     source, merged = plan.sources(), open_checkpoint(output.root)
     expected, got = logits(source, tokens), logits(merged, tokens)

@@ -1,4 +1,4 @@
-"""Compare an output with its source, both on disk: starts `verify/compare.py`, which says what is compared and how."""
+"""Compare an output with its source, both on disk. `verify/compare.py` describes the comparison."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from qwen3_npu.progress import Progress
 class VerifySources:
     """Opens what a conversion reads, for --verify.
 
-    `output`: of an adapter whose A and B are made anew, with which its own copies are compared.
+    `output`: for an adapter whose A and B were computed anew, its copies are compared with each other.
     """
 
     sources: Sources
@@ -65,7 +65,7 @@ def _verified(source: Opened | Source, alpha: float | None) -> VerifySource:
 
 
 def _scale(adapter: MegatronReader | DistReader | PlainLora, alpha: float | None) -> float:
-    """What a Megatron adapter's files say of it."""
+    """The scale of a Megatron adapter, by its files."""
     stored = adapter.adapter if isinstance(adapter, PlainLora) else adapter
     assert isinstance(stored, MegatronReader | DistReader)
     assert stored.contents.lora is not None
@@ -74,7 +74,7 @@ def _scale(adapter: MegatronReader | DistReader | PlainLora, alpha: float | None
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """What --verify found: differences, a line each; how many tensors were compared, converted and merged."""
+    """Result of --verify: differences, one line each, and the numbers of compared, converted and merged tensors."""
 
     lines: list[str]
     compared: int
@@ -83,7 +83,7 @@ class Verified:
 
 
 def differences(jobs: Sequence[FileJob], sources: Sources, output: VerifiedOutput, workers: int) -> Verified:
-    """What is missing, extra or different in the files of `jobs`."""
+    """The missing, extra and different tensors in the files of `jobs`."""
     opened = sources()
     own = output if isinstance(opened, SharedA) else None
     with Progress("comparing", sum(map(job_bytes, jobs)), {"bytes": "B"}) as progress:
@@ -105,7 +105,7 @@ def differences(jobs: Sequence[FileJob], sources: Sources, output: VerifiedOutpu
 
 
 def _of_all_files(source: Opened, alpha: float | None, output: VerifiedOutput) -> list[str]:
-    """Differences that no file shows alone: what is in none, and what an adapter's files say of its scale."""
+    """Differences that no single file shows: weights that are in no file, and the scale of an adapter."""
     lines = uncovered(output)
     if isinstance(source, HfReader):
         lines += [f"missing: {name}" for name in HfTensors(source).left_out(published_shapes(output.contents))]

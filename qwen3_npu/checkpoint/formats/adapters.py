@@ -1,4 +1,4 @@
-"""LoRA adapters as sources: merged into their base, or with the one A per linear that Megatron adapters have."""
+"""LoRA adapters as sources: merged into the base model, or with one A per linear, as Megatron adapters have."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MergedSource:
         return F32 if self.is_adapted(name) else self.unmerged_dtype(name)
 
     def unmerged_dtype(self, name: str) -> DType:
-        """What a weight is stored in before it is merged."""
+        """The dtype in which a weight is stored before the merge."""
         return self.adapter.dtype(PEFT_SCORE) if name == SCORE.hf[0] else self.base.dtype(name)
 
     def is_adapted(self, name: str) -> bool:
@@ -85,7 +85,7 @@ class MergedSource:
         return to_float32(weight, self.base.dtype(name)) + product
 
     def turned_factors(self, name: str, columns: tuple[int, int]) -> np.ndarray:
-        """DoRA of an embedding, whose lengths are of columns, over the whole vocabulary: factors of some columns."""
+        """DoRA of an embedding: the factors of some columns. The norm of a column covers the whole vocabulary."""
         if name not in self.token_lengths:
             rank, (hidden,) = (0, self.lora.r), self.adapted[peft_name(name, MAGNITUDE)]
             vocabulary, total = self.adapted[peft_name(name, "A")][1], np.zeros(hidden, np.float64)
@@ -97,14 +97,14 @@ class MergedSource:
         return self.matrix(name, MAGNITUDE, (columns,)) / self.token_lengths[name][slice(*columns)]
 
     def directions(self, name: str, rows: tuple[int, int]) -> np.ndarray:
-        """Whole rows of W + scale B A, float32."""
+        """Complete rows of W + scale * B @ A, float32."""
         rank, columns = (0, self.lora.r), (0, self.adapted[peft_name(name, "A")][1])
         weight = to_float32(self.base.read(name, (rows, columns)), self.base.dtype(name))
         b = self.matrix(name, "B", (rows, rank)) * np.float32(self.lora.scale)
         return weight + b @ self.matrix(name, "A", (rank, columns))
 
     def factors(self, name: str, rows: tuple[int, int], directions: np.ndarray) -> np.ndarray:
-        """DoRA: what brings each of these rows to its magnitude, [rows] float32."""
+        """DoRA: the factor that scales each of these rows to its magnitude, [rows] float32."""
         return self.matrix(name, MAGNITUDE, (rows,)) / np.linalg.norm(directions, axis=1)
 
     def matrix(self, name: str, matrix: str, region: Region) -> np.ndarray:
@@ -126,7 +126,7 @@ def is_turned(name: str) -> bool:
 class PlainLora:
     """A PiSSA adapter as LoRA of twice the rank on the weights themselves: B A - B0 A0, as peft converts it.
 
-    The first r rows of A and columns of B are the trained ones, the others those that it began with, B's negated.
+    The first r rows of A and columns of B are the trained ones. The others are the initial ones, those of B negated.
     """
 
     def __init__(self, adapter: Source) -> None:
@@ -166,8 +166,9 @@ class PlainLora:
 class SharedA:
     """A PEFT adapter whose projections of one linear have the same A.
 
-    Adapters from Megatron have it already. Of others, the A's of q, k and v (of gate and up) are put below each other
-    and each B beside zeros: rank and alpha grow by the number of projections, B @ A and alpha / r stay what they are.
+    Adapters from Megatron have it already. For other adapters, the A's of q, k and v (of gate and up) are stacked, and
+    each B is padded with zeros. Rank and alpha are multiplied by the number of projections, so B @ A and alpha / r do
+    not change.
     """
 
     def __init__(self, adapter: PeftReader) -> None:

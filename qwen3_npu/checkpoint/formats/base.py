@@ -1,4 +1,4 @@
-"""What the readers and writers of all formats agree on."""
+"""The interface that the readers and writers of all formats share."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Item(NamedTuple):
     """A tensor to be written.
 
     Attributes:
-        name: no other of its file has it.
-        shard: the slices it is made of.
-        state: "" for a weight; of a training's optimizer one of `STATES`.
+        name: unique in its file.
+        shard: the slices that it is made of.
+        state: "" for a weight; one of `STATES` for a tensor of the optimizer.
     """
 
     name: str
@@ -64,11 +64,11 @@ class FileJob(Protocol):
     def items(self) -> list[Item]:
         """Every tensor of the file, in order."""
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
-        """Make the file from the data of `items`, flushed to disk.
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
+        """Write the data of `items` to the file and flush it to disk.
 
         Returns:
-            Its size and digest, made while it is written; and what the files of all ranks together are made from.
+            Size and digest, computed while the file is written; and notes, from which `finish` makes the common files.
         """
 
     def stored(self, path: Path) -> dict[str, Stored]:
@@ -88,7 +88,7 @@ class FileRecord:
     bytes: int
     digest: str
     tensors: dict[str, str]
-    notes: Any = None
+    notes: object = None
 
     @property
     def seal(self) -> Seal:
@@ -112,25 +112,25 @@ class Target:
 
     Attributes:
         dtype, lora_dtype: of the model's weights, and of LoRA tensors.
-        trained: what every file of a training says beside its tensors: args, iteration, schedule.
-        kept: Hugging Face (and PEFT) names of the tensors that have another dtype. A tensor joined from several has
-            the smallest dtype that holds the values of all.
-        prompts: entries of the args that say how the prompts of a training were written.
-        own: the same before torch_dist made those of all layers equal; each tensor gets its own back.
+        trained: content of every file of a training beside its tensors: args, iteration, schedule.
+        kept: Hugging Face (and PEFT) names of the tensors that have another dtype. A tensor that is joined from several
+            tensors has the smallest dtype that holds the values of all.
+        prompts: entries of the args that tell how the prompts of a training were written.
+        own: `kept` before torch_dist made the dtypes of all layers equal; the way back gives each tensor its own dtype.
     """
 
     contents: Contents
     layout: Layout
     dtype: DType
     lora_dtype: DType
-    trained: Mapping[str, Any] | None = None
+    trained: Mapping[str, object] | None = None
     kept: Mapping[str, DType] = dataclasses.field(default_factory=dict)
     own: Mapping[str, DType] = dataclasses.field(default_factory=dict)
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def common(self) -> Mapping[str, Any]:
-        """What every file says beside its tensors."""
+        """The content of every file beside its tensors."""
         if self.trained is not None:
             return self.trained
         dtype = self.dtype if self.contents.base else self.lora_dtype
@@ -172,7 +172,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class RankState:
-    """What a training's rank saves; a conversion saves the weights of all shards and nothing else.
+    """What one rank of a training saves. A conversion saves the weights of all shards and nothing else.
 
     Attributes:
         held: "" and `STATES` -> (chunk, name) -> dtype of the tensors that are here.
@@ -202,8 +202,8 @@ def kept_dtypes(shapes: Shapes, dtype_of: Callable[[str], DType]) -> tuple[DType
 
     Args:
         shapes: of every Hugging Face and PEFT tensor.
-        dtype_of: what each is stored in; a tensor for which it raises a `UsageError` is not looked at, since whoever
-            reads it will say what is wrong.
+        dtype_of: the dtype of each tensor. A tensor for which it raises a `UsageError` is passed over: the error is
+            raised again when the tensor is read.
     """
     found: dict[str, DType] = {}
     missing: UsageError | None = None
@@ -226,9 +226,9 @@ def kept_dtypes(shapes: Shapes, dtype_of: Callable[[str], DType]) -> tuple[DType
 def same_in_all_layers(
     dtype: DType, lora_dtype: DType, kept: Mapping[str, DType], shapes: Shapes
 ) -> tuple[DType, DType, dict[str, DType]]:
-    """The same for torch_dist, which stores a tensor of all layers (and experts) as one: these have one dtype.
+    """The same for torch_dist. It stores one tensor for all layers (and experts), so all of them have one dtype.
 
-    Of gate and up, which are one tensor too, it stores the chunks apart.
+    Gate and up are one tensor too, but their chunks are stored separately, so each keeps its dtype.
     """
     groups: dict[str, list[str]] = {}
     for name in shapes if kept else ():

@@ -11,8 +11,8 @@ megatron-core stores each tensor of the layers under one key for all layers, who
     decoder.final_layernorm.weight, output_layer.weight     (no output layer if it is tied)
 
 Layers are numbered as Megatron numbers them, no-op layers included. A layer's tensor is thus the unsharded
-Megatron tensor of the table with one pair of matrices per expert, and LoRA tensors follow the same rule. Files and
-their sizes follow the layout that the training had; where a tensor of one rank lies in the whole one, this module says.
+Megatron tensor of the table with one pair of matrices per expert, and LoRA tensors follow the same rule. The number and
+sizes of the files follow the layout of the training. This module tells where a rank's tensor lies in the global one.
 Source: `GPTModel.sharded_state_dict` with the local specification (whose keys map renames the two norms, as MindSpeed-
 LLM's Qwen3 specification does), and the strategies of megatron.core.dist_checkpointing 0.16.
 """
@@ -58,8 +58,8 @@ class Chunk:
     Attributes:
         key: the stored tensor's name.
         size: its whole shape.
-        region: the part; along leading dimensions (layer, expert) of size 1.
-        lead: how many of those there are.
+        region: the part; its leading dimensions (layer, expert) have size 1.
+        lead: the number of leading dimensions.
         shard: the part's data.
     """
 
@@ -81,12 +81,12 @@ def unstacked(layout: Layout) -> Layout:
 
 
 def global_layout(arch: Qwen3Arch, padded_vocab_size: int, noop_layers: Sequence[int] = ()) -> Layout:
-    """The layout whose tensors are those that are stored."""
+    """The layout in which a rank's tensors equal the stored ones: one rank, one pair of matrices per expert."""
     return unstacked(plan(arch, padded_vocab_size=padded_vocab_size, noop_layers=noop_layers))
 
 
 def layer_places(layout: Layout) -> dict[int, int]:
-    """The model's layer number -> its number among all places."""
+    """Number of a layer in the model -> its number when no-op layers are counted too."""
     places = [layer for virtual in range(layout.virtual) for stage in layout.chunks for layer in stage[virtual]]
     return {layer: place for place, layer in enumerate(places) if layer != NOOP}
 
@@ -117,7 +117,7 @@ def possible_keys(key: str, lead: tuple[int, ...]) -> Iterator[tuple[str, tuple[
 
 
 def saved_chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chunk]:
-    """What one rank saves. Of several copies the first rank in `layout.ranks()` saves it."""
+    """The chunks that one rank saves. If several ranks hold a copy, the first one in `layout.ranks()` saves it."""
     layout = unstacked(layout)
     places, counts = layer_places(layout), (layout.num_layers, contents.arch.num_experts)
     first_expert = local_experts(ShardContext(contents.arch, layout, rank))[0].start
@@ -125,7 +125,7 @@ def saved_chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chu
     for shard in contents.shards(layout, rank):
         if shard.name == OUTPUT.megatron and contents.arch.tie_word_embeddings:
             continue  # a copy of the embedding, which is not stored twice
-        axis, halves = _cut(shard.name)
+        axis, halves = _sharded_axis(shard.name)
         is_expert = ".experts." in shard.name
         parts, index = (layout.expert_tensor, rank.expert_tensor) if is_expert else (layout.tensor, rank.tensor)
         if axis is None:
@@ -142,7 +142,7 @@ def saved_chunks(contents: Contents, layout: Layout, rank: Rank) -> Iterator[Chu
 
 
 def _rows(shard: Shard, half: int, halves: int) -> Shard:
-    """One of the matrices below each other of which a shard is made."""
+    """One of the stacked matrices that make up a shard."""
     rows = shard.shape[0] // halves
     pieces = [
         dataclasses.replace(p, target=((p.target[0][0] - half * rows, p.target[0][1] - half * rows), *p.target[1:]))
@@ -166,7 +166,7 @@ def extra_states(contents: Contents, layout: Layout, rank: Rank) -> list[str]:
     return names
 
 
-def _cut(name: str) -> tuple[int | None, int]:
+def _sharded_axis(name: str) -> tuple[int | None, int]:
     """The axis over which a tensor is sharded, and how many stacked matrices it holds."""
     module = next((part for part in name.split(".") if part in _CUT), None)
     if module is None:
@@ -194,11 +194,11 @@ def _saves(layout: Layout, rank: Rank, is_expert: bool, is_sharded: bool) -> boo
 
 
 def state_prefix(state: str) -> str:
-    """What the keys of an optimizer's state begin with; of the weights themselves nothing."""
+    """Prefix of the keys of the optimizer's state; empty for weights."""
     return f"optimizer.state.{state}." if state else ""
 
 
 def random_key(layout: Layout, rank: Rank) -> str:
-    """The key of a rank's states of random generators."""
+    """The key under which a rank's states of random generators are stored."""
     ranks = list(layout.ranks())
     return f"rng_state/shard_{ranks.index(rank)}_{len(ranks)}"

@@ -1,8 +1,8 @@
 """The `.metadata` file of a torch_dist checkpoint: which tensors there are, and where their chunks lie. No torch.
 
 It is a pickle of `torch.distributed.checkpoint.metadata.Metadata`: state_dict_metadata maps a key to its shape, dtype
-and chunks, storage_data maps (key, offset of a chunk) to a file, a position in it and a length. What lies there is a
-`torch.save` archive of that chunk. The pickle is read as `pickles.py` reads all pickles: nothing is imported.
+and chunks, storage_data maps (key, offset of a chunk) to a file, a position in it and a length. At this position lies a
+`torch.save` archive of that chunk. `pickles.py` reads the pickle and imports nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StoredChunk:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A stored tensor; dtype None: one that is no weight's."""
+    """A stored tensor; its dtype is None if weights cannot have that dtype."""
 
     dtype: DType | None
     size: tuple[int, ...]
@@ -65,7 +65,7 @@ def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
     content = _fields(read_pickle(data, path)[0], "state_dict_metadata", "planner_data", "storage_data")
     if not isinstance(content.get("storage_data"), dict) or not isinstance(content.get("state_dict_metadata"), dict):
         raise UsageError(f"{path} is not the metadata of a torch_dist checkpoint")
-    places: dict[str, dict[tuple[int, ...], Any]] = {}
+    places: dict[str, dict[tuple[int, ...], object]] = {}
     objects: dict[str, StoredChunk] = {}
     for index, info in content["storage_data"].items():
         fields = _fields(index, "fqn", "offset", "index")
@@ -87,8 +87,8 @@ def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
     return tensors, objects
 
 
-def _tensor(fields: Mapping[str, Any], places: dict[tuple[int, ...], Any], where: str) -> StoredTensor:
-    """A tensor whose chunks lie inside it, without overlapping; where a part has no place, that part lies nowhere."""
+def _tensor(fields: Mapping[str, object], places: dict[tuple[int, ...], Any], where: str) -> StoredTensor:
+    """A tensor whose chunks lie inside it and do not overlap. A part without a chunk is not stored."""
     size = schema.counts(fields["size"], f"{where}: size")
     if math.prod(max(n, 1) for n in size) >= 2**60:
         raise UsageError(f"{where}: size {schema.shown(size)} is too large")
@@ -114,8 +114,8 @@ def _tensor(fields: Mapping[str, Any], places: dict[tuple[int, ...], Any], where
 def _check_apart(regions: list[Region], where: str, axis: int = 0) -> None:
     """No two regions overlap, where those given have the same span in all dimensions before `axis`.
 
-    Chunks are nearly always a grid: along each dimension their spans are equal or apart, so each span's are looked at
-    by themselves. Else each is compared with every other.
+    Chunks nearly always form a grid: along each dimension two spans are equal or disjoint, so only chunks of the same
+    span are compared. Otherwise each chunk is compared with every other one.
     """
     spans: dict[tuple[int, int], list[Region]] = {}
     for region in regions:
@@ -147,7 +147,7 @@ def _chunk(region: Region, info: object, where: str) -> StoredChunk:
 
 
 def _fields(value: object, *names: str) -> dict[str, Any]:
-    """The fields of a dataclass in the pickle, given by its constructor's arguments or by its state."""
+    """The fields of a dataclass in the pickle. They are constructor arguments or a state."""
     if not isinstance(value, Unknown):
         return {}
     state = value.state
@@ -159,7 +159,7 @@ def _fields(value: object, *names: str) -> dict[str, Any]:
 
 @functools.cache
 def _name(module: str, name: str) -> TorchName:
-    """One object per name, which the pickle then holds once."""
+    """The same object for the same name, so that the pickle stores it once."""
     return TorchName(module, name)
 
 

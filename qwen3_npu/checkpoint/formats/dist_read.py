@@ -42,12 +42,12 @@ _ARCHIVES = 256  # opened archives remembered; a chunk of q, k and v is read a h
 
 
 class DistTensors(ShardReader[None]):
-    """Stored tensors of a model's parameters, or of something of the parameters' shapes (an optimizer's moments).
+    """Stored tensors of the parameters, or of values that have the parameters' shapes (an optimizer's moments).
 
     Args:
         stored: the tensors under the keys of the parameters.
         contents: which parameters.
-        layout: the uncut one (`dist_keys.global_layout`).
+        layout: the unsharded one (`dist_keys.global_layout`).
     """
 
     def __init__(self, folder: Path, stored: Mapping[str, StoredTensor], contents: Contents, layout: Layout) -> None:
@@ -61,7 +61,7 @@ class DistTensors(ShardReader[None]):
         super().__init__(((None, shard) for shard in shards), str(folder))
 
     def key(self, holder: SliceLocation) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """The stored tensor that should hold a holder, the holder's leading indices in it, and how many there are."""
+        """The stored tensor that contains a shard, the shard's leading indices in it, and the sizes of those."""
         usual = key_of(holder.shard, self.layers)
         key, lead = next((found for found in possible_keys(*usual) if found[0] in self.stored), usual)
         counts = (self.layout.num_layers, self.arch.num_experts)[: len(usual[1])]
@@ -98,7 +98,7 @@ class DistTensors(ShardReader[None]):
         return out.reshape(sizes(region))
 
     def chunks(self, key: str, lead: tuple[int, ...]) -> list[StoredChunk]:
-        """The chunks of a stored tensor that may hold a part of a layer (an expert) of it."""
+        """The chunks of a stored tensor that can hold a part of a given layer (and expert)."""
         if (key, len(lead)) not in self.by_lead:
             index = self.by_lead.setdefault((key, len(lead)), {})
             for chunk in self.stored[key].chunks:
@@ -151,7 +151,7 @@ class DistReader(DistTensors):
         """Read architecture and contents.
 
         Raises:
-            UsageError: an incomplete checkpoint, or it does not say what it is.
+            UsageError: the checkpoint is incomplete, or does not say which model it holds.
         """
         folder = found.folder
         for name in (METADATA, CONFIG, COMMON):
@@ -177,7 +177,7 @@ class DistReader(DistTensors):
         self.own = own_dtypes(self.args, contents.shapes(), str(folder))
 
     def under(self, prefix: str) -> DistTensors:
-        """What is stored of the parameters under keys that begin with a prefix."""
+        """The stored tensors whose keys are a prefix and the key of a parameter."""
         stored = {k.removeprefix(prefix): tensor for k, tensor in self.everything.items() if k.startswith(prefix)}
         return DistTensors(self.folder, stored, self.contents, self.layout)
 
@@ -187,7 +187,7 @@ class DistReader(DistTensors):
         return PtArchive(self.open(chunk.file), chunk.start, chunk.length, self.folder / chunk.file)
 
     def check(self) -> None:
-        """All tensors are there, of their shape, and no other; their chunks fill them; the files are long enough.
+        """Check that exactly the expected tensors exist, with their shapes and all chunks, and that no file is short.
 
         Raises:
             UsageError: something is missing, damaged or not expected.
@@ -211,7 +211,7 @@ class DistReader(DistTensors):
                 raise UsageError(f"{self.folder / file} is truncated: {end} bytes expected, {there} there")
 
     def saved_layout(self) -> Layout:
-        """The layout in which it was saved; its files are sharded so."""
+        """The layout in which it was saved, hence that of its files."""
         return layout_from_args(
             self.args,
             self.arch,

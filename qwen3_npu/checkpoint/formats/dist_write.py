@@ -40,7 +40,7 @@ BACKENDS = {
 
 
 def jobs(target: Target, rank: Rank, state: RankState | None = None) -> list[FileJob]:
-    """The file of one rank, if there is anything in it; with `state`, of a training's."""
+    """The file of one rank, unless it would be empty. `state` is given by trainings only."""
     job = DistFile(target, rank, state)
     return [job] if state is not None or job.chunks() else []
 
@@ -83,9 +83,9 @@ class DistFile:
     def items(self) -> list[Item]:
         return [Item(state_prefix(key) + chunk.label, chunk.shard, dtype, key) for key, chunk, dtype in self.chunks()]
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
-        """Also gives back what lies where: [key, dtype, size, region, start, length] of each tensor."""
-        placed: list[list[Any]] = []
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
+        """Also return where each tensor lies: [key, dtype, size, region, start, length]."""
+        placed: list[list[object]] = []
         objects: list[list[Any]] = []
         file = SealedFile(path)
         for (key, chunk, dtype), data in zip(self.chunks(), tensors, strict=True):
@@ -119,7 +119,7 @@ def _section(file: SealedFile, content: object, tensors: tuple[np.ndarray, ...])
 
 
 def finish(target: Target, stage: Path, notes: list[Any]) -> dict[str, Seal]:
-    """Make the files that belong to all ranks from what each said of its own."""
+    """Write the files that belong to all ranks, from the notes of each rank's file."""
     stored: dict[str, list[StoredChunk]] = {}
     kinds: dict[str, tuple[DType, tuple[int, ...]]] = {}
     objects: dict[str, StoredChunk] = {}

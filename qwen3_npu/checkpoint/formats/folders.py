@@ -1,4 +1,4 @@
-"""What lies in a folder, judged by the names in it: Hugging Face model, PEFT adapter, or Megatron checkpoint.
+"""The kind of a folder, by the names in it: Hugging Face model, PEFT adapter, or Megatron checkpoint.
 
 <root>/latest_checkpointed_iteration.txt    an iteration number, or "release"
 <root>/iter_0000001/                        mp_rank_*/model_optim_rng.pt (torch) or .metadata and *.distcp (torch_dist)
@@ -55,7 +55,7 @@ def iteration_name(iteration: int) -> str:
 
 
 def iterations(root: Path) -> list[int]:
-    """Iterations whose folders are there, the newest first."""
+    """Iterations whose folders exist, the newest first."""
     return sorted((int(p.name[5:]) for p in root.glob("iter_*") if is_count(p.name[5:]) and p.is_dir()), reverse=True)
 
 
@@ -86,16 +86,17 @@ def is_peft(folder: str | Path) -> bool:
 
 
 def candidates(path: str | Path, iteration: int | None = None, kind: str | None = None) -> list[StoredModel]:
-    """What a path may mean, in order of preference; empty: there is nothing.
+    """The models or checkpoints that a path may mean, in order of preference; empty if there is none.
 
-    A root gives the iteration that its tracker names and then the sealed ones before it, if its files are damaged.
-    Without a tracker (killed before the first was written), or with one that is damaged or names none that is there,
-    those that are sealed are given, the newest first. Nothing here is read but names and the tracker.
+    A root gives the iteration that its tracker names, then the older sealed ones, for the case that its files are
+    damaged. The tracker may be missing (the job was killed before the first one was written), damaged, or name an
+    iteration that does not exist: then the sealed iterations are given, the newest first. Only names and the tracker
+    are read here.
 
     Args:
         path: a root, an iteration's folder, a Hugging Face directory or a PEFT directory.
         iteration: the only one that is accepted.
-        kind: `HF` or `MEGATRON`: what it must be, where a folder is both. By default a tracker decides.
+        kind: `HF` or `MEGATRON`, for a folder that is both. By default Megatron is preferred.
 
     Raises:
         UsageError: the iteration asked for, or the one that the tracker names, does not exist.
@@ -155,7 +156,7 @@ def _listed(there: list[int]) -> str:
 
 
 def incomplete(root: Path, folder: Path) -> str:
-    """What is wrong with an iteration's folder at first sight; empty: nothing is."""
+    """A problem of an iteration's folder that its names show; empty if there is none."""
     if not folder.is_dir():
         return f"{folder} does not exist; {_listed(iterations(root))}"
     if format_of(folder) is None:
@@ -164,7 +165,7 @@ def incomplete(root: Path, folder: Path) -> str:
 
 
 def move_to_backup(folder: Path) -> None:
-    """Move a checkpoint of the same step to a backup. If the process is killed before the new one is visible,
+    """Rename a checkpoint of the same step to a backup. If the process is killed before the new one is visible,
     `restore_backup` undoes it.
     """
     backup = folder.with_name(folder.name + _REPLACED)
@@ -174,14 +175,14 @@ def move_to_backup(folder: Path) -> None:
 
 
 def restore_backup(root: Path) -> None:
-    """Put back the backup of a checkpoint whose replacement was not finished."""
+    """Restore the backup of a checkpoint whose replacement was not finished."""
     for backup in root.glob(f"iter_*{_REPLACED}"):
         if not (folder := backup.with_name(backup.name.removesuffix(_REPLACED))).exists():
             rename(backup, folder)
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; killed meanwhile, it leaves nothing that looks like one."""
+    """Delete a checkpoint. If the process is killed meanwhile, nothing is left that looks like a checkpoint."""
     if folder.exists():
         tmp = folder.with_name(folder.name + _REMOVED)
         shutil.rmtree(tmp, ignore_errors=True)
@@ -190,7 +191,7 @@ def remove(folder: Path) -> None:
 
 
 def clear(root: Path) -> None:
-    """Delete backups, and the rest of checkpoints whose deletion was interrupted."""
+    """Delete backups, and what is left of checkpoints whose deletion was interrupted."""
     for backup in root.glob(f"iter_*{_REPLACED}"):
         remove(backup)
     for leftover in root.glob(f"iter_*{_REMOVED}"):

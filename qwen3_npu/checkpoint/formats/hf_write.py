@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,7 @@ class WeightFile:
             for name, shape in self.shapes.items()
         ]
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
         writer = SafetensorsWriter(path, {name: (self._dtype(name), shape) for name, shape in self.shapes.items()})
         for name, data in zip(self.shapes, tensors, strict=True):
             writer.write(name, data)
@@ -71,7 +70,7 @@ class SafetensorsWriter:
     """Writes one .safetensors file, tensor by tensor, in the announced order."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, (dtype, shape) in tensors.items():
             size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -89,7 +88,7 @@ class SafetensorsWriter:
         self.file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
     def close(self) -> Seal:
-        """Flush to disk. A file closed before its last tensor is an error of ours."""
+        """Flush to disk. Closing before the last tensor is a programming error."""
         if self.expected:
             raise AssertionError(f"{len(self.expected)} tensors were not written")
         return self.file.close()

@@ -23,7 +23,7 @@ from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
 from qwen3_npu.once import shared_record
 from qwen3_npu.schema import shown
 
-HEAD = "lm_head.weight"
+LM_HEAD = "lm_head.weight"
 # How tensors of other kinds of models end, what they are then, and what to take instead.
 _OTHER_KINDS = (
     (".weight_scale", "quantized weights (FP8 or compressed-tensors)", "take the bfloat16 model"),
@@ -78,14 +78,14 @@ class HfReader:
         _refuse_other_kinds(sorted(self.where.keys() - shapes.keys()), self.folder)
         self.scaled = self._take_scales(shapes)
         # Published tied models store lm_head.weight all the same; `check` compares it with the embedding.
-        self.head = self.where.pop(HEAD, None) if arch.tie_word_embeddings else None
+        self.head = self.where.pop(LM_HEAD, None) if arch.tie_word_embeddings else None
         found = {name: file.shape(name) for name, file in self.where.items()}
         check_tensors(found, shapes, str(self.folder), "this config.json")
         for name in shapes:
             self.dtype(name)  # an error now rather than after hours
 
     def _take_scales(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, BlockScaled]:
-        """The weights in FP8, whose scales are no tensors of the model. Raises: UsageError: they cannot be read."""
+        """The FP8 weights; their scales are removed from the header. Raises: UsageError: they cannot be read."""
         scales = {name: self.where.pop(name) for name in sorted(self.where) if name.endswith(f".weight{SCALE}")}
         if not scales:
             return {}
@@ -110,14 +110,14 @@ class HfReader:
         return self.scaled[name].read(region) if name in self.scaled else self.where[name].read(name, region)
 
     def check(self) -> None:
-        """Compare what opening did not read: the output layer of a tied model is the embedding.
+        """Check that the stored output layer of a tied model equals the embedding; opening did not read them.
 
         Raises:
             UsageError: it is another matrix. transformers 5 does not tie such a model whatever its config.json says.
         """
-        if self.head is not None and not _is_same(self.head, HEAD, self.where[EMBEDDING.hf[0]], EMBEDDING.hf[0]):
+        if self.head is not None and not _is_same(self.head, LM_HEAD, self.where[EMBEDDING.hf[0]], EMBEDDING.hf[0]):
             raise UsageError(
-                f"{self.folder}: config.json has tie_word_embeddings true, but {HEAD} is not {EMBEDDING.hf[0]}; "
+                f"{self.folder}: config.json has tie_word_embeddings true, but {LM_HEAD} is not {EMBEDDING.hf[0]}; "
                 f"transformers 5 does not tie them either: set tie_word_embeddings to false"
             )
 
@@ -136,7 +136,7 @@ def open_hf(folder: str | Path) -> HfReader:
 
 
 def _refuse_quantized(config: Path) -> None:
-    """Raises: UsageError: a config.json says that the weights are AWQ, GPTQ or the like; FP8 in blocks is read."""
+    """Raises: UsageError: config.json says that the weights are quantized (AWQ, GPTQ ...). FP8 in blocks is read."""
     said = shared_record(config).fields.get("quantization_config") if config.is_file() else None
     method = said.get("quant_method") if isinstance(said, dict) else said
     if method not in (None, "fp8"):

@@ -1,7 +1,7 @@
 """The `args` namespace inside a Megatron checkpoint: written from, and read back to, architecture and layout.
 
 Megatron's loader compares num_layers, hidden_size, num_attention_heads, add_position_embedding and the parallel sizes;
-MindSpeed-LLM's converters read the rest. What says the architecture is in `model/arch/megatron.py`.
+MindSpeed-LLM's converters read the rest. `model/arch/megatron.py` has the arguments of the architecture.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.lora import ALL_TARGETS, LORA_ENDS, LORA_TARGETS, FreezeArgs, LoraArgs
@@ -36,11 +35,11 @@ OWN_FLAGS = frozenset(
 CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
 
 
-def to_args(arch: Qwen3Arch, layout: Layout, dtype: DType) -> dict[str, Any]:
+def to_args(arch: Qwen3Arch, layout: Layout, dtype: DType) -> dict[str, object]:
     """Megatron's argument names and values for this model in this layout."""
     noop = layout.noop_layers
     uneven = len({len(chunk) for stage in layout.chunks for chunk in stage}) > 1
-    args: dict[str, Any] = {
+    args: dict[str, object] = {
         "num_layers": layout.num_layers,
         **to_megatron(arch),
         "padded_vocab_size": layout.padded_vocab_size,
@@ -92,8 +91,8 @@ def layout_from_args(
     """The layout that a checkpoint's arguments describe.
 
     Args:
-        padded_vocab_size, virtual, stacked_experts: read off the tensors themselves, which cannot be wrong.
-        expert_tensor: the same, if there are expert tensors (MindSpeed-LLM's converter does not save it).
+        padded_vocab_size, virtual, stacked_experts: taken from the tensors, since arguments may be wrong.
+        expert_tensor: also from the tensors, if there are experts (MindSpeed-LLM's converter does not save it).
     """
     pipeline = getattr(args, "pipeline_model_parallel_size", 1)
     noop = number_list(getattr(args, "noop_layers", None))
@@ -127,8 +126,8 @@ def own_dtypes(args: argparse.Namespace, names: Collection[str], where: str) -> 
     return found
 
 
-def lora_args(lora: Lora) -> dict[str, Any]:
-    """What the args of a checkpoint with LoRA tensors say about them."""
+def lora_args(lora: Lora) -> dict[str, object]:
+    """The arguments that describe the LoRA tensors of a checkpoint."""
     said = {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_target_modules": list(lora.targets)}
     if lora.layers:
         said["lora_layers"] = {target: list(layers) for target, layers in lora.layers}
@@ -142,7 +141,7 @@ def lora_args(lora: Lora) -> dict[str, Any]:
 def lora_from_args(
     args: argparse.Namespace, shapes: Mapping[str, tuple[int, ...]], alpha: float | None, where: str
 ) -> Lora | None:
-    """The adapter among Megatron tensors of these shapes, or None. Rank and targets are read off the tensors.
+    """The adapter among Megatron tensors of these shapes, or None. Rank and targets come from the tensors' shapes.
 
     Args:
         alpha: used if the arguments do not say it.

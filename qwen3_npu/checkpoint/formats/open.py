@@ -1,5 +1,5 @@
-"""Determine what a folder holds, check that it is complete, and open it as a `Source`. Every reader comes through
-here.
+"""Determine what a folder holds, check that it is complete, and open it as a `Source`. Every command opens
+checkpoints with these functions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Opened = Checkpoint | MergedSource | PlainLora | SharedA
 
 
 class Peers:
-    """The processes that open a folder together; this one is alone. `distributed.launch.Ranks` are many."""
+    """The processes that open a folder together: here a single one. `checkpoint.training.live.Ranks` is all ranks."""
 
     rank, ranks = 0, 1
 
@@ -61,7 +61,7 @@ ALONE = Peers()
 
 
 def find(path: str | Path, iteration: int | None = None, kind: str | None = None) -> StoredModel | None:
-    """What a path means, its files not looked at; None: there is nothing. Raises: UsageError: see `candidates`."""
+    """The model or checkpoint at a path, unchecked; None if there is none. Raises: UsageError: see `candidates`."""
     found = next(iter(candidates(path, iteration, kind)), None)
     if found is not None and found.kind == MEGATRON and (wrong := incomplete(found.home, found.folder)):
         raise UsageError(wrong)
@@ -76,7 +76,7 @@ def find_whole(
     *,
     flag: str = "--load",
 ) -> StoredModel | None:
-    """What a path means, its files compared with their digests; None: there is nothing. Every rank must call this.
+    """The model or checkpoint at a path, its digests checked; None if there is none. Every rank must call this.
 
     Damaged files are named. Of a root with earlier checkpoints the newest complete one is used, and the log says so.
     Each rank checks some of the files, so each file is read once. A folder without integrity.json is not checked, and
@@ -108,7 +108,7 @@ _REMEDY = f"delete its {manifest.INTEGRITY} if it was changed on purpose"
 
 
 def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None, peers: Peers) -> list[StoredModel]:
-    """Every rank uses what rank 0 has found."""
+    """The candidates that rank 0 has found, on every rank."""
     seen: list[StoredModel] | str | None = None
     if peers.rank == 0:
         try:
@@ -127,7 +127,7 @@ def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None
 
 
 def _problems(found: StoredModel, peers: Peers) -> list[str]:
-    """What is wrong, a line each. Every rank must call this."""
+    """The problems of a checkpoint, one line each. Every rank must call this."""
     first, said = peers.agree(_seen(found) if peers.rank == 0 else None)  # one process reads the list of files
     if said is None:
         return [first] if first else []
@@ -141,7 +141,7 @@ def _problems(found: StoredModel, peers: Peers) -> list[str]:
 
 
 def _seen(found: StoredModel) -> tuple[str, manifest.Integrity | None]:
-    """What is wrong at first sight; and what the folder says of its files, if they are to be checked."""
+    """The problems that names show, and the content of integrity.json if the files must be checked."""
     first = _at_first_sight(found)
     if first is not None:
         return first, None
@@ -152,7 +152,7 @@ def _seen(found: StoredModel) -> tuple[str, manifest.Integrity | None]:
 
 
 def _at_first_sight(found: StoredModel) -> str | None:
-    """What is wrong; "": nothing, as far as can be known; None: the files are to be checked."""
+    """The problem; "" if the folder cannot be checked; None if its files must be checked."""
     if manifest.is_sealed(found.folder):
         return None
     if found.kind == MEGATRON:
@@ -174,11 +174,11 @@ def reader(
     """Open what was found.
 
     Args:
-        hf_config: folder of the config.json that says the architecture, if the folder does not (rightly).
+        hf_config: folder of the config.json to use, if the checkpoint's own is missing or wrong.
         lora_alpha: of an adapter whose checkpoint does not say it.
         arch: the architecture of a PEFT adapter's base, if it is known.
         prefer: the rank whose file is read for what several ranks hold.
-        ignored: arguments of a Megatron checkpoint that are not looked at.
+        ignored: arguments of a Megatron checkpoint that are ignored (--ignore-args).
     """
     if found.format == PEFT:
         return PeftReader(found.folder, arch or _peft_architecture(found.folder, hf_config))
@@ -207,7 +207,7 @@ def open_checkpoint(
 
 
 def nothing_there(folder: str | Path, kind: str | None) -> str:
-    """Why a folder cannot be opened, and what it is instead."""
+    """The message for a folder that cannot be opened: what it holds instead."""
     other = None
     if kind is not None:
         other = next(iter(candidates(folder)), None)
@@ -231,10 +231,10 @@ def _peft_architecture(folder: Path, hf_config: str | Path | None) -> Qwen3Arch:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """What a conversion reads, and how; every worker process opens it for itself.
+    """The input of a conversion; every worker process opens it by itself.
 
     Attributes:
-        load, kind: model or adapter, and what the user says it is.
+        load, kind: folder of the model or adapter, and its kind by the flags.
         lora_load: adapter to merge into it.
         merge: merge the adapter that is in `load` itself.
         shared_a: give a PEFT adapter the form of a Megatron one.
@@ -281,7 +281,7 @@ class Sources:
         )
 
     def open_adapter(self, base: Checkpoint) -> Checkpoint:
-        """Raises: UsageError: there is none, or it is another model's."""
+        """Open the adapter of --lora-load. Raises: UsageError: there is none, or it belongs to another model."""
         assert self.lora_load is not None
         adapter = open_checkpoint(self.lora_load, lora_alpha=self.lora_alpha, arch=base.arch, ignored=self.ignored)
         if adapter.contents.lora is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,8 +27,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OF_EXPERTS = {"linear_fc1", "linear_fc2"}
 
 
-def peft_config(lora: Lora, base: str | None, arch: Qwen3Arch) -> dict[str, Any]:
-    """The adapter_config.json of an adapter for the model in folder `base`; what it does not say is peft's default."""
+def peft_config(lora: Lora, base: str | None, arch: Qwen3Arch) -> dict[str, object]:
+    """The adapter_config.json of an adapter for the model in folder `base`; absent fields have peft's defaults."""
     head = {"modules_to_save": ["score"]} if arch.reward else {}
     alpha, is_stabilized = lora.alpha, lora.is_stabilized
     if is_stabilized and arch.is_moe and set(lora.targets) & _OF_EXPERTS:
@@ -52,8 +51,8 @@ def peft_config(lora: Lora, base: str | None, arch: Qwen3Arch) -> dict[str, Any]
     }
 
 
-def _targets(lora: Lora, arch: Qwen3Arch) -> dict[str, Any]:
-    """What names the modules: projections, those of some layers, or each module in full."""
+def _targets(lora: Lora, arch: Qwen3Arch) -> dict[str, object]:
+    """`target_modules`: projections, projections of some layers, or the full name of each module."""
     projections = [projection for target in lora.targets for projection in ALL_TARGETS[target]]
     if not lora.layers:
         return {"target_modules": projections}
@@ -137,10 +136,10 @@ class PeftReader:
         return out
 
     def check(self) -> None:
-        """Nothing is left to check: opening did."""
+        """Opening has checked everything."""
 
     def check_carried(self, base: Source) -> None:
-        """peft saves an embedding with the adapter on it, and takes that one when it loads them.
+        """Check the embedding that peft saves beside an adapter on it, since peft loads it in place of the base's.
 
         Raises:
             UsageError: it is not the base's.

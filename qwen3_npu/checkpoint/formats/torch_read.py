@@ -137,10 +137,10 @@ class MegatronReader(ShardedTensors):
             hf_config: folder of the config.json that says the architecture; by default the one in the checkpoint, or
                 the arguments saved with the weights.
             lora_alpha: of an adapter whose checkpoint does not say it.
-            ignored: arguments saved with the weights that are not looked at.
+            ignored: arguments saved with the weights that are ignored (--ignore-args).
 
         Raises:
-            UsageError: not a checkpoint, or it does not say what it is.
+            UsageError: it is no checkpoint, or does not say which model it holds.
         """
         folder = found.folder
         first = _first_file(folder)
@@ -179,7 +179,7 @@ class MegatronReader(ShardedTensors):
 
 
 def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namespace) -> Qwen3Arch:
-    """The model's architecture: as config.json says, else as the checkpoint's arguments do."""
+    """The model's architecture: from config.json, else from the checkpoint's arguments."""
     config = Path(hf_config or root)
     if hf_config or (config / "config.json").exists():
         arch = from_hf_config(read_hf_config(config), str(config / "config.json"))
@@ -189,7 +189,7 @@ def architecture(root: Path, hf_config: str | Path | None, args: argparse.Namesp
 
 
 def saved_args(file: PtFile, ignored: Collection[str] = ()) -> argparse.Namespace:
-    """The arguments in a file, without those of the names in `ignored`.
+    """The arguments in a file, without the names in `ignored`.
 
     Raises:
         UsageError: it is not a Megatron checkpoint's.
@@ -220,7 +220,7 @@ def _content(file: PtFile) -> dict[str, Any]:
 
 
 def open_file(path: Path) -> PtFile:
-    """A rank's file, its content checked as far as every file has it, under this project's names of the weights.
+    """Open a rank's file, check the parts that every file has, and rename its weights to this project's names.
 
     Raises:
         UsageError: it is not a Megatron checkpoint's.
@@ -257,7 +257,7 @@ def _first_file(folder: Path) -> PtFile:
 
 
 def _first_layers(folder: Path, virtual: int) -> dict[str, Any]:
-    """Name -> shape of what the first file with layers holds: a stage may consist of no-op layers."""
+    """Name -> shape of the tensors in the first file that has layers; a stage may consist of no-op layers."""
     for path in sorted(folder.glob(f"mp_rank_*/{WEIGHTS}")):
         file = open_file(path)
         file.close()
@@ -268,7 +268,7 @@ def _first_layers(folder: Path, virtual: int) -> dict[str, Any]:
 
 
 def _tensors(file: PtFile, chunks: Iterable[int], virtual: int) -> dict[str, Any]:
-    """Name -> shape of what some chunks of a file hold (None for something that is no tensor)."""
+    """Name -> shape of the tensors in some chunks of a file (None for an object that is no tensor)."""
     return {
         name: getattr(value, "shape", None)
         for chunk in chunks
@@ -283,9 +283,11 @@ def _layout(
     arch, tensor_parallel = contents.arch, getattr(args, "tensor_model_parallel_size", 1)
     padded = getattr(args, "padded_vocab_size", None) or arch.vocab_size
     if contents.base:
-        if EMBEDDING.megatron not in tensors:
+        beside = EMBEDDING.megatron.replace(".weight", ".base_layer.weight")  # where it has an adapter
+        embedding = tensors.get(EMBEDDING.megatron, tensors.get(beside))
+        if embedding is None:
             raise UsageError(f"{path} has no word embedding; it is not the first pipeline stage of a GPT model")
-        padded = tensors[EMBEDDING.megatron][0] * tensor_parallel
+        padded = embedding[0] * tensor_parallel
     return layout_from_args(
         args,
         arch,
@@ -297,7 +299,7 @@ def _layout(
 
 
 def _expert_tensor(tensors: dict[str, Any], args: argparse.Namespace, arch: Qwen3Arch) -> int | None:
-    """Over how many ranks an expert is sharded, read off a tensor that has the experts' width on one side."""
+    """Over how many ranks an expert is sharded, by the shape of a tensor that has the experts' width on one side."""
     width = arch.moe_intermediate_size
     stacked = width * (arch.num_experts // (getattr(args, "expert_model_parallel_size", None) or 1))
     sides = {

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,14 +25,14 @@ from qwen3_npu.files import Seal
 
 
 def jobs(target: Target, rank: Rank, state: RankState | None = None) -> list[FileJob]:
-    """The files of one rank; with `state`, of a training's."""
+    """The files of one rank. `state` is given by trainings only."""
     found: list[FileJob] = [RankWeightFile(target, rank, state)]
     if state is not None and state.held.keys() & STATES:
         found.append(StateFile(target, rank, state))
     return found
 
 
-def finish(target: Target, stage: Path, notes: list[Any]) -> dict[str, Seal]:
+def finish(target: Target, stage: Path, notes: list[object]) -> dict[str, Seal]:
     """Files that belong to all ranks: none."""
     return {}
 
@@ -70,7 +70,7 @@ class RankWeightFile(_RankFile):
     def items(self) -> list[Item]:
         return [Item(f"{self._key(s.chunk)}.{s.name}", s, dtype) for s, dtype in self._held("")]
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
         models: dict[str, dict[str, Tensor]] = {self._key(chunk): {} for chunk in range(self.target.layout.virtual)}
         for _, shard, dtype, _ in self.items():
             models[self._key(shard.chunk)][shard.name] = Tensor(dtype, shard.shape)
@@ -99,7 +99,7 @@ class StateFile(_RankFile):
     def items(self) -> list[Item]:
         return [Item(f"{key}.{s.chunk}.{s.name}", s, F32, key) for key in STATES for s, _ in self._held(key)]
 
-    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, Any]:
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
         held: dict[str, dict[int, dict[str, Tensor]]] = {key: {} for key in STATES}
         for _, shard, dtype, key in self.items():
             held[key].setdefault(shard.chunk, {})[shard.name] = Tensor(dtype, shard.shape)
@@ -110,7 +110,7 @@ class StateFile(_RankFile):
         raise AssertionError("a conversion writes none")
 
 
-def write_archive(path: Path, content: Mapping[str, Any], tensors: Iterator[np.ndarray]) -> Seal:
+def write_archive(path: Path, content: Mapping[str, object], tensors: Iterator[np.ndarray]) -> Seal:
     """A torch archive: plain data with `Tensor`s in it, and the data of these in order; flushed to disk."""
     writer = PtWriter(path, dict(content))
     for data in tensors:

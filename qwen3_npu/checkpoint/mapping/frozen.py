@@ -51,7 +51,7 @@ def frozen_weights(arch: Qwen3Arch, args: FreezeArgs) -> frozenset[str]:
 
 
 def frozen_share(arch: Qwen3Arch, frozen: frozenset[str]) -> float:
-    """The share of all weights that these are."""
+    """The frozen weights' share of all weights, from 0 to 1."""
     sizes = {name: math.prod(shape) for name, shape in hf_shapes(arch).items()} if frozen else {"": 1}
     return sum(sizes[name] for name in frozen) / sum(sizes.values())
 

@@ -66,10 +66,10 @@ class Lora:
         alpha: the adapter is scaled by alpha / r, or alpha / sqrt(r).
         targets: names of `ALL_TARGETS`, in that order.
         is_stabilized: rsLoRA.
-        layers: of the targets that not every layer has.
-        is_dora: each row of W + scale B A is brought to the length that the magnitude vector says.
-        is_residual: of PiSSA, so it has the A and B that it began with, too: the base beside it in a checkpoint is what
-            they have left of the weights, and to the weights themselves it adds scale (B A - B0 A0).
+        layers: target -> its layers, for targets that only some layers have.
+        is_dora: each row of W + scale * B @ A is scaled to the norm in the magnitude vector.
+        is_residual: PiSSA. The adapter also has its initial A0 and B0. The base beside it in a checkpoint is
+            W - scale * B0 @ A0, so the adapter adds scale * (B @ A - B0 @ A0) to the original weights W.
     """
 
     r: int
@@ -99,7 +99,7 @@ def is_lora(name: str) -> bool:
 
 
 def initial(name: str) -> str:
-    """The name of the A or B that PiSSA began with, beside that which is trained. PEFT has no such tensor."""
+    """The name of PiSSA's initial A or B, from the name of the trained one. PEFT has no such tensor."""
     return name.removesuffix(".weight") + ".initial.weight"
 
 
@@ -117,7 +117,7 @@ def peft_module(name: str) -> str:
 
 
 def is_a(name: str) -> bool:
-    """Whether a PEFT tensor is an A, whose rows are the rank; a B's columns are."""
+    """Whether a PEFT tensor is an A [r, in], and not a B [out, r]."""
     return ".lora_A." in name or name.endswith(".lora_embedding_A")
 
 
@@ -131,7 +131,7 @@ def target_of(name: str) -> str | None:
 
 
 def base_shard(shard: Shard, lora: Lora) -> Shard:
-    """A base weight under the name that it has beside its adapter."""
+    """A base weight with the name that it has beside an adapter."""
     if not lora.has(target_of(shard.name), shard.layer) or len(shard.view) == 3:
         return shard
     stem, _, leaf = shard.name.rpartition(".")
@@ -156,7 +156,7 @@ def adapter_shards(arch: Qwen3Arch, lora: Lora, layout: Layout, rank: Rank) -> I
 
 
 def _initial(shard: Shard) -> Shard:
-    """Beside an A or B that which PiSSA began with."""
+    """PiSSA's initial A or B, for a trained one."""
     pieces = tuple(dataclasses.replace(piece, hf=initial(piece.hf)) for piece in shard.slices)
     is_stacked = len(shard.view) == 3
     name = f"{shard.name}_initial" if is_stacked else shard.name.replace(".default.", ".initial.")
@@ -185,13 +185,13 @@ def _magnitudes(shard: Shard) -> Shard:
 
 
 def _turned(shard: Shard) -> Shard:
-    """The embedding [vocabulary, hidden] as a linear [out, in] of one-hot vectors, which it is for an adapter."""
+    """The embedding [vocabulary, hidden] as the linear [out, in] of one-hot vectors that an adapter sees."""
     pieces = [dataclasses.replace(p, source=p.source[::-1], target=p.target[::-1]) for p in shard.slices]
     return dataclasses.replace(shard, shape=shard.shape[::-1], view=shard.view[::-1], slices=tuple(pieces))
 
 
 def _linear(shard: Shard, r: int) -> Iterator[Shard]:
-    """A [r, in] and B [out, r] beside a weight [out, in]: each is sharded as the weight on the shared side."""
+    """A [r, in] and B [out, r] of a weight [out, in]; `in` of A and `out` of B are sharded as those of the weight."""
     rows, columns = shard.view
     stem = shard.name.removesuffix("weight")
     # Padding of a vocabulary is padding of the side that has it.
@@ -238,9 +238,9 @@ class Contents:
     """What a checkpoint holds: the tensors of a model, of an adapter, or both.
 
     Attributes:
-        base: the model's own weights are there.
-        lora: the adapter, if LoRA tensors are there.
-        without: Hugging Face names of weights that are not there.
+        base: whether it holds the model's own weights.
+        lora: the adapter, if it holds LoRA tensors.
+        without: Hugging Face names of weights that it does not hold.
     """
 
     arch: Qwen3Arch

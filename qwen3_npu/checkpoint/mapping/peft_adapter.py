@@ -1,11 +1,11 @@
-"""What a PEFT adapter is, judged by its adapter_config.json and by its tensors. No torch, no files.
+"""Describe a PEFT adapter by its adapter_config.json and its tensors. No torch, no files.
 
-Every field of the configuration is understood or refused by name. Where tensors say it all (`target_modules` as an
-expression, layers, experts), they are asked. Format and meaning: peft's LoraConfig, `LoraModel._create_and_replace`
-and `ParamWrapper` (https://github.com/huggingface/peft), version 0.21.
+Every field of the configuration is understood or refused by name. Targets, layers and experts are determined from the
+names of the tensors. Format and meaning: peft's LoraConfig, `LoraModel._create_and_replace` and `ParamWrapper`
+(https://github.com/huggingface/peft), version 0.21.
 
 A MoE model's experts are either modules of their own names (`mlp.experts.3.gate_proj`), as in published weights, or
-parameters of all experts (`target_parameters`), wrapped one around the other:
+parameters of all experts (`target_parameters`), wrapped around each other:
 
     model.layers.L.mlp.experts[.base_layer].lora_A.weight [E r, in]    rows e r .. (e + 1) r are expert e's A
                                            .lora_B.weight [out, r E]   columns e, e + E, .. are expert e's B
@@ -63,13 +63,13 @@ _FUSED = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.experts\.(?:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Where the A or B of one projection lies.
+    """The place of the A or B of one projection.
 
     Attributes:
-        stored: tensor of the file.
+        stored: name of the tensor in the file.
         rank: of this projection.
-        factor: what its B is multiplied by, for the adapter's one scale.
-        row: of the stored tensor, where it begins.
+        factor: B is multiplied by it, so that the whole adapter has one scale.
+        row: first row in the stored tensor.
         expert, experts: columns `expert`, `expert + experts`, .. of a B of all experts; 0, 1: all columns.
     """
 
@@ -86,9 +86,9 @@ class Adapter:
     """An adapter whose projections have one rank and one scale, smaller ranks being filled with zeros.
 
     Attributes:
-        parts: PEFT's name of a projection's A or B -> where it lies; those that are not there are zeros.
-        projections: those that it has in any layer.
-        carried: tensors of the file that are weights of the base -> their names in it.
+        parts: PEFT's name of a projection's A or B -> its place; absent ones are zeros.
+        projections: those that have an adapter in any layer.
+        carried: name of a tensor of the file that is a weight of the base -> its name in the base.
     """
 
     lora: Lora
@@ -99,7 +99,7 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """A and B of a module of the file: `module` as peft names it in the base, `stem` in the file; what it holds."""
+    """A and B of a module of the file. `module` is its name in the base, `stem` its name in the file."""
 
     module: str
     stem: str
@@ -162,13 +162,13 @@ def read_adapter(config: Record, shapes: Mapping[str, tuple[int, ...]], arch: Qw
 
 
 def _check_magnitudes(vectors: Mapping[str, tuple[int, ...]], lora: Lora, arch: Qwen3Arch, where: str) -> None:
-    """A linear that joins projections has magnitudes of each, also of those without A and B."""
+    """Check that each projection of an adapted linear has magnitudes, also a projection without A and B."""
     wanted = {name: shape for name, shape in peft_shapes(arch, lora).items() if name.endswith(MAGNITUDE)}
     check_tensors(vectors, wanted, where, "DoRA (q, k and v, or gate and up, have it together)")
 
 
 def _layers(modules: set[str], targets: tuple[str, ...], arch: Qwen3Arch) -> TargetLayers:
-    """The layers of those targets that not every layer has."""
+    """Target -> its layers, for targets that only some layers have."""
     found: dict[str, set[int]] = {}
     for module in modules:
         *stem, projection = module.split(".")
@@ -250,7 +250,7 @@ def _experts(stem: str, a: tuple[int, ...], b: tuple[int, ...], arch: Qwen3Arch,
 
 
 def _check_targets(config: Record, found: set[str], known: set[str], arch: Qwen3Arch, *, where: str) -> None:
-    """Where the configuration names modules, the file has these and no other."""
+    """Check that the file has the modules that the configuration names, and no others."""
     named, parameters = config.fields.get("target_modules"), config.sequence("target_parameters", ())
     wholes = {f"model.layers.{i}.mlp.experts.{name}" for i in range(arch.num_hidden_layers) for name in _WHOLES}
     expected: set[str] = set()
@@ -279,7 +279,7 @@ _WHOLES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 
 
 def _as_parts(modules: set[str], arch: Qwen3Arch) -> set[str]:
-    """The modules of single experts that parameters of all experts are."""
+    """Parameters of all experts, as one module per expert."""
     return {
         f"{stem}.{expert}.{part}"
         for stem, _, whole in (module.rpartition(".") for module in modules)
@@ -290,7 +290,7 @@ def _as_parts(modules: set[str], arch: Qwen3Arch) -> set[str]:
 
 
 def _pattern(config: Record, field: str) -> Callable[[str, object], Any]:
-    """module, default -> what `rank_pattern` or `alpha_pattern` says of it: the first key that matches its end."""
+    """(module, default) -> rank or alpha, by `rank_pattern` or `alpha_pattern`: the first key that matches counts."""
     patterns: dict[re.Pattern[str], float] = {}
     fields = config.record(field, Record({}, config.where))
     for key in fields.fields:

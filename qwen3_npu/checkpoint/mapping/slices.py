@@ -1,6 +1,7 @@
-"""Which slices of Hugging Face tensors make one Megatron tensor: the kinds of rows in the weight table.
+"""The rules of the weight table: which slices of Hugging Face tensors make up one Megatron tensor.
 
-A rule answers with *slices*: "these rows and columns of that Hugging Face tensor are these of mine". Pure arithmetic.
+A rule returns slices. A slice says which rows and columns of a Hugging Face tensor are which of the Megatron tensor.
+Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ class TensorSlice:
     Attributes:
         hf: the Hugging Face tensor's name.
         source: the part of it.
-        target: its place, in the Megatron tensor's `view`; the same size as `source` (leading dimensions of size 1
+        target: its place in the Megatron tensor's `view`; the same size as `source` (leading dimensions of size 1
             may be added).
         transposed: rows of the source are columns of the target.
-        padding: fills rows that the model does not have; never copied back.
+        padding: it fills rows that the model does not have and is never copied back.
     """
 
     hf: str
@@ -33,7 +34,7 @@ class TensorSlice:
     padding: bool = False
 
     def part(self, wanted: Region) -> Region:
-        """Where a part of `source` lies in the Megatron tensor's view."""
+        """The place of a part of `source` in the Megatron tensor's view."""
         offsets = [(start - o, stop - o) for (start, stop), (o, _) in zip(wanted, self.source, strict=True)]
         if self.transposed:
             offsets.reverse()
@@ -44,7 +45,7 @@ class TensorSlice:
 
 @dataclasses.dataclass(frozen=True)
 class ShardContext:
-    """What a rule needs to know: the model, its layout, and which shard is asked for."""
+    """The input of a rule: the model, its layout, and the rank and layer of the shard."""
 
     arch: Qwen3Arch
     layout: Layout
@@ -59,7 +60,7 @@ def _span(size: int, parts: int, index: int) -> tuple[int, int]:
 
 
 def _stack(names: Sequence[str], spans: Sequence[tuple[int, int]], columns: tuple[int, int]) -> tuple:
-    """Row spans of several matrices below each other, all with the same columns."""
+    """Row spans of stacked matrices that have the same columns."""
     slices, row = [], 0
     for name, (start, stop) in zip(names, spans, strict=True):
         slices.append(
@@ -95,7 +96,8 @@ def vocabulary(at: ShardContext, hf: Sequence[str]) -> tuple:
 def qkv(at: ShardContext, hf: Sequence[str]) -> tuple:
     """Per key/value head: its query heads, then the key head, then the value head; rows sharded evenly across TP.
 
-    Up to as many ranks as key/value heads, a rank has whole heads; above, a part of one head's rows, as megatron-core.
+    With at most as many ranks as key/value heads, a rank has whole heads. With more, it has a part of the rows of one
+    head, as in megatron-core.
     """
     arch, d = at.arch, at.arch.head_dim
     group_rows = (arch.heads_per_group + 2) * d
@@ -114,7 +116,7 @@ def qkv(at: ShardContext, hf: Sequence[str]) -> tuple:
 
 
 def qkv_bias(at: ShardContext, hf: Sequence[str]) -> tuple:
-    """As the rows of `qkv`."""
+    """The bias of `qkv`, in the order of its rows."""
     (rows, _), _, parts = qkv(at, hf)
     parts = [TensorSlice(part.hf, part.source[:1], part.target[:1]) for part in parts]
     return (rows,), (rows,), parts

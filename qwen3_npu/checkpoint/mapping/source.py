@@ -1,6 +1,6 @@
-"""What every conversion reads from: something that answers for regions of Hugging Face tensors.
+"""The interface of every reader: regions of tensors under Hugging Face names.
 
-`ShardReader` answers out of the Megatron tensors that hold their slices, in whatever files.
+`ShardReader` implements it for Megatron tensors, whatever the files are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OWN_DTYPES = "own_dtypes"  # argument of a converted checkpoint: dtype -> tensor
 
 
 class Source(Protocol):
-    """Tensors under their Hugging Face names (an adapter's: under PEFT's), wherever they lie."""
+    """Tensors under their Hugging Face names (those of an adapter under PEFT's names)."""
 
     arch: Qwen3Arch
     contents: Contents
@@ -75,12 +75,12 @@ def _converted(data: np.ndarray, stored: DType, dtype: DType, name: str) -> np.n
 
 
 def read_shard(source: Source, shard: Shard, dtype: DType, out: np.ndarray | None = None) -> np.ndarray:
-    """One Megatron tensor, put together from its slices and converted to `dtype`. Shape: `shard.shape`.
+    """One Megatron tensor, joined from its slices and converted to `dtype`. Shape: `shard.shape`.
 
-    Beyond the result a few MB are in memory: slices pass through in blocks.
+    Beside the result only a few MB are in memory, since slices are read in blocks.
 
     Args:
-        out: bytes to put it into, if they are there already; large enough for it.
+        out: a buffer for the result, large enough for it; by default a new one.
 
     Raises:
         UsageError: a finite value is too large for `dtype`.
@@ -98,12 +98,12 @@ def read_shard(source: Source, shard: Shard, dtype: DType, out: np.ndarray | Non
 
 
 def view_of(out: np.ndarray, part: Region, whole: Region) -> np.ndarray:
-    """The view of `out` (which holds region `whole` of a tensor) that holds region `part`."""
+    """The view of region `part` in `out`, which holds region `whole` of the same tensor."""
     return out[as_index(relative(part, whole))]
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others, for a message."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return printable(", ".join(ordered[:limit])) + more
@@ -112,11 +112,11 @@ def listed(names: Iterable[str], limit: int = 5) -> str:
 def check_tensors(
     found: Mapping[str, tuple[int, ...] | None], wanted: Mapping[str, tuple[int, ...]], where: str, what: str
 ) -> None:
-    """Every tensor is there, of its shape, and no other.
+    """Check that exactly the wanted tensors exist, with their shapes.
 
     Args:
-        found: name -> shape; None for something that is no tensor.
-        where, what: name the file and what decides which tensors belong in it, for messages.
+        found: name -> shape; None for an object that is no tensor.
+        where, what: the file, and what decides which tensors belong in it, for messages.
 
     Raises:
         UsageError: tensors are missing, extra or of another shape.
@@ -131,7 +131,7 @@ def check_tensors(
 
 
 class SliceLocation(NamedTuple):
-    """Where a slice of a Hugging Face tensor lies."""
+    """The place of a slice of a Hugging Face tensor."""
 
     slice: TensorSlice
     shard: Shard
@@ -139,10 +139,10 @@ class SliceLocation(NamedTuple):
 
 
 class ShardReader(abc.ABC, Generic[Where]):
-    """A `Source` over Megatron tensors. What a tensor is, and how a region of it is read, a subclass says.
+    """A `Source` over Megatron tensors. Subclasses define how a tensor is found and how a region of it is read.
 
     Args:
-        holders: every Megatron tensor and where it is, the preferred one of several copies first.
+        holders: every Megatron tensor and its place; of several copies the preferred one comes first.
         what: names the checkpoint in messages.
     """
 
@@ -159,7 +159,7 @@ class ShardReader(abc.ABC, Generic[Where]):
 
     @abc.abstractmethod
     def find(self, holder: SliceLocation) -> Any:
-        """The stored tensor of a holder, or None if it is not there. Raises: UsageError: it has another shape."""
+        """The stored tensor of a holder, or None if it does not exist. Raises: UsageError: it has another shape."""
 
     @abc.abstractmethod
     def stored_dtype(self, holder: SliceLocation, tensor: Any) -> DType: ...
@@ -169,7 +169,7 @@ class ShardReader(abc.ABC, Generic[Where]):
         """A region (of the shard's view) of a stored tensor."""
 
     def _holder(self, name: str, source: Region) -> tuple[SliceLocation, Any]:
-        """The first holder that has this slice: replicas are the same, and of some only one rank writes its copy."""
+        """The first holder that has this slice. Replicas are equal, and some formats store only one of them."""
         for holder in self.places[name][source]:
             tensor = self.find(holder)
             if tensor is not None:
@@ -177,7 +177,7 @@ class ShardReader(abc.ABC, Generic[Where]):
         raise UsageError(f"{self.what}: no file holds {name}")
 
     def dtype(self, name: str) -> DType:
-        """Of the tensors that hold its parts; if these differ, the smallest that holds the values of all."""
+        """The dtype of the tensors that hold its parts; if they differ, the smallest that holds all values."""
         if name in self.own:
             return self.own[name]
         if name not in self.dtypes:
@@ -185,7 +185,7 @@ class ShardReader(abc.ABC, Generic[Where]):
         return self.dtypes[name]
 
     def _as_own(self, data: np.ndarray, stored: DType, name: str) -> np.ndarray:
-        """In the tensor's dtype. Raises: UsageError: values that were joined with wider ones have changed since."""
+        """The array in the tensor's own dtype. Raises: UsageError: this dtype can no longer hold its values."""
         dtype = self.dtype(name)
         found = convert_dtype(data, stored, dtype)
         if name in self.own and not np.array_equal(to_float32(found, dtype), to_float32(data, stored), equal_nan=True):
@@ -196,7 +196,7 @@ class ShardReader(abc.ABC, Generic[Where]):
         return found
 
     def read(self, name: str, region: Region) -> np.ndarray:
-        """A part of one Hugging Face tensor, put together from the tensors that hold it."""
+        """A part of one Hugging Face tensor, joined from the tensors that hold it."""
         out: np.ndarray | None = None
         for source in self.places[name]:
             common = intersect(region, source)

@@ -1,8 +1,8 @@
 """The weight table: every Megatron tensor of a model, and where each part of it lies in the Hugging Face tensors.
 
-One declaration, read in both directions. A row says which slices make its tensor (`slices.py`). Converting to
-Megatron copies slices forward, converting back copies them backward, resharding does one after the other, loading
-into a live model copies them into its parameters. Pure arithmetic: no torch, no files, no process groups.
+One table serves both directions. A row says which slices make up its tensor (`slices.py`). Conversion to Megatron
+copies slices forward, conversion to Hugging Face copies them backward, resharding does both, and loading copies them
+into the parameters of a live model. Pure arithmetic: no torch, no files, no process groups.
 
 Names and layouts are those of MindSpeed-LLM's "local" models.
 """
@@ -25,7 +25,7 @@ class Shard:
     Attributes:
         name: local name, e.g. `decoder.layers.3.mlp.linear_fc2.weight`.
         shape: as stored.
-        view: the shape in which `slices` are given; the same elements in the same order.
+        view: the shape to which `slices` refer; the same elements in the same order.
         chunk: virtual pipeline chunk that holds it.
         layer: the model's layer number, or None outside the layers.
     """
@@ -43,7 +43,7 @@ FIRST, LAYER, LAST = "first stage", "each layer", "last stage"
 
 @dataclasses.dataclass(frozen=True)
 class WeightRow:
-    """One line of the table: Megatron name, Hugging Face names, slices, where it lives, which models have it.
+    """One row of the table: Megatron name, Hugging Face names, slices, pipeline stage, and which models have it.
 
     The Hugging Face names are the usual ones; a family may have others. In them, {l} is the layer's number, {e} an
     expert's number in the model and {k} its number on the rank.
@@ -218,7 +218,7 @@ def _copy(shard: Shard) -> Shard:
 
 
 def covered(shards: Iterable[Shard]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that an unsharded model has: it ends where its last slice ends."""
+    """Name and shape of every Hugging Face tensor of an unsharded model: it ends where its last slice ends."""
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         for piece in shard.slices:

@@ -1,14 +1,13 @@
-"""Settings of a checkpoint's training compared with the flags: a difference is refused, warned of, or ignored. No
-torch.
+"""Compare the settings of a checkpoint's training with the flags: refuse, warn of, or ignore a difference. No torch.
 
-`args.rules.resume` says what a change of each argument means. Its names are those of Megatron's args where it has one,
-so a checkpoint of Megatron is compared as far as it says.
+`args.rules.resume` says what a change of each argument means. Where Megatron has the argument, the name is the same, so
+checkpoints of Megatron are compared too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qwen3_npu import log
 from qwen3_npu.args.rules.resume import REASONS, REFUSED, WARNED
@@ -17,7 +16,7 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 
 class Change(NamedTuple):
-    """One fact that differs from the checkpoint; `why` it matters."""
+    """One setting that differs from the checkpoint, and why it matters."""
 
     name: str
     before: object
@@ -29,7 +28,7 @@ class Change(NamedTuple):
 
 
 def shown_fact(value: object) -> str:
-    """A fact for a message; digests by their first letters."""
+    """A setting for a message; digests are shortened."""
     words = value if isinstance(value, list | tuple) else [value]
     return " ".join(str(word)[:12] if _is_digest(word) else str(word) for word in words)
 
@@ -46,12 +45,12 @@ def _same(before: object, now: object) -> bool:
     return bool(before == now)
 
 
-def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
-    """The facts that differ, refused ones first, and the names that the checkpoint does not say.
+def changes(saved: Mapping[str, object], now: Mapping[str, object]) -> tuple[list[Change], list[str]]:
+    """The settings that differ, refused ones first, and the names that the checkpoint lacks.
 
     Args:
         saved: the args in the checkpoint.
-        now: the same facts as the flags say them.
+        now: the same settings by the flags.
     """
     found, unsaid = [], []
     saved = {"optimizer": "adam", **saved}  # older checkpoints do not say it
@@ -65,24 +64,24 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Chan
     return found, unsaid
 
 
-def model_facts(arch: Qwen3Arch) -> dict[str, Any]:
-    """What weights of the same shapes may have been trained with: these names of `REFUSED`."""
-    facts: dict[str, Any] = {"rotary_base": arch.rope_theta, "norm_epsilon": arch.rms_norm_eps}
+def model_facts(arch: Qwen3Arch) -> dict[str, object]:
+    """The settings of `REFUSED` that belong to the model and that the weights' shapes do not show."""
+    facts: dict[str, object] = {"rotary_base": arch.rope_theta, "norm_epsilon": arch.rms_norm_eps}
     facts["rope_scaling"] = str(arch.rope_scaling or "plain RoPE")
     if arch.is_moe:
         facts |= {"moe_router_topk": arch.num_experts_per_tok, "norm_topk_prob": arch.norm_topk_prob}
     return facts
 
 
-def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
-    """Tell what changed since a checkpoint was saved.
+def check_resumed(saved: Mapping[str, object], now: Mapping[str, object], allowed: Sequence[str], where: str) -> None:
+    """Refuse or report what has changed since a checkpoint was saved.
 
     Args:
         allowed: names of --allow-changed.
         where: names the checkpoint.
 
     Raises:
-        UsageError: what must not change has, and is not allowed to.
+        UsageError: a setting has changed that must not, and `allowed` does not name it.
     """
     found, unsaid = changes(saved, now)
     refused = [change for change in found if change.name in REFUSED and change.name not in allowed]
@@ -100,7 +99,7 @@ def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Seq
 
 
 def check_same_model(there: Qwen3Arch, here: Qwen3Arch, what: str) -> None:
-    """Raises: UsageError: `what` holds tensors of other shapes. What computes otherwise is warned of."""
+    """Warn of other settings of the model. Raises: UsageError: `what` holds tensors of other shapes."""
     if not there.same_weights(here):
         raise UsageError(f"{what} holds {there}; the model is {here}")
     if change := here.unlike(there):

@@ -39,7 +39,7 @@ def load_weights(
         chunks: the model chunks, not wrapped.
         contents: what the model is made of; by default weights without LoRA adapters.
         loads: which parameters are filled, by their names.
-        change: a parameter and its weight, of its shard's view and on the host -> what it is filled with.
+        change: (parameter, its weight on the host, in its shard's view) -> the value that it is filled with.
         allow_nonfinite: take NaN and infinite values too (--allow-nonfinite-weights).
 
     Raises:
@@ -59,7 +59,8 @@ def load_weights(
             if not allow_nonfinite:
                 # Both are NaN if anything is; they stay on the device, which is waited for once.
                 label = " + ".join(dict.fromkeys(piece.hf for piece in shard.slices)) or name
-                extremes[label] = torch.stack([filled.min(), filled.max()]).float()
+                # The scales of 4-bit weights are on the host.
+                extremes[label] = torch.stack([filled.min(), filled.max()]).float().to(parameters[name].device)
     if extremes:
         finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist()
         if wrong := [label for label, is_finite in zip(extremes, finite, strict=True) if not is_finite]:
@@ -77,7 +78,7 @@ def _fill(
     shard: Shard,
     change: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Read a parameter. What is NaN or infinite if a weight is."""
+    """Read a weight into a parameter. The result has NaN or infinite values if the weight has some."""
     kind = held(parameter)
     dtype = dtype_of(parameter) if kind is None else BY_TORCH[str(kind.dtype).removeprefix("torch.")]
     weight = change(to_torch(read_shard(source, shard, dtype), dtype).view(shard.view))
@@ -95,9 +96,9 @@ def dtype_name(chunks: Sequence[torch.nn.Module]) -> str:
 
 
 def _scales_of_tensors(source: Source, shard: Shard, dtype: DType, local: torch.Tensor) -> list[ScalesOfTensor]:
-    """The scales of whole tensors, which double quantization takes together: of what other ranks hold, too.
+    """The scales of complete tensors, which double quantization quantizes together.
 
-    That part is read here, so that every layout has the same scales, and none waits for another rank.
+    The parts that other ranks hold are read too. So every layout has the same scales, and no rank waits for another.
     """
     by_name: dict[str, list[TensorSlice]] = {}
     for piece in shard.slices:
@@ -132,7 +133,7 @@ def _scales_of(
 
 
 def _rows_of(piece: TensorSlice, shard: Shard) -> slice:
-    """Where a slice lies in the matrix that is quantized, [.., in] with experts below each other."""
+    """The rows of a slice in the matrix that is quantized: [.., in], with experts stacked."""
     if len(shard.view) == 2:
         return slice(*piece.target[0])
     (expert, _), _, (start, stop) = piece.target

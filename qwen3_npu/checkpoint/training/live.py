@@ -1,4 +1,4 @@
-"""Weights between files and a live, sharded model, by regions: no conversion step, no more than a rank's share."""
+"""Copy weights between files and a live, sharded model, by regions: no conversion step, and only a rank's share."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
-def on_host(content: object) -> Any:
-    """Nested dicts and lists with host copies of the tensors in them, which training does not change."""
+def copied_to_host(content: object) -> Any:
+    """Nested dicts and lists, their tensors copied to the host, so that training does not change them."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
-        return {key: on_host(item) for key, item in content.items()}
-    return [on_host(item) for item in content] if isinstance(content, list) else content
+        return {key: copied_to_host(item) for key, item in content.items()}
+    return [copied_to_host(item) for item in content] if isinstance(content, list) else content
 
 
 class LiveTensors(ShardReader[None]):
@@ -61,9 +61,7 @@ class LiveTensors(ShardReader[None]):
         super().__init__(((None, shard) for shard in shards), "this rank")
 
     def shard(self, shard: Shard, dtype: DType) -> np.ndarray:
-        """A Megatron tensor of this rank: the rank's own, or joined from its slices where a format stores other
-        tensors.
-        """
+        """A Megatron tensor of this rank: the live one, or, where a format stores other tensors, joined from slices."""
         tensor = self.tensors.get((shard.chunk, shard.name))
         if tensor is not None and tuple(tensor.shape) == shard.shape and dtype_of(tensor) is dtype:
             return to_numpy(tensor)
@@ -89,7 +87,7 @@ class LiveTensors(ShardReader[None]):
         return to_numpy(tensor.detach().view(holder.shard.view)[as_index(region)])
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:
@@ -107,10 +105,10 @@ def write_content(path: Path, content: object) -> None:
 
 
 def announce(content: object) -> tuple[Any, list[torch.Tensor]]:
-    """The content with placeholders for its tensors, and the tensors in order."""
+    """The content with its tensors replaced by placeholders, and the tensors in order."""
     tensors: list[torch.Tensor] = []
 
-    def described(value: object) -> Any:
+    def described(value: object) -> object:
         if isinstance(value, torch.Tensor):
             tensors.append(value)
             return Tensor(dtype_of(value), tuple(value.shape))
@@ -122,7 +120,7 @@ def announce(content: object) -> tuple[Any, list[torch.Tensor]]:
 
 
 def write_tensors(writer: PtWriter, tensors: list[torch.Tensor]) -> None:
-    """Give a writer all tensors it was told of, and close it."""
+    """Write all announced tensors, and close the writer."""
     for tensor in tensors:
         writer.write(to_numpy(tensor))
     writer.close()
@@ -130,10 +128,10 @@ def write_tensors(writer: PtWriter, tensors: list[torch.Tensor]) -> None:
 
 @torch.no_grad()
 def check_finite(named: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
-    """The tensors of all ranks are finite: one reduction a tensor, one transfer. Every rank must call this.
+    """Check that the tensors of all ranks are finite: one reduction a tensor, one transfer. Every rank must call this.
 
     Raises:
-        Stopped: one is not, on every rank; `what` says what is not done then.
+        Stopped: on every rank, if a tensor is not finite; the message begins with `what`, the action that is dropped.
     """
     tensors = [(name, tensor.detach()) for name, tensor in named if tensor.numel()]
     largest = [torch.linalg.vector_norm(tensor, torch.inf).float() for _, tensor in tensors]
@@ -152,7 +150,7 @@ class Ranks(Peers):
     def __init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
 
-    def agree(self, value: object) -> Any:
+    def agree(self, value: object) -> object:
         held = [value]
         dist.broadcast_object_list(held, 0)
         return held[0]

@@ -1,4 +1,4 @@
-"""Resume from what --load and --lora-load hold: weights, LoRA adapters, or a whole training, saved in any layout."""
+"""Resume from --load and --lora-load: weights, LoRA adapters, or a complete training state, saved in any layout."""
 
 from __future__ import annotations
 
@@ -44,17 +44,16 @@ AdapterSource = SharedA | Checkpoint
 
 
 def load(
-    trained: Trained, args: CheckpointArgs, lora_load: str | None = None, facts: Mapping[str, Any] | None = None
+    trained: Trained, args: CheckpointArgs, lora_load: str | None = None, facts: Mapping[str, object] | None = None
 ) -> Position:
     """Weights and, when resuming, everything else. Every rank must call this.
 
     Args:
         lora_load: --lora-load.
-        facts: of this training, as its checkpoints say them; a training to be resumed is compared with them.
+        facts: settings of this training, as its checkpoints store them; a resumed training is compared with them.
 
     Raises:
-        UsageError: nothing there (and it is not the folder that this training saves to), it is damaged, or does not
-            fit the model or its LoRA adapter.
+        UsageError: the folder holds nothing (and is not --save), is damaged, or does not fit the model or its adapter.
     """
     base = _open_base(trained, args)
     adapter = _open_adapter(trained, base, lora_load)
@@ -95,7 +94,7 @@ def load(
 
 
 def _residual(trained: Trained, *, is_new: bool) -> dict[int, Callable[[torch.Tensor], torch.Tensor]]:
-    """Parameter's id -> whole weight -> what PiSSA leaves of it; `is_new`: the adapter is made of it."""
+    """Parameter's id -> a function from the weight to PiSSA's residual; `is_new`: it also initializes the adapter."""
     found: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
     for module in (module for chunk in trained.chunks for module in chunk.modules()):
         if isinstance(module, LoraLinear) and module.from_base:
@@ -108,7 +107,7 @@ def _residual(trained: Trained, *, is_new: bool) -> dict[int, Callable[[torch.Te
 
 
 def _open_base(trained: Trained, args: CheckpointArgs) -> Checkpoint | None:
-    """What --load holds; None: weights stay random."""
+    """The model in --load; None if the weights stay random."""
     lora = trained.contents.lora
     if args.load is None:
         if lora:
@@ -142,7 +141,7 @@ def _open_base(trained: Trained, args: CheckpointArgs) -> Checkpoint | None:
 
 
 def _take_head(trained: Trained, base: Checkpoint | None) -> None:
-    """The head of a reward model, which trains with an adapter under another name than in its base."""
+    """Load the head of a reward model. Beside an adapter it is trained and has another name than in the base."""
     if base is None or not base.arch.reward:
         log.info("reward head: new, drawn by --seed")
     elif trained.contents.lora:
@@ -153,7 +152,7 @@ def _take_head(trained: Trained, base: Checkpoint | None) -> None:
 
 
 def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | None) -> AdapterSource | None:
-    """Where the LoRA adapter comes from; None: it is new."""
+    """The source of the LoRA adapter; None if it is new."""
     lora = trained.contents.lora
     if lora is None:
         return None
@@ -195,7 +194,8 @@ def _open_adapter(trained: Trained, base: Checkpoint | None, lora_load: str | No
 
 
 def newest_whole(load: str, step: int | None, flag: str = "--load") -> StoredModel | None:
-    """What a folder holds, also after a save that was interrupted; None: nothing. Every rank must call this."""
+    """The newest complete checkpoint of a folder, also after an interrupted save; None if there is none. Every rank
+    must call this."""
     if dist.get_rank() == 0:
         restore_backup(Path(load))
     return find_whole(load, step, peers=Ranks(), flag=flag)
@@ -209,7 +209,9 @@ def _open(load: str, step: int | None, flag: str, trained: Trained) -> Checkpoin
     return reader(found, lora_alpha=lora.alpha if lora else None, arch=arch, prefer=model_rank())
 
 
-def _resume(trained: Trained, args: CheckpointArgs, source: AdapterSource | None, facts: Mapping[str, Any]) -> Position:
+def _resume(
+    trained: Trained, args: CheckpointArgs, source: AdapterSource | None, facts: Mapping[str, object]
+) -> Position:
     """Load everything but the weights, if `source` is a training's checkpoint and the training resumes."""
     why, state = None, None
     if args.finetune:
@@ -247,12 +249,12 @@ def _resume(trained: Trained, args: CheckpointArgs, source: AdapterSource | None
 
 
 def _is_foreign(state: TorchState | DistState) -> bool:
-    """Whether another program has saved optimizer state there."""
+    """Whether the checkpoint has optimizer state of another program."""
     return "optimizer" in state.common or any(state.folder.rglob("distrib_optim.pt"))
 
 
 def _load_schedule(trained: Trained, saved: dict[str, Any]) -> None:
-    """The position comes from the checkpoint, the schedule from the flags. The log says what changed."""
+    """Take the position from the checkpoint and the schedule from the flags. The log says what changed."""
     trained.scheduler.load_state_dict(saved)
     now = trained.scheduler.state_dict()
     changed = [f"{key} {saved[key]} -> {value}" for key, value in now.items() if key in saved and saved[key] != value]
@@ -275,7 +277,7 @@ def _newly_trained(trained: Trained, saved: Mapping[str, Any]) -> frozenset[str]
 def _load_optimizer(
     trained: Trained, state: TorchState | DistState, fresh: frozenset[str], *, allow_nonfinite: bool
 ) -> None:
-    """`fresh`: weights that the checkpoint has no state of; they start with theirs, and with moments of 0."""
+    """Load the optimizer state. The checkpoint has none of the weights in `fresh`: they start with moments of 0."""
     if not state.has_optimizer:
         raise UsageError(f"{state.folder} was saved without optimizer state; give --no-load-optim or --finetune")
     rank, parameters = model_rank(), parameters_of(trained.chunks)

@@ -1,10 +1,10 @@
 """Optimizer state as tensors of the parameters' own shapes: float32 weight, first and second moment of each.
 
-In this form the weight table says where every part of it belongs, so it is saved and resumed in any layout. megatron's
-distributed optimizer keeps flat shards instead: to save them each rank copies its slices to the host and writes them
-to a file of the stage; the rank that writes the checkpoint's files joins those of its data-parallel group. There is
-no collective call: with --async-save it could delay the training, and otherwise all would go through one rank. Loading
-scatters them from data-parallel rank 0.
+In this form the weight table says where every part belongs, so the state is saved and resumed in any layout. megatron's
+distributed optimizer keeps flat shards instead. To save them, each rank copies its slices to the host and writes them
+to a file in the staging folder; the rank that writes the checkpoint's files joins those of its data-parallel group. No
+collective is called: with --async-save it could delay the training, and without it one rank would receive everything.
+Loading scatters the state from data-parallel rank 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from qwen3_npu.checkpoint.binary.dtypes import full
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.formats.base import STATES
-from qwen3_npu.checkpoint.training.live import on_host, write_content
+from qwen3_npu.checkpoint.training.live import copied_to_host, write_content
 from qwen3_npu.files import rename
 
 KEYS = STATES
@@ -38,7 +38,7 @@ def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _settled(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """`parts`, once what is on its way to the host (--swap-optimizer) is there."""
+    """`parts`, after copies to the host (--swap-optimizer) have finished."""
     found = parts(optimizer)
     for part in found:
         if (sliced := vars(part).get("sliced")) is not None:
@@ -49,6 +49,17 @@ def _settled(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Whether its state is sharded over data-parallel ranks."""
     return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
+
+
+def gather_weights(optimizer: MegatronOptimizer) -> None:
+    """Gather the weights now: with --overlap-param-gather they are gathered in the next step's forward pass.
+
+    Until then a rank has the last update of its own share of them only. Every rank must call this.
+    """
+    sharded = [part for part in parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    for wrapped in {id(chunk): chunk for part in sharded for chunk in part.model_chunks}.values():
+        if wrapped.ddp_config.overlap_param_gather:
+            wrapped.start_param_sync(force_sync=True)
 
 
 def parameter_names(chunks: Sequence[torch.nn.Module]) -> ParameterNames:
@@ -63,7 +74,7 @@ def step_count(optimizer: MegatronOptimizer) -> int:
 
 
 def named(optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """What each tensor of this rank's share is, and the tensor: float32 weights and moments."""
+    """(description, tensor) of each float32 weight and moment in this rank's share."""
     for part in _settled(optimizer):
         for main, state in part.optimizer.state.items():
             yield "a float32 weight of the optimizer", main
@@ -76,9 +87,9 @@ Gathered = dict[tuple[int, str], dict[str, torch.Tensor]]
 def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = False) -> Gathered:
     """(chunk, name) -> {param, exp_avg, exp_avg_sq}, float32, each of the parameter's local shape.
 
-    Every rank must call this. With a distributed optimizer only data-parallel rank 0 gets the tensors; the others get
-    those of the parameters they are rank 0 for. Those tensors are copies on the host; without a distributed optimizer
-    they are the optimizer's own, unless a copy is asked for.
+    Every rank must call this. With a distributed optimizer a rank gets the tensors of the parameters for which it is
+    data-parallel rank 0 (dense and experts have different groups), as copies on the host. Without one, the tensors are
+    the optimizer's own, unless a copy is requested.
     """
     found: Gathered = {}
     for part in _settled(optimizer):
@@ -97,7 +108,7 @@ def gather(optimizer: MegatronOptimizer, names: ParameterNames, *, copy: bool = 
 
 
 def states_by_parameter(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
-    """Model parameter -> its {param, exp_avg, exp_avg_sq}, the optimizer's own; nothing of a distributed one."""
+    """Model parameter -> the optimizer's own {param, exp_avg, exp_avg_sq}; empty for a distributed optimizer."""
     return {
         parameter: {
             "param": main,
@@ -117,7 +128,7 @@ def restore(
 
     Args:
         step: optimizer steps made before.
-        read: (chunk, name, key) -> tensor of the parameter's local shape; called where the tensor is needed.
+        read: (chunk, name, key) -> tensor of the parameter's local shape; called on the ranks that need the tensor.
     """
     for part in _settled(optimizer):
         if isinstance(part, DistributedOptimizer):
@@ -168,12 +179,12 @@ def _views(part: DistributedOptimizer, flat: dict) -> Iterator[tuple[torch.nn.Pa
 def _restore_distributed(
     part: DistributedOptimizer, names: ParameterNames, read: Callable[[int, str, str], torch.Tensor]
 ) -> None:
-    flat: dict[Any, Any] | None = None
+    flat: dict[object, object] | None = None
     if part.data_parallel_group_gloo.rank() == 0:
         flat = {"buckets_coalesced": True}
         for index, ranges in enumerate(part.gbuf_ranges):
             size = part.buffers[index].numel_unpadded
-            tensors: dict[str, Any] = {key: torch.empty(size, dtype=torch.float32) for key in KEYS}
+            tensors: dict[str, object] = {key: torch.empty(size, dtype=torch.float32) for key in KEYS}
             flat[index] = {dtype: {**tensors, "numel_unpadded": size} for dtype in ranges}
         for parameter, views in _views(part, flat):
             for key, view in views.items():
@@ -195,8 +206,8 @@ class _Part:
     """The share of one optimizer's state that this rank holds.
 
     Attributes:
-        file: what its slices are written to; the number is that of the rank.
-        ranks: of the data-parallel group; the first joins the state.
+        file: the file of its slices; its number is the rank.
+        ranks: of the data-parallel group; the first rank joins the state.
         shapes: of all parameters.
         slices: parameter -> {"start": place in the flat parameter, and float32 tensors under `KEYS`}.
     """
@@ -204,7 +215,7 @@ class _Part:
     file: str
     ranks: list[int]
     shapes: dict[ParameterKey, torch.Size]
-    slices: dict[ParameterKey, dict[str, Any]]
+    slices: dict[ParameterKey, dict[str, object]]
 
     def others(self) -> list[str]:
         """Files of the ranks whose slices this rank joins."""
@@ -260,7 +271,10 @@ def _slices(part: DistributedOptimizer, names: ParameterNames) -> Iterator[tuple
         for ranges in (bucket for dtype in buckets.values() for bucket in dtype):
             for parameter, place in ranges["param_map"].items():
                 state = part._get_main_param_and_optimizer_states(parameter)
-                yield names[parameter], {"start": place["param"].start, **on_host({key: state[key] for key in KEYS})}
+                yield (
+                    names[parameter],
+                    {"start": place["param"].start, **copied_to_host({key: state[key] for key in KEYS})},
+                )
 
 
 def _read(path: Path) -> Iterator[tuple[ParameterKey, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""--save on a disk of each node: every node gets the whole checkpoint, so it is read as any other, in any layout."""
+"""--save-per-node: every node's disk gets the complete checkpoint, so it can be read as usual, in any layout."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class NodeDisks:
         self.group = dist.new_group(self.firsts, backend="gloo")
 
     def beside(self, ranks: Sequence[int]) -> list[int]:
-        """Those of the ranks that are on this one's node."""
+        """The given ranks that are on this rank's node."""
         return [rank for rank in ranks if self.nodes[rank] == self.nodes[dist.get_rank()]]
 
     def replicate(self, stage: Path, *, is_whole: bool) -> None:
-        """Send the files of this node's stage to the other nodes, and take theirs; the calls are of a group of its own.
+        """Send the files in this node's staging folder to the other nodes, and receive theirs, in a separate group.
 
         Args:
             is_whole: all ranks of this node have written; else no node sends anything.
 
         Raises:
-            OSError: a file could not be read or written, on any node; the exchange is finished before.
+            OSError: after the exchange, if any node could not read or write a file.
         """
         if not self.is_first:
             return
@@ -66,7 +66,7 @@ class NodeDisks:
                 raise OSError(f"on the node of rank {first}: {said}")
 
     def _send(self, path: Path, size: int, first: int) -> None:
-        """One file, in chunks; after an error the chunks go on, so that no node waits for ever."""
+        """Send one file in chunks. After an error the chunks continue, so that no node waits for ever."""
         is_mine, problem = first == dist.get_rank(), None
         file = None
         try:

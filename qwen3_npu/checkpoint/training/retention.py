@@ -1,4 +1,4 @@
-"""Which checkpoints of a training's folder are deleted."""
+"""Retention: which checkpoints of a training's folder are deleted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen3_npu.checkpoint.manifest import is_trained
 
 
 def tidy(root: Path, iteration: int, limit: int | None) -> None:
-    """Delete what the checkpoint that was just saved replaces. What cannot be deleted does not end a training.
+    """Delete older checkpoints after a save. A checkpoint that cannot be deleted is a warning.
 
     Args:
         limit: --save-total-limit.
@@ -24,9 +24,9 @@ def tidy(root: Path, iteration: int, limit: int | None) -> None:
 
 
 def keep_newest(root: Path, iteration: int, limit: int) -> list[int]:
-    """Delete all but `limit` checkpoints up to `iteration`, which was just saved; those deleted.
+    """Delete all but the newest `limit` checkpoints up to `iteration`, which was just saved. Returns the deleted ones.
 
-    Only what a training saved is deleted: never converted weights, nor checkpoints of later steps.
+    Only checkpoints of a training are deleted: never converted weights, nor checkpoints of later steps.
     """
     saved = [i for i in iterations(root) if i <= iteration and is_trained(root / iteration_name(i))]
     for old in saved[limit:]:

@@ -2,10 +2,10 @@
 
     <root>/iter_0000010/...                        in one of two formats: `formats/torch_write.py`, `dist_write.py`
                        /integrity.json             size and digest of every file
-    <root>/config.json, tokenizer files            what the weights are of
+    <root>/config.json, tokenizer files            of the model
     <root>/latest_checkpointed_iteration.txt       written last
 
-`snapshot` takes what is saved of this rank, `write_rank` writes the rank's files in `iter_*.partial`, and on rank 0
+`snapshot` collects the tensors of this rank, `write_rank` writes the rank's files into `iter_*.partial`, and on rank 0
 `commit` completes them and makes them visible, once every rank has written. A folder named `iter_*` is complete.
 """
 
@@ -17,7 +17,6 @@ import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,8 +40,8 @@ from qwen3_npu.checkpoint.training.live import (
     LiveTensors,
     announce,
     check_finite,
+    copied_to_host,
     dtype_of,
-    on_host,
     parameters_of,
     to_numpy,
 )
@@ -74,7 +73,7 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a checkpoint holds the state of.
+    """The training whose state a checkpoint holds.
 
     Attributes:
         contents: the model's tensors, with those of its LoRA adapter.
@@ -91,25 +90,26 @@ class Trained:
 
     @property
     def optimized(self) -> Contents:
-        """The tensors that are trained."""
+        """The trained tensors."""
         lora = self.contents.lora and dataclasses.replace(self.contents.lora, is_residual=False)
         return dataclasses.replace(self.contents, base=lora is None, lora=lora, without=self.frozen)
 
     @property
     def dtype(self) -> DType:
         """Of the model's weights."""
-        return dtype_of(next(p for p in self.chunks[0].parameters() if p.is_floating_point()))
+        every = (parameter for chunk in self.chunks for parameter in chunk.parameters())
+        return dtype_of(next(parameter for parameter in every if parameter.is_floating_point()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What is saved of one model rank.
+    """The state of one model rank, ready to be written.
 
     Attributes:
-        target: what is the same on every rank: contents, layout, args, schedule.
+        target: equal on every rank: contents, layout, args, schedule.
         weights: of this rank.
-        optimizer: one of `STATES` -> the trained parameters that this rank has the state of; empty: not saved.
-        sharded: instead of `optimizer`: this rank's share of it, to be put together from files.
+        optimizer: one of `STATES` -> this rank's tensors of the trained parameters; empty if not saved.
+        sharded: instead of `optimizer`: this rank's share of a distributed optimizer, to be joined from files.
         step: optimizer steps made.
         random: states of the random generators; None: not saved.
     """
@@ -120,32 +120,34 @@ class Snapshot:
     optimizer: Mapping[str, Tensors]
     sharded: ShardedState | None
     step: int
-    random: dict[str, Any] | None
+    random: dict[str, object] | None
 
 
 def begin_save(
     trained: Trained,
     position: Position,
     args: CheckpointArgs,
-    extra: dict[str, Any],
+    extra: dict[str, object],
     *,
     config: Path | None,
     adapter_only: bool = False,
     disks: NodeDisks | None = None,
 ) -> Writing:
-    """Begin a checkpoint: with --async-save a thread writes it, else `wait` of the result. Every rank must call both.
+    """Begin a checkpoint. With --async-save a thread writes it, else `wait` of the result does. Every rank must call
+    both.
 
     Args:
         extra: further entries of the saved args.
         config: folder whose config.json and tokenizer files are carried along.
-        adapter_only: of a LoRA training, not the frozen weights (--lora-ckpt-filter).
-        disks: of the nodes, where they do not share --save.
+        adapter_only: save the LoRA adapter without the frozen weights (--lora-ckpt-filter).
+        disks: the nodes' disks, where nodes do not share --save.
 
     Raises:
-        SaveFailed: the folder cannot be made; on every rank.
-        Stopped: a weight or the optimizer's state is NaN or infinite: such a checkpoint must not take the place of
-            good ones; on every rank.
+        SaveFailed: on every rank, if the folder cannot be made.
+        Stopped: on every rank, if a weight or the optimizer's state is NaN or infinite: such a checkpoint must not
+            replace good ones.
     """
+    optimizer_state.gather_weights(trained.optimizer)
     # Codes of quantized weights are no numbers.
     named = parameters_of(trained.chunks).items()
     weights = ((name, parameter) for (_, name), parameter in named if parameter.is_floating_point())
@@ -172,9 +174,7 @@ def begin_save(
             lambda writing: write_rank(held, stage, args.ckpt_format, writing, writes=rank in writers),
             lambda writing: exchange(disks, writing) if disks is not None else None,
         ),
-        (lambda: commit(held.target, stage, folder, writers, args=args, config=config, trained=trained))
-        if keeps
-        else None,
+        (lambda: commit(held.target, stage, folder, writers, args=args, config=config)) if keeps else None,
         stage,
         writers=writers,
         background=args.async_save,
@@ -183,7 +183,7 @@ def begin_save(
 
 
 def exchange(disks: NodeDisks, writing: Writing) -> None:
-    """Every node gets the files of all, once its own ranks have written theirs."""
+    """Exchange files, so that every node gets all of them, once its own ranks have written theirs."""
     is_whole = False
     try:
         own = [manifest.part(rank) for rank in disks.beside(writing.writers)]
@@ -193,7 +193,7 @@ def exchange(disks: NodeDisks, writing: Writing) -> None:
 
 
 def _writers(layout: Layout, shard: Rank, problem: str | None) -> list[int]:
-    """The ranks that write: the first of those that hold the same shard. Raises: SaveFailed: a rank has a problem."""
+    """The ranks that write: the first rank with each shard. Raises: SaveFailed: a rank has a problem."""
     found = first_problem(problem)
     if found is not None:
         raise SaveFailed(found[1])
@@ -207,12 +207,12 @@ def snapshot(
     trained: Trained,
     position: Position,
     args: CheckpointArgs,
-    extra: dict[str, Any],
+    extra: dict[str, object],
     *,
     adapter_only: bool,
     writes: bool,
 ) -> Snapshot:
-    """Everything that this rank saves; with --async-save copied to the host and not gathered yet.
+    """Everything that this rank saves; with --async-save it is copied to the host and gathered later.
 
     Args:
         writes: this rank writes files of its own.
@@ -254,11 +254,11 @@ def snapshot(
     return Snapshot(
         Target(contents, trained.layout, trained.dtype, trained.dtype, trained=common),
         model_rank(),
-        on_host(weights) if args.async_save and writes else weights,
+        copied_to_host(weights) if args.async_save and writes else weights,
         by_state(gathered) if args.save_optim and sharded is None else {},
         sharded=sharded,
         step=step,
-        random=on_host(random) if args.async_save else random,
+        random=copied_to_host(random) if args.async_save else random,
     )
 
 
@@ -304,9 +304,8 @@ def commit(
     *,
     args: CheckpointArgs,
     config: Path | None,
-    trained: Trained,
 ) -> None:
-    """Complete the files that all ranks have made, seal them, and make the checkpoint visible; then delete old ones."""
+    """Write the common files, seal the checkpoint and make it visible; then delete old ones."""
     root = folder.parent
     seals, notes = manifest.read_parts(stage, writers)
     seals |= WRITERS[args.ckpt_format].finish(target, stage, [note for part in notes for note in part])
@@ -322,10 +321,10 @@ def commit(
     retention.tidy(root, iteration, args.save_total_limit)
 
 
-def _carried(config: Path | None, root: Path) -> dict[str, Any] | None:
-    """Copy tokenizer files as they are; what config.json said before the flags changed the model.
+def _carried(config: Path | None, root: Path) -> dict[str, object] | None:
+    """Copy tokenizer files. Returns config.json as it was before the flags changed the model.
 
-    A source that is gone, or cannot be read any more, does not cost the checkpoint.
+    If the source has vanished or cannot be read any more, the checkpoint is still saved.
     """
     if config is None:
         return None

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a training beside the weights, read back in any layout."""
+"""Read the state of a training beside the weights from a checkpoint, in any layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen3_npu.distributed.layout import Rank
 
 
 class TorchState:
-    """What a checkpoint holds of a training; `DistState` answers the same for the other format."""
+    """The training state in a checkpoint in the torch format; `DistState` has the same methods for torch_dist."""
 
     def __init__(self, reader: MegatronReader) -> None:
         self.weights = reader
@@ -61,7 +61,7 @@ class TorchState:
 
 
 class DistState:
-    """What a checkpoint holds of a training; see `TorchState`."""
+    """The training state in a checkpoint in the torch_dist format; see `TorchState`."""
 
     def __init__(self, reader: DistReader) -> None:
         self.weights = reader

@@ -1,9 +1,9 @@
-"""A checkpoint being written, in this thread or beside the training. The thread makes no collective call, but for the
-exchange of files between nodes with disks of their own, in a group that nothing else uses.
+"""Write a checkpoint, in this thread or in the background. The thread calls no collective, except to exchange files
+between nodes with their own disks (--save-per-node), in a group that nothing else uses.
 
-Every writing rank writes its files in the stage and says there that they are finished (`manifest.write_part`). Rank 0
-waits for all of them, adds the common files, and makes the checkpoint visible. The ranks need no communication while
-the training runs.
+Every writing rank writes its files to the staging folder and records there that they are finished
+(`manifest.write_part`). Rank 0 waits for all of them, adds the common files, and makes the checkpoint visible. No
+communication is needed while the training runs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Writing:
     """One checkpoint that is being written.
 
     Args:
-        what: names it.
-        steps: makes this rank's files, one after the other. A step may need what other ranks made in the step before
-            (`wait_for`).
-        publish: on rank 0 (or one of each node), makes the checkpoint visible once every rank has written.
-        stage, writers: where it is made, and the ranks that write.
-        exchange: the step in which nodes exchange files; in a thread it is made after an error, too: others wait there.
-        background: in a thread; else `wait` makes the files, too, and all ranks begin a step together.
+        what: name of the checkpoint, for messages.
+        steps: functions that make this rank's files, in order. A step may need files that other ranks made in the
+            step before (`wait_for`).
+        publish: on rank 0 (or one rank of each node), makes the checkpoint visible once every rank has written.
+        stage, writers: the staging folder, and the ranks that write.
+        exchange: the step in which nodes exchange files. In a thread it also runs after an error, since others wait.
+        background: a thread makes the files; else `wait` does, and all ranks begin a step together.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Writing:
         log.warning(f"{self.what} was not saved: {self.error}")
 
     def wait_for(self, names: Sequence[str]) -> bool:
-        """Wait for files of other ranks in the stage; False: the checkpoint was abandoned meanwhile."""
+        """Wait for files of other ranks in the staging folder. False if the checkpoint was abandoned meanwhile."""
         missing, alone_since = list(names), None
         while missing and not self.abandoned.is_set():
             missing = [name for name in missing if not (self.stage / name).is_file()]
@@ -98,10 +98,10 @@ class Writing:
         return not missing
 
     def wait(self) -> None:
-        """Until the checkpoint is visible. Every rank must call this.
+        """Wait until the checkpoint is visible. Every rank must call this.
 
         Raises:
-            SaveFailed: some rank could not write; on every rank.
+            SaveFailed: on every rank, if some rank could not write.
         """
         for number, done in enumerate(self.done):
             if self.thread is None and not self.abandoned.is_set():

@@ -1,4 +1,4 @@
-"""What an adapter adds to a weight: scale * B @ A, in float64, from its own files and its own settings.
+"""The change that an adapter makes to a weight: scale * B @ A in float64, from the adapter's own files and settings.
 
 Meaning of adapter_config.json: peft's LoraConfig and `LoraModel._create_and_replace` (rank_pattern and alpha_pattern:
 the first key that matches the module's end), `ParamWrapper` for experts that are one parameter (rows e r .. of A,
@@ -27,12 +27,12 @@ from qwen3_npu.model.arch import Qwen3Arch
 
 AdapterPair = tuple[torch.Tensor, torch.Tensor, float]  # A [r, in], B [out, r], scale
 _BLOCK = 1 << 22  # numbers of a product at a time
-HEAD = "score.weight"
-PEFT_HEAD = f"base_model.model.{HEAD}"
+SCORE = "score.weight"
+PEFT_HEAD = f"base_model.model.{SCORE}"
 
 
 def _scale(alpha: float, r: int, *, stabilized: bool) -> float:
-    """alpha / r (arXiv:2106.09685), alpha / sqrt(r) of rsLoRA (arXiv:2312.03732)."""
+    """alpha / r (arXiv:2106.09685), or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
     return alpha / math.sqrt(r) if stabilized else alpha / r
 
 
@@ -61,9 +61,9 @@ class MegatronPairs:
 
 
 class PlainTensors(VerifySource):
-    """A PiSSA adapter of rank r as LoRA of twice the rank: what it began with comes behind, B negated.
+    """A PiSSA adapter of rank r as LoRA of rank 2r: the initial A0 and -B0 are appended to A and B.
 
-    B A - B0 A0, as peft's `LoraModel.subtract_mutated_init`. The embedding began with an A of 0.
+    The product is B A - B0 A0, as in peft's `LoraModel.subtract_mutated_init`. The initial A of the embedding is 0.
     """
 
     def __init__(self, tensors: VerifySource, r: int) -> None:
@@ -88,7 +88,8 @@ class PlainTensors(VerifySource):
                 part = torch.zeros(size if by_rows else size[::-1], dtype=parts[0].dtype if parts else torch.float32)
             else:
                 part = self.tensors.read(stored, *((span, columns) if by_rows else (rows, span)))
-            parts.append(-part if start and not by_rows else part)
+                part = -part if start and not by_rows else part
+            parts.append(part)
         return torch.cat(parts, dim=0 if by_rows else 1)
 
     def close(self) -> None:
@@ -145,7 +146,7 @@ class PeftPairs:
         return None
 
     def read(self, name: str, rows: Span, columns: Span) -> torch.Tensor:
-        """A part of a whole tensor beside A and B: the head of a reward model, or a vector of magnitudes."""
+        """A part of another tensor of the adapter: the head of a reward model, or a vector of magnitudes."""
         stored = self.file.get_slice(name)
         if len(stored.get_shape()) == 1:
             return stored[slice(*rows)].unsqueeze(1)
@@ -164,7 +165,7 @@ class MergedTensors(VerifySource):
         self.squares: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _of(self, name: str) -> tuple[VerifySource | MegatronPairs | PeftPairs, str]:
-        return (self.pairs, PEFT_HEAD) if name == HEAD else (self.base, name)
+        return (self.pairs, PEFT_HEAD) if name == SCORE else (self.base, name)
 
     def dtypes(self, name: str) -> set[torch.dtype]:
         source, own = self._of(name)
@@ -175,11 +176,11 @@ class MergedTensors(VerifySource):
         return source.read(own, rows, columns)
 
     def merged(self, name: str, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A part of a merged weight in float64, and how far float32 arithmetic may be from it; None: it has no
-        adapter.
+        """A part of a merged weight in float64, and a bound on the error of float32 arithmetic; None if the weight has
+        no adapter.
 
-        The bound on a sum of r products is (r + 2) units in the last place of the sum of their sizes; that on a norm
-        of n numbers grows with the root of n. DoRA: arXiv:2402.09353, equation 5.
+        The bound for a sum of r products is (r + 2) units in the last place of the sum of their absolute values. The
+        bound for a norm of n numbers grows with sqrt(n). DoRA: arXiv:2402.09353, equation 5.
         """
         pair = self.pair(name)
         if pair is None:
@@ -197,11 +198,11 @@ class MergedTensors(VerifySource):
         factors = self.pairs.read(magnitudes, rows, (0, 1)).double() / norms
         unit = (whole[1] ** 0.5 + 16) * 2.0**-23
         exact = factors * directions
-        spread = factors.abs() * error + exact.abs() * (error.norm(dim=1, keepdim=True) / norms + unit)
-        return exact[:, slice(*columns)], spread[:, slice(*columns)]
+        bound = factors.abs() * error + exact.abs() * (error.norm(dim=1, keepdim=True) / norms + unit)
+        return exact[:, slice(*columns)], bound[:, slice(*columns)]
 
     def _turned(self, name: str, pair: AdapterPair, rows: Span, columns: Span) -> tuple[torch.Tensor, torch.Tensor]:
-        """`merged` of an embedding with DoRA, whose lengths are of columns."""
+        """`merged` for an embedding with DoRA, whose magnitudes belong to columns."""
         vocabulary = len(pair[1])
         if name not in self.squares:
             parts, errors = [], []
@@ -211,14 +212,14 @@ class MergedTensors(VerifySource):
                 parts.append((self.read(name, *part).double() + added).square().sum(0))
                 errors.append(error.square().sum(0))
             self.squares[name] = sum(parts, torch.zeros(1)), sum(errors, torch.zeros(1))
-        total, spread = (value[slice(*columns)] for value in self.squares[name])
+        total, bound = (value[slice(*columns)] for value in self.squares[name])
         norms = total.sqrt()
         magnitudes = self.pairs.read(peft_tensor(name.removesuffix(".weight"), DORA), columns, (0, 1)).double()
         factors = magnitudes.flatten() / norms
         added, error = product(pair, rows, columns)
         exact = factors * (self.read(name, rows, columns).double() + added)
         unit = (vocabulary**0.5 + 16) * 2.0**-23
-        return exact, factors.abs() * error + exact.abs() * (spread.sqrt() / norms + unit)
+        return exact, factors.abs() * error + exact.abs() * (bound.sqrt() / norms + unit)
 
     def close(self) -> None:
         self.base.close()
@@ -232,11 +233,11 @@ def product(pair: AdapterPair, rows: Span, columns: Span) -> tuple[torch.Tensor,
 
 
 def written_scale(folder: Path, lora: Lora, alpha: float | None = None) -> float:
-    """What the files of an adapter say that B @ A is multiplied by.
+    """The scale of B @ A, by the files of an adapter.
 
     Args:
         lora: its rank is that of the tensors.
-        alpha: of a checkpoint that does not say it.
+        alpha: used for a checkpoint that has none.
     """
     config = folder / "adapter_config.json"
     if config.is_file():
@@ -251,7 +252,7 @@ def written_scale(folder: Path, lora: Lora, alpha: float | None = None) -> float
 
 
 def unlike_products(source: PeftPairs, output: MegatronPairs, arch: Qwen3Arch) -> list[str]:
-    """Weights to which two adapters add something else, a line each."""
+    """Weights that two adapters change differently, one line each."""
     lines = []
     for name, shape in published_shapes(Contents(arch)).items():
         old, new = source(name), output(name)

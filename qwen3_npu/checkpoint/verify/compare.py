@@ -1,9 +1,9 @@
 """Compare a file of an output with the source, tensor by tensor and bit for bit.
 
-What every tensor should hold is said by `published.py` and read from the source by the libraries of its format
-(`tensors.py`); copies on several ranks and padded rows are compared too. Of the conversion only the names of its files
-are taken. A merged weight must be what base + scale * B @ A in float64 rounds to, give or
-take the error of float32 sums.
+`published.py` says what every tensor should hold, and the library of each format reads it from the source
+(`tensors.py`). Copies on several ranks and padded rows are compared too. Only the names of the files are taken from the
+conversion. A merged weight must equal base + scale * B @ A, computed in float64 and rounded, within the error of
+float32 sums.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qwen3_npu.checkpoint.verify.tensors import (
     PieceTensors,
     StoredChunks,
     VerifySource,
-    rows_of,
+    piece_rows,
     torch_places,
 )
 from qwen3_npu.errors import UsageError, printable
@@ -41,8 +41,8 @@ class WrittenTensor(NamedTuple):
     """A tensor of an output file.
 
     Attributes:
-        wanted: shape that it should have; None: it is no tensor of the model.
-        rows: piece, first and last row of it -> these rows, as they are stored.
+        wanted: the shape that it should have; None if it is no tensor of the model.
+        rows: (piece, first row, last row) -> these rows as they are stored.
     """
 
     name: str
@@ -55,13 +55,13 @@ class WrittenTensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class VerifiedOutput:
-    """What should lie in a folder.
+    """The output that a folder should hold.
 
     Attributes:
         sizes: of a Megatron layout; None: Hugging Face and PEFT files.
-        asked: the dtype of every tensor, if the user gave one.
-        keeps: else: whether each must have the dtype that holds its source exactly. Of an output that was converted
-            before, it is not known what was asked for.
+        asked: the dtype of every tensor, if --params-dtype gives one.
+        keeps: without `asked`: whether each tensor must have the dtype that holds its source exactly. False for an
+            output of an earlier conversion, whose --params-dtype is unknown.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ class VerifiedOutput:
     keeps: bool = False
 
     def tensors(self, name: str) -> tuple[Iterator[WrittenTensor], set[str]]:
-        """Those that a file has, and names of those that it lacks. Raises: UsageError: it cannot be read."""
+        """The tensors in a file, and the names of missing ones. Raises: UsageError: it cannot be read."""
         path = self.folder / name
         if path.suffix == ".safetensors":
             return self._safetensors(path), set()
@@ -111,7 +111,7 @@ class VerifiedOutput:
         return StoredChunks(self.folder, self.contents, self.sizes)
 
     def pieces(self) -> Iterator[StripPiece]:
-        """What its files hold."""
+        """The pieces of Hugging Face tensors that its files hold."""
         if self.sizes is None:
             for path in sorted(self.folder.glob("*.safetensors")):
                 yield from (piece for tensor in self._safetensors(path) for piece in tensor.pieces)
@@ -128,7 +128,7 @@ class VerifiedOutput:
         return any(self.folder.glob("mp_rank_*"))
 
     def wanted_dtype(self, tensor: WrittenTensor, source: VerifySource) -> torch.dtype:
-        """The dtype that a tensor should have; its own if it may."""
+        """The dtype that a tensor should have; its present one if that is allowed."""
         if self.asked is not None:
             return self.asked
         there = set[torch.dtype]().union(*(source.dtypes(piece.hf) for piece in tensor.pieces))
@@ -149,7 +149,7 @@ class VerifiedOutput:
 def _torch(there: Mapping[str, torch.Tensor], should: Mapping[str, Any]) -> Iterator[WrittenTensor]:
     for name, tensor in there.items():
         held = should.get(name)
-        rows = _matrix_rows(functools.partial(rows_of, tensor, held.stack if held else None))
+        rows = _matrix_rows(functools.partial(piece_rows, tensor, held.stack if held else None))
         wanted, pieces = (held.shape, held.pieces) if held else (None, ())
         yield WrittenTensor(name, tensor.dtype, tuple(tensor.shape), wanted, pieces=pieces, rows=rows)
 
@@ -171,8 +171,8 @@ class CompareFile:
     output: VerifiedOutput
 
     def __call__(self, job: FileJob, source: VerifySource, count: Count) -> tuple[list[str], int, int, int]:
-        """The differences, a line each; how many tensors were compared, how many of them have another dtype than their
-        source, and how many are merged.
+        """The differences, one line each; the numbers of compared tensors, of those with another dtype than their
+        source, and of merged ones.
         """
         if not (self.output.folder / job.name).is_file():
             return [f"missing file: {job.name}"], 0, 0, 0
@@ -206,7 +206,7 @@ def _added(source: VerifySource, piece: StripPiece) -> bool:
 
 
 def _difference(tensor: WrittenTensor, source: VerifySource, dtype: torch.dtype) -> str | None:
-    """What is wrong with a tensor, {} standing for its place; None: nothing."""
+    """The difference of a tensor, with {} for its name; None if there is none."""
     if tensor.wanted is None:
         return "extra: {}"
     if (tensor.shape, tensor.dtype) != (tensor.wanted, dtype):
@@ -246,7 +246,7 @@ def _is_near(exact: torch.Tensor, error: torch.Tensor, found: torch.Tensor) -> b
 
 
 def uncovered(output: VerifiedOutput) -> list[str]:
-    """Weights that no file of the output holds whole, a line each; files of the torch format say it themselves."""
+    """Weights that the output does not hold completely, one line each. (Of the torch format each file is checked.)"""
     there: dict[str, set[tuple[int, int, int, int]]] = {}
     for piece in output.pieces():
         there.setdefault(piece.hf, set()).add((*piece.rows, *piece.columns))

@@ -1,4 +1,4 @@
-"""Files of checkpoints opened by torch itself; names in their pickles that hold no tensors are not looked up."""
+"""Open files of checkpoints with torch itself. Names in their pickles that hold no tensors are not imported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def failed(path: Path, error: Exception) -> UsageError:
 
 
 class _Ignored:
-    """Stands for whatever holds no tensors."""
+    """Placeholder for any object that holds no tensors."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -34,15 +34,15 @@ class _Ignored:
     def __setitem__(self, key: object, value: object) -> None: ...
 
 
-def _member(of: Any, name: str) -> Any:
-    """What `getattr` is in the metadata: some Pythons write the member of an enumeration so."""
+def _member(of: object, name: str) -> object:
+    """`getattr` in the metadata: some versions of Python pickle the member of an enumeration with it."""
     return of[name] if isinstance(of, enum.EnumMeta) else _Ignored()
 
 
 class _Metadata(pickle.Unpickler):
     """Builds what torch.distributed.checkpoint describes tensors with."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         ours = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
         if (ours and "." not in name) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)

@@ -1,8 +1,8 @@
-"""Which parts of the Hugging Face tensors each Megatron tensor holds: --verify's own account of published layouts.
+"""Which parts of the Hugging Face tensors each Megatron tensor holds: --verify's own description of published layouts.
 
-Nothing of the weight table (`checkpoint/mapping`) is used here, so a mistake there shows as a difference. A Megatron
-tensor is described before it is sharded, as a matrix made of strips: rows of Hugging Face matrices (a vector is a
-matrix of one column). A rank holds some of its rows and columns.
+The weight table (`checkpoint/mapping`) is not used here, so a mistake there shows as a difference. A Megatron tensor is
+described before it is sharded, as a matrix made of strips: rows of Hugging Face matrices (a vector is a matrix of one
+column). A rank holds some of its rows and columns.
 
 Sources: transformers' modeling_qwen3.py and modeling_qwen3_moe.py for names and shapes; megatron-core's
 `SelfAttention.get_query_key_value_tensors` (per group its query heads, a key head, a value head), `GPTModel`,
@@ -23,9 +23,9 @@ ROWS, HALVES, COLUMNS, WHOLE = "rows", "each half of the rows", "columns", "not 
 
 
 class Strip(NamedTuple):
-    """Rows of a Hugging Face matrix, from `first` on, that are `rows` rows of a Megatron matrix, from `at` on.
+    """`rows` rows of a Hugging Face matrix from row `first` on, which are the rows of a Megatron matrix from `at` on.
 
-    `copy`: it is not the place to read them from. Padding of the vocabulary repeats row `first`.
+    `copy`: another strip holds the same rows; they are read from there. Padding of the vocabulary repeats row `first`.
     """
 
     hf: str
@@ -40,7 +40,7 @@ DORA = "lora_magnitude_vector"
 
 
 class WholeMatrix(NamedTuple):
-    """A Megatron tensor before it is sharded; `name` inside its layer, or in the model."""
+    """A Megatron tensor before it is sharded; `name` is that inside its layer, or in the model."""
 
     name: str
     rows: int
@@ -52,7 +52,7 @@ class WholeMatrix(NamedTuple):
 
 
 def peft_tensor(module: str, matrix: str) -> str:
-    """PEFT's name of the "A", "B" or `DORA` beside a module; an embedding's are parameters and no modules."""
+    """PEFT's name of the "A", "B" or `DORA` beside a module; those of an embedding are parameters, not modules."""
     stem = f"base_model.model.{module}."
     if matrix == DORA:
         return stem + DORA
@@ -141,7 +141,7 @@ def _layer(contents: Contents, layer: int, experts: Iterable[int], *, stacked: b
 
 
 def _begun(matrix: WholeMatrix) -> WholeMatrix:
-    """What PiSSA began with, beside an A or B."""
+    """PiSSA's initial A or B, for a trained one."""
     strips = tuple(s._replace(hf=s.hf.replace(".weight", ".initial.weight")) for s in matrix.strips)
     return matrix._replace(name=matrix.name.replace(".default.", ".initial."), strips=strips)
 
@@ -166,8 +166,8 @@ def _others(arch: Qwen3Arch, layer: int) -> Iterator[WholeMatrix]:
 def _vocabulary(
     contents: Contents, name: str, module: str, padded: int, *, target: str, copy: str = ""
 ) -> Iterator[WholeMatrix]:
-    """Embedding or output layer, and what an adapter adds to it. Rows past the vocabulary repeat its last one, as
-    MindSpeed-LLM 2.1.0 writes them.
+    """Embedding or output layer, and its adapter. Rows past the vocabulary repeat its last row, as in MindSpeed-LLM
+    2.1.0.
     """
     arch, lora = contents.arch, contents.lora
     adapted = lora if _has(lora, target, None) else None
@@ -202,10 +202,10 @@ def _vocabulary(
 
 
 def outer_matrices(contents: Contents, padded: int, *, first: bool, last: bool, copies: bool) -> Iterator[WholeMatrix]:
-    """The tensors outside the layers, of the first stage, of the last one, or both.
+    """The tensors outside the layers: of the first stage, of the last one, or both.
 
     Args:
-        copies: a tied output layer has a copy of the embedding.
+        copies: the last stage has a copy of the embedding as its tied output layer.
     """
     return _own_names(contents.arch, _outer(contents, padded, first=first, last=last, copies=copies))
 

@@ -1,4 +1,4 @@
-"""Which parts of the matrices that `published.py` describes a rank's file holds, by Megatron's rules."""
+"""Which parts of the matrices of `published.py` the file of a rank holds, by Megatron's rules."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class StripPiece(NamedTuple):
     """A part of a Hugging Face matrix and the rows of a stored matrix that hold it.
 
     Attributes:
-        expert: which of the stacked matrices; None: there is one.
-        copy: as of the strip.
+        expert: index of the stacked matrix; None if there is only one.
+        copy: as in `Strip`.
     """
 
     hf: str
@@ -46,7 +46,7 @@ class HeldTensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ShardSizes:
-    """Numbers that say how a model is sharded; see `Layout`. `stages`: layers in a chunk of each pipeline stage."""
+    """The numbers of a layout; see `Layout`. `stages`: number of layers in a chunk of each pipeline stage."""
 
     tensor: int
     pipeline: int
@@ -73,7 +73,7 @@ class ShardSizes:
         )
 
     def model_layer(self, place: int) -> int | None:
-        """The model's number of the layer at a place among all layers; None: a no-op layer."""
+        """Number in the model of the layer at a place, no-op layers counted; None for a no-op layer."""
         return None if place in self.noop else place - sum(noop < place for noop in self.noop)
 
     def layers(self, stage: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -98,7 +98,7 @@ class ShardSizes:
 
 
 def pieces(matrix: WholeMatrix, spans: Iterable[Span], columns: Span, expert: int | None = None) -> list[StripPiece]:
-    """What a stored matrix holds that consists of some rows of a whole one, below each other, and some columns."""
+    """The pieces in a stored matrix that consists of some rows and columns of a complete one."""
     found, at = [], 0
     for start, stop in spans:
         for strip in matrix.strips:
@@ -114,7 +114,7 @@ def pieces(matrix: WholeMatrix, spans: Iterable[Span], columns: Span, expert: in
 
 
 def _share(matrix: WholeMatrix, ways: int, index: int) -> tuple[list[Span], Span]:
-    """Rows and columns of one of several ranks."""
+    """The rows and columns that one of several ranks holds."""
 
     def part(size: int, start: int = 0) -> Span:
         return start + size // ways * index, start + size // ways * (index + 1)

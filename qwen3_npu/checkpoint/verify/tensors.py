@@ -1,7 +1,7 @@
-"""What --verify reads from: tensors under Hugging Face's and PEFT's names, read by the safetensors library and torch.
+"""The sources of --verify: tensors under Hugging Face and PEFT names, read by the safetensors library and torch.
 
-Where they lie in Megatron's files, `published.py` and `shares.py` say. Of the readers of conversions only what a folder
-is, its architecture and the sizes of its layout are taken.
+`published.py` and `shares.py` say where they lie in Megatron's files. The readers of conversions only provide the kind
+of a folder, its architecture and the sizes of its layout.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class VerifySource(abc.ABC):
 
     @abc.abstractmethod
     def dtypes(self, name: str) -> set[torch.dtype]:
-        """Of the parts of a tensor."""
+        """The dtypes of the parts of a tensor."""
 
     @abc.abstractmethod
     def read(self, name: str, rows: Span, columns: Span) -> torch.Tensor:
-        """A part of a tensor. Raises: UsageError: it is nowhere, or cannot be read."""
+        """A part of a tensor. Raises: UsageError: it is missing, or cannot be read."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
 
 
 class HfTensors(VerifySource):
-    """A Hugging Face directory. FP8 weights are read as products with the scales of their blocks."""
+    """A Hugging Face directory. FP8 weights are multiplied by the scales of their blocks."""
 
     def __init__(self, reader: HfReader) -> None:
         self.files: dict[str, Any] = {}
@@ -75,7 +75,7 @@ class HfTensors(VerifySource):
         return tensor
 
     def left_out(self, names: Collection[str]) -> list[str]:
-        """Tensors that are none of these, no scale of one, and no copy of the embedding."""
+        """Other tensors than these: neither a scale of one nor a copy of the embedding."""
         others = sorted(self.files.keys() - set(names) - {f"{name}_scale_inv" for name in self.blocks})
         return [name for name in others if name != "lm_head.weight" or not self._is_tied()]
 
@@ -89,7 +89,7 @@ class HfTensors(VerifySource):
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """A part of a tensor: its matrix, made when it is called for, and its dtype."""
+    """A part of a tensor: a function that reads its matrix, and its dtype."""
 
     piece: StripPiece
     dtype: torch.dtype
@@ -97,11 +97,11 @@ class _Place:
 
 
 class PieceTensors(VerifySource):
-    """Tensors that are put together from parts.
+    """Tensors that are joined from parts.
 
     Args:
-        places: every part there is; the first of several copies is read.
-        own: name -> dtype of tensors that were narrower before they were joined with others.
+        places: all parts; the first of several copies is read.
+        own: name -> original dtype, of tensors that were stored in a wider dtype to be joined with others.
     """
 
     def __init__(self, places: Iterator[_Place], own: dict[str, torch.dtype], what: str) -> None:
@@ -139,7 +139,7 @@ class PieceTensors(VerifySource):
 
 
 def stored_matrix(tensor: torch.Tensor, stack: tuple[int, int, int] | None, expert: int | None) -> torch.Tensor:
-    """A tensor of a file as the matrix that its pieces are rows of."""
+    """A tensor of a file as the matrix whose rows its pieces describe."""
     if stack is not None and expert is not None:
         return tensor.reshape(stack)[expert].T
     return tensor.reshape(tensor.shape[0], -1)
@@ -155,12 +155,12 @@ def torch_places(folder: Path, contents: Contents, sizes: ShardSizes) -> Iterato
             if tensor is None:
                 continue
             for piece in held.pieces:
-                block = functools.partial(rows_of, tensor, held.stack, piece)
+                block = functools.partial(piece_rows, tensor, held.stack, piece)
                 yield _Place(piece, tensor.dtype, block)
 
 
-def rows_of(tensor: torch.Tensor, stack: tuple[int, int, int] | None, piece: StripPiece) -> torch.Tensor:
-    """What a piece of a tensor of a file is."""
+def piece_rows(tensor: torch.Tensor, stack: tuple[int, int, int] | None, piece: StripPiece) -> torch.Tensor:
+    """The rows and columns of a tensor that a piece describes."""
     return stored_matrix(tensor, stack, piece.expert)[slice(*piece.place)]
 
 
@@ -169,9 +169,9 @@ class StoredChunkPart:
     """One matrix of a chunk: of one layer, and of one expert.
 
     Attributes:
-        start: where the chunk begins in the stored tensor, `at` where this matrix does.
-        index: of the matrix in the chunk.
-        size, wanted: of the stored matrix, and what it should be; None: it is no tensor of the model.
+        start: offset of the chunk in the stored tensor; `at`: offset of this matrix.
+        index: index of the matrix in the chunk.
+        size, wanted: shape of the stored matrix, and the shape that it should have (None if the model has no such one).
     """
 
     key: str
@@ -218,7 +218,7 @@ class StoredChunks:
         return {m.name: m for m in published.layer_matrices(self.contents, layer, experts, stacked=False)}
 
     def matrix(self, key: str, start: tuple[int, ...]) -> tuple[WholeMatrix, int] | None:
-        """The tensor that a chunk is a part of, and how many leading indices (layer, expert) the stored one has."""
+        """The tensor to which a chunk belongs, and the number of leading indices (layer, expert) of the stored one."""
         if not key.startswith("decoder.layers."):
             return (self.outer[key], 0) if key in self.outer else None
         rest, lead = key.removeprefix("decoder.layers."), list(start)

@@ -1,4 +1,4 @@
-"""How long preferred answers are beside the others: a model learns length where it tells them apart."""
+"""Compare the lengths of preferred and other answers: if length tells them apart, a model learns length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BINS = ("under half as long", "shorter", "about as long", "longer", "over twice
 
 
 class AnswerLengths:
-    """Tokens of the answers of pairs, or of desirable and undesirable ones, as blocks come."""
+    """Lengths in tokens of chosen and rejected (or desirable and undesirable) answers, collected block by block."""
 
     def __init__(self) -> None:
         self.chosen: list[int] = []

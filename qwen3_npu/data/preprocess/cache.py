@@ -18,7 +18,7 @@ from qwen3_npu.data.preprocess.run import identifying_flags, preprocess
 from qwen3_npu.data.read.find import InputFile, exists, find_files
 from qwen3_npu.data.read.open import open_inputs
 from qwen3_npu.data.text.tokenizer import open_tokenizer
-from qwen3_npu.data.train.data_path import KINDS
+from qwen3_npu.data.train.data_path import DATA_SUFFIXES
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import rename, write_text
 
@@ -27,18 +27,17 @@ _PIECE = 16 << 20
 
 
 def prepare_data_path(data_path: Sequence[str], recipe: PreprocessArgs, cache: str | Path) -> list[str]:
-    """`--data-path` with every raw file, folder or pattern replaced by the prefix of what it was preprocessed into.
+    """`--data-path` with every raw file, folder or pattern replaced by the prefix of its token files.
 
-    Weights and prefixes of .bin/.idx pairs stay as they are. Several processes may call this at once: each result
-    appears complete, whichever process makes it first. To do the work once, let one process call it, the others behind
-    a barrier.
+    Weights and prefixes of .bin/.idx pairs stay as they are. Several processes may call this at once: a result becomes
+    visible only when it is complete. To do the work once, let one process call it, then a barrier, then the others.
 
     Args:
         recipe: flags of preprocessing; its input and output_prefix are replaced.
         cache: folder of prepared data, made if needed.
 
     Returns:
-        As many words. For text the full prefix (`.._text_document`), for conversations and pairs the bare one.
+        The same number of words. Text gets the full prefix (`.._text_document`), conversations and pairs the bare one.
 
     Raises:
         UsageError: as preprocess_data.py.
@@ -53,14 +52,14 @@ def is_raw(word: str, *, takes_names: bool = False) -> bool:
     """Whether a word of --data-path is raw data; else it is a weight or a prefix.
 
     Args:
-        takes_names: OWNER/NAME is a data set of the Hugging Face Hub, too; for whoever has said what its records are.
+        takes_names: accept OWNER/NAME, a data set of the Hugging Face Hub, too (--handler-name must be given).
     """
-    is_prefix = any(Path(f"{word}{end}.idx").exists() for end in KINDS.values())
+    is_prefix = any(Path(f"{word}{end}.idx").exists() for end in DATA_SUFFIXES.values())
     return not is_prefix and (exists(word) or (takes_names and is_hub_name(word)))
 
 
 def is_hub_name(word: str) -> bool:
-    """Whether a word can be OWNER/NAME of a data set on the Hub. In a folder that is here, it is a file that is not."""
+    """Whether a word can be OWNER/NAME of a data set on the Hub. If the folder OWNER exists, it is a missing file."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", word) is not None and not Path(word).parent.exists()
 
 
@@ -84,12 +83,12 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
             _build(arguments, building, folder)
     except OSError as error:
         raise UsageError(f"--data-cache-path {cache}: {word} cannot be prepared there: {error}") from None
-    is_text = not any((folder / f"data{end}.idx").exists() for end in KINDS.values() if end)
+    is_text = not any((folder / f"data{end}.idx").exists() for end in DATA_SUFFIXES.values() if end)
     return str(folder / (f"data_{records.json_keys[0]}_document" if is_text else "data"))
 
 
 def _content(word: str, recipe: PreprocessArgs, digests: _Digests) -> list[Any]:
-    """What makes the same preprocessed data again; of the Hub's, its name and the arguments to load it by."""
+    """The identity of the raw data: digests of files, or name and arguments of a data set on the Hub."""
     if is_hub_name(word):
         return [open_inputs([word], recipe.records.hf_datasets_params).identity()]
     return [(file.format, file.compression, digests.of(file)) for file in find_files([word])]
@@ -108,7 +107,7 @@ def _build(arguments: PreprocessArgs, building: Path, folder: Path) -> None:
 
 
 class _Digests:
-    """SHA-256 of files, remembered for as long as their size and time stay the same."""
+    """SHA-256 of files, cached as long as size and time of a file stay the same."""
 
     def __init__(self, cache: Path) -> None:
         self.file = cache / _DIGESTS

@@ -1,4 +1,4 @@
-"""`--check` and `--show`: show what would be written, and write nothing."""
+"""`--check` and `--show`: show the samples that would be written, and write nothing."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from qwen3_npu.data.text.encoder import Encoder, Tokens
 
 @dataclasses.dataclass(frozen=True)
 class BlockSummary:
-    """What is told of the records of a block.
+    """Counts and warnings about the records of a block.
 
     Attributes:
-        records: how many records were read.
-        counts: what else happened, e.g. "empty text" -> 3.
+        records: number of records that were read.
+        counts: event -> number, e.g. "empty text" -> 3.
         bad: records that cannot be used, in order.
-        warnings: what --check finds -> the records.
+        warnings: warning of --check -> its records.
     """
 
     records: int
@@ -33,8 +33,8 @@ class Prepared:
     """The records of a block as strings.
 
     Attributes:
-        texts: what has to be encoded.
-        layout: what its handler must know to make documents of the tokens.
+        texts: the strings to be encoded.
+        layout: data that the handler needs to make documents of the tokens.
     """
 
     texts: Sequence[str]
@@ -44,7 +44,7 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Produced:
-    """Documents made of a block.
+    """The documents of a block.
 
     Attributes:
         outputs: name of an output (`text`, `packed_labels`, ..) -> its documents.
@@ -60,7 +60,7 @@ class Produced:
 
 
 class Handler(Protocol):
-    """Makes documents of records. Both methods may run at once, `documents` in several threads.
+    """Makes documents of records. Both methods may run concurrently, `documents` in several threads.
 
     Attributes:
         outputs: the names of the outputs; each is a file <prefix>_<name>_document.
@@ -82,5 +82,5 @@ class Handler(Protocol):
 
 
 def produce(handler: Handler, prepared: Prepared, encoder: Encoder) -> Produced:
-    """Encode what a handler prepared, and have it make documents of the tokens."""
+    """Encode the strings that a handler prepared, and let it make documents of the tokens."""
     return Produced(handler.documents(prepared, encoder.encode(prepared.texts)), prepared.summary)

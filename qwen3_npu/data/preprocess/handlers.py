@@ -6,9 +6,10 @@ import hashlib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
@@ -45,6 +46,8 @@ from qwen3_npu.data.text.tokenizer import TokenizerFolder
 from qwen3_npu.errors import UsageError, choose
 
 Make = Callable[[PreprocessArgs, TokenizerFolder], Handler]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
@@ -67,15 +70,15 @@ def _pretrain(text_of: TextOf, columns: tuple[str, ...] = ()) -> Make:
 
 def conversations(
     kind: type[ConversationHandler],
-    read: Callable[[Mapping[str, Any], Columns], Any],
+    read: Callable[[Mapping[str, object], Columns], object],
     names: ColumnNames,
     has_tags: bool = False,
 ) -> Make:
     """A handler of conversations (`InstructionHandler`), pairs (`PairwiseHandler`) or labelled answers (`KtoHandler`).
 
     Args:
-        read: (record, what its columns are called) -> a Conversation, Pair or Judged; raises ValueError, with the
-            reason, for a record that is none.
+        read: (record, names of its columns) -> a Conversation, PreferencePair or Judged; raises ValueError with the
+            reason for a record that cannot be used.
         names: meanings and columns, for --map-keys; `read` gets a column's value from `Columns.get`.
         has_tags: whether keys and roles of messages have names as in ShareGPT.
     """
@@ -117,7 +120,7 @@ HANDLERS: dict[str, Make] = {
 
 
 def maker(name: str) -> Make:
-    """What makes the handler that `--handler-name` names: one of `HANDLERS`, or `module:function` of one's own.
+    """The function that makes the handler of `--handler-name`: one of `HANDLERS`, or the user's `module:function`.
 
     The current folder can be imported from. The function takes (PreprocessArgs, TokenizerFolder) and returns a
     `handler.Handler`; `conversations` makes such functions.
@@ -128,6 +131,8 @@ def maker(name: str) -> Make:
     if ":" not in name:
         return choose(HANDLERS, name, "--handler-name")
     module, _, function = name.partition(":")
+    if not module or not function:
+        raise UsageError(f"--handler-name {name}: give module:function, such as forum:forum for a function in forum.py")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -140,7 +145,7 @@ def maker(name: str) -> Make:
 
     def make(args: PreprocessArgs, tokenizer: TokenizerFolder) -> Handler:
         try:
-            handler = found(args, tokenizer)
+            handler = in_own_handler(name, found)(args, tokenizer)
         except TypeError as error:
             raise UsageError(f"--handler-name {name}: it takes (args, tokenizer): {error}") from None
         for attribute in ("outputs", "columns", "prepare", "documents"):
@@ -152,8 +157,29 @@ def maker(name: str) -> Make:
     return make
 
 
+def in_own_handler(name: str | None, function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, but an exception in the file of a user's handler becomes a `UsageError` with its line."""
+    module = sys.modules.get(name.partition(":")[0]) if name and ":" in name else None
+    if (file := getattr(module, "__file__", None)) is None:
+        return function
+
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        try:
+            return function(*args, **options)
+        except UsageError:
+            raise
+        except Exception as error:  # the user's own program
+            lines = [place.lineno for place in traceback.extract_tb(error.__traceback__) if place.filename == file]
+            if not lines:
+                raise
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UsageError(f"--handler-name {name}: {what} ({file}:{lines[-1]})") from error
+
+    return call
+
+
 def own_source(name: str | None) -> str | None:
-    """Digest of the file of a handler of one's own; None for ours."""
+    """Digest of the file of a user's handler; None for a built-in one."""
     if name is None or ":" not in name:
         return None
     maker(name)  # imports it

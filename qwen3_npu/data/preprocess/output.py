@@ -1,8 +1,8 @@
 """The output of a preprocessing run: several indexed datasets that grow together, and where to resume after an
 interruption.
 
-While it runs there are temporary files and, from the first finished part on, <prefix>.unfinished.json, which says how
-many blocks they hold. A part is finished when its bytes are on the disk; --resume truncates what lies behind it.
+During a run there are temporary files and, after the first finished part, <prefix>.unfinished.json with the number of
+blocks in them. A part is finished when its bytes are on the disk. --resume truncates the files after the last part.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -68,7 +67,7 @@ class DatasetOutput:
             self.unsaved += outputs[name].ids.nbytes
 
     def finish_part(self) -> None:
-        """When enough is written: flush it to the disk, then write the record."""
+        """If enough was written since the last part: flush it to the disk, then write the record."""
         if self.unsaved < PART_BYTES:
             return
         positions = {name: writer.position() for name, writer in self.writers.items()}
@@ -76,11 +75,11 @@ class DatasetOutput:
         write_text(self.record, json.dumps(saved))
         self.unsaved = 0
 
-    def publish(self, made: Mapping[str, Any]) -> None:
+    def publish(self, made: Mapping[str, object]) -> None:
         """Make everything visible.
 
         Args:
-            made: how the tokens were made (`TokenRecord.made`).
+            made: settings that determine the tokens (`TokenRecord.made`).
         """
         for writer in self.writers.values():
             writer.made = made
@@ -92,7 +91,7 @@ class DatasetOutput:
         return self.record.exists()
 
     def remove(self) -> None:
-        """Drop everything that is not published."""
+        """Delete everything that is not published."""
         for writer in self.writers.values():
             writer.abort()
         self.record.unlink(missing_ok=True)
@@ -155,11 +154,11 @@ def _in_order(part: Indexed) -> Iterator[np.ndarray]:
         yield part.tokens[start : start + _PIECE]
 
 
-def _made(prefixes: Sequence[str], key: str) -> Mapping[str, Any]:
-    """How all of the pairs were made; empty if that is not known of every one.
+def _made(prefixes: Sequence[str], key: str) -> Mapping[str, object]:
+    """The settings with which all pairs were made; empty if they are not known for every pair.
 
     Raises:
-        UsageError: they were made in different ways, which one training cannot learn.
+        UsageError: the settings differ, so the pairs do not fit into one training.
     """
     records = {prefix: found.made for prefix in prefixes if (found := find_record(prefix)) and found.made}
     for prefix, made in records.items():

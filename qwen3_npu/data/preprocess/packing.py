@@ -23,11 +23,11 @@ class PackRule(NamedTuple):
     """How to pack.
 
     Attributes:
-        length: tokens of a pack; one at least is padding.
-        pad: token of padding. Its label is -100.
+        length: tokens of a pack; at least one is padding.
+        pad: the padding token. Its label is -100.
         numbered: attention_mask holds the samples' numbers in the pack, from 1, and 0 for padding (--neat-pack);
             else 1 everywhere.
-        subsets: parts of the samples that are packed apart.
+        subsets: number of parts of the samples that are packed separately (--n-subs).
     """
 
     length: int
@@ -37,7 +37,7 @@ class PackRule(NamedTuple):
 
 
 def knapsacks(lengths: np.ndarray, capacity: int) -> Iterator[list[int]]:
-    """Samples that go together: always the longest that still fits; of equally long ones the last.
+    """Groups of samples: always take the longest sample that still fits; among equal ones the last.
 
     Args:
         lengths: tokens of each sample, none above `capacity`.
@@ -89,7 +89,7 @@ def pack(samples: Sequence[IndexedWriter], outputs: Sequence[IndexedWriter], rul
 
 
 def _groups(lengths: np.ndarray, rule: PackRule) -> Iterator[list[array]]:
-    """Packs of samples, some at a time."""
+    """Groups of samples, in batches."""
     group: list[array] = []
     step = max(len(lengths) // rule.subsets, 1)
     for start in range(0, len(lengths), step):

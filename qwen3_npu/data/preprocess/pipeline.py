@@ -1,4 +1,4 @@
-"""Records to documents in threads, in the order of the input, with progress and counts of what was left out."""
+"""Records to documents in threads, in the order of the input, with progress and counts of omitted records."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TypeVar
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.handler import Handler, Prepared, Produced, produce
+from qwen3_npu.data.preprocess.handlers import in_own_handler
 from qwen3_npu.data.read.blocks import RecordBlock, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.encoder import Encoder
@@ -31,10 +32,10 @@ class Totals:
     """Sums over all blocks so far.
 
     Attributes:
-        blocks, records: that were read.
-        bad: records that cannot be used.
-        documents, tokens: of each output.
-        counts: what else happened to records.
+        blocks, records: numbers that were read.
+        bad: number of records that cannot be used.
+        documents, tokens: numbers for each output.
+        counts: event -> number of records.
     """
 
     blocks: int = 0
@@ -63,9 +64,10 @@ class Totals:
 def documents(
     args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Future[Encoder], *, totals: Totals
 ) -> Iterator[tuple[RecordBlock, Produced]]:
-    """Each block and its documents, after those that `totals` counts already; keeps `totals` up to date.
+    """Each block and its documents, after those that `totals` counts already; updates `totals`.
 
-    One thread prepares blocks (Python runs one at a time anyway), even before the encoder is there; --workers encode.
+    One thread prepares blocks (Python runs one at a time anyway), even before the encoder is loaded. --workers threads
+    encode.
 
     Raises:
         UsageError: an input is damaged, or more records are broken than --max-bad-records.
@@ -74,18 +76,20 @@ def documents(
     counters = {"bytes": "B", "records": "records", "tokens": "tokens"}
     workers = args.output.workers or available_cpus()
     what = "check" if args.check.check else "preprocess"
+    prepare = in_own_handler(args.records.handler_name, handler.prepare)
+    make = in_own_handler(args.records.handler_name, produce)
     with (
         Progress(what, inputs.size or None, counters) as progress,
         ThreadPoolExecutor(1) as preparing,
         ThreadPoolExecutor(workers) as encoding,
-        contextlib.closing(in_order(preparing, handler.prepare, blocks, _PREPARED)) as prepared,
+        contextlib.closing(in_order(preparing, prepare, blocks, _PREPARED)) as prepared,
     ):
         for _ in range(totals.blocks):
             progress.counts["bytes"] += next(blocks).size
         waiting = dict.fromkeys(counters, 0)
 
         def encoded(item: tuple[RecordBlock, Prepared]) -> Produced:
-            return produce(handler, item[1], encoder.result())
+            return make(handler, item[1], encoder.result())
 
         for (block, _), produced in in_order(encoding, encoded, prepared, 2 * workers):
             _count_bad(produced, totals, args.records.max_bad_records)

@@ -1,11 +1,10 @@
-"""Handlers for pretraining: a record's text, and nothing else, becomes a document per output."""
+"""Handlers for pretraining: the text of a record becomes one document per output."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from qwen3_npu.data.read.blocks import BadRecord, RecordBlock, parse_block
 from qwen3_npu.data.text.encoder import Tokens
 
 # (record, column) -> text; raises ValueError.
-TextOf = Callable[[Mapping[str, Any], str], str]
+TextOf = Callable[[Mapping[str, object], str], str]
 
 # MindSpeed-LLM's text of an Alpaca record, letter by letter ("###None" where there is no input, too).
 _ALPACA = (
@@ -27,7 +26,7 @@ _ALPACA = (
 )
 
 
-def alpaca_text(record: Mapping[str, Any], column: str) -> str:
+def alpaca_text(record: Mapping[str, object], column: str) -> str:
     """An instruction, its input and the answer as one text."""
     given = record.get("input")
     return _ALPACA.format(
@@ -37,7 +36,7 @@ def alpaca_text(record: Mapping[str, Any], column: str) -> str:
     )
 
 
-def sharegpt_text(record: Mapping[str, Any], column: str) -> str:
+def sharegpt_text(record: Mapping[str, object], column: str) -> str:
     """All messages of a conversation, one after the other."""
     messages = value(record, column)
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
@@ -57,7 +56,7 @@ class PretrainHandler:
         self.text_of, self.outputs, self.columns, self.eod = text_of, keys, columns, eod
 
     def prepare(self, block: RecordBlock) -> Prepared:
-        """The texts that are not empty, those of each output together; the layout is how many each has."""
+        """The non-empty texts, grouped by output; the layout is the number of texts in each group."""
         records, bad = parse_block(block)
         texts: dict[str, list[str]] = {key: [] for key in self.outputs}
         for number, record in records:
@@ -86,7 +85,7 @@ class PretrainHandler:
 
 
 def _ended(tokens: Tokens, eod: int | None) -> Tokens:
-    """Each document with `eod` after it."""
+    """The documents, each followed by `eod`."""
     if eod is None or not len(tokens.lengths):
         return tokens
     lengths = tokens.lengths + 1

@@ -1,4 +1,4 @@
-"""Records of the common formats -> conversations. `--map-keys` names columns and roles that are called otherwise.
+"""Records of the common formats -> conversations. `--map-keys` renames columns and roles.
 
 Columns and their defaults are MindSpeed-LLM's (and LLaMA-Factory's).
 """
@@ -78,12 +78,12 @@ _MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *RE
 
 
 def _says(value: object) -> bool:
-    """Whether a value is there: 0 and false are."""
+    """Whether there is a value; 0 and false count as values."""
     return value is not None and value not in ("", [], {})
 
 
-def missing_column(record: Mapping[str, Any], column: str) -> str:
-    """That a record has no such column, and which it has."""
+def missing_column(record: Mapping[str, object], column: str) -> str:
+    """The message for a missing column, with the existing ones."""
     text = f"no column {column!r}; there is {', '.join(map(repr, record)) or 'none'}"
     for key, found in record.items():
         if isinstance(found, list) and found and isinstance(found[0], dict) and column in found[0]:
@@ -91,7 +91,7 @@ def missing_column(record: Mapping[str, Any], column: str) -> str:
     return text
 
 
-def value(record: Mapping[str, Any], column: str) -> Any:
+def value(record: Mapping[str, object], column: str) -> Any:
     """A column of a record. Raises: ValueError: the record has none, or nothing in it."""
     if column not in record:
         raise ValueError(missing_column(record, column))
@@ -100,7 +100,7 @@ def value(record: Mapping[str, Any], column: str) -> Any:
     return record[column]
 
 
-def text_value(record: Mapping[str, Any], column: str) -> str:
+def text_value(record: Mapping[str, object], column: str) -> str:
     """A column of text. Raises: ValueError: as `value`, or it is no text."""
     text = value(record, column)
     if not isinstance(text, str):
@@ -109,17 +109,18 @@ def text_value(record: Mapping[str, Any], column: str) -> str:
 
 
 class Columns:
-    """What the columns (and for ShareGPT the roles) of a record are called.
+    """The names of a record's columns (and for ShareGPT of its roles).
 
     Attributes:
         names: meaning -> column; None or "" if there is none.
-        tags: likewise for the keys and roles of messages.
+        tags: the same for the keys and roles of messages.
     """
 
-    def __init__(self, defaults: ColumnNames, map_keys: Mapping[str, Any] | None, *, has_tags: bool = False) -> None:
-        """Raises: UsageError: --map-keys maps what these records do not have."""
+    def __init__(self, defaults: ColumnNames, map_keys: Mapping[str, object] | None, *, has_tags: bool = False) -> None:
+        """Raises: UsageError: --map-keys names something that these records do not have."""
         given = dict(map_keys or {})
         tags = given.pop("tags", None) if has_tags else None
+        names: dict[str, str | None] = {}
         for name, column in given.items():
             if name not in defaults:
                 known = [*defaults, *(["tags"] if has_tags else [])]
@@ -128,7 +129,8 @@ class Columns:
                 )
             if column is not None and not isinstance(column, str):
                 raise UsageError(f"--map-keys: {name!r} must be mapped to a column's name, not to {column!r}")
-        self.names: ColumnNames = {**defaults, **given}
+            names[name] = column
+        self.names: ColumnNames = {**defaults, **names}
         self.mapped = frozenset(given)
         self.telling = {name: None for name in _TELLING if name not in self.names.values()}.keys()
         self.says_learned = {*LEARN_KEYS, *MASK_KEYS} - set(self.names.values())
@@ -150,17 +152,17 @@ class Columns:
         return {tag: given.get(tag) for tag in TAGS}
 
     def all(self) -> list[str]:
-        """Every column to read, with those that are only looked at."""
+        """Every column to read, also those that are only checked."""
         return [*filter(None, self.names.values()), *_TELLING, *LEARN_KEYS, *MASK_KEYS]
 
-    def leaves_out(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record says beside its messages that it is not to be learned; see `is_left_out`."""
+    def leaves_out(self, record: Mapping[str, object]) -> bool:
+        """Whether a key beside the messages excludes the whole record from training; see `is_left_out`."""
         if self.says_learned.isdisjoint(record):  # seldom, and this is asked of every record
             return False
         return is_left_out({key: record[key] for key in self.says_learned & record.keys()})
 
-    def unused(self, record: Mapping[str, Any]) -> list[str]:
-        """Columns that would change the conversation made of a record, but are not read; for telling the user."""
+    def unused(self, record: Mapping[str, object]) -> list[str]:
+        """Columns that would change the conversation of a record but are not read, for a message."""
         found = []
         if not self.telling.isdisjoint(record):  # seldom, and this is asked of every record
             found = [f"column {name!r}" for name in self.telling if record.get(name)]
@@ -170,8 +172,8 @@ class Columns:
             found += [f"message key {key!r} (thoughts are read from 'reasoning_content')" for key in sorted(keys)]
         return found
 
-    def unknown(self, record: Mapping[str, Any]) -> list[str]:
-        """Keys of a record and its messages that are neither read nor known as metadata; for --check."""
+    def unknown(self, record: Mapping[str, object]) -> list[str]:
+        """Keys of a record and its messages that are neither read nor known as metadata, for --check."""
         read = {*filter(None, self.names.values()), *self.telling, *_METADATA}
         found = [
             f"key {key!r} of a record is not used" for key, value in record.items() if key not in read and _says(value)
@@ -183,7 +185,7 @@ class Columns:
             found += [f"key {key!r} of a message is not used" for key in keys if key not in read and _says(keys[key])]
         return found
 
-    def get(self, record: Mapping[str, Any], name: str) -> Any:
+    def get(self, record: Mapping[str, object], name: str) -> Any:
         """The value with this meaning; None if there is none.
 
         Raises:
@@ -197,25 +199,25 @@ class Columns:
             raise ValueError(f"{missing_column(record, column)}; {self._remedy(record, name)}")
         return found
 
-    def _remedy(self, record: Mapping[str, Any], name: str) -> str:
-        """How to name a column that is called otherwise."""
+    def _remedy(self, record: Mapping[str, object], name: str) -> str:
+        """The remedy for a missing column: a --map-keys that renames it."""
         others = [key for key in record if key not in self.names.values() and isinstance(key, str)]
         likely = next((key for key in _ALIASES.get(name, ()) if key in others), None) or "COLUMN"
         return f"if it is called otherwise, --map-keys '{json.dumps({name: likely}, ensure_ascii=False)}'"
 
-    def optional_text(self, record: Mapping[str, Any], name: str) -> str | None:
-        """Likewise, as text. Raises: ValueError: also if it is something else."""
+    def optional_text(self, record: Mapping[str, object], name: str) -> str | None:
+        """The value as text. Raises: ValueError: see `get`; or it is no text."""
         text = self.get(record, name)
         if text is None or isinstance(text, str):
             return text
         raise ValueError(f"column {self.names[name]!r} is not text but {type(text).__name__}")
 
-    def text(self, record: Mapping[str, Any], name: str) -> str:
-        """Likewise; empty if there is none."""
+    def text(self, record: Mapping[str, object], name: str) -> str:
+        """The value as text; empty if there is none."""
         return self.optional_text(record, name) or ""
 
 
-def alpaca(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def alpaca(record: Mapping[str, object], columns: Columns) -> Conversation:
     """Instruction, input, output; earlier turns in `history`."""
     answer = columns.get(record, "response")
     if isinstance(answer, list) and len(answer) == 1:
@@ -225,7 +227,7 @@ def alpaca(record: Mapping[str, Any], columns: Columns) -> Conversation:
     return alpaca_turns(record, columns, Message(ASSISTANT, answer))
 
 
-def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def alpaca_pair(record: Mapping[str, object], columns: Columns) -> PreferencePair:
     """As `alpaca`, with two answers."""
     chosen, rejected = columns.get(record, "chosen"), columns.get(record, "rejected")
     if isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected:
@@ -235,8 +237,8 @@ def alpaca_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair:
     return PreferencePair(alpaca_turns(record, columns), Message(ASSISTANT, chosen), Message(ASSISTANT, rejected))
 
 
-def alpaca_turns(record: Mapping[str, Any], columns: Columns, *answer: Message) -> Conversation:
-    """Instruction and input after the turns of `history`, and the answers given."""
+def alpaca_turns(record: Mapping[str, object], columns: Columns, *answer: Message) -> Conversation:
+    """The turns of `history`, then instruction and input, then the given answers."""
     messages: list[Message] = []
     for turn in columns.get(record, "history") or ():
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
@@ -246,7 +248,7 @@ def alpaca_turns(record: Mapping[str, Any], columns: Columns, *answer: Message) 
     return Conversation((*messages, Message(USER, question), *answer), columns.optional_text(record, "system"))
 
 
-def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def sharegpt(record: Mapping[str, object], columns: Columns) -> Conversation:
     """Turns of two sides; a system message may come first."""
     conversation = sharegpt_turns(record, columns)
     if len(conversation.messages) % 2:
@@ -254,7 +256,7 @@ def sharegpt(record: Mapping[str, Any], columns: Columns) -> Conversation:
     return checked_conversation(conversation)
 
 
-def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def sharegpt_pair(record: Mapping[str, object], columns: Columns) -> PreferencePair:
     """As `sharegpt` up to a question, with two answers."""
     prompt = sharegpt_turns(record, columns)
     if len(prompt.messages) % 2 == 0:
@@ -268,7 +270,7 @@ def sharegpt_pair(record: Mapping[str, Any], columns: Columns) -> PreferencePair
     return PreferencePair(prompt, *answers)
 
 
-def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def sharegpt_turns(record: Mapping[str, object], columns: Columns) -> Conversation:
     """Turns of two sides; either side may be last."""
     messages, tags = columns.get(record, "messages"), columns.tags
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
@@ -280,8 +282,8 @@ def sharegpt_turns(record: Mapping[str, Any], columns: Columns) -> Conversation:
     return Conversation(turns, system, tools_of(columns.get(record, "tools")))
 
 
-def _sharegpt_message(message: Mapping[str, Any], place: int, tags: ColumnNames) -> Message:
-    """The message at an even place is asked, at an odd place answered."""
+def _sharegpt_message(message: Mapping[str, object], place: int, tags: ColumnNames) -> Message:
+    """A message: a question at an even place, an answer at an odd place."""
     role = message.get(str(tags["role_tag"]))
     asked = {tags["user_tag"]: USER, tags["observation_tag"]: TOOL}
     answered = {tags["assistant_tag"]: ASSISTANT, tags["function_tag"]: "function"}
@@ -298,7 +300,7 @@ def _sharegpt_message(message: Mapping[str, Any], place: int, tags: ColumnNames)
     return Message(expected[role], content, learned=chosen)
 
 
-def openai(record: Mapping[str, Any], columns: Columns) -> Conversation:
+def openai(record: Mapping[str, object], columns: Columns) -> Conversation:
     """Messages with role, content, reasoning_content and tool_calls, in any order that starts with a question."""
     messages = columns.get(record, "messages")
     system = columns.optional_text(record, "system")
@@ -306,11 +308,11 @@ def openai(record: Mapping[str, Any], columns: Columns) -> Conversation:
 
 
 def judged(
-    read: Callable[[Mapping[str, Any], Columns], Conversation],
-) -> Callable[[Mapping[str, Any], Columns], Judged]:
-    """A reader of conversations -> one of conversations with a label."""
+    read: Callable[[Mapping[str, object], Columns], Conversation],
+) -> Callable[[Mapping[str, object], Columns], Judged]:
+    """A reader of labelled conversations, made from a reader of conversations."""
 
-    def read_judged(record: Mapping[str, Any], columns: Columns) -> Judged:
+    def read_judged(record: Mapping[str, object], columns: Columns) -> Judged:
         label = columns.get(record, "label")
         text = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip().lower()
         if text not in _LABELS:

@@ -1,4 +1,4 @@
-"""`preprocess_data.py`: read, encode and write, all at once, in the order of the input."""
+"""`preprocess_data.py`: read, encode and write concurrently, in the order of the input."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _WITHOUT_EFFECT = {
 
 
 def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
-    """Do what the command line says; the exit status.
+    """Run the preprocessing that the command line describes. Returns the exit status.
 
     Args:
-        loading: the tokenizer, if it is being loaded already.
+        loading: the tokenizer, if loading has started already.
 
     Raises:
         UsageError: an input, the tokenizer or the output cannot be used, or records are broken.
@@ -80,7 +80,7 @@ def preprocess(args: PreprocessArgs, loading: Loading | None = None) -> int:
 
 
 def _lease(prefix: str) -> Lease:
-    """Of the output: two runs would mix their files."""
+    """A lease of the output, since two runs would mix their files."""
     return Lease(Path(f"{prefix}.lease"), f"--output-prefix {prefix}", "give another --output-prefix")
 
 
@@ -141,7 +141,7 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: DatasetOutpu
 
 
 def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> dict[str, Any]:
-    """How the data were made, for the record that a training reads (`TokenRecord.made`)."""
+    """The settings that determine the tokens, for the record that a training reads (`TokenRecord.made`)."""
     made = {"tokenizer": tokenizer.identity}
     if args.instruction.prompt_type is not None:
         made["prompt_type"] = resolved(args.instruction.prompt_type, tokenizer)
@@ -167,7 +167,7 @@ def identifying_flags(args: PreprocessArgs) -> list[tuple[str, Any]]:
 
 
 def _identity(args: PreprocessArgs, inputs: Inputs, tokenizer: TokenizerFolder) -> str:
-    """Changes with whatever changes the output."""
+    """A digest of everything that determines the output."""
     everything: list[Any] = [inputs.identity(), tokenizer.identity, identifying_flags(args)]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 

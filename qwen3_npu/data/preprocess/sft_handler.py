@@ -6,7 +6,7 @@ import abc
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,12 +30,12 @@ LABEL = "packed_answer_desirable"
 
 
 class Style(NamedTuple):
-    """How conversations are written.
+    """How conversations become tokens.
 
     Attributes:
         thinking: --enable-thinking.
-        longest: most tokens of a sample, its eod included; None: no limit.
-        cut: cut longer samples; else leave them out.
+        longest: maximum number of tokens of a sample, its eod included; None: no limit.
+        cut: truncate longer samples; else omit them.
         eod: token after each sample, if any.
     """
 
@@ -50,17 +50,19 @@ Sample = TypeVar("Sample", Conversation, PreferencePair, Judged)  # what a recor
 
 
 class ConversationHandler(abc.ABC, Generic[Sample]):
-    """Common part of the handlers of conversations: records to strings.
+    """Base class of the handlers of conversations: records to strings.
 
     Attributes:
-        look: a conversation (or pair) -> warnings; set by --check.
+        kind: type of the samples.
+        look: (conversation or pair) -> warnings; set by --check.
     """
 
     outputs: Sequence[str] = ()
+    kind: type[Sample]
     look: Callable[[Sample], Iterable[str]] | None = None
 
-    def __init__(self, read: Callable[[Mapping[str, Any], Columns], Sample], columns: Columns, style: Style) -> None:
-        self.read: Callable[[Mapping[str, Any], Columns], Sample] = read
+    def __init__(self, read: Callable[[Mapping[str, object], Columns], Sample], columns: Columns, style: Style) -> None:
+        self.read: Callable[[Mapping[str, object], Columns], Sample] = read
         self.names, self.style = columns, style
         self.columns: Sequence[str] = columns.all()
 
@@ -75,7 +77,7 @@ class ConversationHandler(abc.ABC, Generic[Sample]):
         """The documents of each output; the layout is (strings of each part, parts and `tag` of each sample)."""
 
     def tag(self, conversation: Sample) -> int:
-        """What `documents` must know of a sample beside its tokens."""
+        """A number that `documents` needs beside the tokens of a sample."""
         return 0
 
     def prepare(self, block: RecordBlock) -> Prepared:
@@ -98,6 +100,9 @@ class ConversationHandler(abc.ABC, Generic[Sample]):
             before = len(strings)
             try:
                 conversation = self.read(record, self.names)
+                if not isinstance(conversation, self.kind):
+                    given, wanted = type(conversation).__name__, self.kind.__name__
+                    raise ValueError(f"{self.read.__name__}() of the handler returned a {given}, not a {wanted}")
                 _count(conversation, counts)
                 for text in set(self.look(conversation)) if self.look else ():
                     warnings.setdefault(text, []).append(number)
@@ -118,6 +123,7 @@ class InstructionHandler(ConversationHandler[Conversation]):
     """input_ids, attention_mask (ones) and labels of each conversation."""
 
     outputs = ("packed_input_ids", "packed_attention_mask", "packed_labels")
+    kind = Conversation
 
     def pieces(self, conversation: Conversation) -> Iterable[list[str]]:
         """The source and the target of each turn."""
@@ -135,7 +141,7 @@ class InstructionHandler(ConversationHandler[Conversation]):
     def _fitted(
         self, ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray, turns: np.ndarray, *, counts: Counter[str]
     ) -> tuple[Tokens, Tokens]:
-        """Every sample within the limit, with something to learn, and its eod.
+        """The samples that have tokens to learn, truncated to the limit, with their eod.
 
         Args:
             sizes: [turns, 2], tokens of the source and of the target of each turn.
@@ -196,6 +202,7 @@ class PairwiseHandler(ConversationHandler[PreferencePair]):
         "packed_rejected_input_ids",
         "packed_rejected_labels",
     )
+    kind = PreferencePair
 
     def pieces(self, conversation: PreferencePair) -> Iterable[list[str]]:
         """The prompt and both answers."""
@@ -218,6 +225,7 @@ class KtoHandler(ConversationHandler[Judged]):
     """An answer to a prompt as ids and labels, and whether it is desirable: one number, 1 or 0."""
 
     outputs = ("packed_answer_input_ids", "packed_answer_labels", LABEL)
+    kind = Judged
 
     def pieces(self, conversation: Judged) -> Iterable[list[str]]:
         """The prompt and the answer."""
@@ -247,7 +255,7 @@ class KtoHandler(ConversationHandler[Judged]):
 
 
 def _fitted(style: Style, prompt: np.ndarray, answers: Sequence[np.ndarray], counts: Counter[str]) -> list[np.ndarray]:
-    """Ids and labels of each answer after the prompt, within the limit; empty: the sample is left out."""
+    """Ids and labels of each answer after the prompt, within the limit; empty if the sample is omitted."""
     longest, answer = style.longest, max(map(len, answers))
     if longest is not None and len(prompt) + answer > longest:
         counts[CUT if style.cut else DROPPED] += 1

@@ -1,6 +1,6 @@
-"""Blocks: consecutive records of one file, about a megabyte. How a file is divided into blocks depends on the file
-alone. One thread reads and divides; `parse_block` makes records of a block in another. Memory does not grow with a
-file.
+"""Blocks: consecutive records of one file, about a megabyte. The division into blocks depends on the file alone. One
+thread reads and divides the file, and `parse_block` parses a block in another thread. Memory does not grow with the
+size of a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RecordBlock:
     """Consecutive records of one file.
 
     Attributes:
-        file: its name, for messages.
+        file: name of the file, for messages.
         numbers: the line (or row, where the format has no lines) of each record, from 1.
         items: undecoded records (JSON or text lines, rows of a table), as many as numbers.
         decode: one undecoded record -> a dict of columns; raises ValueError.
@@ -34,7 +34,7 @@ class RecordBlock:
     file: str
     numbers: Sequence[int]
     items: Sequence[Any]
-    decode: Callable[[Any], dict[str, Any]]
+    decode: Callable[[Any], dict[str, object]]
     size: int
 
     def head(self, count: int) -> RecordBlock:
@@ -54,7 +54,7 @@ class BadRecord:
         return f"{self.file}:{self.number}: {self.reason}"
 
 
-def parse_block(block: RecordBlock) -> tuple[list[tuple[int, dict[str, Any]]], list[BadRecord]]:
+def parse_block(block: RecordBlock) -> tuple[list[tuple[int, dict[str, object]]], list[BadRecord]]:
     """The records of a block with their numbers, and those that cannot be read."""
     records, bad = [], []
     for number, item in zip(block.numbers, block.items, strict=True):
@@ -92,9 +92,9 @@ class InputStream:
 
 
 class Splitter:
-    """Collects records of a format that has to be read record by record, into blocks."""
+    """Collects records into blocks, for formats that must be read record by record."""
 
-    def __init__(self, file: InputFile, stream: InputStream, decode: Callable[[Any], dict[str, Any]]) -> None:
+    def __init__(self, file: InputFile, stream: InputStream, decode: Callable[[Any], dict[str, object]]) -> None:
         self.file, self.stream, self.decode = str(file.path), stream, decode
         self.before = 0
         self._start()
@@ -105,7 +105,7 @@ class Splitter:
         self.length = 0
 
     def add(self, number: int, item: object, length: int) -> Iterator[RecordBlock]:
-        """Take a record of about `length` bytes; gives the block that it filled, if any."""
+        """Add a record of about `length` bytes. Returns the block if this record completes it."""
         self.numbers.append(number)
         self.items.append(item)
         self.length += length
@@ -134,7 +134,7 @@ def open_stream(file: InputFile) -> Iterator[InputStream]:
             yield InputStream(io.BufferedReader(inflated, BLOCK_BYTES), raw.tell)
 
 
-def checked_row(row: object) -> dict[str, Any]:
+def checked_row(row: object) -> dict[str, object]:
     """A parsed JSON value as a record. Raises: ValueError: it is none."""
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}")

@@ -1,4 +1,4 @@
-"""Which files `--input` means: files, folders, patterns, dataset folders; formats are never guessed."""
+"""Find the files of `--input`: files, folders, patterns, dataset folders. Formats are never guessed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def find_files(inputs: Sequence[str]) -> list[InputFile]:
     """The data files that `inputs` name, in the order of the names given and of the file names within each.
 
     Raises:
-        UsageError: nothing there, an unknown format, or a folder that holds several.
+        UsageError: a file is missing, its format is unknown, or a folder holds several formats.
     """
     return [file for name in inputs for file in _find(name)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
 from qwen3_npu.data.read.blocks import BLOCK_BYTES, RecordBlock, Splitter, checked_row, open_stream
 from qwen3_npu.data.read.find import InputFile
@@ -17,7 +17,7 @@ _SPACE = b"\xef\xbb\xbf \t\r\n"
 
 
 def read_json_records(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
-    """The first character tells which of both it is."""
+    """Read an array or lines; the first character decides which."""
     with open_stream(file) as stream:
         if stream.reader.peek(4096).lstrip(_SPACE).startswith(b"["):
             splitter = Splitter(file, stream, checked_row)
@@ -38,7 +38,7 @@ class _Array:
         self.buffer, self.position, self.ended, self.count = "", 0, False, 0
         self.lines = 0  # before the buffer
 
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
+    def __iter__(self) -> Iterator[tuple[object, int]]:
         self._mark()
         self.position += 1  # the opening bracket
         while (mark := self._mark()) != "]":
@@ -58,7 +58,7 @@ class _Array:
             )
 
     def _line(self) -> int:
-        """The number of the line that the position is on."""
+        """The line number of the current position."""
         return self.lines + self.buffer.count("\n", 0, self.position) + 1
 
     def _broken(self, what: str) -> UsageError:
@@ -83,7 +83,7 @@ class _Array:
                 return self.buffer[self.position : self.position + 1]
             self._more()
 
-    def _element(self) -> tuple[Any, int]:
+    def _element(self) -> tuple[object, int]:
         while True:
             try:
                 element, end = json.JSONDecoder().raw_decode(self.buffer, self.position)

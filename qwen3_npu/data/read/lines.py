@@ -9,7 +9,6 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import orjson
 
@@ -51,7 +50,7 @@ def read_text_lines(file: InputFile, columns: Sequence[str]) -> Iterator[RecordB
 
 
 def line_blocks(
-    file: InputFile, stream: InputStream, decode: Callable[[bytes], dict[str, Any]]
+    file: InputFile, stream: InputStream, decode: Callable[[bytes], dict[str, object]]
 ) -> Iterator[RecordBlock]:
     """Blocks of whole lines."""
     rest, number, before = b"", 1, 0
@@ -67,7 +66,7 @@ def line_blocks(
 
 
 def _block(
-    file: InputFile, lines: list[bytes], number: int, decode: Callable[[bytes], dict[str, Any]], *, size: int
+    file: InputFile, lines: list[bytes], number: int, decode: Callable[[bytes], dict[str, object]], *, size: int
 ) -> RecordBlock:
     numbers: Sequence[int] = range(number, number + len(lines))
     if not all(map(bytes.strip, lines)):
@@ -76,7 +75,7 @@ def _block(
     return RecordBlock(str(file.path), numbers, lines, decode, size=size)
 
 
-def json_record(line: bytes) -> dict[str, Any]:
+def json_record(line: bytes) -> dict[str, object]:
     """One line of JSON -> a record. Raises: ValueError: it is none."""
     try:
         record = orjson.loads(line)
@@ -89,8 +88,8 @@ def json_record(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _lenient_json(line: bytes, error: Exception) -> dict[str, Any]:
-    """What Python's writer makes and strict JSON refuses, such as NaN."""
+def _lenient_json(line: bytes, error: Exception) -> dict[str, object]:
+    """JSON that Python writes and strict JSON refuses, such as NaN."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as wrong:
@@ -121,7 +120,7 @@ def check_shape(file: InputFile, stream: InputStream) -> None:
         )
 
 
-def _text_record(line: bytes) -> dict[str, Any]:
+def _text_record(line: bytes) -> dict[str, object]:
     try:
         return {"text": line.removesuffix(b"\r").decode("utf-8")}
     except UnicodeDecodeError as error:
@@ -175,7 +174,7 @@ def read_csv(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
             raise UsageError(f"{file.path}:{rows.line_num}: {error}; a quote is probably not closed") from None
 
 
-def _csv_record(header: list[str], row: list[str]) -> dict[str, Any]:
+def _csv_record(header: list[str], row: list[str]) -> dict[str, object]:
     if len(row) != len(header):
         raise ValueError(f"{len(row)} values, but the first line names {len(header)} columns")
     if any(map(_SURROGATE.search, row)):

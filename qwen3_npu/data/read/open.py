@@ -1,4 +1,4 @@
-"""Everything that `--input` names, as one stream of blocks."""
+"""All files of `--input` as one stream of blocks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Inputs:
         return sum(file.size for file in self.files)
 
     def identity(self) -> list[Any]:
-        """Changes when a file does: its path, size and time."""
+        """Path, size and time of each file; changes when a file does."""
         stats = [(str(f.path), f.size, f.path.stat().st_mtime_ns) for f in self.files]
         return [*stats, self.dataset, sorted(self.dataset_arguments.items())]
 
@@ -55,7 +55,7 @@ class Inputs:
         """All records, in order.
 
         Args:
-            columns: what the handler needs; tables are read by columns.
+            columns: the columns that the handler needs; of tables only these are read.
 
         Raises:
             UsageError: a file is damaged or not what its name says.
@@ -74,7 +74,7 @@ class Inputs:
 
 
 def open_inputs(names: Sequence[str], parameters: str | None = None) -> Inputs:
-    """Find what `--input` names.
+    """Find the files (or the dataset) of `--input`.
 
     Args:
         parameters: a JSON file with arguments of datasets.load_dataset.

@@ -13,7 +13,7 @@ from qwen3_npu.errors import UsageError
 
 _MOST_ROWS = 1024
 # Of one value, from what Arrow makes of it to what was written; None where both are the same.
-Decode = Callable[[Any], Any] | None
+RowDecoder = Callable[[Any], Any] | None
 
 
 def read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
@@ -66,7 +66,7 @@ def _rows_per_block(size: int, rows: int) -> int:
 
 
 def _batch_blocks(
-    file: str, batch: Any, number: int, bytes_per_row: float, *, rows: int, decode: Callable[[Any], dict[str, Any]]
+    file: str, batch: Any, number: int, bytes_per_row: float, *, rows: int, decode: Callable[[Any], dict[str, object]]
 ) -> Iterator[RecordBlock]:
     for start in range(0, batch.num_rows, rows):
         part = batch.slice(start, rows)
@@ -82,20 +82,20 @@ def _rows(batch: Any) -> Sequence[Any]:
         return [_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
-def _row(batch: Any) -> dict[str, Any] | str:
+def _row(batch: Any) -> dict[str, object] | str:
     try:
         return batch.to_pylist()[0]
     except UnicodeDecodeError:
         return "not UTF-8"
 
 
-def _row_decoder(schema: Any) -> Callable[[Any], dict[str, Any]]:
+def _row_decoder(schema: Any) -> Callable[[Any], dict[str, object]]:
     """From a row of a table with this schema to a record."""
     found = {field.name: decode for field in schema if (decode := _decoder(field))}
     return functools.partial(_record, found)
 
 
-def _record(decoders: Mapping[str, Callable[[Any], Any]], row: Any) -> dict[str, Any]:
+def _record(decoders: Mapping[str, Callable[[Any], Any]], row: Any) -> dict[str, object]:
     if isinstance(row, str):
         raise ValueError(row)
     for name, decode in decoders.items():
@@ -104,10 +104,10 @@ def _record(decoders: Mapping[str, Callable[[Any], Any]], row: Any) -> dict[str,
     return row
 
 
-def _decoder(field: Any) -> Decode:
-    """JSON columns (`arrow.json`, which `datasets` 5 writes) hold text; structs hold every key of any row, as null.
+def _decoder(field: Any) -> RowDecoder:
+    """JSON columns (`arrow.json`, which `datasets` 5 writes) hold text. Structs hold the keys of all rows, or null.
 
-    Those nulls were never written: they are dropped, and with them those that were, which a struct cannot tell apart.
+    These nulls are dropped. Nulls that the author wrote are dropped with them: a struct cannot tell them apart.
     """
     import pyarrow as pa
 
@@ -132,7 +132,7 @@ def _json(text: str) -> Any:
         raise ValueError(f"a JSON column holds no JSON: {error}") from None
 
 
-def _struct(decoders: Mapping[str, Decode], value: Mapping[str, Any]) -> dict[str, Any]:
+def _struct(decoders: Mapping[str, RowDecoder], value: Mapping[str, object]) -> dict[str, object]:
     kept = {name: inner for name, inner in value.items() if inner is not None}
     return {name: decode(inner) if (decode := decoders[name]) else inner for name, inner in kept.items()}
 
@@ -141,7 +141,7 @@ def _list(decode: Callable[[Any], Any], value: Sequence[Any]) -> list[Any]:
     return [inner if inner is None else decode(inner) for inner in value]
 
 
-def _dataset_record(row: Mapping[str, Any]) -> dict[str, Any]:
+def _dataset_record(row: Mapping[str, object]) -> dict[str, object]:
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -152,7 +152,7 @@ def _without_nulls(value: object) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def read_dataset(name: str, arguments: dict[str, Any]) -> Iterator[RecordBlock]:
+def read_dataset(name: str, arguments: dict[str, object]) -> Iterator[RecordBlock]:
     """Rows of a Hugging Face dataset, streamed.
 
     Args:

@@ -1,8 +1,8 @@
-"""Where the answers are in a text that a chat template wrote.
+"""Find the answers in a text that a chat template wrote.
 
-A template with `{% generation %}` says it. For any other, the conversation is rendered once more with a mark after
-each answer. The text before an answer is the generation prompt, or its first lines (a template may
-open a thought before the last answer only).
+A template with `{% generation %}` marks them. With any other template, the conversation is rendered again with a mark
+after each answer. The text before an answer is the generation prompt, or its first lines (a template may open a thought
+before the last answer only).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Message
 
 
 class Rendering(Protocol):
-    """A chat template that is applied (see `chat_template.Renderer`)."""
+    """A function that applies a chat template (see `chat_template.Renderer`)."""
 
     marks_answers: bool
 
@@ -23,7 +23,7 @@ class Rendering(Protocol):
         """The text of a conversation."""
 
     def generations(self, conversation: Conversation, thinking: bool | None) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and where the template says that answers are."""
+        """The text, and the spans that the template marks as answers."""
 
 
 class Rendered:
@@ -37,11 +37,11 @@ class Rendered:
 
     @functools.cached_property
     def mark(self) -> str:
-        """Characters of a private area that do not occur in the text."""
+        """Characters of a private-use area that do not occur in the text."""
         return next(pair for c in range(0xE000, 0xF8FF) if (pair := chr(c) * 2) not in self.text)
 
     def marked(self, numbers: Sequence[int]) -> str:
-        """The text with a mark behind what these answers say."""
+        """The text with a mark after the content of these answers."""
         messages = list(self.conversation.messages)
         for i in numbers:
             messages[i] = _marked(messages[i], self.mark)
@@ -49,7 +49,7 @@ class Rendered:
 
 
 def ends_turn(render: Rendering, special: Mapping[str, int]) -> str:
-    """The token that a template writes behind an answer; "" if it cannot be determined."""
+    """The token that a template writes after an answer; "" if it cannot be determined."""
     question, answer = Message("user", "x"), Message(ASSISTANT, "\ue000\ue000")
     try:
         text = render(Conversation((question, answer)), None)
@@ -61,11 +61,11 @@ def ends_turn(render: Rendering, special: Mapping[str, int]) -> str:
 
 
 def find_answers(rendered: Rendered, opening: str, end: str) -> list[tuple[int, int]]:
-    """From where to where each learned answer goes in the text; the token that ends it belongs to it.
+    """The span of each learned answer in the text, with the token that ends it.
 
     Args:
-        opening: what the template writes before an answer.
-        end: the token that ends one.
+        opening: text that the template writes before an answer.
+        end: the token that ends an answer.
 
     Raises:
         ValueError: it cannot be determined.
@@ -103,7 +103,7 @@ def _said_by_template(rendered: Rendered) -> list[tuple[int, int]]:
 
 
 def _ends(rendered: Rendered) -> list[int]:
-    """Where what is said ends in the text, of each answer."""
+    """The end of each answer's content in the text."""
     parts = rendered.marked(rendered.answers).split(rendered.mark)
     if len(parts) == len(rendered.answers) + 1 and "".join(parts) == rendered.text:
         ends, position = [], 0
@@ -130,7 +130,7 @@ def _openings(opening: str) -> list[str]:
 
 
 def _start(rendered: Rendered, number: int, between: tuple[int, int], openings: Sequence[str]) -> int:
-    """Where an answer starts."""
+    """The position where an answer starts."""
     text = rendered.text
     for opening in openings:
         place = text.find(opening, *between)
@@ -147,7 +147,7 @@ def _start(rendered: Rendered, number: int, between: tuple[int, int], openings: 
 
 
 def _marked(message: Message, mark: str) -> Message:
-    """A message with a mark behind what it says: its text, or else the name of the first function that it calls."""
+    """A message with a mark after its text, or, without text, after the name of the first function that it calls."""
     content = message.content.rstrip()
     if content or not message.calls:
         content += mark + message.content[len(content) :]

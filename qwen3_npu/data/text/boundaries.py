@@ -1,4 +1,4 @@
-"""Where a text may be split so that its parts have the tokens of the full text."""
+"""Positions at which a text may be split so that its parts have the tokens of the full text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Boundaries:
 
     @functools.cached_property
     def reference(self) -> Tokenizer:
-        """Hugging Face's `tokenizers`, which says where in the text tokens are; loaded when first needed."""
+        """Hugging Face's `tokenizers`, which gives the positions of tokens in the text; loaded when first needed."""
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(self.file)
 
     def at(self, text: str, cut: int) -> int:
-        """The position, moved to the start of the token that it would split (transformers counts it to what follows).
+        """The position, moved to the start of the token that it would split (so does transformers).
 
         Raises:
             ValueError: the parts would not have the tokens of the full text.

@@ -27,7 +27,7 @@ _OPENED, _CLOSED = "\ue010", "\ue011"
 
 
 def chat_templates(tokenizer: TokenizerFolder) -> dict[str, str]:
-    """The chat templates of a tokenizer folder by name; `default` is the only one as a rule. Empty: there is none.
+    """The chat templates of a tokenizer folder by name, usually `default` only; empty if there is none.
 
     Raises:
         UsageError: a file cannot be read, or tokenizer_config.json holds something else there.
@@ -58,7 +58,7 @@ def chat_templates(tokenizer: TokenizerFolder) -> dict[str, str]:
 
 
 def hf_template(tokenizer: TokenizerFolder) -> Template:
-    """The tokenizer's chat template as a way to write conversations.
+    """The tokenizer's chat template as a `Template`.
 
     Raises:
         UsageError: there is none, or it is broken.
@@ -112,7 +112,7 @@ class Named(NamedTuple):
     end: str
 
     def opening(self, thinking: bool | None) -> str:
-        """What the template writes before an answer; "" if that is nothing or cannot be determined."""
+        """The text that the template writes before an answer; "" if there is none or it cannot be determined."""
         return self.renderer.opening(thinking)
 
 
@@ -124,7 +124,7 @@ class _Chosen:
         self.compiled: dict[str, Named] = {}
 
     def of(self, tools: Sequence[Any] | None) -> Named:
-        """The template for a conversation with these tools, as transformers' get_chat_template chooses it.
+        """The template for a conversation with these tools, chosen as in transformers' get_chat_template.
 
         Raises:
             UsageError: there are several, and none is the default.
@@ -149,7 +149,7 @@ class Renderer:
     """
 
     def __init__(self, source: str, tokenizer: TokenizerFolder) -> None:
-        """Raises: UsageError: the template is no Jinja."""
+        """Raises: UsageError: the template is not valid Jinja."""
         import jinja2
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -194,12 +194,12 @@ class Renderer:
     def text(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[Mapping[str, object]] | None,
         thinking: bool | None,
         *,
         ask: bool = False,
     ) -> str:
-        """Likewise, of messages as the template sees them."""
+        """The same for messages in the form that the template sees."""
         variables = dict(self.variables)
         if thinking is not None:
             variables["enable_thinking"] = thinking
@@ -239,7 +239,7 @@ class Renderer:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  (as long as the command)
     def opening(self, thinking: bool | None) -> str:
-        """What the template writes before an answer; "" if it refuses a plain question or writes nothing."""
+        """The text that the template writes before an answer; "" if it refuses a plain question or writes nothing."""
         question = Conversation((Message("user", "x"),))
         try:
             told, asked = self(question, thinking), self(question, thinking, ask=True)
@@ -248,18 +248,18 @@ class Renderer:
         return asked[len(told) :] if asked.startswith(told) else ""
 
 
-def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
-    """The messages as a chat template sees them: the record's own where it has such, without empty (null) keys."""
+def messages_of(conversation: Conversation) -> list[dict[str, object]]:
+    """The messages as a chat template sees them: those of the record if it has them, without null keys."""
     messages = [_as_dict(message) for message in conversation.messages]
     if conversation.system is not None:
         messages.insert(0, {"role": "system", "content": conversation.system})
     return messages
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
+def _as_dict(message: Message) -> dict[str, object]:
     if message.given is not None:
         return dict(message.given)
-    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    found: dict[str, object] = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
         found |= {"thinking": message.reasoning, "reasoning_content": message.reasoning}
     if message.calls:

@@ -32,8 +32,8 @@ class Message(NamedTuple):
         reasoning: the assistant's thoughts, where the format keeps them apart from the content.
         calls: function calls of the assistant, written after the content.
         learned: whether the assistant's message is supervised.
-        given: the message as a chat template is to see it, where the record holds more than the fields above (names,
-            ids of calls); None: made of them.
+        given: the message for a chat template, if the record holds more than the fields above (names, ids of calls);
+            None if the message is made of these fields.
     """
 
     role: str
@@ -49,20 +49,20 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """Messages after the system message, and what the assistant may use.
+    """Messages after the system message, and the assistant's tools.
 
     Attributes:
-        system: None if there is none; an empty one is there, which chat templates may write.
+        system: the system message; None if there is none. An empty one counts, since chat templates may write it.
         tools: each as {"type": "function", "function": {...}}; None if no list is given.
     """
 
     messages: tuple[Message, ...]
     system: str | None = None
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, object], ...] | None = None
 
 
 class PreferencePair(NamedTuple):
-    """A conversation that waits for an answer, a good one and a worse one."""
+    """A prompt, with a chosen and a rejected answer."""
 
     prompt: Conversation
     chosen: Message
@@ -70,7 +70,7 @@ class PreferencePair(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A conversation whose last answer was found good or bad."""
+    """A conversation whose last answer is labelled good or bad."""
 
     conversation: Conversation
     desirable: bool
@@ -94,7 +94,7 @@ def without_thought(message: Message) -> Message:
 
 
 def checked_conversation(conversation: Conversation) -> Conversation:
-    """The conversation itself. Raises: ValueError: it is no conversation to learn from."""
+    """The conversation itself. Raises: ValueError: nothing can be learned from it."""
     messages = conversation.messages
     if not messages:
         raise ValueError("no messages")
@@ -105,7 +105,7 @@ def checked_conversation(conversation: Conversation) -> Conversation:
     return conversation
 
 
-def tools_of(value: object) -> tuple[dict[str, Any], ...] | None:
+def tools_of(value: object) -> tuple[dict[str, object], ...] | None:
     """A `tools` column (JSON text or a list) -> tools, None for nothing. Raises: ValueError: it is neither."""
     if isinstance(value, str):
         if not value.strip():

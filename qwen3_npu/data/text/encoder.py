@@ -1,7 +1,7 @@
-"""Text to tokens: `fastokens` where it is installed and agrees with `tokenizers`, else `tokenizers` itself.
+"""Text to tokens: by `fastokens` if it is installed and agrees with `tokenizers`, else by `tokenizers`.
 
-`tokenizers` defines what is right. A faster library is compared with it at the start, on texts that libraries get
-wrong, and again on one text of every few batches; texts that are not in Unicode's form NFC always go to `tokenizers`
+`tokenizers` is the reference. The faster library is compared with it at the start, on texts that libraries often get
+wrong, and later on one text of every few batches. Texts that are not in Unicode's form NFC always go to `tokenizers`
 (normalisation tables differ between libraries).
 """
 
@@ -95,7 +95,7 @@ class ReferenceEncoder:
 
 
 class FastEncoder:
-    """`fastokens`, with `tokenizers` for what is not NFC and to check a text now and then."""
+    """`fastokens`, with `tokenizers` for texts that are not NFC and for occasional checks."""
 
     name = FAST
 
@@ -146,13 +146,13 @@ def _replaced(tokens: Tokens, places: Sequence[int], new: Tokens) -> Tokens:
 
 
 def open_encoder(loading: Loading, *, forced: bool = False) -> Encoder:
-    """The fastest encoder that is right.
+    """The fastest correct encoder.
 
     Args:
-        forced: a fast library that cannot be used is an error.
+        forced: it is an error if the fast library cannot be used.
 
     Raises:
-        UsageError: that, or the tokenizer is damaged.
+        UsageError: with `forced`, the fast library cannot be used; or the tokenizer is damaged.
     """
     reference = ReferenceEncoder(loading.reference.result())
     if loading.fast is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from qwen3_npu.data.text.conversation import (
     ASSISTANT,
@@ -48,7 +47,7 @@ def read_messages(messages: object, tools: object = None, system: str | None = N
     return Conversation(tuple(read), system, tools_of(tools))
 
 
-def _message(message: Mapping[str, Any], place: int) -> Message:
+def _message(message: Mapping[str, object], place: int) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"message {place} has role {role!r}; known: {', '.join(_ROLES)}")
@@ -75,11 +74,11 @@ def _message(message: Mapping[str, Any], place: int) -> Message:
 
 
 def _for_templates(
-    message: Mapping[str, Any], role: str, content: str | None, reasoning: str | None, *, calls: object
-) -> dict[str, Any]:
-    """The message as transformers hands it to a chat template: without null keys, thoughts under all their names."""
+    message: Mapping[str, object], role: str, content: str | None, reasoning: str | None, *, calls: object
+) -> dict[str, object]:
+    """The message as transformers passes it to a chat template: without null keys, thoughts under all their names."""
     known = {"role", "content", "function_call", *LEARN_KEYS, *MASK_KEYS}
-    found: dict[str, Any] = {"role": role}
+    found: dict[str, object] = {"role": role}
     if content is not None:
         found["content"] = content
     if reasoning is not None:
@@ -92,7 +91,7 @@ def _for_templates(
     return found
 
 
-def _parts(parts: Sequence[Any], place: int) -> tuple[str, str | None, list[Any]]:
+def _parts(parts: Sequence[object], place: int) -> tuple[str, str | None, list[object]]:
     """Content in typed parts -> (text, thoughts, calls)."""
     texts: dict[str, list[str]] = {"text": [], "reasoning": [], "tool_call": []}
     for part in parts:
@@ -110,8 +109,8 @@ def _parts(parts: Sequence[Any], place: int) -> tuple[str, str | None, list[Any]
     return "".join(texts["text"]), "".join(texts["reasoning"]) or None, calls
 
 
-def learned(message: Mapping[str, Any], place: int) -> bool:
-    """Whether an answer is learned, by the keys with which trainers say so. Raises: ValueError: they say neither."""
+def learned(message: Mapping[str, object], place: int) -> bool:
+    """Whether an answer is learned, by the keys of known trainers. Raises: ValueError: a value is no yes or no."""
     said: dict[str, bool] = {}
     for keys, positive in ((LEARN_KEYS, True), (MASK_KEYS, False)):
         for key in keys:
@@ -128,10 +127,10 @@ def learned(message: Mapping[str, Any], place: int) -> bool:
     return all(said.values())
 
 
-def is_left_out(record: Mapping[str, Any]) -> bool:
-    """Whether a whole record says that it is not to be learned: false, a weight of 0, or a mask that is true.
+def is_left_out(record: Mapping[str, object]) -> bool:
+    """Whether a record as a whole must not be learned: false, a weight of 0, or a mask that is true.
 
-    Other values beside messages, such as a loss of 2.3 or a weight of 0.7, are somebody's notes.
+    Other values beside the messages, such as a loss of 2.3 or a weight of 0.7, are taken as notes and ignored.
     """
     return any(
         value is False or (key != "loss" and type(value) in (int, float) and value == 0)
@@ -141,5 +140,5 @@ def is_left_out(record: Mapping[str, Any]) -> bool:
 
 
 def kind(found: object) -> str:
-    """A value for a message: its type and its beginning."""
+    """A value for an error message: its type and its beginning."""
     return "nothing" if found is None else f"{type(found).__name__} {repr(found)[:40]}"

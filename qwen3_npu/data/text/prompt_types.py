@@ -1,7 +1,8 @@
-"""`--prompt-type`: the one way from a conversation to text and tokens, for preprocessing, generation, chat, evaluation.
+"""`--prompt-type`: conversations to text and tokens, for preprocessing, generation, chat and evaluation alike.
 
-`read_messages` (messages.py) makes a conversation of OpenAI's messages, tools included; `Template.render` writes it for
-learning, `prompt_tokens` up to where the next answer starts. Both write the same strings, each encoded by itself.
+`read_messages` (messages.py) makes a conversation of OpenAI's messages, tools included. `Template.render` writes it for
+training, `prompt_tokens` writes it up to the start of the next answer. Both write the same strings; each string is
+encoded separately.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ TEMPLATES: dict[str, Callable[[TokenizerFolder], Template]] = {
     "qwen3": lambda tokenizer: QWEN3_TEMPLATE,
     "hf": hf_template,
 }
-PROMPT_TYPES = (AUTO, *TEMPLATES)
 
 
 def resolved(prompt_type: str, tokenizer: TokenizerFolder) -> str:
@@ -45,10 +45,10 @@ def open_template(prompt_type: str, tokenizer: TokenizerFolder) -> Template:
 
 
 def misfit(prompt_type: str, tokenizer: TokenizerFolder) -> str | None:
-    """Why a prompt type does not fit a tokenizer's model, if so.
+    """The reason why a prompt type does not fit a tokenizer's model, or None.
 
     `qwen3` writes empty thoughts (`<think>\\n\\n</think>`) before answers. A model whose chat template knows no
-    thoughts (Qwen3-Instruct-2507) has never seen them; one whose template opens them itself is asked otherwise.
+    thoughts (Qwen3-Instruct-2507) has never seen them; a model whose template opens thoughts expects another prompt.
     """
     if resolved(prompt_type, tokenizer) != "qwen3":
         return None
@@ -65,16 +65,16 @@ def misfit(prompt_type: str, tokenizer: TokenizerFolder) -> str | None:
 
 
 def warn_of_misfit(prompt_type: str, tokenizer: TokenizerFolder) -> None:
-    """Say once that a prompt type does not fit a tokenizer, if so."""
+    """Warn once if a prompt type does not fit a tokenizer."""
     if problem := misfit(prompt_type, tokenizer):
         log.warning_once(problem)
 
 
 def prompt_tokens(template: Template, conversation: Conversation, thinking: bool | None, encoder: Encoder) -> list[int]:
-    """The tokens of a conversation up to where the next answer starts, as in training.
+    """The tokens of a conversation up to the start of the next answer, as in training.
 
     Args:
-        conversation: its last message waits for an answer; `read_messages` makes it of OpenAI's messages.
+        conversation: it ends with a question; `read_messages` makes it of OpenAI's messages.
         thinking: --enable-thinking.
 
     Raises:
@@ -84,5 +84,5 @@ def prompt_tokens(template: Template, conversation: Conversation, thinking: bool
 
 
 def prompt_text(template: Template, conversation: Conversation, thinking: bool | None) -> str:
-    """Likewise, as text, to show. Raises: ValueError: the template refuses the conversation."""
+    """The text of `prompt_tokens`, for display. Raises: ValueError: the template refuses the conversation."""
     return "".join(template.prompt(conversation, thinking))

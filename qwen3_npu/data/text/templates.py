@@ -1,7 +1,7 @@
-"""Conversations as Qwen's text: what the model is given (source) and what it learns to say (target), turn by turn.
+"""Conversations as Qwen's text, turn by turn: the source, which the model is given, and the target, which it learns.
 
-`qwen` and `qwen3` are MindSpeed-LLM's prompt types (LLaMA-Factory's 0.8.2 and 0.9.4), string by string; each string is
-encoded by itself. Tools, which crash there with qwen3, are written as the model's own chat template does.
+`qwen` and `qwen3` write the same strings as MindSpeed-LLM's prompt types (LLaMA-Factory's 0.8.2 and 0.9.4); each string
+is encoded separately. Tools, which crash there with qwen3, are written as by the model's own chat template.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Template(NamedTuple):
 
     Attributes:
         render: (conversation, --enable-thinking, whether only the last answer matters) -> turns; raises ValueError.
-        prompt: (conversation, --enable-thinking) -> the strings up to where the next answer starts; raises ValueError.
+        prompt: (conversation, --enable-thinking) -> the strings up to the start of the next answer; raises ValueError.
         tokens: special tokens that it writes.
         end: the token that ends an answer.
-        identity: changes with what is written.
+        identity: changes when the written text changes.
         opens_thought: whether it opens <think> before an answer, so that the answer holds </think> only.
     """
 
@@ -68,8 +68,8 @@ def render_qwen(conversation: Conversation, thinking: bool | None, last_only: bo
 def render_qwen3(conversation: Conversation, thinking: bool | None, last_only: bool) -> list[Turn]:
     """No default system message; the line end after an answer is learned.
 
-    An answer without thoughts gets empty ones: to learn with `thinking` true, given otherwise. With false, thoughts are
-    removed. Where only the last answer matters, earlier ones have no thoughts at all.
+    Without thoughts an answer gets empty ones, learned if `thinking` is true. With `thinking` false, thoughts
+    are removed. Where only the last answer matters, earlier answers have no thoughts at all.
     """
     asked = _qwen3_system(conversation)
     turns = _Turns()
@@ -150,7 +150,7 @@ def _qwen_answer(message: Message) -> str:
 
 
 def _qwen_tools(tools: tuple[dict[str, Any], ...] | None) -> str:
-    """What prompt type `qwen` adds to the system message to list tools."""
+    """The list of tools that prompt type `qwen` adds to the system message."""
     if not tools:
         return ""
     listed, names = "", []
@@ -225,7 +225,7 @@ def _qwen3_answer(message: Message) -> str:
 def _prompt(
     render: Callable[[Conversation, bool | None, bool], list[Turn]],
 ) -> Callable[[Conversation, bool | None], list[str]]:
-    """A template's way to write what stands before an answer: the source of an empty one."""
+    """The prompt of a template: the source of an empty answer."""
 
     def prompt(conversation: Conversation, thinking: bool | None) -> list[str]:
         waiting = conversation._replace(messages=(*conversation.messages, Message(ASSISTANT, "")))

@@ -1,6 +1,6 @@
-"""Tokenizer folders: what they say about their tokens, and their libraries, loaded while the program starts.
+"""Tokenizer folders: their special tokens, and their libraries, which are loaded while the program starts.
 
-Imports nothing large: a small run spends its time on loading, which must begin before numpy is imported.
+Imports nothing large: in a small run loading takes most of the time, so it must begin before numpy is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError, printable
@@ -36,12 +36,12 @@ class TokenizerFolder:
     Attributes:
         special: token -> number of every added token (`<|im_end|>`, `<think>`, ...).
         config: tokenizer_config.json.
-        unspoken: numbers of those that decoders leave out (`<|im_end|>`, not `<think>`): "special" in tokenizer.json.
+        unspoken: numbers of the tokens that decoders omit (`<|im_end|>`, not `<think>`): "special" in tokenizer.json.
     """
 
     path: Path
     special: Mapping[str, int]
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     unspoken: frozenset[int] = frozenset()
 
     @property
@@ -52,7 +52,7 @@ class TokenizerFolder:
         """The number of a special token.
 
         Raises:
-            UsageError: the tokenizer lacks it; `why` says what it is needed for.
+            UsageError: the tokenizer lacks it; `why` names the feature that needs it.
         """
         if token not in self.special:
             raise UsageError(
@@ -94,7 +94,7 @@ class TokenizerFolder:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Changes when the tokenizer does."""
+        """A digest that changes when the tokenizer does."""
         digest = hashlib.sha256(Path(self.json_path).read_bytes())
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         return digest.hexdigest()
@@ -139,19 +139,19 @@ class Loading(NamedTuple):
 
     Attributes:
         reference: a tokenizers.Tokenizer.
-        fast: a fastokens.Tokenizer, or an ImportError or what else keeps it from being used; None: not wanted.
+        fast: a fastokens.Tokenizer, or the exception that prevents its use; None if it is not wanted.
     """
 
     reference: Future[Tokenizer]
-    fast: Future[Any] | None
+    fast: Future[object] | None
 
 
 def start_loading(folder: str, backend: str = "auto", threads: int | None = None) -> Loading:
-    """Begin to load a tokenizer folder.
+    """Start to load a tokenizer folder.
 
     Args:
-        backend: "auto", or one library.
-        threads: for libraries that have threads of their own; None: the CPUs.
+        backend: "auto", or the name of a library.
+        threads: number for libraries that use their own threads; None: number of CPUs.
 
     Raises:
         UsageError: there is no tokenizer.json.
@@ -186,7 +186,7 @@ def _load_reference(file: str) -> Tokenizer:
         raise UsageError(f"{file} cannot be used as a tokenizer: {error}") from None
 
 
-def _load_fast(file: str) -> Any:
+def _load_fast(file: str) -> object:
     from fastokens import Tokenizer
 
     return Tokenizer.from_file(file)

@@ -16,7 +16,7 @@ _ALIGNED = 512  # bytes: tensors begin where an allocator would let them begin
 
 @dataclasses.dataclass(frozen=True)
 class AnswerTokens:
-    """Which answer each token of a micro-batch of preference training belongs to; see `rows.AnswerRows`.
+    """The answer to which each token of a micro-batch of preference training belongs; see `rows.AnswerRows`.
 
     Attributes:
         numbers: [b, s] int64.
@@ -33,7 +33,7 @@ class AnswerTokens:
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch on the device: what this pipeline stage needs of it.
+    """One micro-batch on the device: the tensors that this pipeline stage needs.
 
     Attributes:
         tokens: [b, s] int64; None after the first stage.
@@ -59,7 +59,7 @@ class MicroBatch:
 
 
 def drained(batches: collections.deque[MicroBatch]) -> Iterator[MicroBatch]:
-    """The micro-batches one after the other; each is dropped once it is used."""
+    """The micro-batches in order; each is dropped once it is used."""
     while batches:
         yield batches.popleft()
 
@@ -77,10 +77,10 @@ def sample_numbers(
 
 
 def moved(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The same tensors on the device, by one copy that the host does not wait for.
+    """The same tensors on the device, by one asynchronous copy.
 
-    They are views of one buffer there, which lives as long as any of them. The buffer on the host is pinned: a copy
-    from pageable memory makes the host wait, on an NPU until all before it is computed.
+    They are views of one buffer on the device, which lives as long as any of them. The buffer on the host is pinned: a
+    copy from pageable memory makes the host wait, on an NPU until all earlier operations have finished.
     """
     starts, size = {}, 0
     for name, tensor in tensors.items():
@@ -100,7 +100,7 @@ def moved(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str
 
 
 def fetched(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host. The host waits once: for pageable memory torch_npu waits before the copy and after it."""
+    """A copy on the host, in pinned memory, so the host waits once. (With pageable memory torch_npu waits twice.)"""
     if not _is_accelerator(tensor.device):
         return tensor.cpu()
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What --data-path names, checked before torch is imported."""
+"""Check --data-path before torch is imported."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
 
 def cache_folder(data: DataArgs) -> Path:
-    """The folder of index caches and other files that are made of --data-path."""
+    """The folder of index caches and other files derived from --data-path."""
     return Path(data.data_cache_path or Path(blend(data.data_path)[0][0]).parent / "cache")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """What is known of the training's samples before it starts.
+    """Facts about the training's samples, known before the start.
 
     Attributes:
-        samples: for training, of all data sets together: those of one epoch.
+        samples: number of training samples in one epoch, over all data sets.
         cut: of these, the samples that are longer than --seq-length.
         cut_tokens: tokens of these samples beyond that length.
     """
@@ -71,8 +71,8 @@ def check_data(
 
     Args:
         vocab_size: of the model.
-        scans: read the files whose record does not say which ids they hold; on one process of a job.
-        evaluates: on the share for validation, too.
+        scans: read through files that have no record of their ids; true on one process of a job.
+        evaluates: the share for validation is needed, too.
 
     Raises:
         UsageError: a share that is needed is empty, or nothing can be learned; see `blend`, `open_indexed`,
@@ -126,7 +126,7 @@ def _answer_facts(
 
 
 # How the first file of a prefix is called, by what it holds.
-KINDS = {
+DATA_SUFFIXES = {
     "text": "",
     "instruction data": "_packed_input_ids_document",
     "pairs": "_packed_chosen_input_ids_document",
@@ -135,12 +135,12 @@ KINDS = {
 
 
 def _check_there(prefix: str, data: DataArgs) -> None:
-    """Raises: UsageError: a word of --data-path names nothing, or data of another stage."""
+    """Raises: UsageError: a word of --data-path names no data, or data of another stage."""
     wanted = data.kind
-    end = KINDS[wanted]
+    end = DATA_SUFFIXES[wanted]
     if any(Path(f"{prefix}{end}{suffix}").exists() for suffix in (".idx", ".bin")):
         return
-    for kind, other in KINDS.items():
+    for kind, other in DATA_SUFFIXES.items():
         if Path(f"{prefix}{other}.idx").exists():
             raise UsageError(
                 f"--data-path {prefix} holds {kind}, and this training reads {wanted}: give {DATA_KINDS[kind]}"
@@ -159,7 +159,7 @@ def _check_there(prefix: str, data: DataArgs) -> None:
 
 def _check_split(data: DataArgs, prefixes: Sequence[str], *, evaluates: bool) -> None:
     pool = data.is_instruction  # of texts each is drawn from
-    end, what = (KINDS["instruction data"], "sample") if pool else ("", "document")
+    end, what = (DATA_SUFFIXES["instruction data"], "sample") if pool else ("", "document")
     counts = [len(open_indexed(prefix + end)) for prefix in prefixes]
     shares = [split_ranges(data.split, count) for count in counts]
     for name, which, advice in (("training", 0, ""), ("validation", 1, " or --eval-iters 0"))[: 1 + evaluates]:
@@ -207,7 +207,7 @@ def _check_supervised(files: Sequence[InstructionFiles], split: str, seq_length:
 
 
 def _facts(data_sets: Sequence[tuple[Sequence[Indexed], int]], split: str, seq_length: int) -> DataFacts:
-    """Of data sets, each with the files of ids that a sample is in, and its samples."""
+    """The facts about data sets. Each data set is given by its files of ids and its samples."""
     samples = cut = cut_tokens = 0
     for ids, count in data_sets:
         share = split_ranges(split, count)[0]
@@ -220,6 +220,6 @@ def _facts(data_sets: Sequence[tuple[Sequence[Indexed], int]], split: str, seq_l
 
 
 def _text_samples(text: Indexed, split: str, seq_length: int) -> int:
-    """Samples in an epoch of the documents for training."""
+    """Number of samples in an epoch of the training documents."""
     share = split_ranges(split, len(text))[0]
     return max(int(text.lengths[share.start : share.stop].sum(dtype=np.int64)) - 1, 0) // seq_length

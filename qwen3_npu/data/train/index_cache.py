@@ -1,9 +1,9 @@
-"""Indices that take long to compute, cached as .npy files with a seal: sizes, digests, and what they are made of. No
+"""Cache indices that take long to compute as .npy files with a seal: sizes, digests and the identity of the data. No
 torch.
 
 The seal is written last, when the files are on the disk. Files that do not match their seal (zeroed by a crash,
-truncated, of other data) are made anew, and the log says so. On each node one process reads them to check them, and the
-others go by what it found, so that none trains on files that another one has found to be wrong.
+truncated, of other data) are made anew, and the log says so. On each node one process checks the files and the others
+use its result, so no process trains on files that another one has found to be wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from qwen3_npu import log
+from qwen3_npu import log, schema
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import replacing, sync_folder, write_text
 from qwen3_npu.lease import Lease
@@ -29,8 +29,8 @@ class IndexCache:
     """The arrays of one index.
 
     Args:
-        folder: of the files; made when they are.
-        stem: their names' start; another index has another one.
+        folder: folder of the files; created with them.
+        stem: prefix of the file names; unique for each index.
         parts: names of the arrays.
     """
 
@@ -40,7 +40,7 @@ class IndexCache:
         self.seal = folder / f"{stem}-seal.json"
 
     def arrays(self, make: Callable[[], Sequence[np.ndarray]]) -> list[np.ndarray]:
-        """The arrays, mapped; made first if they are not there or wrong. One process makes them, others wait.
+        """The memory-mapped arrays. If they are missing or wrong, one process makes them first and the others wait.
 
         Raises:
             UsageError: they cannot be written.
@@ -56,7 +56,7 @@ class IndexCache:
                         self._write(make())
                     except OSError as error:
                         raise UsageError(f"{what} cannot be written: {error.strerror}; {remedy}") from None
-        return [np.load(path, mmap_mode="r") for path in self.paths]
+        return [_mapped(path) for path in self.paths]
 
     def _write(self, arrays: Sequence[np.ndarray]) -> None:
         self.seal.unlink(missing_ok=True)
@@ -71,7 +71,7 @@ class IndexCache:
         sync_folder(self.folder)
 
     def _fault(self) -> str | None:
-        """What is wrong with the files; an empty text if they are not there, or not finished."""
+        """The fault of the files; "" if they are missing or not finished."""
         if not self.seal.is_file():
             return ""
         try:
@@ -90,7 +90,7 @@ class IndexCache:
 
 
 class _Written:
-    """A file, and size and CRC-32 of the data written to it, computed from memory and not read back."""
+    """A file that computes size and CRC-32 of its data while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.digest = file, 0, 0
@@ -100,8 +100,25 @@ class _Written:
         return self.file.write(data)
 
 
+def _mapped(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped; one process of a node reads the header."""
+    header = schema.record(json.loads(once_a_node("npy", path, _header)), str(path))
+    shape = tuple(header.counts("shape"))
+    return np.memmap(path, header.text("dtype"), "r", header.integer("offset"), shape, header.text("order"))
+
+
+def _header(path: Path) -> str:
+    """dtype, shape, order and first byte of the numbers of a .npy file, as JSON."""
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read(file)
+        order = "F" if by_columns else "C"
+        return json.dumps({"dtype": dtype.str, "shape": list(shape), "order": order, "offset": file.tell()})
+
+
 def _digest(path: Path) -> str:
-    """CRC-32 of a file, a number in words: it detects damage, not manipulation, and is faster than reading the file."""
+    """CRC-32 of a file as text. It detects damage, not manipulation, and is faster than reading from disk."""
     digest = 0
     with open(path, "rb") as file:
         while part := file.read(_READ):

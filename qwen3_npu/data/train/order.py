@@ -1,6 +1,6 @@
-"""The order of samples: a function of (seed, number of the sample), whatever the number of ranks or steps.
+"""The order of samples: a function of (seed, number of the sample), independent of the number of ranks and steps.
 
-It is made of integer arithmetic written here, so it is the same for every version of every library.
+It uses only the integer arithmetic below, so it does not depend on the version of any library.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 class Epochs:
-    """The samples of one data set, all of them once in each epoch, each epoch in another order."""
+    """The samples of one data set: each sample once per epoch, each epoch in another order."""
 
     def __init__(self, count: int, seed: int, *, shuffle: bool = True) -> None:
         self.count, self.seed, self.shuffle = count, seed, shuffle
@@ -52,8 +52,8 @@ class Chosen(NamedTuple):
 class Blend:
     """Takes data sets in turn, in proportion to weights, each in its own order.
 
-    The j-th sample of a set of weight w is due at time (j + 1/2) / w; samples come as they are due. So after any number
-    n of samples, a set has given n w of them, plus or minus one.
+    The j-th sample of a data set of weight w has the time (j + 1/2) / w; samples are drawn in the order of their times.
+    So after n samples, n * w of them are from this data set, plus or minus one.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -62,7 +62,7 @@ class Blend:
         self._block = functools.lru_cache(maxsize=2)(self._make_block)
 
     def __getitem__(self, number: int) -> Chosen:
-        """Which data set gives sample `number`, and the index of that sample in it."""
+        """The data set of sample `number`, and the index of the sample in it."""
         block, place = divmod(number, _BLOCK)
         sources, numbers = self._block(block)
         return Chosen(int(sources[place]), int(numbers[place]))

@@ -1,4 +1,4 @@
-"""Answers that people prefer. No torch.
+"""Data sets of preference training. No torch.
 
 Pairs of answers to one prompt: <prefix>_packed_{chosen,rejected}_{input_ids,labels}_document.
 Labelled answers (kto): <prefix>_packed_answer_{input_ids,labels,desirable}_document; desirable holds 1 or 0 for each.
@@ -23,7 +23,7 @@ _NAMES = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_l
 
 @dataclasses.dataclass(frozen=True)
 class SamplePair:
-    """Two answers to one prompt, each with it."""
+    """Two answers to one prompt; each sequence is prompt and answer."""
 
     chosen: TokenSample
     rejected: TokenSample
@@ -53,7 +53,7 @@ class PairFiles:
     def sample(self, number: int, longest: int) -> SamplePair:
         """A pair, each answer with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         chosen, chosen_labels, rejected, rejected_labels = (file[number] for file in self.files)
-        return SamplePair(_cut(chosen, chosen_labels, longest), _cut(rejected, rejected_labels, longest))
+        return SamplePair(_truncated(chosen, chosen_labels, longest), _truncated(rejected, rejected_labels, longest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class LabelledFiles:
     def sample(self, number: int, longest: int) -> Labelled:
         """An answer, with its prompt truncated to `longest` tokens as fine-tuning samples are."""
         ids, labels = (file[number] for file in self.files)
-        return Labelled(_cut(ids, labels, longest), bool(self.desirable[number]))
+        return Labelled(_truncated(ids, labels, longest), bool(self.desirable[number]))
 
 
 def open_answers(stage: str, prefixes: Sequence[str]) -> list[PairFiles] | list[LabelledFiles]:
@@ -108,7 +108,7 @@ def open_answers(stage: str, prefixes: Sequence[str]) -> list[PairFiles] | list[
     return [PairFiles(prefix) for prefix in prefixes]
 
 
-def _cut(ids: np.ndarray, labels: np.ndarray, longest: int) -> TokenSample:
+def _truncated(ids: np.ndarray, labels: np.ndarray, longest: int) -> TokenSample:
     if len(ids) > longest:
         where = kept_tokens(turns_of(labels), longest)
         ids, labels = ids[where], labels[where]
@@ -119,8 +119,8 @@ def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool, sc
     """The rows of a micro-batch of pairs.
 
     Args:
-        packed: all sequences lie in one row, one after the other, apart as documents; padding follows the last.
-        scored: the loss is of the last token of each sequence, where a reward model gives its reward.
+        packed: all sequences lie in one row, as separate documents; padding follows the last one.
+        scored: the loss is of the last token of each sequence, where the reward is computed (--stage rm).
     """
     samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
     rows = _answer_rows(samples, padding, packed=packed)
@@ -136,13 +136,13 @@ def pair_rows(pairs: Sequence[SamplePair], padding: Padding, *, packed: bool, sc
 
 
 def labelled_rows(found: Sequence[Labelled], padding: Padding, *, longest: int, packed: bool) -> Rows:
-    """The rows of a micro-batch of labelled answers: each, and after it its prompt with the answer to the one before.
+    """The rows of a micro-batch of labelled answers. Each is followed by its prompt with the previous sample's answer.
 
-    The latter estimate the divergence of the policy from the reference on mismatched answers (KTO's z_0); TRL shifts
-    the answers of a micro-batch in the same way.
+    These mismatched rows estimate the divergence of the policy from the reference (KTO's z_0). TRL shifts the answers
+    of a micro-batch in the same way.
 
     Args:
-        longest: the mismatched pairs are truncated to so many tokens.
+        longest: maximum number of tokens of a mismatched row.
         packed: as for `pair_rows`.
     """
     samples = []
@@ -160,7 +160,7 @@ def _mismatched(sample: TokenSample, other: TokenSample, longest: int) -> TokenS
     ids, labels = (
         np.concatenate((getattr(sample, name)[:prompt], getattr(other, name)[start:])) for name in ("ids", "labels")
     )
-    return _cut(ids, labels, longest)
+    return _truncated(ids, labels, longest)
 
 
 def _prompt_length(sample: TokenSample) -> int:

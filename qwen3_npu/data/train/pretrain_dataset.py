@@ -1,11 +1,11 @@
 """Pretraining samples of one or several token files, built with megatron's datasets.
 
-The order of a token file's samples, epoch after epoch, does not depend on how many are asked for. megatron's GPTDataset
-shuffles all epochs of a training together: with other --train-iters the order differs. Here epoch e is shuffled by
-(seed, e) alone, documents and samples; the first epoch is what megatron gives for a single one.
+The order of a token file's samples does not depend on the number of samples that is requested. megatron's GPTDataset
+shuffles all epochs of a training together, so its order changes with --train-iters. Here the documents and samples of
+epoch e are shuffled by (seed, e) alone. The first epoch equals megatron's for a training of one epoch.
 
-Documents lie one after the other, those of the next epoch behind those of the last, and are divided into samples of
-`sequence_length` tokens (and one more to predict); a sample belongs to the epoch that it ends in.
+The documents of all epochs are concatenated and divided into samples of `sequence_length` tokens (and one more to
+predict). A sample belongs to the epoch in which it ends.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qwen3_npu.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class _Tokenizer:
-    """What GPTDataset asks of a tokenizer; the data has its tokens already."""
+    """The attributes of a tokenizer that GPTDataset needs; the data are tokenized already."""
 
     unique_identifiers: dict[str, str] = dataclasses.field(default_factory=dict)
     vocab_size: int | None = None
@@ -61,7 +61,7 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
     """The datasets. Every rank calls this; rank 0 builds index caches, the others map them, or build what they lack.
 
     Args:
-        samples: how many samples of each split will be asked for.
+        samples: number of samples of each split that the training will read.
     """
     if not re.fullmatch(r"\d+(\.\d*)?(,\d+(\.\d*)?){0,2}", data.split) or not any(
         float(x) for x in data.split.split(",")
@@ -99,7 +99,7 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
 
 
 class TextDataset(GPTDataset):
-    """megatron's samples in this order. A node that does not see rank 0's index makes an equal one."""
+    """megatron's samples in this order. A node that does not see rank 0's index computes the same index."""
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Documents [epochs x documents]; samples [n + 1, 2], place among them and offset; order of samples [n]."""
@@ -109,7 +109,7 @@ class TextDataset(GPTDataset):
         return documents, samples, order
 
     def locate(self, number: int) -> tuple[str, int, int]:
-        """The prefix, document and token of it that sample `number` begins at."""
+        """The place where sample `number` begins: prefix, document and token."""
         place, offset = self.sample_index[self.shuffle_index[number]]
         return self.dataset.path_prefix, int(self.document_index[place]), int(offset)
 
@@ -155,9 +155,9 @@ class _Blended:
 def _needed_splits(
     text: str, matrix: Sequence[tuple[float, float] | None], samples: Sequence[int], prefix: str
 ) -> list[tuple[float, float] | None]:
-    """The shares that are drawn from; None for the others.
+    """The splits from which samples are drawn; None for the others.
 
-    megatron-core loops forever over a share without documents, so such a share must never reach it.
+    megatron-core loops forever over a split without documents, so such a split must never reach it.
 
     Raises:
         UsageError: a share that is drawn from is 0 or has no document.
@@ -172,14 +172,14 @@ def _needed_splits(
     return needed
 
 
-def stacked(samples: Sequence[dict[str, torch.Tensor]]) -> list[np.ndarray]:
+def batched(samples: Sequence[dict[str, torch.Tensor]]) -> list[np.ndarray]:
     """tokens, labels [b, s] int64 and loss_mask [b, s] float32."""
     return [torch.stack([s[key] for s in samples]).numpy() for key in ("tokens", "labels", "loss_mask")]
 
 
 def plain_rows(samples: Sequence[dict[str, torch.Tensor]]) -> Rows:
     """Samples as rows without regard to documents."""
-    tokens, labels, mask = stacked(samples)
+    tokens, labels, mask = batched(samples)
     positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
     return Rows(
         tokens, labels, mask, positions, cu_seqlens=None, real_tokens=tokens.size, squares=tokens.size * tokens.shape[1]

@@ -1,7 +1,7 @@
-"""Samples that a training leaves out after a spike: `quarantine.jsonl` beside its checkpoints. No torch.
+"""The quarantine: samples that a training leaves out after a spike. `quarantine.jsonl` is in its --save. No torch.
 
-The order of all other samples does not change: those after a sample that is left out move up by one. What is left out
-depends on the file and the data only, so it is the same in any layout and after every resume.
+The order of all other samples does not change: those after an omitted sample move up by one. The omitted samples depend
+on this file and the data only, so they are the same in any layout and after every resume.
 
 A line of the file is one sample:
 
@@ -9,8 +9,8 @@ A line of the file is one sample:
      "first": 9592, "file": "data/part_0_text_document", "sample": 311, "offset": 0, "ids": [...], "learned": [...],
      "excerpt": "..."}
 
-`number` counts the samples of the training with none left out, and the sample is left out from `first` on; `sample` and
-`offset` are its place in the file (a document and a token of it, for text). `ids` and `learned` are the first 256.
+`number` is the number of the sample if none were omitted. The sample is omitted from number `first` on. `sample` and
+`offset` are its place in the file (for text: a document and a token). `ids` and `learned` hold the first 256 tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Quarantined:
 
 
 class Place(NamedTuple):
-    """Where a sample is: an index, or for text a document and a token of it."""
+    """The place of a sample: an index, or for text a document and a token."""
 
     file: str
     sample: int
@@ -70,8 +70,8 @@ def content(sample: object) -> list[tuple[np.ndarray, np.ndarray]]:
     return [pair for answer in answers for pair in content(answer)]
 
 
-def key_of(sample: object) -> str:
-    """A digest of what a sample teaches."""
+def sample_key(sample: object) -> str:
+    """A digest of a sample's content."""
     found = hashlib.sha256()
     for ids, learned in content(sample):
         found.update(np.ascontiguousarray(ids, np.int64).tobytes() + np.packbits(learned).tobytes() + b"|")
@@ -79,10 +79,10 @@ def key_of(sample: object) -> str:
 
 
 class Ordered:
-    """The samples of a training in their order, without those that are left out.
+    """The samples of a training in order, without those in quarantine.
 
     Args:
-        dataset: number -> sample; `locate` of a number gives its place.
+        dataset: number -> sample; its `locate` gives the place of a number.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -102,11 +102,11 @@ class Ordered:
         return self.dataset[self.raw(number)]
 
     def locate(self, number: int) -> tuple:
-        """Where sample `number` of this order comes from."""
+        """The place of sample `number` of this order."""
         return self.dataset.locate(self.raw(number))
 
     def raw(self, number: int) -> int:
-        """The place of sample `number` in the order with none left out."""
+        """The number of sample `number` in the order without omissions."""
         if not self.rules:
             return number
         while self.scanned - len(self.skipped) <= number:
@@ -120,7 +120,7 @@ class Ordered:
         return self.dataset.locate(number) if self.repeats else number
 
     def leave_out(self, numbers: Sequence[int], first: int) -> None:
-        """From sample `first` on without these; both as with none left out."""
+        """Omit these samples from number `first` on. The numbers are those of the order without omissions."""
         for number in numbers:
             rule = self._rule(number)
             self.rules[rule] = min(first, self.rules.get(rule, first))
@@ -129,16 +129,16 @@ class Ordered:
         self.scanned = start
 
     def entry(self, number: int, decode: Callable[[Sequence[int]], str] | None = None, **why: Any) -> Quarantined:
-        """What is written of a sample.
+        """The entry of a sample for the file.
 
         Args:
-            number: with none left out.
+            number: its number in the order without omissions.
             why: the other fields.
         """
         sample, place = self.dataset[number], Place(*self.dataset.locate(number))
         ids, learned = (np.concatenate(parts)[:_SHOWN].tolist() for parts in zip(*content(sample), strict=True))
         return Quarantined(
-            key=key_of(sample),
+            key=sample_key(sample),
             number=number,
             ids=tuple(ids),
             learned=tuple(map(int, learned)),
@@ -148,11 +148,11 @@ class Ordered:
         )
 
     def resolve(self, entries: Sequence[Quarantined]) -> list[str]:
-        """Leave out what a file says. Returns a warning for each sample that these data do not have there."""
+        """Omit the samples of a file. Returns a warning for each sample that is not at its place in these data."""
         missing = []
         for entry in (one for one in entries if one.action == LEFT_OUT):
             try:
-                is_there = key_of(self.dataset[entry.number]) == entry.key
+                is_there = sample_key(self.dataset[entry.number]) == entry.key
             except IndexError:  # a shorter training
                 is_there = False
             if is_there:
@@ -166,7 +166,7 @@ class Ordered:
 
 
 def read(folder: Path) -> list[Quarantined]:
-    """The entries of a folder's file; none without one. Raises: UsageError: it is damaged."""
+    """The entries of a folder's file; empty if there is no file. Raises: UsageError: it is damaged."""
     path = folder / FILE if folder.is_dir() else folder
     if not path.is_file():
         return []
@@ -182,14 +182,14 @@ def read(folder: Path) -> list[Quarantined]:
 
 
 def write(folder: Path, entries: Sequence[Quarantined]) -> None:
-    """All entries, complete or not at all."""
+    """Write all entries atomically."""
     write_text(
         folder / FILE, "".join(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in entries)
     )
 
 
 def warn(lines: Sequence[str]) -> None:
-    """A few of them."""
+    """Log the first warnings and the number of the others."""
     for line in lines[:3]:
         log.warning(line)
     if len(lines) > 3:

@@ -22,11 +22,11 @@ _LOOKED_AT = 1000
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRows:
-    """Which answer each place of a micro-batch belongs to.
+    """The answer to which each position of a micro-batch belongs.
 
     Attributes:
-        numbers: int64 [b, s]: chosen answers have even numbers, the rejected one of a pair comes next; kto: labelled
-            answers have even numbers, each prompt with another's answer comes next.
+        numbers: int64 [b, s]. A chosen answer has an even number n, the rejected one of the pair n + 1. For kto a
+            labelled answer has an even number n, its prompt with another sample's answer n + 1.
         text_mask: float32 [b, s]: 1 where the label belongs to prompt or answer.
         count: answers.
         desirable: kto: float32 [count / 2], 1 for a good answer.
@@ -46,11 +46,11 @@ class Rows:
         tokens, labels: int64 [b, s]; labels[i] follows tokens[i] (0 where it is not supervised).
         loss_mask: float32 [b, s]; 1 where the label is supervised.
         positions: int64 [b, s].
-        cu_seqlens: boundaries of documents, (0, ..., s); the rows are then laid one after the other and b is 1. None if
-            each row is one document.
+        cu_seqlens: boundaries of documents, (0, ..., s); the rows are then concatenated and b is 1. None if each row
+            is one document.
         real_tokens: tokens without padding.
-        squares: sum of the squared lengths of the documents, which attention costs.
-        padding: bool [b, s], where a token is padding; None: nowhere.
+        squares: sum of the squared lengths of the documents, to which the FLOP of attention are proportional.
+        padding: bool [b, s], true where a token is padding; None if there is no padding.
         answers: of preference training.
     """
 
@@ -70,9 +70,9 @@ class Padding:
     """The length of rows.
 
     Attributes:
-        token: what they are filled with.
-        length: of every row; None: of the longest sample of the micro-batch.
-        multiple: that length is rounded up to a multiple of it.
+        token: the padding token.
+        length: length of every row; None: length of the longest sample of the micro-batch.
+        multiple: the length is rounded up to a multiple of this number.
     """
 
     token: int
@@ -86,8 +86,8 @@ class Padding:
 
 
 def padding_multiple(pad_to_multiple_of: int, *, tensor: int, context: int) -> int:
-    """What lengths must be a multiple of: --pad-to-multiple-of, sequence parallelism over `tensor` ranks, and two
-    chunks of the sequence on each of `context` ranks."""
+    """Lengths must be multiples of this number, for --pad-to-multiple-of, sequence parallelism over `tensor` ranks, and
+    two chunks of the sequence on each of `context` ranks."""
     return math.lcm(pad_to_multiple_of, tensor * (2 * context if context > 1 else 1))
 
 
@@ -97,8 +97,8 @@ def instruction_rows(
     """Fine-tuning samples as rows.
 
     Args:
-        per_document: attention stays within the documents of a pack; samples that are no packs are one each.
-        reset_positions: positions start anew in each document (as --reset-position-ids); else only in each row.
+        per_document: attention stays within the documents of a pack; a sample that is no pack is one document.
+        reset_positions: positions restart in each document (--reset-position-ids); else in each row only.
     """
     size = padding.of(samples)
     shape = len(samples), size
@@ -138,7 +138,7 @@ def pretraining_rows(
 
     Args:
         tokens, labels, loss_mask: [b, s]; labels are shifted already.
-        eod_mask_loss: what follows an eod is not predicted from it.
+        eod_mask_loss: the token after an eod is not predicted.
     """
     mask = loss_mask.astype(np.float32)
     if eod_mask_loss:
@@ -189,7 +189,7 @@ def _rows(
         labels,
         mask,
         places,
-        cu_seqlens=joined(boundaries),
+        cu_seqlens=joined_boundaries(boundaries),
         real_tokens=int(real.sum()),
         squares=squares,
         padding=known,
@@ -197,18 +197,18 @@ def _rows(
 
 
 def boundaries_at_eod(tokens: np.ndarray, eod: int) -> list[int]:
-    """Documents that end with `eod`, which belongs to them (`--reset-attention-mask` in pretraining, as Megatron)."""
+    """Boundaries of documents that end with `eod` (`--reset-attention-mask` in pretraining, as in Megatron)."""
     ends = (np.flatnonzero(tokens == eod) + 1).tolist()
     return [0, *ends] if ends and ends[-1] == len(tokens) else [0, *ends, len(tokens)]
 
 
 def segment_boundaries(segments: np.ndarray) -> list[int]:
-    """Documents as numbers that change from one to the next (--neat-pack); padding, 0, is one document."""
+    """Boundaries from the document number of each token (--neat-pack); padding, 0, is one document."""
     return [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
 
 
-def joined(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Boundaries of rows that are laid one after the other."""
+def joined_boundaries(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Boundaries of concatenated rows."""
     found, offset = [0], 0
     for boundaries in rows:
         found += [offset + end for end in boundaries[1:]]
@@ -217,7 +217,7 @@ def joined(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def positions(boundaries: Sequence[int]) -> np.ndarray:
-    """The place of each token in its document, int64 [s]."""
+    """The position of each token in its document, int64 [s]."""
     starts, sizes = np.array(boundaries[:-1]), np.diff(boundaries)
     return np.arange(boundaries[-1]) - np.repeat(starts, sizes)
 
@@ -226,7 +226,7 @@ def find_eod(data: Indexed, flag: str) -> int:
     """The token that ends every document.
 
     Args:
-        flag: what needs it, for the message.
+        flag: the flag that needs it, for the message.
 
     Raises:
         UsageError: documents do not end with one and the same token.

@@ -1,7 +1,6 @@
 """Fine-tuning samples: <prefix>_packed_{input_ids,attention_mask,labels}_document, alone or blended. No torch.
 
-The order of samples depends on the seed and the files alone and is computed, not stored: there is no cache that could
-be outdated.
+The order of samples depends on the seed and the files alone. It is computed and not stored, so it is never outdated.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _LOOKED_AT = 100
 
 
 class Kind(enum.Enum):
-    """How a data set was written."""
+    """The kind of a data set."""
 
     SINGLE = "one conversation per sample"
     PACK = "--pack"
@@ -90,7 +89,7 @@ class InstructionFiles:
         return TokenSample(ids[:longest], labels[:longest], None if segments is None else segments[:longest])
 
     def is_supervised(self, number: int, longest: int) -> bool:
-        """Whether anything of a sample is learned: a label that its document's token before it predicts."""
+        """Whether a sample has a token to learn: a label that an earlier token of its document predicts."""
         sample = self.sample(number, longest)
         learned = sample.labels[1:] != IGNORED
         if sample.segments is not None:
@@ -117,7 +116,7 @@ class SampleFiles(Protocol[SampleOut]):
 
 
 class InstructionDataset(Generic[Sample]):
-    """An endless sequence of samples: epoch after epoch, each in another order; several data sets in proportion."""
+    """An endless sequence of samples: each epoch has another order; several data sets are mixed in proportion."""
 
     def __init__(
         self,
@@ -132,7 +131,7 @@ class InstructionDataset(Generic[Sample]):
         """
         Args:
             shares: the samples of each of `files` that belong to this split.
-            longest: samples are truncated to so many tokens.
+            longest: maximum number of tokens of a sample; longer ones are truncated.
         """
         used = [i for i, share in enumerate(shares) if len(share)]
         self.files, self.shares = [files[i] for i in used], [shares[i] for i in used]
@@ -143,11 +142,11 @@ class InstructionDataset(Generic[Sample]):
         self.longest = longest
 
     def __len__(self) -> int:
-        """Samples of all data sets together; __getitem__ goes on behind them."""
+        """Number of samples of all data sets; `__getitem__` accepts larger numbers, too."""
         return sum(map(len, self.shares))
 
     def locate(self, number: int) -> tuple[str, int]:
-        """The prefix and the sample in it that come at place `number`."""
+        """The place of sample `number`: the prefix and the index in it."""
         source, place = self.blend[number]
         return self.files[source].prefix, self.shares[source][self.epochs[source][place]]
 

@@ -1,8 +1,8 @@
-"""Megatron's indexed datasets (`<prefix>.bin` + `<prefix>.idx`, MMIDIDX version 1): checked and written. No torch.
+"""Check and write Megatron's indexed datasets (`<prefix>.bin` + `<prefix>.idx`, MMIDIDX version 1). No torch.
 
-The .bin file holds tokens, the .idx file (`token_index.py`) says which of them are a sequence. What this project writes
-has a record beside it (`token_record.py`); its tokens are int32, as MindSpeed-LLM writes them (labels hold -100), and
-one document is one sequence.
+The .bin file holds tokens, the .idx file (`token_index.py`) divides them into sequences. Files of this project have a
+record beside them (`token_record.py`). Their tokens are int32 as in MindSpeed-LLM (labels hold -100), and one document
+is one sequence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,8 @@ class Indexed:
     """A checked pair of files.
 
     Attributes:
-        index: which tokens are a sequence's.
-        tokens: all tokens in the order of the .bin file, which need not be that of the sequences; memory-mapped.
+        index: the sequences.
+        tokens: all tokens in the order of the .bin file, which may differ from that of the sequences; memory-mapped.
     """
 
     prefix: str
@@ -55,7 +55,7 @@ class Indexed:
         return self.tokens[start : start + int(self.index.lengths[number])]
 
     def fingerprint(self) -> str:
-        """Changes when the index does: names caches made from it."""
+        """A digest of the index, for the names of caches made from it."""
         return once_a_node("sha256", Path(self.prefix + ".idx"), _sha256)[:16]
 
 
@@ -86,7 +86,7 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> Indexed:
 
 @functools.lru_cache(maxsize=64)  # each holds a descriptor of its .bin
 def _opened(prefix: str, stats: tuple[tuple[int, int, int], ...]) -> Indexed:
-    """The pair as it is now; a training opens each several times."""
+    """The pair in its present state; cached, since a training opens each pair several times."""
     bin_ = Path(prefix + ".bin")
     with open(schema.open_regular(bin_), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -101,15 +101,15 @@ class IndexedWriter:
     """
 
     def __init__(
-        self, prefix: str | Path, resume: tuple[int, int] | None = None, made: Mapping[str, Any] | None = None
+        self, prefix: str | Path, resume: tuple[int, int] | None = None, made: Mapping[str, object] | None = None
     ) -> None:
         """Start a pair, or resume one at a `position` that an earlier run reached.
 
         Args:
-            made: how, for the record (`TokenRecord.made`).
+            made: settings for the record (`TokenRecord.made`).
 
         Raises:
-            OSError: the files of the earlier run are not there, or shorter than `resume` says.
+            OSError: the files of the earlier run are missing, or shorter than its position.
         """
         self.prefix = str(prefix)
         self.files = [self._open(name, size) for name, size in zip(self._temporary(), resume or (0, 0), strict=True)]
@@ -144,7 +144,7 @@ class IndexedWriter:
             file.write(np.ascontiguousarray(array, dtype=np.int32).data)
 
     def position(self) -> tuple[int, int]:
-        """Bytes of both temporary files, all of them on disk when this returns."""
+        """Sizes of both temporary files in bytes, after they are flushed to disk."""
         for file in self.files:
             flush(file)
         return self.files[0].tell(), self.files[1].tell()
@@ -167,16 +167,17 @@ class IndexedWriter:
             file.close()
 
     def abort(self) -> None:
-        """Drop what was written."""
+        """Delete the temporary files."""
         self._close()
         for name in self._temporary():
             Path(name).unlink(missing_ok=True)
 
 
 def publish(writers: Sequence[IndexedWriter]) -> None:
-    """Make finished pairs visible under their names, replacing older ones.
+    """Make finished pairs visible under their names. They replace older pairs.
 
-    The old .idx files go first and the new ones come last: an .idx never lies beside a .bin of another run.
+    The old .idx files are deleted first and the new ones are moved last, so an .idx never lies beside a .bin of another
+    run.
     """
     for writer in writers:
         writer._finish()
@@ -194,7 +195,7 @@ def publish(writers: Sequence[IndexedWriter]) -> None:
 def write_token_index(
     file: BinaryIO, lengths: np.ndarray, boundaries: np.ndarray | None = None, dtype: npt.DTypeLike = np.int32
 ) -> None:
-    """The .idx file of sequences with these lengths; written in chunks.
+    """Write the .idx file of sequences with these lengths, in chunks.
 
     Args:
         boundaries: of documents; None: one document per sequence.

@@ -1,10 +1,10 @@
-"""The .idx file of Megatron's indexed datasets (MMIDIDX version 1), read strictly. No torch.
+"""Read the .idx file of Megatron's indexed datasets (MMIDIDX version 1) strictly. No torch.
 
     b"MMIDIDX\\0\\0", uint64 version, uint8 dtype code, uint64 sequences S, uint64 document boundaries D,
     int32 lengths[S], int64 byte offsets[S], int64 boundaries[D] (0 and, for each document, the sequence after it)
 
-Sequences may lie in the .bin file in any order, as Megatron allows; together they must be the file: no byte is in two
-of them or in none. So a damaged index, or one of another .bin, is detected.
+Sequences may lie in the .bin file in any order, as Megatron allows, but they must cover it: each byte belongs to one
+sequence. So a damaged index, or the index of another .bin, is detected.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TokenIndex:
     Attributes:
         dtype: of the tokens.
         lengths: int32 [sequences], tokens of each.
-        offsets: int64 [sequences], the byte of the .bin file that each begins at.
+        offsets: int64 [sequences], the byte of the .bin file at which each begins.
         boundaries: int64 [documents + 1], 0 and, for each document, the sequence after it.
         in_order: the sequences lie one after the other in the .bin file.
     """
@@ -128,7 +128,7 @@ def _damaged(path: Path, why: str) -> NoReturn:
 
 
 def _check_lengths(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, *, bin_bytes: int) -> bool:
-    """Together the sequences are as long as the .bin file. Returns whether they lie in order."""
+    """Check that the sequences together are as long as the .bin file. Returns whether they lie in order."""
     position, in_order = 0, True
     for chunk in index_slices(len(lengths)):
         sizes = lengths[chunk].astype(np.int64) * itemsize
@@ -153,7 +153,7 @@ def _check_lengths(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsiz
 
 
 def _check_tiling(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int, *, bin_bytes: int) -> None:
-    """Sequences in any order lie side by side, from the first byte to the last."""
+    """Check that sequences in any order cover the file without gap or overlap."""
     outside = (offsets < 0) | (offsets > bin_bytes)
     if outside.any():
         number = int(outside.argmax())

@@ -1,4 +1,4 @@
-"""What is known of a token file beside its tokens: the range of its ids, and how it was made. No torch.
+"""The record of a token file: the range of its ids and the settings that made it. No torch.
 
 `<prefix>.record.json` lies beside each .bin/.idx pair that this project writes:
 
@@ -6,8 +6,8 @@
      "ids": {"tokens": N, "ignored": N, "smallest": id or null, "largest": id or null},
      "made": {"tokenizer": digest, ..}}
 
-Where it is missing (Megatron's and MindSpeed-LLM's files have none), or the files have changed since, all tokens are
-read once, and the record is stored in the data cache.
+If it is missing (Megatron's and MindSpeed-LLM's files have none), or the files have changed since, all tokens are read
+once, and the record is stored in the data cache.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class IdRange:
     """The ids of a file.
 
     Attributes:
-        tokens: all of them.
-        ignored: those that are `IGNORED`.
-        smallest, largest: of the others; None if there is none.
+        tokens: number of all ids.
+        ignored: number of ids that are `IGNORED`.
+        smallest, largest: of the other ids; None if there is none.
     """
 
     tokens: int = 0
@@ -49,7 +49,7 @@ class IdRange:
 
     @staticmethod
     def of(tokens: np.ndarray) -> IdRange:
-        """Of an array of ids."""
+        """The range of an array of ids."""
         if not len(tokens):
             return IdRange()
         smallest = int(tokens.min())
@@ -77,20 +77,20 @@ class TokenRecord:
     """The record of one .bin/.idx pair.
 
     Attributes:
-        made: how: "tokenizer" (`TokenizerFolder.identity`) and what else changes the tokens; empty if it is not known.
+        made: "tokenizer" (`TokenizerFolder.identity`) and other settings that change the tokens; empty if unknown.
     """
 
     ids: IdRange
     made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def write(self, path: Path, prefix: str) -> None:
-        """Atomically. The pair must have its final names. Raises: OSError."""
+        """Write it atomically. The pair must have its final names. Raises: OSError."""
         content = {"version": _VERSION, "files": _files(prefix), "ids": vars(self.ids), "made": dict(self.made)}
         write_text(path, json.dumps(content), concurrent=True)
 
 
 def record_path(prefix: str) -> Path:
-    """Where the record of a pair lies."""
+    """The path of a pair's record."""
     return Path(prefix + ".record.json")
 
 
@@ -98,7 +98,7 @@ def find_record(prefix: str, path: Path | None = None) -> TokenRecord | None:
     """The record beside a pair; None if there is none, or the files have changed since it was written.
 
     Args:
-        path: of the record, if it lies elsewhere.
+        path: of the record, if it is not beside the pair.
     """
     path = path or record_path(prefix)
     if not path.exists():
@@ -119,7 +119,7 @@ def find_record(prefix: str, path: Path | None = None) -> TokenRecord | None:
 
 
 def scanned_record(prefix: str, tokens: np.ndarray, cache: Path) -> TokenRecord:
-    """The record of a pair: from beside it, from the cache, or from its tokens, which are then all read.
+    """The record of a pair: the file beside it, the one in the cache, or a new one, for which all tokens are read.
 
     Args:
         tokens: all of the pair, in any order.
@@ -154,13 +154,13 @@ def _scan(prefix: str, tokens: np.ndarray) -> IdRange:
 
 
 def check_ids(prefix: str, ids: IdRange, vocab_size: int, *, labels: bool = False) -> None:
-    """Every id must have a row in the model's vocabulary.
+    """Check that every id has a row in the model's vocabulary.
 
     Args:
         labels: `IGNORED` is allowed.
 
     Raises:
-        UsageError: one has none.
+        UsageError: an id has none.
     """
     if ids.largest is not None and ids.largest >= vocab_size:
         raise UsageError(

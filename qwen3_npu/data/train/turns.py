@@ -1,4 +1,4 @@
-"""Turns in tokens: what is given (label -100), then what is learned; and how an over-long sample is truncated."""
+"""Turns in tokens: a source (label -100), then a target, which is learned; and the truncation of long samples."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qwen3_npu.data.train.token_record import IGNORED
 
 
 class Limits(NamedTuple):
-    """Tokens of a turn that are kept."""
+    """Numbers of tokens of a turn that are kept."""
 
     source: int
     target: int
 
 
 def limits(source: int, target: int, room: int) -> Limits:
-    """How much of a turn fits into `room` tokens: the longer part is truncated, both in proportion if both are long.
+    """The part of a turn that fits into `room` tokens: the longer part is truncated, or both in proportion.
 
     LLaMA-Factory's rule (0.9.4), which MindSpeed-LLM uses in preprocessing and in training.
     """

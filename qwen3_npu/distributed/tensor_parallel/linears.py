@@ -17,13 +17,13 @@ from qwen3_npu.distributed.tensor_parallel.products import (
 
 
 class OverlappedColumn(ColumnParallelLinear):
-    """megatron's, under sequence parallelism; without, megatron itself hides the sum of gradients.
+    """megatron's column-parallel linear with sequence parallelism. (Without it, megatron hides the sum of gradients.)
 
     Attributes:
         link: shared with the row-parallel linear that comes next, see `linked`.
     """
 
-    def __init__(self, *sizes: Any, overlap: Overlap, **options: Any) -> None:
+    def __init__(self, *sizes: object, overlap: Overlap, **options: object) -> None:
         super().__init__(*sizes, **options)
         self.overlap, self.link = overlap, Link()
 
@@ -35,14 +35,14 @@ class OverlappedColumn(ColumnParallelLinear):
 
 
 class OverlappedRow(RowParallelLinear):
-    """megatron's; without sequence parallelism, too."""
+    """megatron's row-parallel linear, with or without sequence parallelism."""
 
     def __init__(self, *sizes: Any, overlap: Overlap, **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.overlap, self.link = overlap, Link()
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to be added."""
+        """[s, b, in / TP] -> [s, b, out] ([s / TP, b, out] under sequence parallelism), and a bias to add later."""
         if self.sequence_parallel:
             out = scattered_product(input_, self.weight, self.overlap, self.tp_group, link=self.link)
         else:
@@ -56,14 +56,17 @@ OVERLAPPED = {ColumnParallelLinear: OverlappedColumn, RowParallelLinear: Overlap
 
 
 def link_linears(model: torch.nn.Module) -> None:
-    """Let the two linears of each attention and MLP know each other."""
+    """Connect the two linears of each attention and MLP, and say where the device's fused operations will not serve."""
     for module in model.modules():
+        if isinstance(module, OverlappedColumn | OverlappedRow):
+            for weight in (module.weight.t(), module.weight):  # forward, backward
+                module.overlap.fused_for(weight, weight, module.tp_group)
         for first, second in (("linear_qkv", "linear_proj"), ("linear_fc1", "linear_fc2")):
             column, row = (_base(getattr(module, name, None)) for name in (first, second))
             if isinstance(column, OverlappedColumn) and isinstance(row, OverlappedRow):
                 row.link = column.link
 
 
-def _base(linear: Any) -> Any:
-    """What an adapter lies beside."""
+def _base(linear: object) -> object:
+    """The base layer of an adapter, or the linear itself."""
     return getattr(linear, "base_layer", linear)

@@ -2,11 +2,11 @@
 
 Under sequence parallelism a rank has a part of the tokens. A column-parallel linear needs those of all ranks (gather
 and product), a row-parallel one sums over the ranks and keeps its part (product and reduce-scatter); backward is the
-reverse. Two ways to do both at once: torch_npu's fused operations (MC2), or pieces: while piece i is multiplied, piece
-i + 1 travels. Piece i holds the same rows of every rank, so that a piece is one collective.
+reverse. There are two ways to overlap both: torch_npu's fused operations (MC2), or pieces: while piece i is multiplied,
+piece i + 1 travels. Piece i holds the same rows of every rank, so a piece is one collective.
 
-What backward needs is what megatron's linears keep: the part of the input that the rank has; it is gathered again. That
-exchange starts in the backward of the linear behind (`Link`) and hides behind what lies between the two.
+As in megatron's linears, only the rank's part of the input is kept, and backward gathers it again. This exchange starts
+in the backward of the following linear (`Link`) and is hidden behind the operations between the two.
 
 s = tokens, b = batch, n = TP; a rank's own tokens are s / n.
 """
@@ -41,8 +41,8 @@ class Overlap:
     """How linears hide their communication.
 
     Attributes:
-        pieces: at most so many, as far as they divide the tokens.
-        fused: operations of the device, where they take a product; None: pieces.
+        pieces: maximum number of pieces; it must divide the tokens.
+        fused: operations of the device, for products that they support; None: pieces.
         add_weight_gradient: see `Kernels`.
     """
 
@@ -51,7 +51,7 @@ class Overlap:
     add_weight_gradient: Callable
 
     def fused_for(self, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup) -> FusedProducts | None:
-        """The fused operations if they take x [.., in] times weight [in, out]."""
+        """The fused operations if they support x [.., in] times weight [in, out]."""
         if self.fused is None:
             return None
         if reason := why_not_fused(x, weight, group.size()):
@@ -60,12 +60,12 @@ class Overlap:
         return self.fused
 
     def pieces_of(self, rows: int) -> int:
-        """In how many equal pieces so many rows go."""
+        """The number of equal pieces for this number of rows."""
         return next(n for n in range(min(self.pieces, rows), 0, -1) if rows % n == 0)
 
 
 def why_not_fused(x: torch.Tensor, weight: torch.Tensor, ranks: int) -> str | None:
-    """Why the fused operations do not take x [.., in] times weight [in, out], by their documentation; None: they do."""
+    """Why the fused operations do not support x [.., in] times weight [in, out] by their documentation, or None."""
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         return f"they multiply numbers of 16 bits, not {x.dtype}"
     if ranks not in (2, 4, 8, 16):  # 16 on A3
@@ -79,13 +79,13 @@ class Link:
     """From a row-parallel linear back to the column-parallel one before it in the same layer and micro-batch."""
 
     def __init__(self) -> None:
-        self._column: Any = None
+        self._column: object = None
 
-    def leave(self, column: Any) -> None:
+    def leave(self, column: object) -> None:
         """The column-parallel linear's node; only if its weight needs the gathered input."""
         self._column = column
 
-    def take(self) -> Any:
+    def take(self) -> object:
         column, self._column = self._column, None
         return column
 
@@ -100,7 +100,7 @@ class _Arriving:
         self.send()
 
     def send(self) -> None:
-        """The next piece, if there is one."""
+        """Send the next piece, if there is one."""
         if (number := len(self.works)) < len(self.parts):
             whole = self.whole[number].flatten(0, 1)
             self.works.append(dist.all_gather_into_tensor(whole, self.parts[number], group=self.group, async_op=True))
@@ -188,7 +188,7 @@ class _GatheredProduct(torch.autograd.Function):
 
 
 def _send_again(column: Any) -> None:
-    """Gather a column-parallel linear's input for the gradient of its weight, unless it is on its way."""
+    """Gather a column-parallel linear's input for the gradient of its weight, unless this has started already."""
     if column.again is None:
         (x,) = column.saved_tensors
         if x.untyped_storage().nbytes():  # a recomputed norm fills it later

@@ -1,7 +1,7 @@
 """MMLU with MindSpeed-LLM's text for `mmlu_ppl` (two spaces after "about").
 
-There the letter with the lowest cross-entropy of prompt and letter together is the answer. The prompt's part of it is
-the same for all four and so is the number of tokens: it is the letter with the highest likelihood.
+The answer there is the letter with the lowest cross-entropy of prompt and letter together. The prompt's part and the
+number of tokens are equal for all four letters, so it is the letter with the highest likelihood.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A conversation on the console: answers appear while they are generated. An error in a turn ends that turn only."""
+"""A chat on the console. Answers appear while they are generated. An error in a turn ends that turn only."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Conversation:
 
     Attributes:
         history: messages so far, without the thoughts: question, answer, question, answer ..
-        forgets: whether the user knows that --history-turns limits it.
+        forgets: whether the user was told that --history-turns limits it.
     """
 
     def __init__(self, runner: Runner, writer: Writer, args: InferenceArgs, keyboard: Keyboard) -> None:
@@ -54,12 +54,12 @@ class _Conversation:
         self.forgets = False
 
     def say(self, text: str) -> None:
-        """A line to the user."""
+        """Print a line for the user."""
         if self.is_main:
             console.show(text)
 
     def ask(self) -> str | None:
-        """A message of the user; None at the end of the input."""
+        """Read a message of the user; None at the end of the input."""
         while True:
             try:
                 line = self.keyboard.line("\nYou: ")
@@ -151,6 +151,6 @@ class _Conversation:
 
 
 def _without_thought(answer: Message) -> Message:
-    """The answer; of one that was stopped within a thought, what came before."""
+    """The answer without thoughts; of an answer that was stopped inside a thought, the text before it."""
     found = without_thought(answer)
     return found._replace(content=found.content.partition(THINK)[0])

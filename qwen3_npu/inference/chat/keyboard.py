@@ -1,4 +1,4 @@
-"""What a user types in a chat: lines of any length, in UTF-8, and Ctrl-C while an answer is made.
+"""Input of a user in a chat: lines of any length in UTF-8, and Ctrl-C during an answer.
 
 A terminal's own line editing truncates a line after 4,095 bytes (termios(3), canonical mode) and drops what is typed or
 pasted beyond it. So the terminal passes single keys here, and this module handles the editing keys.
@@ -29,7 +29,7 @@ class Keyboard:
     """Lines from a pipe or a file.
 
     Attributes:
-        terminal: whether a user types them.
+        terminal: whether the lines come from a terminal.
     """
 
     terminal = False
@@ -38,7 +38,7 @@ class Keyboard:
         self.stopped = False
 
     def line(self, prompt: str) -> str | None:
-        """The next line without its end; None when there are no more.
+        """The next line without its line end; None at the end of the input.
 
         Raises:
             UnicodeDecodeError: it is not UTF-8.
@@ -60,10 +60,10 @@ class Keyboard:
 
     @contextlib.contextmanager
     def answering(self, *, alone: bool) -> Iterator[None]:
-        """While an answer is made, Ctrl-C ends it and not the program.
+        """In this context Ctrl-C ends the answer and not the program.
 
         Args:
-            alone: there are no other processes; a signal to one of several processes ends all of them.
+            alone: there is only this process. (With several processes, a signal to one of them ends all.)
         """
         self.stopped = False
         if not alone or threading.current_thread() is not threading.main_thread():
@@ -150,8 +150,8 @@ class TerminalKeyboard(Keyboard):
 
 @contextlib.contextmanager
 def keyboard() -> Iterator[Keyboard]:
-    """The user's lines. The terminal passes single keys meanwhile, so lines of any length work. Enter it before
-    anything slow, so that text typed ahead is complete, too.
+    """A context with the user's lines. The terminal passes single keys in it, so lines of any length work. Enter it
+    before slow work, so that text typed ahead is complete, too.
     """
     try:
         import termios

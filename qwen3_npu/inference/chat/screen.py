@@ -1,6 +1,4 @@
-"""How a chat's answer looks while it is made: thoughts dimmed, marked or hidden; terminal control characters are
-escaped.
-"""
+"""Show a chat's answer while it is generated: thoughts are dimmed, marked or hidden; control characters are escaped."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 class Screen:
-    """Shows an answer; what stands between <think> and </think> is dimmed (off a terminal: marked) or not shown."""
+    """Shows an answer. Text between <think> and </think> is dimmed (without a terminal: marked) or hidden."""
 
     def __init__(self, out: TextIO, *, hidden: bool, opened: bool = False) -> None:
-        """Args: opened: the prompt ends with <think>, so that the answer begins with a thought (Thinking-2507)."""
+        """Args: opened: the prompt ends with <think>, so the answer begins with a thought (Thinking-2507)."""
         self.out, self.hidden, self.colours = out, hidden, out.isatty()
         self.thinking, self.after_thought = False, False
         self.waiting = ""  # may be the beginning of a tag
@@ -45,7 +43,7 @@ class Screen:
         self.waiting = self.waiting[cut:]
 
     def end(self) -> None:
-        """The answer is over."""
+        """End the answer."""
         self._show(self.waiting)
         self._put((_PLAIN if self.colours else "") + "\n")
 

@@ -1,1 +1,1 @@
-"""What a run leaves behind: finished files, and a journal while it is not finished."""
+"""Results of a run: finished files, and a journal of an unfinished run."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import files
 from qwen3_npu.errors import UsageError
@@ -14,7 +13,7 @@ RESULT = "text_generation_result"
 
 
 def write_result(path: Path, text: str) -> None:
-    """The file appears complete, or not at all.
+    """Write a file atomically.
 
     Raises:
         UsageError: it cannot be written.
@@ -28,17 +27,17 @@ def write_result(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Likewise, a value as indented JSON."""
+    """Write a value as indented JSON, atomically."""
     write_result(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
-def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Likewise, a record a line."""
+def write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Write one record per line, atomically."""
     write_result(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def write_generated(folder: Path, results: Iterable[Mapping[str, Any]]) -> list[Path]:
-    """Both files of generated texts: the .jsonl with everything, the .txt to read."""
+def write_generated(folder: Path, results: Iterable[Mapping[str, object]]) -> list[Path]:
+    """Write both files of generated texts: .jsonl with all fields, .txt for reading."""
     results = list(results)
     paths = [folder / f"{RESULT}.jsonl", folder / f"{RESULT}.txt"]
     write_lines(paths[0], results)

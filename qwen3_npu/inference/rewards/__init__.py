@@ -1,1 +1,1 @@
-"""`inference.py --task score`: what a reward model gives answers."""
+"""`inference.py --task score`: rewards of answers by a reward model."""

@@ -1,4 +1,4 @@
-"""The rewards of all answers of a file, computed and written."""
+"""Compute the rewards of all answers of a file and write them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def score_answers(platform: Platform, world: World, args: InferenceArgs, plan: I
     """Load the reward model and score the answers of --predict-data.
 
     Raises:
-        UsageError: there is something that cannot be scored; nothing is loaded or written then.
+        UsageError: something cannot be scored; nothing has been loaded or written then.
     """
     prompts, flags = plan.prompts, args.generate
     if prompts.template_given is None:
@@ -42,7 +42,7 @@ def score_answers(platform: Platform, world: World, args: InferenceArgs, plan: I
 
 
 def _write(runner: Runner, args: GenerateArgs, texts: Sequence[Scored]) -> None:
-    """A line for each record: its texts, and the reward of each; of pairs tell how many are ranked right."""
+    """Write a line for each record with its texts and rewards; print how many pairs are ranked right."""
     rewards = rewards_of(runner, [text.tokens for text in texts], args.predict_batch_size)
     results = [
         _result([(text, rewards[number]) for number, text in group])
@@ -82,7 +82,7 @@ def rewards_of(runner: Runner, texts: Sequence[Sequence[int]], at_once: int) -> 
     """The reward of each text, on every process.
 
     Args:
-        at_once: texts of one pass.
+        at_once: number of texts of one pass.
     """
     mine = sorted(range(runner.data_rank, len(texts), runner.data_parallel), key=lambda number: len(texts[number]))
     found: list[tuple[int, float]] = []

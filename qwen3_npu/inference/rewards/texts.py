@@ -1,4 +1,4 @@
-"""Answers to be scored, from the records of a file: single ones, or a chosen and a rejected one to the same prompt."""
+"""Read answers to be scored from a file: single answers, or a chosen and a rejected one to the same prompt."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Scored:
     """One text to be scored.
 
     Attributes:
-        record: its place among the records of the file.
-        name: what it is there: answer, chosen, rejected or text.
+        record: index of its record in the file.
+        name: its role there: answer, chosen, rejected or text.
         tokens: as in training.
     """
 
@@ -70,7 +70,7 @@ def read_texts(path: str, writer: Writer, positions: int) -> list[Scored]:
 
 
 def _texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
-    """Name -> strings of prompt and answer, each encoded by itself. Raises: ValueError: there are none."""
+    """Name -> strings of prompt and answer, which are encoded separately. Raises: ValueError: there are none."""
     if writer.args.template is None:
         if not isinstance(record.get("text"), str):
             raise ValueError("without a template (--prompt-type none) a record has a column text")
@@ -98,15 +98,15 @@ def _pair_texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Se
     return {name: (prompt, answer) for name, answer in zip(PAIR, answers, strict=True)}
 
 
-def _answered(record: Mapping[str, Any]) -> Conversation:
+def _answered(record: Mapping[str, object]) -> Conversation:
     """A conversation that ends with an answer. Raises: ValueError: it does not."""
     if any(isinstance(record.get(name), list) for name in ("messages", "conversations")):
         return checked_conversation(conversation_of(record, {}))
     return alpaca(record, Columns(_named(record, ALPACA), None))
 
 
-def _named(record: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Columns as this record calls them."""
+def _named(record: Mapping[str, object], names: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The column names of this record."""
     prompt = next((name for name in _PROMPTS if name in record), "instruction")
     answer = next((name for name in _ANSWERS if record.get(name) is not None), "output")
     optional = {name: name for name in ("history", "system") if name in record}

@@ -1,1 +1,1 @@
-"""`inference.py --serve`: requests of OpenAI's API over HTTP, answered by the engine as they come."""
+"""`inference.py --serve`: answers requests of OpenAI's API over HTTP with the engine."""

@@ -1,4 +1,4 @@
-"""Pieces of answers -> the bodies and chunks of OpenAI's API.
+"""Bodies and chunks of OpenAI's API from pieces of answers.
 
 Their form: https://platform.openai.com/docs/api-reference/chat/object, .../chat/streaming and .../completions/object.
 """
@@ -27,7 +27,7 @@ def error_body(refused: Refused) -> Json:
 
 
 class Answers:
-    """The answers to one request while they grow."""
+    """The growing answers to one request."""
 
     def __init__(self, asked: Asked, model: str, encoder: Encoder) -> None:
         self.asked, self.encoder = asked, encoder
@@ -46,11 +46,11 @@ class Answers:
 
     @property
     def done(self) -> bool:
-        """Whether all of them have ended."""
+        """Whether all answers have ended."""
         return all(self.finish)
 
     def add(self, number: int, piece: Piece) -> None:
-        """Answer `number` grew."""
+        """Add a piece to answer `number`."""
         self.tokens[number] += len(piece.tokens)
         if self.asked.logprobs and piece.tokens:
             self.scored[number].append(piece)
@@ -74,7 +74,7 @@ class Answers:
         return {"prompt_tokens": said, "completion_tokens": made, "total_tokens": said + made}
 
     def body(self) -> Json:
-        """All answers at once."""
+        """The body with all complete answers."""
         choices = []
         for number, text in enumerate(self.texts):
             calls = self.calls[number]
@@ -85,7 +85,7 @@ class Answers:
         return {**self.head, "object": kind, "choices": choices, "usage": self.usage()}
 
     def chunks(self, number: int, piece: Piece) -> Iterable[Json]:
-        """What a stream says of a piece of answer `number`, which `add` has taken."""
+        """The chunks of a stream for a piece of answer `number`; call `add` before."""
         if self.chat and not self.begun[number]:
             self.begun[number] = True
             yield self._chunk([self._delta(number, {"role": "assistant", "content": ""}, None, None)])
@@ -99,7 +99,7 @@ class Answers:
             yield self._chunk([self._delta(number, {} if self.chat else "", None, self.finish[number])])
 
     def last_chunk(self) -> Json:
-        """The counts, where they are asked for."""
+        """The chunk with the counts, if the request asks for it."""
         return {**self._chunk([]), "usage": self.usage()}
 
     def _chunk(self, choices: list[Json]) -> Json:
@@ -114,7 +114,7 @@ class Answers:
         return {"index": number, **what, "logprobs": self._logprobs(number), "finish_reason": self.finish[number]}
 
     def _logprobs(self, number: int) -> Json | None:
-        """Of the tokens that were not told yet."""
+        """Log-probabilities of the tokens that were not sent yet."""
         if not self.asked.logprobs:
             return None
         pieces, self.scored[number] = self.scored[number], []

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API -> orders: prompts as tokens, limits, sampling."""
+"""Translate requests of OpenAI's API to orders: prompts as tokens, limits, sampling."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING}
 
 
 class Asked(NamedTuple):
-    """A request that is understood.
+    """A parsed request.
 
     Attributes:
-        orders: of its answers, in their order.
-        prompt_tokens: of its prompts, each counted once.
+        orders: one for each answer, in order.
+        prompt_tokens: number of tokens of its prompts, each counted once.
         usage: whether a stream ends with the counts.
-        logprobs: whether log-probabilities are wanted.
-        calls: how calls are told from the text of the answers; None: the request has no tools.
+        logprobs: whether the answers contain log-probabilities.
+        calls: rules to find function calls in the answers; None if the request has no tools.
     """
 
     kind: str
@@ -43,14 +43,14 @@ class Asked(NamedTuple):
 
 
 class ServerLimits(NamedTuple):
-    """What requests are held to.
+    """The limits and defaults of requests.
 
     Attributes:
-        model: its name.
-        context: tokens of a prompt with its answer.
-        vocabulary: tokens that exist.
-        sampling: what a request leaves open.
-        chats: whether conversations can be written.
+        model: name of the model.
+        context: maximum number of tokens of a prompt with its answer.
+        vocabulary: number of tokens of the vocabulary.
+        sampling: defaults for a request.
+        chats: whether there is a template for conversations.
     """
 
     model: str
@@ -64,11 +64,11 @@ class Reader:
     """Reads requests for one model."""
 
     def __init__(self, writer: Writer, limits: ServerLimits, new_key: Callable[[], int]) -> None:
-        """Args: new_key: a name for each order."""
+        """Args: new_key: makes a unique key for each order."""
         self.writer, self.limits, self.new_key = writer, limits, new_key
 
     def read(self, body: object, kind: str) -> Asked:
-        """A request's JSON -> what it asks for. Raises: Refused."""
+        """Parse a request's JSON. Raises: Refused."""
         if not isinstance(body, dict):
             raise Refused(f"the request is {schema.shown(body)}; a JSON object is expected")
         given = read_fields(body, kind)
@@ -178,7 +178,7 @@ class Reader:
 
     @functools.cached_property
     def calls(self) -> bool:
-        """Whether the template writes calls as `CallReader` reads them."""
+        """Whether the template writes calls in the form that `CallReader` reads."""
         asked = Message(USER, "a"), Message(ASSISTANT, "", calls=(ToolCall("f", {}),)), Message(TOOL, "b")
         try:
             return f"{BEGIN_CALL}\n" in self.writer.prompt(Conversation(asked))
@@ -186,7 +186,7 @@ class Reader:
             return False
 
     def _texts(self, prompt: object) -> list[list[int]]:
-        """A prompt as OpenAI has it: a text, tokens, or a list of either."""
+        """The prompts in OpenAI's form: a text, tokens, or a list of either."""
         listed = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
         return [self._text(one) for one in listed]
 
@@ -209,7 +209,7 @@ class Reader:
 
 
 def _read(messages: Sequence[Any], tools: Sequence[Any] | None) -> Conversation:
-    """Raises: ValueError: a message is none, or has what is not understood."""
+    """Raises: ValueError: it is no message, or a field is not understood."""
     for place, message in enumerate(messages, start=1):
         for name, value in message.items() if isinstance(message, dict) else ():
             if name not in _MESSAGE and value is not None:

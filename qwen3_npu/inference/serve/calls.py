@@ -1,4 +1,4 @@
-"""Function calls in answers: Qwen3 writes each as `<tool_call>{"name": .., "arguments": ..}</tool_call>`.
+"""Find function calls in answers. Qwen3 writes each as `<tool_call>{"name": .., "arguments": ..}</tool_call>`.
 
 The form: the chat template of Qwen3 (tokenizer_config.json of Qwen/Qwen3-8B). OpenAI's objects:
 https://platform.openai.com/docs/api-reference/chat/object.
@@ -17,11 +17,11 @@ BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
 
 
 class CallRules(NamedTuple):
-    """What the calls of an answer are held to.
+    """Rules for the calls of an answer.
 
     Attributes:
-        only_one: the calls after the first are left out (`parallel_tool_calls: false`).
-        in_thought: the prompt ends within a thought, so that the answer begins with one.
+        only_one: calls after the first one are dropped (`parallel_tool_calls: false`).
+        in_thought: the prompt ends inside a thought, so the answer begins with one.
     """
 
     only_one: bool = False
@@ -29,7 +29,7 @@ class CallRules(NamedTuple):
 
 
 class CallReader:
-    """Tells the calls from the text of an answer while it grows. A thought holds no calls."""
+    """Separates calls from text while an answer grows. Thoughts contain no calls."""
 
     def __init__(self, rules: CallRules) -> None:
         self.rules = rules
@@ -38,12 +38,12 @@ class CallReader:
         self.calls = 0
 
     def read(self, text: str, *, end: bool) -> list[str | ToolCall]:
-        """Take text; the texts and calls that are certain now, in their order.
+        """Add text. Returns the texts and calls that are certain now, in order.
 
         A call that is no JSON with a name is text. White space beside a call is dropped.
 
         Args:
-            end: no more text comes.
+            end: this is the last text.
         """
         self.rest += text
         found: list[str | ToolCall] = []
@@ -86,7 +86,7 @@ class CallReader:
         yield self._text(end)
 
     def _text(self, end: bool) -> str:
-        """What is text in any case, of what is left."""
+        """The part of the remaining characters that is certainly text."""
         if self.calls:
             self.rest = self.rest.lstrip()
         place = self.rest.find(BEGIN_CALL)
@@ -99,7 +99,7 @@ class CallReader:
 
 
 def _begun(text: str, mark: str) -> int:
-    """Characters at the end of a text with which a mark may begin."""
+    """Number of characters at the end of a text with which a mark may begin."""
     return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
 
 

@@ -1,4 +1,4 @@
-"""Between the threads that speak HTTP and the one that computes: orders go in, pieces of answers come out."""
+"""The queue between HTTP threads and the computing thread: orders go in, pieces of answers come out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CUT, DROPPED = "cut", "dropped"
 
 
 class Order(NamedTuple):
-    """One answer that is asked for; plain values, for it travels to the other processes.
+    """One requested answer. It has plain values only, since it is sent to the other processes.
 
     Attributes:
-        key: names it.
-        number: of the answer among those of one request; the random numbers depend on it and on the seed.
-        limit: tokens to generate at most.
+        key: unique name.
+        number: index of the answer in its request; the random numbers depend on it and on the seed.
+        limit: maximum number of tokens to generate.
         stops: texts that end the answer.
-        top: likeliest tokens wanted beside each chosen one.
+        top: number of likeliest tokens to return beside each chosen one.
     """
 
     key: int
@@ -38,12 +38,12 @@ class Order(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What an answer grew by.
+    """A piece of an answer.
 
     Attributes:
-        text: may be shorter than the tokens' text, which can be held back until a character or a stop text is certain.
-        likeliest: of each token, the likeliest ones in its place with their log-probabilities.
-        finish: why the answer ended, see `Request`; "" while more comes.
+        text: may be shorter than the tokens' text, which is held back until a character or a stop text is certain.
+        likeliest: for each token the likeliest ones at its position with their log-probabilities.
+        finish: reason of the answer's end, see `Request`; "" while it continues.
     """
 
     text: str = ""
@@ -54,12 +54,12 @@ class Piece(NamedTuple):
 
 
 class News(NamedTuple):
-    """What happened since the last look.
+    """Events since the last call of `Desk.take`.
 
     Attributes:
-        dropped: keys of orders that nobody waits for any more.
-        ends: the server stops once it is idle.
-        cuts: it does not wait for that.
+        dropped: keys of orders whose clients have left.
+        ends: the server stops when it is idle.
+        cuts: the server stops immediately.
     """
 
     orders: list[Order]
@@ -72,11 +72,11 @@ Inbox = queue.SimpleQueue[tuple[int, Piece]]  # pieces, and which order they are
 
 
 class Desk:
-    """Safe to use in threads; `stop` also in a signal handler.
+    """Thread-safe; `stop` may also be called in a signal handler.
 
     Attributes:
-        inboxes: where the pieces of each order go that was not completed yet.
-        ended: the computing thread has left; nothing is answered any more.
+        inboxes: key of an incomplete order -> queue of its pieces.
+        ended: the computing thread has ended; nothing is answered any more.
     """
 
     def __init__(self) -> None:
@@ -90,25 +90,25 @@ class Desk:
 
     @property
     def closed(self) -> bool:
-        """Whether no more orders are taken."""
+        """Whether no more orders are accepted."""
         return self.ended or bool(self._stops)
 
     def new_key(self) -> int:
-        """A name for an order."""
+        """A unique key for an order."""
         return next(self._keys)
 
     def hand_in(self, order: Order, inbox: Inbox) -> None:
-        """Ask for an answer."""
+        """Submit an order."""
         self.inboxes[order.key] = inbox
         self._events.put(order)
 
     def leave(self, key: int) -> None:
-        """Nobody waits for its answer any more, if it did not come."""
+        """The client no longer waits: drop the order if it is incomplete."""
         if self.inboxes.pop(key, None) is not None:
             self._events.put(key)
 
     def stop(self) -> None:
-        """Take no more orders; if called again, give up those that are there."""
+        """Accept no more orders; the second call gives up the present ones."""
         now = time.monotonic()
         if not self._stops or now - self._stops[-1] > _SAME_SIGNAL:
             self._stops.append(now)
@@ -117,7 +117,7 @@ class Desk:
     # The thread that computes
 
     def take(self, *, wait: bool) -> News | None:
-        """The news, if there are any. Args: wait: for a moment, if there are none."""
+        """The news, if there are any. Args: wait: wait a moment if there are none."""
         events: list[Order | int | None] = []
         try:
             events.append(self._events.get(timeout=_HEARTBEAT) if wait else self._events.get_nowait())
@@ -136,14 +136,14 @@ class Desk:
         )
 
     def put(self, key: int, piece: Piece) -> None:
-        """Hand out a piece, if somebody waits for it."""
+        """Deliver a piece, if its client still waits."""
         if (inbox := self.inboxes.get(key)) is not None:
             inbox.put((key, piece))
             if piece.finish:
                 self.inboxes.pop(key, None)
 
     def end(self) -> None:
-        """Nothing is computed any more: who still waits is told."""
+        """The computing thread ends: tell all waiting clients."""
         self.ended = True
         for key in list(self.inboxes):
             self.put(key, Piece(finish=CUT))

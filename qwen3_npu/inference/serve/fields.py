@@ -1,4 +1,4 @@
-"""The fields of requests of OpenAI's API: names, types and ranges. What is not understood is refused by name.
+"""The fields of requests of OpenAI's API: names, types and ranges. Unknown fields are refused by name.
 
 Fields and their ranges: https://platform.openai.com/docs/api-reference/chat/create and .../completions/create; beyond
 them `top_k`, `repetition_penalty` and `chat_template_kwargs` as vLLM's server has them.
@@ -20,17 +20,17 @@ _MOST_STOPS, _LONGEST_STOP = 16, 1000  # texts, and characters of one: every new
 _LEAST_TEMPERATURE = 0.01
 _MOST_BIASES = 1024
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-Read = Callable[[object, str], Any]
-Json = dict[str, Any]
+Read = Callable[[object, str], object]
+Json = dict[str, object]
 
 
 class Refused(Exception):
     """A request that is not answered.
 
     Args:
-        status: HTTP's.
-        param: the field that is at fault.
-        code: OpenAI's name of the fault.
+        status: HTTP status.
+        param: the wrong field.
+        code: OpenAI's error code.
     """
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
@@ -64,7 +64,7 @@ def _temperature(value: object, where: str) -> float:
 
 
 def _only(*names: str) -> Read:
-    """An object with true or false under these names."""
+    """An object whose fields are these names with true or false."""
 
     def read(value: object, where: str) -> dict[str, bool]:
         found = schema.record(value, where)
@@ -75,7 +75,7 @@ def _only(*names: str) -> Read:
 
 
 def _bias(value: object, where: str) -> tuple[tuple[int, float], ...]:
-    """Tokens and what is added to their logits."""
+    """Tokens and the numbers that are added to their logits."""
     found = schema.record(value, where).fields
     if len(found) > _MOST_BIASES:
         raise UsageError(f"{where} has {len(found)} tokens; at most {_MOST_BIASES} are expected")

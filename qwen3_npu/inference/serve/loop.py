@@ -1,4 +1,4 @@
-"""The engine's loop while it serves: every process makes the same passes, and rank 0 has the desk."""
+"""The engine's loop of a server: every process makes the same passes, and rank 0 has the desk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qwen3_npu.inference.text import TextStream, Writer
 class Loop:
     """Takes orders between two passes, so that a new prompt enters as soon as a slot is free (continuous batching).
 
-    The other processes follow: they hear of orders, of clients that left and of the end from rank 0, and everything
-    else follows from the tokens, which all of them have. Copies of the model beyond the first, which only layouts with
-    expert parallelism have here, serve their experts.
+    Rank 0 tells the other processes about orders, clients that have left, and the end. Everything else follows from the
+    tokens, which all processes have. Further copies of the model exist only with expert parallelism; they compute their
+    experts.
     """
 
     def __init__(self, runner: Runner, writer: Writer, engine: Engine, desk: Desk | None, *, metrics: Metrics) -> None:

@@ -1,4 +1,4 @@
-"""What /metrics tells, in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+"""The metrics of /metrics in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PREFIX = "qwen3_npu_"
 
 
 class Metrics:
-    """Counts, safe to use in threads.
+    """Thread-safe counters.
 
     Attributes:
         running, waiting, slots, context, cached: as of the engine's last pass.
@@ -37,23 +37,23 @@ class Metrics:
         self._sums: dict[str, list[float]] = {name: [0, 0.0] for name, (kind, _) in _HELP.items() if kind == "summary"}
 
     def answered(self, endpoint: str, status: int) -> None:
-        """A request was answered."""
+        """Count an answered request."""
         with self._lock:
             self._requests[endpoint, status] += 1
 
     def add(self, name: str, count: int) -> None:
-        """More of a counter."""
+        """Increase a counter."""
         with self._lock:
             self._totals[name] += count
 
     def took(self, name: str, seconds: float) -> None:
-        """One more value of a summary."""
+        """Add a value to a summary."""
         with self._lock:
             self._sums[name][0] += 1
             self._sums[name][1] += seconds
 
     def text(self) -> str:
-        """All of them."""
+        """All metrics as text."""
         with self._lock:
             values: dict[str, list[tuple[str, float]]] = {
                 name: [(f"{name}_total", self._totals[name])] for name, (kind, _) in _HELP.items() if kind == "counter"

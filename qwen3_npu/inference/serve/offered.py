@@ -1,4 +1,4 @@
-"""What the server offers: models, health, metrics, and answers, whole or as a stream."""
+"""The endpoints of the server: models, health, metrics, and answers, complete or as a stream."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from qwen3_npu.inference.serve.answers import Answers, error_body
 from qwen3_npu.inference.serve.desk import CUT, MOST, Inbox, Piece
@@ -21,7 +20,7 @@ _POSTS = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
 
 
 class Connection(JsonConnection):
-    """A client of the model."""
+    """A connection of a client."""
 
     def do_GET(self) -> None:
         known = {"/health": self._health, "/v1/models": self._models, "/metrics": self._metrics}
@@ -43,7 +42,7 @@ class Connection(JsonConnection):
     def _one_model(self) -> None:
         self.send(200, self._model())
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self) -> dict[str, object]:
         limits = self.server.reader.limits
         return {
             "id": limits.model,
@@ -75,11 +74,11 @@ class Connection(JsonConnection):
         server.metrics.took("request_seconds", time.monotonic() - start)
 
     def _pieces(self, answers: Answers, inbox: Inbox, start: float) -> Iterator[tuple[int, Piece]]:
-        """What comes of the answers until all have ended.
+        """The pieces of the answers until all have ended.
 
         Raises:
             Refused: the server stopped before.
-            ConnectionError: the client is gone.
+            ConnectionError: the client has left.
         """
         stopped = Refused("the server stopped before the answer was complete", status=503)
         numbers = {order.key: number for number, order in enumerate(answers.asked.orders)}
@@ -101,7 +100,7 @@ class Connection(JsonConnection):
                 seen = time.monotonic()
 
     def _look(self) -> None:
-        """Raises: ConnectionError: the client is gone."""
+        """Raises: ConnectionError: the client has left."""
         ready = select.poll()
         ready.register(self.connection, select.POLLIN)
         if ready.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):

@@ -1,4 +1,4 @@
-"""`inference.py --serve`: the model, the engine and the HTTP server, from the first look at the flags to Ctrl-C."""
+"""`inference.py --serve`: the model, the engine and the HTTP server, from the check of the flags to Ctrl-C."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def serve(platform: Platform, world: World, args: InferenceArgs, plan: Inference
     """Load the model and answer until Ctrl-C or SIGTERM.
 
     Raises:
-        UsageError: something does not fit; nothing is loaded then.
+        UsageError: something does not fit; nothing has been loaded then.
     """
     flags, lines = with_defaults(args.generate, plan.generation)
     for line in lines:
@@ -82,7 +82,7 @@ def serve(platform: Platform, world: World, args: InferenceArgs, plan: Inference
 
 @contextlib.contextmanager
 def _until_stopped(desk: Desk | None) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the desk; processes without one go on until it tells them."""
+    """Let Ctrl-C and SIGTERM stop the desk; processes without a desk continue until rank 0 tells them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

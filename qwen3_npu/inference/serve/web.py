@@ -1,6 +1,6 @@
 """HTTP: addresses, keys, bodies and errors. One thread for each connection.
 
-Errors have OpenAI's form. A page that a browser on this machine shows cannot use the server: bodies must be declared as
+Errors have OpenAI's form. A web page in a browser on this machine cannot use the server: bodies must be declared as
 JSON, and without a key the Host header must name this machine.
 """
 
@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 from qwen3_npu import log, schema
 from qwen3_npu.errors import UsageError
@@ -47,7 +46,7 @@ class WebServer(ThreadingHTTPServer):
     request_queue_size = 1024  # connections that may come at once
 
     def __init__(self, host: str, port: int, key: str | None, *, connection: type[JsonConnection]) -> None:
-        """Raises: UsageError: the address cannot be had."""
+        """Raises: UsageError: the address is not available."""
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.key = key
         self.answering: set[int] = set()
@@ -64,41 +63,41 @@ class WebServer(ThreadingHTTPServer):
             ) from None
 
     def server_bind(self) -> None:
-        """As TCPServer's: HTTPServer's asks the network for this machine's name."""
+        """TCPServer's method, since HTTPServer's looks this machine's name up in the network."""
         socketserver.TCPServer.server_bind(self)
         self.server_port = self.server_address[1]
 
     def process_request(self, request: Accepted, client_address: object) -> None:
-        """A thread for a connection, unless there are too many."""
+        """Start a thread for a connection, unless there are too many."""
         if self.connections.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Accepted, client_address: object) -> None:
-        """Its work."""
+        """The work of this thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self.connections.release()
 
     def handle_error(self, request: Accepted, client_address: object) -> None:
-        """A client that is gone is no error."""
+        """Ignore clients that have left."""
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The address of the server."""
         host = str(self.server_address[0])
         return f"http://{f'[{host}]' if self.address_family == socket.AF_INET6 else host}:{self.server_port}"
 
     def ready(self, desk: Desk, reader: Reader, metrics: Metrics) -> None:
-        """The model is loaded: answer."""
+        """Answer requests from now on: the model is loaded."""
         self.desk, self.reader, self.metrics = desk, reader, metrics
         self.server_activate()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
 
     def close(self) -> None:
-        """Let answers that are complete go out, then close."""
+        """Send complete answers, then close."""
         self.shutdown()
         self.server_close()
         until = time.monotonic() + 2
@@ -107,7 +106,7 @@ class WebServer(ThreadingHTTPServer):
 
 
 class JsonConnection(BaseHTTPRequestHandler):
-    """A client's connection: one request after the other; what is offered says a subclass."""
+    """A client's connection with one request after the other. Subclasses define the endpoints."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "qwen3_npu", ""
@@ -117,10 +116,10 @@ class JsonConnection(BaseHTTPRequestHandler):
     endpoint, unread, streams = "other", 0, False
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: /metrics counts."""
+        """Log nothing, since /metrics counts requests."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """For requests that are no HTTP, and methods that are not offered."""
+        """Answer invalid HTTP and methods that are not offered."""
         self.close_connection = True
         self.send(code, error_body(Refused(message or "not understood", status=code)))
 
@@ -150,7 +149,7 @@ class JsonConnection(BaseHTTPRequestHandler):
             self.server.answering.discard(id(self))
 
     def _check(self, path: str) -> None:
-        """Raises: Refused: the client may not ask."""
+        """Raises: Refused: the client has no permission."""
         key = self.server.key
         if path == "/health":
             return
@@ -165,7 +164,7 @@ class JsonConnection(BaseHTTPRequestHandler):
             if name.lower() not in _LOCAL:
                 raise Refused(f"the Host {schema.shown(host)} is not this machine; use localhost", status=403)
 
-    def body(self) -> Any:
+    def body(self) -> object:
         """The JSON of the request. Raises: Refused."""
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -184,7 +183,7 @@ class JsonConnection(BaseHTTPRequestHandler):
             raise Refused(str(error)) from None
 
     def parse_request(self) -> bool:
-        """A request's first lines; what follows is not read yet."""
+        """Parse the request line and headers; the body is not read yet."""
         found = super().parse_request()
         if found:
             default = "0" if self.command == "GET" else ""
@@ -194,7 +193,7 @@ class JsonConnection(BaseHTTPRequestHandler):
         return found
 
     def _discard(self) -> None:
-        """Read a body that is not wanted; closing at once would hide the answer from its sender."""
+        """Read and drop a body: if the connection closed at once, the sender would not see the answer."""
         if not self.unread:
             return
         left = min(self.unread, _MOST_DISCARDED)
@@ -203,8 +202,8 @@ class JsonConnection(BaseHTTPRequestHandler):
             while left and (data := self.rfile.read(min(left, 1 << 16))):
                 left -= len(data)
 
-    def send(self, status: int, content: dict[str, Any] | str) -> None:
-        """One answer: JSON, or text."""
+    def send(self, status: int, content: dict[str, object] | str) -> None:
+        """Send one answer: JSON or text."""
         self.server.metrics.answered(self.endpoint, status)
         self.close_connection |= self.unread > 0  # what follows is no request
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)

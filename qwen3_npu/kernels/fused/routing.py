@@ -1,4 +1,4 @@
-"""Copy tokens to their experts and add them up again, without a wait of the host and without atomic additions."""
+"""Copy tokens to their experts and sum the results, without waiting of the host and without atomic additions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _columns(x: torch.Tensor) -> tuple[int, dict[str, int]]:
     return triton.cdiv(x.shape[1], block), {"SIZE": x.shape[1], "BLOCK": block}
 
 
-def gather(x: torch.Tensor, places: Places) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, places: Places) -> torch.Tensor:
     """[tokens, n] -> [rows, n]."""
     blocks, shape = _columns(x)
     out = x.new_empty(len(places.tokens), x.shape[1])
@@ -89,7 +89,7 @@ def add_up(x: torch.Tensor, places: Places) -> torch.Tensor:
 
 
 class Permute(torch.autograd.Function):
-    """As `reference.permute`; what it returns third and fourth is `Places`."""
+    """As `reference.permute`; its third and fourth results are the fields of `Places`."""
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, rows: int) -> tuple:
@@ -105,10 +105,10 @@ class Permute(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(chosen, ends, *places)
         ctx.mark_non_differentiable(*places)
-        return gather(tokens, places), weights, *places
+        return gather_rows(tokens, places), weights, *places
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, dweights: torch.Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, grad: torch.Tensor, dweights: torch.Tensor, *_: object) -> tuple:
         chosen, ends, *places = ctx.saved_tensors
         count, experts = chosen.shape
         dprobs = dweights.new_empty(count, experts)
@@ -129,4 +129,4 @@ class Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        return gather(grad, Places(*ctx.saved_tensors)), None
+        return gather_rows(grad, Places(*ctx.saved_tensors)), None

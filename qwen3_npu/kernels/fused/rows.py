@@ -1,4 +1,4 @@
-"""Tensors as rows that Triton's kernels can walk."""
+"""Tensors as rows for Triton's kernels."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def power_of_two(n: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks run at a time at least; a few where Triton interprets on the host."""
+    """Number of multiprocessors of the GPU; a small number if Triton interprets on the host."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

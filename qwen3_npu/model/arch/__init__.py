@@ -1,4 +1,4 @@
-"""What a model is: its facts, its family, its rotary embedding, and the files that say them. No torch.
+"""The architecture of a model: facts, family, rotary embedding, and reading them from files. No torch.
 
 architecture.py    Qwen3Arch, and what follows from it
 facts.py           one row per fact: config.json's key, Megatron's argument, type and range

@@ -1,6 +1,6 @@
-"""What a model is: the facts of a Hugging Face `config.json`, under Hugging Face's names. No torch.
+"""The architecture of a model: the facts of a Hugging Face `config.json`, with Hugging Face's names. No torch.
 
-Everything that needs a shape asks a `Qwen3Arch`.
+All code that needs a shape takes it from a `Qwen3Arch`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Qwen3Arch:
     A dense model has `num_experts == 0`. In a MoE model every layer is a MoE layer, as in all published ones.
 
     Attributes:
-        model_type: the family; "qwen3" and "qwen3_moe" stand for each other where the number of experts says so.
+        model_type: the family. The number of experts decides between "qwen3" and "qwen3_moe".
         rope_scaling: scaling of the rotary embedding; None: no scaling.
         more_eos_token_ids: further tokens that end a text.
         reward: a reward model: a head of one number per token (transformers' `score`) in place of the output layer.
@@ -86,7 +86,7 @@ class Qwen3Arch:
 
     @property
     def family(self) -> Family:
-        """What holds for every model of its kind."""
+        """The facts of its family."""
         return FAMILIES[self.model_type]
 
     def as_reward(self) -> Qwen3Arch:
@@ -95,7 +95,7 @@ class Qwen3Arch:
 
     @property
     def rope(self) -> Rope:
-        """How positions rotate the heads."""
+        """The rotary embedding."""
         return Rope(self.rope_theta, self.head_dim, self.rope_scaling)
 
     @property
@@ -104,7 +104,7 @@ class Qwen3Arch:
         return (*(() if self.eos_token_id is None else (self.eos_token_id,)), *self.more_eos_token_ids)
 
     def has(self, fact: Fact) -> bool:
-        """Whether a fact is one of this architecture's."""
+        """Whether this architecture has a fact (facts of experts belong to MoE models only)."""
         return self.is_moe or not fact.moe
 
     @property
@@ -119,8 +119,8 @@ class Qwen3Arch:
         return all(getattr(self, name) == getattr(other, name) for name in names.split())
 
     def unlike(self, trained: Qwen3Arch) -> str | None:
-        """The first fact in which this architecture computes something else than weights of the same shapes were
-        trained for; None: none.
+        """The first fact that shapes of weights do not show and in which this architecture differs from the one with
+        which they were trained; None if there is none.
 
         A model trained without rope scaling may get one; a model trained with rope scaling needs the same.
         """

@@ -1,7 +1,7 @@
-"""The facts of an architecture: one row each, read in every direction. No torch.
+"""The facts of an architecture: one table for all directions. No torch.
 
-config.json, Megatron's arguments (and the flags of the same names) and `Qwen3Arch` say the same facts under their own
-names; `hf_config.py`, `megatron.py` and `args/model.py` translate by this table.
+config.json, Megatron's arguments (and the flags of the same names) and `Qwen3Arch` hold the same facts under different
+names. `hf_config.py`, `megatron.py` and `args/model.py` translate with this table.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from qwen3_npu.schema import boolean, integer, number
 
-REQUIRED: Any = object()
+REQUIRED: object = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,26 +21,27 @@ class Fact:
 
     Attributes:
         name: field of `Qwen3Arch` and key of config.json.
-        read: checks a value's type and range; called with the value and where it stands.
+        read: (value, its place for messages) -> the value, with type and range checked.
         megatron: names of the argument; the first is written and is the flag.
         newer: another key of config.json, which transformers prefers.
         moe: only models with experts have it.
-        negated: the argument says the opposite.
-        default: where config.json lacks it and the family has none; REQUIRED: that is an error.
-        args_default: where Megatron's arguments lack it; None: its value follows from others or is an error.
+        negated: the argument is the negation of the fact.
+        default: used if config.json lacks it and the family has no default; REQUIRED: this is an error.
+        args_default: used if Megatron's arguments lack it; None: its value follows from other arguments, or it is
+            an error.
     """
 
     name: str
-    read: Callable[[object, str], Any]
+    read: Callable[[object, str], object]
     megatron: tuple[str, ...] = ()
     newer: str | None = None
     moe: bool = False
     negated: bool = False
-    default: Any = REQUIRED
-    args_default: Any = None
+    default: object = REQUIRED
+    args_default: object = None
 
-    def turned(self, value: object) -> Any:
-        """The argument's value for the fact's, and back."""
+    def turned(self, value: object) -> object:
+        """The argument's value from the fact's, or the reverse."""
         return not value if self.negated else value
 
 

@@ -1,7 +1,7 @@
-"""Names of saved arguments that change nothing that a trained network computes. No torch.
+"""Names of saved arguments that do not change what a trained network computes. No torch.
 
-How it was computed (fusion, recomputing, communication, precision), how and on what it was trained, where files lay;
-and what means nothing unless another argument, which is refused, is on (`moba_topk` beside `use_moba_attn`). Sources:
+They concern execution (fusion, recomputation, communication, precision), training, data and paths, or have an effect
+only beside another argument that is refused (`moba_topk` beside `use_moba_attn`). Sources:
 the parsers and the `args.X = ..` of megatron-core 0.4 to 0.19, MindSpeed 1.0 to 2.3 and MindSpeed-LLM 1.0 to c77308a,
 read one by one; config.json's keys and the settings that MindSpeed-LLM's converter copies into its arguments.
 """
@@ -234,5 +234,5 @@ _NAMES = frozenset(
 
 
 def is_harmless(name: str) -> bool:
-    """Whether an argument is known to change nothing that the network computes, whatever its value."""
+    """Whether an argument is known not to change what the network computes, whatever its value."""
     return name in _NAMES or bool(_PART.match(name))

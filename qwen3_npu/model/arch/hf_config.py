@@ -34,8 +34,7 @@ def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwe
         where: the file's name, for messages.
 
     Raises:
-        UsageError: not a family that is known, a fact is missing or of another type, or one that this code does not
-            implement.
+        UsageError: the family is unknown, a fact is missing or has another type, or its value is not implemented.
     """
     family = find_family(config.get("model_type"), where)
     _refuse_unsupported(config, family, where)
@@ -82,7 +81,7 @@ def _value(fact: Fact, config: Mapping[str, Any], family: Family, found: Mapping
     return value
 
 
-def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -> None:
+def _refuse_unsupported(config: Mapping[str, object], family: Family, where: str) -> None:
     for key, allowed in family.fixed.items():
         value = config.get(key)
         if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
@@ -94,7 +93,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
             raise UsageError(f"{where}: layer_types has {shown(kind)}; only full_attention is supported")
 
 
-def _tell_contradictions(config: Mapping[str, Any], theta: float, said: Mapping[str, Any], where: str) -> None:
+def _tell_contradictions(config: Mapping[str, object], theta: float, said: Mapping[str, object], where: str) -> None:
     """Log facts that are given twice with different values; transformers' choice has been made already."""
     outer = config.get("rope_theta")
     if outer is not None and "rope_theta" in said and number(outer, f"{where}: rope_theta") != theta:
@@ -113,14 +112,14 @@ def _tell(message: str) -> None:
 
 
 def ending_tokens(value: object, where: str) -> list[int]:
-    """The ending tokens, the first of them first."""
+    """The ending tokens, with the first one in front."""
     if value is None:
         return []
     listed = value if isinstance(value, list) else [value]
     return [integer(token, f"{where}: eos_token_id", least=0) for token in listed]
 
 
-def read_hf_config(folder: str | Path) -> dict[str, Any]:
+def read_hf_config(folder: str | Path) -> dict[str, object]:
     """The `config.json` of a Hugging Face directory, as a dict.
 
     Raises:
@@ -132,14 +131,16 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     return shared_record(path).fields
 
 
-def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
+def to_hf_config(
+    arch: Qwen3Arch, carry: Mapping[str, object] | None = None, dtype: str = "bfloat16"
+) -> dict[str, object]:
     """A `config.json` that transformers 4.51 and later, and 5.x, read the same way.
 
     The published spelling is written (`rope_theta`, `num_experts`, `torch_dtype`): transformers 4 knows no other,
     transformers 5 reads both.
 
     Args:
-        carry: a config the model came from; what this code does not use of it is kept.
+        carry: config.json of the source; its unused fields are kept.
         dtype: of the weights beside it, e.g. "bfloat16".
     """
     config = {key: value for key, value in (carry or {}).items() if key not in (*_NOT_WRITTEN, _QUANTIZED)}
@@ -154,7 +155,7 @@ def to_hf_config(arch: Qwen3Arch, carry: Mapping[str, Any] | None = None, dtype:
     if family.moe:
         fixed["output_router_logits"] = False
     defaults = {"attention_dropout": 0.0, "initializer_range": 0.02, "sliding_window": None, "use_cache": True}
-    named: dict[str, Any] = {"model_type": family.model_type, "torch_dtype": dtype}
+    named: dict[str, object] = {"model_type": family.model_type, "torch_dtype": dtype}
     named["architectures"] = [family.reward_architecture if arch.reward else family.architecture]
     if arch.reward:
         # transformers counts labels by their names. It takes the reward of the last token that is no padding, so it

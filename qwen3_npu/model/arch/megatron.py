@@ -1,7 +1,7 @@
 """Megatron's and MindSpeed-LLM's arguments <-> the architecture. No torch.
 
-The same names stand in the `args` of a checkpoint and on the command line. What an argument says that is not computed
-here is refused by name: weights alone do not tell one rotary embedding, norm or activation from another.
+The `args` of a checkpoint and the command line use the same names. An argument for something that is not computed here
+is refused by name, since weights do not show which rotary embedding, norm or activation they need.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ALWAYS: dict[str, Any] = {
 
 
 def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
-    """The arguments that say an architecture, without the number of layers, which the layout counts."""
+    """The arguments of an architecture, without the number of layers, which depends on the layout (no-op layers)."""
     found = {
         fact.megatron[0]: fact.turned(getattr(arch, fact.name)) for fact in FACTS if fact.megatron and arch.has(fact)
     }
@@ -64,10 +64,10 @@ def from_megatron(args: Mapping[str, Any], where: str, own: Collection[str] = ()
     """The architecture that arguments describe (Megatron's or MindSpeed-LLM's own).
 
     Args:
-        own: names of this project's flags that a checkpoint holds beside them.
+        own: names of this project's flags that a checkpoint holds, too.
 
     Raises:
-        UsageError: a fact is missing or of another type, or they describe what is not computed here.
+        UsageError: a fact is missing or has another type, or the architecture is not computed here.
     """
     said = _said(args, where)
     refuse_others(said, where, own)
@@ -103,13 +103,13 @@ def from_megatron(args: Mapping[str, Any], where: str, own: Collection[str] = ()
 
 
 def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str, own: Collection[str] = ()) -> None:
-    """Compare what arguments saved with weights say of their training with the architecture that another file says.
+    """Compare the arguments saved with weights with the architecture of another file (config.json).
 
     Args:
         own: as in `from_megatron`.
 
     Raises:
-        UsageError: they name what is not computed here, or not what `arch` computes.
+        UsageError: they name something that is not computed here, or another architecture than `arch`.
     """
     said = _said(args, where)
     refuse_others(said, where, own)
@@ -126,8 +126,8 @@ def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str, own: Col
 
 
 def _said(args: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The arguments that are not None. A base inside config.json's dict of the rotary embedding stands for one beside
-    it, as in transformers 5.
+    """The arguments that are not None. The base inside config.json's dict of the rotary embedding is taken, too, as in
+    transformers 5.
     """
     said = {name: value for name, value in args.items() if value is not None}
     for name in _HF_ROPE:
@@ -139,7 +139,7 @@ def _said(args: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def unlike_family(argument: str, said: bool | None, family: Family) -> str | None:
-    """What is wrong with an argument of `FEATURES`; None: nothing."""
+    """The contradiction between an argument of `FEATURES` and the family; None if there is none."""
     feature = next(name for name, of in FEATURES.items() if of == argument)
     if said is None or said == getattr(family, feature):
         return None
@@ -149,13 +149,13 @@ def unlike_family(argument: str, said: bool | None, family: Family) -> str | Non
     return f"{flag_name}: {family.title} has {'no' if said else 'a'} {_WORDS[argument]}{hint}"
 
 
-def _needed(said: Mapping[str, Any], name: str, where: str) -> int:
+def _needed(said: Mapping[str, object], name: str, where: str) -> int:
     if name not in said:
         raise UsageError(f"{where}: its args have no {name}; give the architecture with --hf-cfg-dir")
     return integer(said[name], f"{where}: {name}", least=1, most=2**20)
 
 
-def _family(said: Mapping[str, Any], where: str) -> Family:
+def _family(said: Mapping[str, object], where: str) -> Family:
     """The first family that agrees with every argument."""
     experts = "num_experts" in said or "num_moe_experts" in said
     if "hf_model_type" in said:
@@ -174,11 +174,11 @@ def _family(said: Mapping[str, Any], where: str) -> Family:
     raise UsageError(f"{where}: {', '.join(words)} with{'' if experts else 'out'} experts is none of {known}")
 
 
-def _scaling_arguments(scaling: RopeScaling) -> dict[str, Any]:
-    """MindSpeed-LLM's arguments, and beside them Megatron's own where it has them."""
+def _scaling_arguments(scaling: RopeScaling) -> dict[str, object]:
+    """MindSpeed-LLM's arguments, and those of Megatron if it has them."""
     if scaling.kind == LINEAR:
         return {"rotary_seq_len_interpolation_factor": scaling.factor}
-    found: dict[str, Any] = {"rope_scaling_type": scaling.kind, "rope_scaling_factor": scaling.factor}
+    found: dict[str, object] = {"rope_scaling_type": scaling.kind, "rope_scaling_factor": scaling.factor}
     if scaling.kind == LLAMA3:
         usual = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original) == (1.0, 4.0, 8192)
         return found | {
@@ -202,11 +202,11 @@ def _scaling_arguments(scaling: RopeScaling) -> dict[str, Any]:
     }
 
 
-def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> RopeScaling | None:
+def scaling_from_megatron(said: Mapping[str, object], theta: float, where: str) -> RopeScaling | None:
     """The scaling of rotary embedding that arguments (without None) describe.
 
     Raises:
-        UsageError: one that is not computed here, several, or without what it needs.
+        UsageError: the scaling is not computed here, there are several, or a value that it needs is missing.
     """
     read = _NumericArgs(said, where)
     found: list[RopeScaling] = []
@@ -237,9 +237,9 @@ def scaling_from_megatron(said: Mapping[str, Any], theta: float, where: str) -> 
 
 
 class _NumericArgs:
-    """Numbers among arguments."""
+    """Reads numbers among arguments."""
 
-    def __init__(self, said: Mapping[str, Any], where: str) -> None:
+    def __init__(self, said: Mapping[str, object], where: str) -> None:
         self.said, self.where = said, where
 
     def __call__(self, name: str, default: float | None = None, *others: str) -> float:
@@ -276,7 +276,7 @@ def _yarn(read: _NumericArgs, prefix: str) -> RopeScaling:
     )
 
 
-def _unprefixed_yarn(said: Mapping[str, Any]) -> dict[str, Any]:
+def _unprefixed_yarn(said: Mapping[str, object]) -> dict[str, object]:
     """megatron-core 0.19's flags, which have the prefix in the configuration only; its defaults."""
     own = {f"yarn_{name}": said.get(name, usual) for name, usual in (("mscale", 1.0), ("mscale_all_dim", 0.0))}
     own["yarn_rotary_scaling_factor"] = said["rotary_scaling_factor"]

@@ -28,9 +28,9 @@ class RopeScaling:
 
     Attributes:
         kind: "linear", "yarn" or "llama3".
-        factor: how many times longer sequences may be.
-        original: positions that the model was trained with before; 0 for linear.
-        attention_factor: cos and sin are multiplied with it.
+        factor: factor by which sequences may be longer.
+        original: positions of the training before the scaling; 0 for linear.
+        attention_factor: factor of cos and sin.
         beta_fast, beta_slow: of yarn: rotations within `original` above which a frequency stays, below which it is
             divided by the factor.
         truncate: of yarn: the dimensions in between begin and end at whole numbers.
@@ -52,7 +52,7 @@ class RopeScaling:
         return f"{name} x{self.factor:g}" + (f" of {self.original} positions" if self.original else "")
 
     def to_hf(self) -> dict[str, Any]:
-        """The `rope_scaling` of config.json; what equals its default is left out, other readers may not know it."""
+        """The `rope_scaling` of config.json, without default values, since other readers may not know these keys."""
         found: dict[str, Any] = {"rope_type": self.kind, "factor": self.factor}
         if self.kind == LINEAR:
             return found
@@ -78,12 +78,12 @@ class Rope:
 
     @property
     def attention_factor(self) -> float:
-        """What cos and sin are multiplied with."""
+        """The factor of cos and sin."""
         return self.scaling.attention_factor if self.scaling else 1.0
 
     @functools.cached_property
     def divisors(self) -> tuple[float, ...] | None:
-        """What each of the head_dim / 2 plain frequencies theta ** (-2i / head_dim) is divided by; None: by nothing."""
+        """The divisor of each of the head_dim / 2 plain frequencies theta ** (-2i / head_dim); None without scaling."""
         if self.scaling is None:
             return None
         parts = {LINEAR: self._linear_parts, YARN: self._yarn_parts, LLAMA3: self._llama3_parts}[self.scaling.kind]()
@@ -131,7 +131,7 @@ def yarn_attention_factor(factor: float, weight: float | None, weight_all: float
 
 
 def checked_scaling(scaling: RopeScaling, theta: float, where: str) -> RopeScaling | None:
-    """The scaling, or None where it changes nothing.
+    """The scaling, or None if it changes nothing.
 
     Raises:
         UsageError: its values contradict each other.
@@ -174,7 +174,7 @@ _KEYS: dict[str, dict[str, Callable[[object, str], Any]]] = {
 
 
 def from_hf(config: Mapping[str, Any], positions: int, default_theta: float, where: str) -> tuple[float, Any, Any]:
-    """Base and scaling that a config.json says, and which key said the rest.
+    """Base and scaling in a config.json, and the dict that they come from.
 
     transformers 5 takes `rope_scaling` before `rope_parameters`, and a `rope_theta` inside of it before the outer one.
 
@@ -182,7 +182,7 @@ def from_hf(config: Mapping[str, Any], positions: int, default_theta: float, whe
         positions: max_position_embeddings.
 
     Returns:
-        rope_theta; the `RopeScaling` or None; the dict that counted.
+        rope_theta; the `RopeScaling` or None; the dict that was used.
 
     Raises:
         UsageError: another kind of RoPE, or a value that is no number or out of range.

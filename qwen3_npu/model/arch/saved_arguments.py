@@ -1,14 +1,14 @@
-"""Which of a checkpoint's arguments say what the network computes, and which of those are computed here. No torch.
+"""Check the arguments of a checkpoint: refuse any that may mean a network that is not computed here. No torch.
 
-A checkpoint of Megatron-LM or MindSpeed-LLM holds hundreds of arguments. One that has a value (not off, zero or empty):
+A checkpoint of Megatron-LM or MindSpeed-LLM holds hundreds of arguments. An argument that is not off, zero or empty
 
 1. is translated (`facts.py`, `megatron.py`), or
 2. has its only value in `_ONLY`, or
-3. is known by name to change nothing that a trained network computes (`harmless_arguments.py`), or
-4. is refused by name: it may say that the network is another one.
+3. is known by name not to change what a trained network computes (`harmless_arguments.py`), or
+4. is refused by name, since it may mean another network.
 
-So an argument that a later version adds is refused if it is on, whatever its name sounds like, and converted with
---ignore-args. One that is off is not looked at: whatever it would switch on, it does not.
+So an unknown argument of a later version is refused if it is on; --ignore-args converts without it. An argument that is
+off is not checked.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ _TRANSLATED = {name for fact in FACTS for name in fact.megatron} | set(_MEGATRON
 
 
 def refuse_others(said: Mapping[str, object], where: str, own: Collection[str] = ()) -> None:
-    """Look at every argument that is not None; see the top of this file.
+    """Check every argument that is not None; see the top of this file.
 
     Args:
         own: names of this project's flags, which its checkpoints hold.
 
     Raises:
-        UsageError: some name an architecture that is not computed here, or may do so.
+        UsageError: some arguments mean, or may mean, an architecture that is not computed here.
     """
     unknown = []
     for name, value in said.items():
@@ -109,7 +109,7 @@ def refuse_others(said: Mapping[str, object], where: str, own: Collection[str] =
 
 
 def unlike(where: str, name: str, value: object, allowed: str) -> UsageError:
-    """An argument's value that names another architecture."""
+    """The text for an argument's value that means another architecture."""
     return UsageError(f"{where}: {name} {shown(value)} {_only(allowed)}")
 
 
@@ -118,7 +118,7 @@ def _only(allowed: str) -> str:
 
 
 def _other(name: str, value: object, said: Mapping[str, object]) -> str | None:
-    """What is wrong with one argument."""
+    """The problem of one argument, or None."""
     if name in _ONLY:
         off = name not in _NEVER_OFF and not isinstance(value, str) and _is_off(value)
         return None if off or value in _ONLY[name] else _only(shown(_ONLY[name][0]))
@@ -128,7 +128,7 @@ def _other(name: str, value: object, said: Mapping[str, object]) -> str | None:
 
 
 def _is_off(value: object) -> bool:
-    """Whether a value switches nothing on."""
+    """Whether a value means that a feature is off."""
     return value is None or value is False or value in (0, "", "none", "None", "disable") or value in ([], (), {})
 
 

@@ -1,1 +1,1 @@
-"""Tokens on their way to the ranks that hold their experts, and back."""
+"""The exchange of tokens with the ranks that hold their experts."""

@@ -1,7 +1,7 @@
 """The exchange of tokens between the ranks that hold the experts.
 
-A row that travels is a copy of a token and, behind it, its router weight: one exchange carries both. Rows are sorted by
-piece of the exchange, then by rank, then by expert; what arrives is sorted by expert.
+A row that is sent is a copy of a token followed by its router weight, so one exchange carries both. Rows are sorted by
+piece of the exchange, then by rank, then by expert. Received rows are sorted by expert.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce_scatter_along_first_dim
+
+from qwen3_npu.distributed.turns import pass_turn
 
 _TAIL = 16  # bytes behind a token: a router weight of any dtype, and rows stay aligned for kernels
 
@@ -39,7 +41,7 @@ class ExchangePiece:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """How the rows of one layer and micro-batch travel.
+    """The exchange of the rows of one layer and micro-batch.
 
     Attributes:
         counts: rows of each of this rank's experts, [experts] int64 on the device.
@@ -58,8 +60,8 @@ class Exchange:
     tensor_group: dist.ProcessGroup
 
 
-def parts_of(experts: int, count: int) -> list[slice]:
-    """A rank's experts in `count` parts, as equal as may be."""
+def expert_parts(experts: int, count: int) -> list[slice]:
+    """A rank's experts in `count` parts, as equal as possible."""
     bounds = [experts * part // count for part in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
@@ -69,13 +71,13 @@ def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count
 
     Args:
         everyone: [ep, etp, all experts], rows that each rank sends to each expert.
-        rank: this one's, of both groups.
-        experts: this rank's, of all.
+        rank: this rank's number in both groups.
+        experts: this rank's experts, among all.
     """
     mine = everyone[rank].reshape(len(everyone), -1)
     theirs = everyone[:, :, experts].swapaxes(0, 1)  # [etp, ep, experts]
     pieces = []
-    for some in parts_of(experts.stop - experts.start, count):
+    for some in expert_parts(experts.stop - experts.start, count):
         chunks = theirs[:, :, some]
         per_rank = chunks.sum(2)
         pieces.append(
@@ -91,7 +93,7 @@ def pieces_of(everyone: np.ndarray, rank: tuple[int, int], experts: slice, count
 
 
 def widened(tokens: torch.Tensor) -> torch.Tensor:
-    """[t, width] -> [t, width and room for a router weight, undefined]."""
+    """[t, width] -> [t, width + room for a router weight], the room uninitialized."""
     return _Widened.apply(tokens)
 
 
@@ -101,17 +103,17 @@ def with_weights(rows: torch.Tensor, weights: torch.Tensor, width: int) -> torch
 
 
 def dispatched(rows: torch.Tensor, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
-    """What this rank's experts get, sorted by expert: tokens [r, width] and router weights [r]."""
+    """The input of this rank's experts, sorted by expert: tokens [r, width] and router weights [r]."""
     return _Dispatched.apply(rows, exchange)
 
 
 def combined(out: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """The experts' results, [r, width], back where their tokens came from, in the order of those."""
+    """The experts' results [r, width], sent back to the ranks of their tokens, in the order of those."""
     return _Combined.apply(out, exchange)
 
 
 class Launched:
-    """An exchange that is under way; `arrived` waits for it, on the device's stream where there is one."""
+    """A running exchange; `arrived` waits for it, on the device's stream if there is one."""
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class Launched:
         exchange: Exchange,
         out: torch.Tensor | None = None,
     ) -> None:
-        """Args: sizes: rows sent to and received from each rank; out: where they go, contiguous."""
+        """Args: sizes: rows sent to and received from each rank; out: contiguous memory for the received rows."""
         sent, received = sizes
         self.rows = rows.contiguous()  # kept until it has arrived
         self.out = rows.new_empty(sum(received), rows.shape[1]) if out is None else out
@@ -131,6 +133,12 @@ class Launched:
             self.work.wait()
         del self.rows
         return self.out
+
+
+def _meanwhile(launched: Launched) -> torch.Tensor:
+    """What arrives; until then another micro-batch may be computed (--moe-fb-overlap)."""
+    pass_turn()
+    return launched.arrived()
 
 
 def to_experts(rows: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +167,7 @@ def to_experts_back(dx: torch.Tensor, dweights: torch.Tensor, piece: ExchangePie
 
 
 def from_experts(out: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> torch.Tensor:
-    """Results of the experts in the order in which their rows arrived; ranks that share an expert add theirs up."""
+    """Results of the experts in the order in which their rows arrived, summed over ranks that share an expert."""
     out = _turned(out, piece.chunks.T)
     if len(piece.gathered) == 1:
         return out
@@ -178,7 +186,7 @@ def _scattered(rows: torch.Tensor, piece: ExchangePiece, exchange: Exchange) -> 
 
 
 def _turned(rows: torch.Tensor, chunks: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows that lie as [n, m] chunks, laid out anew as [m, n]; contiguous, unless they go to `out`."""
+    """Rows in [n, m] chunks, rearranged to [m, n] chunks; contiguous, or in `out`."""
     parts = rows.split(chunks.ravel().tolist())
     count = chunks.shape[1]
     order = [part for first in range(count) for part in parts[first::count]]
@@ -226,13 +234,13 @@ class _Dispatched(torch.autograd.Function):
     def forward(ctx: Any, rows: torch.Tensor, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
         (piece,) = exchange.pieces
         ctx.exchange = exchange
-        return to_experts(Launched(rows, (piece.sent, piece.received), exchange).arrived(), piece, exchange)
+        return to_experts(_meanwhile(Launched(rows, (piece.sent, piece.received), exchange)), piece, exchange)
 
     @staticmethod
     def backward(ctx: Any, dx: torch.Tensor, dweights: torch.Tensor) -> tuple[torch.Tensor, None]:
         (piece,) = ctx.exchange.pieces
         rows = to_experts_back(dx, dweights, piece, ctx.exchange)
-        return Launched(rows, (piece.received, piece.sent), ctx.exchange).arrived(), None
+        return _meanwhile(Launched(rows, (piece.received, piece.sent), ctx.exchange)), None
 
 
 class _Combined(torch.autograd.Function):
@@ -240,10 +248,10 @@ class _Combined(torch.autograd.Function):
     def forward(ctx: Any, out: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         (piece,) = exchange.pieces
         ctx.exchange = exchange
-        return Launched(from_experts(out, piece, exchange), (piece.received, piece.sent), exchange).arrived()
+        return _meanwhile(Launched(from_experts(out, piece, exchange), (piece.received, piece.sent), exchange))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (piece,) = ctx.exchange.pieces
-        grad = Launched(grad, (piece.sent, piece.received), ctx.exchange).arrived()
+        grad = _meanwhile(Launched(grad, (piece.sent, piece.received), ctx.exchange))
         return from_experts_back(grad, piece, ctx.exchange), None

@@ -1,10 +1,10 @@
 """Experts whose exchange is hidden by their products (--moe-alltoall-overlap-comm).
 
-The exchange is cut into pieces by experts: each piece brings the rows of some experts of every rank, so that a product
-has all rows of its experts and each weight is used once. All pieces set out at once; while one is computed the next
-ones are under way, and what is computed sets out back at once. Backward runs the same way, and the gradients of a
-piece's weights are computed after its rows have set out. Which wait stands before what is written down in `forward` and
-`backward` here: neither autograd's order nor another thread decides it.
+The exchange is divided into pieces by experts: each piece carries the rows of some experts of every rank, so a product
+has all rows of its experts and each weight is used once. All pieces are sent at once. While one piece is computed, the
+next ones travel, and its results are sent back immediately. Backward does the same, and computes the gradients of a
+piece's weights after sending its rows. `forward` and `backward` here fix the order of waits and operations: neither
+autograd nor another thread decides it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 def overlapped(experts: GroupedExperts, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """The experts' results for rows that set out here, back again and in their order.
+    """The experts' results for this rank's rows, in the order of the rows.
 
     Args:
-        experts: the memory of each of its parameters is sorted by expert.
+        experts: its parameters must be sorted by expert in memory.
         rows: [rows, width and router weight], sorted by piece, rank and expert.
     """
     is_tracked = torch.is_grad_enabled() and (
@@ -47,7 +47,7 @@ def overlapped(experts: GroupedExperts, rows: torch.Tensor, exchange: Exchange) 
 
 @dataclasses.dataclass
 class _Later:
-    """The gradient of a weight that is still to be computed: x^T grad of each expert, into `total`."""
+    """A weight gradient to be computed later: x^T grad of each expert, added to `total`."""
 
     weight: torch.Tensor
     x: torch.Tensor
@@ -56,7 +56,7 @@ class _Later:
 
 
 class _PieceOfExperts:
-    """Some of the experts as a module of their own, whose parameters are parts of the others' memory."""
+    """Some of the experts as a separate module, whose parameters are views of the original memory."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class _PieceOfExperts:
 
 
 def _deferring(kernels: Kernels, later: list[_Later]) -> Kernels:
-    """Kernels whose grouped product leaves the gradients of parameters to `later`."""
+    """Kernels whose grouped product defers the gradients of parameters to `later`."""
 
     def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         plain = kernels.grouped_matmul(counts)
@@ -174,7 +174,7 @@ def _lengths(exchange: Exchange) -> list[int]:
 
 
 class _Run:
-    """The computation of one piece, and what its backward needs."""
+    """The computation of one piece, with the tensors that backward needs."""
 
     def __init__(self, experts: GroupedExperts, piece: ExchangePiece, exchange: Exchange, *, is_tracked: bool) -> None:
         self.piece, self.exchange, self.is_tracked = piece, exchange, is_tracked
@@ -205,7 +205,7 @@ class _Run:
         return to_experts_back(dx, dprobs, self.piece, self.exchange)
 
     def weight_gradients(self, kernels: Kernels, totals: dict[str, _Total]) -> None:
-        """Those that products left to `later`, and those of weights that are used in another way."""
+        """Compute the gradients that products deferred to `later`, and those of weights with other uses."""
         some = self.piece.experts
         names = {id(weight): name for name, weight in self.experts.weights.items()}
         for late in self.later:
@@ -219,7 +219,7 @@ class _Run:
 
 
 class _Total:
-    """Where the gradient of a parameter is added up: megatron's sum over the micro-batches, if there is one."""
+    """The sum to which a parameter's gradient is added: megatron's sum over the micro-batches, if there is one."""
 
     def __init__(self, parameter: torch.Tensor, experts: int) -> None:
         self.parameter, self.experts = parameter, experts
@@ -227,13 +227,13 @@ class _Total:
         self.is_megatrons = self.total is not None
 
     def of(self, some: slice) -> torch.Tensor:
-        """The part of some experts, [experts, numbers of one]."""
+        """The part of some experts, [experts, elements of one expert]."""
         if self.total is None:
             self.total = torch.zeros_like(self.parameter)
         return self.total.view(self.experts, -1)[some]
 
     def gradient(self) -> torch.Tensor | None:
-        """What autograd gets: the gradient, or an empty one that megatron leaves alone, if it is in its sum."""
+        """The result for autograd: the gradient, or, if megatron's sum has it, an empty tensor, which it ignores."""
         if not (self.parameter.requires_grad and self.is_megatrons):
             return self.total if self.parameter.requires_grad else None
         vars(self.parameter)["grad_added_to_main_grad"] = True

@@ -1,4 +1,4 @@
-"""DoRA (arXiv:2402.09353): each row of W + scale B A is brought to a length, which is trained apart from it."""
+"""DoRA (arXiv:2402.09353): each row of W + scale B A is scaled to a length, which is a trained parameter."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 
 
 class RowLengths:
-    """Lengths of the rows of W + scale B A, without B A: |w|^2 + 2 s b A w + s^2 b A A^T b^T.
+    """Lengths of the rows of W + scale B A, computed without B A: |w|^2 + 2 s b A w + s^2 b A A^T b^T.
 
-    Of W, which is frozen, the squares are computed once.
+    W is frozen, so its squares are computed once.
     """
 
     def __init__(self, scale: float, group: torch.distributed.ProcessGroup | None) -> None:
-        """Args: group: its ranks have a part of each row; None: a rank has whole rows."""
+        """Args: group: ranks that share each row; None: a rank has complete rows."""
         self.scale, self.group = scale, group
         self.squares: torch.Tensor | None = None
         self.parts: dict[int, RowLengths] = {}
 
     def of_part(self, some: slice) -> RowLengths:
-        """Of a part of W's first dimension, which is always divided in the same way."""
+        """The lengths of a part of W's first dimension; the division must always be the same."""
         return self.parts.setdefault(some.start, RowLengths(self.scale, self.group))
 
     @torch.no_grad()

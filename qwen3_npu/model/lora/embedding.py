@@ -9,20 +9,20 @@ from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.lora.dora import RowLengths
 from qwen3_npu.model.lora.start import new_weight
 from qwen3_npu.model.modules import Embedding
-from qwen3_npu.model.quantized import restored, shape_of
+from qwen3_npu.model.quantized import restored, restored_shape
 
 
 class LoraEmbedding(torch.nn.Module):
     """The frozen embedding E with its adapter: E[t] + scale B A[:, t]. A [r, vocabulary / TP], B [hidden, r].
 
-    A is 0 at first and B is drawn, as peft does for embeddings.
+    A starts as 0 and B is random, as in peft's adapters of embeddings.
     """
 
     def __init__(self, base: Embedding, args: LoraArgs, config: TransformerConfig, vocabulary: int) -> None:
         """Args: vocabulary: tokens without padding."""
         super().__init__()
         self.base_layer, self.scale, self.enabled = base, args.scale, True
-        rows, hidden = shape_of(base.weight)
+        rows, hidden = restored_shape(base.weight)
         self.lora_A = torch.nn.ModuleDict(
             {"default": new_weight(base.weight.device, args.lora_r, rows, dim=1, config=config)}
         )
@@ -37,19 +37,19 @@ class LoraEmbedding(torch.nn.Module):
             self.real = max(min(vocabulary - base.vocab_start_index, rows), 0)
 
     def lengths(self) -> torch.Tensor:
-        """DoRA: as of a linear of one-hot vectors, [hidden] float32: over the vocabulary, without its padding."""
+        """DoRA: the lengths of a linear of one-hot vectors, [hidden] float32: over the vocabulary without padding."""
         weight = restored(self.base_layer.weight)[: self.real].t()
         return self.row_lengths(weight, self.lora_A["default"]()[:, : self.real], self.lora_B["default"]())
 
     @torch.no_grad()
     def begin(self) -> None:
-        """What a new adapter takes from the base's weights, which are there now."""
+        """Initialize a new adapter from the base's weights, once they are loaded."""
         if self.is_dora:
             self.lora_magnitude_vector["default"]().copy_(self.lengths())
 
     @property
     def weight(self) -> torch.nn.Parameter:
-        """The base's; GPTModel asks for it."""
+        """The base's weight, which GPTModel reads."""
         return self.base_layer.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ class LoraExperts(GroupedExperts):
             self._add_magnitudes(adapted, is_sharded=sharded)
 
     def _add_magnitudes(self, adapted: Collection[str], *, is_sharded: bool) -> None:
-        """DoRA: the length of each row of each expert's W + scale B A."""
+        """DoRA: add the trained lengths of the rows of each expert's W + scale B A."""
         e = self.num_local_experts
         if "linear_fc1" in adapted:
             self.weight1_lora_magnitude_vector = self._update(e * 2 * self.ffn, is_sharded=is_sharded)
@@ -63,7 +63,7 @@ class LoraExperts(GroupedExperts):
             self.row_lengths[2] = RowLengths(self.scale, self.pg_collection.expt_tp)
 
     def lengths(self, which: int) -> torch.Tensor:
-        """Of the rows of each expert's W + scale B A in weight1 or weight2, [experts, out (/ ETP)] float32."""
+        """The lengths of rows of each expert's W + scale B A in weight1 or weight2, [experts, out (/ ETP)] float32."""
         a, b, e = getattr(self, f"weight{which}_lora_a"), getattr(self, f"weight{which}_lora_b"), self.num_local_experts
         weight = getattr(self, f"weight{which}")
         rows = restored(weight)
@@ -78,12 +78,14 @@ class LoraExperts(GroupedExperts):
         return super().state_of(some) | {"row_lengths": lengths}
 
     def products(self, tokens_per_expert: torch.Tensor, rows: int) -> Callable:
-        """As the base's; with DoRA it knows the expert of each row, too."""
+        """As the base's; with DoRA the result also has the expert of each row."""
         product = super().products(tokens_per_expert, rows)
         if not self.is_dora:
             return product
-        last = tokens_per_expert.to(self.weight1.device).cumsum(0)
-        return _Products(product, torch.searchsorted(last, torch.arange(rows, device=last.device), right=True))
+        counts = tokens_per_expert.to(self.weight1.device)
+        numbers = torch.arange(len(counts), device=counts.device)
+        # Told the number of rows, nothing waits for their sum; a 910B's cores search and add up no 64-bit integers.
+        return _Products(product, numbers.repeat_interleave(counts, output_size=rows))
 
     def _update(self, *shape: int, is_sharded: bool) -> torch.nn.Parameter:
         kind, device = self.config.params_dtype, self.weight1.device
@@ -97,7 +99,7 @@ class LoraExperts(GroupedExperts):
         return weight
 
     def _init_each(self, weight: torch.nn.Parameter, args: LoraArgs, rows: int, *, alike: bool) -> None:
-        """By the size of one expert's input; `alike`: the same on every rank that shares the experts."""
+        """Initialize by the size of one expert's input; `alike`: equal on every rank that shares the experts."""
         name = tensor_parallel.random.get_expert_parallel_rng_tracker_name()
         with tensor_parallel.get_cuda_rng_tracker().fork(name):
             draw(weight, args, rows if alike else rows * self.pg_collection.expt_tp.size())
@@ -110,13 +112,13 @@ class LoraExperts(GroupedExperts):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """What new adapters take from the base's weights, which are there now."""
+        """Initialize new adapters from the base's weights, once they are loaded."""
         for which in self.row_lengths if self.is_dora else ():
             getattr(self, f"weight{which}_lora_magnitude_vector").copy_(self.lengths(which).flatten())
 
     @torch.no_grad()
     def residual(self, which: int, weight: torch.Tensor, *, is_new: bool) -> torch.Tensor:
-        """PiSSA: what is left of whole weights (expert, in, out); A and B are set to what is taken if they are new."""
+        """PiSSA: the residual of complete weights (expert, in, out). New A and B are set to the subtracted part."""
         e, group, r = self.num_local_experts, self.pg_collection.expt_tp, self.rank
         turned, own = weight.to(self.weight1.device).transpose(1, 2), f"weight{which}_lora_"
         if is_new:

@@ -21,13 +21,13 @@ from qwen3_npu.kernels import reference
 from qwen3_npu.model.lora.dora import RowLengths
 from qwen3_npu.model.lora.start import AdapterWeight, draw, new_weight, principal, subtracted
 from qwen3_npu.model.modules import weight_gradient
-from qwen3_npu.model.quantized import restored, shape_of
+from qwen3_npu.model.quantized import restored, restored_shape
 
 
 class _Adapted(torch.autograd.Function):
-    """x W^T + scale x A^T B^T (+ residual), W frozen: three products forward, five backward, and nothing else.
+    """x W^T + scale x A^T B^T (+ residual), W frozen: three products forward, five backward, no other operations.
 
-    The narrow product is kept with its factor, which the gradient of B needs and addmm applies.
+    The narrow product is kept with the factor that addmm applies, since the gradient of B needs it.
     """
 
     @staticmethod
@@ -83,7 +83,7 @@ class LoraLinear(MegatronModule):
         self.group = base.tp_group
         self.sequence_parallel = base.config.sequence_parallel
         self.disable_grad_reduce = False
-        out_features, in_features = shape_of(base.weight)
+        out_features, in_features = restored_shape(base.weight)
         first = self._weight(args.lora_r, in_features, not self.by_output, 1)
         second = self._weight(out_features, args.lora_r, self.by_output, 0)
         self.lora_A = torch.nn.ModuleDict({"default": first})
@@ -101,25 +101,25 @@ class LoraLinear(MegatronModule):
                 draw(first.weight, args, in_features * self.group.size())
 
     def _add_magnitudes(self, rows: int) -> None:
-        """DoRA: the length of each row of W + scale B A, which is trained apart from its direction."""
+        """DoRA: add the trained length of each row of W + scale B A."""
         device, dim = self.base_layer.weight.device, 0 if self.by_output else None
         vector = new_weight(device, rows, dim=dim, config=self.config)
         self.lora_magnitude_vector = torch.nn.ModuleDict({"default": vector})
         self.row_lengths = RowLengths(self.scale, None if self.by_output else self.group)
 
     def lengths(self) -> torch.Tensor:
-        """Of the rows of W + scale B A, [out (/ TP)] float32."""
+        """The lengths of the rows of W + scale B A, [out (/ TP)] float32."""
         return self.row_lengths(restored(self.base_layer.weight), self.lora_A["default"](), self.lora_B["default"]())
 
     @torch.no_grad()
     def begin(self) -> None:
-        """What a new adapter takes from the base's weights, which are there now."""
+        """Initialize a new adapter from the base's weights, once they are loaded."""
         if self.is_dora:
             self.lora_magnitude_vector["default"]().copy_(self.lengths())
 
     @torch.no_grad()
     def residual(self, weight: torch.Tensor, *, is_new: bool) -> torch.Tensor:
-        """PiSSA: what is left of the whole weight [out, in]; A and B are set to what is taken if they are new."""
+        """PiSSA: the residual of the complete weight [out, in]. New A and B are set to the part that is subtracted."""
         weight = weight.to(self.base_layer.weight.device)
         if is_new:
             dim = 0 if self.by_output else 1
@@ -135,7 +135,7 @@ class LoraLinear(MegatronModule):
 
     @property
     def is_one_function(self) -> bool:
-        """Whether adapter and base are computed as one: nothing is exchanged between the products, nothing dropped."""
+        """Whether one function computes adapter and base: no communication between the products, and no dropout."""
         drops = self.training and self.dropout > 0.0
         alone = self.group.size() == 1 and self.base_layer.bias is None and not self.is_dora
         return self.enabled and not drops and alone
@@ -143,7 +143,7 @@ class LoraLinear(MegatronModule):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the base layer: [s, b, in] -> [s, b, out], and the bias that is still to be added, if it has one.
+        """As the base layer: [s, b, in] -> [s, b, out], and the bias that the caller must add, if it has one.
 
         Args:
             residual: [s, b, out], added to the output; only with `is_one_function`.

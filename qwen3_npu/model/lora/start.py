@@ -1,4 +1,4 @@
-"""The parameters of adapters, and what they are at first."""
+"""The parameters of adapters, and their initial values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3_npu.model.modules import mark
 
 
 class AdapterWeight(torch.nn.Module):
-    """Holds one parameter under the name `weight`; called for it, because --overlap-param-gather waits in calls."""
+    """Holds one parameter under the name `weight`. A call returns it, because --overlap-param-gather waits in calls."""
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class AdapterWeight(torch.nn.Module):
 
 
 def new_weight(device: torch.device, *shape: int, dim: int | None, config: TransformerConfig) -> AdapterWeight:
-    """Zeros; `dim` is sharded over tensor parallelism, if any is."""
+    """A parameter of zeros; `dim` is sharded over tensor parallelism, None if no dimension is."""
     weight = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device))
     if dim is not None:
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
@@ -52,17 +52,18 @@ def principal(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PiSSA (arXiv:2404.02948): A and B of this rank's part of W, the best approximation of W / scale of rank r.
 
-    They share its singular values evenly.
+    A and B each take the square root of the singular values.
 
     Args:
         weight: [.., out, in], sharded over `group` along -2 (`dim` 0) or -1 (`dim` 1).
 
     Returns:
-        A [.., r, in]; B [.., out, r]: that of the side that is sharded is this rank's part.
+        A [.., r, in]; B [.., out, r]. The one on the sharded side is this rank's part.
     """
     axis, dtype = dim - 2, weight.dtype
+    weight = weight.contiguous()  # as NCCL and HCCL want what they send, and where it goes
     parts = [torch.empty_like(weight) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, weight.contiguous(), group=group)
+    torch.distributed.all_gather(parts, weight, group=group)
     u, values, v = torch.linalg.svd(torch.cat(parts, axis).float(), full_matrices=False)
     roots = (values[..., :r] / scale).sqrt()
     a, b = (roots.unsqueeze(-1) * v[..., :r, :]).to(dtype), (u[..., :r] * roots.unsqueeze(-2)).to(dtype)

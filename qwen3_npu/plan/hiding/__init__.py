@@ -1,1 +1,1 @@
-"""What products leave of the communication that they hide, in closed form."""
+"""Exposed communication of overlapped products, in closed form."""

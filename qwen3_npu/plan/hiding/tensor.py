@@ -1,11 +1,11 @@
-"""How much of tensor parallelism's communication products leave, in closed form.
+"""Exposed tensor-parallel communication, in closed form.
 
-Of one layer, by the product P and the exchange C of each linear (`distributed/tensor_parallel`): forward and the
-backward of a row-parallel linear run both in pieces, which take (C + P) / n + (n - 1) / n max(C, P), or in one fused
-operation, max(C, P) over the device's share. In the backward of a column-parallel linear the gather hides behind the
-linear behind; the scatter behind the rest of the gradient of its input and the gradient of its weight. Without, the
-backward of a column-parallel linear hides each exchange behind a product, as megatron does. `trace` plays the real
-program.
+For one layer, with product P and exchange C of each linear (`distributed/tensor_parallel`): forward, and backward of
+a row-parallel linear, run in n pieces, which take (C + P) / n + (n - 1) / n max(C, P), or in one fused operation,
+max(C, P) divided by the device's efficiency. In the backward of a column-parallel linear the gather is hidden behind
+the following linear, the scatter behind the rest of the input's gradient and the weight's gradient. Without the
+flags, the backward of a column-parallel linear hides each exchange behind a product, as in megatron. `trace` plays
+the real program.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qwen3_npu.plan.setup import Setup
 def share_left(
     setup: Setup, device: Device, *, exchange: float, columns: Sequence[float], rows: Sequence[float]
 ) -> float:
-    """Seconds of exchanges that nothing hides, over those without `overlap_tensor`.
+    """Exposed seconds of exchanges, relative to those without `overlap_tensor`.
 
     Args:
         exchange: seconds of one gather or scatter.

@@ -68,7 +68,7 @@ def _time(axes: Any, verdict: PlanVerdict, colours: Any) -> None:
 
 
 def _stages(axes: Any, verdict: PlanVerdict, colours: Any) -> None:
-    """Forward and backward passes of all stages: what is white between them is the bubble."""
+    """Forward and backward passes of all stages; the white space between them is the bubble."""
     setup, time = verdict.setup, verdict.time
     whole = (time.total - time.bubble - time.data - time.optimizer) / setup.num_microbatches
     again = time.recompute / setup.num_microbatches

@@ -6,7 +6,6 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.cli import option
@@ -16,7 +15,7 @@ from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 
 def describe_plan(verdict: PlanVerdict) -> list[str]:
-    """Memory of each stage by kind, time of a step by kind, and whether it fits; a line each."""
+    """Lines about memory of each stage by kind, time of a step by kind, and whether it fits."""
     lines = [*_memory_table(verdict), *_time_lines(verdict)]
     device = verdict.device
     limit = f"{verdict.limit / GIB:.1f} GiB usable of {device.memory / GIB:.1f} GiB ({device.name})"
@@ -28,7 +27,7 @@ def describe_plan(verdict: PlanVerdict) -> list[str]:
 
 
 def _memory_table(verdict: PlanVerdict) -> list[str]:
-    """One column a stage; at most six, the first and the last among them."""
+    """One column per stage; at most six, including the first and the last one."""
     stages = list(enumerate(verdict.stages))
     shown = stages if len(stages) <= 6 else [*stages[:3], *stages[-3:]]
     head = "".join(f"{f'stage {number}':>11}" for number, _ in shown)
@@ -61,7 +60,7 @@ def layout_words(verdict: PlanVerdict) -> str:
 
 
 def table(found: Sequence[LayoutCandidate], top: int) -> list[str]:
-    """The best layouts, one a line, and why the second is slower."""
+    """The best layouts, one per line, and why the second one is slower."""
     head = f"{'layout':<34}{'MBS':>4}{'recompute':>11}{'memory':>12}{'step':>10}{'tokens/s/dev':>14}{'MFU':>7}"
     lines = [f"   {head}"]
     for number, one in enumerate(found[:top], 1):
@@ -69,7 +68,7 @@ def table(found: Sequence[LayoutCandidate], top: int) -> list[str]:
         recompute = f"{setup.recompute}/{max(map(sum, setup.layers))}" if setup.recompute else "-"
         recompute = "swap" if setup.swapped else recompute
         lines.append(
-            f"{number:>2} {layout_words(verdict):<34}{setup.micro_batch:>4}{recompute:>11}"
+            f"{number:>2} {layout_words(verdict):<34}{one.layout.train.micro_batch_size:>4}{recompute:>11}"
             f"{verdict.peak / GIB:>8.1f} GiB{verdict.time.total:>8.2f} s{verdict.tokens_per_second:>14,.0f}"
             f"{100 * verdict.mfu:>5.0f} %"
         )
@@ -87,11 +86,12 @@ def why_behind(best: PlanVerdict, other: PlanVerdict) -> str:
 
 
 def command(args: PretrainArgs, devices: int, node: int) -> str:
-    """How to start this layout: what differs from the flags' defaults."""
-    words = ["torchrun", "--nproc-per-node", str(min(devices, node))]
-    if devices > node:
-        words += ["--nnodes", str(-(-devices // node)), "--node-rank", "RANK", "--master-addr", "HOST"]
-    words += ["pretrain_gpt.py"]
+    """The command line of this layout, without default values."""
+    each = max(size for size in range(1, min(devices, node) + 1) if devices % size == 0)
+    words = ["torchrun", "--nproc-per-node", str(each)]
+    if devices > each:
+        words += ["--nnodes", str(devices // each), "--node-rank", "RANK", "--master-addr", "HOST"]
+    words += ["pretrain_gpt.py" if args.data.stage == "pt" else "posttrain_gpt.py"]
     for group in args:
         for field in dataclasses.fields(group):
             words += _words(field, getattr(group, field.name))
@@ -108,7 +108,7 @@ def _words(field: dataclasses.Field, value: object) -> list[str]:
     return [name, *(map(str, value) if isinstance(value, list) else [str(value)])]
 
 
-def as_json(verdict: PlanVerdict) -> dict[str, Any]:
+def as_json(verdict: PlanVerdict) -> dict[str, object]:
     """A verdict as plain data: bytes and seconds."""
     return {
         "setup": dataclasses.asdict(verdict.setup),

@@ -1,4 +1,4 @@
-"""When each stage of a pipeline works: the 1F1B and the interleaved schedule, as megatron-core orders them."""
+"""The times at which each pipeline stage computes: the 1F1B and the interleaved schedule in megatron-core's order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def order(setup: Setup, stage: int) -> list[tuple[bool, int, int]]:
     ids = ids if chunks > 1 else [(number, 0) for number in range(passes)]
     back = [(number, chunks - 1 - chunk) for number, chunk in ids]
     ahead = stages - stage - 1 if chunks == 1 else (stages - stage - 1) * 2 + (chunks - 1) * stages
-    ahead = min(total, ahead)
+    ahead = min(total, ahead + int(setup.interleaved))  # a forward pass needs another one's backward beside it
     found = [(True, *one) for one in ids[:ahead]]
     for number in range(total):
         found += [(True, *ids[number + ahead])] if number + ahead < total else []
@@ -72,10 +72,10 @@ def timeline(setup: Setup, forward: float, backward: float) -> list[Pass]:
 
 
 def _before(place: tuple[int, int], step: int, last: int, chunks: int) -> tuple[int, int] | None:
-    """The stage and chunk whose pass of the same kind comes before; None: there is none.
+    """The stage and chunk of the previous pass of the same kind; None if there is none.
 
     Args:
-        step: from a stage to the one before; -1 in forward.
+        step: difference from a stage to the previous one; -1 in forward.
     """
     stage, chunk = place
     chunk += 0 if 0 <= stage + step <= last else step

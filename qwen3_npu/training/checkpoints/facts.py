@@ -1,4 +1,4 @@
-"""What a training's checkpoints say of it, by Megatron's names: to be compared when it is resumed."""
+"""The settings that a training stores in its checkpoints, by Megatron's names, for comparison when it is resumed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import glob
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -19,7 +18,7 @@ _WHOLE = 2**24  # bytes of a file that is digested whole; of a larger one, parts
 _PARTS, _PART = 256, 2**16
 
 
-def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
+def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, object]:
     """Entries of the saved args, plain values. Every rank must call this: rank 0 reads the data."""
     data, arch = args.data, plan.arch
     prefixes, weights = blend(data.data_path)
@@ -52,7 +51,7 @@ def facts(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
 
 
 def data_digest(prefix: str) -> str:
-    """Of the token files of one prefix; of large ones their sizes and 16 MiB from all of it."""
+    """A digest of the token files of one prefix; for large files of their sizes and 16 MiB of samples."""
     paths = [Path(prefix + suffix) for suffix in (".bin", ".idx")]
     if not paths[0].is_file():  # instructions: a pair for each of ids, labels, ...
         every = glob.glob(glob.escape(prefix) + "_packed_*_document.*")

@@ -1,7 +1,7 @@
-"""Hugging Face directories of a training's checkpoints, written by a process beside the training.
+"""Hugging Face directories of a training's checkpoints, written by a background process.
 
-The checkpoint on disk is converted as convert_ckpt.py does it: the folder must be one that all nodes share, and what is
-written is what the checkpoint holds. LoRA adapters are merged into their model.
+The checkpoint on disk is converted as by convert_ckpt.py, so all nodes must share the folder. LoRA adapters are merged
+into their model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwen3_npu.errors import UsageError
 
 
 def _convert(args: ConvertArgs, lora: LoraConvertArgs, reason: Connection) -> None:
-    """The body of the process; the reason of a failure goes to the training, which logs it."""
+    """Main function of the process; it sends the reason of a failure to the training, which logs it."""
     log.setup(rank=1)  # warnings only; the training logs the rest
     os.nice(10)
     from qwen3_npu.checkpoint.convert.run import convert
@@ -35,7 +35,7 @@ def _convert(args: ConvertArgs, lora: LoraConvertArgs, reason: Connection) -> No
 
 
 class HfExport:
-    """Writes one directory at a time. Rank 0 works, the others do nothing."""
+    """Writes one directory at a time. Only rank 0 does anything."""
 
     def __init__(self, args: CheckpointArgs, lora: LoraArgs, rank: int) -> None:
         self.args, self.lora, self.works = args, lora, rank == 0
@@ -45,14 +45,12 @@ class HfExport:
         self.failures = 0  # directories that could not be written
 
     def due(self, iteration: int, is_last: bool) -> bool:
-        """Whether a directory of this step is asked for."""
+        """Whether a directory of this step is due."""
         interval = self.args.save_hf_interval
         return bool(interval and iteration % interval == 0) or (self.args.enable_mg2hf_convert and is_last)
 
     def start(self, iteration: int) -> None:
-        """Begin to convert the checkpoint of this step, which must be complete; the previous directory must be
-        finished.
-        """
+        """Start to convert the (complete) checkpoint of this step. The previous directory must be finished."""
         if not self.works:
             return
         self.folder = Path(self.args.hf_save_dir or str(self.args.save)) / f"mg2hf_iteration{iteration}"

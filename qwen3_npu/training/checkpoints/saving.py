@@ -52,7 +52,7 @@ def check_folders(args: CheckpointArgs, lora: LoraArgs) -> None:
 
 @contextlib.contextmanager
 def leased(args: CheckpointArgs) -> Iterator[Lease | None]:
-    """The lease of --save, on rank 0, for as long as the context lasts. Raises: UsageError: another process has it."""
+    """Hold the lease of --save on rank 0 during the context. Raises: UsageError: another process holds it."""
     if args.save is None or environment.ranks()[2 if args.save_per_node else 0] > 0:
         yield None
     else:
@@ -61,7 +61,7 @@ def leased(args: CheckpointArgs) -> Iterator[Lease | None]:
 
 
 def continued(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, LoraArgs]:
-    """The flags by which to load. Every rank must call this.
+    """The flags for loading. Every rank must call this.
 
     A job that torchrun has restarted resumes from the newest checkpoint that it has saved itself.
     """
@@ -80,7 +80,7 @@ def continued(args: CheckpointArgs, lora: LoraArgs) -> tuple[CheckpointArgs, Lor
 
 
 def _resumes(args: CheckpointArgs, lora: LoraArgs) -> bool:
-    """Whether --save is where this training is loaded from."""
+    """Whether this training is loaded from --save."""
     loads = [load for load in (args.load, lora.lora_load) if load is not None]
     return any(same_folder(load, str(args.save)) for load in loads)
 
@@ -97,7 +97,7 @@ def _has_saved(root: Path) -> bool:
 
 
 def _tracker_state(root: Path) -> list | None:
-    """The tracker's text and time."""
+    """Text and modification time of the tracker."""
     try:
         return [(root / TRACKER).read_text(encoding="utf-8"), (root / TRACKER).stat().st_mtime_ns]
     except FileNotFoundError:
@@ -112,11 +112,11 @@ def _before(root: Path) -> dict[str, Any]:
 
 
 class Saver:
-    """Loads and saves what is trained. Every rank must call every method.
+    """Loads and saves the training's state. Every rank must call every method.
 
     Args:
-        args: as `check_folders` gave them.
-        extra: further entries of the saved args, and what a checkpoint that is resumed must agree with.
+        args: result of `check_folders`.
+        extra: further entries of the saved args; a resumed checkpoint is compared with them.
         config: folder whose config.json and tokenizer files are carried along.
     """
 
@@ -142,7 +142,7 @@ class Saver:
         return position
 
     def load_own(self, step: int) -> Position:
-        """Everything as it was saved after this step, by this training."""
+        """Load the complete state that this training saved after this step."""
         root = str(self.args.save)
         args = dataclasses.replace(self.args, finetune=False, load_optim=True, load_rng=self.args.save_rng)
         if self.lora.lora_ckpt_filter:  # the base is not saved
@@ -150,12 +150,12 @@ class Saver:
         return load.load(self.trained, dataclasses.replace(args, load=root, ckpt_step=step), None, self.extra)
 
     def save(self, position: Position) -> None:
-        """A checkpoint of this step in --save; with --async-save it is being written when this returns.
+        """Save a checkpoint of this step; with --async-save this returns while it is being written.
 
-        One that cannot be written is a warning, up to --max-failed-saves in a row.
+        A checkpoint that cannot be written is a warning, up to --max-failed-saves in a row.
 
         Raises:
-            Stopped: it was one too many, or --save has become another process's.
+            Stopped: too many saves failed in a row, or another process holds the lease of --save.
         """
         began = time.perf_counter()
         self.finish()
@@ -195,7 +195,7 @@ class Saver:
             raise Stopped(said[0])
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written. Raises: Stopped: it could not be, one time too often."""
+        """Wait for the checkpoint that is being written. Raises: Stopped: too many saves failed in a row."""
         pending, self.pending = self.pending, None
         if pending is None:
             return
@@ -208,7 +208,7 @@ class Saver:
         log.info(f"saved: {pending.what}")
 
     def _failed(self, error: SaveFailed) -> None:
-        """On every rank: warn, or end. What was begun is removed: it may be what fills the disk."""
+        """On every rank: warn, or end. The incomplete files are removed, since they may be what fills the disk."""
         self.failed += 1
         root = Path(str(self.args.save))
         if self.disks.is_first if self.disks is not None else dist.get_rank() == 0:
@@ -216,10 +216,10 @@ class Saver:
                 shutil.rmtree(stage, ignore_errors=True)
         if self.failed > self.args.max_failed_saves:
             raise Stopped(f"{error}; it is the {self.failed}th in a row, above --max-failed-saves") from error
-        log.info(f"warning: {error}; {self._room(root)}the older checkpoints are whole, and training goes on")
+        log.info(f"warning: {error}; {self._room(root)}the older checkpoints are complete, and training goes on")
 
     def _room(self, root: Path) -> str:
-        """What is free beside what a checkpoint needs, where one shows that."""
+        """A text about needed and free space, if the last checkpoint shows how much is needed."""
         whole = [root / iteration_name(step) for step in iterations(root)[:1]]
         sizes = [sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in whole]
         free = shutil.disk_usage(root).free

@@ -1,1 +1,1 @@
-"""What is kept of the tensors of a step, so that another machine or another run can be compared with it."""
+"""Fingerprints of the tensors of a step, for comparison with another machine or another run."""

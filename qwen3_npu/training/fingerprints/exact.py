@@ -1,7 +1,7 @@
-"""The definition of each operation, computed again on the host with the inputs that a kernel got.
+"""Compute the definition of each operation again on the host, with the inputs of a kernel.
 
-Once in float64, which is the right value of 16-bit and of float32 inputs alike, and once in the inputs' own dtypes:
-what these two differ by is what rounding explains.
+It is computed in float64, which gives the correct value for 16-bit and float32 inputs, and in the inputs' own dtypes.
+The difference of both is what rounding explains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qwen3_npu.kernels import reference
 
 
 class _Double(TorchFunctionMode):
-    """The reference asks for float32 where more than 16 bits are needed; float64 stays what it is."""
+    """Keep float64 where the reference converts to float32 for precision."""
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         if func is torch.Tensor.float and args[0].dtype is torch.float64:
@@ -26,7 +26,7 @@ class _Double(TorchFunctionMode):
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: object, vocab_size: int) -> torch.Tensor:
-    """As the kernel on one rank, in plain operations: labels out of range count as the largest logit."""
+    """As the kernel on one rank, in plain operations. A label out of range is treated as the largest logit."""
     logits = logits.float()[..., :vocab_size]
     elsewhere = (labels < 0) | (labels >= vocab_size)
     chosen = logits.gather(-1, labels.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1)
@@ -50,11 +50,11 @@ _OWN: dict[str, Callable] = {
 
 
 def definition(operation: str) -> Callable:
-    """Of a kernel, by its name; and of "linear"."""
+    """The definition of a kernel, by its name, or of "linear"."""
     return _OWN.get(operation) or getattr(reference, operation)
 
 
-def on_host(value: Any) -> Any:
+def host_copy(value: Any) -> Any:
     """A copy of a tensor; anything else as it is."""
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
@@ -70,7 +70,7 @@ class Recomputed:
 
     Args:
         inputs: on the host.
-        differentiable: numbers of the inputs that have a gradient; empty: an operation without autograd.
+        differentiable: indices of the inputs that have a gradient; empty for an operation without autograd.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class Recomputed:
             self._inputs.append(held)
 
     def results(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Exact, and as the dtype rounds it."""
+        """The exact result, and the result rounded in the inputs' dtypes."""
         return list(zip(*self._outputs, strict=True))
 
     def gradients(self, grads: Sequence[torch.Tensor | None]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Number of an input -> its gradient, exact and rounded.
 
         Args:
-            grads: of each floating-point result, on the host; None: nobody used it.
+            grads: gradient of each floating-point result, on the host; None if the result was not used.
         """
         found: list[tuple] = []
         for inputs, outputs in zip(self._inputs, self._outputs, strict=True):

@@ -25,7 +25,7 @@ _FACTS = ("format", "version", "torch", "device", "kernels", "layout", "cases")
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         device, kernels, layout, torch, version: of the run, as text.

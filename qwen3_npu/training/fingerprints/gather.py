@@ -1,4 +1,4 @@
-"""The records of all ranks as one; and those of a training, in files."""
+"""Gather the records of all ranks, and write those of a training to files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING = "training"  # the case of a real training
 
 
 def follow_tokens(recorder: StepRecorder, args: PretrainArgs) -> None:
-    """Tell which tokens of a sequence this rank has, once the groups are there: the ranks' parts are added up."""
+    """Tell the recorder which tokens of a sequence this rank has, since the parts of ranks are summed."""
     if args.data.variable_seq_lengths:
         return
     length, parallel = args.train.seq_length, args.parallel
@@ -40,12 +40,12 @@ def follow_tokens(recorder: StepRecorder, args: PretrainArgs) -> None:
 
 
 def gathered(mine: Noted, *, everyones: bool = False) -> Noted | None:
-    """On rank 0; None elsewhere. Every rank must call this.
+    """The records of all ranks on rank 0; None elsewhere. Every rank must call this.
 
-    Of the ranks of a pipeline stage one is kept.
+    Only one rank of each pipeline stage is kept.
 
     Args:
-        everyones: keep what was computed again of the others, too; for a few ranks.
+        everyones: also keep the recomputed records of the other ranks; for a few ranks only.
     """
     data_parallel = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     is_first = not data_parallel and not parallel_state.get_tensor_model_parallel_rank()
@@ -77,7 +77,7 @@ def gathered(mine: Noted, *, everyones: bool = False) -> Noted | None:
 
 
 def fingerprinting(args: PretrainArgs, device: str) -> StepRecorder | None:
-    """What --fingerprint-interval asks for: `fingerprints/step_N.npz` in --tensorboard-dir, or `msprobe/stepN`."""
+    """The recorder of --fingerprint-interval: `fingerprints/step_N.npz` in --tensorboard-dir, or `msprobe/stepN`."""
     interval, folder = args.report.fingerprint_interval, args.report.tensorboard_dir
     if not interval or folder is None:
         return None

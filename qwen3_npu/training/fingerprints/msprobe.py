@@ -47,7 +47,7 @@ class MsprobeRecorder(StepRecorder):
 
     def __init__(self, due: Callable[[int], bool], folder: Path) -> None:
         self.folder = folder
-        self._kinds: list[dict[str, Any]] = []
+        self._kinds: list[dict[str, object]] = []
         self._stacks: dict[str, list[str]] = {}
         super().__init__(due, lambda step, noted: None)
 
@@ -77,7 +77,7 @@ class MsprobeRecorder(StepRecorder):
             }
         )
 
-    def _called(self, call: NotedCall, inputs: Sequence[Any]) -> None:
+    def _called(self, call: NotedCall, inputs: Sequence[object]) -> None:
         self._stacks[call.name] = [
             f"File {frame.filename}, line {frame.lineno}, in {frame.name}, \n {frame.line}"
             for frame in reversed(traceback.extract_stack(limit=_FRAMES + 2)[:-2])
@@ -87,7 +87,7 @@ class MsprobeRecorder(StepRecorder):
 
     def _write(self, folder: Path) -> None:
         rows = torch.stack(self._numbers).cpu().tolist() if self._numbers else []
-        data: dict[str, dict[str, Any]] = {}
+        data: dict[str, dict[str, object]] = {}
         for name, kind, row in zip(self._names, self._kinds, rows, strict=True):
             numbers = dict(zip(("Max", "Min", "Mean", "Norm"), row, strict=True))
             _place(data, name, {**kind, **numbers, "requires_grad": kind["requires_grad"]})

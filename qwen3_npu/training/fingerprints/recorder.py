@@ -1,8 +1,8 @@
-"""Notes every kernel call and every layer of a step, forward and backward, in the order in which they are computed.
+"""Record every kernel call and every layer of a step, forward and backward, in the order of computation.
 
-A kernel is wrapped: its activations go in as views whose gradients are those of this call alone. Weights go in as they
-are, since kernels add their gradients to megatron's sums by themselves (`main_grad`). Without a step that is due the
-wrapper is one comparison a call; without a recorder there is none.
+A kernel is wrapped: it gets views of its activations, whose gradients belong to this call alone. Weights are passed as
+they are, since kernels add their gradients to megatron's sums themselves (`main_grad`). In a step that is not recorded
+the wrapper costs one comparison per call; without a recorder there is no wrapper.
 
 A name is `step|micro-batch|module|operation#call|forward or backward|tensor`.
 """
@@ -22,7 +22,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from qwen3_npu.kernels import OPERATIONS, Kernels, reference
-from qwen3_npu.training.fingerprints.exact import Recomputed, definition, deviation, floats, on_host
+from qwen3_npu.training.fingerprints.exact import Recomputed, definition, deviation, floats, host_copy
 from qwen3_npu.training.fingerprints.sketch import NUMBERS, sketch
 
 LAYER = "layer"  # the operation of records that are the same in every layout
@@ -34,9 +34,9 @@ class Noted(NamedTuple):
     """Records of some steps, one row each.
 
     Attributes:
-        rows: [n, NUMBERS + 2] float32: a `sketch`, the deviation from the exact result and what rounding explains of
-            it (NaN: not computed again).
-        raised: what an operation raised, if one did.
+        rows: [n, NUMBERS + 2] float32: a `sketch`, the deviation from the exact result and the deviation that rounding
+            explains (NaN: not computed again).
+        raised: the exception of an operation, or None.
     """
 
     names: list[str]
@@ -48,10 +48,10 @@ class StepRecorder:
     """One rank's part.
 
     Args:
-        due: whether a step is recorded.
-        sink: gets the records of each such step; every rank calls it.
-        exact: every kernel and linear is computed again on the host; for tiny models. All micro-batches are recorded
-            then, else the first.
+        due: step -> whether it is recorded.
+        sink: receives the records of each such step; every rank calls it.
+        exact: compute every kernel and linear again on the host; for tiny models. All micro-batches are recorded
+            then, else the first one.
     """
 
     def __init__(self, due: Callable[[int], bool], sink: Callable[[int, Noted], None], *, exact: bool = False) -> None:
@@ -77,7 +77,7 @@ class StepRecorder:
         self._expected: dict[str, _Sum] = {}
 
     def wrapped(self, kernels: Kernels) -> Kernels:
-        """The kernels, which tell this recorder of their calls."""
+        """Kernels that report their calls to this recorder."""
         chosen = {name: getattr(kernels, name) for name in OPERATIONS if name not in _NOT_FOLLOWED}
         if chosen["add_weight_gradient"] is reference.add_weight_gradient:
             del chosen["add_weight_gradient"]  # which leaves the sums to megatron, and is known by its identity
@@ -90,13 +90,13 @@ class StepRecorder:
                 return kernel(*inputs, **options)
             if name != "grouped_matmul":
                 return self.call(name, kernel, inputs, options)
-            product, defined = kernel(*inputs), reference.grouped_matmul(*map(on_host, inputs))
+            product, defined = kernel(*inputs), reference.grouped_matmul(*map(host_copy, inputs))
             return lambda *factors: self.call(name, product, factors, {}, defined=defined)
 
         return call
 
     def attach(self, chunks: Sequence[GPTModel]) -> None:
-        """Follow the modules of this rank, not wrapped, whose gradients `finalize_model_grads_func` makes whole."""
+        """Follow the (unwrapped) modules of this rank; `finalize_model_grads_func` completes their gradients."""
         self._chunks = chunks
         for chunk in chunks:
             chunk.register_forward_pre_hook(self._starts)
@@ -115,19 +115,19 @@ class StepRecorder:
         config.finalize_model_grads_func = self._finalizes(config.finalize_model_grads_func)
 
     def begin(self, step: int) -> None:
-        """Before a step."""
+        """Call it before a step."""
         self.step, self.is_open = step, self.due(step)
         self._started.clear()
         self._reset()
 
     def end(self) -> None:
-        """After it; a step that was recorded goes to the sink."""
+        """Call it after a step; the records go to the sink."""
         if self.is_open:
             self.is_open = self.is_live = False
             self.sink(self.step, self.take())
 
     def take(self, error: Exception | None = None) -> Noted:
-        """What was noted since the last `begin`, up to an error."""
+        """The records since the last `begin`, up to an error."""
         numbers = torch.stack(self._numbers) if self._numbers else torch.zeros(0, NUMBERS)
         shared = torch.tensor([f"|{LAYER}#" in name for name in self._names], device=numbers.device)
         for group in self.groups if len(numbers) else ():
@@ -163,7 +163,7 @@ class StepRecorder:
             out.register_hook(lambda grad: self._note(f"{label}|backward|d_out", grad, shared=True))
 
     def _follow_linear(self, module: ColumnParallelLinear | RowParallelLinear) -> None:
-        """Of one rank: a shard's output is added up, or scattered, before it leaves the module."""
+        """Follow a linear on one rank only: the output of a shard is summed or scattered inside the module."""
         if module.tp_group.size() > 1 or module.bias is not None:
             return
         plain = module.forward
@@ -188,7 +188,7 @@ class StepRecorder:
         *,
         defined: Callable | None = None,
     ) -> Any:
-        """The function's result; it, and later its gradients, are noted."""
+        """The function's result. It is recorded, and later its gradients."""
         where = f"{self.micro_batch}|{self._where[-1]}|{operation}"
         self._calls[where] += 1
         call = NotedCall(self, f"{self.step}|{where}#{self._calls[where]}", inputs)
@@ -212,7 +212,7 @@ class StepRecorder:
         return outs[0] if is_one else type(result)(outs)
 
     def _called(self, call: NotedCall, inputs: Sequence[Any]) -> None:
-        """For recorders that note inputs, too."""
+        """Hook for recorders that record inputs, too."""
 
     def _recomputed(
         self,
@@ -225,12 +225,12 @@ class StepRecorder:
     ) -> Recomputed | None:
         if operation == "cross_entropy" and inputs[2].size() > 1:
             return None
-        host, function = list(map(on_host, inputs)), defined or definition(operation)
+        host, function = list(map(host_copy, inputs)), defined or definition(operation)
         if operation == "permute":
             call.indices = reference.permute(*host)[2]
         elif operation == "unpermute":
             host[1] = self._indices[id(inputs[1])][1]
-        return Recomputed(function, host, {k: on_host(v) for k, v in options.items()}, call.differentiable)
+        return Recomputed(function, host, {k: host_copy(v) for k, v in options.items()}, call.differentiable)
 
     def _note(self, name: str, tensor: torch.Tensor, check: tuple[float, float] | None = None, **kind: bool) -> None:
         rows, length = self.rows if self.rows is not None and kind.get("shared") else (None, 0)
@@ -259,7 +259,7 @@ class StepRecorder:
         return finalize
 
     def _check_weights(self) -> None:
-        """The sums of this rank against those of the gradients computed again."""
+        """Compare this rank's gradient sums with those of the recomputed gradients."""
         for chunk in self._chunks:
             for parameter in chunk.parameters():
                 name = self.weight_name(parameter)
@@ -272,7 +272,7 @@ class StepRecorder:
 
 
 class _Sum:
-    """Gradients of a weight, as its calls ought to have added them up."""
+    """The sum of a weight's gradients, by its recomputed calls."""
 
     def __init__(self, operation: str, shape: torch.Size) -> None:
         self.operation, self.calls = operation, 0
@@ -318,7 +318,7 @@ class NotedCall:
 
     def _arrives(self, number: int, grad: torch.Tensor) -> None:
         self.recorder.last = f"{self.name}|backward"
-        self.grads[number] = on_host(grad) if self.recomputed is not None else None
+        self.grads[number] = host_copy(grad) if self.recomputed is not None else None
         self._note("backward", f"gradient of out {number}", grad, None)
 
     def _gradient(self, number: int, grad: torch.Tensor) -> None:

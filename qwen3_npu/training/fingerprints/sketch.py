@@ -1,8 +1,8 @@
-"""What is kept of a tensor: its squared norm, a few projections on random signs, its first values.
+"""The sketch of a tensor: its squared norm, a few projections on random signs, its first values.
 
-The mean squared difference of two tensors' projections is, expected over the signs, the squared norm of their
-difference (Johnson and Lindenstrauss; Achlioptas, 2003). Signs are products of one for the row and one for the column,
-so that what ranks know of their rows is added up.
+The mean squared difference of two tensors' projections has, over the signs, the squared norm of their difference as its
+expectation (Johnson and Lindenstrauss; Achlioptas, 2003). A sign is the product of one for the row and one for the
+column, so sketches of parts of the rows can be summed.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def _signs(count: int, is_row: bool, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def sketch(x: torch.Tensor, rows: torch.Tensor | None = None, length: int = 0) -> torch.Tensor:
-    """[NUMBERS] float32, on x's device: nothing waits.
+    """[NUMBERS] float32, on x's device, without waiting.
 
     Args:
-        rows: which of `length` rows (of the first dimension) these are, where x is a part; its values are not kept
-            then, and the other numbers add up over the parts.
+        rows: the rows (of `length` in the first dimension) that x holds, if it is a part. Its values are not kept then;
+            the other numbers can be summed over the parts.
     """
     x = x.detach()
-    flat = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
-    if not flat.numel():
+    if not x.numel():  # e.g. experts without tokens
         return torch.zeros(NUMBERS, device=x.device)
+    flat = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
     by_row, by_column = (_signs(max(length, len(flat)), True, x.device), _signs(flat.shape[1], False, x.device))
     by_row = by_row[: len(flat)] if rows is None else by_row[rows.to(x.device)]
     squares = torch.zeros((), device=x.device)
@@ -62,7 +62,7 @@ def sketch(x: torch.Tensor, rows: torch.Tensor | None = None, length: int = 0) -
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Estimated norm of the difference over the norm of what is expected; infinite where one is not finite."""
+    """Estimated norm of the difference over the norm of the expected tensor; infinite if one is not finite."""
     if not np.isfinite(found[: 1 + PROJECTIONS]).all() or not np.isfinite(expected[: 1 + PROJECTIONS]).all():
         return float("inf")
     norms = [float(np.sqrt(numbers[0])) for numbers in (found, expected)]

@@ -1,1 +1,1 @@
-"""Muon: the momentum of a layer's matrix is made nearly orthogonal before it is added (--optimizer muon)."""
+"""Muon: the update of a layer's matrix is its momentum made nearly orthogonal (--optimizer muon)."""

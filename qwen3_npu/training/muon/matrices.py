@@ -4,8 +4,8 @@ Newton-Schulz iteration and its coefficients: https://kellerjordan.github.io/pos
 Scales and the separate q, k and v: megatron-core 0.16.1 (optimizer/muon.py), which needs emerging-optimizers, a package
 for newer Pythons.
 
-Under tensor parallelism a matrix is gathered and every rank computes the same update, of which it takes its shard:
-orthogonal is what the whole matrix is, not its shards, and only so the layout does not change what is learned.
+Under tensor parallelism a matrix is gathered, and every rank computes the same update and takes its shard of it. The
+complete matrix must be orthogonal, not its shards; so the layout does not change what is learned.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _EXPERTS = {
 
 @dataclasses.dataclass(frozen=True)
 class LayerMatrix:
-    """How a parameter is one or several matrices [out, in], one after the other in memory.
+    """A parameter as one or several matrices [out, in], one after the other in memory.
 
     Attributes:
         out, inner: sizes of this rank's shard of one of them; `inner` is the width of its input.
-        sharded: dimension of [matrices, out, in] over which the group shards it; None: it is whole on every rank.
-        expert: each is of an expert, and stored as [in, out].
+        sharded: dimension of [matrices, out, in] that is sharded over the group; None: each rank has the complete one.
+        expert: each matrix belongs to an expert and is stored as [in, out].
         heads: rows of queries, keys and values of each key/value head (of the fused linear_qkv), which are three
             matrices; empty: one.
     """
@@ -60,7 +60,7 @@ class LayerMatrix:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """Ranks that have the shards."""
+        """The ranks that hold the shards."""
         if self.expert:
             return parallel_state.get_expert_tensor_parallel_group()
         return parallel_state.get_tensor_model_parallel_group()
@@ -75,8 +75,8 @@ class LayerMatrix:
 def layer_matrix(
     name: str, parameter: torch.Tensor, config: TransformerConfig, *, split_qkv: bool
 ) -> LayerMatrix | None:
-    """What a parameter of this name is; None if AdamW updates it: norms, biases, magnitudes (DoRA), embedding, output
-    layer, rewards."""
+    """The matrices of a parameter; None if AdamW updates it: norms, biases, magnitudes (DoRA), embedding, output layer,
+    rewards."""
     if ".layers." not in name or parameter.dim() != 2:
         return None
     rows, columns = parameter.shape
@@ -108,7 +108,7 @@ def orthogonal(matrices: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def scale(mode: str, rows: int, columns: int) -> float:
-    """What an orthogonal update is multiplied by (--muon-scale-mode)."""
+    """The factor of an orthogonal update (--muon-scale-mode)."""
     by_mode = {
         "spectral": max(rows, columns),
         "shape_scaling": max(1.0, rows / columns),
@@ -120,10 +120,10 @@ def scale(mode: str, rows: int, columns: int) -> float:
 def update_of(momentum: torch.Tensor, matrix: LayerMatrix, args: OptimizerArgs) -> torch.Tensor:
     """This rank's shard of the update of one or several matrices, in the shape and dtype given.
 
-    Every rank of `matrix.group` calls it.
+    Every rank of `matrix.group` must call it.
 
     Args:
-        momentum: of this rank's shard, in the order of memory; the iteration, and what is gathered, has its dtype.
+        momentum: of this rank's shard, in the order of memory; it is gathered and iterated in its dtype.
     """
     local = matrix.apart(momentum)
     ranks = matrix.group.size() if matrix.sharded is not None else 1

@@ -1,4 +1,4 @@
-"""torch's AdamW, whose matrices Muon updates."""
+"""torch's AdamW with Muon for the matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwen3_npu.training.muon.shares import Share, Work, from_owner, to_owner
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """One optimizer, so that groups, learning rates, clipping and checkpoints are those of AdamW.
+    """One optimizer for both, so groups, learning rates, clipping and checkpoints are those of AdamW.
 
     A matrix has a momentum, `exp_avg`, and no second moment. Momentum and its use are torch.optim.Muon's.
     """
@@ -35,8 +35,8 @@ class MuonAdamW(torch.optim.AdamW):
         """Let Muon update these parameters of an AdamW that megatron has made.
 
         Args:
-            work: what this rank does for them.
-            dtype: of the iteration.
+            work: this rank's matrices.
+            dtype: dtype of the iteration.
         """
         assert type(made) is torch.optim.AdamW
         made.__class__ = cls
@@ -60,7 +60,7 @@ class MuonAdamW(torch.optim.AdamW):
         for turn in self.work.rounds:
             group = self.work.group
             assert group is not None
-            shares = [spread.share for spread in turn.values()]
+            shares = [piece.share for piece in turn.values()]
             pieces = [self._direction(share) for share in shares if share is not None]
             own = to_owner(pieces, turn, group, torch.empty(0, dtype=self.dtype, device=self.work.device))
             if group.rank() in turn:
@@ -70,7 +70,7 @@ class MuonAdamW(torch.optim.AdamW):
                     self._apply(held, update, rates)
 
     def _prepare(self) -> dict[torch.Tensor, float]:
-        """Momenta with the new gradients, weights decayed; returns the learning rate of each."""
+        """Update the momenta and decay the weights. Returns the learning rate of each."""
         rates = {}
         for group in self.param_groups:
             mains = [parameter for parameter in group["params"] if parameter in self.matrices]
@@ -85,7 +85,7 @@ class MuonAdamW(torch.optim.AdamW):
         return rates
 
     def _direction(self, share: Share) -> torch.Tensor:
-        """What is made orthogonal, in the dtype of the iteration."""
+        """The tensor that is made orthogonal, in the dtype of the iteration."""
         direction = share.of(self.state[share.main]["exp_avg"])
         if self.args.muon_use_nesterov:
             gradient = share.main.grad

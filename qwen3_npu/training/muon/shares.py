@@ -1,10 +1,9 @@
-"""Which rank makes which matrix orthogonal, and how a matrix that several data-parallel ranks hold comes together.
+"""Distribute the matrices over data-parallel ranks, and gather those that several ranks hold in parts.
 
-The distributed optimizer cuts each bucket of weights into one slice for each data-parallel rank, wherever matrices
-begin and end. A rank updates the matrices that lie in its slices. A matrix that lies in several is sent to one rank,
-its owner, which sends the update back: a rank sends and receives about its share of the weights, twice a step, in their
-dtype. Owners are chosen so that all ranks have the same work. Matrices are sent in rounds, so that a rank has one of
-them at a time.
+The distributed optimizer divides each bucket of weights into one slice per data-parallel rank, without regard to
+matrices. A rank updates the matrices that lie in its slices. A matrix in several slices is sent to one rank, its owner,
+which sends the update back: a rank sends and receives about its share of the weights twice a step, in their dtype.
+Owners are chosen so that all ranks have the same work. Matrices are sent in rounds, so a rank holds one at a time.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class ShardedMatrix:
     """A matrix that lies on several ranks of the data-parallel group.
 
     Attributes:
-        lengths: how many of its elements each rank has, one rank's after the other's.
-        share: this rank's; None: it has none.
+        lengths: number of its elements on each rank, in the order of the ranks.
+        share: this rank's elements; None if it has none.
     """
 
     matrix: LayerMatrix
@@ -48,18 +47,18 @@ class Spread:
     share: Share | None
 
 
-Round = Mapping[int, Spread]  # owner -> its matrix
+Round = Mapping[int, ShardedMatrix]  # owner -> its matrix
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What this rank has of the matrices.
+    """The matrices of this rank.
 
     Attributes:
-        whole: what it updates alone.
-        rounds: of the matrices on several ranks; alike on all of them.
-        group: the data-parallel ranks; None: each has all of the weights.
-        device: of all of it.
+        whole: matrices that it updates alone.
+        rounds: rounds of the matrices on several ranks; equal on all of them.
+        group: the data-parallel ranks; None if each has all of the weights.
+        device: device of all tensors.
     """
 
     whole: Sequence[Share]
@@ -69,7 +68,7 @@ class Work:
 
 
 def undivided(matrices: Mapping[torch.Tensor, LayerMatrix]) -> Work:
-    """Of tensors that each data-parallel rank has and updates."""
+    """The work if each data-parallel rank has and updates all tensors."""
     return Work([Share(main, matrix, 0, main.numel()) for main, matrix in matrices.items()])
 
 
@@ -78,16 +77,16 @@ def divided(
     matrices: Mapping[torch.nn.Parameter, LayerMatrix],
     mains: Mapping[torch.nn.Parameter, torch.Tensor],
 ) -> Work:
-    """Of the slices of a distributed optimizer.
+    """The work for the slices of a distributed optimizer.
 
     Args:
-        matrices: of all parameters of the part, also those of which this rank has nothing.
+        matrices: of all parameters of the part, also those without a share on this rank.
         mains: parameter -> this rank's slice of it, flat.
     """
     group = part.data_parallel_group
     ranks, rank = group.size(), group.rank()
     whole: list[Share] = []
-    spread: list[Spread] = []
+    sharded: list[ShardedMatrix] = []
     load = [0.0] * ranks
     for parameter, start, each in _places(part):
         if parameter not in matrices:
@@ -101,12 +100,12 @@ def divided(
                 begin = max(first, own) - max(0, own)
                 share = Share(mains[parameter], matrix, begin, begin + lengths[rank])
             if max(lengths) < matrix.size:
-                spread.append(Spread(matrix, lengths, share))
+                sharded.append(ShardedMatrix(matrix, lengths, share))
                 continue
             load[lengths.index(matrix.size)] += _cost(matrix)
             if share is not None:
                 _append(whole, share)
-    return Work(whole, _rounds(spread, load), group, part.buffers[0].grad_data.device)
+    return Work(whole, _rounds(sharded, load), group, part.buffers[0].grad_data.device)
 
 
 def _places(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
@@ -122,7 +121,7 @@ def _overlap(start: int, length: int, other: int, other_length: int) -> int:
 
 
 def _append(whole: list[Share], share: Share) -> None:
-    """Experts of one tensor that follow each other are updated together."""
+    """Append matrices; consecutive experts of one tensor are updated together."""
     last = whole[-1] if whole else None
     if last is not None and last.main is share.main and last.stop == share.start:
         share = dataclasses.replace(share, start=whole.pop().start)
@@ -130,14 +129,14 @@ def _append(whole: list[Share], share: Share) -> None:
 
 
 def _cost(matrix: LayerMatrix) -> float:
-    """Work of one step of the iteration, without a factor."""
+    """Cost of one step of the iteration, up to a factor."""
     return float(matrix.size) * min(matrix.out, matrix.inner)
 
 
-def _rounds(spread: Sequence[Spread], load: list[float]) -> list[Round]:
-    """The largest first, each for the rank that has least to do."""
-    owned: list[list[Spread]] = [[] for _ in load]
-    for matrix in sorted(spread, key=lambda one: -_cost(one.matrix)):
+def _rounds(sharded: Sequence[ShardedMatrix], load: list[float]) -> list[Round]:
+    """Assign matrices, largest first, to the rank with the least work."""
+    owned: list[list[ShardedMatrix]] = [[] for _ in load]
+    for matrix in sorted(sharded, key=lambda one: -_cost(one.matrix)):
         owner = min(range(len(load)), key=load.__getitem__)
         load[owner] += _cost(matrix.matrix)
         owned[owner].append(matrix)
@@ -159,7 +158,7 @@ def to_owner(pieces: Sequence[torch.Tensor], turn: Round, group: dist.ProcessGro
 
 
 def from_owner(update: torch.Tensor, turn: Round, group: dist.ProcessGroup) -> Sequence[torch.Tensor]:
-    """The reverse: the update of the matrix that this rank owns -> the updates of its pieces."""
+    """The reverse of `to_owner`: the update of the owned matrix -> the updates of this rank's pieces."""
     sent, received = _lengths(turn, group)
     pieces = update.new_empty(sum(sent))
     dist.all_to_all_single(pieces, update, sent, received, group=group)

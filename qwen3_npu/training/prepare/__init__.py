@@ -1,1 +1,1 @@
-"""What is settled before torch is imported: sizes, length, raw data, what the data record."""
+"""Preparation before torch is imported: sizes, length, raw data, records of the data."""

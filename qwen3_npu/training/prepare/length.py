@@ -1,4 +1,4 @@
-"""The length of a training: steps, samples, epochs. Settled before torch is imported."""
+"""The length of a training: steps, samples, epochs. It is determined before torch is imported."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def settled(args: PretrainArgs, global_batch: int, epoch: int | None) -> Pretrai
     """The same arguments with --train-iters in place of --train-samples and --epochs.
 
     Args:
-        epoch: samples in an epoch; None: it is not known yet (raw data in a dry run), and --epochs stays.
+        epoch: samples in an epoch; None: unknown yet (raw data in a dry run), and --epochs stays.
 
     Raises:
-        UsageError: less than one step, or a schedule that counts otherwise than the training.
+        UsageError: the training has less than one step, or its schedule has another unit than its length.
     """
     train, optimizer = args.train, args.optimizer
     _check_schedule(args)
@@ -41,7 +41,7 @@ def settled(args: PretrainArgs, global_batch: int, epoch: int | None) -> Pretrai
 
 
 def _check_schedule(args: PretrainArgs) -> None:
-    """As in Megatron, a schedule is counted in the same unit as the training."""
+    """Check that the schedule has the same unit as the length, as in Megatron."""
     by_samples = args.train.train_samples is not None
     optimizer = args.optimizer
     given = {
@@ -58,7 +58,7 @@ def _check_schedule(args: PretrainArgs) -> None:
 
 
 def describe_length(asked: PretrainArgs, steps: int, global_batch: int, facts: DataFacts) -> list[str]:
-    """What the training makes of its samples, a line each; warnings begin with "warning: ".
+    """Lines about samples, steps and epochs of the training; warnings begin with "warning: ".
 
     Args:
         asked: the arguments before `settled`.

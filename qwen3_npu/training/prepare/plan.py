@@ -1,4 +1,4 @@
-"""What follows from flags, config.json and the number of processes; settled before torch is imported."""
+"""The plan of a training, from flags, config.json and the number of processes. Made before torch is imported."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from qwen3_npu.progress import human
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan(Fit):
-    """A training whose sizes fit together.
+    """A checked training.
 
     Attributes:
         config: folder whose config.json and tokenizer files go with the checkpoints; None if there is none.
         frozen: Hugging Face names of the weights that --freeze-include and --freeze-exclude keep as they are.
-        verdict: memory and time to expect; None where nothing says the device.
-        notes: how the flags change the model.
+        verdict: expected memory and time; None if the device is unknown.
+        notes: changes of the model by flags.
     """
 
     arch: Qwen3Arch
@@ -38,7 +38,7 @@ class TrainingPlan(Fit):
     notes: tuple[str, ...]
 
     def describe(self, args: PretrainArgs) -> list[str]:
-        """What will be done, a line each."""
+        """Lines that describe the training."""
         train, cp = args.train, args.parallel.context_parallel_size
         context = f" CP{cp} ({args.parallel.context_parallel_algo})" if cp > 1 else ""
         tokens = self.global_batch * train.seq_length
@@ -60,7 +60,7 @@ def _length(train: TrainArgs, tokens_per_step: int) -> str:
 
 
 def plan_training(args: PretrainArgs, world_size: int) -> TrainingPlan:
-    """Everything that follows from flags, config.json and the number of processes.
+    """Make the plan from flags, config.json and the number of processes.
 
     Raises:
         UsageError: something does not fit.

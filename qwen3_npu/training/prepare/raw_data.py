@@ -23,8 +23,8 @@ def raw_words(args: PretrainArgs) -> list[str]:
 def prepared(args: PretrainArgs) -> PretrainArgs:
     """The same arguments with prefixes of prepared data in --data-path.
 
-    Each process calls this before it joins the others, so that no collective waits for it: one does the work under a
-    lease of the cache, the others find it done.
+    Each process calls this before it joins the others, so no collective waits for it. One process does the work under a
+    lease of the cache; the others use its result.
 
     Raises:
         UsageError: as preprocess_data.py.
@@ -49,7 +49,7 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
 
 
 def _check_handler(args: PretrainArgs, name: str) -> None:
-    """Raises: UsageError: the handler makes what this training does not read."""
+    """Raises: UsageError: the handler's output does not fit the --stage."""
     kinds = {"Pairwise": "pairs", "Kto": "labelled answers", "Pretrain": "text"}
     made = next((kind for word, kind in kinds.items() if word in name), "instruction data")
     if made != args.data.kind:

@@ -1,4 +1,4 @@
-"""What can be known before torch is imported: folders, what --load holds, splits. A dry run finds the same."""
+"""Checks before torch is imported: folders, the content of --load, splits. A dry run makes the same checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
     """Rank 0 checks everything that the flags name, and writes nothing.
 
     Raises:
-        UsageError: the training could not begin, or could not save.
+        UsageError: the training could not start, or could not save.
     """
     folders = {
         "--save": args.checkpoint.save,
@@ -44,7 +44,7 @@ def check_start(args: PretrainArgs, arch: Qwen3Arch) -> None:
 
 
 def checkpoint_bytes(args: PretrainArgs, arch: Qwen3Arch) -> int:
-    """Of one checkpoint: weights, and of what is trained a float32 copy and two moments."""
+    """Size of one checkpoint: weights, and for trained weights a float32 copy and two moments."""
     weights = parameter_count(arch)
     # An adapter is small beside its model.
     trained = 0 if args.lora.on else weights * (1 - frozen_share(arch, frozen_weights(arch, args.freeze)))
@@ -53,7 +53,7 @@ def checkpoint_bytes(args: PretrainArgs, arch: Qwen3Arch) -> int:
 
 
 def _check_room(save: Path, args: PretrainArgs, arch: Qwen3Arch) -> None:
-    """Raises: UsageError: not even one checkpoint fits. A dry run, which may run elsewhere, warns."""
+    """Raises: UsageError: not even one checkpoint fits. A dry run warns, since it may run on another machine."""
     there = next(folder for folder in (save.absolute(), *save.absolute().parents) if folder.exists())
     needed, free = checkpoint_bytes(args, arch), shutil.disk_usage(there).free
     if needed <= free:

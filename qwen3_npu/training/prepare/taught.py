@@ -1,4 +1,4 @@
-"""How an instruction training writes prompts; its checkpoints record it, so that prompts at inference are the same."""
+"""The prompt settings of an instruction training. Checkpoints store them, so that inference uses the same prompts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from qwen3_npu.progress import human
 def taught(args: PretrainArgs) -> dict[str, Any]:
     """Entries of the saved args: prompt_type, enable_thinking (true, false, none) and tokenizer_digest.
 
-    The records beside the data say them (`token_record.made`); where data have none, the training's --prompt-type does,
-    as MindSpeed-LLM's scripts give it. Empty for text, and for data that differ.
+    They come from the records beside the data (`token_record.made`), or, without records, from the training's
+    --prompt-type, which MindSpeed-LLM's scripts give. Empty for text, and if the data sets differ.
     """
     if not args.data.is_instruction:
         return {}
@@ -44,10 +44,10 @@ def taught(args: PretrainArgs) -> dict[str, Any]:
 
 
 def start_line(args: PretrainArgs, facts: DataFacts | None) -> list[str]:
-    """What a fine-tuning on conversations learns, as one line of the start; empty for text.
+    """A line about template, loss and truncation of a fine-tuning on conversations; empty for text.
 
     Args:
-        facts: of the samples; None: they are not known yet (raw data in a dry run).
+        facts: of the samples; None: unknown yet (raw data in a dry run).
     """
     data = args.data
     if not (data.is_instruction or data.is_preference):

@@ -18,8 +18,8 @@ class ExpertLoad:
     Attributes:
         tokens: [layers, experts] float64 on the host; places of the pipeline without weights are left out.
         layers: their numbers, from 1, as Megatron counts.
-        dropped: share of the tokens' choices that a capacity dropped.
-        balance_loss: mean over layers and micro-batches, before its coefficient, 1 is even; None if it is not used.
+        dropped: share of the choices that were dropped because of the capacity.
+        balance_loss: mean over layers and micro-batches before its coefficient; 1 is even; None if it is not used.
     """
 
     tokens: torch.Tensor
@@ -34,11 +34,11 @@ class ExpertLoad:
 
     @property
     def idle(self) -> int:
-        """Experts, of all layers together, that no token was sent to."""
+        """Number of experts, over all layers, without any token."""
         return int((self.tokens == 0).sum())
 
     def values(self) -> dict[str, float]:
-        """For metrics.jsonl and tensorboard."""
+        """The values for metrics.jsonl and tensorboard."""
         found = {"moe/imbalance": float(self.imbalance.mean()), "moe/imbalance_worst": float(self.imbalance.max())}
         found |= {"moe/idle_experts": self.idle, "moe/dropped": self.dropped}
         if self.balance_loss is not None:

@@ -1,25 +1,25 @@
-"""Where the time of the last steps went, of all ranks: records that `python -m qwen3_npu.ledger` reads."""
+"""Records of the time by phase on all ranks, which `python -m qwen3_npu.ledger` reads."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from qwen3_npu.args.pretrain import PretrainArgs
+from qwen3_npu.ledger.gains import gains
 from qwen3_npu.training.prepare.plan import TrainingPlan
 from qwen3_npu.training.reports.expert_load import ExpertLoad
 from qwen3_npu.training.step import NOTHING, Tally
 from qwen3_npu.watch import here
+from qwen3_npu.watch.state import WORK
 from qwen3_npu.watch.times import IN_STEP, KINDS, Times
 
 _SHOWN = 1024  # ranks
-_WORK = [KINDS.index(name) for name in ("data", "forward", "backward", "reduce", "optimizer", "other")]
+_WORK = [KINDS.index(name) for name in (*WORK, "pause")]
 
 
-def facts_of(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
-    """What of the flags explains times."""
+def facts_of(args: PretrainArgs, plan: TrainingPlan) -> dict[str, object]:
+    """The settings that explain times."""
     layout, train = plan.layout, args.train
     return {
         "pipeline": layout.pipeline,
@@ -31,6 +31,7 @@ def facts_of(args: PretrainArgs, plan: TrainingPlan) -> dict[str, Any]:
         "overlap_grad_reduce": args.optimizer.overlap_grad_reduce,
         "async_save": args.checkpoint.async_save,
         "manual_gc": train.manual_gc,
+        **({"planned": gains(plan.verdict)} if plan.verdict is not None else {}),
     }
 
 
@@ -41,18 +42,18 @@ class Ledger:
         facts: see `facts_of`.
     """
 
-    def __init__(self, interval: int, facts: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, interval: int, facts: dict[str, object], device: torch.device) -> None:
         self.interval, self.facts, self.device = interval, facts, device
         self.tally, self.steps, self.is_new = NOTHING, 0, True
         self.imbalance: float | None = None  # the fullest expert's tokens over the mean
         if (times := here.times()) is not None:
             times.take()  # what was before the first step
 
-    def step(self, iteration: int, tally: Tally, load: ExpertLoad | None, *, last: bool) -> dict[str, Any] | None:
-        """Count a step; the record, where one is due. Every rank must call this: it gathers one row of each, then.
+    def step(self, iteration: int, tally: Tally, load: ExpertLoad | None, *, last: bool) -> dict[str, object] | None:
+        """Count a step. Returns the record if one is due. Every rank must call this: a record gathers a row of each.
 
         Args:
-            load: of the experts, where it was just counted.
+            load: load of the experts, if it was just counted.
         """
         if not self.interval:
             return None
@@ -63,14 +64,17 @@ class Ledger:
         times = here.times()
         if times is None:
             return None
-        record = self._record(times) if iteration % self.interval == 0 or last else None
+        record = None
+        if iteration % self.interval == 0 or last:
+            with here.during("report"):
+                record = self._record(times)
         # Of each record one step is noted by the device, early enough to be done by then; of short runs the second.
         if (iteration + 2) % self.interval == 0 or self.is_new:
             times.next_step()
         self.is_new = False
         return record
 
-    def _record(self, times: Times) -> dict[str, Any]:
+    def _record(self, times: Times) -> dict[str, object]:
         own = torch.tensor(times.take(), dtype=torch.float32, device=self.device)
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, own)
@@ -94,13 +98,13 @@ class Ledger:
 
 
 def by_device(table: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """Times of ranks whose steps are divided as the device has noted, where it has.
+    """Times of ranks, with steps divided by the times that the device has measured, if it has.
 
     Args:
         table: [ranks, ..] of `Times.take`: all steps by the host's clock, one step by the device's.
 
     Returns:
-        [ranks, kinds and wall clock], and what the host's clock said of the mean rank; empty: it is what is returned.
+        [ranks, kinds and wall clock], and the mean rank's times by the host's clock; empty if these are the result.
     """
     kinds = len(KINDS)
     by_host, noted = table[:, : kinds + 1].clone(), table[:, kinds + 1 :]

@@ -1,13 +1,11 @@
-"""What was planned against what is measured: of rank 0, after its third step and at the end."""
+"""Compare the plan with measurements of rank 0, after its third step and at the end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from qwen3_npu import schema
-from qwen3_npu.ledger.records import LedgerEntry, entry_of
+from qwen3_npu.ledger.records import LedgerEntry
 from qwen3_npu.ledger.why import why
 from qwen3_npu.plan.device import GIB
 from qwen3_npu.plan.show.report import layout_words
@@ -21,9 +19,10 @@ _LARGE = 0.15
 class PlannedMeasured:
     """Clock and comparison of one run. It waits for the device twice: after steps 1 and 3.
 
-    Memory is what tensors take on this device at the peak, so the runtime's reserve is left out of the plan.
+    Memory is that of tensors at the peak, so the plan's reserve for the runtime is not counted.
 
     Args:
+        entries: where the time of this run goes, for what is slower than planned.
         write: one record for metrics.jsonl.
         tell: one line for the console.
     """
@@ -32,22 +31,19 @@ class PlannedMeasured:
         self,
         platform: Platform,
         verdict: PlanVerdict,
+        entries: Sequence[LedgerEntry],
         *,
         write: Callable[[int, dict[str, str | float]], None],
         tell: Callable[[str], None],
     ) -> None:
         self.platform, self.verdict, self.write, self.tell = platform, verdict, write, tell
+        self.entries = entries
         self.steps, self.start, self.places = 0, 0.0, 0.0
         self.latest: tuple[int, int, float, float] | None = None  # iteration, steps, seconds, places
         self.told = 0
-        self.entries: list[LedgerEntry] = []
-
-    def explain(self, iteration: int, record: Mapping[str, Any]) -> None:
-        """Where the time of the last steps went (`reports.ledger`), for what is slower than planned."""
-        self.entries.append(entry_of(iteration, schema.record(dict(record), "ledger"), "ledger"))
 
     def step(self, iteration: int, places: float) -> None:
-        """Count a step with so many places of tokens, padding included."""
+        """Count a step with this number of tokens, padding included."""
         self.steps += 1
         if self.steps == 1:
             self.platform.synchronize()
@@ -65,7 +61,7 @@ class PlannedMeasured:
             self.latest = iteration, self.steps, time.perf_counter() - self.start, self.places
 
     def pause(self, seconds: float) -> None:
-        """Leave out so many seconds that were not training."""
+        """Subtract seconds that were no training."""
         self.start += seconds
 
     def close(self) -> None:

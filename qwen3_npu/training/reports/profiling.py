@@ -8,6 +8,7 @@ from typing import Any
 from qwen3_npu import log
 from qwen3_npu.args.profile import ProfileArgs
 from qwen3_npu.platform.base import Platform
+from qwen3_npu.watch import here
 
 
 class Profiling:
@@ -16,7 +17,7 @@ class Profiling:
     def __init__(self, platform: Platform, args: ProfileArgs, rank: int, *, first: int, last: int) -> None:
         """
         Args:
-            first, last: the steps that will be made.
+            first, last: the steps of this run.
         """
         self.args = args
         if args.profile and not first <= args.profile_step_start + 1 <= last:
@@ -29,21 +30,22 @@ class Profiling:
         self.running = False
 
     def before(self, iteration: int) -> None:
-        """To be called before step `iteration` (from 1)."""
+        """Call it before step `iteration` (from 1)."""
         if self.profiler is not None and not self.running and iteration == self.args.profile_step_start + 1:
             self.running = self._done(self.profiler.start)
 
     def after(self, iteration: int, *, last: bool) -> None:
-        """To be called after it; a training's last step ends a recording."""
+        """Call it after the step; the last step of a training ends a recording."""
         if self.running and (iteration >= self.args.profile_step_end or last):
             self.running = False
             if self._done(self.profiler.stop):
                 log.info(f"profile: {self.args.profile_save_path}")
 
     def _done(self, act: Callable[[], None]) -> bool:
-        """Do it; a folder that takes no recording does not end a training."""
+        """Start or stop the profiler; an unwritable folder is a warning."""
         try:
-            act()
+            with here.during("report"):
+                act()
         except (OSError, RuntimeError) as error:
             log.warning(f"--profile-save-path {self.args.profile_save_path}: nothing was recorded: {error}")
             self.profiler = None

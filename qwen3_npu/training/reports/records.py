@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen3_npu import log
 
@@ -29,18 +29,18 @@ class Records:
         self.lost: dict[str, int] = {}  # name -> records that were not written
         self.file: int | None = None
         self.tensorboard: SummaryWriter | None = None
-        with self._borne("metrics.jsonl"):
+        with self._tolerated("metrics.jsonl"):
             self.file = _open_lines(self.path)
         self._hook = threading.excepthook
         threading.excepthook = self._in_thread
-        with self._borne("tensorboard"):
+        with self._tolerated("tensorboard"):
             # Here, not at the top: it takes a second, and only rank 0 with a folder needs it.
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder), purge_step=first + 1)
 
     @contextlib.contextmanager
-    def _borne(self, name: str) -> Iterator[None]:
+    def _tolerated(self, name: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
@@ -53,16 +53,16 @@ class Records:
         self.lost[name] = self.lost.get(name, 0) + 1
 
     def _in_thread(self, args: threading.ExceptHookArgs) -> None:
-        """Tensorboard writes in a thread; its next call raises the same again, which is told then."""
+        """Tensorboard writes in a thread. Its next call raises the same error again, which is reported then."""
         of_tensorboard = type(args.thread).__module__.startswith("tensorboard.")
         if not (of_tensorboard and isinstance(args.exc_value, OSError | ValueError)):
             self._hook(args)
 
-    def line(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, complete or not at all."""
+    def line(self, iteration: int, values: Mapping[str, object]) -> None:
+        """Write one line of metrics.jsonl atomically."""
         if self.file is None:
             return
-        with self._borne("metrics.jsonl"):
+        with self._tolerated("metrics.jsonl"):
             before = os.lseek(self.file, 0, os.SEEK_END) if self.path.is_file() else None
             text = (json.dumps({"step": iteration, **values}) + "\n").encode()
             try:
@@ -77,30 +77,30 @@ class Records:
                 raise OSError("no space is left")
 
     def events(self, write: Callable[[SummaryWriter], None]) -> None:
-        """Whatever `write` adds to tensorboard's writer. A writer that has failed cannot be used again."""
+        """Call `write` with tensorboard's writer. A writer that has failed is not used again."""
         if self.tensorboard is None:
             return
         if "tensorboard" in self.lost:
             self._failed("tensorboard", None)
             return
-        with self._borne("tensorboard"):
+        with self._tolerated("tensorboard"):
             write(self.tensorboard)
 
     def close(self) -> None:
-        """Log what was not written."""
+        """Log the number of records that were not written."""
         if self.tensorboard is not None and "tensorboard" not in self.lost:
-            with self._borne("tensorboard"):
+            with self._tolerated("tensorboard"):
                 self.tensorboard.close()
         threading.excepthook = self._hook
         if self.file is not None:
-            with self._borne("metrics.jsonl"):
+            with self._tolerated("metrics.jsonl"):
                 os.close(self.file)
         for name, count in self.lost.items():
             log.warning(f"{self.path.parent}: {name}: {count} records were not written")
 
 
 def _open_lines(path: Path) -> int:
-    """To write lines behind those there; without the last one if a killed process has not finished it."""
+    """Open a file to append lines; an incomplete last line of a killed process is removed."""
     if path.is_file():
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)

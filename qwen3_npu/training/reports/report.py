@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3_npu import log
+from qwen3_npu import log, schema
 from qwen3_npu.ledger.picture import heat, png
+from qwen3_npu.ledger.records import LedgerEntry, entry_of
+from qwen3_npu.ledger.show import report, shares_line
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token
 from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.platform.base import Platform
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 def means(tally: Tally, names: Sequence[str]) -> dict[str, float]:
     """An objective's metrics by name.
 
-    Where it counts chosen and rejected answers (`count/chosen`), the means of the ones and the others are over these,
-    and metrics without answers are left out; all others are means over the units of its loss.
+    If it counts chosen and rejected answers (`count/chosen`), their means are over these counts, and metrics without
+    answers are omitted. All other metrics are means over the units of the loss.
     """
     sums = dict(zip(names, tally.metrics, strict=True))
     counts = {name.partition("/")[2]: value for name, value in sums.items() if name.startswith("count/")}
@@ -74,7 +76,7 @@ class _LogInterval:
         return values, [", ".join(shown)] if shown else []
 
     def fine_tuning(self) -> tuple[dict[str, float], list[str]]:
-        """Further figures where not every token is learned, as values and as text. Empty for pretraining."""
+        """Further figures of fine-tuning, as values and as text. Empty for pretraining."""
         computed, learned = self.computed, self.learned
         if computed.tokens == computed.places:
             return {}, []
@@ -94,12 +96,13 @@ class Reporter:
     """Collects steps and reports every `interval` of them.
 
     Args:
-        devices: all of the job; rates are per device.
-        first, last: steps before and after this run.
-        names: of the metrics that steps have beside the loss.
-        folder: of metrics.jsonl and tensorboard events; None for the console only.
-        verdict: what was planned; None: nothing was.
-        trackers: services that get the numbers, too; of rank 0.
+        devices: number of devices of the job; rates are per device.
+        first, last: step before this run, and its last step.
+        names: names of the metrics beside the loss.
+        folder: folder of metrics.jsonl and tensorboard events; None for the console only.
+        tells_times: print the shares of the time after each line.
+        verdict: the plan, or None.
+        trackers: services that receive the numbers, too; on rank 0.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Reporter:
         folder: Path | None,
         is_main: bool,
         names: Sequence[str] = (),
+        tells_times: bool = False,
         verdict: PlanVerdict | None = None,
         trackers: Sequence[Tracked] = (),
     ) -> None:
@@ -123,9 +127,11 @@ class Reporter:
         self.window, self.is_nominal_told = _LogInterval(), False
         self.records = Records(folder, first) if folder is not None and is_main else None
         self.trackers = trackers
+        self.tells_times = tells_times
+        self.entries: list[LedgerEntry] = []  # of this run, where the time went
         self.planned: PlannedMeasured | None = None
         if verdict is not None and is_main:
-            self.planned = PlannedMeasured(platform, verdict, write=self._record, tell=log.info)
+            self.planned = PlannedMeasured(platform, verdict, self.entries, write=self._record, tell=log.info)
 
     def is_due(self, iteration: int) -> bool:
         """Whether the step `iteration` ends with a line."""
@@ -151,12 +157,13 @@ class Reporter:
                 self.planned.synchronized(iteration)
 
     def ledger(self, iteration: int, record: Mapping[str, Any]) -> None:
-        """Where the time went: a line of metrics.jsonl, and for tensorboard shares and a line of ranks."""
+        """Write a record of the time by phase: to metrics.jsonl, and to tensorboard as shares and a line of ranks."""
+        if self.tells_times:
+            log.info(f"step {iteration} | {shares_line(record['seconds'], record['mean'])}")
         if self.records is None:
             return
         self._record(iteration, {"ledger": record})
-        if self.planned is not None:
-            self.planned.explain(iteration, record)
+        self.entries.append(entry_of(iteration, schema.record(dict(record), "ledger"), "ledger"))
 
         def events(writer: SummaryWriter) -> None:
             for kind, seconds in record["mean"].items():
@@ -181,7 +188,7 @@ class Reporter:
         self.records.events(events)
 
     def went_back(self, step: int, to: int) -> None:
-        """After a spike or silent corruption at `step` the training is again where it was after step `to`."""
+        """Report a rollback: after a spike or silent corruption at `step` the training continues after step `to`."""
         self._write(step, {"rolled_back_to": float(to)})
         self.window = _LogInterval()
 
@@ -227,7 +234,7 @@ class Reporter:
         self.window = _LogInterval()
 
     def _nominal(self, per_device_second: float) -> list[str]:
-        """The rate that counts padding, as others print it: once, to compare with them."""
+        """The rate with padding, as other programs print it; only in the first line, for comparison."""
         computed = self.window.computed
         if self.is_nominal_told or computed.places == computed.real_tokens:
             return []
@@ -235,7 +242,7 @@ class Reporter:
         return [f"({human(computed.places / per_device_second, 'tokens/s')}/device nominal, with padding)"]
 
     def evaluation(self, iteration: int, split: str, tally: Tally) -> None:
-        """The loss on another split after `iteration` steps, and what else the objective tells."""
+        """Report the loss on another split after `iteration` steps, and the objective's metrics."""
         values = {f"{split}_{name}": value for name, value in means(tally, self.names).items()}
         told = "".join(
             f" | {name} {value:.4f}" for name, value in values.items() if "accuracy" in name or "margin" in name
@@ -245,7 +252,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out of the rates what is not training (evaluation, checkpoints)."""
+        """Exclude evaluation and checkpoints from the rates."""
         self.platform.synchronize()
         began = time.perf_counter()
         yield
@@ -278,7 +285,17 @@ class Reporter:
         if self.records is not None:
             self.records.events(lambda writer: writer.add_histogram(name, values, iteration))
 
+    def _say_times(self, folder: Path) -> None:
+        """Where the time of this run went: a table, a picture, and why it is slow."""
+        try:
+            for line in report(self.entries, "where the time went", folder / "ledger.png"):
+                log.info(line)
+        except OSError as error:
+            log.warning(f"{folder / 'ledger.png'} cannot be written: {error.strerror}")
+
     def close(self) -> None:
+        if self.entries and self.records is not None:
+            self._say_times(self.records.path.parent)
         if self.planned is not None:
             self.planned.close()
         if self.records is not None:

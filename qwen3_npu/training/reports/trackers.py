@@ -1,7 +1,7 @@
-"""Curves for Weights & Biases, SwanLab and MLflow. One that fails, or is slow, does not hold a training up.
+"""Curves for Weights & Biases, SwanLab and MLflow. A tracker that fails or is slow does not delay the training.
 
-Each tracker lives in a thread of its own, from its start to its end: all that a training does is to put numbers into a
-queue. Their packages are imported there, for those that were asked for.
+Each tracker runs in its own thread. The training only puts numbers into a queue. The packages of the requested trackers
+are imported in these threads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from qwen3_npu import log
 from qwen3_npu.args.pretrain import PretrainArgs
@@ -22,21 +22,21 @@ from qwen3_npu.args.trackers import TrackerArgs
 _WAITING = 10_000  # records that may wait for a slow tracker; further ones are counted as lost
 _LAST = 30.0  # seconds that the end of a training waits for a tracker
 Values = dict[str, float]
-Config = Mapping[str, Any]
+RunSettings = Mapping[str, object]
 
 
 class Tracker(Protocol):
-    """What is asked of a service."""
+    """The interface of a service."""
 
     def log(self, step: int, values: Values) -> None:
-        """Numbers of one step; of a step that comes again, further ones."""
+        """Send numbers of one step; a step may be sent again with further numbers."""
 
     def close(self) -> None:
-        """Everything is sent, or on the disk in offline modes."""
+        """Finish: everything is sent, or on disk in offline mode."""
 
 
 class _Wandb:
-    def __init__(self, args: TrackerArgs, config: Config) -> None:
+    def __init__(self, args: TrackerArgs, config: RunSettings) -> None:
         module = importlib.import_module("wandb")
         self.run = module.init(
             project=args.wandb_project, name=args.wandb_exp_name, dir=args.wandb_save_dir, config=dict(config)
@@ -50,7 +50,7 @@ class _Wandb:
 
 
 class _Swanlab:
-    def __init__(self, args: TrackerArgs, config: Config) -> None:
+    def __init__(self, args: TrackerArgs, config: RunSettings) -> None:
         self.run = importlib.import_module("swanlab").init(project=args.swanlab_project, config=dict(config))
 
     def log(self, step: int, values: Values) -> None:
@@ -63,7 +63,7 @@ class _Swanlab:
 class _Mlflow:
     EXPERIMENT = "qwen3_npu"
 
-    def __init__(self, args: TrackerArgs, config: Config) -> None:
+    def __init__(self, args: TrackerArgs, config: RunSettings) -> None:
         self.client = importlib.import_module("mlflow").MlflowClient(tracking_uri=args.mlflow_uri)
         found = self.client.get_experiment_by_name(self.EXPERIMENT)
         experiment = found.experiment_id if found else self.client.create_experiment(self.EXPERIMENT)
@@ -79,7 +79,7 @@ class _Mlflow:
         self.client.set_terminated(self.run)
 
 
-_KINDS: dict[str, tuple[str, Callable[[TrackerArgs, Config], Tracker]]] = {
+_KINDS: dict[str, tuple[str, Callable[[TrackerArgs, RunSettings], Tracker]]] = {
     "wandb_project": ("wandb", _Wandb),
     "swanlab_project": ("swanlab", _Swanlab),
     "mlflow_uri": ("mlflow", _Mlflow),
@@ -108,7 +108,7 @@ class Tracked:
             self.lost += 1
 
     def close(self, seconds: float = _LAST) -> None:
-        """Wait for what is on its way, for so long at most, and say what was lost."""
+        """Wait for queued records, up to a timeout, and log lost ones."""
         if not self.failed:
             with contextlib.suppress(queue.Full):
                 self.queue.put(None, timeout=seconds)
@@ -132,25 +132,25 @@ class Tracked:
             log.warning(f"{self.name} has failed ({reason}); the training continues without")
 
 
-def open_trackers(args: TrackerArgs, config: Config) -> list[Tracked]:
-    """Those that the flags name.
+def open_trackers(args: TrackerArgs, config: RunSettings) -> list[Tracked]:
+    """The trackers that the flags name.
 
     Args:
-        config: what the services show as settings of the run.
+        config: settings of the run that the services show.
     """
 
-    def tracked(name: str, make: Callable[[TrackerArgs, Config], Tracker]) -> Tracked:
+    def tracked(name: str, make: Callable[[TrackerArgs, RunSettings], Tracker]) -> Tracked:
         return Tracked(name, lambda: make(args, config))
 
     return [tracked(*kind) for field, kind in _KINDS.items() if getattr(args, field) is not None]
 
 
-def settings(args: PretrainArgs) -> dict[str, Any]:
-    """All flags of a training by name, those without a value left out."""
+def settings(args: PretrainArgs) -> dict[str, object]:
+    """All flags of a training that have a value, by name."""
     found = {name: value for group in args for name, value in dataclasses.asdict(group).items()}
     return {name: value for name, value in found.items() if value not in (None, [], "")}
 
 
 def finite(values: Mapping[str, float]) -> Values:
-    """What every service takes."""
+    """The finite numbers, which every service accepts."""
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}

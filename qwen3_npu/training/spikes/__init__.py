@@ -1,1 +1,1 @@
-"""Steps whose loss or gradient norm leaps, and weights that silently differ: noticed, left out, gone back from."""
+"""Loss spikes and silent corruption: detection, skipped updates, rollback."""

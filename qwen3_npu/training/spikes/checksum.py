@@ -1,4 +1,4 @@
-"""The bits of a tensor as one number, and the names by which tensors are told."""
+"""Checksums of tensors' bits, and the names of tensors for messages."""
 
 from __future__ import annotations
 
@@ -39,10 +39,3 @@ def told_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Par
 def _layers(chunk: torch.nn.Module) -> Sequence[Any]:
     decoder: Any = getattr(chunk, "decoder", None)
     return () if decoder is None else decoder.layers
-
-
-def gather_weights(wrapped: Sequence[Any]) -> None:
-    """With --overlap-param-gather weights are whole only in the next forward pass: make them so now."""
-    for chunk in wrapped:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)

@@ -1,4 +1,4 @@
-"""Whether a step's loss or gradient norm leaps above what the last steps let expect."""
+"""Detect a loss or gradient norm far above those of the last steps."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Seen(NamedTuple):
 
 
 class SpikeLimits(NamedTuple):
-    """What is above is a spike."""
+    """Upper limits; a value above its limit is a spike."""
 
     loss: float
     grad_norm: float
 
 
 class _Series:
-    """Values, and of each what it was above the median of those before."""
+    """Values, and the residual of each: its difference to the median of earlier values."""
 
     def __init__(self) -> None:
         self.last: list[float] = []
@@ -45,7 +45,7 @@ class _Series:
         self.last = [*self.last[-_BEFORE + 1 :], value]
 
     def highest(self, sigma: float, least: float) -> float:
-        """What the next value may be."""
+        """The highest allowed next value."""
         if len(self.residuals) < _FEWEST:
             return math.inf
         found = sorted(one for _, one in self.residuals)
@@ -55,16 +55,16 @@ class _Series:
 
 
 class Detector:
-    """The last steps and what may follow them.
+    """The last steps, and the limits of the next one.
 
-    A step's residual is its loss (or the logarithm of its gradient norm) less the median of the 16 before. A spike's is
-    more than `sigma` deviations above the median of the last 128 residuals, and more than twice as far above it as any
-    of them: in a training whose losses have heavy tails one large value is no surprise. The deviation is 1.4826 times
-    their median absolute deviation, and at least 0.5 % of the loss, or 0.2 of the logarithm. Norms are products of many
+    A step's residual is its loss (or the logarithm of its gradient norm) minus the median of the 16 steps before. The
+    residual of a spike is more than `sigma` deviations above the median of the last 128 residuals, and more than twice
+    as far above it as any of them (losses with heavy tails often have one large value). The deviation is 1.4826 times
+    the median absolute deviation, and at least 0.5 % of the loss, or 0.2 of the logarithm. Norms are products of many
     factors, hence the logarithm.
 
     Args:
-        ceiling: a loss that no model can have; infinite where losses are not those of tokens.
+        ceiling: a loss that no trained model has; infinite if losses are not those of tokens.
     """
 
     def __init__(self, sigma: float, ceiling: float = math.inf) -> None:
@@ -83,7 +83,7 @@ class Detector:
         self.restore(self.seen, step)
 
     def restore(self, seen: Iterable[Sequence[float]], step: int) -> None:
-        """Go on from what was seen up to a step, perhaps by an earlier process."""
+        """Restore the history up to a step, perhaps of an earlier process."""
         seen = list(seen)
         self.seen.clear()
         self.losses, self.norms = _Series(), _Series()
@@ -92,7 +92,7 @@ class Detector:
                 self.add(int(number), loss, grad_norm)
 
     def limits(self) -> SpikeLimits:
-        """For the next step."""
+        """The limits of the next step."""
         usual = abs(self.losses.last[-1]) if self.losses.last else 0.0
         norm = self.norms.highest(self.sigma, _NORM)
         loss = self.losses.highest(self.sigma, _LOSS * usual)

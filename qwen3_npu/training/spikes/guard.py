@@ -1,4 +1,4 @@
-"""What is done about a spike: told, left out, or gone back from (`--spike-guard`)."""
+"""The reaction to a spike: a warning, a skipped update, or a rollback (`--spike-guard`)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from qwen3_npu.files import write_text
 from qwen3_npu.training.spikes.detector import Detector, SpikeLimits, reason
 
 HISTORY = "spike_history.json"
-Decode = Callable[[Sequence[int]], str]
+TokenDecoder = Callable[[Sequence[int]], str]
 
 
 class SpikeGuard:
     """Judges steps, and keeps the quarantine of --save.
 
     Args:
-        ceiling: a loss that no model can have.
+        ceiling: a loss that no trained model has.
     """
 
     def __init__(self, args: SpikeArgs, checkpoint: CheckpointArgs, ceiling: float) -> None:
@@ -49,14 +49,14 @@ class SpikeGuard:
 
     @property
     def limits(self) -> SpikeLimits | None:
-        """What the ranks compare the next step with, before its update; None: they do not."""
+        """The limits with which ranks compare the next step before its update; None if they do not compare."""
         return self.detector.limits() if self.is_on else None
 
     def judge(self, step: int, loss: float, grad_norm: float, *, skipped: bool) -> str | None:
-        """Note a step; why it is a spike, or None.
+        """Record a step. Returns the reason why it is a spike, or None.
 
         Args:
-            skipped: its update was left out, on all ranks.
+            skipped: its update was skipped on all ranks.
         """
         why = reason(loss, grad_norm, self.detector.limits())
         if skipped:
@@ -70,10 +70,10 @@ class SpikeGuard:
         return why
 
     def read(self, position: Position) -> int:
-        """Read the quarantine, and go on from the history of --save. Every rank must call this.
+        """Read the quarantine and the history in --save. Every rank must call this.
 
         Returns:
-            Samples that are left out.
+            Number of omitted samples.
         """
         load = Path(self.checkpoint.load) if self.checkpoint.load and not self.checkpoint.finetune else None
         held: list[object] = [[], []]
@@ -89,7 +89,7 @@ class SpikeGuard:
         return sum(one.action == LEFT_OUT for one in entries)
 
     def leave_out(self, train: Ordered) -> None:
-        """What the quarantine says. Every rank must call this."""
+        """Omit the samples in quarantine. Every rank must call this."""
         quarantine.warn(train.resolve(self.entries))
         if train.rules:
             log.info(f"quarantine: {len(train.rules)} samples are left out, see {quarantine.FILE}")
@@ -104,12 +104,12 @@ class SpikeGuard:
         return [[schema.number(value, str(path)) for value in schema.sequence(row, str(path))] for row in rows]
 
     def keep_history(self) -> None:
-        """Beside a checkpoint; rank 0's part."""
+        """Store the history beside a checkpoint, on rank 0."""
         if self.folder is not None and self.is_on and dist.get_rank() == 0:
             write_text(self.folder / HISTORY, json.dumps([list(one) for one in self.detector.seen]))
 
-    def note(self, train: Ordered, before: Position, count: int, *, why: str, decode: Decode | None) -> None:
-        """Write the samples of a step whose update was left out; with rollback they are left out from now on.
+    def note(self, train: Ordered, before: Position, count: int, *, why: str, decode: TokenDecoder | None) -> None:
+        """Write the samples of a step whose update was skipped; with rollback they are omitted from now on.
 
         Args:
             before: the position before the step, `count` its samples.
@@ -124,13 +124,13 @@ class SpikeGuard:
             train.leave_out(numbers, numbers[0])
 
     def way_back(self, before: Position, own: Collection[int], why: str) -> int:
-        """The checkpoint's step to go back to. Every rank must call this.
+        """The step of the checkpoint for a rollback. Every rank must call this.
 
         Args:
-            own: steps of the checkpoints that this training has saved or begun with.
+            own: steps of the checkpoints that this training has saved or started from.
 
         Raises:
-            Stopped: it was one rollback too many, or there is no checkpoint.
+            Stopped: there were too many rollbacks, or there is no checkpoint.
         """
         self.rollbacks += 1
         step = before.iteration + 1

@@ -1,34 +1,33 @@
-"""Ranks that hold the same weights compare digests of them: silent corruption names the rank that differs.
+"""Compare digests of replicated weights, to name the rank with silent corruption.
 
-All tensors of a rank are added up on the device (`checksum`) and compared by one small gather in each group of ranks
-that hold the same.
+The bits of each tensor are summed on the device (`checksum`) and compared by one small gather in each group of ranks
+that hold the same tensors.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from qwen3_npu.checkpoint.training.optimizer_state import states_by_parameter
+from qwen3_npu.checkpoint.training.optimizer_state import gather_weights, states_by_parameter
 from qwen3_npu.distributed.agreement import first_problem
-from qwen3_npu.training.spikes.checksum import checksum, gather_weights, told_parameters
+from qwen3_npu.training.spikes.checksum import checksum, told_parameters
 
 
 class ReplicaCheck:
-    """The tensors of this rank by the group of ranks that hold the same."""
+    """The tensors of this rank, by the group of ranks that hold the same ones."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], wrapped: Sequence[Any], optimizer: MegatronOptimizer) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
         """
         Args:
-            chunks: the model chunks of this rank, and as megatron has `wrapped` them.
+            chunks: the model chunks of this rank, not wrapped.
         """
-        self.wrapped, self.optimizer = wrapped, optimizer
+        self.optimizer = optimizer
         self.groups: list[tuple[dist.ProcessGroup, list[str], list[torch.nn.Parameter]]] = []
         dense: dict[str, torch.nn.Parameter] = {}
         experts: dict[str, torch.nn.Parameter] = {}
@@ -45,8 +44,8 @@ class ReplicaCheck:
                 self.groups.append((group, list(parameters), list(parameters.values())))
 
     def compare(self) -> str | None:
-        """Which rank differs, the same text on every rank; None: none does. Every rank must call this; it waits."""
-        gather_weights(self.wrapped)
+        """A text about the rank that differs, or None; equal on every rank. Every rank must call this; it waits."""
+        gather_weights(self.optimizer)
         found = [text for group in self.groups if (text := self._differs(*group))]
         worst = first_problem("; ".join(sorted(set(found))) or None)
         return worst[1] if worst is not None else None
@@ -75,10 +74,10 @@ class ReplicaCheck:
 
 
 def verdict(ranks: Sequence[int], names: Sequence[str], rows: Sequence[tuple[int, ...]]) -> str:
-    """One line on replicas that are not equal.
+    """One line about replicas that are not equal.
 
     Args:
-        rows: of each rank, the digests of the tensors that `names` names.
+        rows: for each rank the digests of the tensors `names`.
     """
     first = next(i for i in range(len(names)) if len({row[i] for row in rows}) > 1)
     count = sum(len({row[i] for row in rows}) > 1 for i in range(len(names)))

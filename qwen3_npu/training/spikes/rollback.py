@@ -1,4 +1,4 @@
-"""Back to a checkpoint of this training, in the running processes."""
+"""Return to a checkpoint of this training in the running processes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from qwen3_npu.errors import Stopped
 from qwen3_npu.training.checkpoints.saving import Saver
 from qwen3_npu.training.feed import Feed
 from qwen3_npu.training.guard import NanGuard
-from qwen3_npu.training.spikes.guard import Decode, SpikeGuard
+from qwen3_npu.training.spikes.guard import SpikeGuard, TokenDecoder
 from qwen3_npu.watch import here
 
 
-def decoder(folder: str | None) -> Decode | None:
-    """Ids to text, by the tokenizer of a folder."""
+def decoder(folder: str | None) -> TokenDecoder | None:
+    """A function from ids to text, by the tokenizer of a folder."""
     return open_encoder(start_loading(folder, threads=1)).decode if folder else None
 
 
@@ -34,7 +34,7 @@ def go_back(spikes: SpikeGuard, guard: NanGuard, saver: Saver, feed: Feed, *, po
 
 
 def corrupted(spikes: SpikeGuard, problem: str, step: int) -> str:
-    """Why to go back after `step`, where memory was found damaged. Raises: Stopped: going back is not wanted."""
+    """The reason for a rollback when memory is damaged after `step`. Raises: Stopped: rollback is not switched on."""
     if spikes.rolls_back:
         return f"silent corruption: {problem}"
     raise Stopped(

@@ -1,29 +1,28 @@
-"""Nothing may change weights, moments or masters between two updates: what has changed was damaged in memory.
+"""State check: weights, moments and masters must not change between two updates; a change is damage of the memory.
 
-After an update each rank adds up the bits of every tensor that it holds, and again before the next update. One flipped
-bit, of an exponent or of a mantissa, always changes its tensor's sum. The answer travels with the numbers that a step
-reduces anyway: no further wait, no further collective.
+Each rank sums the bits of every tensor that it holds after an update, and again before the next one. One flipped bit,
+of an exponent or of a mantissa, always changes the sum. The result is reduced together with the other numbers of a
+step, so no additional wait or collective is needed.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from qwen3_npu.checkpoint.training.optimizer_state import main_parameters, parts
+from qwen3_npu.checkpoint.training.optimizer_state import gather_weights, main_parameters, parts
 from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.model import quantized
-from qwen3_npu.training.spikes.checksum import checksum, gather_weights, told_parameters
+from qwen3_npu.training.spikes.checksum import checksum, told_parameters
 
 
 def kept(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
-    """Of each parameter that a part updates (a share of it), what is held beside it: kind -> tensor."""
+    """For each parameter (share) that a part updates the tensors that are held beside it: kind -> tensor."""
     if (sliced := vars(part).get("sliced")) is not None:
         yield from sliced.kept()
         return
@@ -42,7 +41,7 @@ def kept(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, dict[str
 
 
 def _tensors(holder: object) -> Iterator[torch.Tensor]:
-    """All tensors of what restores a quantized weight, which is no module."""
+    """All tensors that restore a quantized weight; they belong to no module."""
     for value in vars(holder).values() if holder is not None else ():
         if isinstance(value, torch.Tensor):
             yield value
@@ -55,13 +54,11 @@ class StateCheck:
 
     Args:
         interval: steps between checks.
-        chunks: the model chunks of this rank, and as megatron has `wrapped` them.
+        chunks: the model chunks of this rank, not wrapped.
     """
 
-    def __init__(
-        self, interval: int, chunks: Sequence[torch.nn.Module], wrapped: Sequence[Any], optimizer: MegatronOptimizer
-    ) -> None:
-        self.interval, self.wrapped, self.optimizer = interval, wrapped, optimizer
+    def __init__(self, interval: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+        self.interval, self.optimizer = interval, optimizer
         self.names: list[str] = []
         self.tensors: list[torch.Tensor] = []
         parameters = told_parameters(chunks)
@@ -82,19 +79,19 @@ class StateCheck:
         self.tensors.append(tensor)
 
     def note(self, step: int) -> None:
-        """The state is as it has to be until the update of `step`, which is the next one."""
+        """Record the sums of the state, which must not change until the update of `step`, the next one."""
         self.before = None
         if step % self.interval == 0:
-            gather_weights(self.wrapped)
+            gather_weights(self.optimizer)
             self.before = self._sums()
 
     def changed(self) -> torch.Tensor:
-        """How many tensors have changed since, a float32 scalar on the device; nothing has waited for it."""
+        """Number of tensors that have changed since, a float32 scalar on the device, without a wait."""
         assert self.before is not None
         return (self._sums() != self.before).sum(dtype=torch.float32)
 
     def problem(self) -> str | None:
-        """What has changed on which rank, the same text on every rank; None: nothing. Every rank must call this."""
+        """A text about changed tensors and their rank, equal on every rank, or None. Every rank must call this."""
         text = None
         if self.before is not None and (places := (self._sums() != self.before).nonzero().flatten().tolist()):
             more = f" and {len(places) - 1} other tensors" if len(places) > 1 else ""

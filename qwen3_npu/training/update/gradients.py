@@ -1,12 +1,10 @@
-"""What happens to the gradients between the backward passes and the new weights: reduced, measured, divided, clipped.
+"""Gradients between backward and the update: reduce, measure, divide and clip them.
 
 Gradients are sums over the supervised tokens of the global batch. Dividing them by the number of tokens and clipping
-them are one factor, which the optimizer's own pass over them applies where it can: no other pass writes them.
+them are one factor, which the optimizer's own pass applies if it can, so that no other pass writes them.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +22,7 @@ class Gradients:
     """The gradients of an optimizer's weights in one step.
 
     Attributes:
-        tokens: what the sums are to be divided by, a scalar on the device; None: they are means already.
+        tokens: divisor of the sums, a scalar on the device; None if they are means already.
     """
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
@@ -32,10 +30,10 @@ class Gradients:
         self.tokens: torch.Tensor | None = None
 
     def finalize(
-        self, chunks: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **options: Any
+        self, chunks: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **options: object
     ) -> None:
-        """megatron's finalize_model_grads, which reads the number of tokens on the host and divides in a pass of its
-        own; this one notes it."""
+        """Replacement of megatron's finalize_model_grads, which reads the number of tokens on the host and divides in a
+        separate pass; this one only stores the number."""
         finalize_model_grads(chunks, None, **options)
         self.tokens = None
         if num_tokens is None:
@@ -46,7 +44,7 @@ class Gradients:
         self.tokens = num_tokens.clamp(min=1).float().view(())
 
     def measure(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of all gradients, and what they are still to be divided by: float32 scalars on the device.
+        """The norm of all gradients, and their remaining divisor: float32 scalars on the device.
 
         The norm is what megatron's `get_grad_norm` computes, which reads the norm of each parameter on the host.
         """
@@ -64,7 +62,7 @@ class Gradients:
         return total.sqrt(), divisor
 
     def update(self, norm: float, divisor: float) -> None:
-        """New weights. Gradients are divided, and clipped so that their norm, which is `norm`, is at most --clip-grad.
+        """Update the weights. Gradients are divided, and clipped so that their norm is at most --clip-grad.
 
         Args:
             norm, divisor: from `measure`.
@@ -76,7 +74,7 @@ class Gradients:
 
 
 def _divide(part: MegatronOptimizer, divisor: float) -> None:
-    """Now, or in the optimizer's next step."""
+    """Divide the gradients now, or in the optimizer's next step."""
     optimizer, sliced = part.optimizer, vars(part).get("sliced")
     if sliced is not None:
         gradients = list(sliced.gradients.values())

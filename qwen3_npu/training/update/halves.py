@@ -1,14 +1,13 @@
-"""--reuse-fp32-param: the 16-bit weight is the upper half of its float32 master; only the lower half is beside it.
+"""--reuse-fp32-param: the 16-bit weight is the upper half of its float32 master; only the lower half is stored.
 
-A weight is its master rounded to the nearest, to even at a tie. The master less the weight, in units of the master's
-last bit, is a number between -32768 and 32768. Both ends mean a tie, and both are -32768 in 16 bits. Which of them it
-is says the sign of the second moment, which is never negative otherwise. So masters come back exactly.
+A weight is its master rounded to nearest, to even at a tie. The difference of master and weight, in units of the
+master's last bit, is a number from -32768 to 32768. Both ends are ties, and both are -32768 in 16 bits. The sign of the
+second moment, which is never negative otherwise, tells them apart. So masters are restored exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from qwen3_npu.training.update.slices import MOMENTS, SlicedState, StatePiece
 _TIE = 32768
 
 
-def joined(weight: torch.Tensor, low: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def joined_master(weight: torch.Tensor, low: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The float32 master of a bfloat16 weight, its lower half (int16) and its second moment."""
     bits = weight.contiguous().view(torch.int16).to(torch.int32) * 65536 + low
     return (bits + torch.signbit(second).to(torch.int32) * 65536).view(torch.float32)
@@ -28,7 +27,7 @@ def split(master: torch.Tensor, weight: torch.Tensor, low: torch.Tensor, second:
 
     Args:
         weight: the master, rounded.
-        low, second: are written; of `second` the sign only, which is that of no tie before.
+        low, second: outputs; of `second` only the sign is written, which must be positive before.
     """
     rest = master.view(torch.int32) - weight.contiguous().view(torch.int16).to(torch.int32) * 65536
     low.copy_(torch.where(rest == _TIE, -_TIE, rest))
@@ -39,7 +38,7 @@ class HalvedState(SlicedState):
     """Lower halves of the masters, and moments, on the device."""
 
     def prepare(self) -> None:
-        """As `SlicedState.prepare`. The masters are equal to their weights: nothing has been trained."""
+        """As `SlicedState.prepare`. The masters equal their weights, since no step was made yet."""
         self.low: dict[torch.Tensor, torch.Tensor] = {}
         nothing = torch.zeros(1, device=self.device)
         for main in self.masters:
@@ -77,10 +76,10 @@ class HalvedState(SlicedState):
         if not piece.is_split:
             return [first, second]
         weight, low = piece.of([piece.weight, self.low[piece.main]])
-        return [joined(weight, low, second), first, second.abs()]
+        return [joined_master(weight, low, second), first, second.abs()]
 
-    def _reset(self, state_dict: Any = None) -> None:
-        """Masters are what the weights are now."""
+    def _reset(self, state_dict: object = None) -> None:
+        """Set the masters to the present weights."""
         assert state_dict is None
         for main, low in self.low.items():
             low.zero_()
@@ -93,7 +92,7 @@ class HalvedState(SlicedState):
         if main not in self.low:
             return {"param": main, **state}
         second = state["exp_avg_sq"]
-        master = joined(self.weight(model), self.low[main].view(-1), second.view(-1)).view(main.shape)
+        master = joined_master(self.weight(model), self.low[main].view(-1), second.view(-1)).view(main.shape)
         return {**state, "param": master, "exp_avg_sq": second.abs()}
 
     def _set_state_of(self, model: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,6 +1,6 @@
-"""A distributed optimizer whose step is made slice by slice, because its state is not there as AdamW wants it.
+"""A distributed optimizer whose step runs slice by slice, because its state is not stored in AdamW's form.
 
-What is computed is what the fused AdamW computes on whole tensors: the same operation on parts of the same numbers.
+The result is that of the fused AdamW on complete tensors: the same operation on parts of the same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class StatePiece:
     """Elements `start` to `end` of one weight's share.
 
     Attributes:
-        main: the float32 master; where the model itself is float32, the weight.
+        main: the float32 master; the weight itself in a float32 model.
         state: the moments.
         weight: this rank's share of the model's weight.
     """
@@ -42,24 +42,24 @@ class StatePiece:
         return self.main.device != self.weight.device or self.main.dtype != self.weight.dtype
 
     def of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The elements of some tensors of the share's shape."""
+        """This piece's elements of tensors that have the share's shape."""
         return [tensor.view(-1)[self.start : self.end] for tensor in tensors]
 
 
 class SlicedState:
-    """The state of one distributed optimizer, and its step. Subclasses say where the state is between steps.
+    """The state of one distributed optimizer, and its step. Subclasses define where the state is between steps.
 
     Attributes:
         model: master -> the model's parameter.
         gradients: master -> this rank's share of its gradient, of this step.
-        slices: of a step.
+        slices: the slices of a step.
     """
 
     def __init__(self, part: DistributedOptimizer, slices: int) -> None:
         """
         Args:
-            part: has no moments yet.
-            slices: how many.
+            part: an optimizer without moments.
+            slices: number of slices.
         """
         self.part, self.optimizer = part, part.optimizer
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
@@ -69,7 +69,7 @@ class SlicedState:
         self.masters = [main for group in part.shard_fp32_from_float16_groups for main in group]
         self.device = next((main.device for main in self.model), torch.device("cpu"))
         self.prepare()
-        self.slices = list(self._cut(slices))
+        self.slices = list(self._divided(slices))
         replaced = vars(part)
         replaced["_copy_model_grads_to_main_grads"] = self._take_gradients
         replaced["get_main_grads_for_grad_norm"] = self._for_norm
@@ -78,7 +78,7 @@ class SlicedState:
         vars(self.optimizer)["step"] = self.step
 
     def prepare(self) -> None:
-        """Make the moments, and put masters and moments where they stay."""
+        """Create the moments, and move masters and moments to their storage."""
         raise NotImplementedError
 
     def run(self, count: torch.Tensor) -> None:
@@ -86,17 +86,17 @@ class SlicedState:
         raise NotImplementedError
 
     def wait(self) -> None:
-        """Until the state is that of the last step, for a reader on the host."""
+        """Wait until the state is that of the last step, for a reader on the host."""
 
     def kept(self) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
-        """Of each parameter, what this rank keeps of it between steps beside the weight: kind -> tensor."""
+        """For each parameter the tensors that this rank keeps between steps beside the weight: kind -> tensor."""
         masters = {id(main) for main in self.masters}
         for main, model in self.model.items():
             master = {"float32 master": main} if id(main) in masters else {}
             yield model, {**master, **{key: self.optimizer.state[main][key] for key in MOMENTS}}
 
-    def _cut(self, slices: int) -> Iterator[list[StatePiece]]:
-        """The weights in as many slices of about the same size, in the order of the optimizer's groups."""
+    def _divided(self, slices: int) -> Iterator[list[StatePiece]]:
+        """Divide the weights into slices of about the same size, in the order of the optimizer's groups."""
         total = sum(main.numel() for main in self.model)
         size = max(-(-total // max(slices, 1) // _ROUND) * _ROUND, _ROUND)
         pieces: list[StatePiece] = []
@@ -121,7 +121,7 @@ class SlicedState:
         return self.part.buffers[buffer].buckets[bucket].param_data.view(-1)[place.start : place.end]
 
     def _take_gradients(self) -> None:
-        """This rank's shares of the gradients, which masters that are not there cannot carry."""
+        """Take this rank's shares of the gradients, since masters that are not on the device cannot hold them."""
         for main, model in self.model.items():
             place = self.part._get_model_param_range_map(model)["param"]
             self.gradients[main] = model.main_grad.view(-1)[place.start : place.end]

@@ -1,7 +1,7 @@
-"""--swap-optimizer: float32 masters and moments live on the host; a step brings them to the device slice by slice.
+"""--swap-optimizer: float32 masters and moments are on the host; a step copies them to the device slice by slice.
 
-While one slice is updated, the one before leaves and the next one arrives, on streams of their own: two slices are on
-the device at a time.
+While one slice is updated, the previous one is copied to the host and the next one to the device, on separate streams:
+two slices are on the device at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qwen3_npu.host_memory import on_host
+from qwen3_npu.host_memory import host_tensor
 from qwen3_npu.training.update.slices import MOMENTS, SlicedState, StatePiece
 
 
@@ -26,18 +26,19 @@ class SwappedState(SlicedState):
             main.data = self._on_host(main.data)
         for main, state in self.optimizer.state.items():
             for key in MOMENTS:
-                state[key] = on_host(main.shape, torch.float32, pinned=has_streams).zero_()
+                state[key] = host_tensor(main.shape, torch.float32, pinned=has_streams).zero_()
 
     def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return on_host(tensor.shape, tensor.dtype, pinned=self.device.type != "cpu").copy_(tensor)
+        return host_tensor(tensor.shape, tensor.dtype, pinned=self.device.type != "cpu").copy_(tensor)
 
     def run(self, count: torch.Tensor) -> None:
         """As `SlicedState.run`."""
-        arriving, leaving = self.streams if self.streams else (None, None)
+        arriving, leaving = self.streams or (None, None)
         there: list[list[list[torch.Tensor]]] = []
         done: list[torch.cuda.Event | None] = []
         for number in range(len(self.slices) + 1):
             if number < len(self.slices):  # the next slice arrives
+                self._release(there, number - 1)
                 there.append(self._fetch(self.slices[number], arriving))
                 done.append(self._event(arriving))
             if number == 0:
@@ -45,16 +46,19 @@ class SwappedState(SlicedState):
             self._wait(done[number - 1])
             self.update(self.slices[number - 1], there[number - 1], count)
             self._return(self.slices[number - 1], there[number - 1], leaving)
-            there[number - 1] = []  # the allocator may give it to the slice after the next
-        if leaving is not None:
-            torch.cuda.current_stream().wait_stream(leaving)
+        self._release(there, len(there))  # before the next step reads what is leaving, too
+
+    def _release(self, there: list[list[list[torch.Tensor]]], end: int) -> None:
+        """Give the memory of the slices before `end` back, to the stream that it is of. They leave after their
+        update, so nothing uses them once they have left."""
+        if self.streams:
+            arriving, leaving = self.streams
+            arriving.wait_stream(leaving)
+        there[: max(end, 0)] = [[] for _ in there[: max(end, 0)]]
 
     def _fetch(self, pieces: Sequence[StatePiece], stream: torch.cuda.Stream | None) -> list[list[torch.Tensor]]:
         if stream is None:
             return [[tensor.clone() for tensor in piece.of(_tensors(piece))] for piece in pieces]
-        # The slice before the last has been updated and has left: its memory is taken for this one.
-        stream.wait_stream(torch.cuda.current_stream())
-        stream.wait_stream(self.streams[1])
         with torch.cuda.stream(stream):
             return [[t.to(self.device, non_blocking=True) for t in piece.of(_tensors(piece))] for piece in pieces]
 
@@ -76,11 +80,11 @@ class SwappedState(SlicedState):
             torch.cuda.current_stream().wait_event(event)
 
     def wait(self) -> None:
-        """Until the state on the host is that of the last step."""
+        """Wait until the state on the host is that of the last step."""
         for stream in self.streams:
             stream.synchronize()
 
 
 def _tensors(piece: StatePiece) -> list[torch.Tensor]:
-    """What comes and goes."""
+    """The tensors that are copied."""
     return [*([piece.main] if piece.is_split else []), *(piece.state[key] for key in MOMENTS)]

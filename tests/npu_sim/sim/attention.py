@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from sim import dropout
+
 _INFINITE = 2**31 - 1
 _TRIANGLE = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 _UNUSED = {"pse": None, "padding_mask": None, "inner_precise": 0, "prefix": None, "sink": None}
@@ -112,13 +114,13 @@ def _scores(
     return scores if masked is None else scores.masked_fill(masked, float("-inf")), k, v
 
 
-def _dropped(weights: torch.Tensor, given: dict[str, Any], segment: int) -> torch.Tensor:
+def _dropped(weights: torch.Tensor, given: dict[str, Any], segment: int, *, is_new: bool = False) -> torch.Tensor:
     """Dropout of weights, or of their gradients: the same positions for the same seed."""
     keep = given.get("keep_prob", 1.0)
     if keep == 1.0:
         return weights
-    drawn = torch.rand(weights.shape, generator=torch.Generator().manual_seed(given["seed"] + segment))
-    return weights * (drawn < keep) / keep
+    mask = dropout.kept(weights.shape, keep, given["seed"] + segment)
+    return weights * (dropout.note(mask) if is_new else mask) / keep
 
 
 def forward(
@@ -127,18 +129,21 @@ def forward(
     """npu_fusion_attention."""
     _check(q, k, v, head_num, input_layout, given)
     ends = given.get("actual_seq_qlen"), given.get("actual_seq_kvlen")
-    outs, maxima, sums = [], [], []
+    outs, maxima, sums, keys = [], [], [], []
     for qs, ks, vs in _segments([q, k, v], head_num, input_layout, *ends):
         scores, _, vs = _scores(qs, ks, vs, given.get("scale", 1.0), given)
         largest = scores.amax(-1, keepdim=True)
         exponentials = (scores - largest).exp()
         total = exponentials.sum(-1, keepdim=True)
-        outs.append(_dropped(exponentials / total, given, len(outs)) @ vs)
+        outs.append(_dropped(exponentials / total, given, len(outs), is_new=True) @ vs)
         maxima.append(largest)
         sums.append(total)
+        keys.append(scores.shape[-1])
     order = given.get("softmax_layout", "")
     stored = _stored(maxima, input_layout, order), _stored(sums, input_layout, order)
-    return _back(outs, input_layout, q), *stored, torch.empty(0, dtype=q.dtype), given.get("seed", 0), 0, 0
+    drops = given.get("keep_prob", 1.0) < 1.0
+    numels = sum(largest.numel() * length for largest, length in zip(maxima, keys, strict=True)) if drops else 0
+    return _back(outs, input_layout, q), *stored, torch.empty(0, dtype=q.dtype), given.get("seed", 0), 0, numels
 
 
 def backward(

@@ -24,7 +24,9 @@ _TORCH_NPU = """empty.memory_format empty_strided empty_like new_empty_strided n
 # Copies are between devices by nature; an index may lie on the host.
 _MIXED = ("copy_", "_copy_from", "_copy_from_and_resize", "index.Tensor", "index_put_", "_index_put_impl_")
 _RANDOM = ("normal", "uniform", "random", "bernoulli", "exponential", "multinomial", "randperm", "rand", "dropout")
-_DROPOUT = ("native_dropout", "dropout", "_fused_dropout")
+# Computed in `operations`, behind torch_npu's own host code; and what nothing here needs.
+ELSEWHERE = ("native_dropout", "native_dropout_backward")
+_REFUSED = ("dropout", "_fused_dropout")
 _library = torch.library.Library("aten", "IMPL")
 _crossings: collections.Counter[str] = collections.Counter()
 
@@ -119,7 +121,7 @@ def _emulated(operation: Any, name: str) -> Callable:
     is_random = any(word in name for word in _RANDOM) and "generator" in names
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if name in _DROPOUT:
+        if name in _REFUSED:
             raise NotImplementedError(f"aten::{name} is not emulated on the simulated NPU")
         values = [*args, *kwargs.values()]
         device = device_of(name, values) or kwargs.get("device")
@@ -161,7 +163,7 @@ def install() -> None:
         for full in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
             namespace, _, name = full.partition("::")
             packet, _, overload = name.partition(".")
-            if namespace != "aten" or name in _TORCH_NPU.split() or not hasattr(torch.ops.aten, packet):
+            if namespace != "aten" or name in (*_TORCH_NPU.split(), *ELSEWHERE) or not hasattr(torch.ops.aten, packet):
                 continue
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default", None)
             if operation is not None and not operation.is_view:  # torch_npu's own views share memory

@@ -15,14 +15,16 @@ import torch.distributed as dist
 import torch_npu
 from torch.utils._pytree import tree_map
 
-from sim import attention, hccl
+from sim import attention, dropout, hccl
 from sim.attention import only_defaults, require
-from sim.device import device_of, generator, host, to_device
+from sim.device import ELSEWHERE, device_of, generator, host, to_device
 
 # The status with which stub_cann/runtime.c answers where the kernel would start.
 _KERNEL_NOT_HERE = "error code is 361001"
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
-_library = torch.library.Library("npu", "IMPL")
+_libraries = {namespace: torch.library.Library(namespace, "IMPL") for namespace in ("npu", "aten")}
+# What draws dropout's mask, which torch_npu's host code asks for first.
+_MASK = "aclnnDropoutGenMask"
 CALLS: dict[str, int] = {}
 
 
@@ -36,7 +38,8 @@ def differentiated() -> Iterator[None]:
 
 
 def _emulate(name: str, compute: Callable) -> None:
-    operation = getattr(torch.ops.npu, name).default
+    namespace = "aten" if name in ELSEWHERE else "npu"
+    operation = getattr(getattr(torch.ops, namespace), name).default
     arguments = operation._schema.arguments
     names = [argument.name for argument in arguments]
     positional = [a.name for a in arguments if not a.kwarg_only and not a.has_default_value()]
@@ -46,21 +49,23 @@ def _emulate(name: str, compute: Callable) -> None:
         CALLS[name] = CALLS.get(name, 0) + 1
         given = dict(zip(names, args, strict=False)) | kwargs
         drops = 0.0 < given.get("keep_prob", 1.0) < 1.0
+        draws = name == "native_dropout" or (drops and not name.endswith("_grad"))
         device = device_of(name, [*args, *kwargs.values()])
-        try:
-            # What draws dropout's mask is a kernel of its own, which is not here: its probability is not checked.
-            checked = given | ({"keep_prob": 1.0} if drops else {})
-            positions = [checked[n] for n in names[: len(args)]]
-            result = real.call_boxed(_KEYS, *positions, **{n: checked[n] for n in kwargs})
-        except RuntimeError as error:
-            if _KERNEL_NOT_HERE not in str(error):
-                raise
-        else:
-            if compute is _cast:  # to the type that it has
-                return result
-            raise RuntimeError(f"{name}: torch_npu did not ask for a kernel")
+        # Where a mask is drawn, that kernel is asked for first, and no other: with what is not dropped they are.
+        for checked in (given, given | {"keep_prob": 1.0}) if drops else (given,):
+            try:
+                positions = [checked[n] for n in names[: len(args)]]
+                result = real.call_boxed(_KEYS, *positions, **{n: checked[n] for n in kwargs})
+            except RuntimeError as error:
+                if _KERNEL_NOT_HERE not in str(error):
+                    raise
+                require(not draws or checked is not given or _MASK in str(error), f"{name} drew no mask: {error}")
+            else:
+                if compute is _cast:  # to the type that it has
+                    return result
+                raise RuntimeError(f"{name}: torch_npu did not ask for a kernel")
         values = tree_map(lambda value: host(value) if isinstance(value, torch.Tensor) else value, given)
-        if drops and not name.endswith("_grad"):
+        if draws:
             values["seed"] = generator(device, None).initial_seed() % 2**31
         with torch.no_grad():
             result = compute(*[values.pop(n) for n in positional], **values)
@@ -68,7 +73,7 @@ def _emulate(name: str, compute: Callable) -> None:
             return args[0]
         return tree_map(lambda v: to_device(v.contiguous() if isinstance(v, torch.Tensor) else v, device), result)
 
-    _library.impl(name, kernel, "PrivateUse1", allow_override=True)
+    _libraries[namespace].impl(name, kernel, "PrivateUse1", allow_override=True)
 
 
 def _rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,6 +291,8 @@ _OPERATIONS: dict[str, Callable] = {
     "npu_moe_token_permute_with_routing_map_grad": _permute_grad,
     "_npu_moe_token_unpermute_with_routing_map": _unpermute,
     "npu_moe_token_unpermute_with_routing_map_grad": _unpermute_grad,
+    "native_dropout": dropout.forward,
+    "native_dropout_backward": dropout.backward,
 }
 
 

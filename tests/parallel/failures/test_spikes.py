@@ -11,7 +11,7 @@ from test_resume import BASE
 
 import tiny
 from pairs import write_pairs
-from qwen3_npu.parity.rows import TP2, ZERO
+from qwen3_npu.parity.rows import PP2, ZERO
 from worlds import World
 
 STEPS, BAD = 30, 24  # the step whose samples are rubbish
@@ -32,7 +32,8 @@ SAMPLES = list(range((BAD - 1) * 8, BAD * 8))
 def test_after_a_rollback_losses_are_those_of_a_training_that_never_saw_the_samples(
     worlds: dict[int, World], models: dict[str, str], tokens: str, tmp_path: Path
 ) -> None:
-    flags = [*GUARDED, "--load", models["tied"], "--data-path", tokens]
+    other = str(tiny.write_tokens(tmp_path / "other", seed=5))
+    flags = [*GUARDED, "--load", models["tied"], "--data-path", "0.7", tokens, "0.3", other]
     never = worlds[1].run("spike_cases.spiked", flags=flags, rubbish=[], gone=SAMPLES)
     save = ["--save", str(tmp_path / "a"), "--save-interval", "10"]
     guarded = [*flags, *ZERO, *save, "--spike-guard", "rollback"]
@@ -44,7 +45,7 @@ def test_after_a_rollback_losses_are_those_of_a_training_that_never_saw_the_samp
 
     # Resumed before the spike, in another layout and without the guard, it still does not see them.
     shutil.rmtree(tmp_path / "a" / "iter_0000030")
-    resumed = [*flags, *TP2, "--load", str(tmp_path / "a")]
+    resumed = [*flags, *PP2, "--load", str(tmp_path / "a")]
     rest = worlds[2].run("spike_cases.spiked", flags=resumed, rubbish=SAMPLES, gone=[])
     assert rest["losses"] == pytest.approx(never["losses"][20:], rel=1e-5)
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -36,6 +37,9 @@ class Changed:
         sample = self.plain[number]
         if number not in self.rubbish:
             return sample
+        if hasattr(sample, "ids"):  # an instruction, or a pack of them: the answers are one token all along
+            ids, labels = (np.where(sample.labels >= 0, 7, tokens) for tokens in (sample.ids, sample.labels))
+            return dataclasses.replace(sample, ids=ids, labels=labels)
         if not isinstance(sample, dict):  # of a preference training: the wrong answer is preferred
             return dataclasses.replace(sample, chosen=sample.rejected, rejected=sample.chosen)
         same = torch.full_like(sample["tokens"], 7)

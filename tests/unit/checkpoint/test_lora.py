@@ -163,19 +163,22 @@ class Both:
         self.adapter.close()
 
 
+def unify(folder: Path, lora: Lora, base: Path, adapter: Path) -> None:
+    source = Both(base, adapter)
+    layout = plan(source.arch, tensor=2, pipeline=2, expert=2 if source.arch.is_moe else 1)
+    output = MegatronOutput(folder, Target(Contents(source.arch, True, lora), layout, F32, F32), "torch")
+    records = run_jobs(output.jobs, lambda: source, output.stage, plan="", workers=1, resume=False, what="test")
+    output.finish(records)
+    output.publish()
+    output.commit()
+
+
 @pytest.fixture(scope="module")
 def unified(real_models: dict, adapters: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Kind -> a checkpoint with base and adapter, as a LoRA training saves it by default."""
     root = tmp_path_factory.mktemp("unified")
-    for kind, arch in samples.ARCHS.items():
-        layout = plan(arch, tensor=2, pipeline=2, expert=2 if kind == "moe" else 1)
-        output = MegatronOutput(root / kind, Target(Contents(arch, True, LORA), layout, F32, F32), "torch")
-        source = Both(real_models[kind], adapters[kind, True])
-        stage = output.stage
-        records = run_jobs(output.jobs, lambda s=source: s, stage, plan="", workers=1, resume=False, what="test")
-        output.finish(records)
-        output.publish()
-        output.commit()
+    for kind in samples.ARCHS:
+        unify(root / kind, LORA, real_models[kind], adapters[kind, True])
     return {kind: root / kind for kind in KINDS}
 
 
@@ -195,6 +198,17 @@ def test_unified_checkpoints(kind: str, unified: dict, adapters: dict, live: dic
     samples.to_hf(unified[kind], tmp_path / "peft", "--save-lora-to-hf")
     original = samples.digests(adapters[kind, True], "adapter_model.safetensors")
     assert samples.digests(tmp_path / "peft", "adapter_model.safetensors") == original
+
+
+def test_an_adapter_beside_the_embedding_is_merged(real_models: dict, tmp_path: Path) -> None:
+    """The embedding has another name there; the same adapter from PEFT gives the same model."""
+    lora = Lora(4, 8.0, ("linear_qkv", "embedding", "output"))
+    adapter = samples.write_adapter(tmp_path / "peft", samples.ARCHS["untied"], lora, shared_a=True)
+    unify(tmp_path / "unified", lora, real_models["untied"], adapter)
+    samples.to_hf(tmp_path / "unified", tmp_path / "merged", "--lora-r", 4, "--verify")
+    flags = ("--load-dir", real_models["untied"], "--lora-load", adapter, "--save-model-type", "hf")
+    samples.ok(*flags, "--save-dir", tmp_path / "expected")
+    samples.assert_same_weights(tmp_path / "merged", tmp_path / "expected")
 
 
 def stored(root: Path, folder: str) -> dict[str, tuple[int, ...]]:

@@ -32,6 +32,15 @@ number = 3
 
 def wrong(args, tokenizer):
     return []
+
+def lost(record, columns):
+    return record["nothing"]
+
+def absent(record, columns):
+    pass
+
+loses = conversations(InstructionHandler, lost, {"posts": "posts"})
+nothing = conversations(InstructionHandler, absent, {"posts": "posts"})
 """
 
 
@@ -63,11 +72,15 @@ def test_a_handler_of_ones_own(
     for name, words in (
         ("own_forum_handler:number", "has no function number"),
         ("own_forum_handler:wrong", "returns a list without 'outputs'"),
+        ("own_forum_handler:loses", r"loses: KeyError: 'nothing' \(.*own_forum_handler.py:16\)"),
+        ("own_forum_handler:nothing", r"a.jsonl:1: absent\(\) of the handler returned a NoneType, not a Conv"),
+        ("own_forum_handler:", "give module:function"),
         ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError"),
         ("AlpacaHandler", "did you mean"),
     ):
         with pytest.raises(UsageError, match=words):
             run(*flags, "--handler-name", name, "--output-prefix", tmp_path / "x")
+    assert not list(tmp_path.glob("x*"))
 
 
 @pytest.mark.parametrize(("flags", "eod"), [(("--prompt-type", "qwen3"), "<|im_end|>"), ((), "<|endoftext|>")])

@@ -25,6 +25,7 @@ def test_signatures() -> None:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -54,6 +55,13 @@ def test_signatures() -> None:
             "qk_layernorm",
         },
     }
+    asked = {"forward_step_func", "data_iterator", "model", "num_microbatches", "forward_data_store", "config"}
+    for function, more in (
+        (schedules.combined_1f1b_schedule_for_no_pipelining, {"no_sync_func", "total_num_tokens"}),
+        (schedules.combined_1f1b_schedule_for_interleaved_pipelining, {"pre_forward", "post_backward"}),
+        (schedules.forward_step, {"cp_group_size", "current_microbatch", "vp_stage", "is_last_stage"}),
+    ):
+        wanted[function] = asked | more  # distributed/interleave.py
     for function, names in wanted.items():
         assert names <= parameters(function), function
 

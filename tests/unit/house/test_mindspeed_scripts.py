@@ -7,8 +7,6 @@ import functools
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -25,8 +23,8 @@ from qwen3_npu.model.arch import Qwen3Arch, to_hf_config
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.numbers import number_list
 from qwen3_npu.training.prepare.plan import plan_training
+from scripts import ROOT, originals
 
-ROOT = Path(__file__).resolve().parents[3]
 TRAINING = (pretrain.GROUPS, FOREIGN_TRAINING)
 CONVERT = (convert.ConvertArgs, convert.TargetArgs, convert.LoraConvertArgs, convert.LegacyConvertArgs)
 PROGRAMS = {
@@ -51,30 +49,7 @@ CODER = dataclasses.replace(
 BASE = ["--train-iters", "2", "--lr", "1e-5", "--data-path", "x"]
 
 
-class Script(NamedTuple):
-    """What a script runs."""
-
-    program: str
-    processes: int
-    flags: list[str]
-
-
-def scripts() -> dict[str, Script]:
-    """By name."""
-    flags: dict[str, list[str]] = {}
-    found = {}
-    for line in (ROOT / "tests" / "mindspeed_flags.txt").read_text().splitlines()[1:]:
-        if match := re.fullmatch(r"(\d+) (--.*)", line):
-            flags[match[1]] = match[2].split(" ")
-        else:
-            name, program, numbers = line.split(": ")
-            program, _, processes = program.partition(" on ")
-            words = [word for number in numbers.split() for word in flags[number]]
-            found[name] = Script(program, int(processes or 1), words)
-    return found
-
-
-SCRIPTS = scripts()
+SCRIPTS = originals()
 
 
 def test_all_scripts_are_here() -> None:
@@ -173,6 +148,7 @@ def test_a_start_says_what_differs() -> None:
 
 
 TP2 = ("--tensor-model-parallel-size", "2")
+NOTED = ("--fingerprint-interval", "5", "--tensorboard-dir", "x")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +158,18 @@ TP2 = ("--tensor-model-parallel-size", "2")
         (["--use-mc2", "--use-ascend-coc"], "--use-ascend-mc2 and --use-ascend-coc are two ways to do the same"),
         (["--tp-comm-overlap", *TP2], "--tp-comm-overlap needs --sequence-parallel; add it, or use --use-ascend-coc"),
         (["--use-ascend-coc", *TP2, "--qlora", "--lora-r", "4"], "--use-ascend-coc with --qlora"),
+        (["--moe-fb-overlap", "--moe-alltoall-overlap-comm"], "--moe-fb-overlap with --moe-alltoall-overlap-comm: two"),
+        (
+            ["--moe-fb-overlap", "--moe-expert-capacity-factor", "1"],
+            "--moe-fb-overlap with --moe-expert-capacity-factor",
+        ),
+        (["--moe-fb-overlap", "--swap-attention"], "--moe-fb-overlap with --swap-attention"),
+        (["--moe-fb-overlap", *NOTED], "--moe-fb-overlap with --fingerprint-interval"),
+        (["--moe-fb-overlap", "--moe-token-dispatcher-type", "allgather"], "--moe-fb-overlap needs --moe-token-dispa"),
+        (
+            ["--moe-fb-overlap", "--expert-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
+            "--moe-fb-overlap with --pipeline-model-parallel-size 2 needs --num-layers-per-virtual-pipeline-stage",
+        ),
     ],
 )
 def test_communication_that_cannot_be_hidden_as_asked(flags: list[str], message: str) -> None:
@@ -198,3 +186,4 @@ def test_communication_is_hidden_as_asked_or_the_start_says_why_not() -> None:
         assert asked.overlap.asked is None
         assert "--use-ascend-coc: off" in notes[0]
     assert "--use-ascend-mc2: no effect with --tensor-model-parallel-size 1" in said("--use-ascend-mc2")[1][0]
+    assert "--moe-fb-overlap: no effect with --expert-model-parallel-size 1" in said("--moe-fb-overlap")[1][0]

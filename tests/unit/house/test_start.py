@@ -123,6 +123,26 @@ def test_an_expert_is_not_padded_to_more_than_all_tokens(made: Path) -> None:
     fit_flags(parsed(made, *flags[:2], flags[-1], "2.5"), tiny.arch("moe"), 1)
 
 
+def test_padded_experts_of_ranks_with_other_micro_batches_need_one_length(made: Path) -> None:
+    """Ranks exchange as many rows as they have themselves: others of another length, and gloo aborts the process."""
+    flags = ["--seq-length", "16", "--moe-pad-expert-input-to-capacity", "--moe-expert-capacity-factor", "1"]
+    flags += ["--stage", "sft", "--expert-model-parallel-size", "2"]
+    with pytest.raises(UsageError, match="--expert-model-parallel-size 2 needs micro-batches of one length"):
+        fit_flags(parsed(made, *flags, "--no-pad-to-seq-lengths"), tiny.arch("moe"), 2)
+    fit_flags(parsed(made, *flags), tiny.arch("moe"), 2)
+    within = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
+    fit_flags(parsed(made, *flags, *within, "--no-pad-to-seq-lengths"), tiny.arch("moe"), 2)
+
+
+def test_groups_of_recomputed_layers_divide_a_stage(made: Path) -> None:
+    """Megatron takes whole groups beyond the last layer, which is an IndexError in the first step."""
+    flags = ["--seq-length", "16", "--recompute-granularity", "full", "--recompute-num-layers", "3"]
+    with pytest.raises(UsageError, match="3 does not divide the 4 layers of a pipeline stage; use one of 1, 2, 4, or "):
+        fit_flags(parsed(made, *flags, "--recompute-method", "uniform"), tiny.arch(), 1)
+    fit_flags(parsed(made, *flags, "--recompute-method", "block"), tiny.arch(), 1)
+    fit_flags(parsed(made, *flags[:-1], "2", "--recompute-method", "uniform"), tiny.arch(), 1)
+
+
 def test_a_split_that_leaves_nothing_is_refused(made: Path) -> None:
     for split, evaluates, name in (("0,100,0", False, "training"), ("100,0,0", True, "validation")):
         args = parsed(made, "--split", split)

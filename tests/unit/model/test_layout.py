@@ -69,6 +69,7 @@ def test_vocabulary_padding() -> None:
         (DENSE, {"pipeline": 7}, "does not divide the 40 layers"),
         (DENSE, {"pipeline": 4, "layers_per_virtual_stage": 3}, "does not divide the 10 layers of a pipeline stage"),
         (DENSE, {"pipeline": 2, "num_layer_list": [20, 21]}, "add up to the model's 40 layers"),
+        (DENSE, {"pipeline": 2, "num_layer_list": [40, 0]}, "must have 2 entries .*, each 1 or more"),
         (DENSE, {"noop_layers": [77]}, "distinct numbers from 0 to 40"),
         (DENSE, {"expert": 2}, "needs a MoE model"),
         (MOE, {"expert": 3}, "does not divide the 128 experts"),

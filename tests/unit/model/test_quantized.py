@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from bitsandbytes import functional
 
 from qwen3_npu.args.lora import LoraArgs
+from qwen3_npu.checkpoint.binary.dtypes import F32
+from qwen3_npu.checkpoint.training.save import Trained
 from qwen3_npu.errors import UsageError
 from qwen3_npu.kernels import nf4
 from qwen3_npu.model.quantized import ScalesOfTensor, fill, looked_up, quantized, restored
@@ -68,3 +72,11 @@ def test_a_base_is_quantized_for_adapters_only() -> None:
     with pytest.raises(UsageError, match="--qlora quantizes the base of an adapter; give --lora-r"):
         LoraArgs(qlora=True)
     assert LoraArgs(qlora=True, lora_r=4).lora_ckpt_filter, "codes are not saved"
+
+
+def test_a_first_chunk_of_codes_alone_is_saved_in_the_dtype_of_the_others() -> None:
+    """An embedding in 4 bits beside a no-op layer has no weight of floats."""
+    codes = torch.nn.Module()
+    codes.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    chunks = [codes, torch.nn.Linear(2, 2)]
+    assert Trained(mock.Mock(), mock.Mock(), chunks, mock.Mock(), mock.Mock()).dtype is F32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -13,9 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planning.fit_devices import error
-from benchmarks.planning.npu_cases import first_iteration, flags_of, read_cases, stage_of
-from benchmarks.planning.published import read_published
 from qwen3_npu.args.rules.fit import fit_flags
 from qwen3_npu.args.tools.plan import PlanArgs
 from qwen3_npu.errors import UsageError
@@ -23,12 +21,15 @@ from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.activations import layer_bytes
 from qwen3_npu.plan.device import DEVICE_SPECS, GIB, find_device
 from qwen3_npu.plan.from_args import setup_of
-from qwen3_npu.plan.memory import in_flight, logit_bytes, stage_memory, start_bytes
+from qwen3_npu.plan.hiding.costs import collective_seconds
+from qwen3_npu.plan.memory import in_flight, logit_bytes, stage_memory
 from qwen3_npu.plan.parameters import lora_counts, stage_counts
 from qwen3_npu.plan.search import search
 from qwen3_npu.plan.setup import Setup
 from qwen3_npu.plan.shape import Shape, read_shape, shape_of
+from qwen3_npu.plan.show.report import command
 from qwen3_npu.plan.show.schedule import timeline
+from qwen3_npu.plan.timing import step_time
 from qwen3_npu.plan.verdict import PlanVerdict, remedies
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -111,30 +112,6 @@ def test_the_update_counts_where_activations_leave_it_no_room() -> None:
     assert longer.update == 0, "activations are gone when the update is made"
 
 
-def test_memory_is_what_others_measured_on_npus(real_data: Path) -> None:
-    """MindSpeed-LLM's CI, first iteration: of the ranks that the plan can express 9 in 10, static bytes and peak."""
-    path = real_data / "calibration" / "mindspeed_ci.csv"
-    if not path.is_file():
-        pytest.skip("no calibration data")
-    static, peaks = [], []
-    for case in read_cases(path):
-        if case.shape is None or case.missing:
-            continue
-        for rank, (after, most) in case.measured.items():
-            planned, peak = first_iteration(case, stage_of(case, rank))
-            static.append(abs(planned / after - 1))
-            peaks.append(abs(peak / most - 1))
-    assert len(static) > 100
-    assert sum(error <= 0.02 for error in static) >= 0.9 * len(static)
-    assert max(static) < 0.06
-    assert sum(error <= 0.1 for error in peaks) >= 0.85 * len(peaks)
-
-
-def test_flags_are_read_from_a_script_with_its_variables() -> None:
-    script = 'TP=8\nexport SEQ_LENGTH="4096"\nrun --seq-length ${SEQ_LENGTH} --moe --tensor-size $TP \\\n  --bf16'
-    assert flags_of(script) == {"seq-length": "4096", "moe": "1", "tensor-size": "8", "bf16": "1"}
-
-
 def test_latent_attention_and_later_tokens_by_hand() -> None:
     """DeepSeek-V3's first layers: 187.1 M weights of attention in each (its report, table of sizes, and arithmetic)."""
     shape = Shape(
@@ -196,30 +173,6 @@ def test_a_recomputed_layer_keeps_its_input_only() -> None:
     assert kept == pytest.approx([4 * one, 3 * one + token_bytes, 4 * token_bytes])
 
 
-def test_step_times_are_those_that_others_published() -> None:
-    """Median error over 19 runs of Hopper GPUs; `fit_devices.py` gives the sources, and errors of unseen runs."""
-    rows = [row for row in read_published() if row.is_fitted]
-    errors = sorted(abs(error(row, {})) for row in rows)
-    assert len(errors) == 19
-    assert errors[9] <= 0.12
-    assert errors[-1] <= 0.2
-
-
-def test_runs_that_others_saw_run_out_of_memory_do_not_fit() -> None:
-    rows = read_published("published_oom.txt")
-    assert len(rows) >= 12
-    assert not [row.name for row in rows if row.verdict.fits]
-
-
-def test_the_run_that_asked_for_26_gib_at_once_trained_all_weights() -> None:
-    """ms-swift#9403: 30.23 GiB held, 26.44 more asked for: the start of full training, to the digits of the message."""
-    (row,) = (row for row in read_published("published_oom.txt") if row.name == "235B on 32 NPUs, as it ran")
-    counts = stage_counts(row.shape, row.setup, 0)
-    assert f"{2 * counts.expert / GIB:.2f}" == "26.44"
-    assert f"{2 * (counts.total + counts.dense) / GIB:.2f}" == "30.23"
-    assert start_bytes(row.shape, row.setup, 0) >= 2 * (counts.total + counts.dense + counts.expert)
-
-
 def test_the_start_counts_where_many_ranks_share_the_optimizer() -> None:
     """8B on 1,024 ranks, 16 tokens: weights twice and gradients, by hand; 4 GiB more than weights and gradients."""
     shape = shape_of(SIZES["qwen3-8b"])
@@ -267,6 +220,59 @@ def test_the_command_line_of_the_first_layout_is_one_that_training_accepts(tmp_p
     rate = re.search(r"^ 1 .* ([\d,]+) +\d+ %$", result.stdout, re.M)
     assert rate is not None
     assert f"{plan.verdict.tokens_per_second:,.0f}" == rate[1]
+
+
+@pytest.mark.parametrize(
+    "request_words",
+    [
+        "--model qwen3-30b-a3b --devices 12 --global-batch-size 48",
+        "--model qwen3-8b --stage kto",
+        "--model qwen3-8b --stage orpo --pack",
+        "--model qwen3-8b --stage rm --devices 6 --global-batch-size 24",
+        "--model qwen3-32b --stage dpo --lora-r 16 --qlora",
+        "--model qwen3-8b --device h100-80g --stage sft --lora-r 8",
+    ],
+)
+def test_a_pasted_command_is_planned_as_the_search_planned_it(request_words: str) -> None:
+    """Through the training's own parser and checks; as many processes as devices."""
+    from qwen3_npu import cli
+    from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
+    from qwen3_npu.plan.__main__ import _model
+    from qwen3_npu.training.prepare.plan import plan_training
+
+    asked = cli.parse("p", "d", (PlanArgs,), {}, argv=request_words.split()).groups[0]
+    device = find_device(asked.device)
+    for found in search(*_model(asked), asked, device)[:3]:
+        words = shlex.split(command(found.args, asked.devices, device.node))
+        number = {name: int(words[words.index(name) + 1]) for name in ("--nproc-per-node", "--nnodes") if name in words}
+        assert math.prod(number.values()) == asked.devices
+        start = next(place for place, word in enumerate(words) if word.endswith("_gpt.py"))
+        more = ["--train-iters", "1", "--dry-run", "--plan-device", asked.device]
+        args = PretrainArgs(*cli.parse("p", "d", GROUPS, {}, argv=[*words[start + 1 :], *more]).groups)
+        verdict = plan_training(args, asked.devices).verdict
+        assert verdict is not None
+        assert (verdict.setup, verdict.peak) == (found.verdict.setup, found.verdict.peak)
+        assert verdict.time == found.verdict.time
+
+
+def test_a_group_has_the_links_between_its_devices() -> None:
+    """Atlas 800T A2: 28 GB/s between two of a node; a die of an A3 has its 196 GB/s to any other."""
+    mesh, switch = DEVICE_SPECS["910B-64G"], DEVICE_SPECS["910C-64G"]
+    assert [mesh.bandwidth(size, True) for size in (2, 4, 8)] == [28e9, 84e9, 196e9]
+    assert switch.bandwidth(2, True) == 196e9
+    assert mesh.bandwidth(2, False) == 25e9
+    # 28 MB arrive in 1 ms, of 56 MB that two ranks hold together.
+    whole = dataclasses.replace(mesh, transfer=1.0, latency=0.0)
+    assert collective_seconds(whole, 2, 1, 56e6) == pytest.approx(1e-3)
+
+
+def test_the_reference_of_dpo_takes_a_forward_pass() -> None:
+    """Of products alone it is a third of a training's, by hand: 2 of 6 FLOP for each weight and token."""
+    shape, device = shape_of(SIZES["qwen3-8b"]), DEVICE_SPECS["910B-64G"]
+    fast = dataclasses.replace(device, memory_bandwidth=1e30, attention=1e9, launch=0.0)
+    time = step_time(shape, one_rank(shape, scored=True), fast)
+    assert time.reference == pytest.approx(time.products / 3)
+    assert step_time(shape, one_rank(shape), fast).reference == 0
 
 
 def test_a_search_over_1024_devices_answers_at_once_without_torch() -> None:

@@ -23,9 +23,10 @@ from qwen3_npu.plan.__main__ import main as plan_main
 from qwen3_npu.plan.activations import TORCH
 from qwen3_npu.plan.device import DEVICE_SPECS
 from qwen3_npu.plan.from_args import setup_of
+from qwen3_npu.plan.hiding.costs import collective_seconds
 from qwen3_npu.plan.memory import stage_memory, start_bytes
 from qwen3_npu.plan.shape import shape_of
-from qwen3_npu.plan.timing import collective_seconds, step_time
+from qwen3_npu.plan.timing import step_time
 from qwen3_npu.platform import select_platform
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.trace.growth import growth
@@ -74,10 +75,23 @@ WIDE += "--tensor-model-parallel-size 8 --sequence-parallel --use-distributed-op
 MANY = "--num-layers 2 --hidden-size 2048 --ffn-hidden-size 768 --num-attention-heads 32 --num-query-groups 4 "
 MANY += "--kv-channels 128 --group-query-attention --vocab-size 512 --untie-embeddings-and-output-weights --bf16 "
 MANY += "--num-experts 128 --moe-router-topk 8 --moe-ffn-hidden-size 768 --expert-model-parallel-size 8 "
-MANY += "--seq-length 4096 --micro-batch-size 1 --global-batch-size 16 --train-iters 1 --lr 1e-4 --data-path x"
+MANY += "--seq-length 4096 --micro-batch-size 1 --global-batch-size 64 --train-iters 1 --lr 1e-4 --data-path x"
 # The closed forms are those of torch's kernels; the reference kernels keep more.
 ALL = [row for row in rows() if "reference" not in row.flags]
 PRETENDED = {row.name: row for row in ALL if EVERY or row.name in SAMPLE}
+
+
+# With constants held, so that a new fit of the table moves nothing that is compared.
+DEVICE = dataclasses.replace(
+    DEVICE_SPECS["910B-64G"],
+    product=0.582,
+    product_half=3.85e9,
+    attention=0.493,
+    streaming=0.203,
+    transfer=0.577,
+    launch=30e-6,
+    stall=9e-3,
+)
 
 
 def flags_of(row: ParityRow) -> str:
@@ -138,7 +152,7 @@ def hidden(
         ends: seconds outside of the layers, which have hardly a product to hide behind.
     """
     args, plan = parsed(flags, devices)
-    device, found = DEVICE_SPECS["910B-64G"], {}
+    device, found = DEVICE, {}
     for name, step in played_ways(platform, args, device, devices=devices, rank=0):
         shape, way = shape_of(plan.arch, plan.layout.padded_vocab_size), WAYS[name](args)
         planned = step_time(shape, setup_of(way, plan), device, imbalance=1.0)
@@ -170,7 +184,7 @@ def main() -> None:
     work = growth(platform, args, DEVICE_SPECS["910B-64G"], devices=4, sizes=(4, 64))
     found["growth"] = [dataclasses.asdict(row) for row in work]
     # The embedding scatters, and gathers in backward; the output layer gathers twice and scatters once.
-    ends = 5 * collective_seconds(DEVICE_SPECS["910B-64G"], 8, 1, 4096 * 4 * 5120 * 2)
+    ends = 5 * collective_seconds(DEVICE, 8, 1, 4096 * 4 * 5120 * 2)
     found["hidden"] = hidden(platform, WIDE, 8, ("tp", "tensor"), ends=ends)
     found["hidden experts"] = hidden(platform, MANY, 16, ("ep", "expert"))
     found["commands"] = [by_command(words) for words in COMMANDS]

@@ -11,6 +11,7 @@ import pytest
 
 from qwen3_npu import schema
 from qwen3_npu.data.train import token_index
+from qwen3_npu.data.train.index_cache import IndexCache
 from qwen3_npu.data.train.token_file import IndexedWriter
 from qwen3_npu.data.train.token_index import read_index
 from qwen3_npu.errors import UsageError
@@ -81,6 +82,24 @@ def test_one_process_of_a_node_reads_config_and_checks_an_index(
     assert reads == [tmp_path / "config.json", tmp_path / "data.idx"]
     with pytest.raises(UsageError, match="does not belong to"):
         read_index(tmp_path / "data.idx", 20)
+
+
+def test_one_process_of_a_node_opens_the_headers_of_an_index_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy wrote the files, and the numbers, dtypes and shapes that all eight map are numpy's."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = [np.arange(12).reshape(3, 4), np.asfortranarray(np.eye(3, dtype=np.float32)), np.arange(5, dtype=np.uint16)]
+    reads: list[object] = []
+    read_magic = np.lib.format.read_magic
+    monkeypatch.setattr(np.lib.format, "read_magic", lambda file: reads.append(file) or read_magic(file))
+    for _ in range(8):
+        found = IndexCache(tmp_path / "cache", "order", ("a", "b", "c")).arrays(lambda: made)
+        for array, expected in zip(found, made, strict=True):
+            assert array.dtype == expected.dtype
+            np.testing.assert_array_equal(array, expected)
+    assert len(reads) == len(made)
 
 
 # Where ranks must hear of each other: answers, scores of a reference model, comparisons; nodes with --save-per-node;

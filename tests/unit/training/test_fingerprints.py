@@ -46,6 +46,7 @@ def test_parts_of_the_rows_add_up() -> None:
     mine = torch.cat((torch.arange(6), torch.arange(18, 24)))
     parts = sketch(x[mine], mine, 24) + sketch(x[6:18], torch.arange(6, 18), 24)
     assert torch.allclose(parts[: NUMBERS - 4], sketch(x)[: NUMBERS - 4], rtol=1e-5)
+    assert not sketch(torch.zeros(0, 8)).any(), "experts without tokens"
 
 
 def test_what_is_not_finite_differs() -> None:

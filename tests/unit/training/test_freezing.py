@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import safetensors
 import tiny
 from qwen3_npu import cli
 from qwen3_npu.args.lora import FreezeArgs, LoraArgs, spelled
+from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.args.rules.switches import check_switches
 from qwen3_npu.checkpoint.mapping.frozen import frozen_share, frozen_weights
@@ -96,4 +98,13 @@ def test_lora_freezes_by_itself() -> None:
     words = ["--data-path", "x", "--lr", "1", "--train-iters", "1", "--lora-r", "4", "--freeze-include", "*norm*"]
     parsed = cli.parse("p", "d", GROUPS, {}, argv=words)
     with pytest.raises(UsageError, match="LoRA trains its adapters only"):
+        check_switches(PretrainArgs(*parsed.groups), parsed.given)
+
+
+@pytest.mark.parametrize("stage", PREFERENCE_STAGES)
+def test_pissa_needs_another_reference_only_where_one_is_compared_with(stage: str) -> None:
+    words = ["--data-path", "x", "--lr", "1", "--train-iters", "1", "--lora-r", "4", "--lora-init", "pissa"]
+    parsed = cli.parse("p", "d", GROUPS, {}, argv=[*words, "--stage", stage])
+    refuses = pytest.raises(UsageError, match="give --ref-model") if stage in ("dpo", "kto") else nullcontext()
+    with refuses:
         check_switches(PretrainArgs(*parsed.groups), parsed.given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen3_npu.training.update.halves import joined, split
+from qwen3_npu.training.update.halves import joined_master, split
 
 
 def test_every_lower_half_comes_back_beside_odd_and_even_weights() -> None:
@@ -17,6 +17,6 @@ def test_every_lower_half_comes_back_beside_odd_and_even_weights() -> None:
     second[::7] = 0
     kept = second.clone()
     split(master, weight, low, kept)
-    assert torch.equal(joined(weight, low, kept).view(torch.int32), master.view(torch.int32))
+    assert torch.equal(joined_master(weight, low, kept).view(torch.int32), master.view(torch.int32))
     assert torch.equal(kept.abs(), second)
     assert torch.signbit(kept).any(), "some are ties"

@@ -128,8 +128,8 @@ def test_a_damaged_quarantine_is_refused(tmp_path: Path) -> None:
 def test_a_key_is_of_what_is_taught() -> None:
     one = {"tokens": np.arange(4), "loss_mask": np.array([0, 1, 1, 0])}
     other = {"tokens": np.arange(4), "loss_mask": np.array([1, 1, 1, 0])}
-    assert quarantine.key_of(one) == quarantine.key_of({k: v.copy() for k, v in one.items()})
-    assert quarantine.key_of(one) != quarantine.key_of(other)
+    assert quarantine.sample_key(one) == quarantine.sample_key({k: v.copy() for k, v in one.items()})
+    assert quarantine.sample_key(one) != quarantine.sample_key(other)
     assert Place("a", 1).offset == 0
 
 

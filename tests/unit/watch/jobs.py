@@ -6,6 +6,7 @@ FOLDER/<job>/console, exit statuses to FOLDER/<job>/exits.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -29,6 +30,8 @@ JOBS = {  # job -> flags, nodes
     "skipped_in_pairs": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
     "swapped": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
     "sleeps": (WatchArgs(hang_timeout=1, on_hang="abort"), 1),
+    "holds_the_lock": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
+    "maximum": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
     "sleeps_on_two_nodes": (WatchArgs(hang_timeout=1, on_hang="abort"), 2),
     "lost_message": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
     "wrong_shape": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
@@ -44,6 +47,11 @@ def read_slowly() -> None:
     time.sleep(60)
 
 
+def hold_the_lock() -> None:
+    """In C, without letting other threads of Python run."""
+    ctypes.PyDLL(None).sleep(60)
+
+
 def step(job: str, number: int, rank: int, pair: dist.ProcessGroup) -> None:
     """One step of a job; the fault is in step AT of rank BAD."""
     faulty = number == AT and rank == BAD
@@ -54,6 +62,8 @@ def step(job: str, number: int, rank: int, pair: dist.ProcessGroup) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if faulty and job.startswith("sleeps"):
         read_slowly()
+    if faulty and job == "holds_the_lock":
+        hold_the_lock()
     if faulty and job == "goes_on":
         time.sleep(3)
     here.at("forward")
@@ -67,8 +77,11 @@ def step(job: str, number: int, rank: int, pair: dist.ProcessGroup) -> None:
     if faulty and job == "wrong_shape":
         x = torch.ones(5)
     if not (faulty and job.startswith("skipped")):
-        work = dist.all_reduce(x, async_op=True)
+        is_other = faulty and job == "maximum"
+        work = dist.all_reduce(x, dist.ReduceOp.MAX if is_other else dist.ReduceOp.SUM, async_op=True)
         work.wait()
+    if faulty and job == "maximum":
+        read_slowly()
     here.at("backward")
     if job == "skipped_in_pairs":
         dist.all_reduce(x, group=pair)
@@ -82,6 +95,7 @@ def step(job: str, number: int, rank: int, pair: dist.ProcessGroup) -> None:
 
 def worker(job: str, rank: int, folder: Path) -> None:
     """One rank."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it ends with this program
     flags, nodes = JOBS[job]
     local = RANKS // nodes
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank % local), "MASTER_ADDR": "here"}

@@ -1,4 +1,4 @@
-"""What tells one family of dense decoders from another. No torch."""
+"""The facts that distinguish families of decoders. No torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Family:
         moe: every layer is a mixture of experts.
         qk_norm: each query and key head is normalised before rotary embedding.
         qkv_bias, o_bias: the projections of the attention have a bias.
-        defaults: what transformers takes for a key that config.json lacks.
-        fixed: key of config.json -> the only values that this code computes; a key that is absent counts as the first.
+        defaults: transformers' default for a key that config.json lacks.
+        fixed: key of config.json -> the only values that this code computes; an absent key counts as the first one.
         renamed: part of a weight's usual name, such as "post_attention_layernorm" -> the family's own.
     """
 
@@ -40,7 +40,7 @@ class Family:
         return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
 
     def hf_name(self, standard: str) -> str:
-        """The family's name of a weight that most families call `standard`."""
+        """The family's name of the weight `standard`, the name in most families."""
         for usual, own in self.renamed.items():
             standard = standard.replace(usual, own)
         return standard

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import samples
+import torch
 
 from qwen3_npu.checkpoint.binary.dtypes import BF16
 from qwen3_npu.checkpoint.convert import output, plan
 from qwen3_npu.checkpoint.formats import adapters, dist_keys, huggingface
 from qwen3_npu.checkpoint.mapping import table
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_name
+from qwen3_npu.checkpoint.verify.adapters import PlainTensors
 from qwen3_npu.distributed import layout
 
 TP2_PP2 = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
@@ -210,3 +212,20 @@ def test_a_mistake_in_an_adapters_new_form_is_found(
     ran = samples.run(*argv, "--save-dir", tmp_path / "wrong")
     assert ran.code == 1, ran.out
     assert "differs: scale * B @ A of model.layers.0.self_attn.v_proj.weight" in ran.out
+
+
+def test_what_pissa_began_with_in_an_embedding_is_zero_without_a_sign() -> None:
+    """What is compared are bits: -0.0 was said to differ from what is written."""
+
+    class Ones(PlainTensors):
+        def __init__(self) -> None:
+            pass
+
+        def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+            return torch.ones(rows[1] - rows[0], columns[1] - columns[0])
+
+    for matrix in "AB":
+        name = f"base_model.model.model.embed_tokens.lora_embedding_{matrix}"
+        found = PlainTensors(Ones(), 2).read(name, (0, 5), (0, 4))
+        assert torch.equal(found, torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(5, 4))
+        assert not torch.signbit(found).any()

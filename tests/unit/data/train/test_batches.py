@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen3_npu.data.train.pretrain_dataset import plain_rows, stacked
+from qwen3_npu.data.train.pretrain_dataset import batched, plain_rows
 from qwen3_npu.data.train.rows import Rows, pretraining_rows
 from qwen3_npu.training import feed
 
@@ -57,7 +57,7 @@ def test_batches_know_their_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     how = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
 
     def rows(samples: list[dict[str, torch.Tensor]]) -> Rows:
-        return pretraining_rows(*stacked(samples), eod=9, **how)
+        return pretraining_rows(*batched(samples), eod=9, **how)
 
     fed = feed_of(text_samples(8), rows, stage=0, stages=1, monkeypatch=monkeypatch)
     made = list(fed.batches(fed.train, 0, torch.device("cpu"), torch.float32))
