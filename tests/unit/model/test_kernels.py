@@ -262,7 +262,8 @@ def test_selection_is_printed_and_a_typo_refused() -> None:
     first, *others = str(kernels.select_kernels("torch", "cpu", ["attention=reference"])).split("; ")
     assert first == "torch"
     assert [other.split(":")[0] for other in others] == ["reference"]  # names that --kernels takes, each once
-    assert others[0].startswith("reference: attention ") and others[0].endswith(" cross_entropy")
+    assert others[0].startswith("reference: attention ")
+    assert others[0].endswith(" cross_entropy")
     with pytest.raises(UsageError, match="--kernels fast: known are"):
         kernels.select_kernels("fast")
 
