@@ -45,12 +45,12 @@ def test_memory_is_what_others_measured_on_gpus(real_data: Path) -> None:
     rows = read_golden(path)
     assert len(rows) > 500
     found = list(errors(rows))
-    assert len(found) >= 0.8 * len(rows)
+    assert len(found) >= 0.84 * len(rows)
     for unseen in (False, True):
         part = [each for each in found if each[0].is_unseen == unseen]
         assert sum(abs(static) <= 0.02 for _, static, _ in part) >= 0.89 * len(part)
         assert sum(abs(peak) <= 0.1 for _, _, peak in part) >= 0.93 * len(part)
-    assert sum(abs(peak) <= 0.1 for _, _, peak in found) >= 0.79 * len(rows), "with rows of other kinds of model"
+    assert sum(abs(peak) <= 0.1 for _, _, peak in found) >= 0.82 * len(rows), "with rows of other kinds of model"
 
 
 def test_flags_are_read_from_a_script_with_its_variables() -> None:
