@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.planning.fit_devices import error
+from benchmarks.planning.megatron_cases import errors, read_golden
 from benchmarks.planning.mindspeed_ci import flags_of, read_cases, stage_of
 from benchmarks.planning.npu_cases import first_iteration
 from benchmarks.planning.published import read_published
@@ -34,6 +35,22 @@ def test_memory_is_what_others_measured_on_npus(real_data: Path) -> None:
     assert sum(error <= 0.02 for error in static) >= 0.87 * ranks
     assert sum(error <= 0.1 for error in peaks) >= 0.8 * ranks
     assert statistics.median(static) < 0.003, "megabytes of gigabytes"
+
+
+def test_memory_is_what_others_measured_on_gpus(real_data: Path) -> None:
+    """Megatron-LM's functional tests, steady state, of the rows that a plan can express: seen and unseen cases."""
+    path = real_data / "calibration" / "megatron_golden.csv"
+    if not path.is_file():
+        pytest.skip("no calibration data")
+    rows = read_golden(path)
+    assert len(rows) > 500
+    found = list(errors(rows))
+    assert len(found) >= 0.84 * len(rows)
+    for unseen in (False, True):
+        part = [each for each in found if each[0].is_unseen == unseen]
+        assert sum(abs(static) <= 0.02 for _, static, _ in part) >= 0.89 * len(part)
+        assert sum(abs(peak) <= 0.1 for _, _, peak in part) >= 0.93 * len(part)
+    assert sum(abs(peak) <= 0.1 for _, _, peak in found) >= 0.82 * len(rows), "with rows of other kinds of model"
 
 
 def test_flags_are_read_from_a_script_with_its_variables() -> None:
