@@ -66,7 +66,11 @@ class Injection:
 
 INJECTIONS = {
     "data": Injection("data", "data"),
-    **{f"{phase} on one rank": Injection(f"slow rank in {phase}", phase, alone=True) for phase in WORK},
+    # What is injected sleeps; between steps (other) that is a pause.
+    **{
+        f"{phase} on one rank": Injection(f"slow rank in {'pause' if phase == 'other' else phase}", phase, alone=True)
+        for phase in WORK
+    },
     "optimizer": Injection("optimizer", "optimizer", free=0.1),
     "checkpoints": Injection("save", "save"),
     "evaluations": Injection("eval", "eval"),
