@@ -36,12 +36,10 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch._C._distributed_c10d import Work  # noqa: E402
-from torch.distributed import ProcessGroup  # noqa: E402
 
+from benchmarks.watching.switch import Switch  # noqa: E402
 from qwen3_npu.args.watch import WatchArgs  # noqa: E402
 from qwen3_npu.watch import here  # noqa: E402
-from qwen3_npu.watch.collectives import METHODS  # noqa: E402
 from qwen3_npu.watch.start import watched  # noqa: E402
 
 # Fault -> what the console must say; R is the rank.
@@ -236,19 +234,15 @@ def stepper(pairs: int) -> None:
         products += 1
     count = [max(products // 100, 1)]  # of about 5 ms
     dist.broadcast_object_list(count, 0)
-    plain = {name: ProcessGroup.__dict__[name] for name in METHODS if name in ProcessGroup.__dict__}, Work.wait
+    switch = Switch()
     ratios, found = [], {}
     with watched(WatchArgs(hang_timeout=60), None):
-        noting = {name: ProcessGroup.__dict__[name] for name in plain[0]}, Work.wait
-        states = list(here._states)
+        switch.learn()
         for _ in range(pairs):
             took: dict[bool, list[float]] = {True: [], False: []}
             for block in range(16):
                 is_noted = block % 2 == 0
-                for name, method in (noting if is_noted else plain)[0].items():
-                    setattr(ProcessGroup, name, method)
-                Work.wait = (noting if is_noted else plain)[1]
-                here.watch(*(states if is_noted else ()))
+                switch.turn(is_noted)
                 for number in range(12):
                     began = time.thread_time()
                     here.at("data")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.planning.mindspeed_ci import flags_of
+from benchmarks.planning.mindspeed_ci import flags_of, number_of
 from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.activations import MINDSPEED
 from qwen3_npu.plan.memory import MASTER, MOMENTS, in_flight, stage_memory
@@ -127,46 +127,42 @@ def _missing(case: str, flags: Mapping[str, str]) -> str:
     return "number of devices not recorded" if "_release" in case else ""
 
 
-def _number(flags: Mapping[str, str], name: str, default: int = 0) -> int:
-    return int(flags.get(name, default))
-
-
 def _shape(flags: Mapping[str, str]) -> Shape:
-    hidden, heads = _number(flags, "hidden-size"), _number(flags, "num-attention-heads")
-    ffn, each = _number(flags, "ffn-hidden-size"), _number(flags, "make-vocab-size-divisible-by", 128)
+    hidden, heads = number_of(flags, "hidden-size"), number_of(flags, "num-attention-heads")
+    ffn, each = number_of(flags, "ffn-hidden-size"), number_of(flags, "make-vocab-size-divisible-by", 128)
     is_gated = "swiglu" in flags
     ffn = ffn or (int(4 * hidden * 2 / 3 / 64) * 64 if is_gated else 4 * hidden)  # as Megatron-LM's validate_args
-    each *= _number(flags, "tensor-model-parallel-size", 1)
-    experts = _number(flags, "num-experts")
+    each *= number_of(flags, "tensor-model-parallel-size", 1)
+    experts = number_of(flags, "num-experts")
     pattern = flags.get("moe-layer-freq", "")
     leading = re.match(r"\(?\[0\]\*(\d+)\+\[1\]\*\d+\)?$", pattern)
     if pattern and not leading:
         raise UsageError(f"--moe-layer-freq {pattern} is not understood")
     return Shape(
-        num_layers=_number(flags, "num-layers"),
+        num_layers=number_of(flags, "num-layers"),
         hidden_size=hidden,
         ffn_hidden_size=ffn,
         num_attention_heads=heads,
-        num_query_groups=_number(flags, "num-query-groups", heads) if "group-query-attention" in flags else heads,
-        head_dim=_number(flags, "kv-channels", hidden // heads),
-        vocab_size=-(-_number(flags, "vocab-size", _GPT2) // each) * each,
+        num_query_groups=number_of(flags, "num-query-groups", heads) if "group-query-attention" in flags else heads,
+        head_dim=number_of(flags, "kv-channels", hidden // heads),
+        vocab_size=-(-number_of(flags, "vocab-size", _GPT2) // each) * each,
         tied="untie-embeddings-and-output-weights" not in flags,
         gated=is_gated,
         num_experts=experts,
-        moe_topk=_number(flags, "moe-router-topk", 2) if experts else 0,
-        moe_ffn_hidden_size=_number(flags, "moe-ffn-hidden-size", ffn) if experts else 0,
+        moe_topk=number_of(flags, "moe-router-topk", 2) if experts else 0,
+        moe_ffn_hidden_size=number_of(flags, "moe-ffn-hidden-size", ffn) if experts else 0,
         moe_dense_layers=int(leading[1]) if leading else 0,
-        moe_shared_ffn=_number(flags, "moe-shared-expert-intermediate-size"),
+        moe_shared_ffn=number_of(flags, "moe-shared-expert-intermediate-size"),
         qk_norm="qk-layernorm" in flags,
         biases="disable-bias-linear" not in flags,
-        positions=0 if "position-embedding-type" in flags else _number(flags, "seq-length"),
+        positions=0 if "position-embedding-type" in flags else number_of(flags, "seq-length"),
         norm_vectors=1 if flags.get("normalization") == "RMSNorm" else 2,
     )
 
 
 def _setup(case: str, flags: Mapping[str, str]) -> Setup:
-    tp, pp = _number(flags, "tensor-model-parallel-size", 1), _number(flags, "pipeline-model-parallel-size", 1)
-    cp, micro = _number(flags, "context-parallel-size", 1), _number(flags, "micro-batch-size", 1)
+    tp, pp = number_of(flags, "tensor-model-parallel-size", 1), number_of(flags, "pipeline-model-parallel-size", 1)
+    cp, micro = number_of(flags, "context-parallel-size", 1), number_of(flags, "micro-batch-size", 1)
     devices = 4 if "1node" in case else 8  # a node of GB200 has four; the other tests use eight GPUs
     data = devices // (tp * pp * cp)
     if data < 1:
@@ -174,18 +170,18 @@ def _setup(case: str, flags: Mapping[str, str]) -> Setup:
     layers = _layers(flags, pp)
     is_full, block = flags.get("recompute-granularity") == "full", flags.get("recompute-method") == "block"
     per_stage = max(map(sum, layers))
-    group = _number(flags, "recompute-num-layers", 1)
+    group = number_of(flags, "recompute-num-layers", 1)
     return Setup(
         tensor=tp,
         pipeline=pp,
         context=cp,
-        expert=_number(flags, "expert-model-parallel-size", 1),
-        expert_tensor=_number(flags, "expert-tensor-parallel-size", tp),
-        data=data // _number(flags, "num-distributed-optimizer-instances", 1),
+        expert=number_of(flags, "expert-model-parallel-size", 1),
+        expert_tensor=number_of(flags, "expert-tensor-parallel-size", tp),
+        data=data // number_of(flags, "num-distributed-optimizer-instances", 1),
         layers=layers,
-        seq_length=_number(flags, "seq-length"),
+        seq_length=number_of(flags, "seq-length"),
         micro_batch=micro,
-        num_microbatches=max(1, _number(flags, "global-batch-size", 1) // (data * micro)),
+        num_microbatches=max(1, number_of(flags, "global-batch-size", 1) // (data * micro)),
         sequence_parallel="sequence-parallel" in flags and tp > 1,
         ring=True,
         distributed_optimizer="use-distributed-optimizer" in flags,
@@ -201,14 +197,14 @@ def _setup(case: str, flags: Mapping[str, str]) -> Setup:
 def _layers(flags: Mapping[str, str], pp: int) -> tuple[tuple[int, ...], ...]:
     """Layers of each chunk of each stage; the embedding and the loss can count as one layer each."""
     ends = ("account-for-embedding-in-pipeline-split" in flags, "account-for-loss-in-pipeline-split" in flags)
-    total = _number(flags, "num-layers") + sum(ends)
-    first, last = (_number(flags, f"decoder-{end}-pipeline-num-layers") for end in ("first", "last"))
+    total = number_of(flags, "num-layers") + sum(ends)
+    first, last = (number_of(flags, f"decoder-{end}-pipeline-num-layers") for end in ("first", "last"))
     if first or last:
         middle = (total - first - last) // (pp - bool(first) - bool(last))
         return tuple((first or middle if s == 0 else last or middle if s == pp - 1 else middle,) for s in range(pp))
-    virtual = _number(flags, "num-virtual-stages-per-pipeline-rank", 1)
+    virtual = number_of(flags, "num-virtual-stages-per-pipeline-rank", 1)
     if "num-layers-per-virtual-pipeline-stage" in flags and pp > 1:
-        virtual = total // pp // _number(flags, "num-layers-per-virtual-pipeline-stage")
+        virtual = total // pp // number_of(flags, "num-layers-per-virtual-pipeline-stage")
     chunks = [[total // (pp * virtual)] * virtual for _ in range(pp)]
     chunks[0][0] -= ends[0]
     chunks[-1][-1] -= ends[1]
@@ -228,7 +224,7 @@ def planned(golden: Golden) -> tuple[float, float]:
     share = max(0, number - setup.recompute) / max(1, number)
     kept = in_flight(setup, stage) * share * extra / setup.virtual + memory.layers
     # Of the last stage's chunks all but the last one wait for a group of micro-batches, whatever layers they have.
-    group = _number(golden.flags, "microbatch-group-size-per-virtual-pipeline-stage", setup.pipeline)
+    group = number_of(golden.flags, "microbatch-group-size-per-virtual-pipeline-stage", setup.pipeline)
     *earlier, last = setup.layers[stage]
     if earlier:
         kept *= (group * sum(earlier) + last) / (in_flight(setup, stage) * number / setup.virtual)
@@ -271,7 +267,7 @@ def _loss_extra(shape: Shape, setup: Setup, golden: Golden) -> float:
     logits = setup.tokens * shape.vocab_size / setup.tensor
     extra = 4 * logits if "cross-entropy-loss-fusion" in golden.flags else 0.0
     if "defer-embedding-wgrad-compute" in golden.flags:
-        passes = _number(golden.flags, "wgrad-deferral-limit") or setup.num_microbatches
+        passes = number_of(golden.flags, "wgrad-deferral-limit") or setup.num_microbatches
         extra += passes * setup.weight_bytes * (logits + setup.sharded_tokens * shape.hidden_size)
     return extra
 

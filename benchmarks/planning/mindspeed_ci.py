@@ -102,40 +102,41 @@ def _case(name: str, rows: list[dict[str, str]], known: dict[str, str], scripts:
     return NpuCase(name, shape, setup, flags, measured, seconds=seconds, missing=missing)
 
 
-def _number(flags: Mapping[str, str], name: str, default: int = 0) -> int:
+def number_of(flags: Mapping[str, str], name: str, default: int = 0) -> int:
+    """The number behind a flag."""
     return int(float(flags.get(name, default)))
 
 
 def _shape(name: str, flags: Mapping[str, str]) -> Shape:
-    hidden, heads = _number(flags, "hidden-size"), _number(flags, "num-attention-heads")
-    ffn = _number(flags, "ffn-hidden-size", 4 * hidden)
-    experts = _number(flags, "num-experts")
-    moe_ffn = _number(flags, "moe-ffn-hidden-size", _number(flags, "moe-intermediate-size", ffn))
+    hidden, heads = number_of(flags, "hidden-size"), number_of(flags, "num-attention-heads")
+    ffn = number_of(flags, "ffn-hidden-size", 4 * hidden)
+    experts = number_of(flags, "num-experts")
+    moe_ffn = number_of(flags, "moe-ffn-hidden-size", number_of(flags, "moe-intermediate-size", ffn))
     vocabulary = next((size for model, size in _VOCABULARIES.items() if model in name), 32000)
-    each = _number(flags, "make-vocab-size-divisible-by", 128) * _number(flags, "tensor-model-parallel-size", 1)
+    each = number_of(flags, "make-vocab-size-divisible-by", 128) * number_of(flags, "tensor-model-parallel-size", 1)
     latent = {}
     if "multi-latent-attention" in flags:
         for size in ("kv-lora-rank", "q-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim"):
-            latent[size.replace("-", "_")] = _number(flags, size)
+            latent[size.replace("-", "_")] = number_of(flags, size)
     return Shape(
-        num_layers=_number(flags, "num-layers") - len(_noop(flags)),
+        num_layers=number_of(flags, "num-layers") - len(_noop(flags)),
         hidden_size=hidden,
         ffn_hidden_size=ffn,
         num_attention_heads=heads,
-        num_query_groups=_number(flags, "num-query-groups", heads),
-        head_dim=_number(flags, "kv-channels", hidden // heads),
-        vocab_size=_number(flags, "padded-vocab-size") or -(-vocabulary // each) * each,
+        num_query_groups=number_of(flags, "num-query-groups", heads),
+        head_dim=number_of(flags, "kv-channels", hidden // heads),
+        vocab_size=number_of(flags, "padded-vocab-size") or -(-vocabulary // each) * each,
         tied="untie-embeddings-and-output-weights" not in flags,
         gated="gelu" not in flags,
         num_experts=experts,
-        moe_topk=_number(flags, "moe-router-topk"),
+        moe_topk=number_of(flags, "moe-router-topk"),
         moe_ffn_hidden_size=moe_ffn if experts else 0,
-        moe_dense_layers=max(0, _number(flags, "first-k-dense-replace")),
-        moe_shared_ffn=_number(flags, "moe-shared-expert-intermediate-size")
-        or _number(flags, "n-shared-experts") * moe_ffn,
+        moe_dense_layers=max(0, number_of(flags, "first-k-dense-replace")),
+        moe_shared_ffn=number_of(flags, "moe-shared-expert-intermediate-size")
+        or number_of(flags, "n-shared-experts") * moe_ffn,
         qk_norm="qk-layernorm" in flags or "qwen3" in name,
         qkv_bias="add-qkv-bias" in flags,
-        mtp_layers=_number(flags, "mtp-num-layers"),
+        mtp_layers=number_of(flags, "mtp-num-layers"),
         **latent,
     )
 
@@ -145,17 +146,17 @@ def _noop(flags: Mapping[str, str]) -> list[int]:
 
 
 def _setup(flags: Mapping[str, str], shape: Shape) -> Setup:
-    tp, pp = _number(flags, "tensor-model-parallel-size", 1), _number(flags, "pipeline-model-parallel-size", 1)
-    cp, micro = _number(flags, "context-parallel-size", 1), _number(flags, "micro-batch-size", 1)
-    data = max(1, _number(flags, "npus_per_node", 8) // (tp * pp * cp))
+    tp, pp = number_of(flags, "tensor-model-parallel-size", 1), number_of(flags, "pipeline-model-parallel-size", 1)
+    cp, micro = number_of(flags, "context-parallel-size", 1), number_of(flags, "micro-batch-size", 1)
+    data = max(1, number_of(flags, "npus_per_node", 8) // (tp * pp * cp))
     stages = _chunks(flags, pp)
     per_stage = max(map(sum, stages))
     recompute, granularity = 0, flags.get("recompute-granularity")
     if granularity == "full":
         each = len(stages[0]) if "enable-recompute-layers-per-pp-rank" not in flags else 1
         is_block = flags.get("recompute-method") == "block"
-        recompute = min(per_stage, _number(flags, "recompute-num-layers", 1) * each) if is_block else per_stage
-    length = _number(flags, "seq-length")
+        recompute = min(per_stage, number_of(flags, "recompute-num-layers", 1) * each) if is_block else per_stage
+    length = number_of(flags, "seq-length")
     if flags.get("stage") in ("sft", "dpo") and "no-pad-to-seq-lengths" in flags:
         length = min(length, _TUNED_LENGTH)
     pads = "moe-pad-expert-input-to-capacity" in flags
@@ -164,13 +165,13 @@ def _setup(flags: Mapping[str, str], shape: Shape) -> Setup:
         tensor=tp,
         pipeline=pp,
         context=cp,
-        expert=_number(flags, "expert-model-parallel-size", 1),
-        expert_tensor=_number(flags, "expert-tensor-parallel-size", tp),
+        expert=number_of(flags, "expert-model-parallel-size", 1),
+        expert_tensor=number_of(flags, "expert-tensor-parallel-size", tp),
         data=data,
         layers=stages,
         seq_length=length,
         micro_batch=micro * preference,
-        num_microbatches=max(1, _number(flags, "global-batch-size", 1) // (data * micro)),
+        num_microbatches=max(1, number_of(flags, "global-batch-size", 1) // (data * micro)),
         # Tensor parallelism in two dimensions shards sequences, too: along one, and the hidden state along the other.
         sequence_parallel=("sequence-parallel" in flags or "tp-2d" in flags) and tp > 1,
         ring=flags.get("context-parallel-algo") == "megatron_cp_algo",
@@ -182,7 +183,7 @@ def _setup(flags: Mapping[str, str], shape: Shape) -> Setup:
         recompute_norm="recompute-norm" in flags,
         swapped=("self_attention",) if "swap-attention" in flags else (),
         swapped_layers=per_stage,
-        lora_rank=_number(flags, "lora-r"),
+        lora_rank=number_of(flags, "lora-r"),
         reuse_master="reuse-fp32-param" in flags,
         swap_optimizer="swap-optimizer" in flags,
         overlap_grads="overlap-grad-reduce" in flags,
@@ -199,9 +200,9 @@ def _setup(flags: Mapping[str, str], shape: Shape) -> Setup:
 def _chunks(flags: Mapping[str, str], pp: int) -> tuple[tuple[int, ...], ...]:
     if "num-layer-list" in flags:
         return tuple((int(number),) for number in flags["num-layer-list"].split(","))
-    layers, noop = _number(flags, "num-layers"), _noop(flags)
+    layers, noop = number_of(flags, "num-layers"), _noop(flags)
     per_stage = layers // pp
-    each = _number(flags, "num-layers-per-virtual-pipeline-stage", per_stage) if pp > 1 else per_stage
+    each = number_of(flags, "num-layers-per-virtual-pipeline-stage", per_stage) if pp > 1 else per_stage
     chunks = max(1, per_stage // each)
     return tuple(
         tuple(sum((chunk * pp + stage) * each + layer not in noop for layer in range(each)) for chunk in range(chunks))
@@ -213,4 +214,4 @@ def stage_of(case: NpuCase, rank: int) -> int:
     """The pipeline stage of a rank; `rank-offset`: so many ranks before it are left out."""
     assert case.setup is not None
     each = max(1, case.setup.devices // case.setup.pipeline)
-    return (rank + _number(case.flags, "rank-offset")) // each if case.setup.pipeline > 1 else 0
+    return (rank + number_of(case.flags, "rank-offset")) // each if case.setup.pipeline > 1 else 0

@@ -49,38 +49,26 @@ def measured(pairs: int, layout: list[str]) -> dict[str, object]:
 
 def train() -> None:
     """pretrain_gpt.py, which records some of its steps."""
-    from torch._C._distributed_c10d import Work
-    from torch.distributed import ProcessGroup
-
     import pretrain_gpt
+    from benchmarks.watching.switch import Switch
     from qwen3_npu.platform import select_platform
     from qwen3_npu.training.step import StepResult
-    from qwen3_npu.watch import here
-    from qwen3_npu.watch.collectives import METHODS
 
-    owners = {name: ProcessGroup for name in (*METHODS, "_end_coalescing") if name in ProcessGroup.__dict__}
-    owners |= {"wait": Work}
-    methods = {False: {name: owner.__dict__[name] for name, owner in owners.items()}}
+    switch = Switch()
     select_platform("cpu").activate()
     from qwen3_npu.training.loop import Trainer
 
-    plain, states = Trainer.step, list(here._states)
+    plain = Trainer.step
     took: list[float] = []
-
-    def turn(is_recorded: bool) -> None:
-        for name, owner in owners.items():
-            setattr(owner, name, methods[is_recorded][name])
-        here.watch(*(states if is_recorded else ()))
 
     def step(self: Trainer) -> StepResult:
         if not took:
-            states[:] = here._states
-            methods[True] = {name: owner.__dict__[name] for name, owner in owners.items()}
-        turn(len(took) // STEPS % 2 == 0)
+            switch.learn()
+        switch.turn(len(took) // STEPS % 2 == 0)
         began = time.thread_time()
         result = plain(self)
         took.append(time.thread_time() - began)
-        turn(True)
+        switch.turn(True)
         return result
 
     Trainer.step = step  # type: ignore[method-assign]
