@@ -11,7 +11,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.modules import mark
 
-
 _ROWS = 1 << 13  # rows of a weight that exist in float64 at the same time
 
 
