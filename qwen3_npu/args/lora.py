@@ -167,7 +167,6 @@ class LoraArgs:
         some = (t for t in targets if t in LORA_TARGETS and len(found[t]) < arch.num_hidden_layers)
         return targets, tuple((target, tuple(sorted(found[target]))) for target in some)
 
-
     def _check_rank(self, arch: Qwen3Arch, targets: tuple[str, ...]) -> None:
         heads, groups, width = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
         ffn = arch.moe_intermediate_size if arch.is_moe else arch.intermediate_size
