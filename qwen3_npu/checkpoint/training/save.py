@@ -40,9 +40,9 @@ from qwen3_npu.checkpoint.training import optimizer_state, retention
 from qwen3_npu.checkpoint.training.live import (
     LiveTensors,
     announce,
+    by_torch,
     check_finite,
     copied_to_host,
-    by_torch,
     dtype_of,
     parameters_of,
     to_numpy,
