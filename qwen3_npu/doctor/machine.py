@@ -23,7 +23,7 @@ _CANN_FILES = ("version.cfg", "compiler/version.info", "runtime/version.info", "
 _DRIVER = Path("/usr/local/Ascend/driver/version.info")
 # Where CANN's set_env.sh lies, in newer releases and in older ones.
 SET_ENV = ("/usr/local/Ascend/cann/set_env.sh", "/usr/local/Ascend/ascend-toolkit/set_env.sh")
-# What trainings import, beside the project itself; with a second copy on the path it is unclear which one is used.
+# Modules that trainings import. With a second copy on the path it is unclear which one is used.
 _IMPORTS = ("torch", "megatron.core", "numpy", "tokenizers", "pyarrow", "orjson", "jinja2", "psutil", "packaging")
 _SINGLE = ("megatron.core", "torch", "torch_npu", "mindspeed", "transformers", "qwen3_npu")
 

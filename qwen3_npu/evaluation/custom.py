@@ -32,7 +32,7 @@ class Case(NamedTuple):
     category: str
 
 
-def load_cases(path: str, match: str, most: int | None, keys: Mapping[str, Any]) -> list[Case]:
+def load_cases(path: str, match: str, most: int | None, keys: Mapping[str, object]) -> list[Case]:
     """The cases of a file.
 
     Args:

@@ -24,7 +24,7 @@ class ScoredQuestion(NamedTuple):
     category: str
     scores: Mapping[str, float]
     margin: float | None
-    log: Mapping[str, Any]
+    log: Mapping[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Summary:
             lines.append(f"ties: {self.ties} of {self.compared}; two best within {_CLOSE}: {self.close}")
         return "\n".join(lines)
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> dict[str, object]:
         """The entry of results.json."""
         metrics = {
             name: {

@@ -117,7 +117,7 @@ class _Judge:
         return [self._by_filters(task, q, c, said[i]) for i, (q, c) in enumerate(pairs)], ""
 
     def _by_likelihood(self, task: Task, question: Question, context: str, scores: list[float]) -> ScoredQuestion:
-        chosen = max(range(len(scores)), key=lambda i: scores[i])  # of equals the first, as argmax
+        chosen = max(range(len(scores)), key=lambda i: scores[i])  # the first of equal ones, as argmax
         best = sorted(scores, reverse=True)
         entry = {
             "prompt": context,
@@ -171,7 +171,7 @@ def _sample(
     return ScoredQuestion(question.subject, category, scores, margin, log=entry)
 
 
-def _facts(task: TaskQuestions, writer: Writer, args: EvaluationArgs) -> dict[str, Any]:
+def _facts(task: TaskQuestions, writer: Writer, args: EvaluationArgs) -> dict[str, object]:
     """All facts on which a score depends, besides the weights."""
     shots = args.evaluate.num_fewshot
     return {

@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.modules import weight_gradient
 
-_SEEN = 64  # micro-batches whose counts are kept apart at most
+_SEEN = 64  # most micro-batches whose counts are kept apart
 
 
 class _Gate(torch.autograd.Function):
@@ -77,7 +77,7 @@ class _Choice(torch.autograd.Function):
         probs, routing_map = torch.softmax(alone, -1), alone != float("-inf")
         counts = routing_map.sum(0)
         ctx.mark_non_differentiable(routing_map, counts)
-        ctx.set_materialize_grads(False)  # of those two, there is none
+        ctx.set_materialize_grads(False)  # these two outputs have no gradient
         real, counted = None, counts
         if is_counted and padding is not None:
             real = ~padding.unsqueeze(-1)
@@ -243,9 +243,9 @@ class Router(TopKRouter):
         policy, pads = config.moe_token_drop_policy, config.moe_pad_expert_input_to_capacity
         if pads or (padding is None and policy == "probs"):
             return apply_router_token_dropping(probs, chosen, self.topk, factor, policy, pads)
-        # By position megatron sorts integers, which an NPU's cores do not.
+        # For the policy "position" megatron sorts integers, which an NPU's cores do not.
         real = len(probs) if padding is None else (~padding).sum()  # stays on the device, as does the capacity
-        # A millionth below: float32 may end just above a whole number.
+        # A millionth less, since float32 may end just above a whole number.
         most = real * (self.topk * factor / config.num_moe_experts * (1 - 1e-6))
         capacity = most.ceil() if isinstance(most, torch.Tensor) else math.ceil(most)
         if policy == "position":
@@ -320,7 +320,7 @@ class Router(TopKRouter):
         return torch.cat(counts)
 
 
-# What the last gradient of a balancing loss was weighted by: the layers of a micro-batch share it.
+# The weight of the last balancing loss's gradient, which the layers of a micro-batch share.
 _weights: dict[tuple, tuple[torch.Tensor, object]] = {}
 
 

@@ -208,7 +208,7 @@ class Reader:
         return self.writer.tokens(text)
 
 
-def _read(messages: Sequence[Any], tools: Sequence[Any] | None) -> Conversation:
+def _read(messages: Sequence[object], tools: Sequence[object] | None) -> Conversation:
     """Raises: ValueError: it is no message, or a field is not understood."""
     for place, message in enumerate(messages, start=1):
         for name, value in message.items() if isinstance(message, dict) else ():
