@@ -127,7 +127,7 @@ class Qwen3Harness(TemplateLM):
     # Requests
 
     def _loglikelihood_tokens(
-        self, requests: Iterable[tuple[Any, list[int], list[int]]], **_: object
+        self, requests: Iterable[tuple[Sequence[object] | None, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
         from qwen3_npu.inference.scoring import Choice, Scorer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict, cast
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError, did_you_mean
@@ -113,6 +113,35 @@ def _tool_choice(value: object, where: str) -> str:
     return str(value)
 
 
+class RequestFields(TypedDict, total=False):
+    """The fields that a request gives, as `_KNOWN` reads them."""
+
+    model: str
+    messages: Sequence[object]
+    prompt: object
+    max_tokens: int
+    max_completion_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    n: int
+    seed: int
+    stop: tuple[str, ...]
+    stream: bool
+    stream_options: dict[str, bool]
+    user: str
+    logprobs: bool | int
+    top_logprobs: int
+    chat_template_kwargs: dict[str, bool]
+    tools: Sequence[Json]
+    tool_choice: str
+    parallel_tool_calls: bool
+
+
 _SHARED: dict[str, Read] = {
     "model": schema.text,
     "max_tokens": _integer(1),
@@ -165,9 +194,9 @@ _NOT_OFFERED: dict[str, tuple[object, ...]] = {
 }
 
 
-def read_fields(body: Mapping[str, object], kind: str) -> dict[str, Any]:
+def read_fields(body: Mapping[str, object], kind: str) -> RequestFields:
     """The fields of a request that are given, checked. Raises: Refused."""
-    known, found = _KNOWN[kind], {}
+    known, found = _KNOWN[kind], Json()
     for name, value in body.items():
         if value is None:  # null means the same as no field
             continue
@@ -185,4 +214,4 @@ def read_fields(body: Mapping[str, object], kind: str) -> dict[str, Any]:
                 param=name,
                 code="unsupported_parameter",
             )
-    return found
+    return cast(RequestFields, found)
