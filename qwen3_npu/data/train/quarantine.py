@@ -176,18 +176,18 @@ def read(folder: Path) -> list[Quarantined]:
         record.only([field.name for field in dataclasses.fields(Quarantined)])
         found.append(
             Quarantined(
-                key=record.text("key"),
-                action=record.text("action"),
                 step=record.integer("step", least=0),
-                reason=record.text("reason"),
                 number=record.integer("number", least=0),
                 first=record.integer("first", least=0),
-                file=record.text("file"),
                 sample=record.integer("sample", least=0),
                 offset=record.integer("offset", least=0),
+                key=record.text("key"),
+                action=record.text("action"),
+                reason=record.text("reason"),
+                file=record.text("file"),
+                excerpt=record.text("excerpt"),
                 ids=record.counts("ids"),
                 learned=record.counts("learned"),
-                excerpt=record.text("excerpt"),
             )
         )
     return found
