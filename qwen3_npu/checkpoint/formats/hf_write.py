@@ -14,8 +14,7 @@ from qwen3_npu.checkpoint.binary.dtypes import DType, full
 from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
 from qwen3_npu.checkpoint.formats.base import Item, Stored
 from qwen3_npu.checkpoint.formats.huggingface import INDEX, SINGLE
-from qwen3_npu.checkpoint.mapping.slices import TensorSlice
-from qwen3_npu.checkpoint.mapping.table import Shard, hf_shapes
+from qwen3_npu.checkpoint.mapping.table import Shard, TensorSlice, hf_shapes
 from qwen3_npu.files import Seal, SealedFile, write_text
 from qwen3_npu.model.arch import Qwen3Arch, to_hf_config
 

@@ -44,8 +44,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from qwen3_npu.args.lora import ALL_TARGETS, TargetLayers, has_target, lora_scale, spelled
-from qwen3_npu.checkpoint.mapping.slices import TensorSlice
-from qwen3_npu.checkpoint.mapping.table import SCORE, Shard, covered, shards
+from qwen3_npu.checkpoint.mapping.table import SCORE, Shard, TensorSlice, covered, shards
 from qwen3_npu.distributed.layout import Layout, Rank, single_layout
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch

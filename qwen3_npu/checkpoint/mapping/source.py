@@ -28,8 +28,7 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     widest,
 )
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.slices import TensorSlice
-from qwen3_npu.checkpoint.mapping.table import Shard
+from qwen3_npu.checkpoint.mapping.table import Shard, TensorSlice
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.model.arch import Qwen3Arch
 

@@ -9,9 +9,8 @@ import torch
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
 from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.slices import TensorSlice
 from qwen3_npu.checkpoint.mapping.source import Source, read_shard, read_tensor
-from qwen3_npu.checkpoint.mapping.table import Shard, hf_shapes
+from qwen3_npu.checkpoint.mapping.table import Shard, TensorSlice, hf_shapes
 from qwen3_npu.checkpoint.training.live import dtype_of, to_torch
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError
