@@ -15,8 +15,8 @@ from qwen3_npu.checkpoint.formats.adapters import MergedSource
 from qwen3_npu.checkpoint.formats.base import kept_dtypes
 from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
 from qwen3_npu.checkpoint.manifest import CONVERSION
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
-from qwen3_npu.checkpoint.mapping.source import Source
+from qwen3_npu.checkpoint.mapping.lora import Lora
+from qwen3_npu.checkpoint.mapping.source import Contents, Source
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch.megatron import unlike_family

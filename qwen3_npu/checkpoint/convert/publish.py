@@ -30,7 +30,8 @@ from qwen3_npu.checkpoint.formats.open import WRITERS
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_WEIGHTS, peft_config
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS
 from qwen3_npu.checkpoint.manifest import CONVERTER, INTEGRITY, write_integrity
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.source import Contents
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.errors import UsageError

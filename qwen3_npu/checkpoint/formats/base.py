@@ -15,8 +15,7 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, widest
 from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, ITERATION, lora_args, to_args
-from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.source import OWN_DTYPES
+from qwen3_npu.checkpoint.mapping.source import OWN_DTYPES, Contents, is_lora
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.layout import Layout, Rank, single_layout
 from qwen3_npu.errors import UsageError

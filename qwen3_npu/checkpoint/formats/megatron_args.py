@@ -15,7 +15,7 @@ from qwen3_npu.args.lora import ALL_TARGETS, LORA_ENDS, LORA_TARGETS, FreezeArgs
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.training import DataArgs, OptimizerArgs, TrainArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DTYPES, DType
-from qwen3_npu.checkpoint.mapping.lora import Lora, found_lora
+from qwen3_npu.checkpoint.mapping.lora import END_TARGETS, STACKED_TARGETS, Lora
 from qwen3_npu.checkpoint.mapping.source import OWN_DTYPES, listed
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
@@ -172,3 +172,29 @@ def lora_from_args(
         "is_residual": getattr(args, "lora_init", None) == "pissa",
     }
     return Lora(r, alpha, targets, layers=some, **kinds)
+
+
+def found_lora(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[int, tuple[str, ...]] | None:
+    """Rank and targets of the LoRA tensors among Megatron tensors (of one rank), or None if there are none.
+
+    Raises:
+        UsageError: they have several ranks, or belong to modules that are not in `ALL_TARGETS`; `where` holds them.
+    """
+    ranks: set[int] = set()
+    targets: set[str] = set()
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        if name.endswith(".lora_A.default.weight"):
+            targets.add(END_TARGETS.get(parts[-4], parts[-4]))
+            ranks.add(shape[-2])
+        elif parts[-1] in ("weight1_lora_b", "weight2_lora_a"):
+            targets.add(STACKED_TARGETS[parts[-1][:7]])
+            ranks.add(shape[0] if parts[-1].endswith("b") else shape[1])
+    if not ranks:
+        return None
+    if len(ranks) > 1 or not targets <= ALL_TARGETS.keys():
+        raise UsageError(
+            f"{where} holds LoRA tensors of ranks {sorted(ranks)} on {sorted(targets)}; one rank, and targets among "
+            f"{', '.join(ALL_TARGETS)}, are supported"
+        )
+    return ranks.pop(), tuple(target for target in ALL_TARGETS if target in targets)

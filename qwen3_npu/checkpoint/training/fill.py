@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
-from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.source import Source, read_shard, read_tensor
+from qwen3_npu.checkpoint.mapping.source import Contents, Source, read_shard, read_tensor
 from qwen3_npu.checkpoint.mapping.table import Shard, TensorSlice, hf_shapes
 from qwen3_npu.checkpoint.training.live import dtype_of, to_torch
 from qwen3_npu.distributed.layout import Layout, Rank

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from qwen3_npu.checkpoint.binary.dtypes import BF16, BY_TORCH, U8, DType, Region, as_index, intersect, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter, Tensor
 from qwen3_npu.checkpoint.formats.open import Peers
-from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.source import ShardReader, SliceLocation, read_shard
+from qwen3_npu.checkpoint.mapping.source import Contents, ShardReader, SliceLocation, read_shard
 from qwen3_npu.checkpoint.mapping.table import Shard
 from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.distributed.layout import Layout, Rank

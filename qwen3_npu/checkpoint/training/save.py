@@ -34,7 +34,7 @@ from qwen3_npu.checkpoint.formats.hf_write import write_config
 from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
 from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, lora_args, to_args
 from qwen3_npu.checkpoint.formats.open import WRITERS
-from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
+from qwen3_npu.checkpoint.mapping.source import Contents, is_lora
 from qwen3_npu.checkpoint.training import optimizer_state, retention
 from qwen3_npu.checkpoint.training.live import (
     LiveTensors,
