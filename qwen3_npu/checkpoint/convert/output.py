@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan
 from qwen3_npu.checkpoint.convert.publish import ConversionOutput, HfOutput, MegatronOutput, PeftOutput
 from qwen3_npu.checkpoint.formats.base import Target, kept_dtypes, same_in_all_layers

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, full
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
 from qwen3_npu.checkpoint.formats.base import Item, Stored
 from qwen3_npu.checkpoint.formats.huggingface import INDEX, SINGLE
 from qwen3_npu.checkpoint.mapping.table import Shard, TensorSlice, hf_shapes

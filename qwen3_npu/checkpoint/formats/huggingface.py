@@ -13,7 +13,7 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, full, row_blocks, same_bits, to_float32
 from qwen3_npu.checkpoint.binary.fp8 import SCALE, BlockScaled, block_sizes
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
 from qwen3_npu.checkpoint.mapping.source import Contents, check_tensors, listed
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, hf_shapes
 from qwen3_npu.errors import UsageError, printable

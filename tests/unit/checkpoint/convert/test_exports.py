@@ -11,7 +11,7 @@ import pytest
 import samples
 
 from qwen3_npu.checkpoint.binary.dtypes import full
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter
 from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens

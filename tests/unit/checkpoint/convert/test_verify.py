@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import samples
 
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.formats.hf_write import SafetensorsWriter
 
