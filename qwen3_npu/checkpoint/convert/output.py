@@ -14,8 +14,7 @@ from qwen3_npu.checkpoint.convert.publish import ConversionOutput, HfOutput, Meg
 from qwen3_npu.checkpoint.formats.base import Target, kept_dtypes, same_in_all_layers
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, format_of, is_hf_weights
-from qwen3_npu.checkpoint.formats.hf_write import plan_hf_files
-from qwen3_npu.checkpoint.formats.huggingface import weight_map
+from qwen3_npu.checkpoint.formats.huggingface import plan_hf_files, weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.mapping.table import hf_shapes

@@ -23,8 +23,16 @@ from qwen3_npu.checkpoint.formats.folders import (
     read_tracker,
     restore_backup,
 )
-from qwen3_npu.checkpoint.formats.hf_write import WeightFile, tensor_bytes, write_config, write_weight_index
-from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, INDEX, carry_files, weight_map
+from qwen3_npu.checkpoint.formats.huggingface import (
+    CARRIED_FILES,
+    INDEX,
+    WeightFile,
+    carry_files,
+    tensor_bytes,
+    weight_map,
+    write_config,
+    write_weight_index,
+)
 from qwen3_npu.checkpoint.formats.megatron_args import ITERATION
 from qwen3_npu.checkpoint.formats.open import WRITERS
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_WEIGHTS, peft_config
