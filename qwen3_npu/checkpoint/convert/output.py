@@ -9,14 +9,14 @@ from pathlib import Path
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
-from qwen3_npu.checkpoint.convert.plan import ConversionPlan
+from qwen3_npu.checkpoint.convert.plan import ConversionPlan, kept_dtypes, same_in_all_layers
 from qwen3_npu.checkpoint.convert.publish import ConversionOutput, HfOutput, MegatronOutput, PeftOutput
-from qwen3_npu.checkpoint.formats.base import Target, kept_dtypes, same_in_all_layers
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, format_of, is_hf_weights
 from qwen3_npu.checkpoint.formats.huggingface import plan_hf_files, weight_map
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
+from qwen3_npu.checkpoint.formats.torch_write import Target
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError

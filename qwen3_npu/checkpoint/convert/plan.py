@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
-from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
+from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, widest
 from qwen3_npu.checkpoint.convert.prompts import read_prompt_settings
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
-from qwen3_npu.checkpoint.formats.base import kept_dtypes
 from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
 from qwen3_npu.checkpoint.manifest import CONVERSION
 from qwen3_npu.checkpoint.mapping.lora import Lora
@@ -184,3 +187,54 @@ def _facts(opened: Checkpoint) -> dict[str, Any]:
         "layout": str(opened),
         "files": {str(f.relative_to(opened.folder)): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
     }
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def kept_dtypes(shapes: Shapes, dtype_of: Callable[[str], DType]) -> tuple[DType, DType, dict[str, DType]]:
+    """The dtype of most weights, that of most LoRA tensors, and those of the tensors that have another.
+
+    Args:
+        shapes: of every Hugging Face and PEFT tensor.
+        dtype_of: the dtype of each tensor. A tensor for which it raises a `UsageError` is passed over: the error is
+            raised again when the tensor is read.
+    """
+    found: dict[str, DType] = {}
+    missing: UsageError | None = None
+    for name in shapes:
+        try:
+            found[name] = dtype_of(name)
+        except UsageError as error:
+            missing = error
+    numbers: dict[bool, collections.Counter[DType]] = {False: collections.Counter(), True: collections.Counter()}
+    for name, dtype in found.items():
+        numbers[_of_adapter(name)][dtype] += math.prod(shapes[name])
+    if missing is not None and not found:
+        raise missing
+    weights, lora = (numbers[kind] or numbers[not kind] for kind in (False, True))
+    most = {False: weights.most_common(1)[0][0], True: lora.most_common(1)[0][0]}
+    kept = {name: dtype for name, dtype in found.items() if dtype is not most[_of_adapter(name)]}
+    return most[False], most[True], kept
+
+
+def same_in_all_layers(
+    dtype: DType, lora_dtype: DType, kept: Mapping[str, DType], shapes: Shapes
+) -> tuple[DType, DType, dict[str, DType]]:
+    """The same for torch_dist. It stores one tensor for all layers (and experts), so all of them have one dtype.
+
+    Gate and up are one tensor too, but their chunks are stored separately, so each keeps its dtype.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in shapes if kept else ():
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name).replace(".up_proj.", ".gate_proj."), []).append(name)
+    wide: dict[str, DType] = {}
+    for names in groups.values():
+        usual = lora_dtype if _of_adapter(names[0]) else dtype
+        if (found := widest(kept.get(name, usual) for name in names)) is not usual:
+            wide |= dict.fromkeys(names, found)
+    return dtype, lora_dtype, wide
+
+
+def _of_adapter(name: str) -> bool:
+    return name.startswith("base_model.")

@@ -12,8 +12,8 @@ from types import MappingProxyType
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.binary.dtypes import DType
+from qwen3_npu.checkpoint.convert.jobs import FileRecord, remove_records
 from qwen3_npu.checkpoint.convert.prompts import write_prompt_settings
-from qwen3_npu.checkpoint.formats.base import FileJob, FileRecord, Target, remove_records
 from qwen3_npu.checkpoint.formats.folders import (
     ADAPTER_CONFIG,
     TRACKER,
@@ -33,13 +33,13 @@ from qwen3_npu.checkpoint.formats.huggingface import (
     write_config,
     write_weight_index,
 )
-from qwen3_npu.checkpoint.formats.megatron_args import ITERATION
 from qwen3_npu.checkpoint.formats.open import WRITERS
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_WEIGHTS, peft_config
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS
+from qwen3_npu.checkpoint.formats.torch_write import ITERATION, Target
 from qwen3_npu.checkpoint.manifest import CONVERTER, INTEGRITY, write_integrity
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
-from qwen3_npu.checkpoint.mapping.source import Contents
+from qwen3_npu.checkpoint.mapping.source import Contents, FileJob
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.errors import UsageError

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 from qwen3_npu.checkpoint.convert.jobs import in_processes
 from qwen3_npu.checkpoint.formats.adapters import MergedSource, PlainLora, SharedA
-from qwen3_npu.checkpoint.formats.base import FileJob, job_bytes
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Opened, Sources
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.source import Source
+from qwen3_npu.checkpoint.mapping.source import FileJob, Source, job_bytes
 from qwen3_npu.checkpoint.verify.adapters import (
     MegatronPairs,
     MergedTensors,

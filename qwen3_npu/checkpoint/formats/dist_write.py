@@ -23,11 +23,11 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection, Tensor
-from qwen3_npu.checkpoint.formats.base import STATES, FileJob, Item, RankState, Stored, Target
 from qwen3_npu.checkpoint.formats.dist_keys import Chunk, extra_states, random_key, saved_chunks, state_prefix
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata, write_metadata
 from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA
-from qwen3_npu.checkpoint.formats.torch_write import write_archive
+from qwen3_npu.checkpoint.formats.torch_write import STATES, RankState, Target, write_archive
+from qwen3_npu.checkpoint.mapping.source import FileJob, Item, Stored
 from qwen3_npu.distributed.layout import Rank
 from qwen3_npu.files import Seal, SealedFile
 

@@ -17,8 +17,7 @@ import numpy as np
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, full, row_blocks, same_bits, to_float32
 from qwen3_npu.checkpoint.binary.fp8 import SCALE, BlockScaled, block_sizes
 from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile, SafetensorsWriter
-from qwen3_npu.checkpoint.formats.base import Item, Stored
-from qwen3_npu.checkpoint.mapping.source import Contents, check_tensors, listed
+from qwen3_npu.checkpoint.mapping.source import Contents, Item, Stored, check_tensors, listed
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, TensorSlice, hf_shapes
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.files import Seal, replacing, write_text

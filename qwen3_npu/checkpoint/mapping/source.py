@@ -1,6 +1,7 @@
-"""What a checkpoint holds, and the interface of every reader: regions of tensors under Hugging Face names.
+"""What a checkpoint holds, and the interfaces of both sides: a `Source` is read, a `FileJob` is written.
 
-`ShardReader` implements it for Megatron tensors, whatever the files are.
+A source gives regions of tensors under Hugging Face names. `ShardReader` is one over Megatron tensors, whatever the
+files are.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -32,6 +34,7 @@ from qwen3_npu.checkpoint.mapping.lora import Lora, adapter_shards, base_shard
 from qwen3_npu.checkpoint.mapping.table import SCORE, Shard, TensorSlice, covered, shards
 from qwen3_npu.distributed.layout import Layout, Rank, single_layout
 from qwen3_npu.errors import UsageError, printable
+from qwen3_npu.files import Seal
 from qwen3_npu.model.arch import Qwen3Arch
 
 Where = TypeVar("Where")
@@ -175,6 +178,58 @@ def check_tensors(
     for name, shape in wanted.items():
         if found[name] != shape:
             raise UsageError(f"{where}: {name} has shape {found[name]}; {shape} expected for {what}")
+
+
+class Item(NamedTuple):
+    """A tensor to be written.
+
+    Attributes:
+        name: unique in its file.
+        shard: the slices that it is made of.
+        state: "" for a weight; one of `STATES` for a tensor of the optimizer.
+    """
+
+    name: str
+    shard: Shard
+    dtype: DType
+    state: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shard.shape) * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """A tensor of a finished file."""
+
+    dtype: DType | None
+    shape: tuple[int, ...]
+
+
+class FileJob(Protocol):
+    """One output file."""
+
+    @property
+    def name(self) -> str:
+        """Path relative to the output folder."""
+
+    def items(self) -> list[Item]:
+        """Every tensor of the file, in order."""
+
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
+        """Write the data of `items` to the file and flush it to disk.
+
+        Returns:
+            Size and digest, computed while the file is written; and notes, from which `finish` makes the common files.
+        """
+
+    def stored(self, path: Path) -> dict[str, Stored]:
+        """The tensors of a finished file, under the names of `items`. Raises: UsageError: it cannot be read."""
+
+
+def job_bytes(job: FileJob) -> int:
+    """Bytes of the tensors of a job."""
+    return sum(item.bytes for item in job.items())
 
 
 class SliceLocation(NamedTuple):

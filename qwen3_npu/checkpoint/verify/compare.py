@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from qwen3_npu.checkpoint.formats.base import FileJob
 from qwen3_npu.checkpoint.manifest import Count
-from qwen3_npu.checkpoint.mapping.source import Contents
+from qwen3_npu.checkpoint.mapping.source import Contents, FileJob
 from qwen3_npu.checkpoint.verify.adapters import MergedTensors
 from qwen3_npu.checkpoint.verify.libraries import failed, torch_tensors
 from qwen3_npu.checkpoint.verify.published import PADDING, is_turned, published_shapes
