@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from qwen3_npu import log
+from qwen3_npu.args.convert import ConvertArgs
 from qwen3_npu.checkpoint.manifest import Count
 from qwen3_npu.checkpoint.mapping.source import FileJob, Item, Source, job_bytes, read_shard
 from qwen3_npu.errors import UsageError
@@ -251,3 +253,8 @@ def in_processes(
             raise
     progress(counter.value - shown)
     return results
+
+
+def workers_of(args: ConvertArgs) -> int:
+    """Processes that convert or verify."""
+    return args.jobs or min(os.cpu_count() or 1, 4)

@@ -46,6 +46,11 @@ def is_lora(name: str) -> bool:
     return "lora_" in name
 
 
+def is_peft_name(name: str) -> bool:
+    """Whether a name is PEFT's, and not Hugging Face's."""
+    return name.startswith("base_model.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Contents:
     """What a checkpoint holds: the tensors of a model, of an adapter, or both.
