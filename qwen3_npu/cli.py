@@ -313,11 +313,34 @@ def _is_told_elsewhere() -> bool:
     return os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_ERROR_FILE" in os.environ
 
 
+# The modules of pyproject.toml's dependencies; what imports them lies inside `main` of the entry points.
+REQUIRED = (
+    *("torch", "megatron.core", "numpy", "packaging", "psutil", "tokenizers", "safetensors"),
+    *("pyarrow", "orjson", "xxhash", "jinja2", "tensorboard"),
+)
+
+
+def _explained(main: Callable[[], int | None]) -> int:
+    """Run it. Raises: UsageError: for a package that is missing, and for torch that cannot load its torch_npu."""
+    try:
+        return main() or 0
+    except ModuleNotFoundError as error:
+        if error.name not in {*REQUIRED, "megatron"}:
+            raise
+        text = f"{error.name} is not installed in {sys.executable}"
+        raise UsageError(f"{text}; python -m qwen3_npu.doctor lists what to install") from None
+    except RuntimeError as error:
+        if "backend extension: torch_npu" not in str(error):  # torch imports it, and it needs CANN's libraries
+            raise
+        remedy = "source CANN's set_env.sh (python -m qwen3_npu.doctor says which)"
+        raise UsageError(f"{error} {remedy}, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to work without NPUs") from None
+
+
 def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point: `UsageError` becomes one line on stderr and exit status 2, `Stopped` one and status 1."""
     end_with_launcher()
     try:
-        code = main() or 0
+        code = _explained(main)
     except (UsageError, Stopped) as error:
         if not (isinstance(error, UsageError) and _is_told_elsewhere()):
             with contextlib.suppress(OSError, ValueError):  # closed, or full

@@ -22,6 +22,7 @@ from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
+    get_capacity,
     get_tokens_per_expert_and_token_count,
     switch_load_balancing_loss_func,
     topk_routing_with_score_function,
@@ -33,6 +34,21 @@ from qwen3_npu.kernels import reference
 from qwen3_npu.model.modules import weight_gradient
 
 _SEEN = 64  # micro-batches whose counts are kept apart at most
+
+
+def first_tokens(chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` tokens of each expert, in their order; where it has fewer, the first others follow.
+
+    An NPU's cores sort no integers; float32 is exact for these up to 2^23 tokens.
+
+    Args:
+        chosen: [tokens, experts] bool.
+
+    Returns:
+        [experts, count] int64.
+    """
+    earlier_is_higher = torch.arange(len(chosen), 0, -1, dtype=torch.float32, device=chosen.device)
+    return (chosen.T * float(len(chosen)) + earlier_is_higher).topk(count, dim=1).indices
 
 
 class _Gate(torch.autograd.Function):
@@ -241,8 +257,12 @@ class Router(TopKRouter):
         config, factor = self.config, self.config.moe_expert_capacity_factor
         probs = probs * chosen
         policy, pads = config.moe_token_drop_policy, config.moe_pad_expert_input_to_capacity
-        if pads or (padding is None and policy == "probs"):
+        if policy == "probs" and (pads or padding is None):
             return apply_router_token_dropping(probs, chosen, self.topk, factor, policy, pads)
+        if pads:
+            capacity = get_capacity(len(chosen) * self.topk, config.num_moe_experts, factor)
+            kept = torch.zeros_like(probs).scatter_(0, first_tokens(chosen, capacity).T, 1.0).bool()
+            return probs * kept, kept
         # By position megatron sorts integers, which an NPU's cores do not.
         real = len(probs) if padding is None else (~padding).sum()  # stays on the device, as does the capacity
         # A millionth below: float32 may end just above a whole number.

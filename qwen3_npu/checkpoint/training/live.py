@@ -28,7 +28,12 @@ from qwen3_npu.model.quantized import ScalesOfTensor, fill, held
 
 def dtype_of(tensor: torch.Tensor) -> DType:
     """The tensor's dtype as the file formats know it."""
-    return U8 if tensor.dtype is torch.uint8 else BY_TORCH[str(tensor.dtype).removeprefix("torch.")]
+    return by_torch(tensor.dtype)
+
+
+def by_torch(dtype: torch.dtype) -> DType:
+    """torch's dtype as the file formats know it."""
+    return U8 if dtype is torch.uint8 else BY_TORCH[str(dtype).removeprefix("torch.")]
 
 
 def to_torch(array: np.ndarray, dtype: DType) -> torch.Tensor:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
 
 from qwen3_npu import log
 from qwen3_npu.args.training import CheckpointArgs
@@ -37,6 +38,7 @@ from qwen3_npu.checkpoint.training import optimizer_state, retention
 from qwen3_npu.checkpoint.training.live import (
     LiveTensors,
     announce,
+    by_torch,
     check_finite,
     copied_to_host,
     dtype_of,
@@ -94,9 +96,8 @@ class Trained:
 
     @property
     def dtype(self) -> DType:
-        """Of the model's weights."""
-        every = (parameter for chunk in self.chunks for parameter in chunk.parameters())
-        return dtype_of(next(parameter for parameter in every if parameter.is_floating_point()))
+        """Of the model's weights, also on a rank that has none: its layers are no-op layers, or held in 4 bits."""
+        return by_torch(get_model_config(self.chunks[0]).params_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
