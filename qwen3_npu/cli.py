@@ -46,7 +46,7 @@ def flag(
     *,
     help: str,
     unit: str = "",
-    choices: Sequence[Any] | None = None,
+    choices: Sequence[object] | None = None,
     names: Sequence[str] = (),
     minimum: float | None = None,
     maximum: float | None = None,
@@ -63,7 +63,7 @@ def flag(
         minimum, maximum: smallest and largest value allowed (for a list: of each element).
         above, below: the same, but these are not allowed themselves.
     """
-    meta: dict[str, Any] = {"help": help, "unit": unit, "choices": choices, "names": names, "metavar": metavar}
+    meta: dict[str, object] = {"help": help, "unit": unit, "choices": choices, "names": names, "metavar": metavar}
     meta |= {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
@@ -75,7 +75,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+_METAVARS: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +98,7 @@ def _fields(groups: Sequence[type]) -> dict[str, tuple[type, dataclasses.Field]]
     return found
 
 
-def _default(f: dataclasses.Field) -> Any:
+def _default(f: dataclasses.Field) -> object:
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return f.default
@@ -118,14 +118,14 @@ def _path(text: str) -> str:
     return text
 
 
-# How a value is compared with a bound, and what the error says.
+# Bound -> (how a value is compared with it, what the error says).
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "minimum": (operator.ge, "too small; the minimum is"),
     "maximum": (operator.le, "too large; the maximum is"),
     "above": (operator.gt, "too small; it must be above"),
     "below": (operator.lt, "too large; it must be below"),
 }
-_LARGEST = 2**63 - 1  # what counts and numbers of samples are kept in
+_LARGEST = 2**63 - 1  # counts and numbers of samples are kept in int64
 
 
 def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
@@ -204,7 +204,7 @@ def build_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sections: dict[type, argparse._ArgumentGroup] = {}
-    types: dict[type, dict[str, Any]] = {}
+    types: dict[type, dict[str, object]] = {}
     for name, (group, f) in _fields(groups).items():
         if group not in sections:
             sections[group] = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
@@ -227,10 +227,10 @@ def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> NoRe
 
 
 def _foreign_dest(name: str) -> str:
-    return "foreign " + name  # the space: it can never collide with a field
+    return "foreign " + name  # the space keeps it apart from every field
 
 
-def _check_foreign(given: set[str], values: dict[str, Any], foreign: Mapping[str, Foreign]) -> list[str]:
+def _check_foreign(given: set[str], values: dict[str, object], foreign: Mapping[str, Foreign]) -> list[str]:
     """The notes on foreign flags that were given. One that contradicts this code is a `UsageError`."""
     notes = []
     for name, entry in foreign.items():
@@ -303,7 +303,7 @@ def tell_torchrun(text: str, file: str | None = None) -> None:
         file: of another process; default: this one's.
     """
     if file := file or os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # torchrun shows py_callstack.
+        # torchrun prints the field py_callstack of this file.
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 

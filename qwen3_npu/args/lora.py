@@ -103,7 +103,7 @@ class LoraArgs:
     lora_ckpt_filter: bool = flag(False, help="save the adapters only, not the base weights")
 
     def __post_init__(self) -> None:
-        # MindSpeed-LLM's switch are the targets, and its default rank is 16.
+        # In MindSpeed-LLM the targets turn LoRA on, and the default rank is 16.
         if self.lora_target_modules and not self.lora_r:
             object.__setattr__(self, "lora_r", 16)
         if self.lora_r and not self.lora_target_modules:

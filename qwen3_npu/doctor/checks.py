@@ -9,7 +9,7 @@ from qwen3_npu.doctor.findings import BLOCKER, OK, WARNING, Finding
 from qwen3_npu.doctor.machine import SET_ENV, Facts
 from qwen3_npu.progress import human
 
-# torch_npu -> CANN, as published in COMPATIBILITY.en.md of Ascend/pytorch (August 2026). For 2.13.0 nothing is.
+# torch_npu -> CANN, from COMPATIBILITY.en.md of Ascend/pytorch (August 2026), which has no pair for 2.13.0.
 PAIRS = {
     "2.7.1": "8.3.RC1",
     "2.7.1.post2": "8.5.0",
@@ -18,7 +18,7 @@ PAIRS = {
     "2.12.0": "9.1.0",
 }
 _NEED = re.compile(r"([\w.-]+)\s*([^;\s]*)")  # name, versions; ours have no markers
-OLDEST_CANN = (8, 3)  # of torch_npu 2.7.1
+OLDEST_CANN = (8, 3)  # torch_npu 2.7.1 needs it
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 

@@ -16,7 +16,7 @@ from qwen3_npu.data.text.messages import read_messages
 from qwen3_npu.errors import UsageError
 
 _PROMPTS = ("prompt", "instruction", "question")
-# Every column that may tell something; of tables only these are read.
+# All columns that are used; of a table only these are read.
 COLUMNS = (*_PROMPTS, "messages", "conversations", "system", "tools", "history", "input", "output", "answer", "text")
 
 
@@ -62,7 +62,9 @@ def single_prompt(text: str) -> Conversation:
     return Conversation((Message(USER, text),))
 
 
-def read_records(path: str, flag: str, columns: tuple[str, ...] = COLUMNS) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_records(
+    path: str, flag: str, columns: tuple[str, ...] = COLUMNS
+) -> Iterator[tuple[str, Mapping[str, object]]]:
     """The records of a data file in any format of preprocess_data.py, and the place of each.
 
     A line of JSON that is a text, and a line of a text file, is a record with the column `text`.
@@ -79,7 +81,9 @@ def read_records(path: str, flag: str, columns: tuple[str, ...] = COLUMNS) -> It
         except UsageError:
             if not Path(path).is_file() or Path(path).stat().st_size == 0:
                 raise
-            files = [InputFile(Path(path), TEXT, None, Path(path).stat().st_size)]  # a name that says nothing
+            files = [
+                InputFile(Path(path), TEXT, None, Path(path).stat().st_size)
+            ]  # the ending of the name says no format
         for block in Inputs(tuple(files)).blocks(columns):
             for number, item in zip(block.numbers, block.items, strict=True):
                 where = f"{block.file}, line {number}"

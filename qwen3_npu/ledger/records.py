@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError
@@ -47,7 +46,7 @@ def read(folder: Path) -> list[LedgerEntry]:
             where = f"{path}, line {number}"
             outer = schema.record(schema.parse_json(line, where), where)
             entry = entry_of(outer.integer("step", least=0), outer.record("ledger"), f"{where}: ledger")
-            found[entry.step] = entry  # after a resume a step comes again
+            found[entry.step] = entry  # a step may come twice after a resume; the later record counts
     if not found:
         raise UsageError(f"{path} holds no record of a ledger; train with --tensorboard-dir and --ledger-interval")
     return [found[step] for step in sorted(found)]
@@ -86,7 +85,7 @@ def _planned(record: schema.Record, where: str) -> dict[str, tuple[str, float]]:
     return found
 
 
-def _pair(value: object, where: str) -> Sequence[Any]:
+def _pair(value: object, where: str) -> Sequence[object]:
     if len(found := schema.sequence(value, where)) != 2:
         raise UsageError(f"{where} is {schema.shown(value)}; a pair is expected")
     return found

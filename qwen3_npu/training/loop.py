@@ -343,7 +343,7 @@ class Trainer:
     def check_state(self) -> None:
         """Start the state check with the state that was just loaded, if --state-check-interval asks for it."""
         if interval := self.args.spikes.checks_state:
-            self.state = StateCheck(interval, self.modules, self.optimizer)
+            self.state = StateCheck(interval, self.modules, self.optimizer, self.world.device)
             self.state.note(self.position.iteration + 1)
 
     def go_back(self, why: str) -> None:

@@ -16,7 +16,7 @@ from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
 from qwen3_npu.checkpoint.formats.dist_write import same_in_all_layers
 from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, StoredModel
-from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
+from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find, nothing_there
 from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
 from qwen3_npu.checkpoint.formats.torch_write import Target
 from qwen3_npu.checkpoint.manifest import CONVERSION
@@ -72,7 +72,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     """
     for flag, folder in (("--load-dir", args.load_dir), ("--lora-load", lora.lora_load)):
         if folder is not None and not Path(folder).is_dir():
-            raise UsageError(f"{flag} {folder} is not a directory")
+            raise UsageError(f"{flag} {nothing_there(folder, None)}")
     sources = Sources(
         args.load_dir,
         args.load_model_type,

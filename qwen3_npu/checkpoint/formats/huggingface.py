@@ -184,11 +184,11 @@ def weight_map(folder: Path) -> dict[str, str]:
     if not index.exists():
         return {}
     names = shared_record(index).record("weight_map")
-    for name in names.fields:
-        file = names.text(name)
+    files = {name: names.text(name) for name in names.fields}
+    for name, file in files.items():
         if Path(file).name != file:
             raise UsageError(f"{index}: {printable(name)} is in {shown(file)}; a file in {folder} is expected")
-    return dict(names.fields)
+    return files
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -87,7 +87,7 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
     return str(folder / (f"data_{records.json_keys[0]}_document" if is_text else "data"))
 
 
-def _content(word: str, recipe: PreprocessArgs, digests: _Digests) -> list[Any]:
+def _content(word: str, recipe: PreprocessArgs, digests: _Digests) -> list[object]:
     """The identity of the raw data: digests of files, or name and arguments of a data set on the Hub."""
     if is_hub_name(word):
         return [open_inputs([word], recipe.records.hf_datasets_params).identity()]

@@ -36,9 +36,9 @@ SHAREGPT_PAIRS: ColumnNames = {**SHAREGPT, "chosen": "chosen", "rejected": "reje
 SHAREGPT_KTO: ColumnNames = {**SHAREGPT, "label": "label"}
 OPENAI: ColumnNames = {"messages": "messages", "system": None, "tools": "tools"}
 OPENAI_KTO: ColumnNames = {**OPENAI, "label": "label"}
-# What a label may be, as text; whether the answer is desirable.
+# Text of a label -> whether the answer is desirable.
 _LABELS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
-# What columns are called elsewhere, for a hint.
+# Names that other programs give to columns, for a hint.
 _ALIASES = {
     "prompt": ("prompt", "question", "query", "input", "user"),
     "response": ("response", "answer", "completion", "target", "chosen", "text"),
@@ -58,9 +58,9 @@ TAGS: ColumnNames = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-# Columns that would change the conversation, if they were read.
+# Columns that would change the conversation if they were used.
 _TELLING = ("system", "history", "tools", *REASONING)
-# Keys of records and messages that say where something comes from, and nothing that could be learned.
+# Keys that say where a record or message comes from; they hold nothing that could be learned.
 _METADATA = frozenset(
     re.findall(
         r"\w+",
@@ -91,7 +91,7 @@ def missing_column(record: Mapping[str, object], column: str) -> str:
     return text
 
 
-def value(record: Mapping[str, object], column: str) -> Any:
+def value(record: Mapping[str, object], column: str) -> object:
     """A column of a record. Raises: ValueError: the record has none, or nothing in it."""
     if column not in record:
         raise ValueError(missing_column(record, column))

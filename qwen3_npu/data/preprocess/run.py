@@ -159,7 +159,7 @@ def _report(output: DatasetOutput) -> None:
         log.info(f"written: {prefix}.bin .idx: {totals.documents[name]} documents, {totals.tokens[name]} tokens")
 
 
-def identifying_flags(args: PreprocessArgs) -> list[tuple[str, Any]]:
+def identifying_flags(args: PreprocessArgs) -> list[tuple[str, object]]:
     """The flags that change what is written."""
     flags = sorted((k, v) for group in args for k, v in vars(group).items() if k not in _WITHOUT_EFFECT)
     own = own_source(args.records.handler_name)
@@ -168,7 +168,7 @@ def identifying_flags(args: PreprocessArgs) -> list[tuple[str, Any]]:
 
 def _identity(args: PreprocessArgs, inputs: Inputs, tokenizer: TokenizerFolder) -> str:
     """A digest of everything that determines the output."""
-    everything: list[Any] = [inputs.identity(), tokenizer.identity, identifying_flags(args)]
+    everything: list[object] = [inputs.identity(), tokenizer.identity, identifying_flags(args)]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 

@@ -39,14 +39,14 @@ class Inputs:
 
     files: tuple[InputFile, ...]
     dataset: str = ""
-    dataset_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dataset_arguments: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Bytes on disk; 0 if unknown."""
         return sum(file.size for file in self.files)
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> list[object]:
         """Path, size and time of each file; changes when a file does."""
         stats = [(str(f.path), f.size, f.path.stat().st_mtime_ns) for f in self.files]
         return [*stats, self.dataset, sorted(self.dataset_arguments.items())]
@@ -66,7 +66,7 @@ class Inputs:
             try:
                 yield from _READERS[file.format](file, columns)
             except (OSError, ValueError) as error:
-                # pyarrow's errors are of both kinds; any other ValueError is ours.
+                # pyarrow's errors are OSErrors or ValueErrors, too; any other ValueError is a fault of this program.
                 if not isinstance(error, OSError) and not type(error).__module__.startswith("pyarrow"):
                     raise
                 text = (str(error).splitlines() or [type(error).__name__])[0]

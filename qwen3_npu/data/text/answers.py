@@ -111,7 +111,7 @@ def _ends(rendered: Rendered) -> list[int]:
             position += len(part)
             ends.append(position)
         return ends
-    # The marks change more of the text than themselves.
+    # The template does not only insert the marks: it changes other text, too.
     ends = []
     for i in rendered.answers:
         before, mark, _ = rendered.marked([i]).rpartition(rendered.mark)
@@ -161,7 +161,7 @@ def _marked(message: Message, mark: str) -> Message:
     return message._replace(calls=calls, given=given)
 
 
-def _marked_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
+def _marked_call(call: dict[str, Any], mark: str) -> dict[str, object]:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _marked_call(call["function"], mark)}
     return {**call, "name": f"{call['name']}{mark}"}

@@ -17,7 +17,7 @@ class ToolCall(NamedTuple):
     """A function call of the assistant; arguments are an object, or the text to write as it is."""
 
     name: str
-    arguments: Any
+    arguments: object
 
     def arguments_text(self) -> str:
         """As Qwen3's chat template writes them."""

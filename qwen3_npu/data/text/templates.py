@@ -191,7 +191,7 @@ def _qwen3_system(conversation: Conversation) -> str:
     return f"<|im_start|>system\n{system}{END}\n" if system else ""
 
 
-def _qwen3_tools(tools: tuple[dict[str, Any], ...]) -> str:
+def _qwen3_tools(tools: tuple[dict[str, object], ...]) -> str:
     listed = "".join("\n" + to_json(tool) for tool in tools)
     return (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"

@@ -121,7 +121,7 @@ class Saver:
     """
 
     def __init__(
-        self, trained: Trained, args: CheckpointArgs, lora: LoraArgs, extra: dict[str, Any], *, config: Path | None
+        self, trained: Trained, args: CheckpointArgs, lora: LoraArgs, extra: dict[str, object], *, config: Path | None
     ) -> None:
         self.trained, self.args, self.lora, self.extra, self.config = trained, args, lora, extra, config
         self.pending: Writing | None = None

@@ -72,6 +72,6 @@ def _template(args: PretrainArgs, *, is_prepared: bool) -> str:
     return args.instruction.prompt_type or "unknown (the data do not say it)"
 
 
-def _digest(made: dict[str, Any], tokenizer: TokenizerFolder | None) -> dict[str, Any]:
+def _digest(made: dict[str, object], tokenizer: TokenizerFolder | None) -> dict[str, Any]:
     digest = made.get("tokenizer") or (tokenizer.identity if tokenizer else None)
     return {"tokenizer_digest": digest} if digest else {}
