@@ -16,7 +16,7 @@ from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.checkpoint.binary.dtypes import BF16
-from qwen3_npu.checkpoint.formats.hf_write import write_config
+from qwen3_npu.checkpoint.formats.huggingface import write_config
 from qwen3_npu.distributed.layout import check_world_size
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.training.prepare.plan import plan_training
