@@ -332,8 +332,9 @@ def _explained(main: Callable[[], int | None]) -> int:
     except RuntimeError as error:
         if "backend extension: torch_npu" not in str(error):  # torch imports it, and it needs CANN's libraries
             raise
-        remedy = "source CANN's set_env.sh (python -m qwen3_npu.doctor says which)"
-        raise UsageError(f"{error} {remedy}, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to work without NPUs") from None
+        remedy = "source its set_env.sh (python -m qwen3_npu.doctor says which)"
+        without = "set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to work without NPUs"
+        raise UsageError(f"torch cannot load torch_npu, which needs CANN; {remedy}, or {without}") from None
 
 
 def run(prog: str, main: Callable[[], int | None]) -> NoReturn:

@@ -8,7 +8,7 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import MEGATRON
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.preprocess import THINKING
-from qwen3_npu.checkpoint.convert.prompts import PROMPTS, read_prompt_settings
+from qwen3_npu.checkpoint.convert.plan import PROMPTS, read_prompt_settings
 from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.data.text.prompt_types import AUTO, TEMPLATES, misfit, resolved
 from qwen3_npu.data.text.tokenizer import TokenizerFolder

@@ -15,7 +15,6 @@ from qwen3_npu.args.model import ModelArgs, ShapeArgs, arch_from_shapes
 from qwen3_npu.checkpoint import manifest
 from qwen3_npu.checkpoint.formats import dist_write, torch_write
 from qwen3_npu.checkpoint.formats.adapters import MergedSource, PlainLora, SharedA
-from qwen3_npu.checkpoint.formats.base import MegatronWriter
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.folders import (
     PEFT,
@@ -31,6 +30,7 @@ from qwen3_npu.checkpoint.formats.huggingface import HfReader, open_hf
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader, checkpoint_args
+from qwen3_npu.checkpoint.formats.torch_write import MegatronWriter
 from qwen3_npu.distributed.layout import Rank
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config

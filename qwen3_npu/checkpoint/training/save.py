@@ -29,13 +29,11 @@ from qwen3_npu import log
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import manifest
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.checkpoint.formats.base import STATES, RankState, Target
 from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, move_to_backup
-from qwen3_npu.checkpoint.formats.hf_write import write_config
-from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
-from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, lora_args, to_args
+from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files, write_config
 from qwen3_npu.checkpoint.formats.open import WRITERS
-from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
+from qwen3_npu.checkpoint.formats.torch_write import CHECKPOINT_VERSION, STATES, RankState, Target, lora_args, to_args
+from qwen3_npu.checkpoint.mapping.source import Contents, is_lora
 from qwen3_npu.checkpoint.training import optimizer_state, retention
 from qwen3_npu.checkpoint.training.live import (
     LiveTensors,

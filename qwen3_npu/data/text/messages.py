@@ -5,16 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from qwen3_npu.data.text.conversation import (
-    ASSISTANT,
-    SYSTEM,
-    TOOL,
-    USER,
-    Conversation,
-    Message,
-    calls_of,
-    tools_of,
-)
+from qwen3_npu.data.text.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Message, calls_of, tools_of
 
 _ROLES = {SYSTEM: SYSTEM, USER: USER, ASSISTANT: ASSISTANT, TOOL: TOOL, "function": TOOL}
 # Keys that hold the thoughts of an answer, in transformers' order (utils/chat_template_utils.py).

@@ -21,7 +21,7 @@ from qwen3_npu.checkpoint.formats.huggingface import open_hf
 @contextlib.contextmanager
 def built(folder: Path, kernel: str = "auto", **train: object) -> Iterator[torch.nn.Module]:
     """Our model with the weights of a Hugging Face directory."""
-    from qwen3_npu.checkpoint.training.fill import load_weights
+    from qwen3_npu.checkpoint.training.live import load_weights
     from qwen3_npu.distributed.launch import model_parallel, model_rank
     from qwen3_npu.model.build import build_model
     from qwen3_npu.model.config import transformer_config

@@ -286,7 +286,7 @@ def test_a_poisoned_moment_is_not_loaded(key: str, words: str, process: object, 
     from megatron.core.optimizer.optimizer import FP32Optimizer
     from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
-    from qwen3_npu.checkpoint.mapping.lora import Contents
+    from qwen3_npu.checkpoint.mapping.source import Contents
     from qwen3_npu.checkpoint.training import load
 
     arch = tiny.arch()
