@@ -87,7 +87,7 @@ def cached(
     log.info(f"reference: {path}: {total - missing} of {total} pairs are known")
     opened: Reference | None = None
     found: dict[int, tuple[float, float]] = {}
-    asked: set[int] = set()  # equal on all ranks, which must run the same steps
+    asked: set[int] = set()  # equal on all ranks, since they must run the same steps
     with Progress("reference log-probabilities", min(missing, at_most), {"pairs": ""}) as progress:
         for number, (batches, mine, everyone) in enumerate(steps):
             rows = [row for samples in everyone for row in known.rows(samples)]
