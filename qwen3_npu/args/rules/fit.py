@@ -137,10 +137,9 @@ def _check_blocks(arch: Qwen3Arch, layout: Layout) -> None:
         widths["the width of the MLP"] = (arch.intermediate_size, layout.tensor)
     for what, (width, ranks) in widths.items():
         if width % (64 * ranks):
-            raise UsageError(
-                f"--qlora: {what}, {width}, over {ranks} tensor-parallel ranks is no multiple of NF4's blocks of 64; "
-                f"use fewer"
-            )
+            remedy = "use fewer ranks" if width % 64 == 0 else "train this model with --lora-r alone"
+            text = f"--qlora: {what}, {width}, over {ranks} tensor-parallel ranks is no multiple of NF4's blocks of 64"
+            raise UsageError(f"{text}; {remedy}")
 
 
 def sequence_multiple(args: PretrainArgs) -> tuple[int, str]:
