@@ -1,8 +1,9 @@
 """The table of docs/planning.md: what communication of four scripts nothing hides, without and with what hides it.
 
-python benchmarks/planning/exposed.py [--few] [SCRIPT...]
+python benchmarks/planning/exposed.py [--few] [SCRIPT...] [-- FLAGS]
 
-Scripts for Atlas A3 are played in a SuperPoD, and with RoCE between nodes.
+Scripts for Atlas A3 are played in a SuperPoD, and with RoCE between nodes. FLAGS: further ones of every
+script, as `--coc-parallel-num 8`.
 
 --few: chunks of one and of two layers are traced, and what a layer adds is counted as often as the model has it more.
 """
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 def main(words: list[str]) -> None:
     platform = select_platform("cpu")
     platform.activate()
+    words, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     names, is_few = [word for word in words if word != "--few"], "--few" in words
     with tempfile.TemporaryDirectory() as folder:
         for name in names or NAMES:
@@ -49,6 +51,7 @@ def main(words: list[str]) -> None:
             arch = SIZES[size_of(script)]
             (Path(folder) / "config.json").write_text(json.dumps(to_hf_config(arch)))
             asked = ask(script, Path(folder), HF_DIR=folder, CKPT_LOAD_DIR=folder)
+            asked.flags.extend(flags)
             if not is_few:
                 show(f"{name}, {asked.world}", devices, ways(asked.flags, asked.world, devices))
                 continue
