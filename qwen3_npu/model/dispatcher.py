@@ -20,6 +20,7 @@ from qwen3_npu.model.expert_parallel.exchange import (
     widened,
     with_weights,
 )
+from qwen3_npu.model.router import first_tokens
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):
@@ -71,6 +72,8 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
         Rows for other ranks are sorted by piece first and contain their router weights.
         """
+        if self.drop_and_pad:
+            return self._padded(hidden_states, routing_map, probs)
         if not self.is_even:
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
         self.hidden_shape, tokens = hidden_states.shape, hidden_states.view(-1, hidden_states.shape[-1])
@@ -84,6 +87,20 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
             tokens, routing_map, probs, self.num_out_tokens
         )
         return rows if self.is_alone else with_weights(rows, weights, hidden_states.shape[-1]), weights
+
+    def _padded(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As megatron's, where each expert has `capacity` tokens. megatron sorts int8, which an NPU's cores do not."""
+        self.hidden_shape, self.routing_map, self.probs = hidden_states.shape, routing_map, probs
+        tokens = hidden_states.view(-1, hidden_states.shape[-1])
+        self.hidden_shape_before_permute = tokens.shape
+        self.tokens_per_expert = self.preprocess(routing_map)
+        order = first_tokens(routing_map, self.capacity)
+        firsts = torch.arange(self.num_experts, device=order.device).unsqueeze(1) * len(tokens)
+        self.reversed_local_input_permutation_mapping = order.flatten()
+        weights = probs.T.reshape(-1).index_select(0, (firsts + order).flatten())
+        return tokens.index_select(0, order.flatten()), weights
 
     def _by_piece(self, x: torch.Tensor) -> torch.Tensor:
         """[t, experts of all ranks], sorted by the order in which pieces are sent."""

@@ -22,6 +22,7 @@ from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
+    get_capacity,
     get_tokens_per_expert_and_token_count,
     switch_load_balancing_loss_func,
     topk_routing_with_score_function,
@@ -32,7 +33,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.modules import weight_gradient
 
-_SEEN = 64  # micro-batches whose counts are kept apart at most
+_SEEN = 64  # most micro-batches whose counts are kept apart
+
+
+def first_tokens(chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` tokens of each expert, in their order; where it has fewer, the first others follow.
+
+    An NPU's cores sort no integers; float32 is exact for these up to 2^23 tokens.
+
+    Args:
+        chosen: [tokens, experts] bool.
+
+    Returns:
+        [experts, count] int64.
+    """
+    earlier_is_higher = torch.arange(len(chosen), 0, -1, dtype=torch.float32, device=chosen.device)
+    return (chosen.T * float(len(chosen)) + earlier_is_higher).topk(count, dim=1).indices
 
 
 class _Gate(torch.autograd.Function):
@@ -77,7 +93,7 @@ class _Choice(torch.autograd.Function):
         probs, routing_map = torch.softmax(alone, -1), alone != float("-inf")
         counts = routing_map.sum(0)
         ctx.mark_non_differentiable(routing_map, counts)
-        ctx.set_materialize_grads(False)  # of those two, there is none
+        ctx.set_materialize_grads(False)  # these two outputs have no gradient
         real, counted = None, counts
         if is_counted and padding is not None:
             real = ~padding.unsqueeze(-1)
@@ -241,11 +257,15 @@ class Router(TopKRouter):
         config, factor = self.config, self.config.moe_expert_capacity_factor
         probs = probs * chosen
         policy, pads = config.moe_token_drop_policy, config.moe_pad_expert_input_to_capacity
-        if pads or (padding is None and policy == "probs"):
+        if policy == "probs" and (pads or padding is None):
             return apply_router_token_dropping(probs, chosen, self.topk, factor, policy, pads)
-        # By position megatron sorts integers, which an NPU's cores do not.
+        if pads:
+            capacity = get_capacity(len(chosen) * self.topk, config.num_moe_experts, factor)
+            kept = torch.zeros_like(probs).scatter_(0, first_tokens(chosen, capacity).T, 1.0).bool()
+            return probs * kept, kept
+        # For the policy "position" megatron sorts integers, which an NPU's cores do not.
         real = len(probs) if padding is None else (~padding).sum()  # stays on the device, as does the capacity
-        # A millionth below: float32 may end just above a whole number.
+        # A millionth less, since float32 may end just above a whole number.
         most = real * (self.topk * factor / config.num_moe_experts * (1 - 1e-6))
         capacity = most.ceil() if isinstance(most, torch.Tensor) else math.ceil(most)
         if policy == "position":
@@ -320,7 +340,7 @@ class Router(TopKRouter):
         return torch.cat(counts)
 
 
-# What the last gradient of a balancing loss was weighted by: the layers of a micro-batch share it.
+# The weight of the last balancing loss's gradient, which the layers of a micro-batch share.
 _weights: dict[tuple, tuple[torch.Tensor, object]] = {}
 
 

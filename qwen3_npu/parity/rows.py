@@ -88,7 +88,7 @@ MOE_LAYOUTS = {
     "EP2 DP4 distributed optimizer, overlapped, exchange hidden": (4, EP2 + ZERO + OVERLAP + HIDDEN),
 }
 
-# Where it matters that embedding and output layer are one weight.
+# Layouts in which a tied output layer is treated in its own way.
 TIED = ["one process, chunked loss", "TP2 SP, chunked loss", "TP2", "TP2 SP", "PP2", "PP2 VPP2", "PP2 noop"]
 TIED += ["DP2 distributed optimizer", "TP2 PP2", "TP2 PP2 VPP2 SP", "CP2 ring PP2 VPP2"]
 TIED += ["PP2 DP2 distributed optimizer, overlapped"]

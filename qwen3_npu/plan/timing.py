@@ -31,9 +31,9 @@ from qwen3_npu.plan.shape import Shape
 LAYER_LAUNCHES = {False: (13, 23), True: (25, 36)}
 MORE_LAUNCHES = {"lora": (7, 8), "expert": (6, 4), "ring": (19, 17), "sequence_parallel": (8, 0)}
 END_LAUNCHES = 43, 15
-# Of an exchange in pieces that products hide: once, and for each piece but the first.
+# The same for an exchange in pieces that products hide: once, and for each piece after the first.
 PIECE_LAUNCHES = (2, 1), (8, 11)
-# Bytes a weight where no kernel adds its gradient to the sum beside the product: 16 bits written and read, the sum too.
+# Bytes per weight if its gradient is added to the sum by itself: 16 bits written and read, the sum read and written.
 _SUM_BYTES = 12
 # Bytes that pass through memory for each logit of the loss and its gradient; megatron-core's loss, operation by
 # operation: float32 copy 6, largest 4, difference 8, exponential 8, sum 4, division 8; gradient 8, its copy 6.
@@ -230,7 +230,7 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         expert=passes * expert,
         context=passes * context,
         pipeline=pipeline_seconds(shape, setup, device),
-        # Of the exchanges those of the forward pass: tensor parallelism's are 4 of 10.
+        # The share of the forward pass: 4 of tensor parallelism's 10 exchanges.
         reference=passes * (once + 0.4 * tensor + expert / (2 + share) + context / 2) if setup.scored else 0.0,
         data=data_seconds(shape, setup, device, stage, busy=passes * computing),
         bubble=0.0,

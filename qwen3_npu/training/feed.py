@@ -269,7 +269,7 @@ def _splits(
 def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, micro = args.data, args.train.micro_batch_size
     prefixes, weights = blend(data.data_path)
-    files: Sequence[SampleFiles[Any]] = open_answers(data.stage, prefixes)  # the stage says which samples they hold
+    files: Sequence[SampleFiles[object]] = open_answers(data.stage, prefixes)  # the stage says which samples they hold
     train, valid = _splits(args, files, weights)
     _, padding = _padding(args, plan)
     packed = data.per_document

@@ -72,8 +72,9 @@ class RankReport:
         ended: whether it has reported its end.
         steps: number of finished steps.
         age: seconds since it entered its phase.
-        at, inner: position of its main thread, outside torch and innermost; "" if unknown.
+        at, inner: position of the thread that may go on, outside torch and innermost; "" if unknown.
         channels: name -> channel.
+        main: position of its main thread, if that waits for its turn while another thread is `at`; else "".
         waits: whether one of its threads is inside a call now; None if unknown. A call that was begun and is not waited
             for yet holds nobody up.
     """
@@ -94,6 +95,7 @@ class RankReport:
     inner: str
     channels: dict[str, Channel]
     waits: bool | None = None
+    main: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.node}, device {self.device})"
@@ -116,6 +118,8 @@ class RankReport:
             text += f" at {self.at}"
         if self.inner and self.inner != self.at:
             text += f", inside {self.inner}"
+        if self.main:
+            text += f"; the main thread waits for its turn at {self.main}"
         return text
 
 

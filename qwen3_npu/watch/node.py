@@ -64,7 +64,9 @@ class Node:
     def _report(self, number: int, read: state.RankSnapshot, process: probe.Process, stack: str) -> Report:
         info, channels = state.read_info(self.folder / f"rank_{number}.info")
         now = time.monotonic()
-        inner, at = probe.place(stack, info["thread"])
+        main = info["thread"]
+        running = probe.whose_turn(stack, main)
+        inner, at = probe.place(stack, running)
         known = {}
         for each in channels:
             index = each["index"]
@@ -88,6 +90,7 @@ class Node:
             age=now - read.since,
             at=at,
             inner=inner,
+            main="" if running == main else probe.place(stack, main)[1],
             channels=known,
             waits=probe.is_waiting(stack),
         )

@@ -12,7 +12,8 @@ from qwen3_npu.processes import started
 
 STACKS = signal.SIGUSR2  # a rank answers with its stacks, in C, even while its main thread is inside a collective
 _PATIENCE = 2.0  # seconds for the stacks
-_WRAPPERS = ("torch/", "typing_extensions.py", "contextlib.py")  # frames that are left out
+_TURNS = "distributed/turns.py"  # where a thread waits for its turn (--moe-fb-overlap)
+_WRAPPERS = ("torch/", "typing_extensions.py", "contextlib.py", _TURNS)  # frames that are left out
 _BRIEF = 0.3  # seconds over which the CPU time is measured
 
 
@@ -84,18 +85,37 @@ def place(stack: str, thread: int) -> tuple[str, str]:
     Returns:
         Two strings "file:line (function)", often equal; "" if the thread is missing.
     """
+    frames = _threads(stack).get(thread, [])
+    outer = [frame for frame in frames if not frame.startswith(_WRAPPERS) and "/threading.py:" not in frame]
+    return (frames[0] if frames else ""), (outer[0] if outer else frames[0] if frames else "")
+
+
+def whose_turn(stack: str, main: int) -> int:
+    """The thread that may go on: the main one, or the one for which the main one waits in `distributed.turns`."""
+    threads = _threads(stack)
+
+    def waits(frames: list[str]) -> bool:
+        return next((f for f in frames if "/threading.py:" not in f), "").startswith(_TURNS)
+
+    if not waits(threads.get(main, [])):
+        return main
+    others = [n for n, frames in threads.items() if not waits(frames) and any(f.startswith(_TURNS) for f in frames)]
+    return others[0] if len(others) == 1 else main
+
+
+def _threads(stack: str) -> dict[int, list[str]]:
+    """Thread -> its frames, "file:line (function)", the innermost first; without those of `watch.collectives`."""
+    threads: dict[int, list[str]] = {}
     frames: list[str] = []
-    inside = False
     for line in stack.splitlines():
         if "(most recent call first)" in line:
-            inside = f"{thread:#018x}" in line
-        elif inside and line.startswith("  File "):
+            frames = threads[int(line[line.index("0x") :].split()[0], 16)] = []
+        elif line.startswith("  File "):
             path, _, rest = line.removeprefix('  File "').rpartition('", line ')
             number, _, function = rest.partition(" in ")
             if not path.endswith("watch/collectives.py"):
                 frames.append(f"{_short(path)}:{number} ({function})")
-    outer = [frame for frame in frames if not frame.startswith(_WRAPPERS)]
-    return (frames[0] if frames else ""), (outer[0] if outer else frames[0] if frames else "")
+    return threads
 
 
 def is_waiting(stack: str) -> bool | None:

@@ -13,7 +13,7 @@ from qwen3_npu.args.training import OptimizerArgs
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 
-# What is meant to be on, how to tell, and the flags without effect while it is off.
+# A feature, whether it is on, and the flags that have no effect while it is off.
 _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ...] = (
     (
         "--lora-target-modules (without it all weights are trained)",

@@ -25,8 +25,7 @@ from qwen3_npu.checkpoint.formats.megatron_args import (
     lora_from_args,
     own_dtypes,
 )
-from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
-from qwen3_npu.checkpoint.mapping.source import ShardReader, SliceLocation, check_tensors, listed
+from qwen3_npu.checkpoint.mapping.source import Contents, ShardReader, SliceLocation, check_tensors, is_lora, listed
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, shards
 from qwen3_npu.distributed.layout import Layout, Rank
 from qwen3_npu.errors import UsageError

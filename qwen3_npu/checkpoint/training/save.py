@@ -23,22 +23,22 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
 
 from qwen3_npu import log
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint import manifest
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.checkpoint.formats.base import STATES, RankState, Target
 from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, move_to_backup
-from qwen3_npu.checkpoint.formats.hf_write import write_config
-from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files
-from qwen3_npu.checkpoint.formats.megatron_args import CHECKPOINT_VERSION, lora_args, to_args
+from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files, write_config
 from qwen3_npu.checkpoint.formats.open import WRITERS
-from qwen3_npu.checkpoint.mapping.lora import Contents, is_lora
+from qwen3_npu.checkpoint.formats.torch_write import CHECKPOINT_VERSION, STATES, RankState, Target, lora_args, to_args
+from qwen3_npu.checkpoint.mapping.source import Contents, is_lora
 from qwen3_npu.checkpoint.training import optimizer_state, retention
 from qwen3_npu.checkpoint.training.live import (
     LiveTensors,
     announce,
+    by_torch,
     check_finite,
     copied_to_host,
     dtype_of,
@@ -96,9 +96,8 @@ class Trained:
 
     @property
     def dtype(self) -> DType:
-        """Of the model's weights."""
-        every = (parameter for chunk in self.chunks for parameter in chunk.parameters())
-        return dtype_of(next(parameter for parameter in every if parameter.is_floating_point()))
+        """Of the model's weights, also on a rank that has none: its layers are no-op layers, or held in 4 bits."""
+        return by_torch(get_model_config(self.chunks[0]).params_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
+from qwen3_npu.checkpoint.mapping.lora import Lora
+from qwen3_npu.checkpoint.mapping.source import Contents
 from qwen3_npu.model.arch import Qwen3Arch
 
 Span = tuple[int, int]

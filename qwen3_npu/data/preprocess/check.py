@@ -61,7 +61,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
     places: dict[str, str] = {}
     if isinstance(handler, ConversationHandler):
         handler.look = functools.partial(lint, thinking=handler.style.thinking)
-        handler.columns = ()  # all of a table, to tell which are not used
+        handler.columns = ()  # read all columns, to tell which are not used
     for block, produced in documents(args, inputs, handler, encoder, totals=totals):
         for text, numbers in produced.summary.warnings.items():
             warnings[text] += len(numbers)
@@ -144,7 +144,7 @@ def show_sample(title: str, ids: np.ndarray, labels: np.ndarray, decode: Callabl
         else:
             text += f"[[{part}]]" if learned[start] else part
     if colours:
-        print(text, flush=True)  # the log would escape the colours
+        print(text, flush=True)  # a log line would escape the colours
     else:
         log.info(text)
 

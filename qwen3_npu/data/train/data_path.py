@@ -125,7 +125,7 @@ def _answer_facts(
     return _facts([(one.files[::2], len(one)) for one in opened], data.split, seq_length)
 
 
-# How the first file of a prefix is called, by what it holds.
+# Content -> the ending of the first file of a prefix.
 DATA_SUFFIXES = {
     "text": "",
     "instruction data": "_packed_input_ids_document",
@@ -158,7 +158,7 @@ def _check_there(prefix: str, data: DataArgs) -> None:
 
 
 def _check_split(data: DataArgs, prefixes: Sequence[str], *, evaluates: bool) -> None:
-    pool = data.is_instruction  # of texts each is drawn from
+    pool = data.is_instruction  # text is drawn from every file
     end, what = (DATA_SUFFIXES["instruction data"], "sample") if pool else ("", "document")
     counts = [len(open_indexed(prefix + end)) for prefix in prefixes]
     shares = [split_ranges(data.split, count) for count in counts]

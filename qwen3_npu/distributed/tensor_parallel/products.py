@@ -94,7 +94,7 @@ class _Arriving:
     """x [rows, b, width] of all ranks, piece by piece: `whole` is [pieces, n, rows / pieces, b, width]."""
 
     def __init__(self, x: torch.Tensor, pieces: int, group: dist.ProcessGroup) -> None:
-        self.group, self.works = group, list[Any]()
+        self.group, self.works = group, list[dist.Work]()
         self.parts = x.contiguous().view(pieces, x.shape[0] // pieces, *x.shape[1:])
         self.whole = x.new_empty(pieces, group.size(), *self.parts.shape[1:])
         self.send()
@@ -133,7 +133,7 @@ def _gather_multiplied(
 
 def _multiply_scattering(
     x: torch.Tensor, weight: torch.Tensor, overlap: Overlap, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, list[Any]]:
+) -> tuple[torch.Tensor, list[dist.Work]]:
     """x [s, b, in] times weight [in, out], summed over ranks: [s / n, b, out]; and what is to be waited for."""
     ranks, (tokens, batch, _) = group.size(), x.shape
     pieces = overlap.pieces_of(tokens // ranks)
@@ -146,7 +146,7 @@ def _multiply_scattering(
     return out.flatten(0, 1), works
 
 
-def _wait(works: list[Any]) -> None:
+def _wait(works: list[dist.Work]) -> None:
     for work in works:
         work.wait()
 

@@ -99,9 +99,7 @@ def _check_reference(args: PretrainArgs, arch: Qwen3Arch) -> None:
 def _check_opens(folder: str, step: int | None, flag: str, args: PretrainArgs, *, arch: Qwen3Arch) -> None:
     found = next(iter(candidates(folder, step)), None)
     if found is None:
-        lacks = f"no checkpoint and no {'PEFT adapter' if flag == '--lora-load' else 'Hugging Face model'}"
-        why = nothing_there(folder, None) if Path(folder).exists() else "there is no such folder"
-        raise UsageError(f"{flag} {folder} holds {lacks}: {why}")
+        raise UsageError(f"{flag} {nothing_there(folder, None)}")
     if found.format == PEFT and flag == "--load":
         raise UsageError(f"--load {folder} is a PEFT adapter; give its model with --load and this with --lora-load")
     if found.format == PEFT and flag == "--ref-model":

@@ -55,10 +55,13 @@ class StateCheck:
     Args:
         interval: steps between checks.
         chunks: the model chunks of this rank, not wrapped.
+        device: of the sums.
     """
 
-    def __init__(self, interval: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
-        self.interval, self.optimizer = interval, optimizer
+    def __init__(
+        self, interval: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, device: torch.device
+    ) -> None:
+        self.interval, self.optimizer, self.device = interval, optimizer, device
         self.names: list[str] = []
         self.tensors: list[torch.Tensor] = []
         parameters = told_parameters(chunks)
@@ -114,7 +117,7 @@ class StateCheck:
                 sliced.wait()
             counts += [state["step"] for state in part.optimizer.state.values()]
         sums = [checksum(tensor) for tensor in self.tensors]
-        device = self.tensors[0].device
+        device = self.device  # a rank of no-op layers alone has no tensor that says it
         sums.append(checksum(torch.stack(counts)) if counts else torch.zeros((), dtype=torch.int32, device=device))
         if all(one.device == device for one in sums):
             return torch.stack(sums)

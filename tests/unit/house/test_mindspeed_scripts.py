@@ -16,7 +16,7 @@ from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.model import ModelArgs, shaped
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.rules.switches import check_switches
-from qwen3_npu.checkpoint.convert.output import target_layout
+from qwen3_npu.checkpoint.convert.run import target_layout
 from qwen3_npu.distributed.layout import check_world_size
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch, to_hf_config

@@ -8,9 +8,11 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 import qwen3_npu
+from qwen3_npu.cli import REQUIRED
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -91,6 +93,18 @@ def test_dependencies_are_what_the_package_imports() -> None:
     }
     assert imported() - optional == modules(PROJECT["project"]["dependencies"])
     assert optional <= imported(), "an extra that nothing imports"
+    assert {name.split(".")[0] for name in REQUIRED} == modules(PROJECT["project"]["dependencies"])
+
+
+def test_an_older_python_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    init = (ROOT / "qwen3_npu" / "__init__.py").read_text()
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    with pytest.raises(SystemExit, match="2"):
+        exec(compile(init, "__init__.py", "exec"), {})
+    assert capsys.readouterr().err == f"error: {sys.executable} is Python 3.9; use Python 3.10, 3.11 or 3.12\n"
+    # Each program reaches that line: an older Python can at least read it.
+    for text in (init, *(path.read_text() for path in ROOT.glob("*.py"))):
+        ast.parse(text, feature_version=(3, 7))
 
 
 def test_the_npu_extras_are_the_published_pairs() -> None:

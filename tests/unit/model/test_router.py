@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen3_npu.model.router import Router, _Choice, _Gate
+from qwen3_npu.model.router import Router, _Choice, _Gate, first_tokens
 
 TOPK, EXPERTS, TOKENS = 2, 5, 7
 
@@ -99,3 +99,17 @@ def test_padding_launches_few_operations_more() -> None:
             _Choice.apply(logits, made, True, padding)[0].sum().backward()
         counts.append(operations.count)
     assert counts[1] - counts[0] <= 12
+
+
+def test_the_rows_of_full_experts_are_those_of_megatrons_sort() -> None:
+    tokens, capacity = 40, 9
+    drawn = torch.rand(tokens, EXPERTS, generator=torch.Generator().manual_seed(0))
+    chosen = drawn >= drawn.topk(capacity, dim=0).values[-1]
+    rows, _, places = moe_utils.permute(drawn, chosen, num_out_tokens=capacity * EXPERTS, drop_and_pad=True)
+    assert torch.equal(first_tokens(chosen, capacity).flatten(), places)
+    assert torch.equal(drawn[places], rows)
+
+
+def test_the_first_choices_of_an_expert_come_before_what_pads_it() -> None:
+    chosen = torch.tensor([[0, 1], [1, 1], [0, 0], [1, 1]], dtype=torch.bool)
+    assert first_tokens(chosen, 3).tolist() == [[1, 3, 0], [0, 1, 3]]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from qwen3_npu.args.watch import WatchArgs
+from qwen3_npu.distributed.turns import by_turns, pass_turn
 from qwen3_npu.watch import here
 from qwen3_npu.watch.start import watched
 
@@ -31,6 +32,7 @@ JOBS = {  # job -> flags, nodes
     "swapped": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
     "sleeps": (WatchArgs(hang_timeout=1, on_hang="abort"), 1),
     "holds_the_lock": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
+    "second_thread": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
     "maximum": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
     "sleeps_on_two_nodes": (WatchArgs(hang_timeout=1, on_hang="abort"), 2),
     "lost_message": (WatchArgs(hang_timeout=1, on_hang="report"), 1),
@@ -50,6 +52,14 @@ def read_slowly() -> None:
 def hold_the_lock() -> None:
     """In C, without letting other threads of Python run."""
     ctypes.PyDLL(None).sleep(60)
+
+
+def turn(*, faulty: bool) -> None:
+    """One of two computations by turns."""
+    pass_turn()
+    if faulty:
+        read_slowly()
+    dist.all_reduce(torch.ones(4))
 
 
 def step(job: str, number: int, rank: int, pair: dist.ProcessGroup) -> None:
@@ -83,6 +93,8 @@ def step(job: str, number: int, rank: int, pair: dist.ProcessGroup) -> None:
     if faulty and job == "maximum":
         read_slowly()
     here.at("backward")
+    if job == "second_thread":
+        by_turns(lambda: turn(faulty=False), lambda: turn(faulty=faulty), lambda _: lambda: None)
     if job == "skipped_in_pairs":
         dist.all_reduce(x, group=pair)
     elif job == "lost_message":
@@ -122,6 +134,7 @@ def main() -> None:
     root, pids = Path(sys.argv[1]), {}
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
+    torch.cuda.current_device = lambda: torch.device("cpu")  # as `platform.cpu_redirect` has it
     for job in sys.argv[2:] or JOBS:
         folder = root / job
         folder.mkdir()

@@ -73,6 +73,14 @@ VERDICTS = {
     "lost_message": ["between groups: rank 2", "all_reduce #7 of group world", "rank 0", "recv #6", "rank 2 to 0"],
     "wrong_shape": ["mismatch in all_reduce #11 of group world: rank 2", "float32 [5]", "3 others", "float32 [4]"],
     "holds_the_lock": ["rank 2 (", "never entered all_reduce #11 of group world", "hold_the_lock"],
+    "second_thread": [
+        "rank 2 (",
+        "never entered all_reduce #",
+        "of group world",
+        "(read_slowly); the main thread waits for its turn at ",
+        "jobs.py",
+        "(turn)",
+    ],
     "maximum": ["mismatch in all_reduce #11 of group world: rank 2", "float32 [4] for max", "3 others", "float32 [4]"],
     "goes_on": ["rank 2 (", "never entered all_reduce #11", "(step)", "progress again after"],
 }

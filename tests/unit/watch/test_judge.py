@@ -308,3 +308,20 @@ def test_the_place_of_a_thread_in_faulthandlers_text() -> None:
     assert probe.is_waiting(text) is False
     assert probe.is_waiting(text.replace("torch/distributed/c.py", "qwen3_npu/watch/collectives.py")) is True
     assert probe.is_waiting("") is None
+
+
+def test_a_rank_is_where_the_thread_is_whose_turn_it_is() -> None:
+    waits = (
+        '  File "/usr/lib/threading.py", line 5 in acquire\n  File "/x/qwen3_npu/distributed/turns.py", line 6 in f\n'
+    )
+    works = (
+        '  File "/x/qwen3_npu/model/experts.py", line 7 in g\n  File "/x/qwen3_npu/distributed/turns.py", line 8 in w\n'
+    )
+    heads = (
+        "Thread 0x0000000000000001 (most recent call first):\n",
+        "Thread 0x0000000000000002 (most recent call first):\n",
+    )
+    for first, second, turn in ((waits, works, 2), (works, waits, 1), (waits, waits, 1)):
+        text = f"{heads[0]}{first}{heads[1]}{second}"
+        assert probe.whose_turn(text, 1) == turn
+        assert first == second or probe.place(text, turn)[1] == "model/experts.py:7 (g)"
