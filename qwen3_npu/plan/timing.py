@@ -147,7 +147,10 @@ def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0, *, pieces: int
         more += [PIECE_LAUNCHES[0], *[PIECE_LAUNCHES[1]] * (pieces - 1)]
     if setup.overlap_tensor and setup.tensor > 1:
         linears = (2 if is_moe else 4) * (setup.tensor_pieces - 1)  # products more than without
-        more.append((0, linears // 2) if setup.fused_tensor else (linears, linears + (1 if is_moe else 2)))
+        rows = (1 if is_moe else 2) * (
+            1 if setup.lora_rank else 2
+        )  # in the order of the pieces; gradients in two parts
+        more.append((0, linears // 2) if setup.fused_tensor else (linears, linears + rows))
     forward, backward = (sum(counts) for counts in zip(LAYER_LAUNCHES[is_moe], *more, strict=True))
     return forward * (1 + recomputed) + backward
 
