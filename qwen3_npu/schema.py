@@ -192,6 +192,13 @@ def sequence(value: object, where: str) -> Sequence[object]:
     return value
 
 
+def pair(value: object, where: str) -> tuple[object, object]:
+    """A list of two values. Raises: UsageError: it is none; `where` names it."""
+    if len(found := sequence(value, where)) != 2:
+        raise UsageError(f"{where} is {shown(value)}; a pair is expected")
+    return found[0], found[1]
+
+
 def counts(value: object, where: str) -> tuple[int, ...]:
     """A list of integers of at least 0, e.g. a shape. Raises: UsageError: it is none; `where` names it."""
     return tuple(integer(item, f"{where}[{i}]", least=0) for i, item in enumerate(sequence(value, where)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from qwen3_npu import schema
@@ -56,7 +55,7 @@ def entry_of(step: int, record: schema.Record, where: str) -> LedgerEntry:
     """The entry of a record. Raises: UsageError: it is damaged."""
     facts = {name: value for name, value in record.fields.items() if name not in _TIMES}
     host = _seconds(record.record("host"), where) if "host" in record.fields else {}
-    most = {kind: _pair(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}
+    most = {kind: schema.pair(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}
     return LedgerEntry(
         step=step,
         steps=record.integer("steps", least=1),
@@ -80,14 +79,8 @@ def _planned(record: schema.Record, where: str) -> dict[str, tuple[str, float]]:
     found = {}
     for cause, pair in fields.items():
         name = f"{where}: {cause}"
-        words, share = _pair(pair, name)
+        words, share = schema.pair(pair, name)
         found[cause] = schema.text(words, name), schema.number(share, name, least=0)
-    return found
-
-
-def _pair(value: object, where: str) -> Sequence[object]:
-    if len(found := schema.sequence(value, where)) != 2:
-        raise UsageError(f"{where} is {schema.shown(value)}; a pair is expected")
     return found
 
 

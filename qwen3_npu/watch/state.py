@@ -73,7 +73,7 @@ class State:
         device: calls run on a device, so they may not be finished when `wait` returns.
     """
 
-    def __init__(self, folder: Path, rank: int, info: dict[str, Any], *, interval: int, device: bool) -> None:
+    def __init__(self, folder: Path, rank: int, info: dict[str, object], *, interval: int, device: bool) -> None:
         self.interval, self.done = interval, LAUNCHED if device else LEFT
         self.info = open(folder / f"rank_{rank}.info", "w", encoding="utf-8", buffering=1)
         self.info.write(json.dumps(info) + "\n")
@@ -88,7 +88,7 @@ class State:
         self.since = self.step_end = time.monotonic()
         self.work = [0.0] * len(PHASES)
         self.window = 0
-        self.channels: dict[Any, int] = {}
+        self.channels: dict[object, int] = {}
         self.numbers: list[int] = []
         self.exchanges: dict[int, int] = {}  # channel -> where its last all-to-all is
         self._head()

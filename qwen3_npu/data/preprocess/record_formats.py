@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from qwen3_npu.data.text.conversation import (
     ASSISTANT,
@@ -185,7 +184,7 @@ class Columns:
             found += [f"key {key!r} of a message is not used" for key in keys if key not in read and _says(keys[key])]
         return found
 
-    def get(self, record: Mapping[str, object], name: str) -> Any:
+    def get(self, record: Mapping[str, object], name: str) -> object:
         """The value with this meaning; None if there is none.
 
         Raises:
@@ -240,7 +239,8 @@ def alpaca_pair(record: Mapping[str, object], columns: Columns) -> PreferencePai
 def alpaca_turns(record: Mapping[str, object], columns: Columns, *answer: Message) -> Conversation:
     """The turns of `history`, then instruction and input, then the given answers."""
     messages: list[Message] = []
-    for turn in columns.get(record, "history") or ():
+    history = columns.get(record, "history") or []
+    for turn in history if isinstance(history, list) else (history,):
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError("history is not a list of [question, answer]")
         messages += [Message(USER, turn[0]), Message(ASSISTANT, turn[1])]

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import TEXT_HANDLER, PreprocessArgs
@@ -140,9 +139,9 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: DatasetOutpu
         log.info(f"written: {p}.bin .idx")
 
 
-def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> dict[str, Any]:
+def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> dict[str, object]:
     """The settings that determine the tokens, for the record that a training reads (`TokenRecord.made`)."""
-    made = {"tokenizer": tokenizer.identity}
+    made: dict[str, object] = {"tokenizer": tokenizer.identity}
     if args.instruction.prompt_type is not None:
         made["prompt_type"] = resolved(args.instruction.prompt_type, tokenizer)
         thinking = args.instruction.enable_thinking.lower()

@@ -6,8 +6,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from qwen3_npu import schema
 from qwen3_npu.data.read import find
 from qwen3_npu.data.read.blocks import RecordBlock
 from qwen3_npu.data.read.find import InputFile
@@ -84,13 +84,14 @@ def open_inputs(names: Sequence[str], parameters: str | None = None) -> Inputs:
     """
     if parameters is not None:
         arguments = _parameters(parameters)
-        return Inputs((), arguments.pop("path", names[0]), arguments)
+        path = schema.text(arguments.pop("path", names[0]), f"--hf-datasets-params {parameters}: path")
+        return Inputs((), path, arguments)
     if len(names) == 1 and not find.exists(names[0]) and not Path(names[0]).suffix and "*" not in names[0]:
         return Inputs((), names[0])
     return Inputs(tuple(find.find_files(names)))
 
 
-def _parameters(path: str) -> dict[str, Any]:
+def _parameters(path: str) -> dict[str, object]:
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:

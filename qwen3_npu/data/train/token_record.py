@@ -18,7 +18,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,7 +80,7 @@ class TokenRecord:
     """
 
     ids: IdRange
-    made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    made: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def write(self, path: Path, prefix: str) -> None:
         """Write it atomically. The pair must have its final names. Raises: OSError."""

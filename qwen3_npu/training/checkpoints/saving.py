@@ -9,11 +9,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from qwen3_npu import log
+from qwen3_npu import log, schema
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.folders import TRACKER, iteration_name, iterations, restore_backup
@@ -88,12 +87,12 @@ def _resumes(args: CheckpointArgs, lora: LoraArgs) -> bool:
 def _has_saved(root: Path) -> bool:
     """Whether this job has saved a checkpoint in an earlier start; rank 0's part."""
     job, state = environment.job_names(), _tracker_state(root)
-    before = _before(root)
+    names, before = _before(root)
     # Of another job: this is the first start, or those before were killed before they came here, and saved nothing.
-    if environment.restarts() == 0 or not set(job) & set(before["job"]):
+    if environment.restarts() == 0 or names.isdisjoint(job):
         write_text(root / _BEFORE, json.dumps({"job": job, "tracker": state}))
         return False
-    return state not in (None, before["tracker"])
+    return state not in (None, before)
 
 
 def _tracker_state(root: Path) -> list | None:
@@ -104,11 +103,13 @@ def _tracker_state(root: Path) -> list | None:
         return None
 
 
-def _before(root: Path) -> dict[str, Any]:
-    try:
-        return json.loads((root / _BEFORE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"job": []}
+def _before(root: Path) -> tuple[frozenset[str], object]:
+    """Names of the job that began here, and its tracker at that time. Raises: UsageError: the file is damaged."""
+    if not (root / _BEFORE).exists():
+        return frozenset(), None
+    said = schema.read_record(root / _BEFORE)
+    job = said.sequence("job")
+    return frozenset(schema.text(name, f"{said.where}: job") for name in job), said.fields.get("tracker")
 
 
 class Saver:

@@ -348,7 +348,7 @@ def test_an_export_that_fails_is_a_warning_and_counted(
     assert [line.split(" ")[:5] for line in told.splitlines() if "warning" in line] == [
         ["warning:", str(tmp_path / f"mg2hf_iteration{n}"), "could", "not", "be"] for n in (1, 2)
     ]
-    assert f"{tmp_path / 'iter_0000002'} is not a directory" in told
+    assert f"{tmp_path / 'iter_0000002'} does not exist" in told
 
 
 def test_what_cannot_be_deleted_is_tried_again(
