@@ -173,15 +173,14 @@ assert not hasattr(fused_bias_swiglu.swiglu, '_torchdynamo_orig_callable')
         import torch
         from megatron.core.tensor_parallel import random
 
-        tracker, x = random.CudaRNGStatesTracker(), torch.ones(64, requires_grad=True)
-        tracker.add("model-parallel-rng", 7)
+        tracker, x = random.get_cuda_rng_tracker(), torch.ones(64, requires_grad=True)
 
         def dropped(x: torch.Tensor) -> torch.Tensor:
             with tracker.fork():
                 return torch.nn.functional.dropout(x, 0.5)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(random, "_CUDA_RNG_STATE_TRACKER", tracker)
+            patch.setattr(tracker, "states_", {"model-parallel-rng": torch.Generator().manual_seed(7).get_state()})
             with tracker.fork():
                 torch.nn.functional.dropout(dropped(x.detach()), 0.5)
                 out = random.checkpoint(dropped, False, x)
