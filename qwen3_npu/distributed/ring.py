@@ -61,9 +61,9 @@ def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, sour
         first, second = mine
         here = {b - first for b in boundaries if first <= b < first + chunk}
         here |= {b - second + chunk for b in boundaries if second < b < second + chunk}
-        cut = {chunk} if any(first + chunk <= b <= second for b in boundaries) else set()
+        seam = {chunk} if any(first + chunk <= b <= second for b in boundaries) else set()
         everything = slice(0, 2 * chunk)
-        return AttentionBlock(everything, everything, tuple(sorted({0, 2 * chunk} | here | cut)))
+        return AttentionBlock(everything, everything, tuple(sorted({0, 2 * chunk} | here | seam)))
     # Either both of my chunks see only their first chunk, or my second chunk alone sees both of theirs.
     seen, seeing = (theirs[:1], mine) if source < rank else (theirs, mine[1:])
     # The document of the last key before the queries; it counts if it reaches into the chunk of the queries.

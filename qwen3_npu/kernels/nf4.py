@@ -102,7 +102,7 @@ def quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def dynamic_values(device: torch.device) -> torch.Tensor:
     """[256] float32, sorted: the 8-bit values of arXiv:2110.02861 (section 2.1), signed.
 
-    For each power of ten from 1e-6 to 1 twice as many fractions as for the one before, evenly spread from 0.1 to 1 and
+    For each power of ten from 1e-6 to 1 twice as many fractions as for the one before, evenly spaced from 0.1 to 1 and
     taken in the middle; and 0 and 1.
     """
     parts = []

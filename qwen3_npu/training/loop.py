@@ -69,7 +69,7 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
         checkpoint, lora = continued(args.checkpoint, args.lora)
         preference = args.preference
         if checkpoint.load != args.checkpoint.load and preference.ref_model is None and not lora.on:
-            preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
+            preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # its first model
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
         shared = None if checkpoint.save_per_node else checkpoint.save
         watch = watched(args.watch, shared, event=platform.event, recorder=platform.flight_recorder)

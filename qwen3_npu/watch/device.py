@@ -47,7 +47,9 @@ class DeviceTimes:
         self.make, self.kinds, self.launched = make, kinds, launched
         self.is_open = False
         self._free: list[DeviceEvent] = []
-        self._marks: list[tuple[int, DeviceEvent, float]] = []  # the kind of what follows; the host's clock
+        self._marks: list[
+            tuple[int, DeviceEvent, float]
+        ] = []  # the kind of the time that follows, its event, and the host's clock
 
     def begin(self, kind: int) -> None:
         """Start to record times, unless the device has not finished the events recorded before."""

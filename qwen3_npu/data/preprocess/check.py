@@ -18,7 +18,7 @@ from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.answer_lengths import AnswerLengths
 from qwen3_npu.data.preprocess.handler import Handler, Produced, produce
 from qwen3_npu.data.preprocess.pipeline import Totals, documents
-from qwen3_npu.data.preprocess.sft_handler import CUT, DROPPED, LABEL, UNSUPERVISED, ConversationHandler
+from qwen3_npu.data.preprocess.sft_handler import DROPPED, LABEL, TRUNCATED, UNSUPERVISED, ConversationHandler
 from qwen3_npu.data.read.blocks import RecordBlock, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.conversation import (
@@ -172,7 +172,7 @@ def _warn(
 ) -> int:
     """Print warnings, the most frequent first; the exit status."""
     for text, count in totals.counts.items():
-        if count and (text in (CUT, DROPPED, UNSUPERVISED) or "not used" in text):
+        if count and (text in (TRUNCATED, DROPPED, UNSUPERVISED) or "not used" in text):
             warnings[text] += count
     if duplicates := len(hashes) - len(np.unique(hashes)):
         warnings["documents that are there already"] += duplicates

@@ -107,7 +107,7 @@ def _check_opens(folder: str, step: int | None, flag: str, args: PretrainArgs, *
     if found.format == HF and flag == "--lora-load":
         raise UsageError(f"--lora-load {folder} is a full model; give an adapter's folder, or drop the flag")
     if not args.runtime.dry_run:
-        return  # opened in a moment
+        return  # the training opens it soon, and then checks it
     opened = reader(found, lora_alpha=args.lora.lora_alpha if args.lora.on else None, arch=arch)
     try:
         check_same_model(opened.arch, arch, f"{flag} {folder}")

@@ -55,9 +55,8 @@ def start_line(args: PretrainArgs, facts: DataFacts | None) -> list[str]:
         mean = "token mean; MindSpeed-LLM's is micro-batch mean: --loss-normalization micro-batch"
         parts.append(f"loss normalization {mean if args.train.loss_normalization == 'token' else 'micro-batch mean'}")
     if facts is not None and data.is_instruction:
-        parts.append(
-            f"{human(facts.cut)} of {human(facts.samples)} samples truncated to --seq-length {args.train.seq_length}"
-        )
+        shares = f"{human(facts.truncated)} of {human(facts.samples)} samples"
+        parts.append(f"{shares} truncated to --seq-length {args.train.seq_length}")
     first = ", ".join(parts[:2]) if len(parts) > 1 else parts[0]
     return [f"{data.stage if data.is_preference else 'sft'}: {'; '.join([first, *parts[2:]])}"]
 

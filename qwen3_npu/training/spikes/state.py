@@ -104,7 +104,7 @@ class StateCheck:
             return None
         everyone: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, text)
-        # A weight that ranks gather again (--overlap-param-gather) spreads what has changed in one rank's share of it.
+        # A weight that ranks gather again (--overlap-param-gather) copies a change of one rank's share to all ranks.
         others = len(everyone) - everyone.count(None) - 1
         return f"on rank {found[0]}{f' and {others} others' if others else ''}, {found[1]}"
 

@@ -13,6 +13,8 @@ import yaml
 
 import qwen3_npu
 from qwen3_npu.cli import REQUIRED
+from qwen3_npu.errors import UsageError
+from qwen3_npu.platform.mcore_import import VERSION, import_megatron
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -118,3 +120,23 @@ def test_the_npu_extras_are_the_published_pairs() -> None:
         pairs[pins["torch_npu"]] = name.removeprefix("npu-cann")
     assert pairs == {npu: cann.replace(".", "")[:2] for npu, cann in PAIRS.items() if npu.startswith("2.7.1")}
     assert extras["npu"] == ["qwen3-npu[npu-cann90]"]
+
+
+def test_another_megatron_is_named_before_it_is_used(tmp_path: Path) -> None:
+    assert f"megatron-core=={VERSION}" in PROJECT["project"]["dependencies"]
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text('__version__ = "0.12.1"\n')
+    own = [name for name in sys.modules if name.partition(".")[0] == "megatron"]
+    saved = {name: sys.modules.pop(name) for name in own}
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(
+            UsageError, match=rf"megatron.core 0.12.1 is imported from {core}/__init__.py; {VERSION} is"
+        ):
+            import_megatron()
+    finally:
+        sys.path.remove(str(tmp_path))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "megatron"]:
+            del sys.modules[name]
+        sys.modules.update(saved)

@@ -1,4 +1,4 @@
-"""Which checkpoints a training takes up, and what it says of folders before it begins; no process group is needed."""
+"""Which checkpoints a training resumes from, and what it says of folders at the start; no process group is needed."""
 
 from __future__ import annotations
 

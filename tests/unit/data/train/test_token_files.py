@@ -297,7 +297,7 @@ def test_what_is_cut_is_counted(tmp_path: Path) -> None:
     rows = [[1] * 4] * 6 + [[1] * 9] * 3
     data = instructions(tmp_path / "x", rows, rows)
     facts = check_data(data, 10, seq_length=6)
-    assert (facts.samples, facts.cut, facts.cut_tokens) == (9, 3, 9)
+    assert (facts.samples, facts.truncated, facts.truncated_tokens) == (9, 3, 9)
     pack = instructions(tmp_path / "p", [[1] * 8], [[-100] * 6 + [1, -100]])
     with pytest.raises(UsageError, match="in its first 5 tokens"):
         check_data(pack, 10, seq_length=5)
