@@ -16,8 +16,8 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
+from qwen3_npu.checkpoint.folders import COMMON, TORCH, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
-from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.megatron_args import (
     OWN_FLAGS,
     arch_from_args,
