@@ -46,13 +46,13 @@ Models = Callable[[dict[str, Any], int, int], dict[str, Any]]
 Table = Callable[[Layout, Rank], Iterator[Shard]]
 
 
-def weights_of(file: PtFile, chunk: int, chunks: int) -> dict[str, Any]:
+def weights_of(content: dict[str, Any], chunk: int, chunks: int) -> dict[str, Any]:
     """The state dict of one of `chunks` virtual pipeline chunks. Raises: UsageError: it is not there."""
     name = "model" if chunks == 1 else f"model{chunk}"
-    if name not in file.content:
-        there = ", ".join(key for key in file.content if key.startswith("model")) or "no model"
-        raise UsageError(f"{file.path} holds {there}, and its arguments mean {name}; save it again with both alike")
-    return file.content[name]
+    if name not in content:
+        there = ", ".join(key for key in content if key.startswith("model")) or "no model"
+        raise UsageError(f"a {WEIGHTS} holds {there}, and its arguments mean {name}; save it again with both alike")
+    return content[name]
 
 
 class ShardedTensors(ShardReader[Rank]):
@@ -275,7 +275,7 @@ def _tensors(file: PtFile, chunks: Iterable[int], virtual: int) -> dict[str, Any
     return {
         name: getattr(value, "shape", None)
         for chunk in chunks
-        for name, value in weights_of(file, chunk, virtual).items()
+        for name, value in weights_of(file.content, chunk, virtual).items()
         if not name.endswith(_NOT_WEIGHTS)
     }
 
