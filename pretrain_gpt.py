@@ -5,12 +5,7 @@ from qwen3_npu import cli, log
 from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.args.rules.switches import check_switches
-from qwen3_npu.data.train.data_path import check_data
 from qwen3_npu.distributed import environment
-from qwen3_npu.training.prepare import length
-from qwen3_npu.training.prepare.plan import plan_training
-from qwen3_npu.training.prepare.start import check_start
-from qwen3_npu.training.prepare.taught import start_line
 
 
 def main() -> None:
@@ -18,13 +13,19 @@ def main() -> None:
     log.setup(rank, world_size)
     parsed = cli.parse("pretrain_gpt.py", __doc__, GROUPS, FOREIGN_TRAINING)
     args = PretrainArgs(*parsed.groups)
+    from qwen3_npu.data.train.data_path import check_data
+    from qwen3_npu.training.prepare import length
+    from qwen3_npu.training.prepare.plan import plan_training
+    from qwen3_npu.training.prepare.raw_data import prepared, raw_words
+    from qwen3_npu.training.prepare.start import check_start
+    from qwen3_npu.training.prepare.taught import start_line
+
     parsed.notes.extend(check_switches(args, parsed.given))
     plan = plan_training(args, world_size)
     if rank == 0:
         check_start(args, plan.arch)
-    from qwen3_npu.training.prepare.raw_data import prepared, raw_words
-
-    if args.runtime.dry_run and (raw := raw_words(args)):
+    raw = raw_words(args) if args.runtime.dry_run else []
+    if raw:
         parsed.notes.append(f"raw data: {' '.join(raw)} would be preprocessed")
         parsed.notes.extend(start_line(args, None))
         args = length.settled(args, plan.global_batch, None)

@@ -35,13 +35,9 @@ sys.path.insert(0, str(ROOT))
 
 from qwen3_npu.args.convert import TargetArgs  # noqa: E402
 from qwen3_npu.checkpoint.binary.dtypes import BF16  # noqa: E402
-from qwen3_npu.checkpoint.convert.output import target_layout  # noqa: E402
-from qwen3_npu.checkpoint.formats.hf_write import (  # noqa: E402
-    SafetensorsWriter,
-    plan_files,
-    write_config,
-    write_weight_index,
-)
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsWriter  # noqa: E402
+from qwen3_npu.checkpoint.convert.run import target_layout  # noqa: E402
+from qwen3_npu.checkpoint.formats.huggingface import plan_files, write_config, write_weight_index  # noqa: E402
 from qwen3_npu.checkpoint.mapping.table import hf_shapes, shards  # noqa: E402
 from qwen3_npu.model.arch import Qwen3Arch  # noqa: E402
 from qwen3_npu.model.sizes import SIZES  # noqa: E402

@@ -15,7 +15,7 @@ import torch
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.binary.dtypes import BF16
-from qwen3_npu.checkpoint.formats.hf_write import write_config
+from qwen3_npu.checkpoint.formats.huggingface import write_config
 from qwen3_npu.model.arch import Qwen3Arch, flops_per_token, parameter_count
 from qwen3_npu.parity.tiny import write_instructions, write_tokens
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import BF16, from_float32
-from qwen3_npu.checkpoint.formats.hf_write import SafetensorsWriter, write_config
-from qwen3_npu.checkpoint.formats.huggingface import SINGLE
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsWriter
+from qwen3_npu.checkpoint.formats.huggingface import SINGLE, write_config
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.model.arch import Qwen3Arch
 

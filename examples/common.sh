@@ -64,11 +64,18 @@ launch() {
         echo "${command[@]@Q}"
         return
     fi
-    # torchrun shows a port in use as 30 lines of traceback.
+    # torchrun shows a port in use, and torch_npu without CANN, as 30 lines of traceback.
     env PYTHONPATH="$QWEN3_NPU" MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" NODE_RANK="$NODE_RANK" "$PYTHON" -c '
 import os
+from importlib.util import find_spec
 from qwen3_npu import cli
 from qwen3_npu.distributed.environment import check_meeting
-cli.run("launch", lambda: check_meeting(os.environ["NODE_RANK"] == "0"))'
+
+def check():
+    check_meeting(os.environ["NODE_RANK"] == "0")
+    if find_spec("torch_npu") and "ASCEND_HOME_PATH" not in os.environ:
+        import torch
+
+cli.run("launch", check)'
     with_log "${command[@]}"
 }

@@ -19,7 +19,7 @@ mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | awk 'NF { print $1 }')
 
 examples="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 names="$(grep -ohE '\$\{?[A-Z][A-Z_0-9]*' "$script" "$examples/common.sh" "$examples/recipes.sh" | tr -d '${' | sort -u)"
-names+=" $(compgen -e | grep -E '^(HCCL|ASCEND|PYTORCH_NPU|CUDA|NCCL|GLOO|TASK_QUEUE|CPU_AFFINITY|STREAMS|OMP)_|^LD_PRELOAD$' || true)"
+names+=" $(compgen -e | grep -E '^(HCCL|ASCEND|CANN|ACL|NPU|PYTORCH|TORCH|CUDA|NCCL|GLOO|TASK_QUEUE|CPU_AFFINITY|STREAMS|COMBINED|MULTI_STREAM|INF_NAN|OMP)_|^LD_PRELOAD$' || true)"
 along=()
 for name in $names; do
     case $name in NNODES | NODE_RANK | MASTER_ADDR | BASH_SOURCE | PWD) continue ;; esac

@@ -14,7 +14,7 @@ mkdir -p "$OUT"
 if ! devices="$(python -c 'from qwen3_npu.platform import select_platform
 platform = select_platform("auto").name
 import torch
-print(0 if platform == "cpu" else getattr(torch, platform).device_count())')"; then
+print(0 if platform == "cpu" else getattr(torch, platform).device_count())' 2>/dev/null)"; then # doctor repeats the error
     python -m qwen3_npu.doctor --no-all-reduce || true
     exit 1
 fi

@@ -46,7 +46,7 @@ def flag(
     *,
     help: str,
     unit: str = "",
-    choices: Sequence[Any] | None = None,
+    choices: Sequence[object] | None = None,
     names: Sequence[str] = (),
     minimum: float | None = None,
     maximum: float | None = None,
@@ -63,7 +63,7 @@ def flag(
         minimum, maximum: smallest and largest value allowed (for a list: of each element).
         above, below: the same, but these are not allowed themselves.
     """
-    meta: dict[str, Any] = {"help": help, "unit": unit, "choices": choices, "names": names, "metavar": metavar}
+    meta: dict[str, object] = {"help": help, "unit": unit, "choices": choices, "names": names, "metavar": metavar}
     meta |= {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
@@ -75,7 +75,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+_METAVARS: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +98,7 @@ def _fields(groups: Sequence[type]) -> dict[str, tuple[type, dataclasses.Field]]
     return found
 
 
-def _default(f: dataclasses.Field) -> Any:
+def _default(f: dataclasses.Field) -> object:
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return f.default
@@ -118,14 +118,14 @@ def _path(text: str) -> str:
     return text
 
 
-# How a value is compared with a bound, and what the error says.
+# Bound -> (how a value is compared with it, what the error says).
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "minimum": (operator.ge, "too small; the minimum is"),
     "maximum": (operator.le, "too large; the maximum is"),
     "above": (operator.gt, "too small; it must be above"),
     "below": (operator.lt, "too large; it must be below"),
 }
-_LARGEST = 2**63 - 1  # what counts and numbers of samples are kept in
+_LARGEST = 2**63 - 1  # counts and numbers of samples are kept in int64
 
 
 def _checked(kind: Callable, f: dataclasses.Field) -> Callable:
@@ -204,7 +204,7 @@ def build_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sections: dict[type, argparse._ArgumentGroup] = {}
-    types: dict[type, dict[str, Any]] = {}
+    types: dict[type, dict[str, object]] = {}
     for name, (group, f) in _fields(groups).items():
         if group not in sections:
             sections[group] = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
@@ -227,10 +227,10 @@ def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> NoRe
 
 
 def _foreign_dest(name: str) -> str:
-    return "foreign " + name  # the space: it can never collide with a field
+    return "foreign " + name  # the space keeps it apart from every field
 
 
-def _check_foreign(given: set[str], values: dict[str, Any], foreign: Mapping[str, Foreign]) -> list[str]:
+def _check_foreign(given: set[str], values: dict[str, object], foreign: Mapping[str, Foreign]) -> list[str]:
     """The notes on foreign flags that were given. One that contradicts this code is a `UsageError`."""
     notes = []
     for name, entry in foreign.items():
@@ -303,7 +303,7 @@ def tell_torchrun(text: str, file: str | None = None) -> None:
         file: of another process; default: this one's.
     """
     if file := file or os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # torchrun shows py_callstack.
+        # torchrun prints the field py_callstack of this file.
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
@@ -313,11 +313,35 @@ def _is_told_elsewhere() -> bool:
     return os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_ERROR_FILE" in os.environ
 
 
+# The modules of pyproject.toml's dependencies; what imports them lies inside `main` of the entry points.
+REQUIRED = (
+    *("torch", "megatron.core", "numpy", "packaging", "psutil", "tokenizers", "safetensors"),
+    *("pyarrow", "orjson", "xxhash", "jinja2", "tensorboard"),
+)
+
+
+def _explained(main: Callable[[], int | None]) -> int:
+    """Run it. Raises: UsageError: for a package that is missing, and for torch that cannot load its torch_npu."""
+    try:
+        return main() or 0
+    except ModuleNotFoundError as error:
+        if error.name not in {*REQUIRED, "megatron"}:
+            raise
+        text = f"{error.name} is not installed in {sys.executable}"
+        raise UsageError(f"{text}; python -m qwen3_npu.doctor lists what to install") from None
+    except RuntimeError as error:
+        if "backend extension: torch_npu" not in str(error):  # torch imports it, and it needs CANN's libraries
+            raise
+        remedy = "source its set_env.sh (python -m qwen3_npu.doctor says which)"
+        without = "set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to work without NPUs"
+        raise UsageError(f"torch cannot load torch_npu, which needs CANN; {remedy}, or {without}") from None
+
+
 def run(prog: str, main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point: `UsageError` becomes one line on stderr and exit status 2, `Stopped` one and status 1."""
     end_with_launcher()
     try:
-        code = main() or 0
+        code = _explained(main)
     except (UsageError, Stopped) as error:
         if not (isinstance(error, UsageError) and _is_told_elsewhere()):
             with contextlib.suppress(OSError, ValueError):  # closed, or full

@@ -28,7 +28,7 @@ def escaped(text: str) -> str:
 
 def show(text: str, end: str = "\n") -> None:
     """Write text and flush. On a terminal, control characters are escaped; elsewhere the text stays as it is."""
-    if sys.stdout is None:  # the process was started without one
+    if sys.stdout is None:  # the process was started without a stdout
         return
     try:
         sys.stdout.write((escaped(text) if sys.stdout.isatty() else text) + end)
@@ -42,7 +42,7 @@ def give_up(error: BaseException) -> None:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"warning: standard output cannot be written ({reason}); further output is not shown there\n")
-    # The descriptor itself: the rest of the stream's buffer goes there at the end, too.
+    # The descriptor is replaced, since Python writes the rest of the stream's buffer there at the end.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

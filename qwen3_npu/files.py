@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-import xxhash
-
 from qwen3_npu.errors import UsageError
 
 _BLOCK = 8 << 20
@@ -156,7 +154,11 @@ def hashing(name: str) -> Digest:
     """A new hash object of this name (xxHash's or hashlib's). Raises: UsageError: it is not known."""
     if name not in (HASH, "sha256"):
         raise UsageError(f"hash {name!r} is not known; {HASH} and sha256 are")
-    return xxhash.xxh3_128() if name == HASH else hashlib.sha256()
+    if name == "sha256":
+        return hashlib.sha256()
+    import xxhash  # here: flags are parsed without it
+
+    return xxhash.xxh3_128()
 
 
 def file_digest(path: Path, name: str = HASH, count: Callable[[int], None] = lambda done: None) -> str:

@@ -158,7 +158,8 @@ class Lease:
         reason = self._death(seen)
         if reason is None:
             return
-        guard = self.path.with_name(f"{self.path.name}.takeover")  # or a second taker would remove the first one's
+        # Without this guard a second process would remove the lease that the first has just taken.
+        guard = self.path.with_name(f"{self.path.name}.takeover")
         try:
             os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
         except FileExistsError:
@@ -188,7 +189,7 @@ class Lease:
             if now is None:
                 return None
             if now != seen:
-                # Another text: it was half-written before, or is of a new holder.
+                # The text has changed: it was half-written before, or there is a new holder.
                 if now.text == seen.text:
                     self._alive(holder)
                 return None
@@ -214,7 +215,7 @@ class Lease:
                 elif holder.token == self.me.token:
                     os.utime(self.path)
                 else:
-                    return  # `check` tells
+                    return  # `check` reports it
             except OSError as error:  # a file system that is unavailable for a moment is no reason to stop
                 log.warning(f"{self.path}: no sign of life could be written: {error.strerror}")
 

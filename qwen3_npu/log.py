@@ -12,8 +12,8 @@ from qwen3_npu.errors import printable
 
 _LAYOUT = "\n\t"  # control characters that this package's own messages use
 LOGGER = logging.getLogger("qwen3_npu")
-_silent: list[int] = []  # this rank, if it is not rank 0
-_told: set[str] = set()  # by `warning_once`
+_silent: list[int] = []  # holds this rank, if it is not rank 0
+_told: set[str] = set()  # what `warning_once` has printed
 
 
 class _Format(logging.Formatter):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from qwen3_npu.errors import UsageError
 
@@ -26,7 +25,8 @@ def number_list(value: str | Sequence[int] | set[int] | None) -> list[int]:
             return [int(part) for part in value.split(",")]
         except ValueError:
             raise UsageError(f"{value!r} is not a list of numbers such as 94,95") from None
-    found: list[Any] = list(value) if isinstance(value, (list, tuple, set)) else [value]
-    if not all(type(number) is int for number in found):
+    listed: list[object] = list(value) if isinstance(value, (list, tuple, set)) else [value]
+    found = [number for number in listed if isinstance(number, int) and not isinstance(number, bool)]
+    if len(found) < len(listed):
         raise UsageError(f"{value!r} is not a list of numbers such as 94,95")
     return sorted(found) if isinstance(value, set) else found

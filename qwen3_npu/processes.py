@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-BESIDE: set[int] = set()  # threads that are `beside` the work of this process
+BESIDE: set[int] = set()  # ids of the threads that are inside `beside`
 
 
 @contextlib.contextmanager

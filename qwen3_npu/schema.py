@@ -13,12 +13,20 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 from qwen3_npu.errors import UsageError, did_you_mean, printable
 
 SMALL = 64 << 20  # bytes; no configuration, index or manifest is larger
-_REQUIRED: Any = object()
+D = TypeVar("D")
+V = TypeVar("V")
+
+
+class _Required:
+    """Stands for no default."""
+
+
+_REQUIRED = _Required()
 
 
 def shown(value: object, limit: int = 60) -> str:
@@ -82,7 +90,7 @@ def read_small(path: str | Path, limit: int = SMALL) -> bytes:
             raise UsageError(f"{path} cannot be read: {_reason(error)}") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         again = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -102,7 +110,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def parse_json(data: bytes, where: str, *, strict: bool = False) -> Any:
+def parse_json(data: bytes, where: str, *, strict: bool = False) -> object:
     """The value of a JSON text in UTF-8.
 
     Args:
@@ -113,18 +121,18 @@ def parse_json(data: bytes, where: str, *, strict: bool = False) -> Any:
     Raises:
         UsageError: it is not JSON, not UTF-8, or nested too deeply.
     """
-    hooks: dict[str, Any] = {}
-    if strict:
-        hooks = {"object_pairs_hook": _unique, "parse_constant": _no_constant, "parse_int": _integer}
     try:
-        return json.loads(data.decode("utf-8"), **hooks)
+        text = data.decode("utf-8")
+        if strict:
+            return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
+        return json.loads(text)
     except RecursionError:
         raise UsageError(f"{where} cannot be read as JSON: it is nested too deeply") from None
     except ValueError as error:
         raise UsageError(f"{where} cannot be read as JSON: {printable(str(error))}") from None
 
 
-def read_json(path: str | Path, *, strict: bool = False) -> Any:
+def read_json(path: str | Path, *, strict: bool = False) -> object:
     """The JSON value in a regular file. Raises: UsageError: see `read_small` and `parse_json`."""
     return parse_json(read_small(path), str(path), strict=strict)
 
@@ -177,11 +185,18 @@ def boolean(value: object, where: str) -> bool:
     return value
 
 
-def sequence(value: object, where: str) -> Sequence[Any]:
+def sequence(value: object, where: str) -> Sequence[object]:
     """A list (or tuple). Raises: UsageError: it is none; `where` names it."""
     if not isinstance(value, (list, tuple)):
         raise UsageError(f"{where} is {shown(value)}; a list is expected")
     return value
+
+
+def pair(value: object, where: str) -> tuple[object, object]:
+    """A list of two values. Raises: UsageError: it is none; `where` names it."""
+    if len(found := sequence(value, where)) != 2:
+        raise UsageError(f"{where} is {shown(value)}; a pair is expected")
+    return found[0], found[1]
 
 
 def counts(value: object, where: str) -> tuple[int, ...]:
@@ -203,46 +218,46 @@ class Record:
     without one that is an error. `UsageError`s name the file and the field.
     """
 
-    def __init__(self, fields: dict[str, Any], where: str) -> None:
+    def __init__(self, fields: dict[str, object], where: str) -> None:
         self.fields, self.where = fields, where
 
-    def _get(self, name: str, default: object, read: Callable[[object, str], Any]) -> Any:
+    def _get(self, name: str, default: D | _Required, read: Callable[[object, str], V]) -> V | D:
         value = self.fields.get(name)
         if value is not None:
             return read(value, f"{self.where}: {printable(name)}")
-        if default is _REQUIRED:
+        if isinstance(default, _Required):
             raise UsageError(f"{self.where} has no {printable(name)}")
         return default
 
     def integer(
-        self, name: str, default: object = _REQUIRED, *, least: int | None = None, most: int | None = None
-    ) -> Any:
+        self, name: str, default: D | _Required = _REQUIRED, *, least: int | None = None, most: int | None = None
+    ) -> int | D:
         """See `schema.integer`."""
         return self._get(name, default, lambda value, where: integer(value, where, least=least, most=most))
 
     def number(
-        self, name: str, default: object = _REQUIRED, *, least: float | None = None, most: float | None = None
-    ) -> Any:
+        self, name: str, default: D | _Required = _REQUIRED, *, least: float | None = None, most: float | None = None
+    ) -> float | D:
         """See `schema.number`."""
         return self._get(name, default, lambda value, where: number(value, where, least=least, most=most))
 
-    def text(self, name: str, default: object = _REQUIRED) -> Any:
+    def text(self, name: str, default: D | _Required = _REQUIRED) -> str | D:
         """See `schema.text`."""
         return self._get(name, default, text)
 
-    def boolean(self, name: str, default: object = _REQUIRED) -> Any:
+    def boolean(self, name: str, default: D | _Required = _REQUIRED) -> bool | D:
         """See `schema.boolean`."""
         return self._get(name, default, boolean)
 
-    def sequence(self, name: str, default: object = _REQUIRED) -> Any:
+    def sequence(self, name: str, default: D | _Required = _REQUIRED) -> Sequence[object] | D:
         """See `schema.sequence`."""
         return self._get(name, default, sequence)
 
-    def counts(self, name: str, default: object = _REQUIRED) -> Any:
+    def counts(self, name: str, default: D | _Required = _REQUIRED) -> tuple[int, ...] | D:
         """See `schema.counts`."""
         return self._get(name, default, counts)
 
-    def record(self, name: str, default: object = _REQUIRED) -> Any:
+    def record(self, name: str, default: D | _Required = _REQUIRED) -> Record | D:
         """See `schema.record`."""
         return self._get(name, default, record)
 

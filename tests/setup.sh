@@ -8,9 +8,18 @@ QWEN3_NPU_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 qwen3_npu_ask() { # interpreter, question, arguments...; outside of the project's folder, which is importable from inside
     (cd / && "$1" - "$QWEN3_NPU_ROOT" "${@:2}") 2>/dev/null <<'PY'
-import importlib.metadata, importlib.util, pathlib, sys
+import importlib.metadata, importlib.util, pathlib, re, sys
 
 root, question, *names = sys.argv[1:]
+
+
+def versions():
+    named = [d for d in importlib.metadata.distributions() if d.metadata["Name"]]
+    return {d.metadata["Name"].lower().replace("_", "-"): d.version for d in reversed(named)}
+
+
+def numbers(version):
+    return [int(n) for n in re.findall(r"\d+", version)]
 
 
 def has(name):
@@ -30,14 +39,22 @@ if question == "supported":
 elif question == "has-torch":
     sys.exit(not (supported and has("torch")))
 elif question == "ready":
-    needed = ("torch", "megatron.core", "tokenizers", "pyarrow", "orjson", *names)
-    sys.exit(not (supported and all(map(has, needed))))
+    needed = "torch megatron.core numpy packaging psutil tokenizers safetensors pyarrow orjson xxhash jinja2 tensorboard"
+    sys.exit(not (supported and all(map(has, needed.split() + names))))
+elif question == "conflict":  # what is here and would have to be replaced, which may break what else uses it
+    here, project = versions(), pathlib.Path(root, "pyproject.toml").read_text()
+    oldest, newest = re.search(r'"torch>=([\d.]+),<([\d.]+)"', project).groups()
+    megatron = re.search(r'"megatron-core==([\d.]+)"', project)[1]
+    if "torch" in here and not numbers(oldest) <= numbers(here["torch"]) < numbers(newest):
+        print(f"torch {here['torch']}; torch>={oldest},<{newest} is needed")
+    elif here.get("megatron-core", megatron) != megatron:
+        print(f"megatron-core {here['megatron-core']}; megatron-core=={megatron} is needed")
 elif question == "has-this":
     sys.exit(not is_this(importlib.util.find_spec("qwen3_npu")))
 elif question == "prefix":
     print(sys.prefix)
 elif question == "pins":  # what is here stays as it is; what is not, comes as the tests had it
-    here = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    here = versions()
     for line in pathlib.Path(root, "constraints.txt").read_text().splitlines():
         if "==" in line and line.split("==")[0].strip().lower().replace("_", "-") not in here:
             print(line)
@@ -74,9 +91,22 @@ qwen3_npu_pip() { # interpreter, arguments of pip install...
 }
 
 qwen3_npu_setup() { # extras, modules...
-    local extras="$1" python found candidate
+    local extras="$1" python found candidate conflict
     shift
+    if [ -n "${PYTHON:-}" ]; then
+        if ! command -v "$PYTHON" >/dev/null; then
+            echo "error: PYTHON=$PYTHON: no such program" >&2
+            return 1
+        fi
+        case "$PYTHON" in /*) ;; */*) PYTHON="$PWD/$PYTHON" ;; esac # what follows runs elsewhere
+    fi
     if python="$(qwen3_npu_active)"; then
+        conflict="$(qwen3_npu_ask "$python" conflict)"
+        if [ -n "$conflict" ]; then
+            echo "error: $(qwen3_npu_ask "$python" prefix) has $conflict. Install that there, or activate another" \
+                "environment (without one .venv is made here)" >&2
+            return 1
+        fi
         if ! qwen3_npu_ask "$python" ready "$@"; then
             echo "installing what is missing into $(qwen3_npu_ask "$python" prefix); its torch stays as it is"
             qwen3_npu_pip "$python" -c <(qwen3_npu_ask "$python" pins) -e "$QWEN3_NPU_ROOT[$extras]"

@@ -6,6 +6,7 @@ import dataclasses
 
 from qwen3_npu.args.lora import ALL_TARGETS
 from qwen3_npu.cli import Foreign, flag
+from qwen3_npu.model.arch.families import FAMILIES
 
 HF, MEGATRON = "hf", "mg"
 
@@ -25,7 +26,7 @@ class ConvertArgs:
     )
     model_type_hf: str | None = flag(
         None,
-        choices=["qwen3", "qwen3-moe", "qwen2"],
+        choices=[name.replace("_", "-") for name in FAMILIES],
         help="checked against the model; optional, since config.json says it",
     )
     add_qkv_bias: bool | None = flag(None, help="q, k and v have a bias (Qwen2.5); checked against the model")

@@ -20,8 +20,8 @@ GENERATION_TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_samp
 
 
 API_KEY = "QWEN3_NPU_API_KEY"
-SERVE_CONTEXT = 4096  # tokens of a slot
-PREFILL_TOKENS = 4096  # new prompts' tokens of one pass, unless a single prompt has more
+SERVE_CONTEXT = 4096  # tokens that a slot holds
+PREFILL_TOKENS = 4096  # tokens of new prompts in one pass; a longer prompt has a pass of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ class InferenceArgs(typing.NamedTuple):
 
 
 GROUPS = tuple(typing.get_type_hints(InferenceArgs).values())
-# Flags of generation that --serve has, too: what a request leaves open, and the number of slots.
+# Flags of generation that --serve has, too: defaults for what a request does not say, and the number of slots.
 _SERVED = ("predict_batch_size", "temperature", "top_k", "top_p", "repetition_penalty")
 
 _TRAINED = "nothing is trained"

@@ -103,7 +103,7 @@ class LoraArgs:
     lora_ckpt_filter: bool = flag(False, help="save the adapters only, not the base weights")
 
     def __post_init__(self) -> None:
-        # MindSpeed-LLM's switch are the targets, and its default rank is 16.
+        # In MindSpeed-LLM the targets turn LoRA on, and the default rank is 16.
         if self.lora_target_modules and not self.lora_r:
             object.__setattr__(self, "lora_r", 16)
         if self.lora_r and not self.lora_target_modules:
@@ -138,7 +138,8 @@ class LoraArgs:
         """The targets among `ALL_TARGETS`, and the layers of targets that only some layers have.
 
         Raises:
-            UsageError: an expression matches nothing, or the embedding is the output layer, too.
+            UsageError: an expression matches nothing, the embedding is the output layer, too, or a weight has fewer
+                singular vectors than the rank.
         """
         everywhere = range(arch.num_hidden_layers)
         modules = {f"decoder.layers.{i}.{_MODULES[target]}": (target, i) for target in LORA_TARGETS for i in everywhere}
@@ -161,8 +162,23 @@ class LoraArgs:
             for target, layer in matching:
                 found.setdefault(target, set()).add(layer)
         targets = tuple(target for target in ALL_TARGETS if target in found)
+        if self.lora_init == "pissa":
+            self._check_rank(arch, targets)
         some = (t for t in targets if t in LORA_TARGETS and len(found[t]) < arch.num_hidden_layers)
         return targets, tuple((target, tuple(sorted(found[target]))) for target in some)
+
+    def _check_rank(self, arch: Qwen3Arch, targets: tuple[str, ...]) -> None:
+        heads, groups, width = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
+        ffn = arch.moe_intermediate_size if arch.is_moe else arch.intermediate_size
+        sides = {"linear_qkv": (heads + 2 * groups) * width, "linear_proj": heads * width}
+        sides |= {"linear_fc1": 2 * ffn, "linear_fc2": ffn, "output": arch.vocab_size}
+        for target in targets:
+            side = min(arch.hidden_size, sides.get(target, arch.hidden_size))
+            if target != "embedding" and self.lora_r > side:
+                raise UsageError(
+                    f"--lora-r {self.lora_r} --lora-init pissa: weights of {target} have {side} singular vectors; "
+                    f"use --lora-r {side} or less"
+                )
 
 
 def _check_target(entry: str) -> None:

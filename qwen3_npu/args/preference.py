@@ -9,7 +9,7 @@ from qwen3_npu.errors import UsageError
 
 # Stages that learn from answers that people prefer, and whether they compare with a reference model.
 PREFERENCE_STAGES = {"dpo": True, "orpo": False, "simpo": False, "kto": True, "rm": False}
-# Flag -> the stages that it says something to.
+# Flag -> the stages that use it.
 _STAGES_OF = {
     "dpo_loss_type": ("dpo",),
     "dpo_beta": ("dpo", "orpo", "simpo", "kto"),

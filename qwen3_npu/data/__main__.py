@@ -2,15 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from qwen3_npu import cli, log
 from qwen3_npu.args.tools.quarantine import QuarantineArgs
-from qwen3_npu.data.preprocess.check import show_sample
-from qwen3_npu.data.text.encoder import open_encoder
-from qwen3_npu.data.text.tokenizer import start_loading
-from qwen3_npu.data.train import quarantine
-from qwen3_npu.data.train.token_record import IGNORED
 from qwen3_npu.errors import UsageError
 
 
@@ -21,6 +14,14 @@ def _numbers(ids: list[int]) -> str:
 def main() -> None:
     log.setup()
     (args,) = cli.parse("qwen3_npu.data", __doc__, [QuarantineArgs]).groups
+    import numpy as np
+
+    from qwen3_npu.data.preprocess.check import show_sample
+    from qwen3_npu.data.text.encoder import open_encoder
+    from qwen3_npu.data.text.tokenizer import start_loading
+    from qwen3_npu.data.train import quarantine
+    from qwen3_npu.data.train.token_record import IGNORED
+
     folder = Path(args.show_quarantine)
     if not folder.exists():
         raise UsageError(f"--show-quarantine {folder} does not exist; give the --save of a training")

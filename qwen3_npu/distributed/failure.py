@@ -22,10 +22,10 @@ def recorded() -> Iterator[None]:
     try:
         yield
     except (UsageError, Stopped):
-        raise  # `cli.run` tells
+        raise  # `cli.run` prints it
     except Exception as error:
         if _raised_by_a_collective(error):
-            # Another rank has failed, most likely. torchrun shows the first of all, and errors carry whole seconds.
+            # Most likely another rank has failed. torchrun shows the earliest error, and error times are whole seconds.
             time.sleep(1.1)
         handler.record_exception(error)
         raise

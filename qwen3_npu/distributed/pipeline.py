@@ -24,7 +24,7 @@ def introduce_stages(group: dist.ProcessGroup, device: torch.device | int, *, ba
     if batched:
         return
     ranks = dist.get_process_group_ranks(group)
-    # Between two stages megatron sends one way in their group, and the other way in that of all ranks.
+    # Between two stages megatron sends one direction in their group, and the other in the group of all ranks.
     carriers = [group, dist.group.WORLD] if size == 2 else [group]
     pairs = [(first, (first + 1) % size) for first in range(size if size > 2 else 1)]
     for carrier in carriers:

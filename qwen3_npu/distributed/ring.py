@@ -57,16 +57,16 @@ def visible(boundaries: Sequence[int], chunk: int, size: int, rank: int, *, sour
     """
     mine, theirs = ([n * chunk for n in chunk_numbers(size, holder)] for holder in (rank, source))
     if source == rank:
-        # A document that begins in the first chunk and reaches into the second has its rows side by side here.
+        # The rows of a document that begins in the first chunk and reaches into the second are side by side here.
         first, second = mine
         here = {b - first for b in boundaries if first <= b < first + chunk}
         here |= {b - second + chunk for b in boundaries if second < b < second + chunk}
-        cut = {chunk} if any(first + chunk <= b <= second for b in boundaries) else set()
+        seam = {chunk} if any(first + chunk <= b <= second for b in boundaries) else set()
         everything = slice(0, 2 * chunk)
-        return AttentionBlock(everything, everything, tuple(sorted({0, 2 * chunk} | here | cut)))
-    # Both of my chunks come after their first one alone, or only my second one comes after theirs, both of them.
+        return AttentionBlock(everything, everything, tuple(sorted({0, 2 * chunk} | here | seam)))
+    # Either both of my chunks see only their first chunk, or my second chunk alone sees both of theirs.
     seen, seeing = (theirs[:1], mine) if source < rank else (theirs, mine[1:])
-    # The document of the last key before the queries; it is common if it reaches into their chunk.
+    # The document of the last key before the queries; it counts if it reaches into the chunk of the queries.
     document = bisect.bisect_right(boundaries, seen[-1] + chunk - 1) - 1
     start, end = boundaries[document], boundaries[document + 1]
     queries = sum(min(max(end - place, 0), chunk) for place in seeing)
@@ -171,7 +171,7 @@ class _RingAttention(torch.autograd.Function):
             dkv_transfer = ring.start(mine)
             if transfer is not None:
                 here = ring.finish(transfer)
-        assert dkv_transfer is not None  # a group has a rank
+        assert dkv_transfer is not None  # the loop has at least one step
         dkv = ring.finish(dkv_transfer)
         return dq.to(q.dtype), dkv.to(kv.dtype), None, None, None, None
 

@@ -9,7 +9,7 @@ from qwen3_npu.doctor.findings import BLOCKER, OK, WARNING, Finding
 from qwen3_npu.doctor.machine import SET_ENV, Facts
 from qwen3_npu.progress import human
 
-# torch_npu -> CANN, as published in COMPATIBILITY.en.md of Ascend/pytorch (August 2026). For 2.13.0 nothing is.
+# torch_npu -> CANN, from COMPATIBILITY.en.md of Ascend/pytorch (August 2026), which has no pair for 2.13.0.
 PAIRS = {
     "2.7.1": "8.3.RC1",
     "2.7.1.post2": "8.5.0",
@@ -18,7 +18,7 @@ PAIRS = {
     "2.12.0": "9.1.0",
 }
 _NEED = re.compile(r"([\w.-]+)\s*([^;\s]*)")  # name, versions; ours have no markers
-OLDEST_CANN = (8, 3)  # of torch_npu 2.7.1
+OLDEST_CANN = (8, 3)  # torch_npu 2.7.1 needs it
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -91,9 +91,10 @@ def _torch_npu(facts: Facts) -> Iterator[Finding]:
         yield Finding(BLOCKER, "torch_npu", text, f"pip install torch=={base}, or the torch_npu of torch {torch}")
     else:
         yield Finding(OK, "torch_npu", f"{mine} with torch {torch}")
-    if torch and "+cu" in torch:
-        remedy = f"install the CPU build of torch {torch.split('+')[0]}"
-        yield Finding(BLOCKER, "torch", f"{torch} is a CUDA build, beside which torch_npu does not load", remedy)
+    if torch and facts.torch_cuda:
+        text = f"{torch} is built for CUDA {facts.torch_cuda}; torch_npu needs the CPU build"
+        remedy = f"pip install --force-reinstall --no-deps torch=={torch.split('+')[0]} --index-url {TORCH_INDEX}"
+        yield Finding(BLOCKER, "torch", text, remedy)
     if "ASCEND_HOME_PATH" not in facts.environment and "ASCEND_TOOLKIT_HOME" not in facts.environment:
         yield Finding(
             BLOCKER, "CANN", "ASCEND_HOME_PATH is not set: set_env.sh was not sourced in this shell", _set_env(facts)
@@ -167,7 +168,7 @@ def _import_remedy(error: str, facts: Facts) -> str:
     if "static TLS" in error:
         library = re.search(r"(/\S*libgomp\S*\.so[\w.]*)", error)
         return f"start with LD_PRELOAD={library[1] if library else '<path of libgomp.so.1 named in the error>'}"
-    if re.search(r"lib(hccl|ascend|ge_|graph|acl)\w*\.so|set_env", error):
+    if re.search(r"lib(hccl|ascend|ge_|graph|acl)\w*\.so|set_env|backend extension: torch_npu", error):
         return _set_env(facts)
     if missing := re.search(r"No module named '([\w.]+)'", error):
         return f"install {missing[1]}: see packages above"

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_npu.args.tools.doctor import DoctorArgs
+from qwen3_npu.cli import REQUIRED
 
 # Where CANN and the driver write their versions.
 _CANN_FILES = ("version.cfg", "compiler/version.info", "runtime/version.info", "toolkit/version.info")
 _DRIVER = Path("/usr/local/Ascend/driver/version.info")
 # Where CANN's set_env.sh lies, in newer releases and in older ones.
 SET_ENV = ("/usr/local/Ascend/cann/set_env.sh", "/usr/local/Ascend/ascend-toolkit/set_env.sh")
-# What trainings import, beside the project itself; with a second copy on the path it is unclear which one is used.
-_IMPORTS = ("torch", "megatron.core", "numpy", "tokenizers", "pyarrow", "orjson", "jinja2", "psutil", "packaging")
+# With a second copy on the path it is unclear which one is used.
 _SINGLE = ("megatron.core", "torch", "torch_npu", "mindspeed", "transformers", "qwen3_npu")
 
 _DEVICES = """
@@ -68,6 +68,7 @@ class Facts:
         missing: missing modules that trainings import.
         copies: module -> its folders on the path, if there are several; the imported one first.
         environment: the variables of the process.
+        torch_cuda: the CUDA version that torch is built for; None without.
         torch_npu: whether it is installed; only `devices` imports it.
         wrong_apex: a package `apex` is installed that is not NVIDIA's or Ascend's.
         set_env: the usual places of CANN's set_env.sh where there is one.
@@ -86,6 +87,7 @@ class Facts:
     missing: list[str]
     copies: dict[str, list[str]]
     environment: dict[str, str]
+    torch_cuda: str | None
     torch_npu: bool
     wrong_apex: bool
     set_env: list[str]
@@ -115,9 +117,10 @@ def machine_facts(args: DoctorArgs) -> Facts:
         machine=platform.machine(),
         packages=packages,
         requirements=_requirements(),
-        missing=[name for name in _IMPORTS if not _has(name)],
+        missing=[name for name in REQUIRED if not _has(name)],
         copies=_copies(sys.path),
         environment=environment,
+        torch_cuda=_torch_cuda(),
         torch_npu=_has("torch_npu"),
         wrong_apex=_is_wrong_apex(),
         set_env=[path for path in SET_ENV if Path(path).is_file()],
@@ -175,6 +178,16 @@ def _copies(path: list[str]) -> dict[str, list[str]]:
         if len(copies := list(dict.fromkeys(copies))) > 1:
             found[module] = copies
     return found
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA version in torch's version.py, read and not imported; its package says only "2.7.1" on PyPI."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).with_name("version.py")
+    found = re.search(r"^cuda\b.*= *'([\d.]+)'", file.read_text() if file.is_file() else "", re.M)
+    return found[1] if found else None
 
 
 def _is_wrong_apex() -> bool:

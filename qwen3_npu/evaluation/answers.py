@@ -94,7 +94,7 @@ class TaskAnswers:
         runner, weights = self.runner, self.args.weights
         earlier: dict[int, str] = {e["number"]: e["said"] for e in self.earlier if "said" in e}
         requests = [self._request(i, limit) for i in numbers]
-        self._say_truncated({request.number for request, cut in requests if cut}, len(requests))
+        self._say_truncated({request.number for request, is_truncated in requests if is_truncated}, len(requests))
         mine = [
             request
             for request, _ in requests
@@ -125,10 +125,10 @@ class TaskAnswers:
             return Request(number, tokens, limit), False
         return Request(number, tokens[-room:], limit), True
 
-    def _say_truncated(self, cut: set[int], count: int) -> None:
-        if cut:
+    def _say_truncated(self, truncated: set[int], count: int) -> None:
+        if truncated:
             log.warning_once(
-                f"{self.read.name}: {len(cut)} of {count} prompts are longer than the model's "
+                f"{self.read.name}: {len(truncated)} of {count} prompts are longer than the model's "
                 f"{self.runner.plan.positions} positions and lose their beginning, as in lm-evaluation-harness"
             )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qwen3_npu.args.evaluation import MATCHES
 from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Message, without_thought
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     category: str
 
 
-def load_cases(path: str, match: str, most: int | None, keys: Mapping[str, Any]) -> list[Case]:
+def load_cases(path: str, match: str, most: int | None, keys: Mapping[str, object]) -> list[Case]:
     """The cases of a file.
 
     Args:
@@ -57,9 +57,9 @@ def load_cases(path: str, match: str, most: int | None, keys: Mapping[str, Any])
     return cases
 
 
-def _case(record: Mapping[str, Any], match: str, keys: Mapping[str, object]) -> Case:
+def _case(record: Mapping[str, object], match: str, keys: Mapping[str, object]) -> Case:
     prompt, answer = _question_and_answer(record, keys)
-    match = record.get("match", match)
+    match = str(record.get("match", match))
     choices = record.get("choices") or ()
     if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"choices are not a list of texts but {repr(choices)[:60]}")

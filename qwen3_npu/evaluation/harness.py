@@ -31,7 +31,7 @@ from qwen3_npu.errors import UsageError
 if TYPE_CHECKING:
     from qwen3_npu.inference.sampling import Sampling
 
-_GROUP = 200  # characters of a context by which contexts count as likely to begin alike
+_GROUP = 200  # contexts that share so many first characters are computed together
 _DEFAULT_ANSWER = 256  # tokens, as the harness' `hf`
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -53,7 +53,7 @@ class Qwen3Harness(TemplateLM):
         batch_size: int | str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
-        **flags: Any,
+        **flags: object,
     ) -> None:
         super().__init__()
         if batch_size is not None and not str(batch_size).isdecimal():
@@ -127,7 +127,7 @@ class Qwen3Harness(TemplateLM):
     # Requests
 
     def _loglikelihood_tokens(
-        self, requests: Iterable[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Iterable[tuple[Sequence[object] | None, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
         from qwen3_npu.inference.scoring import Choice, Scorer
 
@@ -167,7 +167,7 @@ class Qwen3Harness(TemplateLM):
             found |= self._generated({n: requests[n].args[0] for n in numbers}, requests[numbers[0]].args[1])
         return [found[number] for number in range(len(requests))]
 
-    def _generated(self, contexts: dict[int, str], asked: dict[str, Any]) -> dict[int, str]:
+    def _generated(self, contexts: dict[int, str], asked: dict[str, object]) -> dict[int, str]:
         from qwen3_npu.inference.engine import Engine, Request
         from qwen3_npu.inference.text import TextStream
 
@@ -189,7 +189,7 @@ class Qwen3Harness(TemplateLM):
 
         def on_token(request: Request) -> bool:
             token, stream = request.tokens[-1], streams[request.number]
-            if token not in unspoken:  # as in `hf`, these are no part of an answer
+            if token not in unspoken:  # `hf` leaves these out of an answer, too
                 stream.add(token)
             return stream.stopped
 
@@ -218,7 +218,7 @@ def _sampling(wanted: dict[str, Any], seed: int) -> Sampling:
     return Sampling(sample, seed=seed, **values)
 
 
-def _words(flags: dict[str, Any]) -> list[str]:
+def _words(flags: dict[str, object]) -> list[str]:
     """`--model_args` as a command line."""
     words = []
     for name, value in flags.items():

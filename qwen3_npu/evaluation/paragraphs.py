@@ -16,7 +16,8 @@ class ParagraphEncoder:
     """
 
     def __init__(self, writer: Writer) -> None:
-        self.encoder, self.checks = writer.encoder, 8  # texts that are still checked
+        self.encoder = writer.encoder
+        self.checks = 8  # calls whose tokens are still compared with those of unsplit texts
         self.known: dict[str, list[int]] = {}
         self.safe = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 RESULTS = "results.json"
 _CLOSE = 1e-3  # margins of log-likelihood below this are counted
@@ -24,7 +24,7 @@ class ScoredQuestion(NamedTuple):
     category: str
     scores: Mapping[str, float]
     margin: float | None
-    log: Mapping[str, Any]
+    log: Mapping[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +56,24 @@ def pooled(scores: Sequence[Score]) -> Score:
     return Score(mean, math.sqrt(variance / count), count)
 
 
+class MetricScores(NamedTuple):
+    """The scores of one metric."""
+
+    subjects: Mapping[str, Score]
+    categories: Mapping[str, Score]
+    total: Score
+
+
 class Summary:
     """The scores of one task.
 
     Attributes:
-        metrics: metric -> {"subjects": .., "categories": .., "total": ..} of scores.
+        metrics: metric -> its scores.
         ties, close: numbers of questions whose two best choices are equally likely, or nearly.
     """
 
     def __init__(self, samples: Sequence[ScoredQuestion]) -> None:
-        self.metrics: dict[str, dict[str, Any]] = {}
+        self.metrics: dict[str, MetricScores] = {}
         for metric in samples[0].scores:
             subjects: dict[str, list[float]] = {}
             for sample in samples:
@@ -75,11 +83,8 @@ class Summary:
             groups: dict[str, list[Score]] = {}
             for subject, score in scored.items():
                 groups.setdefault(category[subject], []).append(score)
-            self.metrics[metric] = {
-                "subjects": scored,
-                "categories": {name: pooled(scores) for name, scores in groups.items()},
-                "total": pooled(list(scored.values())),
-            }
+            categories = {name: pooled(scores) for name, scores in groups.items()}
+            self.metrics[metric] = MetricScores(scored, categories, pooled(list(scored.values())))
         margins = [sample.margin for sample in samples if sample.margin is not None]
         self.compared = len(margins)
         self.ties, self.close = sum(m == 0 for m in margins), sum(m < _CLOSE for m in margins)
@@ -88,10 +93,10 @@ class Summary:
         """A table: the first metric per subject, category and in total; further metrics in total."""
         first = next(iter(self.metrics))
         parts = self.metrics[first]
-        rows = [*parts["subjects"].items()] if len(parts["subjects"]) > 1 else []
-        if len(parts["categories"]) > 1:
-            rows += [(f"= {name}", score) for name, score in parts["categories"].items()]
-        rows += [(f"{task} {metric}", found["total"]) for metric, found in self.metrics.items()]
+        rows = [*parts.subjects.items()] if len(parts.subjects) > 1 else []
+        if len(parts.categories) > 1:
+            rows += [(f"= {name}", score) for name, score in parts.categories.items()]
+        rows += [(f"{task} {metric}", found.total) for metric, found in self.metrics.items()]
         width = max(len(name) for name, _ in rows)
         lines = [f"{'':<{width}}  questions  score %  stderr"]
         for name, score in rows:
@@ -101,13 +106,13 @@ class Summary:
             lines.append(f"ties: {self.ties} of {self.compared}; two best within {_CLOSE}: {self.close}")
         return "\n".join(lines)
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> dict[str, object]:
         """The entry of results.json."""
         metrics = {
             name: {
-                "subjects": {subject: dataclasses.asdict(score) for subject, score in parts["subjects"].items()},
-                "categories": {category: dataclasses.asdict(score) for category, score in parts["categories"].items()},
-                "total": dataclasses.asdict(parts["total"]),
+                "subjects": {subject: dataclasses.asdict(score) for subject, score in parts.subjects.items()},
+                "categories": {category: dataclasses.asdict(score) for category, score in parts.categories.items()},
+                "total": dataclasses.asdict(parts.total),
             }
             for name, parts in self.metrics.items()
         }

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import console, log
 from qwen3_npu.args.evaluation import CUSTOM, LM_EVAL, EvaluationArgs
@@ -117,7 +116,7 @@ class _Judge:
         return [self._by_filters(task, q, c, said[i]) for i, (q, c) in enumerate(pairs)], ""
 
     def _by_likelihood(self, task: Task, question: Question, context: str, scores: list[float]) -> ScoredQuestion:
-        chosen = max(range(len(scores)), key=lambda i: scores[i])  # of equals the first, as argmax
+        chosen = max(range(len(scores)), key=lambda i: scores[i])  # the first of equal ones, as argmax
         best = sorted(scores, reverse=True)
         entry = {
             "prompt": context,
@@ -164,14 +163,14 @@ class _Judge:
 
 
 def _sample(
-    task: Task, question: Question, scores: dict[str, float], margin: float | None, *, entry: dict[str, Any]
+    task: Task, question: Question, scores: dict[str, float], margin: float | None, *, entry: Mapping[str, object]
 ) -> ScoredQuestion:
     category = task.subjects[question.subject][0]
-    entry = {"subject": question.subject, "number": question.number, **entry, **scores}
-    return ScoredQuestion(question.subject, category, scores, margin, log=entry)
+    log_entry = {"subject": question.subject, "number": question.number, **entry, **scores}
+    return ScoredQuestion(question.subject, category, scores, margin, log=log_entry)
 
 
-def _facts(task: TaskQuestions, writer: Writer, args: EvaluationArgs) -> dict[str, Any]:
+def _facts(task: TaskQuestions, writer: Writer, args: EvaluationArgs) -> dict[str, object]:
     """All facts on which a score depends, besides the weights."""
     shots = args.evaluate.num_fewshot
     return {
@@ -192,7 +191,7 @@ def _write_samples(task: TaskQuestions, samples: Sequence[ScoredQuestion], folde
     log.info(f"written: {path}")
 
 
-def _write(results: dict[str, Any], args: EvaluationArgs, plan: InferencePlan, folder: Path) -> None:
+def _write(results: Mapping[str, object], args: EvaluationArgs, plan: InferencePlan, folder: Path) -> None:
     path = folder / RESULTS
     content = {
         "results": results,

@@ -62,7 +62,7 @@ class _Search:
         self.eos = set(runner.plan.eos)
         limit_request(request, runner.plan.positions)
         self.limit = request.limit
-        # Enough that `beams` of them continue even if all the others end.
+        # So many candidates that `beams` of them continue even if all others end.
         self.width = max(2, 1 + len(self.eos)) * search.beams
         self.cache: KVCache = runner.new_cache(search.beams, request.prompt + self.limit)
         self.running: list[list[int]] = [[] for _ in range(search.beams)]
@@ -130,7 +130,7 @@ class _Search:
 
     def _draw(self, total: torch.Tensor, step: int, width: int) -> torch.Tensor:
         weights = total.softmax(-1).cpu()
-        if not bool(weights.isfinite().all()):  # nothing can be drawn; what is not finite is found in the scores
+        if not bool(weights.isfinite().all()):  # nothing can be drawn; the check of the scores names what is not finite
             return total.topk(width).indices
         generator = torch.Generator().manual_seed(
             self.search.sampling.seed + 1_000_003 * self.request.number + 10_007 * step

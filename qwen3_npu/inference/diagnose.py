@@ -35,7 +35,7 @@ def stop(runner: Runner, texts: Sequence[Sequence[int]]) -> NoReturn:
 
     def watch(name: str) -> Callable[[torch.nn.Module, object, object], None]:
         def hook(module: torch.nn.Module, args: object, output: object) -> None:
-            # Only the first one: what comes after has it from there.
+            # Only the first module counts: later ones have received its numbers.
             if not found and not all(map(_finite, _tensors(output))):
                 found.append((runner.stage, _layer(name), name))
 

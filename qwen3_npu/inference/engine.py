@@ -161,7 +161,7 @@ class Engine:
             if self.prefix_cache and any(
                 common(other.tokens, request.tokens) >= known + _WORTH_SHARING for other in entered
             ):
-                continue  # after the next pass its beginning is known
+                continue  # its shared beginning is computed in the next pass
             waiting.remove(request)
             entered.append(request)
             if self.cache is not None:

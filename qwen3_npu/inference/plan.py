@@ -8,8 +8,8 @@ from pathlib import Path
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs, positions_note, shaped
 from qwen3_npu.args.parallel import ParallelArgs, make_layout
-from qwen3_npu.checkpoint.formats.folders import PEFT
-from qwen3_npu.checkpoint.formats.open import find, find_architecture
+from qwen3_npu.checkpoint.folders import PEFT
+from qwen3_npu.checkpoint.formats.open import find, find_architecture, nothing_there
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size
 from qwen3_npu.errors import UsageError
@@ -87,10 +87,12 @@ def plan_inference(
     """
     load = Path(weights.load)
     there = find(load, weights.ckpt_step)
-    if there is None or there.format == PEFT:
-        raise UsageError(f"--load {load} holds no Hugging Face model and no Megatron checkpoint")
-    if weights.lora_load is not None and not Path(weights.lora_load).is_dir():
-        raise UsageError(f"--lora-load {weights.lora_load}: no such folder")
+    if there is None:
+        raise UsageError(f"--load {nothing_there(load, None)}")
+    if there.format == PEFT:
+        raise UsageError(f"--load {load} is a PEFT adapter; give its model with --load and this with --lora-load")
+    if weights.lora_load is not None and find(weights.lora_load) is None:
+        raise UsageError(f"--lora-load {nothing_there(weights.lora_load, None)}")
     noop = len(number_list(parallel.noop_layers))
     tokenizer_path = prompts.tokenizer_name_or_path
     arch, found_in, config = find_architecture(

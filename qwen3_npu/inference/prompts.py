@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu.args.inference import DEFAULT_PROMPT, GenerateArgs
 from qwen3_npu.data.preprocess.record_formats import ALPACA, OPENAI, SHAREGPT, Columns, alpaca_turns, sharegpt_turns
@@ -16,7 +15,7 @@ from qwen3_npu.data.text.messages import read_messages
 from qwen3_npu.errors import UsageError
 
 _PROMPTS = ("prompt", "instruction", "question")
-# Every column that may tell something; of tables only these are read.
+# All columns that are used; of a table only these are read.
 COLUMNS = (*_PROMPTS, "messages", "conversations", "system", "tools", "history", "input", "output", "answer", "text")
 
 
@@ -62,7 +61,9 @@ def single_prompt(text: str) -> Conversation:
     return Conversation((Message(USER, text),))
 
 
-def read_records(path: str, flag: str, columns: tuple[str, ...] = COLUMNS) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_records(
+    path: str, flag: str, columns: tuple[str, ...] = COLUMNS
+) -> Iterator[tuple[str, Mapping[str, object]]]:
     """The records of a data file in any format of preprocess_data.py, and the place of each.
 
     A line of JSON that is a text, and a line of a text file, is a record with the column `text`.
@@ -79,7 +80,9 @@ def read_records(path: str, flag: str, columns: tuple[str, ...] = COLUMNS) -> It
         except UsageError:
             if not Path(path).is_file() or Path(path).stat().st_size == 0:
                 raise
-            files = [InputFile(Path(path), TEXT, None, Path(path).stat().st_size)]  # a name that says nothing
+            files = [
+                InputFile(Path(path), TEXT, None, Path(path).stat().st_size)
+            ]  # the ending of the name says no format
         for block in Inputs(tuple(files)).blocks(columns):
             for number, item in zip(block.numbers, block.items, strict=True):
                 where = f"{block.file}, line {number}"
@@ -92,15 +95,18 @@ def read_records(path: str, flag: str, columns: tuple[str, ...] = COLUMNS) -> It
         raise UsageError(str(error).replace("--input", flag, 1)) from None
 
 
-def _prompt(record: Mapping[str, Any]) -> Conversation:
+def _prompt(record: Mapping[str, object]) -> Conversation:
     """The prompt in a record. Raises: ValueError: there is none."""
     if any(isinstance(record.get(name), list) for name in ("messages", "conversations")):
         return waiting(conversation_of(record, {}))
     for name in ("text", *_PROMPTS):
-        if isinstance(record.get(name), str):
-            extra = record.get("input")
-            text = f"{record[name]}\n{extra}" if isinstance(extra, str) and extra else record[name]
-            return single_prompt(text)._replace(system=record.get("system") or None)
+        if isinstance(text := record.get(name), str):
+            extra, system = record.get("input"), record.get("system") or None
+            if system is not None and not isinstance(system, str):
+                raise ValueError(f"column 'system' is not text but {type(system).__name__}")
+            return single_prompt(f"{text}\n{extra}" if isinstance(extra, str) and extra else text)._replace(
+                system=system
+            )
     if "messages" in record:
         raise ValueError("messages are not a list")
     raise ValueError(f"no prompt, instruction, question or messages (there are {', '.join(map(str, record))})")
@@ -115,7 +121,7 @@ def waiting(conversation: Conversation) -> Conversation:
     return conversation
 
 
-def conversation_of(record: Mapping[str, Any], keys: Mapping[str, Any]) -> Conversation:
+def conversation_of(record: Mapping[str, object], keys: Mapping[str, object]) -> Conversation:
     """The conversation in a record in OpenAI's, ShareGPT's or Alpaca's form, which its columns tell.
 
     Args:
@@ -128,14 +134,15 @@ def conversation_of(record: Mapping[str, Any], keys: Mapping[str, Any]) -> Conve
         ValueError: it is none of them.
         UsageError: --map-keys names something that such records do not have.
     """
-    names = [keys["messages"]] if keys.get("messages") else ["messages", "conversations"]
+    names = [str(keys["messages"])] if keys.get("messages") else ["messages", "conversations"]
     column = next((name for name in names if record.get(name) is not None), None)
     if column is not None:
-        first = record[column][0] if isinstance(record[column], list) and record[column] else None
+        listed = record[column]
+        first = listed[0] if isinstance(listed, list) and listed else None
         if "tags" in keys or (isinstance(first, dict) and "from" in first and "role" not in first):
             columns = Columns(SHAREGPT, {**keys, "messages": column}, has_tags=True)
             return sharegpt_turns(record, columns)
         columns = Columns(OPENAI, {**keys, "messages": column})
-        return read_messages(record[column], columns.get(record, "tools"), columns.optional_text(record, "system"))
+        return read_messages(listed, columns.get(record, "tools"), columns.optional_text(record, "system"))
     columns = Columns({**ALPACA, "history": "history", "system": "system"}, keys)
     return alpaca_turns(record, columns)

@@ -17,8 +17,7 @@ from qwen3_npu.args.inference import WeightArgs
 from qwen3_npu.args.parallel import RuntimeArgs
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.checkpoint.formats.open import ALONE, Opened, Sources
-from qwen3_npu.checkpoint.training.fill import load_weights
-from qwen3_npu.checkpoint.training.live import Ranks
+from qwen3_npu.checkpoint.training.live import Ranks, load_weights
 from qwen3_npu.data.train.batches import fetched, moved
 from qwen3_npu.distributed.launch import World, model_parallel, model_rank
 from qwen3_npu.errors import UsageError

@@ -8,7 +8,7 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import MEGATRON
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.preprocess import THINKING
-from qwen3_npu.checkpoint.convert.prompts import PROMPTS, read_prompt_settings
+from qwen3_npu.checkpoint.convert.plan import PROMPTS, read_prompt_settings
 from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.data.text.prompt_types import AUTO, TEMPLATES, misfit, resolved
 from qwen3_npu.data.text.tokenizer import TokenizerFolder
@@ -50,7 +50,7 @@ def read_taught(weights: WeightArgs) -> Taught | None:
                 f"{found.folder / PROMPTS}: prompt_type {shown(prompt_type)} with enable_thinking {shown(thinking)} is "
                 f"not known; delete the file and say how prompts are written with --prompt-type"
             )
-        if prompt_type in TEMPLATES:  # MindSpeed-LLM's own args may say anything
+        if prompt_type in TEMPLATES:  # the args of MindSpeed-LLM's checkpoints may have other names
             return Taught(prompt_type, "none", said.get("tokenizer_digest"))
     return None
 

@@ -28,7 +28,7 @@ _CHAINS = {
     "mindspeed": ("mindspeed", "npu", "reference"),
 }
 IMPLEMENTATIONS = ("auto", *MODULES)
-# The device of the implementations that run on one only, how an error calls it, and whose kernels they are.
+# Implementation -> the only device it runs on; the device's and its kernels' names in errors.
 _DEVICE_OF = {"cuda": "cuda", "npu": "npu", "mindspeed": "npu"}
 _DEVICES = {"cuda": "a CUDA GPU", "npu": "an NPU"}
 _OWNERS = {"cuda": "the GPU's", "npu": "torch_npu's"}

@@ -20,7 +20,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         start = group.rank() * logits.shape[-1]
         exp = logits.float() if logits.dtype != torch.float32 else logits.clone()
-        exp[..., max(vocab_size - start, 0) :] = float("-inf")  # padded rows are no words
+        exp[..., max(vocab_size - start, 0) :] = float("-inf")  # padded rows stand for no token
         largest = exp.amax(dim=-1)
         if group.size() > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)

@@ -19,7 +19,7 @@ from qwen3_npu.kernels import reference, tell_once, torch_native
 from qwen3_npu.kernels.fused import grouped, norm, pointwise, routing
 from qwen3_npu.kernels.fused.loss import CrossEntropy
 
-_HALF = (torch.bfloat16, torch.float16)  # what flash attention takes
+_HALF = (torch.bfloat16, torch.float16)  # dtypes of flash attention
 _ALIGNED = 8  # elements of 16 bits that make the 16 bytes of a bulk copy
 
 
@@ -129,7 +129,7 @@ def attention_block_backward(
     """Its gradients."""
     if not _flash_takes(q):
         return reference.attention_block_backward(grad, q, k, v, out=out, lse=lse, scale=scale, cu_seqlens=cu_seqlens)
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, of which there is none
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the random state of dropout, which is not used
     grads = torch.ops.aten._flash_attention_backward(
         _rows(grad.to(q.dtype)), _rows(q), _rows(k), _rows(v), _rows(out.to(q.dtype)),
         lse.permute(2, 1, 0).flatten(1).contiguous(), *_sizes(q, k, cu_seqlens), 0.0, cu_seqlens is not None,
@@ -193,7 +193,7 @@ def weighted_swiglu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def grouped_matmul(counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """torch's grouped product; the ends of groups stay on the device; bfloat16 only."""
     device = counts.device
-    if device.type == "cpu" and torch.cuda.is_available():  # constants, with a capacity
+    if device.type == "cpu" and torch.cuda.is_available():  # with a capacity the counts are constants
         counts = counts.pin_memory().to("cuda", non_blocking=True)
     ends = counts.cumsum(0, dtype=torch.int32)
 

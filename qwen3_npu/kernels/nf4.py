@@ -91,7 +91,7 @@ def quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     groups = torch.nn.functional.pad(rest, (0, -len(rest) % SCALES_PER_GROUP)).view(-1, SCALES_PER_GROUP)
     tops = groups.abs().amax(-1)
     scaled = (groups * (1.0 / tops.clamp(min=1e-38)).unsqueeze(-1)).clamp_(-1, 1)
-    # bitsandbytes takes the value that is nearest to one of 65536 places.
+    # bitsandbytes rounds to one of 65536 steps first, and then to the nearest value.
     place = ((scaled + 1) * 0.5 * _PLACES + 0.5).int()
     middles = 0.5 * (values[:-1] + values[1:])
     found = torch.bucketize(-1 + 2.0 * place / _PLACES, middles).masked_fill((tops == 0).unsqueeze(-1), 0)
@@ -102,7 +102,7 @@ def quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def dynamic_values(device: torch.device) -> torch.Tensor:
     """[256] float32, sorted: the 8-bit values of arXiv:2110.02861 (section 2.1), signed.
 
-    For each power of ten from 1e-6 to 1 twice as many fractions as for the one before, evenly spread from 0.1 to 1 and
+    For each power of ten from 1e-6 to 1 twice as many fractions as for the one before, evenly spaced from 0.1 to 1 and
     taken in the middle; and 0 and 1.
     """
     parts = []

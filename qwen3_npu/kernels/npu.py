@@ -36,7 +36,7 @@ _NEEDS = {
     "unpermute": ("npu_moe_token_unpermute_with_routing_map",),
     "gather_product": ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base"),
 }
-_INFERENCE = (torch.bfloat16, torch.float16)  # what the inference operation takes
+_INFERENCE = (torch.bfloat16, torch.float16)  # dtypes of the inference operation
 # sparse_mode: no mask; causal, where the last query sees the last key ("rightDownCausal").
 _ALL, _CAUSAL = 0, 3
 _INFINITE = 2147483647
@@ -51,7 +51,7 @@ def why_no_kernel(operation: str) -> str | None:
 @functools.cache
 def _compressed_mask(device: torch.device) -> torch.Tensor:
     """The compressed mask of causal sparse modes, instead of one of the sequence's size: [2048, 2048]; True: masked."""
-    with torch.inference_mode(False):  # generation may be the first to ask, and training wants it, too
+    with torch.inference_mode(False):  # generation may make it first, and training needs a tensor that autograd accepts
         return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
 
@@ -247,7 +247,7 @@ def add_grouped_gradient(x: torch.Tensor, grad: torch.Tensor, counts: torch.Tens
         npu_gradients.add_grouped_gradient(x, grad, group_ends(counts), total)
 
 
-# counts of a layer and micro-batch -> where their groups end, for its products and their gradients.
+# Counts of a layer and micro-batch -> where the groups' rows end; forward and backward share it.
 _ENDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -264,7 +264,7 @@ def _ends_of(counts: torch.Tensor) -> torch.Tensor:
     A 910B computes a cumulative sum of int64 on its own CPU, not on its cores (CANN's cumsum). So the two 32-bit halves
     are summed separately; the upper ones are 0.
     """
-    if counts.device.type == "cpu":  # constants, with a capacity; the copy of pinned memory waits for nothing
+    if counts.device.type == "cpu":  # with a capacity the counts are constants; a copy from pinned memory does not wait
         counts = counts.pin_memory().to(f"npu:{torch_npu.npu.current_device()}", non_blocking=True)
     return counts.view(torch.int32).view(-1, 2).cumsum(0, dtype=torch.int32).view(torch.int64).flatten()
 

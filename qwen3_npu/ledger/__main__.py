@@ -9,7 +9,6 @@ from qwen3_npu import cli, log
 from qwen3_npu.args.tools.ledger import LedgerArgs
 from qwen3_npu.errors import UsageError
 from qwen3_npu.ledger.records import read
-from qwen3_npu.ledger.show import report
 
 _RECORDING = "_ascend_pt"  # folders of torch_npu's profiler end so
 
@@ -20,6 +19,8 @@ def main() -> None:
     if words and not words[0].startswith("-"):
         words = ["--run-dir", *words]
     (args,) = cli.parse("qwen3_npu.ledger", __doc__, [LedgerArgs], argv=words).groups
+    from qwen3_npu.ledger.show import report
+
     folder = Path(args.run_dir)
     picture = Path(args.picture) if args.picture else (folder if folder.is_dir() else folder.parent) / "ledger.png"
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# Colours by kind: name for people, red, green, blue.
+# Kind -> name for people, red, green, blue.
 COLOURS = (
     ("blue", 57, 106, 177),
     ("orange", 218, 124, 48),

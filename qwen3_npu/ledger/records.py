@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError
@@ -47,7 +45,7 @@ def read(folder: Path) -> list[LedgerEntry]:
             where = f"{path}, line {number}"
             outer = schema.record(schema.parse_json(line, where), where)
             entry = entry_of(outer.integer("step", least=0), outer.record("ledger"), f"{where}: ledger")
-            found[entry.step] = entry  # after a resume a step comes again
+            found[entry.step] = entry  # a step may come twice after a resume; the later record counts
     if not found:
         raise UsageError(f"{path} holds no record of a ledger; train with --tensorboard-dir and --ledger-interval")
     return [found[step] for step in sorted(found)]
@@ -57,7 +55,7 @@ def entry_of(step: int, record: schema.Record, where: str) -> LedgerEntry:
     """The entry of a record. Raises: UsageError: it is damaged."""
     facts = {name: value for name, value in record.fields.items() if name not in _TIMES}
     host = _seconds(record.record("host"), where) if "host" in record.fields else {}
-    most = {kind: _pair(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}
+    most = {kind: schema.pair(pair, f"{where}: {kind}") for kind, pair in record.record("most").fields.items()}
     return LedgerEntry(
         step=step,
         steps=record.integer("steps", least=1),
@@ -81,14 +79,8 @@ def _planned(record: schema.Record, where: str) -> dict[str, tuple[str, float]]:
     found = {}
     for cause, pair in fields.items():
         name = f"{where}: {cause}"
-        words, share = _pair(pair, name)
+        words, share = schema.pair(pair, name)
         found[cause] = schema.text(words, name), schema.number(share, name, least=0)
-    return found
-
-
-def _pair(value: object, where: str) -> Sequence[Any]:
-    if len(found := schema.sequence(value, where)) != 2:
-        raise UsageError(f"{where} is {schema.shown(value)}; a pair is expected")
     return found
 
 

@@ -9,7 +9,7 @@ from qwen3_npu.ledger.picture import COLOURS, png, stacked_columns
 from qwen3_npu.ledger.records import LedgerEntry
 from qwen3_npu.ledger.why import explained, facts_line, total, why
 
-_SHOWN = 0.005  # of the time; less is left out of a line
+_SHOWN = 0.005  # share of the time; smaller ones are left out of a line
 
 
 def report(entries: Sequence[LedgerEntry], name: str, picture: Path) -> list[str]:

@@ -11,9 +11,9 @@ from qwen3_npu.watch.state import WORK
 
 _OWN = (*WORK, "pause")  # kinds in which one rank can be slower than the others
 _COMPUTE = ("forward", "backward")
-_SLOW = 1.3  # times the mean rank
+_SLOW = 1.3  # a rank is slow if it takes so many times the mean
 _LAUNCH = 6e-6  # seconds that a host needs for a small operation, at least
-_OPERATIONS = 3 * 40  # of a layer: forward, and twice as many backward
+_OPERATIONS = 3 * 40  # operations of a layer: forward, and twice as many backward
 _OF_GROUPS = {
     "tp": "fewer tensor-parallel ranks (--tensor-model-parallel-size), with --sequence-parallel, inside one node",
     "dp": "--overlap-grad-reduce, a larger --global-batch-size, or a faster network",
@@ -76,7 +76,7 @@ def _number(facts: dict[str, object], name: str) -> float:
 def _slow_ranks(entries: Sequence[LedgerEntry], seconds: float) -> Iterator[Cause]:
     """The cost of one rank whose own work takes longer than the others', which wait for it."""
     for kind in _OWN:
-        # Of the mean rank only, a single slow one of few ranks weighs much: compare with the others.
+        # Among few ranks a slow one raises the mean, so a rank is compared with the mean of the others.
         extra: dict[int, float] = {}
         for entry in entries:
             most, rank = entry.most.get(kind, (0.0, 0))
@@ -149,7 +149,7 @@ def _of_layout(share: dict[str, float], facts: dict[str, object], entries: Seque
         f"or packs (preprocess_data.py --pack --neat-pack, --reset-attention-mask)",
     )
     if (uneven := _number(facts, "imbalance")) > 1:
-        # About half of a layer's time is its experts'; the fullest sets the pace.
+        # About half of a layer's time is its experts', and the fullest expert sets the pace.
         yield Cause(
             "imbalance",
             (1 - 1 / uneven) * compute / 2,

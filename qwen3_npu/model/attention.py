@@ -55,7 +55,7 @@ class SelfAttention(MegatronModule):
         self.tp_group, tp = pg_collection.tp, pg_collection.tp.size()
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.local_groups = max(config.num_query_groups // tp, 1)
-        # Ranks that share one key/value head, each with a part of its query heads.
+        # Number of ranks that share one key/value head; each has a part of its query heads.
         self.sharing = max(tp // config.num_query_groups, 1)
         query_width, key_width = config.num_attention_heads * self.head_dim, config.num_query_groups * self.head_dim
         self.linear_qkv = build_module(
@@ -113,7 +113,7 @@ class SelfAttention(MegatronModule):
         if self.owns_input:
             kept_in_place(self.swap, hidden_states, self.linear_qkv)
         with saving(self.swap):
-            # Queries lie apart, group by group, until their norm writes them side by side.
+            # The queries of different groups lie apart in memory until their norm writes them side by side.
             q = self.kernels.rotary(self.q_layernorm(q).flatten(2, 3), cos, sin)
             k = self.kernels.rotary(self.k_layernorm(k), cos, sin)
             out = tensor_parallel.checkpoint(core, False, q, k, v) if self.recompute else core(q, k, v)

@@ -55,7 +55,7 @@ class Qwen3Model(GPTModel):
         )
         self.arch, self.loss_chunk, self.cross_entropy = arch, parts.loss_chunk, parts.kernels.cross_entropy
         if arch.reward and post_process:
-            del self.output_layer  # GPTModel makes one in any case
+            del self.output_layer  # GPTModel always makes one
             self.score = RewardHead(config, self.pg_collection.tp, seed=parts.seed, lora=parts.lora.on)
         if pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel makes it itself, without a spec
@@ -63,7 +63,7 @@ class Qwen3Model(GPTModel):
         link_linears(self)
         if parts.kernels.add_weight_gradient is not reference.add_weight_gradient:
             fuse_weight_gradients(self, parts.kernels.add_weight_gradient)
-            # torch recomputes chunks of the loss with copies of the weights, which have no marks.
+            # torch recomputes chunks of the loss with copies of the weights, which lack megatron's attributes.
             if post_process and self.loss_chunk and not arch.reward:
                 self.output_layer.gradient_accumulation_fusion = False
 
@@ -98,7 +98,7 @@ class Qwen3Model(GPTModel):
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         output, sequence_parallel = self.output_layer, self.output_layer.sequence_parallel
         if sequence_parallel:
-            # Gathered once for all chunks; its backward sums and scatters, so the layer itself must do neither.
+            # Gathered once for all chunks. The backward of that sums and scatters, so the layer itself must do neither.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
 
         def loss(hidden: torch.Tensor, labels_sb: torch.Tensor) -> torch.Tensor:
@@ -156,9 +156,9 @@ def freeze(chunks: Sequence[Qwen3Model], config: TransformerConfig, is_frozen: C
     )
     first = chunks[0].embedding if recomputes and chunks[0].pre_process else None
     if first is not None and not first.word_embeddings.weight.requires_grad:
-        # What is recomputed has gradients only if its input asks for one, and with a frozen embedding it would not.
+        # Recomputation makes gradients only if its input requires one; the output of a frozen embedding does not.
         first.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
 
-# Attributes of layers, MLPs and experts that compute something again in backward by flags of their own.
+# Attributes of layers, MLPs and experts that turn on their own recomputation in backward.
 _RECOMPUTED = ("recompute_mlp", "recompute", "recompute_activation", "recompute_products")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -111,9 +109,9 @@ def _recompute(train: TrainArgs) -> dict[str, object]:
     }
 
 
-def _between_stages(layout: Layout, parallel: ParallelArgs) -> dict[str, Any]:
+def _between_stages(layout: Layout, parallel: ParallelArgs) -> dict[str, object]:
     """What each pipeline stage holds, and how stages exchange."""
-    stages: dict[str, Any] = {"pipeline_model_parallel_layout": _stages(layout)} if layout.pipeline > 1 else {}
+    stages: dict[str, object] = {"pipeline_model_parallel_layout": _stages(layout)} if layout.pipeline > 1 else {}
     # After each batched exchange megatron makes the host wait for the whole device, against a bug of torch before 1.13.
     stages |= {"batch_p2p_comm": parallel.batches_p2p, "batch_p2p_sync": False}
     if layout.virtual > 1:

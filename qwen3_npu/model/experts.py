@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -63,12 +62,14 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         self.kernels, self.num_local_experts = kernels, num_local_experts
         self.recompute_activation, self.recompute_products = recompute_activation, recompute_products
+        # With recomputation, backward has twice as many exchanges.
+        self.offers_turn = config.recompute_granularity is not None
         self.hidden = config.hidden_size
         self.ffn = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         self.pg_collection = pg_collection
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
 
-        def parameter(rows: int, columns: int, dim: int, init: Any) -> torch.nn.Parameter:
+        def parameter(rows: int, columns: int, dim: int, init: Callable[[torch.Tensor], object]) -> torch.nn.Parameter:
             weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=device))
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
             # Experts of different EP ranks are different weights: not summed over the data-parallel group.
@@ -81,7 +82,7 @@ class GroupedExperts(MegatronModule):
 
         experts = num_local_experts
         self.weight1 = parameter(self.hidden, experts * 2 * self.ffn, 1, config.init_method)
-        if quantize:  # one after the other: whole, there is one at a time
+        if quantize:  # quantized one after the other, so that one full weight is in memory at a time
             self.weight1 = quantized(self.weight1, (experts, 2 * self.ffn, self.hidden), is_double=double_quantize)
         self.weight2 = parameter(experts * self.ffn, self.hidden, 0, config.output_layer_init_method)
         if quantize:
@@ -108,7 +109,7 @@ class GroupedExperts(MegatronModule):
 
         def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
             wide = self.multiply(1, tokens, product)
-            if self.config.recompute_granularity is not None:  # a backward pass that exchanges twice as often
+            if self.offers_turn:
                 offer_turn()
             return self.activate(wide, probs)
 
@@ -123,7 +124,7 @@ class GroupedExperts(MegatronModule):
         kept.discard_output_and_register_recompute(out)
         return out, None
 
-    def state_of(self, some: slice) -> dict[str, Any]:
+    def state_of(self, some: slice) -> dict[str, object]:
         """Attributes other than parameters for a module with some of these experts."""
         return {"num_local_experts": some.stop - some.start}
 

@@ -25,7 +25,7 @@ class FrozenLinear(torch.nn.Module):
         self.multiply = kernels.prepared_linear(weight.detach(), rows)
         summed = isinstance(linear, RowParallelLinear) and linear.tp_group.size() > 1
         self.group = linear.tp_group if summed else None
-        # Added once, after the sum; a row-parallel bias is whole on every rank.
+        # The bias is added once, after the sum, because every rank has all of a row-parallel bias.
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -38,7 +38,7 @@ class FrozenLinear(torch.nn.Module):
 def freeze_linears(model: torch.nn.Module, kernels: Kernels, rows: int) -> None:
     """Replace every linear that has its own weight and free that weight; one at a time, so memory hardly grows."""
     linears = (ColumnParallelLinear, RowParallelLinear)
-    # Names, not the linears themselves: a list of those would keep their weights.
+    # The list has names, because a list of linears would keep their weights in memory.
     places = [
         (module, name)
         for module in model.modules()

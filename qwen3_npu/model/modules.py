@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -173,12 +174,12 @@ class Layer(TransformerLayer):
 
     def __init__(self, *sizes: object, **options: object) -> None:
         super().__init__(*sizes, **options)
-        # What recomputes a norm, or drops before the sum, needs the two apart.
+        # Recomputed norms and dropout before the sum need the sum and the norm apart.
         recomputes = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm
         self.is_plain = not recomputes and self.hidden_dropout == 0.0
         self.swap: LayerSwap | None = None
 
-    def forward(self, *args: Any, **others: Any) -> tuple:
+    def forward(self, *args: object, **others: object) -> tuple:
         """As megatron's."""
         if self.swap is None or not (self.training and torch.is_grad_enabled()):
             return self.passed(*args, **others)
@@ -207,7 +208,7 @@ class Layer(TransformerLayer):
             masks: `padding_mask` for a mixture of experts.
         """
         attended, bias = self.self_attention(self.input_layernorm(hidden), packed_seq_params=sequence)
-        if self.config.recompute_granularity is not None:  # a backward pass that exchanges twice as often
+        if self.config.recompute_granularity is not None:  # with recomputation, backward has twice as many exchanges
             offer_turn()
         if bias is not None:
             attended = attended + bias
@@ -242,12 +243,16 @@ def weight_gradient(
         weight: [out, in], a parameter; x: [rows, in]; grad: [rows, out].
         add_weight_gradient: the kernel; the reference leaves the sum to megatron.
     """
-    total = getattr(weight, "main_grad", None)
-    if total is None or add_weight_gradient is reference.add_weight_gradient:
+    if not is_summed(weight, add_weight_gradient):
         return (grad.t() @ x).to(weight.dtype)
-    add_weight_gradient(x, grad, total)
+    add_weight_gradient(x, grad, vars(weight)["main_grad"])
     vars(weight)["grad_added_to_main_grad"] = True
     return torch.empty_like(weight)
+
+
+def is_summed(weight: torch.Tensor, add_weight_gradient: Callable) -> bool:
+    """Whether the kernel adds a weight's gradient to megatron's sum."""
+    return hasattr(weight, "main_grad") and add_weight_gradient is not reference.add_weight_gradient
 
 
 def fuse_weight_gradients(model: torch.nn.Module, kernel: Callable) -> None:
@@ -255,7 +260,8 @@ def fuse_weight_gradients(model: torch.nn.Module, kernel: Callable) -> None:
 
     megatron-core's switch is `gradient_accumulation_fusion`; it calls apex's extension by a module-level name.
     """
-    names = ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16")  # the dtype of the sum; the kernel takes both
+    # The names differ by the sum's dtype; the kernel accepts both.
+    names = ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16")
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(**dict.fromkeys(names, kernel))
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
@@ -266,12 +272,17 @@ class NoopLayer(MegatronModule, BaseTransformerLayer):
     """A no-op layer: it holds no weights and changes nothing (--noop-layers)."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int = 1, pg_collection: Any = None, vp_stage: int | None = None
+        self,
+        config: TransformerConfig,
+        layer_number: int = 1,
+        *,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config)
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, get_pg_rank(pg_collection.pp))
 
-    def forward(self, hidden_states: torch.Tensor, context: object = None, **_: object) -> tuple[torch.Tensor, Any]:
+    def forward(self, hidden_states: torch.Tensor, context: object = None, **_: object) -> tuple[torch.Tensor, object]:
         return hidden_states, context
 
 
@@ -300,6 +311,6 @@ class RewardHead(torch.nn.Module):
         """
         rewards = torch.nn.functional.linear(hidden.float(), getattr(self, self.name).float()).squeeze(-1)
         if self.sequence_parallel:
-            # Every rank goes on with the same rewards, and takes back the gradient of its own tokens.
+            # Every rank has the same rewards in forward, and takes the gradient of its own tokens in backward.
             rewards = gather_from_sequence_parallel_region(rewards, tensor_parallel_output_grad=False, group=self.group)
         return rewards

@@ -202,7 +202,8 @@ def _blocks(parameter: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         stop = min(start + size, rows)
         codes = parameter[start * columns // 2 : stop * columns // 2]
         scales = kind.scales.of(slice(start, stop))
-        yield slice(start, stop), nf4.dequantize(codes, scales, kind.dtype).view(stop - start, columns)  # not kept here
+        # The caller has the only reference.
+        yield slice(start, stop), nf4.dequantize(codes, scales, kind.dtype).view(stop - start, columns)
 
 
 def looked_up(tokens: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -223,7 +224,7 @@ class _Product(torch.autograd.Function):
         out = x.new_empty(*x.shape[:-1], restored_shape(weight)[0])
         for rows, part in _blocks(weight):
             out[..., rows] = torch.nn.functional.linear(x, part)
-            del part  # before the next is restored
+            del part  # free it before the next is restored
         return out
 
     @staticmethod
@@ -231,8 +232,8 @@ class _Product(torch.autograd.Function):
         total: torch.Tensor | None = None
         for rows, part in _blocks(ctx.weight):
             product = grad[..., rows] @ part
-            del part  # before the next is restored
-            # Several are summed in float32, as one product would.
+            del part  # free it before the next is restored
+            # Blocks are summed in float32, as inside one product.
             total = product if total is None else total.float() + product
         assert total is not None
         return total.to(grad.dtype), None

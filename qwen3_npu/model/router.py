@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_npu.kernels import reference
 from qwen3_npu.model.modules import weight_gradient
 
-_SEEN = 64  # micro-batches whose counts are kept apart at most
+_SEEN = 64  # most micro-batches whose counts are kept apart
 
 
 def first_tokens(chosen: torch.Tensor, count: int) -> torch.Tensor:
@@ -93,7 +93,7 @@ class _Choice(torch.autograd.Function):
         probs, routing_map = torch.softmax(alone, -1), alone != float("-inf")
         counts = routing_map.sum(0)
         ctx.mark_non_differentiable(routing_map, counts)
-        ctx.set_materialize_grads(False)  # of those two, there is none
+        ctx.set_materialize_grads(False)  # these two outputs have no gradient
         real, counted = None, counts
         if is_counted and padding is not None:
             real = ~padding.unsqueeze(-1)
@@ -263,9 +263,9 @@ class Router(TopKRouter):
             capacity = get_capacity(len(chosen) * self.topk, config.num_moe_experts, factor)
             kept = torch.zeros_like(probs).scatter_(0, first_tokens(chosen, capacity).T, 1.0).bool()
             return probs * kept, kept
-        # By position megatron sorts integers, which an NPU's cores do not.
+        # For the policy "position" megatron sorts integers, which an NPU's cores do not.
         real = len(probs) if padding is None else (~padding).sum()  # stays on the device, as does the capacity
-        # A millionth below: float32 may end just above a whole number.
+        # A millionth less, since float32 may end just above a whole number.
         most = real * (self.topk * factor / config.num_moe_experts * (1 - 1e-6))
         capacity = most.ceil() if isinstance(most, torch.Tensor) else math.ceil(most)
         if policy == "position":
@@ -340,7 +340,7 @@ class Router(TopKRouter):
         return torch.cat(counts)
 
 
-# What the last gradient of a balancing loss was weighted by: the layers of a micro-batch share it.
+# The weight of the last balancing loss's gradient, which the layers of a micro-batch share.
 _weights: dict[tuple, tuple[torch.Tensor, object]] = {}
 
 

@@ -13,7 +13,6 @@ import collections
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -31,13 +30,13 @@ class _Traffic:
 
     def __init__(self) -> None:
         self.leaving: LayerPass | None = None
-        self._streams: list[Any] | None = None
+        self._streams: list[torch.cuda.Stream | None] | None = None
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = collections.defaultdict(list)
 
-    def stream(self, device: torch.device, number: int) -> Any:
+    def stream(self, device: torch.device, number: int) -> torch.cuda.Stream | None:
         """The stream of copies to the host (0) or to the device (1); None if the device has no streams."""
         if self._streams is None:
-            self._streams = [None, None] if device.type == "cpu" else [torch.cuda.Stream() for _ in range(2)]
+            self._streams = [None if device.type == "cpu" else torch.cuda.Stream() for _ in range(2)]
         return self._streams[number]
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
@@ -62,7 +61,7 @@ class _Kept:
 
     def __init__(self, tensor: torch.Tensor, storage: torch.UntypedStorage, in_place: bool) -> None:
         self.owner = weakref.ref(storage)
-        # Not `detach`: what is written when it comes back is no change that autograd should object to.
+        # `data`, not `detach`: with `detach` autograd would object when the copy back writes to it.
         flat = tensor.data.as_strided((storage.nbytes() // tensor.itemsize,), (1,), 0)
         self.here: torch.Tensor | None = flat
         self.in_place, self.flat = in_place, flat if in_place else None
@@ -83,7 +82,7 @@ class _Kept:
             self.here = self.flat
             return True
         storage = self.owner()
-        if storage is not None:  # somebody else holds it all the same
+        if storage is not None:  # something else still holds it
             self.here = torch.empty(0, dtype=self.memory.dtype, device=device).set_(storage, 0, self.memory.shape, (1,))
             return False
         self.here = torch.empty(self.memory.shape, dtype=self.memory.dtype, device=device)
@@ -104,8 +103,8 @@ class LayerPass:
         self.kept: dict[int, _Kept] = {}
         self.shared: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.is_away = False
-        self.arrived: Any = None  # event, until it was waited for
-        self.departed: Any = None
+        self.arrived: torch.cuda.Event | None = None  # event, until it was waited for
+        self.departed: torch.cuda.Event | None = None
         self.device = torch.device("cpu")
 
     def __del__(self) -> None:
@@ -264,7 +263,7 @@ class LayerSwap:
         if out.requires_grad:
             out.register_hook(lambda _: ended.fetch())
         else:
-            self.traffic.leaving = None  # nothing was kept
+            self.traffic.leaving = None  # no storage was kept
 
 
 def saving(swap: LayerSwap | None) -> contextlib.AbstractContextManager[None]:

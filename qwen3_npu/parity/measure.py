@@ -72,6 +72,6 @@ def largest_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndar
     for name, tensor in expected.items():
         scale = float(np.abs(tensor).max()) or 1.0
         difference = float(np.abs(found[name] - tensor).max()) / scale
-        if not difference <= worst:  # NaN is the worst
+        if not difference <= worst:  # written so that NaN counts as the worst
             worst, where = difference, name
     return worst, where

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from qwen3_npu.parity.measure import trainer
 from qwen3_npu.parity.probes import probe
 from qwen3_npu.parity.rows import PER_DOCUMENT, RING, SP, TP2
 from qwen3_npu.parity.tiny import arch, write_instructions, write_model
-from qwen3_npu.parity.walk import Walked, walk, walk_runs
+from qwen3_npu.parity.walk import Breach, Walked, walk, walk_runs
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.training.fingerprints.files import Recording, read, write
 from qwen3_npu.training.fingerprints.gather import TRAINING, gathered
@@ -175,7 +174,7 @@ def _path(name: str | None) -> Path:
 
 def _judge(walked: list[tuple[str, Walked]]) -> None:
     """Print a line for each case. Raises: Stopped: a value is outside its tolerance."""
-    firsts: list[Any] = []
+    firsts: list[Breach] = []
     for case, result in walked:
         finding = result.first
         verdict = f"ok, {100 * result.used:.0f} % of the tolerance used"

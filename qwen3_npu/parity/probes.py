@@ -12,7 +12,7 @@ from qwen3_npu.training.fingerprints.recorder import Noted, StepRecorder
 from qwen3_npu.training.fingerprints.sketch import NUMBERS, sketch
 
 _SCALE, _DROPOUT = 0.25, 0.5
-_SPREAD = 0.05  # of what dropout does to an output, by its random choice
+_SPREAD = 0.05  # share by which an output with dropout differs between random choices
 
 
 def _random(seed: int, shape: Sequence[int]) -> torch.Tensor:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import F32, DType, from_float32
-from qwen3_npu.checkpoint.formats.hf_write import SafetensorsWriter, write_config
-from qwen3_npu.checkpoint.formats.huggingface import SINGLE
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsWriter
+from qwen3_npu.checkpoint.formats.huggingface import SINGLE, write_config
 from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.data.train.token_file import IndexedWriter, publish
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.arch.rope import YARN, RopeScaling
 
-# Head size apart from hidden / heads, grouped heads, four layers for two stages of two chunks.
+# The head size is not hidden / heads, heads are grouped, and four layers make two stages of two chunks.
 DENSE = Qwen3Arch(
     vocab_size=256,
     hidden_size=64,
@@ -36,9 +36,9 @@ _KINDS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "few": {"num_key_value_heads": 2},  # fewer than ranks at TP4
+    "few": {"num_key_value_heads": 2},  # fewer key/value heads than ranks at TP4
     "qwen2": {"model_type": "qwen2", "head_dim": 8},
-    # So short that most of the tiny documents are beyond it.
+    # The original length is so short that most of the tiny documents exceed it.
     "yarn": {"rope_theta": 1e4, "rope_scaling": RopeScaling(kind=YARN, factor=4, original=16, attention_factor=1.3)},
 }
 

@@ -12,9 +12,9 @@ from qwen3_npu.training.fingerprints.gather import OTHER, TRAINING
 from qwen3_npu.training.fingerprints.recorder import LAYER, Noted
 from qwen3_npu.training.fingerprints.sketch import NUMBERS, difference
 
-# Times what rounding explains. Another order of sums, and rounding of another intermediate result, is a few times that.
+# A multiple of what rounding explains: another order of sums, or of rounding, is a few times it.
 MARGIN = 8.0
-_UNIT = {"fp32": 2.0**-22, "bf16": 2.0**-8}  # below that nothing is said: a few units in the last place
+_UNIT = {"fp32": 2.0**-22, "bf16": 2.0**-8}  # smaller differences are not judged: a few units in the last place
 _NARROWER = _UNIT["fp32"] / _UNIT["bf16"]
 
 
@@ -41,7 +41,7 @@ class Breach(NamedTuple):
     case: str
     place: RecordPlace
     what: str
-    is_certain: bool  # wrong by its own inputs, so the fault is in this operation
+    is_certain: bool  # the result is wrong for its own inputs, so the fault is in this operation
 
 
 class Walked(NamedTuple):
@@ -155,7 +155,7 @@ def walk_runs(found: Recording, expected: Recording, passport: Recording) -> Wal
         if not gap <= allowed:
             what = f"differs by {gap:.1e}, all before it by {before:.1e} at most"
             findings.append(Breach(TRAINING, place, what, False))
-            break  # what follows has other inputs
+            break  # later operations have other inputs
         before = max(before, gap)
     return Walked(len(index.keys() & set(here.names)), used, findings)
 

@@ -37,7 +37,7 @@ def norm_inputs(setup: Setup, kernels: str, width: float, size: int) -> float:
     """Bytes that a norm over vectors of `width` numbers of `size` bytes keeps per vector, without its output."""
     if kernels != TORCH:
         return width * size + _FLOAT
-    # In float32 the vector, and unless the norm's weight is frozen the vector over its length; one over the length.
+    # It keeps the vector in float32, 1 / its length, and, if the norm's weight is trained, the vector over its length.
     return width * _FLOAT * (1 if setup.lora_rank else 2) + _FLOAT
 
 
@@ -52,7 +52,7 @@ def _norms(shape: Shape, setup: Setup, has_experts: bool, kernels: str) -> float
         second = not setup.lora_rank if has_experts else _keeps_input(setup, "linear_fc1")
         first = "self_attention" not in setup.swapped and _keeps_input(setup, "linear_qkv")
         outputs = int(first) + int(second or setup.recompute_mlp)
-    # In the residual's dtype; torch_npu's kernels hold them, too, but beside what autograd counts.
+    # The weights in the residual's dtype. torch_npu's kernels hold them, too, but autograd does not count those.
     widened = setup.fp32_residual and not setup.recompute_norm and kernels == TORCH
     weights = 2 * h * _FLOAT if widened else 0
     inputs = 2 - sum(name.endswith("layernorm") for name in setup.swapped)
@@ -68,7 +68,7 @@ def _attention(shape: Shape, setup: Setup, kernels: str) -> float:
     kept = (query + key) + query  # rotated queries and keys, attention's output
     per_head = 0.0
     if kernels != TORCH:
-        # Of several rows, values are laid out anew; else attention keeps them where they are, in the product.
+        # Values of several rows are copied; else attention keeps them where they are, in the product.
         anew = kernels == MINDSPEED or not (setup.packed or setup.micro_batch == 1 or setup.recompute_attention)
         kept += key if anew else 0
         kept += product if shape.qk_norm or not anew else 0
@@ -89,8 +89,9 @@ def _attention(shape: Shape, setup: Setup, kernels: str) -> float:
 def _latent_attention(shape: Shape, setup: Setup, kernels: str) -> float:
     """Multi-latent attention, which this project does not train: an estimate from the definition of the block."""
     heads = shape.num_attention_heads / setup.tensor
-    compressed = 2 * (shape.kv_lora_rank + shape.q_lora_rank) + shape.qk_pos_emb_head_dim  # before and after the norms
-    expanded = shape.qk_head_dim + shape.v_head_dim  # of keys and values; values are used where they are
+    # The inputs of the norms and their outputs.
+    compressed = 2 * (shape.kv_lora_rank + shape.q_lora_rank) + shape.qk_pos_emb_head_dim
+    expanded = shape.qk_head_dim + shape.v_head_dim  # keys and values; values are used where they are
     each = 2 * (shape.qk_head_dim + shape.qk_pos_emb_head_dim) + expanded + shape.v_head_dim
     per_head = 0 if setup.recompute_attention else heads * (_FLOAT if kernels == TORCH else 64)
     return setup.tokens * ((compressed + heads * each) * setup.weight_bytes + per_head)
@@ -108,18 +109,19 @@ def routed_rows(shape: Shape, setup: Setup) -> float:
 
 
 def _experts(shape: Shape, setup: Setup, kernels: str) -> float:
-    if setup.recompute_experts == 2:  # they keep their input only, which the norm's output is
+    if setup.recompute_experts == 2:  # they keep only their input, which is counted as the norm's output
         return 0.0
     rows, width = routed_rows(shape, setup), setup.weight_bytes
     ffn = shape.moe_ffn_hidden_size / setup.expert_tensor
     always = kernels != TORCH  # the grouped product of torch_npu keeps its input, whatever is trained
-    inputs = shape.hidden_size * (1 + int(always or _keeps_input(setup, "linear_fc1")))  # and fc2's output
+    inputs = shape.hidden_size * (1 + int(always or _keeps_input(setup, "linear_fc1")))  # the second is fc2's output
     sides = 0 if setup.recompute_experts else shape.gate_factor
-    if not (setup.recompute_activation or setup.recompute_experts):  # the activation, and it times probabilities
+    # The activation, and its product with the probabilities.
+    if not (setup.recompute_activation or setup.recompute_experts):
         sides += 1 + int(always or _keeps_input(setup, "linear_fc2"))
     indices = 8 if kernels == TORCH else 3 * 4
-    routing = rows * (indices + width)  # places, probabilities
-    # The router's weights and the map; the permutation keeps the weights turned, or the products their groups.
+    routing = rows * (indices + width)  # indices and probabilities
+    # The router's weights and the map; the permutation keeps the transposed weights, or the products their groups.
     routing += setup.sharded_tokens * shape.num_experts * (1 + width * (2 if kernels == TORCH else 1))
     routing += 0 if kernels == TORCH else 8 * shape.num_experts / setup.expert
     shared = setup.tokens * (shape.gate_factor + 1) * shape.moe_shared_ffn / setup.tensor * width

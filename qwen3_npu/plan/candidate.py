@@ -14,7 +14,7 @@ class Saving(NamedTuple):
     """A way to keep less of the optimizer's state on the device: fields of the plan, and flags."""
 
     of_setup: dict[str, Any]
-    of_optimizer: dict[str, Any]
+    of_optimizer: dict[str, object]
 
 
 SAVINGS = (
@@ -38,12 +38,12 @@ class LayoutCandidate:
     layout: PretrainArgs
     recomputed: int
     saving: Saving
-    more: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    more: dict[str, dict[str, object]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def args(self) -> PretrainArgs:
         """The flags of this layout."""
-        train: dict[str, Any] = {}
+        train: dict[str, object] = {}
         if self.recomputed:
             train = {"recompute_granularity": "full", "recompute_method": "block"}
             train["recompute_num_layers"] = self.recomputed
@@ -57,7 +57,7 @@ class LayoutCandidate:
         }
         return self.layout._replace(**groups)
 
-    def changed(self, setup: dict[str, Any], more: dict[str, dict[str, Any]]) -> LayoutCandidate:
+    def changed(self, setup: dict[str, Any], more: dict[str, dict[str, object]]) -> LayoutCandidate:
         """The candidate with other fields of the plan's setup and of the flags."""
         verdict = self.verdict
         other = PlanVerdict(verdict.shape, dataclasses.replace(verdict.setup, **setup), verdict.device)

@@ -109,7 +109,8 @@ def start_bytes(shape: Shape, setup: Setup, stage: int) -> float:
         return held
     largest = max(trained.expert * width, trained.dense * width - trained.expert * 4.0)
     masters = 0.0
-    if setup.swap_optimizer and setup.bf16:  # made on the device, each of a copy of its weight, before they leave it
+    # Each is made on the device from a copy of its weight, and then moved to the host.
+    if setup.swap_optimizer and setup.bf16:
         masters = sharded_bytes(setup, trained, MASTER) + width * largest_count(shape, setup, stage)
     return held + max(largest / setup.virtual, masters)
 

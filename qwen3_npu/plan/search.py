@@ -30,8 +30,8 @@ from qwen3_npu.plan.shape import Shape
 from qwen3_npu.plan.verdict import PlanVerdict
 
 _MICRO = (1, 2, 4)
-_WORTH = 0.1  # a smaller share of the memory that the optimizer's state takes is not worth to be saved
-_HIDING = 40  # so many of the fastest layouts are looked at with communication hidden, too
+_WORTH = 0.1  # an optimizer state of a smaller share of the memory is not worth swapping
+_HIDING = 40  # so many of the fastest layouts are also tried with hidden communication
 
 
 def search(shape: Shape, arch: Qwen3Arch, args: PlanArgs, device: Device) -> list[LayoutCandidate]:
@@ -66,7 +66,7 @@ def _memory_choices(
     Args:
         known: another layout fits, so hopeless ones are skipped.
     """
-    least = None  # recomputed layers of what fits
+    least = None  # fewest recomputed layers that fit
     plain = setup_of(flags, sizes)
     per_chunk = max(len(chunk) for stage in sizes.layout.chunks for chunk in stage)
     counts: Sequence[int] = sorted({0, -(-per_chunk // 4), -(-per_chunk // 2), per_chunk})
@@ -130,7 +130,7 @@ def _nothing_fits(nearest: PlanVerdict | None, shape: Shape, arch: Qwen3Arch, ar
     for devices in (args.devices * 2**n for n in range(1, 7)):
         more = dataclasses.replace(args, devices=devices, global_batch_size=max(args.global_batch_size, devices))
         changes.append((f"--devices {devices}", more))
-    found: dict[str, str] = {}  # of each kind of change the least that fits
+    found: dict[str, str] = {}  # kind of change -> the smallest change that fits
     for words, changed in changes:
         kind = words.split()[0]
         if kind not in found and _any_fits(shape, arch, changed, device):

@@ -112,7 +112,7 @@ class Shape:
         return self.is_moe and layer >= self.moe_dense_layers
 
 
-# Shape's name of a size -> Qwen3Arch's.
+# Field of `Shape` -> field of `Qwen3Arch`.
 _ARCH_NAMES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",

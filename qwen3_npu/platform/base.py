@@ -6,15 +6,24 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 
 from qwen3_npu.args.profile import ProfileArgs
+from qwen3_npu.watch.device import DeviceEvent
 from qwen3_npu.watch.flight import FlightRecorder
 
 
-def torch_profiler(args: ProfileArgs) -> Any:
+class Profiler(Protocol):
+    """Records between `start` and `stop`; writes the recording itself."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def torch_profiler(args: ProfileArgs) -> Profiler:
     """torch's profiler of the host and, if there is one, the GPU."""
     return torch.profiler.profile(
         record_shapes=args.profile_record_shapes,
@@ -39,7 +48,7 @@ class Platform:
         device_name: the vendor's name of it.
         peak_flops: published dense bf16 FLOP/s of one device, or None if unknown.
         has_float64: whether the device computes in float64.
-        profiler: --profile's flags -> an object with start and stop, which writes the recording.
+        profiler: makes a profiler by --profile's flags.
         be_deterministic: settings for --deterministic, before the process groups are made.
         event: makes a timing event of the device; None if the host computes.
         flight_recorder: environment variables of the backend's recorder of collectives; None if it has none.
@@ -57,20 +66,21 @@ class Platform:
     device_name: Callable[[], str]
     peak_flops: Callable[[], float | None]
     overlaps_p2p_safely: bool
-    event: Callable[[], Any] | None = None
+    event: Callable[[], DeviceEvent] | None = None
     flight_recorder: FlightRecorder | None = None
     has_float64: bool = True
-    profiler: Callable[[ProfileArgs], object] = torch_profiler
+    profiler: Callable[[ProfileArgs], Profiler] = torch_profiler
     be_deterministic: Callable[[], None] = lambda: None
     return_freed_memory: Callable[[], None] = lambda: None
 
     def activate(self) -> None:
         """Make megatron-core work on this device. Call it before megatron is imported."""
-        # What megatron warns of at import (no apex, no Transformer Engine, deprecations) is our choice of parts.
+        # At import megatron warns of what we chose not to use (apex, Transformer Engine), and of deprecations.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
         logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
-            lambda record: "Unknown MLP type" not in record.getMessage()  # said of every MLP that a spec brings
+            # A warning for every MLP that comes from a spec.
+            lambda record: "Unknown MLP type" not in record.getMessage()
         )
         self.prepare()
         from qwen3_npu.platform import mcore_fixes

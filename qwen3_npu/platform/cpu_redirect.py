@@ -11,7 +11,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,11 +93,13 @@ def _uneven_all_gather(original: Callable) -> Callable:
     """gloo gathers equal sizes only; NCCL and HCCL also others."""
 
     @functools.wraps(original)
-    def wrapper(tensor_list: list, tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> object:
+    def wrapper(
+        tensor_list: list, tensor: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+    ) -> object:
         if len({t.shape for t in tensor_list}) == 1:
             return original(tensor_list, tensor, group=group, async_op=async_op)
         for rank, part in enumerate(tensor_list):
-            source = dist.get_global_rank(group, rank)
+            source = dist.get_global_rank(group or dist.distributed_c10d._get_default_group(), rank)
             if source == dist.get_rank():
                 part.copy_(tensor)
             dist.broadcast(part, source, group=group)
@@ -130,10 +131,10 @@ def _set_rng_state(state: torch.Tensor, device: object = None) -> None:
     torch.set_rng_state(state)
 
 
-def _replacements() -> dict[str, tuple[Any, str]]:
+def _replacements() -> dict[str, tuple[object, str]]:
     """Full name -> (replacement, who needs it)."""
     nothing = lambda *args, **kwargs: None  # noqa: E731
-    table: dict[str, tuple[Any, str]] = {
+    table: dict[str, tuple[object, str]] = {
         "torch.cuda.current_device": (lambda: torch.device("cpu"), "device= of every allocation"),
         "torch.cuda.synchronize": (nothing, "pipeline p2p, timers"),
         "torch.cuda.empty_cache": (nothing, "checkpointing"),

@@ -9,12 +9,12 @@ import functools
 import importlib.util
 import os
 import warnings
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from qwen3_npu.args.profile import ProfileArgs
-from qwen3_npu.platform.base import Platform, published_peak, replace
+from qwen3_npu.platform.base import Platform, Profiler, published_peak, replace
 from qwen3_npu.platform.mcore_import import import_megatron
 from qwen3_npu.watch.flight import FlightRecorder
 
@@ -83,10 +83,10 @@ def _activate() -> None:
 
 def _call_types_cuda() -> None:
     """Let `tensor.type()` be "torch.cuda.FloatTensor", which megatron's optimizers compare with."""
-    original = torch.Tensor.type
+    original: Callable = torch.Tensor.type
 
     @functools.wraps(original)
-    def typed(self: torch.Tensor, *args: Any, **kwargs: Any) -> object:
+    def typed(self: torch.Tensor, *args: object, **kwargs: object) -> object:
         result = original(self, *args, **kwargs)
         return result.replace("torch.npu.", "torch.cuda.", 1) if isinstance(result, str) else result
 
@@ -100,7 +100,7 @@ def _bind(local_rank: int) -> torch.device:
     return torch.device("npu", local_rank)
 
 
-def _profiler(args: ProfileArgs) -> object:
+def _profiler(args: ProfileArgs) -> Profiler:
     """torch_npu's profiler; its recordings open in MindStudio Insight."""
     from torch_npu import profiler
 

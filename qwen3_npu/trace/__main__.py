@@ -22,10 +22,10 @@ from qwen3_npu.plan.from_args import setup_of
 from qwen3_npu.plan.launch import DEFAULT, device_for
 from qwen3_npu.plan.memory import stage_memory
 from qwen3_npu.plan.shape import shape_of
-from qwen3_npu.training.prepare.plan import TrainingPlan, plan_training
 
 if TYPE_CHECKING:
     from qwen3_npu.platform.base import Platform
+    from qwen3_npu.training.prepare.plan import TrainingPlan
 
 PROG = "python -m qwen3_npu.plan --trace"
 
@@ -53,6 +53,8 @@ def trace(args: PretrainArgs, device: Device, wanted: TraceArgs) -> list[dict[st
     Raises:
         UsageError: the flags do not fit each other.
     """
+    from qwen3_npu.training.prepare.plan import plan_training
+
     plan = plan_training(args, wanted.devices)
     from qwen3_npu.platform import select_platform
 

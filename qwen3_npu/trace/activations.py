@@ -38,7 +38,7 @@ class Activations(StorageWatch):
 
     def _bytes(self, keys: Iterable[int]) -> int:
         """The present bytes; recomputation empties storages and fills them again."""
-        # Of a copy of the keys: a storage that is freed meanwhile leaves.
+        # Iterate over a copy of the keys: a storage that is freed meanwhile is removed.
         known = [self._alive[key] for key in tuple(keys) if key in self._alive]
         return sum(storage.nbytes() for one in known if (storage := one()) is not None)
 

@@ -138,7 +138,7 @@ def _noted(recorder: TraceRecorder) -> Iterator[None]:
         mock.patch.object(here, "at", at),
         mock.patch.object(torch.UntypedStorage, "resize_", resized),
         mock.patch.object(dist.Work, "wait", noting(dist.Work.wait)),
-        mock.patch.object(FakeWork, "wait", noting(FakeWork.wait)),  # it has one of its own
+        mock.patch.object(FakeWork, "wait", noting(FakeWork.wait)),  # it has its own `wait`
         mock.patch.object(parts, "fused_products", return_value=RecordedProducts(recorder)),
     ):
         yield
@@ -236,7 +236,7 @@ def _step(trainer: Trainer, world: World, count: int) -> None:
 
     if isinstance(trainer.objective, AnswerObjective) and PREFERENCE_STAGES[trainer.args.data.stage]:
         trainer.objective.references = collections.deque(
-            [torch.zeros(answers_of(trainer), device=world.device) for _ in batches]  # as a file has them
+            [torch.zeros(answers_of(trainer), device=world.device) for _ in batches]  # as read from a cache
             if trainer.reference is None
             else trainer.reference.log_probs(once(), [()] * count, **sizes)
         )

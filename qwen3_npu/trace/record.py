@@ -156,7 +156,7 @@ class TraceRecorder(StorageWatch):
         finally:
             self._fused = None
 
-    def _collective(self, func: OpOverload, args: tuple, out: Any) -> None:
+    def _collective(self, func: OpOverload, args: tuple, out: object) -> None:
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(_group(args))))
         moved = sum(tensor.nbytes for tensor in tree_iter(args[:2]) if isinstance(tensor, torch.Tensor))
         name = func._schema.name.replace("::", ".").rstrip("_")
@@ -177,7 +177,7 @@ class TraceRecorder(StorageWatch):
         self.waits.clear()
         self._works.clear()
 
-    def _without_data(self, func: OpOverload, args: tuple) -> Any:
+    def _without_data(self, func: OpOverload, args: tuple) -> object:
         """The result of an operation that needs data; NotImplemented for all others."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return 2.0 if args[0].is_floating_point() else self.rows_of_expert

@@ -19,7 +19,7 @@ from qwen3_npu.distributed.launch import World
 from qwen3_npu.model import dispatcher
 
 
-def _same_everywhere(objects: list[Any], own: Any, group: Any = None) -> None:
+def _same_everywhere(objects: list[object], own: object, group: object = None) -> None:
     """Gather objects: all ranks of a traced job have the same object."""
     objects[:] = [own] * len(objects)
 
@@ -59,25 +59,25 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
     """
     new_group = dist.new_group
 
-    def pretended_group(*args: Any, **options: Any) -> Any:
+    def pretended_group(*args: Any, **options: Any) -> object:
         return new_group(*args, **(options | {"backend": "fake"}))
 
     def unchanged(module: torch.nn.Module) -> torch.nn.Module:
         return module
 
-    def on_host(everyone: torch.Tensor, **_: Any) -> torch.Tensor:
+    def on_host(everyone: torch.Tensor, **_: object) -> torch.Tensor:
         with _disable_current_modes():
             return _balanced_counts(everyone, routed_rows)
 
     sizes_on_host = dispatcher.Dispatcher.sizes
 
-    def with_data(*args: Any, **options: Any) -> Any:
+    def with_data(*args: Any, **options: Any) -> object:
         with _disable_current_modes():
             return sizes_on_host(*args, **options)
 
     sort_chunks = token_dispatcher.sort_chunks_by_idxs
 
-    def even_chunks(rows: torch.Tensor, sizes: torch.Tensor, _: torch.Tensor, **options: Any) -> Any:
+    def even_chunks(rows: torch.Tensor, sizes: torch.Tensor, _: torch.Tensor, **options: object) -> object:
         count = sizes.numel()
         even, any_order = _HostNumbers([len(rows) // count] * count), _HostNumbers(range(count))
         return sort_chunks(rows, even, any_order, **options)
@@ -86,7 +86,7 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         # On the CPU, unlike on devices, torch looks at the numbers to check them.
         return numbers.new_zeros(*numbers.shape, classes).scatter_(-1, numbers[..., None], 1)
 
-    changed: list[tuple[Any, str, Callable[..., Any]]] = [
+    changed: list[tuple[object, str, Callable[..., object]]] = [
         (dist, "new_group", pretended_group),
         (dist.distributed_c10d, "new_group", pretended_group),
         (dist, "all_gather_object", _same_everywhere),
@@ -96,7 +96,7 @@ def pretended(rank: int, size: int, routed_rows: int) -> Iterator[World]:
         # Weights are made in 16 bits; torch cannot exchange a module's parameters that have no data.
         (torch.nn.Module, "bfloat16", unchanged),
         (torch.nn.functional, "one_hot", one_hot),
-        # Of storages without data torch keeps both for ever.
+        # torch would keep both storages of a copy without data for ever.
         (torch.UntypedStorage, "copy_", lambda storage, *_: storage),
         (token_dispatcher, "sort_chunks_by_idxs", even_chunks),
         (dispatcher, "maybe_move_tensor_to_cpu", on_host),

@@ -269,11 +269,11 @@ def _splits(
 def _answers(args: PretrainArgs, plan: TrainingPlan) -> Feed:
     data, micro = args.data, args.train.micro_batch_size
     prefixes, weights = blend(data.data_path)
-    files: Sequence[SampleFiles[Any]] = open_answers(data.stage, prefixes)  # the stage says which samples they hold
+    files: Sequence[SampleFiles[object]] = open_answers(data.stage, prefixes)
     train, valid = _splits(args, files, weights)
     _, padding = _padding(args, plan)
     packed = data.per_document
-    if packed and padding.length is not None:  # room for all answers of a micro-batch in one row
+    if packed and padding.length is not None:  # a row has room for all answers of a micro-batch
         padding = dataclasses.replace(padding, length=2 * micro * padding.length)
 
     def rows(samples: Sequence[Any]) -> Rows:

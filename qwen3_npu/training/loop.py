@@ -19,7 +19,7 @@ from qwen3_npu import kernels, log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.preference import PREFERENCE_STAGES
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.source import Contents
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.data.train.batches import MicroBatch, drained
 from qwen3_npu.data.train.data_path import cache_folder
@@ -69,7 +69,7 @@ def run(platform: Platform, args: PretrainArgs, plan: TrainingPlan) -> None:
         checkpoint, lora = continued(args.checkpoint, args.lora)
         preference = args.preference
         if checkpoint.load != args.checkpoint.load and preference.ref_model is None and not lora.on:
-            preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # what was trained from
+            preference = dataclasses.replace(preference, ref_model=args.checkpoint.load)  # its first model
         args = args._replace(checkpoint=checkpoint, lora=lora, preference=preference)
         shared = None if checkpoint.save_per_node else checkpoint.save
         watch = watched(args.watch, shared, event=platform.event, recorder=platform.flight_recorder)
@@ -343,7 +343,7 @@ class Trainer:
     def check_state(self) -> None:
         """Start the state check with the state that was just loaded, if --state-check-interval asks for it."""
         if interval := self.args.spikes.checks_state:
-            self.state = StateCheck(interval, self.modules, self.optimizer)
+            self.state = StateCheck(interval, self.modules, self.optimizer, self.world.device)
             self.state.note(self.position.iteration + 1)
 
     def go_back(self, why: str) -> None:

@@ -149,7 +149,7 @@ def build_scheduler(
         wd_incr_style="constant",
         wsd_decay_steps=args.lr_wsd_decay_iters * global_batch if args.lr_wsd_decay_iters else None,
         lr_wsd_decay_style=args.lr_wsd_decay_style,
-        # A checkpoint says how far the schedule is, the flags what it is.
+        # A checkpoint holds the position of the schedule; the flags define the schedule.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

@@ -49,7 +49,7 @@ KTO_METRICS = (
 )
 
 
-REWARD_METRICS = (*METRICS[:4], *METRICS[-2:])  # lengths are those of whole texts
+REWARD_METRICS = (*METRICS[:4], *METRICS[-2:])  # lengths are those of complete texts
 
 
 class _SumOverContext(torch.autograd.Function):
@@ -183,7 +183,7 @@ class AnswerObjective(abc.ABC):
         """See `objective.Objective`."""
         reference = self.references.popleft() if self.references else None
         each, metrics = self.judge(batch, log_probs_of(batch, losses), reference)
-        # Every context-parallel rank has the same loss; one of them counts it.
+        # Every context-parallel rank has the same loss, so only one of them counts it.
         counted = 1.0 if parallel_state.get_context_parallel_rank() == 0 else 0.0
         return Outcome(each.sum(), torch.full((), len(each), device=each.device), counted, metrics)
 
@@ -277,7 +277,7 @@ class RewardObjective(AnswerObjective):
         self, batch: MicroBatch, found: LogProbs, reference: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AnswerObjective`; only the last token of a text is in its loss mask."""
-        chosen, rejected = _split(-found.answers)  # what the model gives stands where a loss of a token would
+        chosen, rejected = _split(-found.answers)  # the rewards stand in the place of token losses
         each = -logsigmoid(chosen - rejected)
         if self.args.center_rewards_coefficient:
             each = each + self.args.center_rewards_coefficient * (chosen + rejected) ** 2

@@ -10,7 +10,7 @@ import torch
 
 from qwen3_npu import log
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
-from qwen3_npu.checkpoint.training.fill import load_weights
+from qwen3_npu.checkpoint.training.live import load_weights
 from qwen3_npu.data.train.batches import MicroBatch
 from qwen3_npu.distributed.launch import model_rank
 from qwen3_npu.distributed.layout import Layout

@@ -87,7 +87,7 @@ def cached(
     log.info(f"reference: {path}: {total - missing} of {total} pairs are known")
     opened: Reference | None = None
     found: dict[int, tuple[float, float]] = {}
-    asked: set[int] = set()  # equal on all ranks, which must run the same steps
+    asked: set[int] = set()  # equal on all ranks, since they must run the same steps
     with Progress("reference log-probabilities", min(missing, at_most), {"pairs": ""}) as progress:
         for number, (batches, mine, everyone) in enumerate(steps):
             rows = [row for samples in everyone for row in known.rows(samples)]
@@ -128,8 +128,8 @@ def _read(path: Path, total: int) -> np.ndarray:
 def _share(found: dict[int, tuple[float, float]], values: np.ndarray, path: Path) -> dict[int, tuple[float, float]]:
     """Copy the results of the last stages to `values` on all ranks, and write them to disk. Returns an empty dict."""
     everyone: list[dict[int, tuple[float, float]]] = [{} for _ in range(dist.get_world_size())]
-    speaks_for_copy = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
-    dist.all_gather_object(everyone, found if speaks_for_copy else {})
+    sends_for_copy = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    dist.all_gather_object(everyone, found if sends_for_copy else {})
     for part in everyone:
         for row, pair in part.items():
             values[row] = pair

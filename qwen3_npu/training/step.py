@@ -124,7 +124,7 @@ def loss_of(
         if cp > 1:
             dist.all_reduce(divisor, group=parallel_state.get_context_parallel_group())
         weighted, weight = token_loss / divisor.clamp(min=1), torch.full_like(count, 1 / cp)
-        total = total * cp  # gradients are averaged over context-parallel ranks too
+        total = total * cp  # gradients are averaged over context-parallel ranks, too, so the loss is multiplied
     sums = torch.stack((weighted, weight, token_loss, count, think_loss, think_tokens))
     return total, divisor.to(torch.int), torch.cat((sums, batch.amounts))
 
@@ -155,7 +155,7 @@ def forward_step(
     batch = next(batches)
     here.at("forward")
     output = model(batch.tokens, batch.sequence.positions, None, labels=batch.labels, packed_seq_params=batch.sequence)
-    here.at("backward")  # or what else megatron's schedule does next
+    here.at("backward")  # or whatever megatron's schedule does next
     per_token = get_model_config(model).calculate_per_token_loss
     if objective is not None:
         return output, functools.partial(objective_loss, batch, objective, per_token)
@@ -213,7 +213,7 @@ def run_schedule(
             micro_batch_size=micro_batch,
             forward_only=forward_only,
         )
-    device = torch.cuda.current_device()  # a chunk of no-op layers has no parameter to ask
+    device = torch.cuda.current_device()  # a chunk of no-op layers has no parameter that could tell the device
     size = _FIXED + len(objective.names if objective else ())
     total = torch.stack(reports).sum(0) if reports else torch.zeros(size, device=device)
     # Only the last stage has losses; the sum over stages and data-parallel ranks tells every rank.

@@ -31,7 +31,7 @@ def train(trainer: Trainer) -> None:
     stop: str | None = None
     if trainer.spikes.rolls_back and trainer.position.iteration not in trainer.saver.own:
         with here.during("save"):
-            trainer.saver.save(trainer.position)  # a way back from the first steps
+            trainer.saver.save(trainer.position)  # a rollback in the first steps needs a checkpoint
     while trainer.position.iteration < last and stop is None:
         profiling.before(trainer.position.iteration + 1)
         before, result = trainer.position, trainer.step()
@@ -41,7 +41,7 @@ def train(trainer: Trainer) -> None:
         iteration = trainer.position.iteration
         if is_due := reporter.is_due(iteration):
             with here.during("optimizer"):
-                trainer.platform.synchronize()  # the line needs that; it is no time of the line's
+                trainer.platform.synchronize()  # the line needs its numbers; this wait belongs to the steps
         with here.during("report"):
             load = trainer.expert_load() if is_due else None
             reporter.step(iteration, result, load)
@@ -91,7 +91,7 @@ def _check_state(trainer: Trainer, *, saves: bool) -> bool:
 
 
 def _save(trainer: Trainer, *, export: bool) -> None:
-    trainer.export.finish()  # it may be reading a checkpoint that saving removes
+    trainer.export.finish()  # the export may be reading a checkpoint that saving would remove
     trainer.saver.save(trainer.position)
     trainer.spikes.keep_history()
     if export:

@@ -124,7 +124,7 @@ class Recorder:
         self.labels: dict[int, str] = {}  # channel -> what its group is called
         # id of a work -> what `leave` needs (None: of several calls), its group
         self.open: dict[int, tuple[tuple[int, int, int] | None, str]] = {}
-        self.replaced: list[tuple[type, str, Any]] = []
+        self.replaced: list[tuple[type, str, object]] = []
 
     def install(self) -> None:
         """Wrap the methods."""
@@ -145,7 +145,7 @@ class Recorder:
         self.replaced.append((owner, name, owner.__dict__[name]))
         setattr(owner, name, wrapper)
 
-    def _method(self, original: Callable[..., Any], kind: _Kind) -> Callable[..., Any]:
+    def _method(self, original: Callable[..., object], kind: _Kind) -> Callable[..., object]:
         operation, enter = _PLAIN.index(kind.name), self.state.enter
         is_exchange = kind.name == "all_to_all_single"
 
@@ -176,10 +176,10 @@ class Recorder:
 
         return method
 
-    def _end(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _end(self, original: Callable[..., object]) -> Callable[..., object]:
         """Several calls are handed over together: their group is that of the work."""
 
-        def end(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        def end(group: ProcessGroup, *args: object, **kwargs: object) -> object:
             work = original(group, *args, **kwargs)
             if work is not None and group.size() > 1 and threading.get_ident() not in BESIDE:
                 self.open[id(work)] = None, label(group)

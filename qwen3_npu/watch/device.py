@@ -13,9 +13,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 _BOUND = 0.2  # the device is less than this share of a stretch behind the host: it has waited for it
+
+
+Event = TypeVar("Event", bound="DeviceEvent")
 
 
 class DeviceEvent(Protocol):
@@ -27,7 +30,7 @@ class DeviceEvent(Protocol):
     def query(self) -> bool:
         """Whether the stream has reached it."""
 
-    def elapsed_time(self, end_event: object) -> float:
+    def elapsed_time(self: Event, end_event: Event) -> float:
         """Milliseconds from this event to another."""
 
 
@@ -44,7 +47,9 @@ class DeviceTimes:
         self.make, self.kinds, self.launched = make, kinds, launched
         self.is_open = False
         self._free: list[DeviceEvent] = []
-        self._marks: list[tuple[int, DeviceEvent, float]] = []  # the kind of what follows; the host's clock
+        self._marks: list[
+            tuple[int, DeviceEvent, float]
+        ] = []  # the kind of the time that follows, its event, and the host's clock
 
     def begin(self, kind: int) -> None:
         """Start to record times, unless the device has not finished the events recorded before."""

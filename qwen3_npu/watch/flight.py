@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_CALLS = "2000"  # that are kept
+_CALLS = "2000"  # number of calls that are kept
 _FOLDER = "qwen3_npu_flight_"
 _PATIENCE = 5.0  # seconds for the dumps
 
@@ -59,7 +59,7 @@ def dumped(places: Sequence[tuple[str, str]]) -> dict[str, bytes]:
     """Ask for dumps, and wait a few seconds. Args: places: pipe and dump of each rank. Returns: dump -> its content."""
     asked = []
     for pipe, dump in places:
-        with contextlib.suppress(OSError):  # no pipe, or nobody reads it any more
+        with contextlib.suppress(OSError):  # there is no pipe, or no process reads it any more
             descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
             try:
                 Path(dump).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from qwen3_npu.watch.state import PHASES, State
 from qwen3_npu.watch.times import Times
 
 T = TypeVar("T")
-_states: list[State | Times] = []  # of this process: what notes where it is
+_states: list[State | Times] = []  # what notes this process's position
 _NUMBERS = {name: number for number, name in enumerate(PHASES)}
 
 

@@ -154,7 +154,7 @@ def judge_hang(ranks: Sequence[RankReport], missing: Sequence[str] = ()) -> Hang
         return HangVerdict("dead", _numbers(dead), "; ".join(texts))
     if stopped := [rank for rank in ranks if rank.alive and not rank.runs]:
         texts = [_stopped(rank, ranks) for rank in stopped[:4]]
-        roots = [rank for rank in _roots(_edges(ranks), ranks) if rank.runs]  # there may be more than one reason
+        roots = [rank for rank in _roots(_edges(ranks), ranks) if rank.runs]  # several roots are possible
         texts += [_missed(root, _edges(ranks)) for root in roots[:4]]
         return HangVerdict("stopped", _numbers([*stopped, *roots]), "; ".join(texts))
     return _waiting(ranks)

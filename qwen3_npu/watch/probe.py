@@ -46,9 +46,9 @@ def probe_processes(pids: dict[int, tuple[int, str]]) -> dict[int, Process]:
             continue
         ticks = _ticks(pid) - before[rank]
         state = _field(pid, "State")
-        # Where processors are scarce it may wait for one all the time.
+        # Where processors are scarce a running process may wait for one all the time.
         computes = ticks / os.sysconf("SC_CLK_TCK") > _BRIEF / 2 or state == states[rank] == "R"
-        if state == "D" != states[rank]:  # one access to a disk
+        if state == "D" != states[rank]:  # a single access to a disk is no hang
             state = "S"
         found[rank] = Process(True, state, _text(pid, "wchan").strip("0"), computes)
     return found

@@ -10,14 +10,14 @@ from qwen3_npu.watch.node import Report
 from qwen3_npu.watch.state import INSIDE, LAUNCHED
 
 _STATES = {INSIDE: "inside", LAUNCHED: "launched"}
-_SHOWN = 8  # calls of a channel
+_SHOWN = 8  # most calls shown of a channel
 
 
 def write(logs: Path, verdict: HangVerdict, reports: Sequence[Report]) -> Path:
     """Write a folder with the verdict and a file per rank. Raises: OSError."""
     step = max((report.rank.steps for report in reports), default=0) + 1
     number, folder = 1, logs / f"hang_step_{step}"
-    while folder.exists():  # of an earlier start of the job
+    while folder.exists():  # folders of earlier starts of the job
         number += 1
         folder = logs / f"hang_step_{step}_{number}"
     folder.mkdir(parents=True)

@@ -73,14 +73,14 @@ class State:
         device: calls run on a device, so they may not be finished when `wait` returns.
     """
 
-    def __init__(self, folder: Path, rank: int, info: dict[str, Any], *, interval: int, device: bool) -> None:
+    def __init__(self, folder: Path, rank: int, info: dict[str, object], *, interval: int, device: bool) -> None:
         self.interval, self.done = interval, LAUNCHED if device else LEFT
         self.info = open(folder / f"rank_{rank}.info", "w", encoding="utf-8", buffering=1)
         self.info.write(json.dumps(info) + "\n")
         path = folder / f"rank_{rank}.state"
         partial = path.with_suffix(".partial")
         with open(partial, "wb+") as file:
-            os.posix_fallocate(file.fileno(), 0, _SIZE)  # a page that is not there later would be a SIGBUS
+            os.posix_fallocate(file.fileno(), 0, _SIZE)  # a page that cannot be allocated later would be a SIGBUS
             self.map = mmap.mmap(file.fileno(), _SIZE)
         self.beats = self.steps = self.calls = 0
         self.phase, self.ended, self.held = 0, 0, False
@@ -88,7 +88,7 @@ class State:
         self.since = self.step_end = time.monotonic()
         self.work = [0.0] * len(PHASES)
         self.window = 0
-        self.channels: dict[Any, int] = {}
+        self.channels: dict[object, int] = {}
         self.numbers: list[int] = []
         self.exchanges: dict[int, int] = {}  # channel -> where its last all-to-all is
         self._head()
@@ -128,7 +128,7 @@ class State:
     def exchange(self, token: tuple[int, int, int], channel: int, sent: Sequence[int], received: Sequence[int]) -> None:
         """How the all-to-all that has just begun divides its tensors among the ranks of the group."""
         size, is_full = len(sent), len(self.exchanges) == EXCHANGES and channel not in self.exchanges
-        if is_full or not 0 < size <= MEMBERS or len(received) != size:  # without sizes all are alike
+        if is_full or not 0 < size <= MEMBERS or len(received) != size:  # without sizes there is nothing to compare
             return
         at = self.exchanges.setdefault(channel, _EXCHANGES_AT + len(self.exchanges) * _EXCHANGE.size)
         struct.pack_into(f"<qqq{2 * size}q", self.map, at, token[2], channel, size, *sent, *received)

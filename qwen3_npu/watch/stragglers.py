@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from qwen3_npu.watch.state import PHASES, WORK
 
-SLOW = 1.3  # times the median of all ranks
-WINDOWS = 3  # in a row
+SLOW = 1.3  # a straggler needs so many times the median of all ranks
+WINDOWS = 3  # so many windows in a row
 _LEAST = 0.001  # seconds a step: less is noise
 _WORK = [*map(PHASES.index, WORK)]
 

@@ -36,7 +36,7 @@ class Times:
         self.seconds = [0.0] * len(KINDS)
         self.phase, self.held, self.elsewhere = 0, False, 0.0  # seconds of this phase that are of another kind
         self.since = self.began = self.collecting = time.monotonic()
-        self.used = 0.0  # of the processor, when this stretch of `other` began
+        self.used = 0.0  # processor time when this stretch of `other` began
 
     def enter_phase(self, phase: int) -> None:
         """Enter a phase."""

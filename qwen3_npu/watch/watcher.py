@@ -28,8 +28,8 @@ from qwen3_npu.watch.stragglers import Stragglers
 
 _LEAST, _STEPS, _MEDIANS = 60.0, 5, 10  # default timeout: seconds, steps that a median needs, times the median
 _ALLOWANCE = 600.0  # seconds at least for the first step, evaluation and saving
-_DEAD = 10.0  # seconds that a rank is dead until it is told: torchrun is quicker where it can
-_OTHER_NODES = 20.0  # seconds for their reports
+_DEAD = 10.0  # seconds until a dead rank is reported; torchrun is faster where it can act
+_OTHER_NODES = 20.0  # seconds to wait for the other nodes' reports
 _POLL = 0.2
 _CALLS = 5.0  # seconds between comparisons of the ranks' calls
 PATIENT = ("start", "save", "eval")  # phases that may take long
@@ -64,13 +64,13 @@ class Watcher:
         self.stragglers: Stragglers | None = None
         self.beats: dict[int, int] = {}
         self.moved = self.begun = time.monotonic()
-        self.told = False  # this standstill
+        self.told = False  # whether this standstill is reported already
         self.slow: tuple[int, float] = (0, self.begun)  # steps done, and since when
         self.slow_told = False
         self.published = 0
-        self.dead: set[int] = set()  # at the last look
-        self.named: set[int] = set()  # of them, those that were told
-        self.compared = self.begun  # when calls were
+        self.dead: set[int] = set()  # dead ranks at the last look
+        self.named: set[int] = set()  # dead ranks that are reported already
+        self.compared = self.begun  # when calls were compared last
         self.differ: tuple[int, ...] = ()  # the culprits that were found then
         self.differ_told = False
 
@@ -255,7 +255,7 @@ class Watcher:
         """End all ranks of this node, stopped ones too; torchrun shows the text and starts the job again."""
         for rank in self.node.infos:
             file = self.node.infos[rank]["error_file"]
-            if file and not Path(file).exists():  # an earlier error of this rank is kept
+            if file and not Path(file).exists():  # keep an earlier error of this rank
                 tell_torchrun(text, file)
         # Stopped first: a rank whose peer is gone would replace the verdict with an error of its own.
         for number in (signal.SIGSTOP, signal.SIGKILL):

@@ -16,7 +16,7 @@ from qwen3_npu.args.foreign import FOREIGN_TRAINING
 from qwen3_npu.args.parallel import make_layout
 from qwen3_npu.args.pretrain import GROUPS, PretrainArgs
 from qwen3_npu.checkpoint.binary.dtypes import BF16
-from qwen3_npu.checkpoint.formats.hf_write import write_config
+from qwen3_npu.checkpoint.formats.huggingface import write_config
 from qwen3_npu.distributed.layout import check_world_size
 from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.training.prepare.plan import plan_training
@@ -180,6 +180,21 @@ def test_all_nodes_are_started(tmp_path: Path) -> None:
         f"a: 0/2 a 0.3 x 0.7 y 64 in {tmp_path}: --lr 1 2",
         f"b: 1/2 a 0.3 x 0.7 y 64 in {tmp_path}: --lr 1 2",
     ]
+
+
+def test_variables_of_the_page_on_npus_go_along(tmp_path: Path) -> None:
+    tables = (ROOT / "docs/npu.md").read_text().split("## Environment")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in tables.splitlines() if line.startswith("| ")]
+    names = [name.strip() for row in rows for name in row.split(",") if name.strip() not in ("variable", "MANUAL_GC")]
+    assert len(names) > 20
+    ssh = tmp_path / "ssh.sh"
+    ssh.write_text('#!/usr/bin/env bash\necho "$*"\n')
+    ssh.chmod(0o755)
+    (tmp_path / "hosts").write_text("a\n")
+    command = ["bash", str(ROOT / "examples/launch_nodes.sh"), str(tmp_path / "hosts"), str(SCRIPTS[0])]
+    env = os.environ | dict.fromkeys(names, "7") | {"SSH": str(ssh)}
+    said = subprocess.run(command, capture_output=True, text=True, env=env, timeout=50).stdout
+    assert [name for name in names if f"'{name}=7'" not in said] == []
 
 
 def test_a_failing_node_stops_the_others(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_serves_what_transformers_says(
     kind: str, flags: list[str], worlds: dict[int, World], readers: dict[str, str]
 ) -> None:
-    """Rank 0 speaks HTTP, the others follow; a second copy of the model serves its experts."""
+    """Rank 0 serves HTTP, the others follow; a second copy of the model serves its experts."""
     from transformers import AutoTokenizer
 
     texts = ["Once", "The lighthouse keeper", "Once upon a time", "a", "The sea"]

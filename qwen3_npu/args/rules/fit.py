@@ -78,7 +78,8 @@ def _check_sequence(args: PretrainArgs, arch: Qwen3Arch) -> None:
     if arch.is_moe and args.data.variable_seq_lengths and args.train.moe_token_dispatcher_type == "allgather":
         raise UsageError("--moe-token-dispatcher-type allgather needs micro-batches of one length; use alltoall")
     shares = args.parallel.expert_model_parallel_size * (args.parallel.expert_tensor_parallel_size or tp)
-    meets = shares > tp * args.parallel.context_parallel_size  # ranks with other micro-batches
+    # Experts are shared with ranks that compute other micro-batches.
+    meets = shares > tp * args.parallel.context_parallel_size
     if args.data.variable_seq_lengths and args.train.moe_pad_expert_input_to_capacity and meets:
         raise UsageError(
             f"--moe-pad-expert-input-to-capacity with --expert-model-parallel-size "

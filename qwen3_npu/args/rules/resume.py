@@ -9,21 +9,21 @@ from __future__ import annotations
 
 # Group -> why its changes matter, in the message.
 REASONS = {
-    # refused
+    # changes of these are refused
     "position": "the position counts samples: text would be repeated or skipped",
     "steps": "steps and learning rate no longer mean the same",
     "trained": "the optimizer has no state of weights that were frozen; allowed, they start with moments of 0",
     "model": "the weights were trained as another model",
     "numbers": "weights and optimizer state were made in another precision",
     "moments": "its state is that of another optimizer; --finetune starts with a new one",
-    # told
+    # changes of these are told at the start
     "loss": "another loss is learned from here on",
     "noise": "other random numbers are drawn from here on",
     "update": "moments and position are kept, updates follow the flags",
     "rounding": "the same weights are trained, numbers are rounded in another way",
     "schedule": "the position is kept, learning rate and weight decay follow the flags",
     "prompts": "what was learned so far was written in another way",
-    # fine
+    # changes of these need no word
     "length": "a training may be made longer or shorter; the schedule is told",
     "batching": "a step has the same samples",
     "speed": "the result is the same to rounding",

@@ -7,7 +7,7 @@ import dataclasses
 from qwen3_npu.args.training import TrainArgs
 from qwen3_npu.errors import UsageError
 
-# Megatron-core's names of modules, and those of the older layers, which MindSpeed's default has.
+# Megatron-core's names of modules, and those of its older layers, which stand in MindSpeed's default.
 SWAPPABLE = {"self_attention": "self_attention", "input_layernorm": "input_layernorm", "input_norm": "input_layernorm"}
 SWAPPABLE |= {"pre_mlp_layernorm": "pre_mlp_layernorm", "post_attention_norm": "pre_mlp_layernorm"}
 

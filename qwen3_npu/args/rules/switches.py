@@ -13,7 +13,7 @@ from qwen3_npu.args.training import OptimizerArgs
 from qwen3_npu.cli import option
 from qwen3_npu.errors import UsageError
 
-# What is meant to be on, how to tell, and the flags without effect while it is off.
+# A feature, whether it is on, and the flags that have no effect while it is off.
 _SWITCHES: tuple[tuple[str, Callable[[PretrainArgs], bool], tuple[str, ...]], ...] = (
     (
         "--lora-target-modules (without it all weights are trained)",
@@ -164,7 +164,6 @@ def _check_interleaved(args: PretrainArgs) -> list[str]:
     if train.moe_token_dispatcher_type == "allgather":
         raise UsageError(f"{flag} needs --moe-token-dispatcher-type alltoall: allgather sends all tokens to all")
     refused = {
-        "--moe-alltoall-overlap-comm": (train.moe_alltoall_overlap_comm, "two ways to hide the same exchange"),
         "--moe-expert-capacity-factor": (
             train.moe_expert_capacity_factor is not None,
             "rows that it drops travel apart",

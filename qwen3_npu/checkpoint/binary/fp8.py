@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, from_float32, row_blocks, sizes, to_float32
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
 from qwen3_npu.errors import UsageError, printable
 from qwen3_npu.schema import Record, shown
 

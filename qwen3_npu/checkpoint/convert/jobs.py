@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +22,18 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from qwen3_npu import log
-from qwen3_npu.checkpoint.formats.base import PLAN, RECORD, FileJob, FileRecord, Item, job_bytes
-from qwen3_npu.checkpoint.manifest import Count
-from qwen3_npu.checkpoint.mapping.source import Source, read_shard
+from qwen3_npu.args.convert import ConvertArgs
+from qwen3_npu.checkpoint.folders import Count
+from qwen3_npu.checkpoint.mapping.source import FileJob, Item, Source, job_bytes, read_shard
 from qwen3_npu.errors import UsageError
-from qwen3_npu.files import HASH, check_writable, file_digest, hashing, rename, write_text
+from qwen3_npu.files import HASH, Seal, check_writable, file_digest, hashing, rename, write_text
 from qwen3_npu.progress import Progress, human
 
 _SPARE_BYTES = 64 << 20  # left free on the disk, for headers, configuration and tokenizer files
+
+
+RECORD = ".record.json"  # beside a finished file of a conversion that goes on
+PLAN = "plan.json"
 
 T = TypeVar("T")
 JobResult = TypeVar("JobResult")
@@ -41,6 +46,26 @@ class Closable(Protocol):
 
 
 WorkerSource = TypeVar("WorkerSource", bound=Closable)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """A finished file.
+
+    Attributes:
+        bytes, digest: of the file.
+        tensors: digest of each tensor's bytes.
+        notes: what the job's `write` returned.
+    """
+
+    bytes: int
+    digest: str
+    tensors: dict[str, str]
+    notes: object = None
+
+    @property
+    def seal(self) -> Seal:
+        return Seal(self.bytes, self.digest)
 
 
 def run_jobs(
@@ -113,6 +138,12 @@ def _earlier(stage: Path, plan: str) -> dict[str, FileRecord]:
         else:
             log.warning(f"--resume: {file} is not what was written; it is made again")
     return records
+
+
+def remove_records(stage: Path) -> None:
+    """Drop the records once every file is finished."""
+    for path in [*stage.rglob("*" + RECORD), stage / PLAN]:
+        path.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,3 +253,8 @@ def in_processes(
             raise
     progress(counter.value - shown)
     return results
+
+
+def workers_of(args: ConvertArgs) -> int:
+    """Processes that convert or verify."""
+    return args.jobs or min(os.cpu_count() or 1, 4)

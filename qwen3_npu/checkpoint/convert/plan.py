@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_npu.args.convert import HF, ConvertArgs, LoraConvertArgs
+from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
-from qwen3_npu.checkpoint.convert.prompts import read_prompt_settings
+from qwen3_npu.checkpoint.folders import CONVERSION, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
-from qwen3_npu.checkpoint.formats.base import kept_dtypes
-from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find
-from qwen3_npu.checkpoint.manifest import CONVERSION
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
-from qwen3_npu.checkpoint.mapping.source import Source
+from qwen3_npu.checkpoint.formats.dist_write import same_in_all_layers
+from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find, nothing_there
+from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
+from qwen3_npu.checkpoint.formats.torch_write import Target
+from qwen3_npu.checkpoint.mapping.lora import Lora
+from qwen3_npu.checkpoint.mapping.source import Contents, Source, is_peft_name
 from qwen3_npu.cli import option
+from qwen3_npu.distributed.layout import Layout
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch.megatron import unlike_family
+from qwen3_npu.schema import read_record
+
+PROMPTS = "qwen3_npu_prompts.json"
+PROMPT_TYPE, THINKING, TOKENIZER = _FIELDS = ("prompt_type", "enable_thinking", "tokenizer_digest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,11 @@ class ConversionPlan:
     prompts: dict[str, str]
     trained: argparse.Namespace
 
+    def target(self, layout: Layout, form: str, dtype: DType, lora_dtype: DType, *, own: Mapping[str, DType]) -> Target:
+        """The Megatron checkpoint to write. `own`: the tensors that have another dtype."""
+        kept = same_in_all_layers(dtype, lora_dtype, own, self.contents.shapes()) if form == TORCH_DIST else own
+        return Target(self.contents, layout, dtype, lora_dtype, kept=kept, own=own, prompts=self.prompts)
+
 
 def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     """Open the sources, check that they are complete, and choose the output.
@@ -57,7 +71,7 @@ def plan_conversion(args: ConvertArgs, lora: LoraConvertArgs) -> ConversionPlan:
     """
     for flag, folder in (("--load-dir", args.load_dir), ("--lora-load", lora.lora_load)):
         if folder is not None and not Path(folder).is_dir():
-            raise UsageError(f"{flag} {folder} is not a directory")
+            raise UsageError(f"{flag} {nothing_there(folder, None)}")
     sources = Sources(
         args.load_dir,
         args.load_model_type,
@@ -184,3 +198,57 @@ def _facts(opened: Checkpoint) -> dict[str, Any]:
         "layout": str(opened),
         "files": {str(f.relative_to(opened.folder)): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
     }
+
+
+def kept_dtypes(
+    shapes: Mapping[str, tuple[int, ...]], dtype_of: Callable[[str], DType]
+) -> tuple[DType, DType, dict[str, DType]]:
+    """The dtype of most weights, that of most LoRA tensors, and those of the tensors that have another.
+
+    Args:
+        shapes: of every Hugging Face and PEFT tensor.
+        dtype_of: the dtype of each tensor. A tensor for which it raises a `UsageError` is passed over: the error is
+            raised again when the tensor is read.
+    """
+    found: dict[str, DType] = {}
+    missing: UsageError | None = None
+    for name in shapes:
+        try:
+            found[name] = dtype_of(name)
+        except UsageError as error:
+            missing = error
+    numbers: dict[bool, collections.Counter[DType]] = {False: collections.Counter(), True: collections.Counter()}
+    for name, dtype in found.items():
+        numbers[is_peft_name(name)][dtype] += math.prod(shapes[name])
+    if missing is not None and not found:
+        raise missing
+    weights, lora = (numbers[kind] or numbers[not kind] for kind in (False, True))
+    most = {False: weights.most_common(1)[0][0], True: lora.most_common(1)[0][0]}
+    kept = {name: dtype for name, dtype in found.items() if dtype is not most[is_peft_name(name)]}
+    return most[False], most[True], kept
+
+
+def read_prompt_settings(found: StoredModel) -> dict[str, str]:
+    """How the prompts of an instruction training were written; empty if a checkpoint does not say it.
+
+    A Megatron checkpoint has it in its args, a Hugging Face model or adapter in a file beside the weights:
+
+        qwen3_npu_prompts.json    {"prompt_type": "qwen3", "enable_thinking": "true", "tokenizer_digest": "..."}
+
+    Raises:
+        UsageError: its file holds a value that is not understood.
+    """
+    if found.kind == MEGATRON:
+        said = vars(checkpoint_args(found)[0])
+        if not isinstance(said.get(PROMPT_TYPE), str):
+            return {}
+        # MindSpeed-LLM saves --enable-thinking as "true", "false" or "none" too; a bool is taken as its word.
+        values = {name: said[name] for name in _FIELDS if isinstance(said.get(name), (str, bool))}
+        return {name: str(value).lower() if name == THINKING else str(value) for name, value in values.items()}
+    path = found.folder / PROMPTS
+    if not path.exists():
+        return {}
+    record = read_record(path, strict=True)
+    record.only(_FIELDS)
+    given = {name: record.text(name) for name in record.fields if name != PROMPT_TYPE}
+    return {PROMPT_TYPE: record.text(PROMPT_TYPE), **given}

@@ -7,11 +7,15 @@ layers, all experts that the tokens choose) is computed in float32 with the form
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from qwen3_npu import log
 from qwen3_npu.checkpoint.binary.dtypes import Region, full, row_blocks, to_float32
+from qwen3_npu.checkpoint.convert.plan import ConversionPlan
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
+from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.mapping.source import Source
 from qwen3_npu.checkpoint.mapping.table import EMBEDDING, OUTPUT, SCORE
 from qwen3_npu.model.arch import Qwen3Arch
@@ -86,6 +90,19 @@ def logits(source: Source, tokens: Sequence[int]) -> np.ndarray:
 def probe_tokens(arch: Qwen3Arch, count: int = 4) -> list[int]:
     """A few tokens spread over the vocabulary."""
     return [(2 * i + 1) * arch.vocab_size // (2 * count) for i in range(count)]
+
+
+def check_merge(plan: ConversionPlan, root: Path) -> None:
+    """Print the largest difference between logits of the merged weights and of base and adapter side by side."""
+    tokens = probe_tokens(plan.contents.arch)
+    source, merged = plan.sources(), open_checkpoint(root)
+    expected, got = logits(source, tokens), logits(merged, tokens)
+    source.close()
+    merged.close()
+    log.info(
+        f"LoRA check: logits(base + adapter) and logits(merged) differ by at most {np.abs(expected - got).max():.3g}; "
+        f"the largest is {np.abs(expected).max():.3g} ({len(tokens)} tokens, {plan.dtype.torch} weights, float32 math)"
+    )
 
 
 def _rms_norm(x: np.ndarray, weight: np.ndarray, arch: Qwen3Arch) -> np.ndarray:

@@ -6,30 +6,30 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import os
-from collections.abc import Collection
+import platform
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from qwen3_npu import log
+from qwen3_npu import __version__, log
 from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.convert.card import write_card
-from qwen3_npu.checkpoint.convert.jobs import run_jobs
-from qwen3_npu.checkpoint.convert.output import found_output, planned_output
+from qwen3_npu.checkpoint.convert.jobs import run_jobs, workers_of
+from qwen3_npu.checkpoint.convert.output import ConversionOutput, HfOutput, MegatronOutput, PeftOutput
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan, plan_conversion
-from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
-from qwen3_npu.checkpoint.convert.publish import ConversionOutput, MegatronOutput
-from qwen3_npu.checkpoint.formats.open import open_checkpoint
-from qwen3_npu.checkpoint.manifest import write_conversion
+from qwen3_npu.checkpoint.convert.probe import check_merge
+from qwen3_npu.checkpoint.folders import CONVERSION, format_of, is_hf_weights
+from qwen3_npu.checkpoint.formats.huggingface import plan_hf_files
 from qwen3_npu.checkpoint.mapping.source import listed
 from qwen3_npu.cli import option
+from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
-from qwen3_npu.files import HASH
+from qwen3_npu.files import HASH, write_text
 from qwen3_npu.lease import Lease, folder_lease
-from qwen3_npu.model.arch import read_hf_config
-
-_SHOWN = 100  # differences listed; the rest is counted
+from qwen3_npu.model.arch import Qwen3Arch, read_hf_config
+from qwen3_npu.numbers import number_list
 
 
 def convert(
@@ -62,21 +62,22 @@ def convert(
     for dtype, count in collections.Counter(dtype.torch for dtype in plan.kept.values()).items():
         log.info(f"dtypes: {count} tensors stay {dtype} beside {plan.dtype.torch}")
     if args.verify_only:
+        from qwen3_npu.checkpoint.convert.verify import found_output, report, verify
+
         try:
-            output = found_output(plan, args, target, legacy, given=given)
+            output = found_output(plan, planned_output(plan, args, target, legacy, config=None), args, given=given)
         except UsageError as error:
-            return _report([str(error)], Path(args.save_dir))
-    else:
-        output = _write(plan, args, target, legacy)
-        if plan.merged and lora.lora_check:
-            _check_merge(plan, output)
-    if args.verify or args.verify_only:
-        return _verify(plan, output, args)
+            return report([str(error)], Path(args.save_dir))
+        return verify(plan, output, args)
+    output = _write(plan, args, target, legacy)
+    if plan.merged and lora.lora_check:
+        check_merge(plan, output.root)
+    if args.verify:
+        # Only here torch is imported: a conversion without --verify starts without it.
+        from qwen3_npu.checkpoint.convert.verify import verify
+
+        return verify(plan, output, args)
     return 0
-
-
-def _workers(args: ConvertArgs) -> int:
-    return args.jobs or min(os.cpu_count() or 1, 4)
 
 
 def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
@@ -85,6 +86,60 @@ def _without_effect(args: ConvertArgs, given: Collection[str]) -> list[str]:
     names = sorted(layout & set(given)) if args.save_model_type == HF else sorted({"max_shard_size"} & set(given))
     kind = "a Hugging Face" if args.save_model_type == HF else "a Megatron"
     return [f"{option(name)}: no effect on {kind} output" for name in names]
+
+
+def target_layout(arch: Qwen3Arch, target: TargetArgs) -> Layout:
+    """The layout that the target flags describe."""
+    return plan(
+        arch,
+        tensor=target.target_tensor_parallel_size,
+        pipeline=target.target_pipeline_parallel_size,
+        expert=target.target_expert_parallel_size,
+        expert_tensor=target.expert_tensor_parallel_size,
+        layers_per_virtual_stage=target.num_layers_per_virtual_pipeline_stage,
+        num_layer_list=number_list(target.num_layer_list) or None,
+        noop_layers=number_list(target.noop_layers),
+        vocab_divisible_by=target.make_vocab_size_divisible_by,
+        padded_vocab_size=target.padded_vocab_size,
+        stacked_experts=target.moe_grouped_gemm,
+    )
+
+
+def planned_output(
+    what: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs, *, config: dict | None
+) -> ConversionOutput:
+    """The output that will be written.
+
+    Args:
+        config: the config.json that goes with it, if there is one.
+
+    Raises:
+        UsageError: the layout is impossible, or the output would replace the source.
+    """
+    root = Path(args.save_dir)
+    if not what.contents.base and what.contents.lora and args.save_model_type == HF:
+        output: ConversionOutput = PeftOutput(
+            root, what.contents.arch, what.contents.lora, what.lora_dtype, base=args.hf_cfg_dir, kept=what.kept
+        )
+    elif args.save_model_type == HF:
+        root = _hf_root(root, legacy, args.overwrite or args.verify_only)
+        files = plan_hf_files(what.contents.arch, what.dtype, int(args.max_shard_size * 1e9), what.kept)
+        output = HfOutput(root, what.contents.arch, config, what.dtype, files=files, kept=what.kept)
+    else:
+        layout = target_layout(what.contents.arch, target)
+        written = what.target(layout, args.ckpt_format, what.dtype, what.lora_dtype, own=what.kept)
+        output = MegatronOutput(root, written, args.ckpt_format)
+    output.prompts = what.prompts
+    loads = [Path(folder).resolve() for folder in (args.load_dir, what.sources.load, what.sources.lora_load) if folder]
+    loads += [folder.parent for folder in loads if format_of(folder)]
+    if output.root.resolve() in loads:
+        raise UsageError(f"--save-dir {args.save_dir} is also read from; write to another folder")
+    return output
+
+
+def _hf_root(root: Path, legacy: LegacyConvertArgs, replaces: bool) -> Path:
+    """Folder of a Hugging Face output: --save-dir/mg2hf for commands of MindSpeed-LLM 2.1.0, else --save-dir."""
+    return root / "mg2hf" if legacy.is_v1 or (is_hf_weights(root) and not replaces) else root
 
 
 def _write(plan: ConversionPlan, args: ConvertArgs, target: TargetArgs, legacy: LegacyConvertArgs) -> ConversionOutput:
@@ -121,7 +176,7 @@ def _fill(
         plan.sources,
         output.stage,
         plan=json.dumps({"sources": plan.facts, "merged": str(plan.merged), "target": target_facts}, indent=1),
-        workers=_workers(args),
+        workers=workers_of(args),
         resume=args.resume,
         what="writing",
     )
@@ -160,45 +215,16 @@ def _carried_from(plan: ConversionPlan, args: ConvertArgs, legacy: LegacyConvert
     return Path(args.hf_cfg_dir) if args.hf_cfg_dir else plan.home
 
 
-def _check_merge(plan: ConversionPlan, output: ConversionOutput) -> None:
-    """Print the largest difference between logits of the merged weights and of base and adapter side by side."""
-    tokens = probe_tokens(plan.contents.arch)
-    source, merged = plan.sources(), open_checkpoint(output.root)
-    expected, got = logits(source, tokens), logits(merged, tokens)
-    source.close()
-    merged.close()
-    log.info(
-        f"LoRA check: logits(base + adapter) and logits(merged) differ by at most {np.abs(expected - got).max():.3g}; "
-        f"the largest is {np.abs(expected).max():.3g} ({len(tokens)} tokens, {plan.dtype.torch} weights, float32 math)"
-    )
+def write_conversion(root: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write `conversion.json`: source, target, and the digest of every tensor.
 
-
-def _verify(plan: ConversionPlan, output: ConversionOutput, args: ConvertArgs) -> int:
-    # Only here torch is imported: a conversion without --verify starts without it.
-    import torch
-
-    from qwen3_npu.checkpoint.convert.verify import differences
-    from qwen3_npu.checkpoint.verify.compare import VerifiedOutput
-    from qwen3_npu.checkpoint.verify.shares import ShardSizes
-
-    contents, layout = output.holds()
-    asked = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(args.params_dtype or "")
-    sizes = ShardSizes.of(layout) if layout else None
-    written = VerifiedOutput(output.folder, contents, sizes, asked, keeps=not args.verify_only)
-    found = differences(output.jobs, plan.sources, written, _workers(args))
-    lines = found.lines + [f"extra file: {name}" for name in output.unexpected_files()]
-    if lines:
-        return _report(lines, output.folder)
-    how = f", {found.converted} of them converted to another dtype" if found.converted else ""
-    how += f", {found.merged} of them merged: base + adapter to the rounding of float32" if found.merged else ""
-    log.info(f"verified: {output.folder} is bit for bit what the source gives ({found.compared} tensors compared{how})")
-    return 0
-
-
-def _report(lines: list[str], folder: Path) -> int:
-    for line in lines[:_SHOWN]:
-        log.warning(line)
-    if len(lines) > _SHOWN:
-        log.warning(f"... and {len(lines) - _SHOWN} more")
-    log.warning(f"{folder} is not what the source gives: {len(lines)} differences")
-    return 1
+    Args:
+        facts: what is known of source and target.
+        files: path relative to `root` -> {"bytes", name of the hash: tensor -> digest of its bytes}.
+    """
+    content = {
+        "versions": {"qwen3_npu": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        **facts,
+        "files": files,
+    }
+    write_text(root / CONVERSION, json.dumps(content, indent=1) + "\n")

@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
-from qwen3_npu.checkpoint.convert.jobs import in_processes
+import torch
+
+from qwen3_npu import log
+from qwen3_npu.args.convert import MEGATRON, ConvertArgs, TargetArgs
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
+from qwen3_npu.checkpoint.convert.jobs import in_processes, workers_of
+from qwen3_npu.checkpoint.convert.output import ConversionOutput, HfOutput, MegatronOutput, PeftOutput
+from qwen3_npu.checkpoint.convert.plan import ConversionPlan, kept_dtypes
 from qwen3_npu.checkpoint.formats.adapters import MergedSource, PlainLora, SharedA
-from qwen3_npu.checkpoint.formats.base import FileJob, job_bytes
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.huggingface import HfReader
-from qwen3_npu.checkpoint.formats.open import Opened, Sources
+from qwen3_npu.checkpoint.formats.huggingface import HfReader, weight_map
+from qwen3_npu.checkpoint.formats.open import Opened, Sources, open_checkpoint
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
-from qwen3_npu.checkpoint.mapping.source import Source
+from qwen3_npu.checkpoint.mapping.source import FileJob, Source, job_bytes
+from qwen3_npu.checkpoint.mapping.table import hf_shapes
 from qwen3_npu.checkpoint.verify.adapters import (
     MegatronPairs,
     MergedTensors,
@@ -26,8 +34,12 @@ from qwen3_npu.checkpoint.verify.adapters import (
 )
 from qwen3_npu.checkpoint.verify.compare import CompareFile, VerifiedOutput, uncovered
 from qwen3_npu.checkpoint.verify.published import published_shapes
+from qwen3_npu.checkpoint.verify.shares import ShardSizes
 from qwen3_npu.checkpoint.verify.tensors import HfTensors, VerifySource, megatron_tensors
+from qwen3_npu.errors import UsageError
 from qwen3_npu.progress import Progress
+
+_SHOWN = 100  # differences listed; the rest is counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,3 +135,85 @@ def _of_all_files(source: Opened, alpha: float | None, output: VerifiedOutput) -
         if math.isclose(scale, written, rel_tol=1e-12)
         else [*lines, f"differs: the adapter is scaled by {written:g}, not {scale:g}"]
     )
+
+
+def verify(plan: ConversionPlan, output: ConversionOutput, args: ConvertArgs) -> int:
+    """Compare an output with the source. The exit status: 1 if they differ, else 0."""
+    contents, layout = output.holds()
+    asked = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(args.params_dtype or "")
+    sizes = ShardSizes.of(layout) if layout else None
+    written = VerifiedOutput(output.folder, contents, sizes, asked, keeps=not args.verify_only)
+    found = differences(output.jobs, plan.sources, written, workers_of(args))
+    lines = found.lines + [f"extra file: {name}" for name in output.unexpected_files()]
+    if lines:
+        return report(lines, output.folder)
+    how = f", {found.converted} of them converted to another dtype" if found.converted else ""
+    how += f", {found.merged} of them merged: base + adapter to the rounding of float32" if found.merged else ""
+    log.info(f"verified: {output.folder} is bit for bit what the source gives ({found.compared} tensors compared{how})")
+    return 0
+
+
+def report(lines: list[str], folder: Path) -> int:
+    """Log differences. The exit status."""
+    for line in lines[:_SHOWN]:
+        log.warning(line)
+    if len(lines) > _SHOWN:
+        log.warning(f"... and {len(lines) - _SHOWN} more")
+    log.warning(f"{folder} is not what the source gives: {len(lines)} differences")
+    return 1
+
+
+def found_output(
+    what: ConversionPlan, output: ConversionOutput, args: ConvertArgs, *, given: Collection[str]
+) -> ConversionOutput:
+    """The output that --save-dir should hold. Layout, format and dtype come from the flags, else from the folder.
+
+    Args:
+        output: what the flags describe.
+        given: names of the flags on the command line.
+
+    Raises:
+        UsageError: the folder holds no such output, or it cannot be read.
+    """
+    if isinstance(output, HfOutput):
+        return _found_hf(output, args)
+    if isinstance(output, PeftOutput):
+        return output
+    assert isinstance(output, MegatronOutput)
+    opened = open_checkpoint(output.root, kind=MEGATRON, hf_config=args.hf_cfg_dir, lora_alpha=what.sources.lora_alpha)
+    if not isinstance(opened, (MegatronReader, DistReader)):
+        raise UsageError(f"{output.root} holds no Megatron checkpoint but {opened}")
+    written = output.target
+    layout, dtype, lora_dtype, kept = written.layout, written.dtype, written.lora_dtype, written.own
+    if not {field.name for field in dataclasses.fields(TargetArgs)} & set(given):
+        layout = opened.saved_layout()
+    if args.params_dtype is None:
+        there = opened.contents.shapes()
+        if names := {name: shape for name, shape in written.contents.shapes().items() if name in there}:
+            dtype, lora_dtype, kept = kept_dtypes(names, opened.dtype)
+    opened.close()
+    made = what.target(layout, opened.format, dtype, lora_dtype, own=kept)
+    found = MegatronOutput(output.root, made, opened.format)
+    found.folder = opened.folder
+    return found
+
+
+def _found_hf(output: HfOutput, args: ConvertArgs) -> HfOutput:
+    folder = output.folder
+    headers: dict[str, SafetensorsFile] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        headers[path.name] = SafetensorsFile(path)
+        headers[path.name].close()
+    if not headers:
+        raise UsageError(f"{folder} holds no .safetensors file")
+    # Where the index says that each tensor is; without one, where it is. One that is nowhere is missing in the first.
+    places = weight_map(folder) or {name: file for file, header in headers.items() for name in header.header}
+    files: dict[str, list[str]] = {file: [] for file in (*headers, *places.values())}
+    for name in hf_shapes(output.arch):
+        files[places.get(name, next(iter(files)))].append(name)
+    dtype, kept = output.dtype, output.kept
+    if args.params_dtype is None:
+        stored = {name: file.dtype(name) for file in headers.values() for name in file.header}
+        names = {name: shape for name, shape in hf_shapes(output.arch).items() if name in stored}
+        dtype, _, kept = kept_dtypes(names, lambda name: stored[name]) if names else (dtype, dtype, kept)
+    return HfOutput(output.root, output.arch, None, dtype, files=files, kept=kept)

@@ -27,7 +27,6 @@ from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.mapping.lora import (
     MAGNITUDE,
     PEFT_SCORE,
-    Contents,
     Lora,
     initial,
     is_a,
@@ -35,7 +34,7 @@ from qwen3_npu.checkpoint.mapping.lora import (
     peft_name,
     peft_shapes,
 )
-from qwen3_npu.checkpoint.mapping.source import Source, view_of
+from qwen3_npu.checkpoint.mapping.source import Contents, Source, view_of
 from qwen3_npu.checkpoint.mapping.table import SCORE
 
 

@@ -25,9 +25,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from qwen3_npu.checkpoint.binary.dtypes import Region
-from qwen3_npu.checkpoint.mapping.lora import MAGNITUDE, Contents
-from qwen3_npu.checkpoint.mapping.slices import ShardContext, local_experts
-from qwen3_npu.checkpoint.mapping.table import OUTPUT, Shard
+from qwen3_npu.checkpoint.mapping.lora import MAGNITUDE
+from qwen3_npu.checkpoint.mapping.source import Contents
+from qwen3_npu.checkpoint.mapping.table import OUTPUT, Shard, ShardContext, local_experts
 from qwen3_npu.distributed.layout import NOOP, Layout, Rank, plan
 from qwen3_npu.model.arch import Qwen3Arch
 

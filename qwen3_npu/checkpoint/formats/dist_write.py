@@ -15,19 +15,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, sizes
+from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, sizes, widest
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection, Tensor
-from qwen3_npu.checkpoint.formats.base import STATES, FileJob, Item, RankState, Stored, Target
+from qwen3_npu.checkpoint.folders import COMMON, CONFIG, METADATA
 from qwen3_npu.checkpoint.formats.dist_keys import Chunk, extra_states, random_key, saved_chunks, state_prefix
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata, write_metadata
-from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA
-from qwen3_npu.checkpoint.formats.torch_write import write_archive
+from qwen3_npu.checkpoint.formats.torch_write import STATES, RankState, Target, write_archive
+from qwen3_npu.checkpoint.mapping.source import FileJob, Item, Stored, is_peft_name
 from qwen3_npu.distributed.layout import Rank
 from qwen3_npu.files import Seal, SealedFile
 
@@ -138,3 +139,25 @@ def finish(target: Target, stage: Path, notes: list[Any]) -> dict[str, Seal]:
         COMMON: write_archive(stage / COMMON, target.common, itertools.chain()),
         CONFIG: config.close(),
     }
+
+
+def same_in_all_layers(
+    dtype: DType, lora_dtype: DType, kept: Mapping[str, DType], every: Iterable[str]
+) -> dict[str, DType]:
+    """`kept` where one tensor is stored for all layers (and experts), so that all of them have one dtype.
+
+    Gate and up are one tensor too, but their chunks are stored separately, so each keeps its dtype.
+
+    Args:
+        dtype, lora_dtype: of the tensors that `kept` does not name.
+        every: names of all Hugging Face and PEFT tensors.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in every if kept else ():
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name).replace(".up_proj.", ".gate_proj."), []).append(name)
+    wide: dict[str, DType] = {}
+    for names in groups.values():
+        usual = lora_dtype if is_peft_name(names[0]) else dtype
+        if (found := widest(kept.get(name, usual) for name in names)) is not usual:
+            wide |= dict.fromkeys(names, found)
+    return wide

@@ -5,21 +5,23 @@ Format: https://github.com/huggingface/safetensors (8 bytes header length, JSON 
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, full, row_blocks, same_bits, to_float32
 from qwen3_npu.checkpoint.binary.fp8 import SCALE, BlockScaled, block_sizes
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
-from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.source import check_tensors, listed
-from qwen3_npu.checkpoint.mapping.table import EMBEDDING, hf_shapes
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile, SafetensorsWriter
+from qwen3_npu.checkpoint.mapping.source import Contents, Item, Stored, check_tensors, listed
+from qwen3_npu.checkpoint.mapping.table import EMBEDDING, Shard, TensorSlice, hf_shapes
 from qwen3_npu.errors import UsageError, printable
-from qwen3_npu.files import replacing
-from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config
+from qwen3_npu.files import Seal, replacing, write_text
+from qwen3_npu.model.arch import Qwen3Arch, from_hf_config, read_hf_config, to_hf_config
 from qwen3_npu.once import shared_record
 from qwen3_npu.schema import shown
 
@@ -182,11 +184,11 @@ def weight_map(folder: Path) -> dict[str, str]:
     if not index.exists():
         return {}
     names = shared_record(index).record("weight_map")
-    for name in names.fields:
-        file = names.text(name)
+    files = {name: names.text(name) for name in names.fields}
+    for name, file in files.items():
         if Path(file).name != file:
             raise UsageError(f"{index}: {printable(name)} is in {shown(file)}; a file in {folder} is expected")
-    return dict(names.fields)
+    return files
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -217,3 +219,82 @@ def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES
             with open(source / name, "rb") as old, replacing(target / name, binary=True) as new:
                 shutil.copyfileobj(old, new)
     return copied
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """One .safetensors file; see `FileJob`."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    dtype: DType
+    kept: Mapping[str, DType] = dataclasses.field(default_factory=dict)  # names of those with another dtype
+
+    def _dtype(self, name: str) -> DType:
+        return self.kept.get(name, self.dtype)
+
+    def items(self) -> list[Item]:
+        return [
+            Item(
+                name,
+                Shard(name, shape, shape, (TensorSlice(name, full(shape), full(shape)),), chunk=0, layer=None),
+                self._dtype(name),
+            )
+            for name, shape in self.shapes.items()
+        ]
+
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
+        writer = SafetensorsWriter(path, {name: (self._dtype(name), shape) for name, shape in self.shapes.items()})
+        for name, data in zip(self.shapes, tensors, strict=True):
+            writer.write(name, data)
+        return writer.close(), None
+
+    def stored(self, path: Path) -> dict[str, Stored]:
+        file = SafetensorsFile(path)
+        file.close()
+        return {name: Stored(file.dtype(name), file.shape(name)) for name in file.header}
+
+
+def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: DType, kept: Mapping[str, DType]) -> dict[str, int]:
+    """Name -> size in bytes; `kept` are those that have another dtype."""
+    return {name: math.prod(shape) * kept.get(name, dtype).itemsize for name, shape in shapes.items()}
+
+
+def plan_hf_files(
+    arch: Qwen3Arch, dtype: DType, max_bytes: int, kept: Mapping[str, DType] | None = None
+) -> dict[str, list[str]]:
+    """File name -> names of its tensors; `kept` are those that have another dtype."""
+    return plan_files(tensor_bytes(hf_shapes(arch), dtype, kept or {}), max_bytes)
+
+
+def plan_files(tensors: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """File name -> tensor names, filled in order up to `max_bytes` each (a larger tensor gets a file of its own).
+
+    Args:
+        tensors: name -> size in bytes, in the order to write.
+    """
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in tensors.items():
+        if groups[-1] and used + size > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def write_weight_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
+    """`model.safetensors.index.json`, if there is more than one file."""
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
+        write_text(folder / INDEX, text + "\n")
+
+
+def write_config(arch: Qwen3Arch, carry: dict | None, folder: Path, dtype: DType) -> None:
+    """The config.json of a model whose weights have this dtype."""
+    text = json.dumps(to_hf_config(arch, carry, dtype.torch), indent=2, ensure_ascii=False)
+    write_text(folder / "config.json", text + "\n")

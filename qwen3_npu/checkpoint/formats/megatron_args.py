@@ -1,7 +1,6 @@
-"""The `args` namespace inside a Megatron checkpoint: written from, and read back to, architecture and layout.
+"""Read the `args` namespace inside a Megatron checkpoint as architecture, layout, adapter and dtypes.
 
-Megatron's loader compares num_layers, hidden_size, num_attention_heads, add_position_embedding and the parallel sizes;
-MindSpeed-LLM's converters read the rest. `model/arch/megatron.py` has the arguments of the architecture.
+`torch_write.py` writes it; `model/arch/megatron.py` has the arguments of the architecture.
 """
 
 from __future__ import annotations
@@ -15,55 +14,22 @@ from qwen3_npu.args.lora import ALL_TARGETS, LORA_ENDS, LORA_TARGETS, FreezeArgs
 from qwen3_npu.args.preference import PreferenceArgs
 from qwen3_npu.args.training import DataArgs, OptimizerArgs, TrainArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DTYPES, DType
-from qwen3_npu.checkpoint.mapping.lora import Lora, found_lora
+from qwen3_npu.checkpoint.mapping.lora import END_TARGETS, STACKED_TARGETS, Lora
 from qwen3_npu.checkpoint.mapping.source import OWN_DTYPES, listed
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 from qwen3_npu.model.arch.facts import FACTS
-from qwen3_npu.model.arch.megatron import from_megatron, to_megatron
+from qwen3_npu.model.arch.megatron import from_megatron
 from qwen3_npu.numbers import number_list
 from qwen3_npu.schema import number, record, text
 
-ITERATION = 1  # of a converted checkpoint, as MindSpeed-LLM writes it: loaders treat 0 and "release" specially
 # What trainings save of their flags; a new one of these groups is known here without being listed again.
 OWN_FLAGS = frozenset(
     field.name
     for group in (TrainArgs, OptimizerArgs, DataArgs, FreezeArgs, LoraArgs, PreferenceArgs)
     for field in dataclasses.fields(group)
 )
-CHECKPOINT_VERSION = 3.0  # Megatron's checkpoint_version
-
-
-def to_args(arch: Qwen3Arch, layout: Layout, dtype: DType) -> dict[str, object]:
-    """Megatron's argument names and values for this model in this layout."""
-    noop = layout.noop_layers
-    uneven = len({len(chunk) for stage in layout.chunks for chunk in stage}) > 1
-    args: dict[str, object] = {
-        "num_layers": layout.num_layers,
-        **to_megatron(arch),
-        "padded_vocab_size": layout.padded_vocab_size,
-        "make_vocab_size_divisible_by": 1,
-        "tokenizer_type": "PretrainedFromHF",
-        "transformer_impl": "local",
-        "params_dtype": dtype,
-        "bf16": dtype.torch == "bfloat16",
-        "fp16": dtype.torch == "float16",
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
-        "num_layers_per_virtual_pipeline_stage": len(layout.chunks[0][0]) if layout.virtual > 1 else None,
-        "expert_model_parallel_size": layout.expert,
-        "expert_tensor_parallel_size": layout.expert_tensor,
-        "context_parallel_size": 1,
-        "noop_layers": ",".join(map(str, noop)) if noop else None,
-        "num_layer_list": ",".join(str(len(stage[0])) for stage in layout.chunks) if uneven else None,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-    }
-    if arch.is_moe:
-        args["moe_grouped_gemm"] = layout.stacked_experts
-    return args
 
 
 def arch_from_args(args: argparse.Namespace, where: str) -> Qwen3Arch:
@@ -126,18 +92,6 @@ def own_dtypes(args: argparse.Namespace, names: Collection[str], where: str) -> 
     return found
 
 
-def lora_args(lora: Lora) -> dict[str, object]:
-    """The arguments that describe the LoRA tensors of a checkpoint."""
-    said = {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_target_modules": list(lora.targets)}
-    if lora.layers:
-        said["lora_layers"] = {target: list(layers) for target, layers in lora.layers}
-    if lora.is_dora:
-        said["use_dora"] = True
-    if lora.is_residual:
-        said["lora_init"] = "pissa"
-    return said | ({"use_rslora": True} if lora.is_stabilized else {})
-
-
 def lora_from_args(
     args: argparse.Namespace, shapes: Mapping[str, tuple[int, ...]], alpha: float | None, where: str
 ) -> Lora | None:
@@ -172,3 +126,29 @@ def lora_from_args(
         "is_residual": getattr(args, "lora_init", None) == "pissa",
     }
     return Lora(r, alpha, targets, layers=some, **kinds)
+
+
+def found_lora(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[int, tuple[str, ...]] | None:
+    """Rank and targets of the LoRA tensors among Megatron tensors (of one rank), or None if there are none.
+
+    Raises:
+        UsageError: they have several ranks, or belong to modules that are not in `ALL_TARGETS`; `where` holds them.
+    """
+    ranks: set[int] = set()
+    targets: set[str] = set()
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        if name.endswith(".lora_A.default.weight"):
+            targets.add(END_TARGETS.get(parts[-4], parts[-4]))
+            ranks.add(shape[-2])
+        elif parts[-1] in ("weight1_lora_b", "weight2_lora_a"):
+            targets.add(STACKED_TARGETS[parts[-1][:7]])
+            ranks.add(shape[0] if parts[-1].endswith("b") else shape[1])
+    if not ranks:
+        return None
+    if len(ranks) > 1 or not targets <= ALL_TARGETS.keys():
+        raise UsageError(
+            f"{where} holds LoRA tensors of ranks {sorted(ranks)} on {sorted(targets)}; one rank, and targets among "
+            f"{', '.join(ALL_TARGETS)}, are supported"
+        )
+    return ranks.pop(), tuple(target for target in ALL_TARGETS if target in targets)

@@ -40,18 +40,15 @@ for DoRA, and `lora_init` for PiSSA. No torch here.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from qwen3_npu.args.lora import ALL_TARGETS, TargetLayers, has_target, lora_scale, spelled
-from qwen3_npu.checkpoint.mapping.slices import TensorSlice
-from qwen3_npu.checkpoint.mapping.table import SCORE, Shard, covered, shards
+from qwen3_npu.checkpoint.mapping.table import SCORE, Shard, TensorSlice, covered, shards
 from qwen3_npu.distributed.layout import Layout, Rank, single_layout
-from qwen3_npu.errors import UsageError
 from qwen3_npu.model.arch import Qwen3Arch
 
-_STACKED = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
-_ENDS = {"word_embeddings": "embedding", "output_layer": "output"}
+STACKED_TARGETS = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
+END_TARGETS = {"word_embeddings": "embedding", "output_layer": "output"}
 _PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 LORA_SCORE, PEFT_SCORE = "score.lora_weight", _PREFIX + SCORE.hf[0]
@@ -93,11 +90,6 @@ class Lora:
         return f"{kind} r {self.r}, alpha {self.alpha:g}, {spelled(self.targets, self.layers)}"
 
 
-def is_lora(name: str) -> bool:
-    """Whether a Megatron name is that of a LoRA tensor."""
-    return "lora_" in name
-
-
 def initial(name: str) -> str:
     """The name of PiSSA's initial A or B, from the name of the trained one. PEFT has no such tensor."""
     return name.removesuffix(".weight") + ".initial.weight"
@@ -124,9 +116,9 @@ def is_a(name: str) -> bool:
 def target_of(name: str) -> str | None:
     """Which of `ALL_TARGETS` a base weight's Megatron name belongs to, if any."""
     parts = name.split(".")
-    if parts[-1] in _STACKED:
-        return _STACKED[parts[-1]]
-    module = _ENDS.get(parts[-2], parts[-2])
+    if parts[-1] in STACKED_TARGETS:
+        return STACKED_TARGETS[parts[-1]]
+    module = END_TARGETS.get(parts[-2], parts[-2])
     return module if module in ALL_TARGETS else None
 
 
@@ -233,73 +225,6 @@ def _beside(
     return Shard(name, shape, view, tuple(dict.fromkeys(slices)), chunk=base.chunk, layer=base.layer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Contents:
-    """What a checkpoint holds: the tensors of a model, of an adapter, or both.
-
-    Attributes:
-        base: whether it holds the model's own weights.
-        lora: the adapter, if it holds LoRA tensors.
-        without: Hugging Face names of weights that it does not hold.
-    """
-
-    arch: Qwen3Arch
-    base: bool = True
-    lora: Lora | None = None
-    without: frozenset[str] = frozenset()
-
-    def shards(self, layout: Layout, rank: Rank) -> Iterator[Shard]:
-        """Every tensor of one rank's Megatron checkpoint."""
-        if self.base:
-            for shard in shards(self.arch, layout, rank):
-                if self.without and self.without.issuperset(piece.hf for piece in shard.slices):
-                    continue
-                if self.lora is None:
-                    yield shard
-                elif shard.name != SCORE.megatron:  # it is the adapter's
-                    yield base_shard(shard, self.lora)
-        if self.lora:
-            yield from adapter_shards(self.arch, self.lora, layout, rank)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every Hugging Face and PEFT tensor."""
-        return covered(self.shards(single_layout(self.arch), Rank(0, 0, 0, 0)))
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers an unsharded checkpoint holds, without the padding of the vocabulary."""
-        return sum(math.prod(shard.shape) for shard in self.shards(single_layout(self.arch), Rank(0, 0, 0, 0)))
-
-    def __str__(self) -> str:
-        return " with ".join(part for part in ("weights" * self.base, str(self.lora or "")) if part)
-
-
 def peft_shapes(arch: Qwen3Arch, lora: Lora) -> dict[str, tuple[int, ...]]:
     """Name and shape of every PEFT tensor of an adapter."""
-    return Contents(arch, base=False, lora=lora).shapes()
-
-
-def found_lora(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[int, tuple[str, ...]] | None:
-    """Rank and targets of the LoRA tensors among Megatron tensors (of one rank), or None if there are none.
-
-    Raises:
-        UsageError: they have several ranks, or belong to modules that are not in `ALL_TARGETS`; `where` holds them.
-    """
-    ranks: set[int] = set()
-    targets: set[str] = set()
-    for name, shape in shapes.items():
-        parts = name.split(".")
-        if name.endswith(".lora_A.default.weight"):
-            targets.add(_ENDS.get(parts[-4], parts[-4]))
-            ranks.add(shape[-2])
-        elif parts[-1] in ("weight1_lora_b", "weight2_lora_a"):
-            targets.add(_STACKED[parts[-1][:7]])
-            ranks.add(shape[0] if parts[-1].endswith("b") else shape[1])
-    if not ranks:
-        return None
-    if len(ranks) > 1 or not targets <= ALL_TARGETS.keys():
-        raise UsageError(
-            f"{where} holds LoRA tensors of ranks {sorted(ranks)} on {sorted(targets)}; one rank, and targets among "
-            f"{', '.join(ALL_TARGETS)}, are supported"
-        )
-    return ranks.pop(), tuple(target for target in ALL_TARGETS if target in targets)
+    return covered(adapter_shards(arch, lora, single_layout(arch), Rank(0, 0, 0, 0)))

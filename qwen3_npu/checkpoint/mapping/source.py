@@ -1,13 +1,16 @@
-"""The interface of every reader: regions of tensors under Hugging Face names.
+"""What a checkpoint holds, and the interfaces of both sides: a `Source` is read, a `FileJob` is written.
 
-`ShardReader` implements it for Megatron tensors, whatever the files are.
+A source gives regions of tensors under Hugging Face names. `ShardReader` is one over Megatron tensors, whatever the
+files are.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -27,14 +30,66 @@ from qwen3_npu.checkpoint.binary.dtypes import (
     to_float32,
     widest,
 )
-from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.slices import TensorSlice
-from qwen3_npu.checkpoint.mapping.table import Shard
+from qwen3_npu.checkpoint.mapping.lora import Lora, adapter_shards, base_shard
+from qwen3_npu.checkpoint.mapping.table import SCORE, Shard, TensorSlice, covered, shards
+from qwen3_npu.distributed.layout import Layout, Rank, single_layout
 from qwen3_npu.errors import UsageError, printable
+from qwen3_npu.files import Seal
 from qwen3_npu.model.arch import Qwen3Arch
 
 Where = TypeVar("Where")
 OWN_DTYPES = "own_dtypes"  # argument of a converted checkpoint: dtype -> tensors that are stored in a wider one
+
+
+def is_lora(name: str) -> bool:
+    """Whether a Megatron name is that of a LoRA tensor."""
+    return "lora_" in name
+
+
+def is_peft_name(name: str) -> bool:
+    """Whether a name is PEFT's, and not Hugging Face's."""
+    return name.startswith("base_model.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds: the tensors of a model, of an adapter, or both.
+
+    Attributes:
+        base: whether it holds the model's own weights.
+        lora: the adapter, if it holds LoRA tensors.
+        without: Hugging Face names of weights that it does not hold.
+    """
+
+    arch: Qwen3Arch
+    base: bool = True
+    lora: Lora | None = None
+    without: frozenset[str] = frozenset()
+
+    def shards(self, layout: Layout, rank: Rank) -> Iterator[Shard]:
+        """Every tensor of one rank's Megatron checkpoint."""
+        if self.base:
+            for shard in shards(self.arch, layout, rank):
+                if self.without and self.without.issuperset(piece.hf for piece in shard.slices):
+                    continue
+                if self.lora is None:
+                    yield shard
+                elif shard.name != SCORE.megatron:  # it is the adapter's
+                    yield base_shard(shard, self.lora)
+        if self.lora:
+            yield from adapter_shards(self.arch, self.lora, layout, rank)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every Hugging Face and PEFT tensor."""
+        return covered(self.shards(single_layout(self.arch), Rank(0, 0, 0, 0)))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers an unsharded checkpoint holds, without the padding of the vocabulary."""
+        return sum(math.prod(shard.shape) for shard in self.shards(single_layout(self.arch), Rank(0, 0, 0, 0)))
+
+    def __str__(self) -> str:
+        return " with ".join(part for part in ("weights" * self.base, str(self.lora or "")) if part)
 
 
 class Source(Protocol):
@@ -128,6 +183,58 @@ def check_tensors(
     for name, shape in wanted.items():
         if found[name] != shape:
             raise UsageError(f"{where}: {name} has shape {found[name]}; {shape} expected for {what}")
+
+
+class Item(NamedTuple):
+    """A tensor to be written.
+
+    Attributes:
+        name: unique in its file.
+        shard: the slices that it is made of.
+        state: "" for a weight; one of `STATES` for a tensor of the optimizer.
+    """
+
+    name: str
+    shard: Shard
+    dtype: DType
+    state: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shard.shape) * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """A tensor of a finished file."""
+
+    dtype: DType | None
+    shape: tuple[int, ...]
+
+
+class FileJob(Protocol):
+    """One output file."""
+
+    @property
+    def name(self) -> str:
+        """Path relative to the output folder."""
+
+    def items(self) -> list[Item]:
+        """Every tensor of the file, in order."""
+
+    def write(self, path: Path, tensors: Iterator[np.ndarray]) -> tuple[Seal, object]:
+        """Write the data of `items` to the file and flush it to disk.
+
+        Returns:
+            Size and digest, computed while the file is written; and notes, from which `finish` makes the common files.
+        """
+
+    def stored(self, path: Path) -> dict[str, Stored]:
+        """The tensors of a finished file, under the names of `items`. Raises: UsageError: it cannot be read."""
+
+
+def job_bytes(job: FileJob) -> int:
+    """Bytes of the tensors of a job."""
+    return sum(item.bytes for item in job.items())
 
 
 class SliceLocation(NamedTuple):

@@ -16,21 +16,20 @@ from qwen3_npu.args.lora import FreezeArgs, spelled
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
+from qwen3_npu.checkpoint.folders import StoredModel, restore_backup
 from qwen3_npu.checkpoint.formats.adapters import SharedA
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import StoredModel, restore_backup
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader
 from qwen3_npu.checkpoint.formats.torch_read import MegatronReader
 from qwen3_npu.checkpoint.mapping.frozen import frozen_weights
-from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE, is_lora
-from qwen3_npu.checkpoint.mapping.source import listed, read_shard, read_tensor
+from qwen3_npu.checkpoint.mapping.lora import LORA_SCORE
+from qwen3_npu.checkpoint.mapping.source import is_lora, listed, read_shard, read_tensor
 from qwen3_npu.checkpoint.mapping.table import SCORE
 from qwen3_npu.checkpoint.training import optimizer_state
 from qwen3_npu.checkpoint.training.compare import check_resumed, check_same_model, model_facts
-from qwen3_npu.checkpoint.training.fill import load_weights
-from qwen3_npu.checkpoint.training.live import Ranks, parameters_of, to_torch
+from qwen3_npu.checkpoint.training.live import Ranks, load_weights, parameters_of, to_torch
 from qwen3_npu.checkpoint.training.save import Position, Trained
 from qwen3_npu.checkpoint.training.state import DistState, TorchState
 from qwen3_npu.distributed.launch import model_rank

@@ -23,7 +23,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 
 from qwen3_npu.checkpoint.binary.dtypes import full
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
-from qwen3_npu.checkpoint.formats.base import STATES
+from qwen3_npu.checkpoint.formats.torch_write import STATES
 from qwen3_npu.checkpoint.training.live import copied_to_host, write_content
 from qwen3_npu.files import rename
 

@@ -9,8 +9,7 @@ from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile
 from qwen3_npu.checkpoint.formats.dist_keys import random_key, state_prefix
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.torch_read import OPTIMIZER, MegatronReader, ShardedTensors
-from qwen3_npu.checkpoint.mapping.lora import Contents
-from qwen3_npu.checkpoint.mapping.source import Source
+from qwen3_npu.checkpoint.mapping.source import Contents, Source
 from qwen3_npu.distributed.layout import Rank
 
 

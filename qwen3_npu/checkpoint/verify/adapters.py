@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 
 from qwen3_npu.checkpoint.formats.peft import PeftReader
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
+from qwen3_npu.checkpoint.mapping.lora import Lora
+from qwen3_npu.checkpoint.mapping.source import Contents
 from qwen3_npu.checkpoint.verify.libraries import saved_arguments
 from qwen3_npu.checkpoint.verify.published import DORA, Span, is_turned, peft_tensor, published_shapes
 from qwen3_npu.checkpoint.verify.tensors import VerifySource

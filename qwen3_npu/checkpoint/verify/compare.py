@@ -18,20 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from qwen3_npu.checkpoint.formats.base import FileJob
-from qwen3_npu.checkpoint.manifest import Count
-from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.folders import Count
+from qwen3_npu.checkpoint.mapping.source import Contents, FileJob
 from qwen3_npu.checkpoint.verify.adapters import MergedTensors
 from qwen3_npu.checkpoint.verify.libraries import failed, torch_tensors
 from qwen3_npu.checkpoint.verify.published import PADDING, is_turned, published_shapes
 from qwen3_npu.checkpoint.verify.shares import ShardSizes, StripPiece, rank_tensors
-from qwen3_npu.checkpoint.verify.tensors import (
-    PieceTensors,
-    StoredChunks,
-    VerifySource,
-    piece_rows,
-    torch_places,
-)
+from qwen3_npu.checkpoint.verify.tensors import PieceTensors, StoredChunks, VerifySource, piece_rows, torch_places
 from qwen3_npu.errors import UsageError, printable
 
 _BLOCK = 1 << 22  # numbers compared at a time

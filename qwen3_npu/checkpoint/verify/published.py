@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora
+from qwen3_npu.checkpoint.mapping.lora import Lora
+from qwen3_npu.checkpoint.mapping.source import Contents
 from qwen3_npu.model.arch import Qwen3Arch
 
 Span = tuple[int, int]
@@ -46,7 +47,7 @@ class WholeMatrix(NamedTuple):
     rows: int
     columns: int
     strips: tuple[Strip, ...]
-    cut: str = WHOLE
+    sharded: str = WHOLE
     is_vector: bool = False
     is_turned: bool = False  # its transpose is stored
 
@@ -111,31 +112,33 @@ def layer_matrices(contents: Contents, layer: int, experts: Iterable[int], *, st
 def _layer(contents: Contents, layer: int, experts: Iterable[int], *, stacked: bool) -> Iterator[WholeMatrix]:
     arch, lora = contents.arch, contents.lora
     biased = {"self_attention.linear_qkv": arch.family.qkv_bias, "self_attention.linear_proj": arch.family.o_bias}
-    for name, strips, columns, cut in _linears(arch, layer, experts):
+    for name, strips, columns, sharded in _linears(arch, layer, experts):
         rows = strips[-1].at + strips[-1].rows
         adapted = _has(lora, name.rpartition(".")[2], layer)
         stem = f"{name}.base_layer" if adapted and not (stacked and "local_experts" in name) else name
         if contents.base:
             named = tuple(s._replace(hf=f"{s.hf}.weight") for s in strips)
-            yield WholeMatrix(f"{stem}.weight", rows, columns, named, cut=cut)
+            yield WholeMatrix(f"{stem}.weight", rows, columns, named, sharded=sharded)
         if contents.base and biased.get(name):
             named = tuple(s._replace(hf=f"{s.hf}.bias") for s in strips)
-            yield WholeMatrix(f"{stem}.bias", rows, 1, named, cut=WHOLE if cut == COLUMNS else cut, is_vector=True)
+            yield WholeMatrix(
+                f"{stem}.bias", rows, 1, named, sharded=WHOLE if sharded == COLUMNS else sharded, is_vector=True
+            )
         if adapted and lora is not None:
             # All that are joined share one A; B has the rows of the weight.
             a = tuple(Strip(peft_tensor(hf, "A"), 0, lora.r) for hf in dict.fromkeys(s.hf for s in strips))
             b = tuple(s._replace(hf=peft_tensor(s.hf, "B")) for s in strips)
-            ours = (cut, WHOLE) if cut == COLUMNS else (WHOLE, cut)
+            ours = (sharded, WHOLE) if sharded == COLUMNS else (WHOLE, sharded)
             pair = [
-                WholeMatrix(f"{name}.lora_A.default.weight", lora.r, columns, a, cut=ours[0]),
-                WholeMatrix(f"{name}.lora_B.default.weight", rows, lora.r, b, cut=ours[1]),
+                WholeMatrix(f"{name}.lora_A.default.weight", lora.r, columns, a, sharded=ours[0]),
+                WholeMatrix(f"{name}.lora_B.default.weight", rows, lora.r, b, sharded=ours[1]),
             ]
             yield from pair
             if lora.is_residual:
                 yield from map(_begun, pair)
             if lora.is_dora:
                 m = tuple(s._replace(hf=peft_tensor(s.hf, DORA)) for s in strips)
-                yield WholeMatrix(f"{name}.{DORA}.default.weight", rows, 1, m, cut=ours[1], is_vector=True)
+                yield WholeMatrix(f"{name}.{DORA}.default.weight", rows, 1, m, sharded=ours[1], is_vector=True)
     if contents.base:
         yield from _others(arch, layer)
 
@@ -178,12 +181,12 @@ def _vocabulary(
 
     if contents.base:
         stem = f"{name}.base_layer" if adapted else name
-        yield WholeMatrix(f"{stem}.weight", padded, hidden, tall(f"{module}.weight"), cut=ROWS)
+        yield WholeMatrix(f"{stem}.weight", padded, hidden, tall(f"{module}.weight"), sharded=ROWS)
     if adapted:
         a, b = (peft_tensor(module, matrix) for matrix in "AB")
         at, r = f"{name}.lora_{{}}.default.weight", adapted.r
         if target == "embedding":
-            yield WholeMatrix(at.format("A"), padded, r, tall(a), cut=ROWS, is_turned=True)
+            yield WholeMatrix(at.format("A"), padded, r, tall(a), sharded=ROWS, is_turned=True)
             yield WholeMatrix(at.format("B"), hidden, r, (Strip(b, 0, hidden),))
             if adapted.is_dora:
                 strip = Strip(peft_tensor(module, DORA), 0, hidden)
@@ -191,14 +194,14 @@ def _vocabulary(
         else:
             pair = [
                 WholeMatrix(at.format("A"), r, hidden, (Strip(a, 0, r),)),
-                WholeMatrix(at.format("B"), padded, r, tall(b), cut=ROWS),
+                WholeMatrix(at.format("B"), padded, r, tall(b), sharded=ROWS),
             ]
             yield from pair
             if adapted.is_residual:
                 yield from map(_begun, pair)
             if adapted.is_dora:
                 m = tall(peft_tensor(module, DORA))
-                yield WholeMatrix(f"{name}.{DORA}.default.weight", padded, 1, m, cut=ROWS, is_vector=True)
+                yield WholeMatrix(f"{name}.{DORA}.default.weight", padded, 1, m, sharded=ROWS, is_vector=True)
 
 
 def outer_matrices(contents: Contents, padded: int, *, first: bool, last: bool, copies: bool) -> Iterator[WholeMatrix]:

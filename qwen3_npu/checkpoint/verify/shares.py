@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.source import Contents
 from qwen3_npu.checkpoint.verify.published import (
     COLUMNS,
     HALVES,
@@ -120,11 +120,11 @@ def _share(matrix: WholeMatrix, ways: int, index: int) -> tuple[list[Span], Span
         return start + size // ways * index, start + size // ways * (index + 1)
 
     half, columns = matrix.rows // 2, (0, matrix.columns)
-    if matrix.cut == ROWS:
+    if matrix.sharded == ROWS:
         return [part(matrix.rows)], columns
-    if matrix.cut == HALVES:
+    if matrix.sharded == HALVES:
         return [part(half), part(half, half)], columns
-    return [(0, matrix.rows)], part(matrix.columns) if matrix.cut == COLUMNS else columns
+    return [(0, matrix.rows)], part(matrix.columns) if matrix.sharded == COLUMNS else columns
 
 
 def rank_tensors(contents: Contents, sizes: ShardSizes, rank: tuple[int, int, int]) -> dict[str, HeldTensor]:

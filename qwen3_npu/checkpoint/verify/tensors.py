@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from qwen3_npu.checkpoint.folders import METADATA
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import METADATA
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS, MegatronReader
-from qwen3_npu.checkpoint.mapping.lora import Contents
+from qwen3_npu.checkpoint.mapping.source import Contents
 from qwen3_npu.checkpoint.verify import published, shares
 from qwen3_npu.checkpoint.verify.libraries import NORMS, dist_metadata, failed, torch_tensors
 from qwen3_npu.checkpoint.verify.published import Span, WholeMatrix

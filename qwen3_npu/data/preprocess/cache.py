@@ -10,9 +10,8 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from qwen3_npu import log
+from qwen3_npu import log, schema
 from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.run import identifying_flags, preprocess
 from qwen3_npu.data.read.find import InputFile, exists, find_files
@@ -87,7 +86,7 @@ def _prepared(word: str, recipe: PreprocessArgs, cache: Path) -> str:
     return str(folder / (f"data_{records.json_keys[0]}_document" if is_text else "data"))
 
 
-def _content(word: str, recipe: PreprocessArgs, digests: _Digests) -> list[Any]:
+def _content(word: str, recipe: PreprocessArgs, digests: _Digests) -> list[object]:
     """The identity of the raw data: digests of files, or name and arguments of a data set on the Hub."""
     if is_hub_name(word):
         return [open_inputs([word], recipe.records.hf_datasets_params).identity()]
@@ -111,19 +110,22 @@ class _Digests:
 
     def __init__(self, cache: Path) -> None:
         self.file = cache / _DIGESTS
-        self.known: dict[str, Any] = {}
+        self.known: dict[str, tuple[list[int], str]] = {}
         if self.file.is_file():
-            self.known = json.loads(self.file.read_text(encoding="utf-8"))
+            for path, entry in schema.read_record(self.file).fields.items():
+                where = f"{self.file}: {path}"
+                seen, known = schema.pair(entry, where)
+                self.known[path] = list(schema.counts(seen, where)), schema.text(known, where)
 
     def of(self, file: InputFile) -> str:
         """The digest of a file's content."""
         path, stat = str(file.path.resolve()), file.path.stat()
         seen = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        if self.known.get(path, [None])[0] != seen:
+        if path not in self.known or self.known[path][0] != seen:
             digest = hashlib.sha256()
             with file.path.open("rb") as stream:
                 while piece := stream.read(_PIECE):
                     digest.update(piece)
-            self.known[path] = [seen, digest.hexdigest()]
+            self.known[path] = seen, digest.hexdigest()
             write_text(self.file, json.dumps(self.known), concurrent=True)
         return self.known[path][1]

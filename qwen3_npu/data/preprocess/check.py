@@ -18,7 +18,7 @@ from qwen3_npu.args.preprocess import PreprocessArgs
 from qwen3_npu.data.preprocess.answer_lengths import AnswerLengths
 from qwen3_npu.data.preprocess.handler import Handler, Produced, produce
 from qwen3_npu.data.preprocess.pipeline import Totals, documents
-from qwen3_npu.data.preprocess.sft_handler import CUT, DROPPED, LABEL, UNSUPERVISED, ConversationHandler
+from qwen3_npu.data.preprocess.sft_handler import DROPPED, LABEL, TRUNCATED, UNSUPERVISED, ConversationHandler
 from qwen3_npu.data.read.blocks import RecordBlock, first
 from qwen3_npu.data.read.open import Inputs
 from qwen3_npu.data.text.conversation import (
@@ -61,7 +61,7 @@ def check(args: PreprocessArgs, inputs: Inputs, handler: Handler, encoder: Futur
     places: dict[str, str] = {}
     if isinstance(handler, ConversationHandler):
         handler.look = functools.partial(lint, thinking=handler.style.thinking)
-        handler.columns = ()  # all of a table, to tell which are not used
+        handler.columns = ()  # read all columns, to tell which are not used
     for block, produced in documents(args, inputs, handler, encoder, totals=totals):
         for text, numbers in produced.summary.warnings.items():
             warnings[text] += len(numbers)
@@ -144,7 +144,7 @@ def show_sample(title: str, ids: np.ndarray, labels: np.ndarray, decode: Callabl
         else:
             text += f"[[{part}]]" if learned[start] else part
     if colours:
-        print(text, flush=True)  # the log would escape the colours
+        print(text, flush=True)  # a log line would escape the colours
     else:
         log.info(text)
 
@@ -172,7 +172,7 @@ def _warn(
 ) -> int:
     """Print warnings, the most frequent first; the exit status."""
     for text, count in totals.counts.items():
-        if count and (text in (CUT, DROPPED, UNSUPERVISED) or "not used" in text):
+        if count and (text in (TRUNCATED, DROPPED, UNSUPERVISED) or "not used" in text):
             warnings[text] += count
     if duplicates := len(hashes) - len(np.unique(hashes)):
         warnings["documents that are there already"] += duplicates

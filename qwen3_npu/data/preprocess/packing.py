@@ -46,7 +46,7 @@ def knapsacks(lengths: np.ndarray, capacity: int) -> Iterator[list[int]]:
     present, starts = np.unique(lengths[order], return_index=True)
     sizes: list[int] = present.tolist()
     first: list[int] = starts.tolist()
-    after = [*first[1:], len(order)]  # one behind the last sample left of each length
+    after = [*first[1:], len(order)]  # for each length, the index after its last sample that is left
     while sizes:
         chosen, room = [], capacity
         while (place := bisect.bisect_right(sizes, room) - 1) >= 0:

@@ -13,7 +13,7 @@ from qwen3_npu.data.preprocess.record_formats import text_value, value
 from qwen3_npu.data.read.blocks import BadRecord, RecordBlock, parse_block
 from qwen3_npu.data.text.encoder import Tokens
 
-# (record, column) -> text; raises ValueError.
+# (record, column) -> text. It raises ValueError.
 TextOf = Callable[[Mapping[str, object], str], str]
 
 # MindSpeed-LLM's text of an Alpaca record, letter by letter ("###None" where there is no input, too).

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from qwen3_npu.data.text.conversation import (
     ASSISTANT,
@@ -36,9 +35,9 @@ SHAREGPT_PAIRS: ColumnNames = {**SHAREGPT, "chosen": "chosen", "rejected": "reje
 SHAREGPT_KTO: ColumnNames = {**SHAREGPT, "label": "label"}
 OPENAI: ColumnNames = {"messages": "messages", "system": None, "tools": "tools"}
 OPENAI_KTO: ColumnNames = {**OPENAI, "label": "label"}
-# What a label may be, as text; whether the answer is desirable.
+# Text of a label -> whether the answer is desirable.
 _LABELS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
-# What columns are called elsewhere, for a hint.
+# Names that other programs give to columns, for a hint.
 _ALIASES = {
     "prompt": ("prompt", "question", "query", "input", "user"),
     "response": ("response", "answer", "completion", "target", "chosen", "text"),
@@ -58,9 +57,9 @@ TAGS: ColumnNames = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-# Columns that would change the conversation, if they were read.
+# Columns that would change the conversation if they were used.
 _TELLING = ("system", "history", "tools", *REASONING)
-# Keys of records and messages that say where something comes from, and nothing that could be learned.
+# Keys that say where a record or message comes from; they hold nothing that could be learned.
 _METADATA = frozenset(
     re.findall(
         r"\w+",
@@ -91,7 +90,7 @@ def missing_column(record: Mapping[str, object], column: str) -> str:
     return text
 
 
-def value(record: Mapping[str, object], column: str) -> Any:
+def value(record: Mapping[str, object], column: str) -> object:
     """A column of a record. Raises: ValueError: the record has none, or nothing in it."""
     if column not in record:
         raise ValueError(missing_column(record, column))
@@ -185,7 +184,7 @@ class Columns:
             found += [f"key {key!r} of a message is not used" for key in keys if key not in read and _says(keys[key])]
         return found
 
-    def get(self, record: Mapping[str, object], name: str) -> Any:
+    def get(self, record: Mapping[str, object], name: str) -> object:
         """The value with this meaning; None if there is none.
 
         Raises:
@@ -240,7 +239,8 @@ def alpaca_pair(record: Mapping[str, object], columns: Columns) -> PreferencePai
 def alpaca_turns(record: Mapping[str, object], columns: Columns, *answer: Message) -> Conversation:
     """The turns of `history`, then instruction and input, then the given answers."""
     messages: list[Message] = []
-    for turn in columns.get(record, "history") or ():
+    history = columns.get(record, "history") or []
+    for turn in history if isinstance(history, list) else (history,):
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError("history is not a list of [question, answer]")
         messages += [Message(USER, turn[0]), Message(ASSISTANT, turn[1])]

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.preprocess import TEXT_HANDLER, PreprocessArgs
@@ -140,9 +139,9 @@ def _pack(args: PreprocessArgs, tokenizer: TokenizerFolder, output: DatasetOutpu
         log.info(f"written: {p}.bin .idx")
 
 
-def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> dict[str, Any]:
+def _made(args: PreprocessArgs, tokenizer: TokenizerFolder, totals: Totals) -> dict[str, object]:
     """The settings that determine the tokens, for the record that a training reads (`TokenRecord.made`)."""
-    made = {"tokenizer": tokenizer.identity}
+    made: dict[str, object] = {"tokenizer": tokenizer.identity}
     if args.instruction.prompt_type is not None:
         made["prompt_type"] = resolved(args.instruction.prompt_type, tokenizer)
         thinking = args.instruction.enable_thinking.lower()
@@ -159,7 +158,7 @@ def _report(output: DatasetOutput) -> None:
         log.info(f"written: {prefix}.bin .idx: {totals.documents[name]} documents, {totals.tokens[name]} tokens")
 
 
-def identifying_flags(args: PreprocessArgs) -> list[tuple[str, Any]]:
+def identifying_flags(args: PreprocessArgs) -> list[tuple[str, object]]:
     """The flags that change what is written."""
     flags = sorted((k, v) for group in args for k, v in vars(group).items() if k not in _WITHOUT_EFFECT)
     own = own_source(args.records.handler_name)
@@ -168,7 +167,7 @@ def identifying_flags(args: PreprocessArgs) -> list[tuple[str, Any]]:
 
 def _identity(args: PreprocessArgs, inputs: Inputs, tokenizer: TokenizerFolder) -> str:
     """A digest of everything that determines the output."""
-    everything: list[Any] = [inputs.identity(), tokenizer.identity, identifying_flags(args)]
+    everything: list[object] = [inputs.identity(), tokenizer.identity, identifying_flags(args)]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 

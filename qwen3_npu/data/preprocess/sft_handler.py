@@ -22,7 +22,7 @@ from qwen3_npu.data.train.turns import kept_tokens, limits
 THOUGHTS = "answers with thoughts"
 MASKED = "answers that are not learned, as the data say"
 LEFT_OUT = "records left out, as they say"
-CUT, DROPPED = "over-long samples truncated", "over-long samples left out"
+TRUNCATED, DROPPED = "over-long samples truncated", "over-long samples left out"
 UNSUPERVISED = "samples without anything to learn"
 
 # The output of labelled answers that says whether each is desirable: 1 or 0.
@@ -35,14 +35,14 @@ class Style(NamedTuple):
     Attributes:
         thinking: --enable-thinking.
         longest: maximum number of tokens of a sample, its eod included; None: no limit.
-        cut: truncate longer samples; else omit them.
+        truncates: truncate longer samples; else omit them.
         eod: token after each sample, if any.
     """
 
     template: Template
     thinking: bool | None
     longest: int | None
-    cut: bool
+    truncates: bool
     eod: int | None
 
 
@@ -158,8 +158,8 @@ class InstructionHandler(ConversationHandler[Conversation]):
         for i in range(len(turns)):
             sample = ids[starts[i] : starts[i + 1]], labels[starts[i] : starts[i + 1]]
             if room is not None and lengths[i] > room:
-                counts[CUT if style.cut else DROPPED] += 1
-                if style.cut:
+                counts[TRUNCATED if style.truncates else DROPPED] += 1
+                if style.truncates:
                     where = kept_tokens(sizes[first[i] : first[i + 1]].tolist(), room)
                     sample = sample[0][where], sample[1][where]
             if room is None or len(sample[0]) <= room:
@@ -258,8 +258,8 @@ def _fitted(style: Style, prompt: np.ndarray, answers: Sequence[np.ndarray], cou
     """Ids and labels of each answer after the prompt, within the limit; empty if the sample is omitted."""
     longest, answer = style.longest, max(map(len, answers))
     if longest is not None and len(prompt) + answer > longest:
-        counts[CUT if style.cut else DROPPED] += 1
-        if not style.cut:
+        counts[TRUNCATED if style.truncates else DROPPED] += 1
+        if not style.truncates:
             return []
         keep = limits(len(prompt), answer, longest)
         if keep.target == 0:

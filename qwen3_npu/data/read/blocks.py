@@ -33,7 +33,7 @@ class RecordBlock:
 
     file: str
     numbers: Sequence[int]
-    items: Sequence[Any]
+    items: Sequence[object]
     decode: Callable[[Any], dict[str, object]]
     size: int
 
@@ -101,7 +101,7 @@ class Splitter:
 
     def _start(self) -> None:
         self.numbers: list[int] = []
-        self.items: list[Any] = []
+        self.items: list[object] = []
         self.length = 0
 
     def add(self, number: int, item: object, length: int) -> Iterator[RecordBlock]:

@@ -108,7 +108,7 @@ def _of_folder(folder: Path) -> list[InputFile]:
     if (folder / "state.json").is_file():
         return _saved_dataset(folder)
     for place in (folder, folder / "data"):
-        # Hidden files are a system's own (.DS_Store, ._part.jsonl), or not finished.
+        # Hidden files belong to the system (.DS_Store, ._part.jsonl), or are not finished.
         paths = sorted(p for p in place.glob("[!.]*") if p.is_file() and p.name not in _NOT_DATA)
         if files := [file for file in map(_describe, paths) if file]:
             break

@@ -6,8 +6,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from qwen3_npu import schema
 from qwen3_npu.data.read import find
 from qwen3_npu.data.read.blocks import RecordBlock
 from qwen3_npu.data.read.find import InputFile
@@ -39,14 +39,14 @@ class Inputs:
 
     files: tuple[InputFile, ...]
     dataset: str = ""
-    dataset_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dataset_arguments: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Bytes on disk; 0 if unknown."""
         return sum(file.size for file in self.files)
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> list[object]:
         """Path, size and time of each file; changes when a file does."""
         stats = [(str(f.path), f.size, f.path.stat().st_mtime_ns) for f in self.files]
         return [*stats, self.dataset, sorted(self.dataset_arguments.items())]
@@ -66,7 +66,7 @@ class Inputs:
             try:
                 yield from _READERS[file.format](file, columns)
             except (OSError, ValueError) as error:
-                # pyarrow's errors are of both kinds; any other ValueError is ours.
+                # pyarrow's errors are OSErrors or ValueErrors, too; any other ValueError is a fault of this program.
                 if not isinstance(error, OSError) and not type(error).__module__.startswith("pyarrow"):
                     raise
                 text = (str(error).splitlines() or [type(error).__name__])[0]
@@ -84,13 +84,14 @@ def open_inputs(names: Sequence[str], parameters: str | None = None) -> Inputs:
     """
     if parameters is not None:
         arguments = _parameters(parameters)
-        return Inputs((), arguments.pop("path", names[0]), arguments)
+        path = schema.text(arguments.pop("path", names[0]), f"--hf-datasets-params {parameters}: path")
+        return Inputs((), path, arguments)
     if len(names) == 1 and not find.exists(names[0]) and not Path(names[0]).suffix and "*" not in names[0]:
         return Inputs((), names[0])
     return Inputs(tuple(find.find_files(names)))
 
 
-def _parameters(path: str) -> dict[str, Any]:
+def _parameters(path: str) -> dict[str, object]:
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:

@@ -12,8 +12,8 @@ from qwen3_npu.data.read.find import InputFile
 from qwen3_npu.errors import UsageError
 
 _MOST_ROWS = 1024
-# Of one value, from what Arrow makes of it to what was written; None where both are the same.
-RowDecoder = Callable[[Any], Any] | None
+# Turns what Arrow makes of a value into what was written; None where both are the same.
+RowDecoder = Callable[[Any], object] | None
 
 
 def read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]:
@@ -57,7 +57,7 @@ def read_arrow(file: InputFile, columns: Sequence[str]) -> Iterator[RecordBlock]
 
 
 def _wanted(present: Sequence[str], columns: Sequence[str]) -> list[str]:
-    # A column that is missing is missed by the handler, which can say what it is for.
+    # A missing column is no error here: the handler names it and says what it is for.
     return [name for name in present if name in columns] or list(present)
 
 
@@ -66,7 +66,13 @@ def _rows_per_block(size: int, rows: int) -> int:
 
 
 def _batch_blocks(
-    file: str, batch: Any, number: int, bytes_per_row: float, *, rows: int, decode: Callable[[Any], dict[str, object]]
+    file: str,
+    batch: Any,
+    number: int,
+    bytes_per_row: float,
+    *,
+    rows: int,
+    decode: Callable[[object], dict[str, object]],
 ) -> Iterator[RecordBlock]:
     for start in range(0, batch.num_rows, rows):
         part = batch.slice(start, rows)
@@ -74,7 +80,7 @@ def _batch_blocks(
         yield RecordBlock(file, numbers, _rows(part), decode, size=round(part.num_rows * bytes_per_row))
 
 
-def _rows(batch: Any) -> Sequence[Any]:
+def _rows(batch: Any) -> Sequence[object]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -89,13 +95,13 @@ def _row(batch: Any) -> dict[str, object] | str:
         return "not UTF-8"
 
 
-def _row_decoder(schema: Any) -> Callable[[Any], dict[str, object]]:
+def _row_decoder(schema: Any) -> Callable[[object], dict[str, object]]:
     """From a row of a table with this schema to a record."""
     found = {field.name: decode for field in schema if (decode := _decoder(field))}
     return functools.partial(_record, found)
 
 
-def _record(decoders: Mapping[str, Callable[[Any], Any]], row: Any) -> dict[str, object]:
+def _record(decoders: Mapping[str, Callable[[object], object]], row: Any) -> dict[str, object]:
     if isinstance(row, str):
         raise ValueError(row)
     for name, decode in decoders.items():
@@ -125,7 +131,7 @@ def _decoder(field: Any) -> RowDecoder:
     return None
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -137,7 +143,7 @@ def _struct(decoders: Mapping[str, RowDecoder], value: Mapping[str, object]) -> 
     return {name: decode(inner) if (decode := decoders[name]) else inner for name, inner in kept.items()}
 
 
-def _list(decode: Callable[[Any], Any], value: Sequence[Any]) -> list[Any]:
+def _list(decode: Callable[[object], object], value: Sequence[object]) -> list[object]:
     return [inner if inner is None else decode(inner) for inner in value]
 
 
@@ -145,7 +151,7 @@ def _dataset_record(row: Mapping[str, object]) -> dict[str, object]:
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
-def _without_nulls(value: object) -> Any:
+def _without_nulls(value: object) -> object:
     """A value without the nulls of structs (see `_decoder`)."""
     if isinstance(value, dict):
         return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}

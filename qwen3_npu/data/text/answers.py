@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from qwen3_npu.data.text.conversation import ASSISTANT, Conversation, Message
 
@@ -111,7 +111,7 @@ def _ends(rendered: Rendered) -> list[int]:
             position += len(part)
             ends.append(position)
         return ends
-    # The marks change more of the text than themselves.
+    # The template does not only insert the marks: it changes other text, too.
     ends = []
     for i in rendered.answers:
         before, mark, _ = rendered.marked([i]).rpartition(rendered.mark)
@@ -156,12 +156,13 @@ def _marked(message: Message, mark: str) -> Message:
     first, *others = message.calls
     calls = (first._replace(name=first.name + mark), *others)
     given = message.given
-    if given is not None and given.get("tool_calls"):
-        given = {**given, "tool_calls": [_marked_call(given["tool_calls"][0], mark), *given["tool_calls"][1:]]}
+    said = None if given is None else given.get("tool_calls")
+    if given is not None and isinstance(said, list) and said:
+        given = {**given, "tool_calls": [_marked_call(said[0], mark), *said[1:]]}
     return message._replace(calls=calls, given=given)
 
 
-def _marked_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _marked_call(call["function"], mark)}
+def _marked_call(call: dict[str, object], mark: str) -> dict[str, object]:
+    if isinstance(function := call.get("function"), dict):
+        return {**call, "function": _marked_call(function, mark)}
     return {**call, "name": f"{call['name']}{mark}"}

@@ -22,7 +22,7 @@ from qwen3_npu.errors import UsageError
 
 # Variables of a template that name tokens.
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What surrounds an answer while `{% generation %}` is looked for; characters of a private area.
+# Marks around an answer while `{% generation %}` is looked for; characters of Unicode's private area.
 _OPENED, _CLOSED = "\ue010", "\ue011"
 
 
@@ -123,7 +123,7 @@ class _Chosen:
         self.tokenizer, self.sources = tokenizer, sources
         self.compiled: dict[str, Named] = {}
 
-    def of(self, tools: Sequence[Any] | None) -> Named:
+    def of(self, tools: Sequence[object] | None) -> Named:
         """The template for a conversation with these tools, chosen as in transformers' get_chat_template.
 
         Raises:
@@ -182,7 +182,7 @@ class Renderer:
             self.template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise UsageError(f"--prompt-type hf: the chat template of {tokenizer.path} is broken: {error}") from None
-        self.variables: dict[str, Any] = {name: tokenizer.named(name) for name in _TOKENS if tokenizer.named(name)}
+        self.variables: dict[str, object] = {name: tokenizer.named(name) for name in _TOKENS if tokenizer.named(name)}
 
     def _raise(self, message: str) -> None:
         raise self.error(message)
@@ -193,7 +193,7 @@ class Renderer:
 
     def text(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         tools: Sequence[Mapping[str, object]] | None,
         thinking: bool | None,
         *,
@@ -216,7 +216,7 @@ class Renderer:
     def _render(self, **variables: object) -> str:
         try:
             return self.template.render(documents=None, **variables)
-        except Exception as error:  # a template is a program: what it stumbles over is of any kind
+        except Exception as error:  # a template is a program, which may raise anything
             what = str(error).splitlines() or [type(error).__name__]
             raise ValueError(f"the chat template refuses it: {what[0]}") from None
 

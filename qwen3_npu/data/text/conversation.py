@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 THINK, END_THINK = "<think>", "</think>"
@@ -17,7 +17,7 @@ class ToolCall(NamedTuple):
     """A function call of the assistant; arguments are an object, or the text to write as it is."""
 
     name: str
-    arguments: Any
+    arguments: object
 
     def arguments_text(self) -> str:
         """As Qwen3's chat template writes them."""
@@ -41,7 +41,7 @@ class Message(NamedTuple):
     reasoning: str | None = None
     calls: tuple[ToolCall, ...] = ()
     learned: bool = True
-    given: Mapping[str, Any] | None = None
+    given: Mapping[str, object] | None = None
 
     def has_thought(self) -> bool:
         """Whether thoughts are given, apart or inside the content; empty ones count."""
@@ -103,6 +103,13 @@ def checked_conversation(conversation: Conversation) -> Conversation:
     if messages[0].role in (ASSISTANT, TOOL):
         raise ValueError(f"the first message is the {messages[0].role}'s; there is no question")
     return conversation
+
+
+def as_object(value: object, what: str) -> dict[str, object]:
+    """The value itself. Raises: ValueError: it is no object with text keys; `what` names it."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{what}: an object is expected, not {repr(value)[:80]}")
+    return value
 
 
 def tools_of(value: object) -> tuple[dict[str, object], ...] | None:

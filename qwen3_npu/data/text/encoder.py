@@ -11,12 +11,12 @@ import dataclasses
 import itertools
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from qwen3_npu import log
-from qwen3_npu.data.text.tokenizer import FAST, REFERENCE, Loading
+from qwen3_npu.data.text.tokenizer import FAST, REFERENCE, FlatTokenizer, Loading
 from qwen3_npu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class FastEncoder:
 
     name = FAST
 
-    def __init__(self, tokenizer: Any, reference: ReferenceEncoder) -> None:
+    def __init__(self, tokenizer: FlatTokenizer, reference: ReferenceEncoder) -> None:
         self.tokenizer, self.reference, self.batches = tokenizer, reference, itertools.count()
 
     def encode(self, texts: Sequence[str]) -> Tokens:

@@ -5,19 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from qwen3_npu.data.text.conversation import (
-    ASSISTANT,
-    SYSTEM,
-    TOOL,
-    USER,
-    Conversation,
-    Message,
-    calls_of,
-    tools_of,
-)
+from qwen3_npu.data.text.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Message, calls_of, tools_of
 
 _ROLES = {SYSTEM: SYSTEM, USER: USER, ASSISTANT: ASSISTANT, TOOL: TOOL, "function": TOOL}
-# The names of thoughts that stand apart, in transformers' order (utils/chat_template_utils.py).
+# Keys that hold the thoughts of an answer, in transformers' order (utils/chat_template_utils.py).
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Keys that say whether an answer is learned; the value that says so, otherwise it is not.
 # OpenAI's fine-tuning and TRL: weight; ms-swift: loss, loss_scale; axolotl: train, training, weight;

@@ -7,7 +7,7 @@ is encoded separately. Tools, which crash there with qwen3, are written as by th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qwen3_npu.data.text.conversation import (
     ASSISTANT,
@@ -16,6 +16,7 @@ from qwen3_npu.data.text.conversation import (
     Conversation,
     Message,
     PreferencePair,
+    as_object,
     to_json,
     without_thought,
 )
@@ -149,38 +150,41 @@ def _qwen_answer(message: Message) -> str:
     return f"{message.content}\n{text}" if message.content else text
 
 
-def _qwen_tools(tools: tuple[dict[str, Any], ...] | None) -> str:
+def _qwen_tools(tools: tuple[dict[str, object], ...] | None) -> str:
     """The list of tools that prompt type `qwen` adds to the system message."""
     if not tools:
         return ""
     listed, names = "", []
-    for tool in (tool["function"] for tool in tools):
-        parameters = tool.get("parameters") or {}
-        properties = parameters.get("properties", {})
-        if not isinstance(properties, dict) or "name" not in tool:
-            raise ValueError(f"a tool has a name and parameters with properties, not {repr(tool)[:80]}")
+    for tool in (as_object(tool["function"], "a tool") for tool in tools):
+        parameters = as_object(tool.get("parameters") or {}, "a tool's parameters")
+        properties = as_object(parameters.get("properties", {}), "properties of a tool")
         required = parameters.get("required") or []
+        if not isinstance(required, list) or not isinstance(tool.get("name"), str):
+            raise ValueError(f"a tool has a name and a list of required parameters, not {repr(tool)[:80]}")
         arguments = "".join(_qwen_argument(name, p, name in required) for name, p in properties.items())
         listed += f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\n"
         listed += f"Tool Args:\n{arguments}\n"
         names.append(tool["name"])
     return (
         f"You have access to the following tools:\n{listed}Use the following format if using a tool:\n```\n"
-        f"Action: tool name (one of [{', '.join(names)}]).\n"
+        f"Action: tool name (one of [{', '.join(map(str, names))}]).\n"
         "Action Input: the input to the tool, in a JSON format representing the kwargs "
         '(e.g. ```{"input": "hello world", "num_beams": 5}```).\n```\n'
     )
 
 
-def _qwen_argument(name: str, parameter: object, required: bool) -> str:
-    if not isinstance(parameter, dict):
-        raise ValueError(f"a tool's argument {name!r} is no object but {repr(parameter)[:80]}")
+def _qwen_argument(name: str, said: object, required: bool) -> str:
+    parameter = as_object(said, f"a tool's argument {name!r}")
     text = f"  - {name} ({parameter.get('type', '')}{', required' if required else ''}): "
-    text += parameter.get("description", "")
-    if parameter.get("enum"):
-        text += f", should be one of [{', '.join(map(str, parameter['enum']))}]"
-    if parameter.get("items"):
-        text += f", where each item should be {parameter['items'].get('type', '')}"
+    text += str(parameter.get("description", ""))
+    choices = parameter.get("enum") or ()
+    items = as_object(parameter.get("items") or {}, f"items of a tool's argument {name!r}")
+    if not isinstance(choices, (list, tuple)):
+        raise ValueError(f"enum of a tool's argument {name!r} is no list but {repr(choices)[:80]}")
+    if choices:
+        text += f", should be one of [{', '.join(map(str, choices))}]"
+    if items:
+        text += f", where each item should be {items.get('type', '')}"
     return text + "\n"
 
 
@@ -191,7 +195,7 @@ def _qwen3_system(conversation: Conversation) -> str:
     return f"<|im_start|>system\n{system}{END}\n" if system else ""
 
 
-def _qwen3_tools(tools: tuple[dict[str, Any], ...]) -> str:
+def _qwen3_tools(tools: tuple[dict[str, object], ...]) -> str:
     listed = "".join("\n" + to_json(tool) for tool in tools)
     return (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"

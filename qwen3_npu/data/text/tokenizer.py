@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError, printable
@@ -23,10 +23,17 @@ from qwen3_npu.once import once_a_node, shared_record
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# A key: inside a string of JSON, quotes have a backslash.
+# This is a key of the object: inside a string of JSON, quotes have a backslash.
 _ADDED_TOKENS = re.compile(r'"added_tokens"\s*:\s*\[')
 FAST, REFERENCE = "fastokens", "tokenizers"
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+
+class FlatTokenizer(Protocol):
+    """The method of fastokens' tokenizer that is used here."""
+
+    def encode_batch_flat(self, texts: list[str]) -> tuple[bytes, bytes]:
+        """All ids (int32), and where each text begins and the last one ends (uint64)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Loading(NamedTuple):
     """
 
     reference: Future[Tokenizer]
-    fast: Future[object] | None
+    fast: Future[FlatTokenizer] | None
 
 
 def start_loading(folder: str, backend: str = "auto", threads: int | None = None) -> Loading:
@@ -186,7 +193,7 @@ def _load_reference(file: str) -> Tokenizer:
         raise UsageError(f"{file} cannot be used as a tokenizer: {error}") from None
 
 
-def _load_fast(file: str) -> object:
+def _load_fast(file: str) -> FlatTokenizer:
     from fastokens import Tokenizer
 
     return Tokenizer.from_file(file)

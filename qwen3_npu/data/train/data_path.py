@@ -55,13 +55,13 @@ class DataFacts:
 
     Attributes:
         samples: number of training samples in one epoch, over all data sets.
-        cut: of these, the samples that are longer than --seq-length.
-        cut_tokens: tokens of these samples beyond that length.
+        truncated: of these, the samples that are longer than --seq-length.
+        truncated_tokens: tokens of these samples beyond that length.
     """
 
     samples: int
-    cut: int = 0
-    cut_tokens: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
 
 
 def check_data(
@@ -125,7 +125,7 @@ def _answer_facts(
     return _facts([(one.files[::2], len(one)) for one in opened], data.split, seq_length)
 
 
-# How the first file of a prefix is called, by what it holds.
+# Content -> the ending of the first file of a prefix.
 DATA_SUFFIXES = {
     "text": "",
     "instruction data": "_packed_input_ids_document",
@@ -158,7 +158,7 @@ def _check_there(prefix: str, data: DataArgs) -> None:
 
 
 def _check_split(data: DataArgs, prefixes: Sequence[str], *, evaluates: bool) -> None:
-    pool = data.is_instruction  # of texts each is drawn from
+    pool = data.is_instruction  # text is drawn from every file
     end, what = (DATA_SUFFIXES["instruction data"], "sample") if pool else ("", "document")
     counts = [len(open_indexed(prefix + end)) for prefix in prefixes]
     shares = [split_ranges(data.split, count) for count in counts]
@@ -208,15 +208,15 @@ def _check_supervised(files: Sequence[InstructionFiles], split: str, seq_length:
 
 def _facts(data_sets: Sequence[tuple[Sequence[Indexed], int]], split: str, seq_length: int) -> DataFacts:
     """The facts about data sets. Each data set is given by its files of ids and its samples."""
-    samples = cut = cut_tokens = 0
+    samples = truncated = truncated_tokens = 0
     for ids, count in data_sets:
         share = split_ranges(split, count)[0]
         lengths = np.stack([one.lengths[share.start : share.stop] for one in ids])
         over = (lengths.astype(np.int64) - seq_length).clip(0).sum(axis=0)
         samples += len(share)
-        cut += int((over > 0).sum())
-        cut_tokens += int(over.sum())
-    return DataFacts(samples, cut, cut_tokens)
+        truncated += int((over > 0).sum())
+        truncated_tokens += int(over.sum())
+    return DataFacts(samples, truncated, truncated_tokens)
 
 
 def _text_samples(text: Indexed, split: str, seq_length: int) -> int:

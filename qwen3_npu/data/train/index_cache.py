@@ -12,7 +12,7 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 
@@ -55,7 +55,8 @@ class IndexCache:
                     try:
                         self._write(make())
                     except OSError as error:
-                        raise UsageError(f"{what} cannot be written: {error.strerror}; {remedy}") from None
+                        place = error.filename2 or error.filename or self.folder
+                        raise UsageError(f"{what} cannot be written: {place}: {error.strerror}; {remedy}") from None
         return [_mapped(path) for path in self.paths]
 
     def _write(self, arrays: Sequence[np.ndarray]) -> None:
@@ -103,8 +104,8 @@ class _Written:
 def _mapped(path: Path) -> np.ndarray:
     """The array of a .npy file, mapped; one process of a node reads the header."""
     header = schema.record(json.loads(once_a_node("npy", path, _header)), str(path))
-    shape = tuple(header.counts("shape"))
-    return np.memmap(path, header.text("dtype"), "r", header.integer("offset"), shape, header.text("order"))
+    order: Literal["C", "F"] = "F" if header.boolean("by_columns") else "C"
+    return np.memmap(path, header.text("dtype"), "r", header.integer("offset"), header.counts("shape"), order)
 
 
 def _header(path: Path) -> str:
@@ -113,8 +114,9 @@ def _header(path: Path) -> str:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_columns, dtype = read(file)
-        order = "F" if by_columns else "C"
-        return json.dumps({"dtype": dtype.str, "shape": list(shape), "order": order, "offset": file.tell()})
+        return json.dumps(
+            {"dtype": dtype.str, "shape": list(shape), "by_columns": bool(by_columns), "offset": file.tell()}
+        )
 
 
 def _digest(path: Path) -> str:

@@ -33,7 +33,7 @@ class Epochs:
 
     def __init__(self, count: int, seed: int, *, shuffle: bool = True) -> None:
         self.count, self.seed, self.shuffle = count, seed, shuffle
-        # Two: blends and evaluation read on both sides of the boundary of an epoch.
+        # Two orders are kept: blends and evaluation read on both sides of the end of an epoch.
         self._order = functools.lru_cache(maxsize=2)(functools.partial(shuffled, count, seed))
 
     def __getitem__(self, number: int) -> int:

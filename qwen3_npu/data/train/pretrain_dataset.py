@@ -37,7 +37,7 @@ class _Tokenizer:
 
     unique_identifiers: dict[str, str] = dataclasses.field(default_factory=dict)
     vocab_size: int | None = None
-    eod: int = -2  # -1 is GPTDataset's padding
+    eod: int = -2  # not -1, which is GPTDataset's padding
 
 
 class TextSamples(Protocol):
@@ -69,7 +69,7 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
         raise UsageError(f"--split {data.split}: three numbers such as 969,30,1 expected")
     prefixes, weights = blend(data.data_path)
     if weights is None and len(prefixes) > 1:
-        # By their sizes. megatron would do so too, but end with the first epoch.
+        # Weights are the sizes. megatron has them too, but its blend ends with the first epoch.
         weights = [float(open_indexed(prefix).lengths.sum(dtype=np.int64)) for prefix in prefixes]
     shares = [weight / sum(weights) for weight in weights] if weights else [1.0]
     cache = cache_folder(data)
@@ -80,7 +80,8 @@ def build_splits(data: DataArgs, *, seq_length: int, seed: int, samples: tuple[i
             sequence_length=seq_length,
             blend=([prefix], None),
             split=data.split,
-            path_to_cache=str(cache / open_indexed(prefix).fingerprint()),  # never used for other data
+            # The name has the data's fingerprint, so a cache is never used for other data.
+            path_to_cache=str(cache / open_indexed(prefix).fingerprint()),
             tokenizer=_Tokenizer(),
             reset_position_ids=False,
             reset_attention_mask=False,

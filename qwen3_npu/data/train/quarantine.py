@@ -31,7 +31,7 @@ from qwen3_npu.files import write_text
 
 FILE = "quarantine.jsonl"
 LEFT_OUT, NOTED = "left out", "noted"
-_SHOWN = 256  # tokens
+_SHOWN = 256  # tokens that an entry shows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Ordered:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.repeats = hasattr(dataset, "shares")  # each sample again in every epoch; text is divided anew
+        self.repeats = hasattr(dataset, "shares")  # every epoch has the same samples; samples of text are divided anew
         self.rules: dict[object, int] = {}  # place (of text: number) -> the number that it is left out from
         self.skipped: list[int] = []  # numbers that are left out, of those before `scanned`
         self.scanned = 0
@@ -95,10 +95,10 @@ class Ordered:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.dataset, name)
 
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, number: int) -> object:
         return self.dataset[self.raw(number)]
 
     def locate(self, number: int) -> tuple:
@@ -153,7 +153,7 @@ class Ordered:
         for entry in (one for one in entries if one.action == LEFT_OUT):
             try:
                 is_there = sample_key(self.dataset[entry.number]) == entry.key
-            except IndexError:  # a shorter training
+            except IndexError:  # this training has fewer samples
                 is_there = False
             if is_there:
                 self.leave_out([entry.number], entry.first)
@@ -174,10 +174,22 @@ def read(folder: Path) -> list[Quarantined]:
     for number, line in enumerate(schema.read_small(path).splitlines(), start=1):
         record = schema.record(schema.parse_json(line, f"{path}, line {number}"), f"{path}, line {number}")
         record.only([field.name for field in dataclasses.fields(Quarantined)])
-        whole = {name: record.integer(name, least=0) for name in ("step", "number", "first", "sample", "offset")}
-        texts = {name: record.text(name) for name in ("key", "action", "reason", "file", "excerpt")}
-        tokens = {name: record.counts(name) for name in ("ids", "learned")}
-        found.append(Quarantined(**whole, **texts, **tokens))
+        found.append(
+            Quarantined(
+                step=record.integer("step", least=0),
+                number=record.integer("number", least=0),
+                first=record.integer("first", least=0),
+                sample=record.integer("sample", least=0),
+                offset=record.integer("offset", least=0),
+                key=record.text("key"),
+                action=record.text("action"),
+                reason=record.text("reason"),
+                file=record.text("file"),
+                excerpt=record.text("excerpt"),
+                ids=record.counts("ids"),
+                learned=record.counts("learned"),
+            )
+        )
     return found
 
 

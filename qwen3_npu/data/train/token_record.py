@@ -18,7 +18,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,7 +80,7 @@ class TokenRecord:
     """
 
     ids: IdRange
-    made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    made: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def write(self, path: Path, prefix: str) -> None:
         """Write it atomically. The pair must have its final names. Raises: OSError."""
@@ -106,13 +105,18 @@ def find_record(prefix: str, path: Path | None = None) -> TokenRecord | None:
     try:
         content = schema.read_record(path)
         if content.integer("version") != _VERSION:
-            return None  # of a later release
+            return None  # a later release has written it
         if content.record("files").fields != _files(prefix):
             return None
         ids = content.record("ids")
-        numbers = {name: ids.integer(name, least=0) for name in ("tokens", "ignored")}
-        numbers |= {name: ids.integer(name, None) for name in ("smallest", "largest")}
-        return TokenRecord(IdRange(**numbers), content.record("made", {}).fields)
+        found = IdRange(
+            tokens=ids.integer("tokens", least=0),
+            ignored=ids.integer("ignored", least=0),
+            smallest=ids.integer("smallest", None),
+            largest=ids.integer("largest", None),
+        )
+        made = content.record("made", None)
+        return TokenRecord(found, made.fields if made else {})
     except UsageError as error:
         log.warning_once(f"{error}; it is not used")
         return None

@@ -27,7 +27,7 @@ class OverlappedColumn(ColumnParallelLinear):
         super().__init__(*sizes, **options)
         self.overlap, self.link = overlap, Link()
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: object, **options: Any) -> torch.Tensor:
         if not options["sequence_parallel"]:
             return super()._forward_impl(input, weight, *args, **options)
         out = gathered_product(input, weight, self.overlap, self.tp_group, link=self.link)
@@ -37,7 +37,7 @@ class OverlappedColumn(ColumnParallelLinear):
 class OverlappedRow(RowParallelLinear):
     """megatron's row-parallel linear, with or without sequence parallelism."""
 
-    def __init__(self, *sizes: Any, overlap: Overlap, **options: Any) -> None:
+    def __init__(self, *sizes: object, overlap: Overlap, **options: object) -> None:
         super().__init__(*sizes, **options)
         self.overlap, self.link = overlap, Link()
 

@@ -49,7 +49,7 @@ class Keyboard:
 
     def _read(self) -> bytes | None:
         stream = getattr(sys.stdin, "buffer", None)
-        if stream is None:  # no stdin, or one of text
+        if stream is None:  # there is no stdin, or it has no bytes
             return None if sys.stdin is None else sys.stdin.readline().encode("utf-8", "surrogateescape") or None
         line: bytes = stream.readline()
         return line.rstrip(b"\r\n") if line else None
@@ -125,7 +125,7 @@ class TerminalKeyboard(Keyboard):
         """Wait for keys; False at the end of the terminal."""
         try:
             found = os.read(self.descriptor, 65536)
-        except OSError:  # it is gone
+        except OSError:  # the terminal is gone
             found = b""
         self.closed = not found
         self.waiting += found
@@ -175,9 +175,8 @@ def keyboard() -> Iterator[Keyboard]:
 
     single_keys()
     main = threading.current_thread() is threading.main_thread()
-    handler = (
-        signal.signal(signal.SIGCONT, single_keys) if main else None
-    )  # a shell changes them while it has stopped us
+    # After Ctrl-Z and fg the terminal has the shell's settings.
+    handler = signal.signal(signal.SIGCONT, single_keys) if main else None
     try:
         yield TerminalKeyboard(descriptor, screen)
     finally:

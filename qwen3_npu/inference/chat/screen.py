@@ -38,9 +38,9 @@ class Screen:
             else:
                 self._put((_DIM if self.thinking else _PLAIN) if self.colours else tag)
         held = next((n for n in range(len(tag) - 1, 0, -1) if self.waiting.endswith(tag[:n])), 0)
-        cut = len(self.waiting) - held
-        self._show(self.waiting[:cut])
-        self.waiting = self.waiting[cut:]
+        shown = len(self.waiting) - held
+        self._show(self.waiting[:shown])
+        self.waiting = self.waiting[shown:]
 
     def end(self) -> None:
         """End the answer."""

@@ -28,7 +28,7 @@ class Journal:
         entries: results of an earlier, killed run with the same settings.
     """
 
-    def __init__(self, runner: Runner, folder: Path, name: str, asked: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, runner: Runner, folder: Path, name: str, asked: Mapping[str, object], *, resume: bool) -> None:
         """Read existing results and start to write. Every process calls it.
 
         Args:

@@ -72,7 +72,7 @@ def _result(group: Sequence[tuple[Scored, float]]) -> dict[str, Any]:
     return result | {"margin": result["reward_chosen"] - result["reward_rejected"]}
 
 
-def _shown(result: dict[str, Any]) -> str:
+def _shown(result: dict[str, object]) -> str:
     if "reward" in result:
         return f"reward {result['reward']:.4f}"
     return f"chosen {result['reward_chosen']:.4f}, rejected {result['reward_rejected']:.4f}"

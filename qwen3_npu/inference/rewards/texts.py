@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from qwen3_npu.data.preprocess.record_formats import (
     ALPACA,
@@ -69,12 +68,12 @@ def read_texts(path: str, writer: Writer, positions: int) -> list[Scored]:
     return found
 
 
-def _texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
+def _texts(record: Mapping[str, object], writer: Writer) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
     """Name -> strings of prompt and answer, which are encoded separately. Raises: ValueError: there are none."""
     if writer.args.template is None:
-        if not isinstance(record.get("text"), str):
+        if not isinstance(text := record.get("text"), str):
             raise ValueError("without a template (--prompt-type none) a record has a column text")
-        return {"text": ([], [record["text"]])}
+        return {"text": ([], [text])}
     if all(record.get(name) is not None for name in PAIR):
         return _pair_texts(record, writer)
     conversation = _with_system(_answered(record), writer)
@@ -82,8 +81,9 @@ def _texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Sequenc
     return {"answer": _rendered(conversation._replace(messages=tuple(before)), answer, writer)}
 
 
-def _pair_texts(record: Mapping[str, Any], writer: Writer) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
-    if all(isinstance(record[name], list) and isinstance(record[name][0], dict) for name in PAIR if record[name]):
+def _pair_texts(record: Mapping[str, object], writer: Writer) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
+    given = [record[name] for name in PAIR if record[name]]
+    if all(isinstance(answer, list) and isinstance(answer[0], dict) for answer in given):
         conversations = [_with_system(checked_conversation(read_messages(record[name])), writer) for name in PAIR]
         return {
             name: _rendered(one._replace(messages=one.messages[:-1]), one.messages[-1], writer)

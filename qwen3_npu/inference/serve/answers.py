@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable
-from typing import Any
 
 from qwen3_npu.data.text.encoder import Encoder
 from qwen3_npu.inference.serve.asked import Asked
@@ -17,7 +16,7 @@ from qwen3_npu.inference.serve.desk import Piece
 from qwen3_npu.inference.serve.fields import CHAT, Refused
 
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
-Json = dict[str, Any]
+Json = dict[str, object]
 
 
 def error_body(refused: Refused) -> Json:
@@ -106,7 +105,7 @@ class Answers:
         chunk = {**self.head, "object": "chat.completion.chunk" if self.chat else "text_completion", "choices": choices}
         return {**chunk, "usage": None} if self.asked.usage else chunk
 
-    def _delta(self, number: int, content: Json | str, logprobs: Json | None, finish: str | None) -> Json:
+    def _delta(self, number: int, content: object, logprobs: Json | None, finish: str | None) -> Json:
         what = {"delta" if self.chat else "text": content}
         return {"index": number, **what, "logprobs": logprobs, "finish_reason": finish}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qwen3_npu import schema
 from qwen3_npu.data.text.conversation import ASSISTANT, THINK, TOOL, USER, Conversation, Message, ToolCall
@@ -15,7 +15,7 @@ from qwen3_npu.inference.prompts import waiting
 from qwen3_npu.inference.sampling import Sampling
 from qwen3_npu.inference.serve.calls import BEGIN_CALL, CallRules
 from qwen3_npu.inference.serve.desk import Order
-from qwen3_npu.inference.serve.fields import CHAT, COMPLETION, MOST_ANSWERS, Refused, read_fields
+from qwen3_npu.inference.serve.fields import CHAT, COMPLETION, MOST_ANSWERS, Refused, RequestFields, read_fields
 from qwen3_npu.inference.text import Writer
 
 _DEFAULT_COMPLETION = 16  # tokens, OpenAI's
@@ -83,7 +83,7 @@ class Reader:
         if kind == CHAT:
             prompt, calls = self._conversation(given)
             prompts = [prompt]
-            top, wanted = given.get("top_logprobs", 0), given.get("logprobs", False)
+            top, wanted = given.get("top_logprobs", 0), bool(given.get("logprobs", False))
             if top and not wanted:
                 raise Refused("top_logprobs needs logprobs: true", param="top_logprobs")
         else:
@@ -101,7 +101,7 @@ class Reader:
             calls=calls,
         )
 
-    def _orders(self, given: dict[str, Any], prompts: list[list[int]], top: int, *, kind: str) -> list[Order]:
+    def _orders(self, given: RequestFields, prompts: list[list[int]], top: int, *, kind: str) -> list[Order]:
         count = given.get("n", 1)
         if count * len(prompts) > MOST_ANSWERS:
             raise Refused(f"{count * len(prompts)} answers are asked for; at most {MOST_ANSWERS}", param="n")
@@ -116,7 +116,7 @@ class Reader:
                 orders.append(Order(key, number, prompt, limit, sampling=sampling, stops=stops, top=top))
         return orders
 
-    def _sampling(self, given: dict[str, Any]) -> Sampling:
+    def _sampling(self, given: RequestFields) -> Sampling:
         default = self.limits.sampling
         temperature = given.get("temperature", default.temperature if default.sample else 0)
         return Sampling(
@@ -139,32 +139,36 @@ class Reader:
             )
         return biases
 
-    def _limit(self, given: dict[str, Any], prompt: list[int], kind: str) -> int:
+    def _limit(self, given: RequestFields, prompt: list[int], kind: str) -> int:
         room = self.limits.context - len(prompt)
-        names = [name for name in ("max_completion_tokens", "max_tokens") if name in given]
-        if len(names) == 2 and given[names[0]] != given[names[1]]:
+        older, newer = given.get("max_tokens"), given.get("max_completion_tokens")
+        if older is not None and newer is not None and older != newer:
             raise Refused("max_tokens and max_completion_tokens disagree; give one", param="max_tokens")
+        name, wanted = ("max_tokens", older) if newer is None else ("max_completion_tokens", newer)
         if not prompt:
             raise Refused("the prompt is empty", param="messages" if kind == CHAT else "prompt")
-        limit = given[names[0]] if names else min(room, _DEFAULT_COMPLETION if kind == COMPLETION else room)
+        limit = min(room, _DEFAULT_COMPLETION if kind == COMPLETION else room) if wanted is None else wanted
         if limit > room or room < 1:
-            asked = f" and {names[0]} is {limit}" if names else ""
+            asked = "" if wanted is None else f" and {name} is {limit}"
             raise Refused(
                 f"the prompt has {len(prompt)} tokens{asked}; this server has room for {self.limits.context} tokens "
                 "(--serve-context)",
-                param=names[0] if names and room > 0 else "messages" if kind == CHAT else "prompt",
+                param=name if wanted is not None and room > 0 else "messages" if kind == CHAT else "prompt",
                 code="context_length_exceeded",
             )
         return limit
 
-    def _conversation(self, given: dict[str, Any]) -> tuple[list[int], CallRules | None]:
+    def _conversation(self, given: RequestFields) -> tuple[list[int], CallRules | None]:
         if not self.limits.chats:
             raise Refused("this server has no chat template (--prompt-type none); use /v1/completions", status=404)
         messages, tools = given.get("messages"), given.get("tools")
         if not messages:
             raise Refused("messages are missing", param="messages")
-        for name in ("tool_choice", "parallel_tool_calls"):
-            if not tools and given.get(name, "none") != "none":
+        for name, changes in (
+            ("tool_choice", given.get("tool_choice", "none") != "none"),
+            ("parallel_tool_calls", "parallel_tool_calls" in given),
+        ):
+            if changes and not tools:
                 raise Refused(f"{name} needs tools", param=name)
         if tools and not self.calls:
             raise Refused("the chat template of this model does not write <tool_call>, leave tools out", param="tools")
@@ -208,7 +212,7 @@ class Reader:
         return self.writer.tokens(text)
 
 
-def _read(messages: Sequence[Any], tools: Sequence[Any] | None) -> Conversation:
+def _read(messages: Sequence[object], tools: Sequence[object] | None) -> Conversation:
     """Raises: ValueError: it is no message, or a field is not understood."""
     for place, message in enumerate(messages, start=1):
         for name, value in message.items() if isinstance(message, dict) else ():
@@ -217,7 +221,7 @@ def _read(messages: Sequence[Any], tools: Sequence[Any] | None) -> Conversation:
     return waiting(read_messages(list(messages), tools))
 
 
-def _thinking(given: dict[str, Any]) -> dict[str, bool]:
+def _thinking(given: RequestFields) -> dict[str, bool]:
     said = given.get("chat_template_kwargs", {}).get("enable_thinking")
     return {} if said is None else {"thinking": said}
 

@@ -33,7 +33,7 @@ class CallReader:
 
     def __init__(self, rules: CallRules) -> None:
         self.rules = rules
-        self.rest = ""  # text that may belong to a call, or to a mark
+        self.rest = ""  # text that may be part of a call or of a mark
         self.thinks: bool | None = True if rules.in_thought else None  # None: nothing was said yet
         self.calls = 0
 

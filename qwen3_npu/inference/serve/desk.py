@@ -86,7 +86,7 @@ class Desk:
         self._keys = itertools.count()
         self._stops: list[float] = []
 
-    # Threads that speak HTTP
+    # Threads that serve HTTP
 
     @property
     def closed(self) -> bool:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict, cast
 
 from qwen3_npu import schema
 from qwen3_npu.errors import UsageError, did_you_mean
 
 CHAT, COMPLETION = "chat", "completion"
 MOST_ANSWERS = 128  # of one request
-_MOST_STOPS, _LONGEST_STOP = 16, 1000  # texts, and characters of one: every new token is compared with them
+# Most texts, and most characters of a text, since each new token is compared with them.
+_MOST_STOPS, _LONGEST_STOP = 16, 1000
 _LEAST_TEMPERATURE = 0.01
 _MOST_BIASES = 1024
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -50,10 +51,11 @@ def _stops(value: object, where: str) -> tuple[str, ...]:
     listed = [value] if isinstance(value, str) else schema.sequence(value, where)
     if len(listed) > _MOST_STOPS:
         raise UsageError(f"{where} has {len(listed)} texts; at most {_MOST_STOPS} are expected")
-    for text in listed:
-        if not 0 < len(schema.text(text, where)) <= _LONGEST_STOP:
+    texts = tuple(schema.text(item, where) for item in listed)
+    for text in texts:
+        if not 0 < len(text) <= _LONGEST_STOP:
             raise UsageError(f"{where} has a text of {len(text)} characters; 1 to {_LONGEST_STOP} are expected")
-    return tuple(listed)
+    return texts
 
 
 def _temperature(value: object, where: str) -> float:
@@ -89,8 +91,8 @@ def _bias(value: object, where: str) -> tuple[tuple[int, float], ...]:
 
 def _tools(value: object, where: str) -> Sequence[Json]:
     """Functions that the model may call."""
-    for place, tool in enumerate(schema.sequence(value, where)):
-        found = schema.record(tool, f"{where}[{place}]")
+    tools = [schema.record(tool, f"{where}[{i}]") for i, tool in enumerate(schema.sequence(value, where))]
+    for found in tools:
         found.only(("type", "function"))
         if found.text("type") != "function":
             raise UsageError(f"{found.where}.type is {schema.shown(found.text('type'))}; function is expected")
@@ -102,13 +104,42 @@ def _tools(value: object, where: str) -> Sequence[Json]:
             raise UsageError(f"{function.where}.strict is not offered here, leave it out")
         function.text("description", "")
         function.record("parameters", None)
-    return schema.sequence(value, where)
+    return [tool.fields for tool in tools]
 
 
 def _tool_choice(value: object, where: str) -> str:
     if value not in ("auto", "none"):
         raise UsageError(f"{where} is {schema.shown(value)}; auto or none is expected, calls are not forced here")
     return str(value)
+
+
+class RequestFields(TypedDict, total=False):
+    """The fields that a request gives, as `_KNOWN` reads them."""
+
+    model: str
+    messages: Sequence[object]
+    prompt: object
+    max_tokens: int
+    max_completion_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    n: int
+    seed: int
+    stop: tuple[str, ...]
+    stream: bool
+    stream_options: dict[str, bool]
+    user: str
+    logprobs: bool | int
+    top_logprobs: int
+    chat_template_kwargs: dict[str, bool]
+    tools: Sequence[Json]
+    tool_choice: str
+    parallel_tool_calls: bool
 
 
 _SHARED: dict[str, Read] = {
@@ -163,11 +194,11 @@ _NOT_OFFERED: dict[str, tuple[object, ...]] = {
 }
 
 
-def read_fields(body: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def read_fields(body: Mapping[str, object], kind: str) -> RequestFields:
     """The fields of a request that are given, checked. Raises: Refused."""
-    known, found = _KNOWN[kind], {}
+    known, found = _KNOWN[kind], Json()
     for name, value in body.items():
-        if value is None:  # the same as leaving it out
+        if value is None:  # null means the same as no field
             continue
         if name in known:
             try:
@@ -183,4 +214,4 @@ def read_fields(body: Mapping[str, Any], kind: str) -> dict[str, Any]:
                 param=name,
                 code="unsupported_parameter",
             )
-    return found
+    return cast(RequestFields, found)

@@ -57,7 +57,7 @@ class Loop:
         mine = self.desk.take(wait=not self.engine.busy) if self.desk is not None else None
         if runner.world.size == 1:
             return mine
-        # One number for every pass; objects only when there is something to say.
+        # Each pass broadcasts one number; objects are sent only when there is news.
         return runner.agreed(mine) if runner.told(mine is not None, everyone=True) else None
 
     def _apply(self, news: News) -> None:

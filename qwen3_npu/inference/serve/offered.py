@@ -126,7 +126,7 @@ class Connection(JsonConnection):
                     self._event(json.dumps(chunk, ensure_ascii=False))
             if answers.asked.usage:
                 self._event(json.dumps(answers.last_chunk()))
-        except Refused as refused:  # too late for a status
+        except Refused as refused:  # the status is already sent
             self._event(json.dumps(error_body(refused)))
         self._event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")

@@ -26,11 +26,11 @@ from qwen3_npu.inference.serve.fields import Refused
 from qwen3_npu.inference.serve.metrics import Metrics
 
 MOST_BYTES = 8 << 20  # of a body
-_MOST_DISCARDED = 64 << 20  # bytes of a body that is refused, so that its sender reads why
+_MOST_DISCARDED = 64 << 20  # bytes of a refused body that are still read, so that its sender receives the reason
 _UNKNOWN = 1 << 62  # bytes of a body that does not say how many it has
 _MOST_CONNECTIONS = 2048
 _SILENCE = 60.0  # seconds in which a client neither sends nor reads
-Accepted = socket.socket | tuple[bytes, socket.socket]  # what socketserver hands on
+Accepted = socket.socket | tuple[bytes, socket.socket]  # what socketserver passes to a handler
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -205,7 +205,7 @@ class JsonConnection(BaseHTTPRequestHandler):
     def send(self, status: int, content: dict[str, object] | str) -> None:
         """Send one answer: JSON or text."""
         self.server.metrics.answered(self.endpoint, status)
-        self.close_connection |= self.unread > 0  # what follows is no request
+        self.close_connection |= self.unread > 0  # the rest of the body would be taken for a request
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(content, str) else "application/json"
         data = text.encode("utf-8")

@@ -19,7 +19,7 @@ def _with_rows(
     inside = (row < last)[:, None]
     left = tl.load(x + row[:, None] * x_stride + in_k[None, :], mask=inside & (in_k < k)[None, :], other=0.0)
     right = tl.load(y + row[:, None] * y_stride + in_n[None, :], mask=inside & (in_n < n)[None, :], other=0.0)
-    if INTERPRETED:  # which multiplies the bits of 16-bit numbers
+    if INTERPRETED:  # the interpreter would multiply the bits of 16-bit numbers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(tl.trans(left), right, product, input_precision="ieee")
 
@@ -43,7 +43,7 @@ def _add_products(
                     product, x, y, start, last=last, in_k=in_k, in_n=in_n, k=k, n=n,
                     x_stride=x_stride, y_stride=y_stride, ROWS=ROWS, INTERPRETED=INTERPRETED,
                 )  # fmt: skip
-        else:  # the interpreter cannot count from a number that was loaded
+        else:  # the interpreter cannot begin a range at a loaded number
             while first < last:
                 product = _with_rows(
                     product, x, y, first, last=last, in_k=in_k, in_n=in_n, k=k, n=n,

@@ -97,7 +97,7 @@ def _swiglu_backward(
         tl.store(dweights + row, tl.sum(total, 0))
 
 
-def _grid(x: torch.Tensor, weighted: bool) -> tuple[tuple[int, int], dict[str, Any]]:
+def _grid(x: torch.Tensor, weighted: bool) -> tuple[tuple[int, int], dict[str, int]]:
     """Programs, and what they take of a row; a weight's gradient needs the whole row in one program."""
     size = x.shape[-1] // 2
     block = min(1024, power_of_two(size))

@@ -46,7 +46,7 @@ class Fact:
 
 
 _COUNT = functools.partial(integer, least=1, most=2**40)
-_FEW = functools.partial(integer, least=1, most=2**20)  # what is counted one by one
+_FEW = functools.partial(integer, least=1, most=2**20)  # counts of things of which there are few
 _TOKEN = functools.partial(integer, least=0, most=2**40)
 
 FACTS: tuple[Fact, ...] = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-# Parts of the programs that are no network: every name that begins so.
+# Parts of Megatron that are no network: every name that begins so is harmless.
 _PARTS = """
     adam adaptive_muon aiqos app_tag async auto_parallel auto_settings auto_tuning bert biencoder check ckpt coc
     cpu_offloading cuda_graph dataloader dataset ddp dino dist_ckpt distributed dpo eval exit export fim

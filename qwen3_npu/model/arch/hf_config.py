@@ -18,12 +18,12 @@ from qwen3_npu.once import shared_record
 from qwen3_npu.schema import integer, number, sequence, shown
 
 _OF_REWARD_MODELS = ("id2label", "label2id", "num_labels")
-# Keys that say what this code says in another key, or that transformers derives; none is written.
+# Keys whose content stands in another key, or that transformers derives; they are not written.
 _NOT_WRITTEN = ("rope_parameters", "num_local_experts", "dtype", "layer_types", "original_max_position_embeddings")
-_QUANTIZED = "quantization_config"  # of weights that are dequantized when they are read
+_QUANTIZED = "quantization_config"  # its weights are dequantized when they are read
 
 
-def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwen3Arch:
+def from_hf_config(config: Mapping[str, object], where: str = "config.json") -> Qwen3Arch:
     """The architecture that a Hugging Face `config.json` describes.
 
     Both spellings are read: the published one (`rope_theta`, `num_experts`) and what transformers 5 saves
@@ -50,7 +50,7 @@ def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Qwe
     return Qwen3Arch(**found, more_eos_token_ids=tuple(ending[1:]), reward=_is_reward(config, family, where))
 
 
-def _is_reward(config: Mapping[str, Any], family: Family, where: str) -> bool:
+def _is_reward(config: Mapping[str, object], family: Family, where: str) -> bool:
     """Whether it is a reward model. Raises: UsageError: a classifier of several labels."""
     if family.reward_architecture not in sequence(config.get("architectures") or [], f"{where}: architectures"):
         return False
@@ -63,7 +63,7 @@ def _is_reward(config: Mapping[str, Any], family: Family, where: str) -> bool:
     return True
 
 
-def _value(fact: Fact, config: Mapping[str, Any], family: Family, found: Mapping[str, Any], *, where: str) -> Any:
+def _value(fact: Fact, config: Mapping[str, object], family: Family, found: Mapping[str, Any], *, where: str) -> object:
     names = [name for name in (fact.newer, fact.name) if name is not None]
     said = {name: config[name] for name in names if config.get(name) is not None}
     if len(said) == 2 and len(set(map(repr, said.values()))) > 1:

@@ -22,17 +22,17 @@ from qwen3_npu.model.arch.saved_arguments import refuse_others, unlike
 from qwen3_npu.numbers import number_list
 from qwen3_npu.schema import boolean, integer, number, record, shown, text
 
-# A family's fact -> the argument that says it.
+# Field of a `Family` -> the argument of the same meaning.
 FEATURES = {"qk_norm": "qk_layernorm", "qkv_bias": "add_qkv_bias", "o_bias": "add_dense_bias"}
 _WORDS = {
     "qk_layernorm": "norm of query and key heads",
     "add_qkv_bias": "bias in q, k and v",
     "add_dense_bias": "bias in the attention's output",
 }
-# config.json's keys, of which copies may stand among arguments.
+# Keys of config.json that may be copied into the arguments.
 _HF_ROPE = ("rope_scaling", "rope_parameters")
-# What is the same for every family here; written into checkpoints.
-ALWAYS: dict[str, Any] = {
+# Arguments with one value for every family; they are written into checkpoints.
+ALWAYS: dict[str, object] = {
     "group_query_attention": True,
     "add_position_embedding": True,
     "use_rotary_position_embeddings": True,
@@ -45,7 +45,7 @@ ALWAYS: dict[str, Any] = {
 }
 
 
-def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
+def to_megatron(arch: Qwen3Arch) -> dict[str, object]:
     """The arguments of an architecture, without the number of layers, which depends on the layout (no-op layers)."""
     found = {
         fact.megatron[0]: fact.turned(getattr(arch, fact.name)) for fact in FACTS if fact.megatron and arch.has(fact)
@@ -60,7 +60,7 @@ def to_megatron(arch: Qwen3Arch) -> dict[str, Any]:
     return found | (_scaling_arguments(arch.rope_scaling) if arch.rope_scaling else {})
 
 
-def from_megatron(args: Mapping[str, Any], where: str, own: Collection[str] = ()) -> Qwen3Arch:
+def from_megatron(args: Mapping[str, object], where: str, own: Collection[str] = ()) -> Qwen3Arch:
     """The architecture that arguments describe (Megatron's or MindSpeed-LLM's own).
 
     Args:
@@ -72,7 +72,7 @@ def from_megatron(args: Mapping[str, Any], where: str, own: Collection[str] = ()
     said = _said(args, where)
     refuse_others(said, where, own)
     if said.get("group_query_attention") is False and said.get("num_query_groups") == 1:
-        said.pop("num_query_groups")  # Megatron's default, which it does not use then
+        said.pop("num_query_groups")  # Megatron's default, which it does not use without --group-query-attention
     family = _family(said, where)
     facts: dict[str, Any] = {"model_type": family.model_type}
     for fact in FACTS:
@@ -90,19 +90,19 @@ def from_megatron(args: Mapping[str, Any], where: str, own: Collection[str] = ()
     layers = _needed(said, "num_layers", where)
     facts["num_hidden_layers"] = layers - len(number_list(said.get("noop_layers")))
     if "norm_topk_prob" not in said and said.get("moe_router_pre_softmax"):
-        facts["norm_topk_prob"] = False  # softmax over all experts, and the chosen ones as they are
+        facts["norm_topk_prob"] = False  # softmax over all experts, and the chosen weights are not normalised
     if not family.moe or "norm_topk_prob" not in facts:
         facts.pop("norm_topk_prob", None)
     if "bos_token_id" in args:
         facts.setdefault("bos_token_id", None)
-    if "eos_token_id" in args:  # a copy of config.json's, which may be a list
+    if "eos_token_id" in args:  # a copy of config.json's value, which may be a list
         ending = ending_tokens(args["eos_token_id"], where)
         facts["eos_token_id"], facts["more_eos_token_ids"] = next(iter(ending), None), tuple(ending[1:])
     facts["rope_scaling"] = scaling_from_megatron(said, facts["rope_theta"], where)
     return Qwen3Arch(**facts, reward=boolean(said.get("reward_model", False), f"{where}: reward_model"))
 
 
-def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str, own: Collection[str] = ()) -> None:
+def check_trained(args: Mapping[str, object], arch: Qwen3Arch, where: str, own: Collection[str] = ()) -> None:
     """Compare the arguments saved with weights with the architecture of another file (config.json).
 
     Args:
@@ -125,7 +125,7 @@ def check_trained(args: Mapping[str, Any], arch: Qwen3Arch, where: str, own: Col
         raise UsageError(f"{where} was trained with {wrong} (config.json); correct that config.json")
 
 
-def _said(args: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _said(args: Mapping[str, object], where: str) -> dict[str, Any]:
     """The arguments that are not None. The base inside config.json's dict of the rotary embedding is taken, too, as in
     transformers 5.
     """
@@ -162,7 +162,7 @@ def _family(said: Mapping[str, object], where: str) -> Family:
         text(said["hf_model_type"], f"{where}: hf_model_type")
     named = said.get("hf_model_type") or (said["model_type"] if isinstance(said.get("model_type"), str) else None)
     if named not in FAMILIES and said.get("hf_model_type") is None:
-        named = None  # Megatron's ModelType or MindSpeed-LLM's "GPT"
+        named = None  # this is Megatron's ModelType or MindSpeed-LLM's "GPT", not a family
     features = {feature: bool(said[argument]) for feature, argument in FEATURES.items() if argument in said}
     for family in FAMILIES.values():
         agrees = all(getattr(family, feature) == value for feature, value in features.items())
@@ -188,7 +188,7 @@ def _scaling_arguments(scaling: RopeScaling) -> dict[str, object]:
             "high_freq_factor": scaling.high_freq_factor,
         }
     usual = scaling.attention_factor == rope.mscale(scaling.factor)
-    # mscale_all_dim 0 leaves the numerator alone, which then is the attention factor: 0.1 mscale ln(factor) + 1.
+    # With mscale_all_dim 0 the numerator alone is the attention factor: 0.1 mscale ln(factor) + 1.
     weight = 1.0 if usual else (scaling.attention_factor - 1) / (rope.mscale(scaling.factor) - 1 or 1.0)
     values = {"original_max_position_embeddings": scaling.original, "mscale": weight, "mscale_all_dim": 0.0}
     values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
@@ -222,7 +222,7 @@ def scaling_from_megatron(said: Mapping[str, object], theta: float, where: str) 
         found.append(
             RopeScaling(kind=LLAMA3, factor=factor, original=original, low_freq_factor=low, high_freq_factor=high)
         )
-    elif said.get("use_rope_scaling"):  # Megatron's, with fixed values of Llama 3.1
+    elif said.get("use_rope_scaling"):  # Megatron's flag, with the fixed values of Llama 3.1
         found.append(RopeScaling(kind=LLAMA3, factor=read("rope_scaling_factor", 8.0), original=8192))
     if (factor := read("rotary_seq_len_interpolation_factor", 1.0)) != 1:
         found.append(RopeScaling(kind=LINEAR, factor=factor))

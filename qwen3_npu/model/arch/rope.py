@@ -51,9 +51,9 @@ class RopeScaling:
         name = {LINEAR: "linear RoPE", YARN: "YaRN", LLAMA3: "llama3 RoPE"}[self.kind]
         return f"{name} x{self.factor:g}" + (f" of {self.original} positions" if self.original else "")
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, object]:
         """The `rope_scaling` of config.json, without default values, since other readers may not know these keys."""
-        found: dict[str, Any] = {"rope_type": self.kind, "factor": self.factor}
+        found: dict[str, object] = {"rope_type": self.kind, "factor": self.factor}
         if self.kind == LINEAR:
             return found
         found["original_max_position_embeddings"] = self.original
@@ -173,7 +173,7 @@ _KEYS: dict[str, dict[str, Callable[[object, str], Any]]] = {
 }
 
 
-def from_hf(config: Mapping[str, Any], positions: int, default_theta: float, where: str) -> tuple[float, Any, Any]:
+def from_hf(config: Mapping[str, object], positions: int, default_theta: float, where: str) -> tuple[float, Any, Any]:
     """Base and scaling in a config.json, and the dict that they come from.
 
     transformers 5 takes `rope_scaling` before `rope_parameters`, and a `rope_theta` inside of it before the outer one.
@@ -211,7 +211,7 @@ def from_hf(config: Mapping[str, Any], positions: int, default_theta: float, whe
 
 
 def _scaling(
-    kind: object, values: dict[str, Any], config: Mapping[str, Any], positions: int, *, place: str
+    kind: object, values: dict[str, object], config: Mapping[str, object], positions: int, *, place: str
 ) -> RopeScaling:
     if not isinstance(kind, str) or kind not in _KEYS:
         why = _CHANGING.get(str(kind), f"one of default, {', '.join(_KEYS)} is expected")
@@ -236,7 +236,7 @@ def _scaling(
     return RopeScaling(kind=kind, **found)
 
 
-def _needed(found: Mapping[str, Any], key: str, place: str) -> Any:
+def _needed(found: Mapping[str, object], key: str, place: str) -> Any:
     if key not in found:
         raise UsageError(f"{place} has no {key}")
     return found[key]

@@ -63,7 +63,7 @@ _ONLY: dict[str, tuple[object, ...]] = {
     "use_parallel_residual": (False,),
     "parallel_output_layernorm": (False,),
 }
-# These say something by being off.
+# These change what is computed when they are off.
 _NEVER_OFF = ("swiglu", "rotary_percent")
 _MEGATRON_TRANSLATED = """
     num_layers noop_layers num_layer_list qk_layernorm add_qkv_bias add_dense_bias hf_model_type group_query_attention
@@ -150,7 +150,7 @@ _WHOLE: dict[str, Callable[[object, Mapping[str, object]], bool]] = {
     "window_size": lambda value, said: (
         tuple(value) in ((-1, -1), (-1, 0)) if isinstance(value, (list, tuple)) else False
     ),
-    # Hugging Face's key: it counts only beside use_sliding_window.
+    # Hugging Face's key: it has an effect only with use_sliding_window.
     "sliding_window": lambda value, said: said.get("use_sliding_window") is False,
     "layer_types": lambda value, said: isinstance(value, (list, tuple)) and set(map(str, value)) == {"full_attention"},
     "moe_layer_freq": _every_layer,

@@ -154,7 +154,7 @@ def to_experts_back(dx: torch.Tensor, dweights: torch.Tensor, piece: ExchangePie
     parts, chunks = [dx, dweights.to(exchange.dtype)], piece.chunks.T
     is_shared = len(piece.gathered) > 1
     if is_shared:
-        # Each rank has a part of every expert, so gradients are summed: a weight's bits cannot be, as a token's.
+        # Each rank has a part of every expert, so gradients are summed. Weights that travel as bits cannot be summed.
         parts = [_scattered(_turned(part, chunks), piece, exchange) for part in parts]
     rows = dx.new_empty(len(parts[0]), exchange.width + _tail(dx))
     places = rows[:, : exchange.width], _weights_in(rows, exchange.width, exchange.dtype)

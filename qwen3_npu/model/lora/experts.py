@@ -27,7 +27,7 @@ class LoraExperts(GroupedExperts):
     With DoRA weight1_lora_magnitude_vector [e 2f] and weight2_lora_magnitude_vector [e hidden].
     """
 
-    def __init__(self, *sizes: Any, args: LoraArgs, adapted: Collection[str], **options: Any) -> None:
+    def __init__(self, *sizes: int, args: LoraArgs, adapted: Collection[str], **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.scale, self.dropout, self.rank = args.scale, args.lora_dropout, args.lora_r
         self.enabled, self.from_base = True, args.lora_init == "pissa"
@@ -72,7 +72,7 @@ class LoraExperts(GroupedExperts):
         a, b = (matrix.transpose(1, 2) for matrix in (a.view(e, -1, self.rank), b.view(e, self.rank, -1)))
         return self.row_lengths[which](rows, a, b)
 
-    def state_of(self, some: slice) -> dict[str, Any]:
+    def state_of(self, some: slice) -> dict[str, object]:
         """As the base's."""
         lengths = {which: whole.of_part(some) for which, whole in self.row_lengths.items()}
         return super().state_of(some) | {"row_lengths": lengths}
@@ -84,7 +84,7 @@ class LoraExperts(GroupedExperts):
             return product
         counts = tokens_per_expert.to(self.weight1.device)
         numbers = torch.arange(len(counts), device=counts.device)
-        # Told the number of rows, nothing waits for their sum; a 910B's cores search and add up no 64-bit integers.
+        # With the number of rows given, the host does not wait for their sum. A 910B's cores do not search int64.
         return _Products(product, numbers.repeat_interleave(counts, output_size=rows))
 
     def _update(self, *shape: int, is_sharded: bool) -> torch.nn.Parameter:
@@ -94,7 +94,7 @@ class LoraExperts(GroupedExperts):
         if is_sharded or self.pg_collection.expt_tp.size() == 1:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
         else:
-            # Replicated over the experts' tensor parallel group, each rank of which sees a part of the product.
+            # It is replicated over the experts' tensor parallel group, and each rank sees a part of the product.
             mark(weight, sequence_parallel=True)
         return weight
 
@@ -143,7 +143,7 @@ class LoraExperts(GroupedExperts):
         narrow = product(x, a.view(e, -1, self.rank)) * self.scale
         out = out + product(narrow, b.view(e, self.rank, -1))
         if isinstance(product, _Products):
-            # As of a linear; a row has the factors of its expert.
+            # As in a linear, but each row has the factors of its own expert.
             magnitudes = getattr(self, f"weight{which}_lora_magnitude_vector").view(e, -1)
             factors = (magnitudes / self.lengths(which)).to(out.dtype)
             out = out * factors.index_select(0, product.expert_of_row)

@@ -79,7 +79,7 @@ class LoraLinear(MegatronModule):
         self.by_output = isinstance(base, ColumnParallelLinear)
         self.scale, self.dropout, self.rank = args.scale, args.lora_dropout, args.lora_r
         self.from_base = args.lora_init == "pissa"
-        self.enabled = True  # off: the base layer alone, which is the reference of preference training
+        self.enabled = True  # False: only the base layer is computed, as the reference model of preference training
         self.group = base.tp_group
         self.sequence_parallel = base.config.sequence_parallel
         self.disable_grad_reduce = False
@@ -179,7 +179,7 @@ class LoraLinear(MegatronModule):
         if not self.training or self.dropout == 0.0:
             return x
         if self.by_output and not self.sequence_parallel:
-            return torch.nn.functional.dropout(x, self.dropout)  # x is the same on every TP rank, so is the mask
+            return torch.nn.functional.dropout(x, self.dropout)  # x and the mask are the same on every TP rank
         with tensor_parallel.get_cuda_rng_tracker().fork():
             return torch.nn.functional.dropout(x, self.dropout)
 
@@ -192,7 +192,7 @@ class LoraOutput(LoraLinear):
     """
 
     def __init__(self, base: ColumnParallelLinear, args: LoraArgs) -> None:
-        # The chunked loss computes this with views of the weights, which know no `main_grad`.
+        # The chunked loss computes this with views of the weights, which have no `main_grad`.
         add = reference.add_weight_gradient
         super().__init__(linear=lambda **_: base, args=args, add_weight_gradient=add, config=base.config)
 

@@ -11,6 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.model.modules import mark
 
+_ROWS = 1 << 13  # rows of a weight that exist in float64 at the same time
+
 
 class AdapterWeight(torch.nn.Module):
     """Holds one parameter under the name `weight`. A call returns it, because --overlap-param-gather waits in calls."""
@@ -52,7 +54,8 @@ def principal(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PiSSA (arXiv:2404.02948): A and B of this rank's part of W, the best approximation of W / scale of rank r.
 
-    A and B each take the square root of the singular values.
+    A and B each take the square root of the singular values. They do not depend on how W is sharded: float32 would
+    round otherwise where a rank's rows have another order (gate and up), which flips codes of a residual in 4 bits.
 
     Args:
         weight: [.., out, in], sharded over `group` along -2 (`dim` 0) or -1 (`dim` 1).
@@ -60,13 +63,16 @@ def principal(
     Returns:
         A [.., r, in]; B [.., out, r]. The one on the sharded side is this rank's part.
     """
-    axis, dtype = dim - 2, weight.dtype
+    axis, dtype, device = dim - 2, weight.dtype, weight.device
     weight = weight.contiguous()  # as NCCL and HCCL want what they send, and where it goes
     parts = [torch.empty_like(weight) for _ in range(group.size())]
     torch.distributed.all_gather(parts, weight, group=group)
-    u, values, v = torch.linalg.svd(torch.cat(parts, axis).float(), full_matrices=False)
-    roots = (values[..., :r] / scale).sqrt()
-    a, b = (roots.unsqueeze(-1) * v[..., :r, :]).to(dtype), (u[..., :r] * roots.unsqueeze(-2)).to(dtype)
+    whole = torch.cat(parts, axis).to(_exact(device))
+    found = [_largest(matrix, r) for matrix in whole.flatten(0, -3)] if whole.dim() > 2 else [_largest(whole, r)]
+    roots = [(values / scale).sqrt() for _, values, _ in found]
+    a = torch.stack([root.unsqueeze(-1) * v for root, (_, _, v) in zip(roots, found, strict=True)])
+    b = torch.stack([u * root for root, (u, _, _) in zip(roots, found, strict=True)])
+    a, b = (each.view(*weight.shape[:-2], *each.shape[-2:]).to(device, dtype) for each in (a, b))
     a, b = a.contiguous(), b.contiguous()  # as NCCL and HCCL want them
     for matrix in (a, b):  # the same on every rank, to the bit
         torch.distributed.broadcast(matrix, torch.distributed.get_global_rank(group, 0), group=group)
@@ -77,5 +83,33 @@ def principal(
 
 
 def subtracted(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """W - scale B A, computed in float32."""
-    return (weight.float() - scale * (b.float() @ a.float())).to(weight.dtype)
+    """W - scale B A, computed in float64: it is rounded once, alike in every layout."""
+    where, left = _exact(weight.device), torch.empty_like(weight)
+    matrices = (each.reshape(-1, *each.shape[-2:]) for each in (left, weight, a, b))
+    for rest, matrix, first, second in zip(*matrices, strict=True):
+        first = first.to(where).double()
+        for start in range(0, len(matrix), _ROWS):
+            rows = slice(start, start + _ROWS)
+            rest[rows] = matrix[rows].to(where).double() - scale * (second[rows].to(where).double() @ first)
+    return left
+
+
+def _exact(device: torch.device) -> torch.device:
+    """Where float64 is computed: an NPU's cores have none."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _largest(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The r largest singular values of a matrix [out, in] and their vectors, float64: [out, r], [r], [r, in].
+
+    They come from the eigenvectors of the products of the shorter side's vectors: less work than the decomposition of
+    the whole, and float64 has digits enough for the squares. Vectors have a sign that no order of rows changes.
+    """
+    is_tall = matrix.shape[0] >= matrix.shape[1]
+    parts = (matrix if is_tall else matrix.t()).split(_ROWS)
+    squares, vectors = torch.linalg.eigh(sum(part.double().t() @ part.double() for part in parts))
+    values, short = squares[-r:].flip(0).clamp(min=0).sqrt(), vectors[:, -r:].flip(1)
+    long = torch.cat([part.double() @ short for part in parts]) / values.clamp(min=torch.finfo(values.dtype).tiny)
+    u, v = (long, short) if is_tall else (short, long)
+    signs = v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
+    return u * signs, values, (v * signs).t()

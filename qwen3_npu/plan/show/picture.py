@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qwen3_npu.errors import UsageError
 from qwen3_npu.plan.device import GIB
 from qwen3_npu.plan.show.schedule import timeline
 from qwen3_npu.plan.verdict import PlanVerdict
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Colour = tuple[float, float, float, float]  # red, green, blue, opacity
 _SHOWN = 3  # times the pipeline's stages: micro-batches of the timeline
 
 
@@ -42,7 +47,7 @@ def plot(verdict: PlanVerdict, path: Path) -> None:
         pyplot.close(figure)
 
 
-def _memory(axes: Any, verdict: PlanVerdict, colours: Any) -> None:
+def _memory(axes: Axes, verdict: PlanVerdict, colours: Sequence[Colour]) -> None:
     names = [str(number) for number in range(len(verdict.stages))]
     bottom = [0.0] * len(names)
     for number, (kind, _) in enumerate(verdict.stages[0].rows()):
@@ -56,7 +61,7 @@ def _memory(axes: Any, verdict: PlanVerdict, colours: Any) -> None:
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
 
 
-def _time(axes: Any, verdict: PlanVerdict, colours: Any) -> None:
+def _time(axes: Axes, verdict: PlanVerdict, colours: Sequence[Colour]) -> None:
     left = 0.0
     for number, (kind, value) in enumerate(verdict.time.rows()):
         if value > 0.002 * verdict.time.total:
@@ -67,7 +72,7 @@ def _time(axes: Any, verdict: PlanVerdict, colours: Any) -> None:
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
 
 
-def _stages(axes: Any, verdict: PlanVerdict, colours: Any) -> None:
+def _stages(axes: Axes, verdict: PlanVerdict, colours: Sequence[Colour]) -> None:
     """Forward and backward passes of all stages; the white space between them is the bubble."""
     setup, time = verdict.setup, verdict.time
     whole = (time.total - time.bubble - time.data - time.optimizer) / setup.num_microbatches

@@ -16,14 +16,14 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint.formats.folders import iteration_name
+from qwen3_npu.checkpoint.folders import iteration_name
 from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.errors import UsageError
 
 
 def _convert(args: ConvertArgs, lora: LoraConvertArgs, reason: Connection) -> None:
     """Main function of the process; it sends the reason of a failure to the training, which logs it."""
-    log.setup(rank=1)  # warnings only; the training logs the rest
+    log.setup(rank=1)  # this rank prints only warnings; the training logs the rest
     os.nice(10)
     from qwen3_npu.checkpoint.convert.run import convert
 
@@ -40,7 +40,7 @@ class HfExport:
     def __init__(self, args: CheckpointArgs, lora: LoraArgs, rank: int) -> None:
         self.args, self.lora, self.works = args, lora, rank == 0
         self.process: BaseProcess | None = None
-        self.reason: Connection | None = None  # of the process: why it failed
+        self.reason: Connection | None = None  # the exporting process sends its reason for a failure here
         self.folder = Path()
         self.failures = 0  # directories that could not be written
 

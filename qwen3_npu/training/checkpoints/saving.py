@@ -9,14 +9,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from qwen3_npu import log
+from qwen3_npu import log, schema
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, iterations, restore_backup
+from qwen3_npu.checkpoint.folders import TRACKER, iteration_name, iterations, restore_backup
 from qwen3_npu.checkpoint.training import load, save
 from qwen3_npu.checkpoint.training.replicate import NodeDisks
 from qwen3_npu.checkpoint.training.save import Position, Trained
@@ -27,7 +26,7 @@ from qwen3_npu.files import check_writable, same_folder, write_text
 from qwen3_npu.lease import Lease, folder_lease
 from qwen3_npu.progress import human
 
-_BEFORE = "before_this_run.json"  # which job, and what the tracker was when it began: later ones are its own
+_BEFORE = "before_this_run.json"  # names the job, and its tracker at the start: later trackers are this job's own
 
 
 def check_folders(args: CheckpointArgs, lora: LoraArgs) -> None:
@@ -88,12 +87,12 @@ def _resumes(args: CheckpointArgs, lora: LoraArgs) -> bool:
 def _has_saved(root: Path) -> bool:
     """Whether this job has saved a checkpoint in an earlier start; rank 0's part."""
     job, state = environment.job_names(), _tracker_state(root)
-    before = _before(root)
-    # Of another job: this is the first start, or those before were killed before they came here, and saved nothing.
-    if environment.restarts() == 0 or not set(job) & set(before["job"]):
+    names, before = _before(root)
+    # Of another job: this is the first start, or the starts before it were killed before this point and saved nothing.
+    if environment.restarts() == 0 or names.isdisjoint(job):
         write_text(root / _BEFORE, json.dumps({"job": job, "tracker": state}))
         return False
-    return state not in (None, before["tracker"])
+    return state not in (None, before)
 
 
 def _tracker_state(root: Path) -> list | None:
@@ -104,11 +103,13 @@ def _tracker_state(root: Path) -> list | None:
         return None
 
 
-def _before(root: Path) -> dict[str, Any]:
-    try:
-        return json.loads((root / _BEFORE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"job": []}
+def _before(root: Path) -> tuple[frozenset[str], object]:
+    """Names of the job that began here, and its tracker at that time. Raises: UsageError: the file is damaged."""
+    if not (root / _BEFORE).exists():
+        return frozenset(), None
+    said = schema.read_record(root / _BEFORE)
+    job = said.sequence("job")
+    return frozenset(schema.text(name, f"{said.where}: job") for name in job), said.fields.get("tracker")
 
 
 class Saver:
@@ -121,11 +122,11 @@ class Saver:
     """
 
     def __init__(
-        self, trained: Trained, args: CheckpointArgs, lora: LoraArgs, extra: dict[str, Any], *, config: Path | None
+        self, trained: Trained, args: CheckpointArgs, lora: LoraArgs, extra: dict[str, object], *, config: Path | None
     ) -> None:
         self.trained, self.args, self.lora, self.extra, self.config = trained, args, lora, extra, config
         self.pending: Writing | None = None
-        self.failed = 0  # checkpoints in a row
+        self.failed = 0  # failed checkpoints in a row
         self.own: set[int] = set()  # steps of this training's checkpoints in --save, some of them deleted since
         self.disks = NodeDisks() if args.save_per_node else None
         self.lease: Lease | None = None  # of --save, on rank 0; a training under test has none
@@ -135,7 +136,7 @@ class Saver:
         if self.disks is not None and self.args.load is not None:
             if self.disks.is_first:
                 restore_backup(Path(self.args.load))
-            dist.barrier()  # nobody looks before
+            dist.barrier()  # no rank looks before rank 0 is done
         position = load.load(self.trained, self.args, self.lora.lora_load, self.extra)
         if self.args.save is not None and position.iteration and _resumes(self.args, self.lora):
             self.own = {step for step in iterations(Path(self.args.save)) if step <= position.iteration}

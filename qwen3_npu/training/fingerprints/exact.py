@@ -54,7 +54,7 @@ def definition(operation: str) -> Callable:
     return _OWN.get(operation) or getattr(reference, operation)
 
 
-def host_copy(value: Any) -> Any:
+def host_copy(value: object) -> Any:
     """A copy of a tensor; anything else as it is."""
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
@@ -74,7 +74,7 @@ class Recomputed:
     """
 
     def __init__(
-        self, function: Callable, inputs: Sequence[Any], options: dict[str, Any], differentiable: Sequence[int]
+        self, function: Callable, inputs: Sequence[object], options: dict[str, object], differentiable: Sequence[int]
     ) -> None:
         self.differentiable = list(differentiable)
         self._inputs, self._outputs = [], []
@@ -107,7 +107,7 @@ class Recomputed:
         return {n: (exact, rounded) for n, exact, rounded in pairs if exact is not None}
 
 
-def _as(value: Any, is_double: bool) -> Any:
+def _as(value: object, is_double: bool) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_floating_point() and is_double:

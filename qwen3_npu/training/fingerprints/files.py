@@ -8,7 +8,6 @@ import json
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -77,8 +76,14 @@ def read(path: Path) -> Recording:
         cases[name] = Noted(known, rows)
     if arrays.keys() - {"facts", *(f"case {i}" for i in range(len(cases)))}:
         raise UsageError(f"{path} has arrays beside its cases; it is no recording")
-    texts: dict[str, Any] = {name: facts.text(name) for name in ("version", "torch", "device", "kernels", "layout")}
-    return Recording(cases=cases, **texts)
+    return Recording(
+        cases=cases,
+        version=facts.text("version"),
+        torch=facts.text("torch"),
+        device=facts.text("device"),
+        kernels=facts.text("kernels"),
+        layout=facts.text("layout"),
+    )
 
 
 def _array(path: Path, arrays: dict[str, bytes], name: str, dtype: type) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +51,9 @@ def gathered(mine: Noted, *, everyones: bool = False) -> Noted | None:
     if not everyones and not is_first:
         return None
     group = None if everyones else parallel_state.get_pipeline_model_parallel_group()
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (parallel_state.get_pipeline_model_parallel_rank(), is_first, mine), group=group)
+    own = parallel_state.get_pipeline_model_parallel_rank(), is_first, mine
+    everyone = [own] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, own, group=group)
     if dist.get_rank():
         return None
     names: list[str] = []

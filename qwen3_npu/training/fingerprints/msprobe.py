@@ -110,13 +110,13 @@ def _call(label: str, way: str) -> str:
     return f"Module.{module or 'model'}.{name}.{way}.{int(number) - 1}"
 
 
-def _place(data: dict[str, dict[str, Any]], name: str, tensor: dict[str, Any]) -> None:
+def _place(data: dict[str, dict[str, Any]], name: str, tensor: dict[str, object]) -> None:
     label, way, what = name.rsplit("|", 2)
     if "|sum#" in label:  # the gradient of a weight, summed up
         module, _, leaf = label.split("|")[2].rpartition(".")
         data.setdefault(f"Module.{module}.parameters_grad", {})[leaf] = [tensor]
         return
-    empty: dict[str, Any] = {"input_args": [], "input_kwargs": {}, "output": []}
+    empty: dict[str, object] = {"input_args": [], "input_kwargs": {}, "output": []}
     if way == "backward":
         empty = {"input": [], "output": []}
     found = data.setdefault(_call(label, way), empty)

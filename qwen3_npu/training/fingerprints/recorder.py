@@ -85,7 +85,7 @@ class StepRecorder:
 
     def _wrapped(self, name: str, kernel: Callable) -> Callable:
         @functools.wraps(kernel)
-        def call(*inputs: Any, **options: Any) -> Any:
+        def call(*inputs: object, **options: object) -> object:
             if not self.is_live:
                 return kernel(*inputs, **options)
             if name != "grouped_matmul":
@@ -168,7 +168,7 @@ class StepRecorder:
             return
         plain = module.forward
 
-        def forward(x: torch.Tensor, weight: torch.Tensor | None = None, **others: Any) -> tuple[torch.Tensor, None]:
+        def forward(x: torch.Tensor, weight: torch.Tensor | None = None, **others: object) -> tuple[torch.Tensor, None]:
             if not self.is_live:
                 return plain(x, weight=weight, **others) if weight is not None else plain(x, **others)
             chosen = module.weight if weight is None else weight
@@ -184,7 +184,7 @@ class StepRecorder:
         operation: str,
         function: Callable,
         inputs: Sequence[Any],
-        options: dict[str, Any],
+        options: dict[str, object],
         *,
         defined: Callable | None = None,
     ) -> Any:
@@ -211,14 +211,14 @@ class StepRecorder:
         call.returns(floats(outs))
         return outs[0] if is_one else type(result)(outs)
 
-    def _called(self, call: NotedCall, inputs: Sequence[Any]) -> None:
+    def _called(self, call: NotedCall, inputs: Sequence[object]) -> None:
         """Hook for recorders that record inputs, too."""
 
     def _recomputed(
         self,
         operation: str,
         inputs: Sequence[Any],
-        options: dict[str, Any],
+        options: dict[str, object],
         *,
         defined: Callable | None,
         call: NotedCall,
@@ -245,7 +245,7 @@ class StepRecorder:
 
     def _finalizes(self, function: Callable) -> Callable:
         @functools.wraps(function)
-        def finalize(*args: Any, **kwargs: Any) -> Any:
+        def finalize(*args: object, **kwargs: object) -> Any:
             if self.is_open and self.exact:
                 self._check_weights()
             done = function(*args, **kwargs)

@@ -105,7 +105,8 @@ def divided(
             load[lengths.index(matrix.size)] += _cost(matrix)
             if share is not None:
                 _append(whole, share)
-    return Work(whole, _rounds(sharded, load), group, part.buffers[0].grad_data.device)
+    device = part.buffers[0].grad_data.device if part.buffers else None  # no-op layers alone have no weights
+    return Work(whole, _rounds(sharded, load), group, device)
 
 
 def _places(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:

@@ -71,10 +71,10 @@ def describe_length(asked: PretrainArgs, steps: int, global_batch: int, facts: D
         f"data: {human(facts.samples)} samples for training, {per_epoch:.4g} steps per epoch; {steps} steps make "
         f"{epochs:.3g} epochs"
     ]
-    if facts.cut:
+    if facts.truncated:
         lines.append(
-            f"data: {human(facts.cut)} of {human(facts.samples)} samples are longer than --seq-length "
-            f"{asked.train.seq_length}: {human(facts.cut_tokens, 'tokens')} are truncated"
+            f"data: {human(facts.truncated)} of {human(facts.samples)} samples are longer than --seq-length "
+            f"{asked.train.seq_length}: {human(facts.truncated_tokens, 'tokens')} are truncated"
         )
     if epochs >= _MANY_EPOCHS and asked.train.epochs is None:
         lines.append(

@@ -35,7 +35,7 @@ def prepared(args: PretrainArgs) -> PretrainArgs:
     name = args.record.handler_name
     if name is None and (args.data.is_instruction or args.data.is_preference):
         raise UsageError(f"--data-path {raw[0]} is raw data; give --handler-name to say what its records are")
-    if name is None or ":" not in name:  # a handler of one's own says itself what it makes
+    if name is None or ":" not in name:  # a user's own handler defines its outputs
         _check_handler(args, name or "GeneralPretrainHandler")
     recipe = PreprocessArgs(
         InputArgs(input=raw), args.record, args.tokenizer, args.instruction, output=OutputArgs(), check=CheckArgs()

@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen3_npu import log
 from qwen3_npu.args.convert import HF
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint.formats.folders import PEFT, candidates
+from qwen3_npu.checkpoint.folders import PEFT, candidates
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import nothing_there, reader
 from qwen3_npu.checkpoint.mapping.frozen import frozen_share, frozen_weights
@@ -99,9 +99,7 @@ def _check_reference(args: PretrainArgs, arch: Qwen3Arch) -> None:
 def _check_opens(folder: str, step: int | None, flag: str, args: PretrainArgs, *, arch: Qwen3Arch) -> None:
     found = next(iter(candidates(folder, step)), None)
     if found is None:
-        lacks = f"no checkpoint and no {'PEFT adapter' if flag == '--lora-load' else 'Hugging Face model'}"
-        why = nothing_there(folder, None) if Path(folder).exists() else "there is no such folder"
-        raise UsageError(f"{flag} {folder} holds {lacks}: {why}")
+        raise UsageError(f"{flag} {nothing_there(folder, None)}")
     if found.format == PEFT and flag == "--load":
         raise UsageError(f"--load {folder} is a PEFT adapter; give its model with --load and this with --lora-load")
     if found.format == PEFT and flag == "--ref-model":
@@ -109,7 +107,7 @@ def _check_opens(folder: str, step: int | None, flag: str, args: PretrainArgs, *
     if found.format == HF and flag == "--lora-load":
         raise UsageError(f"--lora-load {folder} is a full model; give an adapter's folder, or drop the flag")
     if not args.runtime.dry_run:
-        return  # opened in a moment
+        return  # the training opens it soon, and then checks it
     opened = reader(found, lora_alpha=args.lora.lora_alpha if args.lora.on else None, arch=arch)
     try:
         check_same_model(opened.arch, arch, f"{flag} {folder}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from qwen3_npu import log
 from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.data.text.prompt_types import resolved
@@ -13,7 +11,7 @@ from qwen3_npu.data.train.token_record import find_record
 from qwen3_npu.progress import human
 
 
-def taught(args: PretrainArgs) -> dict[str, Any]:
+def taught(args: PretrainArgs) -> dict[str, str]:
     """Entries of the saved args: prompt_type, enable_thinking (true, false, none) and tokenizer_digest.
 
     They come from the records beside the data (`token_record.made`), or, without records, from the training's
@@ -39,8 +37,8 @@ def taught(args: PretrainArgs) -> dict[str, Any]:
         return {"prompt_type": given, "enable_thinking": thinking, **_digest(made[0], tokenizer)}
     if given not in (None, "auto", found):
         log.warning_once(f"--prompt-type {given}: the data were written with {found}, which is what is learned")
-    thinking = made[0].get("enable_thinking", "none")
-    return {"prompt_type": found, "enable_thinking": thinking, **_digest(made[0], tokenizer)}
+    thinking = str(made[0].get("enable_thinking", "none"))
+    return {"prompt_type": str(found), "enable_thinking": thinking, **_digest(made[0], tokenizer)}
 
 
 def start_line(args: PretrainArgs, facts: DataFacts | None) -> list[str]:
@@ -57,9 +55,8 @@ def start_line(args: PretrainArgs, facts: DataFacts | None) -> list[str]:
         mean = "token mean; MindSpeed-LLM's is micro-batch mean: --loss-normalization micro-batch"
         parts.append(f"loss normalization {mean if args.train.loss_normalization == 'token' else 'micro-batch mean'}")
     if facts is not None and data.is_instruction:
-        parts.append(
-            f"{human(facts.cut)} of {human(facts.samples)} samples truncated to --seq-length {args.train.seq_length}"
-        )
+        shares = f"{human(facts.truncated)} of {human(facts.samples)} samples"
+        parts.append(f"{shares} truncated to --seq-length {args.train.seq_length}")
     first = ", ".join(parts[:2]) if len(parts) > 1 else parts[0]
     return [f"{data.stage if data.is_preference else 'sft'}: {'; '.join([first, *parts[2:]])}"]
 
@@ -72,6 +69,6 @@ def _template(args: PretrainArgs, *, is_prepared: bool) -> str:
     return args.instruction.prompt_type or "unknown (the data do not say it)"
 
 
-def _digest(made: dict[str, Any], tokenizer: TokenizerFolder | None) -> dict[str, Any]:
+def _digest(made: dict[str, object], tokenizer: TokenizerFolder | None) -> dict[str, str]:
     digest = made.get("tokenizer") or (tokenizer.identity if tokenizer else None)
-    return {"tokenizer_digest": digest} if digest else {}
+    return {"tokenizer_digest": str(digest)} if digest else {}

@@ -14,7 +14,7 @@ from qwen3_npu.watch import here
 from qwen3_npu.watch.state import WORK
 from qwen3_npu.watch.times import IN_STEP, KINDS, Times
 
-_SHOWN = 1024  # ranks
+_SHOWN = 1024  # ranks of a line at most
 _WORK = [KINDS.index(name) for name in (*WORK, "pause")]
 
 
@@ -47,7 +47,7 @@ class Ledger:
         self.tally, self.steps, self.is_new = NOTHING, 0, True
         self.imbalance: float | None = None  # the fullest expert's tokens over the mean
         if (times := here.times()) is not None:
-            times.take()  # what was before the first step
+            times.take()  # drops the time before the first step
 
     def step(self, iteration: int, tally: Tally, load: ExpertLoad | None, *, last: bool) -> dict[str, object] | None:
         """Count a step. Returns the record if one is due. Every rank must call this: a record gathers a row of each.
@@ -68,7 +68,7 @@ class Ledger:
         if iteration % self.interval == 0 or last:
             with here.during("report"):
                 record = self._record(times)
-        # Of each record one step is noted by the device, early enough to be done by then; of short runs the second.
+        # The device notes one step of each record, early enough to be finished then; in short runs the second step.
         if (iteration + 2) % self.interval == 0 or self.is_new:
             times.next_step()
         self.is_new = False
@@ -109,7 +109,7 @@ def by_device(table: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
     kinds = len(KINDS)
     by_host, noted = table[:, : kinds + 1].clone(), table[:, kinds + 1 :]
     found = by_host.clone()
-    # What is not of a step (checkpoints, evaluations) the device has not noted.
+    # The device does not note time outside of steps (checkpoints, evaluations).
     share = noted / noted.sum(1, keepdim=True)
     inside = by_host[:, IN_STEP].sum(1, keepdim=True)
     has_noted = noted.sum(1) > 0

@@ -12,7 +12,7 @@ from qwen3_npu.plan.show.report import layout_words
 from qwen3_npu.plan.verdict import PlanVerdict
 from qwen3_npu.platform.base import Platform
 
-_TOLD_AT = 3  # steps of this run; the first is no part of a mean: it warms up
+_TOLD_AT = 3  # steps of this run; the first warms up and is not part of a mean
 _LARGE = 0.15
 
 

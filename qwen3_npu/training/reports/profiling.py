@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from qwen3_npu import log
 from qwen3_npu.args.profile import ProfileArgs
@@ -26,7 +25,7 @@ class Profiling:
                 f"{args.profile_step_start + 1}, and the steps of this run are {first} to {last}"
             )
         chosen = args.profile and (rank in args.profile_ranks or -1 in args.profile_ranks)
-        self.profiler: Any = platform.profiler(args) if chosen else None
+        self.profiler = platform.profiler(args) if chosen else None
         self.running = False
 
     def before(self, iteration: int) -> None:
@@ -36,7 +35,7 @@ class Profiling:
 
     def after(self, iteration: int, *, last: bool) -> None:
         """Call it after the step; the last step of a training ends a recording."""
-        if self.running and (iteration >= self.args.profile_step_end or last):
+        if self.profiler is not None and self.running and (iteration >= self.args.profile_step_end or last):
             self.running = False
             if self._done(self.profiler.stop):
                 log.info(f"profile: {self.args.profile_save_path}")

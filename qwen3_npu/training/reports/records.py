@@ -34,7 +34,7 @@ class Records:
         self._hook = threading.excepthook
         threading.excepthook = self._in_thread
         with self._tolerated("tensorboard"):
-            # Here, not at the top: it takes a second, and only rank 0 with a folder needs it.
+            # Imported here: it takes a second, and only rank 0 with a folder needs it.
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder), purge_step=first + 1)

@@ -128,7 +128,7 @@ class Reporter:
         self.records = Records(folder, first) if folder is not None and is_main else None
         self.trackers = trackers
         self.tells_times = tells_times
-        self.entries: list[LedgerEntry] = []  # of this run, where the time went
+        self.entries: list[LedgerEntry] = []  # ledger entries of this run
         self.planned: PlannedMeasured | None = None
         if verdict is not None and is_main:
             self.planned = PlannedMeasured(platform, verdict, self.entries, write=self._record, tell=log.info)
@@ -170,7 +170,7 @@ class Reporter:
                 writer.add_scalar(f"time/{kind}", seconds / max(record["seconds"], 1e-12), iteration)
             if record["ranks"] == 1:
                 return
-            # As heavy as tensorboard itself.
+            # Imported here: it takes as long as tensorboard itself.
             from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
             line = heat(record["work"])
@@ -199,7 +199,7 @@ class Reporter:
         seconds, per_device_second = elapsed / window.steps, self.devices * elapsed
         real = window.computed.real_tokens
         tokens, supervised = real / per_device_second, window.computed.tokens / per_device_second
-        # A token attends to the document that it is in, whose mean length is this.
+        # A token attends to its own document only; this is the mean length of documents, weighted by tokens.
         flops = tokens * flops_per_token(self.arch, window.computed.squares / max(real, 1))
         more, texts = window.preference(self.names) if self.names else window.fine_tuning()
         if load is not None:
@@ -268,7 +268,7 @@ class Reporter:
             return
         # JSON has no NaN.
         self._record(iteration, {name: value if math.isfinite(value) else None for name, value in values.items()})
-        # What tools for Megatron's logs look for.
+        # Tools for Megatron's logs look for this name.
         named = values | ({"lm loss": values["loss"]} if "loss" in values else {})
 
         def scalars(writer: SummaryWriter) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 WINDOW = 128  # steps
-_KEPT = 1024  # steps: a rollback forgets the last of them
+_KEPT = 1024  # most steps kept; a rollback forgets the last of them
 _BEFORE = 16  # steps whose median is what is expected next: a loss that falls quickly is no spike above an old one
-_FEWEST, _FIRST = 16, 4  # residuals for a judgement; steps for a residual
+_FEWEST, _FIRST = 16, 4  # fewest residuals for a judgement, and fewest steps for a residual
 _MAD = 1.4826  # a normal distribution's deviation over its median absolute deviation
-_OF_LARGEST = 2  # times the largest residual
+_OF_LARGEST = 2  # a spike is above so many times the largest residual
 _LOSS, _NORM = 0.005, 0.2  # least deviation: of the loss, relative; of the norm's logarithm
 
 
@@ -37,7 +37,7 @@ class _Series:
 
     def __init__(self) -> None:
         self.last: list[float] = []
-        self.residuals: list[tuple[int, float]] = []  # of a step
+        self.residuals: list[tuple[int, float]] = []  # (step, residual)
 
     def add(self, step: int, value: float) -> None:
         if len(self.last) >= _FIRST:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from qwen3_npu import log, schema
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.args.watch import SpikeArgs
-from qwen3_npu.checkpoint.formats.folders import iterations
+from qwen3_npu.checkpoint.folders import iterations
 from qwen3_npu.checkpoint.training.save import Position
 from qwen3_npu.data.train import quarantine
 from qwen3_npu.data.train.quarantine import LEFT_OUT, NOTED, Ordered, Quarantined
@@ -36,7 +36,7 @@ class SpikeGuard:
         self.detector = Detector(args.spike_sigma, ceiling)
         self.folder = Path(checkpoint.save) if checkpoint.save else None
         self.entries: list[Quarantined] = []
-        self.rollbacks, self.last = 0, 0  # and the step of the last one
+        self.rollbacks, self.last = 0, 0  # number of rollbacks, and the step of the last one
         self.told = -1  # the last step with a warning
 
     @property
@@ -64,7 +64,7 @@ class SpikeGuard:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.detector.add(step, loss, grad_norm)
         if why is not None:
-            if self.told != step - 1:  # a loss that has risen for good is told once
+            if self.told != step - 1:  # a loss that stays high is warned of once
                 log.warning_once(f"step {step}: spike: {why}; see --spike-guard")
             self.told = step
         return why
@@ -93,7 +93,7 @@ class SpikeGuard:
         quarantine.warn(train.resolve(self.entries))
         if train.rules:
             log.info(f"quarantine: {len(train.rules)} samples are left out, see {quarantine.FILE}")
-            if dist.get_rank() == 0 and self.folder is not None:  # they may come from --load
+            if dist.get_rank() == 0 and self.folder is not None:  # the entries may come from --load
                 self.folder.mkdir(parents=True, exist_ok=True)
                 quarantine.write(self.folder, self.entries)
 
@@ -139,7 +139,7 @@ class SpikeGuard:
                 f"step {step}: {why}; {self.args.max_rollbacks} rollbacks have been made, as many as "
                 f"--max-rollbacks allows; look at {self.folder}/{quarantine.FILE}, at --lr, or at the machine"
             )
-        # A spike where the last one was: its cause is older than that checkpoint.
+        # A spike at the same place as the last one: its cause is older than that checkpoint.
         again = self.last and step <= self.last + 2
         self.last = step
         assert self.folder is not None

@@ -53,7 +53,7 @@ class ReplicaCheck:
     def _differs(
         self, group: dist.ProcessGroup, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]
     ) -> str | None:
-        states = states_by_parameter(self.optimizer)  # replicas, too, where it is not sharded
+        states = states_by_parameter(self.optimizer)  # a state that is not sharded has replicas, too
         labels, digests = list(names), [checksum(parameter) for parameter in parameters]
         for name, parameter in zip(names, parameters, strict=True):
             for key, tensor in states.get(parameter, {}).items():

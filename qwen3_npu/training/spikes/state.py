@@ -55,10 +55,13 @@ class StateCheck:
     Args:
         interval: steps between checks.
         chunks: the model chunks of this rank, not wrapped.
+        device: of the sums.
     """
 
-    def __init__(self, interval: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
-        self.interval, self.optimizer = interval, optimizer
+    def __init__(
+        self, interval: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, device: torch.device
+    ) -> None:
+        self.interval, self.optimizer, self.device = interval, optimizer, device
         self.names: list[str] = []
         self.tensors: list[torch.Tensor] = []
         parameters = told_parameters(chunks)
@@ -101,7 +104,7 @@ class StateCheck:
             return None
         everyone: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, text)
-        # A weight that ranks gather again (--overlap-param-gather) spreads what has changed in one rank's share of it.
+        # A weight that ranks gather again (--overlap-param-gather) copies a change of one rank's share to all ranks.
         others = len(everyone) - everyone.count(None) - 1
         return f"on rank {found[0]}{f' and {others} others' if others else ''}, {found[1]}"
 
@@ -114,7 +117,7 @@ class StateCheck:
                 sliced.wait()
             counts += [state["step"] for state in part.optimizer.state.values()]
         sums = [checksum(tensor) for tensor in self.tensors]
-        device = self.tensors[0].device
+        device = self.device  # a rank of no-op layers alone has no tensor that says it
         sums.append(checksum(torch.stack(counts)) if counts else torch.zeros((), dtype=torch.int32, device=device))
         if all(one.device == device for one in sums):
             return torch.stack(sums)

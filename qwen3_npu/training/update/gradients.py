@@ -68,7 +68,7 @@ class Gradients:
             norm, divisor: from `measure`.
         """
         for part in parts(self.optimizer):
-            most = part.config.clip_grad / (norm + 1e-6)  # as megatron's; 0: any
+            most = part.config.clip_grad / (norm + 1e-6)  # as megatron computes it; 0: no limit
             _divide(part, divisor / most if 0 < most < 1 else divisor)
         self.optimizer.step_with_ready_grads()
 
@@ -83,9 +83,9 @@ def _divide(part: MegatronOptimizer, divisor: float) -> None:
     if not gradients:
         return
     device = gradients[0].device
-    # A class derived from it (Muon's) updates some weights in another way, without the division.
+    # A derived class (Muon's) updates some weights without this division.
     if type(optimizer) is torch.optim.AdamW and device.type in _DIVIDES:
         scale = None if divisor == 1 else torch.full((), divisor, dtype=torch.float32, device=device)
-        vars(optimizer)["grad_scale"] = scale  # torch's name of it, for its own GradScaler
+        vars(optimizer)["grad_scale"] = scale  # torch's AdamW reads this attribute, which its own GradScaler sets
     elif divisor != 1:
         torch._foreach_mul_(gradients, 1 / divisor)

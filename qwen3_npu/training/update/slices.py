@@ -73,7 +73,7 @@ class SlicedState:
         replaced = vars(part)
         replaced["_copy_model_grads_to_main_grads"] = self._take_gradients
         replaced["get_main_grads_for_grad_norm"] = self._for_norm
-        replaced["_copy_main_params_to_model_params"] = lambda: None  # `step` does
+        replaced["_copy_main_params_to_model_params"] = lambda: None  # `step` copies them
         replaced["sliced"] = self
         vars(self.optimizer)["step"] = self.step
 
@@ -142,7 +142,7 @@ class SlicedState:
             return
         counts = [state["step"] for state in self.optimizer.state.values()]
         torch._foreach_add_(counts, 1)
-        self.run(counts[0].to(self.device))  # they are all the same
+        self.run(counts[0].to(self.device))  # all step counters are equal
 
     def update(self, pieces: Sequence[StatePiece], tensors: list[list[torch.Tensor]], count: torch.Tensor) -> None:
         """Args: tensors: of each piece the master, if there is one, and the moments, on the device."""

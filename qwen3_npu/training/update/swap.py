@@ -46,7 +46,7 @@ class SwappedState(SlicedState):
             self._wait(done[number - 1])
             self.update(self.slices[number - 1], there[number - 1], count)
             self._return(self.slices[number - 1], there[number - 1], leaving)
-        self._release(there, len(there))  # before the next step reads what is leaving, too
+        self._release(there, len(there))  # the next step reads what is still leaving
 
     def _release(self, there: list[list[list[torch.Tensor]]], end: int) -> None:
         """Give the memory of the slices before `end` back, to the stream that it is of. They leave after their

@@ -71,7 +71,7 @@ def split(folder: Path) -> None:
 
 
 HF = {
-    "no folder": (shutil.rmtree, "is not a directory"),
+    "no folder": (shutil.rmtree, "does not exist"),
     "no config.json": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config.json is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "not Qwen3": (lambda f: edit(f / "config.json", model_type="llama"), "model_type is 'llama'"),

@@ -134,17 +134,17 @@ def test_params_dtype_converts_counts_and_never_overflows(models: dict, tmp_path
 
 def test_verify_finds_what_a_conversion_did_wrong(models: dict, tmp_path: Path, monkeypatch) -> None:
     """The readers of conversions are broken here; --verify, which uses torch and safetensors, finds it."""
-    from qwen3_npu.checkpoint.binary import safetensors_read, torch_zip_read
+    from qwen3_npu.checkpoint.binary import safetensors, torch_zip_read
 
     def off_by_one(fd: int, offset: int, *rest: object, **named: object) -> np.ndarray:
         return whole(fd, offset - 2 if offset > 90_000 else offset, *rest, **named)
 
-    whole = safetensors_read.read_region
-    monkeypatch.setattr(safetensors_read, "read_region", off_by_one)
+    whole = safetensors.read_region
+    monkeypatch.setattr(safetensors, "read_region", off_by_one)
     ran = samples.run("--load-dir", models["untied"], "--save-dir", tmp_path / "mg", "--verify")
     assert ran.code == 1
     assert "differs: " in ran.out
-    monkeypatch.setattr(safetensors_read, "read_region", whole)
+    monkeypatch.setattr(safetensors, "read_region", whole)
     samples.to_mg(models["untied"], tmp_path / "good")
     monkeypatch.setattr(torch_zip_read, "read_region", off_by_one)
     mg = ("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", tmp_path / "good")

@@ -15,7 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from qwen3_npu.checkpoint.binary.dtypes import BF16, F32
 from qwen3_npu.checkpoint.binary.fp8 import BlockScaled
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
 
 BLOCK = [16, 32]
 

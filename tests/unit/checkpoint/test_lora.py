@@ -12,10 +12,11 @@ import samples
 from qwen3_npu.checkpoint.binary.dtypes import F32
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.convert.jobs import run_jobs
-from qwen3_npu.checkpoint.convert.publish import MegatronOutput
-from qwen3_npu.checkpoint.formats.base import Target
+from qwen3_npu.checkpoint.convert.output import MegatronOutput
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
-from qwen3_npu.checkpoint.mapping.lora import Contents, Lora, peft_shapes
+from qwen3_npu.checkpoint.formats.torch_write import Target
+from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
+from qwen3_npu.checkpoint.mapping.source import Contents
 from qwen3_npu.distributed.layout import plan
 
 TP2_PP2 = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
@@ -339,7 +340,7 @@ def test_what_cannot_be_done_with_adapters(
     line = samples.refused("--load-dir", real_models["tied"], *out, "--lora-r", 4)
     assert "holds no LoRA tensors" in line
     line = samples.refused("--load-dir", real_models["tied"], *out, "--lora-load", real_models["tied"])
-    assert "holds no LoRA tensors" in line
+    assert "holds a model and no LoRA tensors" in line
     line = samples.refused("--load-dir", adapters["tied", True], *out, "--lora-load", adapters["tied", True])
     assert "--hf-cfg-dir" in line
     line = samples.refused(

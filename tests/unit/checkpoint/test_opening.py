@@ -137,3 +137,36 @@ def test_records_of_older_checkpoints_are_read(forms: Path, tmp_path: Path) -> N
     samples.ok(*mg, "--save-dir", tmp_path / "hf")
     flip(folder / "mp_rank_00" / "model_optim_rng.pt")
     assert "its sha256 digest is another" in samples.refused(*mg, "--save-dir", tmp_path / "hf2")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("torch/iter_0000001/mp_rank_00", "is one rank's part of a checkpoint; give {root}/torch/iter_0000001"),
+        (
+            "torch/iter_0000001/mp_rank_01/model_optim_rng.pt",
+            "is one rank's part of a checkpoint; give {root}/torch/iter_0000001",
+        ),
+        ("hf/config.json", "is a file; give the folder of a model or checkpoint, as {root}/hf"),
+        ("weightless", "has a config.json and no weights (*.safetensors)"),
+        ("nowhere", "does not exist"),
+    ],
+)
+def test_what_is_no_model_is_refused_as_what_it_is(path: str, words: str, forms: Path, tmp_path: Path) -> None:
+    from qwen3_npu.checkpoint.formats.open import nothing_there
+
+    (forms / "weightless").mkdir(exist_ok=True)
+    shutil.copy(forms / "hf" / "config.json", forms / "weightless")
+    said = f"{forms / path} {words.format(root=forms)}"
+    line = samples.refused(
+        "--load-dir",
+        forms / "hf",
+        "--lora-load",
+        forms / path,
+        "--save-dir",
+        tmp_path / "out",
+        "--save-model-type",
+        "hf",
+    )
+    assert f"--lora-load {said}" in line
+    assert nothing_there(forms / path, None) == said

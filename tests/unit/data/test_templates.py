@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qwen3_npu.data.preprocess.record_formats import OPENAI, SHAREGPT, Columns, openai, sharegpt
+from qwen3_npu.data.preprocess.record_formats import OPENAI, SHAREGPT, Columns, alpaca_turns, openai, sharegpt
 from qwen3_npu.data.text.chat_template import hf_template
 from qwen3_npu.data.text.conversation import NO_THOUGHT, Conversation, Message, PreferencePair, ToolCall
 from qwen3_npu.data.text.encoder import Encoder
@@ -67,6 +68,27 @@ def test_qwen_tools_are_described_in_its_old_way() -> None:
         "Use the following format if using a tool:\n```\nAction: tool name (one of [f]).\n"
     )
     assert '[Action: f\nAction Input: {"x": "é"}<|im_end|>]\n<|im_start|>tool\nR<|im_end|>' in text
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ({"name": "f", "parameters": ["x"]}, "a tool's parameters: an object is expected, not ['x']"),
+        ({"name": "f", "parameters": {"required": True}}, "a list of required parameters"),
+        ({"parameters": {}}, "a tool has a name"),
+        ({"name": "f", "parameters": {"properties": {"x": {"items": "text"}}}}, "items of a tool's argument 'x'"),
+    ],
+)
+def test_a_tool_of_another_form_is_named(function: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        QWEN.render(Conversation((U1, A1), "", ({"type": "function", "function": function},)), None, False)
+
+
+@pytest.mark.parametrize("history", [5, "ab", {"q": "a"}, [["q"]], [["q", 3]]])
+def test_a_history_of_another_form_is_named(history: object) -> None:
+    columns = Columns({"prompt": "instruction", "query": "input", "history": "history"}, None)
+    with pytest.raises(ValueError, match="history is not a list of"):
+        alpaca_turns({"instruction": "q", "input": "", "history": history}, columns)
 
 
 def test_an_answer_that_is_not_learned_is_given() -> None:

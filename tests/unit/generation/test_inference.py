@@ -156,12 +156,13 @@ def test_earlier_answers_of_a_conversation(model: Path) -> None:
         (["--prompt", "x", "--context-parallel-size", "2"], "is for training"),
         (["--prompt", "x", "--tensor-model-parallel-size", "2"], "1 processes cannot hold copies of TP 2"),
         (["--prompt", "x", "--tokenizer-name-or-path", "nowhere"], "nowhere holds no tokenizer.json"),
-        (["--prompt", "x", "--load", "nowhere"], "nowhere holds no Hugging Face model and no Megatron checkpoint"),
+        (["--prompt", "x", "--load", "nowhere"], "--load nowhere does not exist"),
         (["--prompt", "x", "--task", "beam_search", "--no-use-kv-cache"], "needs the cache"),
         (["--task", "chat", "--no-chat-template"], "--task chat needs a template"),
         (["--prompt", "x", "--hf-chat-template", "--no-chat-template"], "contradict each other"),
-        (["--prompt", "x", "--lora-load", "{model}"], "holds a model and no adapter"),
-        (["--prompt", "x", "--lora-load", "nowhere"], "--lora-load nowhere: no such folder"),
+        (["--prompt", "x", "--lora-load", "{model}"], "holds a model and no LoRA tensors"),
+        (["--prompt", "x", "--load", "{adapter}"], "{adapter} is a PEFT adapter; give its model with --load"),
+        (["--prompt", "x", "--lora-load", "nowhere"], "--lora-load nowhere does not exist"),
     ],
 )
 def test_refusals(
@@ -169,9 +170,12 @@ def test_refusals(
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n{"prompt\n')
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises((UsageError, SystemExit)) as refused:
-        run(process, model, tmp_path, *(flag.format(bad=bad, model=model) for flag in flags))
-    assert message in str(refused.value) + capsys.readouterr().err
+        run(process, model, tmp_path, *(flag.format(bad=bad, model=model, adapter=adapter) for flag in flags))
+    assert message.replace("{adapter}", str(adapter)) in str(refused.value) + capsys.readouterr().err
     assert not list(tmp_path.glob("text_generation_result*")), "nothing is half-written"
 
 

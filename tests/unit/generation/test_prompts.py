@@ -83,6 +83,7 @@ def test_prompts_of_every_form_that_training_reads(tmp_path: Path) -> None:
         ("p.jsonl", b'{"said": "a"}\n', "line 1: no prompt, instruction, question or messages (there are said)"),
         ("p.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: message 1 has no text as content"),
         ("p.jsonl", b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "there is nothing to answer"),
+        ("p.jsonl", b'{"prompt": "a", "system": 5}\n', "line 1: column 'system' is not text but int"),
         ("p.jsonl", b"", "the file is empty"),
     ],
 )

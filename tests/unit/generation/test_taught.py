@@ -149,7 +149,7 @@ def test_the_start_and_the_model_card_say_what_was_taught(
 
     data = trained["qwen3"].parent / "qwen3"
     words = ["--stage", "sft", "--lr", "1", "--train-iters", "1", "--data-path", str(data), "--seq-length", "64"]
-    (line,) = start_line(PretrainArgs(*cli.parse("", "", GROUPS, argv=words).groups), DataFacts(9, cut=2))
+    (line,) = start_line(PretrainArgs(*cli.parse("", "", GROUPS, argv=words).groups), DataFacts(9, truncated=2))
     assert line == (
         "sft: template qwen3, loss normalization token mean; MindSpeed-LLM's is micro-batch mean: "
         "--loss-normalization micro-batch; 2 of 9 samples truncated to --seq-length 64"

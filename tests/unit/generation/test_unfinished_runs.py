@@ -55,7 +55,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, entry: int) -> list[dict[str, Any]]:
-    """Let the run end before it writes so manieth results; what it wrote before."""
+    """End the run before it writes result `entry`; returns what it wrote before."""
     written: list[dict[str, Any]] = []
     add = Journal.add
 

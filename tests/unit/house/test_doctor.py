@@ -29,6 +29,7 @@ NPU = Facts(
     missing=[],
     copies={},
     environment={"ASCEND_HOME_PATH": "/cann"},
+    torch_cuda=None,
     torch_npu=True,
     wrong_apex=False,
     set_env=["/usr/local/Ascend/cann/set_env.sh"],
@@ -73,7 +74,7 @@ CASES = [
     ({"requirements": ["megatron-core==0.12.1"]}, BLOCKER, "megatron-core", "0.16.1 is installed, ==0.12.1 is needed"),
     ({"torch_npu": False}, BLOCKER, "torch_npu", "an NPU driver but torch_npu is not installed"),
     ({"packages": NPU.packages | {"torch": "2.13.0"}}, BLOCKER, "torch_npu", "built for torch 2.7.1; torch 2.13.0"),
-    ({"packages": NPU.packages | {"torch": "2.7.1+cu126"}}, BLOCKER, "torch", "CUDA build"),
+    ({"torch_cuda": "12.6"}, BLOCKER, "torch", "2.7.1 is built for CUDA 12.6; torch_npu needs the CPU build"),
     ({"torch_npu": False}, BLOCKER, "torch_npu", "pip install torch==2.7.1 torch_npu==2.7.1.post4 --extra-index-url"),
     ({"torch_npu": False, "cann": None}, BLOCKER, "torch_npu", "docs/npu.md has the table"),
     ({"environment": {}}, BLOCKER, "CANN", "in this shell -> source /usr/local/Ascend/cann/set_env.sh"),
@@ -101,6 +102,12 @@ CASES = [
         "install torch",
     ),
     ({"devices": {"error": "ImportError: libhccl.so: cannot open"}}, BLOCKER, "devices", "set_env.sh"),
+    (
+        {"devices": {"error": "RuntimeError: Failed to load the backend extension: torch_npu."}},
+        BLOCKER,
+        "devices",
+        "source /usr/local/Ascend/cann/set_env.sh",
+    ),
     ({"wanted": 16}, BLOCKER, "devices", "set NPUS_PER_NODE=8, or look at ASCEND_RT_VISIBLE_DEVICES"),
     (
         {"devices": NPU.devices | {"memory": [[60 * GIB, 61 * GIB], [20 * GIB, 61 * GIB]]}},
@@ -209,6 +216,33 @@ def test_a_bare_python_is_told_what_to_install(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert re.search(r"BLOCKER +packages .*missing: torch, megatron[.-]core, numpy", result.stdout)
     assert "pip install -e ." in result.stdout
+
+
+_HELP = """
+import contextlib, io, runpy, sys
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = runpy.run_path if name.endswith(".py") else runpy.run_module
+            run(name, run_name="__main__")
+    except SystemExit as stop:
+        print(name, stop.code)
+sys.argv = "pretrain_gpt.py --model qwen3-0.6b --from-scratch --lr 1 --data-path x --train-iters 1".split()
+runpy.run_path("pretrain_gpt.py", run_name="__main__")
+"""
+
+
+def test_a_bare_python_shows_every_help_and_names_the_first_missing_package(tmp_path: Path) -> None:
+    programs = sorted(path.name for path in ROOT.glob("*.py"))
+    programs += [f"qwen3_npu.{path.parent.name}" for path in sorted((ROOT / "qwen3_npu").glob("*/__main__.py"))]
+    command = [sys.executable, "-S", "-E", "-c", _HELP, *programs]
+    result = subprocess.run(command, capture_output=True, text=True, env=bare_python(tmp_path), cwd=ROOT)
+    assert result.stdout.splitlines() == [f"{name} 0" for name in programs], result.stderr
+    assert len(programs) == 13
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.endswith(f"is not installed in {sys.executable}; python -m qwen3_npu.doctor lists what to install")
 
 
 def test_a_second_megatron_on_the_path_is_named(tmp_path: Path) -> None:

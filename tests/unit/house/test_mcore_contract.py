@@ -167,3 +167,24 @@ assert not hasattr(fused_bias_swiglu.swiglu, '_torchdynamo_orig_callable')
 
         for script in Path(__file__).resolve().parents[3].glob("*.py"):
             assert 'if __name__ == "__main__":' in script.read_text(), script
+
+    def test_recomputed_dropout_inside_a_fork_drops_what_forward_dropped(self) -> None:
+        """As attention's after a hidden dropout under sequence parallelism."""
+        import torch
+        from megatron.core.tensor_parallel import random
+
+        tracker, x = random.get_cuda_rng_tracker(), torch.ones(64, requires_grad=True)
+
+        def dropped(x: torch.Tensor) -> torch.Tensor:
+            with tracker.fork():
+                return torch.nn.functional.dropout(x, 0.5)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tracker, "states_", {"model-parallel-rng": torch.Generator().manual_seed(7).get_state()})
+            with tracker.fork():
+                torch.nn.functional.dropout(dropped(x.detach()), 0.5)
+                out = random.checkpoint(dropped, False, x)
+            out.sum().backward()
+            after = dropped(x.detach())
+        assert torch.equal(x.grad, out.detach())
+        assert not torch.equal(after, out.detach()), "the stream goes on"

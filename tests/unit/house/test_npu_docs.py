@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_npu import cli
-from qwen3_npu.args.pretrain import GROUPS
 from qwen3_npu.doctor.checks import PAIRS
-from qwen3_npu.kernels import OPERATIONS
 from qwen3_npu.platform.npu import ENVIRONMENT, PEAK_FLOPS, set_environment
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,17 +55,3 @@ def test_the_users_environment_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert environment["HCCL_CONNECT_TIMEOUT"] == "60"
     assert "TASK_QUEUE_ENABLE" not in environment
     assert environment["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
-
-
-def test_files_and_flags_exist() -> None:
-    parser = cli.build_parser("test", "", GROUPS, {})
-    known = {option for action in parser._actions for option in action.option_strings}
-    for path in (ROOT / "docs" / "npu.md", ROOT / "README_CN.md"):
-        text = path.read_text()
-        for script in set(re.findall(r"examples/[\w/.+-]+\.sh", text)):
-            if not re.search(r"generate|evaluate", script):
-                assert (ROOT / script).is_file(), script
-    for flag in ("--kernels", "--kernel-overrides", "--deterministic", "--no-load-rng", "--loss-compute-mode"):
-        assert flag in known
-        assert flag in DOCS
-    assert "attention" in OPERATIONS

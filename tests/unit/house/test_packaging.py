@@ -8,9 +8,13 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 import qwen3_npu
+from qwen3_npu.cli import REQUIRED
+from qwen3_npu.errors import UsageError
+from qwen3_npu.platform.mcore_import import VERSION, import_megatron
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -91,6 +95,18 @@ def test_dependencies_are_what_the_package_imports() -> None:
     }
     assert imported() - optional == modules(PROJECT["project"]["dependencies"])
     assert optional <= imported(), "an extra that nothing imports"
+    assert {name.split(".")[0] for name in REQUIRED} == modules(PROJECT["project"]["dependencies"])
+
+
+def test_an_older_python_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    init = (ROOT / "qwen3_npu" / "__init__.py").read_text()
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    with pytest.raises(SystemExit, match="2"):
+        exec(compile(init, "__init__.py", "exec"), {})
+    assert capsys.readouterr().err == f"error: {sys.executable} is Python 3.9; use Python 3.10, 3.11 or 3.12\n"
+    # Each program reaches that line: an older Python can at least read it.
+    for text in (init, *(path.read_text() for path in ROOT.glob("*.py"))):
+        ast.parse(text, feature_version=(3, 7))
 
 
 def test_the_npu_extras_are_the_published_pairs() -> None:
@@ -104,3 +120,23 @@ def test_the_npu_extras_are_the_published_pairs() -> None:
         pairs[pins["torch_npu"]] = name.removeprefix("npu-cann")
     assert pairs == {npu: cann.replace(".", "")[:2] for npu, cann in PAIRS.items() if npu.startswith("2.7.1")}
     assert extras["npu"] == ["qwen3-npu[npu-cann90]"]
+
+
+def test_another_megatron_is_named_before_it_is_used(tmp_path: Path) -> None:
+    assert f"megatron-core=={VERSION}" in PROJECT["project"]["dependencies"]
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text('__version__ = "0.12.1"\n')
+    own = [name for name in sys.modules if name.partition(".")[0] == "megatron"]
+    saved = {name: sys.modules.pop(name) for name in own}
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(
+            UsageError, match=rf"megatron.core 0.12.1 is imported from {core}/__init__.py; {VERSION} is"
+        ):
+            import_megatron()
+    finally:
+        sys.path.remove(str(tmp_path))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "megatron"]:
+            del sys.modules[name]
+        sys.modules.update(saved)

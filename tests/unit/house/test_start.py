@@ -49,22 +49,19 @@ def parsed(made: Path, *flags: str) -> pretrain.PretrainArgs:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (
-            ["--load", "missing"],
-            "--load {made}/missing holds no checkpoint and no Hugging Face model: there is no such",
-        ),
-        (["--load", "empty"], "--load {made}/empty holds no checkpoint and no Hugging Face model: "),
+        (["--load", "missing"], "--load {made}/missing does not exist"),
+        (["--load", "empty"], "--load {made}/empty holds no Hugging Face model, no Megatron checkpoint and no PEFT "),
         (["--load", "other"], "--load {made}/other holds "),
         (
             ["--load", "model", "--lora-r", "4", "--lora-load", "missing"],
-            "--lora-load {made}/missing holds no checkpoint and no PEFT",
+            "--lora-load {made}/missing does not exist",
         ),
         (["--load", "model", "--lora-r", "4", "--lora-load", "model"], "--lora-load {made}/model is a full model"),
         (["--save", "a file/x"], "--save {made}/a file/x cannot be written: Not a directory"),
         (["--stage=orpo"], "--stage orpo trains a given model; give it with --load"),
         (
             ["--stage=dpo", "--load", "model", "--ref-model", "missing"],
-            "--ref-model {made}/missing holds no checkpoint",
+            "--ref-model {made}/missing does not exist",
         ),
         (["--stage=dpo", "--load", "model", "--ref-model", "other"], "--ref-model {made}/other holds "),
         (["--stage=dpo", "--load", "model", "--refer-model-iter", "3"], "{made}/model holds one model and no steps"),

@@ -66,7 +66,7 @@ class TestPretrain:
             (["--min-lr", "1"], "--min-lr 1.0 is above --lr"),
             (["--data-path", "/nonexistent/prefix"], "--data-path /nonexistent/prefix:"),
             (["--split", "0,1,0"], "leaves no document"),
-            (["--load", "/nonexistent"], "--load /nonexistent holds no checkpoint"),
+            (["--load", "/nonexistent"], "--load /nonexistent does not exist"),
             (["--device", "npu"], "--device npu: torch_npu is not installed"),
         ],
     )
@@ -115,7 +115,7 @@ class TestConvert:
             (["--target-tensor-paralel-size", "2"], "did you mean --target-tensor-parallel-size?"),
             (["--target-pipeline-parallel-size", "3"], "does not divide the 4 layers"),
             (["--target-tensor-parallel-size", "3"], "does not divide the 4 KV heads"),
-            (["--load-dir", "/nonexistent"], "--load-dir /nonexistent is not a directory"),
+            (["--load-dir", "/nonexistent"], "--load-dir /nonexistent does not exist"),
             (["--load-model-type", "mg"], "holds a Hugging Face model; give --load-model-type hf"),
             (["--model-type-hf", "qwen3-moe"], "--model-type-hf qwen3-moe, but the model"),
             (["--add-qkv-bias"], "Qwen3 has no bias"),

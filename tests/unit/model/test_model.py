@@ -21,7 +21,7 @@ from qwen3_npu.checkpoint.formats.huggingface import open_hf
 @contextlib.contextmanager
 def built(folder: Path, kernel: str = "auto", **train: object) -> Iterator[torch.nn.Module]:
     """Our model with the weights of a Hugging Face directory."""
-    from qwen3_npu.checkpoint.training.fill import load_weights
+    from qwen3_npu.checkpoint.training.live import load_weights
     from qwen3_npu.distributed.launch import model_parallel, model_rank
     from qwen3_npu.model.build import build_model
     from qwen3_npu.model.config import transformer_config
@@ -222,3 +222,27 @@ def test_pissa_splits_a_weight_as_peft_does() -> None:
     torch.testing.assert_close(a * signs[:, None], theirs.lora_A["default"].weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(b * signs, theirs.lora_B["default"].weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(rest + 3.0 * b @ a, weight)
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("shape", [(512, 96), (96, 512), (3, 256, 96)], ids=str)
+def test_pissa_is_the_same_to_the_bit_in_any_order_of_rows(shape: tuple[int, ...]) -> None:
+    """Ranks hold gate and up in another order than one process; what 4 bits keep of the rest must not depend on it."""
+    import torch.distributed as dist
+
+    from qwen3_npu.model.lora.start import principal, subtracted
+
+    torch.manual_seed(7)
+    weight, order = torch.randn(shape), torch.randperm(shape[-2])
+    a, b = principal(weight, 4, 2.0, group=dist.group.WORLD, dim=0)
+    turned = weight[..., order, :]
+    other, moved = principal(turned, 4, 2.0, group=dist.group.WORLD, dim=0)
+    torch.testing.assert_close(other, a, rtol=2e-7, atol=0)
+    torch.testing.assert_close(moved, b[..., order, :], rtol=2e-7, atol=0)
+    rest = subtracted(weight, a, b, 2.0)
+    assert torch.equal(subtracted(turned, a, moved, 2.0), rest[..., order, :])
+    exact = weight.double() - 2.0 * b.double() @ a.double()
+    assert torch.equal(rest, exact.float()), "it is rounded once"
+    u, values, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    best = (u[..., :4] * values[..., None, :4]) @ v[..., :4, :]
+    torch.testing.assert_close(2.0 * b.double() @ a.double(), best, rtol=1e-5, atol=1e-6)

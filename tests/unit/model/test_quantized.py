@@ -9,7 +9,7 @@ import torch
 from bitsandbytes import functional
 
 from qwen3_npu.args.lora import LoraArgs
-from qwen3_npu.checkpoint.binary.dtypes import F32
+from qwen3_npu.checkpoint.binary.dtypes import BF16
 from qwen3_npu.checkpoint.training.save import Trained
 from qwen3_npu.errors import UsageError
 from qwen3_npu.kernels import nf4
@@ -74,9 +74,9 @@ def test_a_base_is_quantized_for_adapters_only() -> None:
     assert LoraArgs(qlora=True, lora_r=4).lora_ckpt_filter, "codes are not saved"
 
 
-def test_a_first_chunk_of_codes_alone_is_saved_in_the_dtype_of_the_others() -> None:
-    """An embedding in 4 bits beside a no-op layer has no weight of floats."""
-    codes = torch.nn.Module()
-    codes.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
-    chunks = [codes, torch.nn.Linear(2, 2)]
-    assert Trained(mock.Mock(), mock.Mock(), chunks, mock.Mock(), mock.Mock()).dtype is F32
+@pytest.mark.parametrize("weights", [[], [torch.zeros(4, dtype=torch.uint8)]], ids=["no weights", "codes alone"])
+def test_a_rank_without_floats_is_saved_in_the_dtype_of_the_others(weights: list[torch.Tensor]) -> None:
+    """No-op layers have no weights, an embedding in 4 bits beside them none of floats."""
+    chunk = torch.nn.ParameterList(torch.nn.Parameter(weight, requires_grad=False) for weight in weights)
+    chunk.config = mock.Mock(params_dtype=torch.bfloat16)
+    assert Trained(mock.Mock(), mock.Mock(), [chunk], mock.Mock(), mock.Mock()).dtype is BF16

@@ -94,6 +94,14 @@ def test_targets_that_cannot_be_meant_are_refused(name: str) -> None:
         LoraArgs(lora_target_modules=[entry]).places(tiny.arch(kind))
 
 
+def test_pissa_has_no_more_ranks_than_a_weight_has_singular_vectors() -> None:
+    arch = tiny.arch("untied")
+    rank = min(arch.hidden_size, arch.intermediate_size)
+    LoraArgs(lora_r=rank, lora_init="pissa", lora_target_modules=["linear_fc2"]).places(arch)
+    with pytest.raises(UsageError, match=f"of linear_fc2 have {rank} singular vectors; use --lora-r {rank} or less"):
+        LoraArgs(lora_r=rank + 1, lora_init="pissa", lora_target_modules=["linear_fc2"]).places(arch)
+
+
 def test_lora_freezes_by_itself() -> None:
     words = ["--data-path", "x", "--lr", "1", "--train-iters", "1", "--lora-r", "4", "--freeze-include", "*norm*"]
     parsed = cli.parse("p", "d", GROUPS, {}, argv=words)

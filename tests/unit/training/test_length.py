@@ -71,7 +71,7 @@ def test_a_schedule_by_samples_is_the_one_by_steps() -> None:
 
 
 def test_the_start_says_epochs_and_what_is_cut() -> None:
-    facts = DataFacts(200, cut=3, cut_tokens=1234)
+    facts = DataFacts(200, truncated=3, truncated_tokens=1234)
     lines = length.describe_length(args("--train-iters", "1000", "--seq-length", "64"), 1000, 8, facts)
     assert lines[0] == "data: 200 samples for training, 25 steps per epoch; 1000 steps make 40 epochs"
     assert lines[1] == "data: 3 of 200 samples are longer than --seq-length 64: 1.23 ktokens are truncated"

@@ -129,6 +129,16 @@ def slices_of(rank: int, ranks: int) -> tuple[Any, dict[torch.Tensor, torch.Tens
     return types.SimpleNamespace(buffers=[buffer], data_parallel_group=group), {"matrices": matrices, "mains": mains}
 
 
+def test_a_rank_of_no_op_layers_alone_has_no_work() -> None:
+    from qwen3_npu.training.muon.shares import divided
+
+    part, known = slices_of(0, 2)
+    part.buffers = []
+    work = divided(part, **known)
+    assert not work.whole
+    assert not work.rounds
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 16])
 def test_each_matrix_is_whole_on_one_rank_and_all_ranks_have_work(ranks: int) -> None:
     from qwen3_npu.training.muon.shares import divided

@@ -144,8 +144,8 @@ def test_a_start_says_which_pairs_are_cut_and_refuses_those_without_an_answer(tm
     prefix = write(tmp_path / "p", counts=(10, 10, 10, 10))  # of 4 tokens
     data = DataArgs(data_path=[prefix], stage="dpo", split="8,2,0")
     facts = check_data(data, 256, seq_length=3)
-    assert (facts.samples, facts.cut, facts.cut_tokens) == (8, 8, 16)
-    assert check_data(data, 256, seq_length=4).cut == 0
+    assert (facts.samples, facts.truncated, facts.truncated_tokens) == (8, 8, 16)
+    assert check_data(data, 256, seq_length=4).truncated == 0
     writers = [IndexedWriter(f"{tmp_path / 'q'}_packed_{name}_document") for name in NAMES]
     for writer, name in zip(writers, NAMES, strict=True):
         writer.add(np.full(8, -100 if name == "rejected_labels" else 5, np.int32), np.full(2, 4, np.int32))
@@ -157,7 +157,7 @@ def test_a_start_says_which_pairs_are_cut_and_refuses_those_without_an_answer(tm
 def test_a_pair_whose_answers_find_no_room_is_left_out_and_counted() -> None:
     """LLaMA-Factory's rule gives 30 tokens after 10,000 no place among 50: int(50 * 30 / 10030) is 0."""
     counts: Counter[str] = Counter()
-    style = Style(template=QWEN, thinking=None, eod=None, longest=50, cut=True)
+    style = Style(template=QWEN, thinking=None, eod=None, longest=50, truncates=True)
     prompt, answer = np.arange(10000, dtype=np.int32), np.arange(30, dtype=np.int32)
     assert _fitted(style, prompt, [answer, answer[:3]], counts) == []
     assert counts["samples without anything to learn"] == 1

@@ -31,7 +31,7 @@ class Family:
     qkv_bias: bool = False
     o_bias: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, tuple[object, ...]] = dataclasses.field(default_factory=dict)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

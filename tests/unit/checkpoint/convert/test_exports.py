@@ -11,11 +11,10 @@ import pytest
 import samples
 
 from qwen3_npu.checkpoint.binary.dtypes import full
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile, SafetensorsWriter
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtWriter
 from qwen3_npu.checkpoint.convert.probe import logits, probe_tokens
-from qwen3_npu.checkpoint.formats.hf_write import SafetensorsWriter
 from qwen3_npu.checkpoint.formats.open import open_checkpoint
 from qwen3_npu.checkpoint.mapping.lora import Lora
 

@@ -291,7 +291,7 @@ def test_the_old_output_stays_until_the_new_one_is_whole(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full when the tokenizer's files are copied, the last thing before publication."""
-    from qwen3_npu.checkpoint.convert import publish
+    from qwen3_npu.checkpoint.convert import output
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -301,7 +301,7 @@ def test_the_old_output_stays_until_the_new_one_is_whole(
         samples.ok(*command)
         before = samples.digests(tmp_path / kind)
         with monkeypatch.context() as patched:
-            patched.setattr(publish, "carry_files", full)
+            patched.setattr(output, "carry_files", full)
             assert "No space left on device" in samples.refused(*command, "--overwrite", "--params-dtype", "fp32")
         after = samples.digests(tmp_path / kind)
         assert before.items() <= after.items(), "nothing of the old output is gone or another"

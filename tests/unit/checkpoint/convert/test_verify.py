@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import samples
 
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile, SafetensorsWriter
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile
-from qwen3_npu.checkpoint.formats.hf_write import SafetensorsWriter
 
 TP2 = ("--target-tensor-parallel-size", 2)
 PP2 = ("--target-pipeline-parallel-size", 2)

@@ -15,7 +15,7 @@ import samples
 import torch
 
 from qwen3_npu.checkpoint.binary.dtypes import BF16
-from qwen3_npu.checkpoint.convert import output, plan
+from qwen3_npu.checkpoint.convert import plan, run
 from qwen3_npu.checkpoint.formats import adapters, dist_keys, huggingface
 from qwen3_npu.checkpoint.mapping import table
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_name
@@ -69,7 +69,7 @@ def stages_exchanged(patch: pytest.MonkeyPatch) -> None:
         found = layout.plan(*args, **named)
         return dataclasses.replace(found, chunks=found.chunks[::-1])
 
-    patch.setattr(output, "plan", wrong)
+    patch.setattr(run, "plan", wrong)
 
 
 CHANGES: dict[str, tuple[str, Change]] = {

@@ -12,7 +12,7 @@ import safetensors
 from mutations import damaged_bytes, damaged_json
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, full
-from qwen3_npu.checkpoint.binary.safetensors_read import SafetensorsFile
+from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
 from qwen3_npu.errors import UsageError
 
 # Where this reader is stricter than the library: keys twice, fields that the format has not, entries that are no

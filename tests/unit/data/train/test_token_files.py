@@ -256,6 +256,17 @@ def test_a_record_is_not_taken_for_other_files(tmp_path: Path) -> None:
         check_data(data, 9, seq_length=4)
 
 
+def test_a_record_without_settings_is_read(tmp_path: Path) -> None:
+    write_pair(tmp_path / "x", [[1, 2, 9]])
+    path = tmp_path / "x.record.json"
+    token_record.TokenRecord(token_record.IdRange(3, 0, 1, 9)).write(path, str(tmp_path / "x"))
+    content = json.loads(path.read_text())
+    del content["made"]
+    path.write_text(json.dumps(content))
+    record = token_record.find_record(str(tmp_path / "x"))
+    assert record == token_record.TokenRecord(token_record.IdRange(3, 0, 1, 9), {})
+
+
 def test_a_resumed_file_knows_the_ids_of_its_first_part(tmp_path: Path) -> None:
     first = IndexedWriter(tmp_path / "x")
     first.add(np.array([7, 500]), np.array([2]))
@@ -286,7 +297,7 @@ def test_what_is_cut_is_counted(tmp_path: Path) -> None:
     rows = [[1] * 4] * 6 + [[1] * 9] * 3
     data = instructions(tmp_path / "x", rows, rows)
     facts = check_data(data, 10, seq_length=6)
-    assert (facts.samples, facts.cut, facts.cut_tokens) == (9, 3, 9)
+    assert (facts.samples, facts.truncated, facts.truncated_tokens) == (9, 3, 9)
     pack = instructions(tmp_path / "p", [[1] * 8], [[-100] * 6 + [1, -100]])
     with pytest.raises(UsageError, match="in its first 5 tokens"):
         check_data(pack, 10, seq_length=5)

@@ -1,4 +1,6 @@
-"""Read safetensors files by regions. Files that the safetensors library refuses are refused here too. No torch.
+"""Read safetensors files by regions, and write them tensor by tensor. No torch.
+
+Files that the safetensors library refuses are refused here too.
 
 Format: https://github.com/huggingface/safetensors (8 bytes header length, JSON header, raw little-endian tensors that
 fill the rest of the file without holes or overlaps).
@@ -17,6 +19,7 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_SAFETENSORS, U8, DType, Region, read_region
 from qwen3_npu.errors import UsageError, printable
+from qwen3_npu.files import Seal, SealedFile
 from qwen3_npu.once import once_a_node
 from qwen3_npu.schema import Record, open_regular, parse_json, record, shown
 
@@ -86,6 +89,34 @@ class SafetensorsFile:
         if self._opened is not None:
             os.close(self._opened)
             self._opened = None
+
+
+class SafetensorsWriter:
+    """Writes one .safetensors file, tensor by tensor, in the announced order."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in tensors.items():
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+        self.expected = list(tensors)
+        self.file = SealedFile(path)
+        self.file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        if name != self.expected.pop(0):
+            raise AssertionError(f"{name} written out of order")
+        self.file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+
+    def close(self) -> Seal:
+        """Flush to disk. Closing before the last tensor is a programming error."""
+        if self.expected:
+            raise AssertionError(f"{len(self.expected)} tensors were not written")
+        return self.file.close()
 
 
 def _header(path: Path) -> str:
