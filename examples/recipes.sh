@@ -45,8 +45,9 @@ train() { # flags of this kind of training...
     case "${MOE_OVERLAP:-}" in # products hide the exchange of experts: in pieces, or those of another micro-batch
         alltoall) PARALLEL+=(--moe-alltoall-overlap-comm) ;;
         fb) PARALLEL+=(--moe-fb-overlap) ;;
+        both) PARALLEL+=(--moe-alltoall-overlap-comm --moe-fb-overlap) ;;
         "") ;;
-        *) echo "$0: MOE_OVERLAP=$MOE_OVERLAP: alltoall or fb" >&2; exit 2 ;;
+        *) echo "$0: MOE_OVERLAP=$MOE_OVERLAP: alltoall, fb or both" >&2; exit 2 ;;
     esac
     local memory=()
     if [ -n "${RECOMPUTE:-}" ]; then # METHOD LAYERS

@@ -1,6 +1,9 @@
 """The table of docs/planning.md: what communication of four scripts nothing hides, without and with what hides it.
 
-python benchmarks/planning/exposed.py [--few] [SCRIPT...]
+python benchmarks/planning/exposed.py [--few] [SCRIPT...] [-- FLAGS]
+
+Scripts for Atlas A3 are played in a SuperPoD, and with RoCE between nodes. FLAGS: further ones of every
+script, as `--coc-parallel-num 8`.
 
 --few: chunks of one and of two layers are traced, and what a layer adds is counted as often as the model has it more.
 """
@@ -11,7 +14,6 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,19 +41,19 @@ if TYPE_CHECKING:
 def main(words: list[str]) -> None:
     platform = select_platform("cpu")
     platform.activate()
-    from qwen3_npu.trace.hidden import hidden_table
-
+    words, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     names, is_few = [word for word in words if word != "--few"], "--few" in words
     with tempfile.TemporaryDirectory() as folder:
         for name in names or NAMES:
-            device = DEVICE_SPECS["910C-64G" if "A3" in name else "910B-64G"]
+            kinds = ("910C-64G", "910C-64G-RoCE") if "A3" in name else ("910B-64G",)
+            devices = [DEVICE_SPECS[kind] for kind in kinds]
             script = next(script for script in SCRIPTS if script.stem == name)
             arch = SIZES[size_of(script)]
             (Path(folder) / "config.json").write_text(json.dumps(to_hf_config(arch)))
             asked = ask(script, Path(folder), HF_DIR=folder, CKPT_LOAD_DIR=folder)
-            print(f"{name}, {asked.world} x {device.name}", flush=True)
+            asked.flags.extend(flags)
             if not is_few:
-                print("\n".join(hidden_table(list(ways(asked.flags, asked.world, device)))), flush=True)
+                show(f"{name}, {asked.world}", devices, ways(asked.flags, asked.world, devices))
                 continue
             chunks = _of(asked.flags, "--pipeline-model-parallel-size") or 1
             each = _of(asked.flags, "--num-layers-per-virtual-pipeline-stage")
@@ -62,16 +64,29 @@ def main(words: list[str]) -> None:
             for count in (1, 2):
                 few = dataclasses.replace(arch, num_hidden_layers=chunks * count)
                 (Path(folder) / "config.json").write_text(json.dumps(to_hf_config(few)))
-                found.append(list(ways(_with_layers(asked.flags, count), asked.world, device)))
-            print("\n".join(hidden_table(_extended(found, layers // chunks))), flush=True)
+                found.append(ways(_with_layers(asked.flags, count), asked.world, devices))
+            steps = [_extended(pair, layers // chunks) for pair in zip(*found, strict=True)]
+            show(f"{name}, {asked.world}", devices, steps)
 
 
-def ways(flags: list[str], devices: int, device: Device) -> Iterator[tuple[str, Played]]:
-    """Each way to hide communication, and the step of the first rank with it."""
-    from qwen3_npu.trace.hidden import played_ways
+def show(what: str, devices: list[Device], found: list[list[tuple[str, Played]]]) -> None:
+    from qwen3_npu.trace.hidden import hidden_table
+
+    for device, played in zip(devices, found, strict=True):
+        print(f"{what} x {device.name}", *hidden_table(played), sep="\n", flush=True)
+
+
+def ways(flags: list[str], world: int, devices: list[Device]) -> list[list[tuple[str, Played]]]:
+    """For each device, each way to hide communication and the step of the first rank with it."""
+    from qwen3_npu.trace.hidden import traced_ways
+    from qwen3_npu.trace.report import play
 
     args = PretrainArgs(*cli.parse("exposed", "", GROUPS, FOREIGN_TRAINING, argv=flags).groups)
-    yield from played_ways(select_platform("cpu"), args, device, devices=devices, rank=0)
+    found: list[list[tuple[str, Played]]] = [[] for _ in devices]
+    for name, trace, passes in traced_ways(select_platform("cpu"), args, devices=world, rank=0):
+        for device, played in zip(devices, found, strict=True):
+            played.append((name, play(trace, device, passes)))
+    return found
 
 
 def _word(flags: list[str], name: str) -> str | None:
@@ -95,7 +110,7 @@ def _with_layers(flags: list[str], count: int) -> list[str]:
     return changed
 
 
-def _extended(found: list[list[tuple[str, Played]]], layers: int) -> list[tuple[str, Played]]:
+def _extended(found: tuple[list[tuple[str, Played]], ...], layers: int) -> list[tuple[str, Played]]:
     """Steps of so many layers a chunk, from those of one and of two."""
     from qwen3_npu.trace.overlap import Played
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen3_npu.args.inference import PromptArgs, WeightArgs
 from qwen3_npu.args.model import ModelArgs, ShapeArgs, positions_note, shaped
 from qwen3_npu.args.parallel import ParallelArgs, make_layout
-from qwen3_npu.checkpoint.formats.folders import PEFT
+from qwen3_npu.checkpoint.folders import PEFT
 from qwen3_npu.checkpoint.formats.open import find, find_architecture, nothing_there
 from qwen3_npu.data.text.tokenizer import TokenizerFolder, open_tokenizer
 from qwen3_npu.distributed.layout import Layout, check_world_size

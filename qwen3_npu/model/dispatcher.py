@@ -128,12 +128,13 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
             group=self.ep_group,
             tensor_group=self.tp_group,
         )
-        if self.pieces > 1:
-            return experts(rows, exchange, None)
         order = self.hidden_shape, self.reversed_local_input_permutation_mapping
-        tokens, probs = dispatched(rows, exchange)
-        out, bias = experts(tokens, counts, probs)
-        back = combined(out, exchange)
+        if self.pieces > 1:
+            back, bias = experts(rows, exchange, None)
+        else:
+            tokens, probs = dispatched(rows, exchange)
+            out, bias = experts(tokens, counts, probs)
+            back = combined(out, exchange)
         # Another micro-batch may have been here meanwhile (--moe-fb-overlap).
         self.hidden_shape, self.reversed_local_input_permutation_mapping = order
         return back, bias

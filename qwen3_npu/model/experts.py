@@ -62,6 +62,8 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         self.kernels, self.num_local_experts = kernels, num_local_experts
         self.recompute_activation, self.recompute_products = recompute_activation, recompute_products
+        # With recomputation, backward has twice as many exchanges.
+        self.offers_turn = config.recompute_granularity is not None
         self.hidden = config.hidden_size
         self.ffn = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         self.pg_collection = pg_collection
@@ -107,8 +109,7 @@ class GroupedExperts(MegatronModule):
 
         def between(tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
             wide = self.multiply(1, tokens, product)
-            # With recomputation, backward has twice as many exchanges.
-            if self.config.recompute_granularity is not None:
+            if self.offers_turn:
                 offer_turn()
             return self.activate(wide, probs)
 

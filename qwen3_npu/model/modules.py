@@ -243,12 +243,16 @@ def weight_gradient(
         weight: [out, in], a parameter; x: [rows, in]; grad: [rows, out].
         add_weight_gradient: the kernel; the reference leaves the sum to megatron.
     """
-    total = getattr(weight, "main_grad", None)
-    if total is None or add_weight_gradient is reference.add_weight_gradient:
+    if not is_summed(weight, add_weight_gradient):
         return (grad.t() @ x).to(weight.dtype)
-    add_weight_gradient(x, grad, total)
+    add_weight_gradient(x, grad, vars(weight)["main_grad"])
     vars(weight)["grad_added_to_main_grad"] = True
     return torch.empty_like(weight)
+
+
+def is_summed(weight: torch.Tensor, add_weight_gradient: Callable) -> bool:
+    """Whether the kernel adds a weight's gradient to megatron's sum."""
+    return hasattr(weight, "main_grad") and add_weight_gradient is not reference.add_weight_gradient
 
 
 def fuse_weight_gradients(model: torch.nn.Module, kernel: Callable) -> None:

@@ -72,7 +72,10 @@ MOE_LAYOUTS = {
     "EP2, passes interleaved": (2, EP2 + INTERLEAVED),
     "EP2 allgather": (2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
     "EP2 distributed optimizer, exchange hidden": (2, EP2 + ZERO + HIDDEN),
-    "EP2 CP2 ring, passes interleaved, full recompute": (4, EP2 + RING + INTERLEAVED + FULL),
+    "EP2 CP2 ring, exchange hidden, passes interleaved, full recompute": (
+        4,
+        [*EP2, *RING, *HIDDEN, *INTERLEAVED, *FULL],
+    ),
     "CP2 ulysses TP2 SP": (4, ULYSSES + TP2 + SP),
     "TP2 SP EP2, exchange hidden, full recompute": (4, TP2 + SP + EP2 + HIDDEN + FULL),
     "TP2 SP EP2 ETP1 distributed optimizer": (4, TP2 + SP + EP2 + ETP1 + ZERO),

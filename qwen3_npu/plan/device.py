@@ -28,8 +28,9 @@ class Device:
             firmware uses a part.
         flops: dense 16-bit products, FLOP/s, as published.
         memory_bandwidth: bytes/s.
-        node: devices of a node (of the domain that `link` connects).
-        link, network: bytes/s that one device sends within a node, and to another node.
+        node: devices of a node.
+        linked: devices that `link` connects, if these are more than a node's.
+        link, network: bytes/s that one device sends to a device that `link` connects, and to another one.
         pair: bytes/s between two devices of a node whose pairs have links of their own; 0: a switch gives them `link`.
         host_link: bytes/s between device and host, each way; 25 GB/s is PCIe 4.0 x16 alone.
         latency, network_latency: seconds of a collective's step.
@@ -59,6 +60,7 @@ class Device:
     link: float
     network: float
     pair: float = 0.0
+    linked: int = 0
     host_link: float = 25e9
     latency: float = 10e-6
     network_latency: float = 20e-6
@@ -77,15 +79,28 @@ class Device:
     error: float = 0.25
     sources: str = ""
 
+    @property
+    def domain(self) -> int:
+        """Devices that `link` connects."""
+        return max(self.node, self.linked)
+
     def bandwidth(self, size: int, inside: bool) -> float:
-        """Bytes/s that a device sends to a group of `size`, which is inside of a node or goes over the network."""
+        """Bytes/s that a device sends to a group of `size`, which is inside of the domain or goes over the network."""
         if not inside:
             return self.network
         return min(self.link, (size - 1) * self.pair) if self.pair else self.link
 
 
 def _ascend(
-    name: str, memory: float, flops: float, bandwidth: float, *, node: int, pair: float = 28e9, sources: str
+    name: str,
+    memory: float,
+    flops: float,
+    bandwidth: float,
+    *,
+    node: int,
+    pair: float = 28e9,
+    linked: int = 0,
+    sources: str,
 ) -> Device:
     """Published figures, and constants that benchmarks/planning/fit_devices.py printed."""
     return Device(
@@ -96,6 +111,7 @@ def _ascend(
         node=node,
         link=196e9,
         pair=pair,
+        linked=linked,
         network=25e9,
         product=0.85,
         product_half=2.57e9,
@@ -115,7 +131,11 @@ _A2 = "354 TFLOP/s (see platform/npu.py), 64 GB HBM2e at 1.6 TB/s, 8 a node, 7 H
 _A2 += "200 Gb/s RoCE each (Ascend 910B1/B2, Atlas 800T A2); 60.96 GiB in messages of torch_npu (ms-swift#9403)"
 _B4 = "280 TFLOP/s, 32 GB at 0.8 TB/s (Ascend 910B4, Atlas 800I A2); 29.50 GiB by torch_npu (LlamaFactory#4277)"
 _A3 = "one of two dies: 376 TFLOP/s, 64 GB at 1.6 TB/s, 196 GB/s, 200 Gb/s RDMA (Ascend 910C, arXiv:2506.12708); "
-_A3 += "61.27 GiB by torch_npu (sglang#29838)"
+_A3 += "61.27 GiB by torch_npu (sglang#29838); "
+_POD = "nodes of a SuperPoD of 384 x 2 dies reach each other as a node's devices do, SuperPoDs by RoCE "
+_POD += (
+    "(hiascend.com, MindCluster 7.3.0, Atlas 900 A3 SuperPoD; arXiv:2506.12708: less than 3 % slower than in a node)"
+)
 _REPORTED = "; memory as torch reports it"
 
 
@@ -145,7 +165,8 @@ DEVICE_SPECS = {
     for device in (
         _ascend("910B-64G", 60.96, 354e12, 1.6e12, node=8, sources=_A2),
         _ascend("910B-32G", 29.5, 280e12, 0.8e12, node=8, sources=_B4),
-        _ascend("910C-64G", 61.27, 376e12, 1.6e12, node=16, pair=0.0, sources=_A3),
+        _ascend("910C-64G", 61.27, 376e12, 1.6e12, node=16, pair=0.0, linked=768, sources=_A3 + _POD),
+        _ascend("910C-64G-RoCE", 61.27, 376e12, 1.6e12, node=16, pair=0.0, sources=_A3 + "no SuperPoD"),
         Device(
             name="A100-80G",
             memory=79.1 * GIB,
@@ -161,7 +182,7 @@ DEVICE_SPECS = {
         _hopper("H200-141G", 139.8, 4.8e12, link=450e9, sources="NVIDIA H200 data sheet; NDR InfiniBand"),
     )
 }
-_LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node", "kernels", "sources"}
+_LEARNT = {field.name for field in dataclasses.fields(Device)} - {"name", "node", "linked", "kernels", "sources"}
 
 
 def find_device(name: str, learnt: str | None = None, flag: str = "--device") -> Device:

@@ -12,11 +12,11 @@ import dataclasses
 from qwen3_npu.plan.activations import MINDSPEED, layer_bytes, routed_rows
 from qwen3_npu.plan.device import Device
 from qwen3_npu.plan.hiding.costs import attention_products, product_seconds
-from qwen3_npu.plan.hiding.experts import left_by_turns
+from qwen3_npu.plan.hiding.experts import ExpertLayer
 from qwen3_npu.plan.hiding.exposed import (
     context_seconds,
     data_seconds,
-    expert_seconds,
+    expert_exchange,
     pieces_of,
     pipeline_seconds,
     tensor_seconds,
@@ -38,6 +38,9 @@ _SUM_BYTES = 12
 # Bytes that pass through memory for each logit of the loss and its gradient; megatron-core's loss, operation by
 # operation: float32 copy 6, largest 4, difference 8, exponential 8, sum 4, division 8; gradient 8, its copy 6.
 _LOGIT_BYTES, _LOGIT_BYTES_MEGATRON = 20, 52
+# Share of a layer's kernels between the arrival of tokens at their experts and their way back. Most bytes are those of
+# copies of tokens: sorted, arrived, sent back, summed.
+_BETWEEN = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,10 @@ def launches(setup: Setup, is_moe: bool, recomputed: float = 0.0, *, pieces: int
         more += [PIECE_LAUNCHES[0], *[PIECE_LAUNCHES[1]] * (pieces - 1)]
     if setup.overlap_tensor and setup.tensor > 1:
         linears = (2 if is_moe else 4) * (setup.tensor_pieces - 1)  # products more than without
-        more.append((0, linears // 2) if setup.fused_tensor else (linears, linears + (1 if is_moe else 2)))
+        rows = (1 if is_moe else 2) * (
+            1 if setup.lora_rank else 2
+        )  # in the order of the pieces; gradients in two parts
+        more.append((0, linears // 2) if setup.fused_tensor else (linears, linears + rows))
     forward, backward = (sum(counts) for counts in zip(LAYER_LAUNCHES[is_moe], *more, strict=True))
     return forward * (1 + recomputed) + backward
 
@@ -189,9 +195,8 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
     slow = imbalance if setup.expert > 1 else 1.0
     layers = _layers(shape, setup, device, counts, slow=slow)
     products, attention, kernels = layers.products, layers.attention, layers.kernels
-    expert, sparse = 0.0, counts.get(True, 0)
-    if sparse:
-        expert = sparse * expert_seconds(shape, setup, device, layers.experts / sparse, share=share, moved=slow)
+    sparse = counts.get(True, 0)
+    expert = _expert_seconds(shape, setup, device, stage, layers=layers, slow=slow) if sparse else 0.0
     if setup.swapped:  # the MLPs of these layers alone
         share, recompute = 0.0, share * (products - layers.attended) + (1 - share) * layers.again
     else:
@@ -214,8 +219,6 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         counts[kind] * launches(setup, kind, share, pieces=pieces_of(shape, setup)) for kind in counts
     ) + sum(END_LAUNCHES)
     computing = products + attention + kernels + recompute
-    if setup.interleaved:
-        expert = left_by_turns(expert, computing, in_flight(setup, stage) - 1, passes * setup.virtual)
     asks = setup.expert * setup.expert_tensor > 1 and not setup.sizes_on_device
     waits = sparse * (2 + share) if asks else 0.0
     tensor = number * tensor_seconds(shape, setup, device) * (1 + share / 2)
@@ -238,6 +241,39 @@ def _stage_time(shape: Shape, setup: Setup, device: Device, stage: int, *, imbal
         host=passes * (max(0.0, launched * device.launch - busy) + waits * device.stall),
         swap=passes * _swap(shape, setup, device, counts, forward=once / max(number, 1)),
     )
+
+
+def _expert_seconds(shape: Shape, setup: Setup, device: Device, stage: int, *, layers: _Layer, slow: float) -> float:
+    """Seconds of a micro-batch's expert exchanges that nothing hides: forward, recomputation and backward.
+
+    Interleaved passes at the start, and as many at the end, have no other one beside them.
+    """
+    counts = setup.layer_kinds(shape, stage)
+    number, sparse = sum(counts.values()), counts[True]
+    share = min(setup.recompute, number) / number
+    experts, kernels = layers.experts / sparse, layers.kernels / sparse
+    between = _BETWEEN * kernels
+    there, back, moved = expert_exchange(shape, setup, device, experts, kernels=between, moved=slow)
+    forwards = 2.0 if setup.recompute_experts == 2 else 1 + share
+    apart = sparse * (forwards * there + back)
+    if not setup.interleaved:
+        return apart
+    copies = (kernels - between) / 3
+    one = ExpertLayer(
+        attended=(layers.products + layers.attention) / sparse - experts + copies,
+        routed=copies,
+        experts=experts + between,
+        summed=copies,
+        backward=1.0 if setup.lora_rank else 2.0 - setup.frozen,
+        there=there,
+        back=back,
+        moved=moved,
+    )
+    number = max(1, round(sparse / setup.virtual))
+    plain, again = (one.by_turns(number, is_recomputed=is_on) for is_on in (False, True))
+    beside = (plain + (forwards - 1) * (again - plain)) * sparse / number
+    alone = min(1.0, (in_flight(setup, stage) - 1) / (setup.num_microbatches * setup.virtual))
+    return alone * apart + (1 - alone) * beside
 
 
 def _swap(shape: Shape, setup: Setup, device: Device, counts: dict[bool, int], *, forward: float) -> float:

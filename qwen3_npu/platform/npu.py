@@ -72,9 +72,11 @@ def _activate() -> None:
     # The vendor's own redirect of torch.cuda to torch.npu (and of nccl to hccl). It tells what it does on two pages,
     # and resets the warning filters of the whole process; recorded, they are neither shown nor kept.
     with warnings.catch_warnings(record=True):
-        import torch_npu  # noqa: F401
+        import torch_npu
         from torch_npu.contrib import transfer_to_npu  # noqa: F401
 
+    # megatron sets torch.cuda.default_generators, which torch_npu 2.7.1 leaves empty; they exist from the first use on.
+    torch_npu.npu._lazy_call(lambda: replace("torch.cuda.default_generators", torch_npu.npu.default_generators))
     _call_types_cuda()
     import_megatron()
 

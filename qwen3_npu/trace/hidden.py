@@ -10,7 +10,7 @@ from qwen3_npu.args.pretrain import PretrainArgs
 from qwen3_npu.plan.device import Device
 from qwen3_npu.platform.base import Platform
 from qwen3_npu.trace.overlap import Played
-from qwen3_npu.trace.rank import trace_rank
+from qwen3_npu.trace.rank import RankTrace, trace_rank
 from qwen3_npu.trace.report import play
 from qwen3_npu.training.prepare.plan import plan_training
 
@@ -34,6 +34,11 @@ def _interleaved(args: PretrainArgs) -> PretrainArgs:
     return _without(args)._replace(overlap=OverlapArgs(moe_fb_overlap=True))
 
 
+def _interleaved_pieces(args: PretrainArgs) -> PretrainArgs:
+    way = _interleaved(args)
+    return _experts(args)._replace(overlap=way.overlap) if way.overlap.moe_fb_overlap else way
+
+
 def _in_pieces(args: PretrainArgs) -> PretrainArgs:
     return _without(args)._replace(overlap=dataclasses.replace(_pieces(args), use_ascend_coc=True))
 
@@ -53,13 +58,14 @@ WAYS: dict[str, Callable[[PretrainArgs], PretrainArgs]] = {
     "--use-ascend-mc2": _fused,
     "--moe-alltoall-overlap-comm": _experts,
     "--moe-fb-overlap": _interleaved,
+    "both of --moe-...": _interleaved_pieces,
 }
 
 
-def played_ways(
-    platform: Platform, args: PretrainArgs, device: Device, *, devices: int, rank: int
-) -> Iterator[tuple[str, Played]]:
-    """Each way that changes this training, and the played step of a rank with it."""
+def traced_ways(
+    platform: Platform, args: PretrainArgs, *, devices: int, rank: int
+) -> Iterator[tuple[str, RankTrace, int]]:
+    """Each way that changes this training, the trace of a rank with it, and a step's number of micro-batches."""
     seen: list[PretrainArgs] = []
     for name, changed in WAYS.items():
         way = changed(args)
@@ -69,7 +75,15 @@ def played_ways(
             continue
         seen.append(way)
         plan = plan_training(way, devices)
-        yield name, play(trace_rank(platform, way, plan, rank), device, plan.num_microbatches)
+        yield name, trace_rank(platform, way, plan, rank), plan.num_microbatches
+
+
+def played_ways(
+    platform: Platform, args: PretrainArgs, device: Device, *, devices: int, rank: int
+) -> Iterator[tuple[str, Played]]:
+    """The same, played on a device's streams."""
+    for name, trace, passes in traced_ways(platform, args, devices=devices, rank=rank):
+        yield name, play(trace, device, passes)
 
 
 def hidden_table(ways: list[tuple[str, Played]]) -> list[str]:

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from qwen3_npu.plan.device import Device
-from qwen3_npu.plan.hiding.costs import collective_seconds, product_seconds
+from qwen3_npu.plan.hiding.costs import collective_seconds, exchange_seconds, product_seconds
 from qwen3_npu.trace.record import Operation
 
 PAIRWISE = ("c10d.send", "c10d.recv")
@@ -51,12 +51,12 @@ def communication_seconds(operation: Operation, device: Device) -> float:
     """Time of a collective, of a send or receive, or of a fused product's exchange. `moved`: input and output bytes."""
     size, stride, moved = len(operation.ranks), operation.ranks[1] - operation.ranks[0], operation.moved
     if operation.name in PAIRWISE:
-        inside = size * stride <= device.node
+        inside = size * stride <= device.domain
         bandwidth, latency = device.bandwidth(2, inside), device.latency if inside else device.network_latency
         return latency + moved / (bandwidth * device.transfer)
     if "alltoall" in operation.name:
-        moved /= 2
-    elif "allreduce" in operation.name:
+        return exchange_seconds(device, size, stride, moved / 2, steps=1)
+    if "allreduce" in operation.name:
         moved *= 2  # a scatter and a gather
     elif any(kind in operation.name for kind in ("allgather", "all_gather", "reduce_scatter")):
         moved *= size / (size + 1)

@@ -175,8 +175,9 @@ def chatted(platform: Platform, world: World, folder: str, typed: str) -> str:
     return shown.getvalue()
 
 
-def waits(platform: Platform, world: World) -> dict[str, int]:
-    """How often the host waits for each of some calls; and what a copy that nothing waited for has brought."""
+def waits(platform: Platform, world: World) -> dict[str, int | str]:
+    """How often the host waits for each of some calls; what a copy that nothing waited for has brought; what is said of
+    copies between streams that do not wait for each other."""
     from sim import device
 
     x, pageable = torch.ones(4, device="npu"), torch.zeros(4)
@@ -190,18 +191,41 @@ def waits(platform: Platform, world: World) -> dict[str, int]:
         "event": lambda: torch.npu.current_stream().wait_event(stream.record_event()),
         "stream": lambda: stream.synchronize(),
     }
-    found = {}
+    found: dict[str, int | str] = {}
     for name, call in calls.items():
         before = device.counts()["waits"]
         call()
         found[name] = device.counts()["waits"] - before
+
+    def to_host(tensor: torch.Tensor) -> None:
+        with torch.npu.stream(stream):
+            pinned.copy_(tensor, non_blocking=True)
+
     x.fill_(3.0)
-    with torch.npu.stream(stream):
-        pinned.copy_(x, non_blocking=True)
+    found["unordered"] = _said(lambda: to_host(x))
+    stream.wait_stream(torch.npu.current_stream())
+    to_host(x)
     found["too early"] = int(pinned[0].item())
     torch.npu.current_stream().wait_stream(stream)
     found["in time"] = int(pinned[0].item())
-    return found
+    given_back = torch.full((4,), 5.0, device="npu")
+    stream.wait_stream(torch.npu.current_stream())
+    to_host(given_back)
+    del given_back
+    found["given back"] = _said(lambda: x.add_(1))
+    stream.synchronize()
+    pinned.copy_(x, non_blocking=True)
+    found["too early in the first stream"] = int(not pinned[0].isnan())
+    torch.npu.current_stream().synchronize()
+    return {**found, "in time there": int(pinned[0].item())}
+
+
+def _said(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def on_aicpu(platform: Platform, world: World) -> list[str]:
@@ -215,11 +239,7 @@ def on_aicpu(platform: Platform, world: World) -> list[str]:
     said = []
     here.at("forward")
     for call in calls:
-        try:
-            call()
-            said.append("")
-        except RuntimeError as error:
-            said.append(str(error).partition(" runs on")[0])
+        said.append(_said(call).partition(" runs on")[0])
     here.at("other")
     calls[0]()
     return said

@@ -141,9 +141,13 @@ def test_what_a_devices_own_cpu_would_compute_is_refused_inside_of_a_step(npu_wo
     assert npu_worlds[1].run("on_aicpu") == [*integers, "", *others]
 
 
-def test_waits_of_the_host_are_seen_and_copies_are_late(npu_worlds: dict[int, World]) -> None:
+def test_waits_of_the_host_are_seen_and_missing_ones_are_told(npu_worlds: dict[int, World]) -> None:
     waits = {"pinned": 0, "pageable": 1, "blocking": 1, "item": 1, "tolist": 1, "event": 0, "stream": 1}
-    assert npu_worlds[1].run("waits") == {**waits, "too early": 0, "in time": 3}
+    found = npu_worlds[1].run("waits")
+    assert found.pop("unordered").startswith("a copy in a stream that has not waited")
+    assert found.pop("given back").startswith("memory is given back to a stream that has not waited")
+    assert found.pop("too early") != 3
+    assert found == {**waits, "in time": 3, "too early in the first stream": 0, "in time there": 3}
 
 
 def test_random_numbers_follow_the_devices_generator(npu_worlds: dict[int, World]) -> None:

@@ -215,7 +215,11 @@ def test_what_is_dropped_is_dropped_alike(npu_worlds: dict[int, World], training
         assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
-@pytest.mark.parametrize(("size", "extra"), [(1, []), (2, EP2 + ZERO)], ids=["one device", "EP2 distributed optimizer"])
+@pytest.mark.parametrize(
+    ("size", "extra"),
+    [(1, []), (2, [*EP2, *ZERO, "--swap-optimizer"])],
+    ids=["one device", "EP2 distributed optimizer, swapped"],
+)
 def test_a_resumed_training_continues(
     size: int, extra: list[str], npu_worlds: dict[int, World], trainings: Trainings, tmp_path: Path
 ) -> None:
@@ -308,6 +312,24 @@ def test_watch_ledger_and_state_check_serve(
     assert "host" in by_device, "the simulated device is done when it is told: it waits for the host"
     assert {"wait tp", "data"} <= by_device.keys()
     assert sum(by_device.values()) == pytest.approx(sum(by_host.values()), rel=1e-3)
+
+
+def test_a_spike_is_left_out_as_on_the_cpu(
+    npu_worlds: dict[int, World], cpu_world: World, tokens: str, tmp_path: Path
+) -> None:
+    arch = tiny.arch(num_hidden_layers=1)
+    flags = [*FLAGS, "--load", str(tiny.write_model(tmp_path / "model", arch)), "--data-path", tokens]
+    flags += ["--train-iters", "24", "--global-batch-size", "4", "--micro-batch-size", "4"]
+    flags += ["--lr-decay-style", "constant", "--spike-guard", "skip"]
+    found = []
+    for world, extra in ((npu_worlds[1], [*ZERO, "--swap-optimizer"]), (cpu_world, [])):
+        (save := tmp_path / str(len(found))).mkdir()
+        rubbish = list(range(21 * 4, 22 * 4))
+        found.append(
+            world.run("spike_cases.spiked", flags=[*flags, *extra, "--save", str(save)], rubbish=rubbish, gone=[])
+        )
+    assert (found[0]["spikes"], found[0]["stopped"]) == ([22], None)
+    assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-5)
 
 
 def test_float64_is_refused(npu_worlds: dict[int, World], trainings: Trainings) -> None:

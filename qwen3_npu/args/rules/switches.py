@@ -164,7 +164,6 @@ def _check_interleaved(args: PretrainArgs) -> list[str]:
     if train.moe_token_dispatcher_type == "allgather":
         raise UsageError(f"{flag} needs --moe-token-dispatcher-type alltoall: allgather sends all tokens to all")
     refused = {
-        "--moe-alltoall-overlap-comm": (train.moe_alltoall_overlap_comm, "two ways to hide the same exchange"),
         "--moe-expert-capacity-factor": (
             train.moe_expert_capacity_factor is not None,
             "rows that it drops travel apart",

@@ -139,6 +139,7 @@ _MEANINGS: dict[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "slice"): slice,
     ("builtins", "complex"): _complex,
     ("builtins", "bytearray"): lambda data=b"": bytearray(data if isinstance(data, bytes) else b""),
+    ("builtins", "bytes"): lambda data=b"": data if isinstance(data, bytes) else b"",  # protocol 2 calls it for none
     ("_codecs", "encode"): _encoded,
 }
 # Calls that are remembered as they are: nothing is looked up. (Python 3.11 pickles a member of an enum by getattr.)

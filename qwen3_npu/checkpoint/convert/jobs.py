@@ -23,7 +23,7 @@ import numpy as np
 
 from qwen3_npu import log
 from qwen3_npu.args.convert import ConvertArgs
-from qwen3_npu.checkpoint.manifest import Count
+from qwen3_npu.checkpoint.folders import Count
 from qwen3_npu.checkpoint.mapping.source import FileJob, Item, Source, job_bytes, read_shard
 from qwen3_npu.errors import UsageError
 from qwen3_npu.files import HASH, Seal, check_writable, file_digest, hashing, rename, write_text

@@ -14,14 +14,17 @@ from qwen3_npu import log
 from qwen3_npu.checkpoint.binary.dtypes import DType
 from qwen3_npu.checkpoint.convert.jobs import FileRecord, remove_records
 from qwen3_npu.checkpoint.convert.plan import PROMPTS
-from qwen3_npu.checkpoint.formats.folders import (
+from qwen3_npu.checkpoint.folders import (
     ADAPTER_CONFIG,
+    CONVERTER,
+    INTEGRITY,
     TRACKER,
     clear,
     iteration_name,
     move_to_backup,
     read_tracker,
     restore_backup,
+    write_integrity,
 )
 from qwen3_npu.checkpoint.formats.huggingface import (
     CARRIED_FILES,
@@ -37,7 +40,6 @@ from qwen3_npu.checkpoint.formats.open import WRITERS
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_WEIGHTS, peft_config
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS
 from qwen3_npu.checkpoint.formats.torch_write import ITERATION, Target
-from qwen3_npu.checkpoint.manifest import CONVERTER, INTEGRITY, write_integrity
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes
 from qwen3_npu.checkpoint.mapping.source import Contents, FileJob
 from qwen3_npu.checkpoint.mapping.table import hf_shapes

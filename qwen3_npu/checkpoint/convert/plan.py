@@ -13,13 +13,12 @@ from typing import Any
 
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LoraConvertArgs
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType
+from qwen3_npu.checkpoint.folders import CONVERSION, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.adapters import MergedSource
 from qwen3_npu.checkpoint.formats.dist_write import same_in_all_layers
-from qwen3_npu.checkpoint.formats.folders import TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.open import Checkpoint, Sources, find, nothing_there
 from qwen3_npu.checkpoint.formats.torch_read import checkpoint_args
 from qwen3_npu.checkpoint.formats.torch_write import Target
-from qwen3_npu.checkpoint.manifest import CONVERSION
 from qwen3_npu.checkpoint.mapping.lora import Lora
 from qwen3_npu.checkpoint.mapping.source import Contents, Source, is_peft_name
 from qwen3_npu.cli import option

@@ -6,24 +6,27 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Collection
+import platform
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from qwen3_npu import log
+import numpy as np
+
+from qwen3_npu import __version__, log
 from qwen3_npu.args.convert import HF, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 from qwen3_npu.checkpoint.convert.card import write_card
 from qwen3_npu.checkpoint.convert.jobs import run_jobs, workers_of
 from qwen3_npu.checkpoint.convert.output import ConversionOutput, HfOutput, MegatronOutput, PeftOutput
 from qwen3_npu.checkpoint.convert.plan import ConversionPlan, plan_conversion
 from qwen3_npu.checkpoint.convert.probe import check_merge
-from qwen3_npu.checkpoint.formats.folders import format_of, is_hf_weights
+from qwen3_npu.checkpoint.folders import CONVERSION, format_of, is_hf_weights
 from qwen3_npu.checkpoint.formats.huggingface import plan_hf_files
-from qwen3_npu.checkpoint.manifest import write_conversion
 from qwen3_npu.checkpoint.mapping.source import listed
 from qwen3_npu.cli import option
 from qwen3_npu.distributed.layout import Layout, plan
 from qwen3_npu.errors import UsageError
-from qwen3_npu.files import HASH
+from qwen3_npu.files import HASH, write_text
 from qwen3_npu.lease import Lease, folder_lease
 from qwen3_npu.model.arch import Qwen3Arch, read_hf_config
 from qwen3_npu.numbers import number_list
@@ -210,3 +213,18 @@ def _carried_from(plan: ConversionPlan, args: ConvertArgs, legacy: LegacyConvert
     if args.hf_cfg_dir is None and legacy.is_v1 and args.save_model_type == HF and (target / "config.json").is_file():
         return target
     return Path(args.hf_cfg_dir) if args.hf_cfg_dir else plan.home
+
+
+def write_conversion(root: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write `conversion.json`: source, target, and the digest of every tensor.
+
+    Args:
+        facts: what is known of source and target.
+        files: path relative to `root` -> {"bytes", name of the hash: tensor -> digest of its bytes}.
+    """
+    content = {
+        "versions": {"qwen3_npu": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        **facts,
+        "files": files,
+    }
+    write_text(root / CONVERSION, json.dumps(content, indent=1) + "\n")

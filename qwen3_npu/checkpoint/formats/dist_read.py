@@ -19,9 +19,9 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region, full, intersect, relative, sizes
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtArchive, PtFile, TensorRef
+from qwen3_npu.checkpoint.folders import COMMON, CONFIG, METADATA, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.dist_keys import global_layout, key_of, layer_places, possible_keys
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata
-from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.megatron_args import layout_from_args, lora_from_args, own_dtypes
 from qwen3_npu.checkpoint.formats.torch_read import architecture, saved_args
 from qwen3_npu.checkpoint.mapping.source import Contents, ShardReader, SliceLocation, check_tensors, is_lora, view_of

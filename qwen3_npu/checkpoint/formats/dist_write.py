@@ -24,9 +24,9 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import BY_TORCH, DType, sizes, widest
 from qwen3_npu.checkpoint.binary.torch_zip_write import PtSection, Tensor
+from qwen3_npu.checkpoint.folders import COMMON, CONFIG, METADATA
 from qwen3_npu.checkpoint.formats.dist_keys import Chunk, extra_states, random_key, saved_chunks, state_prefix
 from qwen3_npu.checkpoint.formats.dist_metadata import StoredChunk, StoredTensor, read_metadata, write_metadata
-from qwen3_npu.checkpoint.formats.folders import COMMON, CONFIG, METADATA
 from qwen3_npu.checkpoint.formats.torch_write import STATES, RankState, Target, write_archive
 from qwen3_npu.checkpoint.mapping.source import FileJob, Item, Stored, is_peft_name
 from qwen3_npu.distributed.layout import Rank

@@ -12,11 +12,8 @@ from typing import Any
 from qwen3_npu import log
 from qwen3_npu.args.convert import HF, MEGATRON
 from qwen3_npu.args.model import ModelArgs, ShapeArgs, arch_from_shapes
-from qwen3_npu.checkpoint import manifest
-from qwen3_npu.checkpoint.formats import dist_write, torch_write
-from qwen3_npu.checkpoint.formats.adapters import MergedSource, PlainLora, SharedA
-from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import (
+from qwen3_npu.checkpoint import folders
+from qwen3_npu.checkpoint.folders import (
     PEFT,
     TORCH,
     TORCH_DIST,
@@ -26,6 +23,9 @@ from qwen3_npu.checkpoint.formats.folders import (
     incomplete,
     read_tracker,
 )
+from qwen3_npu.checkpoint.formats import dist_write, torch_write
+from qwen3_npu.checkpoint.formats.adapters import MergedSource, PlainLora, SharedA
+from qwen3_npu.checkpoint.formats.dist_read import DistReader
 from qwen3_npu.checkpoint.formats.huggingface import HfReader, open_hf
 from qwen3_npu.checkpoint.formats.megatron_args import arch_from_args
 from qwen3_npu.checkpoint.formats.peft import PeftReader
@@ -104,7 +104,7 @@ def find_whole(
     raise UsageError(f"{flag} {path} holds no complete checkpoint (damaged: {tried}; {said[0]})")
 
 
-_REMEDY = f"delete its {manifest.INTEGRITY} if it was changed on purpose"
+_REMEDY = f"delete its {folders.INTEGRITY} if it was changed on purpose"
 
 
 def _agreed_candidates(path: str | Path, iteration: int | None, kind: str | None, peers: Peers) -> list[StoredModel]:
@@ -133,32 +133,32 @@ def _problems(found: StoredModel, peers: Peers) -> list[str]:
         return [first] if first else []
     if peers.rank == 0:
         with Progress(f"checking {found.folder.name}", said.share_bytes(0, peers.ranks), {"bytes": "B"}) as progress:
-            mine = manifest.damage(found.folder, 0, peers.ranks, lambda done: progress.add(bytes=done), said=said)
+            mine = folders.damage(found.folder, 0, peers.ranks, lambda done: progress.add(bytes=done), said=said)
     else:
-        mine = manifest.damage(found.folder, peers.rank, peers.ranks, said=said)
+        mine = folders.damage(found.folder, peers.rank, peers.ranks, said=said)
     found_wrong = peers.first_problem("\n".join(mine) or None)
     return found_wrong.splitlines() if found_wrong else []
 
 
-def _seen(found: StoredModel) -> tuple[str, manifest.Integrity | None]:
+def _seen(found: StoredModel) -> tuple[str, folders.Integrity | None]:
     """The problems that names show, and the content of integrity.json if the files must be checked."""
     first = _at_first_sight(found)
     if first is not None:
         return first, None
     try:
-        return "", manifest.read_integrity(found.folder)
+        return "", folders.read_integrity(found.folder)
     except UsageError as error:
-        return f"{found.folder / manifest.INTEGRITY} cannot be read: {error}", None
+        return f"{found.folder / folders.INTEGRITY} cannot be read: {error}", None
 
 
 def _at_first_sight(found: StoredModel) -> str | None:
     """The problem; "" if the folder cannot be checked; None if its files must be checked."""
-    if manifest.is_sealed(found.folder):
+    if folders.is_sealed(found.folder):
         return None
     if found.kind == MEGATRON:
         if wrong := incomplete(found.home, found.folder):
             return wrong
-        log.info(f"{found.folder} has no {manifest.INTEGRITY}; its files are not checked before they are read")
+        log.info(f"{found.folder} has no {folders.INTEGRITY}; its files are not checked before they are read")
     return ""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from qwen3_npu.args.lora import ALL_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import F32, DType, Region, convert_dtype, full, row_blocks, sizes, to_float32
 from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile
-from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
+from qwen3_npu.checkpoint.folders import ADAPTER_CONFIG
 from qwen3_npu.checkpoint.mapping.lora import MAGNITUDE, PEFT_SCORE, Lora, is_a, peft_module, peft_shapes
 from qwen3_npu.checkpoint.mapping.peft_adapter import has_head, read_adapter
 from qwen3_npu.checkpoint.mapping.source import Contents, Source

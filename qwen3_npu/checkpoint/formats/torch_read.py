@@ -16,8 +16,8 @@ import numpy as np
 
 from qwen3_npu.checkpoint.binary.dtypes import DType, Region
 from qwen3_npu.checkpoint.binary.torch_zip_read import PtFile, TensorRef
+from qwen3_npu.checkpoint.folders import COMMON, TORCH, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.dist_keys import FUSED_NORMS
-from qwen3_npu.checkpoint.formats.folders import COMMON, TORCH, TORCH_DIST, StoredModel
 from qwen3_npu.checkpoint.formats.megatron_args import (
     OWN_FLAGS,
     arch_from_args,
@@ -47,8 +47,12 @@ Table = Callable[[Layout, Rank], Iterator[Shard]]
 
 
 def weights_of(content: dict[str, Any], chunk: int, chunks: int) -> dict[str, Any]:
-    """The state dict of one of `chunks` virtual pipeline chunks."""
-    return content["model" if chunks == 1 else f"model{chunk}"]
+    """The state dict of one of `chunks` virtual pipeline chunks. Raises: UsageError: it is not there."""
+    name = "model" if chunks == 1 else f"model{chunk}"
+    if name not in content:
+        there = ", ".join(key for key in content if key.startswith("model")) or "no model"
+        raise UsageError(f"a {WEIGHTS} holds {there}, and its arguments mean {name}; save it again with both alike")
+    return content[name]
 
 
 class ShardedTensors(ShardReader[Rank]):

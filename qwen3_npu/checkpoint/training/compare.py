@@ -30,7 +30,7 @@ class Change(NamedTuple):
 def shown_fact(value: object) -> str:
     """A setting for a message; digests are shortened."""
     words = value if isinstance(value, list | tuple) else [value]
-    return " ".join(str(word)[:12] if _is_digest(word) else str(word) for word in words)
+    return " ".join(str(word)[:12] if _is_digest(word) else str(word) for word in words) or "empty"
 
 
 def _is_digest(word: object) -> bool:

@@ -16,9 +16,9 @@ from qwen3_npu.args.lora import FreezeArgs, spelled
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.checkpoint.binary.dtypes import F32, full
 from qwen3_npu.checkpoint.binary.pickles import TensorRef
+from qwen3_npu.checkpoint.folders import StoredModel, restore_backup
 from qwen3_npu.checkpoint.formats.adapters import SharedA
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import StoredModel, restore_backup
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import Checkpoint, find_whole, reader
 from qwen3_npu.checkpoint.formats.peft import PeftReader

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen3_npu import log
-from qwen3_npu.checkpoint.formats.folders import clear, iteration_name, iterations, remove
-from qwen3_npu.checkpoint.manifest import is_trained
+from qwen3_npu.checkpoint.folders import clear, is_trained, iteration_name, iterations, remove
 
 
 def tidy(root: Path, iteration: int, limit: int | None) -> None:

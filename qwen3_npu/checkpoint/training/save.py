@@ -27,9 +27,9 @@ from megatron.core.utils import get_model_config
 
 from qwen3_npu import log
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import manifest
+from qwen3_npu.checkpoint import folders
 from qwen3_npu.checkpoint.binary.dtypes import DType
-from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, move_to_backup
+from qwen3_npu.checkpoint.folders import TRACKER, iteration_name, move_to_backup
 from qwen3_npu.checkpoint.formats.huggingface import CARRIED_FILES, carry_files, write_config
 from qwen3_npu.checkpoint.formats.open import WRITERS
 from qwen3_npu.checkpoint.formats.torch_write import CHECKPOINT_VERSION, STATES, RankState, Target, lora_args, to_args
@@ -185,7 +185,7 @@ def exchange(disks: NodeDisks, writing: Writing) -> None:
     """Exchange files, so that every node gets all of them, once its own ranks have written theirs."""
     is_whole = False
     try:
-        own = [manifest.part(rank) for rank in disks.beside(writing.writers)]
+        own = [folders.part(rank) for rank in disks.beside(writing.writers)]
         is_whole = not disks.is_first or (not writing.error and writing.wait_for(own))
     finally:
         disks.replicate(writing.stage, is_whole=is_whole)
@@ -267,7 +267,7 @@ def by_state(gathered: optimizer_state.Gathered) -> dict[str, Tensors]:
 
 
 def write_rank(held: Snapshot, stage: Path, form: str, writing: Writing, *, writes: bool) -> None:
-    """Write this rank's files, and tell rank 0 (`manifest.write_part`).
+    """Write this rank's files, and tell rank 0 (`folders.write_part`).
 
     Args:
         form: `TORCH` or `TORCH_DIST`.
@@ -292,7 +292,7 @@ def write_rank(held: Snapshot, stage: Path, form: str, writing: Writing, *, writ
         arrays = (sources[item.state].shard(item.shard, item.dtype) for item in job.items())
         seals[job.name], said = job.write(stage / job.name, arrays)
         notes.append(said)
-    manifest.write_part(stage, dist.get_rank(), seals, notes)
+    folders.write_part(stage, dist.get_rank(), seals, notes)
 
 
 def commit(
@@ -306,10 +306,10 @@ def commit(
 ) -> None:
     """Write the common files, seal the checkpoint and make it visible; then delete old ones."""
     root = folder.parent
-    seals, notes = manifest.read_parts(stage, writers)
+    seals, notes = folders.read_parts(stage, writers)
     seals |= WRITERS[args.ckpt_format].finish(target, stage, [note for part in notes for note in part])
-    manifest.write_integrity(stage, manifest.TRAINING, seals)
-    manifest.drop_parts(stage, writers)
+    folders.write_integrity(stage, folders.TRAINING, seals)
+    folders.drop_parts(stage, writers)
     sync_tree(stage)
     write_config(target.contents.arch, _carried(config, root), root, target.dtype)
     move_to_backup(folder)

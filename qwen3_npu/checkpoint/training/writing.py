@@ -2,7 +2,7 @@
 between nodes with their own disks (--save-per-node), in a group that nothing else uses.
 
 Every writing rank writes its files to the staging folder and records there that they are finished
-(`manifest.write_part`). Rank 0 waits for all of them, adds the common files, and makes the checkpoint visible. No
+(`folders.write_part`). Rank 0 waits for all of them, adds the common files, and makes the checkpoint visible. No
 communication is needed while the training runs.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwen3_npu import log
-from qwen3_npu.checkpoint.manifest import part
+from qwen3_npu.checkpoint.folders import part
 from qwen3_npu.distributed.agreement import first_problem
 from qwen3_npu.errors import SaveFailed
 from qwen3_npu.processes import beside

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from qwen3_npu.checkpoint.manifest import Count
+from qwen3_npu.checkpoint.folders import Count
 from qwen3_npu.checkpoint.mapping.source import Contents, FileJob
 from qwen3_npu.checkpoint.verify.adapters import MergedTensors
 from qwen3_npu.checkpoint.verify.libraries import failed, torch_tensors

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from qwen3_npu.checkpoint.folders import METADATA
 from qwen3_npu.checkpoint.formats.dist_read import DistReader
-from qwen3_npu.checkpoint.formats.folders import METADATA
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.torch_read import WEIGHTS, MegatronReader
 from qwen3_npu.checkpoint.mapping.source import Contents

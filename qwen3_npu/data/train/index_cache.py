@@ -55,7 +55,8 @@ class IndexCache:
                     try:
                         self._write(make())
                     except OSError as error:
-                        raise UsageError(f"{what} cannot be written: {error.strerror}; {remedy}") from None
+                        place = error.filename2 or error.filename or self.folder
+                        raise UsageError(f"{what} cannot be written: {place}: {error.strerror}; {remedy}") from None
         return [_mapped(path) for path in self.paths]
 
     def _write(self, arrays: Sequence[np.ndarray]) -> None:

@@ -14,6 +14,7 @@ s = tokens, b = batch, n = TP; a rank's own tokens are s / n.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from qwen3_npu.kernels import tell_once
-from qwen3_npu.model.modules import weight_gradient
+from qwen3_npu.model.modules import is_summed, weight_gradient
 
 
 class FusedProducts(Protocol):
@@ -105,10 +106,12 @@ class _Arriving:
             whole = self.whole[number].flatten(0, 1)
             self.works.append(dist.all_gather_into_tensor(whole, self.parts[number], group=self.group, async_op=True))
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Each piece, while the next one travels."""
+    def arrived(self, behind: Callable[[], None]) -> Iterator[torch.Tensor]:
+        """Each piece, while the next one travels. `behind`: called while the last one does."""
         for number in range(len(self.parts)):
             self.send()
+            if number == len(self.parts) - 1:
+                behind()
             self.works[number].wait()
             yield self.whole[number]
 
@@ -121,12 +124,10 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = 
 def _gather_multiplied(
     arriving: _Arriving, weight: torch.Tensor, *, behind: Callable[[], None] = lambda: None
 ) -> torch.Tensor:
-    """The gathered rows times weight [in, out]: [s, b, out]. `behind`: called when the last piece is on its way."""
+    """The gathered rows times weight [in, out]: [s, b, out]. `behind`: see `_Arriving.arrived`."""
     pieces, ranks, rows, batch, _ = arriving.whole.shape
     out = arriving.whole.new_empty(ranks, pieces, rows * batch, weight.shape[1])
-    for number, piece in enumerate(arriving):
-        if number == pieces - 1:
-            behind()
+    for number, piece in enumerate(arriving.arrived(behind)):
         _multiply(piece.flatten(1, 2), weight, out[:, number])
     return out.view(ranks * pieces * rows, batch, -1)
 
@@ -178,13 +179,16 @@ class _GatheredProduct(torch.autograd.Function):
             return dx.view(-1, grad.shape[1], weight.shape[1]), None, None, None, None
         dx, works = _multiply_scattering(grad, weight, overlap, group)
         if needs_weight:
-            (gathered,) = ctx.again  # arrives
+            (gathered,) = ctx.again.arrived(lambda: None)
             ctx.again = None  # the schedule keeps the graph until the next micro-batch has gone forward
-            dw = weight_gradient(
-                weight, gathered.flatten(0, -2), grad.reshape(-1, grad.shape[-1]), overlap.add_weight_gradient
-            )
+            dw = _weight_gradient(ctx, gathered, grad)
         _wait(works)
         return dx, dw, None, None, None
+
+
+def _weight_gradient(ctx: Any, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    rows_x, rows_dy = (rows.reshape(-1, rows.shape[-1]) for rows in (x, grad))
+    return weight_gradient(ctx.weight, rows_x, rows_dy, ctx.overlap.add_weight_gradient)
 
 
 def _send_again(column: Any) -> None:
@@ -226,19 +230,36 @@ class _ScatteredProduct(torch.autograd.Function):
             dx, gathered = fused.gather_product(grad.flatten(0, 1), weight, group, keep=x is not None)
             dx = dx.view(-1, grad.shape[1], weight.shape[1])
             next_gather()
-        else:
-            pieces = overlap.pieces_of(grad.shape[0])
-            arriving = _Arriving(grad, pieces, group)
-            if x is not None:  # in the order of the pieces, while the first one travels
-                ranks, rows = group.size(), grad.shape[0] // pieces
-                x = x.view(ranks, pieces, rows, *x.shape[1:]).transpose(0, 1).contiguous()
-            dx = _gather_multiplied(arriving, weight, behind=next_gather)
-            gathered = arriving.whole
-        dw = None
-        if x is not None:
-            rows_x, rows_dy = (t.reshape(-1, t.shape[-1]) for t in (x, gathered))
-            dw = weight_gradient(weight, rows_x, rows_dy, overlap.add_weight_gradient)
-        return dx, dw, None, None, None
+            return dx, None if x is None else _weight_gradient(ctx, x, gathered), None, None, None
+        return *_backward_in_pieces(ctx, x, grad, next_gather), None, None, None
+
+
+def _backward_in_pieces(
+    ctx: Any, x: torch.Tensor | None, grad: torch.Tensor, behind: Callable[[], None]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of a row-parallel linear's input, and of its weight if there is x [s, b, in / n].
+
+    All of the weight's gradient but the last piece's part is computed while that piece travels.
+    """
+    weight, overlap, ranks = ctx.weight, ctx.overlap, ctx.group.size()
+    pieces = overlap.pieces_of(grad.shape[0])
+    arriving = _Arriving(grad, pieces, ctx.group)
+    if x is None:
+        return _gather_multiplied(arriving, weight, behind=behind), None
+    # In the order of the pieces, while the first one travels.
+    ordered = x.view(ranks, pieces, grad.shape[0] // pieces, *x.shape[1:]).transpose(0, 1).contiguous()
+    parts: list[torch.Tensor] = []
+
+    def last_travels() -> None:
+        behind()
+        if pieces > 1:
+            parts.append(_weight_gradient(ctx, ordered[:-1], arriving.whole[:-1]))
+
+    dx = _gather_multiplied(arriving, weight, behind=last_travels)
+    parts.append(_weight_gradient(ctx, ordered[-1], arriving.whole[-1]))
+    if is_summed(weight, overlap.add_weight_gradient):
+        return dx, parts[-1]
+    return dx, functools.reduce(torch.add, parts)
 
 
 class _SummedProduct(torch.autograd.Function):

@@ -3,8 +3,9 @@
 The exchange is divided into pieces by experts: each piece carries the rows of some experts of every rank, so a product
 has all rows of its experts and each weight is used once. All pieces are sent at once. While one piece is computed, the
 next ones travel, and its results are sent back immediately. Backward does the same, and computes the gradients of a
-piece's weights after sending its rows. `forward` and `backward` here fix the order of waits and operations: neither
-autograd nor another thread decides it.
+piece's weights after sending its rows. The way of the first piece there and of the last one back has no product of
+these experts to hide behind; another micro-batch may hide it (--moe-fb-overlap). `forward` and `backward` here fix the
+order of waits and operations: neither autograd nor another thread decides it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen3_npu.distributed.turns import offer_turn, pass_turn
 from qwen3_npu.kernels import Kernels
 from qwen3_npu.model.expert_parallel.exchange import (
     Exchange,
@@ -81,6 +83,7 @@ class _PieceOfExperts:
         self.module.__dict__.update(
             _parameters=self.weights,
             kernels=_deferring(experts.kernels, later),
+            offers_turn=False,
             **experts.state_of(some),
         )
 
@@ -141,11 +144,15 @@ class _Overlapped(torch.autograd.Function):
         places = list(zip(pieces, rows.split(_lengths(exchange)), out.split(_lengths(exchange)), strict=True))
         there = [Launched(part, (piece.sent, piece.received), exchange) for piece, part, _ in places]
         back = []
-        for (piece, _, place), launched in zip(places, there, strict=True):
+        pass_turn()
+        for number, ((piece, _, place), launched) in enumerate(zip(places, there, strict=True)):
+            if experts.offers_turn and number == len(places) // 2:
+                offer_turn()
             run = _Run(experts, piece, exchange, is_tracked=is_tracked)
             result = run.forward(launched.arrived())
             back.append(Launched(result, (piece.received, piece.sent), exchange, out=place))
             ctx.runs += [run] if is_tracked else []
+        pass_turn()
         for launched in back:
             launched.arrived()
         return out
@@ -159,11 +166,13 @@ class _Overlapped(torch.autograd.Function):
         ]
         rows = grad.new_empty(len(grad), exchange.width + ctx.runs[0].tail)
         back = []
+        pass_turn()
         for run, launched, place in zip(ctx.runs, there, rows.split(_lengths(exchange)), strict=True):
             result = run.backward(launched.arrived())
             back.append(Launched(result, (run.piece.received, run.piece.sent), exchange, out=place))
             run.weight_gradients(ctx.kernels, dict(zip(ctx.names, totals, strict=True)))
         ctx.runs = []
+        pass_turn()
         for launched in back:
             launched.arrived()
         return rows, None, None, None, None, *(total.gradient() for total in totals)

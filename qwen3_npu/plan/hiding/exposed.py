@@ -28,29 +28,32 @@ def tensor_seconds(shape: Shape, setup: Setup, device: Device) -> float:
     return collectives * exchange * share_left(setup, device, exchange=exchange, columns=columns, rows=rows)
 
 
-def expert_seconds(shape: Shape, setup: Setup, device: Device, products: float, *, share: float, moved: float) -> float:
-    """Exposed seconds of one layer's expert exchange: both ways, in forward, recomputation and backward.
+def expert_exchange(
+    shape: Shape, setup: Setup, device: Device, products: float, *, kernels: float, moved: float
+) -> tuple[float, float, float]:
+    """Seconds of one layer's expert exchange: exposed in a forward and in a backward pass; and of all tokens one way.
 
     Args:
         products: seconds of the experts' products, forward.
-        share: of the layers whose forward pass runs twice.
+        kernels: of other operations between an arrival and the way back.
         moved: rows of the busiest rank over the mean.
     """
     size = routed_rows(shape, setup) / setup.expert_tensor * shape.hidden_size * setup.weight_bytes * moved
-    forwards, pieces = 2.0 if setup.recompute_experts == 2 else 1 + share, pieces_of(shape, setup)
+    pieces = pieces_of(shape, setup)
     if setup.gathered:
         group = setup.expert * setup.expert_tensor
         size = setup.sharded_tokens * group * shape.hidden_size * setup.weight_bytes
-        return 2 * (forwards + 1) * collective_seconds(device, group, 1, size)
+        once = collective_seconds(device, group, 1, size)
+        return 2 * once, 2 * once, once
     gathered = routed_rows(shape, setup) * shape.hidden_size * setup.weight_bytes * moved
-    tensor = 2 * (forwards + 1) * collective_seconds(device, setup.expert_tensor, 1, gathered)
+    tensor = 2 * collective_seconds(device, setup.expert_tensor, 1, gathered)
     copies = shape.moe_topk if setup.two_levels else 0
     piece = exchange_seconds(device, setup.expert, setup.expert_tensor, size / pieces, per_node=copies)
     if pieces == 1:
-        return tensor + piece * 2 * (forwards + 1)
+        return tensor + 2 * piece, tensor + 2 * piece, piece
     weights = products * (0.0 if setup.lora_rank else 1.0 - setup.frozen)
-    there, back = (seconds_left(piece, products, pieces, behind=behind) for behind in (0.0, weights))
-    return tensor + forwards * there + back
+    there, back = (seconds_left(piece, products + kernels, pieces, behind=behind) for behind in (0.0, weights))
+    return tensor + there, tensor + back, pieces * piece
 
 
 def pieces_of(shape: Shape, setup: Setup) -> int:
@@ -76,7 +79,7 @@ def pipeline_seconds(shape: Shape, setup: Setup, device: Device) -> float:
     if setup.pipeline == 1:
         return 0.0
     moved = setup.sharded_tokens * shape.hidden_size * setup.residual_bytes
-    inside = setup.devices <= device.node
+    inside = setup.devices <= device.domain
     bandwidth = device.bandwidth(2, inside) * device.transfer
     latency = device.latency if inside else device.network_latency
     exchanges = 2 * setup.num_microbatches * setup.virtual

@@ -2,10 +2,10 @@
 
 For one layer, with product P and exchange C of each linear (`distributed/tensor_parallel`): forward, and backward of
 a row-parallel linear, run in n pieces, which take (C + P) / n + (n - 1) / n max(C, P), or in one fused operation,
-max(C, P) divided by the device's efficiency. In the backward of a column-parallel linear the gather is hidden behind
-the following linear, the scatter behind the rest of the input's gradient and the weight's gradient. Without the
-flags, the backward of a column-parallel linear hides each exchange behind a product, as in megatron. `trace` plays
-the real program.
+max(C, P) divided by the device's efficiency. The backward in pieces hides its exchange behind the weight's gradient,
+too, but for one piece. In the backward of a column-parallel linear the gather is hidden behind the following linear,
+the scatter behind the rest of the input's gradient and the weight's gradient. Without the flags, the backward of a
+column-parallel linear hides each exchange behind a product, as in megatron. `trace` plays the real program.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ def share_left(
             return max(exchange, product) / device.fused - product
         return _in_pieces(setup, exchange, product)
 
-    left = sum(map(hidden, columns)) + 2 * sum(map(hidden, rows))
     behind = 1 - 1 / setup.tensor_pieces  # of the product: what is left when the first piece of its sum leaves
+    left = sum(map(hidden, columns)) + sum(map(hidden, rows))
+    if setup.fused_tensor and device.kernels == "npu":
+        left += sum(map(hidden, rows))
+    else:  # all but the last piece of the weight's gradient is computed before that piece arrives
+        left += sum(max(0.0, hidden(product) - behind * weights * product) for product in rows)
     for product in columns:
         left += max(0.0, exchange - (behind + 1) * product) if weights else hidden(product)
     return _share(left, plain)

@@ -16,7 +16,7 @@ from qwen3_npu import log
 from qwen3_npu.args.convert import HF, MEGATRON, ConvertArgs, LegacyConvertArgs, LoraConvertArgs, TargetArgs
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint.formats.folders import iteration_name
+from qwen3_npu.checkpoint.folders import iteration_name
 from qwen3_npu.checkpoint.formats.open import find
 from qwen3_npu.errors import UsageError
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from qwen3_npu import log, schema
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint.formats.folders import TRACKER, iteration_name, iterations, restore_backup
+from qwen3_npu.checkpoint.folders import TRACKER, iteration_name, iterations, restore_backup
 from qwen3_npu.checkpoint.training import load, save
 from qwen3_npu.checkpoint.training.replicate import NodeDisks
 from qwen3_npu.checkpoint.training.save import Position, Trained

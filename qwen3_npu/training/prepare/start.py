@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen3_npu import log
 from qwen3_npu.args.convert import HF
 from qwen3_npu.args.pretrain import PretrainArgs
-from qwen3_npu.checkpoint.formats.folders import PEFT, candidates
+from qwen3_npu.checkpoint.folders import PEFT, candidates
 from qwen3_npu.checkpoint.formats.huggingface import HfReader
 from qwen3_npu.checkpoint.formats.open import nothing_there, reader
 from qwen3_npu.checkpoint.mapping.frozen import frozen_share, frozen_weights

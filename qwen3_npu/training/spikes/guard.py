@@ -12,7 +12,7 @@ import torch.distributed as dist
 from qwen3_npu import log, schema
 from qwen3_npu.args.training import CheckpointArgs
 from qwen3_npu.args.watch import SpikeArgs
-from qwen3_npu.checkpoint.formats.folders import iterations
+from qwen3_npu.checkpoint.folders import iterations
 from qwen3_npu.checkpoint.training.save import Position
 from qwen3_npu.data.train import quarantine
 from qwen3_npu.data.train.quarantine import LEFT_OUT, NOTED, Ordered, Quarantined

@@ -148,8 +148,11 @@ def _emulated(operation: Any, name: str) -> Callable:
                 if isinstance(out, torch.Tensor) and computed.shape != out.shape:  # out= was resized
                     out.resize_(computed.shape)
                     host(out).copy_(computed)
+            streams.used(values)
             return outputs[0] if len(schema.returns) == 1 else tuple(outputs)
-        return tree_map(lambda value: to_device(value, device), result)
+        made = tree_map(lambda value: to_device(value, device), result)
+        streams.used((values, made))
+        return made
 
     return kernel
 

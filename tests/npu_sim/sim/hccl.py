@@ -1,8 +1,9 @@
-"""HCCL by gloo: collectives on device tensors run over the same memory on the host."""
+"""HCCL by gloo: collectives on device tensors run on the host. What they bring is there after a wait, not before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo, Work
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qwen3_npu.watch import collectives
 from sim import streams
 from sim.device import host
 
@@ -19,6 +21,8 @@ allreduce_coalesced_ reduce_scatter_tensor_coalesced_"""
 _library = torch.library.Library("c10d", "IMPL")
 _begun: dict[str, list[Any]] = {}  # group -> sends and receives that are made together
 COALESCED = [0]
+_under_way: dict[int, tuple[Work, list[tuple[torch.Tensor, torch.Tensor]]]] = {}  # identity of work -> what it brings
+_wait_on_host = Work.wait
 _host_groups: dict[str, tuple[Any, Any]] = {}  # group -> the same ranks on the host, boxed; and what keeps it alive
 
 
@@ -38,7 +42,7 @@ def _emulated(operation: Any, name: str) -> Callable:
     def on_host(value: Any) -> Any:
         if isinstance(value, torch.ScriptObject) and "ProcessGroup" in value._type().name():
             return _host_groups[ProcessGroup.unbox(value).group_name][0]
-        return host(value) if isinstance(value, torch.Tensor) else value
+        return host(value).clone() if isinstance(value, torch.Tensor) else value
 
     def group_of(args: Any) -> str:
         boxed = (x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in x._type().name())
@@ -51,12 +55,45 @@ def _emulated(operation: Any, name: str) -> Callable:
             if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
                 raise RuntimeError(f"HCCL {name}: tensors must be contiguous")
         streams.catch_up()
-        result = operation(*[tree_map(on_host, value) for value in args])
+        streams.used(args)
+        given = [tree_map(on_host, value) for value in args]
+        if name in ("allgather_", "reduce_scatter_"):
+            given[:2] = _even(given[:2])
+        result = operation(*given)
+        work = result[-1] if isinstance(result, tuple) else result
+        if name not in ("send", "barrier"):
+            _bring(Work.unbox(work), zip(map(host, tree_leaves(args[0])), tree_leaves(given[0]), strict=True))
         if name in ("send", "recv_") and (begun := _begun.get(group_of(args))) is not None:
             begun.append(Work.unbox(result))
         return (args[0], result[-1]) if isinstance(result, tuple) else result  # (tensors, Work) or Work
 
     return collective
+
+
+def _even(values: list[Any]) -> list[Any]:
+    """HCCL exchanges unequal numbers of rows, gloo does not: with rows of zeros behind them they are equal."""
+    rows = {len(tensor) for tensor in tree_leaves(values)}
+    if len(rows) == 1:
+        return values
+    return tree_map(lambda x: torch.cat([x, x.new_zeros(max(rows) - len(x), *x.shape[1:])]), values)
+
+
+def _bring(work: Work, results: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """When somebody waits; until then other numbers are there."""
+    _under_way[id(work)] = work, list(results)
+    for place, _ in _under_way[id(work)][1]:
+        ctypes.memset(place.data_ptr(), 0xFF, place.nbytes)
+
+
+def _wait(work: Work, *args: Any) -> bool:
+    done = _wait_on_host(work, *args)
+    for place, brought in _under_way.pop(id(work), (work, []))[1]:
+        place.copy_(brought if brought.shape == place.shape else brought[: len(place)])
+    return done
+
+
+# In a stack a wait is where the watch calls it, as with the real ones, which have no frame of Python's.
+_wait.__code__ = _wait.__code__.replace(co_filename=str(collectives.__file__))
 
 
 class _Works:
@@ -99,6 +136,7 @@ def group_named(name: str) -> Any:
 
 def install() -> None:
     """Make "hccl" this."""
+    Work.wait = _wait
     ProcessGroupGloo.get_hccl_comm_name = _name
     dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(_create, True)
     for name in _COLLECTIVES.split():

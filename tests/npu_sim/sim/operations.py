@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch_npu
 from torch.utils._pytree import tree_map
 
-from sim import attention, dropout, hccl
+from sim import attention, dropout, hccl, streams
 from sim.attention import only_defaults, require
 from sim.device import ELSEWHERE, device_of, generator, host, to_device
 
@@ -47,6 +47,7 @@ def _emulate(name: str, compute: Callable) -> None:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         CALLS[name] = CALLS.get(name, 0) + 1
+        streams.catch_up()
         given = dict(zip(names, args, strict=False)) | kwargs
         drops = 0.0 < given.get("keep_prob", 1.0) < 1.0
         draws = name == "native_dropout" or (drops and not name.endswith("_grad"))
@@ -70,8 +71,11 @@ def _emulate(name: str, compute: Callable) -> None:
         with torch.no_grad():
             result = compute(*[values.pop(n) for n in positional], **values)
         if name.endswith("_"):  # in place
+            streams.used(given.values())
             return args[0]
-        return tree_map(lambda v: to_device(v.contiguous() if isinstance(v, torch.Tensor) else v, device), result)
+        made = tree_map(lambda v: to_device(v.contiguous() if isinstance(v, torch.Tensor) else v, device), result)
+        streams.used((*given.values(), made))
+        return made
 
     _libraries[namespace].impl(name, kernel, "PrivateUse1", allow_override=True)
 

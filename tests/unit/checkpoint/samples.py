@@ -17,7 +17,7 @@ from qwen3_npu import cli
 from qwen3_npu.args.lora import LORA_TARGETS
 from qwen3_npu.checkpoint.binary.dtypes import BF16, F32, DType, from_float32, full
 from qwen3_npu.checkpoint.binary.safetensors import SafetensorsFile, SafetensorsWriter
-from qwen3_npu.checkpoint.formats.folders import ADAPTER_CONFIG
+from qwen3_npu.checkpoint.folders import ADAPTER_CONFIG
 from qwen3_npu.checkpoint.formats.huggingface import SINGLE, HfReader, open_hf, write_config
 from qwen3_npu.checkpoint.formats.peft import ADAPTER_WEIGHTS, peft_config
 from qwen3_npu.checkpoint.mapping.lora import Lora, peft_shapes

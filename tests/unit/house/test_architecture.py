@@ -107,7 +107,7 @@ def test_rooms_of_data_point_one_way() -> None:
 
 
 # Rooms of checkpoint: each imports those of a lower number only.
-ROOMS = {"binary": 0, "mapping": 1, "manifest": 2, "formats": 3, "verify": 4, "convert": 5, "training": 5}
+ROOMS = {"binary": 0, "mapping": 1, "folders": 2, "formats": 3, "verify": 4, "convert": 5, "training": 5}
 
 
 @pytest.mark.parametrize(("module", "path"), [m for m in modules() if m[0].startswith("checkpoint.")])

@@ -158,7 +158,6 @@ NOTED = ("--fingerprint-interval", "5", "--tensorboard-dir", "x")
         (["--use-mc2", "--use-ascend-coc"], "--use-ascend-mc2 and --use-ascend-coc are two ways to do the same"),
         (["--tp-comm-overlap", *TP2], "--tp-comm-overlap needs --sequence-parallel; add it, or use --use-ascend-coc"),
         (["--use-ascend-coc", *TP2, "--qlora", "--lora-r", "4"], "--use-ascend-coc with --qlora"),
-        (["--moe-fb-overlap", "--moe-alltoall-overlap-comm"], "--moe-fb-overlap with --moe-alltoall-overlap-comm: two"),
         (
             ["--moe-fb-overlap", "--moe-expert-capacity-factor", "1"],
             "--moe-fb-overlap with --moe-expert-capacity-factor",

@@ -20,8 +20,8 @@ import tiny
 from qwen3_npu import log
 from qwen3_npu.args.lora import LoraArgs
 from qwen3_npu.args.training import CheckpointArgs
-from qwen3_npu.checkpoint import manifest
-from qwen3_npu.checkpoint.formats.folders import candidates, iterations
+from qwen3_npu.checkpoint import folders
+from qwen3_npu.checkpoint.folders import candidates, iterations
 from qwen3_npu.checkpoint.training import retention
 from qwen3_npu.distributed import environment
 from qwen3_npu.distributed.layout import single_layout
@@ -39,9 +39,9 @@ def checkpoint(root: Path, iteration: int, *, sealed: bool = True) -> Path:
     if sealed:
         weights = (folder / "weights").read_bytes()
         seal = Seal(len(weights), xxhash.xxh3_128(weights).hexdigest())
-        manifest.write_part(folder, 0, {"weights": seal})
-        manifest.write_integrity(folder, manifest.TRAINING, manifest.read_parts(folder, [0])[0])
-        manifest.drop_parts(folder, [0])
+        folders.write_part(folder, 0, {"weights": seal})
+        folders.write_integrity(folder, folders.TRAINING, folders.read_parts(folder, [0])[0])
+        folders.drop_parts(folder, [0])
     return folder
 
 
@@ -77,19 +77,19 @@ def prepared(
 
 def test_a_manifest_tells_damage(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 1)
-    assert manifest.damage(folder) == []
+    assert folders.damage(folder) == []
     assert not list(folder.glob("integrity.0*")), "parts are put together"
     data = bytearray((folder / "weights").read_bytes())
     data[500] ^= 1
     (folder / "weights").write_bytes(data)
-    assert manifest.damage(folder) == [f"{folder / 'weights'} is damaged: its xxh3_128 digest is another"]
+    assert folders.damage(folder) == [f"{folder / 'weights'} is damaged: its xxh3_128 digest is another"]
     (folder / "weights").write_bytes(data[:-1])
-    assert manifest.damage(folder) == [f"{folder / 'weights'} has 999 bytes, not 1000"]
+    assert folders.damage(folder) == [f"{folder / 'weights'} has 999 bytes, not 1000"]
     (folder / "weights").unlink()
-    assert manifest.damage(folder) == [f"{folder / 'weights'} is missing"]
-    assert manifest.damage(folder, rank=1, ranks=2) == [], "another rank looks at it"
+    assert folders.damage(folder) == [f"{folder / 'weights'} is missing"]
+    assert folders.damage(folder, rank=1, ranks=2) == [], "another rank looks at it"
     (folder / "integrity.json").write_text('{"files": ')
-    (line,) = manifest.damage(folder)
+    (line,) = folders.damage(folder)
     assert line.startswith(f"{folder / 'integrity.json'} cannot be read")
 
 
@@ -233,11 +233,11 @@ def test_rank_0_waits_for_all_parts_in_the_background(tmp_path: Path) -> None:
     from qwen3_npu.checkpoint.training.writing import Writing
 
     published = threading.Event()
-    mine = lambda writing: manifest.write_part(tmp_path, 0, {})  # noqa: E731
+    mine = lambda writing: folders.write_part(tmp_path, 0, {})  # noqa: E731
     writing = Writing("a checkpoint", [mine], published.set, tmp_path, writers=[0, 1], background=True)
     writing.done[0].wait(10)
     assert not published.wait(0.2), "rank 1 has not written yet"
-    manifest.write_part(tmp_path, 1, {})
+    folders.write_part(tmp_path, 1, {})
     assert published.wait(10)
     assert writing.thread is not None
     writing.thread.join(10)

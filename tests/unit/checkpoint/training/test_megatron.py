@@ -145,6 +145,7 @@ def as_transformer_engine(model: dict) -> dict:
         renamed[fused] = tensor
     extra = {"self_attention.linear_qkv": None, "self_attention.linear_proj": io.BytesIO(b"x"), "mlp.linear_fc1": None}
     extra["mlp.linear_fc2"] = torch.empty(0, dtype=torch.uint8)
+    extra["self_attention.core_attention"] = io.BytesIO(b"")
     return renamed | {f"decoder.layers.0.{module}._extra_state": state for module, state in extra.items()}
 
 
@@ -156,3 +157,12 @@ def test_checkpoints_as_others_write_them_are_read(change: Callable, models: dic
     assert type(saved) is collections.defaultdict or "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in saved
     samples.to_hf(tmp_path / "mg", tmp_path / "hf", "--verify")
     samples.assert_same_weights(models["untied"], tmp_path / "hf")
+
+
+def test_an_entry_of_another_number_of_chunks_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    samples.to_mg(models["untied"], tmp_path / "mg")
+    (path,) = samples.unsealed(tmp_path / "mg").glob("iter_*/*/model_optim_rng.pt")
+    content = torch.load(path, weights_only=False)
+    torch.save({"model0": content.pop("model"), **content}, path)
+    with pytest.raises(AssertionError, match="holds model0, and its arguments mean model; save it again"):
+        samples.to_hf(tmp_path / "mg", tmp_path / "hf")
