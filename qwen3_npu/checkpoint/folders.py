@@ -69,7 +69,8 @@ def iteration_name(iteration: int) -> str:
 
 def iterations(root: Path) -> list[int]:
     """Iterations whose folders exist, the newest first."""
-    return sorted((int(p.name[5:]) for p in root.glob("iter_*") if is_count(p.name[5:]) and p.is_dir()), reverse=True)
+    numbers = (int(p.name[5:]) for p in root.glob("iter_*") if is_count(p.name[5:]) and p.is_dir())
+    return sorted({number for number in numbers if (root / iteration_name(number)).is_dir()}, reverse=True)
 
 
 def read_tracker(root: Path) -> str | None:
