@@ -88,6 +88,8 @@ class Watcher:
         """Look at the ranks once. Returns whether to continue."""
         states = self.node.states()
         living = self.node.living()
+        if any(rank not in living and not read.ended for rank, read in states.items()):
+            states = self.node.states()  # a rank that ended between the two looks has said so by now
         running = [rank for rank, read in states.items() if rank in living and not read.ended]
         now, beats = time.monotonic(), {rank: read.beats for rank, read in states.items()}
         dead = {rank for rank, read in states.items() if rank not in living and not read.ended}

@@ -153,9 +153,18 @@ WRONG_PRODUCTS = {
     "a piece is not waited for": ("            self.works[number].wait()\n", "", "output"),
     "a sum is not waited for": ("    for work in works:\n", "    for work in works[1:]:\n", "gradient of x"),
     "a piece dropped": ("ranks * rows, batch, -1)", "ranks * rows, batch, -1) * (number > 0)", "gradient of x"),
-    "rows of another rank": (".transpose(0, 1).contiguous()", ".contiguous()", "gradient of the second weight"),
+    "rows of another rank": (
+        ".transpose(0, 1).contiguous()",
+        ".transpose(0, 1).flip(1).contiguous()",
+        "gradient of the second weight",
+    ),
+    "all pieces but the last one left out": (
+        "functools.reduce(torch.add, parts)",
+        "parts[-1]",
+        "gradient of the second weight",
+    ),
     "the second gather is not waited for": (
-        "(gathered,) = ctx.again  # arrives",
+        "(gathered,) = ctx.again.arrived(lambda: None)",
         "gathered = ctx.again.whole",
         "gradient of the first weight",
     ),

@@ -271,16 +271,19 @@ def logits_in_peft(base: Any, adapter: Path | None = None) -> np.ndarray:
 def test_pissa_on_a_base_in_4_bits_trains_what_is_left_of_it(
     worlds: dict[int, World], models: dict[str, str], data: dict[str, str], tmp_path: Path
 ) -> None:
-    """QPiSSA (arXiv:2404.02948): what torch's SVD leaves of each weight, as bitsandbytes restores it, and A and B."""
+    """QPiSSA (arXiv:2404.02948): what torch's SVD leaves of each weight, as bitsandbytes restores it, and A and B.
+
+    In float64: a residual that is rounded otherwise has other codes in 4 bits here and there.
+    """
     from safetensors.torch import load_file, save_file
 
     base = tiny.write_model(tmp_path / "base", tiny.arch("untied", intermediate_size=128))
     tensors, adapter, scale = load_file(base / "model.safetensors"), {}, ALPHA / RANK
     for name in [n for n in tensors if n.endswith(("o_proj.weight", "down_proj.weight"))]:
-        u, values, v = torch.linalg.svd(tensors[name], full_matrices=False)
+        u, values, v = torch.linalg.svd(tensors[name].double(), full_matrices=False)
         roots = (values[:RANK] / scale).sqrt()
-        a, b = roots[:, None] * v[:RANK], u[:, :RANK] * roots
-        tensors[name] = tensors[name] - scale * (b @ a)
+        a, b = (roots[:, None] * v[:RANK]).float(), (u[:, :RANK] * roots).float()
+        tensors[name] = (tensors[name].double() - scale * (b.double() @ a.double())).float()
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         adapter |= {f"{stem}.lora_A.weight": a.contiguous(), f"{stem}.lora_B.weight": b.contiguous()}
     shutil.copytree(base, tmp_path / "rest")

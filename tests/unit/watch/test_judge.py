@@ -233,39 +233,48 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         read(tmp_path / "rank_5.state")
 
 
+def state_of(folder: Path, rank: int, started: str = processes.started(os.getpid())) -> State:
+    facts = {"pid": os.getpid(), "started": started, "node": "a", "thread": 1, "device": rank}
+    facts |= {"flight": ["", ""], "operations": ["all_to_all_single"], "dtypes": ["", "float32"], "error_file": ""}
+    return State(folder, rank, facts, interval=0, device=False)
+
+
+def watcher_of(folder: Path) -> Watcher:
+    sizes = {"node": 0, "nodes": 1, "local": 2, "world": 2}
+    return Watcher(Settings(folder=str(folder), shared="", logs="", timeout=9, abort=True, interval=0, **sizes))
+
+
+def test_ranks_that_end_while_they_are_looked_at_are_not_called_dead(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one ends after its state was read, and before its process is looked for."""
+    ranks, watcher = [state_of(tmp_path, rank, started="0") for rank in (0, 1)], watcher_of(tmp_path)
+    states = watcher.node.states
+    ranks[0].end()
+
+    def states_then_end() -> dict[int, RankSnapshot]:
+        found = states()
+        if not ranks[1].ended:
+            ranks[1].end()
+        return found
+
+    monkeypatch.setattr(watcher.node, "states", states_then_end)
+    assert not watcher.look()
+    assert caplog.text == ""
+
+
 def test_an_all_to_all_whose_ranks_expect_other_sizes_is_told_once_while_the_job_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    facts = {
-        "pid": os.getpid(),
-        "started": processes.started(os.getpid()),
-        "node": "a",
-        "thread": 1,
-        "flight": ["", ""],
-    }
-    facts |= {"operations": ["all_to_all_single"], "dtypes": ["", "float32"], "error_file": ""}
     sent, received = [[1, 2], [3, 4]], [[1, 3], [5, 4]]  # of 2 rows from 0 to 1, 1 expects 5
     for rank in (0, 1):
-        state = State(tmp_path, rank, facts | {"device": rank}, interval=0, device=False)
+        state = state_of(tmp_path, rank)
         channel = state.channel("k", "0", "ep", [0, 1])
         token = state.enter(channel, 0, 1, None)
         state.exchange(token, channel, sent[rank], received[rank])
         state.exchange(token, channel, [], [])  # without sizes all are alike
         state.finish_step(1)
-    watcher = Watcher(
-        Settings(
-            folder=str(tmp_path),
-            shared="",
-            logs="",
-            node=0,
-            nodes=1,
-            local=2,
-            world=2,
-            timeout=9,
-            abort=True,
-            interval=0,
-        )
-    )
+    watcher = watcher_of(tmp_path)
     states = watcher.node.states()
     for later in (1, 6, 6.2, 20, 20.2):
         watcher._compare_calls(states, watcher.begun + later)
