@@ -58,7 +58,7 @@ WAYS: dict[str, Callable[[PretrainArgs], PretrainArgs]] = {
     "--use-ascend-mc2": _fused,
     "--moe-alltoall-overlap-comm": _experts,
     "--moe-fb-overlap": _interleaved,
-    "both of --moe-...": _interleaved_pieces,
+    "both flags of experts": _interleaved_pieces,
 }
 
 

@@ -21,7 +21,8 @@ from qwen3_npu.model.sizes import SIZES
 from qwen3_npu.plan.activations import layer_bytes
 from qwen3_npu.plan.device import DEVICE_SPECS, GIB, find_device
 from qwen3_npu.plan.from_args import setup_of
-from qwen3_npu.plan.hiding.costs import collective_seconds
+from qwen3_npu.plan.hiding.costs import collective_seconds, exchange_seconds
+from qwen3_npu.plan.hiding.experts import exposed_by_turns
 from qwen3_npu.plan.memory import in_flight, logit_bytes, stage_memory
 from qwen3_npu.plan.parameters import lora_counts, stage_counts
 from qwen3_npu.plan.search import search
@@ -264,6 +265,24 @@ def test_a_group_has_the_links_between_its_devices() -> None:
     # 28 MB arrive in 1 ms, of 56 MB that two ranks hold together.
     whole = dataclasses.replace(mesh, transfer=1.0, latency=0.0)
     assert collective_seconds(whole, 2, 1, 56e6) == pytest.approx(1e-3)
+
+
+def test_nodes_of_a_superpod_are_linked_and_those_of_two_are_not() -> None:
+    """384 x 2 dies; a die of 32 keeps 1/32 of 620 MB, and sends the rest at 196 GB/s, or half of it at 25 GB/s."""
+    pod, servers = DEVICE_SPECS["910C-64G"], DEVICE_SPECS["910C-64G-RoCE"]
+    pod, servers = (
+        dataclasses.replace(each, transfer=1.0, latency=0.0, network_latency=0.0) for each in (pod, servers)
+    )
+    assert exchange_seconds(pod, 32, 1, 620e6) == pytest.approx(620e6 * 31 / 32 / 196e9)
+    assert exchange_seconds(servers, 32, 1, 620e6) == pytest.approx(310e6 / 25e9)
+    assert collective_seconds(pod, 2, 384, 1e9) == pytest.approx(0.5e9 / 196e9)
+    assert collective_seconds(pod, 2, 768, 1e9) == pytest.approx(0.5e9 / 25e9)
+
+
+def test_two_passes_by_turns_played_by_hand() -> None:
+    """The second one computes until 3, the first one until 4; the second one's exchange ends at 5, the other's at 7,
+    since it waits for its way. The second one goes on from 5 to 8, the first one to 9: 10 and 12."""
+    assert exposed_by_turns([(1.0, 2.0), (1.0, 2.0)], [(3.0, 2.0), (3.0, 2.0)]) == (5 - 4) + (12 - 9)
 
 
 def test_the_reference_of_dpo_takes_a_forward_pass() -> None:

@@ -77,7 +77,7 @@ def test_products_hide_most_of_tensor_parallelism_and_the_plan_knows_it(traces: 
 def test_products_hide_most_of_the_exchange_of_experts_and_the_plan_knows_it(traces: dict[str, dict[str, Any]]) -> None:
     """In four pieces, without recomputation: of what is exchanged, a sixth or so is left. Of interleaved passes of four
     micro-batches, the first forward and the last backward are alone; with both, these go in pieces."""
-    ways = ("off", "--moe-alltoall-overlap-comm", "--moe-fb-overlap", "both of --moe-...")
+    ways = ("off", "--moe-alltoall-overlap-comm", "--moe-fb-overlap", "both flags of experts")
     off, *on = (traces["hidden experts"][way] for way in ways)
     for played, planned in on:
         assert played < 0.4 * off[0]
